@@ -1,0 +1,51 @@
+"""peft_ext: parameter-efficient fine-tuning, fast and small.
+
+Fused kernels behind ``peft_ext.ops`` and ``peft_ext.nn``, and one line for a live Hugging Face model::
+
+    import peft_ext
+    peft_ext.accelerate(model)      # a PeftModel, in place; restore(model) undoes it, explain(model) tells
+
+``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone; what touches Hugging Face imports it when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _native, nn, ops, reference
+from ._version import __version__
+from .weight import NestedAbsmax, NF4Weight
+
+_native.load()
+
+# Resolved on first use, so that importing the package needs torch alone.
+_LAZY = {
+    "accelerate": "integrations.peft",
+    "restore": "integrations.peft",
+    "explain": "integrations.peft",
+    "quantize_nf4": "quantize",
+}
+
+__all__ = [
+    "NF4Weight",
+    "NestedAbsmax",
+    "__version__",
+    "accelerate",
+    "explain",
+    "nn",
+    "ops",
+    "quantize_nf4",
+    "reference",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,116 @@
+"""Loads the native libraries, says once what is wrong where it can't, and reports what is in use.
+
+Two libraries: ``_C`` (CPU kernels, and the pybind11 part) and ``_C_cuda`` (CUDA kernels, loaded where torch is a CUDA
+build). Both register kernels for the operators declared in ``peft_ext.ops``; without them the operators run the
+reference, correct and slow.
+
+Environment:
+    ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, ...); an unknown or unsupported one is an error.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error, not a warning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sysconfig
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Optional
+
+import torch
+
+from ._version import __version__
+
+__all__ = ["STATE", "NativeState", "load"]
+
+MEND = "pip install --no-build-isolation --force-reinstall --no-deps peft_ext   (in a checkout: pip install --no-build-isolation -e .)"
+
+
+@dataclass
+class NativeState:
+    """What was found at import."""
+
+    module: Optional[ModuleType] = None
+    cpu_error: Optional[str] = None
+    cuda_loaded: bool = False
+    cuda_error: Optional[str] = None
+    build: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def isa(self) -> str:
+        """The CPU path in use; "reference" without the native library."""
+        return "reference" if self.module is None else self.module.isa()
+
+
+STATE = NativeState()
+
+
+def _required() -> bool:
+    return os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0")
+
+
+def _fail(message: str) -> None:
+    if _required():
+        raise ImportError(f"{message} (PEFT_EXT_REQUIRE is set)")
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _running() -> str:
+    return f"running: peft_ext {__version__}, torch {torch.__version__}"
+
+
+def _describe(build: dict[str, Any]) -> str:
+    return f"built: peft_ext {build.get('version')}, torch {build.get('torch')} (needs >= {build.get('torch_target')})"
+
+
+def _load_cpu() -> None:
+    try:
+        module = importlib.import_module("peft_ext._C")
+    except ImportError as error:
+        STATE.cpu_error = str(error).strip().splitlines()[0]
+        missing = isinstance(error, ModuleNotFoundError)
+        what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
+        _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used. To mend: {MEND}")
+        return
+    build = dict(module.build_info())
+    if build["version"] != __version__:
+        STATE.cpu_error = f"{_describe(build)}; {_running()}"
+        _fail(f"peft_ext: the native library does not match: {STATE.cpu_error}. It was loaded all the same. "
+              f"To mend: {MEND}")  # fmt: skip
+    STATE.module, STATE.build = module, build
+    if forced := os.environ.get("PEFT_EXT_CPU_ISA"):
+        if forced not in module.isas():
+            raise ImportError(
+                f"peft_ext: PEFT_EXT_CPU_ISA is {forced!r}, wanted one that this library and this CPU have: "
+                f"{', '.join(module.isas())}"
+            )
+        module.set_isa(forced)
+
+
+def _load_cuda() -> None:
+    if torch.version.cuda is None:
+        return
+    path = Path(__file__).with_name("_C_cuda" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    if not path.exists():
+        STATE.cuda_error = "not built"
+        if torch.cuda.is_available():
+            _fail(f"peft_ext: a GPU is here and the CUDA library was not built; {_running()}. CUDA tensors take the "
+                  f"slow reference. To mend: FORCE_CUDA=1 {MEND}")  # fmt: skip
+        return
+    try:
+        torch.ops.load_library(str(path))
+        STATE.cuda_loaded = True
+    except OSError as error:
+        STATE.cuda_error = str(error).strip().splitlines()[0]
+        _fail(f"peft_ext: the CUDA library does not load ({STATE.cuda_error}); {_describe(STATE.build)}; {_running()}. "
+              f"CUDA tensors take the slow reference. To mend: FORCE_CUDA=1 {MEND}")  # fmt: skip
+
+
+def load() -> NativeState:
+    """Load what is there; called once, at import."""
+    _load_cpu()
+    _load_cuda()
+    return STATE

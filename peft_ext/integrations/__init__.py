@@ -1,0 +1,1 @@
+"""What meets Hugging Face: PEFT layers, bitsandbytes' weights, transformers' Trainer."""

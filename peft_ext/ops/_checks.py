@@ -1,0 +1,135 @@
+"""Argument checks shared by the public ops; each error names op, argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..weight import BLOCKSIZES, NF4Weight
+
+__all__ = ["FLOATS", "check_bias", "check_blocksize", "check_float", "check_linear", "check_lora", "weight_args"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_float(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} is {type(value).__name__}, wanted a Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {argument} is {_name(value.dtype)}, wanted one of {', '.join(map(_name, FLOATS))}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {argument} has layout {value.layout}, wanted torch.strided")
+
+
+def check_blocksize(op: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: blocksize is {blocksize}, wanted one of {BLOCKSIZES}")
+
+
+def _check_device(op: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{op}: {argument} is on {value.device}, x is on {x.device}")
+
+
+def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int) -> None:
+    if bias is None:
+        return
+    check_float(op, "bias", bias)
+    _check_device(op, "bias", bias, x)
+    if bias.dtype != x.dtype:
+        raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+    if tuple(bias.shape) != (out_features,):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, wanted ({out_features},)")
+
+
+def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
+    """x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
+    check_float(op, "x", x)
+    if isinstance(weight, NF4Weight):
+        held = weight.packed
+    else:
+        check_float(op, "weight", weight)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
+        held = weight
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
+    _check_device(op, "weight", held, x)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}] for weight "
+                         f"{tuple(weight.shape)}")  # fmt: skip
+
+
+def check_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+    """lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on x's device."""
+    out_features, in_features = weight.shape
+    for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, x)
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted 2 dimensions")
+    if lora_A.shape[1] != in_features:
+        raise ValueError(f"{op}: lora_A has shape {tuple(lora_A.shape)}, wanted [R, {in_features}]")
+    if lora_B.shape[0] != out_features:
+        raise ValueError(f"{op}: lora_B has shape {tuple(lora_B.shape)}, wanted [{out_features}, R]")
+    if lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(f"{op}: lora_B has rank {lora_B.shape[1]}, lora_A has rank {lora_A.shape[0]}")
+    if lora_A.shape[0] == 0:
+        raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
+
+
+def check_scale(op: str, scaling: float, dropout_p: float) -> None:
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"{op}: scaling is {scaling!r}, wanted a finite number")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p!r}, wanted 0 <= p < 1")
+
+
+def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (2,):
+        came = f"{_name(seed.dtype)} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise ValueError(f"{op}: seed is {came}, wanted int64 (2,)")
+    _check_device(op, "seed", seed, x)
+
+
+def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
+    """The weight as the schemas take it, see ``_library.WEIGHT``."""
+    if isinstance(weight, NF4Weight):
+        return weight.op_args()
+    return (weight, None, None, None, None, 0, list(weight.shape))
+
+
+def unpack_weight(
+    weight: Tensor,
+    absmax: Optional[Tensor],
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Union[Tensor, NF4Weight]:
+    """The reverse of :func:`weight_args`, for the reference fallback."""
+    if absmax is None:
+        return weight
+    from ..weight import NestedAbsmax
+
+    nested = None if nested_absmax is None else NestedAbsmax(nested_absmax, nested_code, nested_offset)
+    return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested)
+
+
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The dtype that autocast computes linear layers in on x's device, or None outside autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,191 @@
+"""NF4: quantize, dequantize, and the linear layer over a quantized weight.
+
+    w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
+
+Layout and rounding: :class:`peft_ext.NF4Weight`. Sources: QLoRA (arXiv 2305.14314), bitsandbytes' format.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import nf4 as reference
+from ..weight import NestedAbsmax, NF4Weight
+from . import _checks as checks
+from ._library import NAMESPACE, WEIGHT, define
+
+__all__ = ["nf4_dequantize", "nf4_linear", "nf4_quantize"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _quantize_fake(weight, blocksize):
+    n = weight.numel()
+    packed = weight.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    return packed, weight.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
+
+
+def _quantize_absmax_fake(centred, code):
+    n = centred.numel()
+    return centred.new_empty(n, dtype=torch.uint8), centred.new_empty((n + 255) // 256)
+
+
+def _dequantize_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, dtype):
+    return weight.new_empty(shape, dtype=dtype)
+
+
+def _linear_reference(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
+    dense = reference.dequantize(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.dtype)
+    return torch.nn.functional.linear(x, dense, bias)
+
+
+def _linear_fake(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def _linear_backward_reference(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
+    return grad @ reference.dequantize(
+        weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, grad.dtype
+    )
+
+
+def _linear_backward_fake(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+define(
+    "nf4_quantize",
+    "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
+    reference=reference.quantize,
+    fake=_quantize_fake,
+)
+define(
+    "nf4_quantize_absmax",
+    "(Tensor centred, Tensor code) -> (Tensor codes, Tensor absmax)",
+    reference=reference.quantize_absmax,
+    fake=_quantize_absmax_fake,
+)
+define(
+    "nf4_dequantize",
+    f"({WEIGHT}, ScalarType dtype) -> Tensor",
+    reference=reference.dequantize,
+    fake=_dequantize_fake,
+)
+define(
+    "nf4_linear",
+    f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
+    reference=_linear_reference,
+    fake=_linear_fake,
+)
+define(
+    "nf4_linear_backward",
+    f"(Tensor grad, {WEIGHT}) -> Tensor",
+    reference=_linear_backward_reference,
+    fake=_linear_backward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, *weight, bias = inputs
+    tensors, ctx.blocksize_shape = weight[:5], weight[5:]
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _ops.nf4_linear_backward(grad, *ctx.saved_tensors, *ctx.blocksize_shape)
+    if ctx.needs_input_grad[8]:
+        grad_bias = sum_rows(grad)
+    return grad_x, None, None, None, None, None, None, None, grad_bias
+
+
+def sum_rows(grad: Tensor) -> Tensor:
+    """The gradient of a bias: the sum over all leading dimensions, accumulated in float32 by PyTorch."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+torch.library.register_autograd(f"{NAMESPACE}::nf4_linear", _linear_backward, setup_context=_linear_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
+    """Quantize a weight to NF4, bit for bit as bitsandbytes does.
+
+    ``absmax_b = max |w|`` over each block of the flat tensor; each element takes the nearest of the 16 codes to
+    ``w · (1 / max(absmax, 1e-38))``, a tie the lower one. With ``double_quant`` the scales, minus their mean, are
+    quantized to 8 bits, 256 a block.
+
+    Args:
+        weight: any shape, float32, bfloat16, float16 (or float64, through float32); gradients do not flow.
+        blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
+        double_quant: quantize the scales too: 4.127 instead of 4.5 bits a weight at blocksize 64.
+
+    Raises:
+        TypeError: a dtype or layout that is not supported. ValueError: blocksize.
+
+    Source: QLoRA, arXiv 2305.14314. The 8-bit codes are the exact nearest (as bitsandbytes on CUDA); bitsandbytes'
+    CPU path rounds about 0.2% of them to another neighbour.
+    """
+    checks.check_float("nf4_quantize", "weight", weight)
+    checks.check_blocksize("nf4_quantize", blocksize)
+    weight = weight.detach()
+    packed, absmax = _ops.nf4_quantize(weight, blocksize)
+    nested = None
+    if double_quant:
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+        code = reference.dynamic_code(weight.device)
+        absmax, nested_absmax = _ops.nf4_quantize_absmax(absmax - offset, code)
+        nested = NestedAbsmax(nested_absmax, code, offset)
+    return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
+
+
+def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """``code[q] · absmax`` in float32, rounded once to ``dtype``; double-quantized scales are decoded on the way.
+
+    Args:
+        nf4: the quantized weight. dtype: of the result; default: the one the weight was quantized from.
+
+    Returns: a dense tensor of ``nf4.shape``. No gradient: the weight is frozen.
+
+    Raises: TypeError for anything but an NF4Weight, or for a dtype that is not a float.
+    """
+    if not isinstance(nf4, NF4Weight):
+        raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
+    dtype = dtype or nf4.dtype
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"nf4_dequantize: dtype is {dtype}, wanted one of {', '.join(map(str, checks.FLOATS))}")
+    return _ops.nf4_dequantize(*nf4.op_args(), dtype)
+
+
+def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
+    """``Y = X Wᵀ + b`` over a frozen NF4 weight, W rounded to x's dtype as :func:`nf4_dequantize` does.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
+
+    Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the packed
+    weight alone. Under autocast x and bias are cast to the autocast dtype.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    """
+    if not isinstance(nf4, NF4Weight):
+        raise TypeError(f"nf4_linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
+    checks.check_float("nf4_linear", "x", x)
+    if (cast := checks.autocast_dtype(x)) is not None:
+        x = x.to(cast)
+        bias = bias if bias is None else bias.to(cast)
+    checks.check_linear("nf4_linear", x, nf4)
+    checks.check_bias("nf4_linear", bias, x, nf4.shape[0])
+    return _ops.nf4_linear(x, *nf4.op_args(), bias)

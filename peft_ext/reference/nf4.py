@@ -1,0 +1,161 @@
+"""NF4 quantization in plain PyTorch, bit for bit as bitsandbytes stores it.
+
+Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``get_4bit_type("nf4")`` and
+``create_dynamic_map()`` for the two code tables.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+
+__all__ = [
+    "NF4_CODE",
+    "decode_absmax",
+    "dequantize",
+    "dynamic_code",
+    "nf4_code",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+    "quantize",
+    "quantize_absmax",
+]
+
+# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_SMALLEST_ABSMAX = 1e-38
+
+
+def nf4_code(device: torch.device | str = "cpu") -> Tensor:
+    """The 16 NF4 values, ascending, float32."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
+
+    Built in float64 and float32 in the very order that bitsandbytes uses, so that the bits agree.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        scale = 10 ** (exponent - 6)
+        values += (scale * means).tolist()
+        values += (-scale * means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def _thresholds(code: Tensor) -> Tensor:
+    return (code[:-1] + code[1:]) / 2
+
+
+def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
+
+    A full block is scaled by ``1 / max(absmax, 1e-38)``; a tail block is divided by it, and stores it so clamped.
+    """
+    flat = weight.detach().reshape(-1).float()
+    full = flat.numel() // blocksize * blocksize
+    head = flat[:full].view(-1, blocksize)
+    absmax = head.abs().amax(dim=1)
+    scaled = (head * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX))[:, None]).clamp(-1, 1).reshape(-1)
+    if full < flat.numel():
+        tail = flat[full:]
+        tail_absmax = tail.abs().amax().clamp(min=_SMALLEST_ABSMAX)
+        absmax = torch.cat([absmax, tail_absmax[None]])
+        scaled = torch.cat([scaled, (tail / tail_absmax).clamp(-1, 1)])
+    if scaled.numel() % 2:
+        scaled = F.pad(scaled, (0, 1))
+    codes = torch.bucketize(scaled, _thresholds(nf4_code(weight.device))).to(torch.uint8)
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax
+
+
+def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes and float32 scales of ``centred = absmax - offset``, 256 a block; a tie takes the lower code.
+
+    The nearest value of ``code`` is taken exactly, as bitsandbytes' CUDA kernel does. Its CPU kernel looks the value
+    up in 65,536 bins and lands on another code for about 0.2% of the scales.
+    """
+    flat = centred.detach().float()
+    blocks = -(-flat.numel() // NESTED_BLOCKSIZE)
+    padded = F.pad(flat, (0, blocks * NESTED_BLOCKSIZE - flat.numel())).view(blocks, NESTED_BLOCKSIZE)
+    absmax = padded.abs().amax(dim=1) if blocks else flat.new_empty(0)
+    scaled = padded * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX))[:, None]
+    codes = torch.bucketize(scaled, _thresholds(code)).to(torch.uint8)
+    return codes.reshape(-1)[: flat.numel()], absmax
+
+
+def decode_absmax(
+    absmax: Tensor, nested_absmax: Optional[Tensor], nested_code: Optional[Tensor], nested_offset: Optional[Tensor]
+) -> Tensor:
+    """float32 scales; double-quantized ones are multiplied, then added, each step rounded."""
+    if nested_absmax is None:
+        return absmax
+    scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return nested_code[absmax.int()] * scale + nested_offset
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    byte = packed.reshape(-1)
+    nibbles = torch.stack((byte >> 4, byte & 15), dim=1).reshape(-1)[:numel]
+    scale = decode_absmax(absmax, nested_absmax, nested_code, nested_offset).repeat_interleave(blocksize)[:numel]
+    return (nf4_code(packed.device)[nibbles.int()] * scale).to(dtype).view(shape)
+
+
+def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
+    """See :func:`peft_ext.ops.nf4_quantize`."""
+    packed, absmax = quantize(weight, blocksize)
+    nested = None
+    if double_quant:
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+        code = dynamic_code(weight.device)
+        absmax, nested_absmax = quantize_absmax(absmax - offset, code)
+        nested = NestedAbsmax(nested_absmax, code, offset)
+    return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
+
+
+def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """See :func:`peft_ext.ops.nf4_dequantize`."""
+    return dequantize(*nf4.op_args(), dtype or nf4.dtype)
+
+
+def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
+    """See :func:`peft_ext.ops.nf4_linear`."""
+    return F.linear(x, nf4_dequantize(nf4, x.dtype), bias)
