@@ -37,8 +37,11 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     nested = None
     if state.nested:
         nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
-    # A plain view: from here on nothing of bitsandbytes' tensor subclass is involved.
-    packed = packed.as_subclass(Tensor).detach().reshape(-1, 1)
+    # A plain view: from here on nothing of bitsandbytes' tensor subclass is involved. Dynamo sees plain tensors already,
+    # and refuses as_subclass.
+    if type(packed) is not Tensor:
+        packed = packed.as_subclass(Tensor)
+    packed = packed.detach().reshape(-1, 1)
     return NF4Weight(packed, state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, nested)
 
 

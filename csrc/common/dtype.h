@@ -1,0 +1,95 @@
+// Element types the kernels read and write, and their scalar conversions. Torch-free, safe in every translation unit:
+// all of it has internal linkage, so that code compiled for one instruction set is never merged with another's.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace peft_ext {
+
+enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// Distinct types, so that a template on the element type knows bfloat16 from float16.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+namespace {
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float to_float(f16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = value.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // inf, nan
+  // Rebias by a multiplication: it also normalizes float16's subnormals.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
+}
+
+// Round to nearest, ties to even; a NaN becomes the one quiet NaN that PyTorch stores.
+template <typename T>
+inline T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+inline bf16 from_float<bf16>(float value) {
+  if (value != value) return bf16{0x7fc0};
+  const uint32_t bits = float_to_bits(value);
+  return bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <>
+inline f16 from_float<f16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return f16{static_cast<uint16_t>(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return f16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude < 0x38800000) {
+    // Subnormal or zero: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
+    const uint32_t shifted = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+    return f16{static_cast<uint16_t>(sign | shifted)};
+  }
+  const uint32_t rebiased = magnitude - 0x38000000;
+  return f16{static_cast<uint16_t>(sign | ((rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13))};
+}
+
+// Calls f with a zero of the element type.
+template <typename F>
+inline void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kBF16:
+      return f(bf16{});
+    case DType::kF16:
+      return f(f16{});
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+
+}  // namespace peft_ext

@@ -1,0 +1,28 @@
+// A frozen [N, K] weight as the operators receive it: dense, or NF4 in bitsandbytes' layout.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace peft_ext {
+
+struct FrozenWeight {
+  Tensor weight;                // dense [N, K], or packed uint8 [ceil(N K / 2), 1]
+  std::optional<Tensor> absmax;  // none: dense. float32 [blocks], or uint8 [blocks] where nested
+  std::optional<Tensor> nested_absmax, nested_code, nested_offset;
+  int64_t blocksize = 0;
+  std::vector<int64_t> shape;
+
+  bool is_nf4() const { return absmax.has_value(); }
+  int64_t out_features() const { return shape[0]; }
+  int64_t in_features() const { return shape[1]; }
+};
+
+// Contiguous, of the sizes and dtypes that its shape asks for; an error that names op and argument otherwise.
+FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
+                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                            std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape);
+
+// [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
+Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
+
+}  // namespace peft_ext

@@ -1,0 +1,8 @@
+// Everything between this header and target_end.h is compiled for AVX2 + FMA + F16C, whatever the command line says.
+// Include it before <immintrin.h> and before any header with code of its own.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif

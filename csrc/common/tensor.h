@@ -1,0 +1,93 @@
+// What the CPU glue needs of torch's stable ABI: checks that name op and argument, element types, the matrix product.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <optional>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace peft_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const char* op, const char* argument, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    case ScalarType::Half:
+      return DType::kF16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " is ", torch::headeronly::toString(type),
+                      ", wanted Float, BFloat16 or Half");
+  }
+}
+
+inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+  return dtype_of(op, argument, tensor.scalar_type());
+}
+
+// Large results are new memory from the system each time, and a page fault costs more than the 4 KiB it brings are worth
+// here: huge pages are asked for before the first touch. Where the system has none the call does nothing.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (bytes < 2 * kPage) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor tensor = torch::stable::empty(shape, type, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const size_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
+  advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * width);
+  return tensor;
+}
+
+// Product over all but the last dimension.
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+// x's shape with another last dimension.
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+// out [T, N] = beta * out + a [T, K] b [K, N], by PyTorch's own kernel, in place.
+inline void addmm_(const Tensor& out, const Tensor& a, const Tensor& b, double beta) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+}
+
+// out [T, N] = a [T, K] b [K, N].
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+}  // namespace peft_ext

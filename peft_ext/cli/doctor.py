@@ -1,0 +1,85 @@
+"""``peft-ext doctor``: what is installed, built, found and in use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import __version__, _native
+from ..ops import _library
+
+__all__ = ["doctor"]
+
+_PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
+_ENVIRONMENT = (
+    "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+def doctor() -> int:
+    """Print the report; the exit code: 1 where the native CPU library is missing, else 0."""
+    state = _native.STATE
+    _section("versions")
+    _row("peft_ext", __version__)
+    _row("torch", torch.__version__)
+    _row("python", f"{platform.python_version()} ({sys.executable})")
+    _row("system", f"{platform.system()} {platform.machine()}")
+
+    _section("native library, CPU")
+    if state.module is None:
+        _row("loaded", f"no: {state.cpu_error}")
+        _row("mend", _native.MEND)
+    else:
+        _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
+        for name, value in state.build.items():
+            _row(f"built: {name}", _text(value))
+        _row("usable here", ", ".join(state.module.isas()))
+    _row("in use", state.isa)
+    _row("threads", str(torch.get_num_threads()))
+
+    _section("native library, CUDA")
+    _row("torch's CUDA", torch.version.cuda or "none: a CPU build of torch")
+    found = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
+    _row("devices", ", ".join(devices) or "none")
+    if state.cuda_loaded:
+        _row("loaded", "yes")
+    else:
+        _row("loaded", f"no: {state.cuda_error or 'torch is a CPU build'}")
+
+    _section("operators")
+    for name in _library.OPS:
+        kernels = [key for key in ("CPU", "CUDA") if _library.has_kernel(name, key)]
+        _row(name, ", ".join(kernels) or "reference only")
+
+    _section("packages")
+    for name in _PEERS:
+        try:
+            _row(name, version(name))
+        except PackageNotFoundError:
+            _row(name, "not installed")
+
+    _section("environment")
+    values = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    for name, value in values.items():
+        _row(name, value)
+    if not values:
+        _row("nothing set", "of " + ", ".join(_ENVIRONMENT[:2]) + ", ...")
+    return 1 if state.module is None else 0
+
+
+def _section(title: str) -> None:
+    print(f"\n{title}")
+
+
+def _row(name: str, value: str) -> None:
+    print(f"  {name:<26} {value}")
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

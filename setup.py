@@ -1,0 +1,134 @@
+"""Builds the native libraries: ``peft_ext._C`` (CPU kernels, pybind11) and, where wanted, ``peft_ext._C_cuda``.
+
+Both go through torch's stable ABI, so one build runs on every torch from TORCH_TARGET on. Environment:
+    FORCE_CUDA=1            CUDA kernels or an error; =0: CPU only; unset: CUDA where nvcc and a CUDA torch are there
+    TORCH_CUDA_ARCH_LIST    GPU architectures; default: DEFAULT_ARCHS
+    MAX_JOBS                parallel compilations
+"""
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = (2, 11)
+DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
+
+
+def find_torch():
+    """Torch of this process, or else (in pip's isolated build) of the environment that is installed into."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+            if Path(place, "torch", "version.py").exists():
+                sys.path.append(place)
+                import torch
+
+                break
+        else:
+            return None
+    return torch
+
+
+def say(message):
+    print(f"peft_ext: {message}", file=sys.stderr, flush=True)
+
+
+def want_cuda(torch):
+    """Whether to build the CUDA library, decided as the module docstring says, and printed."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    asked = os.environ.get("FORCE_CUDA", "")
+    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is not a CUDA build")
+    if not nvcc:
+        missing.append("nvcc was not found (PATH, CUDA_HOME)")
+    if asked == "0":
+        say("CPU library only: FORCE_CUDA=0")
+        return False
+    if missing and asked == "1":
+        sys.exit(f"peft_ext: FORCE_CUDA=1, but {' and '.join(missing)}")
+    if missing:
+        say(f"CPU library only: {' and '.join(missing)}")
+        return False
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    say(f"CPU and CUDA libraries: torch {torch.__version__}, {nvcc}, archs {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    return True
+
+
+def extensions(torch):
+    import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    cuda = want_cuda(torch)
+    target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
+    macros = [
+        ("TORCH_TARGET_VERSION", f"0x{target:016x}"),
+        ("PEFT_EXT_VERSION", f'"{VERSION}"'),
+        ("PEFT_EXT_TORCH", f'"{torch.__version__}"'),
+        ("PEFT_EXT_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
+        ("PEFT_EXT_CUDA", "true" if cuda else "false"),
+    ]
+    # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels pick their own.
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
+    headers = sorted(str(path) for kind in ("h", "cuh") for path in Path("csrc").rglob(f"*.{kind}"))
+    found = [
+        Extension(
+            "peft_ext._C",
+            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            depends=headers,
+            include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), *include_paths()],
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=macros,
+            extra_compile_args={"cxx": flags} if cuda else flags,
+            extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined-version"],
+            language="c++",
+        )
+    ]
+    if cuda:
+        found.append(
+            Extension(
+                "peft_ext._C_cuda",
+                sources=sorted(str(path) for path in Path("csrc").rglob("*_cuda.cu")),
+                depends=headers,
+                include_dirs=[str(ROOT / "csrc"), *include_paths("cuda")],
+                library_dirs=library_paths("cuda"),
+                libraries=["torch_cuda", "torch_cpu", "cudart"],
+                define_macros=[*macros, ("USE_CUDA", None)],
+                extra_compile_args={
+                    "cxx": flags,
+                    "nvcc": ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"],
+                },
+                language="c++",
+            )
+        )
+    return found
+
+
+def main():
+    torch = find_torch()
+    if torch is not None:
+        have = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if have < TORCH_TARGET:
+            sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
+        from torch.utils.cpp_extension import BuildExtension
+
+        setup(ext_modules=extensions(torch), cmdclass={"build_ext": BuildExtension}, zip_safe=False)
+    elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
+        sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
+    else:
+        # Metadata and source distributions need no torch; a build in an environment without one asks for it.
+        setup(setup_requires=["torch>=2.11"], zip_safe=False)
+
+
+main()

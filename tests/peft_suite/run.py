@@ -1,0 +1,107 @@
+"""Run PEFT's own tests without and with accelerated layers; fail where a test passes only without.
+
+    python tests/peft_suite/run.py [--mode quick|lora|full] [--cache FOLDER] [--sdist FILE]
+
+The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline. Tests that
+fail without the plugin (they want a hub or a package that is not here) are listed by number and do not count.
+
+Modes: ``quick``, plain LoRA over linear layers, about two minutes for both runs; ``lora``, all that LoRA touches,
+about four; ``full``, every test of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TESTS = "tests/test_custom_models.py"
+_OTHERS = "".join(f" and not {name}" for name in ("adalora", "randlora", "gralora", "vblora", "unilora", "delora"))
+_CLASSES = "LayerRepr or DynamicDispatch or MixedAdapter"
+# "timing" compares run times of two PEFT versions of one forward.
+MODES = {
+    "quick": f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}",
+    "lora": f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}",
+    "full": "not timing",
+}
+# The shared test code imports this class; the tests of this file never use it.
+_DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
+
+
+def unpack(cache: Path, sdist: Path | None) -> Path:
+    """The unpacked sdist of the installed PEFT, made ready to be collected."""
+    name = f"peft-{version('peft')}"
+    folder = cache / name
+    if not (folder / TESTS).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        if sdist is None:
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(cache)]
+            subprocess.run([*pip, "--no-build-isolation", f"peft=={version('peft')}"], check=True)
+            sdist = cache / f"{name}.tar.gz"
+        with tarfile.open(sdist) as archive:
+            archive.extractall(cache, filter="data")
+    (folder / "tests" / "__init__.py").touch()  # the tests import each other relatively; the sdist leaves this out
+    if importlib.util.find_spec("diffusers") is None:
+        (folder / "diffusers.py").write_text(_DIFFUSERS)
+    return folder
+
+
+def run(folder: Path, report: Path, select: str, plugin: bool) -> dict[str, str]:
+    """Outcomes by test: passed, failed or skipped."""
+    command = [sys.executable, "-m", "pytest", TESTS, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["--tb=short", "--no-header", f"--junitxml={report}", "-k", select]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if plugin:
+        command += ["-p", "plugin"]
+        paths.insert(0, str(HERE))
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment["PEFT_EXT_SUITE_COUNT"] = str(report.with_suffix(".count"))
+    report.unlink(missing_ok=True)
+    with open(report.with_suffix(".log"), "w") as log:
+        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if not report.exists():
+        raise SystemExit(f"pytest did not run to its end; see {report.with_suffix('.log')}")
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mode", choices=MODES, default="lora")
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft_ext"
+    parser.add_argument("--cache", type=Path, default=default, help="where the sdist and the reports go")
+    parser.add_argument("--sdist", type=Path, help="a PEFT sdist that is here already")
+    options = parser.parse_args()
+
+    folder = unpack(options.cache, options.sdist)
+    reports = [options.cache / f"{options.mode}-{kind}.xml" for kind in ("stock", "accelerated")]
+    stock = run(folder, reports[0], MODES[options.mode], plugin=False)
+    accelerated = run(folder, reports[1], MODES[options.mode], plugin=True)
+
+    for kind, outcomes in (("stock", stock), ("accelerated", accelerated)):
+        counts = {which: list(outcomes.values()).count(which) for which in ("passed", "failed", "skipped")}
+        print(f"{kind:>12}: " + ", ".join(f"{count} {which}" for which, count in counts.items()))
+    fused = int(reports[1].with_suffix(".count").read_text())
+    print(f"fused forwards: {fused}")
+    worse = [name for name, outcome in stock.items() if outcome == "passed" and accelerated.get(name) != "passed"]
+    for name in worse:
+        print(f"passes only without: {name}")
+    if not fused:
+        print("nothing was fused: the run proves nothing")
+    return int(bool(worse) or not fused)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

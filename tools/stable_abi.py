@@ -1,0 +1,68 @@
+"""Does a native library ask of torch only what the oldest supported torch has? Standard library alone.
+
+Torch's shim headers say from which version on a function exists: ``#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+TARGET = (2, 11)
+
+_SHIMS = ("torch/csrc/stable/c/*.h", "torch/csrc/inductor/aoti_torch/c/*.h", "torch/csrc/inductor/aoti_torch/generated/*.h")  # fmt: skip
+_GUARD = re.compile(r"TORCH_FEATURE_VERSION\s*>=\s*TORCH_VERSION_(\d+)_(\d+)_\d+")
+_SHIM_SYMBOL = re.compile(r"\b(?:aoti_torch|torch)_\w+")
+
+
+def torch_include() -> Path | None:
+    """The headers of the installed torch, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    return None if spec is None else Path(spec.submodule_search_locations[0], "include")
+
+
+def declared_since(text: str) -> dict[str, tuple[int, int]]:
+    """Each function that a shim header declares, and the torch version whose guard it stands under."""
+    since: dict[str, tuple[int, int]] = {}
+    guards: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        directive = line.lstrip()
+        if directive.startswith("#if"):
+            guard = _GUARD.search(directive)
+            guards.append((int(guard[1]), int(guard[2])) if guard else (0, 0))
+        elif directive.startswith(("#else", "#elif")):
+            guards[-1] = (0, 0)
+        elif directive.startswith("#endif"):
+            guards.pop()
+        elif not directive.startswith("//"):
+            for name in re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", line):
+                since[name] = min(max(guards, default=(0, 0)), since.get(name, (99, 0)))
+    return since
+
+
+def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
+    """What an object, or with ``dynamic`` a shared library, needs from elsewhere; C++ names demangled."""
+    command = ["nm", "-uC", *(["-D"] if dynamic else []), str(path)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
+
+
+def violations(symbols: list[str], include: Path) -> list[str]:
+    """One line for each symbol that the stable ABI of ``TARGET`` does not hold; empty is good."""
+    since: dict[str, tuple[int, int]] = {}
+    for header in (path for pattern in _SHIMS for path in sorted(include.glob(pattern))):
+        for name, version in declared_since(header.read_text()).items():
+            since[name] = min(version, since.get(name, version))
+    found = []
+    for symbol in symbols:
+        if re.search(r"\b(?:at|c10)::", symbol):
+            found.append(f"{symbol}: not of the stable ABI")
+        elif _SHIM_SYMBOL.match(symbol):
+            name = symbol.split("@")[0]
+            if name not in since:
+                found.append(f"{symbol}: in none of torch's shim headers")
+            elif since[name] > TARGET:
+                found.append(f"{symbol}: since torch {since[name][0]}.{since[name][1]}, the target is {TARGET[0]}.{TARGET[1]}")
+    return found
