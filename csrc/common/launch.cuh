@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <stdint.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <stdint.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace peft_ext {
 
@@ -16,7 +16,7 @@ class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

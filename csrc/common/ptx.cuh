@@ -32,7 +32,7 @@ __device__ __forceinline__ float fadd_rn(float a, float b) {
 #endif
 }
 
-// The value that lane `source` of this lane's group of `width` holds; source counts modulo width. All 32 lanes call it.
+// The value that lane `source` of this lane's group of `width` holds; its low bits count. All 32 lanes call it.
 __device__ __forceinline__ float shuffle(float value, int source, int width = kWarpSize) {
   return __shfl_sync(0xffffffffu, value, source, width);
 }

@@ -1,10 +1,11 @@
-// AVX2 loads and stores of 8 values of any element type, in float32. Include after target_avx2.h.
+// AVX2: loads and stores of 8 values of any element type, in float32. Include after target_avx2.h.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/philox.h"
 
 namespace peft_ext {
 namespace {
@@ -30,6 +31,64 @@ inline __m128i round_f16(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUN
 inline void store8(float* out, __m256 value) { _mm256_storeu_ps(out, value); }
 inline void store8(bf16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_bf16(value)); }
 inline void store8(f16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_f16(value)); }
+
+// The vector that code shared by all instruction sets is written in.
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 v;
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  static Vec load(const float* x) { return {_mm256_loadu_ps(x)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  void store(float* x) const { _mm256_storeu_ps(x, v); }
+};
+
+// Four 32-bit words in 64-bit lanes: see philox_impl.h.
+struct Lanes {
+  static constexpr int kWidth = 4;
+  __m256i v;
+  static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
+  // Blocks first..first+3, in the order that makes store_words' two interleavings come out in memory order.
+  static Lanes counters(uint64_t first) {
+    return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
+  }
+  static Lanes mul32(Lanes a, Lanes b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+  Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }
+  static void store_words(Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint16_t* out) {
+    const __m256i first = _mm256_blend_epi32(w0.v, _mm256_slli_epi64(w1.v, 32), 0xAA);
+    const __m256i second = _mm256_blend_epi32(w2.v, _mm256_slli_epi64(w3.v, 32), 0xAA);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(first, second));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi64(first, second));
+  }
+};
+
+// values[i] -> keep ? values[i] * scale : 0
+inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
+  const __m256i below = _mm256_set1_epi32(static_cast<int32_t>(dropout.threshold) - 1);
+  const __m256 scale = _mm256_set1_ps(dropout.scale);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i draw = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(draws + i)));
+    const __m256 keep = _mm256_castsi256_ps(_mm256_cmpgt_epi32(draw, below));
+    _mm256_storeu_ps(values + i, _mm256_and_ps(keep, _mm256_mul_ps(_mm256_loadu_ps(values + i), scale)));
+  }
+  for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
+}
+
+template <typename T>
+inline void widen(const T* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, load8(x + i));
+  for (; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+template <typename T>
+inline void narrow(const float* x, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store8(out + i, _mm256_loadu_ps(x + i));
+  for (; i < count; ++i) out[i] = from_float<T>(x[i]);
+}
 
 }  // namespace
 }  // namespace peft_ext

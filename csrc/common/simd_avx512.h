@@ -1,10 +1,11 @@
-// AVX-512 loads and stores of 16 values of any element type, in float32. Include after target_avx512.h.
+// AVX-512: loads and stores of 16 values of any element type, in float32. Include after target_avx512.h.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/philox.h"
 
 namespace peft_ext {
 namespace {
@@ -16,14 +17,6 @@ inline __m512 load16(const bf16* x) {
 }
 inline __m512 load16(const f16* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-
-inline __m512 load16_masked(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline __m512 load16_masked(const bf16* x, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
-inline __m512 load16_masked(const f16* x, __mmask16 mask) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
 }
 
 // Integer rounding, not vcvtneps2bf16: that one flushes subnormals to zero.
@@ -43,12 +36,62 @@ inline void store16(bf16* out, __m512 value) {
 }
 inline void store16(f16* out, __m512 value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_f16(value)); }
 
-inline void store16_masked(float* out, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(out, mask, value); }
-inline void store16_masked(bf16* out, __m512 value, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(out, mask, round_bf16(value));
+// The vector that code shared by all instruction sets is written in.
+struct Vec {
+  static constexpr int kWidth = 16;
+  __m512 v;
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
+  static Vec load(const float* x) { return {_mm512_loadu_ps(x)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  void store(float* x) const { _mm512_storeu_ps(x, v); }
+};
+
+// Eight 32-bit words in 64-bit lanes: see philox_impl.h.
+struct Lanes {
+  static constexpr int kWidth = 8;
+  __m512i v;
+  static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
+  // Blocks first..first+7, in the order that makes store_words' two interleavings come out in memory order.
+  static Lanes counters(uint64_t first) {
+    return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
+  }
+  static Lanes mul32(Lanes a, Lanes b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
+  Lanes high() const { return {_mm512_srli_epi64(v, 32)}; }
+  static void store_words(Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint16_t* out) {
+    const __m512i first = _mm512_mask_shuffle_epi32(w0.v, 0xAAAA, w1.v, _MM_PERM_CCAA);
+    const __m512i second = _mm512_mask_shuffle_epi32(w2.v, 0xAAAA, w3.v, _MM_PERM_CCAA);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(first, second));
+    _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi64(first, second));
+  }
+};
+
+// values[i] -> keep ? values[i] * scale : 0
+inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
+  const __m512i threshold = _mm512_set1_epi32(static_cast<int32_t>(dropout.threshold));
+  const __m512 scale = _mm512_set1_ps(dropout.scale);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 inside = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __m512i draw = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(draws + i)));
+    const __mmask16 keep = _mm512_cmpge_epi32_mask(draw, threshold);
+    const __m512 kept = _mm512_maskz_mul_ps(keep, _mm512_maskz_loadu_ps(inside, values + i), scale);
+    _mm512_mask_storeu_ps(values + i, inside, kept);
+  }
 }
-inline void store16_masked(f16* out, __m512 value, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(out, mask, round_f16(value));
+
+template <typename T>
+inline void widen(const T* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, load16(x + i));
+  for (; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+template <typename T>
+inline void narrow(const float* x, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store16(out + i, _mm512_loadu_ps(x + i));
+  for (; i < count; ++i) out[i] = from_float<T>(x[i]);
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // packed [ceil(n/2)] uint8, the high nibble the even element; n = the flat size of any shape; out [n] float32, bfloat16
 // or float16. blocksize is a power of two >= 32, so 32 aligned elements share one scale.
 // Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 of them. Output is up to
-// eight ninths of the traffic, so lanes lie along it: step by step lane l makes the l-th next 16 bytes (8 elements; 4 of
-// float32), and each store of a warp is 512 bytes in a row. Its loads are then 4 (2) bytes a lane, also in a row.
+// eight ninths of the traffic, so lanes lie along it: step by step lane l makes the l-th next 16 bytes (8 elements; 4
+// of float32), and each store of a warp is 512 bytes in a row. Its loads are then 4 (2) bytes a lane, also in a row.
 // Tables: the 16 codes lie one a lane and are read by shuffle, never in conflict. No shared memory, no barrier.
 // Rounding: float32 product and sum, each rounded, never an FMA; then once to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
@@ -27,9 +27,9 @@ struct Nf4View {
 };
 
 constexpr int kNf4Log2NestedBlock = 8;
-constexpr int kNf4Group = 32;                       // elements of one scale, at every blocksize
-constexpr int kNf4Tile = kWarpSize * kNf4Group;     // elements a warp owns
-constexpr int kNf4Warps = 8;                        // of a thread block
+constexpr int kNf4Group = 32;                    // elements of one scale, at every blocksize
+constexpr int kNf4Tile = kWarpSize * kNf4Group;  // elements a warp owns
+constexpr int kNf4Warps = 8;                     // of a thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
 constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on holds
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
@@ -75,8 +75,8 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// This warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight; otherwise every
-// access is checked. All lanes take part either way, as each holds a part of the tables.
+// This warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight; otherwise
+// every access is checked. All lanes take part either way, as each holds a part of the tables.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first) {
   using Codes = typename Nf4Vector<T>::Codes;
@@ -133,7 +133,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
 
 // Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads; out is aligned to 16 bytes.
 template <typename T>
-__global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor) nf4_dequantize_kernel(Nf4View weight, T* out) {
+__global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor)
+    nf4_dequantize_kernel(Nf4View weight, T* out) {
   // The choice is by block, not by warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {

@@ -19,10 +19,9 @@ using torch::stable::Tensor;
 Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel, const Tensor& weight) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == weight.get_device_index(), "nf4_dequantize: ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "nf4_dequantize: ", name, " has dtype ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", wanted ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(tensor.numel() == numel, "nf4_dequantize: ", name, " has ", tensor.numel(), " elements, wanted ",
-                  numel);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == numel, "nf4_dequantize: ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
+                  torch::headeronly::toString(dtype), " with ", numel);
   return torch::stable::contiguous(tensor);
 }
 

@@ -88,7 +88,7 @@ def check_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Ten
 
 
 def check_scale(op: str, scaling: float, dropout_p: float) -> None:
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+    if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
         raise ValueError(f"{op}: scaling is {scaling!r}, wanted a finite number")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p!r}, wanted 0 <= p < 1")

@@ -1,0 +1,57 @@
+// Philox draws, written once over Lanes (common/simd_<isa>.h). Included after the target pragma.
+//
+// Every 32-bit word sits in a 64-bit lane, so that a round is two widening products, two shifts and two xors; the upper
+// halves hold garbage that the products ignore. Two independent sets of lanes hide the products' latency.
+#pragma once
+
+#include "common/philox.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int kPhiloxRounds = 7;
+constexpr int kPhiloxSets = 2;
+constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // counter blocks made together
+constexpr int kDrawsPerBlock = 8;
+
+// Draws of counter blocks [first, first + kPhiloxBlocks), in element order.
+inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out) {
+  Lanes c0[kPhiloxSets], c1[kPhiloxSets], c2[kPhiloxSets], c3[kPhiloxSets];
+  for (int s = 0; s < kPhiloxSets; ++s) {
+    c0[s] = Lanes::counters(first + static_cast<uint64_t>(s * Lanes::kWidth));
+    c1[s] = c0[s].high();
+    c2[s] = Lanes::broadcast(dropout.offset);
+    c3[s] = c2[s].high();
+  }
+  const Lanes multiplier0 = Lanes::broadcast(0xD2511F53u), multiplier1 = Lanes::broadcast(0xCD9E8D57u);
+  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const Lanes key0 = Lanes::broadcast(k0), key1 = Lanes::broadcast(k1);
+    for (int s = 0; s < kPhiloxSets; ++s) {
+      const Lanes product0 = Lanes::mul32(c0[s], multiplier0), product1 = Lanes::mul32(c2[s], multiplier1);
+      c0[s] = Lanes::xor3(product1.high(), c1[s], key0);
+      c2[s] = Lanes::xor3(product0.high(), c3[s], key1);
+      c1[s] = product1;
+      c3[s] = product0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int s = 0; s < kPhiloxSets; ++s)
+    Lanes::store_words(c0[s], c1[s], c2[s], c3[s], out + s * Lanes::kWidth * kDrawsPerBlock);
+}
+
+// Room that philox_draws needs for `count` draws: it makes whole groups of blocks, and may start inside one.
+constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
+
+// Draws of flat elements [first, first + count) begin at the returned address inside `buffer` (draws_room(count)).
+inline const uint16_t* philox_draws(const Dropout& dropout, int64_t first, int64_t count, uint16_t* buffer) {
+  const int64_t block = first / kDrawsPerBlock;
+  const int64_t blocks = ceil_div(first + count, kDrawsPerBlock) - block;
+  for (int64_t done = 0; done < blocks; done += kPhiloxBlocks)
+    philox_blocks(dropout, static_cast<uint64_t>(block + done), buffer + done * kDrawsPerBlock);
+  return buffer + first % kDrawsPerBlock;
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,56 @@
+// The vector of one value: the portable path.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/philox.h"
+
+namespace peft_ext {
+namespace {
+
+struct Vec {
+  static constexpr int kWidth = 1;
+  float v;
+  static Vec zero() { return {0.0f}; }
+  static Vec broadcast(float value) { return {value}; }
+  static Vec load(const float* x) { return {*x}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  void store(float* x) const { *x = v; }
+};
+
+// One 32-bit word in a 64-bit lane: see philox_impl.h.
+struct Lanes {
+  static constexpr int kWidth = 1;
+  uint64_t v;
+  static Lanes broadcast(uint64_t value) { return {value}; }
+  static Lanes counters(uint64_t first) { return {first}; }
+  static Lanes mul32(Lanes a, Lanes b) { return {(a.v & 0xffffffffu) * (b.v & 0xffffffffu)}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {a.v ^ b.v ^ c.v}; }
+  Lanes high() const { return {v >> 32}; }
+  static void store_words(Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint16_t* out) {
+    const uint64_t words[4] = {w0.v, w1.v, w2.v, w3.v};
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = static_cast<uint16_t>(words[i]);
+      out[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
+    }
+  }
+};
+
+// values[i] -> keep ? values[i] * scale : 0
+inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
+}
+
+template <typename T>
+inline void widen(const T* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+template <typename T>
+inline void narrow(const float* x, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(x[i]);
+}
+
+}  // namespace
+}  // namespace peft_ext

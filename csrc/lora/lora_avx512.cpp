@@ -1,0 +1,14 @@
+// The low-rank path with AVX-512. See lora_kernels.h for the contract, lora_impl.h for the code.
+#if defined(__x86_64__)
+#include "common/target_avx512.h"
+// The target must be set before these headers are read.
+#include "common/simd_avx512.h"
+#include "lora/lora_impl.h"
+
+namespace peft_ext {
+
+const LoraKernels kLoraKernelsAvx512 = {row_pass, expand};
+
+}  // namespace peft_ext
+#include "common/target_end.h"
+#endif

@@ -1,0 +1,144 @@
+// The low-rank kernels, written once over Vec (common/simd_<isa>.h). Included after the target pragma.
+//
+// row_pass: kTokens rows by kPanel columns are widened to float32 (and dropped) in L1; each value is then broadcast
+// against a row of `right` (sum kept in registers over the panel) and against a row of `left` (sum kept in `acc`).
+// The panel is the outer loop: its rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 over all tokens.
+// m is read once, in its own dtype; nothing of its size is written.
+//
+// expand: kTokens rows by kVecs vectors of sums in registers, over the rank; `right` streams from L2 once for kTokens
+// rows. y is written once.
+#pragma once
+
+#include "common/philox_impl.h"
+#include "lora/lora_kernels.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int kTokens = 8;
+constexpr int kPanel = 512;
+
+struct RowBlock {
+  alignas(64) float values[kTokens][kPanel];
+  alignas(64) uint16_t draws[draws_room(kPanel)];
+};
+
+// Rows [t, t + tokens), columns [k, k + width) of m, widened and dropped.
+template <typename T>
+inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
+  for (int i = 0; i < tokens; ++i) {
+    const int64_t flat = (t + i) * pass.columns + k;
+    widen(static_cast<const T*>(pass.m) + flat, width, block->values[i]);
+    if (pass.dropout.active) {
+      const uint16_t* draws = philox_draws(pass.dropout, flat, width, block->draws);
+      apply_dropout(pass.dropout, draws, width, block->values[i]);
+    }
+  }
+}
+
+template <bool kShrink, bool kOuter, int kRows>
+inline void row_block(const RowPass& pass, const RowBlock& block, int64_t t, int64_t k, int64_t width) {
+  for (int64_t r = 0; r < pass.rank; r += Vec::kWidth) {
+    Vec sum[kRows], left[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      if (kShrink) sum[i] = k == 0 ? Vec::zero() : Vec::load(pass.out + (t + i) * pass.rank + r);
+      if (kOuter) left[i] = Vec::load(pass.left + (t + i) * pass.rank + r);
+    }
+    const float* right = kShrink ? pass.right + k * pass.rank + r : nullptr;
+    float* acc = kOuter ? pass.acc + k * pass.rank + r : nullptr;
+    for (int64_t j = 0; j < width; ++j) {
+      Vec weight = Vec::zero(), total = Vec::zero();
+      if (kShrink) weight = Vec::load(right + j * pass.rank);
+      if (kOuter) total = Vec::load(acc + j * pass.rank);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec value = Vec::broadcast(block.values[i][j]);
+        if (kShrink) sum[i] = Vec::fma(value, weight, sum[i]);
+        if (kOuter) total = Vec::fma(value, left[i], total);
+      }
+      if (kOuter) total.store(acc + j * pass.rank);
+    }
+    if (kShrink)
+      for (int i = 0; i < kRows; ++i) sum[i].store(pass.out + (t + i) * pass.rank + r);
+  }
+}
+
+template <typename T, bool kShrink, bool kOuter>
+void row_pass_range(const RowPass& pass, int64_t begin, int64_t end) {
+  RowBlock block;
+  for (int64_t k = 0; k < pass.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, pass.columns - k);
+    int64_t t = begin;
+    for (; t + kTokens <= end; t += kTokens) {
+      load_block<T>(pass, t, kTokens, k, width, &block);
+      row_block<kShrink, kOuter, kTokens>(pass, block, t, k, width);
+    }
+    for (; t < end; ++t) {
+      load_block<T>(pass, t, 1, k, width, &block);
+      row_block<kShrink, kOuter, 1>(pass, block, t, k, width);
+    }
+  }
+}
+
+void row_pass(const RowPass& pass, int64_t begin, int64_t end) {
+  with_dtype(pass.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (pass.left == nullptr) return row_pass_range<T, true, false>(pass, begin, end);
+    if (pass.right == nullptr) return row_pass_range<T, false, true>(pass, begin, end);
+    row_pass_range<T, true, true>(pass, begin, end);
+  });
+}
+
+template <int kRows>
+inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
+  constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;
+  for (int64_t j = 0; j < width; j += kVecs * Vec::kWidth) {
+    Vec sum[kRows][kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec start =
+          expand.bias == nullptr ? Vec::zero() : Vec::load(expand.bias + n + j + v * Vec::kWidth);
+      for (int i = 0; i < kRows; ++i) sum[i][v] = start;
+    }
+    for (int64_t r = 0; r < expand.rank; ++r) {
+      const float* right = expand.right + r * expand.stride + n + j;
+      Vec weight[kVecs];
+      for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(right + v * Vec::kWidth);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec value = Vec::broadcast(expand.left[(t + i) * expand.rank + r]);
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec::fma(value, weight[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) sum[i][v].store(sums[i] + j + v * Vec::kWidth);
+  }
+}
+
+template <typename T>
+void expand_range(const Expand& expand, int64_t begin, int64_t end) {
+  RowBlock block;
+  for (int64_t t = begin; t < end;) {
+    const int rows = end - t >= kTokens ? kTokens : 1;
+    for (int64_t n = 0; n < expand.columns; n += kPanel) {
+      const int64_t width = min_i64(kPanel, expand.columns - n);
+      if (rows == kTokens)
+        expand_block<kTokens>(expand, t, n, width, block.values);
+      else
+        expand_block<1>(expand, t, n, width, block.values);
+      for (int i = 0; i < rows; ++i) {
+        const int64_t flat = (t + i) * expand.columns + n;
+        if (expand.dropout.active) {
+          const uint16_t* draws = philox_draws(expand.dropout, flat, width, block.draws);
+          apply_dropout(expand.dropout, draws, width, block.values[i]);
+        }
+        narrow(block.values[i], width, static_cast<T*>(expand.y) + flat);
+      }
+    }
+    t += rows;
+  }
+}
+
+void expand(const Expand& work, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end); });
+}
+
+}  // namespace
+}  // namespace peft_ext
