@@ -1,0 +1,1 @@
+"""Kernel benchmarks: ``python -m benchmarks`` runs them all and writes a result file."""
