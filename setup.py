@@ -79,7 +79,9 @@ def extensions(torch):
         ("PEFT_EXT_CUDA", "true" if cuda else "false"),
     ]
     # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels pick their own.
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
+    # The prefix map keeps the build folder out of error messages, which name the source file.
+    prefix_map = f"-ffile-prefix-map={ROOT}/="
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0", prefix_map]
     headers = sorted(str(path) for kind in ("h", "cuh") for path in Path("csrc").rglob(f"*.{kind}"))
     found = [
         Extension(
@@ -107,7 +109,7 @@ def extensions(torch):
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={
                     "cxx": flags,
-                    "nvcc": ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"],
+                    "nvcc": ["-O3", "-std=c++17", "-Xcompiler", f"-fvisibility=hidden,{prefix_map}"],
                 },
                 language="c++",
             )

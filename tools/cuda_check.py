@@ -25,7 +25,8 @@ ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 def find(tool: str) -> str | None:
     """A tool of the CUDA toolkit, on PATH or under CUDA_HOME."""
-    return shutil.which(tool) or shutil.which(tool, path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(tool) or shutil.which(tool, path=os.path.join(home, "bin"))
 
 
 def compile_command(nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...]) -> list[str]:
@@ -66,7 +67,7 @@ def demangle(names: list[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help=f"every architecture a wheel has: {', '.join(ALL_ARCHS)}")
-    parser.add_argument("--require", action="store_true", help="fail, rather than skip, without nvcc or torch's headers")
+    parser.add_argument("--require", action="store_true", help="without nvcc or torch, fail rather than skip")
     options = parser.parse_args()
 
     nvcc, include = find("nvcc"), stable_abi.torch_include()
@@ -92,14 +93,15 @@ def main() -> int:
             failures += found
             rows += [{"file": name} | row for row in kernel_rows(log)]
 
-    for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows])):
+    for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows]), strict=True):
         row["kernel"] = kernel
         if row["spilled"]:
             failures.append(f"{row['file']}: {kernel} spills {row['spilled']} bytes on sm_{row['arch']}")
     width = max((len(str(row["kernel"])) for row in rows), default=6)
     print(f"{'kernel':{width}}  arch    registers  shared bytes  spilled bytes")
     for row in sorted(rows, key=lambda row: (row["file"], row["kernel"], int(str(row["arch"])))):
-        print(f"{row['kernel']:{width}}  sm_{row['arch']:<5}{row['registers']:>9}{row['shared']:>14}{row['spilled']:>15}")
+        counts = f"{row['registers']:>9}{row['shared']:>14}{row['spilled']:>15}"
+        print(f"{row['kernel']:{width}}  sm_{row['arch']:<5}{counts}")
     for failure in failures:
         print(f"cuda-check: {failure}", file=sys.stderr)
     print(f"cuda-check: {len(sources)} files, {len(rows)} kernels, {len(failures)} failures")

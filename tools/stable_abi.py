@@ -12,8 +12,9 @@ from pathlib import Path
 
 TARGET = (2, 11)
 
-_SHIMS = ("torch/csrc/stable/c/*.h", "torch/csrc/inductor/aoti_torch/c/*.h", "torch/csrc/inductor/aoti_torch/generated/*.h")  # fmt: skip
+_SHIMS = ("stable/c/*.h", "inductor/aoti_torch/c/*.h", "inductor/aoti_torch/generated/*.h")
 _GUARD = re.compile(r"TORCH_FEATURE_VERSION\s*>=\s*TORCH_VERSION_(\d+)_(\d+)_\d+")
+_DECLARATION = re.compile(r"\b((?:aoti_torch|torch)_\w+)\s*\(")
 _SHIM_SYMBOL = re.compile(r"\b(?:aoti_torch|torch)_\w+")
 
 
@@ -37,7 +38,7 @@ def declared_since(text: str) -> dict[str, tuple[int, int]]:
         elif directive.startswith("#endif"):
             guards.pop()
         elif not directive.startswith("//"):
-            for name in re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", line):
+            for name in _DECLARATION.findall(line):
                 since[name] = min(max(guards, default=(0, 0)), since.get(name, (99, 0)))
     return since
 
@@ -52,7 +53,7 @@ def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
 def violations(symbols: list[str], include: Path) -> list[str]:
     """One line for each symbol that the stable ABI of ``TARGET`` does not hold; empty is good."""
     since: dict[str, tuple[int, int]] = {}
-    for header in (path for pattern in _SHIMS for path in sorted(include.glob(pattern))):
+    for header in (path for pattern in _SHIMS for path in sorted((include / "torch/csrc").glob(pattern))):
         for name, version in declared_since(header.read_text()).items():
             since[name] = min(version, since.get(name, version))
     found = []
@@ -64,5 +65,5 @@ def violations(symbols: list[str], include: Path) -> list[str]:
             if name not in since:
                 found.append(f"{symbol}: in none of torch's shim headers")
             elif since[name] > TARGET:
-                found.append(f"{symbol}: since torch {since[name][0]}.{since[name][1]}, the target is {TARGET[0]}.{TARGET[1]}")
+                found.append(f"{symbol}: since torch {'.'.join(map(str, since[name]))}, target {TARGET[0]}.{TARGET[1]}")
     return found

@@ -360,7 +360,7 @@ class _Run:
         fused = self._fused(model)
         self._write({"finished": False})
         trainer, meter, stop = self._trainer(model)
-        _say(f"training: {self.steps} steps, {fused['fused']} of {fused['layers']} adapted layers fused")
+        _say(f"training: {self.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
         with self._phase("train"), _on_interrupt(stop):
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -492,7 +492,7 @@ class _Run:
         """Logits of the given tokens; those of virtual tokens, which prompt methods put first, are left out."""
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits[:, -batch["input_ids"].shape[1] :]
 
@@ -525,7 +525,7 @@ class _Run:
         inputs = self.tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
                                  pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -31,18 +31,15 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
     if reason := why_not_nf4(state):
         raise ValueError(f"NF4Weight.from_bitsandbytes: {reason}")
-    packed = weight.data
+    # A plain tensor, from here on: each attribute of bitsandbytes' tensor subclass costs a call into Python.
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.data
     if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
         packed = packed.reshape(-1).view(torch.uint8)
     nested = None
     if state.nested:
         nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
-    # A plain view: from here on nothing of bitsandbytes' tensor subclass is involved. Dynamo sees plain tensors already,
-    # and refuses as_subclass.
-    if type(packed) is not Tensor:
-        packed = packed.as_subclass(Tensor)
-    packed = packed.detach().reshape(-1, 1)
-    return NF4Weight(packed, state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, nested)
+    return NF4Weight(packed.reshape(-1, 1), state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, nested)
 
 
 def params4bit_from_nf4(nf4: NF4Weight) -> Any:

