@@ -276,6 +276,14 @@ def test_refuses_options(capsys, tmp_path, arguments, message):
     assert refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), *arguments]) == message
 
 
+def test_refuses_unknown_commands_and_shows_the_help_without_one(capsys):
+    assert main(["nosuch"]) == 2
+    assert capsys.readouterr().err == "error: No such command 'nosuch'.\n"
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "finetune" in out + err and "error" not in out + err
+
+
 def test_refuses_what_is_no_number(capsys, tmp_path):
     assert "--rank" in refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), "--rank", "many"])
 

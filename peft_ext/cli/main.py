@@ -147,6 +147,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # typer's and click's own errors, whichever of the two a version of typer raises.
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        if message := error.format_message():  # none where the help was shown instead
+            print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     return int(code) if isinstance(code, int) else 0
