@@ -246,10 +246,14 @@ class _Run:
         import torch
         from transformers import AutoTokenizer
 
+        from ..integrations.transformers import keep_freed_memory
+
         self.o, self.corpus, self.checkpoint = options, corpus, checkpoint
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.seconds: dict[str, float] = {}
         self.folder = self._model_folder()
         config = self._config()
