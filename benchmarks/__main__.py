@@ -19,7 +19,9 @@ from .harness import machine, measured_ceilings, print_table, save
 
 
 def main() -> None:
-    found = [name.removeprefix("bench_") for _, name, _ in pkgutil.iter_modules(benchmarks.__path__) if "bench_" in name]
+    found = [
+        name.removeprefix("bench_") for _, name, _ in pkgutil.iter_modules(benchmarks.__path__) if "bench_" in name
+    ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", default=found, help=f"which ({', '.join(found)}); default: all")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/<isa>-<date>.json")

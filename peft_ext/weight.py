@@ -9,8 +9,9 @@ Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor

@@ -249,6 +249,14 @@ def test_manual_seed_repeats_the_mask_and_eval_has_none() -> None:
     assert torch.equal(ops.lora_linear(x, w, a, b, dropout_p=0.5, training=False), plain)
 
 
+@pytest.mark.parametrize("case", LINEAR, ids=ids)
+def test_the_gradient_of_a_gradient_is_refused(case: Case) -> None:
+    sample = case.make(torch.float32, SHAPES[0])
+    sample.inputs["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"the gradient of a gradient \(create_graph=True\) is not supported"):
+        torch.autograd.grad(case.call(**sample.inputs).sum(), sample.inputs["x"], create_graph=True)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_repeats_the_mask(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint

@@ -6,7 +6,7 @@
 namespace peft_ext {
 
 struct FrozenWeight {
-  Tensor weight;                // dense [N, K], or packed uint8 [ceil(N K / 2), 1]
+  Tensor weight;                 // dense [N, K], or packed uint8 [ceil(N K / 2), 1]
   std::optional<Tensor> absmax;  // none: dense. float32 [blocks], or uint8 [blocks] where nested
   std::optional<Tensor> nested_absmax, nested_code, nested_offset;
   int64_t blocksize = 0;
@@ -21,6 +21,12 @@ struct FrozenWeight {
 FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
                             std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                             std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape);
+
+// Whether skinny_product takes this many tokens of x's type against this weight on the CPU path in use.
+bool skinny_takes(const FrozenWeight& weight, ScalarType type, int64_t tokens);
+
+// x [T, K] W^T in float32, [T, N], for few tokens against an NF4 weight, decoded in registers. x is contiguous.
+Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight);
 
 // [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);

@@ -42,8 +42,8 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   return dtype_of(op, argument, tensor.scalar_type());
 }
 
-// Large results are new memory from the system each time, and a page fault costs more than the 4 KiB it brings are worth
-// here: huge pages are asked for before the first touch. Where the system has none the call does nothing.
+// Large results are new memory from the system each time, and a page fault costs more than the 4 KiB it brings are
+// worth here: huge pages are asked for before the first touch. Where the system has none the call does nothing.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
@@ -58,8 +58,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 }
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor tensor = torch::stable::empty(shape, type, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor tensor =
+      torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   const size_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * width);
   return tensor;

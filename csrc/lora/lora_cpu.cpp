@@ -4,8 +4,9 @@
 //   backward: one pass over dY gives P = s dY B and dB = s dYᵀ S; one over x gives dA = Pᵀ x̃;
 //             dX = mask/(1-p) (P A) (write-only);  dX += dY W in place
 //
-// The base product accumulates onto the low-rank term, so that nothing of size T x N is read or written but Y and dX.
-// Sums over tokens are made per chunk of tokens, whose number depends on T alone, and then added in order: the same
+// Few tokens against an NF4 weight are multiplied as it is decoded, in float32, and Y is written once with all terms.
+// Else the base product accumulates onto the low-rank term, so that nothing of size T x N is read or written but Y and
+// dX. Sums over tokens are made per chunk of tokens, whose number depends on T alone, and then added in order: the same
 // bits for any number of threads.
 #include <string.h>
 
@@ -98,8 +99,9 @@ Sizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight,
   return {rows_of(x), k, n, rank, round_up(rank, kRankStep)};
 }
 
-void run_expand(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, const Dropout& dropout,
-                DType dtype, int64_t columns, int64_t tokens, const Tensor& y) {
+void run_expand(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& base, const Dropout& dropout, DType dtype, int64_t columns, int64_t tokens,
+                const Tensor& y) {
   Expand work;
   work.y = y.mutable_data_ptr();
   work.dtype = dtype;
@@ -110,6 +112,7 @@ void run_expand(const Tensor& left, const Tensor& right, const std::optional<Ten
   work.left = left.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
   work.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  work.base = base.has_value() ? base->const_data_ptr<float>() : nullptr;
   const LoraKernels& isa = kernels();
   parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) { isa.expand(work, begin, end); });
 }
@@ -207,13 +210,18 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(Tensor x, Tensor weight, std::optiona
   std::optional<Tensor> wide_bias;
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == z.out, kOp, ": bias has ", bias->numel(), " elements, wanted ", z.out);
-    wide_bias = packed(kOp, "bias", torch::stable::view(torch::stable::contiguous(*bias), {1, z.out}), 1.0f, false, 1,
-                       stride);
+    wide_bias =
+        packed(kOp, "bias", torch::stable::view(torch::stable::contiguous(*bias), {1, z.out}), 1.0f, false, 1, stride);
   }
-  run_expand(s_padded, right_b, wide_bias, Dropout(), dtype, z.out, z.tokens, y);
+  const Tensor flat_x = torch::stable::view(x, {z.tokens, z.in});
+  if (skinny_takes(held, x.scalar_type(), z.tokens)) {
+    run_expand(s_padded, right_b, wide_bias, skinny_product(kOp, flat_x, held), Dropout(), dtype, z.out, z.tokens, y);
+    return {y, s};
+  }
+  run_expand(s_padded, right_b, wide_bias, std::nullopt, Dropout(), dtype, z.out, z.tokens, y);
   if (z.in > 0)
-    addmm_(torch::stable::view(y, {z.tokens, z.out}), torch::stable::view(x, {z.tokens, z.in}),
-           transposed(dense_weight(kOp, held, x.scalar_type())), 1.0);
+    addmm_(torch::stable::view(y, {z.tokens, z.out}), flat_x, transposed(dense_weight(kOp, held, x.scalar_type())),
+           1.0);
   return {y, s};
 }
 
@@ -256,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   Tensor grad_x = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
   if (grad_x.numel() == 0) return {grad_x, grad_a, grad_b};
   const Tensor right_a = packed(kOp, "lora_A", lora_A, 1.0f, false, z.padded, round_up(z.in, kColumnStep));
-  run_expand(p, right_a, std::nullopt, dropout, dtype, z.in, z.tokens, grad_x);
+  run_expand(p, right_a, std::nullopt, std::nullopt, dropout, dtype, z.in, z.tokens, grad_x);
   if (z.out > 0)
     addmm_(torch::stable::view(grad_x, {z.tokens, z.in}), torch::stable::view(grad, {z.tokens, z.out}),
            dense_weight(kOp, held, x.scalar_type()), 1.0);

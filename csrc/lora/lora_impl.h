@@ -94,8 +94,7 @@ inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t wid
   for (int64_t j = 0; j < width; j += kVecs * Vec::kWidth) {
     Vec sum[kRows][kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      const Vec start =
-          expand.bias == nullptr ? Vec::zero() : Vec::load(expand.bias + n + j + v * Vec::kWidth);
+      const Vec start = expand.bias == nullptr ? Vec::zero() : Vec::load(expand.bias + n + j + v * Vec::kWidth);
       for (int i = 0; i < kRows; ++i) sum[i][v] = start;
     }
     for (int64_t r = 0; r < expand.rank; ++r) {
@@ -129,6 +128,8 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
           const uint16_t* draws = philox_draws(expand.dropout, flat, width, block.draws);
           apply_dropout(expand.dropout, draws, width, block.values[i]);
         }
+        if (expand.base != nullptr)
+          for (int64_t j = 0; j < width; ++j) block.values[i][j] += expand.base[flat + j];
         narrow(block.values[i], width, static_cast<T*>(expand.y) + flat);
       }
     }

@@ -28,8 +28,8 @@ struct RowPass {
   float* acc;          // [K, rank], zeroed by the caller
 };
 
-// y[t, n] = mask/(1-p) * sum_r left[t, r] right[r, n] + bias[n] for the rows [begin, end), each element written once,
-// rounded once to dtype. Dropout and bias do not occur together.
+// y[t, n] = mask/(1-p) * sum_r left[t, r] right[r, n] + bias[n] + base[t, n] for the rows [begin, end), each element
+// written once, rounded once to dtype. Dropout does not occur together with bias or base.
 struct Expand {
   void* y;
   DType dtype;
@@ -40,6 +40,7 @@ struct Expand {
   const float* left;   // [T, rank]
   const float* right;  // [rank, stride]
   const float* bias;   // [stride] or null
+  const float* base;   // [T, columns] or null
 };
 
 constexpr int64_t kColumnStep = 32;

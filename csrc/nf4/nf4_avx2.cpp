@@ -1,8 +1,8 @@
 // NF4 with AVX2. See nf4_kernels.h for the contract.
 //
-// Quantize: 8 values at a time count the thresholds below them. Dequantize: a block's 16 products code * absmax are made
-// and rounded once; bfloat16/float16 words are looked up as two byte planes (pshufb), float32 in two halves of eight
-// (vpermps) chosen by the code's high bit. Same bits as a product per element.
+// Quantize: 8 values at a time count the thresholds below them. Dequantize: a block's 16 products code * absmax are
+// made and rounded once; bfloat16/float16 words are looked up as two byte planes (pshufb), float32 in two halves of
+// eight (vpermps) chosen by the code's high bit. Same bits as a product per element.
 #if defined(__x86_64__)
 #include "common/target_avx2.h"
 // The target must be set before these headers are read.
@@ -26,9 +26,9 @@ inline __m256i encode8(__m256 scaled) {
 // 8 codes -> 4 bytes.
 inline void store_codes(uint8_t* packed, __m256i codes) {
   const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
-  const __m256i bytes = _mm256_shuffle_epi8(
-      pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1,
-                              -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i bytes =
+      _mm256_shuffle_epi8(pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8,
+                                                  -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
   const uint32_t low = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(bytes)));
   const uint32_t high = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1)));
   const uint32_t four = low | high << 16;
@@ -99,17 +99,19 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
+// 4 bytes -> 8 elements.
+inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
+  int32_t four;
+  memcpy(&four, packed, sizeof(four));
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  const __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
+  const __m256 low = _mm256_permutevar8x32_ps(first8, index);
+  const __m256 high = _mm256_permutevar8x32_ps(last8, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
 inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 8) {
-    int32_t four;
-    memcpy(&four, packed + i / 2, sizeof(four));
-    const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-    const __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
-    const __m256 low = _mm256_permutevar8x32_ps(first8, index);
-    const __m256 high = _mm256_permutevar8x32_ps(last8, index);
-    const __m256 chosen = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-    _mm256_storeu_ps(out + i, chosen);
-  }
+  for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(out + i, expand_floats(packed + i / 2, first8, last8));
 }
 inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, bf16* out) {
   const BytePlanes planes = byte_planes(round_bf16(first8), round_bf16(last8));
@@ -145,9 +147,34 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
-}  // namespace
+struct Table {
+  __m256 first8, last8;
+};
 
-const Nf4Kernels kNf4KernelsAvx2 = {quantize, dequantize};
+inline __m256 rounded(__m256 value, DType dtype) {
+  if (dtype == DType::kBF16)
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(round_bf16(value)), 16));
+  return dtype == DType::kF16 ? _mm256_cvtph_ps(round_f16(value)) : value;
+}
+
+inline Table make_table(float absmax, DType dtype) {
+  const __m256 wide = _mm256_set1_ps(absmax);
+  return {rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code), wide), dtype),
+          rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code + 8), wide), dtype)};
+}
+
+inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
+  for (int v = 0; v < 8; ++v) w[v].v = expand_floats(packed + 4 * v, table.first8, table.last8);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+#include "nf4/nf4_skinny_impl.h"
+
+namespace peft_ext {
+
+const Nf4Kernels kNf4KernelsAvx2 = {quantize, dequantize, skinny, 8};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

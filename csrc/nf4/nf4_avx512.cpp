@@ -79,14 +79,14 @@ inline void expand_words(const uint8_t* packed, __m512i table, void* out) {
 }
 
 // 8 bytes -> 16 elements, by the same trick on 32-bit lanes: vpermps reads four bits.
-inline void expand_floats(const uint8_t* packed, __m512 table, float* out) {
+inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-  _mm512_storeu_ps(out, _mm512_permutexvar_ps(index, table));
+  return _mm512_permutexvar_ps(index, table);
 }
 
 inline void expand_block(const uint8_t* packed, __m512 products, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 16) expand_floats(packed + i / 2, products, out + i);
+  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(out + i, expand_floats(packed + i / 2, products));
 }
 inline void expand_block(const uint8_t* packed, __m512 products, int64_t count, bf16* out) {
   const __m512i table = _mm512_broadcast_i64x4(round_bf16(products));
@@ -119,9 +119,30 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
-}  // namespace
+struct Table {
+  __m512 values;
+};
 
-const Nf4Kernels kNf4KernelsAvx512 = {quantize, dequantize};
+inline Table make_table(float absmax, DType dtype) {
+  const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(absmax));
+  if (dtype == DType::kBF16)
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(products)), 16))};
+  if (dtype == DType::kF16) return {_mm512_cvtph_ps(round_f16(products))};
+  return {products};
+}
+
+inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
+  for (int v = 0; v < 4; ++v) w[v].v = expand_floats(packed + 8 * v, table.values);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+#include "nf4/nf4_skinny_impl.h"
+
+namespace peft_ext {
+
+const Nf4Kernels kNf4KernelsAvx512 = {quantize, dequantize, skinny, 8};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

@@ -1,5 +1,7 @@
 // NF4 operators on the CPU: checks, allocation, threads. The arithmetic is in nf4_<isa>.cpp.
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "common/frozen_weight.h"
 #include "common/isa.h"
@@ -22,6 +24,19 @@ const Nf4Kernels& kernels() {
 #else
   return kNf4KernelsScalar;
 #endif
+}
+
+struct SkinnyKernel {
+  void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
+  int64_t tokens;  // at most; 0: there is none
+};
+
+SkinnyKernel skinny_kernel(bool bf16_x) {
+#if defined(__x86_64__)
+  static const bool has_bf16 = cpu_has_avx512_bf16();
+  if (bf16_x && has_bf16 && current_isa() == Isa::kAvx512) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
+#endif
+  return {kernels().skinny, kernels().skinny_tokens};
 }
 
 void check_blocksize(const char* op, int64_t blocksize) {
@@ -56,7 +71,7 @@ class Scales {
     offset_ = *weight.nested_offset->const_data_ptr<float>();
   }
 
-  // Scales of blocks [begin, end), at most kScaleChunk of them; they lie in buffer or where they were.
+  // Scales of blocks [begin, end); they lie in buffer, which has room for them, or where they were.
   const float* decode(int64_t begin, int64_t end, float* buffer) const {
     if (!nested_) return plain_ + begin;
     for (int64_t i = begin; i < end; ++i) {
@@ -102,9 +117,8 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   uint8_t* codes = packed.mutable_data_ptr<uint8_t>();
   float* scales = absmax.mutable_data_ptr<float>();
   const Nf4Kernels& isa = kernels();
-  parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
-    isa.quantize(in, dtype, n, blocksize, begin, end, codes, scales);
-  });
+  parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize),
+               [&](int64_t begin, int64_t end) { isa.quantize(in, dtype, n, blocksize, begin, end, codes, scales); });
   return {packed, absmax};
 }
 
@@ -162,6 +176,21 @@ void check_columns(const char* op, const char* argument, const Tensor& x, int64_
                   x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", wanted);
 }
 
+// y = sums + bias, rounded once to y's dtype.
+void finish_rows(const char* op, const Tensor& sums, const std::optional<Tensor>& bias, const Tensor& y) {
+  const int64_t tokens = y.size(0), n = y.size(1);
+  const float* in = sums.const_data_ptr<float>();
+  std::optional<Tensor> held;
+  if (bias.has_value()) held = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+  const float* add = held.has_value() ? held->const_data_ptr<float>() : nullptr;
+  with_dtype(dtype_of(op, "x", y), [&](auto zero) {
+    using T = decltype(zero);
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    for (int64_t i = 0; i < tokens; ++i)
+      for (int64_t j = 0; j < n; ++j) out[i * n + j] = from_float<T>(in[i * n + j] + (add ? add[j] : 0.0f));
+  });
+}
+
 Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
                       std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
                       std::vector<int64_t> shape, std::optional<Tensor> bias) {
@@ -176,9 +205,13 @@ Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax, std
   const int64_t tokens = rows_of(x);
   const Tensor flat_x = torch::stable::view(x, {tokens, k});
   Tensor flat_y = torch::stable::view(y, {tokens, n});
+  if (bias.has_value()) STD_TORCH_CHECK(bias->numel() == n, kOp, ": bias has ", bias->numel(), " elements, wanted ", n);
+  if (skinny_takes(held, x.scalar_type(), tokens)) {
+    finish_rows(kOp, skinny_product(kOp, flat_x, held), bias, flat_y);
+    return y;
+  }
   const Tensor dense = transposed(dense_weight(kOp, held, x.scalar_type()));
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == n, kOp, ": bias has ", bias->numel(), " elements, wanted ", n);
     torch::stable::copy_(flat_y, *bias);
     addmm_(flat_y, flat_x, dense, 1.0);
   } else {
@@ -228,6 +261,41 @@ FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor>
     held.nested_offset = checked_part(op, "nested_offset", *nested_offset, ScalarType::Float, 1);
   }
   return held;
+}
+
+bool skinny_takes(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
+  return weight.is_nf4() && tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
+         weight.blocksize % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
+}
+
+Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
+  const int64_t k = weight.in_features(), n = weight.out_features();
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+  Tensor y = empty({x.size(0), n}, ScalarType::Float);
+  Nf4Skinny work;
+  work.packed = weight.weight.const_data_ptr<uint8_t>();
+  work.blocksize = weight.blocksize;
+  work.columns = k;
+  work.rows = n;
+  work.dtype = dtype_of(op, "x", x);
+  work.tokens = x.size(0);
+  work.x = wide.const_data_ptr<float>();
+  work.x_bf16 = work.dtype == DType::kBF16 ? static_cast<const bf16*>(x.const_data_ptr()) : nullptr;
+  work.y = y.mutable_data_ptr<float>();
+  const Scales scales(weight);
+  const auto run = skinny_kernel(work.dtype == DType::kBF16).run;
+  parallel_for(0, n, ceil_div(kGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
+    // Rows whose scales are decoded together: about kScaleChunk blocks, at least one row.
+    const int64_t rows = std::max<int64_t>(1, (kScaleChunk - 1) * weight.blocksize / k);
+    std::vector<float> buffer(static_cast<size_t>(rows * k / weight.blocksize + 2));
+    for (int64_t first = begin; first < end; first += rows) {
+      const int64_t last = min_i64(first + rows, end);
+      Nf4Skinny part = work;
+      part.absmax = scales.decode(first * k / weight.blocksize, ceil_div(last * k, weight.blocksize), buffer.data());
+      run(part, first, last);
+    }
+  });
+  return y;
 }
 
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type) {

@@ -13,6 +13,20 @@
 
 namespace peft_ext {
 
+// Few tokens against many rows of an NF4 weight: y[t, n] = sum_k x[t, k] w[n, k], rows [begin, end) of w.
+struct Nf4Skinny {
+  const uint8_t* packed;
+  const float* absmax;  // of the blocks from the one where row `begin` starts
+  int64_t blocksize;    // a multiple of kSkinnyStep, as columns is: a step lies in one block and one row
+  int64_t columns, rows;
+  DType dtype;  // that each weight is rounded to, as dequantize does
+  int64_t tokens;
+  const float* x;      // [tokens, columns]
+  const bf16* x_bf16;  // the same, as it came, where dtype is bfloat16; null otherwise
+  float* y;            // [tokens, rows]
+};
+
+constexpr int64_t kSkinnyStep = 64;
 struct Nf4Kernels {
   // x [n] of dtype -> packed [ceil(n/2)], absmax [blocks]. An odd n pads its last byte with the code of zero.
   void (*quantize)(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
@@ -20,12 +34,18 @@ struct Nf4Kernels {
   // absmax holds the scales of blocks [begin, end) only; out is the whole tensor.
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
                      int64_t end, void* out, DType dtype);
+  // Null where this path has none. Above skinny_tokens, dequantize and multiply is as fast.
+  void (*skinny)(const Nf4Skinny& work, int64_t begin, int64_t end);
+  int64_t skinny_tokens;
 };
 
 extern const Nf4Kernels kNf4KernelsScalar;
 #if defined(__x86_64__)
 extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
+// The skinny product for bfloat16 by AVX512-BF16's dot product; for other types, see kNf4KernelsAvx512.
+void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
+constexpr int64_t kSkinnyTokensBf16 = 16;
 #endif
 
 }  // namespace peft_ext

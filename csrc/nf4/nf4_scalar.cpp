@@ -47,6 +47,6 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
 
 }  // namespace
 
-const Nf4Kernels kNf4KernelsScalar = {quantize, dequantize};
+const Nf4Kernels kNf4KernelsScalar = {quantize, dequantize, nullptr, 0};
 
 }  // namespace peft_ext

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +158,7 @@ class NF4Linear(nn.Linear):
                     self.bias.copy_(bias)
         own = {prefix + name for name in (*names, "bias")}
         if strict:
-            unexpected.extend(
-                key for key in state_dict if key.startswith(prefix) and key not in own and key != prefix
-            )
+            unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in own and key != prefix)
 
     def _hold_state(self, found: dict[str, Tensor]) -> None:
         """Copy a state dict's tensors in, on this module's device, once all of them are known to fit."""

@@ -6,7 +6,7 @@ device without a kernel) the dispatcher takes the reference, registered for ever
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

@@ -19,7 +19,7 @@ from ..reference import lora as reference
 from ..weight import NF4Weight
 from . import _checks as checks
 from ._library import NAMESPACE, WEIGHT, define
-from .nf4 import sum_rows
+from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear"]
 
@@ -90,6 +90,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_s):
+    refuse_double_backward("lora_linear")
     if grad is None:
         return (None,) * 14
     x, *weight, lora_A, lora_B, s, seed = ctx.saved_tensors

@@ -101,12 +101,19 @@ def _linear_setup_context(ctx, inputs, output):
 
 
 def _linear_backward(ctx, grad):
+    refuse_double_backward("nf4_linear")
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = _ops.nf4_linear_backward(grad, *ctx.saved_tensors, *ctx.blocksize_shape)
     if ctx.needs_input_grad[8]:
         grad_bias = sum_rows(grad)
     return grad_x, None, None, None, None, None, None, None, grad_bias
+
+
+def refuse_double_backward(op: str) -> None:
+    """The backward operators have no gradient of their own: asked for one, they would drop it without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the gradient of a gradient (create_graph=True) is not supported")
 
 
 def sum_rows(grad: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ In float64 these are the oracle that every kernel is tested against. Nothing her
 """
 
 from .lora import lora_linear, lora_linear_backward
-from .nf4 import nf4_code, nf4_dequantize, nf4_linear, nf4_quantize, dynamic_code
+from .nf4 import dynamic_code, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
 from .philox import dropout_keep_mask
 
 __all__ = [
