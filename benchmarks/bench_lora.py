@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_ext import ops
-from peft_ext.nn import LoRALinear
+from peft_ext.nn import LoRALinear, NF4Linear
 
 from .harness import Row, compare
 
@@ -47,48 +46,52 @@ def _step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor
 
 
 def run(ceilings: dict[str, float]) -> list[Row]:
-    import bitsandbytes as bnb
+    return [
+        _compare(shape, base, dropout, ceilings)
+        for shape in SHAPES
+        for base in ("bf16", "nf4")
+        for dropout in (0.0, 0.05)
+    ]
 
-    rows = []
-    for tokens, k, n in SHAPES:
-        linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-        nf4 = ops.nf4_quantize(linear.weight, 64, double_quant=True)
-        x = torch.randn(tokens, k, dtype=torch.bfloat16, requires_grad=True)
-        grad = torch.randn(tokens, n, dtype=torch.bfloat16)
-        for base in ("bf16", "nf4"):
-            for dropout in (0.0, 0.05):
-                if base == "bf16":
-                    held, stock = linear, nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
-                    stock.weight = linear.weight
-                else:
-                    from peft_ext.nn import NF4Linear
 
-                    held = NF4Linear.from_nf4(nf4)
-                    stock = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-                    stock.weight = nf4.to_bitsandbytes()
-                    stock.weight.quant_state = nf4.to_bitsandbytes().quant_state
-                    stock.quant_state = stock.weight.quant_state
-                ours = LoRALinear.from_linear(held, RANK, 2 * RANK, dropout).train()
-                peft = _peft_layer(stock, dropout)
-                nn.init.normal_(ours.lora_B, std=0.02)
-                with torch.no_grad():
-                    peft.lora_A["default"].weight.copy_(ours.lora_A)
-                    peft.lora_B["default"].weight.copy_(ours.lora_B)
-                _verify(ours, peft, x, grad, dropout)
-                rows.append(
-                    compare(
-                        "lora_linear",
-                        f"T={tokens} {k}->{n}, {base} base, dropout {dropout}",
-                        {
-                            "ours": lambda m=ours: _step(m, x, grad),
-                            "PEFT" if base == "bf16" else "PEFT + bitsandbytes": lambda m=peft: _step(m, x, grad),
-                            "frozen": lambda: _step(lambda x: F.linear(x, linear.weight), x, grad),
-                        },
-                        ceilings=ceilings,
-                        flops=4 * tokens * k * n,
-                    )
-                )
-    return rows
+def _compare(shape: tuple[int, int, int], base: str, dropout: float, ceilings: dict[str, float]) -> Row:
+    tokens, k, n = shape
+    linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(tokens, k, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(tokens, n, dtype=torch.bfloat16)
+    if base == "bf16":
+        held: nn.Module = linear
+        stock: nn.Module = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+        stock.weight = linear.weight
+    else:
+        held, stock = _nf4_layers(linear)
+    ours = LoRALinear.from_linear(held, RANK, 2 * RANK, dropout).train()
+    peft = _peft_layer(stock, dropout)
+    nn.init.normal_(ours.lora_B, std=0.02)
+    with torch.no_grad():
+        peft.lora_A["default"].weight.copy_(ours.lora_A)
+        peft.lora_B["default"].weight.copy_(ours.lora_B)
+    _verify(ours, peft, x, grad, dropout)
+    contenders = {
+        "ours": lambda: _step(ours, x, grad),
+        "PEFT" if base == "bf16" else "PEFT + bitsandbytes": lambda: _step(peft, x, grad),
+        "frozen": lambda: _step(lambda x: F.linear(x, linear.weight), x, grad),
+    }
+    case = f"T={tokens} {k}->{n}, {base} base, dropout {dropout}"
+    return compare("lora_linear", case, contenders, ceilings=ceilings, flops=4 * tokens * k * n)
+
+
+def _nf4_layers(linear: nn.Linear) -> tuple[NF4Linear, nn.Module]:
+    """The layer's weight in NF4 as ours and as bitsandbytes' layer, over the same storage."""
+    from bitsandbytes.nn import Linear4bit
+
+    ours = NF4Linear.from_linear(linear)
+    theirs = Linear4bit(
+        ours.in_features, ours.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    theirs.weight = ours.nf4.to_bitsandbytes()
+    theirs.quant_state = theirs.weight.quant_state
+    return ours, theirs
 
 
 def _verify(ours: nn.Module, peft: nn.Module, x: torch.Tensor, grad: torch.Tensor, dropout: float) -> None:

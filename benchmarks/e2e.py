@@ -45,11 +45,15 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         plain = {kind: finetune(Path(folder, kind), *steps, "--dropout", "0", *flags) for kind, flags in kinds.items()}
     differences = [abs(a - b) for a, b in zip(plain["ours"]["losses"], plain["stock"]["losses"], strict=True)]
     result = {
-        "what": f"SmolLM2-135M-Instruct, NF4 double-quantized, LoRA r=16 on all linears, 4 x 256 tokens, {args.steps} steps",
+        "what": f"SmolLM2-135M-Instruct, NF4 double-quantized, LoRA r=16 everywhere, 4 x 256 tokens, {args.steps} steps",
         "tokens_per_s": {kind: [round(run["tokens_per_s"], 1) for run in found] for kind, found in runs.items()},
         "peak_mib": {kind: [round(run["peak_mib"]) for run in found] for kind, found in runs.items()},
-        "speedup": round(statistics.median(o["tokens_per_s"] / s["tokens_per_s"] for o, s in zip(*runs.values())), 3),
-        "memory": round(statistics.median(o["peak_mib"] / s["peak_mib"] for o, s in zip(*runs.values())), 3),
+        "speedup": round(
+            statistics.median(o["tokens_per_s"] / s["tokens_per_s"] for o, s in zip(*runs.values(), strict=True)), 3
+        ),
+        "memory": round(
+            statistics.median(o["peak_mib"] / s["peak_mib"] for o, s in zip(*runs.values(), strict=True)), 3
+        ),
         "perplexity": {kind: found[0]["perplexity"] for kind, found in runs.items()},
         "perplexity_without_dropout": {kind: run["perplexity"] for kind, run in plain.items()},
         "losses_without_dropout": {kind: run["losses"] for kind, run in plain.items()},
@@ -117,7 +121,7 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, answer in zip(part, answers):
+        for row, answer in zip(part, answers, strict=True):
             right += answer.strip().splitlines()[:1] == [row["completion"]]
     return right / len(questions)
 

@@ -83,7 +83,7 @@ def compare(
             times[name].append(_seconds(contenders[name]))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = times[names[0]]
-    ratios = {name: statistics.median(t / o for t, o in zip(times[name], ours)) for name in names[1:]}
+    ratios = {name: statistics.median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[1:]}
     floor = max(
         (bytes_moved or 0) / (ceilings["copy_gb_s"] * 1e9), (flops or 0) / (ceilings["matmul_bf16_tflop_s"] * 1e12)
     )

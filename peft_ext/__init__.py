@@ -5,7 +5,8 @@ Fused kernels behind ``peft_ext.ops`` and ``peft_ext.nn``, and one line for a li
     import peft_ext
     peft_ext.accelerate(model)      # a PeftModel, in place; restore(model) undoes it, explain(model) tells
 
-``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone; what touches Hugging Face imports it when used.
+``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone; what touches Hugging Face imports it when
+used.
 """
 
 from __future__ import annotations

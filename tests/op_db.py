@@ -1,7 +1,7 @@
 """The one list of operators and the inputs they are tested on.
 
-A case says how to draw inputs, how to call the public op, and what plain PyTorch and the float64 oracle compute from the
-same inputs. ``test_ops.py`` runs the whole battery over every case; adding an operator is adding a case.
+A case says how to draw inputs, how to call the public op, and what plain PyTorch and the float64 oracle compute from
+the same inputs. ``test_ops.py`` runs the whole battery over every case; adding an operator is adding a case.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def _nf4_linear_case(double_quant: bool, with_bias: bool) -> Case:
         plain=plain,
         oracle=plain,
         errors=(
-            ("columns", {"x": torch.zeros(2, 3)}, ValueError, r"nf4_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
+            ("columns", {"x": torch.zeros(2, 3)}, ValueError,
+             r"nf4_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
             ("integer x", {"x": torch.zeros(2, 64, dtype=torch.int64)}, TypeError, "nf4_linear: x is int64, wanted"),
             ("bias size", {"bias": torch.zeros(3)}, ValueError, r"nf4_linear: bias has shape \(3,\), wanted \(96,\)"),
             ("bias dtype", {"bias": torch.zeros(96, dtype=torch.float64)}, TypeError,
@@ -219,12 +220,14 @@ def _lora_case(base: str, *, with_bias: bool = False, dropout_p: float = 0.0, ad
         plain=plain,
         oracle=plain,
         errors=(
-            ("columns", {"x": torch.zeros(2, 3)}, ValueError, r"lora_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
+            ("columns", {"x": torch.zeros(2, 3)}, ValueError,
+             r"lora_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
             ("no tensor", {"x": [1.0]}, TypeError, "lora_linear: x is list, wanted a Tensor"),
             ("sparse", {"x": torch.zeros(4, 64).to_sparse()}, TypeError, "lora_linear: x has layout torch.sparse_coo"),
             ("weight dtype", {"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
              "lora_linear: weight is bfloat16, x is float32"),
-            ("trainable weight", {"weight": trainable}, ValueError, "lora_linear: weight requires grad, wanted a frozen"),
+            ("trainable weight", {"weight": trainable}, ValueError,
+             "lora_linear: weight requires grad, wanted a frozen"),
             ("weight of 3 dims", {"weight": torch.zeros(2, 96, 64)}, ValueError,
              r"lora_linear: weight has shape \(2, 96, 64\), wanted \[N, K\]"),
             ("A columns", {"lora_A": torch.zeros(16, 63)}, ValueError,

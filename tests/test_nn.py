@@ -46,7 +46,9 @@ def test_nf4_linear_state_dict_round_trip(double_quant: bool) -> None:
     x = torch.randn(3, 65)
     assert torch.equal(fresh(x), module(x))
     assert fresh.nf4.tensors().keys() == module.nf4.tensors().keys()
-    assert all(torch.equal(a, b) for a, b in zip(fresh.nf4.tensors().values(), module.nf4.tensors().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.nf4.tensors().values(), module.nf4.tensors().values(), strict=True)
+    )
 
 
 @DOUBLE
@@ -81,7 +83,7 @@ def test_nf4_linear_load_errors_name_what_came() -> None:
     other = NF4Linear.from_linear(nn.Linear(32, 64)).state_dict()
     with pytest.raises(RuntimeError, match=r"nf4 has shape \(64, 32\), wanted \(32, 64\)"):
         module.load_state_dict(other)
-    assert all(torch.equal(a, b) for a, b in zip(before.tensors().values(), module.nf4.tensors().values()))
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors().values(), module.nf4.tensors().values(), strict=True))
 
 
 def test_casting_keeps_codes_and_scales() -> None:

@@ -131,7 +131,7 @@ def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
     inputs = [sample.inputs[name].requires_grad_() for name in sample.grads]
 
     def function(*values: Tensor) -> Tensor:
-        return case.oracle(**{**sample.inputs, **dict(zip(sample.grads, values))})
+        return case.oracle(**{**sample.inputs, **dict(zip(sample.grads, values, strict=True))})
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -146,7 +146,7 @@ def test_reference_backward_is_the_gradient_of_its_forward(base: str) -> None:
     grad = torch.randn_like(y)
     wanted = torch.autograd.grad(y, (x, a, b), grad)
     got = reference.lora_linear_backward(grad, x.detach(), held, a.detach(), b.detach(), s.detach(), 0.5, 0.25, SEED)
-    for ours, theirs in zip(got, wanted):
+    for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -274,7 +274,7 @@ def test_checkpointing_repeats_the_mask(reentrant: bool) -> None:
     for leaf in leaves:
         leaf.grad = None
     checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
-    for leaf, wanted in zip(leaves, plain):
+    for leaf, wanted in zip(leaves, plain, strict=True):
         assert torch.equal(leaf.grad, wanted)
 
 
