@@ -41,8 +41,19 @@ def say(message):
     print(f"peft_ext: {message}", file=sys.stderr, flush=True)
 
 
-def want_cuda(torch):
-    """Whether to build the CUDA library, decided as the module docstring says, and printed."""
+def find_cudart(torch, nvcc):
+    """The CUDA runtime library that pip brought with torch, or else the toolkit's; None where neither is there."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    found = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so*"))
+    for home in (CUDA_HOME, nvcc and Path(nvcc).resolve().parents[1]):
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            found += [path for path in [Path(home or "", folder, "libcudart.so")] if home and path.exists()]
+    return found[0] if found else None
+
+
+def cuda_runtime(torch):
+    """The CUDA runtime to link with, or None for no CUDA library; decided as the docstring above says, and printed."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     asked = os.environ.get("FORCE_CUDA", "")
@@ -52,31 +63,33 @@ def want_cuda(torch):
         missing.append(f"torch {torch.__version__} is not a CUDA build")
     if not nvcc:
         missing.append("nvcc was not found (PATH, CUDA_HOME)")
+    elif torch.version.cuda and find_cudart(torch, nvcc) is None:
+        missing.append(f"{nvcc} has no libcudart.so beside it (CUDA_HOME)")
     if asked == "0":
         say("CPU library only: FORCE_CUDA=0")
-        return False
+        return None
     if missing and asked == "1":
         sys.exit(f"peft_ext: FORCE_CUDA=1, but {' and '.join(missing)}")
     if missing:
         say(f"CPU library only: {' and '.join(missing)}")
-        return False
+        return None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     say(f"CPU and CUDA libraries: torch {torch.__version__}, {nvcc}, archs {os.environ['TORCH_CUDA_ARCH_LIST']}")
-    return True
+    return find_cudart(torch, nvcc)
 
 
 def extensions(torch):
     import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    cuda = want_cuda(torch)
+    cudart = cuda_runtime(torch)
     target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
     macros = [
         ("TORCH_TARGET_VERSION", f"0x{target:016x}"),
         ("PEFT_EXT_VERSION", f'"{VERSION}"'),
         ("PEFT_EXT_TORCH", f'"{torch.__version__}"'),
         ("PEFT_EXT_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
-        ("PEFT_EXT_CUDA", "true" if cuda else "false"),
+        ("PEFT_EXT_CUDA", "true" if cudart else "false"),
     ]
     # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels pick their own.
     # The prefix map keeps the build folder out of error messages, which name the source file.
@@ -92,12 +105,12 @@ def extensions(torch):
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=macros,
-            extra_compile_args={"cxx": flags} if cuda else flags,
+            extra_compile_args={"cxx": flags} if cudart else flags,
             extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined-version"],
             language="c++",
         )
     ]
-    if cuda:
+    if cudart:
         found.append(
             Extension(
                 "peft_ext._C_cuda",
@@ -105,7 +118,8 @@ def extensions(torch):
                 depends=headers,
                 include_dirs=[str(ROOT / "csrc"), *include_paths("cuda")],
                 library_dirs=library_paths("cuda"),
-                libraries=["torch_cuda", "torch_cpu", "cudart"],
+                libraries=["torch_cuda", "torch_cpu"],
+                extra_objects=[str(cudart)],
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={
                     "cxx": flags,

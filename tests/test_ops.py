@@ -123,6 +123,31 @@ def test_same_bits_for_one_and_two_threads(case: Case, two_threads: None) -> Non
         assert torch.equal(both["y"], one["y"])
 
 
+@pytest.mark.skipif(_native.STATE.isa == "scalar", reason="the scalar path leaves few tokens to PyTorch's product")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_few_tokens_have_the_same_bits_for_one_and_two_threads(dtype: torch.dtype, two_threads: None) -> None:
+    nf4 = reference.nf4_quantize(randn(515, 1088, dtype=dtype), double_quant=True)
+    x = randn(7, 1088, dtype=dtype)
+    both = ops.nf4_linear(x, nf4)
+    torch.set_num_threads(1)
+    assert torch.equal(ops.nf4_linear(x, nf4), both)
+
+
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.op == "lora"], ids=ids)
+def test_saved_for_backward_are_x_s_and_the_seed(case: Case) -> None:
+    """Beside the inputs: S [T, R] in float32 and 16 bytes. No mask, no dropped x, no copy of x."""
+    sample = case.make(torch.bfloat16, ((40,), 128, 96, 8))
+    inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
+    held = {t.data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
+    if isinstance(inputs["weight"], NF4Weight):
+        held |= {t.data_ptr() for t in inputs["weight"].tensors().values()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        case.call(**inputs)
+    new = {t.data_ptr(): t.numel() * t.element_size() for t in saved if t.data_ptr() not in held}
+    assert sum(new.values()) == 40 * 8 * 4 + (2 * 8 if "dropout" in case.name else 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
