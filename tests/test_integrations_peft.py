@@ -445,6 +445,19 @@ def test_a_global_hook_takes_the_stock_path():
     assert peft_ext.explain(fused).fused_share == 1.0
 
 
+def test_without_a_native_kernel_the_stock_path_runs(monkeypatch):
+    """The reference behind the op is correct and slower than PEFT: it must not run in a layer's place."""
+    from peft_ext.integrations import peft as integration
+
+    monkeypatch.setattr(integration, "_KERNELS", {"lora_linear": {"cpu": False}, "nf4_linear": {"cpu": False}})
+    for base in BASES:
+        stock, fused = both(make(base).eval())
+        x = inputs(base)
+        assert_identical(run(fused, x), run(stock, x))
+        rows = peft_ext.explain(fused).rows
+        assert rows and {row.reason for row in rows} == {"no native kernel for cpu tensors is loaded"}
+
+
 def test_mixed_batches_extra_arguments_and_the_argument_check():
     model = make()
     model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))

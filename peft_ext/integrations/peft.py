@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import ops
 from ..nn import NF4Linear
 from ..ops._checks import autocast_dtype
+from ..ops._library import has_kernel
 from ..weight import NF4Weight
 from .bitsandbytes import nf4_from_params4bit, why_not_nf4
 
@@ -57,6 +58,9 @@ _METHODS = {"adalora": "AdaLoRA", "delora": "DeLoRA", "gralora": "GraLoRA", "ln_
             "lokr": "LoKr", "lora": "LoRA", "miss": "MiSS", "poly": "Poly", "randlora": "RandLora", "road": "RoAd",
             "vblora": "VB-LoRA", "vera": "VeRA", "xlora": "X-LoRA"}  # fmt: skip
 
+# The devices on which an op has a native kernel. Elsewhere it runs the reference, which is slower than PEFT.
+_KERNELS = {op: {key.lower(): has_kernel(op, key) for key in ("CPU", "CUDA")} for op in ("lora_linear", "nf4_linear")}
+
 # Where a merged layer over an NF4 weight keeps what unmerge puts back: LoraLayer._caches, no part of the state dict.
 _KEPT = "peft_ext_unmerged"
 
@@ -73,7 +77,7 @@ def _stock_reason(layer: nn.Module) -> Optional[str]:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if type(layer) in _FOUR_BIT:
-        return _weight_reason(layer)
+        return _weight_reason(layer) or _kernel_reason("nf4_linear", layer.weight.quant_state.absmax.device.type)
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
@@ -105,6 +109,8 @@ def _stock_reason(layer: nn.Module) -> Optional[str]:
         return "a bias on lora_A or lora_B (lora_bias) is not fused yet"
     a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if reason := _tensor_reason("lora_A", a) or _tensor_reason("lora_B", b):
+        return reason
+    if reason := _kernel_reason("lora_linear", a.device.type):
         return reason
     if a.dtype is not b.dtype or a.dtype not in _DTYPES:
         return f"lora_A is {_short(a.dtype)}, lora_B {_short(b.dtype)}, wanted both float32, bfloat16 or float16"
@@ -155,6 +161,10 @@ def _tensor_reason(name: str, weight: Optional[Tensor]) -> Optional[str]:
     if weight.is_meta or weight.layout is not torch.strided:
         return f"{name} is on {weight.device} with layout {weight.layout}"
     return None
+
+
+def _kernel_reason(op: str, device: str) -> Optional[str]:
+    return None if _KERNELS[op].get(device) else f"no native kernel for {device} tensors is loaded"
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -476,8 +486,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):
-            yield Row(name, "NF4Linear", True, "")
-            continue
+            kind, reason = "NF4Linear", _kernel_reason("nf4_linear", module.weight.device.type) or ""
         elif bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             kind = _class_name(type(module))
             if type(module) not in _FOUR_BIT:
@@ -486,7 +495,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue
         if reason is None:
             reason = _NOT_ACCELERATED if type(module) in _FUSED else _stock_reason(module)
-        yield Row(name, kind, reason is None, reason or "")
+        yield Row(name, kind, not reason, reason or "")
 
 
 def _class_name(kind: type) -> str:
