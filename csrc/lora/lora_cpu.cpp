@@ -22,6 +22,7 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kTokenGrain = 16;
+constexpr int64_t kPackGrain = 1 << 14;
 constexpr int64_t kMinChunkTokens = 128;
 constexpr int64_t kMaxChunks = 8;
 
@@ -48,14 +49,21 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, float 
   const Tensor source = torch::stable::contiguous(matrix);
   const int64_t rows = source.size(0), columns = source.size(1);
   Tensor frame = zeros({frame_rows, frame_columns});
+  if (source.numel() == 0) return frame;
   float* out = frame.mutable_data_ptr<float>();
-  const int64_t row_stride = transpose ? 1 : frame_columns;
-  const int64_t column_stride = transpose ? frame_columns : 1;
   with_dtype(dtype_of(op, argument, source), [&](auto zero) {
     const auto* in = static_cast<const decltype(zero)*>(source.const_data_ptr());
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        out[i * row_stride + j * column_stride] = scale * to_float(in[i * columns + j]);
+    // Rows of the frame, each written in one piece.
+    parallel_for(0, transpose ? columns : rows, ceil_div(kPackGrain, transpose ? rows : columns),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     float* row = out + i * frame_columns;
+                     if (transpose)
+                       for (int64_t j = 0; j < rows; ++j) row[j] = scale * to_float(in[j * columns + i]);
+                     else
+                       for (int64_t j = 0; j < columns; ++j) row[j] = scale * to_float(in[i * columns + j]);
+                   }
+                 });
   });
   return frame;
 }
