@@ -34,7 +34,7 @@ def finetune(output: Path, *arguments: str) -> dict[str, Any]:
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Ratios are of runs that follow each other. Losses are compared without dropout: the masks are not the same."""
-    steps = ("--max-steps", str(args.steps))
+    steps = ("--max-steps", str(args.steps), "--eval-fraction", "0.03")
     kinds = {"ours": (), "stock": ("--stock",)}
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("speed")
-    one.add_argument("--steps", type=int, default=20)
+    one.add_argument("--steps", type=int, default=16)
     one.add_argument("--repeats", type=int, default=2)
     two = commands.add_parser("intents")
     two.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv (text, category)")
