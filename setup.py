@@ -106,7 +106,7 @@ def extensions(torch):
             libraries=["torch_cpu"],
             define_macros=macros,
             extra_compile_args={"cxx": flags} if cudart else flags,
-            extra_link_args=["-Wl,--as-needed", "-Wl,--no-undefined-version"],
+            extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
             language="c++",
         )
     ]
