@@ -437,10 +437,17 @@ class _Run:
 
     def _adapt(self, model: Any) -> Any:
         from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
         from transformers import set_seed
 
         set_seed(self.o.seed)
         model = get_peft_model(model, self._peft_config(model.config))
+        # PEFT's layer over a bitsandbytes base draws other random numbers on the way: start every base alike, so that
+        # a run and its --stock twin differ in arithmetic alone.
+        set_seed(self.o.seed)
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and self.o.method in ("lora", "rslora"):
+                module.reset_lora_parameters("default", True)
         if not self.o.stock:
             from ..integrations.peft import accelerate
 
