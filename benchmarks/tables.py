@@ -41,8 +41,8 @@ def speed_table(result: dict[str, Any]) -> str:
 | the same without dropout | {plain["ours"]["after"]:.3f} | {plain["stock"]["after"]:.3f} | |
 
 Without dropout the losses differ by {result["mean_loss_difference"]:.4f} in the mean over the steps and
-{result["max_loss_difference"]:.4f} at most. PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds it to a base
-output that is already rounded, which swallows part of a young adapter's small terms; here the sum is rounded once.
+{result["max_loss_difference"]:.4f} at most. PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds it to a
+base output that is already rounded, which swallows part of a young adapter's small terms; here the sum is rounded once.
 {about(result)}."""
 
 
