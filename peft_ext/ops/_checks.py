@@ -8,9 +8,21 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..weight import BLOCKSIZES, NF4Weight
+from ..weight import BLOCKSIZES, NestedAbsmax, NF4Weight
 
-__all__ = ["FLOATS", "check_bias", "check_blocksize", "check_float", "check_linear", "check_lora", "weight_args"]
+__all__ = [
+    "FLOATS",
+    "autocast_dtype",
+    "check_bias",
+    "check_blocksize",
+    "check_float",
+    "check_linear",
+    "check_lora",
+    "check_scale",
+    "check_seed",
+    "unpack_weight",
+    "weight_args",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -123,8 +135,6 @@ def unpack_weight(
     """The reverse of :func:`weight_args`, for the reference fallback."""
     if absmax is None:
         return weight
-    from ..weight import NestedAbsmax
-
     nested = None if nested_absmax is None else NestedAbsmax(nested_absmax, nested_code, nested_offset)
     return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested)
 
