@@ -51,6 +51,9 @@ class Case:
         name: test id. op: stem of the operator's files. make: draws a sample for (dtype, shape).
         call: the public op. plain: the same in eager PyTorch, in the dtype a user would run it in; the yardstick.
         oracle: the same in float64, differentiable by autograd. exact: the result must have the oracle's bits.
+        result: dtype and shape of the result, for (dtype, shape). held: inputs of the oracle that its gradient takes
+        for constants although they depend on the sample. from_product: gradients that are computed from the base
+        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on.
     """
 
     name: str
@@ -60,7 +63,11 @@ class Case:
     plain: Callable[..., Tensor]
     oracle: Callable[..., Tensor]
     exact: bool = False
-    dtypes: Sequence[torch.dtype] = DTYPES
+    result: Callable[[torch.dtype, tuple], tuple[torch.dtype, tuple]] = lambda dtype, shape: (
+        dtype, (*shape[0], shape[2]))  # fmt: skip
+    held: Callable[[Sample], dict[str, Any]] = lambda sample: {}
+    from_product: Sequence[str] = ()
+    shapes: Sequence[tuple] = SHAPES
     errors: Sequence[tuple[str, dict[str, Any], type, str]] = field(default=())
 
 
@@ -180,40 +187,59 @@ def _nf4_linear_case(double_quant: bool, with_bias: bool) -> Case:
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
 
-def _lora_case(base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None) -> Case:
+def _base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
+    """A frozen weight: "dense", "nf4", or "nested" (NF4 with double quantization)."""
+    return randn(n, k, dtype=dtype, scale=0.05) if base == "dense" else nf4_weight(n, k, dtype, 64, base == "nested")
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    return torch.where(reference.dropout_keep_mask(SEED, p, x.shape), x / (1 - p), 0.0) if p else x
+
+
+def _case_name(op: str, base: str, dropout_p: float, adapter_dtype: Any, **traits: bool) -> str:
+    parts = [base, *(name for name, present in traits.items() if present)]
+    parts += [f"dropout{dropout_p}"] if dropout_p else []
+    parts += [f"adapters_{str(adapter_dtype).removeprefix('torch.')}"] if adapter_dtype is not None else []
+    return f"{op}-" + "-".join(parts)
+
+
+def _low_rank_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch.dtype, with_bias: bool) -> dict:
+    tokens, k, n, r = shape
+    return {
+        "x": randn(*tokens, k, dtype=dtype),
+        "weight": _base_weight(base, n, k, dtype),
+        "lora_A": randn(r, k, dtype=adapters, scale=0.1),
+        "lora_B": randn(n, r, dtype=adapters, scale=0.1),
+        "bias": randn(n, dtype=dtype) if with_bias else None,
+        "compute": dtype,
+    }
+
+
+def _lora_case(
+    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False
+) -> Case:
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        tokens, k, n, r = shape
         adapters = adapter_dtype or dtype
-        weight = randn(n, k, dtype=dtype, scale=0.05) if base == "dense" else nf4_weight(n, k, dtype, 64, base != "nf4")
-        inputs = {
-            "x": randn(*tokens, k, dtype=dtype),
-            "weight": weight,
-            "lora_A": randn(r, k, dtype=adapters, scale=0.1),
-            "lora_B": randn(n, r, dtype=adapters, scale=0.1),
-            "bias": randn(n, dtype=dtype) if with_bias else None,
-            "compute": dtype,
-        }
-        return Sample(inputs, ("x", "lora_A", "lora_B", *(("bias",) if with_bias else ())))
+        inputs = _low_rank_inputs(base, dtype, shape, adapters, with_bias)
+        inputs["rank_scale"] = randn(shape[3], dtype=adapters) if rank_scale else None
+        optional = (("bias",) if with_bias else ()) + (("rank_scale",) if rank_scale else ())
+        return Sample(inputs, ("x", "lora_A", "lora_B", *optional))
 
-    def call(x, weight, lora_A, lora_B, bias, compute, scaling=0.75, dropout_p=dropout_p, training=True, seed=SEED):
-        return ops.lora_linear(
-            x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, training=training, seed=seed
-        )
+    def call(x, weight, lora_A, lora_B, bias, compute, rank_scale, scaling=0.75, dropout_p=dropout_p, training=True,
+             seed=SEED):  # fmt: skip
+        return ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=rank_scale, scaling=scaling,
+                               dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
 
-    def plain(x, weight, lora_A, lora_B, bias, compute):
+    def plain(x, weight, lora_A, lora_B, bias, compute, rank_scale):
         # As PEFT does it where all is of one dtype: dropout, two projections, a product, a sum, each rounded.
-        dropped = x
-        if dropout_p:
-            dropped = torch.where(reference.dropout_keep_mask(SEED, dropout_p, x.shape), x / (1 - dropout_p), 0.0)
         y = F.linear(x, _dequantized(weight, compute).to(x.dtype), bias)
-        return y + F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype)) * 0.75
+        lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
+        return y + F.linear(F.linear(_dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
 
-    traits = [base, *(["bias"] if with_bias else []), *([f"dropout{dropout_p}"] if dropout_p else [])]
-    if adapter_dtype is not None:
-        traits.append(f"adapters_{str(adapter_dtype).removeprefix('torch.')}")
+    name = _case_name("lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
     trainable = torch.zeros(96, 64, requires_grad=True)
     return Case(
-        name="lora_linear-" + "-".join(traits),
+        name=name,
         op="lora",
         make=make,
         call=call,
@@ -238,12 +264,202 @@ def _lora_case(base: str, *, with_bias: bool = False, dropout_p: float = 0.0, ad
             ("rank 0", {"lora_A": torch.zeros(0, 64), "lora_B": torch.zeros(96, 0)}, ValueError,
              "lora_linear: lora_A has rank 0, wanted at least 1"),
             ("A device", {"lora_A": torch.zeros(16, 64, device="meta")}, ValueError,
-             "lora_linear: lora_A is on meta, x is on cpu"),
+             "lora_linear: lora_A is on meta, weight is on cpu"),
+            ("rank_scale size", {"rank_scale": torch.ones(16, 1)}, ValueError,
+             r"lora_linear: rank_scale has shape \(16, 1\), wanted \(16,\)"),
             ("scaling", {"scaling": float("inf")}, ValueError, "lora_linear: scaling is inf, wanted a finite number"),
             ("dropout 1", {"dropout_p": 1.0}, ValueError, "lora_linear: dropout_p is 1.0, wanted 0 <= p < 1"),
             ("dropout -1", {"dropout_p": -0.5}, ValueError, "lora_linear: dropout_p is -0.5, wanted 0 <= p < 1"),
             ("seed", {"seed": torch.zeros(3)}, ValueError, r"lora_linear: seed is float32 \(3,\), wanted int64 \(2,\)"),
-        ) if base == "dense" and not traits[1:] else (),
+        ) if name == "lora_linear-dense" else (),
+    )  # fmt: skip
+
+
+# --- dora -------------------------------------------------------------------------------------------------------------
+
+
+def _plain_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """As PEFT does it: the sum is formed, everything in the weight's dtype."""
+    return torch.linalg.norm(weight + 0.75 * (lora_B.to(weight.dtype) @ lora_A.to(weight.dtype)), dim=1)
+
+
+def _dora_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        inputs = _low_rank_inputs(base, dtype, shape, adapter_dtype or dtype, False)
+        return Sample({k: v for k, v in inputs.items() if k not in ("x", "bias")}, ("lora_A", "lora_B"))
+
+    def call(weight, lora_A, lora_B, compute, scaling=0.75, dtype=None):
+        return ops.dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=dtype)
+
+    def plain(weight, lora_A, lora_B, compute):
+        return _plain_norm(_dequantized(weight, compute).to(torch.promote_types(compute, lora_A.dtype)), lora_A, lora_B)
+
+    name = _case_name("dora_weight_norm", base, 0.0, adapter_dtype)
+    return Case(
+        name=name,
+        op="dora",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        result=lambda dtype, shape: (torch.float32, (shape[2],)),
+        errors=(
+            ("A columns", {"lora_A": torch.zeros(16, 63)}, ValueError,
+             r"dora_weight_norm: lora_A has shape \(16, 63\), wanted \[R, 64\]"),
+            ("weight of 3 dims", {"weight": torch.zeros(2, 96, 64)}, ValueError,
+             r"dora_weight_norm: weight has shape \(2, 96, 64\), wanted \[N, K\]"),
+            ("scaling", {"scaling": float("nan")}, ValueError, "dora_weight_norm: scaling is nan, wanted a finite"),
+            ("integer dtype", {"dtype": torch.int8}, TypeError, "dora_weight_norm: dtype is torch.int8, wanted one of"),
+            ("other dtype", {"dtype": torch.float16}, TypeError,
+             "dora_weight_norm: dtype is torch.float16, wanted a dense weight's own, torch.float32"),
+        ) if name == "dora_weight_norm-dense" else (),
+    )  # fmt: skip
+
+
+def _dora_case(
+    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None,
+    dropout_mode: str = "lora", norm_grad: bool = False,
+) -> Case:  # fmt: skip
+    def norm(inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
+        return _plain_norm(_dequantized(inputs["weight"], inputs["compute"]).to(dtype), inputs["lora_A"],
+                           inputs["lora_B"])  # fmt: skip
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        adapters = adapter_dtype or dtype
+        inputs = _low_rank_inputs(base, dtype, shape, adapters, with_bias)
+        scale = 1.0 + randn(shape[2], dtype=torch.float64, scale=0.2)
+        inputs["magnitude"] = (norm(inputs, torch.float64) * scale).to(adapters)
+        return Sample(inputs, ("x", "lora_A", "lora_B", "magnitude", *(("bias",) if with_bias else ())))
+
+    def call(x, weight, lora_A, lora_B, bias, compute, magnitude, scaling=0.75, dropout_p=dropout_p, training=True,
+             seed=SEED, dropout_mode=dropout_mode, weight_norm=None):  # fmt: skip
+        return ops.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout_p, training=training,
+            dropout_mode=dropout_mode, norm_grad=norm_grad, weight_norm=weight_norm, seed=seed,
+        )  # fmt: skip
+
+    def plain(x, weight, lora_A, lora_B, bias, compute, magnitude, weight_norm=None):
+        dense, low_a, low_b = _dequantized(weight, compute).to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        if weight_norm is None:
+            weight_norm = _plain_norm(dense, low_a, low_b)
+            weight_norm = weight_norm if norm_grad else weight_norm.detach()
+        g = magnitude.to(x.dtype) / weight_norm
+        low_rank = F.linear(F.linear(_dropped(x, dropout_p), low_a), low_b) * 0.75
+        y = F.linear(x, dense, bias)
+        # As PEFT does it: without dropout it scales the result less the bias, else a product with the dropped x.
+        if dropout_mode == "peft" and dropout_p:
+            return y + ((g - 1) * F.linear(_dropped(x, dropout_p), dense) + g * low_rank)
+        unbiased = y if bias is None else y - bias
+        return y + ((g - 1) * unbiased + g * low_rank)
+
+    name = _case_name("dora_linear", base, dropout_p, adapter_dtype, bias=with_bias, peft=dropout_mode == "peft",
+                      norm_grad=norm_grad)  # fmt: skip
+    return Case(
+        name=name,
+        op="dora",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        from_product=("magnitude", "lora_A", "lora_B") if norm_grad else ("magnitude",),
+        # Of a single column the norm takes the sign alone: the whole gradient is 0, the sum of two that are not.
+        shapes=[shape for shape in SHAPES if shape[1] > 1] if norm_grad else SHAPES,
+        held=lambda sample: {} if norm_grad else {"weight_norm": norm(sample.inputs, torch.float64).detach()},
+        errors=(
+            ("magnitude size", {"magnitude": torch.zeros(95)}, ValueError,
+             r"dora_linear: magnitude has shape \(95,\), wanted \(96,\)"),
+            ("magnitude dtype", {"magnitude": torch.zeros(96, dtype=torch.int32)}, TypeError,
+             "dora_linear: magnitude is int32, wanted one of float32"),
+            ("no magnitude", {"magnitude": None}, TypeError, "dora_linear: magnitude is NoneType, wanted a Tensor"),
+            ("norm size", {"weight_norm": torch.zeros(1)}, ValueError,
+             r"dora_linear: weight_norm has shape \(1,\), wanted \(96,\)"),
+            ("mode", {"dropout_mode": "base"}, ValueError,
+             "dora_linear: dropout_mode is 'base', wanted 'lora' or 'peft'"),
+            ("columns", {"x": torch.zeros(2, 3)}, ValueError,
+             r"dora_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
+            ("B rows", {"lora_B": torch.zeros(95, 16)}, ValueError,
+             r"dora_linear: lora_B has shape \(95, 16\), wanted \[96, R\]"),
+            ("trainable weight", {"weight": torch.zeros(96, 64, requires_grad=True)}, ValueError,
+             "dora_linear: weight requires grad, wanted a frozen"),
+            ("dropout 1", {"dropout_p": 1.0}, ValueError, "dora_linear: dropout_p is 1.0, wanted 0 <= p < 1"),
+            ("seed", {"seed": 3}, ValueError, r"dora_linear: seed is int, wanted int64 \(2,\)"),
+        ) if name == "dora_linear-dense" else (),
+    )  # fmt: skip
+
+
+# --- ia3 --------------------------------------------------------------------------------------------------------------
+
+
+def _ia3_vector(n: int, dtype: torch.dtype) -> Tensor:
+    return (1.0 + randn(n, dtype=torch.float64, scale=0.2)).to(dtype)
+
+
+def _ia3_case(
+    base: str, *, feedforward: bool = False, with_bias: bool = False, adapter_dtype: Any = None, matrix: bool = False
+) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, _ = shape
+        ia3_l = _ia3_vector(k if feedforward else n, adapter_dtype or dtype)
+        inputs = {
+            "x": randn(*tokens, k, dtype=dtype),
+            "weight": _base_weight(base, n, k, dtype),
+            "ia3_l": ia3_l.view((1, -1) if feedforward else (-1, 1)) if matrix else ia3_l,
+            "bias": randn(n, dtype=dtype) if with_bias else None,
+            "compute": dtype,
+        }
+        return Sample(inputs, ("x", "ia3_l", *(("bias",) if with_bias else ())))
+
+    def call(x, weight, ia3_l, bias, compute):
+        return ops.ia3_linear(x, weight, ia3_l, bias, feedforward=feedforward)
+
+    def plain(x, weight, ia3_l, bias, compute):
+        dense, ia3_l = _dequantized(weight, compute).to(x.dtype), ia3_l.to(x.dtype).flatten()
+        return F.linear(x * ia3_l, dense, bias) if feedforward else F.linear(x, dense, bias) * ia3_l
+
+    name = _case_name("ia3_linear", base, 0.0, adapter_dtype, bias=with_bias, feedforward=feedforward, matrix=matrix)
+    return Case(
+        name=name,
+        op="ia3",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        from_product=("ia3_l",),
+        errors=(
+            ("l of the input", {"ia3_l": torch.ones(64)}, ValueError,
+             r"ia3_linear: ia3_l has shape \(64,\), wanted \(96,\) or \(96, 1\)"),
+            ("l lying", {"ia3_l": torch.ones(1, 96)}, ValueError, r"ia3_linear: ia3_l has shape \(1, 96\), wanted"),
+            ("l of integers", {"ia3_l": torch.ones(96, dtype=torch.int64)}, TypeError, "ia3_linear: ia3_l is int64"),
+            ("columns", {"x": torch.zeros(2, 3)}, ValueError,
+             r"ia3_linear: x has shape \(2, 3\), wanted \[\.\.\., 64\]"),
+            ("weight dtype", {"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
+             "ia3_linear: weight is bfloat16, x is float32"),
+            ("bias size", {"bias": torch.zeros(3)}, ValueError, r"ia3_linear: bias has shape \(3,\), wanted \(96,\)"),
+        ) if name == "ia3_linear-dense" else (),
+    )  # fmt: skip
+
+
+def _ia3_scale_case(adapter_dtype: Any = None) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, _, n, _ = shape
+        inputs = {"x": randn(*tokens, n, dtype=dtype), "ia3_l": _ia3_vector(n, adapter_dtype or dtype).view(1, n)}
+        return Sample(inputs, ("x", "ia3_l"))
+
+    def plain(x, ia3_l):
+        return x * ia3_l.to(x.dtype).flatten()
+
+    return Case(
+        name=_case_name("ia3_scale", "x", 0.0, adapter_dtype),
+        op="ia3",
+        make=make,
+        call=ops.ia3_scale,
+        plain=plain,
+        oracle=plain,
+        errors=(
+            ("l size", {"ia3_l": torch.ones(95)}, ValueError,
+             r"ia3_scale: ia3_l has shape \(95,\), wanted \(96,\) or \(1, 96\) or \(96, 1\)"),
+            ("a number", {"x": torch.tensor(1.0)}, ValueError, r"ia3_scale: x has shape \(\), wanted \[\.\.\., K\]"),
+        ),
     )  # fmt: skip
 
 
@@ -262,4 +478,25 @@ CASES: tuple[Case, ...] = (
     _lora_case("dense", adapter_dtype=torch.float32, dropout_p=0.5),
     _lora_case("nf4", adapter_dtype=torch.bfloat16),
     _lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
+    _lora_case("dense", rank_scale=True),
+    _lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
+    _dora_norm_case("dense"),
+    _dora_norm_case("dense", adapter_dtype=torch.float32),
+    _dora_norm_case("nf4"),
+    _dora_norm_case("nested", adapter_dtype=torch.float32),
+    _dora_case("dense"),
+    _dora_case("dense", with_bias=True, dropout_p=0.1),
+    _dora_case("dense", with_bias=True, dropout_p=0.1, dropout_mode="peft"),
+    _dora_case("dense", dropout_mode="peft", adapter_dtype=torch.float32),
+    _dora_case("dense", norm_grad=True),
+    _dora_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    _dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, dropout_mode="peft"),
+    _dora_case("nested", adapter_dtype=torch.float32, with_bias=True, norm_grad=True),
+    _ia3_case("dense"),
+    _ia3_case("dense", feedforward=True, with_bias=True),
+    _ia3_case("dense", with_bias=True, adapter_dtype=torch.float32, matrix=True),
+    _ia3_case("nf4", adapter_dtype=torch.float32),
+    _ia3_case("nested", feedforward=True, adapter_dtype=torch.float32, matrix=True),
+    _ia3_scale_case(),
+    _ia3_scale_case(torch.float32),
 )

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,38 @@ from torch import nn
 
 import peft_ext
 from peft_ext import ops
-from peft_ext.nn import LoRALinear, NF4Linear
+from peft_ext.nn import AdaLoRALinear, DoRALinear, IA3Linear, LoRALinear, NF4Linear
 
 DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 BASE = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 
-def make_lora(base: str, dtype: torch.dtype = torch.float32, **kwargs) -> LoRALinear:
-    linear = nn.Linear(65, 33, dtype=dtype)
-    if base == "nf4":
-        linear = NF4Linear.from_linear(linear)
-    module = LoRALinear.from_linear(linear, r=4, **kwargs)
-    nn.init.normal_(module.lora_B)
+# Every adapted layer: its class, the arguments of its own, and its trainable parameters.
+ADAPTED = {
+    "lora": (LoRALinear, {"r": 4}, ["lora_A", "lora_B"]),
+    "dora": (DoRALinear, {"r": 4}, ["lora_magnitude_vector", "lora_A", "lora_B"]),
+    "dora-peft": (DoRALinear, {"r": 4, "dropout_mode": "peft"}, ["lora_magnitude_vector", "lora_A", "lora_B"]),
+    "dora-norm_grad": (DoRALinear, {"r": 4, "norm_grad": True}, ["lora_magnitude_vector", "lora_A", "lora_B"]),
+    "adalora": (AdaLoRALinear, {"r": 4}, ["lora_A", "lora_B", "lora_E"]),
+    "ia3": (IA3Linear, {}, ["ia3_l"]),
+    "ia3-feedforward": (IA3Linear, {"feedforward": True}, ["ia3_l"]),
+}
+KIND = pytest.mark.parametrize("kind", ADAPTED)
+
+
+def make_base(base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Linear:
+    linear = nn.Linear(65, 33, dtype=dtype, **kwargs)
+    return NF4Linear.from_linear(linear) if base == "nf4" else linear
+
+
+def make_adapted(kind: str, base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
+    """A layer whose adapter does something: each of its parameters is moved away from where it starts."""
+    cls, own, trainable = ADAPTED[kind]
+    module = cls.from_linear(make_base(base, dtype), **own, **kwargs)
+    with torch.no_grad():
+        for name in trainable:
+            parameter = getattr(module, name)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return module
 
 
@@ -122,46 +143,174 @@ def test_meta_construction_and_materialization(double_quant: bool) -> None:
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @BASE
-def test_copies_are_independent(base: str, clone) -> None:
-    module = make_lora(base)
-    twin = clone(module)
+@KIND
+def test_copies_are_independent(kind: str, base: str, clone) -> None:
+    module = make_adapted(kind, base)
     x = torch.randn(3, 65)
+    module(x).sum().backward()
+    twin = clone(module)
     assert torch.equal(twin(x), module(x))
     with torch.no_grad():
-        twin.lora_B.add_(1.0)
+        getattr(twin, ADAPTED[kind][2][-1]).mul_(2.0)
     assert not torch.equal(twin(x), module(x))
 
 
 @BASE
-def test_lora_linear_starts_as_its_base_and_trains_its_adapter_alone(base: str) -> None:
-    linear = nn.Linear(65, 33)
-    linear = NF4Linear.from_linear(linear) if base == "nf4" else linear
-    module = LoRALinear.from_linear(linear, r=4, lora_dropout=0.5)
+@KIND
+def test_an_adapted_layer_starts_as_its_base_and_trains_its_adapter_alone(kind: str, base: str) -> None:
+    cls, own, trainable = ADAPTED[kind]
+    linear = make_base(base)
+    dropout = {} if kind.startswith("ia3") else {"lora_dropout": 0.5}
+    module = cls.from_linear(linear, **own, **dropout)
+    assert module.base_layer is linear and module.training
     x = torch.randn(3, 65)
-    torch.testing.assert_close(module(x), linear(x), rtol=1e-6, atol=1e-6)
-    assert [n for n, p in module.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    torch.testing.assert_close(module(x), linear(x), rtol=1e-5, atol=1e-5)
+    assert [n for n, p in module.named_parameters() if p.requires_grad] == trainable
+    module = make_adapted(kind, base, **dropout)
     module(x).sum().backward()
-    assert module.lora_B.grad.abs().sum() > 0
+    assert all(getattr(module, name).grad.abs().sum() > 0 for name in trainable)
     assert all(p.grad is None for p in module.base_layer.parameters())
+
+
+@BASE
+@KIND
+def test_an_adapted_layer_is_its_merged_weight(kind: str, base: str) -> None:
+    """What forward computes and what merge writes are one formula."""
+    module = make_adapted(kind, base).double().eval()
+    x = torch.randn(5, 65, dtype=torch.float64)
+    weight = module.base_layer.dequantize(torch.float64) if base == "nf4" else module.base_layer.weight
+    bias = module.merged_bias(module.base_layer.bias)
+    # DoRA's norm is that of the NF4 weight as it was quantized from: float32.
+    tolerance = 1e-12 if base == "dense" else 1e-6
+    wanted = nn.functional.linear(x, module.merged_weight(weight), bias)
+    torch.testing.assert_close(module(x), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @BASE
-def test_merge_and_exact_unmerge(base: str, dtype: torch.dtype) -> None:
-    module = make_lora(base, dtype).eval()
+@KIND
+def test_merge_and_exact_unmerge(kind: str, base: str, dtype: torch.dtype) -> None:
+    module = make_adapted(kind, base, dtype).eval()
     x = torch.randn(5, 65, dtype=dtype)
     before, bits = module(x), {k: v.clone() for k, v in module.state_dict().items()}
     module.merge()
     module.merge()  # a second time changes nothing
     assert module.merged and "merged=True" in repr(module)
+    assert module.state_dict().keys() == bits.keys()
     merged = module(x)
     # A merge rounds the weight once; into NF4 it costs a quantization error.
     bound = 0.2 if base == "nf4" else 20 * torch.finfo(dtype).eps
     assert (merged - before).norm() <= bound * before.norm()
+    assert torch.equal(copy.deepcopy(module)(x), merged)
     module.unmerge()
     module.unmerge()
     assert torch.equal(module(x), before)
     assert all(torch.equal(value, bits[key]) for key, value in module.state_dict().items())
+
+
+@BASE
+@KIND
+def test_a_merged_layer_can_be_cast_and_unmerged(kind: str, base: str) -> None:
+    module = make_adapted(kind, base).eval()
+    twin = copy.deepcopy(module).double()
+    module.merge()
+    module.double()
+    module.unmerge()
+    x = torch.randn(5, 65, dtype=torch.float64)
+    assert torch.equal(module(x), twin(x))
+
+
+@BASE
+@KIND
+def test_adapted_state_dict_round_trip(kind: str, base: str) -> None:
+    cls, own, trainable = ADAPTED[kind]
+    module = make_adapted(kind, base)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = cls.from_linear(make_base(base), **own)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(3, 65)
+    assert torch.equal(fresh(x), module(x))
+    assert set(trainable) <= module.state_dict().keys()
+
+
+@BASE
+@KIND
+def test_adapted_meta_construction_and_materialization(kind: str, base: str) -> None:
+    cls, own, _ = ADAPTED[kind]
+    linear = NF4Linear(65, 33, device="meta") if base == "nf4" else nn.Linear(65, 33, device="meta")
+    module = cls.from_linear(linear, **own)
+    assert all(p.is_meta for p in module.parameters())
+    source = make_adapted(kind, base)
+    module.to_empty(device="cpu")
+    module.load_state_dict(source.state_dict())
+    x = torch.randn(2, 65)
+    assert torch.equal(module(x), source(x))
+    module.reset_parameters()
+    torch.testing.assert_close(module(x), module.base_layer(x), rtol=1e-5, atol=1e-5)
+
+
+@KIND
+def test_constructed_with_its_own_base(kind: str) -> None:
+    cls, own, trainable = ADAPTED[kind]
+    module = cls(65, 33, **own, bias=False, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+    assert (module.in_features, module.out_features) == (65, 33) and module.base_layer.bias is None
+    assert {getattr(module, name).dtype for name in trainable} == {torch.bfloat16}
+    x = torch.randn(3, 65, dtype=torch.bfloat16)
+    assert module(x).dtype == torch.bfloat16
+    module.merge()
+    module.unmerge()
+    torch.testing.assert_close(module(x), module.base_layer(x), rtol=2e-2, atol=2e-2)
+    assert {getattr(cls(65, 33, **own, dtype=torch.bfloat16), name).dtype for name in trainable} == {torch.float32}
+
+
+@KIND
+def test_an_adapted_layer_compiles_without_a_graph_break(kind: str) -> None:
+    torch._dynamo.reset()
+    module = make_adapted(kind, "nf4").eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 65, requires_grad=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    wanted = torch.autograd.grad(module(x).sum(), (x, *(getattr(module, name) for name in ADAPTED[kind][2])))
+    got = torch.autograd.grad(compiled(x).sum(), (x, *(getattr(module, name) for name in ADAPTED[kind][2])))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_norm_follows_every_change() -> None:
+    """Through data too, which leaves no trace in a tensor's version."""
+    module = make_adapted("dora", "dense").eval()
+    x = torch.randn(3, 65)
+
+    def wanted() -> torch.Tensor:
+        direction = module.base_layer.weight + module.delta_weight()
+        weight = module.lora_magnitude_vector[:, None] * direction / direction.norm(dim=1, keepdim=True)
+        return nn.functional.linear(x, weight, module.base_layer.bias)
+
+    for change in (
+        lambda: module.lora_B.data.mul_(3),
+        lambda: module.base_layer.weight.data.add_(0.1),
+        lambda: setattr(module.lora_A, "data", module.lora_A.data.flip(0)),
+        lambda: module.lora_B.detach().zero_(),
+    ):
+        module(x)
+        change()
+        torch.testing.assert_close(module(x), wanted(), rtol=1e-5, atol=1e-5)
+
+
+def test_adalora_is_pefts_formula() -> None:
+    module = make_adapted("adalora", "dense").eval()
+    module.ranknum.fill_(3)
+    x = torch.randn(5, 65)
+    delta = (x @ (module.lora_A * module.lora_E).T @ module.lora_B.T) * module.scaling / (3 + 1e-5)
+    torch.testing.assert_close(module(x), module.base_layer(x) + delta, rtol=1e-5, atol=1e-5)
+    assert module.scaling == 16.0 and AdaLoRALinear(8, 8, r=4, lora_alpha=0).scaling == 4.0
+    assert "ranknum" in module.state_dict()
+
+
+def test_ia3_vectors_have_pefts_shapes() -> None:
+    assert IA3Linear(65, 33).ia3_l.shape == (33, 1) and IA3Linear(65, 33, feedforward=True).ia3_l.shape == (1, 65)
 
 
 def test_scaling_rule_and_bad_arguments() -> None:
@@ -171,6 +320,12 @@ def test_scaling_rule_and_bad_arguments() -> None:
         LoRALinear(8, 8, r=0)
     with pytest.raises(ValueError, match=r"LoRALinear: lora_dropout is 1.0, wanted 0 <= p < 1"):
         LoRALinear(8, 8, lora_dropout=1.0)
+    with pytest.raises(ValueError, match="AdaLoRALinear: r is 0, wanted at least 1"):
+        AdaLoRALinear(8, 8, r=0)
+    with pytest.raises(ValueError, match="DoRALinear: lora_dropout is -1, wanted 0 <= p < 1"):
+        DoRALinear(8, 8, lora_dropout=-1)
+    with pytest.raises(ValueError, match="DoRALinear: dropout_mode is 'base', wanted 'lora' or 'peft'"):
+        DoRALinear(8, 8, dropout_mode="base")
 
 
 @DOUBLE

@@ -6,6 +6,7 @@ result itself; in float32 a few ulp of the sum's length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,11 +42,32 @@ def run(function: Any, sample: Sample, grad: Tensor | None = None) -> dict[str, 
     return found
 
 
+def output_grad(case: Case, dtype: torch.dtype, shape: tuple) -> Tensor:
+    dtype, shape = case.result(dtype, shape)
+    return randn(*shape, dtype=dtype)
+
+
+def strided(value: Tensor) -> Tensor:
+    """The same values, not contiguous."""
+    if value.dim() > 1 and 1 not in value.shape:
+        value = value.transpose(0, -1).contiguous().transpose(0, -1)
+    else:
+        value = value.flatten().repeat_interleave(2)[::2].view(value.shape)
+    assert not value.is_contiguous()
+    return value
+
+
 def to_wide(sample: Sample) -> Sample:
     return Sample({k: wide(v) for k, v in sample.inputs.items()}, sample.grads)
 
 
-def assert_close(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], terms: int) -> None:
+def assert_close(
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    terms: int,
+    from_product: Sequence[str] = (),
+) -> None:
     """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
     for name, value in got.items():
         want = exact[name]
@@ -53,6 +75,8 @@ def assert_close(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[s
         if value.numel() == 0:
             continue
         ulp = torch.finfo(value.dtype).eps
+        if name in from_product:  # what it is computed from was rounded to y's dtype
+            ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
         error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
         # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
         floor = ulp * want.abs() / 2 + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
@@ -60,9 +84,9 @@ def assert_close(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[s
         assert error.max() <= 1.5 * yardstick.max() + 2 * floor.max(), (name, error.max(), yardstick.max())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize(("case", "shape"), [(case, shape) for case in CASES for shape in case.shapes],
+                         ids=lambda value: value.name if isinstance(value, Case) else str(value))  # fmt: skip
 def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple) -> None:
     sample = case.make(dtype, shape)
     if case.exact:
@@ -71,28 +95,23 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple) -> N
         assert torch.equal(got, want)
         return
     y = run(case.call, sample)["y"]
-    assert y.dtype == dtype and y.shape == (*shape[0], shape[2])
-    grad = randn(*y.shape, dtype=dtype)
+    assert (y.dtype, tuple(y.shape)) == case.result(dtype, shape)
+    grad = output_grad(case, dtype, shape)
     exact = run(case.oracle, to_wide(sample), grad)
-    assert_close(run(case.call, sample, grad), run(case.plain, sample, grad), exact, max(shape[1], shape[2]))
+    found, plain = run(case.call, sample, grad), run(case.plain, sample, grad)
+    assert_close(found, plain, exact, max(shape[1], shape[2]), case.from_product)
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_noncontiguous_inputs_and_gradient(case: Case) -> None:
-    sample = case.make(torch.float32, ((6, 5), 64, 96, 16))
-    dense = run(case.call, sample, grad := randn(6, 5, 96, dtype=torch.float32))
-    inputs = dict(sample.inputs)
-    inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    for name in ("lora_A", "lora_B"):
-        if name in inputs:
-            inputs[name] = inputs[name].t().contiguous().t()
-    if isinstance(inputs.get("weight"), Tensor):
-        inputs["weight"] = inputs["weight"].t().contiguous().t()
-    assert not inputs["x"].is_contiguous()
+    shape = ((6, 5), 64, 96, 16)
+    sample = case.make(torch.float32, shape)
+    dense = run(case.call, sample, grad := output_grad(case, torch.float32, shape))
+    inputs = {k: strided(v) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
     for name in sample.grads:
         inputs[name] = inputs[name].detach().requires_grad_()
     y = case.call(**inputs)
-    y.backward(grad.transpose(0, 1).contiguous().transpose(0, 1))
+    y.backward(strided(grad))
     torch.testing.assert_close(y, dense["y"], rtol=1e-6, atol=1e-6)
     for name in sample.grads:
         torch.testing.assert_close(inputs[name].grad, dense[name], rtol=1e-5, atol=1e-5)
@@ -101,7 +120,7 @@ def test_noncontiguous_inputs_and_gradient(case: Case) -> None:
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradients_only_where_asked(case: Case) -> None:
     sample = case.make(torch.float32, SHAPES[0])
-    everything = run(case.call, sample, grad := randn(*SHAPES[0][0], 96, dtype=torch.float32))
+    everything = run(case.call, sample, grad := output_grad(case, torch.float32, SHAPES[0]))
     for name in sample.grads:
         alone = run(case.call, Sample(sample.inputs, (name,)), grad)
         assert torch.equal(alone[name], everything[name])
@@ -109,18 +128,17 @@ def test_gradients_only_where_asked(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_same_bits_for_one_and_two_threads(case: Case, two_threads: None) -> None:
-    sample = case.make(torch.bfloat16, ((2, 333), 515, 261, 24))
-    grad = randn(2, 333, 261, dtype=torch.bfloat16) if not case.exact else None
+    shape = ((2, 333), 515, 261, 24)
+    sample = case.make(torch.bfloat16, shape)
+    grad = output_grad(case, torch.bfloat16, shape) if not case.exact else None
     both = run(case.call, sample, grad)
     torch.set_num_threads(1)
     one = run(case.call, sample, grad)
-    # The base product is PyTorch's: its own sums are compared only where it keeps its word.
+    # The base product is PyTorch's: it, and what is computed from it, are compared only where it keeps its word.
+    hers = () if case.exact else ("y", "x", *case.from_product)
     for name in both:
-        if name in ("y", "x") and not case.exact:
-            continue
-        assert torch.equal(both[name], one[name]), name
-    if case.exact:
-        assert torch.equal(both["y"], one["y"])
+        if name not in hers:
+            assert torch.equal(both[name], one[name]), name
 
 
 @pytest.mark.skipif(_native.STATE.isa == "scalar", reason="the scalar path leaves few tokens to PyTorch's product")
@@ -133,19 +151,46 @@ def test_few_tokens_have_the_same_bits_for_one_and_two_threads(dtype: torch.dtyp
     assert torch.equal(ops.nf4_linear(x, nf4), both)
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR if case.op == "lora"], ids=ids)
-def test_saved_for_backward_are_x_s_and_the_seed(case: Case) -> None:
-    """Beside the inputs: S [T, R] in float32 and 16 bytes. No mask, no dropped x, no copy of x."""
-    sample = case.make(torch.bfloat16, ((40,), 128, 96, 8))
+def saved_bytes(case: Case, sample: Sample) -> int:
+    """What one call keeps for the backward beside its inputs."""
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
     held = {t.data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
-    if isinstance(inputs["weight"], NF4Weight):
+    if isinstance(inputs.get("weight"), NF4Weight):
         held |= {t.data_ptr() for t in inputs["weight"].tensors().values()}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         case.call(**inputs)
     new = {t.data_ptr(): t.numel() * t.element_size() for t in saved if t.data_ptr() not in held}
-    assert sum(new.values()) == 40 * 8 * 4 + (2 * 8 if "dropout" in case.name else 0)
+    return sum(new.values())
+
+
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3")], ids=ids)
+def test_saved_for_backward(case: Case) -> None:
+    """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Y or Z where the vector on it is trained.
+
+    No mask, no dropped x, no copy of x, no weight.
+    """
+    t, k, n, r = 40, 128, 96, 8
+    name, about = case.name.partition("-")[::2]
+    sample = case.make(torch.bfloat16, ((t,), k, n, r))
+    s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
+    wanted = {
+        "lora_linear": s + seed,
+        "dora_weight_norm": n * 4 + n * r * 4,  # the norm and U
+        "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
+        "ia3_linear": 0 if "feedforward" in about else y,
+        "ia3_scale": 0,
+    }[name]
+    if "norm_grad" in about:  # U, and of the quotient: the norm itself, where it is 0, and magnitude in float32
+        wanted += n * r * 4 + n * 4 + n * 1 + (n * 4 if sample.inputs["magnitude"].dtype != torch.float32 else 0)
+    assert saved_bytes(case, sample) == wanted
+
+
+def test_dora_with_a_frozen_magnitude_saves_no_product() -> None:
+    for case in (case for case in LINEAR if case.name.startswith("dora_linear") and "norm_grad" not in case.name):
+        sample = case.make(torch.bfloat16, ((40,), 128, 96, 8))
+        seed = 2 * 8 if "dropout" in case.name else 0
+        assert saved_bytes(case, Sample(sample.inputs, ("x", "lora_A", "lora_B"))) == 40 * 8 * 4 + seed + 96 * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -156,32 +201,113 @@ def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
     inputs = [sample.inputs[name].requires_grad_() for name in sample.grads]
 
     def function(*values: Tensor) -> Tensor:
-        return case.oracle(**{**sample.inputs, **dict(zip(sample.grads, values, strict=True))})
+        return case.oracle(**{**sample.inputs, **held, **dict(zip(sample.grads, values, strict=True))})
 
+    held = case.held(sample)
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_reference_backward_is_the_gradient_of_its_forward(base: str) -> None:
-    """The closed-form backward that the fallback and the kernels implement, in float64 against autograd."""
-    weight = randn(4, 64, dtype=torch.float64)
-    held = weight if base == "dense" else reference.nf4_quantize(weight)
-    x, a, b = (randn(*s, dtype=torch.float64).requires_grad_() for s in ((6, 64), (3, 64), (4, 3)))
-    y, s = reference.lora.lora_linear_forward(x, held, None, a, b, 0.5, 0.25, SEED)
+# The closed-form backwards that the fallback and the kernels implement, in float64 against autograd of the forwards.
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def frozen(base: str, *shape: int) -> Tensor | NF4Weight:
+    weight = randn(*shape, dtype=torch.float64)
+    return weight if base == "dense" else reference.nf4_quantize(weight)
+
+
+def assert_gradients(y: Tensor, inputs: list[Tensor], backward: Any) -> None:
     grad = torch.randn_like(y)
-    wanted = torch.autograd.grad(y, (x, a, b), grad)
-    got = reference.lora_linear_backward(grad, x.detach(), held, a.detach(), b.detach(), s.detach(), 0.5, 0.25, SEED)
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    wanted = torch.autograd.grad(y, inputs, grad)
+    with torch.no_grad():
+        for ours, theirs in zip(backward(grad), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+BASE = pytest.mark.parametrize("base", ["dense", "nf4"])
+
+
+@BASE
+@pytest.mark.parametrize("ranked", [False, True], ids=["plain", "rank_scale"])
+def test_reference_lora_backward_is_the_gradient_of_its_forward(base: str, ranked: bool) -> None:
+    weight = frozen(base, 4, 64)
+    inputs = leaves((6, 64), (3, 64), (4, 3), *([(3,)] if ranked else []))
+    x, a, b, *rho = inputs
+    rank_scale = rho[0] if ranked else None
+    y, s = reference.lora.lora_linear_forward(x, weight, None, a, b, rank_scale, 0.5, 0.25, SEED)
+
+    def backward(grad: Tensor) -> tuple:
+        found = reference.lora_linear_backward(grad, x, weight, a, b, rank_scale, s, 0.5, 0.25, SEED)
+        return found if ranked else found[:3]
+
+    assert_gradients(y, inputs, backward)
+
+
+@BASE
+@pytest.mark.parametrize("drop_base", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_reference_dora_backward_is_the_gradient_of_its_forward(base: str, drop_base: bool, with_bias: bool) -> None:
+    weight, bias = frozen(base, 4, 64), randn(4, dtype=torch.float64) if with_bias else None
+    x, a, b, g = inputs = leaves((6, 64), (3, 64), (4, 3), (4,))
+    with torch.no_grad():
+        g[1], g[2] = 0.0, 1e-3  # Y / g would hold nothing of Z
+    y, s, z = reference.dora.dora_linear_forward(x, weight, bias, a, b, g, 0.5, 0.25, SEED, drop_base)
+    assert (z is None) == (not drop_base and not with_bias)
+
+    def backward(grad: Tensor) -> tuple:
+        return reference.dora_linear_backward(
+            grad, x, weight, a, b, g, s, y if z is None else z, z is None, 0.5, 0.25, SEED, drop_base
+        )
+
+    assert_gradients(y, inputs, backward)
+
+
+@BASE
+def test_reference_norm_backward_is_the_gradient_of_its_forward(base: str) -> None:
+    weight = frozen(base, 4, 64)
+    a, b = inputs = leaves((3, 64), (4, 3))
+    norm, u = reference.dora.dora_weight_norm_forward(weight, a, b, 0.5, torch.float64)
+    torch.testing.assert_close(norm, (reference._common.dense(weight, torch.float64) + 0.5 * b @ a).norm(dim=1))
+    assert_gradients(
+        norm, inputs,
+        lambda grad: reference.dora_weight_norm_backward(grad, weight, a, b, norm, u, 0.5, torch.float64),
+    )  # fmt: skip
+
+
+@BASE
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_reference_ia3_backward_is_the_gradient_of_its_forward(base: str, feedforward: bool) -> None:
+    weight, bias = frozen(base, 4, 64), randn(4, dtype=torch.float64)
+    x, ia3_l = inputs = leaves((6, 64), (64 if feedforward else 4,))
+    with torch.no_grad():
+        ia3_l[1], ia3_l[2] = 0.0, 1e-3
+    y = reference.ia3.ia3_linear_forward(x, weight, bias, ia3_l, feedforward)
+    saved = None if feedforward else y
+    assert_gradients(
+        y, inputs, lambda grad: reference.ia3_linear_backward(grad, x, weight, bias, ia3_l, saved, feedforward)
+    )
 
 
 def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     """The private operator behind a case and its arguments."""
-    i = sample.inputs
-    if case.name.startswith("nf4_linear"):
-        return "nf4_linear", (i["x"], *i["nf4"].op_args(), i["bias"])
-    weight = i["weight"].op_args() if isinstance(i["weight"], NF4Weight) else ops._checks.weight_args(i["weight"])
-    return "lora_linear", (i["x"], *weight, i["bias"], i["lora_A"], i["lora_B"], 0.75, 0.1, SEED)
+    name, i = case.name.split("-")[0], sample.inputs
+    if name == "nf4_linear":
+        return name, (i["x"], *i["nf4"].op_args(), i["bias"])
+    if name == "ia3_scale":
+        return name, (i["x"], i["ia3_l"].detach().flatten().requires_grad_())
+    weight = ops._checks.weight_args(i["weight"])
+    adapter = i.get("lora_A"), i.get("lora_B")
+    if name == "dora_weight_norm":
+        return name, (*weight, *adapter, 0.75, i["compute"])
+    if name == "ia3_linear":
+        vector = i["ia3_l"].detach().flatten().requires_grad_()
+        return name, (i["x"], *weight, i["bias"], vector, "feedforward" in case.name)
+    if name == "dora_linear":
+        return name, (i["x"], *weight, i["bias"], *adapter, i["magnitude"], 0.75, 0.1, SEED, "peft" in case.name)
+    return name, (i["x"], *weight, i["bias"], *adapter, i["rank_scale"], 0.75, 0.1, SEED)
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
@@ -200,7 +326,7 @@ def test_compiles_without_a_graph_break(case: Case, dynamic: bool) -> None:
     compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (9, 12):
         sample = case.make(torch.float32, ((tokens,), 64, 96, 16))
-        grad = randn(tokens, 96, dtype=torch.float32)
+        grad = output_grad(case, torch.float32, ((tokens,), 64, 96, 16))
         eager, traced = run(case.call, sample, grad), run(compiled, sample, grad)
         for name in eager:
             torch.testing.assert_close(traced[name], eager[name], rtol=1e-5, atol=1e-5)
@@ -230,7 +356,7 @@ def test_native_and_reference_agree_on_the_mask() -> None:
         for tokens, k in ((5, 33), (64, 512), (3, 1029)):
             x, a, b = torch.ones(tokens, k), torch.eye(k), torch.zeros(1, k)
             s = torch.ops.peft_ext.lora_linear(
-                x, *ops._checks.weight_args(torch.zeros(1, k)), None, a, b, 1.0, p, SEED
+                x, *ops._checks.weight_args(torch.zeros(1, k)), None, a, b, None, 1.0, p, SEED
             )[1]
             keep = reference.dropout_keep_mask(SEED, p, x.shape)
             assert torch.equal(s != 0, keep)
@@ -277,9 +403,9 @@ def test_manual_seed_repeats_the_mask_and_eval_has_none() -> None:
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_the_gradient_of_a_gradient_is_refused(case: Case) -> None:
     sample = case.make(torch.float32, SHAPES[0])
-    sample.inputs["x"].requires_grad_()
+    leaf = sample.inputs[sample.grads[0]].requires_grad_()
     with pytest.raises(RuntimeError, match=r"the gradient of a gradient \(create_graph=True\) is not supported"):
-        torch.autograd.grad(case.call(**sample.inputs).sum(), sample.inputs["x"], create_graph=True)
+        torch.autograd.grad(case.call(**sample.inputs).sum(), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -344,3 +470,118 @@ def test_float64_runs_and_bad_nf4_weights_are_refused() -> None:
         torch.ops.peft_ext.nf4_linear(
             torch.zeros(2, 64), torch.zeros(1, dtype=torch.uint8), nf4.absmax, None, None, None, 64, [8, 64], None
         )
+
+
+# --- edges of dora and ia3 -------------------------------------------------------------------------------------------
+
+
+def dora_leaves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A weight with a zero row that the adapter leaves at zero, and x, lora_A, lora_B, magnitude."""
+    weight, b = randn(6, 64, dtype=dtype, scale=0.1), randn(6, 3, dtype=dtype)
+    weight[2], b[2] = 0.0, 0.0
+    x, a, magnitude = randn(5, 64, dtype=dtype), randn(3, 64, dtype=dtype, scale=0.1), torch.ones(6, dtype=dtype)
+    return weight, torch.ones(6, dtype=dtype), [leaf.requires_grad_() for leaf in (x, a, b, magnitude)]
+
+
+@pytest.mark.parametrize("norm_grad", [False, True])
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+def test_an_all_zero_row_is_finite(module: Any, norm_grad: bool) -> None:
+    weight, bias, leaves = dora_leaves()
+    y = module.dora_linear(leaves[0], weight, *leaves[1:], bias, norm_grad=norm_grad)
+    assert module.dora_weight_norm(weight, *leaves[1:3])[2] == 0
+    assert torch.equal(y[:, 2], torch.ones(5))
+    for name, grad in zip("x A B magnitude".split(), torch.autograd.grad(y.square().sum(), leaves), strict=True):
+        assert grad.isfinite().all(), name
+        if name in ("B", "magnitude"):
+            assert torch.equal(grad[2], torch.zeros_like(grad[2])), name
+    norm = module.dora_weight_norm(weight, *leaves[1:3])
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(norm.sum(), leaves[1:3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-4, 2.0**-6])
+def test_a_factor_near_zero_has_its_gradient(factor: float, dtype: torch.dtype) -> None:
+    """Y = g∘Z holds little of Z, or nothing: its gradient still has to be that of Z."""
+    k = 70
+    weight, x, grad = randn(9, k, dtype=dtype), randn(33, k, dtype=dtype), randn(33, 9, dtype=dtype)
+    a, b = randn(3, k, dtype=dtype, scale=0.1), randn(9, 3, dtype=dtype, scale=0.1)
+    product = x.double() @ weight.double().t()
+    vector = torch.ones(9)
+    vector[4], vector[7] = factor, -factor
+
+    norm = reference.dora_weight_norm(weight.double(), a.double(), b.double())
+    magnitude = (vector * norm.float()).requires_grad_()
+    ops.dora_linear(x, weight, a, b, magnitude).backward(grad)
+    wanted = ((product + x.double() @ a.double().t() @ b.double().t()) / norm * grad.double()).sum(0)
+    bound = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(magnitude.grad.double(), wanted, rtol=bound, atol=bound * wanted.abs().max().item())
+
+    bias = randn(9, dtype=dtype)
+    ia3_l = vector.clone().requires_grad_()
+    ops.ia3_linear(x, weight, ia3_l, bias).backward(grad)
+    wanted = ((product + bias.double()) * grad.double()).sum(0)
+    torch.testing.assert_close(ia3_l.grad.double(), wanted, rtol=bound, atol=bound * wanted.abs().max().item())
+
+
+def test_the_norm_is_that_of_the_weights_now() -> None:
+    weight, _, (x, a, b, magnitude) = dora_leaves()
+    ops.dora_linear(x, weight, a, b, magnitude)
+    weight.mul_(2)
+    weight[2] = 1.0
+    b.data.mul_(3)  # leaves no trace in b._version
+    g = magnitude / (weight + b @ a).norm(dim=1)
+    torch.testing.assert_close(ops.dora_linear(x, weight, a, b, magnitude), g * (x @ (weight + b @ a).t()))
+
+
+def test_peft_and_lora_dropout_are_one_without_dropout_and_differ_with_it() -> None:
+    weight, bias, (x, a, b, magnitude) = dora_leaves()
+    for kwargs in ({}, {"dropout_p": 0.5}, {"training": True}):
+        y = ops.dora_linear(x, weight, a, b, magnitude, bias, **kwargs)
+        assert torch.equal(ops.dora_linear(x, weight, a, b, magnitude, bias, dropout_mode="peft", **kwargs), y)
+    kwargs = {"dropout_p": 0.5, "training": True, "seed": SEED}
+    y = ops.dora_linear(x, weight, a, b, magnitude, **kwargs)
+    assert not torch.allclose(ops.dora_linear(x, weight, a, b, magnitude, dropout_mode="peft", **kwargs), y)
+
+
+@pytest.mark.parametrize("norm_grad", [False, True])
+def test_a_known_norm_is_taken_as_it_is(norm_grad: bool) -> None:
+    weight, bias, leaves = dora_leaves()
+    x, a, b, magnitude = leaves
+    norm = ops.dora_weight_norm(weight, a, b, 0.5)
+    grad = randn(5, 6, dtype=torch.float32)
+    kwargs = {"scaling": 0.5, "norm_grad": norm_grad}
+    computed, given = (
+        ops.dora_linear(x, weight, a, b, magnitude, bias, weight_norm=known, **kwargs) for known in (None, norm)
+    )
+    assert torch.equal(given, computed)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, grad) for y in (given, computed)), strict=True):
+        assert torch.equal(ours, theirs)
+    halved = ops.dora_linear(x, weight, a, b, magnitude, weight_norm=2 * norm, **kwargs)
+    torch.testing.assert_close(2 * halved, ops.dora_linear(x, weight, a, b, magnitude, **kwargs))
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_autocast_of_dora_and_ia3(base: str) -> None:
+    weight, bias, (x, a, b, magnitude) = dora_leaves()
+    held = weight if base == "dense" else reference.nf4_quantize(weight)
+    low = weight.bfloat16() if base == "dense" else held
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dora = ops.dora_linear(x, held, a, b, magnitude, bias)
+        ia3 = ops.ia3_linear(x, held, magnitude, bias)
+    low_x, low_bias = x.bfloat16(), bias.bfloat16()
+    assert dora.dtype == ia3.dtype == torch.bfloat16
+    assert torch.equal(dora, ops.dora_linear(low_x, low, a, b, magnitude, low_bias))
+    assert torch.equal(ia3, ops.ia3_linear(low_x, low, magnitude, low_bias))
+    (dora.float() + ia3.float()).sum().backward()
+    assert x.grad.dtype == a.grad.dtype == magnitude.grad.dtype == torch.float32
+
+
+def test_rank_scale_of_ones_is_none_and_of_zeros_the_base() -> None:
+    x, w, a, b = (torch.randn(*s) for s in ((8, 64), (32, 64), (4, 64), (32, 4)))
+    plain = ops.lora_linear(x, w, a, b, scaling=0.5)
+    assert torch.equal(ops.lora_linear(x, w, a, b, rank_scale=torch.ones(4), scaling=0.5), plain)
+    zero = torch.zeros(4, requires_grad=True)
+    y = ops.lora_linear(x, w, a, b, rank_scale=zero, scaling=0.5)
+    torch.testing.assert_close(y, x @ w.t())
+    (grad,) = torch.autograd.grad(y.sum(), zero)
+    torch.testing.assert_close(grad, 0.5 * (x @ a.t()).sum(0) * b.sum(0))

@@ -31,4 +31,14 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
 // [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
+// The scales of all blocks of an NF4 weight in float32: its own, or decoded into a scratch of the calling thread.
+const float* all_scales(const FrozenWeight& weight);
+
+// Elements [begin, end) of an NF4 weight's flat tensor, decoded by the calling thread into `room`, which holds the
+// blocks that they touch; where element `begin` lies in it.
+const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
+
+// Rows [begin, end) of an NF4 weight in `type`, over all threads.
+Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type);
+
 }  // namespace peft_ext

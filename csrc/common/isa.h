@@ -4,23 +4,23 @@
 
 namespace peft_ext {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr int kIsaCount = 3;
+// In ascending order: each has what the ones before it have. kAmxEmulated, AMX's kernels over tiles in plain code, is
+// for tests and is never chosen by itself.
+enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
+constexpr int kIsaCount = 6;
 
 const char* isa_name(Isa isa);
-// Compiled into this library and supported by this CPU.
+// Compiled into this library and supported by this CPU (and, for AMX's registers, granted by the system).
 bool isa_available(Isa isa);
 Isa current_isa();
 void set_current_isa(Isa isa);
-// AVX512-BF16's dot product, beyond what kAvx512 asks for.
-bool cpu_has_avx512_bf16();
 
 // A kernel table holds one op's function pointers; each instruction set exports one, or null where it has none of its
 // own. The next lower one serves then.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();
-  if (isa == Isa::kAvx512 && avx512 != nullptr) return *avx512;
+  if (isa >= Isa::kAvx512 && avx512 != nullptr) return *avx512;
   if (isa >= Isa::kAvx2 && avx2 != nullptr) return *avx2;
   return *scalar;
 }

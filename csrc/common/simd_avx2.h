@@ -76,6 +76,16 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
+// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
+  for (int64_t i = 0; i < count; i += 32) {
+    uint32_t word = 0;
+    for (int64_t j = 0; j < min_i64(32, count - i); ++j)
+      word |= static_cast<uint32_t>(draws[i + j] >= dropout.threshold) << j;
+    words[i / 32] = word;
+  }
+}
+
 template <typename T>
 inline void widen(const T* x, int64_t count, float* out) {
   int64_t i = 0;

@@ -78,6 +78,17 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   }
 }
 
+// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
+  // A threshold of 65536 drops all: no draw is above 65535.
+  const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 inside = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;
+    const __m512i draw = _mm512_maskz_loadu_epi16(inside, draws + i);
+    words[i / 32] = dropout.threshold == 0 ? inside : _mm512_mask_cmpgt_epu16_mask(inside, draw, below);
+  }
+}
+
 template <typename T>
 inline void widen(const T* x, int64_t count, float* out) {
   int64_t i = 0;

@@ -18,6 +18,19 @@ namespace {
 constexpr int kTokens = 8;
 constexpr int kPanel = 512;
 
+// The sum of products over `count` values, in vectors and then over their lanes.
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec sum = Vec::zero();
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) sum = Vec::fma(Vec::load(a + i), Vec::load(b + i), sum);
+  float lanes[Vec::kWidth];
+  sum.store(lanes);
+  float total = 0.0f;
+  for (int lane = 0; lane < Vec::kWidth; ++lane) total += lanes[lane];
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
 struct RowBlock {
   alignas(64) float values[kTokens][kPanel];
   alignas(64) uint16_t draws[draws_room(kPanel)];
@@ -32,6 +45,11 @@ inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, in
     if (pass.dropout.active) {
       const uint16_t* draws = philox_draws(pass.dropout, flat, width, block->draws);
       apply_dropout(pass.dropout, draws, width, block->values[i]);
+      if (pass.keep != nullptr) keep_bits(pass.dropout, draws, width, pass.keep + (t + i) * pass.keep_words + k / 32);
+    }
+    if (pass.squares != nullptr) {
+      const float sum = dot(block->values[i], block->values[i], width);
+      pass.squares[t + i] = k == 0 ? sum : pass.squares[t + i] + sum;
     }
   }
 }
@@ -88,13 +106,15 @@ void row_pass(const RowPass& pass, int64_t begin, int64_t end) {
   });
 }
 
+// sums = bias_before + left right
 template <int kRows>
 inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
   constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;
   for (int64_t j = 0; j < width; j += kVecs * Vec::kWidth) {
     Vec sum[kRows][kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      const Vec start = expand.bias == nullptr ? Vec::zero() : Vec::load(expand.bias + n + j + v * Vec::kWidth);
+      const float* bias = expand.bias_before;
+      const Vec start = bias == nullptr ? Vec::zero() : Vec::load(bias + n + j + v * Vec::kWidth);
       for (int i = 0; i < kRows; ++i) sum[i][v] = start;
     }
     for (int64_t r = 0; r < expand.rank; ++r) {
@@ -123,14 +143,22 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
       else
         expand_block<1>(expand, t, n, width, block.values);
       for (int i = 0; i < rows; ++i) {
+        float* values = block.values[i];
         const int64_t flat = (t + i) * expand.columns + n;
+        if (expand.before != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.before[flat + j];
+        if (expand.z != nullptr) narrow(values, width, static_cast<T*>(expand.z) + flat);
+        if (expand.scale != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] *= expand.scale[n + j];
         if (expand.dropout.active) {
           const uint16_t* draws = philox_draws(expand.dropout, flat, width, block.draws);
-          apply_dropout(expand.dropout, draws, width, block.values[i]);
+          apply_dropout(expand.dropout, draws, width, values);
         }
-        if (expand.base != nullptr)
-          for (int64_t j = 0; j < width; ++j) block.values[i][j] += expand.base[flat + j];
-        narrow(block.values[i], width, static_cast<T*>(expand.y) + flat);
+        if (expand.bias != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.bias[n + j];
+        if (expand.after != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.after[flat + j];
+        narrow(values, width, static_cast<T*>(expand.y) + flat);
       }
     }
     t += rows;
@@ -139,6 +167,35 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
 
 void expand(const Expand& work, int64_t begin, int64_t end) {
   with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end); });
+}
+
+template <typename T, typename Other>
+void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
+  alignas(64) float m[kPanel], other[kPanel];
+  for (int64_t k = 0; k < pass.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, pass.columns - k);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t flat = t * pass.columns + k;
+      widen(static_cast<const T*>(pass.m) + flat, width, m);
+      if (pass.sums != nullptr) {
+        float* sums = pass.sums + k;
+        widen(static_cast<const Other*>(pass.other) + flat, width, other);
+        int64_t j = 0;
+        for (; j + Vec::kWidth <= width; j += Vec::kWidth)
+          Vec::fma(Vec::load(m + j), Vec::load(other + j), Vec::load(sums + j)).store(sums + j);
+        for (; j < width; ++j) sums[j] += m[j] * other[j];
+      }
+      if (pass.out == nullptr) continue;
+      for (int64_t j = 0; j < width; ++j) m[j] *= pass.scale[k + j] + pass.shift;
+      narrow(m, width, static_cast<T*>(pass.out) + flat);
+    }
+  }
+}
+
+void column_pass(const ColumnPass& pass, int64_t begin, int64_t end) {
+  with_dtype(pass.dtype, [&](auto zero) {
+    with_dtype(pass.other_dtype, [&](auto other) { column_range<decltype(zero), decltype(other)>(pass, begin, end); });
+  });
 }
 
 }  // namespace

@@ -147,6 +147,21 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
+void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
+  const __m256 offset = _mm256_set1_ps(scales.offset);
+  int64_t i = begin;
+  while (i < end) {
+    const int64_t stop = min_i64((i / kNestedBlock + 1) * kNestedBlock, end);
+    const __m256 group = _mm256_set1_ps(scales.absmax[i / kNestedBlock]);
+    for (; i + 8 <= stop; i += 8) {
+      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales.codes + i)));
+      const __m256 product = _mm256_mul_ps(_mm256_i32gather_ps(scales.code, index, 4), group);
+      _mm256_storeu_ps(out + (i - begin), _mm256_add_ps(product, offset));
+    }
+    for (; i < stop; ++i) out[i - begin] = decode_scale(scales, i);
+  }
+}
+
 struct Table {
   __m256 first8, last8;
 };
@@ -174,7 +189,7 @@ inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
 
 namespace peft_ext {
 
-const Nf4Kernels kNf4KernelsAvx2 = {quantize, dequantize, skinny, 8};
+const Nf4Kernels kNf4KernelsAvx2 = {quantize, dequantize, skinny, 8, decode_scales};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

@@ -119,6 +119,21 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
+void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
+  const __m512 offset = _mm512_set1_ps(scales.offset);
+  int64_t i = begin;
+  while (i < end) {
+    const int64_t stop = min_i64((i / kNestedBlock + 1) * kNestedBlock, end);
+    const __m512 group = _mm512_set1_ps(scales.absmax[i / kNestedBlock]);
+    for (; i + 16 <= stop; i += 16) {
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales.codes + i)));
+      const __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(index, scales.code, 4), group);
+      _mm512_storeu_ps(out + (i - begin), _mm512_add_ps(product, offset));
+    }
+    for (; i < stop; ++i) out[i - begin] = decode_scale(scales, i);
+  }
+}
+
 struct Table {
   __m512 values;
 };
@@ -142,7 +157,7 @@ inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
 
 namespace peft_ext {
 
-const Nf4Kernels kNf4KernelsAvx512 = {quantize, dequantize, skinny, 8};
+const Nf4Kernels kNf4KernelsAvx512 = {quantize, dequantize, skinny, 8, decode_scales};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

@@ -4,6 +4,7 @@
 
 #include "common/dtype.h"
 #include "nf4/nf4_code.h"
+#include "nf4/nf4_kernels.h"
 
 namespace peft_ext {
 namespace {
@@ -58,6 +59,11 @@ inline void dequantize_block(const uint8_t* packed, float absmax, int64_t first,
     const uint8_t byte = packed[i / 2];
     out[i] = table[i % 2 ? byte & 15 : byte >> 4];
   }
+}
+
+inline float decode_scale(const Nf4Scales& scales, int64_t i) {
+  const float product = scales.code[scales.codes[i]] * scales.absmax[i / kNestedBlock];
+  return product + scales.offset;
 }
 
 }  // namespace

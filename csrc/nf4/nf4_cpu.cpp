@@ -5,6 +5,8 @@
 
 #include "common/frozen_weight.h"
 #include "common/isa.h"
+#include "linear/adapted_linear.h"
+#include "linear/scratch.h"
 #include "nf4/nf4_kernels.h"
 
 namespace peft_ext {
@@ -12,7 +14,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kNestedBlock = 256;
 // Scales decoded at a time, on the stack.
 constexpr int64_t kScaleChunk = 512;
 // Elements a thread takes at least: about 20 microseconds of work.
@@ -33,8 +34,7 @@ struct SkinnyKernel {
 
 SkinnyKernel skinny_kernel(bool bf16_x) {
 #if defined(__x86_64__)
-  static const bool has_bf16 = cpu_has_avx512_bf16();
-  if (bf16_x && has_bf16 && current_isa() == Isa::kAvx512) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
+  if (bf16_x && current_isa() >= Isa::kAvx512Bf16) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
 #endif
   return {kernels().skinny, kernels().skinny_tokens};
 }
@@ -57,7 +57,7 @@ Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, 
   return torch::stable::contiguous(tensor);
 }
 
-// The float32 scales of any range of blocks, double-quantized ones decoded: multiplied, then added, each rounded.
+// The float32 scales of any range of blocks, double-quantized ones decoded.
 class Scales {
  public:
   explicit Scales(const FrozenWeight& weight) : nested_(weight.nested_absmax.has_value()) {
@@ -65,42 +65,44 @@ class Scales {
       plain_ = weight.absmax->const_data_ptr<float>();
       return;
     }
-    codes_ = weight.absmax->const_data_ptr<uint8_t>();
-    scale_ = weight.nested_absmax->const_data_ptr<float>();
-    table_ = weight.nested_code->const_data_ptr<float>();
-    offset_ = *weight.nested_offset->const_data_ptr<float>();
+    held_.codes = weight.absmax->const_data_ptr<uint8_t>();
+    held_.absmax = weight.nested_absmax->const_data_ptr<float>();
+    held_.code = weight.nested_code->const_data_ptr<float>();
+    held_.offset = *weight.nested_offset->const_data_ptr<float>();
   }
 
   // Scales of blocks [begin, end); they lie in buffer, which has room for them, or where they were.
   const float* decode(int64_t begin, int64_t end, float* buffer) const {
     if (!nested_) return plain_ + begin;
-    for (int64_t i = begin; i < end; ++i) {
-      const float product = table_[codes_[i]] * scale_[i / kNestedBlock];
-      buffer[i - begin] = product + offset_;
-    }
+    kernels().decode_scales(held_, begin, end, buffer);
     return buffer;
   }
 
  private:
   bool nested_;
   const float* plain_ = nullptr;
-  const uint8_t* codes_ = nullptr;
-  const float* scale_ = nullptr;
-  const float* table_ = nullptr;
-  float offset_ = 0.0f;
+  Nf4Scales held_{};
 };
 
-void dequantize_into(const FrozenWeight& weight, void* out, DType dtype) {
-  const int64_t n = numel_of(weight.shape);
+// Blocks [begin, end), by one thread. `out` is where the first element of block `begin` goes.
+void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
+  const int64_t n = numel_of(weight.shape), width = dtype == DType::kF32 ? 4 : 2;
   const Scales scales(weight);
   const uint8_t* packed = weight.weight.const_data_ptr<uint8_t>();
-  const Nf4Kernels& isa = kernels();
-  parallel_for(0, ceil_div(n, weight.blocksize), ceil_div(kGrain, weight.blocksize), [&](int64_t begin, int64_t end) {
-    float buffer[kScaleChunk];
-    for (int64_t first = begin; first < end; first += kScaleChunk) {
-      const int64_t last = min_i64(first + kScaleChunk, end);
-      isa.dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, out, dtype);
-    }
+  float buffer[kScaleChunk];
+  for (int64_t first = begin; first < end; first += kScaleChunk) {
+    const int64_t last = min_i64(first + kScaleChunk, end);
+    // The kernel writes block b at b blocks from its argument.
+    char* origin = static_cast<char*>(out) - begin * weight.blocksize * width;
+    kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin, dtype);
+  }
+}
+
+// Blocks [begin, end), over all threads.
+void dequantize_into(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
+  const int64_t width = dtype == DType::kF32 ? 4 : 2;
+  parallel_for(begin, end, ceil_div(kGrain, weight.blocksize), [&](int64_t first, int64_t last) {
+    dequantize_blocks(weight, first, last, static_cast<char*>(out) + (first - begin) * weight.blocksize * width, dtype);
   });
 }
 
@@ -171,53 +173,13 @@ Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::opti
   return dense_weight(kOp, held, type);
 }
 
-void check_columns(const char* op, const char* argument, const Tensor& x, int64_t wanted) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == wanted, op, ": ", argument, " has ",
-                  x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", wanted);
-}
-
-// y = sums + bias, rounded once to y's dtype.
-void finish_rows(const char* op, const Tensor& sums, const std::optional<Tensor>& bias, const Tensor& y) {
-  const int64_t tokens = y.size(0), n = y.size(1);
-  const float* in = sums.const_data_ptr<float>();
-  std::optional<Tensor> held;
-  if (bias.has_value()) held = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-  const float* add = held.has_value() ? held->const_data_ptr<float>() : nullptr;
-  with_dtype(dtype_of(op, "x", y), [&](auto zero) {
-    using T = decltype(zero);
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    for (int64_t i = 0; i < tokens; ++i)
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] = from_float<T>(in[i * n + j] + (add ? add[j] : 0.0f));
-  });
-}
-
 Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
                       std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
                       std::vector<int64_t> shape, std::optional<Tensor> bias) {
   constexpr const char* kOp = "nf4_linear";
   const FrozenWeight held =
       checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
-  const int64_t k = held.in_features(), n = held.out_features();
-  check_columns(kOp, "x", x, k);
-  x = torch::stable::contiguous(x);
-  Tensor y = empty(with_last(x, n), x.scalar_type());
-  if (y.numel() == 0) return y;
-  const int64_t tokens = rows_of(x);
-  const Tensor flat_x = torch::stable::view(x, {tokens, k});
-  Tensor flat_y = torch::stable::view(y, {tokens, n});
-  if (bias.has_value()) STD_TORCH_CHECK(bias->numel() == n, kOp, ": bias has ", bias->numel(), " elements, wanted ", n);
-  if (skinny_takes(held, x.scalar_type(), tokens)) {
-    finish_rows(kOp, skinny_product(kOp, flat_x, held), bias, flat_y);
-    return y;
-  }
-  const Tensor dense = transposed(dense_weight(kOp, held, x.scalar_type()));
-  if (bias.has_value()) {
-    torch::stable::copy_(flat_y, *bias);
-    addmm_(flat_y, flat_x, dense, 1.0);
-  } else {
-    mm_out(flat_y, flat_x, dense);
-  }
-  return y;
+  return adapted_forward(kOp, x, held, bias, Adapter(), false, false).y;
 }
 
 Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> absmax,
@@ -226,14 +188,9 @@ Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor>
   constexpr const char* kOp = "nf4_linear_backward";
   const FrozenWeight held =
       checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
-  check_columns(kOp, "grad", grad, held.out_features());
-  grad = torch::stable::contiguous(grad);
-  Tensor grad_x = empty(with_last(grad, held.in_features()), grad.scalar_type());
-  if (grad_x.numel() == 0) return grad_x;
-  const int64_t tokens = rows_of(grad);
-  mm_out(torch::stable::view(grad_x, {tokens, held.in_features()}),
-         torch::stable::view(grad, {tokens, held.out_features()}), dense_weight(kOp, held, grad.scalar_type()));
-  return grad_x;
+  STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == held.out_features(), kOp, ": grad has ", grad.numel(),
+                  " elements, wanted rows of ", held.out_features());
+  return frozen_backward(kOp, grad, held);
 }
 
 }  // namespace
@@ -269,21 +226,34 @@ bool skinny_takes(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
 }
 
 Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
-  const int64_t k = weight.in_features(), n = weight.out_features();
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
-  Tensor y = empty({x.size(0), n}, ScalarType::Float);
+  const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
+  const SkinnyKernel kernel = skinny_kernel(x.scalar_type() == ScalarType::BFloat16);
+  Tensor y = empty({tokens, n}, ScalarType::Float);
   Nf4Skinny work;
   work.packed = weight.weight.const_data_ptr<uint8_t>();
-  work.blocksize = weight.blocksize;
+  work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
   work.columns = k;
   work.rows = n;
   work.dtype = dtype_of(op, "x", x);
-  work.tokens = x.size(0);
-  work.x = wide.const_data_ptr<float>();
-  work.x_bf16 = work.dtype == DType::kBF16 ? static_cast<const bf16*>(x.const_data_ptr()) : nullptr;
+  work.tokens = tokens;
+  work.x = nullptr;
+  work.x_nibbles = nullptr;
+  Tensor held;
+#if defined(__x86_64__)
+  if (kernel.run == nf4_skinny_bf16_avx512) {
+    held = empty({tokens, nibble_columns(k)}, ScalarType::BFloat16);
+    auto* out = static_cast<bf16*>(held.mutable_data_ptr());
+    const auto* in = static_cast<const bf16*>(x.const_data_ptr());
+    for (int64_t t = 0; t < tokens; ++t) nf4_nibble_order(in + t * k, k, out + t * nibble_columns(k));
+    work.x_nibbles = out;
+  }
+#endif
+  if (work.x_nibbles == nullptr) {
+    held = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+    work.x = held.const_data_ptr<float>();
+  }
   work.y = y.mutable_data_ptr<float>();
   const Scales scales(weight);
-  const auto run = skinny_kernel(work.dtype == DType::kBF16).run;
   parallel_for(0, n, ceil_div(kGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
     // Rows whose scales are decoded together: about kScaleChunk blocks, at least one row.
     const int64_t rows = std::max<int64_t>(1, (kScaleChunk - 1) * weight.blocksize / k);
@@ -292,7 +262,7 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
       const int64_t last = min_i64(first + rows, end);
       Nf4Skinny part = work;
       part.absmax = scales.decode(first * k / weight.blocksize, ceil_div(last * k, weight.blocksize), buffer.data());
-      run(part, first, last);
+      kernel.run(part, first, last);
     }
   });
   return y;
@@ -306,8 +276,35 @@ Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type)
     return weight.weight;
   }
   Tensor dense = empty(weight.shape, type);
-  if (dense.numel() > 0) dequantize_into(weight, dense.mutable_data_ptr(), dtype_of(op, "dtype", type));
+  if (dense.numel() > 0) {
+    const int64_t blocks = ceil_div(numel_of(weight.shape), weight.blocksize);
+    dequantize_into(weight, 0, blocks, dense.mutable_data_ptr(), dtype_of(op, "dtype", type));
+  }
   return dense;
+}
+
+const float* all_scales(const FrozenWeight& weight) {
+  const int64_t blocks = weight.absmax->numel();
+  const Scales scales(weight);
+  if (!weight.nested_absmax.has_value()) return scales.decode(0, blocks, nullptr);
+  auto* buffer = static_cast<float*>(scratch(Scratch::kScales, static_cast<size_t>(blocks) * sizeof(float)));
+  parallel_for(0, blocks, kGrain / 64, [&](int64_t begin, int64_t end) { scales.decode(begin, end, buffer + begin); });
+  return buffer;
+}
+
+const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room) {
+  const int64_t first = begin / weight.blocksize, width = dtype == DType::kF32 ? 4 : 2;
+  dequantize_blocks(weight, first, ceil_div(end, weight.blocksize), room, dtype);
+  return static_cast<const char*>(room) + (begin - first * weight.blocksize) * width;
+}
+
+Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type) {
+  const int64_t k = weight.in_features(), first = begin * k / weight.blocksize;
+  const int64_t last = ceil_div(end * k, weight.blocksize);
+  Tensor blocks = empty({(last - first) * weight.blocksize}, type);
+  if (last > first) dequantize_into(weight, first, last, blocks.mutable_data_ptr(), dtype_of(op, "dtype", type));
+  const Tensor rows = torch::stable::narrow(blocks, 0, begin * k - first * weight.blocksize, (end - begin) * k);
+  return torch::stable::view(rows, {end - begin, k});
 }
 
 }  // namespace peft_ext

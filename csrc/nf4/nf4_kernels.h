@@ -17,16 +17,27 @@ namespace peft_ext {
 struct Nf4Skinny {
   const uint8_t* packed;
   const float* absmax;  // of the blocks from the one where row `begin` starts
-  int64_t blocksize;    // a multiple of kSkinnyStep, as columns is: a step lies in one block and one row
+  int block_shift;      // blocksize is 1 << block_shift: a division costs more than decoding a step
+                        // blocksize and columns are multiples of kSkinnyStep: a step lies in one block and one row
   int64_t columns, rows;
   DType dtype;  // that each weight is rounded to, as dequantize does
   int64_t tokens;
-  const float* x;      // [tokens, columns]
-  const bf16* x_bf16;  // the same, as it came, where dtype is bfloat16; null otherwise
-  float* y;            // [tokens, rows]
+  const float* x;         // [tokens, columns]
+  const bf16* x_nibbles;  // [tokens, nibble_columns(columns)] in nf4_nibble_order's order, for the bfloat16 kernel
+  float* y;               // [tokens, rows]
 };
 
 constexpr int64_t kSkinnyStep = 64;
+
+// A run of double-quantized scales: out[i - begin] = code[codes[i]] * absmax[i / 256] + offset, each rounded.
+struct Nf4Scales {
+  const uint8_t* codes;
+  const float* absmax;
+  const float* code;  // [256]
+  float offset;
+};
+constexpr int64_t kNestedBlock = 256;
+
 struct Nf4Kernels {
   // x [n] of dtype -> packed [ceil(n/2)], absmax [blocks]. An odd n pads its last byte with the code of zero.
   void (*quantize)(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
@@ -37,6 +48,7 @@ struct Nf4Kernels {
   // Null where this path has none. Above skinny_tokens, dequantize and multiply is as fast.
   void (*skinny)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t skinny_tokens;
+  void (*decode_scales)(const Nf4Scales& scales, int64_t begin, int64_t end, float* out);
 };
 
 extern const Nf4Kernels kNf4KernelsScalar;
@@ -45,7 +57,11 @@ extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
 // The skinny product for bfloat16 by AVX512-BF16's dot product; for other types, see kNf4KernelsAvx512.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
-constexpr int64_t kSkinnyTokensBf16 = 16;
+constexpr int64_t kSkinnyTokensBf16 = 10;
+// A row of x in the order that it reads W's codes, zeros up to a whole group.
+constexpr int64_t kNibbleGroup = 128;
+inline int64_t nibble_columns(int64_t columns) { return ceil_div(columns, kNibbleGroup) * kNibbleGroup; }
+void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out);
 #endif
 
 }  // namespace peft_ext

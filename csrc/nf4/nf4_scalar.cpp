@@ -45,8 +45,12 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
+void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
+  for (int64_t i = begin; i < end; ++i) out[i - begin] = decode_scale(scales, i);
+}
+
 }  // namespace
 
-const Nf4Kernels kNf4KernelsScalar = {quantize, dequantize, nullptr, 0};
+const Nf4Kernels kNf4KernelsScalar = {quantize, dequantize, nullptr, 0, decode_scales};
 
 }  // namespace peft_ext

@@ -22,7 +22,7 @@ void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t firs
   // With few tokens one sum a token would wait for the product before it: several sums a token keep the units busy.
   constexpr int kSums = kTokens >= 4 ? 1 : kStepVecs < 4 ? kStepVecs : 4;
   const int64_t k = work.columns;
-  const int64_t first_block = begin * k / work.blocksize;
+  const int64_t first_block = begin * k >> work.block_shift;
   const float* x = work.x + first_token * k;
   for (int64_t n = begin; n < end; ++n) {
     Vec sums[kTokens][kSums];
@@ -32,8 +32,8 @@ void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t firs
     int64_t block = -1;
     for (int64_t j = 0; j < k; j += kSkinnyStep) {
       const int64_t flat = n * k + j;
-      if (flat / work.blocksize != block) {
-        block = flat / work.blocksize;
+      if ((flat >> work.block_shift) != block) {
+        block = flat >> work.block_shift;
         table = make_table(work.absmax[block - first_block], work.dtype);
       }
       Vec w[kStepVecs];

@@ -3,7 +3,18 @@
 A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywhere.
 """
 
+from .dora import dora_linear, dora_weight_norm
+from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear
 from .nf4 import nf4_dequantize, nf4_linear, nf4_quantize
 
-__all__ = ["lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "dora_linear",
+    "dora_weight_norm",
+    "ia3_linear",
+    "ia3_scale",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+]

@@ -12,14 +12,19 @@ from ..weight import BLOCKSIZES, NestedAbsmax, NF4Weight
 
 __all__ = [
     "FLOATS",
+    "any_float64",
     "autocast_dtype",
+    "cast_for_autocast",
     "check_bias",
     "check_blocksize",
+    "check_dtype",
     "check_float",
     "check_linear",
     "check_lora",
     "check_scale",
     "check_seed",
+    "check_vector",
+    "check_weight",
     "unpack_weight",
     "weight_args",
 ]
@@ -40,53 +45,70 @@ def check_float(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} has layout {value.layout}, wanted torch.strided")
 
 
+def check_dtype(op: str, dtype: object) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
+
+
 def check_blocksize(op: str, blocksize: int) -> None:
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"{op}: blocksize is {blocksize}, wanted one of {BLOCKSIZES}")
 
 
-def _check_device(op: str, argument: str, value: Tensor, x: Tensor) -> None:
-    if value.device != x.device:
-        raise ValueError(f"{op}: {argument} is on {value.device}, x is on {x.device}")
+def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: str = "x") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{op}: {argument} is on {value.device}, {name} is on {other.device}")
+
+
+def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """One value per feature, of any float dtype, on x's device, in one of ``shapes``."""
+    check_float(op, argument, value)
+    _check_device(op, argument, value, x)
+    if tuple(value.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
 
 
 def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int) -> None:
     if bias is None:
         return
-    check_float(op, "bias", bias)
-    _check_device(op, "bias", bias, x)
+    check_vector(op, "bias", bias, x, (out_features,))
     if bias.dtype != x.dtype:
         raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
-    if tuple(bias.shape) != (out_features,):
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, wanted ({out_features},)")
+
+
+def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
+    """A frozen weight ``[N, K]``, dense or NF4."""
+    if not isinstance(weight, NF4Weight):
+        check_float(op, "weight", weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
     """x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
     check_float(op, "x", x)
+    check_weight(op, weight)
     if isinstance(weight, NF4Weight):
-        held = weight.packed
+        _check_device(op, "weight", weight.packed, x)
     else:
-        check_float(op, "weight", weight)
+        _check_device(op, "weight", weight, x)
         if weight.dtype != x.dtype:
             raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
-        held = weight
-    if len(weight.shape) != 2:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
-    _check_device(op, "weight", held, x)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}] for weight "
                          f"{tuple(weight.shape)}")  # fmt: skip
 
 
-def check_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
-    """lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on x's device."""
+def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+    """lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
     out_features, in_features = weight.shape
+    held = weight.packed if isinstance(weight, NF4Weight) else weight
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_float(op, argument, value)
-        _check_device(op, argument, value, x)
+        _check_device(op, argument, value, held, "weight")
         if value.dim() != 2:
             raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted 2 dimensions")
     if lora_A.shape[1] != in_features:
@@ -99,7 +121,7 @@ def check_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Ten
         raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
 
 
-def check_scale(op: str, scaling: float, dropout_p: float) -> None:
+def check_scale(op: str, scaling: float, dropout_p: float = 0.0) -> None:
     if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
         raise ValueError(f"{op}: scaling is {scaling!r}, wanted a finite number")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
@@ -143,3 +165,18 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """The dtype that autocast computes linear layers in on x's device, or None outside autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast_for_autocast(
+    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
+) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
+    """x, weight and bias as a linear layer takes them under autocast: in its dtype, an NF4 weight as it is."""
+    if (dtype := autocast_dtype(x)) is None:
+        return x, weight, bias
+    weight = weight if isinstance(weight, NF4Weight) else weight.to(dtype)
+    return x.to(dtype), weight, bias if bias is None else bias.to(dtype)
+
+
+def any_float64(*values: Optional[Tensor]) -> bool:
+    """Whether a tensor is float64: no kernel takes it, the reference computes with it."""
+    return any(value is not None and value.dtype is torch.float64 for value in values)

@@ -6,11 +6,13 @@ device without a kernel) the dispatcher takes the reference, registered for ever
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "NAMESPACE", "WEIGHT", "define", "has_kernel"]
+__all__ = ["LIBRARY", "NAMESPACE", "WEIGHT", "define", "has_kernel", "in_float64", "tokens"]
 
 NAMESPACE = "peft_ext"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -27,9 +29,34 @@ OPS: list[str] = []
 def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> None:
     """Declare ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _outside_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     OPS.append(name)
+
+
+def _outside_autocast(reference: Callable) -> Callable:
+    """A reference's products have the dtypes it says; autocast would make those in float32 16-bit ones."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args)
+
+    return run
+
+
+def in_float64(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A public reference, for float64 operands: no kernel takes them. PyTorch's autograd differentiates it."""
+    with torch.autocast(args[0].device.type, enabled=False):
+        return reference(*args, **kwargs)
+
+
+def tokens(x: torch.Tensor) -> int | torch.SymInt:
+    """T: the product of x's dimensions but the last, for a fake."""
+    count = 1
+    for size in x.shape[:-1]:
+        count = count * size
+    return count
 
 
 def has_kernel(name: str, dispatch_key: str) -> bool:

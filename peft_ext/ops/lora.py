@@ -1,11 +1,11 @@
 """LoRA over a frozen weight, dense or NF4, with the dropout inside.
 
-    x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + s·S Bᵀ + b  [T, N]
+    x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 
-Backward: ``P = s·dY B``; ``dB = s·dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``.
-Saved: x, S and the seed. The mask is recomputed, x̃ is never written.
+Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
+``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed. The mask is recomputed, x̃ is never written.
 
-Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
+Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); rank_scale: AdaLoRA (arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from ..reference import _common as common
 from ..reference import lora as reference
 from ..weight import NF4Weight
 from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define
+from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear"]
 
 _ops = getattr(torch.ops, NAMESPACE)
-_ADAPTER = "Tensor lora_A, Tensor lora_B"
+_ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? rank_scale"
 _SCALE = "float scaling, float dropout_p, Tensor? seed"
 
 
@@ -32,33 +33,32 @@ _SCALE = "float scaling, float dropout_p, Tensor? seed"
 
 
 def _forward_reference(x, *args):
-    *weight, bias, lora_A, lora_B, scaling, dropout_p, seed = args
+    *weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed = args
     return reference.lora_linear_forward(
-        x, checks.unpack_weight(*weight, x.dtype), bias, lora_A, lora_B, scaling, dropout_p, seed
+        x, checks.unpack_weight(*weight, x.dtype), bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed
     )
 
 
 def _forward_fake(x, *args):
-    shape, lora_A = args[6], args[8]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    tokens = 1
-    for size in x.shape[:-1]:
-        tokens = tokens * size
-    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty((tokens, lora_A.shape[0]), dtype=wide)
+    *weight, _bias, lora_A, _lora_B, _rank_scale, _scaling, _dropout_p, _seed = args
+    s = x.new_empty((tokens(x), lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
+    return x.new_empty((*x.shape[:-1], weight[-1][0])), s
 
 
 def _backward_reference(grad, x, *args):
-    *weight, lora_A, lora_B, s, scaling, dropout_p, seed, needs_grad_x = args
-    grad_x, grad_a, grad_b = reference.lora_linear_backward(
-        grad, x, checks.unpack_weight(*weight, x.dtype), lora_A, lora_B, s, scaling, dropout_p, seed
+    *weight, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed, needs_grad_x = args
+    grad_x, grad_a, grad_b, grad_scale = reference.lora_linear_backward(
+        grad, x, checks.unpack_weight(*weight, x.dtype), lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed
     )
-    return grad_x if needs_grad_x else grad_x.new_empty(0), grad_a, grad_b
+    grad_scale = s.new_empty(0, dtype=torch.float32) if rank_scale is None else grad_scale
+    return grad_x if needs_grad_x else grad_x.new_empty(0), grad_a, grad_b, grad_scale
 
 
 def _backward_fake(grad, x, *args):
-    lora_A, lora_B, needs_grad_x = args[7], args[8], args[13]
+    *_weight, lora_A, lora_B, rank_scale, s, _scaling, _dropout_p, _seed, needs_grad_x = args
     grad_x = x.new_empty(x.shape) if needs_grad_x else x.new_empty(0)
-    return grad_x, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    grad_scale = s.new_empty(0, dtype=torch.float32) if rank_scale is None else rank_scale.new_empty(rank_scale.shape)
+    return grad_x, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), grad_scale
 
 
 define(
@@ -70,7 +70,7 @@ define(
 define(
     "lora_linear_backward",
     f"(Tensor grad, Tensor x, {WEIGHT}, {_ADAPTER}, Tensor s, {_SCALE}, bool needs_grad_x)"
-    " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
+    " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_rank_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
 )
@@ -80,29 +80,30 @@ define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *weight, bias, lora_A, lora_B, scaling, dropout_p, seed = inputs
+    x, *weight, _bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed = inputs
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dropout_p)
-    ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, s, seed)
+    ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, rank_scale, s, seed)
 
 
 def _backward(ctx, grad, _grad_s):
     refuse_double_backward("lora_linear")
     if grad is None:
-        return (None,) * 14
-    x, *weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+        return (None,) * 15
+    x, *weight, lora_A, lora_B, rank_scale, s, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_x = grad_a = grad_b = grad_bias = None
-    if needs[0] or needs[9] or needs[10]:
-        grad_x, grad_a, grad_b = _ops.lora_linear_backward(
-            grad, x, *weight, *ctx.blocksize_shape, lora_A, lora_B, s, *ctx.scale, seed, needs[0]
+    grad_x = grad_a = grad_b = grad_scale = grad_bias = None
+    if needs[0] or any(needs[9:12]):
+        grad_x, grad_a, grad_b, grad_scale = _ops.lora_linear_backward(
+            grad, x, *weight, *ctx.blocksize_shape, lora_A, lora_B, rank_scale, s, *ctx.scale, seed, needs[0]
         )
     if needs[8]:
         grad_bias = sum_rows(grad)
-    return (grad_x if needs[0] else None, *(None,) * 7, grad_bias, grad_a, grad_b, None, None, None)
+    found = (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, grad_scale, None, None, None)
+    return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
 torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _backward, setup_context=_setup_context)
@@ -118,46 +119,48 @@ def lora_linear(
     lora_B: Tensor,
     bias: Optional[Tensor] = None,
     *,
+    rank_scale: Optional[Tensor] = None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     training: bool = False,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """``Y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + b`` over a frozen weight.
+    """``Y = x Wᵀ + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ + b`` over a frozen weight.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, float32 over a bfloat16 base included.
         bias: ``[N]`` of x's dtype.
+        rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         dropout_p: probability to drop an element of x on the low-rank path, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
-    Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias,
-    in their own dtypes; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast x, bias and a dense
-    weight are cast to the autocast dtype; the adapters keep theirs.
+    Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
+    rank_scale and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast
+    x, bias and a dense weight are cast to the autocast dtype; the adapters keep theirs.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
-    Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); dropout: :mod:`peft_ext.reference.philox`.
+    Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), AdaLoRA (arXiv 2303.10512);
+    dropout: :mod:`peft_ext.reference.philox`.
     """
     op = "lora_linear"
     checks.check_float(op, "x", x)
-    if (cast := checks.autocast_dtype(x)) is not None:
-        x = x.to(cast)
-        bias = bias if bias is None else bias.to(cast)
-        weight = weight if isinstance(weight, NF4Weight) else weight.to(cast)
+    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
     checks.check_linear(op, x, weight)
-    checks.check_lora(op, x, weight, lora_A, lora_B)
+    checks.check_lora(op, weight, lora_A, lora_B)
     checks.check_bias(op, bias, x, weight.shape[0])
+    if rank_scale is not None:
+        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
-    if not training or dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
-    args = (bias, lora_A, lora_B, float(scaling), float(dropout_p), seed)
+    if checks.any_float64(x, lora_A, lora_B, rank_scale):
+        return in_float64(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
+                          scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+    seed = common.dropout_seed(seed, dropout_p, training, x.device)
+    args = (bias, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)
     return _ops.lora_linear(x, *checks.weight_args(weight), *args)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import nf4 as reference
 from ..weight import NestedAbsmax, NF4Weight
 from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define
+from ._library import NAMESPACE, WEIGHT, define, in_float64
 
 __all__ = ["nf4_dequantize", "nf4_linear", "nf4_quantize"]
 
@@ -171,8 +171,7 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
     dtype = dtype or nf4.dtype
-    if dtype not in checks.FLOATS:
-        raise TypeError(f"nf4_dequantize: dtype is {dtype}, wanted one of {', '.join(map(str, checks.FLOATS))}")
+    checks.check_dtype("nf4_dequantize", dtype)
     return _ops.nf4_dequantize(*nf4.op_args(), dtype)
 
 
@@ -190,9 +189,9 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
     checks.check_float("nf4_linear", "x", x)
-    if (cast := checks.autocast_dtype(x)) is not None:
-        x = x.to(cast)
-        bias = bias if bias is None else bias.to(cast)
+    x, nf4, bias = checks.cast_for_autocast(x, nf4, bias)
     checks.check_linear("nf4_linear", x, nf4)
     checks.check_bias("nf4_linear", bias, x, nf4.shape[0])
+    if checks.any_float64(x):
+        return in_float64(reference.nf4_linear, x, nf4, bias)
     return _ops.nf4_linear(x, *nf4.op_args(), bias)

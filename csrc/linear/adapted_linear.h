@@ -1,0 +1,80 @@
+// The one formula that every linear adapter here is, forward and backward, on the CPU:
+//
+//   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
+//
+// and with drop_base, as PEFT's DoRA has it:  Z = x̃ Wᵀ + S (ρB)ᵀ,  Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. in_scale makes x l ∘
+// x.
+#pragma once
+
+#include <optional>
+
+#include "common/frozen_weight.h"
+#include "common/philox.h"
+
+namespace peft_ext {
+
+// Seed tensor and probability to what kernels take; inactive where there is no seed.
+Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed);
+
+// What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
+struct Adapter {
+  std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
+  std::optional<Tensor> rank_scale;      // [R]
+  double scaling = 1.0;
+  Dropout dropout;
+  bool drop_base = false;
+  std::optional<Tensor> out_scale;  // g [N]
+  std::optional<Tensor> in_scale;   // l [K]
+
+  bool low_rank() const { return lora_A.has_value(); }
+  int64_t rank() const { return lora_A.has_value() ? lora_A->size(0) : 0; }
+};
+
+struct AdaptedForward {
+  Tensor y;  // [..., N] of x's type
+  Tensor s;  // [T, R] float32; [0] without a low-rank term
+  Tensor z;  // [T, N] of x's type; [0] where not asked for
+};
+
+// bias_inside: the bias is b₀, and b₁ otherwise.
+AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
+                               const Adapter& adapter, bool bias_inside, bool want_z);
+
+struct AdaptedBackward {
+  Tensor grad_x;           // x's shape; [0] where not asked for
+  Tensor grad_A, grad_B;   // of lora_A's and lora_B's types
+  Tensor grad_rank_scale;  // [R] float32; [0] without rank_scale
+  Tensor grad_in_scale;    // [K] float32; [0] without in_scale
+};
+
+// s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale.
+AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
+                                 const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x);
+
+// dX = dY W alone, [..., K] of dY's type.
+Tensor frozen_backward(const char* op, Tensor grad, const FrozenWeight& weight);
+
+// m ∘ (scale + shift) in m's type and shape, where scale [K] float32 is given, and sum_t m[t, k] other[t, k], [K]
+// float32, where other is given; each is [0] otherwise. One pass over m.
+struct ColumnSums {
+  Tensor scaled, sums;
+};
+ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other);
+
+// sum_t dY[t, n] (x Wᵀ)[t, n] for some rows n of W, without making x Wᵀ.
+std::vector<float> row_products(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
+                                const std::vector<int64_t>& rows);
+
+// W Aᵀ [N, R] and the sums of squares of W's rows [N], float32, W in `type`.
+struct RowFacts {
+  Tensor product, squares;
+};
+RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tensor& lora_A, ScalarType type);
+
+// leftᵀ W: left [N, R] float32, the result [R, K] float32.
+Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type);
+
+// out_scale and the like as float32 [numel], checked.
+Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
+
+}  // namespace peft_ext

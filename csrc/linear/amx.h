@@ -1,0 +1,32 @@
+// The tile instructions of AMX-BF16, one macro each: a tile's number is part of the instruction. Tiles are 16 rows of
+// 64 bytes, in 1 KiB in a row. Include after target_amx.h. amx_emulated.h has the same names in plain code.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace peft_ext {
+namespace {
+
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1, start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+inline void amx_configure() {
+  const AmxConfig config;
+  _tile_loadconfig(&config);
+}
+inline void amx_release() { _tile_release(); }
+
+}  // namespace
+}  // namespace peft_ext
+
+#define AMX_LOAD(tile, base) _tile_loadd(tile, base, 64)
+#define AMX_STORE(tile, base) _tile_stored(tile, base, 64)
+// sums [16][16] += rows [16][32] lanes [16 pairs][16][2]
+#define AMX_PRODUCT(sums, rows, lanes) _tile_dpbf16ps(sums, rows, lanes)
+// The compiler does not know that a tile load reads memory: what was stored before must be there.
+#define AMX_MEMORY_BARRIER() __asm__ volatile("" ::: "memory")

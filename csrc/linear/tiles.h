@@ -1,0 +1,100 @@
+// The adapted linear layer in bfloat16 on CPUs with a bfloat16 dot product (AVX512-BF16, AMX): what each provides.
+//
+//   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
+//   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
+//
+// One microkernel serves both: C [rows, lanes] += left [rows, depth] right [depth, lanes], depth summed in float32 from
+// first to last. Operands lie in tiles of 1 KiB, those of a strip in order of depth, zeros where the matrix ends:
+//   left   16 rows x 32 of depth, as they come in a row-major matrix;
+//   right  16 pairs of depth x 16 lanes x 2: what AMX calls VNNI, and vdpbf16ps takes as one register per pair.
+// So forward reads W's rows as they lie, decoded from NF4 on the way, and x is transposed once; backward interleaves
+// pairs of W's rows and copies G. A panel of W is decoded into a scratch that stays in L2 while all tokens pass by;
+// W is never repacked in memory. Y and dX are written once, rounded once.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace peft_ext {
+
+constexpr int64_t kStrip = 16;      // rows or lanes of a strip
+constexpr int64_t kTileDepth = 32;  // depth of a tile
+constexpr int64_t kTile = kStrip * kTileDepth;
+constexpr int64_t kPanelStep = 64;      // rows or columns of W decoded together: a multiple of this, but the last
+constexpr int64_t kReduceTokens = 512;  // tokens that grad_in_scale sums over before the sums are added in order
+
+// W [rows, columns], dense or NF4 (absmax of all its blocks, float32).
+struct TileWeight {
+  const bf16* dense;
+  const uint8_t* packed;
+  const float* absmax;
+  int block_shift;  // blocksize is 1 << block_shift: a division costs more than decoding 64 values
+  int64_t rows, columns;
+};
+
+// m [tokens, depth] times scale [depth] (product rounded to bfloat16), zero where keep has no bit: as strips.
+struct TokenStrips {
+  const bf16* m;
+  int64_t tokens, depth;
+  const float* scale;    // or null
+  const uint32_t* keep;  // bit d % 32 of word d / 32 of each row, or null
+  int64_t keep_words;    // in a row
+  bf16* strips;
+};
+
+struct TileForward {
+  TileWeight weight;
+  int64_t tokens;
+  const bf16* x;             // right strips
+  const bf16* dropped;       // right strips of x without what dropout drops, or null; times dropped_scale it is x̃. Then
+  float dropped_scale;       // Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ, as PEFT's DoRA has it
+  int64_t rank;              // 0: no low-rank term
+  const float* s;            // strips of S: [strips, rank, 16]
+  const float* b;            // ρB [rows rounded up to 32, rank]
+  const float* scale;        // g [rows] or null
+  const float* bias_before;  // b₀ [rows] or null
+  const float* bias;         // b₁ [rows] or null
+  bf16* y;                   // [tokens, rows]
+  bf16* z;                   // [tokens, rows] or null
+};
+
+struct TileBackward {
+  TileWeight weight;
+  int64_t tokens;
+  const bf16* grad;  // left strips of G
+  const bf16* more;  // left strips of H, or null
+  int64_t rank;      // 0: no low-rank term
+  const float* p;    // [tokens rounded up to 32, rank]
+  const float* a;    // strips of A: [strips, rank, 16]
+  const uint32_t* keep;
+  int64_t keep_words;
+  float keep_scale;
+  const float* in_scale;  // l [columns] or null
+  const bf16* x;          // [tokens, columns], with in_scale
+  float* grad_in_scale;   // [ceil(tokens / kReduceTokens), columns], zeroed: sums of x ∘ (dX / l)
+  bf16* grad_x;           // [tokens, columns]
+};
+
+struct TileKernels {
+  void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
+  void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
+  // Rows [begin, end) of W against the token strips [first, last); panel: scratch of panel_elements.
+  void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
+  // Columns [begin, end) of W, likewise; first is a multiple of kReduceTokens where grad_in_scale is given.
+  void (*backward)(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
+};
+
+// Elements of the strips of a matrix [count, depth].
+inline int64_t strips_elements(int64_t count, int64_t depth) {
+  return ceil_div(count, kStrip) * ceil_div(depth, kTileDepth) * kTile;
+}
+
+#if defined(__x86_64__)
+extern const TileKernels kTileKernelsAvx512Bf16;
+extern const TileKernels kTileKernelsAmx;
+// The AMX kernels with the tile instructions in plain code: for tests on a CPU without AMX.
+extern const TileKernels kTileKernelsAmxEmulated;
+#endif
+
+}  // namespace peft_ext

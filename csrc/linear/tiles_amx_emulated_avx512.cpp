@@ -1,0 +1,14 @@
+// The AMX kernels over emulated tiles, on a CPU with AVX512-BF16.
+#if defined(__x86_64__)
+#include "common/target_avx512bf16.h"
+// The target must be set before these headers are read.
+#include "linear/amx_emulated.h"
+#include "linear/tiles_amx_impl.h"
+
+namespace peft_ext {
+
+const TileKernels kTileKernelsAmxEmulated = {left_strips, right_strips, forward, backward};
+
+}  // namespace peft_ext
+#include "common/target_end.h"
+#endif

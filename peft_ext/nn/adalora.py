@@ -1,0 +1,93 @@
+"""A linear layer with an AdaLoRA adapter over a frozen base."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .adapted import LowRankLinear
+
+__all__ = ["AdaLoRALinear"]
+
+
+class AdaLoRALinear(LowRankLinear):
+    """``Y = x Wᵀ + s · (dropout(x) Aᵀ ∘ E / (ranknum + 1e-5)) Bᵀ + b``; see :func:`peft_ext.ops.lora_linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: of the frozen base layer.
+        r: rank to start with. lora_alpha: ``s = lora_alpha``, or r where it is not positive, as PEFT has it.
+        lora_dropout: probability to drop an element of x on the low-rank path, in training.
+        adapter_dtype: of the adapter's parameters; default float32, whatever the base is.
+
+    ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start normal (std 0.02), ``lora_E [r, 1]`` zero: the
+    adapted layer starts as the base. ``ranknum [1]``, a buffer, is r until a rank allocator says otherwise; ranks that
+    it takes away have ``lora_E`` 0. Raises ValueError for r < 1 or lora_dropout outside [0, 1).
+
+    Source: AdaLoRA (arXiv 2303.10512).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._setup(base, r, lora_alpha, lora_dropout, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> AdaLoRALinear:
+        """Adapt ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        return cls._over(linear, r, lora_alpha, lora_dropout, adapter_dtype)
+
+    def _setup(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
+        self._hold(base)
+        self._hold_low_rank(r, lora_alpha, lora_dropout, dtype)
+        device = base.weight.device
+        self.lora_E = nn.Parameter(torch.empty(r, 1, device=device, dtype=dtype))
+        self.register_buffer("ranknum", torch.empty(1, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Restart the adapter: the layer computes what its base does. The base is left as it is."""
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        nn.init.zeros_(self.lora_E)
+        nn.init.constant_(self.ranknum, float(self.r))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha if self.lora_alpha > 0 else float(self.r)
+
+    def rank_scale(self) -> Tensor:
+        """``E / (ranknum + 1e-5)``, ``[r]``."""
+        return self.lora_E.flatten() / (self.ranknum + 1e-5)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        return ops.lora_linear(
+            x, self._weight(), self.lora_A, self.lora_B, self._bias(x),
+            rank_scale=self.rank_scale(), scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training,
+        )  # fmt: skip
+
+    def delta_weight(self) -> Tensor:
+        """``s · B (A ∘ E) / (ranknum + 1e-5)``, ``[out_features, in_features]``, in the adapters' dtype."""
+        return self.scaling * (self.lora_B @ (self.rank_scale()[:, None] * self.lora_A).to(self.lora_B.dtype))

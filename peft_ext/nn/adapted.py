@@ -1,0 +1,148 @@
+"""What the adapted layers share: the frozen base, merging with an exact way back, and a pair of low-rank factors."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..weight import NF4Weight
+from .nf4 import NF4Linear
+
+__all__ = ["AdaptedLinear", "LowRankLinear"]
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen ``base_layer`` (``nn.Linear`` or :class:`NF4Linear`) under an adapter that can be merged into it.
+
+    A subclass has a ``_setup(base, ...)`` that calls :meth:`_hold` and makes the adapter's parameters,
+    :meth:`reset_parameters`, :meth:`adapted`, and :meth:`merged_weight`, and :meth:`merged_bias` if the bias changes.
+    """
+
+    base_layer: nn.Linear
+
+    @classmethod
+    def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
+        """An adapted layer over ``linear`` itself; arguments as ``_setup`` takes them."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._setup(linear, *args, **kwargs)
+        return module.train(linear.training)
+
+    def _hold(self, base: nn.Linear) -> None:
+        self.base_layer = base.requires_grad_(False)
+        self._unmerged: Optional[tuple[Union[Tensor, NF4Weight], Optional[Tensor]]] = None
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    def _weight(self) -> Union[Tensor, NF4Weight]:
+        """The frozen weight; while merged, the one from before."""
+        if self._unmerged is not None:
+            return self._unmerged[0]
+        return self.base_layer.nf4 if isinstance(self.base_layer, NF4Linear) else self.base_layer.weight
+
+    def _bias(self, x: Tensor) -> Optional[Tensor]:
+        bias = self.base_layer.bias
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) if self.merged else self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """What the layer computes where it is not merged."""
+        raise NotImplementedError
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
+        raise NotImplementedError
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """The bias with the adapter folded in."""
+        return bias
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapter into the base: rounded to its dtype, or requantized to NF4.
+
+        Weight and bias from before are kept (not in the state dict), so that :meth:`unmerge` gives back their very
+        bits.
+        """
+        if self.merged:
+            return
+        base, held = self.base_layer, self._weight()
+        bias = None if base.bias is None else base.bias.data
+        if isinstance(held, NF4Weight):
+            merged = self.merged_weight(held.dequantize(torch.float32)).to(held.dtype)
+            base.set_nf4(ops.nf4_quantize(merged, held.blocksize, held.nested is not None))
+            self._unmerged = (held, bias)
+        else:
+            wide = torch.promote_types(held.dtype, torch.float32)
+            merged = self.merged_weight(held.to(wide)).to(held.dtype)
+            self._unmerged = (held.data, bias)
+            held.data = merged
+        if bias is not None:
+            base.bias.data = self.merged_bias(bias).to(bias.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the very bits from before :meth:`merge`."""
+        if self._unmerged is None:
+            return
+        weight, bias = self._unmerged
+        if isinstance(weight, NF4Weight):
+            self.base_layer.set_nf4(weight)
+        else:
+            self.base_layer.weight.data = weight
+        if bias is not None:
+            self.base_layer.bias.data = bias
+        self._unmerged = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            # Codes and scales keep their bits under a cast, as NF4Linear's do.
+            weight = weight.to(self.base_layer.weight.device) if isinstance(weight, NF4Weight) else fn(weight)
+            self._unmerged = (weight, bias if bias is None else fn(bias))
+        return self
+
+
+class LowRankLinear(AdaptedLinear):
+    """``lora_A [r, in_features]`` and ``lora_B [out_features, r]``, and the dropout on x before them."""
+
+    def _hold_low_rank(self, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
+        name, base = type(self).__name__, self.base_layer
+        if r < 1:
+            raise ValueError(f"{name}: r is {r}, wanted at least 1")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"{name}: lora_dropout is {lora_dropout}, wanted 0 <= p < 1")
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, r, device=device, dtype=dtype))
+
+    @property
+    def scaling(self) -> float:
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """``s · B A``, ``[out_features, in_features]``, in the adapters' dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight + self.delta_weight().to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"

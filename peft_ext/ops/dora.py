@@ -1,0 +1,289 @@
+"""DoRA over a frozen weight, dense or NF4: LoRA whose every output is rescaled to a learned magnitude.
+
+    g = magnitude / ‖W + s·B A‖  per row  [N]      S = x̃ Aᵀ      Z = x Wᵀ + s·S Bᵀ  [T, N]      Y = g∘Z + b
+    dropout on the base too (PEFT's):  Z = x̃ Wᵀ + s·S Bᵀ,  Y = x Wᵀ + b + g∘Z - x̃ Wᵀ
+    n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB  [N],  U = W Aᵀ  [N, R]          W + s·B A is never formed
+
+Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (the base
+dropped: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. The norm's, with
+``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
+Saved: x, S, the seed, vectors, and for dg alone Y (``Z = Y/g``) or, where Y does not give it back, Z.
+
+Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..reference import _common as common
+from ..reference import dora as reference
+from ..weight import NF4Weight
+from . import _checks as checks
+from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .nf4 import refuse_double_backward, sum_rows
+
+__all__ = ["dora_linear", "dora_weight_norm"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+_LORA = "Tensor lora_A, Tensor lora_B"
+_DROPOUT = "float scaling, float dropout_p, Tensor? seed, bool drop_base"
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _norm_reference(*args):
+    *weight, lora_A, lora_B, scaling, dtype = args
+    return reference.dora_weight_norm_forward(checks.unpack_weight(*weight, dtype), lora_A, lora_B, scaling, dtype)
+
+
+def _norm_fake(weight, *args):
+    *_, shape, lora_A, _lora_B, _scaling, dtype = args
+    wide = common.sum_dtype(dtype)
+    return weight.new_empty(shape[0], dtype=wide), weight.new_empty((shape[0], lora_A.shape[0]), dtype=wide)
+
+
+def _norm_backward_reference(grad, *args):
+    *weight, lora_A, lora_B, norm, u, scaling, dtype = args
+    return reference.dora_weight_norm_backward(
+        grad, checks.unpack_weight(*weight, dtype), lora_A, lora_B, norm, u, scaling, dtype
+    )
+
+
+def _norm_backward_fake(grad, *args):
+    *_weight, lora_A, lora_B, _norm, _u, _scaling, _dtype = args
+    return lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
+def _forward_reference(x, *args):
+    *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base = args
+    y, s, z = reference.dora_linear_forward(
+        x, checks.unpack_weight(*weight, x.dtype), bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base
+    )
+    return y, s, x.new_empty(0) if z is None else z
+
+
+def _forward_fake(x, *args):
+    *weight, bias, lora_A, _lora_B, _out_scale, _scaling, _dropout_p, _seed, drop_base = args
+    count, out_features = tokens(x), weight[-1][0]
+    s = x.new_empty((count, lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
+    z = x.new_empty(0) if _y_gives_z(bias, drop_base) else x.new_empty((count, out_features))
+    return x.new_empty((*x.shape[:-1], out_features)), s, z
+
+
+def _backward_reference(grad, x, *args):
+    *weight, lora_A, lora_B, out_scale, s, z, z_is_scaled, scaling, dropout_p, seed, drop_base, needs_x, needs_g = args
+    grad_x, grad_a, grad_b, grad_g = reference.dora_linear_backward(
+        grad, x, checks.unpack_weight(*weight, x.dtype), lora_A, lora_B, out_scale, s, z if needs_g else None,
+        z_is_scaled, scaling, dropout_p, seed, drop_base,
+    )  # fmt: skip
+    return grad_x if needs_x else x.new_empty(0), grad_a, grad_b, grad_g if needs_g else s.new_empty(0)
+
+
+def _backward_fake(grad, x, *args):
+    *_weight, lora_A, lora_B, _out_scale, s, _z, _z_is_scaled, _scaling, _p, _seed, _drop_base, needs_x, needs_g = args
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    grad_g = s.new_empty(lora_B.shape[0] if needs_g else 0)
+    return grad_x, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), grad_g
+
+
+define(
+    "dora_weight_norm",
+    f"({WEIGHT}, {_LORA}, float scaling, ScalarType dtype) -> (Tensor norm, Tensor u)",
+    reference=_norm_reference,
+    fake=_norm_fake,
+)
+define(
+    "dora_weight_norm_backward",
+    f"(Tensor grad, {WEIGHT}, {_LORA}, Tensor norm, Tensor u, float scaling, ScalarType dtype)"
+    " -> (Tensor grad_A, Tensor grad_B)",
+    reference=_norm_backward_reference,
+    fake=_norm_backward_fake,
+)
+define(
+    "dora_linear",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}, Tensor out_scale, {_DROPOUT}) -> (Tensor y, Tensor s, Tensor z)",
+    reference=_forward_reference,
+    fake=_forward_fake,
+)
+define(
+    "dora_linear_backward",
+    f"(Tensor grad, Tensor x, {WEIGHT}, {_LORA}, Tensor out_scale, Tensor s, Tensor z, bool z_is_scaled, {_DROPOUT},"
+    " bool needs_grad_x, bool needs_grad_scale) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_scale)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _norm_setup_context(ctx, inputs, output):
+    *weight, lora_A, lora_B, scaling, dtype = inputs
+    norm, u = output
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    ctx.blocksize_shape = weight[5:]
+    ctx.scale = (scaling, dtype)
+    ctx.save_for_backward(*weight[:5], lora_A, lora_B, norm, u)
+
+
+def _norm_backward(ctx, grad, _grad_u):
+    refuse_double_backward("dora_weight_norm")
+    if grad is None:
+        return (None,) * 11
+    *weight, lora_A, lora_B, norm, u = ctx.saved_tensors
+    grad_a, grad_b = _ops.dora_weight_norm_backward(
+        grad, *weight, *ctx.blocksize_shape, lora_A, lora_B, norm, u, *ctx.scale
+    )
+    needs = ctx.needs_input_grad
+    return (*(None,) * 7, grad_a if needs[7] else None, grad_b if needs[8] else None, None, None)
+
+
+def _y_gives_z(bias: Optional[Tensor], drop_base: bool) -> bool:
+    """Whether ``Y = g∘Z``, so that the backward takes Y for Z."""
+    return bias is None and not drop_base
+
+
+def _setup_context(ctx, inputs, output):
+    x, *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base = inputs
+    y, s, z = output
+    ctx.mark_non_differentiable(s, z)
+    ctx.set_materialize_grads(False)
+    ctx.blocksize_shape = weight[5:]
+    ctx.scale = (scaling, dropout_p)
+    ctx.drop_base = drop_base
+    ctx.z_is_scaled = _y_gives_z(bias, drop_base)
+    held = (y if ctx.z_is_scaled else z) if ctx.needs_input_grad[11] else None
+    ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, out_scale, s, seed, held)
+
+
+def _backward(ctx, grad, _grad_s, _grad_z):
+    refuse_double_backward("dora_linear")
+    if grad is None:
+        return (None,) * 16
+    x, *weight, lora_A, lora_B, out_scale, s, seed, z = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x = grad_a = grad_b = grad_g = grad_bias = None
+    if needs[0] or any(needs[9:12]):
+        z = x.new_empty(0) if z is None else z.reshape(-1, z.shape[-1])
+        grad_x, grad_a, grad_b, grad_g = _ops.dora_linear_backward(
+            grad, x, *weight, *ctx.blocksize_shape, lora_A, lora_B, out_scale, s, z, ctx.z_is_scaled, *ctx.scale, seed,
+            ctx.drop_base, needs[0], needs[11],
+        )  # fmt: skip
+    if needs[8]:
+        grad_bias = sum_rows(grad)
+    found = (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, grad_g, None, None, None, None)
+    return tuple(value if need else None for value, need in zip(found, needs, strict=True))
+
+
+torch.library.register_autograd(f"{NAMESPACE}::dora_weight_norm", _norm_backward, setup_context=_norm_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::dora_linear", _backward, setup_context=_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def dora_weight_norm(
+    weight: Union[Tensor, NF4Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """``‖W + scaling · B A‖`` of each row, without forming the sum.
+
+    Args:
+        weight: frozen ``[N, K]``: a dense tensor, or an NF4Weight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
+            any float dtype. scaling: a finite number.
+        dtype: what an NF4 weight is dequantized to; default: its own. A dense weight has no other than its own.
+
+    Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
+    lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward: the norm and U ``[N, R]`` float32.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: DoRA (arXiv 2402.09353).
+    """
+    op = "dora_weight_norm"
+    checks.check_weight(op, weight)
+    checks.check_lora(op, weight, lora_A, lora_B)
+    checks.check_scale(op, scaling)
+    dtype = dtype or weight.dtype
+    checks.check_dtype(op, dtype)
+    if dtype != weight.dtype and not isinstance(weight, NF4Weight):
+        raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
+    if dtype is torch.float64 or checks.any_float64(lora_A, lora_B):
+        return in_float64(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
+    return _ops.dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)[0]
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    dropout_mode: str = "lora",
+    norm_grad: bool = False,
+    weight_norm: Optional[Tensor] = None,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """``Y = g ∘ (x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ) + b`` with ``g = magnitude / ‖W + scaling · B A‖`` per row.
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
+        magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and so are its gradients.
+        dropout_mode: "lora": the dropout acts on the low-rank path alone. "peft": as PEFT does it,
+            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, a second base product while dropout is active;
+            without dropout both are one.
+        norm_grad: let the gradient flow through the norm too; the paper, and PEFT, hold it constant.
+        weight_norm: ``[N]``, of any float dtype: the norm, where it is known already (:func:`dora_weight_norm` of the
+            weight in x's dtype); default: computed.
+
+    Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
+    and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32, the seed, vectors of float32 and,
+    where magnitude needs a gradient, Y itself (so don't change it in place) or, with a bias or the base dropped, Z
+    ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: DoRA (arXiv 2402.09353).
+    """
+    op = "dora_linear"
+    checks.check_float(op, "x", x)
+    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
+    checks.check_linear(op, x, weight)
+    checks.check_lora(op, weight, lora_A, lora_B)
+    checks.check_bias(op, bias, x, weight.shape[0])
+    checks.check_vector(op, "magnitude", magnitude, x, (weight.shape[0],))
+    checks.check_scale(op, scaling, dropout_p)
+    checks.check_seed(op, seed, x)
+    if dropout_mode not in ("lora", "peft"):
+        raise ValueError(f"{op}: dropout_mode is {dropout_mode!r}, wanted 'lora' or 'peft'")
+    if checks.any_float64(x, lora_A, lora_B, magnitude, weight_norm):
+        return in_float64(reference.dora_linear, x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling,
+                          dropout_p=dropout_p, training=training, dropout_mode=dropout_mode, norm_grad=norm_grad,
+                          weight_norm=weight_norm, seed=seed)  # fmt: skip
+    held = checks.weight_args(weight)
+    if weight_norm is None:
+        adapter = (lora_A, lora_B) if norm_grad else (lora_A.detach(), lora_B.detach())
+        weight_norm, _ = _ops.dora_weight_norm(*held, *adapter, float(scaling), x.dtype)
+    else:
+        checks.check_vector(op, "weight_norm", weight_norm, x, (weight.shape[0],))
+        weight_norm = (weight_norm if norm_grad else weight_norm.detach()).to(common.sum_dtype(x.dtype))
+    out_scale = reference.output_scale(magnitude, weight_norm)
+    seed = common.dropout_seed(seed, dropout_p, training, x.device)
+    drop_base = dropout_mode == "peft" and seed is not None
+    args = (bias, lora_A, lora_B, out_scale, float(scaling), float(dropout_p), seed, drop_base)
+    return _ops.dora_linear(x, *held, *args)[0]

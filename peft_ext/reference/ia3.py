@@ -1,0 +1,93 @@
+"""IA3 over a frozen dense or NF4 weight, in plain PyTorch.
+
+    output:  Y = l∘(x Wᵀ + b),  l [N]           feedforward:  Y = (l∘x) Wᵀ + b,  l [K]
+
+Source: IA3 (arXiv 2205.05638).
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+from torch import Tensor
+
+from ..weight import NF4Weight
+from ._common import SMALLEST_SCALE, dense, rows, sum_dtype
+
+__all__ = [
+    "ia3_linear",
+    "ia3_linear_backward",
+    "ia3_linear_forward",
+    "ia3_scale",
+    "ia3_scale_backward",
+    "ia3_scale_forward",
+]
+
+
+def ia3_linear_forward(
+    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
+) -> Tensor:
+    """``Y [..., N]``; ia3_l is ``[K]`` with ``feedforward``, else ``[N]``."""
+    wide = sum_dtype(x.dtype)
+    w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
+    y = (factor * x.to(wide) if feedforward else x.to(wide)) @ w.t()
+    y = y if bias is None else y + bias.to(wide)
+    return (y if feedforward else factor * y).to(x.dtype)
+
+
+def ia3_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    bias: Optional[Tensor],
+    ia3_l: Tensor,
+    y: Optional[Tensor],
+    feedforward: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Gradients of x and ia3_l (None for the output's without y): with ``U = dY W``,
+
+    feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘(Y/l)``.
+    """
+    wide = sum_dtype(x.dtype)
+    w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
+    flat, wide_x = rows(grad).to(wide), rows(x).to(wide)
+    if feedforward:
+        u = flat @ w
+        return (factor * u).to(x.dtype).view(x.shape), (wide_x * u).sum(0).to(ia3_l.dtype)
+    grad_x = ((factor * flat) @ w).to(x.dtype).view(x.shape)
+    if y is None:
+        return grad_x, None
+    small = factor.abs() < SMALLEST_SCALE
+    unscaled = rows(y).to(wide) / factor.masked_fill(small, 1)
+    again = wide_x @ w[small].t()
+    unscaled[:, small] = again if bias is None else again + bias[small].to(wide)
+    return grad_x, (flat * unscaled).sum(0).to(ia3_l.dtype)
+
+
+def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
+    """``x∘l`` in float32 (float64), rounded once to x's dtype; ia3_l is ``[K]``."""
+    wide = sum_dtype(x.dtype)
+    return (x.to(wide) * ia3_l.to(wide)).to(x.dtype)
+
+
+def ia3_scale_backward(grad: Tensor, x: Tensor, ia3_l: Tensor) -> tuple[Tensor, Tensor]:
+    """``dX = l∘dY``, ``dl = Σ_t dY∘x``."""
+    wide = sum_dtype(x.dtype)
+    return ia3_scale_forward(grad, ia3_l), (rows(grad).to(wide) * rows(x).to(wide)).sum(0).to(ia3_l.dtype)
+
+
+def ia3_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    ia3_l: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    feedforward: bool = False,
+) -> Tensor:
+    """See :func:`peft_ext.ops.ia3_linear`; gradients come from PyTorch's autograd."""
+    return ia3_linear_forward(x, weight, bias, ia3_l.reshape(-1), feedforward)
+
+
+def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
+    """See :func:`peft_ext.ops.ia3_scale`; gradients come from PyTorch's autograd."""
+    return ia3_scale_forward(x, ia3_l.reshape(-1))
