@@ -14,20 +14,38 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from peft.tuners import lora  # noqa: E402
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from peft_models import (  # noqa: E402
+    BASES,
+    HIDDEN,
+    MLP,
+    K,
+    N,
+    assert_as_good,
+    assert_identical,
+    both,
+    first,
+    four_bit,
+    in_float64,
+    inputs,
+    llama,
+    make,
+    quantize,
+    run,
+    state_of,
+    tuners,
+    with_philox,
+)
+from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import peft_ext  # noqa: E402
+from peft_ext.integrations import _peft_base  # noqa: E402
 from peft_ext.integrations import peft as integration  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
-from peft_ext.reference import lora as reference  # noqa: E402
 
-K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
-BASES = ("float32", "bfloat16", "nf4", "nf4 bfloat16", "bnb", "bnb nested", "bnb bfloat16")
 BNB_8BIT = bnb.nn.Linear8bitLt
 
 
@@ -37,151 +55,6 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-class MLP(nn.Module):
-    def __init__(self, linear=nn.Linear):
-        super().__init__()
-        self.up, self.down = linear(K, HIDDEN), linear(HIDDEN, N)
-
-    def forward(self, x, **kwargs):
-        return self.down(nn.functional.silu(self.up(x, **kwargs)), **kwargs)
-
-
-def dtype_of(base):
-    return torch.bfloat16 if "bfloat16" in base else torch.float32
-
-
-def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=False, quant_type="nf4", bias=True):
-    layer = bnb.nn.Linear4bit(
-        in_features, out_features, bias, compute_dtype=compute_dtype, compress_statistics=nested, quant_type=quant_type
-    )
-    return layer.to("cpu")
-
-
-def quantize(model, base):
-    """The same model over another base: "float32", "nf4", "bnb nested", ..."""
-    dtype = dtype_of(base)
-    model = model.to(dtype)
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not nn.Linear or name == "lm_head":
-                continue
-            if base.startswith("nf4"):
-                setattr(parent, name, NF4Linear.from_linear(linear))
-            elif base.startswith("bnb"):
-                layer = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
-                    compress_statistics="nested" in base, quant_type="nf4",
-                )  # fmt: skip
-                layer.load_state_dict(linear.state_dict())
-                if linear.bias is not None:  # as loaded: bitsandbytes casts it in its first forward, for good
-                    layer.bias.data = layer.bias.data.to(dtype)
-                setattr(parent, name, layer.to("cpu"))
-    model.is_loaded_in_4bit = base.startswith("bnb")
-    return model
-
-
-def make(base="float32", **config):
-    config = {"target_modules": ["up", "down"], "r": 8, "lora_alpha": 12, "init_lora_weights": False, **config}
-    return get_peft_model(quantize(MLP(), base), LoraConfig(**config))
-
-
-def llama(**config):
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
-    )
-    config = {"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **config}
-    return get_peft_model(model, LoraConfig(**config))
-
-
-def tuners(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def both(model):
-    """The model untouched, and an accelerated copy."""
-    return model, peft_ext.accelerate(copy.deepcopy(model))
-
-
-def inputs(base="float32", tokens=(3, 7)):
-    return torch.randn(*tokens, K, dtype=dtype_of(base))
-
-
-def run(model, x, **kwargs):
-    """Output, gradient of x and of every trainable parameter, from a fixed seed and a fixed output gradient."""
-    model.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    torch.manual_seed(3)
-    y = model(x, **kwargs)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
-    y.backward(grad.to(y.dtype))
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"y": y.detach(), "x": x.grad, **found}
-
-
-class PhiloxDropout(nn.Module):
-    """Dropout that draws its seed and its mask as the fused op does, for a layer on PEFT's own path."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        return reference.dropped(x, self.p, torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64))
-
-
-def with_philox(model):
-    for layer in tuners(model).values():
-        for name, dropout in layer.lora_dropout.items():
-            if isinstance(dropout, nn.Dropout):
-                layer.lora_dropout[name] = PhiloxDropout(dropout.p).train(dropout.training)
-    return model
-
-
-def in_float64(model):
-    """PEFT's own path over the same weights, dequantized, in float64."""
-    model = copy.deepcopy(model)
-    for layer in tuners(model).values():
-        base = layer.base_layer
-        wide = nn.Linear(base.in_features, base.out_features, dtype=torch.float64)
-        if isinstance(base, NF4Linear):
-            weight = base.dequantize(dtype_of(str(base.quant_dtype)))
-        elif isinstance(base, bnb.nn.Linear4bit):
-            weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight).dequantize(base.compute_dtype)
-        else:
-            weight = base.weight
-        wide.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
-        wide.bias = nn.Parameter(base.bias.detach().double(), requires_grad=base.bias.requires_grad)
-        layer.base_layer = wide
-    return model.double()
-
-
-def assert_as_good(actual, stock, exact):
-    """Against float64 an error at most 1.5 times that of PEFT, plus what float32 sums of some 100 terms round."""
-    assert actual.keys() == stock.keys() == exact.keys()
-    for name, wanted in exact.items():
-        assert actual[name].dtype is stock[name].dtype, name
-        assert actual[name].shape == stock[name].shape, name
-        error, theirs = ((found[name].double() - wanted).norm() for found in (actual, stock))
-        assert error <= 1.5 * theirs + 1e-6 * wanted.norm(), f"{name}: error {error:.2e}, PEFT's {theirs:.2e}"
-        assert wanted.norm() > 0, f"{name} is zero: nothing was compared"
-
-
-def assert_identical(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (actual[name] is None) == (value is None), name
-        if value is not None:
-            torch.testing.assert_close(
-                actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
-            )
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -288,10 +161,6 @@ def test_autocast_gives_pefts_dtype(base, x_dtype):
 # --- the stock path ---------------------------------------------------------------------------------------------------
 
 
-def first(model):
-    return model.base_model.model.up
-
-
 def weights(layer):
     return (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
 
@@ -311,12 +180,6 @@ def _merge(model):
 
 def _disable(model):
     model.base_model.disable_adapter_layers()
-
-
-def _second_adapter(model):
-    torch.manual_seed(2)
-    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
 
 
 def _no_adapter(model):
@@ -384,9 +247,8 @@ HOOKS = {
 STOCK = {
     "merged": (_merge, {}, "merged"),
     "disabled": (_disable, {}, "disabled"),
-    "DoRA": (None, {"use_dora": True}, "DoRA is not fused yet"),
+    "aLoRA": (None, {"alora_invocation_tokens": [1]}, "aLoRA is not fused yet"),
     "lora_bias": (None, {"lora_bias": True}, "lora_bias"),
-    "two active adapters": (_second_adapter, {}, "several active adapters"),
     "no active adapter": (_no_adapter, {}, "no active adapter"),
     "forward patched": (_patch_layer, {}, "replaced on the instance"),
     "base forward patched": (_patch_base, {}, "hooks on base_layer"),
@@ -420,7 +282,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     row = peft_ext.explain(fused).rows[0]
     assert not row.fused and reason in row.reason
     assert row.name == "base_model.model.up"
-    assert row.kind == ("DoRA over Linear" if case == "DoRA" else "LoRA over Linear")
+    assert row.kind == ("aLoRA over Linear" if case == "aLoRA" else "LoRA over Linear")
     # Where the other layer is fused, it takes PEFT's class again, so that all bits can be compared.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
@@ -436,7 +298,7 @@ def test_a_global_hook_takes_the_stock_path():
         assert "hooks" in peft_ext.explain(fused).rows[0].reason
         x = inputs()
         stock(x)
-        wanted = [integration._FUSED.get(kind, kind) if kind is lora.Linear else kind for kind in seen]
+        wanted = [_peft_base.FUSED.get(kind, kind) if kind is lora.Linear else kind for kind in seen]
         seen.clear()
         fused(x)
         assert seen == wanted
@@ -447,9 +309,7 @@ def test_a_global_hook_takes_the_stock_path():
 
 def test_without_a_native_kernel_the_stock_path_runs(monkeypatch):
     """The reference behind the op is correct and slower than PEFT: it must not run in a layer's place."""
-    from peft_ext.integrations import peft as integration
-
-    monkeypatch.setattr(integration, "_KERNELS", {"lora_linear": {"cpu": False}, "nf4_linear": {"cpu": False}})
+    monkeypatch.setattr(_peft_base, "KERNELS", {op: {"cpu": False} for op in _peft_base.KERNELS})
     for base in BASES:
         stock, fused = both(make(base).eval())
         x = inputs(base)
@@ -644,13 +504,6 @@ def test_lora_linear_over_a_4bit_layer():
 # --- what a model goes through ----------------------------------------------------------------------------------------
 
 
-def state_of(model):
-    return {
-        name: (type(module), {key: id(value) for key, value in vars(module).items()})
-        for name, module in model.named_modules()
-    }
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_restore_leaves_nothing_behind(base):
     model = make(base, lora_dropout=0.1)
@@ -791,7 +644,7 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(base, sa
         merged.unmerge_adapter()
         assert_identical(merged.state_dict(), before)
         assert torch.equal(merged(x), unmerged)
-        assert not first(merged)._caches
+        assert _peft_base.KEPT not in vars(first(merged))
     model.merge_and_unload(safe_merge=safe)
     base_layer = model.base_model.model.up
     assert type(base_layer) is NF4Linear
@@ -831,7 +684,7 @@ def test_safe_merge_into_nf4_refuses_what_is_not_finite():
     layer.lora_A["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="adapter default seems to be broken"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, packed) and not layer.merged and not layer._caches
+    assert torch.equal(layer.base_layer.weight, packed) and not layer.merged and _peft_base.KEPT not in vars(layer)
 
 
 def test_stock_peft_does_not_corrupt_an_nf4_weight():
@@ -843,12 +696,6 @@ def test_stock_peft_does_not_corrupt_an_nf4_weight():
     assert torch.equal(first(model).base_layer.weight, packed)
     with pytest.raises(RuntimeError):
         make("nf4", use_dora=True)
-
-
-def test_dora_over_nf4_is_a_clear_error():
-    model = peft_ext.accelerate(make("nf4"))
-    with pytest.raises(NotImplementedError, match="DoRA over an NF4Linear is not supported yet"):
-        model.add_adapter("dora", LoraConfig(target_modules=["up"], use_dora=True))
 
 
 def test_restore_refuses_a_layer_that_only_it_can_unmerge():
@@ -948,10 +795,10 @@ def test_explain_names_every_method():
     assert [(row.kind, row.fused, row.reason) for row in rows] == [
         ("LoRA over Linear", False, "accelerate(model) was not called on it")
     ] * 2
-    model = get_peft_model(MLP(), IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]))
+    model = get_peft_model(MLP(), VeraConfig(target_modules=["up"]))
     explanation = peft_ext.explain(peft_ext.accelerate(model))
     assert {(row.kind, row.fused, row.reason) for row in explanation.rows} == {
-        ("IA3 over Linear", False, "IA3 is not fused yet")
+        ("VeRA over Linear", False, "VeRA is not fused yet")
     }
     assert explanation.fused_share == 0.0
     for base, kind in (("nf4", "NF4Linear"), ("bnb", "Linear4bit")):

@@ -2,12 +2,13 @@
 
 All ways to adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model) meet
 in ``BaseTuner.inject_adapter``; after it, :func:`peft_ext.accelerate` runs over the model. The forwards of accelerated
-layers are counted, by what they did: a run in which nothing was fused would prove nothing.
+layers are counted, by method and by what they did: a method of which nothing was fused was not tested.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 
 import peft_ext
+from peft_ext.integrations import _peft_base
 from peft_ext.integrations import peft as integration
 
-CALLS: Counter[str] = Counter()
+FUSED: Counter[str] = Counter()
+STOCK: Counter[str] = Counter()
 
 
 def _accelerated(inject: Callable) -> Callable:
@@ -34,9 +37,12 @@ def _accelerated(inject: Callable) -> Callable:
 def _counted(fused: Callable) -> Callable:
     @functools.wraps(fused)
     def forward(layer: Any, x: Any) -> Any:
-        reason = integration._stock_reason(layer)
         y = fused(layer, x)
-        CALLS["fused" if y is not None else f"stock: {reason or 'x does not fit'}"] += 1
+        if y is not None:
+            method = integration._method(layer)
+            FUSED[f"{method}, several adapters" if len(layer.active_adapters) > 1 else method] += 1
+        else:
+            STOCK[layer._stock_reason() or "x does not fit"] += 1
         return y
 
     return forward
@@ -44,13 +50,17 @@ def _counted(fused: Callable) -> Callable:
 
 def pytest_configure() -> None:
     BaseTuner.inject_adapter = _accelerated(BaseTuner.inject_adapter)
-    integration._fused_lora = _counted(integration._fused_lora)
+    for layer in _peft_base.STOCK:
+        if issubclass(layer, _peft_base.Fused):
+            layer._fused = _counted(layer._fused)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"peft_ext: {CALLS['fused']} fused forwards, of {CALLS.total()} of accelerated layers")
-    for name, count in CALLS.most_common():
-        terminalreporter.write_line(f"{count:>8}  {name}")
+    total = FUSED.total() + STOCK.total()
+    terminalreporter.write_line(f"peft_ext: {FUSED.total()} fused forwards, of {total} of accelerated layers")
+    for kind, counts in (("fused", FUSED), ("stock", STOCK)):
+        for name, count in counts.most_common():
+            terminalreporter.write_line(f"{count:>8}  {kind}: {name}")
     if path := os.environ.get("PEFT_EXT_SUITE_COUNT"):
         with open(path, "w") as file:
-            file.write(str(CALLS["fused"]))
+            json.dump(FUSED, file)

@@ -1,18 +1,20 @@
-"""Run PEFT's own tests without and with accelerated layers; fail where a test passes only without.
+"""Run PEFT's own tests without and with accelerated layers; fail where a test passes only without, or a method that is
+to be tested was not fused once.
 
     python tests/peft_suite/run.py [--mode quick|lora|full] [--cache FOLDER] [--sdist FILE]
 
 The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline. Tests that
 fail without the plugin (they want a hub or a package that is not here) are listed by number and do not count.
 
-Modes: ``quick``, plain LoRA over linear layers, about two minutes for both runs; ``lora``, all that LoRA touches,
-about four; ``full``, every test of the file.
+Modes: ``quick``, plain LoRA over linear layers, and forward, training and merging of DoRA, AdaLoRA and (IA)³, about two
+minutes for both runs; ``lora``, all that LoRA touches, DoRA included, about four; ``full``, every test of the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -27,11 +29,19 @@ TESTS = "tests/test_custom_models.py"
 _OTHERS = "".join(f" and not {name}" for name in ("adalora", "randlora", "gralora", "vblora", "unilora", "delora"))
 _CLASSES = "LayerRepr or DynamicDispatch or MixedAdapter"
 # "timing" compares run times of two PEFT versions of one forward.
+_METHODS = (
+    "(mlp and (dora or adalora or ia3) and (forward or training or merge or disable))"
+    " or (test_multiple_active_adapters_forward and (lora or ia3) and same)"
+)
 MODES = {
-    "quick": f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}",
+    "quick": f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}"
+    f" or {_METHODS}",
     "lora": f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}",
     "full": "not timing",
 }
+# What has to be fused at least once; "quick" and "full" meet all of it.
+METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
+LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
 # The shared test code imports this class; the tests of this file never use it.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
@@ -93,14 +103,15 @@ def main() -> int:
     for kind, outcomes in (("stock", stock), ("accelerated", accelerated)):
         counts = {which: list(outcomes.values()).count(which) for which in ("passed", "failed", "skipped")}
         print(f"{kind:>12}: " + ", ".join(f"{count} {which}" for which, count in counts.items()))
-    fused = int(reports[1].with_suffix(".count").read_text())
-    print(f"fused forwards: {fused}")
+    fused = json.loads(reports[1].with_suffix(".count").read_text())
+    print("fused forwards: " + ", ".join(f"{count} {name}" for name, count in fused.items()))
     worse = [name for name, outcome in stock.items() if outcome == "passed" and accelerated.get(name) != "passed"]
     for name in worse:
         print(f"passes only without: {name}")
-    if not fused:
-        print("nothing was fused: the run proves nothing")
-    return int(bool(worse) or not fused)
+    untested = [name for name in (LORA_METHODS if options.mode == "lora" else METHODS) if not fused.get(name)]
+    for name in untested:
+        print(f"never fused, so not tested: {name}")
+    return int(bool(worse or untested))
 
 
 if __name__ == "__main__":

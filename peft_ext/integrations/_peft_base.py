@@ -1,0 +1,280 @@
+"""What the fused layers of every method share: the frozen weight under them, the calls they take, the NF4 merge.
+
+A fused class is a subclass of PEFT's or bitsandbytes' that adds no state: ``_stock_reason`` says why the next call has
+to take the stock path, ``_fused`` computes it on the op. :mod:`.peft` swaps the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn import NF4Linear
+from ..ops._checks import autocast_dtype
+from ..ops._library import has_kernel
+from ..weight import NF4Weight
+from .bitsandbytes import nf4_from_params4bit, why_not_nf4
+
+try:
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+except ImportError:
+    check_adapters_to_merge = None
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (nn.Parameter, Tensor)
+
+# The devices on which an op has a native kernel. Elsewhere it runs the reference, which is slower than PEFT.
+KERNELS = {
+    op: {key.lower(): has_kernel(op, key) for key in ("CPU", "CUDA")}
+    for op in ("lora_linear", "nf4_linear", "dora_linear", "ia3_linear")
+}
+
+# Where a layer merged into an NF4 weight keeps what unmerge puts back: an attribute, no part of the state dict.
+KEPT = "_peft_ext_unmerged"
+
+# Fused class by stock class, and the way back.
+FUSED: dict[type, type] = {}
+STOCK: dict[type, type] = {}
+
+
+def fuses(stock: type) -> Callable[[type], type]:
+    """Register a class as the fused subclass of ``stock``, under the same ``__name__``.
+
+    PEFT, accelerate and ``repr`` look at the class's ``__name__`` ("Linear4bit"); pickle at ``__qualname__``.
+    """
+
+    def register(fused: type) -> type:
+        fused.__name__ = stock.__name__
+        FUSED[stock], STOCK[fused] = fused, stock
+        return fused
+
+    return register
+
+
+class Fused:
+    """The forward of a fused layer: the op where it computes what the stock class would, else the stock class's own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = None if args or kwargs else self._fused(x)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+# --- why a call takes the stock path ----------------------------------------------------------------------------------
+
+
+def layer_reason(layer: Any) -> Optional[str]:
+    """Why an adapter layer's next call runs no adapter, or another forward than its class's."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate's device hooks do that)"
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "merged: the base layer alone runs"
+    return None
+
+
+def weight_reason(base: nn.Module) -> Optional[str]:
+    """Why the weight of ``base``, a Linear, NF4Linear or Linear4bit, can't be read by the ops as it lies."""
+    kind = type(base)
+    weight = base._parameters.get("weight")
+    if kind in FOUR_BIT:
+        if type(weight) not in (bnb.nn.Params4bit, nn.Parameter):  # pickle makes the one into the other
+            return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
+        quant_state = getattr(weight, "quant_state", None)
+        if reason := why_not_nf4(quant_state):
+            return reason
+        absmax = quant_state.absmax  # on the weight's device, and no tensor subclass, whose attributes are slow to read
+        if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
+            return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
+        cast = autocast_dtype(absmax)
+        if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
+            return f"autocast computes in {short(cast)}, the layer's compute_dtype is {short(base.compute_dtype)}"
+        return None
+    if kind is not nn.Linear and kind is not NF4Linear:
+        return f"its base layer is a {class_name(kind)}, wanted Linear, NF4Linear or Linear4bit"
+    if reason := tensor_reason("its weight", weight):
+        return reason
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    if kind is nn.Linear and weight.dtype not in DTYPES:
+        return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
+    return None
+
+
+def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
+    if type(tensor) not in _PLAIN:  # a DTensor, a quantized subclass, or taken out of the module by FSDP
+        return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
+    if tensor.dim() != dim or hasattr(tensor, "ds_id"):
+        return f"{name} is a shard (FSDP or ZeRO-3)"
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return f"{name} is on {tensor.device} with layout {tensor.layout}"
+    return None
+
+
+def kernel_reason(op: str, device: str) -> Optional[str]:
+    return None if KERNELS[op].get(device) else f"no native kernel for {device} tensors is loaded"
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def class_name(kind: type) -> str:
+    return STOCK.get(kind, kind).__name__
+
+
+# --- what the ops take ------------------------------------------------------------------------------------------------
+
+
+def takes(x: Any) -> bool:
+    """Whether x is a tensor that the ops take: plain, dense, of a float dtype with kernels; no transform under way.
+
+    The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
+    see PEFT's own path.
+    """
+    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+        return False
+    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
+def enter(
+    base: nn.Module, x: Tensor, seen: Optional[torch.dtype] = None
+) -> Optional[tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor], torch.dtype]]:
+    """x, weight and bias as the base layer's forward hands them on, and the dtype that this forward returns.
+
+    None where its own forward has to run, which raises PyTorch's error or gives a sum a dtype of its own. ``seen`` is
+    the dtype in which PEFT hands x to the base layer, x's own by default.
+    """
+    kind, bias, cast = type(base), base._parameters["bias"], autocast_dtype(x)
+    if kind is nn.Linear:
+        weight = base._parameters["weight"]
+        if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
+            return None  # as in F.linear, an error
+        return x, weight, bias, cast or x.dtype
+    if kind is NF4Linear:
+        return x, base.nf4, bias if bias is None else bias.to(x.dtype), cast or x.dtype
+    seen = seen or x.dtype
+    if cast not in (None, seen) and seen is not torch.float32:
+        return None  # float16 plus bfloat16 under autocast: PEFT's sum has a dtype of its own
+    entered = enter_4bit(base, x, seen)
+    return None if entered is None else (*entered, seen)
+
+
+def enter_4bit(base: nn.Module, x: Tensor, seen: torch.dtype) -> Optional[tuple[Tensor, NF4Weight, Optional[Tensor]]]:
+    """x, weight and bias as ``Linear4bit.forward`` hands them on for an x of dtype ``seen``; None: its own has to run.
+
+    The bias is cast for the call, where bitsandbytes casts the parameter for good.
+    """
+    if not base.compute_type_is_set:
+        base.set_compute_type(x.to(seen))
+        base.compute_type_is_set = True
+    compute = base.compute_dtype or seen
+    if compute not in DTYPES or autocast_dtype(x) not in (None, compute):
+        return None
+    bias = base._parameters["bias"]
+    bias = bias if bias is None else bias.to(compute)
+    return x.to(compute), nf4_from_params4bit(base._parameters["weight"]), bias
+
+
+if bnb is not None:
+
+    @fuses(bnb.nn.Linear4bit)
+    class FusedLinear4bit(bnb.nn.Linear4bit):
+        """bitsandbytes' ``Linear4bit`` over an NF4 weight on :func:`peft_ext.ops.nf4_linear`."""
+
+        def _stock_reason(self) -> Optional[str]:
+            if "forward" in self.__dict__:
+                return "its forward was replaced on the instance (accelerate's device hooks do that)"
+            return weight_reason(self) or kernel_reason("nf4_linear", self.weight.quant_state.absmax.device.type)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self._stock_reason() is None and takes(x) and (entered := enter_4bit(self, x, x.dtype)) is not None:
+                return ops.nf4_linear(*entered).to(x.dtype)
+            return super().forward(x)
+
+        @property
+        def support_avx512bf16_for_cpu(self) -> bool:
+            """False for an NF4 weight: bitsandbytes must not repack it, whichever path a call takes.
+
+            A repacked weight loses its gradients when it is trained again, and changes in the state dict.
+            """
+            quant_state = getattr(self._parameters.get("weight"), "quant_state", None)
+            return self.__dict__.get("support_avx512bf16_for_cpu", False) and why_not_nf4(quant_state) is not None
+
+        @support_avx512bf16_for_cpu.setter
+        def support_avx512bf16_for_cpu(self, value: bool) -> None:
+            self.__dict__["support_avx512bf16_for_cpu"] = value
+
+
+FOUR_BIT = () if bnb is None else (bnb.nn.Linear4bit, FusedLinear4bit)
+
+
+# --- merging into NF4 -------------------------------------------------------------------------------------------------
+
+
+class MergesNF4:
+    """merge and unmerge of an adapter layer over an NF4Linear; over another base the stock class's own.
+
+    merge requantizes the merged weight with the base's own block size, always from the weight that was kept: one
+    rounding, in any order. unmerge puts this weight's very bits back. A subclass gives ``_merged``: weight and bias
+    after one adapter more, from those before it and the weight without any.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, NF4Linear):
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        held = getattr(self, self.adapter_layer_names[0])
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
+        if names:
+            _merge_nf4(self, base, names, safe_merge)
+
+    def unmerge(self) -> None:
+        base = self.get_base_layer()
+        if not self.merged or not isinstance(base, NF4Linear):
+            return super().unmerge()
+        if KEPT not in self.__dict__:
+            raise RuntimeError("the NF4 weight from before the merge is not here: it was merged elsewhere")
+        nf4, bias = self.__dict__.pop(KEPT)
+        base.set_nf4(nf4.to(base.weight.device))
+        if bias is not None:
+            base.bias.data = bias.to(base.bias)
+        self.merged_adapters.clear()
+
+
+@torch.no_grad()
+def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) -> None:
+    nf4, bias = layer.__dict__.get(KEPT, (base.nf4, None if base.bias is None else base.bias.detach().clone()))
+    unmerged = nf4.to(base.weight.device).dequantize(torch.float32)
+    merged, merged_bias = unmerged, bias
+    for name in (*layer.merged_adapters, *names):
+        merged, merged_bias = layer._merged(name, merged, merged_bias, unmerged)
+        finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(merged_bias).all())
+        if safe_merge and not finite:
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+    quantized = ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None)
+    base.set_nf4(replace(quantized, dtype=nf4.dtype))
+    if bias is not None:
+        base.bias.data = merged_bias.to(base.bias)
+    layer.__dict__[KEPT] = (nf4, bias)
+    layer.merged_adapters.extend(names)

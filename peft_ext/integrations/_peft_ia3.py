@@ -1,0 +1,114 @@
+"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`; several active adapters multiply their vectors first."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from ._peft_base import (
+    DTYPES,
+    Fused,
+    MergesNF4,
+    enter,
+    fuses,
+    hooked,
+    kernel_reason,
+    layer_reason,
+    short,
+    takes,
+    tensor_reason,
+    weight_reason,
+)
+
+try:
+    from peft.tuners import ia3
+except ImportError:
+    ia3 = None
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+
+class _IA3(Fused):
+    """``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` in a feedforward layer."""
+
+    def _vectors(self) -> list[Optional[Tensor]]:
+        """ia3_l of the active adapters that this layer has."""
+        held = self._modules["ia3_l"]
+        return [held._parameters.get(name) for name in self.active_adapters if name in held]
+
+    def _stock_reason(self) -> Optional[str]:
+        return layer_reason(self) or self._reason(self._vectors())
+
+    def _reason(self, vectors: list[Optional[Tensor]]) -> Optional[str]:
+        if not vectors:
+            return "no active adapter on this layer"
+        base = self._modules["base_layer"]
+        if hooked(base) or _has_any_global_hook():
+            return "hooks on base_layer would not run"
+        like = vectors[0]
+        for vector in vectors:
+            if reason := tensor_reason("ia3_l", vector):
+                return reason
+            if vector.dtype not in DTYPES:
+                return f"ia3_l is {short(vector.dtype)}, wanted float32, bfloat16 or float16"
+            if vector.dtype is not like.dtype or vector.device != like.device:
+                there = f"{short(vector.dtype)} on {vector.device}"
+                return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
+        if reason := kernel_reason("ia3_linear", like.device.type):
+            return reason
+        if self.__dict__.get("fan_in_fan_out"):
+            return "fan_in_fan_out is not fused"
+        return weight_reason(base)
+
+    def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
+        """In which dtype PEFT hands x to the base layer, and what it returns; None: what the base layer does."""
+        return x.dtype, None
+
+    def _fused(self, x: Tensor) -> Optional[Tensor]:
+        vectors = self._vectors()
+        if layer_reason(self) is not None or self._reason(vectors) is not None or not takes(x):
+            return None
+        vector = vectors[0]
+        seen, dtype = self._dtypes(x, vector)
+        if (entered := enter(self._modules["base_layer"], x, seen)) is None:
+            return None
+        x, weight, bias, base_dtype = entered
+        dtype = dtype or base_dtype
+        for other in vectors[1:]:
+            vector = vector * other
+        y = ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
+        return y if y.dtype is dtype else y.to(dtype)
+
+
+if ia3 is not None:
+
+    @fuses(ia3.Linear)
+    class FusedIA3Linear(_IA3, MergesNF4, ia3.Linear):
+        """``peft.tuners.ia3.Linear`` over nn.Linear, NF4Linear or Linear4bit."""
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            vector = self.ia3_l[name].float()
+            if bias is not None and not self.is_feedforward:
+                bias = bias * vector.flatten()
+            return weight * vector, bias
+
+
+if ia3 is not None and bnb is not None:
+
+    @fuses(ia3.Linear4bit)
+    class FusedIA3Linear4bit(_IA3, ia3.Linear4bit):
+        """``peft.tuners.ia3.bnb.Linear4bit``, which works and returns in float32 outside CUDA's autocast."""
+
+        def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
+            if not torch.is_autocast_enabled():  # PEFT asks for CUDA's autocast, whatever the device
+                return torch.float32, torch.float32
+            wide = torch.promote_types(x.dtype, vector.dtype)
+            return (wide if self.is_feedforward else x.dtype), wide

@@ -1,0 +1,404 @@
+"""PEFT's LoRA, DoRA and AdaLoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
+
+Several active adapters are one of the sum of their ranks: A and B concatenated, the scales as a scale per rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from ..nn import NF4Linear
+from ..reference.dora import output_scale
+from ..weight import NF4Weight
+from ._peft_base import (
+    DTYPES,
+    Fused,
+    MergesNF4,
+    enter,
+    fuses,
+    hooked,
+    kernel_reason,
+    layer_reason,
+    short,
+    takes,
+    tensor_reason,
+    weight_reason,
+)
+
+try:
+    from peft.tuners import adalora, lora
+    from peft.tuners.lora import dora, variants
+except ImportError:
+    lora = None
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+_VARIANTS = {
+    "DoraLinearVariant": "DoRA",
+    "DoraNF4Variant": "DoRA",
+    "DoraConv1dVariant": "DoRA",
+    "DoraConv2dVariant": "DoRA",
+    "DoraConv3dVariant": "DoRA",
+    "DoraEmbeddingVariant": "DoRA",
+    "ALoraLinearVariant": "aLoRA",
+    "ArrowLinearVariant": "Arrow",
+    "BdLoraLinearVariant": "BD-LoRA",
+    "KasaLinearVariant": "KaSA",
+    "MiCALinearVariant": "MiCA",
+    "MontecloraLinearVariant": "MonteCLoRA",
+    "QALoraLinearVariant": "QALoRA",
+    "VeloraLinearVariant": "VeLoRA",
+}
+
+# accelerate's dora_dropout: the attribute of a layer that has another than PEFT's.
+DORA_DROPOUT = "_peft_ext_dora_dropout"
+
+_HOOKS = "hooks on base_layer, lora_A, lora_B or lora_dropout would not run"
+
+# What stands against fusing one adapter, its lora_A and lora_B.
+_Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
+
+
+def variant_name(variant: Any) -> str:
+    name = type(variant).__name__
+    return _VARIANTS.get(name, f"LoRA variant {name}")
+
+
+# --- why a call takes the stock path ----------------------------------------------------------------------------------
+
+
+def _reason(layer: Any, names: list[str]) -> Optional[str]:
+    """What stands against fusing the adapters ``names``; a method's own checks are in ``layer._adapter``."""
+    if not names:
+        return "no active adapter on this layer"
+    several = len(names) > 1
+    modules = layer._modules
+    base = modules["base_layer"]
+    if hooked(base) or _has_any_global_hook():
+        return _HOOKS
+    like = None
+    for name in names:
+        reason, a, b = layer._adapter(name, several)
+        if reason:
+            return reason
+        dropout = modules["lora_dropout"]._modules[name]
+        if hooked(dropout):
+            return _HOOKS
+        if type(dropout) is nn.Dropout:
+            if dropout.training and (dropout.p >= 1.0 or dropout.inplace):
+                return f"{dropout} is not fused"
+            if several and dropout.training and dropout.p > 0.0:
+                return "several active adapters draw a dropout mask each"
+        elif type(dropout) is not nn.Identity:
+            return f"lora_dropout is a {type(dropout).__name__}, wanted nn.Dropout or nn.Identity"
+        if reason := tensor_reason("lora_A", a) or tensor_reason("lora_B", b):
+            return reason
+        if a.dtype is not b.dtype or a.dtype not in DTYPES:
+            return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}, wanted both float32, bfloat16 or float16"
+        if like is None:
+            like = a
+        elif a.dtype is not like.dtype or a.device != like.device:
+            return f"several active adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}"
+        scaling = layer.scaling[name]
+        # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
+        if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
+            return f"scaling is {type(scaling).__name__}, wanted a finite number"
+    op = "dora_linear" if names[0] in layer.lora_variant else "lora_linear"
+    if reason := kernel_reason(op, like.device.type):
+        return reason
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)"
+    if layer.__dict__.get("fan_in_fan_out"):
+        return "fan_in_fan_out is not fused"
+    return weight_reason(base)
+
+
+def _magnitude_reason(module: nn.Module) -> Optional[str]:
+    if type(module) is not dora.DoraLinearLayer:
+        return f"lora_magnitude_vector is a {type(module).__name__}, wanted DoraLinearLayer"
+    if hooked(module):
+        return "hooks on lora_magnitude_vector would not run"
+    magnitude = module._parameters.get("weight")
+    if reason := tensor_reason("lora_magnitude_vector", magnitude, dim=1):
+        return reason
+    if magnitude.dtype not in DTYPES:
+        return f"lora_magnitude_vector is {short(magnitude.dtype)}, wanted float32, bfloat16 or float16"
+    return None
+
+
+# --- the fused forwards -----------------------------------------------------------------------------------------------
+
+
+class _LowRank(Fused):
+    """A layer of adapters A, B and a scale per rank. A subclass gives ``_pair`` and ``_adapter``."""
+
+    def _names(self) -> list[str]:
+        """The active adapters that this layer has, in the order in which PEFT adds them."""
+        held = self._modules["lora_A"]
+        return [name for name in self.active_adapters if name in held]
+
+    def _stock_reason(self) -> Optional[str]:
+        return layer_reason(self) or _reason(self, self._names())
+
+    def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
+        """``scaling`` times the adapter's own scale per rank ``[R]``, or None where it has none."""
+        return None
+
+    def _fused(self, x: Tensor) -> Optional[Tensor]:
+        """``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in the dtype that PEFT returns; None: its own forward has to run."""
+        names = self._names()
+        if layer_reason(self) is not None or _reason(self, names) is not None or not takes(x):
+            return None
+        modules = self._modules
+        if (entered := enter(modules["base_layer"], x)) is None:
+            return None
+        x, weight, bias, dtype = entered
+        name = names[0]
+        if name in self.lora_variant:
+            return self._dora(name, x, weight, bias, dtype)
+        if len(names) == 1:
+            (lora_A, lora_B), scaling, rank_scale = self._pair(name), self.scaling[name], self._rank_scale(name, 1.0)
+        else:
+            lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
+        dropout = modules["lora_dropout"]._modules[name]
+        drops = type(dropout) is nn.Dropout
+        y = ops.lora_linear(
+            x, weight, lora_A, lora_B, bias, scaling=scaling, rank_scale=rank_scale,
+            dropout_p=dropout.p if drops else 0.0, training=drops and dropout.training,
+        )  # fmt: skip
+        return y if y.dtype is dtype else y.to(dtype)
+
+    def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
+        """The adapters as one; the scales are filled in on the device, for a copy from the host would wait for it."""
+        pairs = [self._pair(name) for name in names]
+        lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        scalings = [self.scaling[name] for name in names]
+        scales = [self._rank_scale(name, scaling) for name, scaling in zip(names, scalings, strict=True)]
+        if scales[0] is not None:
+            return lora_A, lora_B, 1.0, torch.cat(scales)
+        if scalings.count(scalings[0]) == len(scalings):
+            return lora_A, lora_B, scalings[0], None
+        filled = [
+            torch.full((a.shape[0],), scaling, dtype=torch.float32, device=a.device)
+            for (a, _), scaling in zip(pairs, scalings, strict=True)
+        ]
+        return lora_A, lora_B, 1.0, torch.cat(filled)
+
+
+class Lora(_LowRank):
+    """``lora.Linear`` and ``lora.Linear4bit``: modules lora_A and lora_B, one scale, DoRA's magnitude."""
+
+    def _names(self) -> list[str]:
+        held = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in held]
+
+    def _pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        modules = self._modules
+        lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+
+    def _adapter(self, name: str, several: bool) -> _Adapter:
+        modules = self._modules
+        if (variant := self.lora_variant.get(name)) is not None:
+            if type(variant) not in _DORA:
+                return f"{variant_name(variant)} is not fused yet", None, None
+            if several:
+                return "DoRA beside another active adapter is not fused", None, None
+            if reason := _magnitude_reason(modules["lora_magnitude_vector"]._modules[name]):
+                return reason, None, None
+        lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+            names = f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
+            return f"{names}, wanted plain nn.Linear", None, None
+        if hooked(lora_A) or hooked(lora_B):
+            return _HOOKS, None, None
+        a, b = lora_A._parameters, lora_B._parameters
+        if a.get("bias") is not None or b.get("bias") is not None:
+            return "a bias on lora_A or lora_B (lora_bias) is not fused yet", None, None
+        return None, a.get("weight"), b.get("weight")
+
+    def _dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
+        """The dtype that PEFT's DoRA returns over a base layer that returns ``dtype``."""
+        return dtype
+
+    def _dora(self, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+        """``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b``, with PEFT's dropout or the one on the low-rank path alone."""
+        modules = self._modules
+        module = modules["lora_magnitude_vector"]._modules[name]
+        magnitude, dropout = module._parameters["weight"], modules["lora_dropout"]._modules[name]
+        (lora_A, lora_B), scaling = self._pair(name), self.scaling[name]
+        drops = type(dropout) is nn.Dropout
+        y = ops.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
+            training=drops and dropout.training and self.training, dropout_mode=self.__dict__.get(DORA_DROPOUT, "peft"),
+            weight_norm=_cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
+        )  # fmt: skip
+        dtype = self._dora_dtype(dtype, magnitude)
+        return y if y.dtype is dtype else y.to(dtype)
+
+
+def _cached_norm(
+    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Optional[Tensor]:
+    """The norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None."""
+    if not dora.ENABLE_DORA_CACHING or module.training:
+        if module._dora_cache:  # as in PEFT: what was cached may be of other adapters by the next time
+            module._cache_clear()
+        return None
+    key = f"weight-norm-{name}"
+    norm = module._cache_get(key, None)
+    if norm is None:
+        with torch.no_grad():
+            dtype = dtype if isinstance(weight, NF4Weight) else None
+            norm = ops.dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=dtype)
+        module._cache_store(key, norm)
+    return norm
+
+
+class _AdaLora(_LowRank):
+    """``adalora.SVDLinear`` and ``SVDLinear4bit``: parameters lora_A, lora_B, lora_E; ``ρ = s·E/(ranknum + 1e-5)``."""
+
+    def _pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        modules = self._modules
+        return modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+
+    def _adapter(self, name: str, several: bool) -> _Adapter:
+        lora_A, lora_B = self._pair(name)
+        lora_E, ranknum = self._modules["lora_E"]._parameters.get(name), self._modules["ranknum"]._parameters.get(name)
+        reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
+        if reason is None and lora_A is not None and lora_E.dtype is not lora_A.dtype:
+            reason = f"lora_E is {short(lora_E.dtype)}, lora_A {short(lora_A.dtype)}"
+        if reason is None and lora_E.shape[0] == 0:
+            reason = "it has rank 0"
+        return reason, lora_A, lora_B
+
+    def _rank_scale(self, name: str, scaling: float) -> Tensor:
+        modules = self._modules
+        rank_scale = modules["lora_E"]._parameters[name].flatten() / (modules["ranknum"]._parameters[name] + 1e-5)
+        return rank_scale if scaling == 1.0 else rank_scale * scaling
+
+
+# --- DoRA over NF4Linear, on PEFT's own path --------------------------------------------------------------------------
+
+if lora is not None:
+
+    class _Dequantized:
+        """A LoRA layer over an NF4Linear, seen as one over a dense linear."""
+
+        def __init__(self, layer: Any) -> None:
+            object.__setattr__(self, "_layer", layer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._layer, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self._layer, name, value)
+
+        def get_base_layer(self) -> nn.Module:
+            base = self._layer.get_base_layer()
+            if not isinstance(base, NF4Linear):
+                return base
+            dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(base.dequantize(), requires_grad=False)
+            dense.bias = base.bias
+            return dense
+
+    class DoraNF4Variant(variants.DoraLinearVariant):
+        """PEFT's DoRA over an NF4Linear, whose weight PEFT does not know how to dequantize."""
+
+        @staticmethod
+        def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+            variants.DoraLinearVariant.init(_Dequantized(module), adapter_name, **kwargs)
+
+        @staticmethod
+        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+            return variants.DoraLinearVariant.forward(_Dequantized(module), active_adapter, x, result, **kwargs)
+
+    _DORA = (variants.DoraLinearVariant, DoraNF4Variant)
+
+
+def prepare_dora(layer: Any, dora_dropout: str) -> None:
+    """What accelerate leaves on a LoRA layer beside its class, for DoRA."""
+    layer.__dict__.pop(DORA_DROPOUT, None)
+    if dora_dropout != "peft":
+        layer.__dict__[DORA_DROPOUT] = dora_dropout
+    if isinstance(layer.get_base_layer(), NF4Linear):
+        _replace_variants(layer, variants.DoraLinearVariant, DoraNF4Variant)
+
+
+def clear_dora(layer: Any) -> None:
+    """The way back from :func:`prepare_dora`."""
+    layer.__dict__.pop(DORA_DROPOUT, None)
+    _replace_variants(layer, DoraNF4Variant, variants.DoraLinearVariant)
+
+
+def _replace_variants(layer: Any, old: type, new: type) -> None:
+    for name, variant in layer.lora_variant.items():
+        if type(variant) is old:
+            layer.lora_variant[name] = new()
+
+
+# --- the classes ------------------------------------------------------------------------------------------------------
+
+if lora is not None:
+
+    @fuses(lora.Linear)
+    class FusedLoraLinear(Lora, MergesNF4, lora.Linear):
+        """``peft.tuners.lora.Linear`` over nn.Linear, NF4Linear or Linear4bit: LoRA and DoRA."""
+
+        def resolve_lora_variant(self, **kwargs: Any) -> Any:
+            variant = super().resolve_lora_variant(**kwargs)
+            if variant is None or not isinstance(self.get_base_layer(), NF4Linear):
+                return variant
+            if type(variant) is not variants.DoraLinearVariant:
+                raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear is not supported yet")
+            return DoraNF4Variant()
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            variant = self.lora_variant.get(name)
+            delta = self.get_delta_weight(name).float()
+            merged = weight + delta
+            if type(variant) in _DORA:  # the norm is of the weight that the forward sees
+                norm = torch.linalg.norm(unmerged + delta, dim=1)
+                merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
+            elif variant is not None:
+                raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear can't be merged")
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise RuntimeError("Impossible to merge LoRA with `lora_bias=True`: the base layer has no bias.")
+                bias = bias + self.lora_B[name].bias * self.scaling[name]
+            return merged, bias
+
+    @fuses(adalora.SVDLinear)
+    class FusedSVDLinear(_AdaLora, MergesNF4, adalora.SVDLinear):
+        """``peft.tuners.adalora.SVDLinear`` over nn.Linear, NF4Linear or Linear4bit."""
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            return weight + self.get_delta_weight(name).float(), bias
+
+
+if lora is not None and bnb is not None:
+
+    @fuses(lora.Linear4bit)
+    class FusedLoraLinear4bit(Lora, lora.Linear4bit):
+        """``peft.tuners.lora.bnb.Linear4bit``: QLoRA and QDoRA."""
+
+        def _dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
+            # PEFT asks for CUDA's autocast, whatever the device, and casts back only outside it.
+            return torch.promote_types(dtype, magnitude.dtype) if torch.is_autocast_enabled() else dtype
+
+    @fuses(adalora.SVDLinear4bit)
+    class FusedSVDLinear4bit(_AdaLora, adalora.SVDLinear4bit):
+        """``peft.tuners.adalora.bnb.SVDLinear4bit``."""

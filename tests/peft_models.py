@@ -1,0 +1,230 @@
+"""Small PEFT models over every kind of base layer, and how accelerated ones are compared with PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes as bnb
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft.tuners import ia3
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_ext
+from peft_ext.nn import NF4Linear
+from peft_ext.reference import lora as reference
+
+K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
+BASES = ("float32", "bfloat16", "nf4", "nf4 bfloat16", "bnb", "bnb nested", "bnb bfloat16")
+
+
+class MLP(nn.Module):
+    def __init__(self, linear=nn.Linear):
+        super().__init__()
+        self.up, self.down = linear(K, HIDDEN), linear(HIDDEN, N)
+
+    def forward(self, x, **kwargs):
+        return self.down(nn.functional.silu(self.up(x, **kwargs)), **kwargs)
+
+
+def dtype_of(base):
+    for dtype in (torch.bfloat16, torch.float16):
+        if str(dtype).removeprefix("torch.") in base:
+            return dtype
+    return torch.float32
+
+
+def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=False, quant_type="nf4", bias=True):
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, bias, compute_dtype=compute_dtype, compress_statistics=nested, quant_type=quant_type
+    )
+    return layer.to("cpu")
+
+
+def quantize(model, base):
+    """The same model over another base: "float32", "nf4", "bnb nested", ..."""
+    dtype = dtype_of(base)
+    model = model.to(dtype)
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not nn.Linear or name == "lm_head":
+                continue
+            if base.startswith("nf4"):
+                setattr(parent, name, NF4Linear.from_linear(linear))
+            elif base.startswith("bnb"):
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
+                    compress_statistics="nested" in base, quant_type="nf4",
+                )  # fmt: skip
+                layer.load_state_dict(linear.state_dict())
+                if linear.bias is not None:  # as loaded: bitsandbytes casts it in its first forward, for good
+                    layer.bias.data = layer.bias.data.to(dtype)
+                setattr(parent, name, layer.to("cpu"))
+    model.is_loaded_in_4bit = base.startswith("bnb")
+    return model
+
+
+def make(base="float32", **config):
+    config = {"target_modules": ["up", "down"], "r": 8, "lora_alpha": 12, "init_lora_weights": False, **config}
+    return get_peft_model(quantize(MLP(), base), LoraConfig(**config))
+
+
+def config_of(method, **config):
+    """A PEFT configuration of "DoRA", "IA3" (one layer of each kind) or "AdaLoRA" for MLP's two layers."""
+    config = {"target_modules": ["up", "down"], **config}
+    if method == "IA3":
+        return IA3Config(**{"feedforward_modules": ["down"], "init_ia3_weights": False, **config})
+    config = {"lora_alpha": 12, "init_lora_weights": False, **config}
+    if method == "AdaLoRA":
+        return AdaLoraConfig(**{"init_r": 6, "target_r": 3, "total_step": 20, "tinit": 2, "tfinal": 2, **config})
+    return LoraConfig(**{"r": 8, "use_dora": method == "DoRA", **config})
+
+
+def make_method(method, base="float32", **config):
+    """As :func:`make`. A DoRA over NF4 starts dense: stock PEFT can't take the norm of an NF4Linear."""
+    late = method == "DoRA" and base.startswith("nf4")
+    model = get_peft_model(quantize(MLP(), str(dtype_of(base)) if late else base), config_of(method, **config))
+    if late:
+        peft_ext.quantize_nf4(model, progress=False)
+    spread(model)
+    return model
+
+
+def spread(model, name="default"):
+    """Adapter ``name`` of DoRA, IA3 or AdaLoRA as after some training, where PEFT draws 0, 1, N(0, 1) or the norm."""
+    for layer in tuners(model).values():
+        if name in getattr(layer, "lora_magnitude_vector", {}):
+            magnitude = layer.lora_magnitude_vector[name].weight
+            magnitude.data *= 0.5 + torch.rand(magnitude.shape).to(magnitude.dtype)
+        if name in getattr(layer, "ia3_l", {}):
+            layer.ia3_l[name].data.mul_(0.25).add_(1)
+        if name in getattr(layer, "lora_E", {}):
+            layer.lora_A[name].data *= 0.1
+            layer.lora_B[name].data *= 0.1
+            layer.ranknum[name].requires_grad_(False)  # over a base that is not float32 PEFT forgets to
+
+
+def dense_twin(model, dtype=None):
+    """A copy with each NF4Linear dequantized, to its own dtype, for what stock PEFT can't run over one."""
+    model = copy.deepcopy(model)
+    for layer in tuners(model).values():
+        base = layer.base_layer
+        if isinstance(base, NF4Linear):
+            layer.base_layer = nn.Linear(base.in_features, base.out_features)
+            layer.base_layer.weight = nn.Parameter(base.dequantize(dtype), requires_grad=False)
+            layer.base_layer.bias = base.bias
+    return model
+
+
+def llama(**config):
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    )
+    config = {"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **config}
+    return get_peft_model(model, LoraConfig(**config))
+
+
+def first(model):
+    return model.base_model.model.up
+
+
+def tuners(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def both(model):
+    """The model untouched, and an accelerated copy."""
+    return model, peft_ext.accelerate(copy.deepcopy(model))
+
+
+def inputs(base="float32", tokens=(3, 7)):
+    return torch.randn(*tokens, K, dtype=dtype_of(base))
+
+
+def run(model, x, **kwargs):
+    """Output, gradient of x and of every trainable parameter, from a fixed seed and a fixed output gradient."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    y = model(x, **kwargs)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
+    y.backward(grad.to(y.dtype))
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad, **found}
+
+
+class PhiloxDropout(nn.Module):
+    """Dropout that draws its seed and its mask as the fused op does, for a layer on PEFT's own path."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return reference.dropped(x, self.p, torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64))
+
+
+def with_philox(model):
+    for layer in tuners(model).values():
+        for name, dropout in getattr(layer, "lora_dropout", {}).items():
+            if isinstance(dropout, nn.Dropout):
+                layer.lora_dropout[name] = PhiloxDropout(dropout.p).train(dropout.training)
+    return model
+
+
+def in_float64(model):
+    """PEFT's own path over the same weights, dequantized, in float64."""
+    model = copy.deepcopy(model)
+    for layer in tuners(model).values():
+        base = layer.base_layer
+        wide = nn.Linear(base.in_features, base.out_features, dtype=torch.float64)
+        if isinstance(base, NF4Linear):
+            weight = base.dequantize(dtype_of(str(base.quant_dtype)))
+        elif isinstance(base, bnb.nn.Linear4bit):
+            weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight).dequantize(base.compute_dtype)
+        else:
+            weight = base.weight
+        wide.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
+        wide.bias = nn.Parameter(base.bias.detach().double(), requires_grad=base.bias.requires_grad)
+        layer.base_layer = wide
+        if isinstance(layer, ia3.IA3Layer):  # the 4-bit class casts to float32
+            layer.__class__, layer.fan_in_fan_out = ia3.Linear, False
+    return model.double()
+
+
+def assert_as_good(actual, stock, exact):
+    """Against float64 an error at most 1.5 times that of PEFT, plus what float32 sums of some 100 terms round.
+
+    A tensor of few elements may be 2 eps off: both errors are a draw or two, and PEFT's may be next to nothing.
+    """
+    assert actual.keys() == stock.keys() == exact.keys()
+    eps = 2 * torch.finfo(stock["x"].dtype).eps
+    for name, wanted in exact.items():
+        assert actual[name].dtype is stock[name].dtype, name
+        assert actual[name].shape == stock[name].shape, name
+        error, theirs = ((found[name].double() - wanted).norm() for found in (actual, stock))
+        slack = 1e-6 if wanted.numel() > 16 else max(1e-6, eps)
+        assert error <= 1.5 * theirs + slack * wanted.norm(), f"{name}: error {error:.2e}, PEFT's {theirs:.2e}"
+        assert wanted.norm() > 0, f"{name} is zero: nothing was compared"
+
+
+def assert_identical(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (actual[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(
+                actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def state_of(model):
+    return {
+        name: (type(module), {key: id(value) for key, value in vars(module).items()})
+        for name, module in model.named_modules()
+    }
