@@ -1,92 +1,174 @@
-"""NF4 on one 4096 x 4096 weight: quantize, dequantize and the linear layer, against bitsandbytes and plain bf16.
+"""NF4 on one weight: quantize, dequantize and the linear layer, against bitsandbytes and plain bf16.
 
-A quantize reads 2 bytes and writes 0.53 an element, a dequantize the reverse; the linear layer does 2 T K N products.
+A quantize reads 2 bytes and writes 0.53 an element, a dequantize the reverse; both must have the reference's bits. The
+linear layer does 2 T N K products forward and as many for dX; its bf16 peer is the frozen ``F.linear``.
 """
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
 
-from .harness import Row, compare
+from .grid import SUMMARY_TOKENS, Variant
+from .harness import Comparison, Contender
+from .peers import Problem, Turns, compiled, dense, frozen, functional, gather, layer_bytes, value_of
 
-N = K = 4096
-LINEAR_TOKENS = (1, 16, 512)
+
+def _base(double_quant: bool) -> str:
+    return "nf4" if double_quant else "nf4-plain"
 
 
-def run(ceilings: dict[str, float]) -> list[Row]:
-    import bitsandbytes as bnb
+def _quantize(double_quant: bool, problem: Problem, compile: bool) -> Comparison:
+    sources = problem.weights("bf16")
 
-    rows = []
-    weight = torch.randn(N, K, dtype=torch.bfloat16) * 0.02
-    packed_bytes = N * K // 2 + N * K // 64 * 4
-    for double_quant in (False, True):
-        kind = "double-quantized" if double_quant else "plain"
-        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
-        ours = NF4Weight.from_bitsandbytes(packed, state)
-        assert torch.equal(ops.nf4_quantize(weight, 64, double_quant).packed, packed)
-        rows.append(
-            compare(
-                "nf4_quantize",
-                f"4096x4096 bf16, {kind}",
-                {
-                    "ours": lambda dq=double_quant: ops.nf4_quantize(weight, 64, dq),
-                    "bitsandbytes": lambda dq=double_quant: bnb.functional.quantize_4bit(
-                        weight, quant_type="nf4", compress_statistics=dq
-                    ),
-                },
-                ceilings=ceilings,
-                bytes_moved=N * K * 2 + packed_bytes,
-            )
+    def bits(nf4: NF4Weight) -> dict[str, Tensor]:
+        return {"packed": nf4.packed, "weight": reference.nf4_dequantize(nf4, torch.float32)}
+
+    def exact() -> dict[str, Tensor]:
+        return bits(reference.nf4_quantize(sources.items[0], 64, double_quant))
+
+    def contender(quantize: Any, outputs: Any) -> Contender:
+        held: list[Tensor] = []
+
+        def take() -> None:
+            held[:] = [sources.next()]
+
+        return Contender(lambda: quantize(held[0]), outputs, exact, take)
+
+    def bitsandbytes() -> Contender:
+        from bitsandbytes.functional import quantize_4bit
+
+        return contender(
+            lambda weight: quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant),
+            lambda found: bits(NF4Weight.from_bitsandbytes(*found)),
         )
-        for dtype in (torch.float32, torch.bfloat16):
-            state.dtype = dtype
-            assert torch.equal(ops.nf4_dequantize(ours, dtype), reference.nf4_dequantize(ours, dtype))
-            assert torch.equal(ops.nf4_dequantize(ours, dtype), bnb.functional.dequantize_4bit(packed, state))
 
-            def theirs(state=state, packed=packed, dtype=dtype) -> torch.Tensor:
-                state.dtype = dtype
-                return bnb.functional.dequantize_4bit(packed, state)
-
-            rows.append(
-                compare(
-                    "nf4_dequantize",
-                    f"4096x4096 to {str(dtype).removeprefix('torch.')}, {kind}",
-                    {"ours": lambda w=ours, d=dtype: ops.nf4_dequantize(w, d), "bitsandbytes": theirs},
-                    ceilings=ceilings,
-                    bytes_moved=packed_bytes + N * K * dtype.itemsize,
-                )
-            )
-    for tokens in LINEAR_TOKENS:
-        rows.append(_linear(tokens, weight, ceilings))
-    return rows
-
-
-def _linear(tokens: int, weight: torch.Tensor, ceilings: dict[str, float]) -> Row:
-    """Forward and backward to x over a frozen double-quantized weight, as a training step uses it."""
-    import bitsandbytes as bnb
-
-    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    ours = NF4Weight.from_bitsandbytes(packed, state)
-    x = torch.randn(tokens, K, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(tokens, N, dtype=torch.bfloat16)
-
-    def step(layer) -> torch.Tensor:
-        x.grad = None
-        y = layer(x)
-        y.backward(grad)
-        return y
-
-    contenders = {
-        "ours": lambda: step(lambda x: ops.nf4_linear(x, ours)),
-        "bitsandbytes": lambda: step(lambda x: bnb.matmul_4bit(x, packed, state)),
-        "bf16 F.linear": lambda: step(lambda x: F.linear(x, weight)),
+    makers = {
+        "ours": lambda: contender(lambda weight: ops.nf4_quantize(weight, 64, double_quant), bits),
+        "bitsandbytes": bitsandbytes,
     }
-    exact = F.linear(x.double(), ours.dequantize(torch.bfloat16).double())
-    assert (contenders["ours"]().double() - exact).norm() < 5e-3 * exact.norm()
-    return compare(
-        "nf4_linear", f"T={tokens}, forward + backward", contenders, ceilings=ceilings, flops=4 * tokens * N * K,
-        bytes_moved=2 * (N * K // 2),
-    )  # fmt: skip
+    contenders, absent = gather(makers)
+    moved = problem.weight_bytes("bf16") + problem.weight_bytes(_base(double_quant))
+    return Comparison(contenders, moved, tolerance=0.0, absent=absent)
+
+
+def _dequantize(double_quant: bool, dtype: torch.dtype, problem: Problem, compile: bool) -> Comparison:
+    weights = problem.weights(_base(double_quant))
+
+    def exact() -> dict[str, Tensor]:
+        return {"weight": reference.nf4_dequantize(weights.items[0], dtype)}
+
+    def contender(dequantize: Any, enter: Any = lambda nf4: nf4) -> Contender:
+        held: list[Any] = []
+
+        def take() -> None:
+            held[:] = [enter(weights.next())]
+
+        return Contender(lambda: dequantize(held[0]), lambda weight: {"weight": weight}, exact, take)
+
+    def bitsandbytes() -> Contender:
+        from bitsandbytes.functional import dequantize_4bit
+
+        def enter(nf4: NF4Weight) -> tuple[Tensor, Any]:
+            weight = nf4.to_bitsandbytes()
+            weight.quant_state.dtype = dtype
+            return weight.data, weight.quant_state
+
+        return contender(lambda found: dequantize_4bit(*found), enter)
+
+    def eager(nf4: NF4Weight) -> Tensor:
+        return reference.nf4_dequantize(nf4, dtype)
+
+    makers = {
+        "ours": lambda: contender(lambda nf4: ops.nf4_dequantize(nf4, dtype)),
+        "bitsandbytes": bitsandbytes,
+        "torch eager": lambda: contender(eager),
+    }
+    if compile:
+        makers["torch.compile"] = lambda: contender(compiled(eager))
+    contenders, absent = gather(makers)
+    moved = problem.weight_bytes(_base(double_quant)) + problem.n * problem.k * dtype.itemsize
+    return Comparison(contenders, moved, tolerance=0.0, absent=absent)
+
+
+def _eager_linear(x: Tensor, weight: NF4Weight) -> Tensor:
+    return F.linear(x, dense(weight))
+
+
+def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
+    trained = problem.exact("nf4", lambda linear, x, mask: linear(x))
+    exact = trained if training else value_of(trained)
+
+    def contender(forward: Any, weights: Any = "nf4", **options: Any) -> Contender:
+        return functional(problem, weights, forward, (), exact, training=training, **options)
+
+    def bitsandbytes() -> Contender:
+        from bitsandbytes import matmul_4bit
+
+        def forward(x: Tensor, weight: Any) -> Tensor:
+            return matmul_4bit(x, weight.data, weight.quant_state)
+
+        return contender(forward, enter=NF4Weight.to_bitsandbytes)
+
+    def repacked() -> Contender:
+        """In evaluation bitsandbytes' layer replaces its weight by one packed for AVX-512 BF16."""
+        from bitsandbytes import matmul_4bit
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+
+        forced = os.environ.get("PEFT_EXT_CPU_ISA", "amx")
+        if not has_avx512bf16() or not ("amx" in forced or "bf16" in forced):
+            raise ImportError("bitsandbytes repacks where the CPU has AVX-512 BF16, and the run is not forced off it")
+        nf4 = problem.weights("nf4").items
+        state = nf4[0].to_bitsandbytes()
+        packed, state = _convert_weight_packed_for_cpu(state.data.clone(), state.quant_state)
+        copies = Turns([packed, *(packed.clone() for _ in nf4[1:])])
+        return contender(lambda x, weight: matmul_4bit(x, weight, state), copies)
+
+    makers = {"ours": lambda: contender(ops.nf4_linear), "bitsandbytes": bitsandbytes}
+    if not training:
+        makers["bitsandbytes, repacked"] = repacked
+    makers["torch eager"] = lambda: contender(_eager_linear)
+    if compile:
+        makers["torch.compile"] = lambda: contender(compiled(_eager_linear))
+    makers["frozen"] = lambda: frozen(problem, training=training)
+    contenders, absent = gather(makers)
+    tokens, k, n = problem.tokens, problem.k, problem.n
+    forward_bytes = problem.weight_bytes("nf4") + 2 * tokens * (k + n)
+    return Comparison(
+        contenders,
+        layer_bytes(problem, "nf4") if training else forward_bytes,
+        (4 if training else 2) * tokens * n * k,
+        absent=absent,
+    )
+
+
+def _quantized(double_quant: bool) -> str:
+    return "double-quantized" if double_quant else "plain"
+
+
+VARIANTS = (
+    *(
+        Variant("nf4_quantize", f"bf16, {_quantized(dq)}", partial(_quantize, dq), (None,), (None,))
+        for dq in (False, True)
+    ),
+    *(
+        Variant(
+            "nf4_dequantize",
+            f"to {str(dtype).removeprefix('torch.')}, {_quantized(dq)}",
+            partial(_dequantize, dq, dtype),
+            (None,),
+            (None,),
+        )
+        for dq in (False, True)
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
+    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), (1,)),
+    Variant("nf4_linear", "forward + backward", partial(_linear, True), None, SUMMARY_TOKENS, everywhere=True),
+)

@@ -1,9 +1,10 @@
-"""Whole runs of ``peft-ext finetune``, accelerated against ``--stock`` (PEFT + bitsandbytes), on a real model.
+"""Whole runs, accelerated against stock (PEFT + bitsandbytes): ``peft-ext finetune`` on a real model, and bare steps.
 
 ``python -m benchmarks.e2e speed``                   tokens/s and peak memory, runs in turn, and the loss curves
+``python -m benchmarks.e2e methods``                 the same for steps of every method, on random weights
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv), over seeds
 
-Each run is a process of its own, so that peak memory is its own. Both write a result file.
+Each run is a process of its own, so that peak memory is its own. All write a result file.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
 
 from .harness import machine
 
@@ -129,8 +136,182 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
     return right / len(questions)
 
 
+# --- every method's training step -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """``quantized``: the base is bitsandbytes' Linear4bit, NF4 and double-quantized, in both contenders."""
+
+    peft_type: str
+    quantized: bool = False
+    dropout: float = 0.0
+    use_dora: bool = False
+
+
+METHODS = {
+    "QLoRA, dropout 0.05": Method("LORA", quantized=True, dropout=0.05),
+    "QDoRA": Method("LORA", quantized=True, use_dora=True),
+    "QDoRA, dropout 0.05": Method("LORA", quantized=True, use_dora=True, dropout=0.05),
+    "DoRA": Method("LORA", use_dora=True),
+    "LoRA, dropout 0.05": Method("LORA", dropout=0.05),
+    "LoRA": Method("LORA"),
+    "IA3": Method("IA3"),
+    "AdaLoRA": Method("ADALORA"),
+}
+# SmolLM2-135M's shape.
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+KINDS = ("ours", "stock")
+
+
+def peft_config(method: Method, steps: int) -> Any:
+    """Rank 16 on every linear layer but the head."""
+    import peft
+
+    if method.peft_type == "IA3":
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        return peft.IA3Config(target_modules=linears, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    common = {
+        "lora_alpha": 32,
+        "lora_dropout": method.dropout,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    if method.peft_type == "ADALORA":  # every step is one that gives up ranks
+        return peft.AdaLoraConfig(init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + 2, **common)
+    return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
+
+
+def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
+    """A Llama of ``sizes`` with random bf16 weights, the same for both contenders, in training."""
+    import torch
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import peft_ext
+
+    from .peers import bitsandbytes_linear
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+    finally:
+        torch.set_default_dtype(before)
+    if method.quantized:
+        peft_ext.quantize_nf4(model, progress=False)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, peft_ext.nn.NF4Linear):
+                    setattr(parent, name, bitsandbytes_linear(child.nf4, child.bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, peft_config(method, steps)).train()
+
+
+def train(
+    method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2
+) -> dict[str, Any]:
+    """``steps`` measured steps after one to warm up: forward, backward, AdamW over the adapters, zero_grad."""
+    import torch
+
+    import peft_ext
+    from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
+
+    keep_freed_memory()  # in both: it is a setting of the process, not of a kernel
+    model = build_model(method, steps, sizes)
+    if kind == "ours":
+        peft_ext.accelerate(model)
+    explained = peft_ext.explain(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = peak_memory_mib()
+    torch.manual_seed(1)
+    seconds, losses = [], []
+    for step in range(1 + steps):
+        tokens = torch.randint(0, sizes["vocab_size"], (batch, length))
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        if method.peft_type == "ADALORA":
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    return {
+        "tokens_per_s": round(batch * length / statistics.median(seconds[1:]), 1),
+        "peak_mib": round(peak_memory_mib() or 0),
+        "peak_before_training_mib": round(before or 0),
+        "losses": [round(loss, 5) for loss in losses],
+        "fused": sum(row.fused for row in explained.rows),
+        "layers": len(explained.rows),
+    }
+
+
+def methods(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours and stock in turn, each run a process of its own; ratios are of runs that follow each other."""
+    rows = []
+    for name in args.methods:
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        for _ in range(args.repeats):
+            for kind in KINDS:
+                command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
+                           "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+                run = runs[kind][-1]
+                print(f"{name}, {kind}: {run['tokens_per_s']:.0f} tokens/s, peak {run['peak_mib']} MiB, "
+                      f"{run['fused']} of {run['layers']} layers fused", flush=True)  # fmt: skip
+        rows.append(method_row(name, runs))
+        print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock")
+    sizes = ", ".join(f"{key} {value}" for key, value in SMOLLM2.items())
+    return {
+        "what": f"a Llama of SmolLM2-135M's shape with random weights, rank 16 on all linears, {args.batch} x "
+        f"{args.length} tokens, {args.steps} steps",
+        "model": sizes,
+        "rows": rows,
+    }
+
+
+def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    ours, stock = runs["ours"], runs["stock"]
+    differences = [abs(a - b) for a, b in zip(ours[0]["losses"], stock[0]["losses"], strict=True)]
+    return {
+        "method": name,
+        "tokens_per_s": {kind: [run["tokens_per_s"] for run in runs[kind]] for kind in KINDS},
+        "peak_mib": {kind: [run["peak_mib"] for run in runs[kind]] for kind in KINDS},
+        "peak_before_training_mib": {kind: [run["peak_before_training_mib"] for run in runs[kind]] for kind in KINDS},
+        "speedup": _ratio(runs, "tokens_per_s"),
+        "memory": _ratio(runs, "peak_mib"),
+        "fused": ours[0]["fused"],
+        "layers": ours[0]["layers"],
+        "losses": {kind: runs[kind][0]["losses"] for kind in KINDS},
+        # With dropout the masks are not the same, and the losses are not compared.
+        "max_loss_difference": None if METHODS[name].dropout else max(differences),
+    }
+
+
+def _names(text: str) -> list[str]:
+    """Methods by the beginning of their names, ``;`` between them; nothing: all."""
+    found = [name for part in text.split(";") for name in METHODS if name.lower().startswith(part.strip().lower())]
+    if not found:
+        raise argparse.ArgumentTypeError(f"no method {text!r}; there are {'; '.join(METHODS)}")
+    return list(dict.fromkeys(found))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("speed")
     one.add_argument("--steps", type=int, default=16)
@@ -140,13 +321,27 @@ def main() -> None:
     two.add_argument("--steps", type=int, default=150)
     two.add_argument("--seeds", type=int, default=2)
     two.add_argument("--questions", type=int, default=320)
-    for command in (one, two):
+    three = commands.add_parser("methods")
+    three.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
+    three.add_argument("--repeats", type=int, default=2)
+    four = commands.add_parser("method", help="one run of methods: its figures as JSON")
+    four.add_argument("method", choices=METHODS)
+    four.add_argument("kind", choices=KINDS)
+    for command in (three, four):
+        command.add_argument("--steps", type=int, default=5)
+        command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--length", type=int, default=256)
+    for command in (one, two, three):
         command.add_argument(
-            "--out", type=Path, help="result file; default: benchmarks/results/e2e-<command>-<date>.json"
+            "--out", type=Path, help="result file; default: benchmarks/results/e2e-<command>-<isa>-<date>.json"
         )
     args = parser.parse_args()
-    result = {"machine": machine(), **{"speed": speed, "intents": intents}[args.command](args)}
-    out = args.out or RESULTS / f"e2e-{args.command}-{result['machine']['date']}.json"
+    if args.command == "method":
+        print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length)))
+        return
+    result = {"machine": machine(), **{"speed": speed, "intents": intents, "methods": methods}[args.command](args)}
+    about = result["machine"]
+    out = args.out or RESULTS / f"e2e-{args.command}-{about['isa']}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written: {out}")

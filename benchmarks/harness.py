@@ -1,56 +1,160 @@
-"""The one timer. Verify first, then time all contenders in turn, in one process, and report medians and ratios.
+"""The one timer. Verify against float64 first, then time all contenders in turn, in one process.
 
 Machines are shared and clocks drift, so a lone time says little: every round runs each contender once, in rotating
-order, and a ratio is the median over rounds of the two times of the same round. Two ceilings are measured in the same
-run: the copy bandwidth of memory and PyTorch's own matrix product.
+order, and a ratio is the median over rounds of the two times of the same round. Before each call, outside the timed
+part, a contender takes its weights: the same ones again ("hot"), or the next of so many that no cache holds them
+("rotating"). The ceilings are measured in the same run: the copy bandwidth of memory and PyTorch's own products.
+
+A comparison without a float64 result is not possible: :class:`Contender` asks for it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
+from torch import Tensor
 
 import peft_ext
+from peft_ext.ops._library import has_kernel
 
-__all__ = ["Row", "compare", "machine", "measured_ceilings", "print_table", "save"]
+__all__ = [
+    "Case",
+    "Comparison",
+    "Contender",
+    "Row",
+    "compare",
+    "floor_ms",
+    "machine",
+    "measured_ceilings",
+    "print_table",
+    "run",
+    "save",
+]
+
+SEED = 0  # of each verified call and of the mask that its float64 result draws
+MIN_ROUNDS, MAX_ROUNDS = 5, 101
+# What decides which instructions run, ours and PyTorch's; a result file says which of them were set.
+ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+
+
+@dataclass
+class Contender:
+    """One way to compute what is compared.
+
+    Attributes:
+        run: the timed call.
+        outputs: what a call computed, by name, from what it returned.
+        exact: the same in float64, by the same names; called under the seed that the call had, so that it can draw the
+            same dropout mask. A peer whose mask nobody can draw again has the reason instead.
+        take: what comes before each call and is not timed: the weights of this call.
+    """
+
+    run: Callable[[], Any]
+    outputs: Callable[[Any], dict[str, Tensor]]
+    exact: Union[Callable[[], dict[str, Tensor]], str]
+    take: Callable[[], Any] = lambda: None
+
+
+@dataclass
+class Comparison:
+    """Contenders, "ours" first, and what must be moved and computed.
+
+    Attributes:
+        absent: peers that are not here, and why.
+        bytes_moved, flops: of the floor; tolerance: the largest relative error that ours may have, 0: the very bits.
+    """
+
+    contenders: dict[str, Contender]
+    bytes_moved: int
+    flops: int = 0
+    tolerance: float = 1e-2
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison to be made. ``summary``: it is one of the few that README shows."""
+
+    op: str
+    case: str
+    tokens: Optional[int]
+    k: int
+    n: int
+    weights: str
+    build: Callable[[], Comparison]
+    summary: bool = False
 
 
 @dataclass
 class Row:
-    """One comparison: median milliseconds by contender, and each one's ratio to ``ours`` (above 1: ours is faster)."""
+    """What came out.
+
+    Attributes:
+        milliseconds: median by contender. speedup: each one's ratio to ours (above 1: ours is faster).
+        errors: by contender, by output: relative to float64, as Frobenius norms; or why there is none.
+        absent: peers that could not run, and why. roofline: by contender, the floor in percent of the time.
+    """
 
     op: str
     case: str
+    tokens: Optional[int]
+    k: int
+    n: int
+    weights: str
+    summary: bool
     milliseconds: dict[str, float]
     speedup: dict[str, float]
+    errors: dict[str, Union[dict[str, float], str]]
+    absent: dict[str, str]
     rounds: int
-    bytes_moved: Optional[int] = None
-    flops: Optional[int] = None
-    floor_ratio: Optional[float] = field(default=None)
+    bytes_moved: int
+    flops: int
+    roofline: dict[str, float]
 
 
-def measured_ceilings(repeats: int = 7) -> dict[str, float]:
-    """GB/s of a 512 MB copy, and bf16 TFLOP/s of PyTorch's product of 2048 x 2048 x 2048; the best of ``repeats``."""
-    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+# --- ceilings and floors ----------------------------------------------------------------------------------------------
+
+
+def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
+    """GB/s of a 512 MB copy, and TFLOP/s of PyTorch's square product in bf16 and float32; the best of ``repeats``."""
+    source, target = torch.ones(size << 15), torch.empty(size << 15)
 
     def best(run: Callable[[], Any]) -> float:
         run()
         return min(_seconds(run) for _ in range(repeats))
 
+    def product(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+        return 2 * size**3 / min(best(lambda: a @ b), best(lambda: a @ b.t())) / 1e12
+
     return {
         "copy_gb_s": 2 * source.numel() * 4 / best(lambda: target.copy_(source)) / 1e9,
-        "matmul_bf16_tflop_s": 2 * 2048**3 / best(lambda: a @ b) / 1e12,
+        "matmul_bf16_tflop_s": product(torch.bfloat16),
+        "matmul_f32_tflop_s": product(torch.float32),
     }
+
+
+def floor_ms(bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float]) -> float:
+    """The longer of the bytes at the copy's bandwidth and the products at the faster of the measured products.
+
+    That is bf16's, but where a path without bf16 instructions is forced, PyTorch's float32 is the faster one.
+    """
+    peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
+    return 1e3 * max((bytes_moved or 0) / (ceilings["copy_gb_s"] * 1e9), (flops or 0) / (peak * 1e12))
+
+
+# --- one comparison ---------------------------------------------------------------------------------------------------
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -59,48 +163,137 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(
-    op: str,
-    case: str,
-    contenders: dict[str, Callable[[], Any]],
-    *,
-    ceilings: dict[str, float],
-    bytes_moved: Optional[int] = None,
-    flops: Optional[int] = None,
-    budget_s: float = 4.0,
-) -> Row:
-    """Time ``contenders`` (the first one is ours) in interleaved rounds that take about ``budget_s`` in all.
+def _timed(contender: Contender) -> float:
+    contender.take()
+    return _seconds(contender.run)
 
-    ``bytes_moved`` and ``flops`` are what the op must move and compute; the floor is the longer of the two at the
-    measured ceilings, and ``floor_ratio`` is ours over the floor.
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """``|value - exact| / |exact|``, Frobenius; the norm of the difference where exact is zero."""
+    if value.numel() != exact.numel():
+        raise ValueError(f"relative_error: value has shape {tuple(value.shape)}, wanted {tuple(exact.shape)}")
+    difference = (value.detach().double().reshape(-1) - exact.double().reshape(-1)).norm().item()
+    return difference / (exact.double().norm().item() or 1.0)
+
+
+def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, str]]:
+    """``(errors, absent)`` by contender. Raises AssertionError where ours is off by more than the tolerance.
+
+    A peer that can't run (torch.compile without a compiler, ...) is absent, with the error's first line.
     """
+    errors: dict[str, Any] = {}
+    absent = dict(comparison.absent)
+    exact_by_function: dict[int, dict[str, Tensor]] = {}  # peers with one float64 result share it
+    for turn, (name, contender) in enumerate(comparison.contenders.items()):
+        contender.take()
+        torch.manual_seed(SEED)
+        try:
+            found = contender.outputs(contender.run())
+        except Exception as error:
+            if turn == 0:
+                raise
+            absent[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            continue
+        if isinstance(contender.exact, str):
+            if turn == 0:
+                raise ValueError(f"{op}: {name} has no float64 result to be verified against")
+            errors[name] = contender.exact
+            continue
+        if (key := id(contender.exact)) not in exact_by_function:
+            torch.manual_seed(SEED)
+            exact_by_function[key] = contender.exact()
+        exact = exact_by_function[key]
+        if found.keys() != exact.keys():
+            raise ValueError(f"{op}: {name} computes {sorted(found)}, its float64 result has {sorted(exact)}")
+        errors[name] = {output: float(f"{relative_error(found[output], exact[output]):.3g}") for output in exact}
+        if turn == 0:
+            wrong = {output: error for output, error in errors[name].items() if not error <= comparison.tolerance}
+            assert not wrong, f"{op}: {name} is off from float64 by {wrong}, tolerance {comparison.tolerance}"
+    return errors, absent
+
+
+def compare(case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0) -> Row:
+    """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least."""
+    errors, absent = verify(case.op, comparison)
+    contenders = {name: one for name, one in comparison.contenders.items() if name not in absent}
     names = list(contenders)
-    warm = sum(_seconds(contenders[name]) + _seconds(contenders[name]) for name in names) / 2
-    rounds = max(5, min(101, int(budget_s / max(warm, 1e-6))))
+    warm = sum(_timed(contenders[name]) for name in names)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(warm, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(_seconds(contenders[name]))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(_timed(contenders[name]))
+    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     ours = times[names[0]]
     ratios = {name: statistics.median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[1:]}
-    floor = max(
-        (bytes_moved or 0) / (ceilings["copy_gb_s"] * 1e9), (flops or 0) / (ceilings["matmul_bf16_tflop_s"] * 1e12)
-    )
+    floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings)
     return Row(
-        op,
-        case,
-        {name: round(value * 1e3, 4) for name, value in medians.items()},
-        {name: round(value, 3) for name, value in ratios.items()},
-        rounds,
-        bytes_moved,
-        flops,
-        round(medians[names[0]] / floor, 2) if floor else None,
+        op=case.op,
+        case=case.case,
+        tokens=case.tokens,
+        k=case.k,
+        n=case.n,
+        weights=case.weights,
+        summary=case.summary,
+        milliseconds={name: round(value, 4) for name, value in medians.items()},
+        speedup={name: round(value, 3) for name, value in ratios.items()},
+        errors=errors,
+        absent=absent,
+        rounds=rounds,
+        bytes_moved=comparison.bytes_moved,
+        flops=comparison.flops,
+        roofline={name: round(100 * floor / value, 1) for name, value in medians.items()},
     )
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def run(
+    cases: Iterable[Case], ceilings: dict[str, float], *, limit_s: float, row_s: float, report: Any = None
+) -> tuple[list[Row], list[str]]:
+    """``(rows, names of cases that were not run)``: about ``row_s`` of timing a row, ``limit_s`` in all.
+
+    Setting up, verifying and compiling count. A row that is likely to pass the limit is left out and named: five
+    rounds of five contenders at the floor, and as much again for the set-up, is a row's least.
+    """
+    cases = list(cases)
+    check_kernels({case.op for case in cases})
+    rows: list[Row] = []
+    left_out: list[str] = []
+    end = time.perf_counter() + limit_s
+    for turn, case in enumerate(cases):
+        name = f"{case.op}: {case.case}, {case.weights}"
+        start = time.perf_counter()
+        if start >= end:
+            left_out.append(name)
+            continue
+        comparison = case.build()
+        least = 2 * MIN_ROUNDS * 5 * floor_ms(comparison.bytes_moved, comparison.flops, ceilings) / 1e3
+        if time.perf_counter() + least > end:
+            left_out.append(name)
+            continue
+        share = (end - start) / (len(cases) - turn)
+        rows.append(compare(case, comparison, ceilings, min(row_s, share)))
+        if report is not None:
+            report(turn, len(cases), rows[-1], time.perf_counter() - start)
+    return rows, left_out
+
+
+def check_kernels(ops: set[str]) -> None:
+    """Exit where an op would run the reference, which must not be timed as if it were a kernel.
+
+    Without PEFT_EXT_REQUIRE=1, which ``python -m benchmarks`` sets by default, it is timed all the same.
+    """
+    if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
+        return
+    if missing := sorted(op for op in ops if not has_kernel(op, "CPU")):
+        sys.exit(f"error: no native CPU kernel of {', '.join(missing)}; name the benchmarks of other operators, or set "
+                 "PEFT_EXT_REQUIRE=0 to time the reference")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to judge a number: processor, threads, path, versions."""
+    """What a reader needs to judge a number: processor, threads, paths, versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -117,27 +310,31 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "threads": torch.get_num_threads(),
         "isa": peft_ext._native.STATE.isa,
+        "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions,
     }
 
 
-def save(path: Path, rows: list[Row], ceilings: dict[str, float]) -> None:
+def save(path: Path, rows: list[Row], ceilings: dict[str, float], left_out: Iterable[str] = ()) -> None:
     """Write a result file; the tables in the documents are drawn from these."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"machine": machine(), "ceilings": ceilings, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-    )
+    result = {"machine": machine(), "ceilings": ceilings, "left_out": list(left_out), "rows": [asdict(r) for r in rows]}
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def print_table(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("op", "case", "ours ms", "ours is faster than", "ours / floor")
+    table = Table("op", "case", "weights", "ours ms", "ours is faster than", "% of roofline", "error")
     for row in rows:
-        ours = next(iter(row.milliseconds.values()))
+        ours = next(iter(row.milliseconds))
         ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.speedup.items())
-        floor = "" if row.floor_ratio is None else f"{row.floor_ratio:.2f}"
-        table.add_row(row.op, row.case, f"{ours:.3f}", ratios, floor)
-    Console(width=140).print(table)
+        error = max(row.errors[ours].values())
+        table.add_row(row.op, row.case, row.weights, f"{row.milliseconds[ours]:.3f}", ratios,
+                      f"{row.roofline[ours]:.0f}", f"{error:.1e}")  # fmt: skip
+    Console(width=180).print(table)
+    for name, reason in sorted({(name, reason) for row in rows for name, reason in row.absent.items()}):
+        print(f"absent: {name}: {reason}")

@@ -1,33 +1,164 @@
-"""``python -m benchmarks.tables``: draw README's tables from the newest result files; no figure is typed by hand."""
+"""``python -m benchmarks.tables [--check]``: draw the documents' tables from the newest result files.
+
+No figure is typed by hand. A place is marked ``<!-- measured NAME: python -m benchmarks.tables -->``, down to
+``<!-- /measured -->``; NAME is one of :data:`DRAWN`, and README's summary has none. ``--check`` writes nothing and
+fails where a document is not what it would draw.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
+from .harness import floor_ms
+
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- measured: python -m benchmarks.tables -->", "<!-- /measured -->"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
+NOTHING = "Not measured yet."
+KERNELS, METHODS = "[!e]*.json", "e2e-methods-*.json"
+
+Result = dict[str, Any]
 
 
-def newest(pattern: str) -> Optional[dict[str, Any]]:
-    found = sorted(RESULTS.glob(pattern), key=lambda path: json.loads(path.read_text())["machine"]["date"])
-    return json.loads(found[-1].read_text()) if found else None
+# --- result files -----------------------------------------------------------------------------------------------------
 
 
-def about(result: dict[str, Any]) -> str:
+def results(pattern: str) -> list[Result]:
+    """From the oldest to the newest."""
+    found = [(path.name, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
+    return [result for _, result in sorted(found, key=lambda item: (item[1]["machine"]["date"], item[0]))]
+
+
+def is_forced(result: Result) -> bool:
+    """Whether the run was kept off the best path that its CPU has."""
+    return "PEFT_EXT_CPU_ISA" in result["machine"].get("environment", {})
+
+
+def newest(pattern: str) -> Optional[Result]:
+    """The newest of those that ran on their CPU's best path."""
+    free = [result for result in results(pattern) if not is_forced(result)]
+    return free[-1] if free else None
+
+
+def newest_forced(pattern: str) -> list[Result]:
+    """The newest of each path that was forced."""
+    return list({result["machine"]["isa"]: result for result in results(pattern) if is_forced(result)}.values())
+
+
+def about(result: Result) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['cpu']}, {machine['threads']} threads, path {machine['isa']}; {machine['date']}; {versions}"
+    environment = "".join(f", {name}={value}" for name, value in machine.get("environment", {}).items())
+    return (f"{machine['cpu']}, {machine['threads']} threads, path {machine['isa']}{environment}; {machine['date']}; "
+            f"{versions}")  # fmt: skip
 
 
-def speed_table(result: dict[str, Any]) -> str:
-    def span(values: list[float]) -> str:
-        low, high = min(values), max(values)
-        return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f}–{high:.0f}"
+def about_ceilings(result: Result) -> str:
+    ceilings = result["ceilings"]
+    f32 = ceilings.get("matmul_f32_tflop_s")
+    return (f"a copy of {ceilings['copy_gb_s']:.0f} GB/s, a bf16 product of "
+            f"{1e3 * ceilings['matmul_bf16_tflop_s']:.0f} GFLOP/s"
+            f"{'' if f32 is None else f', a float32 one of {1e3 * f32:.0f} GFLOP/s'}")  # fmt: skip
 
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def roofline(row: Result, result: Result) -> float:
+    """The floor in percent of our time."""
+    floor = floor_ms(row["bytes_moved"], row["flops"], result["ceilings"])
+    return 100 * floor / next(iter(row["milliseconds"].values()))
+
+
+def ratios(row: Result) -> str:
+    return ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["speedup"].items())
+
+
+def kernel_table(result: Result, keep: Callable[[Result], bool]) -> str:
+    """The rows of an operator together, in the order in which they ran."""
+    rows = [row for row in result["rows"] if keep(row)]
+    if not rows:
+        return NOTHING
+    lines = ["| operator | case | weights | faster than | % of roofline |", "|---|---|---|---|---|"]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        for row in rows:
+            if row["op"] == op:
+                lines.append(f"| `{op}` | {row['case']} | {row.get('weights', 'hot')} | {ratios(row)} | "
+                             f"{roofline(row, result):.0f} |")  # fmt: skip
+    absent = {f"{name} ({reason})" for row in rows for name, reason in row.get("absent", {}).items()}
+    if absent:
+        lines += ["", f"Absent where no ratio is shown: {'; '.join(sorted(absent))}."]
+    return "\n".join(lines)
+
+
+def operator(*ops: str) -> Callable[[], str]:
+    def draw() -> str:
+        result = newest(KERNELS)
+        return NOTHING if result is None else kernel_table(result, lambda row: row["op"] in ops)
+
+    return draw
+
+
+def error_table() -> str:
+    """By operator: the largest relative error to float64, ours and each peer's, over the cases that both have."""
+    result = newest(KERNELS)
+    worst: dict[str, dict[str, float]] = {}
+    for row in result["rows"] if result else ():
+        for name, errors in row.get("errors", {}).items():
+            if isinstance(errors, dict):
+                of_op = worst.setdefault(row["op"], {})
+                of_op[name] = max(of_op.get(name, 0.0), *errors.values())
+    if not worst:
+        return NOTHING
+    names = list(dict.fromkeys(name for errors in worst.values() for name in errors))
+    lines = [f"| operator | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for op, errors in worst.items():
+        cells = ("" if (error := errors.get(name)) is None else f"{error:.1e}" if error else "0" for name in names)
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine_text() -> str:
+    result = newest(KERNELS)
+    if result is None:
+        return NOTHING
+    return f"Machine: {about(result)}.\nCeilings of this run: {about_ceilings(result)}."
+
+
+def isa_tables() -> str:
+    """For each forced path: the rows of README's table, and the slowest against PEFT and bitsandbytes of all rows."""
+    parts = []
+    for result in newest_forced(KERNELS):
+        stock = [(ratio, name, row) for row in result["rows"] for name, ratio in row["speedup"].items()
+                 if name.startswith(("PEFT", "bitsandbytes"))]  # fmt: skip
+        worst = ""
+        if stock:
+            ratio, name, row = min(stock, key=lambda item: item[0])
+            worst = (f"Of {len(stock)} ratios to PEFT and bitsandbytes the least is {ratio:.2f}x: `{row['op']}`, "
+                     f"{row['case']}, {row['weights']}, to {name}.")  # fmt: skip
+        parts += [f"### {result['machine']['isa']}", f"{about(result)}. Ceilings: {about_ceilings(result)}. {worst}",
+                  kernel_table(result, lambda row: row.get("summary", True))]  # fmt: skip
+        parts += [methods_table(found) for found in newest_forced(METHODS)
+                  if found["machine"]["isa"] == result["machine"]["isa"]]  # fmt: skip
+    return "\n\n".join(parts) or NOTHING
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def span(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f}–{high:.0f}"
+
+
+def speed_table(result: Result) -> str:
     tokens, peak, perplexity = result["tokens_per_s"], result["peak_mib"], result["perplexity"]
     plain = result["perplexity_without_dropout"]
     return f"""**A whole run**: {result["what"]}, dropout 0.05.
@@ -46,7 +177,21 @@ base output that is already rounded, which swallows part of a young adapter's sm
 {about(result)}."""
 
 
-def intents_table(result: dict[str, Any]) -> str:
+def methods_table(result: Result) -> str:
+    """Ratios alone; the medians are in the result file."""
+    lines = [f"**A training step** of {result['what']}, against PEFT + bitsandbytes.", "",
+             "| method | tokens/s | peak memory | layers fused |", "|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {row['method']} | **{row['speedup']:.2f}x** | **{row['memory']:.2f}** | {row['fused']} of {row['layers']} |"
+        for row in result["rows"]
+    ]
+    compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
+    if compared:
+        lines += ["", f"Without dropout the losses of the steps differ by {max(compared):.4f} at most."]
+    return "\n".join([*lines, "", f"{about(result)}."])
+
+
+def intents_table(result: Result) -> str:
     def listed(kind: str) -> str:
         return ", ".join(f"{100 * value:.1f}%" for value in result["accuracy"][kind])
 
@@ -54,31 +199,70 @@ def intents_table(result: dict[str, Any]) -> str:
 {listed("stock")}."""
 
 
-def kernel_table(result: dict[str, Any]) -> str:
-    lines = ["**Kernels**, medians of one interleaved run; 2.00x reads: ours takes half the time.", "",
-             "| operator | case | faster than | ours / floor |", "|---|---|---|---|"]  # fmt: skip
-    for row in result["rows"]:
-        ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["speedup"].items())
-        lines.append(f"| `{row['op']}` | {row['case']} | {ratios} | {row['floor_ratio']:.1f} |")
-    ceilings = result["ceilings"]
-    lines += [
-        "",
-        f"The floor is bytes or products at the ceilings of the same run: a copy of {ceilings['copy_gb_s']:.0f} GB/s, "
-        f"a bf16 product of {1e3 * ceilings['matmul_bf16_tflop_s']:.0f} GFLOP/s. {about(result)}.",
-    ]
-    return "\n".join(lines)
+def summary_table(result: Result) -> str:
+    table = kernel_table(result, lambda row: row.get("summary", True))
+    return f"""**Kernels**, medians of one interleaved run; 2.00x reads: ours takes half the time. "frozen" is PyTorch's
+bf16 `F.linear` alone: 0.90x reads: the frozen layer takes 0.90 of our adapted one's time.
+
+{table}
+
+The roofline is bytes or products at the ceilings of the same run: {about_ceilings(result)}. {about(result)}."""
 
 
-def main() -> None:
-    drawers = (("e2e-speed-*.json", speed_table), ("e2e-intents-*.json", intents_table),
-               ("[!e]*.json", kernel_table))  # fmt: skip
+def methods_text() -> str:
+    result = newest(METHODS)
+    return NOTHING if result is None else methods_table(result)
+
+
+def summary() -> str:
+    drawers = (("e2e-speed-*.json", speed_table), (METHODS, methods_table), ("e2e-intents-*.json", intents_table),
+               (KERNELS, summary_table))  # fmt: skip
     parts = [draw(result) for pattern, draw in drawers if (result := newest(pattern)) is not None]
-    text = README.read_text()
-    body = "\n\n".join([BEGIN, *parts, END])
-    changed, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"error: {README.name} has {count} places marked {BEGIN}, wanted one")
-    README.write_text(changed)
+    return "\n\n".join(parts) or NOTHING
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+DRAWN: dict[str, Callable[[], str]] = {
+    "": summary,
+    "machine": machine_text,
+    "errors": error_table,
+    "nf4": operator("nf4_quantize", "nf4_dequantize", "nf4_linear"),
+    "lora": operator("lora_linear"),
+    "dora": operator("dora_linear"),
+    "ia3": operator("ia3_linear", "ia3_scale"),
+    "methods": methods_text,
+    "paths": isa_tables,
+}
+
+
+def draw(text: str, where: str = "the document") -> str:
+    """``text`` with every marked place drawn anew. Raises SystemExit where there is none, or a name is unknown."""
+
+    def place(match: re.Match[str]) -> str:
+        name = (match[2] or "").strip()
+        if name not in DRAWN:
+            raise SystemExit(f"error: {where} marks a place {name!r}, wanted one of {', '.join(filter(None, DRAWN))}")
+        return f"{match[1]}\n\n{DRAWN[name]()}\n\n{match[3]}"
+
+    drawn, count = MARK.subn(place, text)
+    if count == 0:
+        raise SystemExit(f"error: {where} has no place marked <!-- measured: python -m benchmarks.tables -->")
+    return drawn
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is not up to date")
+    args = parser.parse_args(argv)
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = draw(before, path.name)
+        if args.check and after != before:
+            sys.exit(f"error: {path.relative_to(ROOT)} is not what the result files draw; run python -m "
+                     "benchmarks.tables")  # fmt: skip
+        if not args.check:
+            path.write_text(after)
 
 
 if __name__ == "__main__":

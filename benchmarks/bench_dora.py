@@ -1,0 +1,99 @@
+"""One DoRA layer's training step, its norm included, bf16 base and float32 adapters of rank 16, against PEFT's layer.
+
+The norm changes with every step, so each step computes it: the floor counts ``U = W Aᵀ`` and ``|W|²`` in one pass over
+W that the forward makes anyway. With dropout in PEFT's mode the base runs twice more, on the dropped x and on its
+gradient; in "lora" mode dropout acts on the low rank alone, another function with another float64 result than PEFT's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import (
+    RANK,
+    SCALING,
+    Problem,
+    dense,
+    draw_seed,
+    layer_bytes,
+    layer_comparison,
+    low_rank_bytes,
+    low_rank_flops,
+)
+
+
+def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool) -> Comparison:
+    tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
+
+    def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        return ops.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, scaling=SCALING, dropout_p=dropout, training=True,
+            dropout_mode=mode, seed=draw_seed() if dropout else None,
+        )  # fmt: skip
+
+    def eager(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        held = dense(weight)
+        adapted = held + (SCALING * lora_B.detach() @ lora_A.detach()).to(x.dtype)
+        scale = (magnitude / adapted.norm(dim=1)).to(x.dtype)
+        dropped = F.dropout(x, dropout)
+        low_rank = SCALING * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+        y = F.linear(x, held)
+        return y + (scale - 1) * (F.linear(dropped, held) if dropout else y) + scale * low_rank
+
+    def scale_of(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        return magnitude / (problem.wide_weight(base) + SCALING * lora_B @ lora_A).norm(dim=1).detach()
+
+    def formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        low_rank = SCALING * ((x * mask) @ lora_A.t() @ lora_B.t())
+        return scale_of(lora_A, lora_B, magnitude) * (linear(x) + low_rank)
+
+    def peft_formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        scale, dropped = scale_of(lora_A, lora_B, magnitude), x * mask
+        low_rank = SCALING * (dropped @ lora_A.t() @ lora_B.t())
+        return linear(x) + (scale - 1) * linear(dropped) + scale * low_rank
+
+    def config() -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout, target_modules=["proj"],
+                          use_dora=True)  # fmt: skip
+
+    drops_base = bool(dropout) and mode == "peft"
+    theirs = peft_formula if dropout else formula
+    return layer_comparison(
+        problem,
+        base,
+        compile,
+        ours=ours,
+        eager=eager,
+        formula=theirs if mode == "peft" else formula,
+        peft_formula=theirs,
+        names=("lora_A", "lora_B", "magnitude"),
+        config=config,
+        where={
+            "lora_A": lambda layer: layer.lora_A["default"].weight,
+            "lora_B": lambda layer: layer.lora_B["default"].weight,
+            "magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight,
+        },
+        # The magnitude and its gradient, and Z once more for that gradient.
+        bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
+        flops=(8 if drops_base else 4) * tokens * n * k + low_rank_flops(problem) + 2 * n * k * (r + 1),
+        dropout=dropout,
+    )
+
+
+VARIANTS = (
+    Variant("dora_linear", "bf16 base", partial(_layer, "bf16", 0.0, "lora"), everywhere=True),
+    Variant("dora_linear", "bf16 base, dropout 0.05 on the low rank", partial(_layer, "bf16", 0.05, "lora")),
+    Variant("dora_linear", "bf16 base, dropout 0.05 as PEFT", partial(_layer, "bf16", 0.05, "peft")),
+    Variant("dora_linear", "NF4 base, dropout 0.05 on the low rank", partial(_layer, "nf4", 0.05, "lora")),
+    Variant("dora_linear", "NF4 base, dropout 0.05 as PEFT", partial(_layer, "nf4", 0.05, "peft"), everywhere=True),
+)

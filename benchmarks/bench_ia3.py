@@ -1,0 +1,87 @@
+"""One IA3 layer's training step, bf16 or NF4 base and a float32 vector, against PEFT's layer; and the scaling alone.
+
+    output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ
+
+The floor is the frozen layer's two products; the gradient of l is a sum over Y or x, which are read once more for it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import Problem, compiled, dense, functional, gather, layer_bytes, layer_comparison
+
+
+def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Comparison:
+    name = "ia3_in" if feedforward else "ia3_out"
+
+    def ours(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:
+        return ops.ia3_linear(x, weight, ia3_l, feedforward=feedforward)
+
+    def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:
+        if feedforward:
+            return F.linear(x * ia3_l.to(x.dtype), dense(weight))
+        return F.linear(x, dense(weight)) * ia3_l.to(x.dtype)
+
+    def formula(linear: Any, x: Tensor, mask: Any, **held: Tensor) -> Tensor:
+        return linear(x * held[name]) if feedforward else linear(x) * held[name]
+
+    def config() -> Any:
+        from peft import IA3Config
+
+        return IA3Config(target_modules=["proj"], feedforward_modules=["proj"] if feedforward else [])
+
+    tokens, k, n = problem.tokens, problem.k, problem.n
+    return layer_comparison(
+        problem,
+        base,
+        compile,
+        ours=ours,
+        eager=eager,
+        formula=formula,
+        names=(name,),
+        config=config,
+        where={name: lambda layer: layer.ia3_l["default"]},
+        bytes_moved=layer_bytes(problem, base) + (2 * tokens + 2 * 4) * (k if feedforward else n),
+        flops=4 * tokens * n * k,
+    )
+
+
+def _scale(problem: Problem, compile: bool) -> Comparison:
+    """``y = x∘l`` and its gradients: x, grad and x again read; y and dx written. There is no weight: N is K."""
+    problem = Problem(problem.tokens, problem.k, problem.k)
+
+    def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:
+        return (x * ia3_l).to(torch.bfloat16)
+
+    tokens, k = problem.tokens, problem.k
+    exact = problem.exact("bf16", lambda linear, x, mask, ia3_in: x * ia3_in, ("ia3_in",))
+
+    def contender(forward: Any) -> Any:
+        return functional(problem, "bf16", forward, ("ia3_in",), exact)
+
+    makers = {
+        "ours": lambda: contender(lambda x, weight, ia3_l: ops.ia3_scale(x, ia3_l)),
+        "torch eager": lambda: contender(eager),
+    }
+    if compile:
+        makers["torch.compile"] = lambda: contender(compiled(eager))
+    contenders, absent = gather(makers)
+    return Comparison(contenders, 5 * 2 * tokens * k + 2 * 4 * k, absent=absent)
+
+
+VARIANTS = (
+    Variant("ia3_linear", "bf16 base, output", partial(_layer, "bf16", False), everywhere=True),
+    Variant("ia3_linear", "bf16 base, feedforward", partial(_layer, "bf16", True)),
+    Variant("ia3_linear", "NF4 base, output", partial(_layer, "nf4", False)),
+    Variant("ia3_scale", "bf16", _scale),
+)

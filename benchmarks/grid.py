@@ -1,0 +1,91 @@
+"""Which cases there are: every benchmark's variants, over layer shapes, tokens, and hot or rotating weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from .harness import Case, Comparison
+from .peers import Problem
+
+__all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
+
+MAIN = "4096"
+# (K, N) of the linear layers; Llama-3-8B's square one is the shape that every run has.
+SHAPES = {
+    MAIN: ((4096, 4096),),
+    "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
+    "1b": ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048)),
+    "8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
+}
+SUMMARY_TOKENS = (512, 2048)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to compare, at any shape.
+
+    Attributes:
+        build: ``(problem, compile) -> Comparison``.
+        tokens: where not those of the run: (1,), or (None,) for an operator that has no tokens.
+        summary_tokens: those that README shows.
+        everywhere: at the models' shapes too, not at 4096 x 4096 alone.
+    """
+
+    op: str
+    case: str
+    build: Callable[[Problem, bool], Comparison]
+    tokens: Optional[tuple[Optional[int], ...]] = None
+    summary_tokens: tuple[Optional[int], ...] = SUMMARY_TOKENS
+    everywhere: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        tokens: at 4096 x 4096 with rotating weights; hot_tokens: with hot ones; shape_tokens: at the models' shapes.
+        shapes: names of :data:`SHAPES`, beside the 4096 x 4096 one. weights: "rotating", "hot".
+        compile_tokens: those at which torch.compile takes part, at 4096 x 4096: it takes seconds to compile each.
+    """
+
+    tokens: Sequence[int]
+    hot_tokens: Sequence[int]
+    shape_tokens: Sequence[int]
+    shapes: Sequence[str]
+    weights: Sequence[str]
+    compile_tokens: Sequence[int]
+
+
+def cases(variants: Sequence[Variant], options: Options) -> Iterator[Case]:
+    """The 4096 x 4096 layer first; cases that share their weights follow each other."""
+    for weights in options.weights:
+        tokens = options.tokens if weights == "rotating" else options.hot_tokens
+        yield from _cases(variants, MAIN, weights, (*tokens, None), options)
+    for name in options.shapes:
+        if name != MAIN:
+            yield from _cases(variants, name, options.weights[0], options.shape_tokens, options)
+
+
+def _cases(
+    variants: Sequence[Variant], shape: str, weights: str, all_tokens: Sequence[Optional[int]], options: Options
+) -> Iterator[Case]:
+    main = shape == MAIN
+    for k, n in SHAPES[shape]:
+        for tokens in all_tokens:
+            for variant in variants:
+                has_tokens = tokens is not None if variant.tokens is None else tokens in variant.tokens
+                if has_tokens and (main or variant.everywhere):
+                    yield _case(variant, tokens, k, n, weights, main, options)
+
+
+def _case(variant: Variant, tokens: Optional[int], k: int, n: int, weights: str, main: bool, options: Options) -> Case:
+    def build() -> Comparison:
+        compiles = main and (tokens is None or tokens in options.compile_tokens) and bool(options.compile_tokens)
+        return variant.build(Problem(tokens or 1, k, n, weights == "rotating"), compiles)
+
+    where = f"{k}->{n}" if tokens is None else f"T={tokens} {k}->{n}"
+    summary = main and weights == "rotating" and tokens in variant.summary_tokens
+    return Case(variant.op, f"{where}, {variant.case}", tokens, k, n, weights, build, summary)

@@ -1,0 +1,442 @@
+"""What the comparisons of layers share: a layer's inputs and weights, and the contenders around them.
+
+A layer is ``x [T, K]``, ``grad [T, N]`` and a frozen ``W [N, K]`` in bfloat16, dense or in double-quantized NF4, with
+float32 adapters. "hot" has one weight; "rotating" has so many that they fill :data:`ROTATING_BYTES`: the same values,
+each copy in memory of its own, so that one float64 result verifies them all. Adapters rotate with the weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Generic, Optional, TypeVar, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_ext import NF4Weight, ops, reference
+
+from .harness import Comparison, Contender
+
+__all__ = [
+    "COMPILE_RANDOM",
+    "RANK",
+    "ROTATING_BYTES",
+    "SCALING",
+    "Problem",
+    "Turns",
+    "bitsandbytes_linear",
+    "compiled",
+    "dense",
+    "draw_seed",
+    "frozen",
+    "functional",
+    "gather",
+    "layer_bytes",
+    "layer_comparison",
+    "low_rank_bytes",
+    "low_rank_flops",
+    "peft_layer",
+    "peft_name",
+    "philox_mask",
+    "torch_mask",
+    "value_of",
+]
+
+RANK, SCALING = 16, 2.0
+COMPILE_RANDOM = "its dropout mask is torch.compile's own and can't be drawn again"
+ROTATING_BYTES = 10**9
+
+_Item = TypeVar("_Item")
+Weight = Union[Tensor, NF4Weight]
+Exact = Callable[[], dict[str, Tensor]]
+
+
+class Turns(Generic[_Item]):
+    """Items in turn, over and over."""
+
+    def __init__(self, items: Iterable[_Item]) -> None:
+        self.items = list(items)
+        self._turn = -1
+
+    def next(self) -> _Item:
+        self._turn = (self._turn + 1) % len(self.items)
+        return self.items[self._turn]
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _repeated(tensor: Tensor, count: int) -> list[Tensor]:
+    """``count`` copies of ``tensor``, one after the other in one allocation."""
+    return list(tensor.expand(count, *tensor.shape).contiguous().unbind()) if count > 1 else [tensor]
+
+
+@lru_cache(maxsize=1)
+def _first(k: int, n: int) -> Tensor:
+    return torch.randn(n, k, dtype=torch.bfloat16, generator=_generator()) * 0.02
+
+
+@lru_cache(maxsize=2)
+def _first_nf4(k: int, n: int, double_quant: bool = True) -> NF4Weight:
+    return ops.nf4_quantize(_first(k, n), 64, double_quant)
+
+
+# One pool of each kind is held: cases of the same shape follow each other.
+@lru_cache(maxsize=1)
+def _dense_pool(k: int, n: int, least_bytes: int) -> list[Tensor]:
+    first = _first(k, n)
+    return _repeated(first, -(-max(1, least_bytes) // (first.numel() * first.element_size())))
+
+
+@lru_cache(maxsize=1)
+def _nf4_pool(k: int, n: int, least_bytes: int, double_quant: bool) -> list[NF4Weight]:
+    first = _first_nf4(k, n, double_quant)
+    count = -(-max(1, least_bytes) // first.nbytes)
+    copies = {id(tensor): _repeated(tensor, count) for tensor in first.tensors().values()}
+    return [first.map(lambda tensor, i=i: copies[id(tensor)][i]) for i in range(count)]
+
+
+@lru_cache(maxsize=1)
+def _adapter_pool(k: int, n: int, rank: int, count: int) -> list[dict[str, Tensor]]:
+    draw = _generator()
+
+    def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> list[Tensor]:
+        return _repeated(torch.randn(*shape, generator=draw) * std + mean, count)
+
+    # A as PEFT starts it (uniform of this variance), B as after some steps, so that its product counts.
+    pools = {
+        "lora_A": normal(rank, k, std=(3 * k) ** -0.5),
+        "lora_B": normal(n, rank, std=0.02),
+        "lora_E": normal(rank, std=1.0),
+        "magnitude": normal(n, mean=0.02 * k**0.5, std=0.002 * k**0.5),
+        "ia3_out": normal(n, mean=1.0, std=0.1),
+        "ia3_in": normal(k, mean=1.0, std=0.1),
+    }
+    return [{name: pool[i].requires_grad_() for name, pool in pools.items()} for i in range(count)]
+
+
+@lru_cache(maxsize=16)
+def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
+    """``(x Wᵀ, grad W)`` in float64: what nearly all the exact results of one shape share."""
+    problem = Problem(*problem_key)
+    weight = problem.wide_weight(base)
+    return problem.x.detach().double() @ weight.t(), problem.grad.double() @ weight
+
+
+class _ExactBase(torch.autograd.Function):
+    """``x Wᵀ`` in float64; taken from :func:`_exact_products` where x and the gradient are the problem's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
+        ctx.problem, ctx.base = problem, base
+        if torch.equal(x, problem.x.double()):
+            return _exact_products(problem.key, base)[0].clone()
+        return x @ problem.wide_weight(base).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        problem, base = ctx.problem, ctx.base
+        if torch.equal(grad, problem.grad.double()):
+            return _exact_products(problem.key, base)[1].clone(), None, None
+        return grad @ problem.wide_weight(base), None, None
+
+
+class Problem:
+    """Inputs and weights of one layer at one number of tokens.
+
+    ``weights("bf16")`` and ``weights("nf4")`` give a frozen weight at a time, ``adapters`` a dict of leaves.
+    """
+
+    def __init__(self, tokens: int, k: int, n: int, rotating: bool = False, rank: int = RANK) -> None:
+        self.tokens, self.k, self.n, self.rank = tokens, k, n, rank
+        self.key = (tokens, k, n, False, rank)
+        self.least_bytes = ROTATING_BYTES if rotating else 0
+        draw = _generator()
+        self.x = torch.randn(tokens, k, dtype=torch.bfloat16, generator=draw).requires_grad_()
+        self.grad = torch.randn(tokens, n, dtype=torch.bfloat16, generator=draw)
+        self._turns: dict[str, Turns[Any]] = {}
+
+    def weights(self, base: str) -> Turns[Any]:
+        """``base``: "bf16", "nf4" (double-quantized) or "nf4-plain"; one for all contenders, so that nobody finds a
+        weight in the cache that another one has just read."""
+        if base not in self._turns:
+            if base == "bf16":
+                pool: list[Any] = _dense_pool(self.k, self.n, self.least_bytes)
+            else:
+                pool = _nf4_pool(self.k, self.n, self.least_bytes, base == "nf4")
+            self._turns[base] = Turns(pool)
+        return self._turns[base]
+
+    @property
+    def adapters(self) -> Turns[dict[str, Tensor]]:
+        if "adapters" not in self._turns:
+            count = len(self.weights("bf16").items)
+            self._turns["adapters"] = Turns(_adapter_pool(self.k, self.n, self.rank, count))
+        return self._turns["adapters"]
+
+    def weight_bytes(self, base: str) -> int:
+        first = self.weights(base).items[0]
+        return first.nbytes
+
+    def wide_weight(self, base: str) -> Tensor:
+        """The weight that a bf16 layer computes with, in float64."""
+        if base == "bf16":
+            return _first(self.k, self.n).double()
+        return dense(_first_nf4(self.k, self.n, base == "nf4")).double()
+
+    def exact(
+        self, base: str, formula: Callable[..., Tensor], names: Iterable[str] = (), mask: Optional[Callable] = None
+    ) -> Exact:
+        """A float64 result for :class:`Contender`: the value of ``formula`` and its gradients by autograd.
+
+        ``formula(linear, x, mask, **adapters)``: linear is ``x -> x Wᵀ``; mask is ``keep / (1 - p)``, or 1.
+        """
+
+        def compute() -> dict[str, Tensor]:
+            drawn = 1.0 if mask is None else mask()
+            x = self.x.detach().double().requires_grad_()
+            held = {name: self.adapters.items[0][name].detach().double().requires_grad_() for name in names}
+            y = formula(lambda x: _ExactBase.apply(x, self, base), x, drawn, **held)
+            y.backward(self.grad.double())
+            grads = {f"grad_{name}": leaf.grad for name, leaf in held.items()}
+            return {"y": y.detach(), "grad_x": x.grad, **grads}
+
+        return compute
+
+
+def dense(weight: Weight) -> Tensor:
+    """The bf16 weight in plain PyTorch."""
+    return reference.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, NF4Weight) else weight
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def draw_seed() -> Tensor:
+    """The seed of a call, from PyTorch's generator, as the ops draw it where none is given."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+
+
+def philox_mask(problem: Problem, p: float) -> Callable[[], Tensor]:
+    """The mask of a call that used :func:`draw_seed`, over ``1 - p``."""
+    return lambda: reference.dropout_keep_mask(draw_seed(), p, problem.x.shape).double() / (1 - p)
+
+
+def torch_mask(problem: Problem, p: float, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The mask of ``F.dropout`` on x in ``dtype``, over ``1 - p``."""
+    return lambda: (F.dropout(torch.ones(problem.x.shape, dtype=dtype), p) != 0).double() / (1 - p)
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def _trained(
+    problem: Problem, take: Callable[[], Any], forward: Callable[[Tensor], Tensor],
+    parameters: Callable[[], dict[str, Tensor]], exact: Union[Exact, str],
+) -> Contender:  # fmt: skip
+    """Forward and backward; the gradients of the step before go first, as zero_grad drops them."""
+    x, grad = problem.x, problem.grad
+
+    def run() -> Tensor:
+        x.grad = None
+        for parameter in parameters().values():
+            parameter.grad = None
+        y = forward(x)
+        y.backward(grad)
+        return y
+
+    def outputs(y: Tensor) -> dict[str, Tensor]:
+        return {"y": y, "grad_x": x.grad, **{f"grad_{name}": p.grad for name, p in parameters().items()}}
+
+    return Contender(run, outputs, exact, take)
+
+
+def functional(
+    problem: Problem, weights: Union[str, Turns[Any]], forward: Callable[..., Tensor], names: tuple[str, ...],
+    exact: Union[Exact, str], *, training: bool = True, enter: Callable[[Any], Any] = lambda weight: weight,
+) -> Contender:  # fmt: skip
+    """``forward(x, enter(weight), *adapters)`` with the named adapters; with its backward, or without autograd.
+
+    ``weights``: a base of the problem, or weights of the contender's own. ``enter`` is not timed.
+    """
+    turns = problem.weights(weights) if isinstance(weights, str) else weights
+    held: dict[str, Tensor] = {}
+    args: list[Any] = []
+
+    def take() -> None:
+        found = problem.adapters.next() if names else {}
+        held.update({name: found[name] for name in names})
+        args[:] = (enter(turns.next()), *held.values())
+
+    if training:
+        return _trained(problem, take, lambda x: forward(x, *args), lambda: held, exact)
+    x = problem.x.detach()
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return forward(x, *args)
+
+    return Contender(run, lambda y: {"y": y}, exact, take)
+
+
+def value_of(exact: Exact) -> Exact:
+    """Of a float64 result, the value alone: for contenders without autograd."""
+    return lambda: {"y": exact()["y"]}
+
+
+def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
+    """``(contenders, absent)``: a peer whose package is not installed is absent; ours, the first, must be there."""
+    contenders: dict[str, Contender] = {}
+    absent: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            contenders[name] = make()
+        except ImportError as error:
+            if not contenders:
+                raise
+            absent[name] = f"{type(error).__name__}: {error}"
+    return contenders, absent
+
+
+def frozen(problem: Problem, *, training: bool = True) -> Contender:
+    """PyTorch's bf16 ``F.linear`` over the frozen weight: forward and the gradient of x."""
+    exact = problem.exact("bf16", lambda linear, x, mask: linear(x))
+    return functional(problem, "bf16", F.linear, (), exact if training else value_of(exact), training=training)
+
+
+def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compile`` for the one shape; it compiles at the first call, which the verification makes."""
+    torch._dynamo.reset()
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def bitsandbytes_linear(nf4: NF4Weight, bias: Optional[Tensor] = None) -> nn.Module:
+    """bitsandbytes' ``Linear4bit`` over the storage of ``nf4``."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(nf4.in_features, nf4.out_features, bias=bias is not None, compute_dtype=torch.bfloat16,
+                       quant_type="nf4", device="meta")  # fmt: skip
+    if bias is not None:
+        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    _set_weight(layer, nf4)
+    return layer
+
+
+def _set_weight(layer: nn.Module, weight: Weight) -> None:
+    if isinstance(weight, NF4Weight):
+        layer.weight = weight.to_bitsandbytes()
+        layer.quant_state = layer.weight.quant_state
+    else:
+        layer.weight.data = weight
+
+
+def peft_name(base: str) -> str:
+    return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
+
+
+def peft_layer(
+    problem: Problem, base: str, config: Any, parameters: dict[str, Callable[[Any], Tensor]], exact: Exact
+) -> Contender:
+    """PEFT's own layer, training.
+
+    ``config``: a PeftConfig whose target is "proj". ``parameters``: by the adapter's name, where the layer keeps it.
+    """
+    from peft import get_peft_model
+
+    weights = problem.weights(base)
+    first = weights.items[0]
+    if base == "bf16":
+        linear: nn.Module = nn.Linear(problem.k, problem.n, bias=False, device="meta", dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(first, requires_grad=False)
+    else:
+        linear = bitsandbytes_linear(first)
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = get_peft_model(Holder(), config).base_model.model.proj.train()
+    found = {name: where(layer) for name, where in parameters.items()}
+
+    def take() -> None:
+        _set_weight(layer.base_layer, weights.next())
+        adapters = problem.adapters.next()
+        for name, parameter in found.items():
+            parameter.data = adapters[name].data.view(parameter.shape)
+
+    return _trained(problem, take, layer, lambda: found, exact)
+
+
+def layer_comparison(
+    problem: Problem,
+    base: str,
+    compile: bool,
+    *,
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    names: tuple[str, ...],
+    config: Callable[[], Any],
+    where: dict[str, Callable[[Any], Tensor]],
+    bytes_moved: int,
+    flops: int,
+    dropout: float = 0.0,
+    peft_formula: Optional[Callable[..., Tensor]] = None,
+) -> Comparison:
+    """An adapted layer's training step: ours, PEFT, PyTorch eager and compiled, and the frozen layer.
+
+    Args:
+        ours, eager: ``(x, weight, *adapters)``; the compiled contender is ``eager`` compiled.
+        formula: in float64, see :meth:`Problem.exact`; ``peft_formula``: PEFT's and eager's, where it is another one.
+        names: of the adapters. config: makes PEFT's configuration. where: the adapters in PEFT's layer.
+    """
+    theirs = peft_formula or formula
+
+    def mask(draw: Callable[..., Any], *args: Any) -> Any:
+        return draw(problem, dropout, *args) if dropout else None
+
+    exact = problem.exact(base, formula, names, mask(philox_mask))
+    # PEFT drops elements of x in the adapters' float32, eager in x's own dtype; without dropout all results are one.
+    shared = theirs is formula and not dropout
+    exact_peft = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.float32))
+    exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: functional(problem, base, ours, names, exact),
+        peft_name(base): lambda: peft_layer(problem, base, config(), where, exact_peft),
+        "torch eager": lambda: functional(problem, base, eager, names, exact_eager),
+    }
+    if compile:
+        random = COMPILE_RANDOM if dropout else exact_eager
+        makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, random)
+    makers["frozen"] = lambda: frozen(problem)
+    contenders, absent = gather(makers)
+    return Comparison(contenders, bytes_moved, flops, absent=absent)
+
+
+def layer_bytes(problem: Problem, base: str) -> int:
+    """What a frozen layer's training step moves: W twice; x, grad read, Y, dX written."""
+    return 2 * problem.weight_bytes(base) + 2 * 2 * problem.tokens * (problem.k + problem.n)
+
+
+def low_rank_bytes(problem: Problem) -> int:
+    """What a low-rank adapter adds: x once more for dA, S twice; A and B read twice and their gradients written."""
+    tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
+    return 2 * tokens * k + 2 * 4 * tokens * r + 3 * 4 * r * (k + n)
+
+
+def low_rank_flops(problem: Problem) -> int:
+    """Its six products: S, S Bᵀ, P, dB, dA, P A."""
+    return 6 * problem.tokens * problem.rank * (problem.k + problem.n)
