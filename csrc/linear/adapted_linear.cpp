@@ -1,7 +1,7 @@
 // See adapted_linear.h for the formula. Which product runs:
 //
 //   tiles    bfloat16 on a CPU with a bfloat16 dot product: one pass writes Y (or dX) with all its terms
-//   skinny   few tokens against an NF4 weight: multiplied as it is decoded, in float32
+//   few      few tokens: W, decoded from NF4 on the way, A and B are each read once, as they lie, in float32
 //   mm       all else is PyTorch's product: in place onto the low-rank term where nothing else is to be done, else in
 //            float32 (W widened a panel at a time), finished in one more pass
 //
@@ -31,7 +31,7 @@ constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kWidePanel = 1024;
 // Rows of W decoded together for a pass over W.
 constexpr int64_t kRowChunk = 64;
-// Below this many tokens PyTorch's own product of few rows is as fast over a dense weight.
+// From this many tokens on the tiles are faster than PyTorch's own product of few rows, over a dense weight.
 constexpr int64_t kDenseTileTokens = 17;
 
 const LoraKernels& kernels() {
@@ -73,8 +73,7 @@ const float* floats(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// --- small matrices, packed
-// -------------------------------------------------------------------------------------------
+// --- small matrices, packed ------------------------------------------------------------------------------------------
 
 // A matrix [rows, columns] of any type as float32 in a zero-padded frame [frame_rows, frame_columns], transposed on the
 // way where asked; each element times by_row[row] and by_column[column], where given.
@@ -202,8 +201,7 @@ Sizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight,
   return {rows_of(x), k, n, rank, round_up(rank, kRankStep)};
 }
 
-// --- passes over activations
-// ------------------------------------------------------------------------------------------
+// --- passes over activations -----------------------------------------------------------------------------------------
 
 RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t rank, const Dropout& dropout) {
   RowPass pass;
@@ -274,8 +272,7 @@ KeepBits keep_bits(int64_t tokens, int64_t columns) {
   return keep;
 }
 
-// --- the frozen product
-// -----------------------------------------------------------------------------------------------
+// --- the frozen product ----------------------------------------------------------------------------------------------
 
 bool tiles_take(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward) {
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
@@ -318,9 +315,13 @@ template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const Run& run) {
   const int64_t threads = torch::stable::get_num_threads(), strips = ceil_div(tokens, kStrip);
   const int64_t panels = ceil_div(count, kPanelStep);
-  int64_t splits = panels >= 4 * threads ? 1 : ceil_div(4 * threads, panels);
-  const int64_t together = round_up(ceil_div(strips, splits), strip_step);
-  splits = ceil_div(strips, together);
+  // The fewest splits of the tokens, each of which decodes its panel again, that leave no thread idle for more than
+  // 1/32 of the time.
+  int64_t splits = 1, together = strips;
+  while (ceil_div(panels * splits, threads) * threads * 32 > panels * splits * 33 && together > 4 * strip_step) {
+    together = round_up(ceil_div(strips, splits + 1), strip_step);
+    splits = ceil_div(strips, together);
+  }
   parallel_for(0, panels * splits, 1, [&](int64_t begin, int64_t end) {
     auto* panel = static_cast<bf16*>(
         scratch(Scratch::kPanel, static_cast<size_t>(strips_elements(kPanelStep, depth)) * sizeof(bf16)));
@@ -405,8 +406,59 @@ Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, flo
 
 }  // namespace
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
+  FewTokens work;
+  work.w = w.const_data_ptr();
+  work.dtype = dtype_of(op, "weight", w);
+  work.rows = w.size(0);
+  work.columns = w.size(1);
+  work.tokens = x.size(0);
+  work.x = x.const_data_ptr<float>();
+  work.y = y.mutable_data_ptr<float>();
+  work.accumulate = accumulate;
+  const LoraKernels& isa = kernels();
+  parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
+               [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
+}
+
+// x is [T, K] of W's type. Fills y, s and z.
+void forward_few_tokens(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter,
+                        Expand finish, const AdaptedForward& out) {
+  const ScalarType type = x.scalar_type();
+  const int64_t tokens = x.size(0), n = weight.out_features(), rank = adapter.rank();
+  const Tensor wide = torch::stable::to(x, ScalarType::Float);
+  Tensor scaled = wide;
+  if (adapter.in_scale.has_value()) scaled = column_pass(op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled;
+  Tensor base;
+  if (weight.is_nf4()) {
+    base = skinny_product(op, torch::stable::to(scaled, type), weight);
+  } else {
+    base = empty({tokens, n}, ScalarType::Float);
+    run_few_tokens(op, weight.weight, scaled, base, false);
+  }
+  if (adapter.low_rank()) {
+    run_few_tokens(op, torch::stable::contiguous(*adapter.lora_A), wide, out.s, false);
+    const Tensor rho = rank_scales(op, adapter, rank);
+    const Tensor left = column_pass(op, out.s, &rho, 0.0f, nullptr).scaled;
+    run_few_tokens(op, torch::stable::contiguous(*adapter.lora_B), left, base, true);
+  }
+  finish.before = base.const_data_ptr<float>();
+  finish.rank = 0;
+  run_expand(finish, tokens);
+}
+
+// Whether forward_few_tokens is the way: no mask to make, and a weight that can be read row by row.
+bool few_tokens_take(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
+  if (adapter.dropout.active || weight.in_features() == 0) return false;
+  if (weight.is_nf4()) return skinny_takes(weight, type, tokens);
+  return tokens <= kFewTokens && weight.weight.is_contiguous();
+}
+
+}  // namespace
 
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z) {
@@ -422,13 +474,14 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
     STD_TORCH_CHECK(bias->numel() == size.out, op, ": bias has ", bias->numel(), " elements, wanted ", size.out);
   if (size.tokens == 0) return out;
   Tensor flat_x = torch::stable::view(x, {size.tokens, size.in});
-  const bool tiles = tiles_take(weight, type, size.tokens, true) && size.in > 0;
+  const bool few = few_tokens_take(weight, type, size.tokens, adapter);
+  const bool tiles = !few && tiles_take(weight, type, size.tokens, true) && size.in > 0;
 
   // S, and the mask's bits where the base is dropped too.
   KeepBits keep;
   const bool drop_base = adapter.drop_base && adapter.dropout.active;
   Tensor s_padded;
-  if (adapter.low_rank()) {
+  if (adapter.low_rank() && !few) {
     const Tensor right_a = packed(op, "lora_A", *adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
     s_padded = size.padded == size.rank ? out.s : empty({size.tokens, size.padded}, ScalarType::Float);
     RowPass pass = make_row_pass(x, dtype, size.in, size.padded, adapter.dropout);
@@ -449,7 +502,7 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
   std::optional<Tensor> wide_bias, wide_scale, rho;
   if (bias.has_value()) wide_bias = padded_vector(op, "bias", *bias, stride);
   if (adapter.out_scale.has_value()) wide_scale = padded_vector(op, "out_scale", *adapter.out_scale, stride);
-  if (adapter.low_rank()) rho = rank_scales(op, adapter, size.padded);
+  if (adapter.low_rank() && !few) rho = rank_scales(op, adapter, size.padded);
 
   if (tiles) {
     TileForward work;
@@ -487,14 +540,18 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
   work.columns = size.out;
   work.rank = size.padded;
   work.stride = stride;
+  work.scale = floats(wide_scale);
+  (bias_inside ? work.bias_before : work.bias) = floats(wide_bias);
+  if (few) {
+    forward_few_tokens(op, flat_x, weight, adapter, work, out);
+    return out;
+  }
   Tensor right_b;
   if (adapter.low_rank()) {
     right_b = packed(op, "lora_B", *adapter.lora_B, nullptr, floats(rho), true, size.padded, stride);
     work.left = s_padded.const_data_ptr<float>();
     work.right = right_b.const_data_ptr<float>();
   }
-  work.scale = floats(wide_scale);
-  (bias_inside ? work.bias_before : work.bias) = floats(wide_bias);
   const bool plain = !wide_scale.has_value() && !want_z && !drop_base;
   const bool in_place = plain && multiplies_in(type, true) && !skinny_takes(weight, type, size.tokens);
   if (adapter.in_scale.has_value()) {
@@ -528,8 +585,7 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
   return out;
 }
 
-// --- backward
-// ---------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> given_x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x) {
@@ -689,8 +745,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   return out;
 }
 
-// --- reductions and passes over W
-// -------------------------------------------------------------------------------------
+// --- reductions and passes over W ------------------------------------------------------------------------------------
 
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed) {
   Dropout dropout;

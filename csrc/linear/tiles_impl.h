@@ -17,8 +17,7 @@ constexpr int64_t kLongestSegment = kPanelStep;
 
 inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
-// --- W, decoded
-// -------------------------------------------------------------------------------------------------------
+// --- W, decoded ------------------------------------------------------------------------------------------------------
 
 // The 16 values of a block, rounded to bfloat16, twice: vpermw reads five bits of an index whose fifth is noise.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
@@ -100,6 +99,13 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
+inline const char* element_address(const TileWeight& w, int64_t flat) {
+  return w.dense != nullptr ? reinterpret_cast<const char*>(w.dense + flat)
+                            : reinterpret_cast<const char*>(w.packed + flat / 2);
+}
+
+constexpr int64_t kRowsAhead = 32;
+
 // Columns [begin, end), begin a multiple of kPanelStep, as right strips over the rows.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
@@ -117,6 +123,9 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
     bf16* base = panel + (column - begin) / kStrip * strip;
     for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
       __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
+      // Rows are a page apart or half: the hardware does not look ahead from one to the next.
+      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead)
+        _mm_prefetch(element_address(w, ahead * w.columns + column), _MM_HINT_T0);
       if (row < w.rows) decode64(w, aligned, row, column, count, even);
       if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
       bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;
@@ -126,8 +135,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
   }
 }
 
-// --- tokens
-// -----------------------------------------------------------------------------------------------------------
+// --- tokens ----------------------------------------------------------------------------------------------------------
 
 inline void transpose16(__m512i* r) {
   __m512i t[16];
@@ -194,8 +202,7 @@ void right_strips(const TokenStrips& work, int64_t begin, int64_t end) {
     }
 }
 
-// --- a block of sums
-// --------------------------------------------------------------------------------------------------
+// --- a block of sums -------------------------------------------------------------------------------------------------
 
 struct Block {
   alignas(64) float c[kBlockElements];
@@ -259,8 +266,7 @@ inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tok
   }
 }
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 inline float value_at(const float* values, int64_t i, int64_t count, float otherwise) {
   return values != nullptr && i < count ? values[i] : otherwise;
@@ -314,8 +320,7 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   }
 }
 
-// --- backward
-// ---------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
   const int64_t k = work.weight.columns, tiles = tiles_of(work.weight.rows), length = tiles * kTile;

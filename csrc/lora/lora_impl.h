@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/philox_impl.h"
+#include "common/token_groups.h"
 #include "lora/lora_kernels.h"
 
 namespace peft_ext {
@@ -167,6 +168,65 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
 
 void expand(const Expand& work, int64_t begin, int64_t end) {
   with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end); });
+}
+
+template <typename T, int kCount>
+inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, float* sums) {
+  // One token's sum would wait for the product before it.
+  constexpr int kSums = kCount >= 4 ? 1 : 4;
+  alignas(64) float w[kPanel];
+  Vec sum[kCount][kSums];
+  float rest[kCount];
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t) {
+    rest[t] = 0.0f;
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) sum[t][i] = Vec::zero();
+  }
+  for (int64_t k = 0; k < work.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, work.columns - k);
+    widen(row + k, width, w);
+    int64_t j = 0;
+    for (; j + kSums * Vec::kWidth <= width; j += kSums * Vec::kWidth)
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        const Vec weight = Vec::load(w + j + i * Vec::kWidth);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t)
+          sum[t][i] = Vec::fma(weight, Vec::load(x + t * work.columns + k + j + i * Vec::kWidth), sum[t][i]);
+      }
+    for (; j < width; ++j)
+      for (int t = 0; t < kCount; ++t) rest[t] += w[j] * x[t * work.columns + k + j];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t) {
+    float lanes[Vec::kWidth];
+    float total = rest[t];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      sum[t][i].store(lanes);
+      for (int lane = 0; lane < Vec::kWidth; ++lane) total += lanes[lane];
+    }
+    sums[t] = total;
+  }
+}
+
+void few_tokens(const FewTokens& work, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_token_groups(work.tokens, [&](auto count, int64_t first) {
+      constexpr int kCount = decltype(count)::kCount;
+      for (int64_t n = begin; n < end; ++n) {
+        float sums[kCount];
+        few_tokens_row<T, kCount>(work, static_cast<const T*>(work.w) + n * work.columns, work.x + first * work.columns,
+                                  sums);
+        for (int t = 0; t < kCount; ++t) {
+          float& y = work.y[(first + t) * work.rows + n];
+          y = work.accumulate ? y + sums[t] : sums[t];
+        }
+      }
+    });
+  });
 }
 
 template <typename T, typename Other>

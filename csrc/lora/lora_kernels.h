@@ -55,6 +55,17 @@ struct Expand {
 
 constexpr int64_t kColumnStep = 32;
 
+// Few tokens against the rows [begin, end) of w: y[t, n] (+)= sum_k x[t, k] w[n, k]. w is read once.
+struct FewTokens {
+  const void* w;  // [rows, columns]
+  DType dtype;    // of w
+  int64_t rows, columns, tokens;
+  const float* x;  // [tokens, columns]
+  float* y;        // [tokens, rows]
+  bool accumulate = false;
+};
+constexpr int64_t kFewTokens = 8;
+
 // One pass over the rows [begin, end) of m [T, K]:
 //   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type
 //   sums given:  sums[k] += sum_t m[t, k] other[t, k]
@@ -73,6 +84,7 @@ struct ColumnPass {
 struct LoraKernels {
   void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
   void (*expand)(const Expand& expand, int64_t begin, int64_t end);
+  void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
   void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);
 };
 

@@ -15,7 +15,7 @@
 
 #include "nf4/nf4_code.h"
 #include "nf4/nf4_kernels.h"
-#include "nf4/nf4_tokens.h"
+#include "common/token_groups.h"
 
 namespace peft_ext {
 namespace {

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "nf4/nf4_kernels.h"
-#include "nf4/nf4_tokens.h"
+#include "common/token_groups.h"
 
 namespace peft_ext {
 namespace {
