@@ -272,6 +272,15 @@ KeepBits keep_bits(int64_t tokens, int64_t columns) {
   return keep;
 }
 
+// The mask, made alone.
+KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns) {
+  KeepBits keep = keep_bits(tokens, columns);
+  const KeepMask mask{dropout, columns, keep.per_row, keep.data};
+  const LoraKernels& isa = kernels();
+  parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) { isa.keep_mask(mask, begin, end); });
+  return keep;
+}
+
 // --- the frozen product ----------------------------------------------------------------------------------------------
 
 bool tiles_take(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward) {
@@ -288,6 +297,20 @@ TileWeight tile_weight(const FrozenWeight& weight) {
   out.dense = weight.is_nf4() ? nullptr : static_cast<const bf16*>(weight.weight.const_data_ptr());
   out.packed = weight.is_nf4() ? weight.weight.const_data_ptr<uint8_t>() : nullptr;
   out.absmax = weight.is_nf4() ? all_scales(weight) : nullptr;
+  return out;
+}
+
+// Activations [rows, columns] and what dropout keeps of them, as tiles take W.
+TileWeight tile_tokens(const Tensor& m, int64_t rows, int64_t columns, const KeepBits* keep) {
+  TileWeight out;
+  out.rows = rows;
+  out.columns = columns;
+  out.block_shift = 0;
+  out.dense = static_cast<const bf16*>(m.const_data_ptr());
+  out.packed = nullptr;
+  out.absmax = nullptr;
+  out.keep = keep != nullptr ? keep->data : nullptr;
+  out.keep_words = keep != nullptr ? keep->per_row : 0;
   return out;
 }
 
@@ -309,6 +332,11 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
   return work.strips;
 }
 
+bf16* panel_scratch(int64_t depth) {
+  const size_t elements = static_cast<size_t>(strips_elements(kPanelStep, depth));
+  return static_cast<bf16*>(scratch(Scratch::kPanel, elements * sizeof(bf16)));
+}
+
 // run(begin, end, first strip, last strip, panel) over panels of W by runs of token strips, over all threads.
 // strip_step: strips that stay together.
 template <typename Run>
@@ -323,13 +351,123 @@ void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step
     splits = ceil_div(strips, together);
   }
   parallel_for(0, panels * splits, 1, [&](int64_t begin, int64_t end) {
-    auto* panel = static_cast<bf16*>(
-        scratch(Scratch::kPanel, static_cast<size_t>(strips_elements(kPanelStep, depth)) * sizeof(bf16)));
+    bf16* panel = panel_scratch(depth);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / splits * kPanelStep, strip = i % splits * together;
       run(row, min_i64(row + kPanelStep, count), strip, min_i64(strip + together, strips), panel);
     }
   });
+}
+
+// Whether the rank's own products run on the tiles: where a tile's product is so much faster than a vector's.
+bool ranks_on_tiles() { return current_isa() >= Isa::kAmx; }
+
+// m [rows, columns] float32 as bfloat16 terms that add up to it, transposed: [terms, columns, rows]. An infinity or a
+// NaN is its first term.
+Tensor split_terms(const float* m, int64_t rows, int64_t columns, int terms) {
+  Tensor out = empty({terms, columns, rows}, ScalarType::BFloat16);
+  auto* to = static_cast<bf16*>(out.mutable_data_ptr());
+  parallel_for(0, rows, ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        float rest = m[i * columns + j];
+        for (int64_t term = 0; term < terms; ++term) {
+          const bf16 value = from_float<bf16>(rest);
+          to[(term * columns + j) * rows + i] = value;
+          rest -= to_float(value);
+          if (!(rest - rest == 0.0f)) rest = 0.0f;
+        }
+      }
+  });
+  return out;
+}
+
+// The terms of a product's two sides, set side by side over the depth so that one product sums them: hi hi + hi lo +
+// lo hi, 16 bits of each. m [rows, stride], its first `rank` columns -> [rows, 3 rank].
+Tensor split_depth(const float* m, int64_t rows, int64_t rank, int64_t stride, bool left) {
+  Tensor out = empty({rows, 3 * rank}, ScalarType::BFloat16);
+  auto* to = static_cast<bf16*>(out.mutable_data_ptr());
+  parallel_for(0, rows, ceil_div(kPackGrain, rank + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < rank; ++j) {
+        const float value = m[i * stride + j];
+        const bf16 high = from_float<bf16>(value);
+        const float rest = value - to_float(high);
+        const bf16 low = from_float<bf16>(rest - rest == 0.0f ? rest : 0.0f);
+        bf16* row = to + i * 3 * rank + j;
+        row[0] = high;
+        row[rank] = left ? high : low;
+        row[2 * rank] = left ? low : high;
+      }
+  });
+  return out;
+}
+
+// A matrix of bfloat16 [count, depth] as strips, in a tensor of its own.
+Tensor strips_tensor(const Tensor& m, int64_t count, int64_t depth, bool left) {
+  Tensor out = empty({strips_elements(count, depth)}, ScalarType::BFloat16);
+  TokenStrips work{static_cast<const bf16*>(m.const_data_ptr()), count, depth, nullptr, nullptr, 0,
+                   static_cast<bf16*>(out.mutable_data_ptr())};
+  const TileKernels& isa = *tile_kernels();
+  parallel_for(0, ceil_div(count, kStrip), 1,
+               [&](int64_t begin, int64_t end) { (left ? isa.left_strips : isa.right_strips)(work, begin, end); });
+  return out;
+}
+
+// Terms [terms, rank, depth] as strips of ranks, the terms of a strip side by side.
+Tensor term_strips(const Tensor& split, int terms, int64_t rank, int64_t depth, bool left) {
+  Tensor out = empty({terms, strips_elements(rank, depth)}, ScalarType::BFloat16);
+  const TileKernels& isa = *tile_kernels();
+  const int64_t strips = ceil_div(rank, kStrip);
+  const int64_t length = strips_elements(kStrip, depth);
+  parallel_for(0, strips * terms, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / terms * kStrip;
+      const TokenStrips work{static_cast<const bf16*>(split.const_data_ptr()) + (i % terms * rank + first) * depth,
+                             min_i64(kStrip, rank - first),
+                             depth,
+                             nullptr,
+                             nullptr,
+                             0,
+                             static_cast<bf16*>(out.mutable_data_ptr()) + i * length};
+      (left ? isa.left_strips : isa.right_strips)(work, 0, 1);
+    }
+  });
+  return out;
+}
+
+// m a [rows, padded rank], where a [columns, padded] float32.
+void tile_shrink(const TileWeight& m, const Tensor& a, int terms, float scale, float* out, float* squares) {
+  const int64_t padded = a.size(1);
+  const Tensor strips =
+      term_strips(split_terms(a.const_data_ptr<float>(), m.columns, padded, terms), terms, padded, m.columns, false);
+  const TileShrink work{m,   scale,  padded / kStrip, terms, static_cast<const bf16*>(strips.const_data_ptr()),
+                        out, squares};
+  const TileKernels& isa = *tile_kernels();
+  parallel_for(0, ceil_div(m.rows, kPanelStep), 1, [&](int64_t begin, int64_t end) {
+    bf16* panel = panel_scratch(m.columns);
+    for (int64_t i = begin; i < end; ++i)
+      isa.shrink(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.rows), panel);
+  });
+}
+
+// mᵀ left [columns, padded rank], where left [rows, padded] float32.
+Tensor tile_outer(const TileWeight& m, const float* left, int64_t padded, float scale) {
+  const Tensor strips = term_strips(split_terms(left, m.rows, padded, kTerms), kTerms, padded, m.rows, true);
+  Tensor out = empty({m.columns, padded}, ScalarType::Float);
+  const TileOuter work{m,
+                       scale,
+                       padded / kStrip,
+                       kTerms,
+                       static_cast<const bf16*>(strips.const_data_ptr()),
+                       out.mutable_data_ptr<float>()};
+  const TileKernels& isa = *tile_kernels();
+  parallel_for(0, ceil_div(m.columns, kPanelStep), 1, [&](int64_t begin, int64_t end) {
+    bf16* panel = panel_scratch(m.rows);
+    for (int64_t i = begin; i < end; ++i)
+      isa.outer(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.columns), panel);
+  });
+  return out;
 }
 
 // W's rows [begin, end) in float32, [end - begin, K].
@@ -484,16 +622,23 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
   if (adapter.low_rank() && !few) {
     const Tensor right_a = packed(op, "lora_A", *adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
     s_padded = size.padded == size.rank ? out.s : empty({size.tokens, size.padded}, ScalarType::Float);
-    RowPass pass = make_row_pass(x, dtype, size.in, size.padded, adapter.dropout);
-    pass.right = right_a.const_data_ptr<float>();
-    pass.out = s_padded.mutable_data_ptr<float>();
-    if (drop_base) {
-      keep = keep_bits(size.tokens, size.in);
-      pass.keep = keep.data;
-      pass.keep_words = keep.per_row;
+    float* s_data = s_padded.mutable_data_ptr<float>();
+    if (tiles && ranks_on_tiles()) {
+      if (adapter.dropout.active) keep = kept(adapter.dropout, size.tokens, size.in);
+      tile_shrink(tile_tokens(x, size.tokens, size.in, adapter.dropout.active ? &keep : nullptr), right_a, kTerms,
+                  adapter.dropout.scale, s_data, nullptr);
+    } else {
+      RowPass pass = make_row_pass(x, dtype, size.in, size.padded, adapter.dropout);
+      pass.right = right_a.const_data_ptr<float>();
+      pass.out = s_data;
+      if (drop_base) {
+        keep = keep_bits(size.tokens, size.in);
+        pass.keep = keep.data;
+        pass.keep_words = keep.per_row;
+      }
+      if (size.in == 0) memset(s_data, 0, static_cast<size_t>(s_padded.numel()) * sizeof(float));
+      run_row_pass(pass, size.tokens);
     }
-    if (size.in == 0) memset(pass.out, 0, static_cast<size_t>(s_padded.numel()) * sizeof(float));
-    run_row_pass(pass, size.tokens);
     if (size.padded != size.rank) torch::stable::copy_(out.s, torch::stable::narrow(s_padded, 1, 0, size.rank));
   }
   if (size.out == 0) return out;
@@ -512,14 +657,23 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
     work.dropped =
         drop_base ? token_strips(Scratch::kMoreTokens, false, flat_x, size.tokens, size.in, nullptr, &keep) : nullptr;
     work.dropped_scale = adapter.dropout.scale;
-    work.rank = size.rank;
+    work.rank = ranks_on_tiles() ? 0 : size.rank;
     Tensor strips, rows;
-    if (adapter.low_rank()) {
+    if (adapter.low_rank() && ranks_on_tiles()) {
+      const Tensor b = packed(op, "lora_B", *adapter.lora_B, nullptr, floats(rho), false, size.out, size.rank);
+      work.rank_depth = 3 * size.rank;
+      strips = strips_tensor(split_depth(s_padded.const_data_ptr<float>(), size.tokens, size.rank, size.padded, false),
+                             size.tokens, work.rank_depth, false);
+      rows = strips_tensor(split_depth(b.const_data_ptr<float>(), size.out, size.rank, size.rank, true), size.out,
+                           work.rank_depth, true);
+      work.s_strips = static_cast<const bf16*>(strips.const_data_ptr());
+      work.b_strips = static_cast<const bf16*>(rows.const_data_ptr());
+    } else if (adapter.low_rank()) {
       strips = lane_strips_of_rows(s_padded.const_data_ptr<float>(), size.rank, size.padded, size.tokens);
       rows = packed(op, "lora_B", *adapter.lora_B, nullptr, floats(rho), false, stride, size.rank);
     }
-    work.s = adapter.low_rank() ? strips.const_data_ptr<float>() : nullptr;
-    work.b = adapter.low_rank() ? rows.const_data_ptr<float>() : nullptr;
+    work.s = work.rank > 0 ? strips.const_data_ptr<float>() : nullptr;
+    work.b = work.rank > 0 ? rows.const_data_ptr<float>() : nullptr;
     work.scale = floats(wide_scale);
     work.bias_before = bias_inside ? floats(wide_bias) : nullptr;
     work.bias = bias_inside ? nullptr : floats(wide_bias);
@@ -624,11 +778,30 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
     float* p_data = p.mutable_data_ptr<float>();
     const int64_t written = size.out > 0 ? size.tokens : 0;
     memset(p_data + written * size.padded, 0, static_cast<size_t>(p.numel() - written * size.padded) * sizeof(float));
-    RowPass over_grad = make_row_pass(grad, dtype, size.out, size.padded, Dropout());
-    over_grad.right = right_b.const_data_ptr<float>();
-    over_grad.out = p_data;
-    over_grad.left = left_s.const_data_ptr<float>();
-    const Tensor sums_b = run_outer_pass(over_grad, size.tokens);
+    const bool on_tiles = type == ScalarType::BFloat16 && ranks_on_tiles() && size.tokens > 0;
+    Tensor sums_a, sums_b;
+    if (on_tiles) {
+      const TileWeight tile_grad = tile_tokens(grad, size.tokens, size.out, nullptr);
+      if (size.out > 0) tile_shrink(tile_grad, right_b, kTerms, 1.0f, p_data, nullptr);
+      sums_b = tile_outer(tile_grad, left_s.const_data_ptr<float>(), size.padded, 1.0f);
+      if (mask) keep = kept(adapter.dropout, size.tokens, size.in);
+      sums_a = tile_outer(tile_tokens(x, size.tokens, size.in, mask ? &keep : nullptr), p_data, size.padded,
+                          adapter.dropout.scale);
+    } else {
+      RowPass over_grad = make_row_pass(grad, dtype, size.out, size.padded, Dropout());
+      over_grad.right = right_b.const_data_ptr<float>();
+      over_grad.out = p_data;
+      over_grad.left = left_s.const_data_ptr<float>();
+      sums_b = run_outer_pass(over_grad, size.tokens);
+      RowPass over_x = make_row_pass(x, dtype, size.in, size.padded, adapter.dropout);
+      over_x.left = p_data;
+      if (mask && needs_grad_x) {
+        keep = keep_bits(size.tokens, size.in);
+        over_x.keep = keep.data;
+        over_x.keep_words = keep.per_row;
+      }
+      sums_a = run_outer_pass(over_x, size.tokens);
+    }
     out.grad_B = unpacked(op, "lora_B", sums_b, g, rho.const_data_ptr<float>(), false, *adapter.lora_B);
     if (adapter.rank_scale.has_value()) {
       const Tensor wide_b = packed(op, "lora_B", *adapter.lora_B, g, nullptr, false, size.out, size.padded);
@@ -638,14 +811,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
         out.grad_rank_scale.mutable_data_ptr<float>()[r] =
             static_cast<float>(adapter.scaling) * dots.const_data_ptr<float>()[r];
     }
-    RowPass over_x = make_row_pass(x, dtype, size.in, size.padded, adapter.dropout);
-    over_x.left = p_data;
-    if (mask && needs_grad_x) {
-      keep = keep_bits(size.tokens, size.in);
-      over_x.keep = keep.data;
-      over_x.keep_words = keep.per_row;
-    }
-    out.grad_A = unpacked(op, "lora_A", run_outer_pass(over_x, size.tokens), nullptr, nullptr, true, *adapter.lora_A);
+    out.grad_A = unpacked(op, "lora_A", sums_a, nullptr, nullptr, true, *adapter.lora_A);
   }
   if (adapter.in_scale.has_value()) out.grad_in_scale = zeros({size.in});
   if (!wants_x) return out;
@@ -670,11 +836,22 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
       for (int64_t i = 0; i < size.out; ++i) shifted.mutable_data_ptr<float>()[i] = g[i] - 1.0f;
       work.more = token_strips(Scratch::kMoreTokens, true, flat_grad, size.tokens, size.out, floats(shifted), nullptr);
     }
-    work.rank = size.padded;
-    Tensor strips;
-    if (adapter.low_rank()) strips = lane_strips(right_a.const_data_ptr<float>(), size.padded, stride, size.in);
-    work.p = adapter.low_rank() ? p.const_data_ptr<float>() : nullptr;
-    work.a = adapter.low_rank() ? strips.const_data_ptr<float>() : nullptr;
+    work.rank = ranks_on_tiles() ? 0 : size.padded;
+    Tensor strips, rows;
+    if (adapter.low_rank() && ranks_on_tiles()) {
+      const Tensor a = packed(op, "lora_A", *adapter.lora_A, nullptr, nullptr, true, size.in, size.rank);
+      work.rank_depth = 3 * size.rank;
+      rows = strips_tensor(split_depth(p.const_data_ptr<float>(), size.tokens, size.rank, size.padded, true),
+                           size.tokens, work.rank_depth, true);
+      strips = strips_tensor(split_depth(a.const_data_ptr<float>(), size.in, size.rank, size.rank, false), size.in,
+                             work.rank_depth, false);
+      work.p_strips = static_cast<const bf16*>(rows.const_data_ptr());
+      work.a_strips = static_cast<const bf16*>(strips.const_data_ptr());
+    } else if (adapter.low_rank()) {
+      strips = lane_strips(right_a.const_data_ptr<float>(), size.padded, stride, size.in);
+    }
+    work.p = work.rank > 0 ? p.const_data_ptr<float>() : nullptr;
+    work.a = work.rank > 0 ? strips.const_data_ptr<float>() : nullptr;
     work.keep = mask ? keep.data : nullptr;
     work.keep_words = keep.per_row;
     work.keep_scale = adapter.dropout.scale;
@@ -823,6 +1000,11 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
   RowFacts facts{zeros({n, padded}), zeros({n})};
   if (n == 0 || k == 0) return facts;
   const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
+  if (type == ScalarType::BFloat16 && ranks_on_tiles() && (weight.is_nf4() || weight.weight.is_contiguous())) {
+    tile_shrink(tile_weight(weight), right, kTerms, 1.0f, facts.product.mutable_data_ptr<float>(),
+                facts.squares.mutable_data_ptr<float>());
+    return facts;
+  }
   const Tensor dense = weight.is_nf4() ? Tensor() : torch::stable::contiguous(weight.weight);
   const LoraKernels& isa = kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {

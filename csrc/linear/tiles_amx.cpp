@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-const TileKernels kTileKernelsAmx = {left_strips, right_strips, forward, backward};
+const TileKernels kTileKernelsAmx = {left_strips, right_strips, forward, backward, shrink, outer};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kBlockStrips = 2;  // strips of a block, either way
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
-constexpr int64_t kLongestSegment = kPanelStep;
 
 inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
@@ -59,7 +58,9 @@ inline bool aligned_blocks(const TileWeight& w) {
   return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
 }
 
-// Up to 64 columns from `column` of a row as two registers, zeros beyond `count`.
+inline __mmask32 first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
+
+// Up to 64 columns from `column`, a multiple of 64, of a row as two registers, zeros beyond `count`.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, __m512i* out) {
   const int64_t flat = row * w.columns + column;
   if (aligned) {
@@ -69,14 +70,17 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
     return;
   }
   if (w.dense != nullptr) {
-    const auto mask = [&](int64_t left) -> __mmask32 {
-      return left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
-    };
-    out[0] = _mm512_maskz_loadu_epi16(mask(count), w.dense + flat);
-    out[1] = _mm512_maskz_loadu_epi16(mask(count - 32), w.dense + flat + 32);
+    __mmask32 low = first_bits(count), high = first_bits(count - 32);
+    if (w.keep != nullptr) {
+      const uint32_t* words = w.keep + row * w.keep_words + column / 32;
+      low &= words[0];
+      if (high != 0) high &= words[1];
+    }
+    out[0] = _mm512_maskz_loadu_epi16(low, w.dense + flat);
+    out[1] = _mm512_maskz_loadu_epi16(high, w.dense + flat + 32);
     return;
   }
-  alignas(64) bf16 run[kLongestSegment] = {};
+  alignas(64) bf16 run[kPanelStep] = {};
   decode_run(w, flat, count, run);
   out[0] = _mm512_load_si512(run);
   out[1] = _mm512_load_si512(run + 32);
@@ -277,6 +281,10 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
   const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
   const bf16* x = work.x + strip * length;
   const auto low_rank = [&] {
+    const int64_t depth = tiles_of(work.rank_depth);
+    if (depth > 0)
+      multiply(work.b_strips + row / kStrip * depth * kTile, block->left, work.s_strips + strip * depth * kTile,
+               block->right, depth, block->c);
     if (work.rank > 0) add_low_rank(work.b + row * work.rank, work.s + strip * work.rank * kStrip, work.rank, block);
   };
   const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };
@@ -325,8 +333,12 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
 inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
   const int64_t k = work.weight.columns, tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
-  const bool low = work.rank > 0 || work.more != nullptr;
+  const int64_t depth = tiles_of(work.rank_depth);
+  const bool low = work.rank > 0 || depth > 0 || work.more != nullptr;
   block->clear();
+  if (depth > 0)
+    multiply(work.p_strips + strip * depth * kTile, block->left, work.a_strips + column / kStrip * depth * kTile,
+             block->right, depth, block->c);
   if (work.rank > 0)
     add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
   if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);
@@ -371,6 +383,69 @@ void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t firs
     for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
       block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
       backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block);
+    }
+  }
+}
+
+// --- the rank's own products
+// ------------------------------------------------------------------------------------------
+
+void shrink(const TileShrink& work, int64_t begin, int64_t end, bf16* panel) {
+  const TileUnit unit;
+  const int64_t tiles = tiles_of(work.m.columns), length = tiles * kTile, ranks = work.rank_strips * kStrip;
+  weight_rows(work.m, begin, end, panel);
+  const __m512 scale = _mm512_set1_ps(work.scale);
+  Block block;
+  for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) {
+    block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
+    const bf16* rows = panel + (row - begin) / kStrip * length;
+    for (int64_t strip = 0; strip < work.rank_strips; ++strip) {
+      block.clear();
+      for (int term = 0; term < work.terms; term += kBlockStrips)
+        multiply(rows, block.left, work.a + (strip * work.terms + term) * length,
+                 static_cast<int>(min_i64(kBlockStrips, work.terms - term)), tiles, block.c);
+      for (int64_t i = 0; i < min_i64(end - row, kBlockStrips * kStrip); ++i) {
+        const int part = static_cast<int>(i / kStrip);
+        const __m512 sums = _mm512_add_ps(_mm512_load_ps(block.part(part, 0) + i % kStrip * kStrip),
+                                          _mm512_load_ps(block.part(part, 1) + i % kStrip * kStrip));
+        _mm512_storeu_ps(work.out + (row + i) * ranks + strip * kStrip, _mm512_mul_ps(sums, scale));
+      }
+    }
+    if (work.squares == nullptr) continue;
+    for (int64_t i = 0; i < min_i64(end - row, kBlockStrips * kStrip); ++i) {
+      const bf16* values = rows + i / kStrip * length + i % kStrip * kTileDepth;
+      __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+      for (int64_t d = 0; d < tiles; ++d) {
+        const __m512i pair = _mm512_load_si512(values + d * kTile);
+        const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+        const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(-65536)));
+        even = _mm512_fmadd_ps(low, low, even);
+        odd = _mm512_fmadd_ps(high, high, odd);
+      }
+      work.squares[row + i] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+    }
+  }
+}
+
+void outer(const TileOuter& work, int64_t begin, int64_t end, bf16* panel) {
+  const TileUnit unit;
+  const int64_t tiles = tiles_of(work.m.rows), length = tiles * kTile, ranks = work.rank_strips * kStrip;
+  weight_lanes(work.m, begin, end, panel);
+  Block block;
+  for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
+    block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
+    for (int64_t strip = 0; strip < work.rank_strips; ++strip) {
+      block.clear();
+      for (int term = 0; term < work.terms; term += kBlockStrips)
+        multiply(work.left + (strip * work.terms + term) * length,
+                 static_cast<int>(min_i64(kBlockStrips, work.terms - term)), panel + (column - begin) / kStrip * length,
+                 block.right, tiles, block.c);
+      for (int64_t j = 0; j < min_i64(end - column, kBlockStrips * kStrip); ++j) {
+        const float* one = block.part(0, static_cast<int>(j / kStrip)) + j % kStrip;
+        const float* two = block.part(1, static_cast<int>(j / kStrip)) + j % kStrip;
+        for (int64_t r = 0; r < kStrip; ++r)
+          work.out[(column + j) * ranks + strip * kStrip + r] = work.scale * (one[r * kStrip] + two[r * kStrip]);
+      }
     }
   }
 }

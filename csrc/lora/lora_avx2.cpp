@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-const LoraKernels kLoraKernelsAvx2 = {row_pass, expand, few_tokens, column_pass};
+const LoraKernels kLoraKernelsAvx2 = {row_pass, expand, keep_mask, few_tokens, column_pass};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

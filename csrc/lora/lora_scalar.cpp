@@ -4,6 +4,6 @@
 
 namespace peft_ext {
 
-const LoraKernels kLoraKernelsScalar = {row_pass, expand, few_tokens, column_pass};
+const LoraKernels kLoraKernelsScalar = {row_pass, expand, keep_mask, few_tokens, column_pass};
 
 }  // namespace peft_ext
