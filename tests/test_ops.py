@@ -391,6 +391,19 @@ def test_philox_is_the_published_generator() -> None:
         assert tuple(int(word) for word in drawn) == wanted
 
 
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
+def test_float32_adapters_keep_their_bits(dtype: torch.dtype, tokens: int) -> None:
+    """Over a base of zeros Y and dX are the low-rank term alone: as good as the exact one, rounded once."""
+    x, grad = randn(tokens, 192, dtype=dtype).requires_grad_(), randn(tokens, 130, dtype=dtype)
+    a, b = randn(16, 192, dtype=torch.float32), randn(130, 16, dtype=torch.float32)
+    y = ops.lora_linear(x, torch.zeros(130, 192, dtype=dtype), a, b)
+    y.backward(grad)
+    exact = x.detach().double() @ a.double().t() @ b.double().t(), grad.double() @ b.double() @ a.double()
+    for got, want in zip((y, x.grad), exact, strict=True):
+        assert (got.double() - want).norm() <= 1.02 * (want.to(dtype).double() - want).norm()
+
+
 def test_dropout_rate_and_independence() -> None:
     keep = reference.dropout_keep_mask(SEED, 0.3, torch.Size((1000, 1000))).double()
     assert abs(keep.mean() - 0.7) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
