@@ -5,7 +5,8 @@ build). Both register kernels for the operators declared in ``peft_ext.ops``; wi
 reference, correct and slow.
 
 Environment:
-    ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, ...); an unknown or unsupported one is an error.
+    ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests); an unknown
+        or unsupported one is an error.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error, not a warning.
 """
 

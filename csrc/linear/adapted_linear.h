@@ -10,6 +10,7 @@
 
 #include "common/frozen_weight.h"
 #include "common/philox.h"
+#include "linear/passes.h"
 
 namespace peft_ext {
 
@@ -53,28 +54,5 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // dX = dY W alone, [..., K] of dY's type.
 Tensor frozen_backward(const char* op, Tensor grad, const FrozenWeight& weight);
-
-// m ∘ (scale + shift) in m's type and shape, where scale [K] float32 is given, and sum_t m[t, k] other[t, k], [K]
-// float32, where other is given; each is [0] otherwise. One pass over m.
-struct ColumnSums {
-  Tensor scaled, sums;
-};
-ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other);
-
-// sum_t dY[t, n] (x Wᵀ)[t, n] for some rows n of W, without making x Wᵀ.
-std::vector<float> row_products(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
-                                const std::vector<int64_t>& rows);
-
-// W Aᵀ [N, R] and the sums of squares of W's rows [N], float32, W in `type`.
-struct RowFacts {
-  Tensor product, squares;
-};
-RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tensor& lora_A, ScalarType type);
-
-// leftᵀ W: left [N, R] float32, the result [R, K] float32.
-Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type);
-
-// out_scale and the like as float32 [numel], checked.
-Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

@@ -110,6 +110,14 @@ struct TileOuter {
   float* out;        // [columns, 16 rank_strips]
 };
 
+// Few tokens against the rows of a dense W as they lie: y[t, row] = sum_k x[t, k] w[row, k].
+struct TileFewTokens {
+  const bf16* w;  // [rows, columns]
+  int64_t rows, columns, tokens;
+  const bf16* x;  // [tokens, columns]
+  float* y;       // [tokens, rows]
+};
+
 struct TileKernels {
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
@@ -117,6 +125,8 @@ struct TileKernels {
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
   // Columns [begin, end) of W, likewise; first is a multiple of kReduceTokens where grad_in_scale is given.
   void (*backward)(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
+  // Rows [begin, end) of w.
+  void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // Rows [begin, end) of m, at most kPanelStep.
   void (*shrink)(const TileShrink& work, int64_t begin, int64_t end, bf16* panel);
   // Columns [begin, end) of m, at most kPanelStep, begin a multiple of it.

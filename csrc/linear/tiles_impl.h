@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/simd_avx512.h"
+#include "common/token_groups.h"
 #include "nf4/nf4_code.h"
 #include "linear/tiles.h"
 
@@ -385,6 +386,58 @@ void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t firs
       backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block);
     }
   }
+}
+
+// --- few tokens ------------------------------------------------------------------------------------------------------
+
+// kRows rows at once, so that a register of x serves them all. A row's sum is the same beside others and alone.
+template <int kTokens, int kRows>
+inline void few_tokens_block(const TileFewTokens& work, int64_t row, int64_t first) {
+  // A sum waits for the product before it: eight or more of them keep the unit busy.
+  constexpr int kSums = kTokens >= 4 ? 1 : 4;
+  const int64_t k = work.columns;
+  __m512 sums[kRows][kTokens][kSums];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+      for (int s = 0; s < kSums; ++s) sums[r][t][s] = _mm512_setzero_ps();
+  const auto step = [&](int64_t j, int s, __mmask32 inside) {
+    __m512bh w[kRows];
+    for (int r = 0; r < kRows; ++r)
+      w[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.w + (row + r) * k + j));
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const auto x = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.x + (first + t) * k + j));
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) sums[r][t][s] = _mm512_dpbf16_ps(sums[r][t][s], x, w[r]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 32 * kSums <= k; j += 32 * kSums)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) step(j + 32 * s, s, 0xffffffffu);
+  for (; j < k; j += 32) step(j, 0, first_bits(k - j));
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      __m512 total = sums[r][t][0];
+#pragma GCC unroll 4
+      for (int s = 1; s < kSums; ++s) total = _mm512_add_ps(total, sums[r][t][s]);
+      work.y[(first + t) * work.rows + row + r] = _mm512_reduce_add_ps(total);
+    }
+}
+
+void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
+  for_token_groups(work.tokens, [&](auto count, int64_t first) {
+    constexpr int kTokens = decltype(count)::kCount;
+    constexpr int kRows = kTokens >= 4 ? 2 : 1;
+    int64_t row = begin;
+    for (; row + kRows <= end; row += kRows) few_tokens_block<kTokens, kRows>(work, row, first);
+    for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row, first);
+  });
 }
 
 // --- the rank's own products

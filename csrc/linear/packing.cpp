@@ -1,0 +1,106 @@
+#include "linear/packing.h"
+
+#include <string.h>
+
+#include "linear/tiles.h"
+
+namespace peft_ext {
+
+using torch::stable::parallel_for;
+
+Tensor zeros(const std::vector<int64_t>& shape) {
+  Tensor tensor = empty(shape, ScalarType::Float);
+  memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * sizeof(float));
+  return tensor;
+}
+
+Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
+              bool transpose, int64_t frame_rows, int64_t frame_columns) {
+  const Tensor source = torch::stable::contiguous(matrix);
+  const int64_t rows = source.size(0), columns = source.size(1);
+  Tensor frame = zeros({frame_rows, frame_columns});
+  if (source.numel() == 0) return frame;
+  float* out = frame.mutable_data_ptr<float>();
+  const auto scale = [&](int64_t i, int64_t j) {
+    return (by_row != nullptr ? by_row[i] : 1.0f) * (by_column != nullptr ? by_column[j] : 1.0f);
+  };
+  with_dtype(dtype_of(op, argument, source), [&](auto zero) {
+    const auto* in = static_cast<const decltype(zero)*>(source.const_data_ptr());
+    // Rows of the frame, each written in one piece.
+    parallel_for(0, transpose ? columns : rows, ceil_div(kPackGrain, transpose ? rows : columns),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     float* row = out + i * frame_columns;
+                     if (transpose)
+                       for (int64_t j = 0; j < rows; ++j) row[j] = scale(j, i) * to_float(in[j * columns + i]);
+                     else
+                       for (int64_t j = 0; j < columns; ++j) row[j] = scale(i, j) * to_float(in[i * columns + j]);
+                   }
+                 });
+  });
+  return frame;
+}
+
+Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
+                bool transpose, const Tensor& like) {
+  const int64_t rows = like.size(0), columns = like.size(1), padded = sums.size(1);
+  Tensor out = empty({rows, columns}, like.scalar_type());
+  const float* in = sums.const_data_ptr<float>();
+  with_dtype(dtype_of(op, argument, like), [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    parallel_for(0, rows, ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t column = transpose ? j : i, rank = transpose ? i : j;
+          float value = in[column * padded + rank];
+          if (by_column != nullptr) value *= by_column[column];
+          if (by_rank != nullptr) value *= by_rank[rank];
+          to[i * columns + j] = from_float<T>(value);
+        }
+    });
+  });
+  return out;
+}
+
+Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length) {
+  const Tensor row = torch::stable::view(torch::stable::contiguous(values), {1, values.numel()});
+  return packed(op, argument, row, nullptr, nullptr, false, 1, length);
+}
+
+Tensor lane_strips(const float* rows, int64_t rank, int64_t stride, int64_t columns) {
+  const int64_t strips = ceil_div(columns, kStrip);
+  Tensor out = empty({strips, rank, kStrip}, ScalarType::Float);
+  float* to = out.mutable_data_ptr<float>();
+  parallel_for(0, strips, ceil_div(kPackGrain, rank * kStrip), [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      for (int64_t r = 0; r < rank; ++r)
+        for (int64_t j = 0; j < kStrip; ++j) {
+          const int64_t column = strip * kStrip + j;
+          to[(strip * rank + r) * kStrip + j] = column < columns ? rows[r * stride + column] : 0.0f;
+        }
+  });
+  return out;
+}
+
+Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t columns) {
+  const int64_t strips = ceil_div(columns, kStrip);
+  Tensor out = empty({strips, rank, kStrip}, ScalarType::Float);
+  float* to = out.mutable_data_ptr<float>();
+  parallel_for(0, strips, ceil_div(kPackGrain, rank * kStrip), [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      for (int64_t r = 0; r < rank; ++r)
+        for (int64_t j = 0; j < kStrip; ++j) {
+          const int64_t column = strip * kStrip + j;
+          to[(strip * rank + r) * kStrip + j] = column < columns ? m[column * stride + r] : 0.0f;
+        }
+  });
+  return out;
+}
+
+Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel) {
+  STD_TORCH_CHECK(values.numel() == numel, op, ": ", argument, " has ", values.numel(), " elements, wanted ", numel);
+  return torch::stable::view(padded_vector(op, argument, values, numel), {numel});
+}
+
+}  // namespace peft_ext
