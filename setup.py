@@ -99,7 +99,7 @@ def extensions(torch):
     found = [
         Extension(
             "peft_ext._C",
-            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parent.name != "emulator"),
             depends=headers,
             include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), *include_paths()],
             library_dirs=library_paths(),

@@ -1,9 +1,12 @@
-// One wrapper per device instruction that plain C++ has no word for. Torch-free. Outside nvcc (PEFT_EXT_EMULATE_CUDA,
-// with a header that stands in for cuda_runtime.h included first) each takes a body of plain C++, so that the same
-// kernels run on a CPU.
+// One wrapper per device instruction that plain C++ has no word for. Torch-free. Each has two bodies: nvcc's, and one
+// for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the same kernels on a CPU and checks each access.
+// Kernels call these, never an intrinsic, so that both bodies are there. "All 32 lanes" means that the whole warp gets
+// there together: the emulator refuses anything else.
 #pragma once
 
-#ifndef PEFT_EXT_EMULATE_CUDA
+#ifdef PEFT_EXT_EMULATE_CUDA
+#include "emulator/device.h"
+#else
 #include <cuda_runtime.h>
 #endif
 
@@ -11,11 +14,44 @@
 
 #include "common/dtype.h"
 
+// PEFT_EXT_SHARED(Type, name): `Type& name`, this block's shared memory, aligned to 16 bytes and not initialized. Type
+// is trivial, an array or a struct, without a comma in its name; all of a kernel's are at most 48 KiB together.
+#ifdef PEFT_EXT_EMULATE_CUDA
+#define PEFT_EXT_SHARED(Type, name)                                             \
+  static const char name##_key = 0;                                             \
+  ::peft_ext::Identity<Type>& name = *static_cast<::peft_ext::Identity<Type>*>( \
+      ::peft_ext::emulator::static_shared(&name##_key, sizeof(::peft_ext::Identity<Type>), #name))
+#else
+#define PEFT_EXT_SHARED(Type, name)                                                        \
+  __shared__ __align__(16) unsigned char name##_bytes[sizeof(::peft_ext::Identity<Type>)]; \
+  ::peft_ext::Identity<Type>& name = *reinterpret_cast<::peft_ext::Identity<Type>*>(name##_bytes)
+#endif
+
 namespace peft_ext {
 
 constexpr int kWarpSize = 32;
 
-// Products and sums that the compiler may not contract to an FMA.
+// Lets an array type stand where a reference is declared.
+template <typename T>
+struct IdentityOf {
+  using Type = T;
+};
+template <typename T>
+using Identity = typename IdentityOf<T>::Type;
+
+// The bytes that the launch asked for beyond PEFT_EXT_SHARED's, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char peft_ext_dynamic_shared[];
+  return peft_ext_dynamic_shared;
+#else
+  return static_cast<unsigned char*>(emulator::dynamic_shared());
+#endif
+}
+
+// ---- arithmetic
+
+// Products and sums that the compiler may not contract to an FMA, and the FMA: one rounding of a · b + c.
 __device__ __forceinline__ float fmul_rn(float a, float b) {
 #ifdef __CUDACC__
   return __fmul_rn(a, b);
@@ -32,18 +68,20 @@ __device__ __forceinline__ float fadd_rn(float a, float b) {
 #endif
 }
 
-// The value that lane `source` of this lane's group of `width` holds; its low bits count. All 32 lanes call it.
-__device__ __forceinline__ float shuffle(float value, int source, int width = kWarpSize) {
-  return __shfl_sync(0xffffffffu, value, source, width);
+__device__ __forceinline__ float fma_rn(float a, float b, float c) {
+#ifdef __CUDACC__
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
 }
 
-// ld.global.cs: a load that leaves the caches first, as nobody reads this again soon.
-template <typename T>
-__device__ __forceinline__ T load_streaming(const T* from) {
+// The high 32 bits of a 64-bit product.
+__device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
-  return __ldcs(from);
+  return __umulhi(a, b);
 #else
-  return *from;
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 #endif
 }
 
@@ -70,6 +108,285 @@ __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
   return packed;
 #else
   return from_float<f16>(low).bits | static_cast<uint32_t>(from_float<f16>(high).bits) << 16;
+#endif
+}
+
+// The two floats that a pair holds, the low half first; exact.
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack2<bf16>(uint32_t pair) {
+#ifdef __CUDACC__
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+#else
+  return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
+#endif
+}
+
+template <>
+__device__ __forceinline__ float2 unpack2<f16>(uint32_t pair) {
+#ifdef __CUDACC__
+  float2 values;
+  asm("{\n\t.reg .f16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+      : "=f"(values.x), "=f"(values.y)
+      : "r"(pair));
+  return values;
+#else
+  return make_float2(to_float(f16{static_cast<uint16_t>(pair)}), to_float(f16{static_cast<uint16_t>(pair >> 16)}));
+#endif
+}
+
+// ---- global memory
+
+// ld.global.cs: a load that leaves the caches first, as nobody reads this again soon.
+template <typename T>
+__device__ __forceinline__ T load_streaming(const T* from) {
+#ifdef __CUDACC__
+  return __ldcs(from);
+#else
+  return *from;
+#endif
+}
+
+// ld.global.nc: a load through the read-only cache, of memory that no thread of this launch writes.
+template <typename T>
+__device__ __forceinline__ T load_cached(const T* from) {
+#ifdef __CUDACC__
+  return __ldg(from);
+#else
+  return *from;
+#endif
+}
+
+// Adds in one step, in global or shared memory, and returns what was there. In no order: a sum of floats differs by
+// run.
+__device__ __forceinline__ float atomic_add(float* to, float value) {
+#ifdef __CUDACC__
+  return atomicAdd(to, value);
+#else
+  return emulator::atomic_add(to, value);
+#endif
+}
+
+__device__ __forceinline__ unsigned atomic_add(unsigned* to, unsigned value) {
+#ifdef __CUDACC__
+  return atomicAdd(to, value);
+#else
+  return emulator::atomic_add(to, value);
+#endif
+}
+
+__device__ __forceinline__ int atomic_add(int* to, int value) {
+#ifdef __CUDACC__
+  return atomicAdd(to, value);
+#else
+  return emulator::atomic_add(to, value);
+#endif
+}
+
+// Other blocks see what this thread wrote before it, before they see what it writes after it.
+__device__ __forceinline__ void threadfence() {
+#ifdef __CUDACC__
+  __threadfence();
+#else
+  emulator::threadfence();
+#endif
+}
+
+// ---- blocks and warps
+
+// A barrier of the block: all its threads come, and see what each wrote before.
+__device__ __forceinline__ void sync_threads() {
+#ifdef __CUDACC__
+  __syncthreads();
+#else
+  emulator::sync_threads();
+#endif
+}
+
+// The same of a warp: all 32 lanes.
+__device__ __forceinline__ void sync_warp() {
+#ifdef __CUDACC__
+  __syncwarp();
+#else
+  emulator::sync_warp();
+#endif
+}
+
+// The value that lane `source` of this lane's group of `width` holds; its low bits count. All 32 lanes.
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, value, source, width);
+#else
+  return emulator::shuffle(value, source, width);
+#endif
+}
+
+__device__ __forceinline__ int shuffle(int value, int source, int width = kWarpSize) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, value, source, width);
+#else
+  return static_cast<int>(emulator::shuffle(static_cast<uint32_t>(value), source, width));
+#endif
+}
+
+__device__ __forceinline__ float shuffle(float value, int source, int width = kWarpSize) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, value, source, width);
+#else
+  return bits_to_float(emulator::shuffle(float_to_bits(value), source, width));
+#endif
+}
+
+// The value that lane (this lane ^ lane_mask) holds. All 32 lanes.
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+#else
+  return emulator::shuffle_xor(value, lane_mask);
+#endif
+}
+
+__device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+#else
+  return bits_to_float(emulator::shuffle_xor(float_to_bits(value), lane_mask));
+#endif
+}
+
+// Bit l: what lane l says. All 32 lanes.
+__device__ __forceinline__ uint32_t ballot(bool vote) {
+#ifdef __CUDACC__
+  return __ballot_sync(0xffffffffu, vote);
+#else
+  return emulator::ballot(vote);
+#endif
+}
+
+// Whether any lane says so. All 32 lanes.
+__device__ __forceinline__ bool any_lane(bool vote) {
+#ifdef __CUDACC__
+  return __any_sync(0xffffffffu, vote) != 0;
+#else
+  return emulator::ballot(vote) != 0;
+#endif
+}
+
+// ---- asynchronous copies
+
+// cp.async of 16, 8 or 4 bytes, both addresses aligned to as many. Where `take` is false the destination gets zeros and
+// `global` is not read; it still is a valid pointer. The bytes are there for this thread after cp_async_wait, and for
+// others after a barrier that follows it. 16 bytes go past L1 (.cg), fewer through it (.ca).
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool take) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(take ? 16 : 0)
+      : "memory");
+#else
+  emulator::cp_async(shared, global, 16, take);
+#endif
+}
+
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool take) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(take ? 8 : 0)
+      : "memory");
+#else
+  emulator::cp_async(shared, global, 8, take);
+#endif
+}
+
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool take) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(take ? 4 : 0)
+      : "memory");
+#else
+  emulator::cp_async(shared, global, 4, take);
+#endif
+}
+
+// Closes a group: this thread's copies since the last one. A group may be empty.
+__device__ __forceinline__ void cp_async_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulator::cp_async_commit();
+#endif
+}
+
+// Waits until at most the kPending youngest of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#else
+  emulator::cp_async_wait(kPending);
+#endif
+}
+
+// ---- matrix products. A fragment's layout: lane l, g = l / 4, t = l % 4; two 16-bit values a register, low half
+// first.
+
+// Four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8: 16
+// bytes, aligned. r[i] of lane l is row g, columns 2t and 2t + 1, of matrix i. All 32 lanes.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  emulator::ldmatrix_x4(r, row, false);
+#endif
+}
+
+// The same, each matrix transposed: r[i] of lane l is rows 2t and 2t + 1, column g, of matrix i.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  emulator::ldmatrix_x4(r, row, true);
+#endif
+}
+
+// C [16, 8] += A [16, 16] B [16, 8], T is bf16 or f16, sums in float. All 32 lanes. A lane holds
+//   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next
+//   b[i]: rows 2t + 8 i and the next, column g
+//   c[i]: row g + 8 (i / 2), column 2t + i % 2
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulator::mma_m16n8k16_bf16(c, a, b);
+#endif
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulator::mma_m16n8k16_f16(c, a, b);
 #endif
 }
 

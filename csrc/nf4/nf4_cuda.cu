@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 // `tensor`, dense: as it is in practice, a copy otherwise.
 Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel, const Tensor& weight) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == weight.get_device_index(), "nf4_dequantize: ", name,
+  STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), "nf4_dequantize: ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
   STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == numel, "nf4_dequantize: ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
@@ -26,17 +26,16 @@ Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, int64_t
 }
 
 template <typename T>
-void launch(const Nf4View& view, const Tensor& out) {
+void launch(const Launcher& launcher, const Nf4View& view, const Tensor& out) {
   const int64_t blocks = ceil_div(view.numel, kNf4BlockTile);
-  Launcher launcher(out);
-  launcher(nf4_dequantize_kernel<T>, blocks, kNf4Threads, view, static_cast<T*>(out.mutable_data_ptr()));
+  launcher(nf4_dequantize_kernel<T>, blocks, kNf4Threads, view, launcher.scratch<T>(out));
 }
 
 Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
                            const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                            const std::optional<Tensor>& nested_offset, int64_t blocksize,
                            const std::vector<int64_t>& shape, ScalarType dtype) {
-  STD_TORCH_CHECK(weight.is_cuda(), "nf4_dequantize: weight is not on a CUDA device");
+  STD_TORCH_CHECK(on_device(weight), "nf4_dequantize: weight is not on a CUDA device");
   STD_TORCH_CHECK(absmax.has_value(), "nf4_dequantize: absmax is None, wanted the scales of an NF4 weight");
   STD_TORCH_CHECK(blocksize >= kNf4Group && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
                   "nf4_dequantize: blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
@@ -55,9 +54,10 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& ab
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 4 != 0) packed = torch::stable::clone(packed);
   const Tensor scale = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales, weight);
 
+  const Launcher launcher(weight);
   Nf4View view{};
-  view.packed = packed.const_data_ptr<uint8_t>();
-  view.absmax = scale.const_data_ptr();
+  view.packed = launcher.in<uint8_t>(packed);
+  view.absmax = launcher.in<void>(scale);
   view.numel = numel;
   while ((int64_t{1} << view.log2_blocksize) < blocksize) ++view.log2_blocksize;
   // Held until the launch: a copy that checked() made must not be freed, and its memory not be given out, before it.
@@ -67,24 +67,24 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& ab
     held[0] = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups, weight);
     held[1] = checked("nested_code", *nested_code, ScalarType::Float, 256, weight);
     held[2] = checked("nested_offset", *nested_offset, ScalarType::Float, 1, weight);
-    view.nested_absmax = held[0].const_data_ptr<float>();
-    view.nested_code = held[1].const_data_ptr<float>();
-    view.nested_offset = held[2].const_data_ptr<float>();
+    view.nested_absmax = launcher.in<float>(held[0]);
+    view.nested_code = launcher.in<float>(held[1]);
+    view.nested_offset = launcher.in<float>(held[2]);
   }
 
   const bool wide = dtype == ScalarType::Double;  // the float32 value in a wider type: for checks, not for speed
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
   if (dtype == ScalarType::BFloat16) {
-    launch<bf16>(view, out);
+    launch<bf16>(launcher, view, out);
   } else if (dtype == ScalarType::Half) {
-    launch<f16>(view, out);
+    launch<f16>(launcher, view, out);
   } else {
-    launch<float>(view, out);
+    launch<float>(launcher, view, out);
   }
   return wide ? torch::stable::to(out, dtype) : out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) { m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize_cuda)); }
+PEFT_EXT_CUDA_LIBRARY(m) { m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize_cuda)); }
 
 }  // namespace
 }  // namespace peft_ext

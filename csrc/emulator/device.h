@@ -1,0 +1,99 @@
+// Stands in for cuda_runtime.h where g++ compiles kernels for the emulator: CUDA's words, vector types, and the calls
+// that common/ptx.cuh's wrappers make. Force-included before everything else (-include), because it renames memcpy and
+// memset: compiled code may call them for a copy that no __tsan hook announces.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef PEFT_EXT_EMULATE_CUDA
+extern "C" {
+void* memcpy(void* __restrict to, const void* __restrict from,
+             size_t bytes) noexcept(true) __asm__("peft_ext_emulator_memcpy");
+void* memmove(void* to, const void* from, size_t bytes) noexcept(true) __asm__("peft_ext_emulator_memmove");
+void* memset(void* to, int value, size_t bytes) noexcept(true) __asm__("peft_ext_emulator_memset");
+}
+#endif
+
+#include <math.h>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct dim3 {
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+
+#define PEFT_EXT_VECTOR2(Name, Type)      \
+  struct alignas(2 * sizeof(Type)) Name { \
+    Type x, y;                            \
+  };                                      \
+  inline Name make_##Name(Type x, Type y) { return Name{x, y}; }
+#define PEFT_EXT_VECTOR4(Name, Type)      \
+  struct alignas(4 * sizeof(Type)) Name { \
+    Type x, y, z, w;                      \
+  };                                      \
+  inline Name make_##Name(Type x, Type y, Type z, Type w) { return Name{x, y, z, w}; }
+PEFT_EXT_VECTOR2(float2, float)
+PEFT_EXT_VECTOR4(float4, float)
+PEFT_EXT_VECTOR2(int2, int)
+PEFT_EXT_VECTOR4(int4, int)
+PEFT_EXT_VECTOR2(uint2, unsigned)
+PEFT_EXT_VECTOR4(uint4, unsigned)
+PEFT_EXT_VECTOR2(ushort2, unsigned short)
+PEFT_EXT_VECTOR4(ushort4, unsigned short)
+PEFT_EXT_VECTOR2(uchar2, unsigned char)
+PEFT_EXT_VECTOR4(uchar4, unsigned char)
+#undef PEFT_EXT_VECTOR2
+#undef PEFT_EXT_VECTOR4
+
+namespace peft_ext {
+namespace emulator {
+
+// Of the running thread. They hold for as long as a kernel's function runs, so calls may be merged.
+__attribute__((const)) dim3 thread_index();
+__attribute__((const)) dim3 block_index();
+__attribute__((const)) dim3 block_size();
+__attribute__((const)) dim3 grid_size();
+
+// This block's shared memory of one declaration, which `key` tells from others.
+void* static_shared(const void* key, size_t bytes, const char* name);
+void* dynamic_shared();
+
+void sync_threads();
+void sync_warp();
+uint32_t shuffle(uint32_t value, int source, int width);
+uint32_t shuffle_xor(uint32_t value, int lane_mask);
+uint32_t ballot(bool vote);
+void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
+void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+void cp_async(void* shared, const void* global, int bytes, bool take);
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+float atomic_add(float* to, float value);
+unsigned atomic_add(unsigned* to, unsigned value);
+int atomic_add(int* to, int value);
+void threadfence();
+
+}  // namespace emulator
+}  // namespace peft_ext
+
+#define threadIdx (::peft_ext::emulator::thread_index())
+#define blockIdx (::peft_ext::emulator::block_index())
+#define blockDim (::peft_ext::emulator::block_size())
+#define gridDim (::peft_ext::emulator::grid_size())
+
+inline void __syncthreads() { ::peft_ext::emulator::sync_threads(); }
+inline void __syncwarp() { ::peft_ext::emulator::sync_warp(); }
+inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
