@@ -88,6 +88,5 @@ class AdaLoRALinear(LowRankLinear):
             rank_scale=self.rank_scale(), scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training,
         )  # fmt: skip
 
-    def delta_weight(self) -> Tensor:
-        """``s · B (A ∘ E) / (ranknum + 1e-5)``, ``[out_features, in_features]``, in the adapters' dtype."""
-        return self.scaling * (self.lora_B @ (self.rank_scale()[:, None] * self.lora_A).to(self.lora_B.dtype))
+    def _scaled_A(self) -> Tensor:
+        return (self.rank_scale()[:, None] * self.lora_A).to(self.lora_B.dtype)

@@ -68,6 +68,10 @@ class AdaptedLinear(nn.Module):
         """The weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
         raise NotImplementedError
 
+    def _merged_nf4(self, weight: NF4Weight) -> Tensor:
+        """The same of an NF4 weight, rounded to its dtype."""
+        return self.merged_weight(weight.dequantize(torch.float32)).to(weight.dtype)
+
     def merged_bias(self, bias: Tensor) -> Tensor:
         """The bias with the adapter folded in."""
         return bias
@@ -84,8 +88,7 @@ class AdaptedLinear(nn.Module):
         base, held = self.base_layer, self._weight()
         bias = None if base.bias is None else base.bias.data
         if isinstance(held, NF4Weight):
-            merged = self.merged_weight(held.dequantize(torch.float32)).to(held.dtype)
-            base.set_nf4(ops.nf4_quantize(merged, held.blocksize, held.nested is not None))
+            base.set_nf4(ops.nf4_quantize(self._merged_nf4(held), held.blocksize, held.nested is not None))
             self._unmerged = (held, bias)
         else:
             wide = torch.promote_types(held.dtype, torch.float32)
@@ -137,12 +140,26 @@ class LowRankLinear(AdaptedLinear):
     def scaling(self) -> float:
         raise NotImplementedError
 
+    def _scaled_A(self) -> Tensor:
+        """``lora_A``, its rows scaled as the method scales each rank."""
+        return self.lora_A
+
+    def _row_scale(self) -> Optional[Tensor]:
+        """``g [out_features]``, which scales the rows of ``W + s · B A``; None: nothing does."""
+        return None
+
     def delta_weight(self) -> Tensor:
-        """``s · B A``, ``[out_features, in_features]``, in the adapters' dtype."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """``s · B A``, A scaled, ``[out_features, in_features]``, in the adapters' dtype."""
+        return self.scaling * (self.lora_B @ self._scaled_A())
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight().to(weight.dtype)
+        merged, g = weight + self.delta_weight().to(weight.dtype), self._row_scale()
+        return merged if g is None else g.to(weight.dtype)[:, None] * merged
+
+    def _merged_nf4(self, weight: NF4Weight) -> Tensor:
+        return torch.ops.peft_ext.nf4_dequantize_merged(
+            *weight.op_args(), self._scaled_A(), self.lora_B, self._row_scale(), self.scaling, weight.dtype
+        )
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"

@@ -97,9 +97,8 @@ class DoRALinear(LoRALinear):
             dropout_mode=self.dropout_mode, norm_grad=self.norm_grad,
         )  # fmt: skip
 
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        g = output_scale(self.lora_magnitude_vector, self.weight_norm())
-        return g.to(weight.dtype)[:, None] * super().merged_weight(weight)
+    def _row_scale(self) -> Tensor:
+        return output_scale(self.lora_magnitude_vector, self.weight_norm())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_mode={self.dropout_mode!r}, norm_grad={self.norm_grad}"

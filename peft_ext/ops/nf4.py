@@ -40,6 +40,10 @@ def _dequantize_fake(weight, absmax, nested_absmax, nested_code, nested_offset, 
     return weight.new_empty(shape, dtype=dtype)
 
 
+def _dequantize_merged_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
+    return weight.new_empty(shape, dtype=rest[-1])
+
+
 def _linear_reference(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
     dense = reference.dequantize(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)
@@ -76,6 +80,14 @@ define(
     f"({WEIGHT}, ScalarType dtype) -> Tensor",
     reference=reference.dequantize,
     fake=_dequantize_fake,
+)
+# g ∘ (W + s·B A) of a 2-D weight, rounded once: what merging into NF4 starts from. lora_A [R, K], lora_B [N, R] and
+# row_scale [N] are of any float dtype. No gradient.
+define(
+    "nf4_dequantize_merged",
+    f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
+    reference=reference.dequantize_merged,
+    fake=_dequantize_merged_fake,
 )
 define(
     "nf4_linear",

@@ -18,6 +18,7 @@ __all__ = [
     "NF4_CODE",
     "decode_absmax",
     "dequantize",
+    "dequantize_merged",
     "dynamic_code",
     "nf4_code",
     "nf4_dequantize",
@@ -137,6 +138,30 @@ def dequantize(
     nibbles = torch.stack((byte >> 4, byte & 15), dim=1).reshape(-1)[:numel]
     scale = decode_absmax(absmax, nested_absmax, nested_code, nested_offset).repeat_interleave(blocksize)[:numel]
     return (nf4_code(packed.device)[nibbles.int()] * scale).to(dtype).view(shape)
+
+
+def dequantize_merged(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    blocksize: int,
+    shape: list[int],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    row_scale: Optional[Tensor],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``g ∘ (W + s · B A)``, in float32 in this order: ``B A``, times s, plus the dequantized W, times g; then rounded
+    once to ``dtype``. ``lora_A [R, K]``, ``lora_B [N, R]``, ``row_scale`` g ``[N]`` or None for ones.
+    """
+    merged = dequantize(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, torch.float32)
+    merged += scaling * (lora_B.float() @ lora_A.float())
+    if row_scale is not None:
+        merged *= row_scale.float()[:, None]
+    return merged.to(dtype)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
