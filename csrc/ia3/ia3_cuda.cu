@@ -1,0 +1,76 @@
+// IA3 operators for CUDA: the linear layer with its input or its output scaled, and the scale alone. See
+// linear/adapted_cuda.h.
+//
+//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (Y / l), in the pass that makes l ∘ dY
+//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W, both in one pass over U
+#include <tuple>
+
+#include "linear/adapted_cuda.h"
+
+namespace peft_ext {
+namespace {
+
+DeviceAdapter ia3_adapter(const char* op, const Tensor& ia3_l, const DeviceWeight& weight, bool feedforward) {
+  DeviceAdapter adapter;
+  const int64_t size = feedforward ? weight.inputs : weight.outputs;
+  (feedforward ? adapter.in_scale : adapter.out_scale) = device_vector(op, "ia3_l", ia3_l, size, weight.weight);
+  return adapter;
+}
+
+Tensor ia3_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                       const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
+                       const std::optional<Tensor>& bias, const Tensor& ia3_l, bool feedforward) {
+  constexpr const char* kOp = "ia3_linear";
+  const DeviceWeight held =
+      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  return adapted_forward(kOp, x, held, bias, ia3_adapter(kOp, ia3_l, held, feedforward), true, false).y;
+}
+
+std::tuple<Tensor, Tensor> ia3_linear_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
+    const std::optional<Tensor>& bias, const Tensor& ia3_l, const std::optional<Tensor>& y, bool feedforward,
+    bool needs_grad_x, bool needs_grad_l) {
+  constexpr const char* kOp = "ia3_linear_backward";
+  const DeviceWeight held =
+      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  std::optional<ScaleGradient> scale_gradient;
+  if (!feedforward && needs_grad_l) {
+    STD_TORCH_CHECK(y.has_value(), kOp, ": y is None, wanted the forward's result");
+    scale_gradient =
+        ScaleGradient{torch::stable::view(torch::stable::contiguous(*y), {device_rows(*y), held.outputs}), true, bias};
+  }
+  const DeviceBackward out = adapted_backward(kOp, grad, x, held, ia3_adapter(kOp, ia3_l, held, feedforward),
+                                              std::nullopt, needs_grad_x, scale_gradient);
+  if (!needs_grad_l) return {out.grad_x, device_empty(ia3_l, {0}, ia3_l.scalar_type())};
+  return {out.grad_x, as_type(feedforward ? out.grad_in_scale : out.grad_out_scale, ia3_l.scalar_type())};
+}
+
+Tensor ia3_scale_cuda(const Tensor& x, const Tensor& ia3_l) {
+  constexpr const char* kOp = "ia3_scale";
+  STD_TORCH_CHECK(on_device(x), kOp, ": x is not on a CUDA device");
+  return scale_columns(x, device_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1), x), std::nullopt).scaled;
+}
+
+std::tuple<Tensor, Tensor> ia3_scale_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& ia3_l,
+                                                   bool needs_grad_x, bool needs_grad_l) {
+  constexpr const char* kOp = "ia3_scale_backward";
+  STD_TORCH_CHECK(on_device(grad), kOp, ": grad is not on a CUDA device");
+  std::optional<Tensor> scale, other;
+  if (needs_grad_x) scale = device_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1), x);
+  if (needs_grad_l) other = x;
+  const ColumnProducts out = scale_columns(grad, scale, other);
+  return {out.scaled, as_type(out.sums, ia3_l.scalar_type())};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+PEFT_EXT_CUDA_LIBRARY(m) {
+  m.impl("ia3_linear", TORCH_BOX(&peft_ext::ia3_linear_cuda));
+  m.impl("ia3_linear_backward", TORCH_BOX(&peft_ext::ia3_linear_backward_cuda));
+  m.impl("ia3_scale", TORCH_BOX(&peft_ext::ia3_scale_cuda));
+  m.impl("ia3_scale_backward", TORCH_BOX(&peft_ext::ia3_scale_backward_cuda));
+}

@@ -1,0 +1,137 @@
+// The one formula that every linear adapter here is, forward and backward, on a GPU; linear/adapted_linear.h has it for
+// the CPU, with the same meanings:
+//
+//   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
+//
+// and with drop_base, as PEFT's DoRA has it:  Z = x̃ Wᵀ + S (ρB)ᵀ,  Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. in_scale makes x l ∘
+// x. PyTorch's own product makes x Wᵀ and dY W, and adds them to what the kernels here have written; a few tokens
+// against an NF4 weight take one kernel instead.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/launch.cuh"
+
+namespace peft_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A frozen [N, K] weight: dense, or NF4 in bitsandbytes' layout.
+struct DeviceWeight {
+  Tensor weight;                 // dense [N, K] of x's type, of any strides, or packed uint8
+  std::optional<Tensor> absmax;  // none: dense
+  std::optional<Tensor> nested_absmax, nested_code, nested_offset;
+  int64_t blocksize = 0, outputs = 0, inputs = 0;
+
+  bool is_nf4() const { return absmax.has_value(); }
+};
+
+// Of the device and the sizes and types that its shape asks for, aligned; an error that names op and argument
+// otherwise. type: that of x, which a dense weight must have.
+DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                           const std::vector<int64_t>& shape, ScalarType type);
+
+// What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
+struct DeviceAdapter {
+  std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
+  std::optional<Tensor> rank_scale;      // [R]
+  double scaling = 1.0;
+  double dropout_p = 0.0;
+  std::optional<Tensor> seed;  // int64 [2]; none: no dropout
+  bool drop_base = false;
+  std::optional<Tensor> out_scale;  // g [N]
+  std::optional<Tensor> in_scale;   // l [K]
+};
+
+struct DeviceForward {
+  Tensor y;  // [..., N] of x's type
+  Tensor s;  // [T, R] float32; [0] without a low-rank term
+  Tensor z;  // [T, N] of x's type; [0] where not asked for
+};
+
+// bias_inside: the bias is b₀, and b₁ otherwise.
+DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
+                              const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
+                              bool want_z);
+
+// What the gradient of g [N] is made of: Σ_t dY ∘ Z.
+struct ScaleGradient {
+  Tensor z;                           // [T, N] of x's type: Z, or g ∘ (Z + b₀)
+  bool scaled;                        // the latter
+  std::optional<Tensor> bias_inside;  // b₀
+};
+
+struct DeviceBackward {
+  Tensor grad_x;           // x's shape; [0] where not asked for
+  Tensor grad_A, grad_B;   // of lora_A's and lora_B's types; unset without
+  Tensor grad_rank_scale;  // [R] float32; [0] without rank_scale
+  Tensor grad_in_scale;    // [K] float32; [0] without in_scale
+  Tensor grad_out_scale;   // [N] float32; [0] where not asked for
+};
+
+// s as the forward gave it. need_adapter: the gradients of A, B and rank_scale.
+DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
+                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                const std::optional<ScaleGradient>& out_scale);
+
+// dX = dY W alone, [..., K] of dY's type.
+Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight);
+
+// m ∘ scale in m's type and shape, where scale [columns] float32 is given, and Σ_t m[t] ∘ other[t], [columns] float32,
+// where other is; each is [0] otherwise. One pass over m.
+struct ColumnProducts {
+  Tensor scaled, sums;
+};
+ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other);
+
+// The norms of W + s B A's rows [N], and U = W Aᵀ [N, R], float32; an NF4 weight is dequantized to `type`.
+struct WeightNorm {
+  Tensor norm, u;
+};
+WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       double scaling, ScalarType type);
+
+// Its gradients, of lora_A's and lora_B's types.
+struct WeightNormGradient {
+  Tensor grad_A, grad_B;
+};
+WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
+                                        double scaling, ScalarType type);
+
+// --- small things that the glue of all operators needs
+
+// A vector as kernels take it: float32, contiguous, of that size, on `like`'s device.
+Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
+
+// The seed of an active dropout, as the adapter takes it; checked.
+std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                                  const Tensor& like);
+
+inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_zeros(like, shape, type);
+}
+
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// Product over all but the last dimension.
+inline int64_t device_rows(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+}  // namespace peft_ext

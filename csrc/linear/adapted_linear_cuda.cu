@@ -1,0 +1,1021 @@
+// See linear/adapted_cuda.h. What runs, with bytes in units of the activations:
+//
+//   forward    S: one pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write (expand); Y₀ += x Wᵀ: PyTorch's product
+//   backward   P = dY (ρB) and dB = dYᵀ S: one pass over dY; dA = x̃ᵀ P: one pass over x; dX₀ = mask ∘ (P A): one
+//              write; dX₀ += G W: PyTorch's product
+//
+// An NF4 weight is dequantized for the product; up to kSkinnyTokens tokens of 16-bit types take nf4_skinny_kernel,
+// whose second kernel adds all the rest.
+#include "linear/adapted_cuda.h"
+
+#include <math.h>
+
+#include <algorithm>
+
+#include "dora/dora_norm.cuh"
+#include "linear/columns.cuh"
+#include "linear/expand.cuh"
+#include "linear/rank_pass.cuh"
+#include "nf4/nf4_skinny.cuh"
+
+namespace peft_ext {
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+
+// Calls f with a zero of the element type; which types come has been checked.
+template <typename F>
+void with_type(ScalarType type, F f) {
+  if (type == ScalarType::BFloat16) {
+    f(bf16{});
+  } else if (type == ScalarType::Half) {
+    f(f16{});
+  } else {
+    STD_TORCH_CHECK(type == ScalarType::Float, "peft_ext: a kernel was asked for ", torch::headeronly::toString(type),
+                    ", wanted Float, BFloat16 or Half");
+    f(0.0f);
+  }
+}
+
+void dtype_check(const char* op, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": x is ",
+                  torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
+}
+
+bool aligned(const Tensor& tensor, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+// Whether kernels may move eight columns at a time.
+bool whole_columns(const Tensor& matrix, int64_t columns) { return columns % kVector == 0 && aligned(matrix, 16); }
+
+Tensor flat_rows(const Tensor& tensor) {
+  return torch::stable::view(torch::stable::contiguous(tensor), {device_rows(tensor), tensor.size(tensor.dim() - 1)});
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
+  if (!adapter.seed.has_value()) return DeviceDropout{};
+  DeviceDropout dropout;
+  dropout.seed = launcher.in<int64_t>(*adapter.seed);
+  dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
+  dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
+  return dropout;
+}
+
+Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight) {
+  Nf4View view{};
+  view.packed = launcher.in<uint8_t>(weight.weight);
+  view.absmax = launcher.in<void>(*weight.absmax);
+  view.nested_absmax = launcher.in<float>(weight.nested_absmax);
+  view.nested_code = launcher.in<float>(weight.nested_code);
+  view.nested_offset = launcher.in<float>(weight.nested_offset);
+  view.numel = weight.outputs * weight.inputs;
+  while ((int64_t{1} << view.log2_blocksize) < weight.blocksize) ++view.log2_blocksize;
+  return view;
+}
+
+// [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
+Tensor dense_weight(const DeviceWeight& weight, ScalarType type) {
+  if (!weight.is_nf4()) return weight.weight;
+  const Tensor out = device_empty(weight.weight, {weight.outputs, weight.inputs}, type);
+  Launcher launcher(out);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    launcher(nf4_dequantize_kernel<T>, ceil_div(out.numel(), kNf4BlockTile), kNf4Threads, nf4_view(launcher, weight),
+             launcher.scratch<T>(out));
+  });
+  return out;
+}
+
+// --- terms
+// ------------------------------------------------------------------------------------------------------------
+
+// A matrix in terms, and the memory that it lies in.
+struct HeldTerms {
+  Tensor storage;
+  Terms terms;
+};
+
+HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner) {
+  HeldTerms held;
+  held.storage = device_empty(like, {count, outer, inner}, ScalarType::BFloat16);
+  held.terms = Terms{nullptr, count, outer, inner};
+  return held;
+}
+
+// For a kernel that reads them.
+Terms read_terms(const Launcher& launcher, const HeldTerms& held) {
+  Terms terms = held.terms;
+  terms.data = static_cast<const uint16_t*>(launcher.in<void>(held.storage));
+  return terms;
+}
+
+uint16_t* write_terms(const Launcher& launcher, const HeldTerms& held) {
+  return static_cast<uint16_t*>(launcher.scratch<void>(held.storage));
+}
+
+DType dtype_of(ScalarType type) {
+  return type == ScalarType::BFloat16 ? DType::kBF16 : type == ScalarType::Half ? DType::kF16 : DType::kF32;
+}
+
+// The small matrices of a call that become terms, in one launch: add() each, then run(). What they are made from must
+// live as long.
+class Splitter {
+ public:
+  explicit Splitter(const Tensor& like) : launcher_(like), like_(like) {}
+
+  // A contiguous matrix [rows, columns], or its transpose; outer is what comes first. inner_scale [inner] may be null.
+  HeldTerms add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
+                const Tensor* inner_scale = nullptr) {
+    const ScalarType type = matrix.scalar_type();
+    const int count = inner_scale != nullptr || type == ScalarType::Float ? 3 : type == ScalarType::Half ? 2 : 1;
+    const HeldTerms held = empty_terms(like_, count, outer_padded, inner_padded);
+    STD_TORCH_CHECK(count_ < kMaxSplits, "peft_ext: more than ", kMaxSplits, " small matrices in a launch");
+    Split& work = splits_.work[count_++];
+    work.in = launcher_.in<void>(matrix);
+    work.type = dtype_of(type);
+    work.outer = matrix.size(transpose ? 1 : 0);
+    work.inner = matrix.size(transpose ? 0 : 1);
+    work.outer_stride = transpose ? 1 : matrix.size(1);
+    work.inner_stride = transpose ? matrix.size(1) : 1;
+    work.inner_scale = inner_scale == nullptr ? nullptr : launcher_.in<float>(*inner_scale);
+    work.out = write_terms(launcher_, held);
+    work.count = count;
+    work.outer_padded = outer_padded;
+    work.inner_padded = inner_padded;
+    blocks_ = std::max(blocks_, ceil_div(outer_padded * inner_padded / 2, kSplitThreads));
+    return held;
+  }
+
+  void run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
+
+ private:
+  Launcher launcher_;
+  const Tensor& like_;
+  Splits splits_{};
+  int count_ = 0;
+  int64_t blocks_ = 0;
+};
+
+HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded) {
+  Splitter splitter(matrix);
+  const HeldTerms held = splitter.add(matrix, transpose, outer_padded, inner_padded);
+  splitter.run();
+  return held;
+}
+
+// --- rank passes
+// ------------------------------------------------------------------------------------------------------
+
+// Ranks come in tiles of 8, two, four or eight at a time.
+int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
+
+// D of a pass: a dense matrix, or an NF4 weight in `type`.
+struct PassInput {
+  const Tensor* dense = nullptr;  // contiguous
+  const DeviceWeight* nf4 = nullptr;
+  int64_t rows = 0, columns = 0;
+  ScalarType type = ScalarType::Float;
+  const DeviceAdapter* dropout = nullptr;
+
+  const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
+};
+
+PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullptr) {
+  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout};
+}
+
+PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
+  return {weight.is_nf4() ? nullptr : &weight.weight,
+          weight.is_nf4() ? &weight : nullptr,
+          weight.outputs,
+          weight.inputs,
+          type,
+          nullptr};
+}
+
+struct PartialSums {
+  Tensor sums;  // [chunks, padded rows, padded rank]
+  int64_t chunks = 0, padded_rows = 0, rows = 0;
+};
+
+struct PassSums {
+  PartialSums rows, columns;
+  Tensor squares;  // [chunks, padded rows]
+};
+
+template <typename T, bool kNf4, int kRanks>
+void launch_pass(const Launcher& launcher, const Grid& grid, RankPass pass, bool rows, bool columns) {
+  for (pass.first_rank = 0; pass.first_rank < pass.padded_rank; pass.first_rank += kRanks * 8) {
+    if (rows && columns) {
+      if constexpr (!kNf4 && kRanks < 8) {
+        launcher(rank_pass_kernel<T, kNf4, kRanks, 8 / kRanks, true, true>, grid, kRankThreads, pass);
+      }
+    } else if (rows) {
+      launcher(rank_pass_kernel<T, kNf4, kRanks, 1, true, false>, grid, kRankThreads, pass);
+    } else {
+      launcher(rank_pass_kernel<T, kNf4, kRanks, 0, false, true>, grid, kRankThreads, pass);
+    }
+  }
+}
+
+template <typename T, bool kNf4>
+void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool rows, bool columns) {
+  if (pass.padded_rank == 16) {
+    launch_pass<T, kNf4, 2>(launcher, grid, pass, rows, columns);
+  } else if (pass.padded_rank == 32) {
+    launch_pass<T, kNf4, 4>(launcher, grid, pass, rows, columns);
+  } else {
+    launch_pass<T, kNf4, 8>(launcher, grid, pass, rows, columns);
+  }
+}
+
+// P = D F where F is given (right: [ranks][columns]), Q = Dᵀ L where L is (left: [ranks][rows]); each in partial sums.
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false) {
+  const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
+  if (right != nullptr && left != nullptr && rank > 32) {  // two passes: P's and Q's sums do not both fit registers
+    PassSums both = rank_pass(input, right, nullptr, want_squares);
+    both.columns = rank_pass(input, nullptr, left).columns;
+    return both;
+  }
+  Launcher launcher(input.tensor());
+  RankPass pass;
+  pass.rows = input.rows;
+  pass.columns = input.columns;
+  pass.whole = input.columns % kVector == 0 && aligned(input.tensor(), input.nf4 != nullptr ? 4 : 16);
+  pass.padded_rank = rank;
+  pass.padded_rows = round_up(input.rows, kRankTile);
+  pass.padded_columns = round_up(input.columns, kRankTile);
+  if (input.dense != nullptr) {
+    pass.dense = launcher.in<void>(*input.dense);
+  } else {
+    pass.nf4 = nf4_view(launcher, *input.nf4);
+  }
+  if (input.dropout != nullptr) pass.dropout = device_dropout(launcher, *input.dropout);
+  if (right != nullptr) pass.right = read_terms(launcher, *right);
+  if (left != nullptr) pass.left = read_terms(launcher, *left);
+
+  // Blocks enough for four on each multiprocessor; no more partial sums than that takes.
+  const int64_t wanted = 4 * launcher.multiprocessors();
+  const int64_t row_tiles = pass.padded_rows / kRankTile, column_tiles = pass.padded_columns / kRankTile;
+  if (right != nullptr) {
+    pass.row_tiles = left != nullptr ? 64 / rank : 1;
+    const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
+    const int64_t column_chunks = std::min(column_tiles, ceil_div(wanted, row_chunks));
+    pass.column_tiles = ceil_div(column_tiles, column_chunks);
+  } else {
+    pass.column_tiles = 1;
+    const int64_t row_chunks = std::min(row_tiles, ceil_div(wanted, column_tiles));
+    pass.row_tiles = ceil_div(row_tiles, row_chunks);
+  }
+  const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
+  const int64_t column_chunks = ceil_div(column_tiles, pass.column_tiles);
+
+  PassSums found;
+  const Tensor& like = input.tensor();
+  if (right != nullptr) {
+    found.rows = {device_empty(like, {column_chunks, pass.padded_rows, rank}, ScalarType::Float), column_chunks,
+                  pass.padded_rows, input.rows};
+    pass.row_sums = launcher.scratch<float>(found.rows.sums);
+    if (want_squares) {
+      found.squares = device_empty(like, {column_chunks, pass.padded_rows}, ScalarType::Float);
+      pass.squares = launcher.scratch<float>(found.squares);
+    }
+  }
+  if (left != nullptr) {
+    found.columns = {device_empty(like, {row_chunks, pass.padded_columns, rank}, ScalarType::Float), row_chunks,
+                     pass.padded_columns, input.columns};
+    pass.column_sums = launcher.scratch<float>(found.columns.sums);
+  }
+  with_type(input.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Grid grid(row_chunks, column_chunks);
+    if (input.nf4 != nullptr) {
+      launch_pass<T, true>(launcher, grid, pass, right != nullptr, left != nullptr);
+    } else {
+      launch_pass<T, false>(launcher, grid, pass, right != nullptr, left != nullptr);
+    }
+  });
+  return found;
+}
+
+// What is wanted of partial sums; see RankReduce.
+struct Reduced {
+  double scale = 1.0;
+  const Tensor* row_scale = nullptr;
+  const Tensor* rank_scale = nullptr;
+  double after = 1.0;
+  const Tensor* plain = nullptr;
+  const HeldTerms* terms = nullptr;
+  const HeldTerms* transposed = nullptr;
+  const Tensor* out = nullptr;
+  int64_t row_stride = 0, rank_stride = 0;
+};
+
+RankReduce reduce_work(const Launcher& launcher, const PartialSums& partial, int64_t rank, const Reduced& wanted) {
+  RankReduce work{};
+  work.partial = launcher.in<float>(partial.sums);
+  work.chunks = partial.chunks;
+  work.rows = partial.rows;
+  work.padded_rows = partial.padded_rows;
+  work.rank = rank;
+  work.padded_rank = partial.sums.size(2);
+  work.scale = static_cast<float>(wanted.scale);
+  work.after = static_cast<float>(wanted.after);
+  if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
+  if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
+  if (wanted.plain != nullptr) work.plain = launcher.scratch<float>(*wanted.plain);
+  if (wanted.terms != nullptr) work.terms = write_terms(launcher, *wanted.terms);
+  if (wanted.transposed != nullptr) work.transposed = write_terms(launcher, *wanted.transposed);
+  if (wanted.out != nullptr) {
+    work.out = launcher.scratch<void>(*wanted.out);
+    work.type = dtype_of(wanted.out->scalar_type());
+  }
+  work.row_stride = wanted.row_stride;
+  work.rank_stride = wanted.rank_stride;
+  return work;
+}
+
+int64_t reduce_blocks(const RankReduce& work) {
+  return ceil_div(work.padded_rows * work.padded_rank / 2, kReduceThreads);
+}
+
+void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
+  Launcher launcher(partial.sums);
+  const RankReduces work{{reduce_work(launcher, partial, rank, wanted), {}}};
+  launcher(rank_reduce_kernel, reduce_blocks(work.work[0]), kReduceThreads, work);
+}
+
+// P's and Q's in one launch.
+void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns) {
+  Launcher launcher(sums.rows.sums);
+  const RankReduces work{
+      {reduce_work(launcher, sums.rows, rank, rows), reduce_work(launcher, sums.columns, rank, columns)}};
+  launcher(rank_reduce_kernel, {std::max(reduce_blocks(work.work[0]), reduce_blocks(work.work[1])), 2}, kReduceThreads,
+           work);
+}
+
+// out (+)= mask/(1-p) ∘ (left rightᵀ) + bias; left and right may be none.
+void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, bool accumulate,
+            const std::optional<Tensor>& bias, const DeviceAdapter* dropout) {
+  Launcher launcher(out);
+  ExpandTerms work{};
+  work.out = launcher.out<void>(out);
+  work.rows = out.size(0);
+  work.columns = out.size(1);
+  work.whole = whole_columns(out, work.columns);
+  if (left != nullptr) {
+    work.left = read_terms(launcher, *left);
+    work.right = read_terms(launcher, *right);
+  }
+  work.accumulate = accumulate;
+  work.bias = launcher.in<void>(bias);
+  if (dropout != nullptr) work.dropout = device_dropout(launcher, *dropout);
+  with_type(out.scalar_type(), [&](auto zero) {
+    launcher(expand_kernel<decltype(zero)>, {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)},
+             kExpandThreads, work);
+  });
+}
+
+// --- elementwise
+// ------------------------------------------------------------------------------------------------------
+
+// mask/(1-p) ∘ x, and what is to be added to it.
+Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
+  const Tensor out = torch::stable::empty_like(x);
+  Launcher launcher(out);
+  Drop work{};
+  work.x = launcher.in<void>(x);
+  work.add = launcher.in<void>(add);
+  work.out = launcher.scratch<void>(out);
+  work.numel = x.numel();
+  work.whole = aligned(x, 16) && aligned(out, 16) && (!add.has_value() || aligned(*add, 16));
+  work.dropout = device_dropout(launcher, adapter);
+  with_type(x.scalar_type(), [&](auto zero) {
+    launcher(drop_kernel<decltype(zero)>, ceil_div(work.numel, kVector * kColumnThreads), kColumnThreads, work);
+  });
+  return out;
+}
+
+// y = g ∘ (z + b₀) + b₁ + (base - dropped); y may be z.
+void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
+            const std::optional<Tensor>& bias_after, const std::optional<Tensor>& base,
+            const std::optional<Tensor>& dropped_base) {
+  Launcher launcher(y);
+  Finish work{};
+  work.out = launcher.out<void>(y);
+  work.z = launcher.out<void>(z);
+  work.scale = launcher.in<float>(scale);
+  work.bias_before = launcher.in<void>(bias_before);
+  work.bias_after = launcher.in<void>(bias_after);
+  work.base = launcher.in<void>(base);
+  work.dropped = launcher.in<void>(dropped_base);
+  work.rows = y.size(0);
+  work.columns = y.size(1);
+  work.whole = whole_columns(y, work.columns) && aligned(z, 16) && (!base.has_value() || aligned(*base, 16)) &&
+               (!dropped_base.has_value() || aligned(*dropped_base, 16));
+  with_type(y.scalar_type(), [&](auto zero) {
+    launcher(finish_kernel<decltype(zero)>, {ceil_div(work.rows, kColumnWarps), ceil_div(work.columns, kColumnTile)},
+             kColumnThreads, work);
+  });
+}
+
+// The sums of column_pass in order, over g where it is not too small.
+Tensor reduced_columns(const Tensor& partial, const std::optional<Tensor>& scale) {
+  const int64_t chunks = partial.size(0), columns = partial.size(1);
+  const Tensor out = device_empty(partial, {columns}, ScalarType::Float);
+  Launcher launcher(out);
+  launcher(column_reduce_kernel, ceil_div(columns, kColumnThreads), kColumnThreads, launcher.in<float>(partial), chunks,
+           columns, launcher.in<float>(scale), launcher.scratch<float>(out));
+  return out;
+}
+
+struct ColumnPartials {
+  Tensor scaled, partial;
+};
+
+ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& scale, float shift,
+                               const std::optional<Tensor>& other) {
+  ColumnPartials found;
+  const int64_t rows = m.size(0), columns = m.size(1), chunks = ceil_div(rows, kColumnRows);
+  Launcher launcher(m);
+  ColumnWork work{};
+  work.m = launcher.in<void>(m);
+  work.other = launcher.in<void>(other);
+  work.scale = launcher.in<float>(scale);
+  work.shift = shift;
+  work.rows = rows;
+  work.columns = columns;
+  work.whole = whole_columns(m, columns) && (!other.has_value() || aligned(*other, 16));
+  if (scale.has_value()) {
+    found.scaled = torch::stable::empty_like(m);
+    work.out = launcher.scratch<void>(found.scaled);
+  }
+  if (other.has_value()) {
+    found.partial = device_empty(m, {chunks, columns}, ScalarType::Float);
+    work.sums = launcher.scratch<float>(found.partial);
+  }
+  with_type(m.scalar_type(), [&](auto zero) {
+    launcher(column_pass_kernel<decltype(zero)>, {chunks, ceil_div(columns, kColumnTile)}, kColumnThreads, work);
+  });
+  return found;
+}
+
+// --- the low-rank term
+// ------------------------------------------------------------------------------------------------
+
+struct Sizes {
+  int64_t tokens, inputs, outputs, rank, padded;
+};
+
+Sizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
+  STD_TORCH_CHECK(on_device(x) && x.get_device_index() == weight.weight.get_device_index(), op,
+                  ": x is on another device than weight, wanted cuda:", weight.weight.get_device_index());
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == weight.inputs, op, ": x has ",
+                  x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", weight.inputs);
+  Sizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
+  if (!adapter.lora_A.has_value()) return size;
+  const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
+  STD_TORCH_CHECK(a.dim() == 2 && a.size(1) == weight.inputs, op, ": lora_A has ", a.numel(), " elements, wanted [R, ",
+                  weight.inputs, "]");
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.outputs && b.size(1) == a.size(0), op, ": lora_B is not [",
+                  weight.outputs, ", ", a.size(0), "]");
+  size.rank = a.size(0);
+  size.padded = padded_rank(size.rank);
+  return size;
+}
+
+Tensor matrix(const std::optional<Tensor>& tensor) { return torch::stable::contiguous(*tensor); }
+
+// S [T, R], and its terms with ρ where they are asked for: [T][R].
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size, const HeldTerms& a, const Tensor& s,
+            const HeldTerms* terms) {
+  const PassSums sums = rank_pass(dense_input(x, &adapter), &a, nullptr);
+  Reduced wanted;
+  wanted.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  wanted.rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
+  wanted.after = adapter.scaling;
+  wanted.plain = &s;
+  wanted.terms = terms;
+  reduce(sums.rows, size.rank, wanted);
+}
+
+HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded) {
+  return empty_terms(like, kMaxTerms, round_up(rows, kRankTile), padded);
+}
+
+// --- few tokens against NF4
+// -------------------------------------------------------------------------------------------
+
+bool skinny_takes(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter) {
+  return weight.is_nf4() && type != ScalarType::Float && tokens <= kSkinnyTokens && weight.inputs % 32 == 0 &&
+         !(adapter.drop_base && adapter.seed.has_value());
+}
+
+template <typename T>
+void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& grid) {
+  if (work.tokens <= 8) {
+    launcher(nf4_skinny_kernel<T, 1>, grid, kSkinnyThreads, work);
+  } else if (work.tokens <= 16) {
+    launcher(nf4_skinny_kernel<T, 2>, grid, kSkinnyThreads, work);
+  } else if (work.tokens <= 32) {
+    launcher(nf4_skinny_kernel<T, 4>, grid, kSkinnyThreads, work);
+  } else {
+    launcher(nf4_skinny_kernel<T, 8>, grid, kSkinnyThreads, work);
+  }
+}
+
+void skinny_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
+                    const DeviceAdapter& adapter, const Sizes& size, bool bias_inside, const DeviceForward& out,
+                    const Tensor& y, bool want_z) {
+  Launcher launcher(x);
+  const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);
+  Skinny work{};
+  work.x = launcher.in<void>(held);
+  work.weight = nf4_view(launcher, weight);
+  work.outputs = size.outputs;
+  work.inputs = size.inputs;
+  work.tokens = static_cast<int>(size.tokens);
+  // K is split until the device is full, but not into less than four slabs, the pipeline's depth; less often for more
+  // tokens, whose partial sums are larger.
+  const int64_t row_blocks = ceil_div(size.outputs, kSkinnyRows), slabs = ceil_div(size.inputs, kSkinnySlab);
+  const int64_t per_multiprocessor = size.tokens <= 16 ? 4 : 2;
+  const int64_t wanted =
+      std::min(ceil_div(per_multiprocessor * launcher.multiprocessors(), row_blocks), ceil_div(slabs, 4));
+  work.slabs_per_chunk = ceil_div(slabs, wanted);
+  const int64_t chunks = ceil_div(slabs, work.slabs_per_chunk);
+  work.padded_outputs = row_blocks * kSkinnyRows;
+  const Tensor partial = device_empty(x, {chunks, size.tokens, work.padded_outputs}, ScalarType::Float);
+  work.partial = launcher.scratch<float>(partial);
+
+  SkinnyFinish end{};
+  end.partial = work.partial;
+  end.chunks = chunks;
+  end.padded_outputs = work.padded_outputs;
+  end.tokens = work.tokens;
+  end.outputs = size.outputs;
+  end.rank = size.rank;
+  end.scaling = static_cast<float>(adapter.scaling);
+  Tensor b;
+  if (size.rank > 0) {
+    b = as_type(matrix(adapter.lora_B), ScalarType::Float);
+    end.s = launcher.in<float>(out.s);
+    end.lora_B = launcher.in<float>(b);
+    end.rank_scale = launcher.in<float>(adapter.rank_scale);
+  }
+  end.scale = launcher.in<float>(adapter.out_scale);
+  end.bias_before = bias_inside ? launcher.in<void>(bias) : nullptr;
+  end.bias_after = bias_inside ? nullptr : launcher.in<void>(bias);
+  end.y = launcher.scratch<void>(y);
+  end.z = want_z ? launcher.scratch<void>(out.z) : nullptr;
+  const Grid grid(row_blocks, chunks);
+  const Grid finish_grid(ceil_div(size.outputs, kSkinnyThreads), ceil_div(size.tokens, kFinishTokens));
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    launch_skinny<bf16>(launcher, work, grid);
+    launcher(skinny_finish_kernel<bf16>, finish_grid, kSkinnyThreads, end);
+  } else {
+    launch_skinny<f16>(launcher, work, grid);
+    launcher(skinny_finish_kernel<f16>, finish_grid, kSkinnyThreads, end);
+  }
+}
+
+}  // namespace
+
+// --- what the operators call
+// ------------------------------------------------------------------------------------------
+
+Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
+                  " is on another device than x, wanted cuda:", like.get_device_index());
+  STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
+  return as_type(torch::stable::contiguous(vector), ScalarType::Float);
+}
+
+std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                                  const Tensor& like) {
+  if (!seed.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(on_device(*seed) && seed->get_device_index() == like.get_device_index(), op,
+                  ": seed is on another device than x, wanted cuda:", like.get_device_index());
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 2, op, ": seed is ",
+                  torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
+                  " elements, wanted Long with 2");
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p is ", dropout_p, ", wanted 0 <= p < 1");
+  return torch::stable::contiguous(*seed);
+}
+
+DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                           const std::vector<int64_t>& shape, ScalarType type) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  STD_TORCH_CHECK(shape.size() == 2, op, ": weight has ", shape.size(), " dimensions, wanted [N, K]");
+  DeviceWeight held;
+  held.outputs = shape[0];
+  held.inputs = shape[1];
+  if (!absmax.has_value()) {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == shape[0] && weight.size(1) == shape[1], op,
+                    ": weight is not [", shape[0], ", ", shape[1], "]");
+    STD_TORCH_CHECK(weight.scalar_type() == type, op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
+                    ", x is ", torch::headeronly::toString(type));
+    held.weight = weight;
+    return held;
+  }
+  STD_TORCH_CHECK(blocksize >= kNf4Group && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
+                  ": blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
+  const bool nested = nested_absmax.has_value();
+  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
+                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
+  const int64_t numel = shape[0] * shape[1], scales = ceil_div(numel, blocksize);
+  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
+    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
+                    " is on another device than weight, wanted cuda:", weight.get_device_index());
+    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
+                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
+                    torch::headeronly::toString(wanted), " with ", count);
+    return torch::stable::contiguous(tensor);
+  };
+  held.blocksize = blocksize;
+  held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));
+  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
+  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales);
+  if (nested) {
+    const int64_t groups = ceil_div(scales, int64_t{1} << kNf4Log2NestedBlock);
+    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups);
+    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, 256);
+    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, 1);
+  }
+  return held;
+}
+
+DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
+                              const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
+                              bool want_z) {
+  const Sizes size = checked_sizes(op, x, weight, adapter);
+  const ScalarType type = x.scalar_type();
+  DeviceForward out;
+  out.y = device_empty(x, shape_with_last(x, size.outputs), type);
+  out.s = device_empty(
+      x, adapter.lora_A.has_value() ? std::vector<int64_t>{size.tokens, size.rank} : std::vector<int64_t>{0},
+      ScalarType::Float);
+  out.z = device_empty(x, want_z ? std::vector<int64_t>{size.tokens, size.outputs} : std::vector<int64_t>{0}, type);
+  if (size.tokens == 0) return out;
+  STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
+                  "], wanted at least one output and one input");
+  dtype_check(op, type);
+  const std::optional<Tensor> held_bias =
+      bias.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
+  Tensor held = flat_rows(x);
+  if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;
+  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const bool low_rank = size.rank > 0, skinny = skinny_takes(weight, type, size.tokens, adapter);
+
+  HeldTerms s_terms, b_terms;
+  if (low_rank) {
+    const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
+    Splitter splitter(x);
+    const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
+    if (!skinny) {
+      s_terms = terms_of_rows(x, size.tokens, size.padded);
+      b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
+    }
+    splitter.run();
+    shrink(held, adapter, size, a_terms, out.s, skinny ? nullptr : &s_terms);
+  }
+  if (skinny) {
+    skinny_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
+    return out;
+  }
+
+  const Tensor product = transposed(dense_weight(weight, type));
+  if (!adapter.out_scale.has_value()) {
+    if (low_rank || held_bias.has_value()) {
+      expand(y, low_rank ? &s_terms : nullptr, &b_terms, false, held_bias, nullptr);
+      addmm_(y, held, product, 1.0);
+    } else {
+      mm_out(y, held, product);
+    }
+    return out;
+  }
+  const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
+  const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
+  const Tensor z = want_z ? out.z : y;
+  if (adapter.drop_base && adapter.seed.has_value()) {
+    const Tensor base = torch::stable::empty_like(y), base_dropped = torch::stable::empty_like(y);
+    mm_out(base, held, product);
+    mm_out(base_dropped, dropped(held, adapter, std::nullopt), product);
+    Tensor to = z;
+    torch::stable::copy_(to, base_dropped);
+    if (low_rank) expand(z, &s_terms, &b_terms, true, std::nullopt, nullptr);
+    finish(y, z, *adapter.out_scale, before, after, base, base_dropped);
+    return out;
+  }
+  if (low_rank) {
+    expand(z, &s_terms, &b_terms, false, std::nullopt, nullptr);
+    addmm_(z, held, product, 1.0);
+  } else {
+    mm_out(z, held, product);
+  }
+  finish(y, z, *adapter.out_scale, before, after, std::nullopt, std::nullopt);
+  return out;
+}
+
+DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
+                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                const std::optional<ScaleGradient>& out_scale) {
+  const Sizes size = checked_sizes(op, x, weight, adapter);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
+                      grad.size(grad.dim() - 1) == size.outputs,
+                  op, ": grad is ", torch::headeronly::toString(grad.scalar_type()), " with ", grad.numel(),
+                  " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ",
+                  size.tokens * size.outputs);
+  DeviceBackward out;
+  const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
+  const auto zeros = [&](int64_t count) { return device_zeros(x, {count}, ScalarType::Float); };
+  out.grad_rank_scale = zeros(adapter.rank_scale.has_value() ? size.rank : 0);
+  out.grad_in_scale = zeros(adapter.in_scale.has_value() ? size.inputs : 0);
+  out.grad_out_scale = zeros(out_scale.has_value() ? size.outputs : 0);
+  out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
+                            : device_empty(x, {0}, x.scalar_type());
+  if (size.tokens == 0) {
+    if (low_rank) {
+      out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
+      out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+    }
+    return out;
+  }
+  const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x);
+
+  HeldTerms p_terms, a_terms;
+  if (low_rank) {
+    const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
+    const int64_t padded_tokens = round_up(size.tokens, kRankTile);
+    const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
+    Splitter splitter(x);
+    const HeldTerms right = splitter.add(b, true, size.padded, round_up(size.outputs, kRankTile), g);
+    const HeldTerms left = splitter.add(held_s, true, size.padded, padded_tokens);
+    if (needs_grad_x) a_terms = splitter.add(a, true, round_up(size.inputs, kExpandTile), size.padded);
+    splitter.run();
+    const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
+
+    const HeldTerms p_transposed = empty_terms(x, kMaxTerms, size.padded, padded_tokens);
+    const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
+    Reduced p;
+    p.rank_scale = rank_scale;
+    p.after = adapter.scaling;
+    p.transposed = &p_transposed;
+    if (needs_grad_x) {
+      p_terms = terms_of_rows(x, size.tokens, size.padded);
+      p.terms = &p_terms;
+    }
+
+    out.grad_B = device_empty(x, {size.outputs, size.rank}, b.scalar_type());
+    Tensor products;
+    Reduced grad_b;
+    grad_b.row_scale = g;
+    grad_b.rank_scale = rank_scale;
+    grad_b.after = adapter.scaling;
+    grad_b.out = &out.grad_B;
+    grad_b.row_stride = size.rank;
+    grad_b.rank_stride = 1;
+    if (rank_scale != nullptr) {
+      products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
+      grad_b.plain = &products;
+    }
+    reduce(sums, size.rank, p, grad_b);
+    if (rank_scale != nullptr) {
+      const Tensor wide = as_type(b, ScalarType::Float);
+      Launcher launcher(wide);
+      launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
+               size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out.grad_rank_scale));
+    }
+
+    out.grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
+    Reduced grad_a;
+    grad_a.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+    grad_a.out = &out.grad_A;
+    grad_a.row_stride = 1;
+    grad_a.rank_stride = size.inputs;
+    reduce(rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed).columns, size.rank, grad_a);
+  }
+
+  // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
+  const bool product = needs_grad_x || adapter.in_scale.has_value();
+  Tensor scaled = flat_grad;
+  if (adapter.out_scale.has_value() && (product || out_scale.has_value())) {
+    const std::optional<Tensor> other =
+        out_scale.has_value() ? std::optional<Tensor>(torch::stable::contiguous(out_scale->z)) : std::nullopt;
+    const ColumnPartials found =
+        column_partials(flat_grad, product ? adapter.out_scale : std::nullopt, drop_base ? -1.0f : 0.0f, other);
+    if (product) scaled = found.scaled;
+    if (out_scale.has_value()) {
+      const std::optional<Tensor> divisor = out_scale->scaled ? adapter.out_scale : std::nullopt;
+      out.grad_out_scale = reduced_columns(found.partial, divisor);
+      if (out_scale->scaled) {
+        const Tensor dense = weight.is_nf4() ? weight.weight : torch::stable::contiguous(weight.weight);
+        Tensor wide_b, held_s;
+        Launcher launcher(flat_x);
+        SmallScale work{};
+        work.grad = launcher.in<void>(flat_grad);
+        work.x = launcher.in<void>(flat_x);
+        if (weight.is_nf4()) {
+          work.nf4 = nf4_view(launcher, weight);
+        } else {
+          work.dense = launcher.in<void>(dense);
+        }
+        work.scale = launcher.in<float>(*adapter.out_scale);
+        const std::optional<Tensor> bias =
+            out_scale->bias_inside.has_value()
+                ? std::optional<Tensor>(torch::stable::contiguous(*out_scale->bias_inside))
+                : std::nullopt;
+        work.bias = launcher.in<void>(bias);
+        if (low_rank) {
+          wide_b = as_type(matrix(adapter.lora_B), ScalarType::Float);
+          held_s = torch::stable::contiguous(*s);
+          work.s = launcher.in<float>(held_s);
+          work.lora_B = launcher.in<float>(wide_b);
+        }
+        work.scaling = static_cast<float>(adapter.scaling);
+        work.rows = size.tokens;
+        work.outputs = size.outputs;
+        work.inputs = size.inputs;
+        work.rank = size.rank;
+        work.out = launcher.out<float>(out.grad_out_scale);
+        with_type(x.scalar_type(),
+                  [&](auto zero) { launcher(small_scale_kernel<decltype(zero)>, size.outputs, kColumnThreads, work); });
+      }
+    }
+  }
+  if (!product) return out;
+
+  const Tensor w = dense_weight(weight, x.scalar_type());
+  Tensor grad_x = needs_grad_x ? torch::stable::view(out.grad_x, {size.tokens, size.inputs})
+                               : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
+  if (drop_base) {
+    const Tensor through = torch::stable::empty_like(grad_x), direct = torch::stable::empty_like(grad_x);
+    if (low_rank) {
+      expand(through, &p_terms, &a_terms, false, std::nullopt, nullptr);
+      addmm_(through, scaled, w, 1.0);
+    } else {
+      mm_out(through, scaled, w);
+    }
+    mm_out(direct, flat_grad, w);
+    out.grad_x = torch::stable::view(dropped(through, adapter, direct), {x.sizes().begin(), x.sizes().end()});
+    return out;
+  }
+  if (low_rank) {
+    expand(grad_x, &p_terms, &a_terms, false, std::nullopt, &adapter);
+    addmm_(grad_x, scaled, w, 1.0);
+  } else {
+    mm_out(grad_x, scaled, w);
+  }
+  if (adapter.in_scale.has_value()) {
+    const ColumnPartials found = column_partials(grad_x, adapter.in_scale, 0.0f, flat_x);
+    out.grad_in_scale = reduced_columns(found.partial, std::nullopt);
+    if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
+  }
+  return out;
+}
+
+Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight) {
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() >= 1 && grad.size(grad.dim() - 1) == weight.outputs, op, ": grad has ",
+                  grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0, " columns, wanted ", weight.outputs);
+  const Tensor out = device_empty(grad, shape_with_last(grad, weight.inputs), grad.scalar_type());
+  if (out.numel() == 0) return out;
+  mm_out(torch::stable::view(out, {device_rows(grad), weight.inputs}), flat_rows(grad),
+         dense_weight(weight, grad.scalar_type()));
+  return out;
+}
+
+ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other) {
+  const int64_t columns = m.size(m.dim() - 1);
+  ColumnProducts out;
+  out.scaled = device_empty(m, {0}, m.scalar_type());
+  out.sums = device_zeros(m, {other.has_value() ? columns : 0}, ScalarType::Float);
+  const std::vector<int64_t> shape(m.sizes().begin(), m.sizes().end());
+  if (m.numel() == 0) {
+    if (scale.has_value()) out.scaled = device_empty(m, shape, m.scalar_type());
+    return out;
+  }
+  const std::optional<Tensor> flat_other = other.has_value() ? std::optional<Tensor>(flat_rows(*other)) : std::nullopt;
+  const ColumnPartials found = column_partials(flat_rows(m), scale, 0.0f, flat_other);
+  if (scale.has_value()) out.scaled = torch::stable::view(found.scaled, shape);
+  if (other.has_value()) out.sums = reduced_columns(found.partial, std::nullopt);
+  return out;
+}
+
+// --- DoRA's norm
+// ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// A Aᵀ [R, R] float32.
+Tensor gram(const Tensor& a, const HeldTerms& terms) {
+  const int64_t rank = a.size(0);
+  const Tensor out = device_empty(a, {rank, rank}, ScalarType::Float);
+  Reduced wanted;
+  wanted.plain = &out;
+  reduce(rank_pass(dense_input(a), &terms, nullptr).rows, rank, wanted);
+  return out;
+}
+
+DeviceWeight contiguous_weight(const DeviceWeight& weight) {
+  DeviceWeight held = weight;
+  held.weight = torch::stable::contiguous(weight.weight);
+  return held;
+}
+
+}  // namespace
+
+WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       double scaling, ScalarType type) {
+  DeviceAdapter adapter;
+  const int64_t rows = weight.outputs, rank = lora_A.size(0);
+  WeightNorm out;
+  out.norm = device_empty(weight.weight, {rows}, ScalarType::Float);
+  out.u = device_empty(weight.weight, {rows, rank}, ScalarType::Float);
+  if (rows == 0) return out;
+  const DeviceWeight held = contiguous_weight(weight);
+  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const HeldTerms terms = split_matrix(a, false, padded_rank(rank), round_up(weight.inputs, kRankTile));
+  const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, true);
+  Reduced wanted;
+  wanted.plain = &out.u;
+  reduce(sums.rows, rank, wanted);
+  const Tensor products = gram(a, terms);
+  Launcher launcher(b);
+  Norm work{};
+  work.u = launcher.in<float>(out.u);
+  work.squares = launcher.in<float>(sums.squares);
+  work.chunks = sums.rows.chunks;
+  work.padded_rows = sums.rows.padded_rows;
+  work.products = launcher.in<float>(products);
+  work.lora_B = launcher.in<float>(b);
+  work.scaling = static_cast<float>(scaling);
+  work.rows = rows;
+  work.rank = rank;
+  work.norm = launcher.scratch<float>(out.norm);
+  launcher(dora_norm_kernel, ceil_div(rows, kNormRows), kNormThreads, work);
+  return out;
+}
+
+WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
+                                        double scaling, ScalarType type) {
+  const int64_t rows = weight.outputs, inputs = weight.inputs, rank = lora_A.size(0);
+  if (rows == 0)
+    return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
+            device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
+  const DeviceWeight held = contiguous_weight(weight);
+  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const Tensor wide_a = as_type(a, ScalarType::Float);
+  const Tensor held_grad = device_vector(op, "grad", grad, rows, weight.weight);
+  const Tensor held_norm = device_vector(op, "norm", norm, rows, weight.weight), held_u = torch::stable::contiguous(u);
+  const Tensor products = gram(a, split_matrix(a, false, padded_rank(rank), round_up(inputs, kRankTile)));
+  const Tensor left = device_empty(b, {rows, rank}, ScalarType::Float);
+  const Tensor grad_b = device_empty(b, {rows, rank}, ScalarType::Float);
+  {
+    Launcher launcher(b);
+    Norm work{};
+    work.u = launcher.in<float>(held_u);
+    work.products = launcher.in<float>(products);
+    work.lora_B = launcher.in<float>(b);
+    work.scaling = static_cast<float>(scaling);
+    work.rows = rows;
+    work.rank = rank;
+    work.norm = const_cast<float*>(launcher.in<float>(held_norm));
+    work.grad = launcher.in<float>(held_grad);
+    work.left = launcher.scratch<float>(left);
+    work.grad_B = launcher.scratch<float>(grad_b);
+    launcher(dora_norm_backward_kernel, ceil_div(rows, kNormRows), kNormThreads, work);
+  }
+  const HeldTerms left_terms = split_matrix(left, true, padded_rank(rank), round_up(rows, kRankTile));
+  const Tensor outer = device_empty(b, {inputs, rank}, ScalarType::Float);
+  const Tensor inner = device_empty(b, {rank, rank}, ScalarType::Float);
+  Reduced wanted;
+  wanted.plain = &outer;
+  reduce(rank_pass(weight_input(held, type), nullptr, &left_terms).columns, rank, wanted);
+  wanted.plain = &inner;
+  reduce(rank_pass(dense_input(b), nullptr, &left_terms).columns, rank, wanted);
+  const Tensor grad_a = device_empty(b, {rank, inputs}, ScalarType::Float);
+  Launcher launcher(grad_a);
+  NormGradA work{};
+  work.outer = launcher.in<float>(outer);
+  work.inner = launcher.in<float>(inner);
+  work.lora_A = launcher.in<float>(wide_a);
+  work.scaling = static_cast<float>(scaling);
+  work.rank = rank;
+  work.inputs = inputs;
+  work.grad_A = launcher.scratch<float>(grad_a);
+  launcher(dora_norm_grad_A_kernel, {ceil_div(inputs, kNormThreads), rank}, kNormThreads, work);
+  return {as_type(grad_a, lora_A.scalar_type()), as_type(grad_b, lora_B.scalar_type())};
+}
+
+}  // namespace peft_ext
