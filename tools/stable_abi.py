@@ -50,6 +50,14 @@ def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
     return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
 
 
+def defined_symbols(path: Path) -> set[str]:
+    """What an object offers to others; C++ names demangled."""
+    listing = subprocess.run(
+        ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
+    ).stdout
+    return {line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3}
+
+
 def violations(symbols: list[str], include: Path) -> list[str]:
     """One line for each symbol that the stable ABI of ``TARGET`` does not hold; empty is good."""
     since: dict[str, tuple[int, int]] = {}
