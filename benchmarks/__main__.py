@@ -4,6 +4,9 @@ A full run takes at most 20 minutes on two cores, ``--quick`` at most 3; rows th
 see a path that the CPU has besides its best one, force ours and PyTorch's:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks
+
+``--device cuda`` compares on a GPU: the cases that have a goal first, each row written when it is there, the table of
+goals last. A row that fails is named, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,13 +25,19 @@ import torch
 
 import benchmarks
 
+from . import cuda
+from .goals import goals_table, has_goal
 from .grid import SHAPES, Options, cases
-from .harness import Row, machine, measured_ceilings, print_table, run, save
+from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
 # tokens, hot_tokens, shape_tokens, shapes, weights, compile_tokens; then the run's limit and a row's timing in seconds.
 # The limits leave room for the row that is running when they are reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
+# On a GPU few tokens are compared in a forward alone, and operators without tokens at another shape too.
+CUDA_FORWARD = (1, 4, 8, 16, 32, 64)
+CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
+CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -47,40 +56,93 @@ def main(argv: Optional[list[str]] = None) -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", default=found, help=f"which ({', '.join(found)}); default: all")
-    parser.add_argument("--quick", action="store_true", help="4096x4096 at T=512 and 1, rotating weights, no compile")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--quick", action="store_true", help="4096x4096 at few T, rotating weights, no compile")
     parser.add_argument(
-        "--tokens", type=_numbers, help="T, comma-separated; default: 1 to 2048 at 4096x4096, 512 elsewhere"
-    )
+        "--tokens", type=_numbers, help="T, comma-separated; default: 1 to 2048 (on a GPU 8192) at 4096x4096, 512 "
+        "elsewhere"
+    )  # fmt: skip
     parser.add_argument("--shapes", type=_names, help=f"beside 4096x4096 ({', '.join(SHAPES)}), comma-separated")
-    parser.add_argument("--weights", type=_names, help="rotating,hot: through 1 GB of weights, or the same one again")
+    parser.add_argument("--weights", type=_names, help="rotating,hot: through 1 GB of weights, or the same one again; "
+                        "on a GPU graph: rotating ones, in a CUDA graph")  # fmt: skip
     parser.add_argument("--compile-tokens", type=_numbers, help="T at which torch.compile takes part; '' for none")
     parser.add_argument("--limit", type=float, help="seconds, after which no row is begun")
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/<isa>-<date>.json")
+    parser.add_argument("--out", type=Path, help="result file, or the folder for it; default: benchmarks/results, "
+                        "<isa or GPU>-<date>.json")  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     args = parser.parse_args(argv)
     for what, asked, known in (("benchmark", args.ops, found), ("shape", args.shapes or (), SHAPES),
-                               ("kind of weights", args.weights or (), ("rotating", "hot"))):  # fmt: skip
+                               ("kind of weights", args.weights or (), KINDS[args.device])):  # fmt: skip
         if unknown := set(asked) - set(known):
             sys.exit(f"error: no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: torch sees no GPU")
     if args.threads:
         torch.set_num_threads(args.threads)
-    *defaults, limit_s, row_s = QUICK if args.quick else FULL
+    *defaults, limit_s, row_s = SETTINGS[args.device, args.quick]
     asked = (args.tokens, args.tokens, args.tokens, args.shapes, args.weights, args.compile_tokens)
-    options = Options(*(d if a is None else a for a, d in zip(asked, defaults, strict=True)))
+    forward_tokens = CUDA_FORWARD if args.device == "cuda" and args.tokens is None else ()
+    options = Options(*(d if a is None else a for a, d in zip(asked, defaults, strict=True)), args.device,
+                      forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]
+    limits = {"limit_s": args.limit or limit_s, "row_s": row_s}
+    (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, args.out)
 
+
+SETTINGS = {("cpu", False): FULL, ("cpu", True): QUICK, ("cuda", False): CUDA, ("cuda", True): CUDA_QUICK}
+KINDS = {"cpu": ("rotating", "hot"), "cuda": ("rotating", "hot", "graph")}
+RESULTS = Path(__file__).parent / "results"
+
+
+def _result_file(asked: Optional[Path], name: str) -> Path:
+    asked = asked or RESULTS
+    return asked / name if asked.is_dir() else asked
+
+
+def _on_the_cpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
     about = machine()
     ceilings = measured_ceilings()
     print(f"{about['cpu']}, {about['threads']} threads, path {about['isa']}: copy {ceilings['copy_gb_s']:.1f} GB/s, "
           f"bf16 product {ceilings['matmul_bf16_tflop_s'] * 1e3:.0f} GFLOP/s, "
           f"float32 {ceilings['matmul_f32_tflop_s'] * 1e3:.0f}")  # fmt: skip
-    rows, left_out = run(cases(variants, options), ceilings, limit_s=args.limit or limit_s, row_s=row_s, report=_report)
-    print_table(rows)
+    rows, left_out = run(cases, ceilings, **limits, report=_report)
+    print_table(rows, ceilings)
     for name in left_out:
         print(f"left out, no time: {name}")
-    out = args.out or Path(__file__).parent / "results" / f"{about['isa']}-{about['date']}.json"
-    save(out, rows, ceilings, left_out)
+    out = _result_file(out, f"{about['isa']}-{about['date']}.json")
+    save(out, about, rows, ceilings, left_out)
     print(f"written: {out}")
+
+
+def _on_a_gpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
+    cases.sort(key=lambda case: not has_goal(case.op, case.case, case.tokens, case.weights))
+    ceilings = cuda.measured_ceilings()
+    gpu = cuda.about_gpu()  # after them: the clocks of a device at work
+    about = {**machine(), "device": "cuda", "gpu": gpu}
+    out = _result_file(out, f"{cuda.slug(gpu['name'])}-{about['date']}.json")
+    print(f"{gpu['name']}: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product "
+          f"{ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s, float32 {ceilings['matmul_f32_tflop_s']:.1f}")  # fmt: skip
+    done: list[Row] = []
+    failed: list[str] = []
+
+    def report(turn: int, of: int, row: Row, seconds: float) -> None:
+        _report(turn, of, row, seconds)
+        done.append(row)
+        save(out, about, done, ceilings, failed=failed)
+
+    def clock_of(case: Case) -> Clock:
+        return cuda.graph_clock if case.weights == "graph" else cuda.event_clock
+
+    rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
+    result = save(out, about, rows, ceilings, left_out, failed=failed)
+    print_table(rows, ceilings)
+    for name in left_out:
+        print(f"left out, no time: {name}")
+    for name in failed:
+        print(f"failed: {name}")
+    print(f"written: {out}\n\n{goals_table(result)}")
+    if failed:
+        sys.exit(1)
 
 
 def _report(turn: int, of: int, row: Row, seconds: float) -> None:

@@ -3,6 +3,8 @@
 The norm changes with every step, so each step computes it: the floor counts ``U = W Aᵀ`` and ``|W|²`` in one pass over
 W that the forward makes anyway. With dropout in PEFT's mode the base runs twice more, on the dropped x and on its
 gradient; in "lora" mode dropout acts on the low rank alone, another function with another float64 result than PEFT's.
+
+The norm alone, too, against the dense way: W dequantized (by our own operator), W + s B A formed, its rows' norms.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_ext import ops
+from peft_ext import NF4Weight, ops
 
 from .grid import Variant
 from .harness import Comparison
@@ -23,6 +26,8 @@ from .peers import (
     Problem,
     dense,
     draw_seed,
+    functional,
+    gather,
     layer_bytes,
     layer_comparison,
     low_rank_bytes,
@@ -36,7 +41,7 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
         return ops.dora_linear(
             x, weight, lora_A, lora_B, magnitude, scaling=SCALING, dropout_p=dropout, training=True,
-            dropout_mode=mode, seed=draw_seed() if dropout else None,
+            dropout_mode=mode, seed=draw_seed(problem) if dropout else None,
         )  # fmt: skip
 
     def eager(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
@@ -90,7 +95,32 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
     )
 
 
+def _norm(base: str, problem: Problem, compile: bool) -> Comparison:
+    def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return ops.dora_weight_norm(weight, lora_A, lora_B, SCALING)
+
+    def formed(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        held = ops.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, NF4Weight) else weight
+        return torch.linalg.norm(held + (SCALING * (lora_B @ lora_A)).to(held.dtype), dim=1)
+
+    def exact() -> dict[str, Tensor]:
+        lora_A, lora_B = (problem.adapters.items[0][name].detach().double() for name in ("lora_A", "lora_B"))
+        return {"y": (problem.wide_weight(base) + SCALING * lora_B @ lora_A).norm(dim=1)}
+
+    def contender(forward: Any) -> Any:
+        return functional(problem, base, forward, ("lora_A", "lora_B"), exact, training=False)
+
+    contenders, absent = gather({"ours": lambda: contender(ours), "dense": lambda: contender(formed)})
+    k, n, r = problem.k, problem.n, problem.rank
+    moved = problem.weight_bytes(base) + 4 * r * (k + n) + 4 * n
+    return Comparison(contenders, moved, 2 * n * k * (r + 1), absent=absent)
+
+
 VARIANTS = (
+    *(
+        Variant("dora_weight_norm", f"{name} base", partial(_norm, base), (None,), (), graph=True)
+        for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
+    ),
     Variant("dora_linear", "bf16 base", partial(_layer, "bf16", 0.0, "lora"), everywhere=True),
     Variant("dora_linear", "bf16 base, dropout 0.05 on the low rank", partial(_layer, "bf16", 0.05, "lora")),
     Variant("dora_linear", "bf16 base, dropout 0.05 as PEFT", partial(_layer, "bf16", 0.05, "peft")),

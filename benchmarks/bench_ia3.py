@@ -58,7 +58,7 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
     """``y = x∘l`` and its gradients: x, grad and x again read; y and dx written. There is no weight: N is K."""
-    problem = Problem(problem.tokens, problem.k, problem.k)
+    problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:
         return (x * ia3_l).to(torch.bfloat16)

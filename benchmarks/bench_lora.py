@@ -1,7 +1,8 @@
 """One LoRA layer's training step, bf16 base and float32 adapters of rank 16, against PEFT's own layer.
 
 The floor is the frozen layer's two products and the low rank's six. "frozen" is PyTorch's bf16 F.linear doing the two
-alone, so that ``frozen 0.80x`` reads: the frozen layer takes 0.80 of our adapted one's time.
+alone, so that ``frozen 0.80x`` reads: the frozen layer takes 0.80 of our adapted one's time. On a GPU Unsloth's
+autograd function is a peer, which has no dropout.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_ext import ops
+from peft_ext import NF4Weight, ops
 
 from .grid import Variant
-from .harness import Comparison
+from .harness import Comparison, Contender
 from .peers import (
     RANK,
     SCALING,
+    Exact,
     Problem,
     dense,
     draw_seed,
+    functional,
     layer_bytes,
     layer_comparison,
     low_rank_bytes,
@@ -33,7 +36,7 @@ _ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's: alpha over the rank
 
 def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        seed = draw_seed() if dropout else None
+        seed = draw_seed(problem) if dropout else None
         return ops.lora_linear(x, weight, lora_A, lora_B, scaling=SCALING, dropout_p=dropout, training=True, seed=seed)
 
     def eager(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -47,6 +50,16 @@ def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Compar
         from peft import LoraConfig
 
         return LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout, target_modules=["proj"])
+
+    def unsloth(exact: Exact) -> Contender:
+        from unsloth.kernels.fast_lora import LoRA_W
+
+        def forward(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+            state = getattr(weight, "quant_state", None)
+            return LoRA_W.apply(x.unsqueeze(0), weight, state, lora_A, lora_B, SCALING).squeeze(0)
+
+        enter = NF4Weight.to_bitsandbytes if base == "nf4" else lambda weight: weight
+        return functional(problem, base, forward, ("lora_A", "lora_B"), exact, enter=enter)
 
     return layer_comparison(
         problem,
@@ -64,6 +77,7 @@ def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Compar
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem),
         flops=4 * problem.tokens * problem.n * problem.k + low_rank_flops(problem),
         dropout=dropout,
+        more={"Unsloth": unsloth} if problem.device == "cuda" and not dropout else None,
     )
 
 

@@ -18,15 +18,27 @@ from peft_ext import NF4Weight, ops, reference
 
 from .grid import SUMMARY_TOKENS, Variant
 from .harness import Comparison, Contender
-from .peers import Problem, Turns, compiled, dense, frozen, functional, gather, layer_bytes, value_of
+from .peers import (
+    DTYPES,
+    Problem,
+    Turns,
+    compiled,
+    dense,
+    entered_once,
+    frozen,
+    functional,
+    gather,
+    layer_bytes,
+    value_of,
+)
 
 
 def _base(double_quant: bool) -> str:
     return "nf4" if double_quant else "nf4-plain"
 
 
-def _quantize(double_quant: bool, problem: Problem, compile: bool) -> Comparison:
-    sources = problem.weights("bf16")
+def _quantize(double_quant: bool, dtype: str, problem: Problem, compile: bool) -> Comparison:
+    sources = problem.weights(dtype)
 
     def bits(nf4: NF4Weight) -> dict[str, Tensor]:
         return {"packed": nf4.packed, "weight": reference.nf4_dequantize(nf4, torch.float32)}
@@ -55,7 +67,7 @@ def _quantize(double_quant: bool, problem: Problem, compile: bool) -> Comparison
         "bitsandbytes": bitsandbytes,
     }
     contenders, absent = gather(makers)
-    moved = problem.weight_bytes("bf16") + problem.weight_bytes(_base(double_quant))
+    moved = problem.weight_bytes(dtype) + problem.weight_bytes(_base(double_quant))
     return Comparison(contenders, moved, tolerance=0.0, absent=absent)
 
 
@@ -67,9 +79,10 @@ def _dequantize(double_quant: bool, dtype: torch.dtype, problem: Problem, compil
 
     def contender(dequantize: Any, enter: Any = lambda nf4: nf4) -> Contender:
         held: list[Any] = []
+        entered = entered_once(weights, enter)
 
         def take() -> None:
-            held[:] = [enter(weights.next())]
+            held[:] = [entered(weights.next())]
 
         return Contender(lambda: dequantize(held[0]), lambda weight: {"weight": weight}, exact, take)
 
@@ -89,8 +102,9 @@ def _dequantize(double_quant: bool, dtype: torch.dtype, problem: Problem, compil
     makers = {
         "ours": lambda: contender(lambda nf4: ops.nf4_dequantize(nf4, dtype)),
         "bitsandbytes": bitsandbytes,
-        "torch eager": lambda: contender(eager),
     }
+    if not problem.captured:
+        makers["torch eager"] = lambda: contender(eager)
     if compile:
         makers["torch.compile"] = lambda: contender(compiled(eager))
     contenders, absent = gather(makers)
@@ -132,9 +146,10 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
         return contender(lambda x, weight: matmul_4bit(x, weight, state), copies)
 
     makers = {"ours": lambda: contender(ops.nf4_linear), "bitsandbytes": bitsandbytes}
-    if not training:
+    if not training and problem.device == "cpu":
         makers["bitsandbytes, repacked"] = repacked
-    makers["torch eager"] = lambda: contender(_eager_linear)
+    if not problem.captured:
+        makers["torch eager"] = lambda: contender(_eager_linear)
     if compile:
         makers["torch.compile"] = lambda: contender(compiled(_eager_linear))
     makers["frozen"] = lambda: frozen(problem, training=training)
@@ -153,9 +168,19 @@ def _quantized(double_quant: bool) -> str:
     return "double-quantized" if double_quant else "plain"
 
 
+# Operators without tokens; float16, and float32 to quantize, on a GPU alone.
 VARIANTS = (
     *(
-        Variant("nf4_quantize", f"bf16, {_quantized(dq)}", partial(_quantize, dq), (None,), (None,))
+        Variant(
+            "nf4_quantize",
+            f"{name}, {_quantized(dq)}",
+            partial(_quantize, dq, name),
+            (None,),
+            (None,),
+            everywhere=True,
+            devices=("cpu", "cuda") if name == "bf16" else ("cuda",),
+        )
+        for name in DTYPES
         for dq in (False, True)
     ),
     *(
@@ -165,10 +190,13 @@ VARIANTS = (
             partial(_dequantize, dq, dtype),
             (None,),
             (None,),
+            everywhere=True,
+            devices=("cuda",) if name == "fp16" else ("cpu", "cuda"),
+            graph=True,
         )
         for dq in (False, True)
-        for dtype in (torch.bfloat16, torch.float32)
+        for name, dtype in DTYPES.items()
     ),
-    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), (1,)),
+    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), (1,), graph=True),
     Variant("nf4_linear", "forward + backward", partial(_linear, True), None, SUMMARY_TOKENS, everywhere=True),
 )

@@ -18,6 +18,7 @@ SHAPES = {
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
     "1b": ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048)),
     "8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
+    "wide": ((4096, 14336),),
 }
 SUMMARY_TOKENS = (512, 2048)
 
@@ -31,6 +32,8 @@ class Variant:
         tokens: where not those of the run: (1,), or (None,) for an operator that has no tokens.
         summary_tokens: those that README shows.
         everywhere: at the models' shapes too, not at 4096 x 4096 alone.
+        devices: those it is compared on.
+        graph: no autograd, so that a CUDA graph can hold its calls.
     """
 
     op: str
@@ -39,6 +42,8 @@ class Variant:
     tokens: Optional[tuple[Optional[int], ...]] = None
     summary_tokens: tuple[Optional[int], ...] = SUMMARY_TOKENS
     everywhere: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,27 +51,33 @@ class Options:
     """What to run.
 
     Attributes:
-        tokens: at 4096 x 4096 with rotating weights; hot_tokens: with hot ones; shape_tokens: at the models' shapes.
-        shapes: names of :data:`SHAPES`, beside the 4096 x 4096 one. weights: "rotating", "hot".
+        tokens: at 4096 x 4096 with rotating weights; hot_tokens: with hot ones; shape_tokens: at the models' shapes,
+        where None is for operators without tokens.
+        shapes: names of :data:`SHAPES`, beside the 4096 x 4096 one.
+        weights: "rotating", "hot", and on a GPU "graph": rotating ones, the calls captured in a CUDA graph.
         compile_tokens: those at which torch.compile takes part, at 4096 x 4096: it takes seconds to compile each.
+        device: "cpu" or "cuda". forward_tokens: on a GPU, where forwards without autograd are compared as well.
     """
 
     tokens: Sequence[int]
     hot_tokens: Sequence[int]
-    shape_tokens: Sequence[int]
+    shape_tokens: Sequence[Optional[int]]
     shapes: Sequence[str]
     weights: Sequence[str]
     compile_tokens: Sequence[int]
+    device: str = "cpu"
+    forward_tokens: Sequence[int] = ()
 
 
 def cases(variants: Sequence[Variant], options: Options) -> Iterator[Case]:
     """The 4096 x 4096 layer first; cases that share their weights follow each other."""
     for weights in options.weights:
-        tokens = options.tokens if weights == "rotating" else options.hot_tokens
+        tokens = options.hot_tokens if weights == "hot" else (*options.tokens, *options.forward_tokens)
         yield from _cases(variants, MAIN, weights, (*tokens, None), options)
     for name in options.shapes:
-        if name != MAIN:
-            yield from _cases(variants, name, options.weights[0], options.shape_tokens, options)
+        for weights in options.weights:
+            if name != MAIN and weights in (options.weights[0], "graph"):
+                yield from _cases(variants, name, weights, options.shape_tokens, options)
 
 
 def _cases(
@@ -76,15 +87,26 @@ def _cases(
     for k, n in SHAPES[shape]:
         for tokens in all_tokens:
             for variant in variants:
-                has_tokens = tokens is not None if variant.tokens is None else tokens in variant.tokens
-                if has_tokens and (main or variant.everywhere):
+                wanted = options.device in variant.devices and (main or variant.everywhere)
+                if wanted and _has(variant, tokens, options) and (weights != "graph" or variant.graph):
                     yield _case(variant, tokens, k, n, weights, main, options)
+
+
+def _has(variant: Variant, tokens: Optional[int], options: Options) -> bool:
+    """Whether the variant is compared at ``tokens``; on a GPU a forward is at each of the run's."""
+    if variant.tokens is None:
+        return tokens is not None and tokens not in options.forward_tokens
+    if options.device == "cuda" and None not in variant.tokens:
+        return tokens is not None
+    return tokens in variant.tokens
 
 
 def _case(variant: Variant, tokens: Optional[int], k: int, n: int, weights: str, main: bool, options: Options) -> Case:
     def build() -> Comparison:
         compiles = main and (tokens is None or tokens in options.compile_tokens) and bool(options.compile_tokens)
-        return variant.build(Problem(tokens or 1, k, n, weights == "rotating"), compiles)
+        captured = weights == "graph"
+        problem = Problem(tokens or 1, k, n, weights != "hot", device=options.device, captured=captured)
+        return variant.build(problem, compiles and not captured)
 
     where = f"{k}->{n}" if tokens is None else f"T={tokens} {k}->{n}"
     summary = main and weights == "rotating" and tokens in variant.summary_tokens

@@ -4,6 +4,7 @@ Machines are shared and clocks drift, so a lone time says little: every round ru
 order, and a ratio is the median over rounds of the two times of the same round. Before each call, outside the timed
 part, a contender takes its weights: the same ones again ("hot"), or the next of so many that no cache holds them
 ("rotating"). The ceilings are measured in the same run: the copy bandwidth of memory and PyTorch's own products.
+A :data:`Clock` takes the time: the host's here, a GPU's in :mod:`.cuda`.
 
 A comparison without a float64 result is not possible: :class:`Contender` asks for it.
 """
@@ -26,18 +27,21 @@ import torch
 from torch import Tensor
 
 import peft_ext
-from peft_ext.ops._library import has_kernel
+from peft_ext.ops._library import OPS, has_kernel
 
 __all__ = [
     "Case",
+    "Clock",
     "Comparison",
     "Contender",
     "Row",
     "compare",
     "floor_ms",
+    "host_clock",
     "machine",
     "measured_ceilings",
     "print_table",
+    "rate",
     "run",
     "save",
 ]
@@ -154,6 +158,13 @@ def floor_ms(bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[st
     return 1e3 * max((bytes_moved or 0) / (ceilings["copy_gb_s"] * 1e9), (flops or 0) / (peak * 1e12))
 
 
+def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float]) -> str:
+    """What was reached of the ceiling that the floor is of: "812 GB/s" or "0.41 TFLOP/s"."""
+    if floor_ms(bytes_moved, 0, ceilings) >= floor_ms(0, flops, ceilings):
+        return f"{bytes_moved / milliseconds / 1e6:.3g} GB/s"
+    return f"{flops / milliseconds / 1e9:.3g} TFLOP/s"
+
+
 # --- one comparison ---------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +174,20 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _timed(contender: Contender) -> float:
-    contender.take()
-    return _seconds(contender.run)
+# Gets a contender ready, and returns what takes one time of it: the seconds of a call.
+Clock = Callable[[Contender], Callable[[], float]]
+
+
+def host_clock(contender: Contender) -> Callable[[], float]:
+    def sample() -> float:
+        contender.take()
+        return _seconds(contender.run)
+
+    return sample
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -192,7 +214,7 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
         except Exception as error:
             if turn == 0:
                 raise
-            absent[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            absent[name] = _why(error)
             continue
         if isinstance(contender.exact, str):
             if turn == 0:
@@ -212,17 +234,31 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
     return errors, absent
 
 
-def compare(case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0) -> Row:
-    """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least."""
+def compare(
+    case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0, clock: Clock = host_clock
+) -> Row:
+    """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least.
+
+    A peer that can't be timed by ``clock`` (a graph that it can't be captured in) is absent.
+    """
     errors, absent = verify(case.op, comparison)
-    contenders = {name: one for name, one in comparison.contenders.items() if name not in absent}
-    names = list(contenders)
-    warm = sum(_timed(contenders[name]) for name in names)
+    samples: dict[str, Callable[[], float]] = {}
+    for name, contender in comparison.contenders.items():
+        if name in absent:
+            continue
+        try:
+            samples[name] = clock(contender)
+        except Exception as error:
+            if not samples:
+                raise
+            absent[name] = _why(error)
+    names = list(samples)
+    warm = _seconds(lambda: [samples[name]() for name in names])
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(warm, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(_timed(contenders[name]))
+            times[name].append(samples[name]())
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     ours = times[names[0]]
     ratios = {name: statistics.median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[1:]}
@@ -250,15 +286,24 @@ def compare(case: Case, comparison: Comparison, ceilings: dict[str, float], budg
 
 
 def run(
-    cases: Iterable[Case], ceilings: dict[str, float], *, limit_s: float, row_s: float, report: Any = None
+    cases: Iterable[Case],
+    ceilings: dict[str, float],
+    *,
+    limit_s: float,
+    row_s: float,
+    report: Any = None,
+    clock_of: Callable[[Case], Clock] = lambda case: host_clock,
+    device: str = "cpu",
+    failed: Optional[list[str]] = None,
 ) -> tuple[list[Row], list[str]]:
     """``(rows, names of cases that were not run)``: about ``row_s`` of timing a row, ``limit_s`` in all.
 
     Setting up, verifying and compiling count. A row that is likely to pass the limit is left out and named: five
-    rounds of five contenders at the floor, and as much again for the set-up, is a row's least.
+    rounds of five contenders at the floor, and as much again for the set-up, is a row's least. An error of ours ends
+    the run; with a list ``failed`` it is added there, and the run goes on.
     """
     cases = list(cases)
-    check_kernels({case.op for case in cases})
+    check_kernels({case.op for case in cases}, device)
     rows: list[Row] = []
     left_out: list[str] = []
     end = time.perf_counter() + limit_s
@@ -268,28 +313,37 @@ def run(
         if start >= end:
             left_out.append(name)
             continue
-        comparison = case.build()
-        least = 2 * MIN_ROUNDS * 5 * floor_ms(comparison.bytes_moved, comparison.flops, ceilings) / 1e3
-        if time.perf_counter() + least > end:
-            left_out.append(name)
+        try:
+            comparison = case.build()
+            least = 2 * MIN_ROUNDS * 5 * floor_ms(comparison.bytes_moved, comparison.flops, ceilings) / 1e3
+            if time.perf_counter() + least > end:
+                left_out.append(name)
+                continue
+            share = (end - start) / (len(cases) - turn)
+            rows.append(compare(case, comparison, ceilings, min(row_s, share), clock_of(case)))
+        except Exception as error:
+            if failed is None:
+                raise
+            failed.append(f"{name}: {_why(error)}")
+            print(f"failed: {failed[-1]}", flush=True)
             continue
-        share = (end - start) / (len(cases) - turn)
-        rows.append(compare(case, comparison, ceilings, min(row_s, share)))
         if report is not None:
             report(turn, len(cases), rows[-1], time.perf_counter() - start)
     return rows, left_out
 
 
-def check_kernels(ops: set[str]) -> None:
+def check_kernels(ops: set[str], device: str = "cpu") -> None:
     """Exit where an op would run the reference, which must not be timed as if it were a kernel.
 
     Without PEFT_EXT_REQUIRE=1, which ``python -m benchmarks`` sets by default, it is timed all the same.
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return
-    if missing := sorted(op for op in ops if not has_kernel(op, "CPU")):
-        sys.exit(f"error: no native CPU kernel of {', '.join(missing)}; name the benchmarks of other operators, or set "
-                 "PEFT_EXT_REQUIRE=0 to time the reference")  # fmt: skip
+    key = device.upper()
+    wanted = ops | {f"{op}_backward" for op in ops} & set(OPS)
+    if missing := sorted(op for op in wanted if not has_kernel(op, key)):
+        sys.exit(f"error: no native {key} kernel of {', '.join(missing)}; name the benchmarks of other operators, or "
+                 "set PEFT_EXT_REQUIRE=0 to time the reference")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -300,8 +354,8 @@ def machine() -> dict[str, Any]:
         model = next(
             (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model
         )
-    versions = {}
-    for name in ("peft_ext", "torch", "transformers", "peft", "bitsandbytes"):
+    versions = {"peft_ext": peft_ext.__version__}
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -317,23 +371,33 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(path: Path, rows: list[Row], ceilings: dict[str, float], left_out: Iterable[str] = ()) -> None:
-    """Write a result file; the tables in the documents are drawn from these."""
+def save(
+    path: Path,
+    about: dict[str, Any],
+    rows: list[Row],
+    ceilings: dict[str, float],
+    left_out: Iterable[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """Write a result file, and return what it holds; the tables in the documents are drawn from these."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "ceilings": ceilings, "left_out": list(left_out), "rows": [asdict(r) for r in rows]}
+    result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more,
+              "rows": [asdict(row) for row in rows]}  # fmt: skip
     path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def print_table(rows: list[Row]) -> None:
+def print_table(rows: list[Row], ceilings: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("op", "case", "weights", "ours ms", "ours is faster than", "% of roofline", "error")
+    table = Table("op", "case", "weights", "ours ms", "ours is faster than", "rate", "% of roofline", "error")
     for row in rows:
         ours = next(iter(row.milliseconds))
         ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.speedup.items())
         error = max(row.errors[ours].values())
-        table.add_row(row.op, row.case, row.weights, f"{row.milliseconds[ours]:.3f}", ratios,
+        reached = rate(row.bytes_moved, row.flops, row.milliseconds[ours], ceilings)
+        table.add_row(row.op, row.case, row.weights, f"{row.milliseconds[ours]:.3f}", ratios, reached,
                       f"{row.roofline[ours]:.0f}", f"{error:.1e}")  # fmt: skip
     Console(width=180).print(table)
     for name, reason in sorted({(name, reason) for row in rows for name, reason in row.absent.items()}):

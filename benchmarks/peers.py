@@ -1,15 +1,16 @@
 """What the comparisons of layers share: a layer's inputs and weights, and the contenders around them.
 
 A layer is ``x [T, K]``, ``grad [T, N]`` and a frozen ``W [N, K]`` in bfloat16, dense or in double-quantized NF4, with
-float32 adapters. "hot" has one weight; "rotating" has so many that they fill :data:`ROTATING_BYTES`: the same values,
-each copy in memory of its own, so that one float64 result verifies them all. Adapters rotate with the weights.
+float32 adapters, on the CPU or on a GPU. "hot" has one weight; "rotating" has so many that they fill
+:data:`ROTATING_BYTES`: the same values, each copy in memory of its own, so that one float64 result verifies them all.
+Adapters rotate with the weights.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Generic, Optional, TypeVar, Union
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "compiled",
     "dense",
     "draw_seed",
+    "entered_once",
     "frozen",
     "functional",
     "gather",
@@ -69,8 +71,11 @@ class Turns(Generic[_Item]):
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _generator(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
 
 
 def _repeated(tensor: Tensor, count: int) -> list[Tensor]:
@@ -79,36 +84,37 @@ def _repeated(tensor: Tensor, count: int) -> list[Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _first(k: int, n: int) -> Tensor:
-    return torch.randn(n, k, dtype=torch.bfloat16, generator=_generator()) * 0.02
+def _first(k: int, n: int, device: str) -> Tensor:
+    return torch.randn(n, k, dtype=torch.bfloat16, generator=_generator(device), device=device) * 0.02
 
 
 @lru_cache(maxsize=2)
-def _first_nf4(k: int, n: int, double_quant: bool = True) -> NF4Weight:
-    return ops.nf4_quantize(_first(k, n), 64, double_quant)
+def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
+    """Quantized on the CPU, so that a fault of a GPU's quantize kernel does not hide one of another's."""
+    return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
 # One pool of each kind is held: cases of the same shape follow each other.
 @lru_cache(maxsize=1)
-def _dense_pool(k: int, n: int, least_bytes: int) -> list[Tensor]:
-    first = _first(k, n)
+def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
+    first = _first(k, n, device).to(DTYPES[base])
     return _repeated(first, -(-max(1, least_bytes) // (first.numel() * first.element_size())))
 
 
 @lru_cache(maxsize=1)
-def _nf4_pool(k: int, n: int, least_bytes: int, double_quant: bool) -> list[NF4Weight]:
-    first = _first_nf4(k, n, double_quant)
+def _nf4_pool(k: int, n: int, least_bytes: int, double_quant: bool, device: str) -> list[NF4Weight]:
+    first = _first_nf4(k, n, double_quant, device)
     count = -(-max(1, least_bytes) // first.nbytes)
     copies = {id(tensor): _repeated(tensor, count) for tensor in first.tensors().values()}
     return [first.map(lambda tensor, i=i: copies[id(tensor)][i]) for i in range(count)]
 
 
 @lru_cache(maxsize=1)
-def _adapter_pool(k: int, n: int, rank: int, count: int) -> list[dict[str, Tensor]]:
-    draw = _generator()
+def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[dict[str, Tensor]]:
+    draw = _generator(device)
 
     def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> list[Tensor]:
-        return _repeated(torch.randn(*shape, generator=draw) * std + mean, count)
+        return _repeated(torch.randn(*shape, generator=draw, device=device) * std + mean, count)
 
     # A as PEFT starts it (uniform of this variance), B as after some steps, so that its product counts.
     pools = {
@@ -152,25 +158,29 @@ class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
     ``weights("bf16")`` and ``weights("nf4")`` give a frozen weight at a time, ``adapters`` a dict of leaves.
+    ``captured``: the calls will be captured in a CUDA graph, which can't hold a copy from the host.
     """
 
-    def __init__(self, tokens: int, k: int, n: int, rotating: bool = False, rank: int = RANK) -> None:
-        self.tokens, self.k, self.n, self.rank = tokens, k, n, rank
-        self.key = (tokens, k, n, False, rank)
+    def __init__(
+        self, tokens: int, k: int, n: int, rotating: bool = False, rank: int = RANK, device: str = "cpu",
+        captured: bool = False,
+    ) -> None:  # fmt: skip
+        self.tokens, self.k, self.n, self.rank, self.device, self.captured = tokens, k, n, rank, device, captured
+        self.key = (tokens, k, n, False, rank, device)
         self.least_bytes = ROTATING_BYTES if rotating else 0
-        draw = _generator()
-        self.x = torch.randn(tokens, k, dtype=torch.bfloat16, generator=draw).requires_grad_()
-        self.grad = torch.randn(tokens, n, dtype=torch.bfloat16, generator=draw)
+        draw = _generator(device)
+        self.x = torch.randn(tokens, k, dtype=torch.bfloat16, generator=draw, device=device).requires_grad_()
+        self.grad = torch.randn(tokens, n, dtype=torch.bfloat16, generator=draw, device=device)
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """``base``: "bf16", "nf4" (double-quantized) or "nf4-plain"; one for all contenders, so that nobody finds a
-        weight in the cache that another one has just read."""
+        """``base``: one of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain"; one for all contenders, so that
+        nobody finds a weight in the cache that another one has just read."""
         if base not in self._turns:
-            if base == "bf16":
-                pool: list[Any] = _dense_pool(self.k, self.n, self.least_bytes)
+            if base in DTYPES:
+                pool: list[Any] = _dense_pool(self.k, self.n, self.least_bytes, self.device, base)
             else:
-                pool = _nf4_pool(self.k, self.n, self.least_bytes, base == "nf4")
+                pool = _nf4_pool(self.k, self.n, self.least_bytes, base == "nf4", self.device)
             self._turns[base] = Turns(pool)
         return self._turns[base]
 
@@ -178,7 +188,7 @@ class Problem:
     def adapters(self) -> Turns[dict[str, Tensor]]:
         if "adapters" not in self._turns:
             count = len(self.weights("bf16").items)
-            self._turns["adapters"] = Turns(_adapter_pool(self.k, self.n, self.rank, count))
+            self._turns["adapters"] = Turns(_adapter_pool(self.k, self.n, self.rank, count, self.device))
         return self._turns["adapters"]
 
     def weight_bytes(self, base: str) -> int:
@@ -188,8 +198,8 @@ class Problem:
     def wide_weight(self, base: str) -> Tensor:
         """The weight that a bf16 layer computes with, in float64."""
         if base == "bf16":
-            return _first(self.k, self.n).double()
-        return dense(_first_nf4(self.k, self.n, base == "nf4")).double()
+            return _first(self.k, self.n, self.device).double()
+        return dense(_first_nf4(self.k, self.n, base == "nf4", self.device)).double()
 
     def exact(
         self, base: str, formula: Callable[..., Tensor], names: Iterable[str] = (), mask: Optional[Callable] = None
@@ -219,19 +229,20 @@ def dense(weight: Weight) -> Tensor:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def draw_seed() -> Tensor:
+def draw_seed(problem: Problem) -> Tensor:
     """The seed of a call, from PyTorch's generator, as the ops draw it where none is given."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
 
 
 def philox_mask(problem: Problem, p: float) -> Callable[[], Tensor]:
     """The mask of a call that used :func:`draw_seed`, over ``1 - p``."""
-    return lambda: reference.dropout_keep_mask(draw_seed(), p, problem.x.shape).double() / (1 - p)
+    return lambda: reference.dropout_keep_mask(draw_seed(problem), p, problem.x.shape).double() / (1 - p)
 
 
 def torch_mask(problem: Problem, p: float, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The mask of ``F.dropout`` on x in ``dtype``, over ``1 - p``."""
-    return lambda: (F.dropout(torch.ones(problem.x.shape, dtype=dtype), p) != 0).double() / (1 - p)
+    ones = partial(torch.ones, problem.x.shape, dtype=dtype, device=problem.device)
+    return lambda: (F.dropout(ones(), p) != 0).double() / (1 - p)
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
@@ -264,16 +275,17 @@ def functional(
 ) -> Contender:  # fmt: skip
     """``forward(x, enter(weight), *adapters)`` with the named adapters; with its backward, or without autograd.
 
-    ``weights``: a base of the problem, or weights of the contender's own. ``enter`` is not timed.
+    ``weights``: a base of the problem, or weights of the contender's own. ``enter`` runs once for each, not timed.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
+    entered = entered_once(turns, enter)
     held: dict[str, Tensor] = {}
     args: list[Any] = []
 
     def take() -> None:
         found = problem.adapters.next() if names else {}
         held.update({name: found[name] for name in names})
-        args[:] = (enter(turns.next()), *held.values())
+        args[:] = (entered(turns.next()), *held.values())
 
     if training:
         return _trained(problem, take, lambda x: forward(x, *args), lambda: held, exact)
@@ -286,19 +298,25 @@ def functional(
     return Contender(run, lambda y: {"y": y}, exact, take)
 
 
+def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``enter`` of an item of ``turns``, computed beforehand: on a GPU it can wait for the device."""
+    entered = {id(item): enter(item) for item in turns.items}
+    return lambda item: entered[id(item)]
+
+
 def value_of(exact: Exact) -> Exact:
     """Of a float64 result, the value alone: for contenders without autograd."""
     return lambda: {"y": exact()["y"]}
 
 
 def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """``(contenders, absent)``: a peer whose package is not installed is absent; ours, the first, must be there."""
+    """``(contenders, absent)``: a peer whose package is not here or does not load is absent; ours must be there."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
         try:
             contenders[name] = make()
-        except ImportError as error:
+        except Exception as error:
             if not contenders:
                 raise
             absent[name] = f"{type(error).__name__}: {error}"
@@ -325,14 +343,15 @@ def bitsandbytes_linear(nf4: NF4Weight, bias: Optional[Tensor] = None) -> nn.Mod
                        quant_type="nf4", device="meta")  # fmt: skip
     if bias is not None:
         layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    _set_weight(layer, nf4)
+    _set_weight(layer, nf4.to_bitsandbytes())
     return layer
 
 
-def _set_weight(layer: nn.Module, weight: Weight) -> None:
-    if isinstance(weight, NF4Weight):
-        layer.weight = weight.to_bitsandbytes()
-        layer.quant_state = layer.weight.quant_state
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    """``weight``: dense, or bitsandbytes' Params4bit."""
+    if hasattr(weight, "quant_state"):
+        layer.weight = weight
+        layer.quant_state = weight.quant_state
     else:
         layer.weight.data = weight
 
@@ -370,9 +389,10 @@ def peft_layer(
         warnings.simplefilter("ignore")
         layer = get_peft_model(Holder(), config).base_model.model.proj.train()
     found = {name: where(layer) for name, where in parameters.items()}
+    entered = entered_once(weights, lambda weight: weight if base == "bf16" else weight.to_bitsandbytes())
 
     def take() -> None:
-        _set_weight(layer.base_layer, weights.next())
+        _set_weight(layer.base_layer, entered(weights.next()))
         adapters = problem.adapters.next()
         for name, parameter in found.items():
             parameter.data = adapters[name].data.view(parameter.shape)
@@ -395,6 +415,7 @@ def layer_comparison(
     flops: int,
     dropout: float = 0.0,
     peft_formula: Optional[Callable[..., Tensor]] = None,
+    more: Optional[dict[str, Callable[[Exact], Contender]]] = None,
 ) -> Comparison:
     """An adapted layer's training step: ours, PEFT, PyTorch eager and compiled, and the frozen layer.
 
@@ -402,6 +423,7 @@ def layer_comparison(
         ours, eager: ``(x, weight, *adapters)``; the compiled contender is ``eager`` compiled.
         formula: in float64, see :meth:`Problem.exact`; ``peft_formula``: PEFT's and eager's, where it is another one.
         names: of the adapters. config: makes PEFT's configuration. where: the adapters in PEFT's layer.
+        more: other peers that compute ``formula``, without dropout.
     """
     theirs = peft_formula or formula
 
@@ -421,6 +443,8 @@ def layer_comparison(
     if compile:
         random = COMPILE_RANDOM if dropout else exact_eager
         makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, random)
+    for name, make in (more or {}).items():
+        makers[name] = partial(make, exact)
     makers["frozen"] = lambda: frozen(problem)
     contenders, absent = gather(makers)
     return Comparison(contenders, bytes_moved, flops, absent=absent)

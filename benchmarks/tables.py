@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
-from .harness import floor_ms
+from .goals import goals_table
+from .harness import floor_ms, rate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +37,10 @@ def results(pattern: str) -> list[Result]:
     return [result for _, result in sorted(found, key=lambda item: (item[1]["machine"]["date"], item[0]))]
 
 
+def is_of_a_gpu(result: Result) -> bool:
+    return result["machine"].get("device") == "cuda"
+
+
 def is_forced(result: Result) -> bool:
     """Whether the run was kept off the best path that its CPU has."""
     return "PEFT_EXT_CPU_ISA" in result["machine"].get("environment", {})
@@ -43,13 +48,19 @@ def is_forced(result: Result) -> bool:
 
 def newest(pattern: str) -> Optional[Result]:
     """The newest of those that ran on their CPU's best path."""
-    free = [result for result in results(pattern) if not is_forced(result)]
+    free = [result for result in results(pattern) if not is_forced(result) and not is_of_a_gpu(result)]
     return free[-1] if free else None
 
 
 def newest_forced(pattern: str) -> list[Result]:
     """The newest of each path that was forced."""
-    return list({result["machine"]["isa"]: result for result in results(pattern) if is_forced(result)}.values())
+    forced = [result for result in results(pattern) if is_forced(result) and not is_of_a_gpu(result)]
+    return list({result["machine"]["isa"]: result for result in forced}.values())
+
+
+def newest_by_gpu() -> list[Result]:
+    """The newest of each GPU."""
+    return list({found["machine"]["gpu"]["name"]: found for found in results("*.json") if is_of_a_gpu(found)}.values())
 
 
 def about(result: Result) -> str:
@@ -150,6 +161,53 @@ def isa_tables() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def about_gpu(result: Result) -> str:
+    machine, ceilings = result["machine"], result["ceilings"]
+    gpu = machine["gpu"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    driver = f", driver {gpu['driver']}" if "driver" in gpu else ""
+    clocks = "".join(f", {what} {gpu[key]} of {gpu[most]} MHz" for what, key, most in
+                     (("SM clock", "sm_mhz", "max_sm_mhz"), ("memory clock", "memory_mhz", "max_memory_mhz"))
+                     if key in gpu and most in gpu)  # fmt: skip
+    return (f"{gpu['name']}, capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, "
+            f"{gpu['memory_gib']} GiB{clocks}; CUDA {gpu['cuda']}{driver}; {machine['date']}; {versions}. "
+            f"Ceilings of this run: a copy of {ceilings['copy_gb_s']:.0f} GB/s, a bf16 product of "
+            f"{ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s, a float32 one of "
+            f"{ceilings['matmul_f32_tflop_s']:.1f} TFLOP/s.")  # fmt: skip
+
+
+def gpu_kernel_table(result: Result) -> str:
+    lines = [
+        "| operator | case | weights | ms | faster than | reached | % of roofline |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        for row in result["rows"]:
+            if row["op"] == op:
+                ours = row["milliseconds"]["ours"]
+                reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"])
+                lines.append(f"| `{op}` | {row['case']} | {row['weights']} | {ours:.3f} | {ratios(row)} | {reached} | "
+                             f"{roofline(row, result):.0f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def gpu_tables() -> str:
+    """For each GPU that was measured: the goals, then every row."""
+    parts = []
+    for result in newest_by_gpu():
+        parts += [f"### {result['machine']['gpu']['name']}", about_gpu(result), goals_table(result),
+                  gpu_kernel_table(result)]  # fmt: skip
+        absent = {f"{name} ({reason})" for row in result["rows"] for name, reason in row["absent"].items()}
+        if absent:
+            parts.append(f"Absent where no ratio is shown: {'; '.join(sorted(absent))}.")
+        if unfinished := [*result["left_out"], *result.get("failed", ())]:
+            parts.append(f"Not measured: {'; '.join(unfinished)}.")
+    return "\n\n".join(parts) or "No GPU has been measured."
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -229,10 +287,11 @@ DRAWN: dict[str, Callable[[], str]] = {
     "errors": error_table,
     "nf4": operator("nf4_quantize", "nf4_dequantize", "nf4_linear"),
     "lora": operator("lora_linear"),
-    "dora": operator("dora_linear"),
+    "dora": operator("dora_linear", "dora_weight_norm"),
     "ia3": operator("ia3_linear", "ia3_scale"),
     "methods": methods_text,
     "paths": isa_tables,
+    "gpu": gpu_tables,
 }
 
 

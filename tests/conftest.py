@@ -1,20 +1,83 @@
-"""Tests run against the native library, offline, and say so where they can't."""
+"""Tests run against the native library, offline, and say so where they can't.
+
+``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
+fixture. Inputs are drawn on the CPU, and what results are compared with is computed there. ``--device emulated`` keeps
+CPU tensors and gives them to the CUDA kernels, which the emulator runs and checks; it builds them first.
+"""
 
 import os
+import sys
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without it the reference would be compared with itself
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from peft_ext import _native
 
+DEVICES = ("cpu", "cuda", "emulated")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=DEVICES, default=os.environ.get("PEFT_EXT_TEST_DEVICE", "cpu"),
+                     help="where the operators run; default: PEFT_EXT_TEST_DEVICE, or else cpu")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only(reason): says nothing of another --device, and is skipped there")
+    device = config.getoption("--device")
+    if device not in DEVICES:
+        raise pytest.UsageError(f"PEFT_EXT_TEST_DEVICE is {device!r}, wanted one of {', '.join(DEVICES)}")
+    if device == "cuda" and not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
+        why = _native.STATE.cuda_error or "no GPU is visible to torch, or torch is a CPU build"
+        raise pytest.UsageError(f"--device cuda: the CUDA kernels can't run here: {why}")
+    if device == "emulated":
+        config.stash[EMULATED] = _emulated_kernels()
+
+
+EMULATED = pytest.StashKey[torch.library.Library]()
+
+
+def _emulated_kernels() -> torch.library.Library:
+    """peft_ext's operators on CPU tensors are the CUDA kernels, emulated, as long as the result lives."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+    import emulated_cuda
+
+    from peft_ext.ops._library import NAMESPACE, OPS
+
+    if why := emulated_cuda.missing():
+        raise pytest.UsageError(f"--device emulated: {why}")
+    emulated_cuda.load()
+    kernels = torch.library.Library(NAMESPACE, "IMPL")
+    for name in OPS:
+        op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
+        kernels.impl(name, op, "CPU", allow_override=True)
+    return kernels
+
 
 def pytest_report_header(config: pytest.Config) -> str:
     state = _native.STATE
-    return f"peft_ext: CPU path {state.isa}, CUDA library {'loaded' if state.cuda_loaded else 'not loaded'}"
+    loaded = "loaded" if state.cuda_loaded else "not loaded"
+    return f"peft_ext: CPU path {state.isa}, CUDA library {loaded}; operators on {config.getoption('--device')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    for item in items:
+        if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
+            item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of the operators' tensors."""
+    name = request.config.getoption("--device")
+    yield torch.device("cpu" if name == "emulated" else name)
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,14 @@ class Sample:
     inputs: dict[str, Any]
     grads: Sequence[str] = ()
 
+    def to(self, device: torch.device) -> Sample:
+        """The same values on ``device``."""
+        return Sample({name: _moved(value, device) for name, value in self.inputs.items()}, self.grads)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, (Tensor, NF4Weight)) else value
+
 
 @dataclass(frozen=True)
 class Case:
@@ -187,6 +195,10 @@ def _nf4_linear_case(double_quant: bool, with_bias: bool) -> Case:
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
 
+def _seed_beside(x: Any) -> Tensor:
+    return SEED.to(x.device) if isinstance(x, Tensor) else SEED
+
+
 def _base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
     """A frozen weight: "dense", "nf4", or "nested" (NF4 with double quantization)."""
     return randn(n, k, dtype=dtype, scale=0.05) if base == "dense" else nf4_weight(n, k, dtype, 64, base == "nested")
@@ -226,7 +238,8 @@ def _lora_case(
         return Sample(inputs, ("x", "lora_A", "lora_B", *optional))
 
     def call(x, weight, lora_A, lora_B, bias, compute, rank_scale, scaling=0.75, dropout_p=dropout_p, training=True,
-             seed=SEED):  # fmt: skip
+             seed=None):  # fmt: skip
+        seed = _seed_beside(x) if seed is None else seed
         return ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=rank_scale, scaling=scaling,
                                dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
 
@@ -332,7 +345,8 @@ def _dora_case(
         return Sample(inputs, ("x", "lora_A", "lora_B", "magnitude", *(("bias",) if with_bias else ())))
 
     def call(x, weight, lora_A, lora_B, bias, compute, magnitude, scaling=0.75, dropout_p=dropout_p, training=True,
-             seed=SEED, dropout_mode=dropout_mode, weight_norm=None):  # fmt: skip
+             seed=None, dropout_mode=dropout_mode, weight_norm=None):  # fmt: skip
+        seed = _seed_beside(x) if seed is None else seed
         return ops.dora_linear(
             x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout_p, training=training,
             dropout_mode=dropout_mode, norm_grad=norm_grad, weight_norm=weight_norm, seed=seed,

@@ -430,7 +430,8 @@ def test_without_a_native_kernel_the_stock_path_runs(method, base, monkeypatch):
     else:
         assert_identical(found, wanted)
     rows = peft_ext.explain(fused).rows
-    assert rows and {row.reason for row in rows} == {"no native kernel for cpu tensors is loaded"}
+    op = {"DoRA": "dora_linear", "IA3": "ia3_linear"}.get(method, "lora_linear")
+    assert rows and {row.reason for row in rows} == {f"no native kernels of {op} for cpu tensors are loaded"}
 
 
 class Others(nn.Module):

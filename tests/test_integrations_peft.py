@@ -45,6 +45,7 @@ import peft_ext  # noqa: E402
 from peft_ext.integrations import _peft_base  # noqa: E402
 from peft_ext.integrations import peft as integration  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
+from peft_ext.ops._library import OPS  # noqa: E402
 
 BNB_8BIT = bnb.nn.Linear8bitLt
 
@@ -315,7 +316,26 @@ def test_without_a_native_kernel_the_stock_path_runs(monkeypatch):
         x = inputs(base)
         assert_identical(run(fused, x), run(stock, x))
         rows = peft_ext.explain(fused).rows
-        assert rows and {row.reason for row in rows} == {"no native kernel for cpu tensors is loaded"}
+        assert rows and {row.reason for row in rows} == {"no native kernels of lora_linear for cpu tensors are loaded"}
+
+
+@pytest.mark.parametrize("op", _peft_base.KERNELS)
+def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, monkeypatch):
+    def loaded(*missing):
+        monkeypatch.setattr(_peft_base, "has_kernel", lambda name, key: key == "CPU" or name not in missing)
+        monkeypatch.setattr(_peft_base, "KERNELS", _peft_base.native_kernels())
+        return _peft_base.kernel_reason(op, "cuda")
+
+    monkeypatch.setattr(_peft_base.STATE, "cuda_loaded", True)
+    assert loaded() is None
+    for name in _peft_base._CALLED[op]:  # the forward alone is not enough
+        assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
+        assert _peft_base.kernel_reason(op, "cpu") is None
+    monkeypatch.setattr(_peft_base.STATE, "cuda_loaded", False)
+    monkeypatch.setattr(_peft_base.STATE, "cuda_error", "not built")
+    everything = {name for called in _peft_base._CALLED.values() for name in called}
+    assert loaded(*everything) == "it is on a GPU, and the CUDA library is not loaded (not built)"
+    assert set(_peft_base._CALLED[op]) <= set(OPS)
 
 
 def test_mixed_batches_extra_arguments_and_the_argument_check():

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -28,6 +30,14 @@ ADAPTED = {
     "ia3-feedforward": (IA3Linear, {"feedforward": True}, ["ia3_l"]),
 }
 KIND = pytest.mark.parametrize("kind", ADAPTED)
+THEIRS = pytest.mark.cpu_only("it takes bitsandbytes' CPU tensors")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device: torch.device) -> Iterator[None]:
+    """Modules and tensors are made where the operators run."""
+    with nullcontext() if device.type == "cpu" else device:
+        yield
 
 
 def make_base(base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Linear:
@@ -72,6 +82,7 @@ def test_nf4_linear_state_dict_round_trip(double_quant: bool) -> None:
     )
 
 
+@THEIRS
 @DOUBLE
 def test_nf4_linear_shares_bitsandbytes_state_dict(double_quant: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
@@ -131,11 +142,11 @@ def test_eval_then_train_then_save_is_bit_identical() -> None:
 
 
 @DOUBLE
-def test_meta_construction_and_materialization(double_quant: bool) -> None:
+def test_meta_construction_and_materialization(double_quant: bool, device: torch.device) -> None:
     module = NF4Linear(64, 32, double_quant=double_quant, device="meta")
     assert all(t.is_meta for t in module.nf4.tensors().values())
     source = NF4Linear.from_linear(nn.Linear(64, 32), double_quant=double_quant)
-    module.to_empty(device="cpu")
+    module.to_empty(device=device)
     module.load_state_dict(source.state_dict())
     x = torch.randn(2, 64)
     assert torch.equal(module(x), source(x))
@@ -237,13 +248,13 @@ def test_adapted_state_dict_round_trip(kind: str, base: str) -> None:
 
 @BASE
 @KIND
-def test_adapted_meta_construction_and_materialization(kind: str, base: str) -> None:
+def test_adapted_meta_construction_and_materialization(kind: str, base: str, device: torch.device) -> None:
     cls, own, _ = ADAPTED[kind]
     linear = NF4Linear(65, 33, device="meta") if base == "nf4" else nn.Linear(65, 33, device="meta")
     module = cls.from_linear(linear, **own)
     assert all(p.is_meta for p in module.parameters())
     source = make_adapted(kind, base)
-    module.to_empty(device="cpu")
+    module.to_empty(device=device)
     module.load_state_dict(source.state_dict())
     x = torch.randn(2, 65)
     assert torch.equal(module(x), source(x))
@@ -328,6 +339,7 @@ def test_scaling_rule_and_bad_arguments() -> None:
         DoRALinear(8, 8, dropout_mode="base")
 
 
+@THEIRS
 @DOUBLE
 def test_from_and_to_bitsandbytes_share_storage(double_quant: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
@@ -345,6 +357,7 @@ def test_from_and_to_bitsandbytes_share_storage(double_quant: bool) -> None:
     assert peft_ext.NF4Weight.from_bitsandbytes(back).packed.data_ptr() == nf4.packed.data_ptr()
 
 
+@THEIRS
 def test_bits_are_bitsandbytes() -> None:
     """Real weights' shapes and dtypes, full and tail blocks, against bitsandbytes itself."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -357,6 +370,7 @@ def test_bits_are_bitsandbytes() -> None:
                 assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
 
 
+@THEIRS
 def test_double_quantization_against_bitsandbytes() -> None:
     """Map, scales and offset have its bits; its CPU's 8-bit codes miss the nearest for about 0.2% of the scales."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -375,6 +389,7 @@ def test_double_quantization_against_bitsandbytes() -> None:
     assert (near.abs() <= far.abs() * (1 + 1e-5)).all()
 
 
+@THEIRS
 def test_unquantized_fp4_and_repacked_weights_are_refused() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(64, 64)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._native import STATE
 from ..nn import NF4Linear
 from ..ops._checks import autocast_dtype
 from ..ops._library import has_kernel
@@ -32,11 +33,25 @@ except ImportError:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (nn.Parameter, Tensor)
 
-# The devices on which an op has a native kernel. Elsewhere it runs the reference, which is slower than PEFT.
-KERNELS = {
-    op: {key.lower(): has_kernel(op, key) for key in ("CPU", "CUDA")}
-    for op in ("lora_linear", "nf4_linear", "dora_linear", "ia3_linear")
+# The operators that a layer on one of the public ops calls, in its forward and backward.
+_CALLED = {
+    "lora_linear": ("lora_linear", "lora_linear_backward"),
+    "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
+    "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
+    "ia3_linear": ("ia3_linear", "ia3_linear_backward"),
 }
+
+
+def native_kernels() -> dict[str, dict[str, bool]]:
+    """By public op, by device: whether all that it calls has a kernel of the library that is loaded."""
+    return {
+        op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
+        for op, called in _CALLED.items()
+    }
+
+
+# Without them an op runs the reference, which is slower than PEFT.
+KERNELS = native_kernels()
 
 # Where a layer merged into an NF4 weight keeps what unmerge puts back: an attribute, no part of the state dict.
 KEPT = "_peft_ext_unmerged"
@@ -121,7 +136,12 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    return None if KERNELS[op].get(device) else f"no native kernel for {device} tensors is loaded"
+    if KERNELS[op].get(device):
+        return None
+    if device == "cuda" and not STATE.cuda_loaded:
+        why = STATE.cuda_error or "torch is a CPU build"
+        return f"it is on a GPU, and the CUDA library is not loaded ({why})"
+    return f"no native kernels of {op} for {device} tensors are loaded"
 
 
 def hooked(module: nn.Module) -> bool:

@@ -1,0 +1,135 @@
+"""Times on a GPU, by its own events, and what it can do at most.
+
+A call is timed between two events, or as a share of a CUDA graph of many calls. Nothing waits for the device inside.
+Between events a short call costs what the host takes to launch it; in a graph, what the kernels take. What the calls
+of one sample return is kept until it ends, so that no output is written to a cache line of the call before.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .harness import Contender
+
+__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings", "slug"]
+
+CALLS, GRAPH_CALLS = 10, 32
+# nvidia-smi's fields, by the names that a result file has.
+SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
+       "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def event_clock(contender: Contender) -> Callable[[], float]:
+    """The median of :data:`CALLS` calls that are queued one after the other, each between two events."""
+    marks = [(_event(), _event()) for _ in range(CALLS)]
+
+    def sample() -> float:
+        kept = []
+        for start, end in marks:
+            contender.take()
+            start.record()
+            kept.append(contender.run())
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+
+    sample()
+    return sample
+
+
+def graph_clock(contender: Contender) -> Callable[[], float]:
+    """The time of a graph of :data:`GRAPH_CALLS` calls, each on the next weights, over their number.
+
+    Each sample replays it twice: the first replay keeps the device busy until the second one, which is timed, is
+    queued. Raises what the capture raises.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate their workspaces at the first calls
+        for _ in range(3):
+            contender.take()
+            contender.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    kept = []
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            contender.take()
+            kept.append(contender.run())
+    start, end = _event(), _event()
+
+    def sample() -> float:
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / GRAPH_CALLS
+
+    sample()
+    return sample
+
+
+def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
+    """GB/s of a copy, bytes read plus written; TFLOP/s of PyTorch's square product in bf16 and float32; the best."""
+    start, end = _event(), _event()
+
+    def best(run: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(1 + repeats):  # the first warms up
+            start.record()
+            for _ in range(CALLS):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3 / CALLS)
+        return min(seconds[1:])
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return (
+            2 * size**3 / min(best(lambda: torch.mm(a, b, out=out)), best(lambda: torch.mm(a, b.t(), out=out))) / 1e12
+        )
+
+    source = torch.randn(copy_bytes // 4, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "copy_gb_s": 2 * copy_bytes / best(lambda: target.copy_(source)) / 1e9,
+        "matmul_bf16_tflop_s": product(torch.bfloat16),
+        "matmul_f32_tflop_s": product(torch.float32),
+    }
+
+
+def about_gpu() -> dict[str, Any]:
+    """Name, capability, sizes, CUDA's version; driver and clocks as nvidia-smi reads them now, where it is there."""
+    found = torch.cuda.get_device_properties(0)
+    about = {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+    command = ["nvidia-smi", f"--id=GPU-{found.uuid}", f"--query-gpu={','.join(SMI.values())}",
+               "--format=csv,noheader,nounits"]  # fmt: skip
+    try:
+        line = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return about
+    return about | dict(zip(SMI, (value.strip() for value in line.split(",")), strict=False))
+
+
+def slug(name: str) -> str:
+    """A GPU's name in a file's: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

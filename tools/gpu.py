@@ -1,0 +1,227 @@
+"""Everything that needs an NVIDIA GPU, in one go: build, tests on the device, sanitizer, training, benchmarks.
+
+    python tools/gpu.py [--seconds 570] [--steps build,battery,sanitizer,training,bench] [--out benchmarks/results]
+
+Standard library alone. The python that runs it is used where its torch is a CUDA build; else .venv is made, with the
+torch of pip's default index. Each step has a limit of its own, a share of the time that is left; a step that fails or
+is cut off is named and the next ones run, and the exit status is 1. Log and results are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional, TextIO
+
+import cuda_check
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+# Each step's share of the time that it and those after it have.
+SHARES = {"build": 30, "battery": 25, "sanitizer": 20, "training": 8, "bench": 40}
+PROBE = """
+import json, torch
+found = {"cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}
+if found["gpu"]:
+    found |= {"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}
+print(json.dumps(found))
+"""
+NOT_RUN = "not run"  # what a step says that can't run here, and did not fail
+# A case of every operator, of odd sizes that no tile divides, in one dtype.
+SANITIZED = "test_values_and_gradients and 515 and -bfloat16]"
+
+
+def probe(python: str) -> Optional[dict]:
+    """What the torch of ``python`` is and sees; None where it has none."""
+    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def driver_is_here() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+class Runner:
+    """Runs commands one after the other, each within the time left, their output on the screen and in the log."""
+
+    def __init__(self, seconds: float, log: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.end, self.log, self.clock = clock() + seconds, log, clock
+
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        print(text, file=self.log, flush=True)
+
+    def run(self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None) -> str:
+        """What went wrong, or "". At its limit the command is killed, and all that it started."""
+        self.say(f"$ {' '.join(command)}")
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        )  # fmt: skip
+
+        def copy() -> None:
+            for line in process.stdout:
+                self.say(line.rstrip("\n"))
+
+        reader = threading.Thread(target=copy, daemon=True)
+        reader.start()
+        try:
+            status = process.wait(timeout=max(1.0, limit))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"cut off after {limit:.0f} s"
+        finally:
+            reader.join(timeout=5)
+        return "" if status == 0 else f"exit status {status}"
+
+
+# --- steps: each returns what went wrong, or "" -----------------------------------------------------------------------
+
+
+def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    environment = {
+        "FORCE_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": gpu["arch"],
+        "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1),
+    }
+    end = runner.clock() + limit
+    wrong = runner.run([python, "setup.py", "build_ext", "--inplace"], limit, environment)
+    left = end - runner.clock()
+    return wrong or runner.run([python, "-m", "peft_ext", "doctor"], left, {"PEFT_EXT_REQUIRE": "1"})
+
+
+def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    files = [*own, "tests/test_ops.py", "tests/test_nn.py"]
+    return runner.run([python, "-m", "pytest", "-q", "--device", "cuda", *files], limit)
+
+
+def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    tool = cuda_check.find("compute-sanitizer")
+    if tool is None:
+        return f"{NOT_RUN}: compute-sanitizer was not found"
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/test_ops.py", "-k", SANITIZED]
+    wrong = []
+    end = runner.clock() + limit
+    for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
+        # API errors: torch asks for what a driver may not have, and handles the answer.
+        command = [tool, "--tool", check, "--report-api-errors", "no", "--error-exitcode", "1", *tests]
+        # Each allocation of its own, or an access behind one would be inside torch's cache.
+        found = runner.run(command, share * (end - runner.clock()), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        wrong += [f"{check}: {found}"] if found else []
+    return "; ".join(wrong)
+
+
+def training(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    return runner.run([python, "-m", "pytest", "-q", "-rs", "tests/test_gpu_training.py"], limit)
+
+
+def bench(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    # Time to import and to measure the ceilings, and for the row that is running when the limit is reached.
+    rows = max(10.0, limit - 40)
+    return runner.run([python, "-m", "benchmarks", "--device", "cuda", "--limit", f"{rows:.0f}", "--out", str(out)],
+                      limit)  # fmt: skip
+
+
+STEPS = {"build": build, "battery": battery, "sanitizer": sanitizer, "training": training, "bench": bench}
+
+
+def run_steps(runner: Runner, names: list[str], python: str, gpu: dict, out: Path) -> dict[str, str]:
+    """By step, what went wrong, or ""; the limit of each is its share of the time that is left."""
+    found = {}
+    for turn, name in enumerate(names):
+        share = SHARES[name] / sum(SHARES[later] for later in names[turn:])
+        limit = share * runner.left()
+        runner.say(f"\n=== {name}: at most {limit:.0f} s of {runner.left():.0f}")
+        start = runner.clock()
+        try:
+            found[name] = STEPS[name](runner, python, gpu, out, limit)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        runner.say(f"=== {name}: {found[name] or 'passed'} ({runner.clock() - start:.0f} s)")
+    return found
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def make_venv(runner: Runner) -> str:
+    python = str(VENV / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(VENV)],
+        [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=8"],
+        [*pip, "typer", "rich", "transformers>=5.0", "peft>=0.17", "accelerate>=1.0", "bitsandbytes>=0.47"],
+    ):
+        if wrong := runner.run(command, runner.left()):
+            sys.exit(f"gpu: making {VENV} failed: {wrong}")
+    return python
+
+
+def summary(runner: Runner, found: dict[str, str], result: Optional[Path]) -> None:
+    """The steps, and the goals last."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.goals import goals_table
+
+    runner.say("")
+    for name, wrong in found.items():
+        runner.say(f"gpu: {name:<10} {wrong or 'passed'}")
+    if result is not None:
+        runner.say(f"gpu: results   {result}\n\n{goals_table(json.loads(result.read_text()))}")
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all steps together; default: 570")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which, comma-separated; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of log and results")
+    args = parser.parse_args(argv)
+    names = [name for name in args.steps.split(",") if name]
+    if unknown := set(names) - set(STEPS):
+        parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step's processes do not outlive this one
+    python = sys.executable
+    gpu = probe(python)
+    own_torch = gpu is not None and gpu["cuda"] is not None
+    if not (gpu["gpu"] if own_torch else driver_is_here()):
+        print("gpu: no NVIDIA GPU is here", file=sys.stderr)
+        return 1
+    started = time.time()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / f"gpu-{time.strftime('%Y-%m-%d')}.log", "w") as log:
+        runner = Runner(args.seconds, log)
+        if not own_torch:
+            python = str(VENV / "bin" / "python")
+            if not Path(python).exists():
+                make_venv(runner)
+            gpu = probe(python)
+            if gpu is None or not gpu["gpu"]:
+                runner.say(f"gpu: the torch of {python} is missing, a CPU build, or sees no GPU; remove {VENV}, or run "
+                           "with a python that has a CUDA build of torch")  # fmt: skip
+                return 1
+        runner.say(f"gpu: {gpu['name']}, sm_{gpu['arch'].replace('.', '')}, torch's CUDA {gpu['cuda']}, {python}")
+        found = run_steps(runner, names, python, gpu, args.out)
+        written = [path for path in args.out.glob("*.json") if path.stat().st_mtime >= started]
+        summary(runner, found, max(written, key=lambda path: path.stat().st_mtime, default=None))
+    return 1 if any(wrong and not wrong.startswith(NOT_RUN) for wrong in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
