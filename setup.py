@@ -18,6 +18,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Here, not in pyproject.toml: setuptools before 77, which torch's own pin may leave installed, knows no other form of it.
+METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
 
 
@@ -139,12 +141,12 @@ def main():
             sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
         from torch.utils.cpp_extension import BuildExtension
 
-        setup(ext_modules=extensions(torch), cmdclass={"build_ext": BuildExtension}, zip_safe=False)
+        setup(ext_modules=extensions(torch), cmdclass={"build_ext": BuildExtension}, **METADATA)
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
     else:
         # Metadata and source distributions need no torch; a build in an environment without one asks for it.
-        setup(setup_requires=["torch>=2.11"], zip_safe=False)
+        setup(setup_requires=["torch>=2.11"], **METADATA)
 
 
 main()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import op_db
 import peft_ext
 from peft_ext import _native
-from peft_ext.ops._library import has_kernel
+from peft_ext.ops._library import OPS, has_kernel
 from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 
@@ -43,8 +44,18 @@ def check_bits(args: tuple, dtype: torch.dtype) -> None:
     assert wrong == 0, f"{wrong} of {want.numel()} elements differ"
 
 
-def test_kernel_is_registered():
-    assert has_kernel("nf4_dequantize", "CUDA")
+def test_every_op_has_a_kernel():
+    assert [name for name in OPS if not has_kernel(name, "CUDA")] == []
+
+
+@pytest.mark.parametrize("case", [case for case in op_db.CASES if not case.exact], ids=lambda case: case.name)
+def test_fake_tensors_on_cuda_have_the_shapes_of_results(case):
+    """Forward alone: autograd's engine asks for the device itself."""
+    shape, dtype = op_db.SHAPES[0], torch.bfloat16
+    sample = case.make(dtype, shape)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = case.call(**sample.to(torch.device("cuda")).inputs)
+    assert (y.dtype, tuple(y.shape), y.device.type) == (*case.result(dtype, shape), "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
   const int64_t pairs = work.inner_padded / 2, o = pair / pairs, i = pair % pairs * 2;
   if (o >= work.outer_padded) return;
   float values[2] = {0.0f, 0.0f};
+#pragma unroll
   for (int e = 0; e < 2; ++e) {
     if (o >= work.outer || i + e >= work.inner) continue;
     float value = load_value(work.in, work.type, o * work.outer_stride + (i + e) * work.inner_stride);

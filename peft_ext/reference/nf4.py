@@ -6,6 +6,7 @@ Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``get_4bit_type(
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import torch
@@ -60,6 +61,11 @@ def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
 
     Built in float64 and float32 in the very order that bitsandbytes uses, so that the bits agree.
     """
+    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _dynamic_values() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -67,7 +73,7 @@ def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
         scale = 10 ** (exponent - 6)
         values += (scale * means).tolist()
         values += (-scale * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return tuple(sorted(values))
 
 
 def _thresholds(code: Tensor) -> Tensor:
