@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-# Here, not in pyproject.toml: setuptools before 77, which torch's own pin may leave installed, knows no other form of it.
+# Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses its form of it.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
 

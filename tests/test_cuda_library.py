@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import op_db
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import op_db
 import peft_ext
 from peft_ext import _native
 from peft_ext.ops._library import OPS, has_kernel

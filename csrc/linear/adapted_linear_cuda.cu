@@ -363,9 +363,15 @@ void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduc
            work);
 }
 
+// What expand adds besides: (g - 1) ∘ z.
+struct Scaled {
+  Tensor z, scale;
+};
+
 // out (+)= mask/(1-p) ∘ (left rightᵀ) + bias; left and right may be none.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, bool accumulate,
-            const std::optional<Tensor>& bias, const DeviceAdapter* dropout) {
+            const std::optional<Tensor>& bias, const DeviceAdapter* dropout,
+            const std::optional<Scaled>& scaled = std::nullopt) {
   Launcher launcher(out);
   ExpandTerms work{};
   work.out = launcher.out<void>(out);
@@ -379,6 +385,11 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, bo
   work.accumulate = accumulate;
   work.bias = launcher.in<void>(bias);
   if (dropout != nullptr) work.dropout = device_dropout(launcher, *dropout);
+  if (scaled.has_value()) {
+    work.z = launcher.in<void>(scaled->z);
+    work.scale = launcher.in<float>(scaled->scale);
+    work.whole = work.whole && aligned(scaled->z, 16);
+  }
   with_type(out.scalar_type(), [&](auto zero) {
     launcher(expand_kernel<decltype(zero)>, {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)},
              kExpandThreads, work);
@@ -405,10 +416,9 @@ Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optiona
   return out;
 }
 
-// y = g ∘ (z + b₀) + b₁ + (base - dropped); y may be z.
+// y = g ∘ (z + b₀) + b₁; y may be z.
 void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
-            const std::optional<Tensor>& bias_after, const std::optional<Tensor>& base,
-            const std::optional<Tensor>& dropped_base) {
+            const std::optional<Tensor>& bias_after) {
   Launcher launcher(y);
   Finish work{};
   work.out = launcher.out<void>(y);
@@ -416,12 +426,9 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
   work.scale = launcher.in<float>(scale);
   work.bias_before = launcher.in<void>(bias_before);
   work.bias_after = launcher.in<void>(bias_after);
-  work.base = launcher.in<void>(base);
-  work.dropped = launcher.in<void>(dropped_base);
   work.rows = y.size(0);
   work.columns = y.size(1);
-  work.whole = whole_columns(y, work.columns) && aligned(z, 16) && (!base.has_value() || aligned(*base, 16)) &&
-               (!dropped_base.has_value() || aligned(*dropped_base, 16));
+  work.whole = whole_columns(y, work.columns) && aligned(z, 16);
   with_type(y.scalar_type(), [&](auto zero) {
     launcher(finish_kernel<decltype(zero)>, {ceil_div(work.rows, kColumnWarps), ceil_div(work.columns, kColumnTile)},
              kColumnThreads, work);
@@ -707,23 +714,20 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
   const Tensor z = want_z ? out.z : y;
-  if (adapter.drop_base && adapter.seed.has_value()) {
-    const Tensor base = torch::stable::empty_like(y), base_dropped = torch::stable::empty_like(y);
-    mm_out(base, held, product);
-    mm_out(base_dropped, dropped(held, adapter, std::nullopt), product);
-    Tensor to = z;
-    torch::stable::copy_(to, base_dropped);
-    if (low_rank) expand(z, &s_terms, &b_terms, true, std::nullopt, nullptr);
-    finish(y, z, *adapter.out_scale, before, after, base, base_dropped);
-    return out;
-  }
+  const bool drop_base = adapter.drop_base && adapter.seed.has_value();
+  const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
   if (low_rank) {
     expand(z, &s_terms, &b_terms, false, std::nullopt, nullptr);
-    addmm_(z, held, product, 1.0);
+    addmm_(z, x_of_z, product, 1.0);
   } else {
-    mm_out(z, held, product);
+    mm_out(z, x_of_z, product);
   }
-  finish(y, z, *adapter.out_scale, before, after, std::nullopt, std::nullopt);
+  if (drop_base) {
+    mm_out(y, held, product);
+    expand(y, low_rank ? &s_terms : nullptr, &b_terms, true, after, nullptr, Scaled{z, *adapter.out_scale});
+    return out;
+  }
+  finish(y, z, *adapter.out_scale, before, after);
   return out;
 }
 

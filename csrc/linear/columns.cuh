@@ -1,7 +1,7 @@
 // Passes over activations whose work is per element, or per element and summed over tokens.
 //
 //   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; dY's g ∘ dY and dg)
-//   finish:        y = g ∘ (z + b₀) + b₁ + (base - dropped)                           (DoRA's and IA3's outputs)
+//   finish:        y = g ∘ (z + b₀) + b₁                                              (DoRA's and IA3's outputs)
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x
 //
 // A thread moves eight columns at a time, 16 bytes of 16-bit types; float32 arithmetic, one rounding. A block of
@@ -171,8 +171,6 @@ __global__ void __launch_bounds__(kColumnThreads) small_scale_kernel(SmallScale 
 
 struct Finish {
   const void* z;
-  const void* base;         // null, or T [rows, columns], with
-  const void* dropped;      // the same of x̃
   const float* scale;       // g [columns]
   const void* bias_before;  // b₀, T [columns], or null
   const void* bias_after;   // b₁
@@ -198,14 +196,6 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   }
 #pragma unroll
   for (int i = 0; i < kVector; ++i) z[i] *= scale[i];
-  if (work.dropped != nullptr) {
-    load_columns(static_cast<const T*>(work.dropped) + at, column, work.columns, work.whole, part);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) z[i] -= part[i];
-    load_columns(static_cast<const T*>(work.base) + at, column, work.columns, work.whole, part);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) z[i] += part[i];
-  }
   if (work.bias_after != nullptr) {
     load_columns(static_cast<const T*>(work.bias_after), column, work.columns, false, part);
 #pragma unroll

@@ -1,9 +1,10 @@
 // What a small matrix product brings to a large matrix, in one pass over it:
 //
-//   out [T, N] = (out or 0) + mask/(1-p) ∘ (L Fᵀ) + bias,    L [T, R],  F [N, R]
+//   out [T, N] = (out or 0) + mask/(1-p) ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
 // as the low-rank term that PyTorch's product then adds to (Y₀ = S (ρB)ᵀ + b), and dX's term behind the dropout, whose
-// mask is made again here. L and F come in bfloat16 terms, R padded to a multiple of 16, or 0 for the bias alone.
+// mask is made again here; with g and z as the output of PEFT's DoRA, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
+// L and F come in bfloat16 terms, R padded to a multiple of 16, or 0 for the bias alone.
 // A block of 4 warps owns 64 x 64 of out, a warp 16 rows. The columns that a lane's accumulators stand for are chosen
 // so that it holds eight in a row: column 32 h + 8 (g / 2) + 2 j + g % 2 of F is row g of B tile j, and C's columns 2t,
 // 2t + 1 of the four tiles of h are 32 h + 8 t …: one store of 16 bytes (32 of float32), one group of the generator's.
@@ -20,11 +21,13 @@ constexpr int kExpandThreads = 128;
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8 and out lies on 16 bytes
+  bool whole;  // columns is a multiple of 8 and out and z lie on 16 bytes
   Terms left;  // outer: rows, inner: rank
   Terms right;
   bool accumulate;
-  const void* bias;  // T [columns], or null
+  const void* bias;    // T [columns], or null
+  const void* z;       // T [rows, columns], or null
+  const float* scale;  // g [columns], with z
   DeviceDropout dropout;
 };
 
@@ -76,6 +79,13 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
         load_columns(out, first, work.columns, work.whole, before);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] += before[i];
+      }
+      if (work.z != nullptr) {
+        float z[kVector], scale[kVector];
+        load_columns(static_cast<const T*>(work.z) + at * work.columns, first, work.columns, work.whole, z);
+        load_columns(work.scale, first, work.columns, false, scale);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] += (scale[i] - 1.0f) * z[i];
       }
       if (work.bias != nullptr) {
         float bias[kVector];
