@@ -83,6 +83,14 @@ __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64
   for (int i = 0; i < kVector; ++i) values[i] = column + i < columns ? load_value(row + column + i) : 0.0f;
 }
 
+// The same of a row that starts at element `row`, where the type is known at run time alone.
+__device__ __forceinline__ void load_columns(const void* from, DType type, int64_t row, int64_t column, int64_t columns,
+                                             bool whole, float (&values)[kVector]) {
+  if (type == DType::kBF16) return load_columns(static_cast<const bf16*>(from) + row, column, columns, whole, values);
+  if (type == DType::kF16) return load_columns(static_cast<const f16*>(from) + row, column, columns, whole, values);
+  load_columns(static_cast<const float*>(from) + row, column, columns, whole, values);
+}
+
 template <typename T>
 __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t columns, bool whole,
                                              const float (&values)[kVector]) {

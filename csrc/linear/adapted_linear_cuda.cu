@@ -16,6 +16,7 @@
 #include "linear/columns.cuh"
 #include "linear/expand.cuh"
 #include "linear/rank_pass.cuh"
+#include "linear/shrink_few.cuh"
 #include "nf4/nf4_skinny.cuh"
 
 namespace peft_ext {
@@ -515,6 +516,29 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size, co
   reduce(sums.rows, size.rank, wanted);
 }
 
+// The same S, for few tokens.
+constexpr int64_t kMaxShrinkTokens = 16;
+
+void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size, const Tensor& s) {
+  const Tensor a = matrix(adapter.lora_A);
+  Launcher launcher(x);
+  ShrinkFew work{};
+  work.x = launcher.in<void>(x);
+  work.lora_A = launcher.in<void>(a);
+  work.type = dtype_of(a.scalar_type());
+  work.tokens = size.tokens;
+  work.inputs = size.inputs;
+  work.rank = size.rank;
+  work.whole = whole_columns(x, size.inputs);
+  work.whole_A = whole_columns(a, size.inputs);
+  work.dropout = device_dropout(launcher, adapter);
+  work.s = launcher.scratch<float>(s);
+  with_type(x.scalar_type(), [&](auto zero) {
+    launcher(shrink_few_kernel<decltype(zero)>, {size.rank, ceil_div(size.tokens, kShrinkTokens)}, kShrinkThreads,
+             work);
+  });
+}
+
 HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded) {
   return empty_terms(like, kMaxTerms, round_up(rows, kRankTile), padded);
 }
@@ -685,7 +709,9 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const bool low_rank = size.rank > 0, skinny = skinny_takes(weight, type, size.tokens, adapter);
 
   HeldTerms s_terms, b_terms;
-  if (low_rank) {
+  if (low_rank && skinny && size.tokens <= kMaxShrinkTokens) {
+    shrink_few(held, adapter, size, out.s);
+  } else if (low_rank) {
     const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
     Splitter splitter(x);
     const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
