@@ -9,6 +9,7 @@ Both go through torch's stable ABI, so one build runs on every torch from TORCH_
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -18,6 +19,7 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHS_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # what an older nvcc knows
 # Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses its form of it.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
@@ -48,6 +50,8 @@ def find_cudart(torch, nvcc):
     from torch.utils.cpp_extension import CUDA_HOME
 
     found = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so*"))
+    major = (torch.version.cuda or "").split(".")[0]  # those of two CUDA releases may lie side by side
+    found.sort(key=lambda path: path.suffix != f".{major}")
     for home in (CUDA_HOME, nvcc and Path(nvcc).resolve().parents[1]):
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
             found += [path for path in [Path(home or "", folder, "libcudart.so")] if home and path.exists()]
@@ -70,12 +74,17 @@ def cuda_runtime(torch):
     if asked == "0":
         say("CPU library only: FORCE_CUDA=0")
         return None
+    release = (0, 0)
+    if nvcc:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        if found := re.search(r"release (\d+)\.(\d+)", told):
+            release = (int(found[1]), int(found[2]))
     if missing and asked == "1":
         sys.exit(f"peft_ext: FORCE_CUDA=1, but {' and '.join(missing)}")
     if missing:
         say(f"CPU library only: {' and '.join(missing)}")
         return None
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS if release >= (12, 8) else ARCHS_BEFORE_12_8)
     say(f"CPU and CUDA libraries: torch {torch.__version__}, {nvcc}, archs {os.environ['TORCH_CUDA_ARCH_LIST']}")
     return find_cudart(torch, nvcc)
 

@@ -6,6 +6,7 @@ CPU tensors and gives them to the CUDA kernels, which the emulator runs and chec
 """
 
 import os
+import re
 import sys
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without it the reference would be compared with itself
@@ -71,6 +72,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
+_LOST = re.compile("illegal memory access|misaligned address|illegal instruction|unspecified launch failure")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
+    """Stops where a kernel has lost the CUDA context: all that came after would fail, and say nothing."""
+    report = yield
+    if report.failed and _LOST.search(str(report.longrepr)):
+        item.session.shouldstop = f"{item.nodeid} lost the CUDA context"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

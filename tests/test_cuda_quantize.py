@@ -47,6 +47,8 @@ def kernels(where: str) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module", params=["cuda", "emulated"])
 def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    if request.param == "emulated" and request.config.getoption("--device") == "cuda":
+        pytest.skip("--device cuda: the kernels run on the GPU")
     return kernels(request.param)
 
 

@@ -27,7 +27,7 @@ _libraries: list[object] = []  # keeps the ops' definitions alive
 # The hooks of function entry and exit would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
 # No contraction: see setup.py. Line numbers, for the faults' messages, take no more than -g1.
-COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -I{CSRC}"
+COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall -I{CSRC}"
 
 
 def missing() -> str | None:

@@ -10,475 +10,34 @@
 
 #include <math.h>
 
-#include <algorithm>
-
 #include "dora/dora_norm.cuh"
-#include "linear/columns.cuh"
 #include "linear/expand.cuh"
-#include "linear/rank_pass.cuh"
+#include "linear/passes_cuda.h"
+#include "linear/scale_gradients.cuh"
 #include "linear/shrink_few.cuh"
 #include "nf4/nf4_skinny.cuh"
 
 namespace peft_ext {
 namespace {
 
-int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
-
-// Calls f with a zero of the element type; which types come has been checked.
-template <typename F>
-void with_type(ScalarType type, F f) {
-  if (type == ScalarType::BFloat16) {
-    f(bf16{});
-  } else if (type == ScalarType::Half) {
-    f(f16{});
-  } else {
-    STD_TORCH_CHECK(type == ScalarType::Float, "peft_ext: a kernel was asked for ", torch::headeronly::toString(type),
-                    ", wanted Float, BFloat16 or Half");
-    f(0.0f);
-  }
+void dtype_check(const char* op, const char* argument, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
+                  argument, " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
 }
 
-void dtype_check(const char* op, ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": x is ",
-                  torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
-}
-
-bool aligned(const Tensor& tensor, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
-}
-
-// Whether kernels may move eight columns at a time.
-bool whole_columns(const Tensor& matrix, int64_t columns) { return columns % kVector == 0 && aligned(matrix, 16); }
-
-Tensor flat_rows(const Tensor& tensor) {
-  return torch::stable::view(torch::stable::contiguous(tensor), {device_rows(tensor), tensor.size(tensor.dim() - 1)});
-}
-
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
-std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = last;
-  return shape;
-}
-
-DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
-  if (!adapter.seed.has_value()) return DeviceDropout{};
-  DeviceDropout dropout;
-  dropout.seed = launcher.in<int64_t>(*adapter.seed);
-  dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
-  dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
-  return dropout;
-}
-
-Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight) {
-  Nf4View view{};
-  view.packed = launcher.in<uint8_t>(weight.weight);
-  view.absmax = launcher.in<void>(*weight.absmax);
-  view.nested_absmax = launcher.in<float>(weight.nested_absmax);
-  view.nested_code = launcher.in<float>(weight.nested_code);
-  view.nested_offset = launcher.in<float>(weight.nested_offset);
-  view.numel = weight.outputs * weight.inputs;
-  while ((int64_t{1} << view.log2_blocksize) < weight.blocksize) ++view.log2_blocksize;
-  return view;
-}
-
-// [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
-Tensor dense_weight(const DeviceWeight& weight, ScalarType type) {
-  if (!weight.is_nf4()) return weight.weight;
-  const Tensor out = device_empty(weight.weight, {weight.outputs, weight.inputs}, type);
-  Launcher launcher(out);
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    launcher(nf4_dequantize_kernel<T>, ceil_div(out.numel(), kNf4BlockTile), kNf4Threads, nf4_view(launcher, weight),
-             launcher.scratch<T>(out));
-  });
-  return out;
-}
-
-// --- terms
-// ------------------------------------------------------------------------------------------------------------
-
-// A matrix in terms, and the memory that it lies in.
-struct HeldTerms {
-  Tensor storage;
-  Terms terms;
-};
-
-HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner) {
-  HeldTerms held;
-  held.storage = device_empty(like, {count, outer, inner}, ScalarType::BFloat16);
-  held.terms = Terms{nullptr, count, outer, inner};
-  return held;
-}
-
-// For a kernel that reads them.
-Terms read_terms(const Launcher& launcher, const HeldTerms& held) {
-  Terms terms = held.terms;
-  terms.data = static_cast<const uint16_t*>(launcher.in<void>(held.storage));
-  return terms;
-}
-
-uint16_t* write_terms(const Launcher& launcher, const HeldTerms& held) {
-  return static_cast<uint16_t*>(launcher.scratch<void>(held.storage));
-}
-
-DType dtype_of(ScalarType type) {
-  return type == ScalarType::BFloat16 ? DType::kBF16 : type == ScalarType::Half ? DType::kF16 : DType::kF32;
-}
-
-// The small matrices of a call that become terms, in one launch: add() each, then run(). What they are made from must
-// live as long.
-class Splitter {
- public:
-  explicit Splitter(const Tensor& like) : launcher_(like), like_(like) {}
-
-  // A contiguous matrix [rows, columns], or its transpose; outer is what comes first. inner_scale [inner] may be null.
-  HeldTerms add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
-                const Tensor* inner_scale = nullptr) {
-    const ScalarType type = matrix.scalar_type();
-    const int count = inner_scale != nullptr || type == ScalarType::Float ? 3 : type == ScalarType::Half ? 2 : 1;
-    const HeldTerms held = empty_terms(like_, count, outer_padded, inner_padded);
-    STD_TORCH_CHECK(count_ < kMaxSplits, "peft_ext: more than ", kMaxSplits, " small matrices in a launch");
-    Split& work = splits_.work[count_++];
-    work.in = launcher_.in<void>(matrix);
-    work.type = dtype_of(type);
-    work.outer = matrix.size(transpose ? 1 : 0);
-    work.inner = matrix.size(transpose ? 0 : 1);
-    work.outer_stride = transpose ? 1 : matrix.size(1);
-    work.inner_stride = transpose ? matrix.size(1) : 1;
-    work.inner_scale = inner_scale == nullptr ? nullptr : launcher_.in<float>(*inner_scale);
-    work.out = write_terms(launcher_, held);
-    work.count = count;
-    work.outer_padded = outer_padded;
-    work.inner_padded = inner_padded;
-    blocks_ = std::max(blocks_, ceil_div(outer_padded * inner_padded / 2, kSplitThreads));
-    return held;
-  }
-
-  void run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
-
- private:
-  Launcher launcher_;
-  const Tensor& like_;
-  Splits splits_{};
-  int count_ = 0;
-  int64_t blocks_ = 0;
-};
-
-HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded) {
-  Splitter splitter(matrix);
-  const HeldTerms held = splitter.add(matrix, transpose, outer_padded, inner_padded);
-  splitter.run();
-  return held;
-}
-
-// --- rank passes
-// ------------------------------------------------------------------------------------------------------
-
-// Ranks come in tiles of 8, two, four or eight at a time.
-int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
-
-// D of a pass: a dense matrix, or an NF4 weight in `type`.
-struct PassInput {
-  const Tensor* dense = nullptr;  // contiguous
-  const DeviceWeight* nf4 = nullptr;
-  int64_t rows = 0, columns = 0;
-  ScalarType type = ScalarType::Float;
-  const DeviceAdapter* dropout = nullptr;
-
-  const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
-};
-
-PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullptr) {
-  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout};
-}
-
-PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
-  return {weight.is_nf4() ? nullptr : &weight.weight,
-          weight.is_nf4() ? &weight : nullptr,
-          weight.outputs,
-          weight.inputs,
-          type,
-          nullptr};
-}
-
-struct PartialSums {
-  Tensor sums;  // [chunks, padded rows, padded rank]
-  int64_t chunks = 0, padded_rows = 0, rows = 0;
-};
-
-struct PassSums {
-  PartialSums rows, columns;
-  Tensor squares;  // [chunks, padded rows]
-};
-
-template <typename T, bool kNf4, int kRanks>
-void launch_pass(const Launcher& launcher, const Grid& grid, RankPass pass, bool rows, bool columns) {
-  for (pass.first_rank = 0; pass.first_rank < pass.padded_rank; pass.first_rank += kRanks * 8) {
-    if (rows && columns) {
-      if constexpr (!kNf4 && kRanks < 8) {
-        launcher(rank_pass_kernel<T, kNf4, kRanks, 8 / kRanks, true, true>, grid, kRankThreads, pass);
-      }
-    } else if (rows) {
-      launcher(rank_pass_kernel<T, kNf4, kRanks, 1, true, false>, grid, kRankThreads, pass);
-    } else {
-      launcher(rank_pass_kernel<T, kNf4, kRanks, 0, false, true>, grid, kRankThreads, pass);
-    }
-  }
-}
-
-template <typename T, bool kNf4>
-void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool rows, bool columns) {
-  if (pass.padded_rank == 16) {
-    launch_pass<T, kNf4, 2>(launcher, grid, pass, rows, columns);
-  } else if (pass.padded_rank == 32) {
-    launch_pass<T, kNf4, 4>(launcher, grid, pass, rows, columns);
-  } else {
-    launch_pass<T, kNf4, 8>(launcher, grid, pass, rows, columns);
-  }
-}
-
-// P = D F where F is given (right: [ranks][columns]), Q = Dᵀ L where L is (left: [ranks][rows]); each in partial sums.
-PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false) {
-  const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
-  if (right != nullptr && left != nullptr && rank > 32) {  // two passes: P's and Q's sums do not both fit registers
-    PassSums both = rank_pass(input, right, nullptr, want_squares);
-    both.columns = rank_pass(input, nullptr, left).columns;
-    return both;
-  }
-  Launcher launcher(input.tensor());
-  RankPass pass;
-  pass.rows = input.rows;
-  pass.columns = input.columns;
-  pass.whole = input.columns % kVector == 0 && aligned(input.tensor(), input.nf4 != nullptr ? 4 : 16);
-  pass.padded_rank = rank;
-  pass.padded_rows = round_up(input.rows, kRankTile);
-  pass.padded_columns = round_up(input.columns, kRankTile);
-  if (input.dense != nullptr) {
-    pass.dense = launcher.in<void>(*input.dense);
-  } else {
-    pass.nf4 = nf4_view(launcher, *input.nf4);
-  }
-  if (input.dropout != nullptr) pass.dropout = device_dropout(launcher, *input.dropout);
-  if (right != nullptr) pass.right = read_terms(launcher, *right);
-  if (left != nullptr) pass.left = read_terms(launcher, *left);
-
-  // Blocks enough for four on each multiprocessor; no more partial sums than that takes.
-  const int64_t wanted = 4 * launcher.multiprocessors();
-  const int64_t row_tiles = pass.padded_rows / kRankTile, column_tiles = pass.padded_columns / kRankTile;
-  if (right != nullptr) {
-    pass.row_tiles = left != nullptr ? 64 / rank : 1;
-    const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
-    const int64_t column_chunks = std::min(column_tiles, ceil_div(wanted, row_chunks));
-    pass.column_tiles = ceil_div(column_tiles, column_chunks);
-  } else {
-    pass.column_tiles = 1;
-    const int64_t row_chunks = std::min(row_tiles, ceil_div(wanted, column_tiles));
-    pass.row_tiles = ceil_div(row_tiles, row_chunks);
-  }
-  const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
-  const int64_t column_chunks = ceil_div(column_tiles, pass.column_tiles);
-
-  PassSums found;
-  const Tensor& like = input.tensor();
-  if (right != nullptr) {
-    found.rows = {device_empty(like, {column_chunks, pass.padded_rows, rank}, ScalarType::Float), column_chunks,
-                  pass.padded_rows, input.rows};
-    pass.row_sums = launcher.scratch<float>(found.rows.sums);
-    if (want_squares) {
-      found.squares = device_empty(like, {column_chunks, pass.padded_rows}, ScalarType::Float);
-      pass.squares = launcher.scratch<float>(found.squares);
-    }
-  }
-  if (left != nullptr) {
-    found.columns = {device_empty(like, {row_chunks, pass.padded_columns, rank}, ScalarType::Float), row_chunks,
-                     pass.padded_columns, input.columns};
-    pass.column_sums = launcher.scratch<float>(found.columns.sums);
-  }
-  with_type(input.type, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid(row_chunks, column_chunks);
-    if (input.nf4 != nullptr) {
-      launch_pass<T, true>(launcher, grid, pass, right != nullptr, left != nullptr);
-    } else {
-      launch_pass<T, false>(launcher, grid, pass, right != nullptr, left != nullptr);
-    }
-  });
-  return found;
-}
-
-// What is wanted of partial sums; see RankReduce.
-struct Reduced {
-  double scale = 1.0;
-  const Tensor* row_scale = nullptr;
-  const Tensor* rank_scale = nullptr;
-  double after = 1.0;
-  const Tensor* plain = nullptr;
-  const HeldTerms* terms = nullptr;
-  const HeldTerms* transposed = nullptr;
-  const Tensor* out = nullptr;
-  int64_t row_stride = 0, rank_stride = 0;
-};
-
-RankReduce reduce_work(const Launcher& launcher, const PartialSums& partial, int64_t rank, const Reduced& wanted) {
-  RankReduce work{};
-  work.partial = launcher.in<float>(partial.sums);
-  work.chunks = partial.chunks;
-  work.rows = partial.rows;
-  work.padded_rows = partial.padded_rows;
-  work.rank = rank;
-  work.padded_rank = partial.sums.size(2);
-  work.scale = static_cast<float>(wanted.scale);
-  work.after = static_cast<float>(wanted.after);
-  if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
-  if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
-  if (wanted.plain != nullptr) work.plain = launcher.scratch<float>(*wanted.plain);
-  if (wanted.terms != nullptr) work.terms = write_terms(launcher, *wanted.terms);
-  if (wanted.transposed != nullptr) work.transposed = write_terms(launcher, *wanted.transposed);
-  if (wanted.out != nullptr) {
-    work.out = launcher.scratch<void>(*wanted.out);
-    work.type = dtype_of(wanted.out->scalar_type());
-  }
-  work.row_stride = wanted.row_stride;
-  work.rank_stride = wanted.rank_stride;
-  return work;
-}
-
-int64_t reduce_blocks(const RankReduce& work) {
-  return ceil_div(work.padded_rows * work.padded_rank / 2, kReduceThreads);
-}
-
-void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
-  Launcher launcher(partial.sums);
-  const RankReduces work{{reduce_work(launcher, partial, rank, wanted), {}}};
-  launcher(rank_reduce_kernel, reduce_blocks(work.work[0]), kReduceThreads, work);
-}
-
-// P's and Q's in one launch.
-void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns) {
-  Launcher launcher(sums.rows.sums);
-  const RankReduces work{
-      {reduce_work(launcher, sums.rows, rank, rows), reduce_work(launcher, sums.columns, rank, columns)}};
-  launcher(rank_reduce_kernel, {std::max(reduce_blocks(work.work[0]), reduce_blocks(work.work[1])), 2}, kReduceThreads,
-           work);
-}
-
-// What expand adds besides: (g - 1) ∘ z.
-struct Scaled {
-  Tensor z, scale;
-};
-
-// out (+)= mask/(1-p) ∘ (left rightᵀ) + bias; left and right may be none.
-void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, bool accumulate,
-            const std::optional<Tensor>& bias, const DeviceAdapter* dropout,
-            const std::optional<Scaled>& scaled = std::nullopt) {
-  Launcher launcher(out);
-  ExpandTerms work{};
-  work.out = launcher.out<void>(out);
-  work.rows = out.size(0);
-  work.columns = out.size(1);
-  work.whole = whole_columns(out, work.columns);
-  if (left != nullptr) {
-    work.left = read_terms(launcher, *left);
-    work.right = read_terms(launcher, *right);
-  }
-  work.accumulate = accumulate;
-  work.bias = launcher.in<void>(bias);
-  if (dropout != nullptr) work.dropout = device_dropout(launcher, *dropout);
-  if (scaled.has_value()) {
-    work.z = launcher.in<void>(scaled->z);
-    work.scale = launcher.in<float>(scaled->scale);
-    work.whole = work.whole && aligned(scaled->z, 16);
-  }
-  with_type(out.scalar_type(), [&](auto zero) {
-    launcher(expand_kernel<decltype(zero)>, {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)},
-             kExpandThreads, work);
-  });
-}
-
-// --- elementwise
-// ------------------------------------------------------------------------------------------------------
-
-// mask/(1-p) ∘ x, and what is to be added to it.
-Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
-  const Tensor out = torch::stable::empty_like(x);
-  Launcher launcher(out);
-  Drop work{};
-  work.x = launcher.in<void>(x);
-  work.add = launcher.in<void>(add);
-  work.out = launcher.scratch<void>(out);
-  work.numel = x.numel();
-  work.whole = aligned(x, 16) && aligned(out, 16) && (!add.has_value() || aligned(*add, 16));
-  work.dropout = device_dropout(launcher, adapter);
-  with_type(x.scalar_type(), [&](auto zero) {
-    launcher(drop_kernel<decltype(zero)>, ceil_div(work.numel, kVector * kColumnThreads), kColumnThreads, work);
-  });
-  return out;
-}
-
-// y = g ∘ (z + b₀) + b₁; y may be z.
-void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
-            const std::optional<Tensor>& bias_after) {
-  Launcher launcher(y);
-  Finish work{};
-  work.out = launcher.out<void>(y);
-  work.z = launcher.out<void>(z);
-  work.scale = launcher.in<float>(scale);
-  work.bias_before = launcher.in<void>(bias_before);
-  work.bias_after = launcher.in<void>(bias_after);
-  work.rows = y.size(0);
-  work.columns = y.size(1);
-  work.whole = whole_columns(y, work.columns) && aligned(z, 16);
-  with_type(y.scalar_type(), [&](auto zero) {
-    launcher(finish_kernel<decltype(zero)>, {ceil_div(work.rows, kColumnWarps), ceil_div(work.columns, kColumnTile)},
-             kColumnThreads, work);
-  });
-}
-
-// The sums of column_pass in order, over g where it is not too small.
-Tensor reduced_columns(const Tensor& partial, const std::optional<Tensor>& scale) {
-  const int64_t chunks = partial.size(0), columns = partial.size(1);
-  const Tensor out = device_empty(partial, {columns}, ScalarType::Float);
-  Launcher launcher(out);
-  launcher(column_reduce_kernel, ceil_div(columns, kColumnThreads), kColumnThreads, launcher.in<float>(partial), chunks,
-           columns, launcher.in<float>(scale), launcher.scratch<float>(out));
-  return out;
-}
-
-struct ColumnPartials {
-  Tensor scaled, partial;
-};
-
-ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& scale, float shift,
-                               const std::optional<Tensor>& other) {
-  ColumnPartials found;
-  const int64_t rows = m.size(0), columns = m.size(1), chunks = ceil_div(rows, kColumnRows);
-  Launcher launcher(m);
-  ColumnWork work{};
-  work.m = launcher.in<void>(m);
-  work.other = launcher.in<void>(other);
-  work.scale = launcher.in<float>(scale);
-  work.shift = shift;
-  work.rows = rows;
-  work.columns = columns;
-  work.whole = whole_columns(m, columns) && (!other.has_value() || aligned(*other, 16));
-  if (scale.has_value()) {
-    found.scaled = torch::stable::empty_like(m);
-    work.out = launcher.scratch<void>(found.scaled);
-  }
-  if (other.has_value()) {
-    found.partial = device_empty(m, {chunks, columns}, ScalarType::Float);
-    work.sums = launcher.scratch<float>(found.partial);
-  }
-  with_type(m.scalar_type(), [&](auto zero) {
-    launcher(column_pass_kernel<decltype(zero)>, {chunks, ceil_div(columns, kColumnTile)}, kColumnThreads, work);
-  });
-  return found;
+// A bias as kernels take it.
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x,
+                                   int64_t outputs) {
+  if (!bias.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(on_device(*bias) && bias->get_device_index() == x.get_device_index() &&
+                      bias->scalar_type() == x.scalar_type() && bias->numel() == outputs,
+                  op, ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
+                  " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ", outputs,
+                  " on x's device");
+  return torch::stable::contiguous(*bias);
 }
 
 // --- the low-rank term
-// ------------------------------------------------------------------------------------------------
 
 struct Sizes {
   int64_t tokens, inputs, outputs, rank, padded;
@@ -492,6 +51,11 @@ Sizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight,
   Sizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
   if (!adapter.lora_A.has_value()) return size;
   const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("lora_A", a), {"lora_B", b}}) {
+    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == x.get_device_index(), op, ": ", name,
+                    " is on another device than x, wanted cuda:", x.get_device_index());
+    dtype_check(op, name, tensor.scalar_type());
+  }
   STD_TORCH_CHECK(a.dim() == 2 && a.size(1) == weight.inputs, op, ": lora_A has ", a.numel(), " elements, wanted [R, ",
                   weight.inputs, "]");
   STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.outputs && b.size(1) == a.size(0), op, ": lora_B is not [",
@@ -539,12 +103,7 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size
   });
 }
 
-HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded) {
-  return empty_terms(like, kMaxTerms, round_up(rows, kRankTile), padded);
-}
-
 // --- few tokens against NF4
-// -------------------------------------------------------------------------------------------
 
 bool skinny_takes(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter) {
   return weight.is_nf4() && type != ScalarType::Float && tokens <= kSkinnyTokens && weight.inputs % 32 == 0 &&
@@ -621,7 +180,6 @@ void skinny_forward(const Tensor& x, const DeviceWeight& weight, const std::opti
 }  // namespace
 
 // --- what the operators call
-// ------------------------------------------------------------------------------------------
 
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
   STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
@@ -700,9 +258,8 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   if (size.tokens == 0) return out;
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
                   "], wanted at least one output and one input");
-  dtype_check(op, type);
-  const std::optional<Tensor> held_bias =
-      bias.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
+  dtype_check(op, "x", type);
+  const std::optional<Tensor> held_bias = checked_bias(op, bias, x, size.outputs);
   Tensor held = flat_rows(x);
   if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;
   const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
@@ -730,7 +287,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const Tensor product = transposed(dense_weight(weight, type));
   if (!adapter.out_scale.has_value()) {
     if (low_rank || held_bias.has_value()) {
-      expand(y, low_rank ? &s_terms : nullptr, &b_terms, false, held_bias, nullptr);
+      expand(y, low_rank ? &s_terms : nullptr, &b_terms, nullptr, held_bias, nullptr);
       addmm_(y, held, product, 1.0);
     } else {
       mm_out(y, held, product);
@@ -743,14 +300,14 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
   if (low_rank) {
-    expand(z, &s_terms, &b_terms, false, std::nullopt, nullptr);
+    expand(z, &s_terms, &b_terms, nullptr, std::nullopt, nullptr);
     addmm_(z, x_of_z, product, 1.0);
   } else {
     mm_out(z, x_of_z, product);
   }
   if (drop_base) {
     mm_out(y, held, product);
-    expand(y, low_rank ? &s_terms : nullptr, &b_terms, true, after, nullptr, Scaled{z, *adapter.out_scale});
+    expand(y, low_rank ? &s_terms : nullptr, &b_terms, &y, after, nullptr, Scaled{z, *adapter.out_scale});
     return out;
   }
   finish(y, z, *adapter.out_scale, before, after);
@@ -891,7 +448,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (drop_base) {
     const Tensor through = torch::stable::empty_like(grad_x), direct = torch::stable::empty_like(grad_x);
     if (low_rank) {
-      expand(through, &p_terms, &a_terms, false, std::nullopt, nullptr);
+      expand(through, &p_terms, &a_terms, nullptr, std::nullopt, nullptr);
       addmm_(through, scaled, w, 1.0);
     } else {
       mm_out(through, scaled, w);
@@ -901,7 +458,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     return out;
   }
   if (low_rank) {
-    expand(grad_x, &p_terms, &a_terms, false, std::nullopt, &adapter);
+    expand(grad_x, &p_terms, &a_terms, nullptr, std::nullopt, &adapter);
     addmm_(grad_x, scaled, w, 1.0);
   } else {
     mm_out(grad_x, scaled, w);
@@ -942,7 +499,6 @@ ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale
 }
 
 // --- DoRA's norm
-// ------------------------------------------------------------------------------------------------------
 
 namespace {
 

@@ -9,7 +9,7 @@
 // A block of 4 warps owns kTokenTiles (or, for columns alone, any number of) tiles of 64 rows, and some tiles of 64
 // columns; warp w owns rows 16 w … of a tile for P, columns 16 w … for Q. Tiles of D pass through kStages of shared
 // memory: cp.async fills one while another is used, and the thread that copied eight elements drops them in place.
-// Fragments come by ldmatrix, transposed for Q; those of F and L from L1, as all blocks read the same few.
+// Fragments come by ldmatrix, transposed for Q; those of F and L, which all blocks read, from L1 and L2.
 // Shared: kStages x [64][72] elements; rows are 16 bytes longer than 64 elements need, which spreads them over banks.
 // Sums: float32, a fresh one per tile and then added, since a tensor core's own sum rounds toward zero. Blocks write
 // partial sums, [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
@@ -25,9 +25,9 @@ constexpr int kRankTile = 64;  // of D, both ways
 constexpr int kRankThreads = 128;
 constexpr int kRankStride = kRankTile + 8;
 
-// How many tiles are on their way: 48 KiB hold no more of float32.
-template <typename T>
-constexpr int kRankStages = sizeof(T) == 4 ? 2 : 4;
+// How many tiles are there or on their way: 48 KiB hold no more of float32, and NF4's wait in registers.
+template <typename T, bool kNf4>
+constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
 struct RankPass {
   const void* dense = nullptr;  // D, contiguous, or
@@ -50,9 +50,9 @@ struct RankPass {
 template <typename T>
 using RankStage = T[kRankTile * kRankStride];
 
-template <typename T>
+template <typename T, bool kNf4>
 struct RankStages {
-  RankStage<T> tile[kRankStages<T>];
+  RankStage<T> tile[kRankStages<T, kNf4>];
 };
 
 // The stage's tile of D at (row, column) is on its way to, or in, shared memory. A thread makes four groups of eight
@@ -67,24 +67,16 @@ __device__ __forceinline__ void rank_issue(const RankPass& pass, const Philox& p
     const int64_t at = row + tile_row;
     T* to = stage + tile_row * kRankStride + group;
     const bool inside = at < pass.rows && column < pass.columns;
-    if constexpr (kNf4) {
-      const float code = kNf4DeviceCode[threadIdx.x % 16];  // a lane's share of the table
+    if constexpr (kNf4) {  // not whole: one element at a time
+      const float code = kNf4DeviceCode[threadIdx.x % 16];
       const int64_t element = at * pass.columns + column;
       float values[kVector];
-      if (pass.whole) {
-        const uint32_t codes =
-            inside ? load_streaming(reinterpret_cast<const uint32_t*>(pass.nf4.packed + element / 2)) : 0;
-        const float scale = inside ? nf4_scale(pass.nf4, element >> pass.nf4.log2_blocksize) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = fmul_rn(shuffle(code, codes >> (4 * (i ^ 1)), 16), scale);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const bool there = inside && column + i < pass.columns;
-          const uint32_t byte = there ? pass.nf4.packed[(element + i) / 2] : 0;
-          const float scale = there ? nf4_scale(pass.nf4, (element + i) >> pass.nf4.log2_blocksize) : 0.0f;
-          values[i] = fmul_rn(shuffle(code, (element + i) % 2 == 0 ? byte >> 4 : byte, 16), scale);
-        }
+      for (int i = 0; i < kVector; ++i) {
+        const bool there = inside && column + i < pass.columns;
+        const uint32_t byte = there ? pass.nf4.packed[(element + i) / 2] : 0;
+        const float scale = there ? nf4_scale(pass.nf4, (element + i) >> pass.nf4.log2_blocksize) : 0.0f;
+        values[i] = fmul_rn(shuffle(code, (element + i) % 2 == 0 ? byte >> 4 : byte, 16), scale);
       }
       save_vector(to, values);
     } else {
@@ -106,7 +98,37 @@ __device__ __forceinline__ void rank_issue(const RankPass& pass, const Philox& p
       }
     }
   }
-  cp_async_commit();
+}
+
+// An NF4 tile's codes and scales, loaded while the tile before it is multiplied, and put into a stage decoded: its
+// scales are a chain of up to three loads.
+struct RankCodes {
+  uint32_t codes[4];
+  float scales[4];
+};
+
+__device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead, int64_t row, int64_t column) {
+  column += threadIdx.x % 8 * kVector;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t at = row + j * 16 + threadIdx.x / 8, element = at * pass.columns + column;
+    const bool inside = at < pass.rows && column < pass.columns;
+    ahead.codes[j] = inside ? load_streaming(reinterpret_cast<const uint32_t*>(pass.nf4.packed + element / 2)) : 0;
+    ahead.scales[j] = inside ? nf4_scale(pass.nf4, element >> pass.nf4.log2_blocksize) : 0.0f;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void rank_decode(const RankCodes& ahead, T* stage) {
+  const float code = kNf4DeviceCode[threadIdx.x % 16];  // a lane's share of the table
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float values[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      values[i] = fmul_rn(shuffle(code, ahead.codes[j] >> (4 * (i ^ 1)), 16), ahead.scales[j]);
+    save_vector(stage + (j * 16 + threadIdx.x / 8) * kRankStride + threadIdx.x % 8 * kVector, values);
+  }
 }
 
 // Drops, in the stage, what this thread copied.
@@ -181,18 +203,20 @@ __device__ __forceinline__ void rank_fragment(const T* stage, int row, int colum
 }
 
 // sums += a 16 x 64 (kTransposed: 64 x 16) strip of the stage times a strip of F (L) from `inner` on.
-template <typename T, bool kTransposed, int kRanks>
+// kBoth: the kernel makes P and Q, whose sums leave fewer registers.
+template <typename T, bool kTransposed, int kRanks, bool kBoth>
 __device__ __forceinline__ void rank_product(const T* stage, const Terms& right, int64_t inner, int64_t first_rank,
                                              float (&sums)[kRanks][4], bool squared, float (&squares)[2]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   float fresh[kRanks][4] = {};
   // Registers hold only so much of F under way.
-  constexpr int kUnrolled = kRanks == 8 ? 1 : kRanks == 2 && kTermsOf<T> == 1 ? 4 : 2;
+  [[maybe_unused]] constexpr int kUnrolled = kRanks == 8 || kBoth ? 1 : 2;
 #pragma unroll kUnrolled
   for (int k = 0; k < kRankTile; k += 16) {
     uint32_t a[kTermsOf<T>][4];
     rank_fragment<T, kTransposed>(stage, kTransposed ? k : warp * 16, kTransposed ? warp * 16 : k, a, squared, squares);
-    mma_terms<kRanks, kTermsOf<T>, kRanks == 2 ? kMaxTerms : 1>(fresh, a, right, first_rank + g, 8, inner + k + 2 * t);
+    mma_terms<kRanks, kTermsOf<T>, kRanks == 2 ? kMaxTerms : 1>(fresh, a, right, {first_rank / 8, 1, lane, 0},
+                                                                (inner + k) / 16);
   }
 #pragma unroll
   for (int n = 0; n < kRanks; ++n)
@@ -221,8 +245,9 @@ constexpr int kRankBlocks = kRows && kColumns ? 3 : 4;
 template <typename T, bool kNf4, int kRanks, int kTokenTiles, bool kRows, bool kColumns>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) rank_pass_kernel(RankPass pass) {
   static_assert(kTokenTiles > 0 ? kRows : !kRows && kColumns, "P's sums are in registers");
-  PEFT_EXT_SHARED(RankStages<T>, shared);
-  constexpr int kStages = kRankStages<T>;
+  using Stages = RankStages<T, kNf4>;
+  PEFT_EXT_SHARED(Stages, shared);
+  constexpr int kStages = kRankStages<T, kNf4>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const Philox philox = load_philox(pass.dropout);
   const bool drops = pass.dropout.seed != nullptr && pass.whole;
@@ -232,28 +257,38 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) 
       kTokenTiles > 0 ? kTokenTiles : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile);
   const int64_t column_tiles = min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile);
   const int64_t steps = row_tiles * column_tiles;
-  const auto row_of = [&](int64_t step) { return (row_tile + step % row_tiles) * kRankTile; };
-  const auto column_of = [&](int64_t step) { return (column_tile + step / row_tiles) * kRankTile; };
+  // Without P a block has one tile of columns: nothing is divided by what the compiler does not know.
+  constexpr int kAround = kTokenTiles > 0 ? kTokenTiles : 1;
+  const auto row_of = [&](int64_t step) { return (row_tile + (kTokenTiles > 0 ? step % kAround : step)) * kRankTile; };
+  const auto column_of = [&](int64_t step) {
+    return (column_tile + (kTokenTiles > 0 ? step / kAround : 0)) * kRankTile;
+  };
+  RankCodes ahead;
+  if (kNf4 && pass.whole) rank_load(pass, ahead, row_of(0), column_of(0));
   const auto issue = [&](int64_t step) {
     if (step < steps) {
-      rank_issue<T, kNf4>(pass, philox, shared.tile[step % kStages], row_of(step), column_of(step));
-    } else {
-      cp_async_commit();  // an empty group, so that waiting counts the same at the end
+      T* stage = shared.tile[step % kStages];
+      if (kNf4 && pass.whole) {
+        rank_decode(ahead, stage);
+        rank_load(pass, ahead, row_of(step + 1), column_of(step + 1));
+      } else {
+        rank_issue<T, kNf4>(pass, philox, stage, row_of(step), column_of(step));
+      }
     }
+    cp_async_commit();  // an empty group as well, so that waiting counts the same at the end
   };
 
-  constexpr int kHeldTiles = kTokenTiles > 0 ? kTokenTiles : 1;
-  float row_sums[kHeldTiles][kRanks][4] = {};
-  float row_squares[kHeldTiles][2] = {};
+  float row_sums[kAround][kRanks][4] = {};
+  float row_squares[kAround][2] = {};
   float column_sums[kRanks][4] = {};
   float unused[2] = {};
   for (int step = 0; step < kStages - 1; ++step) issue(step);
 
   int64_t step = 0;
   for (int64_t c = 0; c < column_tiles; ++c) {
-    for (int64_t r = 0; r < row_tiles; r += kHeldTiles) {
+    for (int64_t r = 0; r < row_tiles; r += kAround) {
 #pragma unroll
-      for (int held = 0; held < kHeldTiles; ++held, ++step) {
+      for (int held = 0; held < kAround; ++held, ++step) {
         T* stage = shared.tile[step % kStages];
         cp_async_wait<kStages - 2>();
         if (drops) rank_drop<T>(pass, philox, stage, row_of(step), column_of(step));
@@ -261,10 +296,11 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) 
         issue(step + kStages - 1);
         if (row_of(step) >= pass.padded_rows) continue;  // the last block's tiles may be fewer
         if constexpr (kRows)
-          rank_product<T, false, kRanks>(stage, pass.right, column_of(step), pass.first_rank, row_sums[held],
-                                         pass.squares != nullptr, row_squares[held]);
+          rank_product<T, false, kRanks, kColumns>(stage, pass.right, column_of(step), pass.first_rank, row_sums[held],
+                                                   pass.squares != nullptr, row_squares[held]);
         if constexpr (kColumns)
-          rank_product<T, true, kRanks>(stage, pass.left, row_of(step), pass.first_rank, column_sums, false, unused);
+          rank_product<T, true, kRanks, kRows>(stage, pass.left, row_of(step), pass.first_rank, column_sums, false,
+                                               unused);
       }
     }
     if constexpr (kColumns) {
@@ -280,7 +316,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) 
   }
   if constexpr (kRows) {
 #pragma unroll
-    for (int held = 0; held < kHeldTiles; ++held) {
+    for (int held = 0; held < kAround; ++held) {
       const int64_t row = (row_tile + held) * kRankTile + warp * 16;
       if (row >= pass.padded_rows) break;
       rank_store<kRanks>(pass.row_sums + (blockIdx.y * pass.padded_rows + row) * pass.padded_rank + pass.first_rank,
@@ -295,74 +331,6 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) 
           if (lane % 4 == 0) pass.squares[blockIdx.y * pass.padded_rows + row + lane / 4 + 8 * i] = sum;
         }
       }
-    }
-  }
-}
-
-// What becomes of partial sums: value[row][r] = scale · row_scale[row] · Σ_chunks partial, and times rank_scale[r]
-// where that is said. Each output may be null.
-struct RankReduce {
-  const float* partial;
-  int64_t chunks, rows, padded_rows;
-  int64_t rank, padded_rank;
-  float scale;
-  const float* row_scale;   // null: 1
-  const float* rank_scale;  // null: 1
-  float after;              // one more factor, with rank_scale
-  float* plain;             // [rows][rank], without rank_scale
-  uint16_t* terms;          // [3][padded rows][padded rank], with it
-  uint16_t* transposed;     // [3][padded rank][padded rows], with it
-  void* out;                // with it, of these type and strides
-  DType type;
-  int64_t row_stride, rank_stride;
-};
-
-// Of one pass: P's and Q's.
-struct RankReduces {
-  RankReduce work[2];
-};
-
-constexpr int kReduceThreads = 256;
-
-// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger; y: which. A thread makes two
-// neighbouring ranks.
-__global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
-  const RankReduce& work = reduces.work[blockIdx.y];
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
-  const int64_t pairs = work.padded_rank / 2, row = pair / pairs, r = pair % pairs * 2;
-  if (row >= work.padded_rows) return;
-  float2 sum = make_float2(0.0f, 0.0f);
-  if (row < work.rows) {
-    const float2* from = reinterpret_cast<const float2*>(work.partial) + pair;
-    for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
-      const float2 part = from[chunk * work.padded_rows * pairs];
-      sum.x += part.x;
-      sum.y += part.y;
-    }
-    const float scale = work.scale * (work.row_scale == nullptr ? 1.0f : work.row_scale[row]);
-    sum.x *= scale;
-    sum.y *= scale;
-  }
-  float values[2] = {sum.x, sum.y};
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const bool there = row < work.rows && r + e < work.rank;
-    if (there && work.plain != nullptr) work.plain[row * work.rank + r + e] = values[e];
-    values[e] = there ? values[e] * work.after * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r + e]) : 0.0f;
-    if (there && work.out != nullptr)
-      store_value(work.out, work.type, row * work.row_stride + (r + e) * work.rank_stride, values[e]);
-  }
-  if (work.terms == nullptr && work.transposed == nullptr) return;
-  uint32_t terms[kMaxTerms];
-  split_pair<kMaxTerms>(values[0], values[1], terms);
-#pragma unroll
-  for (int term = 0; term < kMaxTerms; ++term) {
-    if (work.terms != nullptr)
-      reinterpret_cast<uint32_t*>(work.terms)[(term * work.padded_rows + row) * pairs + r / 2] = terms[term];
-    if (work.transposed != nullptr) {
-      uint16_t* to = work.transposed + (term * work.padded_rank + r) * work.padded_rows + row;
-      to[0] = static_cast<uint16_t>(terms[term]);
-      to[work.padded_rows] = static_cast<uint16_t>(terms[term] >> 16);
     }
   }
 }

@@ -32,51 +32,70 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// A small matrix in terms, as a B operand (or the A operand of `expand`) takes it: bfloat16 [count][outer][inner], the
-// dimension that is summed over last, zeros where padded.
+// A small matrix [outer, inner] in terms, as a B operand (or the A operand of `expand`) takes it: inner is summed over,
+// zeros where padded, outer to a multiple of 8 and inner to one of 16. Its pairs along inner lie in the order of
+// fragments: by term, by 8 of outer, by 16 of inner, by lane (outer % 8 · 4 + inner % 8 / 2), and of a lane the pair of
+// the lower 8 of inner before that of the upper. So a lane's share of a fragment is 8 bytes, a warp's 256 in a row.
 struct Terms {
-  const uint16_t* data = nullptr;
+  const uint2* data = nullptr;
   int count = 0;
   int64_t outer = 0;  // padded
   int64_t inner = 0;  // padded
 };
 
-// The pair (inner, inner + 1) of a row of one term.
-__device__ __forceinline__ uint32_t load_terms(const Terms& terms, int term, int64_t outer, int64_t inner) {
-  const int64_t at = (term * terms.outer + outer) * terms.inner + inner;
-  return load_cached(reinterpret_cast<const uint32_t*>(terms.data + at));
+// Where the pair (inner, inner + 1) of a row of one term lies, in words of 4 bytes.
+__device__ __forceinline__ int64_t terms_word(int64_t outer_padded, int64_t inner_padded, int64_t term, int64_t outer,
+                                              int64_t inner) {
+  const int64_t block = (term * (outer_padded / 8) + outer / 8) * (inner_padded / 16) + inner / 16;
+  return block * 64 + (outer % 8 * 4 + inner % 8 / 2) * 2 + inner % 16 / 8;
 }
 
-// C_n += A B_n for kTiles tiles of 16 x 8 and 16 of the summed dimension, over the terms of both; B_n's lane row is
-// outer + n * step. A term of all tiles is loaded at once; kUnrolled: how many terms' loads may be under way.
+// A lane's pairs of the fragment of rows 8 · outer_block … and of 16 · inner_block … of the summed dimension.
+__device__ __forceinline__ uint2 load_terms(const Terms& terms, int term, int64_t outer_block, int64_t inner_block,
+                                            int lane) {
+  const int64_t block = (term * (terms.outer / 8) + outer_block) * (terms.inner / 16) + inner_block;
+  return load_cached(terms.data + block * kWarpSize + lane);
+}
+
+// Which fragments of a Terms the tiles n of a product take: block + n · block_step, and of it the lane's share of
+// lane + n · lane_step.
+struct TermTiles {
+  int64_t block;
+  int block_step, lane, lane_step;
+};
+
+// C_n += A B_n for kTiles tiles of 16 x 8 and 16 of the summed dimension, over the terms of both, the small products
+// first: a tensor core rounds toward zero, and would take up to an ulp of the large ones for each that follows them. A
+// term of all tiles is loaded at once; kUnrolled: how many terms' loads may be under way.
 template <int kTiles, int kLeft, int kUnrolled>
 __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t (&a)[kLeft][4], const Terms& right,
-                                          int64_t outer, int64_t step, int64_t inner) {
+                                          const TermTiles& tiles, int64_t inner_block) {
 #pragma unroll kUnrolled
-  for (int j = 0; j < kMaxTerms; ++j) {
-    if (j >= right.count) break;
-    uint32_t b[kTiles][2];
+  for (int j = kMaxTerms - 1; j >= 0; --j) {
+    if (j >= right.count) continue;
+    uint2 b[kTiles];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      b[n][0] = load_terms(right, j, outer + n * step, inner);
-      b[n][1] = load_terms(right, j, outer + n * step, inner + 8);
-    }
+    for (int n = 0; n < kTiles; ++n)
+      b[n] = load_terms(right, j, tiles.block + n * tiles.block_step, inner_block, tiles.lane + n * tiles.lane_step);
 #pragma unroll
-    for (int i = 0; i < kLeft; ++i) {
-      if (i + j >= kMaxTerms) break;
+    for (int i = kLeft - 1; i >= 0; --i) {
+      if (i + j >= kMaxTerms) continue;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) mma_m16n8k16<bf16>(c[n], a[i], b[n]);
+      for (int n = 0; n < kTiles; ++n) {
+        const uint32_t pairs[2] = {b[n].x, b[n].y};
+        mma_m16n8k16<bf16>(c[n], a[i], pairs);
+      }
     }
   }
 }
 
-// out[term][o][i] = term of in[o, i] · inner_scale[i], for a matrix of any strides.
+// The terms of in[o, i] · inner_scale[i], for a matrix of any strides.
 struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
   const float* inner_scale;  // null: 1
-  uint16_t* out;
+  uint32_t* out;             // as Terms has them
   int count;
   int64_t outer_padded, inner_padded;
 };
@@ -88,26 +107,5 @@ constexpr int kSplitThreads = 256;
 struct Splits {
   Split work[kMaxSplits];
 };
-
-// Grid: x: ceil(outer_padded · inner_padded / 2 / kSplitThreads) blocks of the largest; y: which matrix. A thread makes
-// one pair of each term.
-__global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
-  const Split& work = splits.work[blockIdx.y];
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
-  const int64_t pairs = work.inner_padded / 2, o = pair / pairs, i = pair % pairs * 2;
-  if (o >= work.outer_padded) return;
-  float values[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (o >= work.outer || i + e >= work.inner) continue;
-    float value = load_value(work.in, work.type, o * work.outer_stride + (i + e) * work.inner_stride);
-    if (work.inner_scale != nullptr) value *= work.inner_scale[i + e];
-    values[e] = value;
-  }
-  uint32_t terms[kMaxTerms];
-  split_pair<kMaxTerms>(values[0], values[1], terms);
-  uint32_t* out = reinterpret_cast<uint32_t*>(work.out) + o * pairs + i / 2;
-  for (int term = 0; term < work.count; ++term) out[term * work.outer_padded * pairs] = terms[term];
-}
 
 }  // namespace peft_ext

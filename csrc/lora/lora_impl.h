@@ -145,6 +145,7 @@ inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t wid
 template <typename T>
 void expand_range(const Expand& expand, int64_t begin, int64_t end) {
   RowBlock block;
+  alignas(64) float residual[kPanel];
   for (int64_t t = begin; t < end;) {
     const int rows = end - t >= kTokens ? kTokens : 1;
     for (int64_t n = 0; n < expand.columns; n += kPanel) {
@@ -169,6 +170,10 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
           for (int64_t j = 0; j < width; ++j) values[j] += expand.bias[n + j];
         if (expand.after != nullptr)
           for (int64_t j = 0; j < width; ++j) values[j] += expand.after[flat + j];
+        if (expand.residual != nullptr) {
+          widen(static_cast<const T*>(expand.residual) + flat, width, residual);
+          for (int64_t j = 0; j < width; ++j) values[j] += residual[j];
+        }
         narrow(values, width, static_cast<T*>(expand.y) + flat);
       }
     }

@@ -34,7 +34,7 @@ struct RowPass {
 };
 
 // The end of a product that was made elsewhere, or of the low-rank one alone. For the rows [begin, end):
-//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after
+//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
 // each element written once, rounded once to dtype. All but left and right may be absent; rank 0 has no low-rank term.
 struct Expand {
   void* y;
@@ -51,6 +51,7 @@ struct Expand {
   const float* bias = nullptr;         // [stride]
   const float* before = nullptr;       // [T, columns]
   const float* after = nullptr;        // [T, columns]
+  const void* residual = nullptr;      // [T, columns] of dtype
 };
 
 constexpr int64_t kColumnStep = 32;

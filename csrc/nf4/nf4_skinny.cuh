@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnyFin
   if (n >= work.outputs) return;
   const int first = blockIdx.y * kFinishTokens;
   float sums[kFinishTokens] = {};
+#pragma unroll 4
   for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
 #pragma unroll
     for (int i = 0; i < kFinishTokens; ++i)

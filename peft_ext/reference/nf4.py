@@ -68,7 +68,7 @@ def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
 def _dynamic_values() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2.0
         scale = 10 ** (exponent - 6)
         values += (scale * means).tolist()
