@@ -477,6 +477,81 @@ def _ia3_scale_case(adapter_dtype: Any = None) -> Case:
     )  # fmt: skip
 
 
+# --- bottleneck -------------------------------------------------------------------------------------------------------
+
+
+def _bottleneck_case(
+    activation: str = "gelu", *, own: bool = False, biases: bool = True, adapter_dtype: Any = None, scale: float = 0.75
+) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, m = shape
+        n, adapters = k if own else n, adapter_dtype or dtype
+        inputs = {
+            "x": randn(*tokens, k, dtype=dtype),
+            "down_weight": randn(m, k, dtype=adapters, scale=k**-0.5),
+            "down_bias": randn(m, dtype=adapters) if biases else None,
+            "up_weight": randn(n, m, dtype=adapters, scale=m**-0.5),
+            "up_bias": randn(n, dtype=adapters) if biases else None,
+            "residual": None if own else randn(*tokens, n, dtype=dtype),
+        }
+        return Sample(inputs, [name for name, value in inputs.items() if value is not None])
+
+    def call(x, down_weight, down_bias, up_weight, up_bias, residual, activation=activation, scale=scale):
+        return ops.bottleneck_adapter(
+            x, down_weight, down_bias, up_weight, up_bias, scale=scale, activation=activation, residual=residual
+        )
+
+    def plain(x, down_weight, down_bias, up_weight, up_bias, residual):
+        down_weight, down_bias, up_weight, up_bias = (
+            value if value is None else value.to(x.dtype) for value in (down_weight, down_bias, up_weight, up_bias)
+        )
+        u = F.linear(x, down_weight, down_bias)
+        if activation in ("relu", "silu"):
+            h = getattr(F, activation)(u)
+        else:
+            h = F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return (x if residual is None else residual) + scale * F.linear(h, up_weight, up_bias)
+
+    name = "-".join(["bottleneck", activation, *(["own"] if own else []), *([] if biases else ["no_biases"]),
+                     *([f"{adapter_dtype}".removeprefix("torch.")] if adapter_dtype else [])])  # fmt: skip
+    return Case(
+        name=name,
+        op="bottleneck",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        # One element alone is cancellation near a zero of the activation's slope, and plain PyTorch may be lucky.
+        shapes=[shape for shape in SHAPES if shape[1] > 1],
+        result=lambda dtype, shape: (dtype, (*shape[0], shape[1] if own else shape[2])),
+        errors=(
+            ("activation", {"activation": "tanh"}, ValueError,
+             r"bottleneck_adapter: activation is 'tanh', wanted one of \('gelu', 'gelu_tanh', 'relu', 'silu'\)"),
+            ("scale", {"scale": float("inf")}, ValueError, "bottleneck_adapter: scale is inf, wanted a finite number"),
+            ("x columns", {"x": torch.zeros(4, 8, 63)}, ValueError,
+             r"bottleneck_adapter: x has shape \(4, 8, 63\), wanted \[\.\.\., 64\] for down_weight \(16, 64\)"),
+            ("x of integers", {"x": torch.zeros(4, 8, 64, dtype=torch.int64)}, TypeError,
+             "bottleneck_adapter: x is int64, wanted one of"),
+            ("down of 1 dimension", {"down_weight": torch.zeros(64)}, ValueError,
+             r"bottleneck_adapter: down_weight has shape \(64,\), wanted \[M, K\]"),
+            ("down of no rows", {"down_weight": torch.zeros(0, 64), "up_weight": torch.zeros(96, 0)}, ValueError,
+             r"bottleneck_adapter: down_weight has shape \(0, 64\), wanted at least 1 row"),
+            ("up columns", {"up_weight": torch.zeros(96, 15)}, ValueError,
+             r"bottleneck_adapter: up_weight has shape \(96, 15\), wanted \[N, 16\] for down_weight \(16, 64\)"),
+            ("down bias", {"down_bias": torch.zeros(15)}, ValueError,
+             r"bottleneck_adapter: down_bias has shape \(15,\), wanted \(16,\)"),
+            ("up bias", {"up_bias": torch.zeros(95)}, ValueError,
+             r"bottleneck_adapter: up_bias has shape \(95,\), wanted \(96,\)"),
+            ("no residual", {"residual": None}, ValueError,
+             "bottleneck_adapter: up_weight has 96 rows, wanted x's 64 where residual is None"),
+            ("residual shape", {"residual": torch.zeros(32, 96)}, ValueError,
+             r"bottleneck_adapter: residual has shape \(32, 96\), wanted \(4, 8, 96\)"),
+            ("residual dtype", {"residual": torch.zeros(4, 8, 96, dtype=torch.bfloat16)}, TypeError,
+             "bottleneck_adapter: residual is bfloat16, x is float32"),
+        ) if name == "bottleneck-gelu" else (),
+    )  # fmt: skip
+
+
 CASES: tuple[Case, ...] = (
     _quantize_case(64, False),
     _quantize_case(32, False),
@@ -513,4 +588,9 @@ CASES: tuple[Case, ...] = (
     _ia3_case("nested", feedforward=True, adapter_dtype=torch.float32, matrix=True),
     _ia3_scale_case(),
     _ia3_scale_case(torch.float32),
+    _bottleneck_case(),
+    _bottleneck_case(own=True, adapter_dtype=torch.float32),
+    _bottleneck_case("gelu_tanh", own=True),
+    _bottleneck_case("relu", biases=False),
+    _bottleneck_case("silu", own=True, adapter_dtype=torch.float32, biases=False),
 )

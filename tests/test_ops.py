@@ -316,6 +316,9 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return name, (i["x"], *i["nf4"].op_args(), i["bias"])
     if name == "ia3_scale":
         return name, (i["x"], i["ia3_l"].detach().flatten().requires_grad_())
+    if case.op == "bottleneck":
+        args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
+        return "bottleneck_adapter", (i["x"], *args, case.name.split("-")[1])
     weight = ops._checks.weight_args(i["weight"])
     adapter = i.get("lora_A"), i.get("lora_B")
     if name == "dora_weight_norm":

@@ -3,12 +3,14 @@
 A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywhere.
 """
 
+from .bottleneck import bottleneck_adapter
 from .dora import dora_linear, dora_weight_norm
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear
 from .nf4 import nf4_dequantize, nf4_linear, nf4_quantize
 
 __all__ = [
+    "bottleneck_adapter",
     "dora_linear",
     "dora_weight_norm",
     "ia3_linear",

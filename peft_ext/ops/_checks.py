@@ -17,6 +17,7 @@ __all__ = [
     "cast_for_autocast",
     "check_bias",
     "check_blocksize",
+    "check_bottleneck",
     "check_dtype",
     "check_float",
     "check_linear",
@@ -121,9 +122,50 @@ def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B
         raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
 
 
-def check_scale(op: str, scaling: float, dropout_p: float = 0.0) -> None:
+def check_bottleneck(
+    op: str,
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Optional[Tensor],
+    up_weight: Tensor,
+    up_bias: Optional[Tensor],
+    residual: Optional[Tensor],
+) -> None:
+    """down ``[M, K]`` and up ``[N, M]`` with their biases against x ``[..., K]``, and a residual ``[..., N]``."""
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., K]")
+    for argument, value, wanted in (("down_weight", down_weight, "M, K"), ("up_weight", up_weight, "N, M")):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, x)
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted [{wanted}]")
+    size, k = down_weight.shape
+    n = up_weight.shape[0]
+    if x.shape[-1] != k:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {k}] for down_weight ({size}, {k})")
+    if up_weight.shape[1] != size:
+        raise ValueError(f"{op}: up_weight has shape {tuple(up_weight.shape)}, wanted [N, {size}] for down_weight "
+                         f"({size}, {k})")  # fmt: skip
+    if size == 0:
+        raise ValueError(f"{op}: down_weight has shape (0, {k}), wanted at least 1 row")
+    for argument, value, wanted in (("down_bias", down_bias, size), ("up_bias", up_bias, n)):
+        if value is not None:
+            check_vector(op, argument, value, x, (wanted,))
+    if residual is None:
+        if n != k:
+            raise ValueError(f"{op}: up_weight has {n} rows, wanted x's {k} where residual is None")
+        return
+    check_float(op, "residual", residual)
+    _check_device(op, "residual", residual, x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual is {_name(residual.dtype)}, x is {_name(x.dtype)}")
+    if tuple(residual.shape) != (*x.shape[:-1], n):
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, wanted {(*x.shape[:-1], n)}")
+
+
+def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
     if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
-        raise ValueError(f"{op}: scaling is {scaling!r}, wanted a finite number")
+        raise ValueError(f"{op}: {argument} is {scaling!r}, wanted a finite number")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p!r}, wanted 0 <= p < 1")
 

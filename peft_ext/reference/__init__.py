@@ -3,6 +3,7 @@
 In float64 these are the oracle that every kernel is tested against. Nothing here calls ``peft_ext.ops``.
 """
 
+from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward
@@ -10,6 +11,8 @@ from .nf4 import dynamic_code, nf4_code, nf4_dequantize, nf4_linear, nf4_quantiz
 from .philox import dropout_keep_mask
 
 __all__ = [
+    "bottleneck_adapter",
+    "bottleneck_adapter_backward",
     "dora_linear",
     "dora_linear_backward",
     "dora_weight_norm",

@@ -1,0 +1,287 @@
+// Bottleneck adapter on the CPU:
+//
+//   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
+//
+// forward: one pass over x, one that reads the residual and writes Y. backward: one pass over dY gives P = s dY V, dV
+// and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes dX = dY + dU D. What is [T,
+// M] is float32; the activation on it is PyTorch's.
+#include <array>
+#include <string>
+#include <tuple>
+
+#include "linear/passes.h"
+#include "linear/wide_products.h"
+
+namespace peft_ext {
+namespace {
+
+struct Bottleneck {
+  int64_t tokens, in, out, size, padded;
+};
+
+Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, const Tensor& up) {
+  STD_TORCH_CHECK(x.dim() >= 1 && down.dim() == 2 && up.dim() == 2 && down.size(1) == x.size(x.dim() - 1) &&
+                      up.size(1) == down.size(0),
+                  op, ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
+  return {rows_of(x), down.size(1), up.size(0), down.size(0), round_up(down.size(0), kRankStep)};
+}
+
+Tensor flat(const Tensor& m) {
+  return torch::stable::view(torch::stable::contiguous(m), {rows_of(m), m.size(m.dim() - 1)});
+}
+
+Tensor dispatched(const char* name, std::vector<StableIValue> stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+StableIValue value(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
+
+std::string gelu_approximation(const std::string& activation) { return activation == "gelu_tanh" ? "tanh" : "none"; }
+
+Tensor activated(const Tensor& u, const std::string& activation) {
+  if (activation == "relu") return dispatched("aten::relu", {value(u)});
+  if (activation == "silu") return dispatched("aten::silu", {value(u)});
+  return dispatched("aten::gelu", {value(u), torch::stable::detail::from(gelu_approximation(activation))});
+}
+
+Tensor activation_backward(const Tensor& grad, const Tensor& u, const std::string& activation) {
+  if (activation == "relu") {
+    Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
+    for (int64_t i = 0; i < u.numel(); ++i) {
+      const float g = grad.const_data_ptr<float>()[i];
+      out.mutable_data_ptr<float>()[i] = u.const_data_ptr<float>()[i] > 0.0f ? g : 0.0f;
+    }
+    return out;
+  }
+  if (activation == "silu") return dispatched("aten::silu_backward", {value(grad), value(u)});
+  return dispatched("aten::gelu_backward",
+                    {value(grad), value(u), torch::stable::detail::from(gelu_approximation(activation))});
+}
+
+// Few tokens: D and V are read once, as they lie.
+constexpr int64_t kFew = kFewTokens;
+
+// Whether the products are PyTorch's: all of one 16-bit type that the CPU multiplies in.
+bool by_products(const Tensor& x, const Tensor& down, const Tensor& up) {
+  const ScalarType type = x.scalar_type();
+  return type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type &&
+         multiplies_in(type, true);
+}
+
+// [T, M] in a frame of `padded` columns.
+Tensor framed(const char* op, const Tensor& m, int64_t padded) {
+  return m.size(1) == padded ? m : packed(op, "u", m, nullptr, nullptr, false, m.size(0), padded);
+}
+
+// y = residual (none: 0) + what the caller adds to it.
+Expand onto_residual(Tensor& y, const Tensor& residual) {
+  Expand work;
+  work.y = y.mutable_data_ptr();
+  work.dtype = dtype_of("bottleneck_adapter", "x", y);
+  work.columns = y.size(y.dim() - 1);
+  work.rank = 0;
+  work.stride = round_up(work.columns, kColumnStep);
+  work.residual = residual.numel() == 0 ? nullptr : residual.const_data_ptr();
+  return work;
+}
+
+void fill(const Tensor& tensor, float value) {
+  float* data = tensor.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < tensor.numel(); ++i) data[i] = value;
+}
+
+void scale_by(const Tensor& tensor, float factor) {
+  float* data = tensor.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < tensor.numel(); ++i) data[i] *= factor;
+}
+
+// u [T, M] += bias [M].
+void add_rows(const Tensor& u, const Tensor& bias) {
+  const int64_t size = u.size(1);
+  const float* add = bias.const_data_ptr<float>();
+  float* data = u.mutable_data_ptr<float>();
+  for (int64_t t = 0; t < u.size(0); ++t)
+    for (int64_t m = 0; m < size; ++m) data[t * size + m] += add[m];
+}
+
+// u = x Dᵀ
+void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottleneck& size, Tensor& u) {
+  Tensor sums = size.padded == size.size ? u : empty({size.tokens, size.padded}, ScalarType::Float);
+  const Tensor right = packed(op, "down_weight", down, nullptr, nullptr, true, size.in, size.padded);
+  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.padded, Dropout());
+  pass.right = right.const_data_ptr<float>();
+  pass.out = sums.mutable_data_ptr<float>();
+  run_row_pass(pass, size.tokens);
+  if (size.padded != size.size) torch::stable::copy_(u, torch::stable::narrow(sums, 1, 0, size.size));
+}
+
+std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor> residual, Tensor down_weight,
+                                                  std::optional<Tensor> down_bias, Tensor up_weight,
+                                                  std::optional<Tensor> up_bias, double scale, std::string activation) {
+  constexpr const char* kOp = "bottleneck_adapter";
+  const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
+  const Tensor held = flat(x), onto = residual.has_value() ? flat(*residual) : held;
+  STD_TORCH_CHECK(onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == x.scalar_type(), kOp,
+                  ": residual is not [..., ", size.out, "] of x's type");
+  Tensor y = empty(with_last(x, size.out), x.scalar_type());
+  Tensor u = empty({size.tokens, size.size}, ScalarType::Float);
+  if (size.tokens == 0 || size.out == 0) return {y, u};
+
+  const bool few = size.tokens <= kFew, products = !few && by_products(x, down_weight, up_weight);
+  const float factor = static_cast<float>(scale);
+  // U
+  if (few) {
+    run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
+  } else if (products) {
+    const Tensor rounded = empty({size.tokens, size.size}, x.scalar_type());
+    mm_out(rounded, held, transposed(down_weight));
+    torch::stable::copy_(u, rounded);
+  } else {
+    shrink(kOp, held, down_weight, size, u);
+  }
+  if (down_bias.has_value()) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
+
+  // Y
+  const Tensor h = activated(u, activation);
+  const int64_t stride = round_up(size.out, kColumnStep);
+  Expand work = onto_residual(y, onto);
+  Tensor bias, right, sums;
+  if (up_bias.has_value()) {
+    bias = padded_vector(kOp, "up_bias", *up_bias, stride);
+    scale_by(bias, factor);
+    work.bias = bias.const_data_ptr<float>();
+  }
+  if (few) {
+    scale_by(h, factor);
+    sums = empty({size.tokens, size.out}, ScalarType::Float);
+    run_few_tokens(kOp, torch::stable::contiguous(up_weight), h, sums, false);
+    work.before = sums.const_data_ptr<float>();
+  } else if (!products) {
+    sums = framed(kOp, h, size.padded);
+    scale_by(sums, factor);
+    right = packed(kOp, "up_weight", up_weight, nullptr, nullptr, true, size.padded, stride);
+    work.rank = size.padded;
+    work.left = sums.const_data_ptr<float>();
+    work.right = right.const_data_ptr<float>();
+  }
+  run_expand(work, size.tokens);
+  if (products) {
+    scale_by(h, factor);
+    addmm_(torch::stable::view(y, {size.tokens, size.out}), torch::stable::to(h, x.scalar_type()),
+           transposed(up_weight), 1.0);
+  }
+  return {y, u};
+}
+
+// dV and db_v, and P = s dY V, [T, M] float32.
+struct UpGradients {
+  Tensor weight, bias, p;
+};
+
+UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const Tensor& up, const Bottleneck& size,
+                                     float scale) {
+  const ScalarType type = grad.scalar_type();
+  UpGradients out{empty({size.out, size.size}, type), empty({1, size.out}, type),
+                  empty({size.tokens, size.size}, type)};
+  mm_out(out.p, grad, up);
+  out.p = torch::stable::to(out.p, ScalarType::Float);
+  scale_by(out.p, scale);
+  scale_by(h, scale);
+  mm_out(out.weight, transposed(grad), torch::stable::to(h, type));
+  const Tensor ones = empty({1, size.tokens}, ScalarType::Float);
+  fill(ones, scale);
+  mm_out(out.bias, torch::stable::to(ones, type), grad);
+  out.bias = torch::stable::to(out.bias, ScalarType::Float);
+  return out;
+}
+
+UpGradients up_gradients(const char* op, const Tensor& grad, const Tensor& h, const Tensor& up, const Bottleneck& size,
+                         float scale) {
+  // H and a column of ones: dYᵀ of it is dV and db_v.
+  const int64_t padded = round_up(size.size + 1, kRankStep);
+  const Tensor left = packed(op, "u", h, nullptr, nullptr, false, size.tokens, padded);
+  for (int64_t t = 0; t < size.tokens; ++t) left.mutable_data_ptr<float>()[t * padded + size.size] = 1.0f;
+  const Tensor rho = empty({padded}, ScalarType::Float);
+  fill(rho, scale);
+  const float* by_rank = rho.const_data_ptr<float>();
+  const Tensor right = packed(op, "up_weight", up, nullptr, by_rank, false, size.out, padded);
+  Tensor p = zeros({size.tokens, padded});
+  RowPass pass = make_row_pass(grad, dtype_of(op, "grad", grad), size.out, padded, Dropout());
+  pass.right = right.const_data_ptr<float>();
+  pass.out = p.mutable_data_ptr<float>();
+  pass.left = left.const_data_ptr<float>();
+  const Tensor sums = run_outer_pass(pass, size.tokens);
+  UpGradients out{unpacked(op, "up_weight", sums, nullptr, by_rank, false, up), empty({size.out}, ScalarType::Float),
+                  torch::stable::contiguous(torch::stable::narrow(p, 1, 0, size.size))};
+  for (int64_t n = 0; n < size.out; ++n)
+    out.bias.mutable_data_ptr<float>()[n] = scale * sums.const_data_ptr<float>()[n * padded + size.size];
+  return out;
+}
+
+Tensor down_gradient(const char* op, const Tensor& grad_u, const Tensor& x, const Tensor& down,
+                     const Bottleneck& size) {
+  const Tensor left = framed(op, grad_u, size.padded);
+  RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.padded, Dropout());
+  pass.left = left.const_data_ptr<float>();
+  return unpacked(op, "down_weight", run_outer_pass(pass, size.tokens), nullptr, nullptr, true, down);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_cpu(Tensor grad, Tensor x, Tensor u,
+                                                                                   Tensor down_weight, Tensor up_weight,
+                                                                                   double scale, std::string activation,
+                                                                                   bool own, bool needs_grad_x) {
+  constexpr const char* kOp = "bottleneck_adapter_backward";
+  const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
+  const Tensor flat_grad = flat(grad), flat_x = flat(x), flat_u = torch::stable::contiguous(u);
+  STD_TORCH_CHECK(flat_grad.size(0) == size.tokens && flat_grad.size(1) == size.out, kOp, ": grad is not [..., ",
+                  size.out, "]");
+  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
+                  u.numel(), " elements, wanted ", size.tokens * size.size);
+  const ScalarType type = x.scalar_type();
+  const bool products = size.tokens > 0 && by_products(x, down_weight, up_weight);
+  const float factor = static_cast<float>(scale);
+
+  const Tensor h = activated(flat_u, activation);
+  const UpGradients over_grad = products ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
+                                         : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
+  const Tensor grad_u = activation_backward(over_grad.p, flat_u, activation);
+  const Tensor ones = empty({size.tokens, size.size}, ScalarType::Float);
+  fill(ones, 1.0f);
+  const Tensor grad_down_bias = column_pass(kOp, grad_u, nullptr, 0.0f, &ones).sums;
+
+  Tensor grad_down, rounded;
+  if (products) {
+    rounded = torch::stable::to(grad_u, type);
+    grad_down = empty({size.size, size.in}, type);
+    mm_out(grad_down, transposed(rounded), flat_x);
+  } else {
+    grad_down = down_gradient(kOp, grad_u, flat_x, down_weight, size);
+  }
+  Tensor grad_x = empty({0}, type);
+  if (!needs_grad_x) return {grad_x, grad_down, grad_down_bias, over_grad.weight, over_grad.bias};
+  grad_x = empty({x.sizes().begin(), x.sizes().end()}, type);
+  if (products) {
+    const Tensor flat_grad_x = torch::stable::view(grad_x, {size.tokens, size.in});
+    if (own) torch::stable::copy_(grad_x, grad);
+    own ? addmm_(flat_grad_x, rounded, down_weight, 1.0) : mm_out(flat_grad_x, rounded, down_weight);
+  } else if (size.tokens > 0) {
+    const Tensor left = framed(kOp, grad_u, size.padded);
+    const Tensor right =
+        packed(kOp, "down_weight", down_weight, nullptr, nullptr, false, size.padded, round_up(size.in, kColumnStep));
+    Expand work = onto_residual(grad_x, own ? flat_grad : none(type));
+    work.rank = size.padded;
+    work.left = left.const_data_ptr<float>();
+    work.right = right.const_data_ptr<float>();
+    run_expand(work, size.tokens);
+  }
+  return {grad_x, grad_down, grad_down_bias, over_grad.weight, over_grad.bias};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("bottleneck_adapter", TORCH_BOX(&peft_ext::bottleneck_adapter_cpu));
+  m.impl("bottleneck_adapter_backward", TORCH_BOX(&peft_ext::bottleneck_adapter_backward_cpu));
+}

@@ -1,0 +1,198 @@
+// Bottleneck adapter on a GPU:
+//
+//   forward    U: one pass over x (rank_pass); H; Y = residual + s (H Vᵀ + b_v): the residual read, Y written (expand)
+//   backward   P = s dY V, dV and db_v: passes over dY; dU; dD: a pass over x; dX = dY + dU D: dY read, dX written
+#include "bottleneck/bottleneck.cuh"
+
+#include <string>
+#include <tuple>
+
+#include "linear/passes_cuda.h"
+
+namespace peft_ext {
+namespace {
+
+struct Bottleneck {
+  int64_t tokens, in, out, size;
+};
+
+void check_matrix(const char* op, const char* name, const Tensor& m, const Tensor& x) {
+  const ScalarType type = m.scalar_type();
+  STD_TORCH_CHECK(on_device(m) && m.get_device_index() == x.get_device_index() && m.dim() == 2, op, ": ", name, " has ",
+                  m.dim(), " dimensions, wanted 2 on x's device");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
+                  " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
+}
+
+Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, const Tensor& up) {
+  check_matrix(op, "down_weight", down, x);
+  check_matrix(op, "up_weight", up, x);
+  STD_TORCH_CHECK(x.dim() >= 1 && down.size(1) == x.size(x.dim() - 1) && up.size(1) == down.size(0), op,
+                  ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
+  return {device_rows(x), down.size(1), up.size(0), down.size(0)};
+}
+
+Activation activation_of(const char* op, const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  STD_TORCH_CHECK(name == "silu", op, ": activation is ", name, ", wanted gelu, gelu_tanh, relu or silu");
+  return Activation::kSilu;
+}
+
+template <bool kGradient>
+void run(const Launcher& launcher, BottleneckWork& work, const Bottleneck& size, const HeldTerms* terms,
+         const HeldTerms* transposed) {
+  work.rows = size.tokens;
+  work.size = size.size;
+  const Terms& like = terms != nullptr ? terms->terms : transposed->terms;
+  work.padded_rows = terms != nullptr ? like.outer : like.inner;
+  work.padded_size = terms != nullptr ? like.inner : like.outer;
+  if (terms != nullptr) work.terms = write_terms(launcher, *terms);
+  if (transposed != nullptr) work.transposed = write_terms(launcher, *transposed);
+  launcher(bottleneck_kernel<kGradient>, ceil_div(work.padded_rows * work.padded_size / 2, kBottleneckThreads),
+           kBottleneckThreads, work);
+}
+
+std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tensor> residual, Tensor down_weight,
+                                                   std::optional<Tensor> down_bias, Tensor up_weight,
+                                                   std::optional<Tensor> up_bias, double scale,
+                                                   std::string activation) {
+  constexpr const char* kOp = "bottleneck_adapter";
+  const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
+  const ScalarType type = x.scalar_type();
+  const Tensor y = device_empty(x, shape_with_last(x, size.out), type);
+  const Tensor u = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
+  if (size.tokens == 0 || size.out == 0) return {y, u};
+  const Tensor held = flat_rows(x), onto = residual.has_value() ? flat_rows(*residual) : held;
+  STD_TORCH_CHECK(
+      on_device(onto) && onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == type, kOp,
+      ": residual is not [..., ", size.out, "] of x's type on its device");
+  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
+  const int64_t padded = padded_rank(size.size);
+  Splitter splitter(x);
+  const HeldTerms right = splitter.add(down, false, padded, round_up(size.in, kRankTile));
+  const HeldTerms up_terms = splitter.add(up, false, round_up(size.out, kRankTile), padded);
+  splitter.run();
+  const PartialSums sums = rank_pass(dense_input(held), &right, nullptr).rows;
+
+  const HeldTerms h = terms_of_rows(x, size.tokens, padded);
+  {
+    Launcher launcher(x);
+    BottleneckWork work{};
+    work.activation = activation_of(kOp, activation);
+    work.u = launcher.scratch<float>(u);
+    work.sums = launcher.in<float>(sums.sums);
+    work.chunks = sums.chunks;
+    work.sums_rows = sums.padded_rows;
+    work.sums_columns = padded;
+    const std::optional<Tensor> bias =
+        down_bias.has_value() ? std::optional<Tensor>(device_vector(kOp, "down_bias", *down_bias, size.size, x))
+                              : std::nullopt;
+    work.bias = launcher.in<float>(bias);
+    work.scale = static_cast<float>(scale);
+    run<false>(launcher, work, size, &h, nullptr);
+  }
+  std::optional<Tensor> bias;
+  if (up_bias.has_value()) bias = device_vector(kOp, "up_bias", *up_bias, size.out, x);
+  expand(torch::stable::view(y, {size.tokens, size.out}), &h, &up_terms, &onto, bias, nullptr, std::nullopt, scale);
+  return {y, u};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_cuda(Tensor grad, Tensor x, Tensor u,
+                                                                                    Tensor down_weight,
+                                                                                    Tensor up_weight, double scale,
+                                                                                    std::string activation, bool own,
+                                                                                    bool needs_grad_x) {
+  constexpr const char* kOp = "bottleneck_adapter_backward";
+  const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(grad.scalar_type() == type && grad.numel() == size.tokens * size.out, kOp, ": grad has ",
+                  grad.numel(), " elements, wanted ", size.tokens * size.out, " of x's type");
+  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
+                  u.numel(), " elements, wanted ", size.tokens * size.size);
+  Tensor grad_x = device_empty(x, {0}, type);
+  if (needs_grad_x) grad_x = device_empty(x, {x.sizes().begin(), x.sizes().end()}, type);
+  if (size.tokens == 0 || size.out == 0) {
+    return {grad_x, device_zeros(x, {size.size, size.in}, down_weight.scalar_type()),
+            device_zeros(x, {size.size}, ScalarType::Float),
+            device_zeros(x, {size.out, size.size}, up_weight.scalar_type()),
+            device_zeros(x, {size.out}, ScalarType::Float)};
+  }
+  const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x), held_u = torch::stable::contiguous(u);
+  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
+  // L has a row more than F, the ones.
+  const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
+  const bool together = padded_left <= 32;
+  const int64_t padded_tokens = round_up(size.tokens, kRankTile);
+  Splitter splitter(x);
+  const HeldTerms right = splitter.add(up, true, together ? padded_left : padded, round_up(size.out, kRankTile));
+  HeldTerms down_terms;
+  if (needs_grad_x) down_terms = splitter.add(down, true, round_up(size.in, kRankTile), padded);
+  splitter.run();
+  const HeldTerms left = empty_terms(x, kMaxTerms, padded_left, padded_tokens);
+  BottleneckWork work{};
+  work.activation = activation_of(kOp, activation);
+  work.scale = 1.0f;
+  {
+    Launcher launcher(x);
+    work.u = const_cast<float*>(launcher.in<float>(held_u));
+    work.ones = true;
+    run<false>(launcher, work, size, nullptr, &left);
+  }
+  PassSums sums;
+  if (together) {
+    sums = rank_pass(dense_input(flat_grad), &right, &left);
+  } else {
+    sums = rank_pass(dense_input(flat_grad), &right, nullptr);
+    sums.columns = rank_pass(dense_input(flat_grad), nullptr, &left).columns;
+  }
+  const Tensor p = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
+  Tensor products = device_empty(x, {size.out, size.size + 1}, ScalarType::Float);
+  Reduced wanted;
+  wanted.scale = scale;
+  wanted.plain = &p;
+  reduce(sums.rows, size.size, wanted);
+  wanted.plain = &products;
+  reduce(sums.columns, size.size + 1, wanted);
+  const Tensor grad_up =
+      torch::stable::contiguous(as_type(torch::stable::narrow(products, 1, 0, size.size), up_weight.scalar_type()));
+  const Tensor grad_up_bias =
+      torch::stable::view(torch::stable::contiguous(torch::stable::narrow(products, 1, size.size, 1)), {size.out});
+
+  const Tensor grad_u = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
+  const Tensor grad_down_bias = device_empty(x, {size.size}, ScalarType::Float);
+  const HeldTerms transposed = empty_terms(x, kMaxTerms, padded, padded_tokens);
+  HeldTerms terms;
+  if (needs_grad_x) terms = terms_of_rows(x, size.tokens, padded);
+  {
+    Launcher launcher(x);
+    work.u = const_cast<float*>(launcher.in<float>(held_u));
+    work.ones = false;
+    work.grad_h = launcher.in<float>(p);
+    work.grad_u = launcher.scratch<float>(grad_u);
+    work.terms = work.transposed = nullptr;
+    run<true>(launcher, work, size, needs_grad_x ? &terms : nullptr, &transposed);
+    launcher(bottleneck_bias_kernel<kBottleneckThreads>, size.size, kBottleneckThreads, work.grad_u, size.tokens,
+             size.size, launcher.scratch<float>(grad_down_bias));
+  }
+  const Tensor grad_down = device_empty(x, {size.size, size.in}, down_weight.scalar_type());
+  Reduced grad_d;
+  grad_d.out = &grad_down;
+  grad_d.row_stride = 1;
+  grad_d.rank_stride = size.in;
+  reduce(rank_pass(dense_input(flat_x), nullptr, &transposed).columns, size.size, grad_d);
+  if (needs_grad_x) {
+    expand(torch::stable::view(grad_x, {size.tokens, size.in}), &terms, &down_terms, own ? &flat_grad : nullptr,
+           std::nullopt, nullptr);
+  }
+  return {grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+PEFT_EXT_CUDA_LIBRARY(m) {
+  m.impl("bottleneck_adapter", TORCH_BOX(&peft_ext::bottleneck_adapter_cuda));
+  m.impl("bottleneck_adapter_backward", TORCH_BOX(&peft_ext::bottleneck_adapter_backward_cuda));
+}

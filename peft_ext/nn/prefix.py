@@ -1,0 +1,255 @@
+"""Trained keys and values before a sequence's own, in each layer: prefix tuning."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .prompt import VirtualTokens
+
+__all__ = ["PrefixEncoder"]
+
+
+class PrefixEncoder(VirtualTokens):
+    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before those of each layer's attention
+    (prefix tuning, arXiv 2101.00190).
+
+    ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``, ``[num_virtual_tokens, num_layers·2·kv_dim]``,
+    kv_dim = num_kv_heads·head_dim; a row holds layer by layer the keys, then the values, head by head. Run a frozen
+    Transformers model with it as
+
+        model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
+              past_key_values=prefix.past_key_values(batch_size, model.config))
+
+    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``cache``, and takes both
+    names.) Logits and labels keep their length.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: of the model's attention; with grouped queries, the heads of the keys.
+        num_virtual_tokens: the prefix's length.
+        projection: reparametrize by the MLP, which is for training alone: see :meth:`bake`.
+        hidden_size: the MLP's; default token_dim. token_dim: E's width under the MLP; default kv_dim, as PEFT's.
+        init_weights: "zero": P starts as zeros, which do take part in the attention; None: as ``nn.Embedding`` and
+            ``nn.Linear`` start.
+        device, dtype: of the parameters; default float32, whatever the model is.
+
+    State dict (``embedding.weight``, and ``transform.0.*``, ``transform.2.*`` with ``projection``) and rows are those
+    of ``peft.tuners.PrefixEncoder``. Raises ValueError for a size below 1 and for a size of the MLP's without
+    ``projection``, TypeError for a dtype that is no float.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_virtual_tokens: int,
+        *,
+        projection: bool = False,
+        hidden_size: Optional[int] = None,
+        token_dim: Optional[int] = None,
+        init_weights: Optional[str] = None,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for argument, value in {**sizes, "num_virtual_tokens": num_virtual_tokens}.items():
+            self._check_count(argument, value)
+        for argument, value in {"hidden_size": hidden_size, "token_dim": token_dim}.items():
+            if value is not None:
+                self._check_count(argument, value)
+                if not projection:
+                    raise ValueError(f"PrefixEncoder: {argument} is {value}, wanted None without projection")
+        if init_weights not in (None, "zero"):
+            raise ValueError(f"PrefixEncoder: init_weights is {init_weights!r}, wanted None or 'zero'")
+        self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
+        self.projection, self.init_weights = projection, init_weights
+        self.token_dim = token_dim or num_kv_heads * head_dim
+        self.hidden_size = hidden_size or self.token_dim
+        width = num_layers * 2 * num_kv_heads * head_dim
+        self._hold(num_virtual_tokens, self.token_dim if projection else width, device, dtype)
+        self.transform: Optional[nn.Sequential] = None
+        if projection:
+            self.transform = nn.Sequential(
+                nn.Linear(self.token_dim, self.hidden_size, device=device, dtype=dtype),
+                nn.Tanh(),
+                nn.Linear(self.hidden_size, width, device=device, dtype=dtype),
+            )
+        self._zero()
+
+    @classmethod
+    def from_config(
+        cls,
+        model_config: Any,
+        num_virtual_tokens: int,
+        *,
+        projection: bool = False,
+        hidden_size: Optional[int] = None,
+        token_dim: Optional[int] = None,
+        init_weights: Optional[str] = None,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PrefixEncoder:
+        """Layers, key heads and head_dim as a Transformers configuration has them; the other arguments as the class.
+
+        Of an encoder-decoder model the decoder's, of one with several modalities the text's. Where layers differ
+        (Gemma 4) the widest head_dim counts, and each layer takes the part that it has room for; a layer with more
+        heads than that gets no prefix, of which this warns. Raises ValueError for a configuration that lacks them, or
+        whose keys and values differ in width (multi-head latent attention).
+        """
+        layers = _layers(model_config)
+        sizes = _widest(layers)
+        if left_out := [i for i, (heads, _) in enumerate(layers) if heads > sizes[1]]:
+            warnings.warn(
+                f"PrefixEncoder: layers {left_out} have more than {sizes[1]} key heads and get no prefix", stacklevel=2
+            )
+        return cls(
+            *sizes, num_virtual_tokens, projection=projection, hidden_size=hidden_size, token_dim=token_dim,
+            init_weights=init_weights, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Restart as the constructor does."""
+        self.embedding.reset_parameters()
+        if self.transform is not None:
+            self.transform[0].reset_parameters()
+            self.transform[2].reset_parameters()
+        self._zero()
+
+    def _zero(self) -> None:
+        if self.init_weights == "zero":
+            last = self.embedding if self.transform is None else self.transform[2]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+
+    def flattened(self) -> Tensor:
+        """P ``[num_virtual_tokens, num_layers·2·kv_dim]``: what PEFT saves, as ``prompt_embeddings``.
+
+        Without the MLP it is ``embedding.weight`` itself.
+        """
+        weight = self.embedding.weight
+        return weight if self.transform is None else self.transform(weight)
+
+    @torch.no_grad()
+    def bake(self) -> PrefixEncoder:
+        """A prefix that holds :meth:`flattened` as its embedding, without the MLP: the same keys and values."""
+        weight = self.embedding.weight
+        sizes = (self.num_layers, self.num_kv_heads, self.head_dim, self.num_virtual_tokens)
+        module = PrefixEncoder(*sizes, device="meta", dtype=weight.dtype)
+        rows = self.flattened().to(weight.dtype, copy=True)
+        module.embedding.weight = nn.Parameter(rows, requires_grad=weight.requires_grad)
+        return module.train(self.training)
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """As :meth:`VirtualTokens.load_prompt_embeddings`; the MLP can't be found from its output: ValueError."""
+        if self.projection:
+            raise ValueError("PrefixEncoder: projection is True, wanted False to load prompt_embeddings")
+        super().load_prompt_embeddings(prompt_embeddings)
+
+    def forward(self, batch_size: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """Keys ``[:, 0]`` and values ``[:, 1]`` of each layer, for each of the batch.
+
+        ``[num_layers, 2, batch_size, num_kv_heads, num_virtual_tokens, head_dim]``, in ``dtype`` if it is given. The
+        MLP runs once, whatever the batch; the result is a view of :meth:`flattened` unless ``dtype`` casts.
+        """
+        shape = (self.num_virtual_tokens, self.num_layers, 2, self.num_kv_heads, self.head_dim)
+        return self._for_each(self.flattened().view(shape).permute(1, 2, 3, 0, 4), 2, batch_size, dtype)
+
+    def past_key_values(
+        self,
+        batch_size: int,
+        config: Any = None,
+        *,
+        dtype: Optional[torch.dtype] = None,
+        peft_order: bool = True,
+    ) -> Any:
+        """The prefix as the cache that a Transformers model takes and appends to: a new one for each forward.
+
+        Args:
+            config: the model's. With it a sliding window drops what it can't see, layers that keep no keys of their
+                own get none, and an encoder-decoder model gets an EncoderDecoderCache, the prefix before the decoder's
+                self-attention. Without it, a plain DynamicCache.
+            dtype: what the model computes in; default config's dtype, or else the parameters'. Give ``model.dtype``
+                for a model that was cast after it was made.
+            peft_order: in an encoder-decoder model, give layer i the prefix ``2i mod num_layers``, as PEFT does, so
+                that its files mean the same here. With an even number of layers half of the prefixes are then used
+                twice and the others never: False gives layer i the prefix i.
+
+        Activation checkpointing turns the cache off, and with it the prefix. Raises ValueError if config's layers,
+        key heads or head_dim are not this prefix's.
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+        if config is None:
+            return DynamicCache(list(self(batch_size, dtype)))
+        layers = _layers(config)
+        if (wanted := _widest(layers)) != (own := (self.num_layers, self.num_kv_heads, self.head_dim)):
+            raise ValueError(
+                f"PrefixEncoder: num_layers, num_kv_heads, head_dim are {own}, wanted {wanted} as config has them"
+            )
+        if dtype is None and isinstance(getattr(config, "dtype", None), torch.dtype):
+            dtype = config.dtype
+        prefix = self(batch_size, dtype)
+        if getattr(config, "is_encoder_decoder", False):
+            order = [2 * i % self.num_layers if peft_order else i for i in range(self.num_layers)]
+            # The encoder's keys and values are not there yet: an empty cache has the first forward fill it.
+            return EncoderDecoderCache(DynamicCache([tuple(prefix[i]) for i in order]), DynamicCache())
+        cache = DynamicCache(config=config)
+        for i, (layer, (heads, width)) in enumerate(zip(cache.layers, layers, strict=False)):
+            if isinstance(layer, DynamicLayer) and heads <= self.num_kv_heads and width <= self.head_dim:
+                keys, values = prefix[i, :, :, :heads, :, :width]
+                cache.update(keys, values, i)
+        return cache
+
+    def extra_repr(self) -> str:
+        text = f"num_layers={self.num_layers}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{text}, num_virtual_tokens={self.num_virtual_tokens}, projection={self.projection}"
+
+
+def _layers(config: Any) -> list[tuple[int, int]]:
+    """Heads and head_dim of the keys and values that each layer of a Transformers configuration's (text) decoder has
+    in its cache."""
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    # T5's num_layers are the encoder's; BART's decoder_layers are num_hidden_layers of the text configuration.
+    num_layers = _read(config, "num_decoder_layers", "num_hidden_layers")
+    if getattr(config, "is_heterogeneous", False):
+        return [_heads(config.per_layer_config[i]) for i in range(num_layers)]
+    return [_heads(config)] * num_layers
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"PrefixEncoder: model_config is {type(config).__name__} with latent attention, wanted keys and values of "
+            "one width"
+        )
+    queries = _read(config, "num_attention_heads")
+    # Falcon, whose newer architecture repeats the keys for every query before they reach the cache.
+    multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    heads = getattr(config, "num_key_value_heads", None) or (1 if multi_query else queries)
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        hidden_size = _read(config, "hidden_size")
+        if hidden_size % queries:
+            raise ValueError(
+                f"PrefixEncoder: model_config has hidden_size {hidden_size}, wanted a multiple of its {queries} heads"
+            )
+        head_dim = hidden_size // queries
+    return heads, head_dim
+
+
+def _read(config: Any, *names: str) -> int:
+    """The first of ``names`` that config has; GPT-2's n_layer and the like answer to the usual ones too."""
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise ValueError(f"PrefixEncoder: model_config is {type(config).__name__}, which has no {' or '.join(names)}")
+
+
+def _widest(layers: list[tuple[int, int]]) -> tuple[int, int, int]:
+    """Layers, key heads and head_dim of the prefix that PEFT gives a model of these layers."""
+    return (len(layers), *max(layers, key=lambda layer: layer[1]))

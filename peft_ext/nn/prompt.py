@@ -1,0 +1,221 @@
+"""Trained embeddings before a sequence's own: prompt tuning."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._checks import check_dtype, check_float
+
+__all__ = ["PromptEmbedding", "VirtualTokens"]
+
+
+class VirtualTokens(nn.Module):
+    """``embedding [num_virtual_tokens, width]``, trained: tokens that stand before each sequence of a batch.
+
+    A subclass has a ``reset_parameters`` and says what the width holds. ``embedding.weight`` is the key that PEFT's
+    modules have in their state dict.
+    """
+
+    def _hold(self, num_virtual_tokens: int, width: int, device: Any, dtype: torch.dtype) -> None:
+        check_dtype(type(self).__name__, dtype)
+        self.num_virtual_tokens = num_virtual_tokens
+        self.embedding = nn.Embedding(num_virtual_tokens, width, device=device, dtype=dtype)
+
+    @classmethod
+    def _check_count(cls, argument: str, value: object) -> None:
+        if not isinstance(value, (int, torch.SymInt)) or value < 1:
+            raise ValueError(f"{cls.__name__}: {argument} is {value!r}, wanted an integer of at least 1")
+
+    def _for_each(self, rows: Tensor, dim: int, batch_size: int, dtype: Optional[torch.dtype]) -> Tensor:
+        """``rows`` in ``dtype``, for each of the batch at a new dimension ``dim``: a view where nothing is to cast."""
+        self._check_count("batch_size", batch_size)
+        if dtype is not None:
+            check_dtype(type(self).__name__, dtype)
+        sizes = list(rows.shape)
+        sizes.insert(dim, batch_size)
+        if rows.requires_grad and torch.is_grad_enabled():
+            # Cast last, so that the gradient is summed over the batch in the parameters' dtype.
+            return rows.unsqueeze(dim).expand(sizes).to(dtype or rows.dtype)
+        return rows.to(dtype or rows.dtype).unsqueeze(dim).expand(sizes)
+
+    def _extend(self, argument: str, value: object, fill: int, shape: Optional[tuple[int, int]] = None) -> Tensor:
+        """``value [B, T]`` after ``num_virtual_tokens`` columns of ``fill``, in its own dtype."""
+        name = type(self).__name__
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} is {type(value).__name__}, wanted a Tensor")
+        if value.dim() != 2 or shape not in (None, tuple(value.shape)):
+            raise ValueError(f"{name}: {argument} has shape {tuple(value.shape)}, wanted {shape or '[B, T]'}")
+        return nn.functional.pad(value, (self.num_virtual_tokens, 0), value=fill)
+
+    def extend_mask(self, attention_mask: Tensor) -> Tensor:
+        """The mask ``[B, T]`` with ones before it, ``[B, num_virtual_tokens + T]`` in its own dtype."""
+        return self._extend("attention_mask", attention_mask, 1)
+
+    @torch.no_grad()
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Copy in the one tensor ``prompt_embeddings`` of a file that PEFT has saved, shaped as ``embedding.weight``.
+
+        Raises ValueError for another shape. For prompt tuning of an encoder-decoder model PEFT saves twice the rows
+        and uses the first half: load that.
+        """
+        name, weight = type(self).__name__, self.embedding.weight
+        check_float(name, "prompt_embeddings", prompt_embeddings)
+        if prompt_embeddings.shape != weight.shape:
+            raise ValueError(
+                f"{name}: prompt_embeddings has shape {tuple(prompt_embeddings.shape)}, wanted {tuple(weight.shape)}"
+            )
+        weight.copy_(prompt_embeddings)
+
+
+class PromptEmbedding(VirtualTokens):
+    """``Y = [P; X]``: trained embeddings ``P`` before those of each sequence (prompt tuning, arXiv 2104.08691).
+
+    X ``[B, T, token_dim]``, P ``[num_virtual_tokens, token_dim]``, Y ``[B, num_virtual_tokens + T, token_dim]`` in X's
+    dtype. Run a frozen model with it as
+
+        model(**prompt.prepend(model.get_input_embeddings()(input_ids), attention_mask, labels))
+
+    and drop the first ``num_virtual_tokens`` positions of its output. Nothing is saved for backward.
+
+    Args:
+        num_virtual_tokens: P's rows. token_dim: the width of the model's token embeddings.
+        device, dtype: of the parameter; default float32, whatever the model is.
+
+    ``embedding.weight`` starts normal, as ``nn.Embedding`` does and as PEFT's default; :meth:`from_vocab` and
+    :meth:`from_text` start from the model's own embeddings. State dict and rows are those of
+    ``peft.tuners.PromptEmbedding``. Raises ValueError for a size below 1, TypeError for a dtype that is no float.
+    """
+
+    def __init__(
+        self, num_virtual_tokens: int, token_dim: int, *, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self._check_count("num_virtual_tokens", num_virtual_tokens)
+        self._check_count("token_dim", token_dim)
+        self.token_dim = token_dim
+        self._hold(num_virtual_tokens, token_dim, device, dtype)
+
+    @classmethod
+    def from_vocab(
+        cls,
+        embedding: nn.Module,
+        num_virtual_tokens: int,
+        generator: Optional[torch.Generator] = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> PromptEmbedding:
+        """Start as the embeddings of random tokens: uniform over the vocabulary, with repetition; PEFT's SAMPLE_VOCAB.
+
+        ``embedding`` is the model's (``model.get_input_embeddings()``). It is called, so that an embedding that scales
+        its rows gives what the model reads, and is not kept. The tokens are drawn on ``generator``'s device, without
+        one from the CPU's default generator.
+        """
+        cls._check_count("num_virtual_tokens", num_virtual_tokens)
+        device = "cpu" if generator is None else generator.device
+        ids = torch.randint(_vocabulary(cls, embedding), (num_virtual_tokens,), generator=generator, device=device)
+        return cls._from_tokens(embedding, ids, dtype)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        tokenizer: Callable[[str], Any],
+        embedding: nn.Module,
+        num_virtual_tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> PromptEmbedding:
+        """Start as the embeddings of ``text``: its tokens, cut off or repeated to ``num_virtual_tokens``; PEFT's TEXT.
+
+        ``tokenizer(text)["input_ids"]`` gives the tokens, special ones included, as a Transformers tokenizer does.
+        ``embedding`` as in :meth:`from_vocab`. Raises ValueError for a text without tokens, or with tokens that
+        ``embedding`` has no row for.
+        """
+        cls._check_count("num_virtual_tokens", num_virtual_tokens)
+        if not isinstance(text, str):
+            raise TypeError(f"{cls.__name__}: text is {type(text).__name__}, wanted str")
+        vocabulary, tokens = _vocabulary(cls, embedding), list(tokenizer(text)["input_ids"])
+        if not tokens:
+            raise ValueError(f"{cls.__name__}: text is {text!r}, which has no tokens; wanted at least one")
+        if max(tokens) >= vocabulary:
+            raise ValueError(f"{cls.__name__}: text has token {max(tokens)}, embedding has {vocabulary} rows")
+        ids = list(itertools.islice(itertools.cycle(tokens), num_virtual_tokens))
+        return cls._from_tokens(embedding, torch.tensor(ids, dtype=torch.int64), dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def _from_tokens(cls, embedding: nn.Module, ids: Tensor, dtype: torch.dtype) -> PromptEmbedding:
+        check_dtype(cls.__name__, dtype)
+        rows = embedding(ids.to(embedding.weight.device))
+        module = cls(*rows.shape, device="meta", dtype=dtype)
+        module.embedding.weight = nn.Parameter(rows.to(dtype))
+        return module
+
+    def reset_parameters(self) -> None:
+        """Restart from the normal distribution."""
+        self.embedding.reset_parameters()
+
+    def prompt(self, batch_size: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """P for each of the batch, ``[batch_size, num_virtual_tokens, token_dim]``; a view unless ``dtype`` casts."""
+        return self._for_each(self.embedding.weight, 0, batch_size, dtype)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        name, weight = type(self).__name__, self.embedding.weight
+        check_float(name, "inputs_embeds", inputs_embeds)
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.token_dim:
+            raise ValueError(
+                f"{name}: inputs_embeds has shape {tuple(inputs_embeds.shape)}, wanted [B, T, {self.token_dim}]"
+            )
+        if inputs_embeds.device != weight.device:
+            raise ValueError(f"{name}: inputs_embeds is on {inputs_embeds.device}, embedding is on {weight.device}")
+        return torch.cat((self.prompt(inputs_embeds.shape[0], inputs_embeds.dtype), inputs_embeds), dim=1)
+
+    def extend_labels(self, labels: Tensor) -> Tensor:
+        """The labels ``[B, T]`` with -100 before them, which the loss leaves out: ``[B, num_virtual_tokens + T]``."""
+        return self._extend_labels(labels)
+
+    def _extend_labels(self, labels: Tensor, shape: Optional[tuple[int, int]] = None) -> Tensor:
+        if isinstance(labels, Tensor) and labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{type(self).__name__}: labels is {labels.dtype}, wanted torch.int64 or torch.int32")
+        return self._extend("labels", labels, -100, shape)
+
+    def prepend(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        token_type_ids: Optional[Tensor] = None,
+    ) -> dict[str, Tensor]:
+        """What a model takes in place of these, by name: each with the prompt before it; None stays away.
+
+        ``attention_mask``, ``labels`` and ``token_type_ids`` (zeros for the prompt) are ``[B, T]``. A model that is
+        given no mask attends to everything, the prompt included. Labels that are not one per token are no business of
+        the prompt's: leave them out here.
+        """
+        extended = {"inputs_embeds": self(inputs_embeds)}
+        shape = tuple(inputs_embeds.shape[:2])
+        if attention_mask is not None:
+            extended["attention_mask"] = self._extend("attention_mask", attention_mask, 1, shape)
+        if labels is not None:
+            extended["labels"] = self._extend_labels(labels, shape)
+        if token_type_ids is not None:
+            extended["token_type_ids"] = self._extend("token_type_ids", token_type_ids, 0, shape)
+        return extended
+
+    def extra_repr(self) -> str:
+        return f"num_virtual_tokens={self.num_virtual_tokens}, token_dim={self.token_dim}"
+
+
+def _vocabulary(cls: type, embedding: object) -> int:
+    """How many tokens ``embedding`` has."""
+    if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
+        raise TypeError(
+            f"{cls.__name__}: embedding is {type(embedding).__name__}, wanted a module of token embeddings with a "
+            "weight [vocabulary, token_dim]"
+        )
+    return getattr(embedding, "num_embeddings", embedding.weight.shape[0])

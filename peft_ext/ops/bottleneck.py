@@ -1,0 +1,146 @@
+"""A bottleneck adapter: down, activation, up, scale and residual as one operator.
+
+    U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
+
+Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. Saved: x and U (float32). Neither H Vᵀ nor its scaled
+copy is written.
+
+Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
+(arXiv 2110.04366).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import _common as common
+from ..reference import bottleneck as reference
+from . import _checks as checks
+from ._library import NAMESPACE, define, in_float64, tokens
+from .nf4 import refuse_double_backward
+
+__all__ = ["bottleneck_adapter"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _fake(x, residual, down_weight, down_bias, up_weight, up_bias, scale, activation):
+    u = x.new_empty((tokens(x), down_weight.shape[0]), dtype=common.sum_dtype(x.dtype))
+    return x.new_empty((*x.shape[:-1], up_weight.shape[0])), u
+
+
+def _backward_reference(grad, x, u, down_weight, up_weight, scale, activation, own, needs_grad_x):
+    grads = reference.bottleneck_adapter_backward(grad, x, u, down_weight, up_weight, scale, activation, own)
+    return (grads[0] if needs_grad_x else x.new_empty(0), *grads[1:])
+
+
+def _backward_fake(grad, x, u, down_weight, up_weight, scale, activation, own, needs_grad_x):
+    return (
+        x.new_empty(x.shape if needs_grad_x else 0),
+        down_weight.new_empty(down_weight.shape),
+        u.new_empty(down_weight.shape[0]),
+        up_weight.new_empty(up_weight.shape),
+        u.new_empty(up_weight.shape[0]),
+    )
+
+
+define(
+    "bottleneck_adapter",
+    "(Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+    "float scale, str activation) -> (Tensor y, Tensor u)",
+    reference=reference.bottleneck_adapter_forward,
+    fake=_fake,
+)
+define(
+    "bottleneck_adapter_backward",
+    "(Tensor grad, Tensor x, Tensor u, Tensor down_weight, Tensor up_weight, float scale, str activation, bool own, "
+    "bool needs_grad_x) -> (Tensor grad_x, Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, "
+    "Tensor grad_up_bias)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, down_weight, down_bias, up_weight, up_bias, ctx.scale, ctx.activation = inputs
+    _, u = output
+    ctx.own = residual is None
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (down_bias, up_bias)]
+    ctx.mark_non_differentiable(u)
+    ctx.save_for_backward(x, u, down_weight, up_weight)
+
+
+def _backward(ctx, grad, _grad_u):
+    refuse_double_backward("bottleneck_adapter")
+    needs = ctx.needs_input_grad
+    grad_x = down = down_bias = up = up_bias = None
+    if needs[0] or any(needs[2:6]):
+        grad_x, down, down_bias, up, up_bias = _ops.bottleneck_adapter_backward(
+            grad, *ctx.saved_tensors, ctx.scale, ctx.activation, ctx.own, needs[0]
+        )
+        down_bias = down_bias.to(ctx.bias_dtypes[0]) if needs[3] else None
+        up_bias = up_bias.to(ctx.bias_dtypes[1]) if needs[5] else None
+    return (grad_x if needs[0] else None, grad if needs[1] else None, down if needs[2] else None, down_bias,
+            up if needs[4] else None, up_bias, None, None)  # fmt: skip
+
+
+torch.library.register_autograd(f"{NAMESPACE}::bottleneck_adapter", _backward, setup_context=_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Optional[Tensor],
+    up_weight: Tensor,
+    up_bias: Optional[Tensor],
+    *,
+    scale: float = 1.0,
+    activation: str = "gelu",
+    residual: Optional[Tensor] = None,
+) -> Tensor:
+    """``Y = residual + s · (act(x Dᵀ + b_d) Vᵀ + b_v)``.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16.
+        down_weight: D ``[M, K]``. down_bias: b_d ``[M]`` or None. up_weight: V ``[N, M]``. up_bias: b_v ``[N]`` or
+            None. Each of its own float dtype: float32 adapters over 16-bit activations need no cast.
+        scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
+        residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. The adapter after a sublayer has the sublayer's
+            output for x and residual; the parallel one has its input for x and its output for residual.
+
+    Returns: ``[..., N]`` of x's dtype. Sums and H in float32, one rounding at the end. Gradients flow to all tensors,
+    in their own dtypes; saved for backward: x and U in float32. Under autocast x and residual are cast to the autocast
+    dtype.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
+    (arXiv 2110.04366).
+    """
+    op = "bottleneck_adapter"
+    checks.check_float(op, "x", x)
+    if (dtype := checks.autocast_dtype(x)) is not None:
+        x, residual = x.to(dtype), residual if residual is None else residual.to(dtype)
+    checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
+    checks.check_scale(op, scale, argument="scale")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
+    if checks.any_float64(x, down_weight, down_bias, up_weight, up_bias):
+        return in_float64(
+            reference.bottleneck_adapter, x, down_weight, down_bias, up_weight, up_bias,
+            scale=float(scale), activation=activation, residual=residual,
+        )  # fmt: skip
+    return _ops.bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), activation)[0]

@@ -1,0 +1,90 @@
+"""A bottleneck adapter, in plain PyTorch.
+
+    U = x Dᵀ + b_d  [T, M]        H = act(U)        Y = residual + s · (H Vᵀ + b_v)  [T, N]
+
+D ``down_weight [M, K]``, V ``up_weight [N, M]``; without a residual of its own the adapter's is x, and N is K.
+
+Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
+(arXiv 2110.04366).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import rows, sum_dtype
+
+__all__ = ["ACTIVATIONS", "bottleneck_adapter", "bottleneck_adapter_backward", "bottleneck_adapter_forward"]
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def _activated(u: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.relu(u)
+    if activation == "silu":
+        return F.silu(u)
+    return F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activation_backward(grad: Tensor, u: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.where(u > 0, grad, 0.0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, u)
+    return torch.ops.aten.gelu_backward(grad, u, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def bottleneck_adapter_forward(
+    x: Tensor,
+    residual: Optional[Tensor],
+    down_weight: Tensor,
+    down_bias: Optional[Tensor],
+    up_weight: Tensor,
+    up_bias: Optional[Tensor],
+    scale: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """``(Y [..., N], U [T, M])``; U is what the backward needs beside x."""
+    wide = sum_dtype(x.dtype)
+    u = F.linear(rows(x).to(wide), down_weight.to(wide), None if down_bias is None else down_bias.to(wide))
+    v = F.linear(_activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))
+    residual = x if residual is None else residual
+    return (residual.to(wide) + scale * v.view(residual.shape)).to(x.dtype), u
+
+
+def bottleneck_adapter_backward(
+    grad: Tensor, x: Tensor, u: Tensor, down_weight: Tensor, up_weight: Tensor, scale: float, activation: str, own: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, down_weight, down_bias, up_weight and up_bias, with ``dU = s · dY V ∘ act'(U)``:
+
+    ``dX = dU D`` (plus dY where x is the residual: ``own``), ``dD = dUᵀ x``, ``db_d = Σ dU``, ``dV = s · dYᵀ H``,
+    ``db_v = s · Σ dY``; the biases' in float32 (float64).
+    """
+    wide = sum_dtype(x.dtype)
+    flat, u = rows(grad).to(wide), u.to(wide)
+    grad_u = _activation_backward(scale * flat @ up_weight.to(wide), u, activation)
+    grad_v = scale * flat.t() @ _activated(u, activation)
+    grad_x = grad_u @ down_weight.to(wide)
+    grad_x = (grad_x + flat if own else grad_x).view(x.shape).to(x.dtype)
+    grad_d = grad_u.t() @ rows(x).to(wide)
+    return grad_x, grad_d.to(down_weight.dtype), grad_u.sum(0), grad_v.to(up_weight.dtype), scale * flat.sum(0)
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Optional[Tensor],
+    up_weight: Tensor,
+    up_bias: Optional[Tensor],
+    *,
+    scale: float = 1.0,
+    activation: str = "gelu",
+    residual: Optional[Tensor] = None,
+) -> Tensor:
+    """See :func:`peft_ext.ops.bottleneck_adapter`; gradients come from PyTorch's autograd."""
+    return bottleneck_adapter_forward(x, residual, down_weight, down_bias, up_weight, up_bias, scale, activation)[0]
