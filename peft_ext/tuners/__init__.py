@@ -1,0 +1,23 @@
+"""Methods that PEFT lacks, as methods of PEFT: importing this package registers them.
+
+    BitFit                 biases alone are trained               :mod:`.bitfit`
+    partial fine-tuning    chosen layers or modules are trained   :mod:`.partial`
+    Diff Pruning           a sparse difference is learned         :mod:`.diff_pruning`
+
+From then on ``peft.get_peft_model(model, BitFitConfig(...))``, ``save_pretrained``, ``PeftModel.from_pretrained`` and
+all else that PEFT does with an adapter works. A process that loads such an adapter must have imported this package
+before; :func:`peft_ext.model.load_adapter` does so.
+"""
+
+from .bitfit import BitFitConfig, BitFitModel
+from .diff_pruning import DiffPruningConfig, DiffPruningModel
+from .partial import PartialConfig, PartialModel
+
+__all__ = [
+    "BitFitConfig",
+    "BitFitModel",
+    "DiffPruningConfig",
+    "DiffPruningModel",
+    "PartialConfig",
+    "PartialModel",
+]

@@ -1,0 +1,168 @@
+"""BitFit: biases alone are trained.
+
+    Y = base(x; b)          b: the adapter's, in place of the module's own bias
+
+Source: BitFit, arXiv 2106.10199.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ._layer import ReplacingLayer, ReplacingTuner, tree
+from ._register import peft_type, register
+from ._targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
+
+__all__ = ["BIAS_KINDS", "BitFitConfig", "BitFitLayer", "BitFitModel", "bias_kinds_of"]
+
+BIAS_KINDS = ("all", "attention", "query", "mlp", "mlp_up", "norm", "other")
+
+_QUERY = re.compile(r"(q|wq|query|q_(proj|lin|[ab]_proj))", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^output$|^fc_?\d+$|^lin\d$", re.IGNORECASE)
+
+
+def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
+    """Which of ``BIAS_KINDS`` the bias of ``module`` is: by its class where that is a norm, else by its full name."""
+    parts = name.split(".")
+    if "norm" in type(module).__name__.lower():
+        return {"all", "norm"}
+    if any(_ATTENTION.search(part) for part in parts):
+        return {"all", "attention", "query"} if _QUERY.fullmatch(parts[-1]) else {"all", "attention"}
+    if any(_MLP.search(part) for part in parts):
+        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: transformers' Conv1D
+        widens = getattr(module, "out_features", getattr(module, "nf", 0)) > inner
+        return {"all", "mlp", "mlp_up"} if widens else {"all", "mlp"}
+    return {"all", "other"}
+
+
+@dataclass
+class BitFitConfig(TargetConfig):
+    """BitFit: train the parameters named ``bias``, ``b`` of each module in place of its own.
+
+    Args:
+        bias_kinds: which biases of the targets: "all", or a list of "attention" (its output layer included), "query"
+            (a layer for the queries alone; the paper's b_q), "mlp", "mlp_up" (the feed-forward layer that widens; the
+            paper's b_m2), "norm" and "other". The paper's smaller set is ["query", "mlp_up"].
+        add_bias: linear layers, by names or a regular expression, or "all-linear" (all but the output head), that get
+            a bias of zeros where they have none; Llama has none at all. Quantized layers (NF4Linear, bitsandbytes' 4
+            and 8 bits) too. A bias that one of them has is trained, target or not. Merging leaves the new biases in
+            the model: its config may have to say so (``attention_bias``) before it can be reloaded.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
+            :class:`~peft_ext.tuners._targets.TargetConfig`. The default is every module that has a bias; a
+            classification head is in modules_to_save (task_type="SEQ_CLS" puts it there).
+
+    Raises: TypeError or ValueError where a field is not of these forms.
+    """
+
+    bias_kinds: Union[list[str], str] = field(
+        default="all", metadata={"help": f"Which biases of the targets: any of {', '.join(BIAS_KINDS)}."}
+    )
+    add_bias: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Linear layers that get a bias: names, a regular expression or 'all-linear'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("BITFIT")
+        self.add_bias = self._names("add_bias", self.add_bias)
+        kinds = [self.bias_kinds] if isinstance(self.bias_kinds, str) else self.bias_kinds
+        if not isinstance(kinds, (list, tuple)) or not kinds or not set(kinds) <= set(BIAS_KINDS):
+            self._fail("bias_kinds", self.bias_kinds, f"one or a list of {BIAS_KINDS}")
+
+
+class BitFitLayer(ReplacingLayer):
+    """``base_layer`` with the active adapter's bias ``[N]`` in place of its own.
+
+    In the state dict: ``bitfit_tensors.bias``.
+    """
+
+    adapter_layer_names = ("bitfit_tensors",)
+
+    def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
+        if not self.names[adapter]:  # another layer owns it
+            return {}
+        base, bias = self.base_layer, self.adapters[adapter].bias
+        weight, replaced = base._parameters.get("weight"), base._parameters["bias"]
+        dense = weight is None or weight.is_floating_point()
+        if replaced is not None or dense:
+            bias = bias.to((weight if replaced is None else replaced).dtype)
+        if not dense and x is not None:
+            # bitsandbytes casts the bias it finds to its compute dtype, for good: the adapter's must not be found.
+            if not getattr(base, "compute_type_is_set", True):
+                base.set_compute_type(x)
+                base.compute_type_is_set = True
+            bias = bias.to(getattr(base, "compute_dtype", None) or x.dtype)
+        return {"bias": bias}
+
+
+class BitFitModel(ReplacingTuner):
+    """A model whose biases are trained, see :class:`BitFitConfig`; ``peft.get_peft_model`` makes it.
+
+    A bias that modules share (BERT's output head) is trained once. Left frozen, with a warning, is the bias of a module
+    that holds other modules with parameters, unless it is one of theirs.
+
+    Raises: ValueError where no bias is found, or where a shared one is a target in one place alone.
+    """
+
+    prefix = "bitfit_"
+    tuner_layer_cls = BitFitLayer
+
+    def make_plan(self, config: BitFitConfig, model: nn.Module) -> Plan:
+        added = expand_all_linear(model, config.add_bias, config)
+        kinds = {config.bias_kinds} if isinstance(config.bias_kinds, str) else set(config.bias_kinds)
+        units: dict[str, list[str]] = {}
+        holders: dict[str, nn.Parameter] = {}
+        found_added = added is None
+        for name, module in base_modules(model):
+            bias = module._parameters.get("bias")
+            gets_one = isinstance(module, nn.Linear) and matches(added, name)
+            gets_one = gets_one and in_layers(config, name) and not excluded(config, name)
+            found_added |= gets_one
+            wanted = gets_one or (bias is not None and targeted(config, name))
+            if not wanted or not kinds & bias_kinds_of(name, module):
+                continue
+            if any(True for child in module.children() for _ in child.parameters()):
+                holders[name] = bias
+            else:
+                units[name] = ["bias"]
+        if not found_added:
+            raise ValueError(
+                f"BitFitConfig: add_bias is {config.add_bias!r}, which is no linear layer among the targets"
+            )
+        if not units:
+            raise ValueError(
+                f"BitFitConfig: no bias of kind {' or '.join(sorted(kinds))} among the targets in "
+                f"{type(model).__name__}; add_bias gives linear layers one"
+            )
+        modules = dict(base_modules(model))
+        trained = {id(modules[name]._parameters["bias"]) for name in units}
+        for name, bias in holders.items():
+            if id(bias) not in trained:
+                warnings.warn(
+                    f"BitFit: {name}.bias stays frozen: modules with parameters of their own are below it", stacklevel=2
+                )
+        return plan(model, config, units, skip_tied={f"{name}.bias" for name in holders})
+
+    def make(self, layer: BitFitLayer, key: str, names: list[str], config: BitFitConfig) -> nn.Module:
+        base = layer.base_layer
+        bias = base._parameters["bias"]
+        if bias is not None:
+            return tree({name: nn.Parameter(bias.detach().clone()) for name in names})
+        dtype = base.weight.dtype if base.weight.is_floating_point() else _quantized_from(base)
+        zeros = torch.zeros(base.out_features, dtype=dtype, device=base.weight.device)
+        return tree({name: nn.Parameter(zeros) for name in names})
+
+
+def _quantized_from(base: nn.Module) -> torch.dtype:
+    """The float dtype of a quantized layer: its weight's before, or the one it computes in."""
+    return getattr(base, "quant_dtype", None) or getattr(base, "compute_dtype", None) or torch.float32
+
+
+register("bitfit", BitFitConfig, BitFitModel)
