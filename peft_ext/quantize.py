@@ -17,6 +17,9 @@ __all__ = ["quantize_nf4"]
 _Model = TypeVar("_Model", bound=nn.Module)
 _Item = TypeVar("_Item")
 
+# Heads of the task: small, and trained or read in full precision.
+HEADS = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -34,13 +37,14 @@ def quantize_nf4(
     *,
     blocksize: int = 64,
     double_quant: bool = True,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = HEADS,
     progress: bool = True,
 ) -> _Model:
     """Replace every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
-    they are: subclasses of ``nn.Linear``, layers under a name in ``skip``, what an adapter of PEFT adds (its base layer
+    they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
+    in float32 (``_keep_in_fp32_modules``: T5 reads the dtype of ``wo``), what an adapter of PEFT adds (its base layer
     is quantized), and a layer whose weight is tied to something that stays dense, as a head to its embedding. Layers
     that share one weight share the quantized one. Forward and backward hooks are kept. The weights are frozen, the
     biases too, except under an adapter, whose configuration decides on them.
@@ -48,7 +52,8 @@ def quantize_nf4(
     Args:
         model: any module, on any real device.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
-        skip: names; a layer is left alone if one of them is a component of its dotted name.
+        skip: names; a layer is left alone if one of them is a component of its dotted name. Default: the heads of
+            language models and of classifiers.
         progress: show a progress bar (if tqdm is there), on a terminal only.
 
     Returns: ``model``.
@@ -64,6 +69,8 @@ def quantize_nf4(
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
     names = {skip} if isinstance(skip, str) else set(skip)
+    for module in model.modules():
+        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
     places = _places(model, names)
     for same in _progress(places) if progress else places:
         _replace(same, blocksize, double_quant)
