@@ -29,12 +29,14 @@ _LAZY = {
     "load_adapter": "model",
     "quantize_nf4": "quantize",
     "BitFitConfig": "tuners",
+    "BottleneckConfig": "tuners",
     "DiffPruningConfig": "tuners",
     "PartialConfig": "tuners",
 }
 
 __all__ = [
     "BitFitConfig",
+    "BottleneckConfig",
     "DiffPruningConfig",
     "NF4Weight",
     "NestedAbsmax",

@@ -1152,3 +1152,20 @@ def test_load_adapter(tmp_path):
     loaded = load_adapter(copy.deepcopy(base), tmp_path, subfolder="pickled", accelerate=False)
     assert peft_ext.explain(loaded).fused_share == 0
     torch.testing.assert_close(logits(loaded), first)
+
+
+def test_explain_names_the_methods_and_says_that_there_is_nothing_to_fuse():
+    for config, method in (
+        (BitFitConfig(), "BitFit"),
+        (PartialConfig(num_last_layers=1), "partial fine-tuning"),
+        (DiffPruningConfig(target_modules=["query"]), "Diff Pruning"),
+    ):
+        config_of_bert = BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                    intermediate_size=32)  # fmt: skip
+        model = get_peft_model(BertForSequenceClassification(config_of_bert), config)
+        rows = peft_ext.explain(model).rows
+        assert rows and not any(row.fused for row in rows)
+        assert any(row.kind == f"{method} over Linear" for row in rows)
+        assert {row.reason for row in rows} == {
+            f"{method} runs the layer's own code on the adapter's tensors: there is nothing to fuse"
+        }

@@ -35,10 +35,12 @@ except ImportError:
 __all__ = ["Explanation", "Row", "accelerate", "explain", "restore"]
 
 _NOT_ACCELERATED = "accelerate(model) was not called on it"
-_METHODS = {"adalora": "AdaLoRA", "delora": "DeLoRA", "gralora": "GraLoRA", "ln_tuning": "LN Tuning", "loha": "LoHa",
-            "lokr": "LoKr", "lora": "LoRA", "miss": "MiSS", "poly": "Poly", "randlora": "RandLora", "road": "RoAd",
-            "vblora": "VB-LoRA", "vera": "VeRA", "xlora": "X-LoRA"}  # fmt: skip
+_METHODS = {"adalora": "AdaLoRA", "bitfit": "BitFit", "delora": "DeLoRA", "diff_pruning": "Diff Pruning",
+            "gralora": "GraLoRA", "ln_tuning": "LN Tuning", "loha": "LoHa", "lokr": "LoKr", "lora": "LoRA",
+            "miss": "MiSS", "partial": "partial fine-tuning", "poly": "Poly", "randlora": "RandLora",
+            "road": "RoAd", "vblora": "VB-LoRA", "vera": "VeRA", "xlora": "X-LoRA"}  # fmt: skip
 _FUSED_METHODS = ("adalora", "ia3", "lora")
+_OWN_TENSORS = ("bitfit", "diff_pruning", "partial")
 _DORA_DROPOUTS = ("peft", "lora")
 
 
@@ -175,11 +177,11 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _package(module: nn.Module) -> tuple[str, type]:
-    """The tuner's package, ``x`` of ``peft.tuners.x``, and PEFT's class that the layer is or derives from."""
+    """The tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer is or derives from."""
     for kind in type(module).__mro__:
         kind = STOCK.get(kind, kind)
         path = kind.__module__.split(".")
-        if path[:2] == ["peft", "tuners"] and len(path) > 2:
+        if path[0] in ("peft", "peft_ext") and path[1:2] == ["tuners"] and len(path) > 2:
             return path[2], kind
     return type(module).__name__, type(module)
 
@@ -199,4 +201,6 @@ def _unmatched(module: nn.Module, method: str, kind: str) -> str:
     package, stock = _package(module)
     if stock in FUSED and type(module) is not stock:
         return f"{type(module).__name__} is a subclass of PEFT's {stock.__name__}, which is matched exactly"
+    if package in _OWN_TENSORS:
+        return f"{method} runs the layer's own code on the adapter's tensors: there is nothing to fuse"
     return f"{kind if package in _FUSED_METHODS else method} is not fused yet"

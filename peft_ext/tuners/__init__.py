@@ -1,5 +1,6 @@
 """Methods that PEFT lacks, as methods of PEFT: importing this package registers them.
 
+    bottleneck adapters    small networks behind or beside sublayers  :mod:`.bottleneck`
     BitFit                 biases alone are trained               :mod:`.bitfit`
     partial fine-tuning    chosen layers or modules are trained   :mod:`.partial`
     Diff Pruning           a sparse difference is learned         :mod:`.diff_pruning`
@@ -10,12 +11,15 @@ before; :func:`peft_ext.model.load_adapter` does so.
 """
 
 from .bitfit import BitFitConfig, BitFitModel
+from .bottleneck import BottleneckConfig, BottleneckModel
 from .diff_pruning import DiffPruningConfig, DiffPruningModel
 from .partial import PartialConfig, PartialModel
 
 __all__ = [
     "BitFitConfig",
     "BitFitModel",
+    "BottleneckConfig",
+    "BottleneckModel",
     "DiffPruningConfig",
     "DiffPruningModel",
     "PartialConfig",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ._register import without_adapter_name
 from ._targets import Plan, TargetConfig, expand_all_linear
 
 __all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
@@ -344,6 +344,5 @@ class ReplacingTuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's looks for the name at the end or one before; a tensor's name may have dots of its own.
-        stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
+        stripped = without_adapter_name(cls.prefix, key, adapter_name)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

@@ -1,0 +1,159 @@
+"""Bottleneck adapters as a method of PEFT: places, numbers, files, several adapters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("aenum")
+
+import peft_ext  # noqa: E402
+from peft_ext import BottleneckConfig  # noqa: E402
+
+VOCAB = 29
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )).eval()  # fmt: skip
+
+
+def tokens():
+    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def trained(model, steps=12):
+    batch = tokens()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=tokens()).logits
+
+
+@pytest.mark.parametrize(
+    ("placement", "places"),
+    [("houlsby", ("o_proj", "down_proj")), ("pfeiffer", ("down_proj",)), ("parallel", ("mlp",))],
+)
+def test_trains_saves_and_loads(placement, places, tmp_path):
+    base = logits(llama())
+    model = peft_ext.get_peft_model(
+        llama(), BottleneckConfig(placement=placement, bottleneck_dim=8, task_type="CAUSAL_LM")
+    )
+    adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_parallel")}
+    assert adapted == set(places)
+    assert (logits(model) - base).abs().max() < 1e-3
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "bottleneck_adapters" in name
+    }
+    losses = trained(model)
+    assert losses[-1] < losses[0] - 0.1
+    wanted = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.save_pretrained(tmp_path)
+    for loaded in (peft_ext.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
+        assert torch.equal(logits(loaded), wanted)
+    from safetensors.torch import load_file
+
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(".bottleneck_adapters.down." in key or ".bottleneck_adapters.up." in key for key in keys)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)
+    assert torch.equal(logits(copy.deepcopy(model)), wanted)
+    assert torch.equal(logits(model.unload()), base)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_gradients_are_those_of_plain_modules(placement):
+    config = BottleneckConfig(
+        placement=placement, bottleneck_dim=8, init_weights="bert", scale=2.0, task_type="CAUSAL_LM"
+    )
+    model, batch = peft_ext.get_peft_model(llama(), config), tokens()
+    plain = llama()
+    adapters = {}
+    for name, layer in list(model.base_model.model.named_modules()):
+        if not hasattr(layer, "bottleneck_parallel"):
+            continue
+        adapter = copy.deepcopy(layer.bottleneck_adapters["default"])
+        adapters[name] = adapter
+
+        def hook(module, args, y, adapter=adapter):
+            x = args[0] if placement == "parallel" else y
+            return y + 2.0 * adapter.up(torch.nn.functional.gelu(adapter.down(x)))
+
+        plain.get_submodule(name).register_forward_hook(hook)
+    model(input_ids=batch, labels=batch).loss.backward()
+    plain(input_ids=batch, labels=batch).loss.backward()
+    assert adapters
+    for name, adapter in adapters.items():
+        mine = model.base_model.model.get_submodule(name).bottleneck_adapters["default"]
+        for one, two in zip(mine.parameters(), adapter.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=2e-4, atol=1e-6)
+
+
+def test_two_adapters_are_held_switched_and_deleted():
+    model = peft_ext.get_peft_model(
+        llama(), BottleneckConfig(bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM")
+    )
+    first = logits(model)
+    model.add_adapter("other", BottleneckConfig(bottleneck_dim=6, init_weights="bert", task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    other = logits(model)
+    assert not torch.equal(other, first)
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"other"}
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), first)
+    status = peft.get_model_status(model)
+    assert status.enabled is True and status.active_adapters == ["default"] and status.available_adapters == ["default"]
+
+
+def test_counts_of_bert_base():
+    for placement, count in (("pfeiffer", 894_528), ("houlsby", 1_789_056)):
+        with torch.device("meta"):
+            model = transformers.BertModel(transformers.BertConfig())
+        model = peft.get_peft_model(model, BottleneckConfig(placement=placement), low_cpu_mem_usage=True)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_over_an_nf4_base():
+    model = peft_ext.quantize_nf4(llama(), progress=False)
+    model = peft_ext.get_peft_model(model, BottleneckConfig(bottleneck_dim=8, task_type="CAUSAL_LM"))
+    losses = trained(model)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="placement is 'before', wanted one of"):
+        BottleneckConfig(placement="before")
+    with pytest.raises(ValueError, match="activation is 'tanh', wanted one of"):
+        BottleneckConfig(activation="tanh")
+    with pytest.raises(ValueError, match="bottleneck_dim is 0, wanted at least 1"):
+        BottleneckConfig(bottleneck_dim=0)
+    with pytest.raises(ValueError, match="init is 'xavier', wanted one of"):
+        BottleneckConfig(init_weights="xavier")
+    config = transformers.BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    bert = transformers.BertModel(config)
+    with pytest.raises(ValueError, match="placement 'parallel' has no default for model type 'bert'"):
+        peft.get_peft_model(bert, BottleneckConfig(placement="parallel"))
+    model = peft_ext.get_peft_model(llama(), BottleneckConfig(task_type="CAUSAL_LM"))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="not linear and can't be merged"):
+            merge()
