@@ -57,6 +57,8 @@ def test_trains_saves_and_loads(placement, places, tmp_path):
     )
     adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_parallel")}
     assert adapted == set(places)
+    rows = peft_ext.explain(model).rows
+    assert rows and all(row.fused and row.kind.startswith("bottleneck adapter over ") for row in rows)
     assert (logits(model) - base).abs().max() < 1e-3
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if "bottleneck_adapters" in name
@@ -66,6 +68,7 @@ def test_trains_saves_and_loads(placement, places, tmp_path):
     wanted = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
+        assert {row.reason for row in peft_ext.explain(model).rows} == {"adapters are disabled"}
     model.save_pretrained(tmp_path)
     for loaded in (peft_ext.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
         assert torch.equal(logits(loaded), wanted)

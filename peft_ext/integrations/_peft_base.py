@@ -35,6 +35,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 # The operators that a layer on one of the public ops calls, in its forward and backward.
 _CALLED = {
+    "bottleneck_adapter": ("bottleneck_adapter", "bottleneck_adapter_backward"),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
     "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),

@@ -35,7 +35,8 @@ except ImportError:
 __all__ = ["Explanation", "Row", "accelerate", "explain", "restore"]
 
 _NOT_ACCELERATED = "accelerate(model) was not called on it"
-_METHODS = {"adalora": "AdaLoRA", "bitfit": "BitFit", "delora": "DeLoRA", "diff_pruning": "Diff Pruning",
+_METHODS = {"adalora": "AdaLoRA", "bitfit": "BitFit", "bottleneck": "bottleneck adapter", "delora": "DeLoRA",
+            "diff_pruning": "Diff Pruning",
             "gralora": "GraLoRA", "ln_tuning": "LN Tuning", "loha": "LoHa", "lokr": "LoKr", "lora": "LoRA",
             "miss": "MiSS", "partial": "partial fine-tuning", "poly": "Poly", "randlora": "RandLora",
             "road": "RoAd", "vblora": "VB-LoRA", "vera": "VeRA", "xlora": "X-LoRA"}  # fmt: skip
@@ -159,7 +160,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
-            if type(module) not in STOCK and type(module) not in FUSED:
+            if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "_stock_reason"):
                 reason = _unmatched(module, method, kind)
         elif module in bases:
             continue

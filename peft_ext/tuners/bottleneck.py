@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..integrations._peft_base import kernel_reason
 from ..nn import BottleneckAdapter
 from ..reference.bottleneck import ACTIVATIONS
 from ._register import peft_type, register, without_adapter_name
@@ -132,6 +133,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 adapter = self.bottleneck_adapters[name]
                 y = adapter(x.to(y.dtype), y) if self.bottleneck_parallel[name] else adapter(y)
         return (y, *found[1:]) if isinstance(found, tuple) else y
+
+    def _stock_reason(self) -> Optional[str]:
+        """Why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
+        if self._disable_adapters:
+            return "adapters are disabled"
+        held = [self.bottleneck_adapters[name] for name in self.active_adapters if name in self.bottleneck_adapters]
+        if not held:
+            return "no active adapter on this layer"
+        return kernel_reason("bottleneck_adapter", held[0].down.weight.device.type)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         raise ValueError(_UNMERGEABLE)
