@@ -24,6 +24,7 @@ _native.load()
 _LAZY = {
     "accelerate": "integrations.peft",
     "restore": "integrations.peft",
+    "estimate_memory": "memory",
     "explain": "integrations.peft",
     "get_peft_model": "model",
     "load_adapter": "model",
@@ -43,6 +44,7 @@ __all__ = [
     "PartialConfig",
     "__version__",
     "accelerate",
+    "estimate_memory",
     "explain",
     "get_peft_model",
     "load_adapter",

@@ -1,0 +1,1036 @@
+"""Memory of one training step, from a trace of that very step without memory.
+
+    total = max over time of Σ bytes of the tensors alive:
+            weights + quantization + adapters + optimizer          all the time
+          + activations + logits                                   from the forward to their use in the backward
+          + gradients                                              from their backward to the optimizer's step
+          + temporary                                              inside an operator, a layer, a loss
+
+The model is copied without its data, adapted by PEFT, quantized, put on the fused operators, and then runs forward,
+backward and the optimizer's part under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the
+real step, of every operator of PyTorch, PEFT, transformers and this package, but no tensor has data. A dispatch mode
+notes when each storage is made and when it dies. So what a layer saves for its backward, what checkpointing drops and
+computes again, what is shared, and at which moment all of it is largest is read off, for any architecture and any PEFT
+method, rather than modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from .nn import NF4Linear
+from .ops import _checks as checks
+from .ops._library import NAMESPACE
+from .weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+
+__all__ = ["KINDS", "METHODS", "MemoryEstimate", "estimate_memory"]
+
+KINDS = ("weights", "quantization", "adapters", "gradients", "optimizer", "activations", "logits", "temporary")
+METHODS = ("full", "bitfit", "bottleneck", "lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt")
+QUANTIZATIONS = ("nf4", "int8")
+
+_GIB = 2**30
+_UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training step; prints as a table.
+
+    Each kind is the most that there is of it at any moment; ``peak`` is what there is of each at the moment when the
+    sum is largest, and ``total`` is that sum. So a kind may be larger than its part of the peak: while the loss is
+    computed there are no gradients yet.
+
+    Attributes:
+        weights: parameters of the base model, packed where they are quantized, and its buffers.
+        quantization: scales of quantized weights and what decodes them.
+        adapters: trainable parameters of a model that is partly frozen, and the adapters that are not active.
+        gradients: of every trainable parameter.
+        optimizer: the optimizer's states, and the importance scores that AdaLoRA keeps beside them.
+        activations: what the forward saves for the backward, without logits.
+        logits: from the language model's head to the loss, and back: logits, their float32 copies and gradients.
+        temporary: what lives within a layer, an operator or the optimizer's step alone.
+        total: the peak.
+        peak: bytes by kind at the peak.
+        parameters, trainable: how many there are.
+        about: what was traced, in one line.
+    """
+
+    weights: int
+    quantization: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    temporary: int
+    total: int
+    peak: Mapping[str, int]
+    parameters: int
+    trainable: int
+    about: str
+
+    def fits(self, gpu_memory_gb: float, *, headroom: float = 0.1) -> bool:
+        """Whether ``total`` is at most ``1 - headroom`` of a card's memory.
+
+        Args:
+            gpu_memory_gb: in GiB, as cards are sold ("24 GB").
+            headroom: the part that tensors don't get: CUDA's context (0.3 to 0.6 GiB), the workspaces of cuBLAS, and
+                what PyTorch's allocator loses between blocks.
+
+        Raises: ValueError where gpu_memory_gb is not positive, or headroom not in ``[0, 1)``.
+        """
+        if not gpu_memory_gb > 0:
+            raise ValueError(f"fits: gpu_memory_gb is {gpu_memory_gb}, wanted more than 0")
+        if not 0 <= headroom < 1:
+            raise ValueError(f"fits: headroom is {headroom}, wanted 0 <= headroom < 1")
+        return self.total <= (1 - headroom) * gpu_memory_gb * _GIB
+
+    def __str__(self) -> str:
+        unit, name = next(((u, n) for u, n in _UNITS if self.total >= 4 * u), _UNITS[-1])
+        rows = [(name, "most", "at the peak")]
+        rows += [(kind, f"{getattr(self, kind) / unit:,.1f}", f"{self.peak[kind] / unit:,.1f}") for kind in KINDS]
+        rows.append(("total", "", f"{self.total / unit:,.1f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join((a.ljust(widths[0]), b.rjust(widths[1]), c.rjust(widths[2]))) for a, b, c in rows]
+        trained = f"{self.trainable:,} of {self.parameters:,} parameters train"
+        return "\n".join([self.about, trained, *table])
+
+
+def estimate_memory(
+    model: Any,
+    config: Any = None,
+    *,
+    method: Optional[str] = None,
+    batch_size: Optional[int] = None,
+    sequence_length: Optional[int] = None,
+    dtype: Optional[torch.dtype] = None,
+    optimizer: Optional[str] = "adamw",
+    gradient_checkpointing: bool = False,
+    quantization: Optional[str] = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    accelerated: bool = True,
+    autocast: Optional[torch.dtype] = None,
+    padding: bool = False,
+    device: Union[str, torch.device, None] = None,
+    task_type: Optional[str] = None,
+    inputs: Optional[Mapping[str, Any]] = None,
+) -> MemoryEstimate:
+    """Bytes of one training step, ``max_t Σ bytes alive at t``, without allocating any of them.
+
+    Traced, not modelled, see the module: a second or two for 7 billion parameters, on a machine without a GPU. What is
+    not seen is memory that an operator takes for itself: a few MB a thread on the CPU; on CUDA the workspace of cuBLAS,
+    and attention is taken to save q, k, v, its output and the log-sum-exp, as the CPU's kernel and both of CUDA's do.
+    The dequantized weight that this package's operators need there is counted.
+
+    Args:
+        model: a model of transformers, a PeftModel over one, or any module (then with ``inputs``), on any device, the
+            meta device included; or a transformers configuration, from which the model is built on the meta device.
+            It is not changed, and its data is not read.
+        config: a PEFT configuration to adapt it with, or one of the ``METHODS``, as in ``method``; None: the model
+            trains what requires a gradient.
+        method: "lora", "rslora", "dora" (r 16, all linear layers), "adalora" (the same, init_r 12), "ia3" (PEFT's
+            layers), "prefix", "prompt" (20 virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and
+            feed-forward), "full".
+        batch_size, sequence_length: of the inputs: tokens are their product.
+        dtype: of the frozen weights; default: the model's own, or its configuration's.
+        optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
+            "lion_8bit", "rmsprop", "sgd", or None.
+        gradient_checkpointing: layers save their input alone, and are computed again in the backward. A model on which
+            it is on already keeps it.
+        quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
+            bitsandbytes' Linear8bitLt. Heads stay dense.
+        accelerated: as :func:`peft_ext.accelerate` leaves the model; False: PEFT's own layers, over bitsandbytes'
+            Linear4bit where it is quantized, which dequantizes a weight on each use.
+        autocast: dtype of autocast around the forward, as Trainer's ``bf16=True`` has it.
+        padding: sequences of unequal length, so that attention takes a mask; False: without one.
+        device: "cuda" or "cpu", where it is to run; default: where the model is, "cuda" for one on the meta device.
+        task_type: PEFT's, for the head of a model built from a configuration and for ``method``; default: config's, or
+            what the configuration's ``architectures`` says, or language modelling.
+        inputs: keyword arguments for the model's forward, instead of batch_size and sequence_length; only shapes and
+            dtypes of tensors are used. The loss is the output's ``loss``, or else the sum of the output.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Sources: activations by what is saved: Korthikanti et al., arXiv 2205.05198; checkpointing: Chen et al., arXiv
+    1604.06174; 8-bit optimizer states: Dettmers et al., arXiv 2110.02861; NF4: QLoRA, arXiv 2305.14314.
+    """
+    if isinstance(config, str):
+        if method is not None:
+            raise ValueError(f"estimate_memory: config is {config!r} and method {method!r}, wanted one of them")
+        config, method = None, config
+    if config is not None and method is not None:
+        raise ValueError(f"estimate_memory: config is a {type(config).__name__} and method {method!r}, wanted one")
+    _check_arguments(method, batch_size, sequence_length, dtype, optimizer, quantization, blocksize, autocast, inputs)
+    task_type = _check_task_type(task_type if task_type is not None else getattr(config, "task_type", None))
+    profile, about = _profile(
+        model, config, method=method, batch_size=batch_size, sequence_length=sequence_length, dtype=dtype,
+        optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, quantization=quantization,
+        blocksize=blocksize, double_quant=double_quant, accelerated=accelerated, autocast=autocast, padding=padding,
+        device=device, task_type=task_type, inputs=inputs,
+    )  # fmt: skip
+    return profile.estimate(about)
+
+
+def _profile(
+    model: Any, config: Any = None, *, method: Optional[str] = None, batch_size: Optional[int] = None,
+    sequence_length: Optional[int] = None, dtype: Optional[torch.dtype] = None, optimizer: Optional[str] = "adamw",
+    gradient_checkpointing: bool = False, quantization: Optional[str] = None, blocksize: int = 64,
+    double_quant: bool = True, accelerated: bool = True, autocast: Optional[torch.dtype] = None, padding: bool = False,
+    device: Union[str, torch.device, None] = None, task_type: Optional[str] = None,
+    inputs: Optional[Mapping[str, Any]] = None,
+) -> tuple[_Profile, str]:  # fmt: skip
+    """See :func:`estimate_memory`; and what was traced, in words."""
+    if not isinstance(model, nn.Module):
+        model, dtype = _build(model, task_type, dtype)
+    place = _device(model, device)
+    model = _on_meta(model, dtype, accelerated)
+    adapted = _adapt(model, config, method, task_type, gradient_checkpointing).train()
+    if not any(p.requires_grad for p in adapted.parameters()):
+        raise ValueError(f"estimate_memory: no parameter of {type(model).__name__} requires a gradient, wanted a "
+                         "config, a method, or a model that trains")  # fmt: skip
+    _checkpoint(adapted, gradient_checkpointing)
+    _replace_tensors(adapted, _stand_in)
+    if quantization is not None:
+        _quantize(adapted, quantization, blocksize, double_quant, accelerated)
+    _put_on_ops(adapted, accelerated)
+    step = _Step(adapted, optimizer, place.type)
+    try:
+        step.run(inputs, batch_size, sequence_length, padding, autocast)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(f"estimate_memory: the forward of {type(model).__name__} depends on the values of its "
+                         f"tensors, at {error}, which no trace without data can follow") from error  # fmt: skip
+    tokens = "inputs as given" if inputs is not None else f"{batch_size} x {sequence_length} tokens"
+    what = [_base(adapted), _name_of(adapted, method), _quantization_of(adapted), tokens, optimizer or "no optimizer"]
+    what += ["checkpointing"] * _is_checkpointing(adapted) + ["not accelerated"] * (not accelerated)
+    return step.profile(), ", ".join(filter(None, what))
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    method: Optional[str], batch_size: Any, sequence_length: Any, dtype: Any, optimizer: Any, quantization: Any,
+    blocksize: int, autocast: Any, inputs: Any,
+) -> None:  # fmt: skip
+    op = "estimate_memory"
+    if method is not None and method not in METHODS:
+        raise ValueError(f"{op}: method is {method!r}, wanted one of {METHODS} or a PEFT configuration")
+    if inputs is None:
+        for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{op}: {name} is {size!r}, wanted a positive integer")
+    elif batch_size is not None or sequence_length is not None:
+        raise ValueError(f"{op}: inputs are given, wanted no batch_size and no sequence_length beside them")
+    elif not isinstance(inputs, Mapping):
+        raise TypeError(f"{op}: inputs is {type(inputs).__name__}, wanted a mapping of the forward's arguments")
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: autocast is {autocast}, wanted torch.bfloat16, torch.float16 or None")
+    if optimizer is not None and optimizer not in _OPTIMIZERS:
+        raise ValueError(f"{op}: optimizer is {optimizer!r}, wanted one of {tuple(_OPTIMIZERS)} or None")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"{op}: quantization is {quantization!r}, wanted one of {QUANTIZATIONS} or None")
+    if quantization is not None and method == "full":
+        raise ValueError(f"{op}: quantization is {quantization!r} and method 'full', but quantized weights don't train")
+    checks.check_blocksize(op, blocksize)
+
+
+def _check_task_type(task_type: Any) -> Optional[str]:
+    if task_type is None:
+        return None
+    name = str(getattr(task_type, "value", task_type))
+    if name not in _AUTO_CLASSES:
+        raise ValueError(f"estimate_memory: task_type is {name!r}, wanted one of {tuple(_AUTO_CLASSES)}")
+    return name
+
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def _build(config: Any, task_type: Optional[str], dtype: Optional[torch.dtype]) -> tuple[nn.Module, torch.dtype]:
+    """The model of a transformers configuration, on the meta device, and the dtype that its weights are to have."""
+    import transformers
+
+    if not isinstance(config, transformers.PretrainedConfig):
+        raise TypeError(f"estimate_memory: model is {type(config).__name__}, wanted an nn.Module or a transformers "
+                        "configuration")  # fmt: skip
+    config = copy.deepcopy(config)
+    named = getattr(transformers, (getattr(config, "architectures", None) or ("",))[0], None)
+    with torch.device("meta"):
+        if task_type is None and named is not None:
+            model = named(config)
+        else:
+            default = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+            model = getattr(transformers, _AUTO_CLASSES[task_type or default]).from_config(config)
+    return model, dtype or config.dtype or torch.float32
+
+
+def _device(model: nn.Module, device: Union[str, torch.device, None]) -> torch.device:
+    if device is None:
+        held = next((t.device for t in model.parameters()), torch.device("meta"))
+        device = held if held.type != "meta" else "cuda"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"estimate_memory: device is {str(device)!r}, wanted 'cpu' or 'cuda'")
+    return device
+
+
+# --- the model without its data ---------------------------------------------------------------------------------------
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """One element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
+    return torch.empty((), dtype=t.dtype).expand(t.shape)
+
+
+def _fake(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype)
+
+
+def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    new = make(t)
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+def _on_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
+    """A copy on the meta device; bitsandbytes' layers become what they hold and do."""
+    partly = any(not p.requires_grad for p in model.parameters())
+    memo: dict[int, Any] = {}
+    for t in _tensors(model):
+        memo[id(t)] = _like(t, _meta)
+        if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
+            if not (partly and t.requires_grad):  # an adapter keeps its own
+                memo[id(t)].data = memo[id(t)].data.to(dtype)
+    for module in model.modules():
+        if (other := _of_bitsandbytes(module, accelerated)) is not None:
+            _replace_tensors(other, _meta)
+            memo[id(module)] = other
+    model = copy.deepcopy(model, memo)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(model, recurse=True)
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Every parameter and buffer by another of its shape and dtype; what was one stays one."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, t in held.items():
+                if t is not None:
+                    if id(t) not in made:
+                        made[id(t)] = (t, _like(t, make))
+                    held[name] = made[id(t)][1]
+
+
+def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
+    """An NF4 weight of stand-ins."""
+
+    def held(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty((), dtype=dtype).expand(shape)
+
+    blocks = -(-out_features * in_features // blocksize)
+    nested = None
+    if double_quant:
+        nested = NestedAbsmax(
+            held(torch.float32, -(-blocks // NESTED_BLOCKSIZE)), held(torch.float32, 256), held(torch.float32)
+        )
+    return NF4Weight(
+        held(torch.uint8, -(-out_features * in_features // 2), 1),
+        held(torch.uint8 if double_quant else torch.float32, blocks),
+        torch.Size((out_features, in_features)), dtype, blocksize, nested,
+    )  # fmt: skip
+
+
+class _Dequantized(nn.Module):
+    """A frozen linear layer whose quantized weight is dequantized, whole, on each use: bitsandbytes' layers.
+
+    ``weight`` is the dense weight, made anew for who asks, as PEFT does when it dequantizes one.
+    """
+
+    def __init__(self, held: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.saves_x = "packed" not in held  # int8: bitsandbytes holds x, though nothing of it is needed
+        for name, t in held.items():
+            self.register_buffer(name, t)
+        self.bias = bias
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return nn.Parameter(self.dense(self.dtype), requires_grad=False)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _DequantizedLinear.apply(x, self.bias, self)
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], layer: _Dequantized) -> Tensor:
+        ctx.layer = layer
+        if layer.saves_x:
+            ctx.save_for_backward(x)
+        bias = bias if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(x, layer.dense(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return grad @ ctx.layer.dense(grad.dtype), grad_bias, None
+
+
+def _quantized(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
+) -> nn.Module:
+    """A quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
+    if kind == "int8":
+        held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
+        return _Dequantized(held, shape, dtype, bias)
+    nf4 = _nf4(*shape, blocksize, double_quant, dtype)
+    return NF4Linear.from_nf4(nf4, bias) if fused else _Dequantized(nf4.tensors(), shape, dtype, bias)
+
+
+def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
+    """What stands for one of bitsandbytes' linear layers; None for any other module."""
+    from .integrations._peft_base import FOUR_BIT, bnb
+
+    if bnb is None or not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+        return None
+    bias = module.bias if module.bias is None else _like(module.bias, _meta)
+    shape = (module.out_features, module.in_features)
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        dtype = torch.float16 if bias is None else bias.dtype
+        return _quantized("int8", shape, dtype, bias, 64, False, False)
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    blocksize, nested = (
+        (weight.blocksize, weight.compress_statistics) if state is None else (state.blocksize, state.nested)
+    )
+    dtype = module.compute_dtype or (weight.dtype if state is None else state.dtype)
+    fused = accelerated and type(module) in FOUR_BIT and (state is None or state.quant_type == "nf4")
+    return _quantized("nf4", shape, dtype, bias, blocksize, bool(nested), fused)
+
+
+def _quantize(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
+    """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
+    from .quantize import HEADS, _places
+
+    names = set(HEADS)
+    for module in model.modules():
+        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for same in _places(model, names):
+        done: dict[int, nn.Module] = {}
+        for place in same:
+            linear = place.linear
+            if id(linear) not in done:
+                shape = (linear.out_features, linear.in_features)
+                done[id(linear)] = _quantized(
+                    kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused
+                )
+                if linear.bias is not None and not place.adapted:
+                    linear.bias.requires_grad_(False)
+            setattr(place.parent, place.attribute, done[id(linear)].train())
+        first, *others = dict.fromkeys(done.values())
+        for other in others:  # layers of one weight
+            if isinstance(other, NF4Linear):
+                other.weight = first.weight
+            other._buffers.update(first._buffers)
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def _adapt(
+    model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool
+) -> nn.Module:
+    if config is None and method in (None, "full"):
+        return model.requires_grad_(True) if method else model
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
+    if config is None:
+        config = make_config(*method_config(method, task_type or _task_of(model)))
+    if not isinstance(config, peft.PeftConfig):
+        raise TypeError(f"estimate_memory: config is {type(config).__name__}, wanted a PEFT configuration or one of "
+                        f"{METHODS}")  # fmt: skip
+    if wants_checkpointing and config.peft_type == peft.PeftType.PREFIX_TUNING:
+        raise ValueError("estimate_memory: gradient_checkpointing is True, but prefix tuning does not work with it")
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # another start, of the same shapes
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
+    with torch.device("meta"):
+        return peft.get_peft_model(model, config)
+
+
+def _task_of(model: nn.Module) -> Optional[str]:
+    """The task that a model of transformers has its head for, by its class's name; None where that says nothing."""
+    name = type(model).__name__
+    heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
+             "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
+    found = next((task for head, task in heads.items() if head in name), None)
+    if found is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM" if _head(model) is not None else None
+    return found
+
+
+# Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
+_HEADS = {"TOKEN_CLS", "QUESTION_ANS"}
+_HEAD_NAMES = r"(.*\.)?(classifier|score|qa_outputs)"
+
+
+_CONFIGS = {
+    "bitfit": "peft_ext.tuners.BitFitConfig",
+    "bottleneck": "peft_ext.tuners.BottleneckConfig",
+    "lora": "peft.LoraConfig",
+    "rslora": "peft.LoraConfig",
+    "dora": "peft.LoraConfig",
+    "adalora": "peft.AdaLoraConfig",
+    "ia3": "peft.IA3Config",
+    "prefix": "peft.PrefixTuningConfig",
+    "prompt": "peft.PromptTuningConfig",
+}
+
+
+def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
+    """The configuration class of one of ``METHODS`` but "full", by its full name, and the arguments to make it with."""
+    fields: dict[str, Any] = {"task_type": task_type}
+    if method in ("lora", "rslora", "dora", "adalora"):
+        fields["target_modules"] = "all-linear"
+    if method in ("lora", "rslora", "dora", "adalora", "bitfit") and task_type in _HEADS:
+        fields["exclude_modules"] = _HEAD_NAMES
+    if method in ("lora", "rslora", "dora"):
+        fields |= {"r": 16, "lora_alpha": 32}
+    if method in ("rslora", "dora"):
+        fields[f"use_{method}"] = True
+    if method == "adalora":
+        fields |= {"init_r": 12, "target_r": 8, "total_step": 1000}
+    if method in ("prefix", "prompt"):
+        fields["num_virtual_tokens"] = 20
+    return _CONFIGS[method], fields
+
+
+def make_config(path: str, fields: Mapping[str, Any]) -> Any:
+    """The object that :func:`method_config` describes."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)(**fields)
+
+
+def _name_of(model: nn.Module, method: Optional[str]) -> str:
+    held = getattr(model, "peft_config", None)
+    if not isinstance(held, dict):
+        return method or "as it is"
+    config = held[model.active_adapter]
+    name = str(getattr(config.peft_type, "value", config.peft_type))
+    if getattr(config, "use_dora", False):
+        name = "DORA"
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
+    return f"{name} r={rank}" if isinstance(rank, int) else name
+
+
+def _quantization_of(model: nn.Module) -> Optional[str]:
+    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, _Dequantized))]
+    return None if not layers else "int8" if "CB" in layers[0]._buffers else "nf4"
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _checkpoint(model: nn.Module, wanted: bool) -> None:
+    """Turn checkpointing on where it is wanted, or on already; the generator's state can't be kept in a trace."""
+    if not wanted and not _is_checkpointing(model):
+        return
+    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    for what in ("activation", "gradient"):  # transformers' newer name, and the older one
+        enable = getattr(model, f"{what}_checkpointing_enable", None)
+        if enable is not None:
+            enable(**{f"{what}_checkpointing_kwargs": kwargs})
+            return
+    raise ValueError(f"estimate_memory: gradient_checkpointing is True, but {type(model).__name__} has no "
+                     "gradient_checkpointing_enable")  # fmt: skip
+
+
+# --- the fused layers -------------------------------------------------------------------------------------------------
+
+
+def _put_on_ops(model: nn.Module, accelerated: bool) -> None:
+    """accelerate or restore, and for each layer that is fused a forward that takes fake tensors."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return
+    from .integrations import peft as integration
+    from .integrations._peft_base import STOCK, Fused
+
+    if not accelerated:
+        integration.restore(model)
+        return
+    if not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
+        integration.accelerate(model)
+    for module in model.modules():
+        if isinstance(module, Fused) and module._stock_reason() is None:
+            forward = _low_rank_forward if hasattr(module, "lora_A") else _ia3_forward
+            module.forward = types.MethodType(forward, module)
+
+
+def _low_rank_forward(layer: Any, x: Tensor) -> Tensor:
+    """The fused forward of LoRA, DoRA and AdaLoRA, whose own wants plain tensors."""
+    from . import ops
+    from .integrations._peft_base import enter
+
+    names = layer._names()
+    x, weight, bias, dtype = enter(layer.base_layer, x)
+    name = names[0]
+    if name in layer.lora_variant:
+        return layer._dora(name, x, weight, bias, dtype)
+    if len(names) == 1:
+        (lora_A, lora_B), scaling, rank_scale = layer._pair(name), layer.scaling[name], layer._rank_scale(name, 1.0)
+    else:
+        lora_A, lora_B, scaling, rank_scale = layer._concatenated(names)
+    dropout = layer.lora_dropout[name]
+    drops = type(dropout) is nn.Dropout
+    y = ops.lora_linear(
+        x, weight, lora_A, lora_B, bias, scaling=scaling, rank_scale=rank_scale,
+        dropout_p=dropout.p if drops else 0.0, training=drops and dropout.training,
+    )  # fmt: skip
+    return y.to(dtype)
+
+
+def _ia3_forward(layer: Any, x: Tensor) -> Tensor:
+    """The fused forward of (IA)³."""
+    from . import ops
+    from .integrations._peft_base import enter
+
+    vectors = layer._vectors()
+    seen, dtype = layer._dtypes(x, vectors[0])
+    x, weight, bias, base_dtype = enter(layer.base_layer, x, seen)
+    vector = functools.reduce(torch.mul, vectors)
+    return ops.ia3_linear(x, weight, vector, bias, feedforward=layer.is_feedforward).to(dtype or base_dtype)
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def _plain(states: int) -> Callable[[Tensor], list[int]]:
+    """torch.optim's: states like the parameter."""
+    return lambda p: [p.numel() * p.element_size()] * states
+
+
+def _wide(states: int) -> Callable[[Tensor], list[int]]:
+    return lambda p: [4 * p.numel()] * states
+
+
+def _eight_bit(states: int) -> Callable[[Tensor], list[int]]:
+    """bitsandbytes': a byte an element and a float32 for each 256; float32 below 4096 elements."""
+    return lambda p: [p.numel() + 4 * -(-p.numel() // 256) if p.numel() >= 4096 else 4 * p.numel()] * states
+
+
+def _adafactor(p: Tensor) -> list[int]:
+    if p.dim() < 2:
+        return [4 * p.numel()]
+    return [4 * p[..., 0].numel(), 4 * p[..., 0, :].numel()]
+
+
+# By name: the states of one parameter, in bytes, and tensors like all parameters that a step makes on the way, on CUDA,
+# where torch.optim takes all of them at once (on the CPU it is one parameter after the other).
+_OPTIMIZERS: dict[str, tuple[Callable[[Tensor], list[int]], int]] = {
+    "adamw": (_plain(2), 1),
+    "adam": (_plain(2), 1),
+    "adamw_torch_fused": (_plain(2), 0),
+    "adamw_8bit": (_eight_bit(2), 0),
+    "adafactor": (_adafactor, 0),
+    "adagrad": (_plain(1), 1),
+    "lion_32bit": (_wide(1), 0),
+    "lion_8bit": (_eight_bit(1), 0),
+    "rmsprop": (_plain(1), 1),
+    "sgd": (_plain(0), 0),
+}
+
+
+# --- the traced step --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Storage:
+    """When a storage was made and when it died, on the trace's clock."""
+
+    size: int
+    kind: str
+    born: int
+    died: Optional[int] = None
+
+
+class _Storages(TorchDispatchMode):
+    """Notes every storage that an operator returns, and its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = 0
+        self.kind = "temporary"
+        self.all: list[_Storage] = []
+        self._of: weakref.WeakKeyDictionary[Any, _Storage] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.clock += 1
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                self.note(t)
+        if func.namespace == NAMESPACE:
+            workspace = self.add(_workspace_bytes(func, args), "temporary")
+            workspace.died = self.mark()
+        return out
+
+    def add(self, size: int, kind: str) -> _Storage:
+        self.all.append(_Storage(size, kind, self.clock))
+        return self.all[-1]
+
+    def note(self, t: Tensor, kind: Optional[str] = None) -> _Storage:
+        """The storage of ``t``, noted as of ``kind`` where that is given."""
+        storage = t.untyped_storage()
+        found = self._of.get(storage)
+        if found is None:
+            found = self._of[storage] = self.add(storage.nbytes(), self.kind)
+            weakref.finalize(storage, self._end, found)
+        found.kind = kind or found.kind
+        return found
+
+    def _end(self, storage: _Storage) -> None:
+        self.clock += 1
+        storage.died = self.clock
+
+    def mark(self) -> int:
+        """Now, a moment at which what was made before is there."""
+        self.clock += 1
+        return self.clock
+
+
+def _workspace_bytes(func: Any, args: Any) -> int:
+    """What one of this package's operators takes for itself beside its results, at most.
+
+    An NF4 weight in the dtype of what it is multiplied with (on CUDA, and on the CPU in float32), and in the backward
+    of a layer that scales its output, or its input, the scaled gradient.
+    """
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    by = given.get("grad", given.get("x"))
+    if by is None or "shape" not in given:
+        return 0
+    size = 0
+    if given.get("absmax") is not None:
+        size += given["shape"][0] * given["shape"][1] * by.element_size()
+    if "grad" in given and ("ia3_l" in given or "out_scale" in given):
+        size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
+    return size
+
+
+def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
+    """Bytes alive by kind, and their sum, at each moment at which they grow."""
+    events = [(s.born, True, s) for s in storages]
+    events += [(end if s.died is None else s.died, False, s) for s in storages]
+    alive, total = dict.fromkeys(KINDS, 0), 0
+    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, ends come first
+        alive[s.kind] += s.size if made else -s.size
+        total += s.size if made else -s.size
+        if made:
+            yield at, alive, total
+
+
+_BETWEEN = "between"
+
+
+class _Step:
+    """One training step over fake tensors."""
+
+    def __init__(self, model: nn.Module, optimizer: Optional[str], device: str) -> None:
+        self.model, self.device = model, device
+        self.states, self.copies = _OPTIMIZERS["sgd" if optimizer is None else optimizer]
+        self.storages = _Storages()
+        self.forward_end = 0
+        self.begins: list[tuple[int, str]] = []
+
+    def run(
+        self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
+    ) -> None:
+        # Not fake: what a module holds beside parameters and buffers, as PEFT's prompt methods their token numbers.
+        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed():
+            _replace_tensors(self.model, _fake)
+            if inputs is None:
+                inputs = _inputs(self.model, batch_size, sequence_length, padding)
+            inputs = tree_map_only(Tensor, _fake, dict(inputs))
+            with self.storages:
+                self._note_resident()
+                tree_map_only(Tensor, lambda t: self.storages.note(t, "activations"), inputs)
+                self._forward_backward(inputs, autocast)
+                self._optimize()
+
+    def _note_resident(self) -> None:
+        adapters = self._adapters()
+        for module in self.model.modules():
+            quantized = isinstance(module, (NF4Linear, _Dequantized))
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                if t is not None:
+                    state = quantized and name in module._buffers and name not in ("packed", "CB")
+                    kind = "quantization" if state else "adapters" if id(t) in adapters else "weights"
+                    self.storages.note(t, kind)
+        allocates = hasattr(getattr(self.model, "base_model", None), "rankallocator")
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._note_gradient)
+                for size in self.states(p) + [p.numel() * p.element_size()] * (3 * allocates):
+                    self.storages.add(size, "optimizer")
+
+    def _adapters(self) -> set[int]:
+        """Parameters that count as adapters: what trains in a partly frozen model, and PEFT's inactive ones."""
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if len(trained) == sum(1 for _ in self.model.parameters()):
+            return set()
+        for module in self.model.modules():
+            for name in getattr(type(module), "adapter_layer_names", ()):
+                trained |= {id(p) for p in getattr(module, name).parameters()}
+        return trained
+
+    def _note_gradient(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self.storages.note(p.grad, "gradients")
+
+    def _forward_backward(self, inputs: Mapping[str, Any], autocast: Optional[torch.dtype]) -> None:
+        storages = self.storages
+
+        def enter_head(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            storages.kind = "logits"
+            if args and args[0].requires_grad:
+                args[0].register_hook(leave_head)
+
+        def leave_head(_grad: Tensor) -> None:
+            storages.kind = "temporary"
+
+        head = _head(self.model)
+        if head is not None:
+            head.register_forward_pre_hook(enter_head)
+        for stack, layers in enumerate(_stacks(self.model)):
+            for index, layer in enumerate(layers):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, stack, index), with_kwargs=True)
+        self._begin("forward")
+        storages.kind = "activations"
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = _loss(self.model(**inputs))
+        storages.note(loss, "logits")
+        self.forward_end = storages.mark()
+        self._begin("backward")
+        if storages.kind == "activations":
+            storages.kind = "temporary"
+        loss.backward()
+        storages.kind = "temporary"
+        self._begin("optimizer")
+
+    def _begin(self, phase: str) -> None:
+        self.begins.append((self.storages.mark(), phase))
+
+    def _enter_layer(self, stack: int, index: int, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Once the gradient of a layer's input is there, the backward is at the layer before it."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
+            before = "before" if index == 0 else "first" if index == 1 else _BETWEEN
+            x.register_hook(lambda _grad: self._begin(f"{before} {stack}"))
+
+    def _optimize(self) -> None:
+        sizes = [p.grad.numel() * p.grad.element_size() for p in self.model.parameters() if p.grad is not None]
+        on_cpu = 2 * max(sizes) if self.copies else 0
+        self.storages.add(self.copies * sum(sizes) if self.device == "cuda" else on_cpu, "temporary")
+
+    def profile(self) -> _Profile:
+        storages, end = self.storages.all, self.storages.mark()
+        for s in storages:  # what the forward made and did not hold for the backward
+            if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
+                s.kind = "temporary"
+        begins = [*self.begins, (end + 1, "")]
+        current, peaks, most, totals = 0, {}, {}, {}
+        for at, alive, total in _timeline(storages, end):
+            while at >= begins[current + 1][0]:
+                current += 1
+            phase = begins[current][1]
+            largest = most.setdefault(phase, dict.fromkeys(KINDS, 0))
+            for kind, size in alive.items():
+                if size > largest[kind]:
+                    largest[kind] = size
+            if total > totals.get(phase, -1):
+                totals[phase], peaks[phase] = total, dict(alive)
+        parameters = list(self.model.parameters())
+        # A quantized weight's parameter, or buffer, holds two elements a byte.
+        packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, _Dequantized))]
+        count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
+        count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
+        return _Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Bytes by kind in each phase of the step: at its peak, and the most of each kind.
+
+    The phases are the forward; the backward of the head and the last layer of a stack, of the layers between, of its
+    first layer, of what is before it; and the optimizer's step. In all but those between, the peak grows linearly with
+    the number of equal layers, which the largest of the peaks does not.
+    """
+
+    peaks: dict[str, dict[str, int]]
+    most: dict[str, dict[str, int]]
+    parameters: int
+    trainable: int
+
+    def estimate(self, about: str) -> MemoryEstimate:
+        peak = max(self.peaks.values(), key=lambda phase: sum(phase.values()))
+        most = {kind: max(phase[kind] for phase in self.most.values()) for kind in KINDS}
+        return MemoryEstimate(
+            **most, total=sum(peak.values()), peak=types.MappingProxyType(dict(peak)),
+            parameters=self.parameters, trainable=self.trainable, about=about,
+        )  # fmt: skip
+
+    def extrapolate(self, other: _Profile, steps: float) -> _Profile:
+        """``self + steps · (other - self)``: of more layers, from two profiles of few.
+
+        Between first and last layer the peak is a line from the one's to the other's: no larger than both of them.
+        """
+
+        shared = [name for name in self.peaks if name in other.peaks and not name.startswith(_BETWEEN)]
+
+        def line(a: int, b: int) -> int:
+            return round(a + steps * (b - a))
+
+        def lines(a: dict[str, dict[str, int]], b: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+            return {name: {kind: max(0, line(a[name][kind], b[name][kind])) for kind in KINDS} for name in shared}
+
+        return _Profile(
+            lines(self.peaks, other.peaks), lines(self.most, other.most), line(self.parameters, other.parameters),
+            line(self.trainable, other.trainable),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _not_packed() -> Iterator[None]:
+    """transformers takes every fake batch for a packed one, and makes a mask for it, since it can't look inside."""
+    masks = sys.modules.get("transformers.masking_utils")
+    find = getattr(masks, "find_packed_sequence_indices", None)
+    if find is None:
+        yield
+        return
+
+    @functools.wraps(find)
+    def found(position_ids: Tensor) -> Optional[Tensor]:
+        return None if isinstance(position_ids, FakeTensor) else find(position_ids)
+
+    masks.find_packed_sequence_indices = found
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = find
+
+
+def _stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The stacks of layers of one class that a model consists of; lists within a layer, as of experts, are none."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in found) or not isinstance(module, nn.ModuleList):
+            continue
+        if len(module) > 1 and len({type(layer) for layer in module}) == 1:
+            found[name] = module
+    return list(found.values())
+
+
+def _base(model: nn.Module) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__
+
+
+def _head(model: nn.Module) -> Optional[nn.Module]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get = getattr(base, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _loss(out: Any) -> Tensor:
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if loss is None:
+        loss = next(t for t in tree_iter(out) if isinstance(t, Tensor)).sum()
+    return loss
+
+
+def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
+    """Token numbers and labels as the model's head takes them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(base.forward).parameters
+    if "input_ids" not in takes:
+        raise ValueError(f"estimate_memory: {type(base).__name__} takes no input_ids, wanted inputs")
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    tokens = (batch_size, sequence_length)
+    inputs: dict[str, Any] = {"input_ids": numbers(*tokens)}
+    if padding:
+        inputs["attention_mask"] = numbers(*tokens)
+    if "start_positions" in takes:
+        inputs |= {"start_positions": numbers(batch_size), "end_positions": numbers(batch_size)}
+    elif "labels" in takes:
+        inputs["labels"] = numbers(*tokens)
+        if "SequenceClassification" in type(base).__name__:
+            labels = numbers(batch_size)
+            inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
+            if base.config.pad_token_id is None:  # any number does, in the copy
+                base.config.pad_token_id = 0
+    elif "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = numbers(*tokens)
+    if "decoder_input_ids" in takes and getattr(base.config, "decoder_start_token_id", None) is None:
+        base.config.decoder_start_token_id = 0
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    return inputs

@@ -1,0 +1,498 @@
+"""estimate_memory: against what real training steps allocate, and against what is known exactly."""
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from peft_models import quantize  # noqa: E402
+
+import peft_ext  # noqa: E402
+from peft_ext import memory  # noqa: E402
+from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
+
+pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
+
+TOKENS = {"batch_size": 2, "sequence_length": 64}
+LLAMA = transformers.LlamaConfig(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=512, tie_word_embeddings=True,
+)  # fmt: skip
+BERT = transformers.BertConfig(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+)
+GPT2 = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=512, n_positions=64)
+
+
+def lora(**changes):
+    return peft.LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+
+
+# --- a real step ------------------------------------------------------------------------------------------------------
+
+
+def held(model, optimizer):
+    """Bytes of the tensors that outlive a step, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    if allocator is not None:
+        tensors += [*allocator.ipt.values(), *allocator.exp_avg_ipt.values(), *allocator.exp_avg_unc.values()]
+    for module in model.modules():
+        quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if quant_state is not None:
+            tensors += [quant_state.absmax] + ([quant_state.state2.absmax] if quant_state.nested else [])
+        state = getattr(module, "state", None)
+        tensors += [t for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def measured(model, autocast=None, padding=False):
+    """Peak bytes of a training step after the first, as PyTorch's profiler sees the allocator."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, 512, (2, 64))
+    classifies = (
+        "SequenceClassification" in type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
+    )
+    inputs = {"input_ids": ids, "labels": torch.randint(0, 2, (2,)) if classifies else ids}
+    if not classifies:
+        inputs["use_cache"] = False
+    if padding:
+        inputs["attention_mask"] = (torch.arange(64) < torch.tensor([[64], [50]])).long()
+
+    def step():
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        if hasattr(getattr(model, "base_model", None), "rankallocator"):
+            model.base_model.update_and_allocate(1)
+        optimizer.zero_grad()
+
+    step()
+    resident = held(model, optimizer) + ids.nbytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        alive += change.nbytes()
+        peak = max(peak, alive)
+    assert peak > 0, "the profiler saw no allocation"
+    return resident + peak
+
+
+def build(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    classifies = isinstance(config, transformers.BertConfig)
+    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    return auto.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def adapted(config, adapter, dtype=torch.float32, nf4=False, accelerated=True, checkpointing=False):
+    model = build(config, dtype)
+    if adapter is not None:
+        model = peft.get_peft_model(model, copy.deepcopy(adapter))
+    if nf4:
+        peft_ext.quantize_nf4(model, progress=False)
+    if accelerated:
+        peft_ext.accelerate(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+BF16 = {"dtype": torch.bfloat16}
+ADALORA = {"init_r": 8, "target_r": 4, "total_step": 100}
+STEPS = {
+    "LoRA": (LLAMA, lora(), BF16),
+    "LoRA, PEFT's own, dropout": (LLAMA, lora(lora_dropout=0.1), {**BF16, "accelerated": False}),
+    "LoRA, dropout": (LLAMA, lora(lora_dropout=0.1), BF16),
+    "LoRA, checkpointing": (LLAMA, lora(), {**BF16, "checkpointing": True}),
+    "LoRA, NF4": (LLAMA, lora(), {**BF16, "nf4": True}),
+    "DoRA, NF4": (LLAMA, lora(use_dora=True), {**BF16, "nf4": True}),
+    "prefix": (LLAMA, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10), BF16),
+    "prompt": (LLAMA, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10), BF16),
+    "full": (LLAMA, None, BF16),
+    "IA3, checkpointing": (BERT, peft.IA3Config(task_type="SEQ_CLS"), {"checkpointing": True}),
+    "IA3, GPT-2": (GPT2, peft.IA3Config(task_type="CAUSAL_LM"), {}),
+    "AdaLoRA, checkpointing": (
+        BERT,
+        peft.AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], **ADALORA),
+        {"checkpointing": True},
+    ),
+}
+
+
+def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
+    changes = {"quantization": "nf4" if nf4 else None, "device": "cpu", **TOKENS, **changes}
+    return estimate_memory(config, adapter, gradient_checkpointing=checkpointing, **changes)
+
+
+def assert_near(estimate, wanted, within=0.02):
+    """2 per cent: what the kernels take for themselves is bounded, not traced; on real sizes it is 0.1 per cent."""
+    assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_is_what_a_real_step_allocates(name):
+    config, adapter, how = STEPS[name]
+    if adapter is None:
+        how = {**how, "accelerated": False}
+    assert_near(estimated(config, adapter, **{"task_type": "SEQ_CLS"} if config is BERT else {}, **how),
+                measured(adapted(config, adapter, **how)))  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["autocast", "padding"])
+def test_autocast_and_padding_too(how):
+    value = torch.bfloat16 if how == "autocast" else True
+    config = LLAMA if how == "padding" else GPT2
+    estimate = estimated(config, peft.IA3Config(task_type="CAUSAL_LM"), **{how: value})
+    assert_near(estimate, measured(adapted(config, peft.IA3Config(task_type="CAUSAL_LM")), **{how: value}))
+    assert estimate.total != estimated(config, peft.IA3Config(task_type="CAUSAL_LM")).total
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_layers_too(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = build(LLAMA, torch.bfloat16)
+    if kind == "nf4":
+        model = quantize(model, "bnb nested bfloat16")
+    else:
+        for parent in list(model.model.layers.modules()):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is nn.Linear:
+                    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False,
+                                                has_fp16_weights=False)  # fmt: skip
+                    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+                    setattr(parent, name, layer.to("cpu"))
+        model.is_loaded_in_8bit = True
+    model = peft.get_peft_model(model, lora())
+    wanted = measured(model)
+    assert_near(estimate_memory(model, accelerated=False, **TOKENS), wanted)
+    assert_near(estimated(LLAMA, lora(), accelerated=False, quantization=kind, dtype=torch.bfloat16), wanted)
+    if kind == "nf4":
+        assert_near(estimate_memory(model, **TOKENS), measured(peft_ext.accelerate(model)))
+
+
+# --- what is known exactly --------------------------------------------------------------------------------------------
+
+
+def count(config, adapter, task_type=None):
+    return estimate_memory(config, adapter, task_type=task_type, batch_size=1, sequence_length=8).trainable
+
+
+def test_counts_parameters():
+    bert = transformers.BertConfig()
+    assert count(transformers.GPT2Config(), peft.LoraConfig(task_type="CAUSAL_LM")) == 294_912
+    assert count(bert, "lora", "SEQ_CLS") == 2_680_322
+    assert count(bert, "bitfit", "SEQ_CLS") == 104_450
+
+
+def test_the_parameters_are_the_models():
+    for quantization in (None, "nf4", "int8"):
+        estimate = estimate_memory(LLAMA, lora(), quantization=quantization, **TOKENS)
+        assert estimate.parameters - estimate.trainable == sum(p.numel() for p in build(LLAMA).parameters())
+    assert estimate.trainable == sum(p.numel() for p in adapted(LLAMA, lora()).parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantized_weights_to_the_byte(double_quant):
+    model = peft_ext.quantize_nf4(build(LLAMA, torch.bfloat16), double_quant=double_quant, progress=False)
+    layers = [m.nf4 for m in model.modules() if isinstance(m, peft_ext.nn.NF4Linear)]
+    estimate = estimate_memory(LLAMA, lora(), quantization="nf4", double_quant=double_quant, **BF16, **TOKENS)
+    assert estimate.quantization == sum(nf4.nbytes - nf4.packed.nbytes for nf4 in layers)
+    others = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - sum(nf4.nbytes for nf4 in layers)
+    assert estimate.weights == others + sum(nf4.packed.nbytes for nf4 in layers)
+
+
+def test_a_fused_layer_saves_x_and_s():
+    tokens, features, rank = 24, 64, 8
+    layer = nn.Sequential(nn.Linear(features, 96, bias=False, dtype=torch.bfloat16))
+    model = peft.get_peft_model(layer, peft.LoraConfig(r=rank, target_modules=["0"], lora_dropout=0.5))
+    inputs = {"input": torch.empty(tokens, features, dtype=torch.bfloat16)}
+    seed = 2 * 8
+    assert estimate_memory(model, inputs=inputs).activations == 2 * tokens * features + 4 * tokens * rank + seed
+    # PEFT's own: x dropped in the adapters' dtype too; its mask as well where x needs a gradient.
+    stock = estimate_memory(model, inputs=inputs, accelerated=False).activations
+    assert stock == (2 + 4) * tokens * features + 4 * tokens * rank
+
+
+def test_a_frozen_layer_saves_nothing():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False).requires_grad_(False))
+    tokens = 8
+    estimate = estimate_memory(model, inputs={"input": torch.empty(tokens, 64)})
+    assert estimate.activations == 4 * tokens * 64  # the input, for the first layer's gradient
+    assert estimate.adapters == estimate.gradients == 4 * 64 * 64
+
+
+def test_checkpointing_saves_the_layers_inputs():
+    plain, checkpointing = (
+        estimate_memory(LLAMA, lora(), gradient_checkpointing=on, **BF16, **TOKENS) for on in (False, True)
+    )
+    assert checkpointing.logits == plain.logits
+    assert checkpointing.temporary > plain.temporary
+    inputs = LLAMA.num_hidden_layers * 2 * 64 * LLAMA.hidden_size * 2
+    assert inputs < checkpointing.activations < 4 * inputs < plain.activations
+
+
+def test_logits_in_float32_and_their_gradient():
+    estimate = estimate_memory(LLAMA, lora(), **BF16, **TOKENS)
+    logits = 2 * 64 * 512 * 4
+    assert 2 * logits <= estimate.logits <= 3.5 * logits
+    assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4  # the loss
+
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+    "adafactor": transformers.Adafactor,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_states(name):
+    model = nn.Linear(64, 96)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    wanted = sum(t.nbytes for t in states if t.dim())
+    assert estimate_memory(model, optimizer=name, inputs={"input": torch.empty(2, 64)}).optimizer == wanted
+
+
+def test_eight_bit_states():
+    model = nn.Linear(64, 128)  # the bias has less than 4096 elements
+    inputs = {"input": torch.empty(2, 64)}
+    weight, bias = 64 * 128 + 4 * 64 * 128 // 256, 4 * 128
+    assert estimate_memory(model, optimizer="adamw_8bit", inputs=inputs).optimizer == 2 * (weight + bias)
+    assert estimate_memory(model, optimizer="lion_8bit", inputs=inputs).optimizer == weight + bias
+    assert estimate_memory(model, optimizer="lion_32bit", inputs=inputs).optimizer == 4 * (64 * 128 + 128)
+    assert estimate_memory(model, optimizer=None, inputs=inputs).optimizer == 0
+
+
+def test_the_optimizers_step_counts_where_it_is_largest():
+    model = nn.Linear(512, 512, bias=False)
+    inputs, size = {"input": torch.empty(1, 512)}, 4 * 512 * 512
+    adamw, fused = (estimate_memory(model, optimizer=name, inputs=inputs, device="cuda") for name in
+                    ("adamw", "adamw_torch_fused"))  # fmt: skip
+    assert abs(adamw.total - fused.total - size) < 64
+    assert 4 * size <= fused.total < 4.1 * size
+
+
+def test_adalora_keeps_importance_scores():
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **ADALORA)
+    estimate = estimate_memory(LLAMA, config, **TOKENS)
+    assert estimate.optimizer == (2 + 3) * 4 * estimate.trainable
+
+
+# --- live models ------------------------------------------------------------------------------------------------------
+
+
+def test_a_live_model_is_estimated_as_its_configuration_and_left_alone():
+    model = adapted(LLAMA, lora(lora_dropout=0.1), nf4=True).eval()
+
+    def state():
+        tensors = {name: (id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+        return tensors, [(type(m), m.training, set(m.__dict__), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    before = state()
+    live = estimate_memory(model, **TOKENS)
+    assert state() == before
+    assert live == estimated(LLAMA, lora(lora_dropout=0.1), nf4=True)
+    config = lora(lora_dropout=0.1)
+    dense = adapted(LLAMA, config, torch.bfloat16, accelerated=False)
+    fused, stock = (estimated(LLAMA, config, accelerated=accelerated, **BF16).total for accelerated in (True, False))
+    assert estimate_memory(dense, **TOKENS).total == fused
+    assert estimate_memory(peft_ext.accelerate(dense), accelerated=False, **TOKENS).total == stock > fused
+
+
+def test_the_meta_device_and_a_real_one():
+    with torch.device("meta"):
+        meta = build(LLAMA)
+    real = estimate_memory(build(LLAMA), lora(), device="cuda", **TOKENS)
+    assert estimate_memory(meta, lora(), **TOKENS) == real
+    assert estimate_memory(meta, lora(), **BF16, **TOKENS).weights < 0.51 * real.weights
+
+
+def test_a_layer_that_is_not_fused_is_estimated_as_peft_runs_it():
+    config = lora(lora_bias=True)
+    assert estimated(LLAMA, config).total == estimated(LLAMA, config, accelerated=False).total
+
+
+def test_several_adapters():
+    model = adapted(LLAMA, lora(), accelerated=False)
+    model.add_adapter("other", lora(r=16))
+    one = estimate_memory(model, **TOKENS)
+    assert one.adapters == 3 * one.gradients  # the inactive one lies there too
+    model.base_model.set_adapter(["default", "other"])
+    two = estimate_memory(model, **TOKENS)
+    assert two.adapters == two.gradients == one.adapters
+    assert_near(estimate_memory(peft_ext.accelerate(model), **TOKENS), measured(model))
+
+
+def test_checkpointing_that_is_on_stays_on():
+    model = adapted(LLAMA, lora(), checkpointing=True)
+    wanted = estimate_memory(adapted(LLAMA, lora()), gradient_checkpointing=True, **TOKENS).total
+    assert estimate_memory(model, **TOKENS).total == wanted
+
+
+def test_gpu_sized_models_take_no_memory():
+    config = transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    estimate = estimate_memory(config, "lora", quantization="nf4", dtype=torch.bfloat16, **TOKENS)
+    assert estimate.parameters > 3.8e9
+    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51  # half a byte each
+
+
+def test_transformers_mask_detection_is_put_back():
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    estimate_memory(LLAMA, lora(), **TOKENS)
+    with pytest.raises(ValueError, match="depends on the values"):
+        estimate_memory(Branches(), inputs={"x": torch.empty(3)})
+    assert masking_utils.find_packed_sequence_indices is find
+    assert "peft_ext.memory" in sys.modules
+
+
+@pytest.mark.parametrize("method", [method for method in memory.METHODS if method != "full"])
+def test_every_method_by_name(method):
+    config = BERT if method == "bitfit" else LLAMA
+    estimate = estimate_memory(config, method, **TOKENS)
+    assert 0 < estimate.trainable < estimate.parameters
+    assert estimate == estimate_memory(config, method=method, **TOKENS)
+    if method == "rslora":
+        assert estimate.total == estimate_memory(config, "lora", **TOKENS).total
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM"])
+def test_every_task(task_type):
+    for config in (LLAMA, BERT):
+        assert estimate_memory(config, "ia3", task_type=task_type, **TOKENS).total > 0
+
+
+def test_an_encoder_and_decoder():
+    config = transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=97)
+    estimate = estimate_memory(config, "lora", quantization="nf4", **TOKENS)
+    assert estimate.about.startswith("T5ForConditionalGeneration, LORA r=16, nf4")
+    assert estimate.logits > 2 * 64 * 97 * 4
+    dense = estimate_memory(config, "lora", **TOKENS)
+    wo = 2 * 2 * 64 * 128  # transformers reads the dtype of wo: it stays dense
+    assert dense.weights - estimate.weights < 4 * (dense.parameters - dense.trainable - 97 * 64 - wo)
+
+
+# --- what is returned -------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_adds_up():
+    estimate = estimate_memory(LLAMA, lora(), **TOKENS)
+    assert estimate.total == sum(estimate.peak.values())
+    assert list(estimate.peak) == list(KINDS)
+    assert all(getattr(estimate, kind) >= estimate.peak[kind] for kind in KINDS)
+    with pytest.raises(TypeError):
+        estimate.peak["weights"] = 0
+
+
+def test_prints_as_a_table():
+    estimate = estimate_memory(LLAMA, lora(), quantization="nf4", gradient_checkpointing=True, **TOKENS)
+    about, trained, head, *rows, total = str(estimate).split("\n")
+    assert about == "LlamaForCausalLM, LORA r=8, nf4, 2 x 64 tokens, adamw, checkpointing"
+    assert trained == f"{estimate.trainable:,} of {estimate.parameters:,} parameters train"
+    assert [row.split()[0] for row in rows] == list(KINDS)
+    assert head.split()[0] == "KiB" and total.split() == ["total", f"{estimate.total / 1024:,.1f}"]
+
+
+def test_fits():
+    estimate = estimate_memory(LLAMA, lora(), **TOKENS)
+    gib = estimate.total / 2**30
+    assert estimate.fits(gib / 0.9 * 1.001) and not estimate.fits(gib / 0.9 * 0.999)
+    assert estimate.fits(gib * 1.001, headroom=0) and not estimate.fits(gib * 0.999, headroom=0)
+    for gpu_memory_gb in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="gpu_memory_gb is"):
+            estimate.fits(gpu_memory_gb)
+    with pytest.raises(ValueError, match="headroom is 1"):
+        estimate.fits(8, headroom=1)
+
+
+@pytest.mark.parametrize("method, checkpointing", [("lora", True), ("dora", False), ("full", False)])
+def test_extrapolates_to_more_layers(method, checkpointing):
+    def of(layers):
+        config = copy.deepcopy(LLAMA)
+        config.num_hidden_layers = layers
+        return memory._profile(config, method=method, gradient_checkpointing=checkpointing, **TOKENS)[0]
+
+    assert of(2).extrapolate(of(3), 5).estimate("") == of(7).estimate("")
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.weight * x if x.sum() > 0 else self.weight
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0, wanted a positive integer"),
+        ({"sequence_length": 1.5}, "sequence_length is 1.5, wanted a positive integer"),
+        ({"batch_size": None}, "batch_size is None"),
+        ({"method": "lorra"}, "method is 'lorra', wanted one of"),
+        ({"config": "lorra"}, "method is 'lorra', wanted one of"),
+        ({"config": "lora", "method": "dora"}, "config is 'lora' and method 'dora'"),
+        ({"config": lora(), "method": "dora"}, "config is a LoraConfig and method 'dora'"),
+        ({"optimizer": "adamv"}, "optimizer is 'adamv', wanted one of"),
+        ({"quantization": "nf8"}, "quantization is 'nf8', wanted one of"),
+        ({"quantization": "nf4", "method": "full"}, "quantized weights don't train"),
+        ({"blocksize": 65}, "blocksize is 65"),
+        ({"autocast": torch.float32}, "autocast is torch.float32"),
+        ({"device": "xla"}, "device is 'xla', wanted 'cpu' or 'cuda'"),
+        ({"task_type": "CHAT"}, "task_type is 'CHAT', wanted one of"),
+        ({"inputs": {}}, "inputs are given, wanted no batch_size"),
+        ({"method": "prefix", "gradient_checkpointing": True}, "prefix tuning does not work with it"),
+    ],
+)
+def test_refuses_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=f"estimate_memory: .*{message}"):
+        estimate_memory(LLAMA, **{**TOKENS, **arguments})
+
+
+def test_refuses_what_it_can_not_trace():
+    with pytest.raises(TypeError, match="model is str, wanted an nn.Module or a transformers configuration"):
+        estimate_memory("gpt2", **TOKENS)
+    with pytest.raises(TypeError, match="config is dict, wanted a PEFT configuration"):
+        estimate_memory(LLAMA, {"r": 8}, **TOKENS)
+    with pytest.raises(TypeError, match="dtype is torch.int8"):
+        estimate_memory(LLAMA, lora(), dtype=torch.int8, **TOKENS)
+    with pytest.raises(TypeError, match="inputs is list, wanted a mapping"):
+        estimate_memory(nn.Linear(4, 4), inputs=[torch.empty(4)])
+    with pytest.raises(ValueError, match="Linear takes no input_ids, wanted inputs"):
+        estimate_memory(nn.Linear(4, 4), **TOKENS)
+    with pytest.raises(ValueError, match="no parameter of Linear requires a gradient"):
+        estimate_memory(nn.Linear(4, 4).requires_grad_(False), inputs={"input": torch.empty(4)})
+    with pytest.raises(ValueError, match="Linear has no gradient_checkpointing_enable"):
+        estimate_memory(nn.Linear(4, 4), gradient_checkpointing=True, inputs={"input": torch.empty(4)})
+    with pytest.raises(ValueError, match="model is a PeftModel already"):
+        estimate_memory(adapted(LLAMA, lora()), "dora", **TOKENS)
+    with pytest.raises(ValueError, match="the forward of Branches depends on the values of its tensors"):
+        estimate_memory(Branches(), inputs={"x": torch.empty(3)})
