@@ -29,6 +29,7 @@ _LAZY = {
     "get_peft_model": "model",
     "load_adapter": "model",
     "quantize_nf4": "quantize",
+    "recommend_peft_method": "recommend",
     "BitFitConfig": "tuners",
     "BottleneckConfig": "tuners",
     "DiffPruningConfig": "tuners",
@@ -51,6 +52,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize_nf4",
+    "recommend_peft_method",
     "reference",
     "restore",
 ]

@@ -785,9 +785,6 @@ def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[st
             yield at, alive, total
 
 
-_BETWEEN = "between"
-
-
 class _Step:
     """One training step over fake tensors."""
 
@@ -880,7 +877,7 @@ class _Step:
         """Once the gradient of a layer's input is there, the backward is at the layer before it."""
         x = args[0] if args else kwargs.get("hidden_states")
         if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
-            before = "before" if index == 0 else "first" if index == 1 else _BETWEEN
+            before = "before" if index == 0 else "first" if index == 1 else "between"
             x.register_hook(lambda _grad: self._begin(f"{before} {stack}"))
 
     def _optimize(self) -> None:
@@ -938,10 +935,10 @@ class _Profile:
     def extrapolate(self, other: _Profile, steps: float) -> _Profile:
         """``self + steps · (other - self)``: of more layers, from two profiles of few.
 
-        Between first and last layer the peak is a line from the one's to the other's: no larger than both of them.
+        A peak between first and last layer is no larger than both of theirs, and may be missing.
         """
 
-        shared = [name for name in self.peaks if name in other.peaks and not name.startswith(_BETWEEN)]
+        shared = [name for name in self.peaks if name in other.peaks]
 
         def line(a: int, b: int) -> int:
             return round(a + steps * (b - a))

@@ -227,6 +227,12 @@ def test_a_fused_layer_saves_x_and_s():
     assert stock == (2 + 4) * tokens * features + 4 * tokens * rank
 
 
+def test_a_dequantized_weight_is_temporary():
+    model = nn.Sequential(nn.Linear(8, 256), peft_ext.nn.NF4Linear(256, 1024, bias=False))
+    estimate = estimate_memory(model, inputs={"input": torch.empty(2, 8)})
+    assert 0 <= estimate.temporary - 4 * 256 * 1024 < 2**16
+
+
 def test_a_frozen_layer_saves_nothing():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False).requires_grad_(False))
     tokens = 8
@@ -325,6 +331,12 @@ def test_the_meta_device_and_a_real_one():
     real = estimate_memory(build(LLAMA), lora(), device="cuda", **TOKENS)
     assert estimate_memory(meta, lora(), **TOKENS) == real
     assert estimate_memory(meta, lora(), **BF16, **TOKENS).weights < 0.51 * real.weights
+
+
+def test_dtype_is_of_the_frozen_weights():
+    model = adapted(LLAMA, lora())
+    wide, narrow = estimate_memory(model, **TOKENS), estimate_memory(model, **BF16, **TOKENS)
+    assert narrow.adapters == wide.adapters and narrow.weights < 0.51 * wide.weights
 
 
 def test_a_layer_that_is_not_fused_is_estimated_as_peft_runs_it():
@@ -437,6 +449,20 @@ def test_extrapolates_to_more_layers(method, checkpointing):
         return memory._profile(config, method=method, gradient_checkpointing=checkpointing, **TOKENS)[0]
 
     assert of(2).extrapolate(of(3), 5).estimate("") == of(7).estimate("")
+
+
+def test_extrapolates_to_another_moment():
+    """Few layers need most where the backward ends, at a large embedding; many where it begins, at the logits."""
+    config = copy.deepcopy(LLAMA)
+    config.vocab_size = 4096
+
+    def of(layers):
+        config.num_hidden_layers = layers
+        return memory._profile(config, method="full", optimizer=None, batch_size=1, sequence_length=96)[0]
+
+    few, many = of(2), of(12)
+    assert few.estimate("").peak["gradients"] > 0 == many.estimate("").peak["gradients"]
+    assert few.extrapolate(of(3), 10).estimate("") == many.estimate("")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
