@@ -87,18 +87,7 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
       values[e] = work.scale * u * activation_gate(work.activation, u);
     }
   }
-  uint32_t terms[kMaxTerms];
-  split_pair<kMaxTerms>(values[0], values[1], terms);
-#pragma unroll
-  for (int term = 0; term < kMaxTerms; ++term) {
-    if (work.terms != nullptr) work.terms[terms_word(work.padded_rows, work.padded_size, term, row, m)] = terms[term];
-    if (work.transposed == nullptr) continue;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t word = terms_word(work.padded_size, work.padded_rows, term, m + e, row / 2 * 2);
-      reinterpret_cast<uint16_t*>(work.transposed)[2 * word + row % 2] = static_cast<uint16_t>(terms[term] >> 16 * e);
-    }
-  }
+  save_terms(values[0], values[1], work.padded_rows, work.padded_size, row, m, work.terms, work.transposed);
 }
 
 // out[m] = Σ_t dU[t, m]. Grid: size.

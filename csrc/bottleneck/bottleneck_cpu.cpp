@@ -5,7 +5,6 @@
 // forward: one pass over x, one that reads the residual and writes Y. backward: one pass over dY gives P = s dY V, dV
 // and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes dX = dY + dU D. What is [T,
 // M] is float32; the activation on it is PyTorch's.
-#include <array>
 #include <string>
 #include <tuple>
 
@@ -23,6 +22,8 @@ Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, co
   STD_TORCH_CHECK(x.dim() >= 1 && down.dim() == 2 && up.dim() == 2 && down.size(1) == x.size(x.dim() - 1) &&
                       up.size(1) == down.size(0),
                   op, ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
+  STD_TORCH_CHECK(down.numel() > 0 && up.numel() > 0, op,
+                  ": down_weight or up_weight has no elements, wanted at least one row and column");
   return {rows_of(x), down.size(1), up.size(0), down.size(0), round_up(down.size(0), kRankStep)};
 }
 
@@ -48,19 +49,15 @@ Tensor activated(const Tensor& u, const std::string& activation) {
 Tensor activation_backward(const Tensor& grad, const Tensor& u, const std::string& activation) {
   if (activation == "relu") {
     Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
-    for (int64_t i = 0; i < u.numel(); ++i) {
-      const float g = grad.const_data_ptr<float>()[i];
-      out.mutable_data_ptr<float>()[i] = u.const_data_ptr<float>()[i] > 0.0f ? g : 0.0f;
-    }
+    const float *from = grad.const_data_ptr<float>(), *at = u.const_data_ptr<float>();
+    float* to = out.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < u.numel(); ++i) to[i] = at[i] > 0.0f ? from[i] : 0.0f;
     return out;
   }
   if (activation == "silu") return dispatched("aten::silu_backward", {value(grad), value(u)});
   return dispatched("aten::gelu_backward",
                     {value(grad), value(u), torch::stable::detail::from(gelu_approximation(activation))});
 }
-
-// Few tokens: D and V are read once, as they lie.
-constexpr int64_t kFew = kFewTokens;
 
 // Whether the products are PyTorch's: all of one 16-bit type that the CPU multiplies in.
 bool by_products(const Tensor& x, const Tensor& down, const Tensor& up) {
@@ -75,7 +72,7 @@ Tensor framed(const char* op, const Tensor& m, int64_t padded) {
 }
 
 // y = residual (none: 0) + what the caller adds to it.
-Expand onto_residual(Tensor& y, const Tensor& residual) {
+Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();
   work.dtype = dtype_of("bottleneck_adapter", "x", y);
@@ -105,6 +102,19 @@ void add_rows(const Tensor& u, const Tensor& bias) {
     for (int64_t m = 0; m < size; ++m) data[t * size + m] += add[m];
 }
 
+// Σ_t m[t] [M] of m [T, M], in double: T may be large, M is small.
+Tensor sum_of_rows(const Tensor& m) {
+  const int64_t size = m.size(1);
+  std::vector<double> sums(static_cast<size_t>(size), 0.0);
+  const float* row = m.const_data_ptr<float>();
+  for (int64_t t = 0; t < m.size(0); ++t, row += size)
+    for (int64_t i = 0; i < size; ++i) sums[static_cast<size_t>(i)] += row[i];
+  Tensor out = empty({size}, ScalarType::Float);
+  for (int64_t i = 0; i < size; ++i)
+    out.mutable_data_ptr<float>()[i] = static_cast<float>(sums[static_cast<size_t>(i)]);
+  return out;
+}
+
 // u = x Dᵀ
 void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottleneck& size, Tensor& u) {
   Tensor sums = size.padded == size.size ? u : empty({size.tokens, size.padded}, ScalarType::Float);
@@ -126,11 +136,11 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
                   ": residual is not [..., ", size.out, "] of x's type");
   Tensor y = empty(with_last(x, size.out), x.scalar_type());
   Tensor u = empty({size.tokens, size.size}, ScalarType::Float);
-  if (size.tokens == 0 || size.out == 0) return {y, u};
+  if (size.tokens == 0) return {y, u};
 
-  const bool few = size.tokens <= kFew, products = !few && by_products(x, down_weight, up_weight);
+  const bool few = size.tokens <= kFewTokens, products = !few && by_products(x, down_weight, up_weight);
   const float factor = static_cast<float>(scale);
-  // U
+  // U; of few tokens D and V are read once, as they lie
   if (few) {
     run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
   } else if (products) {
@@ -190,9 +200,10 @@ UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const 
   scale_by(h, scale);
   mm_out(out.weight, transposed(grad), torch::stable::to(h, type));
   const Tensor ones = empty({1, size.tokens}, ScalarType::Float);
-  fill(ones, scale);
+  fill(ones, 1.0f);
   mm_out(out.bias, torch::stable::to(ones, type), grad);
-  out.bias = torch::stable::to(out.bias, ScalarType::Float);
+  out.bias = torch::stable::view(torch::stable::to(out.bias, ScalarType::Float), {size.out});
+  scale_by(out.bias, scale);
   return out;
 }
 
@@ -246,9 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const UpGradients over_grad = products ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
                                          : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
   const Tensor grad_u = activation_backward(over_grad.p, flat_u, activation);
-  const Tensor ones = empty({size.tokens, size.size}, ScalarType::Float);
-  fill(ones, 1.0f);
-  const Tensor grad_down_bias = column_pass(kOp, grad_u, nullptr, 0.0f, &ones).sums;
+  const Tensor grad_down_bias = sum_of_rows(grad_u);
 
   Tensor grad_down, rounded;
   if (products) {

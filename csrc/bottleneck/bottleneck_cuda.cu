@@ -16,19 +16,14 @@ struct Bottleneck {
   int64_t tokens, in, out, size;
 };
 
-void check_matrix(const char* op, const char* name, const Tensor& m, const Tensor& x) {
-  const ScalarType type = m.scalar_type();
-  STD_TORCH_CHECK(on_device(m) && m.get_device_index() == x.get_device_index() && m.dim() == 2, op, ": ", name, " has ",
-                  m.dim(), " dimensions, wanted 2 on x's device");
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
-                  " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
-}
-
 Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, const Tensor& up) {
   check_matrix(op, "down_weight", down, x);
   check_matrix(op, "up_weight", up, x);
-  STD_TORCH_CHECK(x.dim() >= 1 && down.size(1) == x.size(x.dim() - 1) && up.size(1) == down.size(0), op,
-                  ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
+  STD_TORCH_CHECK(x.dim() >= 1 && down.dim() == 2 && up.dim() == 2 && down.size(1) == x.size(x.dim() - 1) &&
+                      up.size(1) == down.size(0),
+                  op, ": down_weight and up_weight are not [M, K] and [N, M] for x [..., K]");
+  STD_TORCH_CHECK(down.numel() > 0 && up.numel() > 0, op,
+                  ": down_weight or up_weight has no elements, wanted at least one row and column");
   return {device_rows(x), down.size(1), up.size(0), down.size(0)};
 }
 
@@ -63,7 +58,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   const ScalarType type = x.scalar_type();
   const Tensor y = device_empty(x, shape_with_last(x, size.out), type);
   const Tensor u = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
-  if (size.tokens == 0 || size.out == 0) return {y, u};
+  if (size.tokens == 0) return {y, u};
   const Tensor held = flat_rows(x), onto = residual.has_value() ? flat_rows(*residual) : held;
   STD_TORCH_CHECK(
       on_device(onto) && onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == type, kOp,
@@ -113,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
                   u.numel(), " elements, wanted ", size.tokens * size.size);
   Tensor grad_x = device_empty(x, {0}, type);
   if (needs_grad_x) grad_x = device_empty(x, {x.sizes().begin(), x.sizes().end()}, type);
-  if (size.tokens == 0 || size.out == 0) {
+  if (size.tokens == 0) {
     return {grad_x, device_zeros(x, {size.size, size.in}, down_weight.scalar_type()),
             device_zeros(x, {size.size}, ScalarType::Float),
             device_zeros(x, {size.out, size.size}, up_weight.scalar_type()),
@@ -123,10 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
   // L has a row more than F, the ones.
   const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
-  const bool together = padded_left <= 32;
   const int64_t padded_tokens = round_up(size.tokens, kRankTile);
   Splitter splitter(x);
-  const HeldTerms right = splitter.add(up, true, together ? padded_left : padded, round_up(size.out, kRankTile));
+  const HeldTerms right = splitter.add(up, true, padded, round_up(size.out, kRankTile));
   HeldTerms down_terms;
   if (needs_grad_x) down_terms = splitter.add(down, true, round_up(size.in, kRankTile), padded);
   splitter.run();
@@ -140,13 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
     work.ones = true;
     run<false>(launcher, work, size, nullptr, &left);
   }
-  PassSums sums;
-  if (together) {
-    sums = rank_pass(dense_input(flat_grad), &right, &left);
-  } else {
-    sums = rank_pass(dense_input(flat_grad), &right, nullptr);
-    sums.columns = rank_pass(dense_input(flat_grad), nullptr, &left).columns;
-  }
+  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
   const Tensor p = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
   Tensor products = device_empty(x, {size.out, size.size + 1}, ScalarType::Float);
   Reduced wanted;

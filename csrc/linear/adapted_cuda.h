@@ -38,6 +38,11 @@ DeviceWeight device_weight(const char* op, const Tensor& weight, const std::opti
                            const std::optional<Tensor>& nested_offset, int64_t blocksize,
                            const std::vector<int64_t>& shape, ScalarType type);
 
+// The same of an NF4 weight alone, [outputs, inputs] or any other shape of as many elements.
+DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs, int64_t inputs);
+
 // What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
@@ -76,7 +81,7 @@ struct DeviceBackward {
   Tensor grad_out_scale;   // [N] float32; [0] where not asked for
 };
 
-// s as the forward gave it. need_adapter: the gradients of A, B and rank_scale.
+// s as the forward gave it.
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<ScaleGradient>& out_scale);
@@ -107,6 +112,12 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
                                         double scaling, ScalarType type);
 
 // --- small things that the glue of all operators needs
+
+// That the element type is one that kernels take.
+void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
+
+// A small matrix of any of these types, on `like`'s device.
+void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 
 // A vector as kernels take it: float32, contiguous, of that size, on `like`'s device.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);

@@ -20,11 +20,6 @@
 namespace peft_ext {
 namespace {
 
-void dtype_check(const char* op, const char* argument, ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
-                  argument, " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
-}
-
 // A bias as kernels take it.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x,
                                    int64_t outputs) {
@@ -51,11 +46,8 @@ Sizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight,
   Sizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
   if (!adapter.lora_A.has_value()) return size;
   const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("lora_A", a), {"lora_B", b}}) {
-    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == x.get_device_index(), op, ": ", name,
-                    " is on another device than x, wanted cuda:", x.get_device_index());
-    dtype_check(op, name, tensor.scalar_type());
-  }
+  check_matrix(op, "lora_A", a, x);
+  check_matrix(op, "lora_B", b, x);
   STD_TORCH_CHECK(a.dim() == 2 && a.size(1) == weight.inputs, op, ": lora_A has ", a.numel(), " elements, wanted [R, ",
                   weight.inputs, "]");
   STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.outputs && b.size(1) == a.size(0), op, ": lora_B is not [",
@@ -181,13 +173,6 @@ void skinny_forward(const Tensor& x, const DeviceWeight& weight, const std::opti
 
 // --- what the operators call
 
-Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
-  STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
-                  " is on another device than x, wanted cuda:", like.get_device_index());
-  STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
-  return as_type(torch::stable::contiguous(vector), ScalarType::Float);
-}
-
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like) {
   if (!seed.has_value()) return std::nullopt;
@@ -198,50 +183,6 @@ std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::o
                   " elements, wanted Long with 2");
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p is ", dropout_p, ", wanted 0 <= p < 1");
   return torch::stable::contiguous(*seed);
-}
-
-DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
-                           const std::vector<int64_t>& shape, ScalarType type) {
-  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
-  STD_TORCH_CHECK(shape.size() == 2, op, ": weight has ", shape.size(), " dimensions, wanted [N, K]");
-  DeviceWeight held;
-  held.outputs = shape[0];
-  held.inputs = shape[1];
-  if (!absmax.has_value()) {
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == shape[0] && weight.size(1) == shape[1], op,
-                    ": weight is not [", shape[0], ", ", shape[1], "]");
-    STD_TORCH_CHECK(weight.scalar_type() == type, op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
-                    ", x is ", torch::headeronly::toString(type));
-    held.weight = weight;
-    return held;
-  }
-  STD_TORCH_CHECK(blocksize >= kNf4Group && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
-                  ": blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
-  const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
-                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
-  const int64_t numel = shape[0] * shape[1], scales = ceil_div(numel, blocksize);
-  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
-    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
-                    " is on another device than weight, wanted cuda:", weight.get_device_index());
-    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
-                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
-                    torch::headeronly::toString(wanted), " with ", count);
-    return torch::stable::contiguous(tensor);
-  };
-  held.blocksize = blocksize;
-  held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));
-  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
-  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales);
-  if (nested) {
-    const int64_t groups = ceil_div(scales, int64_t{1} << kNf4Log2NestedBlock);
-    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups);
-    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, 256);
-    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, 1);
-  }
-  return held;
 }
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
@@ -258,7 +199,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   if (size.tokens == 0) return out;
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
                   "], wanted at least one output and one input");
-  dtype_check(op, "x", type);
+  check_kernel_dtype(op, "x", type);
   const std::optional<Tensor> held_bias = checked_bias(op, bias, x, size.outputs);
   Tensor held = flat_rows(x);
   if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;

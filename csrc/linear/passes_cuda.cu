@@ -15,6 +15,79 @@ std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
+void check_kernel_dtype(const char* op, const char* argument, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
+                  argument, " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
+}
+
+void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(matrix) && matrix.get_device_index() == like.get_device_index(), op, ": ", argument,
+                  " is on another device than x, wanted cuda:", like.get_device_index());
+  check_kernel_dtype(op, argument, matrix.scalar_type());
+}
+
+Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
+                  " is on another device than x, wanted cuda:", like.get_device_index());
+  STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
+  return as_type(torch::stable::contiguous(vector), ScalarType::Float);
+}
+
+DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs,
+                        int64_t inputs) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
+  STD_TORCH_CHECK(blocksize >= kNf4Group && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
+                  ": blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
+  const bool nested = nested_absmax.has_value();
+  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
+                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
+  DeviceWeight held;
+  held.outputs = outputs;
+  held.inputs = inputs;
+  const int64_t numel = outputs * inputs, scales = ceil_div(numel, blocksize);
+  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
+    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
+                    " is on another device than weight, wanted cuda:", weight.get_device_index());
+    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
+                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
+                    torch::headeronly::toString(wanted), " with ", count);
+    return torch::stable::contiguous(tensor);
+  };
+  held.blocksize = blocksize;
+  held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));
+  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
+  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales);
+  if (nested) {
+    const int64_t groups = ceil_div(scales, int64_t{1} << kNf4Log2NestedBlock);
+    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups);
+    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, 256);
+    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, 1);
+  }
+  return held;
+}
+
+DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                           const std::vector<int64_t>& shape, ScalarType type) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  STD_TORCH_CHECK(shape.size() == 2, op, ": weight has ", shape.size(), " dimensions, wanted [N, K]");
+  if (absmax.has_value())
+    return nf4_weight(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1]);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == shape[0] && weight.size(1) == shape[1], op,
+                  ": weight is not [", shape[0], ", ", shape[1], "]");
+  STD_TORCH_CHECK(weight.scalar_type() == type, op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
+                  ", x is ", torch::headeronly::toString(type));
+  DeviceWeight held;
+  held.weight = weight;
+  held.outputs = shape[0];
+  held.inputs = shape[1];
+  return held;
+}
+
 DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
   if (!adapter.seed.has_value()) return DeviceDropout{};
   DeviceDropout dropout;
@@ -115,7 +188,8 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
 
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
-  if (right != nullptr && left != nullptr && rank > 32) {  // two passes: P's and Q's sums do not both fit registers
+  // Two passes where P's and Q's sums do not both fit registers, or are not of the same ranks.
+  if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
     PassSums both = rank_pass(input, right, nullptr, want_squares);
     both.columns = rank_pass(input, nullptr, left).columns;
     return both;

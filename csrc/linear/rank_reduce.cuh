@@ -59,20 +59,8 @@ __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces
     if (there && work.out != nullptr)
       store_value(work.out, work.type, row * work.row_stride + (r + e) * work.rank_stride, values[e]);
   }
-  if (work.terms == nullptr && work.transposed == nullptr) return;
-  uint32_t terms[kMaxTerms];
-  split_pair<kMaxTerms>(values[0], values[1], terms);
-#pragma unroll
-  for (int term = 0; term < kMaxTerms; ++term) {
-    if (work.terms != nullptr) work.terms[terms_word(work.padded_rows, work.padded_rank, term, row, r)] = terms[term];
-    if (work.transposed != nullptr) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t word = terms_word(work.padded_rank, work.padded_rows, term, r + e, row / 2 * 2);
-        reinterpret_cast<uint16_t*>(work.transposed)[2 * word + row % 2] = static_cast<uint16_t>(terms[term] >> 16 * e);
-      }
-    }
-  }
+  if (work.terms != nullptr || work.transposed != nullptr)
+    save_terms(values[0], values[1], work.padded_rows, work.padded_rank, row, r, work.terms, work.transposed);
 }
 
 }  // namespace peft_ext

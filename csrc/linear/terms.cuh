@@ -50,6 +50,24 @@ __device__ __forceinline__ int64_t terms_word(int64_t outer_padded, int64_t inne
   return block * 64 + (outer % 8 * 4 + inner % 8 / 2) * 2 + inner % 16 / 8;
 }
 
+// The terms of the pair (row, column), (row, column + 1) of a matrix: into Terms [rows, columns] and into those of its
+// transpose, where each is wanted.
+__device__ __forceinline__ void save_terms(float low, float high, int64_t rows, int64_t columns, int64_t row,
+                                           int64_t column, uint32_t* straight, uint32_t* transposed) {
+  uint32_t terms[kMaxTerms];
+  split_pair<kMaxTerms>(low, high, terms);
+#pragma unroll
+  for (int term = 0; term < kMaxTerms; ++term) {
+    if (straight != nullptr) straight[terms_word(rows, columns, term, row, column)] = terms[term];
+    if (transposed == nullptr) continue;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t word = terms_word(columns, rows, term, column + e, row / 2 * 2);
+      reinterpret_cast<uint16_t*>(transposed)[2 * word + row % 2] = static_cast<uint16_t>(terms[term] >> 16 * e);
+    }
+  }
+}
+
 // A lane's pairs of the fragment of rows 8 · outer_block … and of 16 · inner_block … of the summed dimension.
 __device__ __forceinline__ uint2 load_terms(const Terms& terms, int term, int64_t outer_block, int64_t inner_block,
                                             int lane) {

@@ -1,20 +1,12 @@
 // peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "common/launch.cuh"
 #include "nf4/nf4_merge.cuh"
+
+#include <string>
+
+#include "linear/passes_cuda.h"
 
 namespace peft_ext {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr const char* kOp = "nf4_dequantize_merged";
 
@@ -23,39 +15,20 @@ bool is_float(ScalarType type) {
          type == ScalarType::Double;
 }
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& weight) {
-  STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
-                  " is on another device than weight, wanted cuda:", weight.get_device_index());
-}
-
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
   return text + "]";
 }
 
-// A tensor that kernels read: dense, and aligned to `alignment` bytes. It nearly always is; a copy otherwise.
-Tensor dense_and_aligned(const Tensor& tensor, uintptr_t alignment) {
-  const Tensor dense = torch::stable::contiguous(tensor);
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % alignment == 0 ? dense : torch::stable::clone(dense);
-}
-
-// A part of the NF4 weight.
-Tensor part(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel, const Tensor& weight) {
-  check_device(name, tensor, weight);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == numel, kOp, ": ", name, " is ",
-                  torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
-                  torch::headeronly::toString(dtype), " with ", numel);
-  return dense_and_aligned(tensor, 4);
-}
-
 // A factor or the row scale, of any float type, as float32.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
-  check_device(name, tensor, weight);
+  STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
+                  " is on another device than weight, wanted cuda:", weight.get_device_index());
   STD_TORCH_CHECK(is_float(tensor.scalar_type()), kOp, ": ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), ", wanted Float, BFloat16, Half or Double");
-  const bool same = tensor.scalar_type() == ScalarType::Float;
-  return dense_and_aligned(same ? tensor : torch::stable::to(tensor, ScalarType::Float), 16);
+  const Tensor wide = torch::stable::contiguous(as_type(tensor, ScalarType::Float));
+  return aligned(wide, 16) ? wide : torch::stable::clone(wide);
 }
 
 template <typename T>
@@ -70,17 +43,12 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
                                   const std::optional<Tensor>& nested_offset, int64_t blocksize,
                                   const std::vector<int64_t>& shape, const Tensor& lora_A, const Tensor& lora_B,
                                   const std::optional<Tensor>& row_scale, double scaling, ScalarType dtype) {
-  STD_TORCH_CHECK(on_device(weight), kOp, ": weight is not on a CUDA device");
-  STD_TORCH_CHECK(absmax.has_value(), kOp, ": absmax is None, wanted the scales of an NF4 weight");
-  STD_TORCH_CHECK(blocksize >= kNf4Group && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, kOp,
-                  ": blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
   STD_TORCH_CHECK(shape.size() == 2, kOp, ": shape has ", shape.size(), " dimensions, wanted [N, K]");
   STD_TORCH_CHECK(is_float(dtype), kOp, ": dtype is ", torch::headeronly::toString(dtype),
                   ", wanted Float, BFloat16, Half or Double");
-  const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), kOp,
-                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
-  const int64_t rows = shape[0], columns = shape[1], numel = rows * columns, blocks = ceil_div(numel, blocksize);
+  const int64_t rows = shape[0], columns = shape[1];
+  const DeviceWeight held =
+      nf4_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, rows, columns);
   STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == columns, kOp, ": lora_A has shape ", shape_of(lora_A),
                   ", wanted [R, ", columns, "]");
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == rows, kOp, ": lora_B has shape ", shape_of(lora_B),
@@ -95,30 +63,16 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   }
 
   // All of these are held until the launch: the memory of a copy must not be given out before it.
-  const Tensor packed = part("weight", weight, ScalarType::Byte, ceil_div(numel, 2), weight);
-  const Tensor scales = part("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks, weight);
-  std::optional<Tensor> groups, code, offset, g;
-  if (nested) {
-    const int64_t nested_blocks = ceil_div(blocks, int64_t{1} << kNf4Log2NestedBlock);
-    groups = part("nested_absmax", *nested_absmax, ScalarType::Float, nested_blocks, weight);
-    code = part("nested_code", *nested_code, ScalarType::Float, 256, weight);
-    offset = part("nested_offset", *nested_offset, ScalarType::Float, 1, weight);
-  }
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
+  std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
   const bool wide = dtype == ScalarType::Double;  // the float32 value in a wider type: for checks, not for speed
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
-  if (numel > 0) {
+  if (rows * columns > 0) {
     const Launcher launcher(out);
     Nf4Merge merge{};
-    merge.weight.packed = launcher.in<uint8_t>(packed);
-    merge.weight.absmax = launcher.in<void>(scales);
-    merge.weight.nested_absmax = launcher.in<float>(groups);
-    merge.weight.nested_code = launcher.in<float>(code);
-    merge.weight.nested_offset = launcher.in<float>(offset);
-    merge.weight.numel = numel;
-    while ((int64_t{1} << merge.weight.log2_blocksize) < blocksize) ++merge.weight.log2_blocksize;
+    merge.weight = nf4_view(launcher, held);
     merge.rows = rows;
     merge.columns = columns;
     merge.ranks = static_cast<int>(a.size(0));

@@ -146,8 +146,9 @@ def check_bottleneck(
     if up_weight.shape[1] != size:
         raise ValueError(f"{op}: up_weight has shape {tuple(up_weight.shape)}, wanted [N, {size}] for down_weight "
                          f"({size}, {k})")  # fmt: skip
-    if size == 0:
-        raise ValueError(f"{op}: down_weight has shape (0, {k}), wanted at least 1 row")
+    for argument, value in (("down_weight", down_weight), ("up_weight", up_weight)):
+        if 0 in value.shape:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted at least 1 row and 1 column")
     for argument, value, wanted in (("down_bias", down_bias, size), ("up_bias", up_bias, n)):
         if value is not None:
             check_vector(op, argument, value, x, (wanted,))
