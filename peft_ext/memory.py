@@ -233,9 +233,8 @@ def _profile(
 
 def _check_arguments(
     method: Optional[str], batch_size: Any, sequence_length: Any, dtype: Any, optimizer: Any, quantization: Any,
-    blocksize: int, autocast: Any, inputs: Any,
+    blocksize: int, autocast: Any, inputs: Any, op: str = "estimate_memory",
 ) -> None:  # fmt: skip
-    op = "estimate_memory"
     if method is not None and method not in METHODS:
         raise ValueError(f"{op}: method is {method!r}, wanted one of {METHODS} or a PEFT configuration")
     if inputs is None:
@@ -459,28 +458,19 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 def _quantize(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
     """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
-    from .quantize import HEADS, _places
+    from .quantize import HEADS, _places, _replace
 
-    names = set(HEADS)
-    for module in model.modules():
-        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for same in _places(model, names):
-        done: dict[int, nn.Module] = {}
-        for place in same:
-            linear = place.linear
-            if id(linear) not in done:
-                shape = (linear.out_features, linear.in_features)
-                done[id(linear)] = _quantized(
-                    kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused
-                )
-                if linear.bias is not None and not place.adapted:
-                    linear.bias.requires_grad_(False)
-            setattr(place.parent, place.attribute, done[id(linear)].train())
-        first, *others = dict.fromkeys(done.values())
-        for other in others:  # layers of one weight
-            if isinstance(other, NF4Linear):
-                other.weight = first.weight
-            other._buffers.update(first._buffers)
+    def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
+        shape = (linear.out_features, linear.in_features)
+        module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused)
+        if first is not None:  # layers of one weight
+            if isinstance(module, NF4Linear):
+                module.weight = first.weight
+            module._buffers.update(first._buffers)
+        return module.train()
+
+    for same in _places(model, set(HEADS)):
+        _replace(same, make)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -604,58 +594,14 @@ def _checkpoint(model: nn.Module, wanted: bool) -> None:
 
 
 def _put_on_ops(model: nn.Module, accelerated: bool) -> None:
-    """accelerate or restore, and for each layer that is fused a forward that takes fake tensors."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        return
+    """accelerate or restore."""
     from .integrations import peft as integration
-    from .integrations._peft_base import STOCK, Fused
+    from .integrations._peft_base import STOCK
 
     if not accelerated:
         integration.restore(model)
-        return
-    if not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
+    elif not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
         integration.accelerate(model)
-    for module in model.modules():
-        if isinstance(module, Fused) and module._stock_reason() is None:
-            forward = _low_rank_forward if hasattr(module, "lora_A") else _ia3_forward
-            module.forward = types.MethodType(forward, module)
-
-
-def _low_rank_forward(layer: Any, x: Tensor) -> Tensor:
-    """The fused forward of LoRA, DoRA and AdaLoRA, whose own wants plain tensors."""
-    from . import ops
-    from .integrations._peft_base import enter
-
-    names = layer._names()
-    x, weight, bias, dtype = enter(layer.base_layer, x)
-    name = names[0]
-    if name in layer.lora_variant:
-        return layer._dora(name, x, weight, bias, dtype)
-    if len(names) == 1:
-        (lora_A, lora_B), scaling, rank_scale = layer._pair(name), layer.scaling[name], layer._rank_scale(name, 1.0)
-    else:
-        lora_A, lora_B, scaling, rank_scale = layer._concatenated(names)
-    dropout = layer.lora_dropout[name]
-    drops = type(dropout) is nn.Dropout
-    y = ops.lora_linear(
-        x, weight, lora_A, lora_B, bias, scaling=scaling, rank_scale=rank_scale,
-        dropout_p=dropout.p if drops else 0.0, training=drops and dropout.training,
-    )  # fmt: skip
-    return y.to(dtype)
-
-
-def _ia3_forward(layer: Any, x: Tensor) -> Tensor:
-    """The fused forward of (IA)³."""
-    from . import ops
-    from .integrations._peft_base import enter
-
-    vectors = layer._vectors()
-    seen, dtype = layer._dtypes(x, vectors[0])
-    x, weight, bias, base_dtype = enter(layer.base_layer, x, seen)
-    vector = functools.reduce(torch.mul, vectors)
-    return ops.ia3_linear(x, weight, vector, bias, feedforward=layer.is_feedforward).to(dtype or base_dtype)
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
@@ -799,7 +745,9 @@ class _Step:
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
         # Not fake: what a module holds beside parameters and buffers, as PEFT's prompt methods their token numbers.
-        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed():
+        from .integrations._peft_base import taking
+
+        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), taking(FakeTensor):
             _replace_tensors(self.model, _fake)
             if inputs is None:
                 inputs = _inputs(self.model, batch_size, sequence_length, padding)

@@ -30,7 +30,7 @@ def get_peft_model(
 
     Args:
         model: a transformers model, or any module.
-        config: of one of PEFT's methods, or a BitFitConfig, PartialConfig or DiffPruningConfig.
+        config: of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or DiffPruningConfig.
         adapter_name: the new adapter's name.
         accelerate: put the layers on the fused ops; what can't be fused stays stock. False: PEFT's model as it is.
         dora_dropout: see :func:`peft_ext.accelerate`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import nn
@@ -45,9 +45,10 @@ def quantize_nf4(
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
     in float32 (``_keep_in_fp32_modules``: T5 reads the dtype of ``wo``), what an adapter of PEFT adds (its base layer
-    is quantized), and a layer whose weight is tied to something that stays dense, as a head to its embedding. Layers
-    that share one weight share the quantized one. Forward and backward hooks are kept. The weights are frozen, the
-    biases too, except under an adapter, whose configuration decides on them.
+    is quantized), what an adapter replaces whole (partial fine-tuning, Diff Pruning), and a layer whose weight is tied
+    to something that stays dense, as a head to its embedding. Layers that share one weight share the quantized one.
+    Forward and backward hooks are kept. The weights are frozen, the biases too, except under an adapter, whose
+    configuration decides on them.
 
     Args:
         model: any module, on any real device.
@@ -68,12 +69,18 @@ def quantize_nf4(
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
-    names = {skip} if isinstance(skip, str) else set(skip)
-    for module in model.modules():
-        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
-    places = _places(model, names)
+    places = _places(model, {skip} if isinstance(skip, str) else set(skip))
+
+    def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
+        if first is None:
+            module = NF4Linear.from_linear(linear, blocksize, double_quant)
+        else:
+            module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
+        _carry_over(linear, module)
+        return module
+
     for same in _progress(places) if progress else places:
-        _replace(same, blocksize, double_quant)
+        _replace(same, make)
     return model
 
 
@@ -93,6 +100,12 @@ def _is_adapter(module: nn.Module) -> bool:
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
+def _replaces_weights(module: nn.Module) -> bool:
+    """Whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
+    names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
+    return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
+
+
 def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, _Place]]:
     if id(module) in seen:
         return
@@ -101,6 +114,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
     if _is_adapter(module):
         if getattr(module, "merged", False):
             raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
+        if _replaces_weights(module):
+            return
         adapted = True
         children = {"base_layer": module._modules["base_layer"]} if "base_layer" in module._modules else {}
     for attribute, child in children.items():
@@ -115,6 +130,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
 
 def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
     """The layers to quantize, checked; places whose weight is one and the same are one group."""
+    skip = skip.union(*(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
     groups: dict[int, list[_Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):
@@ -143,18 +159,13 @@ def _check(name: str, linear: nn.Linear) -> None:
         raise ValueError(f"quantize_nf4: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _replace(same: list[_Place], blocksize: int, double_quant: bool) -> None:
-    done: dict[int, NF4Linear] = {}
-    nf4 = None
+def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
+    """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None."""
+    done: dict[int, nn.Module] = {}
     for place in same:
         linear = place.linear
         if (module := done.get(id(linear))) is None:
-            if nf4 is None:
-                module = NF4Linear.from_linear(linear, blocksize, double_quant)
-                nf4 = module.nf4
-            else:
-                module = NF4Linear.from_nf4(nf4, linear.bias).train(linear.training)
-            _carry_over(linear, module)
+            module = make(linear, next(iter(done.values()), None))
             if module.bias is not None and not place.adapted:
                 module.bias.requires_grad_(False)
             done[id(linear)] = module

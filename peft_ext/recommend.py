@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from .memory import MemoryEstimate, _Profile, _profile, make_config, method_config
+from .memory import MemoryEstimate, _check_arguments, _Profile, _profile, make_config, method_config
 
 __all__ = ["Alternative", "Recommendation", "recommend_peft_method"]
 
@@ -149,14 +149,14 @@ def recommend_peft_method(
     Fewer than 1,000: LoRA of a small rank. Up to 50,000, or unknown: LoRA of rank 16 on all linear layers, which is
     what it takes to match full fine-tuning (QLoRA, arXiv 2305.14314, section 4). More: rank 64, with rsLoRA's scale,
     without which a larger rank does not learn more (arXiv 2312.03732), since capacity is what LoRA lacks on large data
-    (arXiv 2405.09673). A small encoder with up to 10,000 examples to classify: BitFit, there competitive with full
-    fine-tuning (arXiv 2106.10199). ``prefer="quality"``: DoRA for LoRA (arXiv 2402.09353), of twice the rank between
-    1,000 and 50,000 examples. Prompt tuning catches up only at 10 billion parameters (arXiv 2104.08691), prefix tuning
-    suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv 2303.10512); bottleneck adapters
-    (arXiv 1902.00751) can't be merged.
+    (arXiv 2405.09673). A small encoder with up to 10,000 examples to classify, or an unknown number: BitFit, there
+    competitive with full fine-tuning (arXiv 2106.10199). ``prefer="quality"``: DoRA for LoRA (arXiv 2402.09353), of
+    twice the rank between 1,000 and 50,000 examples. Prompt tuning catches up only at 10 billion parameters (arXiv
+    2104.08691), prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
+    2303.10512); bottleneck adapters (arXiv 1902.00751) can't be merged.
 
     By memory: 16-bit weights, then with gradient checkpointing (arXiv 1604.06174), then NF4 with double quantization,
-    which costs no measurable accuracy (arXiv 2305.14314), then both, then both with one sequence at a time.
+    with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314), then both, then both with one sequence at a time.
 
     Args:
         model_size_b: billions of parameters; or a transformers configuration or model, which is then traced itself.
@@ -176,12 +176,13 @@ def recommend_peft_method(
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
-    _check(gpu_memory_gb, num_examples, batch_size, sequence_length, prefer, headroom)
+    _check(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
+    _check_arguments(None, batch_size, 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method")
     task = _task(task_type)
     given = not _is_number(model_size_b)
-    subject = _Given(model_size_b, task) if given else _Synthetic(model_size_b, task, sequence_length)
-    sequence_length = sequence_length or subject.sequence_length
-    search = _Search(subject, gpu_memory_gb, headroom, batch_size, sequence_length, dtype, optimizer, accelerated)
+    subject = (_Given if given else _Synthetic)(model_size_b, task, sequence_length)
+    length = subject.sequence_length
+    search = _Search(subject, gpu_memory_gb, headroom, batch_size, length, dtype, optimizer, accelerated)
     return search.recommend(_ranked(subject, num_examples, prefer))
 
 
@@ -192,15 +193,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check(
-    gpu_memory_gb: Any, num_examples: Any, batch_size: Any, sequence_length: Any, prefer: Any, headroom: Any
-) -> None:
+def _check(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: Any, headroom: Any) -> None:
     op = "recommend_peft_method"
     if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"{op}: gpu_memory_gb is {gpu_memory_gb!r}, wanted a number above 0")
-    for name, value in (("num_examples", num_examples), ("batch_size", batch_size),
-                        ("sequence_length", sequence_length)):  # fmt: skip
-        if value is None and name != "batch_size":
+    for name, value in (("num_examples", num_examples), ("sequence_length", sequence_length)):
+        if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{op}: {name} is {value!r}, wanted a positive integer")
@@ -230,13 +228,17 @@ def _parameters(size_b: float) -> str:
 class _Given:
     """A model, or a configuration, of the user's."""
 
-    def __init__(self, model: Any, task: str) -> None:
+    def __init__(self, model: Any, task: str, sequence_length: Optional[int]) -> None:
         import transformers
 
         if not isinstance(model, (nn.Module, transformers.PretrainedConfig)):
             raise TypeError(f"recommend_peft_method: model_size_b is {type(model).__name__}, wanted billions of "
                             "parameters, a transformers configuration or a model")  # fmt: skip
         config = model if isinstance(model, transformers.PretrainedConfig) else getattr(model, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig) or hasattr(model, "peft_config"):
+            what = "has adapters already" if hasattr(model, "peft_config") else "has no transformers configuration"
+            raise TypeError(f"recommend_peft_method: model_size_b is a {type(model).__name__} that {what}, wanted a "
+                            "model of transformers without any")  # fmt: skip
         encodes_decodes = bool(getattr(config, "is_encoder_decoder", False))
         self.task = "SEQ_2_SEQ_LM" if encodes_decodes and task == "CAUSAL_LM" else task
         self.model = model
@@ -244,8 +246,12 @@ class _Given:
         self.size_b = sum(p.numel() for p in built.parameters()) / 1e9
         self.has_biases = any(name.rpartition(".")[2] == "bias" for name, _ in built.named_parameters())
         self.is_encoder = not encodes_decodes and not _is_causal(built)
-        positions = getattr(config, "max_position_embeddings", None) or 1024
-        self.sequence_length = min(positions, 512 if self.is_encoder else 1024)
+        positions = getattr(config, "max_position_embeddings", None)
+        usual = 512 if self.is_encoder else 1024
+        self.sequence_length = sequence_length or min(positions or usual, usual)
+        if positions and self.sequence_length > positions:
+            raise ValueError(f"recommend_peft_method: sequence_length is {sequence_length}, {type(built).__name__} has "
+                             f"{positions} positions")  # fmt: skip
         self.about = f"{type(built).__name__}, {_parameters(self.size_b)}"
 
     def _built(self) -> nn.Module:
@@ -313,7 +319,7 @@ def _vocabulary(size: float, usual: int) -> int:
     return max(256, min(usual, int(size / 640)))
 
 
-def _llama(size: float, task: str, positions: int) -> _Family:
+def _llama(size: float, task: str, _positions: int) -> _Family:
     from transformers import LlamaConfig
 
     small, tied = size < 1e9, size < 4e9
@@ -329,7 +335,7 @@ def _llama(size: float, task: str, positions: int) -> _Family:
     )  # fmt: skip
 
 
-def _bert(size: float, task: str, positions: int) -> _Family:
+def _bert(size: float, _task: str, positions: int) -> _Family:
     from transformers import BertConfig
 
     vocab = _vocabulary(size, 30_522)
@@ -342,7 +348,7 @@ def _bert(size: float, task: str, positions: int) -> _Family:
     )  # fmt: skip
 
 
-def _t5(size: float, task: str, positions: int) -> _Family:
+def _t5(size: float, _task: str, _positions: int) -> _Family:
     from transformers import T5Config
 
     vocab = _vocabulary(size, 32_128)
@@ -379,7 +385,8 @@ def _ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[_Can
     rank = 8 if small else 64 if large else 32 if prefer == "quality" else 16
     low_rank = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.1 if small else 0.05}
     generates = subject.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-    bitfit_first = subject.is_encoder and subject.size_b < 1 and (n is None or n < _BITFIT_EXAMPLES)
+    classifies = subject.task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    bitfit_first = classifies and subject.is_encoder and subject.size_b < 1 and (n is None or n < _BITFIT_EXAMPLES)
 
     if few:
         not_lora = "many times IA3's parameters, for few examples to learn them from"
@@ -502,7 +509,7 @@ class _Search:
         if key not in self._known:
             try:
                 self._known[key] = self._estimate(candidate, setting)
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            except (ValueError, RuntimeError) as error:
                 if not isinstance(self.subject, _Given):
                     raise
                 self._known[key] = None  # PEFT, or the model, refuses the method
@@ -540,7 +547,7 @@ class _Search:
     ) -> Recommendation:
         name = _NAMES[chosen.method][setting.quantization is not None]
         why = chosen.why if chosen is ranked[0] else f"{name} is the first that fits; {chosen.why_not}."
-        reasons = [why[0].upper() + why[1:], *self._setting_reasons(chosen, setting, memory)]
+        reasons = [why[0].upper() + why[1:], *self._setting_reasons(setting, memory)]
         reasons += [f"{_NAMES[other.method][0]} would come before it, but {self._refusal(other) or 'does not fit'}."
                     for other in ranked[: ranked.index(chosen)]]  # fmt: skip
         path, fields = self._fields(chosen)
@@ -563,7 +570,7 @@ class _Search:
             if other is chosen:
                 continue
             # Full fine-tuning has no quantized weights: it is shown as it would have to run.
-            at = setting if other.method != "full" else _Setting(None, *list(vars(setting).values())[1:])
+            at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
             fits = memory is not None and self._fits(memory)
             name = _NAMES[other.method][at.quantization is not None]
@@ -571,12 +578,12 @@ class _Search:
             found.append(Alternative(other.method, name, why_not, memory, fits))
         return tuple(found)
 
-    def _setting_reasons(self, chosen: _Candidate, setting: _Setting, memory: MemoryEstimate) -> list[str]:
+    def _setting_reasons(self, setting: _Setting, memory: MemoryEstimate) -> list[str]:
         left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
             reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {memory.weights / 2**30:.1f} "
-                           "GB; QLoRA lost no accuracy by that (arXiv 2305.14314).")  # fmt: skip
+                           "GB, with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -379,7 +378,6 @@ def test_transformers_mask_detection_is_put_back():
     with pytest.raises(ValueError, match="depends on the values"):
         estimate_memory(Branches(), inputs={"x": torch.empty(3)})
     assert masking_utils.find_packed_sequence_indices is find
-    assert "peft_ext.memory" in sys.modules
 
 
 @pytest.mark.parametrize("method", [method for method in memory.METHODS if method != "full"])
@@ -395,7 +393,12 @@ def test_every_method_by_name(method):
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM"])
 def test_every_task(task_type):
     for config in (LLAMA, BERT):
-        assert estimate_memory(config, "ia3", task_type=task_type, **TOKENS).total > 0
+        estimate = estimate_memory(config, "ia3", task_type=task_type, **TOKENS)
+        with torch.device("meta"):
+            auto = getattr(transformers, memory._AUTO_CLASSES[task_type]).from_config(config)
+        assert estimate.about.startswith(type(auto).__name__)
+        assert estimate.weights <= sum(t.nbytes for t in (*auto.parameters(), *auto.buffers()))
+        assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4  # the head's biases may train
 
 
 def test_an_encoder_and_decoder():
@@ -405,7 +408,8 @@ def test_an_encoder_and_decoder():
     assert estimate.logits > 2 * 64 * 97 * 4
     dense = estimate_memory(config, "lora", **TOKENS)
     wo = 2 * 2 * 64 * 128  # transformers reads the dtype of wo: it stays dense
-    assert dense.weights - estimate.weights < 4 * (dense.parameters - dense.trainable - 97 * 64 - wo)
+    layers = dense.parameters - dense.trainable - 97 * 64 - wo
+    assert 0.85 * 4 * layers < dense.weights - estimate.weights < 4 * layers
 
 
 # --- what is returned -------------------------------------------------------------------------------------------------

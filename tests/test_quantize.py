@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import ops, quantize_nf4
+from peft_ext import PartialConfig, get_peft_model, ops, quantize_nf4
 from peft_ext.nn import LoRALinear, NF4Linear
 
 
@@ -160,3 +160,14 @@ def test_under_peft_only_the_base_is_quantized():
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
     model(torch.randn(2, 64)).sum().backward()
     assert layer.lora_B["default"].weight.grad is not None
+
+
+def test_a_weight_that_an_adapter_replaces_stays_dense():
+    tiny_models = pytest.importorskip("tiny_models", reason="PEFT is not here")
+    architecture = tiny_models.ARCHITECTURES["Llama"]
+    model = get_peft_model(architecture.build(), PartialConfig(num_last_layers=1))
+    quantize_nf4(model, progress=False)
+    replaced = [module.base_layer for module in model.modules() if hasattr(type(module), "replacements")]
+    assert replaced and not any(isinstance(base, NF4Linear) for base in replaced)
+    assert any(isinstance(module, NF4Linear) for module in model.modules())
+    assert torch.isfinite(model(**architecture.batch()).logits).all()

@@ -323,3 +323,30 @@ def test_refuses_what_is_wrong(arguments, message):
 def test_refuses_what_is_no_model(model):
     with pytest.raises(TypeError, match="model_size_b is .*, wanted billions of parameters"):
         recommend_peft_method(model, 24)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"optimizer": "foo"}, "optimizer is 'foo', wanted one of"),
+        ({"batch_size": 0}, "batch_size is 0, wanted a positive integer"),
+    ],
+)
+def test_what_the_estimate_takes_is_checked_first(wrong, message):
+    with pytest.raises(ValueError, match=f"recommend_peft_method: {message}"):
+        recommend_peft_method(1.0, 24, **wrong)
+    with pytest.raises(TypeError, match="recommend_peft_method: dtype is bf16"):
+        recommend_peft_method(1.0, 24, dtype="bf16")
+
+
+def test_a_given_model_has_a_configuration_and_positions_enough():
+    with pytest.raises(TypeError, match="is a Linear that has no transformers configuration"):
+        recommend_peft_method(torch.nn.Linear(4, 4), 24)
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    with pytest.raises(ValueError, match="sequence_length is 4096, .* has 512 positions"):
+        recommend_peft_method(config, 24, "classification", sequence_length=4096)
+
+
+def test_bitfit_is_for_what_has_a_head():
+    assert recommend_peft_method(0.1, 24, "classification", 5_000).method == "bitfit"
+    assert recommend_peft_method(0.1, 24, "FEATURE_EXTRACTION", 5_000).method != "bitfit"

@@ -10,6 +10,8 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("aenum")
 
+from tiny_models import ARCHITECTURES  # noqa: E402
+
 import peft_ext  # noqa: E402
 from peft_ext import BottleneckConfig  # noqa: E402
 
@@ -160,3 +162,70 @@ def test_errors():
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="not linear and can't be merged"):
             merge()
+
+
+EXPECTED = {  # by placement: which modules of a layer
+    "Llama": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": {"down_proj"}, "parallel": {"mlp"}},
+    "Gemma2": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": {"down_proj"}, "parallel": {"mlp"}},
+    "Phi": {"houlsby": {"dense", "fc2"}, "pfeiffer": {"fc2"}, "parallel": {"mlp"}},
+    "GPT-2": {"houlsby": {"attn.c_proj", "mlp.c_proj"}, "pfeiffer": {"mlp.c_proj"}, "parallel": {"mlp"}},
+    "OPT": {"houlsby": {"out_proj", "fc2"}, "pfeiffer": {"fc2"}},
+    "BERT": {"houlsby": {"attention.output.dense", "0.output.dense", "1.output.dense"},
+             "pfeiffer": {"0.output.dense", "1.output.dense"}},
+    "T5": {"houlsby": {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"},
+           "pfeiffer": {"DenseReluDense.wo"}, "parallel": {"DenseReluDense"}},
+    "Whisper": {"houlsby": {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"}, "pfeiffer": {"fc2"}},
+}  # fmt: skip
+
+
+def adapted_names(model):
+    return {name for name, module in model.named_modules() if hasattr(type(module), "update_layer")}
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"), [(name, placement) for name, places in EXPECTED.items() for placement in places]
+)
+def test_default_places(name, placement):
+    architecture = ARCHITECTURES[name]
+    model = peft.get_peft_model(architecture.build(), BottleneckConfig(placement=placement, bottleneck_dim=4))
+    found, wanted = adapted_names(model), EXPECTED[name][placement]
+    assert found and all(any(one.endswith(f".{place}") for place in wanted) for one in found)
+    assert all(any(one.endswith(f".{place}") for one in found) for place in wanted)
+    out = model(**architecture.batch())
+    assert torch.isfinite(out.logits).all()
+
+
+def test_layers_to_transform_and_a_sublayer_called_by_keywords():
+    config = BottleneckConfig(bottleneck_dim=4, layers_to_transform=[0], task_type="CAUSAL_LM")
+    names = adapted_names(peft.get_peft_model(llama(), config))
+    assert names and all(".layers.0." in name for name in names)
+    config = BottleneckConfig(
+        target_modules=["self_attn"], bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(llama(), config)  # it returns a tuple, and takes keywords alone
+    assert (logits(model) - logits(llama())).abs().max() > 0
+
+
+def test_what_can_not_be_run_is_refused():
+    model = peft_ext.get_peft_model(llama(), BottleneckConfig(bottleneck_dim=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="adapter_names is given, but a batch of several adapters"):
+        model(input_ids=tokens(), adapter_names=["default", "default"])
+    config = BottleneckConfig(placement="parallel", target_modules=["down_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="down_proj takes 48 features and gives 32; parallel wants as many"):
+        peft.get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match="act_fn is a SiLU\\w* without parameters; target another"):
+        peft.get_peft_model(llama(), BottleneckConfig(target_modules=["act_fn"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="reduction_factor is 0, wanted more than 0"):
+        BottleneckConfig(reduction_factor=0)
+    model.unmerge_adapter()  # nothing is merged
+
+
+def test_accelerate_can_take_its_hooks_off():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = peft_ext.get_peft_model(llama(), BottleneckConfig(bottleneck_dim=4, task_type="CAUSAL_LM"))
+    wanted = logits(model)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    add_hook_to_module(layer.base_layer, ModelHook())
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(logits(model), wanted)

@@ -6,7 +6,8 @@ to take the stock path, ``_fused`` computes it on the op. :mod:`.peft` swaps the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Optional, Union
 
@@ -31,7 +32,21 @@ except ImportError:
     bnb = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (nn.Parameter, Tensor)
+
+# What the fused layers take for a tensor, by exact type.
+_plain: tuple[type, ...] = (nn.Parameter, Tensor)
+
+
+@contextmanager
+def taking(kind: type) -> Iterator[None]:
+    """Within it the fused layers take tensors of this subclass as well: fake ones, where a step is estimated."""
+    global _plain
+    before, _plain = _plain, (*_plain, kind)
+    try:
+        yield
+    finally:
+        _plain = before
+
 
 # The operators that a layer on one of the public ops calls, in its forward and backward.
 _CALLED = {
@@ -127,7 +142,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    if type(tensor) not in _PLAIN:  # a DTensor, a quantized subclass, or taken out of the module by FSDP
+    if type(tensor) not in _plain:  # a DTensor, a quantized subclass, or taken out of the module by FSDP
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     if tensor.dim() != dim or hasattr(tensor, "ds_id"):
         return f"{name} is a shard (FSDP or ZeRO-3)"
@@ -173,7 +188,7 @@ def takes(x: Any) -> bool:
     The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
     see PEFT's own path.
     """
-    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
     return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 

@@ -13,15 +13,14 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional, Union
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ._register import without_adapter_name
 from ._targets import Plan, TargetConfig, expand_all_linear
+from ._tuner import Tuner, read_through
 
 __all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
 
@@ -163,8 +162,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Not what copying looks for, nor the marks of accelerate's hooks: those are the base module's own.
-            if name == "base_layer" or name.startswith(("__", "_hf_")) or name == "_old_forward":
+            if not read_through(name):
                 raise
         return self._read(name)
 
@@ -269,10 +267,8 @@ def _several(layer: nn.Module, names: list[str]) -> str:
     return f"{type(layer).__name__} over {base}: {names} replace the same tensors, only one of them can be in effect"
 
 
-class ReplacingTuner(BaseTuner):
+class ReplacingTuner(Tuner):
     """The tuner of a method whose layers are :class:`ReplacingLayer`; it gives :meth:`make_plan` and :meth:`make`."""
-
-    target_module_mapping: dict[str, list[str]] = {}
 
     def make_plan(self, config: Any, model: nn.Module) -> Plan:
         """Which tensors the adapter of ``config`` replaces. Raises ValueError, before anything is changed."""
@@ -309,9 +305,6 @@ class ReplacingTuner(BaseTuner):
         names = self._plan.units[current_key]
         target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Full name, in the base model, and layer, of every module that is wrapped."""
         for name, module in self.model.named_modules():
@@ -326,14 +319,6 @@ class ReplacingTuner(BaseTuner):
                 raise ValueError(f"set_adapter: {name}: {_several(layer, held)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{type(self).__name__}: adapter_names is given, but a batch of several adapters can't be run"
-            )
-        yield
-
     # Tensors that modules share are tied in the adapter too, so PEFT's warnings are about modules_to_save alone.
 
     def _check_tied_modules(self, model: nn.Module, peft_config: TargetConfig) -> None:
@@ -341,8 +326,3 @@ class ReplacingTuner(BaseTuner):
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        stripped = without_adapter_name(cls.prefix, key, adapter_name)
-        return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import peft
 from aenum import extend_enum
 from peft import PeftConfig
@@ -12,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-__all__ = ["peft_type", "register", "without_adapter_name"]
+__all__ = ["peft_type", "register"]
 
 
 def peft_type(name: str) -> PeftType:
@@ -43,11 +41,3 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     elif (found.__module__, found.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise RuntimeError(f"peft_ext.tuners: PEFT has a method {name!r} already, {found.__module__}.{found.__name__}")
-
-
-def without_adapter_name(prefix: str, key: str, adapter_name: str) -> str:
-    """A state dict's key as it is saved: ``x.<prefix>y.<adapter_name>.a.b`` is ``x.<prefix>y.a.b``; others stay.
-
-    PEFT's own looks for the name at the end or one before; what these methods hold has names with dots of their own.
-    """
-    return re.sub(rf"(\.{prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)

@@ -9,16 +9,16 @@ Sources: Houlsby et al. (arXiv 1902.00751): after attention and after the feed-f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..integrations._peft_base import kernel_reason
+from ..integrations._peft_base import DTYPES, kernel_reason, short
 from ..nn import BottleneckAdapter
-from ..reference.bottleneck import ACTIVATIONS
-from ._register import peft_type, register, without_adapter_name
+from ._register import peft_type, register
+from ._targets import TargetConfig, in_layers
+from ._tuner import Tuner, read_through
 
 __all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]
 
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, tuple[str, str, Optional[str]]] = {
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TargetConfig):
     """Bottleneck adapters.
 
     Args:
@@ -49,10 +49,11 @@ class BottleneckConfig(PeftConfig):
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s. adapter_bias: whether both projections have one.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression of the modules whose outputs are adapted ("parallel": that are
-            run beside), as PEFT reads them; default: by placement and model type.
-        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see PEFT's ``LoraConfig``.
+            run beside), as PEFT reads them: a container is itself adapted. Default: by placement and model type.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
+            :class:`~peft_ext.tuners._targets.TargetConfig`.
 
-    Raises: ValueError for an unknown placement, activation or a size below 1.
+    Raises: TypeError or ValueError where a field is not of these forms.
     """
 
     placement: str = field(default="houlsby", metadata={"help": "One of houlsby, pfeiffer, parallel."})
@@ -62,38 +63,22 @@ class BottleneckConfig(PeftConfig):
     scale: float = field(default=1.0, metadata={"help": "What the adapter's output is multiplied by."})
     adapter_bias: bool = field(default=True, metadata={"help": "Whether both projections have a bias."})
     init_weights: str = field(default="normal", metadata={"help": "One of normal, bert, mam."})
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Names or a regular expression of the modules that are adapted."}
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Names or a regular expression of what is left alone."}
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules that are trained and saved whole, such as a classification head."}
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "The index or indices of the layers that are adapted."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "The name of what layers_to_transform indexes."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        for name, wanted in (("placement", _PLACEMENTS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in wanted:
-                raise ValueError(f"BottleneckConfig: {name} is {getattr(self, name)!r}, wanted one of {wanted}")
+        if self.placement not in _PLACEMENTS:
+            self._fail("placement", self.placement, f"one of {_PLACEMENTS}")
         if self.bottleneck_dim is not None and self.bottleneck_dim < 1:
-            raise ValueError(f"BottleneckConfig: bottleneck_dim is {self.bottleneck_dim}, wanted at least 1")
-        BottleneckAdapter(1, 1, init=self.init_weights, device="meta")  # its own error for an unknown one
+            self._fail("bottleneck_dim", self.bottleneck_dim, "at least 1")
+        self.adapter(1, "meta")  # the module's own errors
 
-    def to_dict(self) -> dict[str, Any]:
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+    def adapter(self, features: int, device: Any) -> BottleneckAdapter:
+        """A new adapter of this width."""
+        return BottleneckAdapter(
+            features, self.bottleneck_dim, reduction_factor=self.reduction_factor, activation=self.activation,
+            scale=self.scale, bias=self.adapter_bias, init=self.init_weights, device=device,
+        )  # fmt: skip
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -116,49 +101,63 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, features: int, config: BottleneckConfig) -> None:
         weight = next(self.get_base_layer().parameters())
-        self.bottleneck_adapters[adapter_name] = BottleneckAdapter(
-            features, config.bottleneck_dim, reduction_factor=config.reduction_factor, activation=config.activation,
-            scale=config.scale, bias=config.adapter_bias, init=config.init_weights, device=weight.device,
-        ).to(weight.dtype if weight.is_floating_point() else None)  # fmt: skip
+        adapter = config.adapter(features, weight.device)
+        self.bottleneck_adapters[adapter_name] = adapter.to(weight.dtype if weight.is_floating_point() else None)
         self.bottleneck_parallel[adapter_name] = config.placement == "parallel"
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = self.base_layer(x, *args, **kwargs)
+    def active(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.bottleneck_adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.base_layer(*args, **kwargs)
         if self._disable_adapters:
             return found
         y = found[0] if isinstance(found, tuple) else found
-        for name in self.active_adapters:
-            if name in self.bottleneck_adapters:
-                adapter = self.bottleneck_adapters[name]
-                y = adapter(x.to(y.dtype), y) if self.bottleneck_parallel[name] else adapter(y)
+        for name in self.active():
+            adapter = self.bottleneck_adapters[name]
+            if self.bottleneck_parallel[name]:
+                x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                y = adapter(x.to(y.dtype), y)
+            else:
+                y = adapter(y)
         return (y, *found[1:]) if isinstance(found, tuple) else y
 
     def _stock_reason(self) -> Optional[str]:
         """Why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
-        held = [self.bottleneck_adapters[name] for name in self.active_adapters if name in self.bottleneck_adapters]
-        if not held:
+        weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]
+        if not weights:
             return "no active adapter on this layer"
-        return kernel_reason("bottleneck_adapter", held[0].down.weight.device.type)
+        for weight in weights:
+            if weight.dtype not in DTYPES:
+                return f"its adapter is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
+        return kernel_reason("bottleneck_adapter", weights[0].device.type)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         raise ValueError(_UNMERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
+            if not read_through(name):
                 raise
         return getattr(self.base_layer, name)
 
 
+# The width of what a whole sublayer returns, in a transformers config.
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+
 _UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the base layer; unload() takes it off"
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(Tuner):
     """A model with bottleneck adapters, see :class:`BottleneckConfig`; ``peft.get_peft_model`` makes it.
 
     Raises: ValueError where the placement has no default for the model type, or no width is known for a target.
@@ -166,7 +165,6 @@ class BottleneckModel(BaseTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: Any) -> BottleneckConfig:
         if peft_config.target_modules is not None:
@@ -184,8 +182,9 @@ class BottleneckModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(_UNMERGEABLE)
 
-    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        raise ValueError(_UNMERGEABLE)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+        found = super()._check_target_module_exists(peft_config, key)
+        return found and in_layers(peft_config, key)  # which PEFT does not ask where target_modules is an expression
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -199,26 +198,24 @@ class BottleneckModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             target.bottleneck_adapters[adapter_name].requires_grad_(False)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own asks for a weight, which a whole feed-forward has not
-
     def _features(self, target: nn.Module, key: str, config: BottleneckConfig) -> int:
         """The width that the adapter reads and writes."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if hasattr(base, "out_features"):
-            return base.out_features
-        if hasattr(base, "nf"):  # GPT-2's Conv1D
-            return base.nf
-        model_config = self.get_model_config(self.model)
-        for name in ("hidden_size", "n_embd", "d_model"):
-            if isinstance(model_config.get(name), int):
-                return model_config[name]
-        raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} of unknown width; target a linear layer")
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        stripped = without_adapter_name(cls.prefix, key, adapter_name)
-        return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        if next(base.parameters(), None) is None:
+            raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
+        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # nf: GPT-2's Conv1D
+        if width is None:
+            model_config = self.get_model_config(self.model)
+            width = next((model_config[name] for name in _WIDTHS if isinstance(model_config.get(name), int)), None)
+        if width is None:
+            raise ValueError(
+                f"BottleneckConfig: {key} is a {type(base).__name__} of unknown width; target a linear layer"
+            )
+        if config.placement == "parallel" and getattr(base, "in_features", width) != width:
+            raise ValueError(
+                f"BottleneckConfig: {key} takes {base.in_features} features and gives {width}; parallel wants as many"
+            )
+        return width
 
 
 register("bottleneck", BottleneckConfig, BottleneckModel)
