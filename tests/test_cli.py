@@ -402,3 +402,26 @@ def test_doctor_and_version_need_no_hugging_face():
         "assert main(['doctor']) in (0, 1)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from peft_ext.cli.finetune import greedy
+
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, eos_token_id=None)  # fmt: skip
+    base, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 97, (1, 5))
+    with torch.no_grad():
+        plain = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+        assert torch.equal(greedy(base, ids, 9), plain)
+        made = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
+        model = peft.get_peft_model(base, made(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=2.0)
+        found = greedy(model, ids, 9)
+        logits = model(input_ids=found[:, :-1]).logits[:, -9:]
+    assert not torch.equal(found, plain)
+    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the forward's own

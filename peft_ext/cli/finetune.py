@@ -241,6 +241,24 @@ class _Stop:
     asked: bool = False
 
 
+def greedy(model: Any, input_ids: Any, count: int) -> Any:
+    """``input_ids [1, T]`` and up to ``count`` tokens more, each the likeliest of the model's own forward; no cache.
+
+    For PEFT's prompt methods, whose ``generate`` loses the virtual tokens with transformers 5.
+    """
+    import torch
+
+    stop = model.generation_config.eos_token_id
+    stop = stop if isinstance(stop, list) else [stop]
+    for _ in range(count):
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+        token = logits[:, -1:].argmax(-1)
+        input_ids = torch.cat([input_ids, token], dim=1)
+        if token.item() in stop:
+            break
+    return input_ids
+
+
 class _Run:
     def __init__(self, options: Options, corpus: Corpus, checkpoint: Optional[Path]) -> None:
         import torch
@@ -537,8 +555,11 @@ class _Run:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         model.eval()
         with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
-                                 pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
+            if self.o.method in _PROMPTS:
+                out = greedy(model, inputs["input_ids"], NEW_TOKENS)
+            else:
+                out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+                                     pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _check(self, model: Any) -> dict[str, Any]:
