@@ -2,9 +2,10 @@
 //
 //   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// forward: one pass over x, one that reads the residual and writes Y. backward: one pass over dY gives P = s dY V, dV
-// and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes dX = dY + dU D. What is [T,
-// M] is float32; the activation on it is PyTorch's.
+// In float32, or of mixed types: forward: one pass over x, one that reads the residual and writes Y. backward: one pass
+// over dY gives P = s dY V, dV and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes
+// dX = dY + dU D. The products of few tokens, and those in one 16-bit type, are PyTorch's. What is [T, M] is float32,
+// the activation on it PyTorch's.
 #include <string>
 #include <tuple>
 
@@ -59,11 +60,13 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, const std::strin
                     {value(grad), value(u), torch::stable::detail::from(gelu_approximation(activation))});
 }
 
-// Whether the products are PyTorch's: all of one 16-bit type that the CPU multiplies in.
-bool by_products(const Tensor& x, const Tensor& down, const Tensor& up) {
+// In which type the products are PyTorch's, if they are: in float32 for so few tokens that packing D and V would be
+// most of the time, or in the one 16-bit type of all, where the CPU multiplies in it.
+std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up) {
   const ScalarType type = x.scalar_type();
-  return type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type &&
-         multiplies_in(type, true);
+  if (rows_of(x) <= kFewTokens) return ScalarType::Float;
+  const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
+  return same && multiplies_in(type, true) ? std::optional<ScalarType>(type) : std::nullopt;
 }
 
 // [T, M] in a frame of `padded` columns.
@@ -138,14 +141,12 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   Tensor u = empty({size.tokens, size.size}, ScalarType::Float);
   if (size.tokens == 0) return {y, u};
 
-  const bool few = size.tokens <= kFewTokens, products = !few && by_products(x, down_weight, up_weight);
+  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
   const float factor = static_cast<float>(scale);
-  // U; of few tokens D and V are read once, as they lie
-  if (few) {
-    run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
-  } else if (products) {
-    const Tensor rounded = empty({size.tokens, size.size}, x.scalar_type());
-    mm_out(rounded, held, transposed(down_weight));
+  // U
+  if (products.has_value()) {
+    const Tensor rounded = empty({size.tokens, size.size}, *products);
+    mm_out(rounded, torch::stable::to(held, *products), transposed(torch::stable::to(down_weight, *products)));
     torch::stable::copy_(u, rounded);
   } else {
     shrink(kOp, held, down_weight, size, u);
@@ -162,24 +163,23 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
     scale_by(bias, factor);
     work.bias = bias.const_data_ptr<float>();
   }
-  if (few) {
-    scale_by(h, factor);
-    sums = empty({size.tokens, size.out}, ScalarType::Float);
-    run_few_tokens(kOp, torch::stable::contiguous(up_weight), h, sums, false);
-    work.before = sums.const_data_ptr<float>();
-  } else if (!products) {
+  scale_by(h, factor);
+  if (!products.has_value()) {
     sums = framed(kOp, h, size.padded);
-    scale_by(sums, factor);
     right = packed(kOp, "up_weight", up_weight, nullptr, nullptr, true, size.padded, stride);
     work.rank = size.padded;
     work.left = sums.const_data_ptr<float>();
     work.right = right.const_data_ptr<float>();
-  }
-  run_expand(work, size.tokens);
-  if (products) {
-    scale_by(h, factor);
-    addmm_(torch::stable::view(y, {size.tokens, size.out}), torch::stable::to(h, x.scalar_type()),
-           transposed(up_weight), 1.0);
+    run_expand(work, size.tokens);
+  } else if (*products == ScalarType::Float) {
+    sums = empty({size.tokens, size.out}, ScalarType::Float);
+    mm_out(sums, h, transposed(torch::stable::to(up_weight, ScalarType::Float)));
+    work.before = sums.const_data_ptr<float>();
+    run_expand(work, size.tokens);
+  } else {
+    run_expand(work, size.tokens);
+    addmm_(torch::stable::view(y, {size.tokens, size.out}), torch::stable::to(h, *products), transposed(up_weight),
+           1.0);
   }
   return {y, u};
 }
@@ -194,11 +194,12 @@ UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const 
   const ScalarType type = grad.scalar_type();
   UpGradients out{empty({size.out, size.size}, type), empty({1, size.out}, type),
                   empty({size.tokens, size.size}, type)};
-  mm_out(out.p, grad, up);
+  mm_out(out.p, grad, torch::stable::to(up, type));
   out.p = torch::stable::to(out.p, ScalarType::Float);
   scale_by(out.p, scale);
   scale_by(h, scale);
   mm_out(out.weight, transposed(grad), torch::stable::to(h, type));
+  out.weight = torch::stable::to(out.weight, up.scalar_type());
   const Tensor ones = empty({1, size.tokens}, ScalarType::Float);
   fill(ones, 1.0f);
   mm_out(out.bias, torch::stable::to(ones, type), grad);
@@ -244,46 +245,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
                                                                                    bool own, bool needs_grad_x) {
   constexpr const char* kOp = "bottleneck_adapter_backward";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
-  const Tensor flat_grad = flat(grad), flat_x = flat(x), flat_u = torch::stable::contiguous(u);
+  Tensor flat_grad = flat(grad), flat_x = flat(x);
+  const Tensor flat_u = torch::stable::contiguous(u);
   STD_TORCH_CHECK(flat_grad.size(0) == size.tokens && flat_grad.size(1) == size.out, kOp, ": grad is not [..., ",
                   size.out, "]");
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
                   u.numel(), " elements, wanted ", size.tokens * size.size);
   const ScalarType type = x.scalar_type();
-  const bool products = size.tokens > 0 && by_products(x, down_weight, up_weight);
+  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
+  if (products.has_value()) {
+    flat_grad = torch::stable::to(flat_grad, *products);
+    flat_x = torch::stable::to(flat_x, *products);
+  }
   const float factor = static_cast<float>(scale);
 
   const Tensor h = activated(flat_u, activation);
-  const UpGradients over_grad = products ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
-                                         : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
+  const UpGradients over_grad = products.has_value() ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
+                                                     : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
   const Tensor grad_u = activation_backward(over_grad.p, flat_u, activation);
   const Tensor grad_down_bias = sum_of_rows(grad_u);
 
   Tensor grad_down, rounded;
-  if (products) {
-    rounded = torch::stable::to(grad_u, type);
-    grad_down = empty({size.size, size.in}, type);
+  if (products.has_value()) {
+    rounded = torch::stable::to(grad_u, *products);
+    grad_down = empty({size.size, size.in}, *products);
     mm_out(grad_down, transposed(rounded), flat_x);
+    grad_down = torch::stable::to(grad_down, down_weight.scalar_type());
   } else {
     grad_down = down_gradient(kOp, grad_u, flat_x, down_weight, size);
   }
   Tensor grad_x = empty({0}, type);
   if (!needs_grad_x) return {grad_x, grad_down, grad_down_bias, over_grad.weight, over_grad.bias};
-  grad_x = empty({x.sizes().begin(), x.sizes().end()}, type);
-  if (products) {
-    const Tensor flat_grad_x = torch::stable::view(grad_x, {size.tokens, size.in});
-    if (own) torch::stable::copy_(grad_x, grad);
-    own ? addmm_(flat_grad_x, rounded, down_weight, 1.0) : mm_out(flat_grad_x, rounded, down_weight);
-  } else if (size.tokens > 0) {
-    const Tensor left = framed(kOp, grad_u, size.padded);
-    const Tensor right =
-        packed(kOp, "down_weight", down_weight, nullptr, nullptr, false, size.padded, round_up(size.in, kColumnStep));
-    Expand work = onto_residual(grad_x, own ? flat_grad : none(type));
-    work.rank = size.padded;
-    work.left = left.const_data_ptr<float>();
-    work.right = right.const_data_ptr<float>();
-    run_expand(work, size.tokens);
+  if (products.has_value()) {
+    const Tensor down = torch::stable::to(down_weight, *products);
+    Tensor sum = empty({size.tokens, size.in}, *products);
+    if (own) torch::stable::copy_(sum, flat_grad);
+    own ? addmm_(sum, rounded, down, 1.0) : mm_out(sum, rounded, down);
+    return {torch::stable::view(torch::stable::to(sum, type), {x.sizes().begin(), x.sizes().end()}), grad_down,
+            grad_down_bias, over_grad.weight, over_grad.bias};
   }
+  grad_x = empty({x.sizes().begin(), x.sizes().end()}, type);
+  const Tensor left = framed(kOp, grad_u, size.padded);
+  const Tensor right =
+      packed(kOp, "down_weight", down_weight, nullptr, nullptr, false, size.padded, round_up(size.in, kColumnStep));
+  Expand work = onto_residual(grad_x, own ? flat_grad : none(type));
+  work.rank = size.padded;
+  work.left = left.const_data_ptr<float>();
+  work.right = right.const_data_ptr<float>();
+  run_expand(work, size.tokens);
   return {grad_x, grad_down, grad_down_bias, over_grad.weight, over_grad.bias};
 }
 
