@@ -34,8 +34,9 @@ from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, 
 # The limits leave room for the row that is running when they are reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# On a GPU few tokens are compared in a forward alone, and operators without tokens at another shape too.
-CUDA_FORWARD = (1, 4, 8, 16, 32, 64)
+# Compared in a forward alone: on a GPU few tokens, on the CPU those of a mixed batch, one for each of its samples.
+FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
+# On a GPU operators without tokens are compared at another shape too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 
@@ -81,7 +82,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         torch.set_num_threads(args.threads)
     *defaults, limit_s, row_s = SETTINGS[args.device, args.quick]
     asked = (args.tokens, args.tokens, args.tokens, args.shapes, args.weights, args.compile_tokens)
-    forward_tokens = CUDA_FORWARD if args.device == "cuda" and args.tokens is None else ()
+    forward_tokens = FORWARD[args.device] if args.tokens is None else ()
     options = Options(*(d if a is None else a for a, d in zip(asked, defaults, strict=True)), args.device,
                       forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]

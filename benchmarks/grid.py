@@ -56,7 +56,7 @@ class Options:
         shapes: names of :data:`SHAPES`, beside the 4096 x 4096 one.
         weights: "rotating", "hot", and on a GPU "graph": rotating ones, the calls captured in a CUDA graph.
         compile_tokens: those at which torch.compile takes part, at 4096 x 4096: it takes seconds to compile each.
-        device: "cpu" or "cuda". forward_tokens: on a GPU, where forwards without autograd are compared as well.
+        device: "cpu" or "cuda". forward_tokens: where forwards without autograd are compared as well.
     """
 
     tokens: Sequence[int]

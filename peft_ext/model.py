@@ -8,11 +8,14 @@ from typing import Any, Union
 
 import peft
 from peft import PeftConfig, PeftModel
+from peft.tuners import lora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
+from .integrations._peft_base import FUSED
 from .integrations.peft import accelerate as _accelerate
+from .nn import NF4Linear
 
 __all__ = ["get_peft_model", "load_adapter"]
 
@@ -42,6 +45,7 @@ def get_peft_model(
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
+    _take_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     return _accelerate(adapted, dora_dropout=dora_dropout) if accelerate else adapted
 
@@ -79,11 +83,28 @@ def load_adapter(
         raise ValueError(f"load_adapter: the model has an adapter {adapter_name!r} already, give another adapter_name")
     _check_safetensors(str(path), kwargs)
     if loaded:
+        if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
+            _accelerate(model, dora_dropout=dora_dropout)
         model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
+        if "config" not in kwargs and _holds_nf4(model):
+            known = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
+            kwargs["config"] = PeftConfig.from_pretrained(str(path), **known)
+        if "config" in kwargs:
+            _take_nf4(kwargs["config"], model)
         model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
     return _accelerate(model, dora_dropout=dora_dropout) if accelerate else model
+
+
+def _holds_nf4(model: nn.Module) -> bool:
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def _take_nf4(config: PeftConfig, model: nn.Module) -> None:
+    """PEFT makes a DoRA layer with the norm of its weight, which of an NF4Linear the fused layer alone can take."""
+    if getattr(config, "use_dora", False) and _holds_nf4(model):
+        config._register_custom_module({NF4Linear: FUSED[lora.Linear]})
 
 
 def _check_safetensors(path: str, kwargs: dict[str, Any]) -> None:

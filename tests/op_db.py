@@ -556,6 +556,121 @@ def _bottleneck_case(
     )  # fmt: skip
 
 
+def _lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, r = shape
+        adapters = adapter_dtype or dtype
+        inputs = {
+            "x": randn(*tokens, k, dtype=dtype),
+            "residual": randn(*tokens, n, dtype=dtype),
+            "lora_A": randn(r, k, dtype=adapters, scale=0.1),
+            "lora_B": randn(n, r, dtype=adapters, scale=0.1),
+            "rank_scale": randn(r, dtype=adapters) if rank_scale else None,
+        }
+        return Sample(inputs, tuple(name for name, value in inputs.items() if value is not None))
+
+    def call(x, residual, lora_A, lora_B, rank_scale, scaling=0.75, dropout_p=dropout_p, training=True, seed=None):
+        seed = _seed_beside(x) if seed is None else seed
+        return ops.lora_residual(x, residual, lora_A, lora_B, rank_scale=rank_scale, scaling=scaling,
+                                 dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+
+    def plain(x, residual, lora_A, lora_B, rank_scale):
+        lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
+        return residual + F.linear(F.linear(_dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
+
+    name = _case_name("lora_residual", "any", dropout_p, adapter_dtype, rank_scale=rank_scale)
+    return Case(
+        name=name,
+        op="lora",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        errors=(
+            ("residual shape", {"residual": torch.zeros(32, 96)}, ValueError,
+             r"lora_residual: residual has shape \(32, 96\), wanted \(4, 8, 96\)"),
+            ("residual dtype", {"residual": torch.zeros(4, 8, 96, dtype=torch.bfloat16)}, TypeError,
+             "lora_residual: residual is bfloat16, x is float32"),
+            ("no residual", {"residual": None}, TypeError, "lora_residual: residual is NoneType, wanted a Tensor"),
+            ("A columns", {"lora_A": torch.zeros(16, 63)}, ValueError,
+             r"lora_residual: lora_A has shape \(16, 63\), wanted \[R, 64\]"),
+            ("B rows", {"lora_B": torch.zeros(95, 16)}, ValueError,
+             r"lora_residual: residual has shape \(4, 8, 96\), wanted \(4, 8, 95\)"),
+            ("ranks", {"lora_B": torch.zeros(96, 8)}, ValueError,
+             "lora_residual: lora_B has rank 8, lora_A has rank 16"),
+            ("dropout 1", {"dropout_p": 1.0}, ValueError, "lora_residual: dropout_p is 1.0, wanted 0 <= p < 1"),
+            ("seed", {"seed": torch.zeros(3)}, ValueError, r"lora_residual: seed is float32 \(3,\), wanted int64"),
+        ) if name == "lora_residual-any" else (),
+    )  # fmt: skip
+
+
+# --- several adapters in one batch ------------------------------------------------------------------------------------
+
+# Runs of one adapter, alternating ones, none, and one that has no sample.
+_PATTERN = (0, 0, 0, -1, 1, 2, 1, -1, 2, 2, 0)
+
+
+def _grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any = None) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, r = shape
+        adapters = adapter_dtype or dtype
+        inputs = _low_rank_inputs(base, dtype, shape, adapters, with_bias)
+        inputs = {name: inputs[name] for name in ("x", "weight", "bias", "compute")}
+        names = []
+        for group, rank in enumerate((r, max(1, r // 2), r + 1, 2)):
+            inputs[f"A{group}"] = randn(rank, k, dtype=adapters, scale=0.1)
+            inputs[f"B{group}"] = randn(n, rank, dtype=adapters, scale=0.1)
+            names += [f"A{group}", f"B{group}"]
+        inputs["adapters"] = [_PATTERN[i % len(_PATTERN)] for i in range(tokens[0])]
+        return Sample(inputs, ("x", *names, *(("bias",) if with_bias else ())))
+
+    scaling = (0.75, -0.5, 2.0, 1.0)
+
+    def call(x, weight, bias, compute, adapters, A0, A1, A2, A3, B0, B1, B2, B3, scaling=scaling):
+        groups = ([A0, A1, A2, A3], [B0, B1, B2, B3])
+        return ops.grouped_lora_linear(x, weight, *groups, adapters, bias, scaling=scaling)
+
+    def plain(x, weight, bias, compute, adapters, A0, A1, A2, A3, B0, B1, B2, B3):
+        # As PEFT does it: the base on all samples, then each adapter on its own.
+        y = F.linear(x, _dequantized(weight, compute).to(x.dtype), bias)
+        for group, (a, b) in enumerate(((A0, B0), (A1, B1), (A2, B2), (A3, B3))):
+            index = torch.tensor([i for i, adapter in enumerate(adapters) if adapter == group], dtype=torch.int64)
+            part = F.linear(F.linear(x[index], a.to(x.dtype)), b.to(x.dtype)) * scaling[group]
+            y = y.index_add(0, index, part)
+        return y
+
+    name = _case_name("grouped_lora_linear", base, 0.0, adapter_dtype, bias=with_bias)
+    return Case(
+        name=name,
+        op="grouped_lora",
+        make=make,
+        call=call,
+        plain=plain,
+        oracle=plain,
+        shapes=[shape for shape in SHAPES if shape[0]],
+        errors=(
+            ("a vector", {"x": torch.zeros(64)}, ValueError,
+             r"grouped_lora_linear: x has shape \(64,\), wanted \[samples, \.\.\., K\]"),
+            ("columns", {"x": torch.zeros(4, 3)}, ValueError,
+             r"grouped_lora_linear: x has shape \(4, 3\), wanted \[\.\.\., 64\]"),
+            ("samples", {"adapters": [0]}, ValueError,
+             "grouped_lora_linear: adapters has 1 elements, wanted 4, one for each sample of x"),
+            ("index", {"adapters": [0, 1, 4, 0]}, ValueError, "grouped_lora_linear: adapters has 4, wanted -1 to 3"),
+            ("name", {"adapters": ["a", 0, 0, 0]}, ValueError, "grouped_lora_linear: adapters has 'a', wanted -1 to 3"),
+            ("scaling", {"scaling": (1.0, float("nan"), 1.0, 1.0)}, ValueError,
+             "grouped_lora_linear: scaling is nan, wanted a finite number"),
+            ("as many", {"scaling": (1.0,)}, ValueError,
+             "grouped_lora_linear: 4 of lora_A, 4 of lora_B and 1 of scaling, wanted as many, and at least 1"),
+            ("A columns", {"A1": torch.zeros(8, 63)}, ValueError,
+             r"grouped_lora_linear: lora_A has shape \(8, 63\), wanted \[R, 64\]"),
+            ("ranks", {"B2": torch.zeros(96, 3)}, ValueError,
+             "grouped_lora_linear: lora_B has rank 3, lora_A has rank 17"),
+            ("weight dtype", {"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
+             "grouped_lora_linear: weight is bfloat16, x is float32"),
+        ) if name == "grouped_lora_linear-dense" else (),
+    )  # fmt: skip
+
+
 CASES: tuple[Case, ...] = (
     _quantize_case(64, False),
     _quantize_case(32, False),
@@ -573,6 +688,13 @@ CASES: tuple[Case, ...] = (
     _lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
     _lora_case("dense", rank_scale=True),
     _lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
+    _lora_residual_case(),
+    _lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),
+    _lora_residual_case(rank_scale=True, dropout_p=0.5),
+    _grouped_lora_case("dense"),
+    _grouped_lora_case("dense", with_bias=True, adapter_dtype=torch.float32),
+    _grouped_lora_case("nf4", adapter_dtype=torch.bfloat16),
+    _grouped_lora_case("nested", with_bias=True, adapter_dtype=torch.float32),
     _dora_norm_case("dense"),
     _dora_norm_case("dense", adapter_dtype=torch.float32),
     _dora_norm_case("nf4"),

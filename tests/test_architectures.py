@@ -57,8 +57,8 @@ LAYERS = {
     "Gemma3":  ((14, 14), (14, 14), (6, 6)),
     "Phi":     ((12, 12), (12, 12), (6, 6)),
     "Phi3":    ((8, 8),   (8, 8),   (4, 4)),
-    "GPT-2":   ((8, 0),   (8, 0),   (4, 0)),
-    "Falcon":  ((8, 0),   (8, 0),   (4, 0)),
+    "GPT-2":   ((8, 8),   (8, 8),   (4, 4)),
+    "Falcon":  ((8, 8),   (8, 8),   (4, 4)),
     "OPT":     ((14, 14), (14, 14), (6, 6)),
     "BERT":    ((13, 13), (13, 13), (8, 8)),
     "RoBERTa": ((12, 12), (12, 12), (8, 8)),
@@ -69,14 +69,7 @@ LAYERS = {
 }  # fmt: skip
 
 # The reasons of the layers that are not.
-_FALCON = "its base layer is a FalconLinear, wanted Linear, NF4Linear or Linear4bit"
 REASONS = {
-    ("Falcon", "LoRA"): {_FALCON: 8},
-    ("Falcon", "DoRA"): {_FALCON: 8},
-    ("Falcon", "IA3"): {_FALCON: 4},
-    ("GPT-2", "LoRA"): {"fan_in_fan_out is not fused": 8},
-    ("GPT-2", "DoRA"): {"fan_in_fan_out is not fused": 8},
-    ("GPT-2", "IA3"): {"fan_in_fan_out is not fused": 4},
     # An expert's two stacks of weights: PEFT wraps the module that holds them twice.
     ("Mixtral", "LoRA"): {
         "LoRA over MixtralExperts is not fused yet": 2,

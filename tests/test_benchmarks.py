@@ -283,7 +283,7 @@ def test_a_graph_holds_many_calls_and_its_second_replay_is_timed(device_log):
 def cuda_cases(ops):
     variants = [v for op in ops for v in importlib.import_module(f"benchmarks.bench_{op}").VARIANTS]
     tokens, hot, shape_tokens, shapes, weights, compiled = command.CUDA[:6]
-    options = grid.Options(tokens, hot, shape_tokens, shapes, weights, compiled, "cuda", command.CUDA_FORWARD)
+    options = grid.Options(tokens, hot, shape_tokens, shapes, weights, compiled, "cuda", command.FORWARD["cuda"])
     return list(grid.cases(variants, options))
 
 

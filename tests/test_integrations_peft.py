@@ -153,10 +153,12 @@ def test_autocast_gives_pefts_dtype(base, x_dtype):
         explanation = peft_ext.explain(fused)
     assert actual.dtype is wanted.dtype
     assert (actual.double() - wanted.double()).norm() <= 2**-6 * wanted.double().norm()
-    # a 4-bit layer that computes in float32 does so under autocast too
-    assert explanation.fused_share == (0.0 if base in ("bnb", "bnb nested") else 1.0)
-    if base == "bnb":
-        assert "autocast computes in bfloat16" in explanation.rows[0].reason
+    assert explanation.fused_share == 1.0
+    # a 4-bit layer that computes in float32 does so under autocast too: on its own
+    alone = (
+        "autocast computes in bfloat16, the layer's compute_dtype is float32" if base in ("bnb", "bnb nested") else ""
+    )
+    assert all(alone in row.reason and bool(alone) == bool(row.reason) for row in explanation.rows)
 
 
 # --- the stock path ---------------------------------------------------------------------------------------------------
@@ -221,6 +223,21 @@ def _train_base(model):
     first(model).base_layer.weight.requires_grad_()
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def _other_base(model):
+    for layer in tuners(model).values():
+        layer.base_layer.__class__ = Doubled
+
+
+def _second(model):
+    model.add_adapter("second", LoraConfig(target_modules=["up"], r=3, lora_bias=True, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+
+
 def _ds_id(model):
     first(model).base_layer.weight.ds_id = 0
 
@@ -249,20 +266,28 @@ STOCK = {
     "merged": (_merge, {}, "merged"),
     "disabled": (_disable, {}, "disabled"),
     "aLoRA": (None, {"alora_invocation_tokens": [1]}, "aLoRA is not fused yet"),
-    "lora_bias": (None, {"lora_bias": True}, "lora_bias"),
     "no active adapter": (_no_adapter, {}, "no active adapter"),
     "forward patched": (_patch_layer, {}, "replaced on the instance"),
-    "base forward patched": (_patch_base, {}, "hooks on base_layer"),
     "parametrized": (_parametrize, {}, "wanted plain nn.Linear"),
     "another dropout": (_swap_dropout, {}, "AlphaDropout"),
     "dropout of 1": (None, {"lora_dropout": 1.0}, "Dropout(p=1.0"),
-    "scaling is a tensor": (_scale(torch.tensor(1.5)), {}, "scaling is Tensor"),
     "scaling is infinite": (_scale(float("inf")), {}, "finite"),
     "float64": (_to_float64, {}, "float64"),
     "float64 adapters": (_adapter_float64, {}, "lora_A is float64"),
-    "base requires grad": (_train_base, {}, "requires grad"),
     "ZeRO-3": (_ds_id, {}, "shard"),
-    **{name: (prepare, {}, "hooks on base_layer, lora_A") for name, prepare in HOOKS.items()},
+    **{name: (prepare, {}, "hooks on lora_A, lora_B") for name, prepare in HOOKS.items() if "base" not in name},
+}
+
+# Fused, over the base layer's own forward where a reason says why.
+FUSED = {
+    "lora_bias": (None, {"lora_bias": True}, ""),
+    "lora_bias, several": (_second, {"lora_bias": True}, ""),
+    "scaling is a tensor": (_scale(torch.tensor(1.5)), {}, ""),
+    "scaling is a tensor, several": (lambda m: (_second(m), _scale(torch.tensor([1.5]))(m)), {}, ""),
+    "base forward patched": (_patch_base, {}, "hooks on base_layer"),
+    "base requires grad": (_train_base, {}, "its base weight requires grad"),
+    "another linear": (_other_base, {}, "its base layer is a Doubled"),
+    **{name: (prepare, {}, "hooks on base_layer") for name, prepare in HOOKS.items() if "base" in name},
 }
 
 
@@ -289,6 +314,54 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
     assert case in ("dropout of 1", "scaling is infinite") or wanted["y"].isfinite().all()
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", FUSED)
+def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
+    prepare, config, reason = FUSED[case]
+    stock = make(base, **config).train()
+    (prepare or (lambda model: None))(stock)
+    fused = copy.deepcopy(stock)
+    wide = copy.deepcopy(stock).double()  # every layer in float64, hooks and all
+    for model in (fused, wide):  # hooks and patched forwards of the first are bound to it
+        for layer in tuners(model).values():
+            base_layer = layer.base_layer
+            base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()
+            base_layer.__dict__.pop("forward", None)
+        if case in ("base forward patched", *HOOKS):
+            prepare(model)
+    peft_ext.accelerate(fused)
+    row = peft_ext.explain(fused).rows[0]
+    assert row.fused and (row.reason.startswith(f"the adapter's part: {reason}") if reason else row.reason == "")
+    x = inputs(base, (21,))
+    assert_as_good(run(fused, x), run(stock, x), run(wide, x.double()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_an_8bit_base_runs_on_its_own(train):
+    model = MLP().to(torch.bfloat16)
+    for name, linear in list(model.named_children()):
+        eight = BNB_8BIT(linear.in_features, linear.out_features, has_fp16_weights=False)
+        eight.load_state_dict(linear.state_dict())
+        setattr(model, name, eight.to("cpu"))
+    model.is_loaded_in_8bit = True
+    model = get_peft_model(
+        model, LoraConfig(target_modules=["up", "down"], r=8, lora_dropout=0.25, init_lora_weights=False)
+    ).train(train)
+    assert type(first(model)) is lora.Linear8bitLt
+    stock, fused = both(model)
+    rows = peft_ext.explain(fused).rows
+    assert [row.kind for row in rows] == ["LoRA over Linear8bitLt"] * 2
+    assert all(row.fused and "its base layer is a Linear8bitLt" in row.reason for row in rows)
+    with_philox(stock)
+    x = inputs("bfloat16", (21,))
+    found, wanted = run(fused, x), run(stock, x)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():  # eight bits of x: a rounding that moves moves them
+        assert found[name].dtype is value.dtype
+        assert (found[name] - value).norm() <= 2e-2 * value.norm(), name
+    assert type(first(peft_ext.restore(fused))) is lora.Linear8bitLt
 
 
 def test_a_global_hook_takes_the_stock_path():
@@ -338,17 +411,108 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
     assert set(_peft_base._CALLED[op]) <= set(OPS)
 
 
-def test_mixed_batches_extra_arguments_and_the_argument_check():
-    model = make()
-    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, init_lora_weights=False))
-    stock, fused = both(model.eval())
-    x, names = inputs(), ["default", "other", "__base__"]
-    assert torch.equal(fused(x, adapter_names=names), stock(x, adapter_names=names))
+NAMES = ["default", "other", "__base__", "other", "third", "default", "default"]
+
+
+def mixed(base="float32", **config):
+    """Three adapters of other ranks, scales and targets; "third" is on one layer alone."""
+    model = make(base, **config)
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, lora_alpha=7, init_lora_weights=False))
+    model.add_adapter("third", LoraConfig(target_modules=["down"], r=11, init_lora_weights=False))
+    return model.eval()
+
+
+@pytest.fixture
+def grouped_calls(monkeypatch):
+    calls = []
+    grouped = peft_ext.ops.grouped_lora_linear
+    monkeypatch.setattr(
+        peft_ext.ops, "grouped_lora_linear", lambda *args, **kwargs: calls.append(args) or grouped(*args, **kwargs)
+    )
+    return calls
+
+
+def as_nf4(model):
+    """PEFT's own layers over NF4Linear in place of bitsandbytes' Linear4bit."""
+    model = copy.deepcopy(model)
+    for layer in tuners(model).values():
+        base = layer.base_layer
+        nf4 = NF4Linear.from_nf4(peft_ext.NF4Weight.from_bitsandbytes(base.weight), base.bias)
+        layer.base_layer, layer.__class__ = nf4, lora.Linear
+        layer.fan_in_fan_out = False
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 13])
+@pytest.mark.parametrize("base", BASES)
+def test_a_mixed_batch_is_one_call_as_good_as_pefts_loop(base, length, grouped_calls):
+    stock, fused = both(mixed(base, lora_dropout=0.3))
+    for model in (stock, fused):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    x = inputs(base, (len(NAMES), length))
+    exact = run(in_float64(stock), x.double(), adapter_names=NAMES)
+    found = run(fused, x, adapter_names=NAMES)
+    assert len(grouped_calls) == 2
+    if base.startswith("bnb"):  # PEFT adds in place to bitsandbytes' output: it has no gradient there
+        wanted = run(as_nf4(stock), x, adapter_names=NAMES)
+    else:
+        wanted = run(stock, x, adapter_names=NAMES)
+    assert_as_good(found, wanted, exact)
+
+
+def test_a_mixed_batch_generates_as_in_peft(grouped_calls):
+    stock, fused = both(llama().eval())
+    names = ["default", "__base__", "other"]
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        peft_ext.accelerate(model) if model is fused else None
+    ids = torch.randint(0, 97, (3, 6))
+    settings = {"adapter_names": names, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        tokens = [model.generate(input_ids=ids, num_beams=beams, **settings) for model in (stock, fused)]
+        assert torch.equal(*tokens)
+    assert grouped_calls
+
+
+STOCK_MIXED = {
+    "dropout": lambda m: m.base_model.model.up.lora_dropout["other"].train(),
+    "disabled": lambda m: m.base_model.disable_adapter_layers(),
+    "hook": lambda m: first(m).lora_A["other"].register_forward_hook(lambda *args: args[-1] * 2),
+    "dtype": lambda m: first(m).lora_A["other"].to(torch.bfloat16) and first(m).lora_B["other"].to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("about", STOCK_MIXED)
+def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_calls):
+    model = mixed(lora_dropout=0.3)
+    model.base_model.model.up.lora_dropout["other"] = nn.Dropout(0.3).eval()
+    STOCK_MIXED[about](model)
+    stock, fused = both(model)
+    peft_ext.restore(fused.base_model.model.down)  # where it is fused: so that all bits can be compared
+    x, found = inputs(tokens=(len(NAMES), 5)), []
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        found.append(model(x, adapter_names=NAMES))
+    assert torch.equal(*found)
+    assert not grouped_calls
+
+
+def test_extra_arguments_and_the_argument_check():
+    stock, fused = both(mixed())
+    x = inputs(tokens=(len(NAMES), 5))
+    for layers in (("third",), ("__base__",)):  # the first layer has neither
+        up = [first(model)(x, adapter_names=[*layers] * len(NAMES)) for model in (stock, fused)]
+        assert torch.equal(*up)
     for model in (stock, fused):
         with pytest.raises(TypeError, match="unexpected keyword"):
             first(model)(x, unknown=1)
         with pytest.raises(ValueError, match="Length of `adapter_names`"):
-            first(model)(x, adapter_names=names[:2])
+            first(model)(x, adapter_names=NAMES[:2])
+        model.merge_adapter(["other"])
+        with pytest.raises(ValueError, match="merged adapters"):
+            first(model)(x, adapter_names=NAMES)
 
 
 def test_inputs_that_do_not_fit_fail_or_pass_as_in_peft():
@@ -423,12 +587,12 @@ def test_layers_of_other_types_stay_as_they_are():
     model.base_model.model.linear.__class__ = Subclass
     stock, fused = both(model)
     ids = torch.arange(9)
-    assert torch.equal(fused(ids), stock(ids))
+    torch.testing.assert_close(fused(ids), stock(ids), rtol=1e-5, atol=1e-5)
     rows = {row.name.rpartition(".")[2]: row for row in peft_ext.explain(fused).rows}
     assert "Conv1D" not in rows["linear"].kind and "Subclass is a subclass of PEFT's Linear" in rows["linear"].reason
-    assert rows["conv1d"].kind == "LoRA over Conv1D" and rows["conv1d"].reason == "fan_in_fan_out is not fused"
+    assert rows["conv1d"] == integration.Row("base_model.model.conv1d", "LoRA over Conv1D", True, "")
     assert rows["embedding"].reason == "LoRA over Embedding is not fused yet"
-    assert not any(row.fused for row in rows.values())
+    assert [name for name, row in rows.items() if row.fused] == ["conv1d"]
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------

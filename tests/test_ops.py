@@ -194,6 +194,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
     wanted = {
         "lora_linear": s + seed,
+        "lora_residual": s + seed,
         "dora_weight_norm": n * 4 + n * r * 4,  # the norm and U
         "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
         "ia3_linear": 0 if "feedforward" in about else y,
@@ -316,10 +317,16 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return name, (i["x"], *i["nf4"].op_args(), i["bias"])
     if name == "ia3_scale":
         return name, (i["x"], i["ia3_l"].detach().flatten().requires_grad_())
+    if name == "lora_residual":
+        adapter = i["lora_A"], i["lora_B"], i["rank_scale"]
+        return name, (i["x"], i["residual"], *adapter, 0.75, 0.1, SEED.to(i["x"].device))
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, case.name.split("-")[1])
     weight = ops._checks.weight_args(i["weight"])
+    if name == "grouped_lora_linear":
+        groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
+        return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
     adapter = i.get("lora_A"), i.get("lora_B")
     if name == "dora_weight_norm":
         return name, (*weight, *adapter, 0.75, i["compute"])

@@ -40,6 +40,12 @@ struct Vec {
   static Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
   static Vec load(const float* x) { return {_mm256_loadu_ps(x)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  float sum() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 };
 

@@ -42,6 +42,8 @@ struct Vec {
   static Vec broadcast(float value) { return {_mm512_set1_ps(value)}; }
   static Vec load(const float* x) { return {_mm512_loadu_ps(x)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  float sum() const { return _mm512_reduce_add_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 };
 

@@ -16,6 +16,8 @@ struct Vec {
   static Vec broadcast(float value) { return {value}; }
   static Vec load(const float* x) { return {*x}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  float sum() const { return v; }
   void store(float* x) const { *x = v; }
 };
 

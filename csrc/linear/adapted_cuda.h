@@ -43,6 +43,13 @@ DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optiona
                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                         const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs, int64_t inputs);
 
+// Several adapters in one batch, which lie side by side as one.
+struct DeviceGroups {
+  std::vector<int64_t> ranks;     // of each
+  std::vector<float> scaling;     // of each
+  std::vector<int64_t> adapters;  // of each sample: which, or -1 for none
+};
+
 // What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
@@ -51,13 +58,14 @@ struct DeviceAdapter {
   double dropout_p = 0.0;
   std::optional<Tensor> seed;  // int64 [2]; none: no dropout
   bool drop_base = false;
-  std::optional<Tensor> out_scale;  // g [N]
-  std::optional<Tensor> in_scale;   // l [K]
+  std::optional<Tensor> out_scale;       // g [N]
+  std::optional<Tensor> in_scale;        // l [K]
+  const DeviceGroups* groups = nullptr;  // with lora_A and lora_B alone; forward only
 };
 
 struct DeviceForward {
   Tensor y;  // [..., N] of x's type
-  Tensor s;  // [T, R] float32; [0] without a low-rank term
+  Tensor s;  // [T, R] float32, R the largest of groups; [0] without a low-rank term
   Tensor z;  // [T, N] of x's type; [0] where not asked for
 };
 
@@ -85,6 +93,11 @@ struct DeviceBackward {
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<ScaleGradient>& out_scale);
+
+// Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
+DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter);
+DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
+                                 const Tensor& s, bool needs_grad_x);
 
 // dX = dY W alone, [..., K] of dY's type.
 Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight);

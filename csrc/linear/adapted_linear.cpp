@@ -39,7 +39,7 @@ Sizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight,
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, op, ": x has ", x.dim() >= 1 ? x.size(x.dim() - 1) : 0,
                   " columns, wanted ", k);
   const int64_t rank = adapter.rank();
-  if (adapter.low_rank()) {
+  if (adapter.lora_A.has_value()) {
     STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_A->size(1) == k, op, ": lora_A has ",
                     adapter.lora_A->numel(), " elements, wanted [R, ", k, "]");
     STD_TORCH_CHECK(adapter.lora_B.has_value() && adapter.lora_B->dim() == 2 && adapter.lora_B->size(0) == n &&
@@ -95,17 +95,31 @@ Tensor few_tokens_product(const Forward& f, const Tensor& x) {
     run_few_tokens(f.op, f.weight.weight, x, y, false);
     return y;
   }
-  const Tensor held = torch::stable::to(x, ScalarType::BFloat16);
+  const TileKernels& isa = *tile_kernels();
+  const Tensor held = empty({round_up(f.size.in, kTileDepth) * f.size.tokens}, ScalarType::BFloat16);
+  isa.few_tokens_pack(x.const_data_ptr<float>(), f.size.tokens, f.size.in, static_cast<bf16*>(held.mutable_data_ptr()));
   const TileFewTokens work{static_cast<const bf16*>(f.weight.weight.const_data_ptr()),
                            f.size.out,
                            f.size.in,
                            f.size.tokens,
                            static_cast<const bf16*>(held.const_data_ptr()),
                            y.mutable_data_ptr<float>()};
-  const TileKernels& isa = *tile_kernels();
   torch::stable::parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
                               [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
   return y;
+}
+
+// y [T, N] float32 (+)= the low-rank term of x [T, K], in float32.
+void few_tokens_low_rank(const Forward& f, const Tensor& x, const Tensor& y, bool accumulate) {
+  const Adapter& adapter = f.adapter;
+  if (adapter.groups != nullptr) return grouped_few_tokens(f.op, *adapter.groups, x, y, f.out.s);
+  Tensor dropped = x;
+  if (adapter.dropout.active)
+    dropped = dropped_tokens(f.op, x, kept(adapter.dropout, f.size.tokens, f.size.in), adapter.dropout.scale);
+  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_A), dropped, f.out.s, false);
+  const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
+  const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
+  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_B), left, y, accumulate);
 }
 
 void forward_few_tokens(const Forward& f) {
@@ -119,17 +133,7 @@ void forward_few_tokens(const Forward& f) {
   } else {
     base = few_tokens_product(f, scaled);
   }
-  if (adapter.low_rank()) {
-    Tensor dropped = wide;
-    if (adapter.dropout.active) {
-      const KeepBits keep = kept(adapter.dropout, f.size.tokens, f.size.in);
-      dropped = dropped_tokens(f.op, wide, keep, adapter.dropout.scale);
-    }
-    run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_A), dropped, f.out.s, false);
-    const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
-    const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
-    run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_B), left, base, true);
-  }
+  if (adapter.low_rank()) few_tokens_low_rank(f, wide, base, true);
   Expand finish = finishing(f);
   finish.before = base.const_data_ptr<float>();
   finish.rank = 0;
@@ -140,12 +144,17 @@ void forward_few_tokens(const Forward& f) {
 struct Shrunk {
   Tensor s;
   KeepBits keep;
+  GroupedS grouped;  // instead
 };
 
 Shrunk shrink_tokens(const Forward& f, bool tiles) {
   const Sizes& size = f.size;
   const Dropout& dropout = f.adapter.dropout;
   Shrunk out;
+  if (f.adapter.groups != nullptr) {
+    out.grouped = grouped_shrink(f.op, *f.adapter.groups, f.x, f.out.s);
+    return out;
+  }
   out.s = size.padded == size.rank ? f.out.s : empty({size.tokens, size.padded}, ScalarType::Float);
   float* s = out.s.mutable_data_ptr<float>();
   const Tensor right = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
@@ -185,7 +194,12 @@ void forward_on_tiles(const Forward& f, const Shrunk& shrunk) {
   work.dropped_scale = adapter.dropout.scale;
   work.rank = 0;
   Tensor strips, rows;
-  if (adapter.low_rank()) {
+  GroupedTerms grouped;
+  if (adapter.groups != nullptr) {
+    grouped = grouped_terms(f.op, *adapter.groups, shrunk.grouped, size.tokens, size.out);
+    work.terms = grouped.terms.data();
+    work.first_term = grouped.first.data();
+  } else if (adapter.low_rank()) {
     const Tensor rho = rank_scales(f.op, adapter, size.padded);
     const float* s = shrunk.s.const_data_ptr<float>();
     // The kernel reads whole blocks of rows of ρB.
@@ -224,7 +238,11 @@ void forward_by_products(const Forward& f, const Shrunk& shrunk) {
   const ScalarType type = f.type();
   Expand finish = finishing(f);
   Tensor right;
-  if (adapter.low_rank()) {
+  const auto run_finish = [&] {
+    adapter.groups != nullptr ? grouped_expand(f.op, *adapter.groups, shrunk.grouped, finish)
+                              : run_expand(finish, size.tokens);
+  };
+  if (adapter.low_rank() && adapter.groups == nullptr) {
     const Tensor rho = rank_scales(f.op, adapter, size.padded);
     right =
         packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
@@ -243,7 +261,7 @@ void forward_by_products(const Forward& f, const Shrunk& shrunk) {
     // The product accumulates onto the other terms, so that nothing of size T x N is read or written but Y.
     const Tensor y = torch::stable::view(f.out.y, {size.tokens, size.out});
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
-    if (terms) run_expand(finish, size.tokens);
+    if (terms) run_finish();
     if (size.in == 0) return;
     const Tensor dense = transposed(dense_weight(f.op, f.weight, type));
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
@@ -257,7 +275,7 @@ void forward_by_products(const Forward& f, const Shrunk& shrunk) {
     finish.after = after.const_data_ptr<float>();
   }
   finish.before = before.const_data_ptr<float>();
-  run_expand(finish, size.tokens);
+  run_finish();
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -386,23 +404,28 @@ void backward_on_tiles(const Backward& b, AdaptedBackward* out) {
       out->grad_in_scale.mutable_data_ptr<float>()[i] += sums.const_data_ptr<float>()[part * size.in + i];
 }
 
+// dX = mask/(1-p) ∘ (P A) and what the caller adds; returns what `finish` points to.
+Tensor behind_dropout(const Backward& b, Expand* finish, AdaptedBackward* out) {
+  finish->y = out->grad_x.mutable_data_ptr();
+  finish->dtype = b.dtype();
+  finish->columns = b.size.in;
+  finish->rank = b.size.padded;
+  finish->stride = round_up(b.size.in, kColumnStep);
+  finish->dropout = b.mask() ? b.adapter.dropout : Dropout();
+  if (!b.adapter.low_rank()) return Tensor();
+  const Tensor right =
+      packed(b.op, "lora_A", *b.adapter.lora_A, nullptr, nullptr, false, b.size.padded, finish->stride);
+  finish->left = b.p.const_data_ptr<float>();
+  finish->right = right.const_data_ptr<float>();
+  return right;
+}
+
 void backward_by_products(const Backward& b, AdaptedBackward* out) {
   const Sizes& size = b.size;
   const Adapter& adapter = b.adapter;
   const ScalarType type = b.type();
   Expand finish;
-  finish.y = out->grad_x.mutable_data_ptr();
-  finish.dtype = b.dtype();
-  finish.columns = size.in;
-  finish.rank = size.padded;
-  finish.stride = round_up(size.in, kColumnStep);
-  finish.dropout = b.mask() ? adapter.dropout : Dropout();
-  Tensor right;
-  if (adapter.low_rank()) {
-    right = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, size.padded, finish.stride);
-    finish.left = b.p.const_data_ptr<float>();
-    finish.right = right.const_data_ptr<float>();
-  }
+  const Tensor right = behind_dropout(b, &finish, out);
   const bool in_place = !adapter.in_scale.has_value() && !b.drop_base() && multiplies_in(type, b.g() == nullptr);
   // Where the product is float32's anyhow, g ∘ dY is not rounded before it.
   const bool widens = b.g() != nullptr && !multiplies_in(type, false);
@@ -496,6 +519,82 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   if (out.grad_x.numel() == 0) return out;
   const bool tiles = size.out > 0 && tiles_take(weight, type, size.tokens, false);
   tiles ? backward_on_tiles(call, &out) : backward_by_products(call, &out);
+  return out;
+}
+
+namespace {
+
+// Of the sizes alone, for a base product that was made elsewhere.
+FrozenWeight no_weight(const Adapter& adapter) {
+  FrozenWeight weight;
+  weight.shape = {adapter.lora_B->size(0), adapter.lora_A->size(1)};
+  return weight;
+}
+
+}  // namespace
+
+AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual, const Adapter& adapter) {
+  STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_B->dim() == 2, op, ": lora_A or lora_B is no matrix");
+  const FrozenWeight weight = no_weight(adapter);
+  const Sizes size = checked_sizes(op, x, weight, adapter);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(residual.scalar_type() == type && residual.numel() == size.tokens * size.out, op,
+                  ": residual is not [..., ", size.out, "] of x's type");
+  AdaptedForward out;
+  out.y = empty(with_last(x, size.out), type);
+  out.s = empty({size.tokens, size.rank}, ScalarType::Float);
+  out.z = none(type);
+  if (size.tokens == 0) return out;
+  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {size.tokens, size.in});
+  const Tensor onto = torch::stable::contiguous(residual);
+  const Forward call{op, weight, adapter, size, flat_x, false, false, std::nullopt, std::nullopt, out};
+  Expand finish = finishing(call);
+  finish.residual = onto.const_data_ptr();
+  Tensor term, right;
+  Shrunk shrunk;
+  if (size.tokens <= kFewTokens && size.in > 0) {
+    term = empty({size.tokens, size.out}, ScalarType::Float);
+    few_tokens_low_rank(call, torch::stable::to(flat_x, ScalarType::Float), term, false);
+    finish.before = term.const_data_ptr<float>();
+    finish.rank = 0;
+  } else {
+    shrunk = shrink_tokens(call, type == ScalarType::BFloat16 && size.in > 0);
+    const Tensor rho = rank_scales(op, adapter, size.padded);
+    right =
+        packed(op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
+    finish.left = shrunk.s.const_data_ptr<float>();
+    finish.right = right.const_data_ptr<float>();
+  }
+  if (size.out > 0) run_expand(finish, size.tokens);
+  return out;
+}
+
+AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
+                                  bool needs_grad_x) {
+  const FrozenWeight weight = no_weight(adapter);
+  Tensor held_x = torch::stable::contiguous(x);
+  const Sizes size = checked_sizes(op, held_x, weight, adapter);
+  const ScalarType type = held_x.scalar_type();
+  STD_TORCH_CHECK(grad.numel() == size.tokens * size.out && grad.scalar_type() == type, op, ": grad has ", grad.numel(),
+                  " elements, wanted ", size.tokens * size.out, " of x's type");
+  Backward call{op,
+                weight,
+                adapter,
+                size,
+                torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
+                torch::stable::view(held_x, {size.tokens, size.in}),
+                Tensor(),
+                KeepBits()};
+  AdaptedBackward out;
+  out.grad_x = none(type);
+  out.grad_rank_scale = out.grad_in_scale = none();
+  rank_gradients(&call, s, false, &out);
+  if (!needs_grad_x) return out;
+  out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
+  if (out.grad_x.numel() == 0) return out;
+  Expand finish;
+  const Tensor right = behind_dropout(call, &finish, &out);
+  run_expand(finish, size.tokens);
   return out;
 }
 

@@ -10,6 +10,7 @@
 
 #include "common/frozen_weight.h"
 #include "common/philox.h"
+#include "linear/groups.h"
 #include "linear/passes.h"
 
 namespace peft_ext {
@@ -26,9 +27,10 @@ struct Adapter {
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
+  const Groups* groups = nullptr;   // instead of all the above: an adapter for each token. Forward only
 
-  bool low_rank() const { return lora_A.has_value(); }
-  int64_t rank() const { return lora_A.has_value() ? lora_A->size(0) : 0; }
+  bool low_rank() const { return lora_A.has_value() || groups != nullptr; }
+  int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }
 };
 
 struct AdaptedForward {
@@ -51,6 +53,11 @@ struct AdaptedBackward {
 // s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x);
+
+// Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
+AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual, const Adapter& adapter);
+AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
+                                  bool needs_grad_x);
 
 // dX = dY W alone, [..., K] of dY's type.
 Tensor frozen_backward(const char* op, Tensor grad, const FrozenWeight& weight);

@@ -14,6 +14,7 @@
 #include "linear/expand.cuh"
 #include "linear/passes_cuda.h"
 #include "linear/scale_gradients.cuh"
+#include "linear/select_ranks.cuh"
 #include "linear/shrink_few.cuh"
 #include "nf4/nf4_skinny.cuh"
 
@@ -93,6 +94,99 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size
     launcher(shrink_few_kernel<decltype(zero)>, {size.rank, ceil_div(size.tokens, kShrinkTokens)}, kShrinkThreads,
              work);
   });
+}
+
+// Of S [T, R], each token's own adapter's ranks, scaled; and those alone, as they were: [T, the largest rank].
+Tensor select_ranks(const DeviceGroups& groups, const Tensor& s) {
+  const int64_t tokens = s.size(0), rank = s.size(1), samples = static_cast<int64_t>(groups.adapters.size());
+  std::vector<RankRange> of_adapter;
+  int64_t first = 0, largest = 0;
+  for (size_t g = 0; g < groups.ranks.size(); ++g) {
+    of_adapter.push_back({static_cast<int32_t>(first), static_cast<int32_t>(groups.ranks[g]), groups.scaling[g]});
+    first += groups.ranks[g];
+    largest = std::max(largest, groups.ranks[g]);
+  }
+  const Tensor kept = device_empty(s, {tokens, largest}, ScalarType::Float);
+  Launcher launcher(s);
+  SelectRanks work{};
+  work.s = launcher.out<float>(s);
+  work.kept = launcher.scratch<float>(kept);
+  work.length = tokens / samples;
+  work.rank = rank;
+  work.kept_rank = largest;
+  for (int64_t from = 0; from < samples; from += kSelectSamples) {
+    const int64_t count = std::min<int64_t>(kSelectSamples, samples - from);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t group = groups.adapters[static_cast<size_t>(from + i)];
+      work.ranges[i] = group < 0 ? RankRange{} : of_adapter[static_cast<size_t>(group)];
+    }
+    work.begin = from * work.length;
+    work.tokens = count * work.length;
+    launcher(select_ranks_kernel, ceil_div(work.tokens * rank, kSelectThreads), kSelectThreads, work);
+  }
+  return kept;
+}
+
+// Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
+struct RankGradients {
+  HeldTerms p, a;
+};
+
+// grad_A, grad_B and grad_rank_scale of flat dY and x, and the terms where dX is wanted.
+RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
+                             const DeviceAdapter& adapter, const Sizes& size, const std::optional<Tensor>& s,
+                             bool needs_grad_x, DeviceBackward* out) {
+  RankGradients grads;
+  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
+  const int64_t padded_tokens = round_up(size.tokens, kRankTile);
+  const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
+  Splitter splitter(x);
+  const HeldTerms right = splitter.add(b, true, size.padded, round_up(size.outputs, kRankTile), g);
+  const HeldTerms left = splitter.add(held_s, true, size.padded, padded_tokens);
+  if (needs_grad_x) grads.a = splitter.add(a, true, round_up(size.inputs, kExpandTile), size.padded);
+  splitter.run();
+  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
+
+  const HeldTerms p_transposed = empty_terms(x, kMaxTerms, size.padded, padded_tokens);
+  const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
+  Reduced p;
+  p.rank_scale = rank_scale;
+  p.after = adapter.scaling;
+  p.transposed = &p_transposed;
+  if (needs_grad_x) {
+    grads.p = terms_of_rows(x, size.tokens, size.padded);
+    p.terms = &grads.p;
+  }
+
+  out->grad_B = device_empty(x, {size.outputs, size.rank}, b.scalar_type());
+  Tensor products;
+  Reduced grad_b;
+  grad_b.row_scale = g;
+  grad_b.rank_scale = rank_scale;
+  grad_b.after = adapter.scaling;
+  grad_b.out = &out->grad_B;
+  grad_b.row_stride = size.rank;
+  grad_b.rank_stride = 1;
+  if (rank_scale != nullptr) {
+    products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
+    grad_b.plain = &products;
+  }
+  reduce(sums, size.rank, p, grad_b);
+  if (rank_scale != nullptr) {
+    const Tensor wide = as_type(b, ScalarType::Float);
+    Launcher launcher(wide);
+    launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
+             size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out->grad_rank_scale));
+  }
+
+  out->grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
+  Reduced grad_a;
+  grad_a.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  grad_a.out = &out->grad_A;
+  grad_a.row_stride = 1;
+  grad_a.rank_stride = size.inputs;
+  reduce(rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed).columns, size.rank, grad_a);
+  return grads;
 }
 
 // --- few tokens against NF4
@@ -196,7 +290,12 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
       x, adapter.lora_A.has_value() ? std::vector<int64_t>{size.tokens, size.rank} : std::vector<int64_t>{0},
       ScalarType::Float);
   out.z = device_empty(x, want_z ? std::vector<int64_t>{size.tokens, size.outputs} : std::vector<int64_t>{0}, type);
-  if (size.tokens == 0) return out;
+  if (size.tokens == 0) {
+    if (adapter.groups != nullptr)
+      out.s = device_empty(x, {0, *std::max_element(adapter.groups->ranks.begin(), adapter.groups->ranks.end())},
+                           ScalarType::Float);
+    return out;
+  }
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
                   "], wanted at least one output and one input");
   check_kernel_dtype(op, "x", type);
@@ -207,6 +306,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const bool low_rank = size.rank > 0, skinny = skinny_takes(weight, type, size.tokens, adapter);
 
   HeldTerms s_terms, b_terms;
+  const DeviceGroups* groups = adapter.groups;
   if (low_rank && skinny && size.tokens <= kMaxShrinkTokens) {
     shrink_few(held, adapter, size, out.s);
   } else if (low_rank) {
@@ -214,16 +314,24 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     Splitter splitter(x);
     const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
     if (!skinny) {
-      s_terms = terms_of_rows(x, size.tokens, size.padded);
+      if (groups == nullptr) s_terms = terms_of_rows(x, size.tokens, size.padded);
       b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
     }
     splitter.run();
-    shrink(held, adapter, size, a_terms, out.s, skinny ? nullptr : &s_terms);
+    shrink(held, adapter, size, a_terms, out.s, skinny || groups != nullptr ? nullptr : &s_terms);
+  }
+  Tensor kept;
+  if (groups != nullptr) {
+    kept = select_ranks(*groups, out.s);
+    if (!skinny) s_terms = split_matrix(out.s, false, round_up(size.tokens, kRankTile), size.padded);
   }
   if (skinny) {
     skinny_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
+    if (groups != nullptr) out.s = kept;
     return out;
   }
+
+  if (groups != nullptr) out.s = kept;
 
   const Tensor product = transposed(dense_weight(weight, type));
   if (!adapter.out_scale.has_value()) {
@@ -283,55 +391,9 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 
   HeldTerms p_terms, a_terms;
   if (low_rank) {
-    const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
-    const int64_t padded_tokens = round_up(size.tokens, kRankTile);
-    const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
-    Splitter splitter(x);
-    const HeldTerms right = splitter.add(b, true, size.padded, round_up(size.outputs, kRankTile), g);
-    const HeldTerms left = splitter.add(held_s, true, size.padded, padded_tokens);
-    if (needs_grad_x) a_terms = splitter.add(a, true, round_up(size.inputs, kExpandTile), size.padded);
-    splitter.run();
-    const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
-
-    const HeldTerms p_transposed = empty_terms(x, kMaxTerms, size.padded, padded_tokens);
-    const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
-    Reduced p;
-    p.rank_scale = rank_scale;
-    p.after = adapter.scaling;
-    p.transposed = &p_transposed;
-    if (needs_grad_x) {
-      p_terms = terms_of_rows(x, size.tokens, size.padded);
-      p.terms = &p_terms;
-    }
-
-    out.grad_B = device_empty(x, {size.outputs, size.rank}, b.scalar_type());
-    Tensor products;
-    Reduced grad_b;
-    grad_b.row_scale = g;
-    grad_b.rank_scale = rank_scale;
-    grad_b.after = adapter.scaling;
-    grad_b.out = &out.grad_B;
-    grad_b.row_stride = size.rank;
-    grad_b.rank_stride = 1;
-    if (rank_scale != nullptr) {
-      products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
-      grad_b.plain = &products;
-    }
-    reduce(sums, size.rank, p, grad_b);
-    if (rank_scale != nullptr) {
-      const Tensor wide = as_type(b, ScalarType::Float);
-      Launcher launcher(wide);
-      launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
-               size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out.grad_rank_scale));
-    }
-
-    out.grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
-    Reduced grad_a;
-    grad_a.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
-    grad_a.out = &out.grad_A;
-    grad_a.row_stride = 1;
-    grad_a.rank_stride = size.inputs;
-    reduce(rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed).columns, size.rank, grad_a);
+    const RankGradients grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, &out);
+    p_terms = grads.p;
+    a_terms = grads.a;
   }
 
   // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
@@ -409,6 +471,68 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     out.grad_in_scale = reduced_columns(found.partial, std::nullopt);
     if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
   }
+  return out;
+}
+
+namespace {
+
+// Of the sizes and the device alone, for a base product that was made elsewhere.
+DeviceWeight no_weight(const char* op, const DeviceAdapter& adapter) {
+  const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, op, ": lora_A or lora_B is no matrix");
+  DeviceWeight weight;
+  weight.weight = a;
+  weight.outputs = b.size(0);
+  weight.inputs = a.size(1);
+  return weight;
+}
+
+}  // namespace
+
+DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter) {
+  const Sizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(on_device(residual) && residual.get_device_index() == x.get_device_index() &&
+                      residual.scalar_type() == type && residual.numel() == size.tokens * size.outputs,
+                  op, ": residual is not [..., ", size.outputs, "] of x's type, on its device");
+  DeviceForward out;
+  out.y = device_empty(x, shape_with_last(x, size.outputs), type);
+  out.s = device_empty(x, {size.tokens, size.rank}, ScalarType::Float);
+  if (size.tokens == 0) return out;
+  STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0 && size.rank > 0, op, ": lora_A is [", size.rank, ", ",
+                  size.inputs, "] and lora_B has ", size.outputs, " rows, wanted at least one of each");
+  check_kernel_dtype(op, "x", type);
+  const Tensor held = flat_rows(x), onto = flat_rows(residual);
+  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
+  Splitter splitter(x);
+  const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
+  const HeldTerms b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
+  splitter.run();
+  const HeldTerms s_terms = terms_of_rows(x, size.tokens, size.padded);
+  shrink(held, adapter, size, a_terms, out.s, &s_terms);
+  expand(y, &s_terms, &b_terms, &onto, std::nullopt, nullptr);
+  return out;
+}
+
+DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
+                                 const Tensor& s, bool needs_grad_x) {
+  const Sizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == size.tokens * size.outputs, op,
+                  ": grad has ", grad.numel(), " elements, wanted ", size.tokens * size.outputs, " of x's type");
+  DeviceBackward out;
+  out.grad_rank_scale = device_zeros(x, {adapter.rank_scale.has_value() ? size.rank : 0}, ScalarType::Float);
+  out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
+                            : device_empty(x, {0}, x.scalar_type());
+  if (size.tokens == 0) {
+    out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
+    out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+    return out;
+  }
+  const RankGradients grads = rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, &out);
+  if (needs_grad_x)
+    expand(torch::stable::view(out.grad_x, {size.tokens, size.inputs}), &grads.p, &grads.a, nullptr, std::nullopt,
+           &adapter);
   return out;
 }
 

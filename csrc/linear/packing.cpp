@@ -2,6 +2,10 @@
 
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "linear/tiles.h"
 
 namespace peft_ext {
@@ -14,29 +18,67 @@ Tensor zeros(const std::vector<int64_t>& shape) {
   return tensor;
 }
 
+namespace {
+
+// out [columns, stride] = inᵀ, in [rows, columns], for columns [begin, end) of in.
+template <typename T>
+void transpose_columns(const T* in, int64_t rows, int64_t columns, int64_t begin, int64_t end, float* out,
+                       int64_t stride) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = 0; j < rows; ++j) out[i * stride + j] = to_float(in[j * columns + i]);
+}
+
+#if defined(__SSE2__)
+void transpose_columns(const float* in, int64_t rows, int64_t columns, int64_t begin, int64_t end, float* out,
+                       int64_t stride) {
+  const int64_t whole_rows = rows / 4 * 4, whole_end = begin + (end - begin) / 4 * 4;
+  for (int64_t i = begin; i < whole_end; i += 4)
+    for (int64_t j = 0; j < whole_rows; j += 4) {
+      const float* from = in + j * columns + i;
+      __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + columns);
+      __m128 c = _mm_loadu_ps(from + 2 * columns), d = _mm_loadu_ps(from + 3 * columns);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      float* to = out + i * stride + j;
+      _mm_storeu_ps(to, a);
+      _mm_storeu_ps(to + stride, b);
+      _mm_storeu_ps(to + 2 * stride, c);
+      _mm_storeu_ps(to + 3 * stride, d);
+    }
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = i < whole_end ? whole_rows : 0; j < rows; ++j) out[i * stride + j] = in[j * columns + i];
+}
+#endif
+
+}  // namespace
+
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns) {
   const Tensor source = torch::stable::contiguous(matrix);
   const int64_t rows = source.size(0), columns = source.size(1);
-  Tensor frame = zeros({frame_rows, frame_columns});
+  const int64_t filled_rows = transpose ? columns : rows, filled_columns = transpose ? rows : columns;
+  Tensor frame = filled_rows == frame_rows && filled_columns == frame_columns
+                     ? empty({frame_rows, frame_columns}, ScalarType::Float)
+                     : zeros({frame_rows, frame_columns});
   if (source.numel() == 0) return frame;
   float* out = frame.mutable_data_ptr<float>();
-  const auto scale = [&](int64_t i, int64_t j) {
-    return (by_row != nullptr ? by_row[i] : 1.0f) * (by_column != nullptr ? by_column[j] : 1.0f);
-  };
+  const float* down = transpose ? by_column : by_row;    // of the frame's rows
+  const float* across = transpose ? by_row : by_column;  // of its columns
   with_dtype(dtype_of(op, argument, source), [&](auto zero) {
     const auto* in = static_cast<const decltype(zero)*>(source.const_data_ptr());
-    // Rows of the frame, each written in one piece.
-    parallel_for(0, transpose ? columns : rows, ceil_div(kPackGrain, transpose ? rows : columns),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     float* row = out + i * frame_columns;
-                     if (transpose)
-                       for (int64_t j = 0; j < rows; ++j) row[j] = scale(j, i) * to_float(in[j * columns + i]);
-                     else
-                       for (int64_t j = 0; j < columns; ++j) row[j] = scale(i, j) * to_float(in[i * columns + j]);
-                   }
-                 });
+    parallel_for(0, filled_rows, ceil_div(kPackGrain, filled_columns), [&](int64_t begin, int64_t end) {
+      if (transpose) transpose_columns(in, rows, columns, begin, end, out, frame_columns);
+      for (int64_t i = begin; i < end; ++i) {
+        float* row = out + i * frame_columns;
+        if (!transpose)
+          for (int64_t j = 0; j < columns; ++j) row[j] = to_float(in[i * columns + j]);
+        if (down == nullptr && across == nullptr) continue;
+        const float by = down == nullptr ? 1.0f : down[i];
+        if (across == nullptr)
+          for (int64_t j = 0; j < filled_columns; ++j) row[j] *= by;
+        else
+          for (int64_t j = 0; j < filled_columns; ++j) row[j] *= by * across[j];
+      }
+    });
   });
   return frame;
 }

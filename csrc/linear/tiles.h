@@ -50,6 +50,13 @@ struct TokenStrips {
   bf16* strips;
 };
 
+// One adapter's low-rank term in a strip of tokens, in float32.
+struct TileTerm {
+  int64_t rank;
+  const float* s;  // [rank, 16]
+  const float* b;  // ρB [rows rounded up to 32, rank]
+};
+
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
@@ -60,13 +67,15 @@ struct TileForward {
   const float* s;          // strips of S: [strips, rank, 16]
   const float* b;          // ρB [rows rounded up to 32, rank]
   int64_t rank_depth = 0;  // 0: no low-rank term in tiles
-  const bf16* s_strips = nullptr;  // right strips of S, split over rank_depth
-  const bf16* b_strips = nullptr;  // left strips of ρB, likewise
-  const float* scale;              // g [rows] or null
-  const float* bias_before;        // b₀ [rows] or null
-  const float* bias;               // b₁ [rows] or null
-  bf16* y;                         // [tokens, rows]
-  bf16* z;                         // [tokens, rows] or null
+  const bf16* s_strips = nullptr;   // right strips of S, split over rank_depth
+  const bf16* b_strips = nullptr;   // left strips of ρB, likewise
+  const TileTerm* terms = nullptr;  // or of several adapters: those of strip i are first_term[i] ... first_term[i + 1]
+  const int64_t* first_term = nullptr;
+  const float* scale;        // g [rows] or null
+  const float* bias_before;  // b₀ [rows] or null
+  const float* bias;         // b₁ [rows] or null
+  bf16* y;                   // [tokens, rows]
+  bf16* z;                   // [tokens, rows] or null
 };
 
 struct TileBackward {
@@ -110,11 +119,12 @@ struct TileOuter {
   float* out;        // [columns, 16 rank_strips]
 };
 
-// Few tokens against the rows of a dense W as they lie: y[t, row] = sum_k x[t, k] w[row, k].
+// At most 8 tokens against the rows of a dense W as they lie, each read once: y[t, row] = sum_k x[t, k] w[row, k]. In
+// x's own layout the tokens of one column would share a set of L1, where K is a multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
-  const bf16* x;  // [tokens, columns]
+  const bf16* x;  // [columns / 32 rounded up, tokens, 32], zeros behind the last column
   float* y;       // [tokens, rows]
 };
 
@@ -127,6 +137,8 @@ struct TileKernels {
   void (*backward)(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
   // Rows [begin, end) of w.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
+  // x [tokens, columns] as TileFewTokens takes it.
+  void (*few_tokens_pack)(const float* x, int64_t tokens, int64_t columns, bf16* out);
   // Rows [begin, end) of m, at most kPanelStep.
   void (*shrink)(const TileShrink& work, int64_t begin, int64_t end, bf16* panel);
   // Columns [begin, end) of m, at most kPanelStep, begin a multiple of it.

@@ -63,7 +63,8 @@ inline void multiply(const bf16* left, int left_strips, const bf16* right, int r
 
 namespace peft_ext {
 
-const TileKernels kTileKernelsAvx512Bf16 = {left_strips, right_strips, forward, backward, few_tokens, shrink, outer};
+const TileKernels kTileKernelsAvx512Bf16 = {left_strips, right_strips,    forward, backward,
+                                            few_tokens,  few_tokens_pack, shrink,  outer};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

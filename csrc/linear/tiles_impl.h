@@ -5,7 +5,6 @@
 #pragma once
 
 #include "common/simd_avx512.h"
-#include "common/token_groups.h"
 #include "nf4/nf4_code.h"
 #include "linear/tiles.h"
 
@@ -229,21 +228,24 @@ struct Block {
   }
 };
 
-// c += left [rows, rank] right [strips, rank, 16], in float32: the low-rank term.
-inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
-  for (int j = 0; j < block->right; ++j)
-    for (int i = 0; i < block->left; ++i) {
-      float* c = block->part(i, j);
-      __m512 sums[kStrip];
-      for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
-      const float* rows = left + i * kStrip * rank;
-      const float* lanes = right + j * rank * kStrip;
-      for (int64_t q = 0; q < rank; ++q) {
-        const __m512 lane = _mm512_loadu_ps(lanes + q * kStrip);
-        for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r * rank + q]), lane, sums[r]);
-      }
-      for (int r = 0; r < kStrip; ++r) _mm512_store_ps(c + r * kStrip, sums[r]);
+// Column j of the block's parts: c += left [rows, rank] right [rank, 16], in float32: the low-rank term.
+inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block) {
+  for (int i = 0; i < block->left; ++i) {
+    float* c = block->part(i, j);
+    __m512 sums[kStrip];
+    for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
+    const float* rows = left + i * kStrip * rank;
+    for (int64_t q = 0; q < rank; ++q) {
+      const __m512 lane = _mm512_loadu_ps(right + q * kStrip);
+      for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r * rank + q]), lane, sums[r]);
     }
+    for (int r = 0; r < kStrip; ++r) _mm512_store_ps(c + r * kStrip, sums[r]);
+  }
+}
+
+// The same of every column; right [strips, rank, 16].
+inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
+  for (int j = 0; j < block->right; ++j) add_low_rank(left, right + j * rank * kStrip, rank, j, block);
 }
 
 // Two rows of 16 floats, one after the other, rounded; `count` of the 32 are stored.
@@ -287,6 +289,12 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
       multiply(work.b_strips + row / kStrip * depth * kTile, block->left, work.s_strips + strip * depth * kTile,
                block->right, depth, block->c);
     if (work.rank > 0) add_low_rank(work.b + row * work.rank, work.s + strip * work.rank * kStrip, work.rank, block);
+    if (work.terms == nullptr) return;
+    for (int j = 0; j < block->right; ++j)
+      for (int64_t q = work.first_term[strip + j]; q < work.first_term[strip + j + 1]; ++q) {
+        const TileTerm& term = work.terms[q];
+        add_low_rank(term.b + row * term.rank, term.s, term.rank, j, block);
+      }
   };
   const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };
   block->clear();
@@ -390,14 +398,27 @@ void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t firs
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
-// kRows rows at once, so that a register of x serves them all. A row's sum is the same beside others and alone.
+void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out) {
+  for (int64_t j = 0; j < columns; j += kTileDepth)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const __mmask32 inside = first_bits(columns - j);
+      const float* from = x + t * columns + j;
+      const __m256i low = round_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), from));
+      const __m256i high = round_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), from + 16));
+      _mm512_storeu_si512(out + (j * tokens + t * kTileDepth),
+                          _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+}
+
+// kRows rows at once, so that a register of x serves them all; of their length, x's tokens side by side stream through
+// L1 but for few inputs. A row's sum is the same beside others and alone.
 template <int kTokens, int kRows>
-inline void few_tokens_block(const TileFewTokens& work, int64_t row, int64_t first) {
-  // A sum waits for the product before it: eight or more of them keep the unit busy.
-  constexpr int kSums = kTokens >= 4 ? 1 : 4;
+inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
+  // A sum waits for the product before it: four or more of them keep the unit busy.
+  constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
   __m512 sums[kRows][kTokens][kSums];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t)
@@ -405,43 +426,63 @@ inline void few_tokens_block(const TileFewTokens& work, int64_t row, int64_t fir
       for (int s = 0; s < kSums; ++s) sums[r][t][s] = _mm512_setzero_ps();
   const auto step = [&](int64_t j, int s, __mmask32 inside) {
     __m512bh w[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
       w[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.w + (row + r) * k + j));
+    const bf16* packed = work.x + j * kTokens;
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const auto x = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.x + (first + t) * k + j));
-#pragma GCC unroll 2
+      const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(packed + t * kTileDepth));
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) sums[r][t][s] = _mm512_dpbf16_ps(sums[r][t][s], x, w[r]);
     }
   };
   int64_t j = 0;
-  for (; j + 32 * kSums <= k; j += 32 * kSums)
+  for (; j + kTileDepth * kSums <= k; j += kTileDepth * kSums)
 #pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) step(j + 32 * s, s, 0xffffffffu);
-  for (; j < k; j += 32) step(j, 0, first_bits(k - j));
-#pragma GCC unroll 2
+    for (int s = 0; s < kSums; ++s) step(j + kTileDepth * s, s, 0xffffffffu);
+  for (; j < k; j += kTileDepth) step(j, 0, first_bits(k - j));
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       __m512 total = sums[r][t][0];
 #pragma GCC unroll 4
       for (int s = 1; s < kSums; ++s) total = _mm512_add_ps(total, sums[r][t][s]);
-      work.y[(first + t) * work.rows + row + r] = _mm512_reduce_add_ps(total);
+      work.y[t * work.rows + row + r] = _mm512_reduce_add_ps(total);
     }
 }
 
-void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
-  for_token_groups(work.tokens, [&](auto count, int64_t first) {
-    constexpr int kTokens = decltype(count)::kCount;
-    constexpr int kRows = kTokens >= 4 ? 2 : 1;
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows) few_tokens_block<kTokens, kRows>(work, row, first);
-    for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row, first);
-  });
+template <int kTokens>
+inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end) {
+  constexpr int kRows = kTokens == 1 ? 2 : kTokens <= 6 ? 4 : 3;
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) few_tokens_block<kTokens, kRows>(work, row);
+  for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
 }
 
-// --- the rank's own products
-// ------------------------------------------------------------------------------------------
+void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
+  switch (work.tokens) {
+    case 1:
+      return few_tokens_of<1>(work, begin, end);
+    case 2:
+      return few_tokens_of<2>(work, begin, end);
+    case 3:
+      return few_tokens_of<3>(work, begin, end);
+    case 4:
+      return few_tokens_of<4>(work, begin, end);
+    case 5:
+      return few_tokens_of<5>(work, begin, end);
+    case 6:
+      return few_tokens_of<6>(work, begin, end);
+    case 7:
+      return few_tokens_of<7>(work, begin, end);
+    default:
+      return few_tokens_of<8>(work, begin, end);
+  }
+}
+
+// --- the rank's own products -----------------------------------------------------------------------------------------
 
 void shrink(const TileShrink& work, int64_t begin, int64_t end, bf16* panel) {
   const TileUnit unit;

@@ -46,10 +46,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 
+std::tuple<Tensor, Tensor> lora_residual_cpu(Tensor x, Tensor residual, Tensor lora_A, Tensor lora_B,
+                                             std::optional<Tensor> rank_scale, double scaling, double dropout_p,
+                                             std::optional<Tensor> seed) {
+  constexpr const char* kOp = "lora_residual";
+  const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const AdaptedForward out = low_rank_forward(kOp, x, residual, adapter);
+  return {out.y, out.s};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cpu(Tensor grad, Tensor x, Tensor lora_A,
+                                                                      Tensor lora_B, std::optional<Tensor> rank_scale,
+                                                                      Tensor s, double scaling, double dropout_p,
+                                                                      std::optional<Tensor> seed, bool needs_grad_x) {
+  constexpr const char* kOp = "lora_residual_backward";
+  const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  AdaptedBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
+  if (rank_scale.has_value()) out.grad_rank_scale = torch::stable::to(out.grad_rank_scale, rank_scale->scalar_type());
+  return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
+}
+
 }  // namespace
 }  // namespace peft_ext
 
 STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&peft_ext::lora_linear_cpu));
   m.impl("lora_linear_backward", TORCH_BOX(&peft_ext::lora_linear_backward_cpu));
+  m.impl("lora_residual", TORCH_BOX(&peft_ext::lora_residual_cpu));
+  m.impl("lora_residual_backward", TORCH_BOX(&peft_ext::lora_residual_backward_cpu));
 }

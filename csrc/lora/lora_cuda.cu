@@ -50,10 +50,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 
+std::tuple<Tensor, Tensor> lora_residual_cuda(const Tensor& x, const Tensor& residual, const Tensor& lora_A,
+                                              const Tensor& lora_B, const std::optional<Tensor>& rank_scale,
+                                              double scaling, double dropout_p, const std::optional<Tensor>& seed) {
+  constexpr const char* kOp = "lora_residual";
+  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const DeviceForward out = low_rank_forward(kOp, x, residual, adapter);
+  return {out.y, out.s};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+    const std::optional<Tensor>& rank_scale, const Tensor& s, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, bool needs_grad_x) {
+  constexpr const char* kOp = "lora_residual_backward";
+  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  DeviceBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
+  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
+  return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
+}
+
 }  // namespace
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
   m.impl("lora_linear", TORCH_BOX(&peft_ext::lora_linear_cuda));
   m.impl("lora_linear_backward", TORCH_BOX(&peft_ext::lora_linear_backward_cuda));
+  m.impl("lora_residual", TORCH_BOX(&peft_ext::lora_residual_cuda));
+  m.impl("lora_residual_backward", TORCH_BOX(&peft_ext::lora_residual_backward_cuda));
 }

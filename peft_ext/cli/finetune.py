@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from ..files import atomic_file, save_adapter
 from . import CliError
 from .data import PYTHON_DOCS, Corpus, Examples, read_corpus, tokenize
 
@@ -406,7 +407,7 @@ class _Run:
             after = self._perplexity(model)
             answer_after = self._ask(model)
         with self._phase("save"):
-            model.save_pretrained(o.output)
+            save_adapter(model, o.output, overwrite=True)
         with self._phase("re-read"):
             check = self._check(model)
         prompt = self._prompt()
@@ -615,10 +616,8 @@ class _Run:
             "seconds": self.seconds,
             **results,
         }  # fmt: skip
-        path = self.o.output / "run.json"
-        part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(document, indent=2) + "\n")
-        part.replace(path)
+        with atomic_file(self.o.output / "run.json") as file:
+            file.write(json.dumps(document, indent=2) + "\n")
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

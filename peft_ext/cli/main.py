@@ -138,6 +138,32 @@ def finetune(
     raise typer.Exit(code)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    output: Annotated[Path, typer.Option(help="The dense model's folder.")],
+    model: Annotated[
+        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    ] = None,
+    base_quant: Annotated[
+        Optional[str], typer.Option(help="Add to the base as nf4 or as none. Default: as the run.json has it, or none.")
+    ] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    double_quant: Annotated[bool, typer.Option(help="Of nf4.")] = True,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
+) -> None:
+    """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
+    from .merge import merge as run
+
+    with _errors():
+        run(
+            adapter, output, model=model, base_quant=base_quant, blocksize=blocksize, double_quant=double_quant,
+            dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
+        )  # fmt: skip
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line (default: ``sys.argv``); returns the exit code, and prints no traceback for wrong usage."""
     command = typer.main.get_command(app)

@@ -30,6 +30,10 @@ try:
     import bitsandbytes as bnb
 except ImportError:
     bnb = None
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:
+    Conv1D = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,10 +55,13 @@ def taking(kind: type) -> Iterator[None]:
 # The operators that a layer on one of the public ops calls, in its forward and backward.
 _CALLED = {
     "bottleneck_adapter": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+    "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
+    "lora_residual": ("lora_residual", "lora_residual_backward"),
     "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
     "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
     "ia3_linear": ("ia3_linear", "ia3_linear_backward"),
+    "ia3_scale": ("ia3_scale", "ia3_scale_backward"),
 }
 
 
@@ -113,8 +120,39 @@ def layer_reason(layer: Any) -> Optional[str]:
     return None
 
 
+def base_reason(layer: Any) -> Optional[str]:
+    """Why the base layer of ``layer`` has to run on its own, and not in the op."""
+    base = layer._modules["base_layer"]
+    if hooked(base):
+        return "hooks on base_layer would not run"
+    if bool(layer.__dict__.get("fan_in_fan_out")) is not (type(base) is Conv1D):
+        return f"fan_in_fan_out is {layer.__dict__.get('fan_in_fan_out')} over a {class_name(type(base))}"
+    return weight_reason(base)
+
+
+def alone_reason(layer: Any) -> Optional[str]:
+    """Why the base layer of ``layer``, which has to run on its own, may not return what the op takes."""
+    base = layer._modules["base_layer"]
+    for name, parameter in base._parameters.items():
+        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            return f"base_layer.{name} is a shard (FSDP or ZeRO-3)"
+        if parameter is not None and parameter.is_meta:
+            return f"base_layer.{name} is on meta"
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return "its base layer has no weight of its own"
+    return None if weight.dim() == 2 else f"base_layer.weight is {tuple(weight.shape)}, wanted 2 dimensions"
+
+
+def _is_linear(kind: type) -> bool:
+    """nn.Linear, and what computes the same: Falcon's x @ W.T + b."""
+    if kind is nn.Linear:
+        return True
+    return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
+
+
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Why the weight of ``base``, a Linear, NF4Linear or Linear4bit, can't be read by the ops as it lies."""
+    """Why the weight of ``base``, a Linear, Conv1D, NF4Linear or Linear4bit, can't be read by the ops as it lies."""
     kind = type(base)
     weight = base._parameters.get("weight")
     if kind in FOUR_BIT:
@@ -130,13 +168,13 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
             return f"autocast computes in {short(cast)}, the layer's compute_dtype is {short(base.compute_dtype)}"
         return None
-    if kind is not nn.Linear and kind is not NF4Linear:
-        return f"its base layer is a {class_name(kind)}, wanted Linear, NF4Linear or Linear4bit"
+    if kind is not NF4Linear and kind is not Conv1D and not _is_linear(kind):
+        return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear or Linear4bit"
     if reason := tensor_reason("its weight", weight):
         return reason
     if weight.requires_grad:
         return "its base weight requires grad"
-    if kind is nn.Linear and weight.dtype not in DTYPES:
+    if kind is not NF4Linear and weight.dtype not in DTYPES:
         return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
     return None
 
@@ -202,8 +240,9 @@ def enter(
     the dtype in which PEFT hands x to the base layer, x's own by default.
     """
     kind, bias, cast = type(base), base._parameters["bias"], autocast_dtype(x)
-    if kind is nn.Linear:
+    if kind is not NF4Linear and kind not in FOUR_BIT:
         weight = base._parameters["weight"]
+        weight = weight.t() if kind is Conv1D else weight
         if cast is None and not (weight.dtype is x.dtype and (bias is None or bias.dtype is x.dtype)):
             return None  # as in F.linear, an error
         return x, weight, bias, cast or x.dtype

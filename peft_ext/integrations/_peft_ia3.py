@@ -1,4 +1,7 @@
-"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`; several active adapters multiply their vectors first."""
+"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`; several active adapters multiply their vectors first.
+
+Over a base layer that has to run on its own the product with the vector alone is fused, :func:`peft_ext.ops.ia3_scale`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from ._peft_base import (
     DTYPES,
     Fused,
     MergesNF4,
+    alone_reason,
+    base_reason,
     enter,
     fuses,
-    hooked,
     kernel_reason,
     layer_reason,
     short,
     takes,
     tensor_reason,
-    weight_reason,
 )
 
 try:
@@ -42,15 +45,33 @@ class _IA3(Fused):
         held = self._modules["ia3_l"]
         return [held._parameters.get(name) for name in self.active_adapters if name in held]
 
-    def _stock_reason(self) -> Optional[str]:
-        return layer_reason(self) or self._reason(self._vectors())
+    # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
+    _scales_any_base = False
 
-    def _reason(self, vectors: list[Optional[Tensor]]) -> Optional[str]:
+    def _stock_reason(self) -> Optional[str]:
+        return self._how()[0]
+
+    def _partly(self) -> Optional[str]:
+        """Why the product with the vector alone is fused, where that is so."""
+        reason, alone = self._how()
+        return alone if reason is None else None
+
+    def _how(self) -> tuple[Optional[str], Optional[str]]:
+        """Why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        vectors = self._vectors()
+        if reason := layer_reason(self) or self._vectors_reason(vectors):
+            return reason, None
+        device = vectors[0].device.type
+        if reason := base_reason(self):
+            alone = alone_reason(self) if self._scales_any_base else "its class casts around the base layer"
+            return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason
+        return kernel_reason("ia3_linear", device), None
+
+    def _vectors_reason(self, vectors: list[Optional[Tensor]]) -> Optional[str]:
         if not vectors:
             return "no active adapter on this layer"
-        base = self._modules["base_layer"]
-        if hooked(base) or _has_any_global_hook():
-            return "hooks on base_layer would not run"
+        if _has_any_global_hook():
+            return "global hooks of torch.nn would not run"
         like = vectors[0]
         for vector in vectors:
             if reason := tensor_reason("ia3_l", vector):
@@ -60,28 +81,30 @@ class _IA3(Fused):
             if vector.dtype is not like.dtype or vector.device != like.device:
                 there = f"{short(vector.dtype)} on {vector.device}"
                 return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
-        if reason := kernel_reason("ia3_linear", like.device.type):
-            return reason
-        if self.__dict__.get("fan_in_fan_out"):
-            return "fan_in_fan_out is not fused"
-        return weight_reason(base)
+        return None
 
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
         """In which dtype PEFT hands x to the base layer, and what it returns; None: what the base layer does."""
         return x.dtype, None
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        vectors = self._vectors()
-        if layer_reason(self) is not None or self._reason(vectors) is not None or not takes(x):
+        reason, alone = self._how()
+        if reason is not None or not takes(x):
             return None
-        vector = vectors[0]
+        vector, *others = self._vectors()
+        for other in others:
+            vector = vector * other
+        base = self._modules["base_layer"]
+        if alone is not None:
+            if self.is_feedforward:
+                return base(ops.ia3_scale(x, vector.flatten()))
+            result = base(x)
+            return ops.ia3_scale(result, vector.flatten()) if takes(result) else None
         seen, dtype = self._dtypes(x, vector)
-        if (entered := enter(self._modules["base_layer"], x, seen)) is None:
+        if (entered := enter(base, x, seen)) is None:
             return None
         x, weight, bias, base_dtype = entered
         dtype = dtype or base_dtype
-        for other in vectors[1:]:
-            vector = vector * other
         y = ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
         return y if y.dtype is dtype else y.to(dtype)
 
@@ -90,7 +113,9 @@ if ia3 is not None:
 
     @fuses(ia3.Linear)
     class FusedIA3Linear(_IA3, MergesNF4, ia3.Linear):
-        """``peft.tuners.ia3.Linear`` over nn.Linear, NF4Linear or Linear4bit."""
+        """``peft.tuners.ia3.Linear`` over nn.Linear, Conv1D, NF4Linear or Linear4bit."""
+
+        _scales_any_base = True
 
         def _merged(
             self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor

@@ -1,6 +1,8 @@
 """PEFT's LoRA, DoRA and AdaLoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
-Several active adapters are one of the sum of their ranks: A and B concatenated, the scales as a scale per rank.
+Several active adapters are one of the sum of their ranks: A and B concatenated, the scales as a scale per rank. Over a
+base layer that has to run on its own (8-bit, of another class, with hooks) the low-rank part alone is fused, on
+:func:`peft_ext.ops.lora_residual`. A mixed batch is :func:`peft_ext.ops.grouped_lora_linear`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from ._peft_base import (
     DTYPES,
     Fused,
     MergesNF4,
+    alone_reason,
+    base_reason,
     enter,
     fuses,
     hooked,
@@ -28,7 +32,6 @@ from ._peft_base import (
     short,
     takes,
     tensor_reason,
-    weight_reason,
 )
 
 try:
@@ -61,7 +64,7 @@ _VARIANTS = {
 # accelerate's dora_dropout: the attribute of a layer that has another than PEFT's.
 DORA_DROPOUT = "_peft_ext_dora_dropout"
 
-_HOOKS = "hooks on base_layer, lora_A, lora_B or lora_dropout would not run"
+_HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
 
 # What stands against fusing one adapter, its lora_A and lora_B.
 _Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
@@ -75,28 +78,27 @@ def variant_name(variant: Any) -> str:
 # --- why a call takes the stock path ----------------------------------------------------------------------------------
 
 
-def _reason(layer: Any, names: list[str]) -> Optional[str]:
-    """What stands against fusing the adapters ``names``; a method's own checks are in ``layer._adapter``."""
+def _adapters_reason(layer: Any, names: list[str], several: bool) -> Optional[str]:
+    """What stands against fusing the adapters ``names``, over whatever base; a method's own checks are in
+    ``layer._adapter``."""
     if not names:
         return "no active adapter on this layer"
-    several = len(names) > 1
-    modules = layer._modules
-    base = modules["base_layer"]
-    if hooked(base) or _has_any_global_hook():
-        return _HOOKS
+    if _has_any_global_hook():
+        return "global hooks of torch.nn would not run"
+    dropouts = layer._modules["lora_dropout"]._modules
     like = None
     for name in names:
         reason, a, b = layer._adapter(name, several)
         if reason:
             return reason
-        dropout = modules["lora_dropout"]._modules[name]
+        dropout = dropouts[name]
         if hooked(dropout):
             return _HOOKS
         if type(dropout) is nn.Dropout:
             if dropout.training and (dropout.p >= 1.0 or dropout.inplace):
                 return f"{dropout} is not fused"
             if several and dropout.training and dropout.p > 0.0:
-                return "several active adapters draw a dropout mask each"
+                return "several adapters draw a dropout mask each"
         elif type(dropout) is not nn.Identity:
             return f"lora_dropout is a {type(dropout).__name__}, wanted nn.Dropout or nn.Identity"
         if reason := tensor_reason("lora_A", a) or tensor_reason("lora_B", b):
@@ -106,19 +108,25 @@ def _reason(layer: Any, names: list[str]) -> Optional[str]:
         if like is None:
             like = a
         elif a.dtype is not like.dtype or a.device != like.device:
-            return f"several active adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}"
-        scaling = layer.scaling[name]
-        # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
-        if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
-            return f"scaling is {type(scaling).__name__}, wanted a finite number"
-    op = "dora_linear" if names[0] in layer.lora_variant else "lora_linear"
-    if reason := kernel_reason(op, like.device.type):
-        return reason
+            return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}"
+        if reason := _scaling_reason(layer.scaling[name], a):
+            return reason
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)"
-    if layer.__dict__.get("fan_in_fan_out"):
-        return "fan_in_fan_out is not fused"
-    return weight_reason(base)
+    return None
+
+
+def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+    if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
+        return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
+    # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
+    if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
+        return f"scaling is {type(scaling).__name__}, wanted a finite number"
+    return None
+
+
+def _device(layer: Any, name: str) -> str:
+    return layer._pair(name)[0].device.type
 
 
 def _magnitude_reason(module: nn.Module) -> Optional[str]:
@@ -146,34 +154,72 @@ class _LowRank(Fused):
         return [name for name in self.active_adapters if name in held]
 
     def _stock_reason(self) -> Optional[str]:
-        return layer_reason(self) or _reason(self, self._names())
+        return self._how()[0]
+
+    def _partly(self) -> Optional[str]:
+        """Why the low-rank part alone is fused, where that is so."""
+        reason, onto = self._how()
+        return onto if reason is None else None
+
+    def _how(self) -> tuple[Optional[str], Optional[str]]:
+        """Why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        names = self._names()
+        if reason := layer_reason(self) or _adapters_reason(self, names, len(names) > 1):
+            return reason, None
+        dora, device = names[0] in self.lora_variant, _device(self, names[0])
+        if reason := base_reason(self):
+            if dora:
+                return reason, None
+            alone = alone_reason(self)
+            return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason
+        return kernel_reason("dora_linear" if dora else "lora_linear", device), None
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
         """``scaling`` times the adapter's own scale per rank ``[R]``, or None where it has none."""
         return None
 
+    def _bias(self, name: str) -> Optional[Tensor]:
+        """A bias of lora_B's ``[N]``, which PEFT scales with the rest; or None."""
+        return None
+
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in the dtype that PEFT returns; None: its own forward has to run."""
-        names = self._names()
-        if layer_reason(self) is not None or _reason(self, names) is not None or not takes(x):
+        reason, onto = self._how()
+        if reason is not None or not takes(x):
             return None
-        modules = self._modules
-        if (entered := enter(modules["base_layer"], x)) is None:
-            return None
-        x, weight, bias, dtype = entered
-        name = names[0]
-        if name in self.lora_variant:
-            return self._dora(name, x, weight, bias, dtype)
+        names, modules = self._names(), self._modules
+        base, name = modules["base_layer"], names[0]
+        if onto is None:
+            if (entered := enter(base, x)) is None:
+                return None
+            x, weight, bias, dtype = entered
+            if name in self.lora_variant:
+                return self._dora(name, x, weight, bias, dtype)
         if len(names) == 1:
-            (lora_A, lora_B), scaling, rank_scale = self._pair(name), self.scaling[name], self._rank_scale(name, 1.0)
+            (lora_A, lora_B), scaling = self._pair(name), self.scaling[name]
+            rank_scale = self._rank_scale(name, 1.0)
+            if isinstance(scaling, Tensor):
+                scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
         else:
             lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
         dropout = modules["lora_dropout"]._modules[name]
         drops = type(dropout) is nn.Dropout
-        y = ops.lora_linear(
-            x, weight, lora_A, lora_B, bias, scaling=scaling, rank_scale=rank_scale,
-            dropout_p=dropout.p if drops else 0.0, training=drops and dropout.training,
-        )  # fmt: skip
+        options = {"scaling": scaling, "rank_scale": rank_scale, "dropout_p": dropout.p if drops else 0.0,
+                   "training": drops and dropout.training}  # fmt: skip
+        if onto is None:
+            y = ops.lora_linear(x, weight, lora_A, lora_B, bias, **options)
+        else:
+            result = base(x)
+            dtype = result.dtype
+            if not takes(result) or result.shape[:-1] != x.shape[:-1]:
+                return None
+            wide = torch.promote_types(x.dtype, dtype)
+            # Autocast would round what the base layer returned, where PEFT adds to it.
+            with torch.autocast(x.device.type, enabled=False):
+                y = ops.lora_residual(x.to(wide), result.to(wide), lora_A, lora_B, **options)
+        for name in names:
+            if (bias := self._bias(name)) is not None:
+                y = y + self.scaling[name] * bias
         return y if y.dtype is dtype else y.to(dtype)
 
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
@@ -181,6 +227,10 @@ class _LowRank(Fused):
         pairs = [self._pair(name) for name in names]
         lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
         scalings = [self.scaling[name] for name in names]
+        if any(isinstance(scaling, Tensor) for scaling in scalings):
+            given = [_times(scaling, self._rank_scale(name, 1.0), a.shape[0], a.device)
+                     for name, scaling, (a, _) in zip(names, scalings, pairs, strict=True)]  # fmt: skip
+            return lora_A, lora_B, 1.0, torch.cat(given)
         scales = [self._rank_scale(name, scaling) for name, scaling in zip(names, scalings, strict=True)]
         if scales[0] is not None:
             return lora_A, lora_B, 1.0, torch.cat(scales)
@@ -193,8 +243,49 @@ class _LowRank(Fused):
         return lora_A, lora_B, 1.0, torch.cat(filled)
 
 
+def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = None) -> Tensor:
+    """``[R]`` float32: a scale that may be a tensor of one element, times the adapter's own."""
+    if not isinstance(scaling, Tensor):
+        scaling = torch.full((1,), scaling, dtype=torch.float32, device=device)
+    scaling = scaling.to(torch.float32).reshape(1)
+    return scaling.expand(rank) if rank_scale is None else scaling * rank_scale
+
+
 class Lora(_LowRank):
     """``lora.Linear`` and ``lora.Linear4bit``: modules lora_A and lora_B, one scale, DoRA's magnitude."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if names is not None and not args and len(kwargs) == 1:
+            self._check_forward_args(x, adapter_names=names)
+            if (y := self._mixed(x, names)) is not None:
+                return y
+        return super().forward(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Optional[Tensor]:
+        """A mixed batch, a name for each sample of x; None: PEFT's loop has to run.
+
+        A name that this layer does not have, ``__base__`` among them, is the base layer's alone.
+        """
+        held = self._modules["lora_A"]._modules
+        used = [name for name in dict.fromkeys(names) if name in held]
+        if not used or layer_reason(self) is not None or not takes(x) or x.dim() < 2:
+            return None
+        if _adapters_reason(self, used, True) is not None or base_reason(self) is not None:
+            return None
+        if any(isinstance(self.scaling[name], Tensor) or self._bias(name) is not None for name in used):
+            return None
+        if kernel_reason("grouped_lora_linear", _device(self, used[0])) is not None:
+            return None
+        if (entered := enter(self._modules["base_layer"], x)) is None:
+            return None
+        x, weight, bias, dtype = entered
+        pairs, index = [self._pair(name) for name in used], {name: i for i, name in enumerate(used)}
+        y = ops.grouped_lora_linear(
+            x, weight, [a for a, _ in pairs], [b for _, b in pairs], [index.get(name, -1) for name in names], bias,
+            scaling=[self.scaling[name] for name in used],
+        )  # fmt: skip
+        return y if y.dtype is dtype else y.to(dtype)
 
     def _names(self) -> list[str]:
         held = self._modules["lora_A"]._modules
@@ -212,6 +303,8 @@ class Lora(_LowRank):
                 return f"{variant_name(variant)} is not fused yet", None, None
             if several:
                 return "DoRA beside another active adapter is not fused", None, None
+            if isinstance(self.scaling[name], Tensor):
+                return "DoRA whose scaling is a tensor is not fused", None, None
             if reason := _magnitude_reason(modules["lora_magnitude_vector"]._modules[name]):
                 return reason, None, None
         lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -221,9 +314,14 @@ class Lora(_LowRank):
         if hooked(lora_A) or hooked(lora_B):
             return _HOOKS, None, None
         a, b = lora_A._parameters, lora_B._parameters
-        if a.get("bias") is not None or b.get("bias") is not None:
-            return "a bias on lora_A or lora_B (lora_bias) is not fused yet", None, None
+        if a.get("bias") is not None:
+            return "lora_A has a bias", None, None
+        if (bias := b.get("bias")) is not None and (reason := tensor_reason("lora_B's bias", bias, dim=1)):
+            return reason, None, None
         return None, a.get("weight"), b.get("weight")
+
+    def _bias(self, name: str) -> Optional[Tensor]:
+        return self._modules["lora_B"]._modules[name]._parameters.get("bias")
 
     def _dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
         """The dtype that PEFT's DoRA returns over a base layer that returns ``dtype``."""
@@ -390,6 +488,14 @@ if lora is not None:
 
 
 if lora is not None and bnb is not None:
+
+    @fuses(lora.Linear8bitLt)
+    class FusedLoraLinear8bitLt(Lora, lora.Linear8bitLt):
+        """``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part, over bitsandbytes' own 8-bit product."""
+
+    @fuses(adalora.SVDLinear8bitLt)
+    class FusedSVDLinear8bitLt(_AdaLora, adalora.SVDLinear8bitLt):
+        """``peft.tuners.adalora.bnb.SVDLinear8bitLt``, likewise."""
 
     @fuses(lora.Linear4bit)
     class FusedLoraLinear4bit(Lora, lora.Linear4bit):

@@ -53,8 +53,10 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's linear layers of LoRA (several active adapters
-            included), DoRA, AdaLoRA or (IA)³ over nn.Linear, NF4Linear or bitsandbytes ``Linear4bit``, or with
-            ``Linear4bit`` layers alone. A layer that can't be fused goes on as it was; :func:`explain` tells why.
+            included, and mixed batches by ``adapter_names``), DoRA, AdaLoRA or (IA)³ over nn.Linear, Conv1D, NF4Linear
+            or bitsandbytes ``Linear4bit``, or with ``Linear4bit`` layers alone. Over another base layer (bitsandbytes
+            ``Linear8bitLt``, one with hooks) the part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A
+            layer that can't be fused goes on as it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
@@ -95,7 +97,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """What one layer does: ``kind`` as "LoRA over Linear4bit"; ``reason`` is empty where ``fused``."""
+    """What one layer does: ``kind`` as "LoRA over Linear4bit".
+
+    ``reason``: why it is not fused; of a fused layer empty, or why its base layer runs on its own and the adapter's
+    part alone is fused.
+    """
 
     name: str
     kind: str
@@ -138,8 +144,8 @@ def explain(model: nn.Module) -> Explanation:
     """Which layers run fused right now, and why the others do not.
 
     "Right now" is literal: the rows change with ``train()``, ``set_adapter``, ``merge_adapter``, autocast and the rest
-    of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments such
-    as ``adapter_names``, and an input whose dtype does not fit, take the stock path as well.
+    of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments but
+    ``adapter_names``, and an input whose dtype does not fit, take the stock path as well.
 
     Raises: TypeError where model is no nn.Module.
     """
@@ -174,7 +180,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue
         if reason is None:
             reason = _NOT_ACCELERATED if type(module) in FUSED else module._stock_reason()
-        yield Row(name, kind, not reason, reason or "")
+        partly = None if reason else getattr(module, "_partly", lambda: None)()
+        yield Row(name, kind, not reason, reason or (f"the adapter's part: {partly}" if partly else ""))
 
 
 def _package(module: nn.Module) -> tuple[str, type]:

@@ -5,17 +5,20 @@ A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywh
 
 from .bottleneck import bottleneck_adapter
 from .dora import dora_linear, dora_weight_norm
+from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
-from .lora import lora_linear
+from .lora import lora_linear, lora_residual
 from .nf4 import nf4_dequantize, nf4_linear, nf4_quantize
 
 __all__ = [
     "bottleneck_adapter",
     "dora_linear",
     "dora_weight_norm",
+    "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",
     "lora_linear",
+    "lora_residual",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",

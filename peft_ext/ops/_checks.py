@@ -22,6 +22,8 @@ __all__ = [
     "check_float",
     "check_linear",
     "check_lora",
+    "check_low_rank",
+    "check_residual",
     "check_scale",
     "check_seed",
     "check_vector",
@@ -105,11 +107,16 @@ def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
 
 def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
     """lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
-    out_features, in_features = weight.shape
     held = weight.packed if isinstance(weight, NF4Weight) else weight
+    check_low_rank(op, tuple(weight.shape), held, "weight", lora_A, lora_B)
+
+
+def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+    """The same for a base of ``shape`` ``[N, K]``, on the device of ``beside``, the argument ``name``."""
+    out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_float(op, argument, value)
-        _check_device(op, argument, value, held, "weight")
+        _check_device(op, argument, value, beside, name)
         if value.dim() != 2:
             raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted 2 dimensions")
     if lora_A.shape[1] != in_features:
@@ -156,12 +163,20 @@ def check_bottleneck(
         if n != k:
             raise ValueError(f"{op}: up_weight has {n} rows, wanted x's {k} where residual is None")
         return
+    check_residual(op, x, residual, up_weight)
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor) -> None:
+    """residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``."""
     check_float(op, "residual", residual)
     _check_device(op, "residual", residual, x)
     if residual.dtype != x.dtype:
         raise TypeError(f"{op}: residual is {_name(residual.dtype)}, x is {_name(x.dtype)}")
-    if tuple(residual.shape) != (*x.shape[:-1], n):
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, wanted {(*x.shape[:-1], n)}")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., K]")
+    wanted = (*x.shape[:-1], out.shape[0] if out.dim() else 0)
+    if tuple(residual.shape) != wanted:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, wanted {wanted}")
 
 
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:

@@ -5,6 +5,8 @@
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
 ``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved: x, S and the seed. The mask is recomputed, x̃ is never written.
 
+``lora_residual`` is the same over a base of any kind that ran before: ``Y = residual + (S∘ρ) Bᵀ``; ``dresidual = dY``.
+
 Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); rank_scale: AdaLoRA (arXiv 2303.10512).
 """
 
@@ -22,7 +24,7 @@ from . import _checks as checks
 from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "lora_residual"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? rank_scale"
@@ -61,6 +63,18 @@ def _backward_fake(grad, x, *args):
     return grad_x, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), grad_scale
 
 
+def _residual_fake(x, residual, lora_A, *_args):
+    s = x.new_empty((tokens(x), lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
+    return residual.new_empty(residual.shape), s
+
+
+def _residual_backward_reference(grad, x, *args):
+    *args, needs_grad_x = args
+    grad_x, grad_a, grad_b, grad_scale = reference.lora_residual_backward(grad, x, *args)
+    grad_scale = args[3].new_empty(0, dtype=torch.float32) if args[2] is None else grad_scale
+    return grad_x if needs_grad_x else grad_x.new_empty(0), grad_a, grad_b, grad_scale
+
+
 define(
     "lora_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTER}, {_SCALE}) -> (Tensor y, Tensor s)",
@@ -72,6 +86,19 @@ define(
     f"(Tensor grad, Tensor x, {WEIGHT}, {_ADAPTER}, Tensor s, {_SCALE}, bool needs_grad_x)"
     " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_rank_scale)",
     reference=_backward_reference,
+    fake=_backward_fake,
+)
+define(
+    "lora_residual",
+    f"(Tensor x, Tensor residual, {_ADAPTER}, {_SCALE}) -> (Tensor y, Tensor s)",
+    reference=reference.lora_residual_forward,
+    fake=_residual_fake,
+)
+define(
+    "lora_residual_backward",
+    f"(Tensor grad, Tensor x, {_ADAPTER}, Tensor s, {_SCALE}, bool needs_grad_x)"
+    " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_rank_scale)",
+    reference=_residual_backward_reference,
     fake=_backward_fake,
 )
 
@@ -106,7 +133,34 @@ def _backward(ctx, grad, _grad_s):
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
+def _residual_setup_context(ctx, inputs, output):
+    x, _residual, lora_A, lora_B, rank_scale, scaling, dropout_p, seed = inputs
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    ctx.scale = (scaling, dropout_p)
+    ctx.save_for_backward(x, lora_A, lora_B, rank_scale, s, seed)
+
+
+def _residual_backward(ctx, grad, _grad_s):
+    refuse_double_backward("lora_residual")
+    if grad is None:
+        return (None,) * 8
+    x, lora_A, lora_B, rank_scale, s, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x = grad_a = grad_b = grad_scale = None
+    if needs[0] or any(needs[2:5]):
+        grad_x, grad_a, grad_b, grad_scale = _ops.lora_residual_backward(
+            grad, x, lora_A, lora_B, rank_scale, s, *ctx.scale, seed, needs[0]
+        )
+    found = (grad_x, grad, grad_a, grad_b, grad_scale, None, None, None)
+    return tuple(value if need else None for value, need in zip(found, needs, strict=True))
+
+
 torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    f"{NAMESPACE}::lora_residual", _residual_backward, setup_context=_residual_setup_context
+)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -164,3 +218,48 @@ def lora_linear(
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
     args = (bias, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)
     return _ops.lora_linear(x, *checks.weight_args(weight), *args)[0]
+
+
+def lora_residual(
+    x: Tensor,
+    residual: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    rank_scale: Optional[Tensor] = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """``Y = residual + scaling · (dropout(x) Aᵀ ∘ rank_scale) Bᵀ``: LoRA over a base of any kind, which ran before.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16; what the base layer took.
+        residual: ``[..., N]`` of x's dtype: what it returned.
+        lora_A, lora_B, rank_scale, scaling, dropout_p, training, seed: as in :func:`lora_linear`.
+
+    Returns: ``[..., N]`` of x's dtype, a new tensor: float32 sums, one rounding. Gradients flow to x, residual, lora_A,
+    lora_B and rank_scale; saved for backward: x, S ``[T, R]`` float32 and the seed. Under autocast x and residual are
+    cast to the autocast dtype; the adapters keep theirs.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Sources: as :func:`lora_linear`.
+    """
+    op = "lora_residual"
+    checks.check_float(op, "x", x)
+    checks.check_float(op, "residual", residual)
+    if (dtype := checks.autocast_dtype(x)) is not None:
+        x, residual = x.to(dtype), residual.to(dtype)
+    checks.check_residual(op, x, residual, lora_B)
+    checks.check_low_rank(op, (residual.shape[-1], x.shape[-1]), x, "x", lora_A, lora_B)
+    if rank_scale is not None:
+        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
+    checks.check_scale(op, scaling, dropout_p)
+    checks.check_seed(op, seed, x)
+    if checks.any_float64(x, lora_A, lora_B, rank_scale):
+        return in_float64(reference.lora_residual, x, residual, lora_A, lora_B, rank_scale=rank_scale, scaling=scaling,
+                          dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+    seed = common.dropout_seed(seed, dropout_p, training, x.device)
+    return _ops.lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)[0]

@@ -5,8 +5,9 @@ In float64 these are the oracle that every kernel is tested against. Nothing her
 
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
+from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
-from .lora import lora_linear, lora_linear_backward
+from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
 from .nf4 import dynamic_code, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
 from .philox import dropout_keep_mask
 
@@ -19,12 +20,15 @@ __all__ = [
     "dora_weight_norm_backward",
     "dropout_keep_mask",
     "dynamic_code",
+    "grouped_lora_linear",
     "ia3_linear",
     "ia3_linear_backward",
     "ia3_scale",
     "ia3_scale_backward",
     "lora_linear",
     "lora_linear_backward",
+    "lora_residual",
+    "lora_residual_backward",
     "nf4_code",
     "nf4_dequantize",
     "nf4_linear",

@@ -2,6 +2,8 @@
 
     x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale  (s without one)
 
+and ``lora_residual``, over a base of any kind that ran before: ``Y = residual + (S∘ρ) Bᵀ``.
+
 Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), AdaLoRA (arXiv 2303.10512) for the scale per rank.
 """
 
@@ -16,7 +18,14 @@ from torch import Tensor
 from ..weight import NF4Weight
 from ._common import dense, dropout_seed, dropped, rows, sum_dtype
 
-__all__ = ["lora_linear", "lora_linear_backward", "lora_linear_forward"]
+__all__ = [
+    "lora_linear",
+    "lora_linear_backward",
+    "lora_linear_forward",
+    "lora_residual",
+    "lora_residual_backward",
+    "lora_residual_forward",
+]
 
 
 def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Union[Tensor, float]:
@@ -58,14 +67,63 @@ def lora_linear_backward(
 
     ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``, ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.
     """
+    low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
+    grad_x = ((grad @ dense(weight, x.dtype)).to(low_rank.dtype) + low_rank).to(x.dtype)
+    return grad_x, *grads
+
+
+def lora_residual_forward(
+    x: Tensor,
+    residual: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_scale: Optional[Tensor],
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """``(Y [..., N], S [T, R])`` with ``Y = residual + (S∘ρ) Bᵀ``."""
+    wide = sum_dtype(x.dtype)
+    s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
+    y = residual.to(wide) + s @ (_rho(rank_scale, scaling, wide) * lora_B.to(wide)).t()
+    return y.to(x.dtype), s.reshape(-1, lora_A.shape[0])
+
+
+def lora_residual_backward(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_scale: Optional[Tensor],
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+    """As :func:`lora_linear_backward` without ``G W``; the residual's gradient is ``grad`` itself."""
+    low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
+    return low_rank.to(x.dtype), *grads
+
+
+def _low_rank_backward(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_scale: Optional[Tensor],
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+    """dX's term of the low rank, as it is summed, and the adapter's gradients."""
     wide = sum_dtype(x.dtype)
     rho, flat, b = _rho(rank_scale, scaling, wide), rows(grad).to(wide), lora_B.to(wide)
     p, gs = flat @ (rho * b), flat.t() @ s.to(wide)
     grad_a = p.t() @ rows(dropped(x.to(wide), dropout_p, seed))
     low_rank = dropped((p @ lora_A.to(wide)).view(x.shape), dropout_p, seed)
-    grad_x = ((grad @ dense(weight, x.dtype)).to(wide) + low_rank).to(x.dtype)
     grad_scale = None if rank_scale is None else (scaling * (b * gs).sum(0)).to(rank_scale.dtype)
-    return grad_x, grad_a.to(lora_A.dtype), (rho * gs).to(lora_B.dtype), grad_scale
+    return low_rank, grad_a.to(lora_A.dtype), (rho * gs).to(lora_B.dtype), grad_scale
 
 
 def lora_linear(
@@ -84,3 +142,20 @@ def lora_linear(
     """See :func:`peft_ext.ops.lora_linear`; gradients come from PyTorch's autograd."""
     seed = dropout_seed(seed, dropout_p, training, x.device)
     return lora_linear_forward(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)[0]
+
+
+def lora_residual(
+    x: Tensor,
+    residual: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    rank_scale: Optional[Tensor] = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """See :func:`peft_ext.ops.lora_residual`; gradients come from PyTorch's autograd."""
+    seed = dropout_seed(seed, dropout_p, training, x.device)
+    return lora_residual_forward(x, residual, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)[0]

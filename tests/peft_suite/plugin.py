@@ -2,7 +2,8 @@
 
 All ways to adapter layers (get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model) meet
 in ``BaseTuner.inject_adapter``; after it, :func:`peft_ext.accelerate` runs over the model. The forwards of accelerated
-layers are counted, by method and by what they did: a method of which nothing was fused was not tested.
+layers are counted, by method and by what they did, and the layers that ran fused, by kind: a method of which nothing
+was fused was not tested.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
+from weakref import WeakSet
 
+import pytest
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 import peft_ext
@@ -22,6 +28,9 @@ from peft_ext.integrations import peft as integration
 
 FUSED: Counter[str] = Counter()
 STOCK: Counter[str] = Counter()
+# Each layer once, however often it ran: a copy is another layer, and one that is gone gives its id to the next.
+LAYERS: Counter[str] = Counter()
+_seen: WeakSet[Any] = WeakSet()
 
 
 def _accelerated(inject: Callable) -> Callable:
@@ -34,33 +43,72 @@ def _accelerated(inject: Callable) -> Callable:
     return inject_adapter
 
 
+def _method(layer: Any) -> str:
+    method = integration._method(layer)
+    return f"{method}, several adapters" if len(layer.active_adapters) > 1 else method
+
+
+def _kind(layer: Any) -> str:
+    """As "LoRA: lora.Linear over Linear"."""
+    stock = _peft_base.STOCK[type(layer)]
+    package = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
+    base = _peft_base.class_name(type(layer.get_base_layer()))
+    return f"{_method(layer)}: {package}.{stock.__name__} over {base}"
+
+
 def _counted(fused: Callable) -> Callable:
     @functools.wraps(fused)
-    def forward(layer: Any, x: Any) -> Any:
-        y = fused(layer, x)
-        if y is not None:
-            method = integration._method(layer)
-            FUSED[f"{method}, several adapters" if len(layer.active_adapters) > 1 else method] += 1
-        else:
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        y = fused(layer, *args, **kwargs)
+        if y is None:
             STOCK[layer._stock_reason() or "x does not fit"] += 1
+            return y
+        FUSED[_method(layer)] += 1
+        if layer not in _seen:
+            _seen.add(layer)
+            LAYERS[_kind(layer)] += 1
         return y
 
     return forward
 
 
-def pytest_configure() -> None:
-    BaseTuner.inject_adapter = _accelerated(BaseTuner.inject_adapter)
+def count_fused() -> None:
+    """Count what accelerated layers do from now on."""
     for layer in _peft_base.STOCK:
         if issubclass(layer, _peft_base.Fused):
             layer._fused = _counted(layer._fused)
 
 
+def counts() -> dict[str, dict[str, int]]:
+    """Fused forwards by method, and layers that ran fused by kind."""
+    return {"forwards": dict(FUSED), "layers": dict(LAYERS)}
+
+
+def pytest_configure() -> None:
+    BaseTuner.inject_adapter = _accelerated(BaseTuner.inject_adapter)
+    count_fused()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A model under FSDP takes the stock path, and is compared with one that is fused: they round differently.
+
+    The outputs are log-probabilities, whose small ones are differences of numbers near 10 and good to 1e-6 at most;
+    allclose's own atol is 1e-8, for two runs of the same code.
+    """
+    with ExitStack() as stack:
+        if "fsdp_wrapped" in item.name:
+            stack.enter_context(patch.object(torch, "allclose", functools.partial(torch.allclose, atol=1e-6)))
+        return (yield)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     total = FUSED.total() + STOCK.total()
     terminalreporter.write_line(f"peft_ext: {FUSED.total()} fused forwards, of {total} of accelerated layers")
-    for kind, counts in (("fused", FUSED), ("stock", STOCK)):
-        for name, count in counts.most_common():
+    terminalreporter.write_line(f"peft_ext: {LAYERS.total()} layers ran fused")
+    for kind, counter in (("fused", FUSED), ("stock", STOCK), ("layers", LAYERS)):
+        for name, count in counter.most_common():
             terminalreporter.write_line(f"{count:>8}  {kind}: {name}")
     if path := os.environ.get("PEFT_EXT_SUITE_COUNT"):
         with open(path, "w") as file:
-            json.dump(FUSED, file)
+            json.dump(counts(), file)

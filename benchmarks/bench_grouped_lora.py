@@ -1,0 +1,130 @@
+"""A mixed batch: eight samples of one batch, each with an adapter of its own, without autograd, as PEFT serves it.
+
+T tokens are eight samples of T / 8 (fewer tokens, fewer samples); T = 8 is generation, a token each. PEFT
+(``adapter_names``) takes a sample's rows out of x and adds to its rows of the output, one adapter after the other. The
+floor is the frozen layer's product and the low rank's two. "frozen" is PyTorch's bf16 F.linear alone: what the adapters
+may cost at all is ours less that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison, Contender
+from .peers import RANK, SCALING, Problem, Turns, bitsandbytes_linear, dense, entered_once, frozen, gather, peft_name
+
+ADAPTERS = 8
+SETS = 4  # of eight adapters, in turn: together with the weights they do not stay in the cache
+
+Adapters = tuple[list[Tensor], list[Tensor]]
+
+
+def _sets(problem: Problem, count: int) -> Turns[Adapters]:
+    draw = torch.Generator(problem.device).manual_seed(1)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=problem.device) * std
+
+    first = (
+        [normal(RANK, problem.k, std=(3 * problem.k) ** -0.5) for _ in range(count)],
+        [normal(problem.n, RANK, std=0.02) for _ in range(count)],
+    )
+    copies = [([a.clone() for a in first[0]], [b.clone() for b in first[1]]) for _ in range(SETS - 1)]
+    return Turns([first, *copies])
+
+
+def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
+    count = min(ADAPTERS, problem.tokens)
+    samples = problem.x.detach().view(count, problem.tokens // count, problem.k)
+    sets, weights, order = _sets(problem, count), problem.weights(base), list(range(count))
+
+    def exact() -> dict[str, Tensor]:
+        lora_A, lora_B = sets.items[0]
+        y = samples.double() @ problem.wide_weight(base).t()
+        delta = [
+            SCALING * x.double() @ a.double().t() @ b.double().t()
+            for x, a, b in zip(samples, lora_A, lora_B, strict=True)
+        ]
+        return {"y": y + torch.stack(delta)}
+
+    held: list[Any] = []
+
+    def take() -> None:
+        held[:] = (weights.next(), *sets.next())
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        weight, lora_A, lora_B = held
+        return ops.grouped_lora_linear(samples, weight, lora_A, lora_B, order, scaling=[SCALING] * count)
+
+    @torch.no_grad()
+    def eager() -> Tensor:
+        weight, lora_A, lora_B = held
+        y = F.linear(samples, dense(weight))
+        low_rank = torch.bmm(torch.bmm(samples.float(), torch.stack(lora_A).mT), torch.stack(lora_B).mT)
+        return y + (SCALING * low_rank).to(y.dtype)
+
+    def contender(run: Any) -> Contender:
+        return Contender(run, lambda y: {"y": y}, exact, take)
+
+    makers = {
+        "ours": lambda: contender(ours),
+        peft_name(base): lambda: _peft(problem, base, sets, samples, exact),
+        "torch eager": lambda: contender(eager),
+        "frozen": lambda: frozen(problem, training=False),
+    }
+    contenders, absent = gather(makers)
+    t, k, n = problem.tokens, problem.k, problem.n
+    moved = problem.weight_bytes(base) + 2 * t * (k + n) + 4 * count * RANK * (k + n)
+    return Comparison(contenders, moved, 2 * t * n * k + 2 * t * RANK * (k + n), absent=absent)
+
+
+def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
+    """PEFT's layer with eight adapters, called with the name of each sample's."""
+    from peft import LoraConfig, get_peft_model
+
+    weights = problem.weights(base)
+    if base == "bf16":
+        linear: nn.Module = nn.Linear(problem.k, problem.n, bias=False, device="meta", dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(weights.items[0], requires_grad=False)
+    else:
+        linear = bitsandbytes_linear(weights.items[0])
+    config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["proj"])
+    names = [f"adapter{i}" for i in range(len(samples))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(nn.ModuleDict({"proj": linear}), config, names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config)
+    layer = model.base_model.model.proj.eval()
+    entered = entered_once(weights, lambda weight: weight if base == "bf16" else weight.to_bitsandbytes())
+
+    def take() -> None:
+        weight = entered(weights.next())
+        if base == "bf16":
+            layer.base_layer.weight.data = weight
+        else:
+            layer.base_layer.weight, layer.base_layer.quant_state = weight, weight.quant_state
+        for name, a, b in zip(names, *sets.next(), strict=True):
+            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a, b
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return layer(samples, adapter_names=names)
+
+    return Contender(run, lambda y: {"y": y}, exact, take)
+
+
+VARIANTS = tuple(
+    Variant("grouped_lora_linear", f"{name} base, {ADAPTERS} adapters", partial(_mixed, base), (8, 512), (8, 512), True)
+    for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
+)

@@ -1,0 +1,33 @@
+// The adapted linear layer with an adapter for each sample, on the CPU. See linear/groups.h.
+#include <tuple>
+
+#include "linear/adapted_linear.h"
+
+namespace peft_ext {
+namespace {
+
+std::tuple<Tensor, Tensor> grouped_lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
+                                                   std::optional<Tensor> nested_absmax,
+                                                   std::optional<Tensor> nested_code,
+                                                   std::optional<Tensor> nested_offset, int64_t blocksize,
+                                                   std::vector<int64_t> shape, std::optional<Tensor> bias,
+                                                   std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+                                                   std::vector<double> scaling, std::vector<int64_t> adapters) {
+  constexpr const char* kOp = "grouped_lora_linear";
+  const FrozenWeight held =
+      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x has no dimensions, wanted [..., K]");
+  const Groups groups =
+      make_groups(kOp, lora_A, lora_B, scaling, adapters, rows_of(x), held.in_features(), held.out_features());
+  Adapter adapter;
+  adapter.groups = &groups;
+  const AdaptedForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
+  return {out.y, out.s};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cpu));
+}

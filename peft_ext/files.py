@@ -1,0 +1,341 @@
+"""Files and folders written whole or not at all: what a path names is the old content or the new, at every moment.
+
+::
+
+    with atomic_file("run.json") as file:
+        file.write(text)
+    with atomic_folder("model", overwrite=True) as folder:
+        ...                              # write into folder; it takes the path's place as the block ends
+    save_adapter(model, "adapter")       # PEFT's save_pretrained in such a folder
+
+Content is written beside its place under a hidden name, flushed to the disk (fsync), then renamed. On an error, a full
+disk among them, what was there stays, and what was written goes. What a killed run left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Optional, Union
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers can't be told from what is being written, and stay
+    fcntl = None
+
+__all__ = ["atomic_file", "atomic_folder", "save_adapter"]
+
+_PART, _OLD = "part", "old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
+    """An open file whose content is at ``path`` once the block has ended, and nowhere if it raises.
+
+    Args:
+        path: the file, there or not; its folder is there. A symbolic link is followed, the link stays.
+        mode: "w" or "wb".
+        kwargs: ``open``'s others: ``encoding`` (default: utf-8), ``newline`` and the like.
+
+    Raises: ValueError where mode is another; OSError as ``open``, ``write`` and ``os.replace`` raise it.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_file: mode is {mode!r}, wanted 'w' or 'wb'")
+    if mode == "w":
+        kwargs.setdefault("encoding", "utf-8")
+    target = Path(os.path.realpath(path))
+    _remove_leftovers(target)
+    part, file = _locked_file(target, mode.replace("w", "x"), kwargs)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, part)
+            os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which is at ``path`` once the block has ended, and nowhere if it raises.
+
+    A folder that is there is exchanged for the new one by a single call of the system (Linux ``renameat2``), so that
+    ``path`` is never missing. Where a file system has no such call it is moved aside first: a process killed between
+    the two leaves the old folder under a hidden name, and the next call puts it back. A folder that can't be renamed, a
+    mount point or the working folder of this process, is written file by file, in the order in which they were made.
+
+    Args:
+        path: the folder, there or not; folders above it are made. A symbolic link is followed, the link stays.
+        overwrite: replace a folder that is there and not empty, whole: nothing of it stays.
+        keep: with overwrite: files of the old folder that the new one has not stay, by hard links where these can be
+            made. Subfolders are merged.
+
+    Yields: the folder to write into, empty, on the file system of ``path``.
+
+    Raises: FileExistsError where ``path`` is a folder that is not empty, without overwrite; NotADirectoryError where it
+    is a file; OSError as the system raises it.
+    """
+    target = Path(os.path.realpath(path))
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    inside = _stays(target)
+    part, lock = _locked_folder(target / target.name if inside else target)
+    try:
+        yield part
+        if keep and target.is_dir() and not inside:
+            _carry_over(target, part)
+        _sync_tree(part)
+        if inside:
+            _check_free(target, overwrite)
+            _move_into(part, target, keep)
+        else:
+            _put(part, target, overwrite)
+        _sync_folder(target if inside else target.parent)
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(part, ignore_errors=True)  # on success: nothing, or the old folder
+
+
+def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
+    """``model.save_pretrained(path)``, atomic: configuration and weights are both the old ones or both the new.
+
+    For PEFT's methods and for this project's; weights are safetensors. Other files in the folder stay as they are
+    (checkpoints, logs, the adapters of other names); see :func:`atomic_folder` on how it is replaced.
+
+    Args:
+        model: a PeftModel.
+        path: the folder. overwrite: replace an adapter that is in it.
+        kwargs: ``save_pretrained``'s others: ``selected_adapters``, ``save_embedding_layers`` and the like.
+
+    Raises: TypeError where model has no adapters; ValueError where kwargs ask for a pickle; FileExistsError where there
+    is an adapter in ``path``, without overwrite; OSError as the system raises it.
+    """
+    from peft import PeftModel
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"save_adapter: model is {type(model).__name__}, wanted a PeftModel")
+    if not kwargs.setdefault("safe_serialization", True):
+        raise ValueError("save_adapter: safe_serialization is False, wanted True: a pickle runs code as it is read")
+    target = Path(os.path.realpath(path))
+    if not overwrite:
+        for name in model.peft_config:
+            folder = target if name == "default" else target / name
+            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+                if (folder / file).exists():
+                    text = "save_adapter: there is an adapter, give overwrite=True"
+                    raise FileExistsError(errno.EEXIST, text, str(folder))
+    with atomic_folder(target, overwrite=True, keep=True) as folder:
+        card = target / "README.md"
+        if card.is_file():
+            shutil.copy(card, folder)  # PEFT brings a card up to date in place
+        model.save_pretrained(str(folder), **kwargs)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.{kind}")
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    if not overwrite and target.is_dir() and not all(map(_leftover, target.iterdir())):
+        raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
+
+
+def _stays(target: Path) -> bool:
+    """Whether a folder can't be renamed, or must not be: the process's relative paths would go on in the old one."""
+    if not target.is_dir():
+        return False
+    return target.is_mount() or Path.cwd().is_relative_to(target)
+
+
+def _leftover(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.suffix in (f".{_PART}", f".{_OLD}")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What killed runs left of ``target``: a folder that was moved aside comes back if nothing took its place."""
+    start, size = f".{target.name}.", len(secrets.token_hex(6))
+    for folder in (target.parent, target):
+        with contextlib.suppress(OSError):
+            for entry in list(folder.iterdir()) if folder.is_dir() else []:
+                token = entry.name.removeprefix(start).partition(".")[0]
+                if not (_leftover(entry) and entry.name.startswith(start) and len(token) == size):
+                    continue
+                if entry.suffix == f".{_OLD}" and not target.exists():
+                    entry.rename(target)
+                elif _abandoned(entry):
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+
+
+# --- locks: a process that dies lets go of them -----------------------------------------------------------------------
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def _abandoned(entry: Path) -> bool:
+    if fcntl is None:
+        return False
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        return _lock(handle, wait=False)
+    finally:
+        os.close(handle)
+
+
+def _locked_folder(target: Path) -> tuple[Path, Optional[int]]:
+    """A new hidden folder beside ``target``, and the handle that holds its lock."""
+    while True:
+        part = _hidden(target, _PART)
+        part.mkdir()
+        if fcntl is None:
+            return part, None
+        handle = os.open(part, os.O_RDONLY)
+        _lock(handle, wait=True)
+        if part.exists():  # else another process took it for a leftover before the lock was there
+            return part, handle
+        os.close(handle)
+
+
+def _locked_file(target: Path, mode: str, kwargs: dict[str, Any]) -> tuple[Path, IO[Any]]:
+    while True:
+        part = _hidden(target, _PART)
+        file = open(part, mode, **kwargs)
+        _lock(file.fileno(), wait=True)
+        if part.exists():
+            return part, file
+        file.close()
+
+
+# --- putting ----------------------------------------------------------------------------------------------------------
+
+
+def _put(part: Path, target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        shutil.copymode(target, part)
+        if overwrite and any(target.iterdir()):
+            if not _exchange(part, target):
+                _move_aside(part, target)
+            return
+        if os.name == "nt":
+            target.rmdir()
+    os.rename(part, target)  # onto an empty folder, or an error
+
+
+def _move_aside(part: Path, target: Path) -> None:
+    old = _hidden(target, _OLD)
+    os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system can't."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _move_into(part: Path, target: Path, keep: bool) -> None:
+    """Each file of ``part`` to its place, oldest first: what makes a folder complete is written last."""
+    entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+    names = {entry.name for entry in entries}
+    for entry in entries:
+        place = target / entry.name
+        if place.is_dir() and not place.is_symlink():
+            if keep and entry.is_dir():
+                _move_into(entry, place, keep)
+                continue
+            shutil.rmtree(place)
+        os.replace(entry, place)
+    for entry in [] if keep else target.iterdir():
+        if entry.name not in names and entry != part:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """What ``old`` has and ``new`` has not, into ``new``."""
+    for entry in old.iterdir():
+        place, there = new / entry.name, os.path.lexists(new / entry.name)
+        if _leftover(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if not there:
+                place.mkdir()
+                shutil.copystat(entry, place)
+            if place.is_dir():
+                _carry_over(entry, place)
+        elif not there:
+            try:
+                os.link(entry, place, follow_symlinks=False)
+            except (OSError, NotImplementedError):
+                shutil.copy2(entry, place, follow_symlinks=False)
+
+
+# --- fsync ------------------------------------------------------------------------------------------------------------
+
+
+def _sync_tree(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_symlink():
+            continue
+        if entry.is_dir():
+            _sync_tree(entry)
+        elif entry.is_file():
+            handle = os.open(entry, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse it for folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)

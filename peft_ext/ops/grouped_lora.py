@@ -1,0 +1,182 @@
+"""LoRA over a frozen weight, dense or NF4, with an adapter for each sample: a mixed batch in one call.
+
+    S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
+
+Backward: of each adapter as :func:`peft_ext.ops.lora_linear`'s on its own samples. Saved: x and S.
+
+Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..reference import _common as common
+from ..reference import grouped_lora as reference
+from ..weight import NF4Weight
+from . import _checks as checks
+from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .nf4 import refuse_double_backward, sum_rows
+
+__all__ = ["grouped_lora_linear"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _forward_reference(x, *args):
+    *weight, bias, lora_A, lora_B, scaling, adapters = args
+    return reference.grouped_lora_linear_forward(
+        x, checks.unpack_weight(*weight, x.dtype), bias, lora_A, lora_B, scaling, adapters
+    )
+
+
+def _forward_fake(x, *args):
+    *weight, _bias, lora_A, _lora_B, _scaling, _adapters = args
+    s = x.new_empty((tokens(x), max(a.shape[0] for a in lora_A)), dtype=common.sum_dtype(x.dtype))
+    return x.new_empty((*x.shape[:-1], weight[-1][0])), s
+
+
+define(
+    "grouped_lora_linear",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, int[] adapters)"
+    " -> (Tensor y, Tensor s)",
+    reference=_forward_reference,
+    fake=_forward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    x, *weight, _bias, lora_A, lora_B, scaling, adapters = inputs
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+    ctx.blocksize_shape = weight[5:]
+    ctx.scaling, ctx.adapters = scaling, adapters
+    ctx.save_for_backward(x, s, *weight[:5], *lora_A, *lora_B)
+
+
+def _backward(ctx, grad, _grad_s):
+    refuse_double_backward("grouped_lora_linear")
+    count, adapters = len(ctx.scaling), ctx.adapters
+    x, s, *saved = ctx.saved_tensors
+    weight, lora_A, lora_B = (*saved[:5], *ctx.blocksize_shape), saved[5 : 5 + count], saved[5 + count :]
+    needs = ctx.needs_input_grad
+    grad_a, grad_b = [None] * count, [None] * count
+    grad_x = grad_bias = None
+    # An empty list of numbers is no leaf, where PyTorch takes lists of tensors apart.
+    rest = (None, adapters if not adapters else None)
+    if grad is None:
+        return (None,) * 9 + (grad_a, grad_b, *rest)
+    if needs[0]:
+        grad_x = torch.zeros_like(x)
+    s = s.view(*x.shape[:-1], s.shape[-1])
+    for group in sorted(set(adapters)):
+        wanted = group >= 0 and (needs[9][group] or needs[10][group])
+        if not (needs[0] or wanted):
+            continue
+        index = torch.tensor(reference.samples_of(adapters, group), device=x.device)
+        part = grad.index_select(0, index)
+        if group < 0:
+            part_x = _frozen_backward(part, weight)
+        else:
+            a, b = lora_A[group], lora_B[group]
+            rank_s = s.index_select(0, index)[..., : a.shape[0]].reshape(-1, a.shape[0])
+            part_x, found_a, found_b, _ = _ops.lora_linear_backward(
+                part, x.index_select(0, index), *weight, a, b, None, rank_s, ctx.scaling[group], 0.0, None, needs[0]
+            )
+            grad_a[group] = found_a if needs[9][group] else None
+            grad_b[group] = found_b if needs[10][group] else None
+        if needs[0]:
+            grad_x.index_copy_(0, index, part_x)
+    for group in range(count):  # no sample has it
+        if needs[9][group] and grad_a[group] is None:
+            grad_a[group] = torch.zeros_like(lora_A[group])
+        if needs[10][group] and grad_b[group] is None:
+            grad_b[group] = torch.zeros_like(lora_B[group])
+    if needs[8]:
+        grad_bias = sum_rows(grad)
+    return (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, *rest)
+
+
+def _frozen_backward(grad: Tensor, weight: tuple) -> Tensor:
+    """``dX = dY W``."""
+    if weight[1] is not None:
+        return _ops.nf4_linear_backward(grad, *weight)
+    with torch.autocast(grad.device.type, enabled=False):
+        return grad @ weight[0]
+
+
+torch.library.register_autograd(f"{NAMESPACE}::grouped_lora_linear", _backward, setup_context=_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    adapters: Sequence[int],
+    bias: Optional[Tensor] = None,
+    *,
+    scaling: Sequence[float] = (),
+) -> Tensor:
+    """``Y_i = x_i Wᵀ + s_g · x_i A_gᵀ B_gᵀ + b`` with ``g = adapters[i]``, over a frozen weight.
+
+    Args:
+        x: ``[samples, ..., K]``, float32, bfloat16 or float16.
+        weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
+        lora_A: G of them, ``[R_g, K]``; lora_B: ``[N, R_g]``; each of any float dtype. Ranks may differ.
+        adapters: for each sample the index of its adapter, or -1 for none. Samples of one adapter that lie beside
+            each other are one product.
+        bias: ``[N]`` of x's dtype.
+        scaling: a finite number for each adapter; default: ones.
+
+    Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
+    bias, in their own dtypes; saved for backward: x and S ``[T, max R]`` float32. Under autocast x, bias and a dense
+    weight are cast to the autocast dtype; the adapters keep theirs.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
+    """
+    op = "grouped_lora_linear"
+    checks.check_float(op, "x", x)
+    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
+    checks.check_linear(op, x, weight)
+    lora_A, lora_B, scaling = list(lora_A), list(lora_B), list(scaling) or [1.0] * len(lora_A)
+    if not lora_A or len(lora_B) != len(lora_A) or len(scaling) != len(lora_A):
+        raise ValueError(f"{op}: {len(lora_A)} of lora_A, {len(lora_B)} of lora_B and {len(scaling)} of scaling, "
+                         "wanted as many, and at least 1")  # fmt: skip
+    for a, b, s in zip(lora_A, lora_B, scaling, strict=True):
+        checks.check_lora(op, weight, a, b)
+        checks.check_scale(op, s)
+    checks.check_bias(op, bias, x, weight.shape[0])
+    adapters = _checked_adapters(op, adapters, x, len(lora_A))
+    if checks.any_float64(x, *lora_A, *lora_B):
+        return in_float64(reference.grouped_lora_linear, x, weight, lora_A, lora_B, adapters, bias, scaling=scaling)
+    args = (bias, lora_A, lora_B, [float(s) for s in scaling], adapters)
+    return _ops.grouped_lora_linear(x, *checks.weight_args(weight), *args)[0]
+
+
+def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -> list[int]:
+    adapters = list(adapters)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [samples, ..., K]")
+    if len(adapters) != x.shape[0]:
+        raise ValueError(f"{op}: adapters has {len(adapters)} elements, wanted {x.shape[0]}, one for each sample of x")
+    for group in adapters:
+        if not isinstance(group, int) or not -1 <= group < count:
+            raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")
+    return adapters

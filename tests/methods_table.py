@@ -1,0 +1,100 @@
+"""The table of methods and ways in docs/methods.md: cells as tests saw them, drawn as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+__all__ = ["Cell", "Table", "split"]
+
+# What may change a cell without a change here: how many breaks torch.compile finds, what PEFT says where it refuses.
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_VERSIONS = "Drawn with "
+_NONE = "—"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``text`` in a few words; ``notes``, each a footnote, shared by the cells that say the same."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls, *reasons: str) -> Cell:
+        """A cell without meaning, and why. Raises ValueError where no reason is given."""
+        if not reasons or not all(reasons):
+            raise ValueError(f"Cell.none: reasons are {reasons}, wanted at least one")
+        return cls(_NONE, reasons)
+
+    def __post_init__(self) -> None:
+        for text in (self.text, *self.notes):
+            if not text or "\n" in text or "|" in self.text:
+                raise ValueError(f"Cell: {text!r} can't stand in a table, wanted one line, and no | outside of notes")
+
+
+@dataclass
+class Table:
+    """Rows by name, columns by title, and a cell for each pair.
+
+    Args:
+        introduction: the paragraph above the table. command: what draws it anew, below the introduction.
+        columns: by title, what the column's tests do; the tests add theirs as they are defined.
+    """
+
+    introduction: str
+    command: str
+    rows: tuple[str, ...]
+    columns: dict[str, str] = field(default_factory=dict)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+
+    def __setitem__(self, place: tuple[str, str], cell: Cell) -> None:
+        row, column = place
+        if row not in self.rows or column not in self.columns:
+            raise KeyError(f"Table: {place} is no place, wanted one of {self.rows} and one of {tuple(self.columns)}")
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Table: {place} is given a {type(cell).__name__}, wanted a Cell")
+        self.cells[place] = cell
+
+    def missing(self) -> list[tuple[str, str]]:
+        """The places that have no cell yet."""
+        return [(row, column) for row in self.rows for column in self.columns if (row, column) not in self.cells]
+
+    def draw(self) -> str:
+        """The document. Raises ValueError where a cell is missing."""
+        if missing := self.missing():
+            raise ValueError(f"Table: {len(missing)} cells are missing, the first is {missing[0]}")
+        numbers: dict[str, int] = {}  # by footnote, in the order in which a reader meets them
+
+        def drawn(cell: Cell) -> str:
+            marks = [f"[^{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes]
+            return cell.text + "".join(marks)
+
+        rows = [["method", *self.columns]]
+        rows += [[row, *(drawn(self.cells[row, column]) for column in self.columns)] for row in self.rows]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        table = "\n".join(lines)
+        about = "\n".join(_filled(f"- **{title}**: {text}", "  ") for title, text in self.columns.items())
+        notes = "\n".join(_filled(f"[^{number}]: {note}", "    ") for note, number in numbers.items())
+        command = f"```bash\n{self.command}\n```"
+        parts = ["# Methods", _filled(self.introduction), command, table, about, notes, _drawn_with()]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _drawn_with() -> str:
+    # Without a local part such as +cpu: the table is the same for every build of a release.
+    return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
+
+
+def split(document: str) -> tuple[str, str]:
+    """A drawn document without its last line, and this line: the libraries it is of."""
+    body, _, last = document.rstrip("\n").rpartition("\n\n")
+    if not last.startswith(_VERSIONS):
+        raise ValueError(f"split: the document ends in {last[:60]!r}, wanted a line that starts with {_VERSIONS!r}")
+    return body, last
