@@ -818,21 +818,29 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(base, sa
         nf4.dequantize(torch.float32) + layer.get_delta_weight("default"), nf4.blocksize, nf4.nested is not None
     )
     model.merge_adapter(safe_merge=safe)
-    for name, tensor in layer.base_layer.nf4.tensors().items():
-        assert torch.equal(tensor, wanted.tensors()[name]), name
+    merged = layer.base_layer.nf4
+    # A code may fall on the other side of a threshold: the sums of B A have another order.
+    found = merged.dequantize(torch.float32)
+    assert ((found - wanted.dequantize(torch.float32)).abs() > 1e-4).float().mean() < 1e-2
+    error = layer.base_layer.merge_error
+    dense = nf4.dequantize(torch.float32) + layer.get_delta_weight("default")
+    assert error == pytest.approx(((found - dense).norm() / dense.norm()).item(), rel=0.05)
+    assert f"requantizing moved its weight by {error:.2%}" in peft_ext.explain(model).rows[0].reason
     assert layer.base_layer.nf4.dtype is nf4.dtype and layer.base_layer.weight.dtype is torch.uint8
     # NF4 keeps about 10% of a weight's norm as error; the adapter's share is far above it
     assert (model(x) - unmerged).norm() < 0.5 * unmerged.norm()
     clone = copy.deepcopy(model)
-    for merged in (model, clone):
-        merged.unmerge_adapter()
-        assert_identical(merged.state_dict(), before)
-        assert torch.equal(merged(x), unmerged)
-        assert _peft_base.KEPT not in vars(first(merged))
+    for copied in (model, clone):
+        copied.unmerge_adapter()
+        assert_identical(copied.state_dict(), before)
+        assert torch.equal(copied(x), unmerged)
+        assert _peft_base.KEPT not in vars(first(copied)) and first(copied).base_layer.merge_error is None
     model.merge_and_unload(safe_merge=safe)
     base_layer = model.base_model.model.up
     assert type(base_layer) is NF4Linear
-    assert torch.equal(base_layer.weight, wanted.packed)
+    assert torch.equal(base_layer.weight, merged.packed)
+    row = peft_ext.explain(model.base_model.model).rows[0]
+    assert (row.kind, row.fused) == ("NF4Linear", True) and f"requantizing moved it by {error:.2%}" in row.reason
 
 
 def test_merging_several_adapters_into_nf4_rounds_once():

@@ -376,7 +376,7 @@ def test_error_messages(case: Case) -> None:
 def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config) -> None:
     """A battery over the fallback would prove nothing."""
     assert _native.STATE.module is not None
-    # Merging is no hot path: on the CPU the reference, which is one matrix product of PyTorch's, serves.
+    # What nf4_merge starts from on a GPU; on the CPU that is one pass.
     by_reference = ["nf4_dequantize_merged"] if pytestconfig.getoption("--device") == "cpu" else []
     assert [name for name in _library.OPS if not _library.has_kernel(name, device.type.upper())] == by_reference
 
@@ -629,3 +629,55 @@ def test_rank_scale_of_ones_is_none_and_of_zeros_the_base(device: torch.device) 
     torch.testing.assert_close(y, x @ w.t())
     (grad,) = torch.autograd.grad(y.sum(), zero)
     torch.testing.assert_close(grad, 0.5 * (x @ a.t()).sum(0) * b.sum(0))
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested"])
+@pytest.mark.parametrize(
+    ("n", "k", "r", "blocksize"),
+    [(96, 64, 16, 64), (33, 65, 5, 32), (1, 1, 1, 64), (70, 515, 33, 256), (0, 32, 4, 64), (700, 256, 8, 64),
+     (5, 4096, 2, 4096)],
+)  # fmt: skip
+@pytest.mark.parametrize("scaled", [False, True])
+def test_merge_is_the_references_but_where_a_sum_falls_on_a_threshold(
+    base: str, n: int, k: int, r: int, blocksize: int, scaled: bool, device: torch.device
+) -> None:
+    nf4 = reference.nf4_quantize(randn(n, k, dtype=torch.bfloat16, scale=0.05), blocksize, base == "nested")
+    a, b = randn(r, k, dtype=torch.bfloat16, scale=0.1), randn(n, r, dtype=torch.float32, scale=0.1)
+    g = 1 + randn(n, dtype=torch.float64, scale=0.2) if scaled else None
+    moved = [None if value is None else value.to(device) for value in (nf4, a, b, g)]
+    merged, error = ops.nf4_merge(*moved[:3], scaling=0.75, row_scale=moved[3])
+    assert (merged.shape, merged.dtype, merged.blocksize) == (nf4.shape, nf4.dtype, blocksize)
+    assert (merged.nested is None) == (nf4.nested is None) and error.dtype is torch.float64 and error.shape == ()
+    dense = nf4.dequantize(torch.float64) + 0.75 * b.double() @ a.double()
+    dense = dense if g is None else g[:, None] * dense
+    wanted = reference.nf4_quantize(dense.float(), blocksize)
+    got = NF4Weight(merged.packed, merged.absmax, nf4.shape, nf4.dtype, blocksize, merged.nested).to(
+        torch.device("cpu")
+    )
+    if n == 0:
+        assert error == 0
+        return
+    codes = [torch.stack((w.packed >> 4, w.packed & 15)).int() for w in (got, wanted)]
+    assert (codes[0] - codes[1]).abs().max() <= 1
+    assert (codes[0] != codes[1]).sum() <= max(1, n * k // 1000)
+    distance = ((wanted.dequantize(torch.float64) - dense).norm() / dense.norm()).item()
+    assert error.item() == pytest.approx(distance, rel=1e-2, abs=1e-6)
+    back = got.dequantize(torch.float64)
+    assert ((back - dense).norm() / dense.norm()).item() == pytest.approx(distance, rel=5e-2, abs=1e-3)
+
+
+def test_merge_says_what_is_wrong_and_what_is_not_finite(device: torch.device) -> None:
+    nf4 = reference.nf4_quantize(randn(8, 64, dtype=torch.float32)).to(device)
+    a, b = (torch.ones(s, device=device) for s in ((2, 64), (8, 2)))
+    for wrong, kind, message in (
+        ({"nf4": a}, TypeError, "nf4_merge: nf4 is Tensor, wanted an NF4Weight"),
+        ({"lora_A": a[:, :3]}, ValueError, r"nf4_merge: lora_A has shape \(2, 3\), wanted \[R, 64\]"),
+        ({"lora_B": b[:, :1]}, ValueError, "nf4_merge: lora_B has rank 1, lora_A has rank 2"),
+        ({"scaling": float("inf")}, ValueError, "nf4_merge: scaling is inf, wanted a finite number"),
+        ({"row_scale": b}, ValueError, r"nf4_merge: row_scale has shape \(8, 2\), wanted \(8,\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            ops.nf4_merge(**{"nf4": nf4, "lora_A": a, "lora_B": b, **wrong})
+    assert not ops.nf4_merge(nf4, a * float("nan"), b)[1].isfinite()
+    zero = reference.nf4_quantize(torch.zeros(8, 64)).to(device)
+    assert ops.nf4_merge(zero, a, b * 0)[1] == 0

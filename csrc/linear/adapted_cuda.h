@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/launch.cuh"
@@ -49,6 +50,9 @@ struct DeviceGroups {
   std::vector<float> scaling;     // of each
   std::vector<int64_t> adapters;  // of each sample: which, or -1 for none
 };
+
+// Packed codes and float32 scales of a weight of any float type and shape.
+std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize);
 
 // What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
 struct DeviceAdapter {

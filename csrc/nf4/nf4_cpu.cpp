@@ -19,14 +19,6 @@ constexpr int64_t kScaleChunk = 512;
 // Elements a thread takes at least: about 20 microseconds of work.
 constexpr int64_t kGrain = 1 << 16;
 
-const Nf4Kernels& kernels() {
-#if defined(__x86_64__)
-  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsAvx2, &kNf4KernelsAvx512);
-#else
-  return kNf4KernelsScalar;
-#endif
-}
-
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t tokens;  // at most; 0: there is none
@@ -36,7 +28,7 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
 #if defined(__x86_64__)
   if (bf16_x && current_isa() >= Isa::kAvx512Bf16) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
 #endif
-  return {kernels().skinny, kernels().skinny_tokens};
+  return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
 void check_blocksize(const char* op, int64_t blocksize) {
@@ -74,7 +66,7 @@ class Scales {
   // Scales of blocks [begin, end); they lie in buffer, which has room for them, or where they were.
   const float* decode(int64_t begin, int64_t end, float* buffer) const {
     if (!nested_) return plain_ + begin;
-    kernels().decode_scales(held_, begin, end, buffer);
+    nf4_kernels().decode_scales(held_, begin, end, buffer);
     return buffer;
   }
 
@@ -94,7 +86,8 @@ void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, v
     const int64_t last = min_i64(first + kScaleChunk, end);
     // The kernel writes block b at b blocks from its argument.
     char* origin = static_cast<char*>(out) - begin * weight.blocksize * width;
-    kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin, dtype);
+    nf4_kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin,
+                             dtype);
   }
 }
 
@@ -118,7 +111,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   const void* in = weight.const_data_ptr();
   uint8_t* codes = packed.mutable_data_ptr<uint8_t>();
   float* scales = absmax.mutable_data_ptr<float>();
-  const Nf4Kernels& isa = kernels();
+  const Nf4Kernels& isa = nf4_kernels();
   parallel_for(0, ceil_div(n, blocksize), ceil_div(kGrain, blocksize),
                [&](int64_t begin, int64_t end) { isa.quantize(in, dtype, n, blocksize, begin, end, codes, scales); });
   return {packed, absmax};
@@ -194,6 +187,14 @@ Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor>
 }
 
 }  // namespace
+
+const Nf4Kernels& nf4_kernels() {
+#if defined(__x86_64__)
+  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsAvx2, &kNf4KernelsAvx512);
+#else
+  return kNf4KernelsScalar;
+#endif
+}
 
 FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
                             std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,

@@ -51,6 +51,9 @@ struct Nf4Kernels {
   void (*decode_scales)(const Nf4Scales& scales, int64_t begin, int64_t end, float* out);
 };
 
+// Those of the CPU path in use.
+const Nf4Kernels& nf4_kernels();
+
 extern const Nf4Kernels kNf4KernelsScalar;
 #if defined(__x86_64__)
 extern const Nf4Kernels kNf4KernelsAvx2;

@@ -1,7 +1,9 @@
-// peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel.
+// peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel; and peft_ext::nf4_merge, which
+// quantizes its result.
 #include "nf4/nf4_merge.cuh"
 
 #include <string>
+#include <tuple>
 
 #include "linear/passes_cuda.h"
 
@@ -91,7 +93,37 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   return wide ? torch::stable::to(out, dtype) : out;
 }
 
-PEFT_EXT_CUDA_LIBRARY(m) { m.impl("nf4_dequantize_merged", TORCH_BOX(&nf4_dequantize_merged_cuda)); }
+// Σ m² of a float32 tensor into element `index` of a float64 one.
+void sum_squares(const Tensor& m, const Tensor& out, int64_t index) {
+  const Tensor row = torch::stable::view(m, {1, m.numel()}), column = torch::stable::view(m, {m.numel(), 1});
+  Tensor all = out;
+  Tensor to = torch::stable::narrow(all, 0, index, 1);
+  torch::stable::copy_(to, torch::stable::view(torch::stable::matmul(row, column), {1}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
+                                                  const std::optional<Tensor>& nested_absmax,
+                                                  const std::optional<Tensor>& nested_code,
+                                                  const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                                  const std::vector<int64_t>& shape, const Tensor& lora_A,
+                                                  const Tensor& lora_B, const std::optional<Tensor>& row_scale,
+                                                  double scaling) {
+  const Tensor merged = nf4_dequantize_merged_cuda(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                                   shape, lora_A, lora_B, row_scale, scaling, ScalarType::Float);
+  const auto [codes, scales] = nf4_quantized(merged, blocksize);
+  const Tensor error = device_zeros(merged, {2}, ScalarType::Double);
+  if (merged.numel() == 0) return {codes, scales, error};
+  const DeviceWeight held =
+      nf4_weight("nf4_merge", codes, scales, std::nullopt, std::nullopt, std::nullopt, blocksize, shape[0], shape[1]);
+  sum_squares(torch::stable::subtract(dense_weight(held, ScalarType::Float), merged), error, 0);
+  sum_squares(merged, error, 1);
+  return {codes, scales, error};
+}
+
+PEFT_EXT_CUDA_LIBRARY(m) {
+  m.impl("nf4_dequantize_merged", TORCH_BOX(&nf4_dequantize_merged_cuda));
+  m.impl("nf4_merge", TORCH_BOX(&nf4_merge_cuda));
+}
 
 }  // namespace
 }  // namespace peft_ext

@@ -5,14 +5,11 @@
 
 #include <tuple>
 
-#include "common/launch.cuh"
+#include "linear/adapted_cuda.h"
 #include "nf4/nf4_quantize.cuh"
 
 namespace peft_ext {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // `tensor` as kernels read it: dense, and aligned to 16 bytes. It nearly always is; a copy otherwise.
 Tensor dense_and_aligned(const Tensor& tensor) {
@@ -28,7 +25,31 @@ void launch(const Tensor& weight, int log2_blocksize, const Tensor& packed, cons
            log2_blocksize, launcher.out<uint8_t>(packed), launcher.out<float>(absmax));
 }
 
-std::tuple<Tensor, Tensor> nf4_quantize_cuda(const Tensor& weight, int64_t blocksize) {
+std::tuple<Tensor, Tensor> nf4_quantize_absmax_cuda(const Tensor& centred, const Tensor& code) {
+  STD_TORCH_CHECK(on_device(centred), "nf4_quantize_absmax: centred is not on a CUDA device");
+  STD_TORCH_CHECK(centred.scalar_type() == ScalarType::Float, "nf4_quantize_absmax: centred is ",
+                  torch::headeronly::toString(centred.scalar_type()), ", wanted Float");
+  STD_TORCH_CHECK(
+      on_device(code) && code.get_device_index() == centred.get_device_index(),
+      "nf4_quantize_absmax: code is on another device than centred, wanted cuda:", centred.get_device_index());
+  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Float && code.numel() == kNestedCodes,
+                  "nf4_quantize_absmax: code is ", torch::headeronly::toString(code.scalar_type()), " with ",
+                  code.numel(), " elements, wanted Float with ", kNestedCodes);
+  const int64_t numel = centred.numel(), groups = ceil_div(numel, kNestedGroup);
+  const Tensor codes = torch::stable::new_empty(centred, {numel}, ScalarType::Byte);
+  const Tensor absmax = torch::stable::new_empty(centred, {groups}, ScalarType::Float);
+  if (numel == 0) return {codes, absmax};
+
+  const Tensor x = dense_and_aligned(centred), table = torch::stable::contiguous(code);
+  Launcher launcher(x);
+  launcher(nf4_quantize_absmax_kernel, ceil_div(groups, kQuantizeWarps), kQuantizeThreads, launcher.in<float>(x),
+           launcher.in<float>(table), numel, launcher.out<uint8_t>(codes), launcher.out<float>(absmax));
+  return {codes, absmax};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize) {
   STD_TORCH_CHECK(on_device(weight), "nf4_quantize: weight is not on a CUDA device");
   STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
                   "nf4_quantize: blocksize is ", blocksize, ", wanted a power of two from 32 to 4096");
@@ -56,32 +77,9 @@ std::tuple<Tensor, Tensor> nf4_quantize_cuda(const Tensor& weight, int64_t block
   return {packed, absmax};
 }
 
-std::tuple<Tensor, Tensor> nf4_quantize_absmax_cuda(const Tensor& centred, const Tensor& code) {
-  STD_TORCH_CHECK(on_device(centred), "nf4_quantize_absmax: centred is not on a CUDA device");
-  STD_TORCH_CHECK(centred.scalar_type() == ScalarType::Float, "nf4_quantize_absmax: centred is ",
-                  torch::headeronly::toString(centred.scalar_type()), ", wanted Float");
-  STD_TORCH_CHECK(
-      on_device(code) && code.get_device_index() == centred.get_device_index(),
-      "nf4_quantize_absmax: code is on another device than centred, wanted cuda:", centred.get_device_index());
-  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Float && code.numel() == kNestedCodes,
-                  "nf4_quantize_absmax: code is ", torch::headeronly::toString(code.scalar_type()), " with ",
-                  code.numel(), " elements, wanted Float with ", kNestedCodes);
-  const int64_t numel = centred.numel(), groups = ceil_div(numel, kNestedGroup);
-  const Tensor codes = torch::stable::new_empty(centred, {numel}, ScalarType::Byte);
-  const Tensor absmax = torch::stable::new_empty(centred, {groups}, ScalarType::Float);
-  if (numel == 0) return {codes, absmax};
-
-  const Tensor x = dense_and_aligned(centred), table = torch::stable::contiguous(code);
-  Launcher launcher(x);
-  launcher(nf4_quantize_absmax_kernel, ceil_div(groups, kQuantizeWarps), kQuantizeThreads, launcher.in<float>(x),
-           launcher.in<float>(table), numel, launcher.out<uint8_t>(codes), launcher.out<float>(absmax));
-  return {codes, absmax};
-}
+}  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize_cuda));
-  m.impl("nf4_quantize_absmax", TORCH_BOX(&nf4_quantize_absmax_cuda));
+  m.impl("nf4_quantize", TORCH_BOX(&peft_ext::nf4_quantized));
+  m.impl("nf4_quantize_absmax", TORCH_BOX(&peft_ext::nf4_quantize_absmax_cuda));
 }
-
-}  // namespace
-}  // namespace peft_ext

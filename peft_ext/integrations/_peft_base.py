@@ -6,9 +6,10 @@ to take the stock path, ``_fused`` computes it on the op. :mod:`.peft` swaps the
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Optional, Union
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._native import STATE
 from ..nn import NF4Linear
+from ..nn.nf4 import requantized
 from ..ops._checks import autocast_dtype
 from ..ops._library import has_kernel
 from ..weight import NF4Weight
@@ -116,7 +118,9 @@ def layer_reason(layer: Any) -> Optional[str]:
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
-        return "merged: the base layer alone runs"
+        error = getattr(layer._modules.get("base_layer"), "merge_error", None)
+        moved = "" if error is None else f", and requantizing moved its weight by {error:.2%}"
+        return f"merged: the base layer alone runs{moved}"
     return None
 
 
@@ -311,9 +315,14 @@ class MergesNF4:
     """merge and unmerge of an adapter layer over an NF4Linear; over another base the stock class's own.
 
     merge requantizes the merged weight with the base's own block size, always from the weight that was kept: one
-    rounding, in any order. unmerge puts this weight's very bits back. A subclass gives ``_merged``: weight and bias
-    after one adapter more, from those before it and the weight without any.
+    rounding, in any order; ``base_layer.merge_error`` says how far that moves it. unmerge puts the kept weight's very
+    bits back. A subclass gives ``_merged``: weight and bias after one adapter more, from those before it and the weight
+    without any; and ``_factors``, where all adapters are low-rank: lora_A, lora_B and the rows' scale of them together,
+    which :func:`peft_ext.ops.nf4_merge` adds in one pass over the codes.
     """
+
+    def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+        return None
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         base = self.get_base_layer()
@@ -337,19 +346,35 @@ class MergesNF4:
         self.merged_adapters.clear()
 
 
+_MERGE_LOSES = (
+    "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
+    "moves it. peft_ext.dequantize_nf4(model) before merging, or peft-ext merge, keeps it"
+)
+
+
 @torch.no_grad()
 def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) -> None:
     nf4, bias = layer.__dict__.get(KEPT, (base.nf4, None if base.bias is None else base.bias.detach().clone()))
-    unmerged = nf4.to(base.weight.device).dequantize(torch.float32)
-    merged, merged_bias = unmerged, bias
-    for name in (*layer.merged_adapters, *names):
-        merged, merged_bias = layer._merged(name, merged, merged_bias, unmerged)
-        finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(merged_bias).all())
-        if safe_merge and not finite:
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-    quantized = ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None)
-    base.set_nf4(replace(quantized, dtype=nf4.dtype))
+    unmerged = nf4.to(base.weight.device)
+    together = [*layer.merged_adapters, *names]
+    merged_bias = bias
+    if (factors := layer._factors(together, unmerged)) is not None:
+        lora_A, lora_B, row_scale = factors
+        quantized, error = ops.nf4_merge(unmerged, lora_A, lora_B, row_scale=row_scale)
+        if safe_merge and not math.isfinite(error):
+            broken = ", ".join(together)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+    else:
+        dense = merged = unmerged.dequantize(torch.float32)
+        for name in together:
+            merged, merged_bias = layer._merged(name, merged, merged_bias, dense)
+            finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(merged_bias).all())
+            if safe_merge and not finite:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        quantized, error = requantized(merged, nf4)
+    base.set_merged(quantized, error)
     if bias is not None:
         base.bias.data = merged_bias.to(base.bias)
     layer.__dict__[KEPT] = (nf4, bias)
     layer.merged_adapters.extend(names)
+    warnings.warn(_MERGE_LOSES, stacklevel=3)

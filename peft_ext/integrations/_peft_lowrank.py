@@ -222,6 +222,14 @@ class _LowRank(Fused):
                 y = y + self.scaling[name] * bias
         return y if y.dtype is dtype else y.to(dtype)
 
+    def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
+        """lora_A ``[R, K]`` with all scales in it and lora_B ``[N, R]`` of several adapters, float32."""
+        pairs, scaled = [self._pair(name) for name in names], []
+        for name, (a, _) in zip(names, pairs, strict=True):
+            scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
+            scaled.append(scale.unsqueeze(1) * a.float())
+        return torch.cat(scaled), torch.cat([b.float() for _, b in pairs], dim=1), None
+
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
         """The adapters as one; the scales are filled in on the device, for a copy from the host would wait for it."""
         pairs = [self._pair(name) for name in names]
@@ -460,6 +468,17 @@ if lora is not None:
                 raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear is not supported yet")
             return DoraNF4Variant()
 
+        def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+            plain = not any(self.lora_bias[name] for name in names)
+            variants_of = [self.lora_variant.get(name) for name in names]
+            if plain and all(variant is None for variant in variants_of):
+                return self._side_by_side(names)
+            if not plain or len(names) > 1 or type(variants_of[0]) not in _DORA:
+                return None
+            lora_A, lora_B, _ = self._side_by_side(names)
+            norm = ops.dora_weight_norm(nf4, lora_A, lora_B, dtype=torch.float32)
+            return lora_A, lora_B, output_scale(self.lora_magnitude_vector[names[0]].weight, norm)
+
         def _merged(
             self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
         ) -> tuple[Tensor, Optional[Tensor]]:
@@ -480,6 +499,9 @@ if lora is not None:
     @fuses(adalora.SVDLinear)
     class FusedSVDLinear(_AdaLora, MergesNF4, adalora.SVDLinear):
         """``peft.tuners.adalora.SVDLinear`` over nn.Linear, NF4Linear or Linear4bit."""
+
+        def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+            return self._side_by_side(names)
 
         def _merged(
             self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor

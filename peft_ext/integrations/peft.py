@@ -172,6 +172,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue
         elif isinstance(module, NF4Linear):
             kind, reason = "NF4Linear", kernel_reason("nf4_linear", module.weight.device.type) or ""
+            if not reason and module.merge_error is not None:
+                yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
+                continue
         elif bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..weight import NF4Weight
-from .nf4 import NF4Linear
+from .nf4 import NF4Linear, requantized
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]
 
@@ -68,9 +68,9 @@ class AdaptedLinear(nn.Module):
         """The weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
         raise NotImplementedError
 
-    def _merged_nf4(self, weight: NF4Weight) -> Tensor:
-        """The same of an NF4 weight, rounded to its dtype."""
-        return self.merged_weight(weight.dequantize(torch.float32)).to(weight.dtype)
+    def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
+        """The same of an NF4 weight, requantized, and the relative error that brings."""
+        return requantized(self.merged_weight(weight.dequantize(torch.float32)), weight)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         """The bias with the adapter folded in."""
@@ -78,7 +78,8 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapter into the base: rounded to its dtype, or requantized to NF4.
+        """Fold the adapter into the base: rounded to its dtype, or requantized to NF4, which moves it by
+        ``base_layer.merge_error``.
 
         Weight and bias from before are kept (not in the state dict), so that :meth:`unmerge` gives back their very
         bits.
@@ -88,7 +89,7 @@ class AdaptedLinear(nn.Module):
         base, held = self.base_layer, self._weight()
         bias = None if base.bias is None else base.bias.data
         if isinstance(held, NF4Weight):
-            base.set_nf4(ops.nf4_quantize(self._merged_nf4(held), held.blocksize, held.nested is not None))
+            base.set_merged(*self._merged_nf4(held))
             self._unmerged = (held, bias)
         else:
             wide = torch.promote_types(held.dtype, torch.float32)
@@ -156,10 +157,8 @@ class LowRankLinear(AdaptedLinear):
         merged, g = weight + self.delta_weight().to(weight.dtype), self._row_scale()
         return merged if g is None else g.to(weight.dtype)[:, None] * merged
 
-    def _merged_nf4(self, weight: NF4Weight) -> Tensor:
-        return torch.ops.peft_ext.nf4_dequantize_merged(
-            *weight.op_args(), self._scaled_A(), self.lora_B, self._row_scale(), self.scaling, weight.dtype
-        )
+    def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
+        return ops.nf4_merge(weight, self._scaled_A(), self.lora_B, scaling=self.scaling, row_scale=self._row_scale())
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Optional
+from dataclasses import replace
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class NF4Linear(nn.Linear):
         in_features, out_features, bias, device: as ``nn.Linear``.
         dtype: what ``nf4.dtype`` reports and :meth:`dequantize` gives by default.
         blocksize: see :func:`peft_ext.ops.nf4_quantize`. double_quant: quantize the scales too.
+
+    ``merge_error``: where an adapter was merged into the weight, ``‖Q − W'‖ / ‖W'‖`` of requantizing the merged one.
     """
+
+    merge_error: Optional[float] = None
 
     def __init__(
         self,
@@ -86,6 +91,12 @@ class NF4Linear(nn.Linear):
         for name in _BUFFERS:
             self.register_buffer(name, held.get(name), persistent=False)
         self.blocksize, self.quant_dtype = nf4.blocksize, nf4.dtype
+        self.__dict__.pop("merge_error", None)
+
+    def set_merged(self, nf4: NF4Weight, error: Union[Tensor, float]) -> None:
+        """The same for the weight that merging made, with the relative error of requantizing it."""
+        self.set_nf4(replace(nf4, dtype=self.quant_dtype))
+        self.merge_error = float(error)
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """The dense weight ``[out_features, in_features]``."""
@@ -178,6 +189,14 @@ class NF4Linear(nn.Linear):
                         int(about["blocksize"]), nested)  # fmt: skip
         device = self.weight.device
         self.set_nf4(nf4.map(lambda t: t.detach().to(device, copy=True)))
+
+
+def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
+    """A merged weight, float32, quantized as ``nf4`` is, and the relative error of that as a float64 tensor."""
+    found = replace(ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None), dtype=nf4.dtype)
+    norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
+    moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
+    return found, torch.where(norm == 0, 0.0, moved / norm)
 
 
 def _empty_nf4(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
-from ..weight import NestedAbsmax, NF4Weight
+from ..weight import NF4Weight
 from . import _checks as checks
 from ._library import NAMESPACE, WEIGHT, define, in_float64
 
-__all__ = ["nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = ["nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 
@@ -59,6 +59,12 @@ def _linear_backward_reference(grad, weight, absmax, nested_absmax, nested_code,
     )
 
 
+def _merge_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
+    count = shape[0] * shape[1]
+    absmax = weight.new_empty((count + blocksize - 1) // blocksize, dtype=torch.float32)
+    return weight.new_empty(((count + 1) // 2, 1)), absmax, weight.new_empty(2, dtype=torch.float64)
+
+
 def _linear_backward_fake(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
@@ -88,6 +94,14 @@ define(
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
     reference=reference.dequantize_merged,
     fake=_dequantize_merged_fake,
+)
+# W' = g ∘ (W + s·B A) quantized to Q of the same block size; error: (Σ (Q - W')², Σ W'²) float64. No gradient.
+define(
+    "nf4_merge",
+    f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling)"
+    " -> (Tensor packed, Tensor absmax, Tensor error)",
+    reference=reference.merge,
+    fake=_merge_fake,
 )
 define(
     "nf4_linear",
@@ -161,13 +175,48 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
     checks.check_blocksize("nf4_quantize", blocksize)
     weight = weight.detach()
     packed, absmax = _ops.nf4_quantize(weight, blocksize)
-    nested = None
-    if double_quant:
-        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-        code = reference.dynamic_code(weight.device)
-        absmax, nested_absmax = _ops.nf4_quantize_absmax(absmax - offset, code)
-        nested = NestedAbsmax(nested_absmax, code, offset)
+    absmax, nested = reference.nested(absmax, _ops.nf4_quantize_absmax) if double_quant else (absmax, None)
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
+
+
+def nf4_merge(
+    nf4: NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    row_scale: Optional[Tensor] = None,
+) -> tuple[NF4Weight, Tensor]:
+    """``W' = row_scale ∘ (W + scaling · B A)``, requantized to NF4 of the same block size, and the error that brings.
+
+    Args:
+        nf4: W, shape ``(N, K)``.
+        lora_A: ``[R, K]``; lora_B: ``[N, R]``; row_scale: ``[N]`` (DoRA's ``m / ‖W + s·B A‖``); of any float dtype.
+        scaling: a finite number.
+
+    Returns: the merged weight, double-quantized where ``nf4`` is, and ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a float64
+    tensor of no dimensions: not finite where W' is not, 0 where W' is. Float32 arithmetic, no gradient. The error is
+    that of the 4-bit codes; double quantization of the scales adds some 0.1% of W'.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    """
+    op = "nf4_merge"
+    if not isinstance(nf4, NF4Weight):
+        raise TypeError(f"{op}: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
+    checks.check_weight(op, nf4)
+    checks.check_lora(op, nf4, lora_A, lora_B)
+    checks.check_scale(op, scaling)
+    if row_scale is not None:
+        checks.check_vector(op, "row_scale", row_scale, nf4.packed, (nf4.shape[0],))
+    factors = [None if value is None else _no_wider(value.detach()) for value in (lora_A, lora_B, row_scale)]
+    packed, absmax, (moved, whole) = _ops.nf4_merge(*nf4.op_args(), *factors, float(scaling))
+    absmax, nested = reference.nested(absmax, _ops.nf4_quantize_absmax) if nf4.nested is not None else (absmax, None)
+    error = torch.where(whole == 0, 0.0, (moved / whole).sqrt())
+    return NF4Weight(packed, absmax, nf4.shape, nf4.dtype, nf4.blocksize, nested), error
+
+
+def _no_wider(value: Tensor) -> Tensor:
+    return value.float() if value.dtype is torch.float64 else value
 
 
 def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:

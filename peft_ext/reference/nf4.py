@@ -7,6 +7,7 @@ Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``get_4bit_type(
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -21,6 +22,8 @@ __all__ = [
     "dequantize",
     "dequantize_merged",
     "dynamic_code",
+    "merge",
+    "nested",
     "nf4_code",
     "nf4_dequantize",
     "nf4_linear",
@@ -170,16 +173,42 @@ def dequantize_merged(
     return merged.to(dtype)
 
 
+def merge(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    blocksize: int,
+    shape: list[int],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    row_scale: Optional[Tensor],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
+    args = (packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape)
+    merged = dequantize_merged(*args, lora_A, lora_B, row_scale, scaling, torch.float32)
+    codes, scales = quantize(merged, blocksize)
+    moved = dequantize(codes, scales, None, None, None, blocksize, shape, torch.float32) - merged
+    return codes, scales, torch.stack([moved.double().square().sum(), merged.double().square().sum()])
+
+
+def nested(
+    absmax: Tensor, quantize_absmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, NestedAbsmax]:
+    """Scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    code = dynamic_code(absmax.device)
+    codes, nested_absmax = quantize_absmax(absmax - offset, code)
+    return codes, NestedAbsmax(nested_absmax, code, offset)
+
+
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """See :func:`peft_ext.ops.nf4_quantize`."""
     packed, absmax = quantize(weight, blocksize)
-    nested = None
-    if double_quant:
-        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-        code = dynamic_code(weight.device)
-        absmax, nested_absmax = quantize_absmax(absmax - offset, code)
-        nested = NestedAbsmax(nested_absmax, code, offset)
-    return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
+    absmax, state = nested(absmax, quantize_absmax) if double_quant else (absmax, None)
+    return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, state)
 
 
 def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
