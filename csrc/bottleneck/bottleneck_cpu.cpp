@@ -60,13 +60,15 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, const std::strin
                     {value(grad), value(u), torch::stable::detail::from(gelu_approximation(activation))});
 }
 
-// In which type the products are PyTorch's, if they are: in float32 for so few tokens that packing D and V would be
-// most of the time, or in the one 16-bit type of all, where the CPU multiplies in it.
+// In which type the products take D and V as they lie, if they do: in the one 16-bit type of all, where the CPU
+// multiplies in it (PyTorch's product), or in float32 for so few tokens that packing them would be most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up) {
+  constexpr int64_t kFewer = 2;  // a row of D takes as long to widen as to multiply
   const ScalarType type = x.scalar_type();
-  if (rows_of(x) <= kFewTokens) return ScalarType::Float;
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
-  return same && multiplies_in(type, true) ? std::optional<ScalarType>(type) : std::nullopt;
+  if (same && multiplies_in(type, true) && rows_of(x) > kFewer) return type;
+  if (rows_of(x) <= kFewTokens) return ScalarType::Float;
+  return std::nullopt;
 }
 
 // [T, M] in a frame of `padded` columns.
@@ -144,7 +146,10 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
   const float factor = static_cast<float>(scale);
   // U
-  if (products.has_value()) {
+  if (products == ScalarType::Float) {
+    // D and V as they lie, each row read once for all tokens.
+    run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
+  } else if (products.has_value()) {
     const Tensor rounded = empty({size.tokens, size.size}, *products);
     mm_out(rounded, torch::stable::to(held, *products), transposed(torch::stable::to(down_weight, *products)));
     torch::stable::copy_(u, rounded);
@@ -173,7 +178,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
     run_expand(work, size.tokens);
   } else if (*products == ScalarType::Float) {
     sums = empty({size.tokens, size.out}, ScalarType::Float);
-    mm_out(sums, h, transposed(torch::stable::to(up_weight, ScalarType::Float)));
+    run_few_tokens(kOp, torch::stable::contiguous(up_weight), h, sums, false);
     work.before = sums.const_data_ptr<float>();
     run_expand(work, size.tokens);
   } else {
