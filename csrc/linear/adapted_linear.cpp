@@ -85,7 +85,8 @@ Expand finishing(const Forward& f) {
 bool few_tokens_take(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_nf4()) return skinny_takes(weight, type, tokens);
-  return tokens <= kFewTokens && weight.weight.is_contiguous();
+  const bool tiles = type == ScalarType::BFloat16 && tile_kernels() != nullptr;
+  return tokens < (tiles ? kDenseTileTokens : kFewTokens + 1) && weight.weight.is_contiguous();
 }
 
 // x [T, K] float32 times a dense Wᵀ, in float32.

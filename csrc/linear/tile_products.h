@@ -12,8 +12,8 @@ namespace peft_ext {
 // Null where the CPU path in use has none.
 const TileKernels* tile_kernels();
 
-// Over a dense weight the strips of tokens would be half empty below this; TileFewTokens serves there.
-constexpr int64_t kDenseTileTokens = kFewTokens + 1;
+// Below this TileFewTokens serves over a dense weight, which the tiles would copy into panels for one strip or two.
+constexpr int64_t kDenseTileTokens = 33;
 
 // Whether the tiles take this many tokens of this type against the weight.
 bool tiles_take(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward);

@@ -119,12 +119,14 @@ struct TileOuter {
   float* out;        // [columns, 16 rank_strips]
 };
 
-// At most 8 tokens against the rows of a dense W as they lie, each read once: y[t, row] = sum_k x[t, k] w[row, k]. In
-// x's own layout the tokens of one column would share a set of L1, where K is a multiple of 2,048.
+constexpr int64_t kFewestTokens = 8;  // whose sums with a few rows fit the registers
+
+// Few tokens against the rows of a dense W as they lie, each read once: y[t, row] = sum_k x[t, k] w[row, k]. In x's own
+// layout the tokens of one column would share a set of L1, where K is a multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
   int64_t rows, columns, tokens;
-  const bf16* x;  // [columns / 32 rounded up, tokens, 32], zeros behind the last column
+  const bf16* x;  // by 8 tokens: [columns / 32 rounded up, 8 (or the rest), 32], zeros behind the last column
   float* y;       // [tokens, rows]
 };
 

@@ -399,6 +399,12 @@ void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t firs
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
 void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out) {
+  if (tokens > kFewestTokens) {
+    few_tokens_pack(x, kFewestTokens, columns, out);
+    few_tokens_pack(x + kFewestTokens * columns, tokens - kFewestTokens, columns,
+                    out + kFewestTokens * tiles_of(columns) * kTileDepth);
+    return;
+  }
   for (int64_t j = 0; j < columns; j += kTileDepth)
     for (int64_t t = 0; t < tokens; ++t) {
       const __mmask32 inside = first_bits(columns - j);
@@ -461,7 +467,8 @@ inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end)
   for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
 }
 
-void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
+// Of at most 8 tokens.
+inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t end) {
   switch (work.tokens) {
     case 1:
       return few_tokens_of<1>(work, begin, end);
@@ -480,6 +487,21 @@ void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
     default:
       return few_tokens_of<8>(work, begin, end);
   }
+}
+
+void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
+  if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
+  // All groups of tokens pass by a few rows, which stay in L2 meanwhile: W is read from memory once.
+  constexpr int64_t kRows = 12;  // a multiple of what a block of any number of tokens takes
+  const int64_t length = tiles_of(work.columns) * kTileDepth;
+  for (int64_t row = begin; row < end; row += kRows)
+    for (int64_t t = 0; t < work.tokens; t += kFewestTokens) {
+      TileFewTokens group = work;
+      group.tokens = min_i64(kFewestTokens, work.tokens - t);
+      group.x += t * length;
+      group.y += t * work.rows;
+      few_tokens_group(group, row, min_i64(row + kRows, end));
+    }
 }
 
 // --- the rank's own products -----------------------------------------------------------------------------------------
