@@ -571,10 +571,7 @@ def _reload_text(rows: list[Row]) -> str:
         f"{row['reload_difference']['largest']:.0f}"
         for row in changed
     )
-    why = (
-        " AdaLoRA is read without the ranks it gave up, which are other sums, and over a bfloat16 base PEFT rounds "
-        "what it reads of it to bfloat16, accelerated or not."
-    )
+    why = " AdaLoRA is read without the ranks it gave up, which are other sums."
     return (
         f"An adapter, saved and read again over a fresh base, gives the very same logits, except (largest difference, "
         f"of the largest logit): {listed}.{why if any(row['method'] == 'AdaLoRA' for row in changed) else ''}"

@@ -287,6 +287,8 @@ DRAWN: dict[str, Callable[[], str]] = {
     "errors": error_table,
     "nf4": operator("nf4_quantize", "nf4_dequantize", "nf4_linear"),
     "lora": operator("lora_linear"),
+    "mixed": operator("grouped_lora_linear"),
+    "bottleneck": operator("bottleneck_adapter"),
     "dora": operator("dora_linear", "dora_weight_norm"),
     "ia3": operator("ia3_linear", "ia3_scale"),
     "methods": methods_text,

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 import inspect
 import sys
 import types
@@ -39,10 +38,21 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from ._meta import (
+    AUTO_CLASSES,
+    Dequantized,
+    build_model,
+    copy_to_meta,
+    fake,
+    make_config,
+    method_config,
+    quantize_stand_ins,
+    replace_tensors,
+    stand_in,
+)
 from .nn import NF4Linear
 from .ops import _checks as checks
 from .ops._library import NAMESPACE
-from .weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
 
 __all__ = ["KINDS", "METHODS", "MemoryEstimate", "estimate_memory"]
 
@@ -183,9 +193,9 @@ def estimate_memory(
         config, method = None, config
     if config is not None and method is not None:
         raise ValueError(f"estimate_memory: config is a {type(config).__name__} and method {method!r}, wanted one")
-    _check_arguments(method, batch_size, sequence_length, dtype, optimizer, quantization, blocksize, autocast, inputs)
+    check_arguments(method, batch_size, sequence_length, dtype, optimizer, quantization, blocksize, autocast, inputs)
     task_type = _check_task_type(task_type if task_type is not None else getattr(config, "task_type", None))
-    profile, about = _profile(
+    profile, about = profile_step(
         model, config, method=method, batch_size=batch_size, sequence_length=sequence_length, dtype=dtype,
         optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, quantization=quantization,
         blocksize=blocksize, double_quant=double_quant, accelerated=accelerated, autocast=autocast, padding=padding,
@@ -194,27 +204,27 @@ def estimate_memory(
     return profile.estimate(about)
 
 
-def _profile(
+def profile_step(
     model: Any, config: Any = None, *, method: Optional[str] = None, batch_size: Optional[int] = None,
     sequence_length: Optional[int] = None, dtype: Optional[torch.dtype] = None, optimizer: Optional[str] = "adamw",
     gradient_checkpointing: bool = False, quantization: Optional[str] = None, blocksize: int = 64,
     double_quant: bool = True, accelerated: bool = True, autocast: Optional[torch.dtype] = None, padding: bool = False,
     device: Union[str, torch.device, None] = None, task_type: Optional[str] = None,
     inputs: Optional[Mapping[str, Any]] = None,
-) -> tuple[_Profile, str]:  # fmt: skip
+) -> tuple[Profile, str]:  # fmt: skip
     """See :func:`estimate_memory`; and what was traced, in words."""
     if not isinstance(model, nn.Module):
-        model, dtype = _build(model, task_type, dtype)
+        model, dtype = build_model(model, task_type, dtype)
     place = _device(model, device)
-    model = _on_meta(model, dtype, accelerated)
+    model = copy_to_meta(model, dtype, accelerated)
     adapted = _adapt(model, config, method, task_type, gradient_checkpointing).train()
     if not any(p.requires_grad for p in adapted.parameters()):
         raise ValueError(f"estimate_memory: no parameter of {type(model).__name__} requires a gradient, wanted a "
                          "config, a method, or a model that trains")  # fmt: skip
     _checkpoint(adapted, gradient_checkpointing)
-    _replace_tensors(adapted, _stand_in)
+    replace_tensors(adapted, stand_in)
     if quantization is not None:
-        _quantize(adapted, quantization, blocksize, double_quant, accelerated)
+        quantize_stand_ins(adapted, quantization, blocksize, double_quant, accelerated)
     _put_on_ops(adapted, accelerated)
     step = _Step(adapted, optimizer, place.type)
     try:
@@ -231,16 +241,20 @@ def _profile(
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(
+def check_positive(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{op}: {argument} is {value!r}, wanted a positive integer")
+
+
+def check_arguments(
     method: Optional[str], batch_size: Any, sequence_length: Any, dtype: Any, optimizer: Any, quantization: Any,
     blocksize: int, autocast: Any, inputs: Any, op: str = "estimate_memory",
 ) -> None:  # fmt: skip
     if method is not None and method not in METHODS:
         raise ValueError(f"{op}: method is {method!r}, wanted one of {METHODS} or a PEFT configuration")
     if inputs is None:
-        for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{op}: {name} is {size!r}, wanted a positive integer")
+        check_positive(op, "batch_size", batch_size)
+        check_positive(op, "sequence_length", sequence_length)
     elif batch_size is not None or sequence_length is not None:
         raise ValueError(f"{op}: inputs are given, wanted no batch_size and no sequence_length beside them")
     elif not isinstance(inputs, Mapping):
@@ -262,37 +276,9 @@ def _check_task_type(task_type: Any) -> Optional[str]:
     if task_type is None:
         return None
     name = str(getattr(task_type, "value", task_type))
-    if name not in _AUTO_CLASSES:
-        raise ValueError(f"estimate_memory: task_type is {name!r}, wanted one of {tuple(_AUTO_CLASSES)}")
+    if name not in AUTO_CLASSES:
+        raise ValueError(f"estimate_memory: task_type is {name!r}, wanted one of {tuple(AUTO_CLASSES)}")
     return name
-
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
-
-def _build(config: Any, task_type: Optional[str], dtype: Optional[torch.dtype]) -> tuple[nn.Module, torch.dtype]:
-    """The model of a transformers configuration, on the meta device, and the dtype that its weights are to have."""
-    import transformers
-
-    if not isinstance(config, transformers.PretrainedConfig):
-        raise TypeError(f"estimate_memory: model is {type(config).__name__}, wanted an nn.Module or a transformers "
-                        "configuration")  # fmt: skip
-    config = copy.deepcopy(config)
-    named = getattr(transformers, (getattr(config, "architectures", None) or ("",))[0], None)
-    with torch.device("meta"):
-        if task_type is None and named is not None:
-            model = named(config)
-        else:
-            default = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
-            model = getattr(transformers, _AUTO_CLASSES[task_type or default]).from_config(config)
-    return model, dtype or config.dtype or torch.float32
 
 
 def _device(model: nn.Module, device: Union[str, torch.device, None]) -> torch.device:
@@ -305,174 +291,6 @@ def _device(model: nn.Module, device: Union[str, torch.device, None]) -> torch.d
     return device
 
 
-# --- the model without its data ---------------------------------------------------------------------------------------
-
-
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, device="meta")
-
-
-def _stand_in(t: Tensor) -> Tensor:
-    """One element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
-    return torch.empty((), dtype=t.dtype).expand(t.shape)
-
-
-def _fake(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype)
-
-
-def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    new = make(t)
-    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
-
-
-def _on_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
-    """A copy on the meta device; bitsandbytes' layers become what they hold and do."""
-    partly = any(not p.requires_grad for p in model.parameters())
-    memo: dict[int, Any] = {}
-    for t in _tensors(model):
-        memo[id(t)] = _like(t, _meta)
-        if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
-            if not (partly and t.requires_grad):  # an adapter keeps its own
-                memo[id(t)].data = memo[id(t)].data.to(dtype)
-    for module in model.modules():
-        if (other := _of_bitsandbytes(module, accelerated)) is not None:
-            _replace_tensors(other, _meta)
-            memo[id(module)] = other
-    model = copy.deepcopy(model, memo)
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        from accelerate.hooks import remove_hook_from_module
-
-        remove_hook_from_module(model, recurse=True)
-    return model
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Every parameter and buffer by another of its shape and dtype; what was one stays one."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, t in held.items():
-                if t is not None:
-                    if id(t) not in made:
-                        made[id(t)] = (t, _like(t, make))
-                    held[name] = made[id(t)][1]
-
-
-def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
-    """An NF4 weight of stand-ins."""
-
-    def held(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty((), dtype=dtype).expand(shape)
-
-    blocks = -(-out_features * in_features // blocksize)
-    nested = None
-    if double_quant:
-        nested = NestedAbsmax(
-            held(torch.float32, -(-blocks // NESTED_BLOCKSIZE)), held(torch.float32, 256), held(torch.float32)
-        )
-    return NF4Weight(
-        held(torch.uint8, -(-out_features * in_features // 2), 1),
-        held(torch.uint8 if double_quant else torch.float32, blocks),
-        torch.Size((out_features, in_features)), dtype, blocksize, nested,
-    )  # fmt: skip
-
-
-class _Dequantized(nn.Module):
-    """A frozen linear layer whose quantized weight is dequantized, whole, on each use: bitsandbytes' layers.
-
-    ``weight`` is the dense weight, made anew for who asks, as PEFT does when it dequantizes one.
-    """
-
-    def __init__(self, held: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.dtype = dtype
-        self.saves_x = "packed" not in held  # int8: bitsandbytes holds x, though nothing of it is needed
-        for name, t in held.items():
-            self.register_buffer(name, t)
-        self.bias = bias
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return nn.Parameter(self.dense(self.dtype), requires_grad=False)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.out_features, self.in_features, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _DequantizedLinear.apply(x, self.bias, self)
-
-
-class _DequantizedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], layer: _Dequantized) -> Tensor:
-        ctx.layer = layer
-        if layer.saves_x:
-            ctx.save_for_backward(x)
-        bias = bias if bias is None else bias.to(x.dtype)
-        return nn.functional.linear(x, layer.dense(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return grad @ ctx.layer.dense(grad.dtype), grad_bias, None
-
-
-def _quantized(
-    kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
-) -> nn.Module:
-    """A quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
-    if kind == "int8":
-        held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
-        return _Dequantized(held, shape, dtype, bias)
-    nf4 = _nf4(*shape, blocksize, double_quant, dtype)
-    return NF4Linear.from_nf4(nf4, bias) if fused else _Dequantized(nf4.tensors(), shape, dtype, bias)
-
-
-def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
-    """What stands for one of bitsandbytes' linear layers; None for any other module."""
-    from .integrations._peft_base import FOUR_BIT, bnb
-
-    if bnb is None or not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-        return None
-    bias = module.bias if module.bias is None else _like(module.bias, _meta)
-    shape = (module.out_features, module.in_features)
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        dtype = torch.float16 if bias is None else bias.dtype
-        return _quantized("int8", shape, dtype, bias, 64, False, False)
-    weight = module.weight
-    state = getattr(weight, "quant_state", None)
-    blocksize, nested = (
-        (weight.blocksize, weight.compress_statistics) if state is None else (state.blocksize, state.nested)
-    )
-    dtype = module.compute_dtype or (weight.dtype if state is None else state.dtype)
-    fused = accelerated and type(module) in FOUR_BIT and (state is None or state.quant_type == "nf4")
-    return _quantized("nf4", shape, dtype, bias, blocksize, bool(nested), fused)
-
-
-def _quantize(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
-    """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
-    from .quantize import HEADS, _places, _replace
-
-    def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
-        shape = (linear.out_features, linear.in_features)
-        module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused)
-        if first is not None:  # layers of one weight
-            if isinstance(module, NF4Linear):
-                module.weight = first.weight
-            module._buffers.update(first._buffers)
-        return module.train()
-
-    for same in _places(model, set(HEADS)):
-        _replace(same, make)
-
-
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +300,8 @@ def _adapt(
     if config is None and method in (None, "full"):
         return model.requires_grad_(True) if method else model
     import peft
+
+    from .model import freeze_ranknum
 
     if isinstance(model, peft.PeftModel):
         raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
@@ -499,7 +319,9 @@ def _adapt(
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
     with torch.device("meta"):
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+    freeze_ranknum(adapted)
+    return adapted
 
 
 def _task_of(model: nn.Module) -> Optional[str]:
@@ -511,48 +333,6 @@ def _task_of(model: nn.Module) -> Optional[str]:
     if found is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM" if _head(model) is not None else None
     return found
-
-
-# Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
-_HEADS = {"TOKEN_CLS", "QUESTION_ANS"}
-_HEAD_NAMES = r"(.*\.)?(classifier|score|qa_outputs)"
-
-
-_CONFIGS = {
-    "bitfit": "peft_ext.tuners.BitFitConfig",
-    "bottleneck": "peft_ext.tuners.BottleneckConfig",
-    "lora": "peft.LoraConfig",
-    "rslora": "peft.LoraConfig",
-    "dora": "peft.LoraConfig",
-    "adalora": "peft.AdaLoraConfig",
-    "ia3": "peft.IA3Config",
-    "prefix": "peft.PrefixTuningConfig",
-    "prompt": "peft.PromptTuningConfig",
-}
-
-
-def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """The configuration class of one of ``METHODS`` but "full", by its full name, and the arguments to make it with."""
-    fields: dict[str, Any] = {"task_type": task_type}
-    if method in ("lora", "rslora", "dora", "adalora"):
-        fields["target_modules"] = "all-linear"
-    if method in ("lora", "rslora", "dora", "adalora", "bitfit") and task_type in _HEADS:
-        fields["exclude_modules"] = _HEAD_NAMES
-    if method in ("lora", "rslora", "dora"):
-        fields |= {"r": 16, "lora_alpha": 32}
-    if method in ("rslora", "dora"):
-        fields[f"use_{method}"] = True
-    if method == "adalora":
-        fields |= {"init_r": 12, "target_r": 8, "total_step": 1000}
-    if method in ("prefix", "prompt"):
-        fields["num_virtual_tokens"] = 20
-    return _CONFIGS[method], fields
-
-
-def make_config(path: str, fields: Mapping[str, Any]) -> Any:
-    """The object that :func:`method_config` describes."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**fields)
 
 
 def _name_of(model: nn.Module, method: Optional[str]) -> str:
@@ -568,7 +348,7 @@ def _name_of(model: nn.Module, method: Optional[str]) -> str:
 
 
 def _quantization_of(model: nn.Module) -> Optional[str]:
-    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, _Dequantized))]
+    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, Dequantized))]
     return None if not layers else "int8" if "CB" in layers[0]._buffers else "nf4"
 
 
@@ -748,10 +528,10 @@ class _Step:
         from .integrations._peft_base import taking
 
         with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), taking(FakeTensor):
-            _replace_tensors(self.model, _fake)
+            replace_tensors(self.model, fake)
             if inputs is None:
                 inputs = _inputs(self.model, batch_size, sequence_length, padding)
-            inputs = tree_map_only(Tensor, _fake, dict(inputs))
+            inputs = tree_map_only(Tensor, fake, dict(inputs))
             with self.storages:
                 self._note_resident()
                 tree_map_only(Tensor, lambda t: self.storages.note(t, "activations"), inputs)
@@ -761,7 +541,7 @@ class _Step:
     def _note_resident(self) -> None:
         adapters = self._adapters()
         for module in self.model.modules():
-            quantized = isinstance(module, (NF4Linear, _Dequantized))
+            quantized = isinstance(module, (NF4Linear, Dequantized))
             for name, t in (*module._parameters.items(), *module._buffers.items()):
                 if t is not None:
                     state = quantized and name in module._buffers and name not in ("packed", "CB")
@@ -833,7 +613,7 @@ class _Step:
         on_cpu = 2 * max(sizes) if self.copies else 0
         self.storages.add(self.copies * sum(sizes) if self.device == "cuda" else on_cpu, "temporary")
 
-    def profile(self) -> _Profile:
+    def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()
         for s in storages:  # what the forward made and did not hold for the backward
             if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
@@ -852,14 +632,14 @@ class _Step:
                 totals[phase], peaks[phase] = total, dict(alive)
         parameters = list(self.model.parameters())
         # A quantized weight's parameter, or buffer, holds two elements a byte.
-        packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, _Dequantized))]
+        packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
         count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
         count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
-        return _Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
+        return Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
 
 
 @dataclass(frozen=True)
-class _Profile:
+class Profile:
     """Bytes by kind in each phase of the step: at its peak, and the most of each kind.
 
     The phases are the forward; the backward of the head and the last layer of a stack, of the layers between, of its
@@ -880,7 +660,7 @@ class _Profile:
             parameters=self.parameters, trainable=self.trainable, about=about,
         )  # fmt: skip
 
-    def extrapolate(self, other: _Profile, steps: float) -> _Profile:
+    def extrapolate(self, other: Profile, steps: float) -> Profile:
         """``self + steps · (other - self)``: of more layers, from two profiles of few.
 
         A peak between first and last layer is no larger than both of theirs, and may be missing.
@@ -894,7 +674,7 @@ class _Profile:
         def lines(a: dict[str, dict[str, int]], b: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
             return {name: {kind: max(0, line(a[name][kind], b[name][kind])) for kind in KINDS} for name in shared}
 
-        return _Profile(
+        return Profile(
             lines(self.peaks, other.peaks), lines(self.most, other.most), line(self.parameters, other.parameters),
             line(self.trainable, other.trainable),
         )  # fmt: skip

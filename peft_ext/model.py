@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import peft
-from peft import PeftConfig, PeftModel
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners import lora
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.tuners.adalora import AdaLoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
@@ -31,6 +33,9 @@ def get_peft_model(
 ) -> PeftModel:
     """``peft.get_peft_model``, then :func:`peft_ext.accelerate`: a new adapter on ``model``, in place.
 
+    Other than in PEFT, AdaLoRA's divisor ``ranknum`` is frozen over every base: PEFT trains it over one that is not
+    float32, and does not save it.
+
     Args:
         model: a transformers model, or any module.
         config: of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or DiffPruningConfig.
@@ -47,6 +52,7 @@ def get_peft_model(
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
     _take_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
+    freeze_ranknum(adapted)
     return _accelerate(adapted, dora_dropout=dora_dropout) if accelerate else adapted
 
 
@@ -61,6 +67,9 @@ def load_adapter(
     **kwargs: Any,
 ) -> PeftModel:
     """A saved adapter on ``model``, active, then :func:`peft_ext.accelerate`.
+
+    Other than in PEFT, an adapter of AdaLoRA that gave up ranks keeps the file's bits over a base that is not float32
+    (unless ``autocast_adapter_dtype=False``), and its divisor ``ranknum`` is frozen.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets one adapter more.
@@ -78,7 +87,7 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")
-    loaded = isinstance(model, PeftModel)
+    loaded, key_mapping = isinstance(model, PeftModel), kwargs.get("key_mapping")
     if loaded and adapter_name in model.peft_config:
         raise ValueError(f"load_adapter: the model has an adapter {adapter_name!r} already, give another adapter_name")
     _check_safetensors(str(path), kwargs)
@@ -93,7 +102,13 @@ def load_adapter(
             kwargs["config"] = PeftConfig.from_pretrained(str(path), **known)
         if "config" in kwargs:
             _take_nf4(kwargs["config"], model)
+        if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        if not is_trainable:  # where PEFT casts AdaLoRA's and (IA)³'s tensors, they are left trainable
+            model.requires_grad_(False)
+    _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
+    freeze_ranknum(model)
     return _accelerate(model, dora_dropout=dora_dropout) if accelerate else model
 
 
@@ -105,6 +120,35 @@ def _take_nf4(config: PeftConfig, model: nn.Module) -> None:
     """PEFT makes a DoRA layer with the norm of its weight, which of an NF4Linear the fused layer alone can take."""
     if getattr(config, "use_dora", False) and _holds_nf4(model):
         config._register_custom_module({NF4Linear: FUSED[lora.Linear]})
+
+
+def freeze_ranknum(model: nn.Module) -> None:
+    """AdaLoRA's divisor: PEFT freezes it, and makes it a new parameter, which trains, where it casts it."""
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            module.ranknum.requires_grad_(False)
+
+
+def _load_unrounded(
+    model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
+) -> None:
+    """Read AdaLoRA's tensors once more: those with fewer ranks PEFT makes, and fills, in the dtype of the base."""
+    config = model.peft_config[adapter_name]
+    if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
+        return
+    weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
+    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have lost those ranks already
+    try:
+        set_peft_model_state_dict(
+            model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)
+        )
+    finally:
+        config.rank_pattern = rank_pattern
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``kwargs`` that say where, and which, a file on the hub is."""
+    return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
 
 
 def _check_safetensors(path: str, kwargs: dict[str, Any]) -> None:
@@ -124,12 +168,10 @@ def _check_safetensors(path: str, kwargs: dict[str, Any]) -> None:
 
 
 def _check_hub(repository: str, kwargs: dict[str, Any]) -> None:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-    taken = {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
     try:
-        hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **taken)
+        hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **_of_hub(kwargs))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"load_adapter: {repository} is no folder, and no repository within reach") from error
     except EntryNotFoundError as error:

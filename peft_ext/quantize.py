@@ -1,8 +1,9 @@
-"""Quantize a model's linear layers to NF4, in place."""
+"""A model's linear layers to NF4 and back, in place."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional, TypeVar
 
@@ -12,13 +13,16 @@ from torch import nn
 from .nn import NF4Linear
 from .ops import _checks as checks
 
-__all__ = ["quantize_nf4"]
+__all__ = ["dequantize_nf4", "quantize_nf4"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Item = TypeVar("_Item")
 
 # Heads of the task: small, and trained or read in full precision.
 HEADS = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
+
+# What an NF4Linear has beside an nn.Linear's attributes.
+_NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
 
 _HOOKS = (
     "_forward_hooks",
@@ -57,15 +61,16 @@ def quantize_nf4(
             language models and of classifiers.
         progress: show a progress bar (if tqdm is there), on a terminal only.
 
-    Returns: ``model``.
+    Returns: ``model``. Warns where nothing was there to be replaced. :func:`dequantize_nf4` is the way back.
 
     Raises:
-        TypeError: ``model`` is itself an ``nn.Linear``, or a weight is not a plain float parameter.
+        TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: blocksize; a weight on the meta device; a merged adapter; a layer with a replaced ``forward``.
         All are raised before anything is changed.
 
     Source: QLoRA, arXiv 2305.14314.
     """
+    _check_module("quantize_nf4", model)
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
@@ -79,16 +84,69 @@ def quantize_nf4(
         _carry_over(linear, module)
         return module
 
-    for same in _progress(places) if progress else places:
-        _replace(same, make)
+    _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress)
+    return model
+
+
+def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
+    """Replace every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
+
+    The way back from :func:`quantize_nf4`, though not to the weights from before it: W is what the quantized layer
+    multiplied with, and the model computes the same. Call it before ``merge_adapter`` or ``merge_and_unload`` of an
+    adapter that was trained over NF4: a merge into NF4 rounds W plus adapter to 4 bits anew, which moves each weight by
+    as much as quantizing did, and one into W rounds to its dtype. ``peft_ext.merge_to_dense`` does it layer by layer,
+    to a file.
+
+    A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay as they are, on the fused ops
+    where they were; layers that share one weight, or a layer in two places, share the dense one; hooks are kept. The
+    weights stay frozen, and the biases as they were, in the weight's dtype. Subclasses of NF4Linear are left as they
+    are, and so are bitsandbytes' layers.
+
+    Args:
+        model: any module, on any real device; a PeftModel too, if nothing is merged into its NF4 weights.
+        dtype: of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default: each
+            weight's own, from which it was quantized.
+        progress: show a progress bar (if tqdm is there), on a terminal only.
+
+    Returns: ``model``. Warns where nothing was there to be replaced.
+
+    Raises:
+        TypeError: ``model`` is itself an NF4Linear, or no module; dtype.
+        ValueError: a weight on the meta device; an adapter that is merged into an NF4 weight; a layer with a replaced
+            ``forward``.
+        All are raised before anything is changed.
+
+    Source: QLoRA, arXiv 2305.14314.
+    """
+    _check_module("dequantize_nf4", model)
+    if type(model) is NF4Linear:
+        raise TypeError("dequantize_nf4: model is an NF4Linear and can't be replaced in place, its dequantize() gives "
+                        "the dense weight")  # fmt: skip
+    if dtype is not None:
+        checks.check_dtype("dequantize_nf4", dtype)
+
+    def make(layer: NF4Linear, first: Optional[nn.Module]) -> nn.Linear:
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
+        module.weight = nn.Parameter(layer.dequantize(dtype), False) if first is None else first.weight
+        if layer.bias is not None:
+            # The parameter itself, which an optimizer or another layer may hold; F.linear takes one dtype alone.
+            module.bias = layer.bias
+            module.bias.data = layer.bias.data.to(module.weight.dtype)
+        _carry_over(layer, module)
+        return module
+
+    _replace_all("dequantize_nf4", "NF4Linear", model, _nf4_places(model), make, progress)
     return model
 
 
 class _Place:
-    """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed."""
+    """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed.
 
-    def __init__(self, parent: nn.Module, attribute: str, adapted: bool) -> None:
-        self.parent, self.attribute, self.adapted = parent, attribute, adapted
+    ``keeps_bias``: whether what replaces it has a bias that trains if the layer's did.
+    """
+
+    def __init__(self, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
+        self.parent, self.attribute, self.keeps_bias = parent, attribute, keeps_bias
 
     @property
     def linear(self) -> nn.Linear:
@@ -147,6 +205,36 @@ def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
     return list(groups.values())
 
 
+def _nf4_places(model: nn.Module) -> list[list[_Place]]:
+    """The layers to dequantize, checked; places of one layer, or of layers that share one weight, are one group."""
+    groups: dict[Any, list[_Place]] = {}
+    for prefix, parent in model.named_modules():
+        below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
+        if below is not None and any(type(module) is NF4Linear for module in below.modules()):
+            raise ValueError(f"dequantize_nf4: {prefix or 'model'} has a merged adapter, unmerge it first")
+        for attribute, child in parent._modules.items():
+            if type(child) is not NF4Linear:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if child.weight.is_meta:
+                raise ValueError(f"dequantize_nf4: {name}.weight is on the meta device, load the model's weights first")
+            _check_forward("dequantize_nf4", name, child)
+            weight = (child.weight.data_ptr(), child.absmax.data_ptr(), child.out_features, child.quant_dtype)
+            key = weight if child.weight.numel() else id(child)  # an empty weight has no address
+            groups.setdefault(key, []).append(_Place(parent, attribute, keeps_bias=True))
+    return list(groups.values())
+
+
+def _check_module(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}, wanted an nn.Module")
+
+
+def _check_forward(op: str, name: str, linear: nn.Linear) -> None:
+    if "forward" in linear.__dict__:
+        raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
+
+
 def _check(name: str, linear: nn.Linear) -> None:
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
@@ -155,8 +243,29 @@ def _check(name: str, linear: nn.Linear) -> None:
     if weight.is_meta:
         raise ValueError(f"quantize_nf4: {name}.weight is on the meta device, load the model's weights first")
     checks.check_float("quantize_nf4", f"{name}.weight", weight)
-    if "forward" in linear.__dict__:
-        raise ValueError(f"quantize_nf4: {name} has its forward replaced (an offloading hook?), remove that first")
+    _check_forward("quantize_nf4", name, linear)
+
+
+def _replace_all(
+    op: str, kind: str, model: nn.Module, places: list[list[_Place]], make: Callable[..., nn.Module], progress: bool
+) -> None:
+    if not places:
+        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
+    for same in _progress(places) if progress else places:
+        _replace(same, make)
+        for place in same:
+            _choose_dora(place.parent)
+
+
+def _choose_dora(layer: nn.Module) -> None:
+    """DoRA over an NF4 weight takes another variant of PEFT's: see ``accelerate``, which sets it on its own layers."""
+    if getattr(layer, "lora_variant", None):
+        from .integrations import _peft_lowrank as lowrank
+
+        if isinstance(layer, lowrank.Lora):
+            dora_dropout = layer.__dict__.get(lowrank.DORA_DROPOUT, "peft")
+            lowrank.clear_dora(layer)
+            lowrank.prepare_dora(layer, dora_dropout)
 
 
 def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
@@ -166,17 +275,17 @@ def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]]
         linear = place.linear
         if (module := done.get(id(linear))) is None:
             module = make(linear, next(iter(done.values()), None))
-            if module.bias is not None and not place.adapted:
+            if module.bias is not None and not place.keeps_bias:
                 module.bias.requires_grad_(False)
             done[id(linear)] = module
         setattr(place.parent, place.attribute, module)
 
 
-def _carry_over(linear: nn.Linear, module: NF4Linear) -> None:
+def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
         setattr(module, hooks, getattr(linear, hooks))  # the dict itself, so that handles still remove
     for name, value in linear.__dict__.items():
-        if name not in module.__dict__:
+        if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
             setattr(module, name, value)  # marks that others left on the layer
 
 

@@ -18,7 +18,8 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from .memory import MemoryEstimate, _check_arguments, _Profile, _profile, make_config, method_config
+from ._meta import build_model, make_config, method_config
+from .memory import MemoryEstimate, Profile, check_arguments, check_positive, profile_step
 
 __all__ = ["Alternative", "Recommendation", "recommend_peft_method"]
 
@@ -177,7 +178,7 @@ def recommend_peft_method(
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
     _check(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
-    _check_arguments(None, batch_size, 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method")
+    check_arguments(None, batch_size, 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method")
     task = _task(task_type)
     given = not _is_number(model_size_b)
     subject = (_Given if given else _Synthetic)(model_size_b, task, sequence_length)
@@ -198,10 +199,8 @@ def _check(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: 
     if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"{op}: gpu_memory_gb is {gpu_memory_gb!r}, wanted a number above 0")
     for name, value in (("num_examples", num_examples), ("sequence_length", sequence_length)):
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{op}: {name} is {value!r}, wanted a positive integer")
+        if value is not None:
+            check_positive(op, name, value)
     if prefer not in PREFERENCES:
         raise ValueError(f"{op}: prefer is {prefer!r}, wanted one of {PREFERENCES}")
     if not _is_number(headroom) or not 0 <= headroom < 1:
@@ -255,12 +254,10 @@ class _Given:
         self.about = f"{type(built).__name__}, {_parameters(self.size_b)}"
 
     def _built(self) -> nn.Module:
-        from .memory import _build
+        return self.model if isinstance(self.model, nn.Module) else build_model(self.model, self.task)[0]
 
-        return self.model if isinstance(self.model, nn.Module) else _build(self.model, self.task, None)[0]
-
-    def profile(self, **kwargs: Any) -> _Profile:
-        return _profile(self.model, device="cuda", task_type=self.task, **kwargs)[0]
+    def profile(self, **kwargs: Any) -> Profile:
+        return profile_step(self.model, device="cuda", task_type=self.task, **kwargs)[0]
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -287,9 +284,9 @@ class _Synthetic:
         config = self.make(self.layers)
         self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
 
-    def profile(self, **kwargs: Any) -> _Profile:
-        def of(layers: int) -> _Profile:
-            return _profile(self.make(layers), device="cuda", task_type=self.task, **kwargs)[0]
+    def profile(self, **kwargs: Any) -> Profile:
+        def of(layers: int) -> Profile:
+            return profile_step(self.make(layers), device="cuda", task_type=self.task, **kwargs)[0]
 
         return of(self.layers) if self.layers <= 3 else of(2).extrapolate(of(3), self.layers - 2)
 

@@ -15,6 +15,7 @@ from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import memory  # noqa: E402
+from peft_ext._meta import AUTO_CLASSES  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
@@ -390,12 +391,20 @@ def test_every_method_by_name(method):
         assert estimate.total == estimate_memory(config, "lora", **TOKENS).total
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ada_lora_s_divisor_does_not_train(dtype):
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA).to(dtype)
+    adapted = peft_ext.get_peft_model(copy.deepcopy(model), memory.make_config(*memory.method_config("adalora")))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert estimate_memory(model, "adalora", **TOKENS).trainable == trainable
+
+
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM"])
 def test_every_task(task_type):
     for config in (LLAMA, BERT):
         estimate = estimate_memory(config, "ia3", task_type=task_type, **TOKENS)
         with torch.device("meta"):
-            auto = getattr(transformers, memory._AUTO_CLASSES[task_type]).from_config(config)
+            auto = getattr(transformers, AUTO_CLASSES[task_type]).from_config(config)
         assert estimate.about.startswith(type(auto).__name__)
         assert estimate.weights <= sum(t.nbytes for t in (*auto.parameters(), *auto.buffers()))
         assert estimate.parameters > sum(p.numel() for p in auto.parameters()) - 4  # the head's biases may train
@@ -450,7 +459,7 @@ def test_extrapolates_to_more_layers(method, checkpointing):
     def of(layers):
         config = copy.deepcopy(LLAMA)
         config.num_hidden_layers = layers
-        return memory._profile(config, method=method, gradient_checkpointing=checkpointing, **TOKENS)[0]
+        return memory.profile_step(config, method=method, gradient_checkpointing=checkpointing, **TOKENS)[0]
 
     assert of(2).extrapolate(of(3), 5).estimate("") == of(7).estimate("")
 
@@ -462,7 +471,7 @@ def test_extrapolates_to_another_moment():
 
     def of(layers):
         config.num_hidden_layers = layers
-        return memory._profile(config, method="full", optimizer=None, batch_size=1, sequence_length=96)[0]
+        return memory.profile_step(config, method="full", optimizer=None, batch_size=1, sequence_length=96)[0]
 
     few, many = of(2), of(12)
     assert few.estimate("").peak["gradients"] > 0 == many.estimate("").peak["gradients"]

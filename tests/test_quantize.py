@@ -1,14 +1,17 @@
-"""quantize_nf4: what is replaced, what is left, when memory is freed."""
+"""quantize_nf4 and dequantize_nf4: what is replaced, what is left, when memory is freed."""
 
+import copy
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from peft_ext import PartialConfig, get_peft_model, ops, quantize_nf4
+from peft_ext import PartialConfig, accelerate, explain, get_peft_model, ops, quantize_nf4
 from peft_ext.nn import LoRALinear, NF4Linear
+from peft_ext.quantize import dequantize_nf4
 
 
 class Tied(nn.Module):
@@ -79,7 +82,12 @@ def test_subclasses_are_left():
 
     model = nn.Sequential(Other(64, 64), NF4Linear(64, 64))
     before = list(model)
-    assert list(quantize_nf4(model)) == before
+    with pytest.warns(UserWarning, match="quantize_nf4: Sequential has no nn.Linear to replace") as caught:
+        assert list(quantize_nf4(model)) == before
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
 
 
 def test_dense_weights_are_freed_one_by_one(monkeypatch):
@@ -133,6 +141,8 @@ def test_refuses_before_it_changes_anything():
         quantize_nf4(nn.Sequential(good), blocksize=65)
     with pytest.raises(TypeError, match="use NF4Linear.from_linear"):
         quantize_nf4(good)
+    with pytest.raises(TypeError, match="quantize_nf4: model is str, wanted an nn.Module"):
+        quantize_nf4("model")
 
 
 def test_under_our_lora_only_the_base_is_quantized():
@@ -171,3 +181,195 @@ def test_a_weight_that_an_adapter_replaces_stays_dense():
     assert replaced and not any(isinstance(base, NF4Linear) for base in replaced)
     assert any(isinstance(module, NF4Linear) for module in model.modules())
     assert torch.isfinite(model(**architecture.batch()).logits).all()
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+def test_dequantize_gives_the_weights_that_the_layers_multiplied_with():
+    model = quantize_nf4(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64, bias=False).eval()))
+    wanted, codes, bias = [model[i].dequantize() for i in (0, 2)], model[0].weight, model[0].bias
+    bias.requires_grad_(True)
+    x = torch.randn(5, 64)
+    before = model(x)
+    assert dequantize_nf4(model, progress=False) is model
+    for layer, weight in zip((model[0], model[2]), wanted, strict=True):
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, weight) and not layer.weight.requires_grad
+        assert vars(layer).keys() == vars(nn.Linear(1, 1)).keys()
+    assert model[0].bias is bias and bias.requires_grad and model[2].bias is None
+    assert model[0].training and not model[2].training
+    torch.testing.assert_close(model(x), before)
+    assert torch.equal(quantize_nf4(model)[0].weight, codes)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_dequantize_to_a_dtype(dtype):
+    model = quantize_nf4(nn.Sequential(nn.Linear(64, 64)).bfloat16())
+    model.float()  # the bias alone
+    weight, bias = model[0].dequantize(dtype), model[0].bias
+    dequantize_nf4(model, dtype=dtype)
+    wanted = dtype or torch.bfloat16
+    assert model[0].weight.dtype is wanted and torch.equal(model[0].weight, weight)
+    assert model[0].bias is bias and bias.dtype is wanted
+    assert model(torch.randn(2, 64, dtype=wanted)).dtype is wanted
+
+
+def test_dequantized_layers_share_what_the_quantized_ones_did():
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in "abc"})
+    model["b"].weight = model["a"].weight
+    model["inner"] = nn.ModuleDict({"d": model["c"]})
+    dequantize_nf4(quantize_nf4(model))
+    assert model["a"].weight is model["b"].weight and model["a"] is not model["b"]
+    assert model["a"].bias is not model["b"].bias
+    assert model["inner"]["d"] is model["c"] and type(model["c"]) is nn.Linear
+    assert model["c"].weight is not model["a"].weight
+    tied = dequantize_nf4(quantize_nf4(Tied()))
+    assert tied.lm_head.weight is tied.embed.weight and type(tied.blocks[0]["up"]) is nn.Linear
+    other = quantize_nf4(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    other[1] = NF4Linear.from_nf4(other[0].nf4)
+    other[1].quant_dtype = torch.bfloat16
+    dequantize_nf4(other)
+    assert [layer.weight.dtype for layer in other] == [torch.float32, torch.bfloat16]
+
+
+def test_nf4_weights_are_freed_one_by_one(monkeypatch):
+    model = quantize_nf4(nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))))
+    packed = [weakref.ref(layer.weight) for layer in model]
+    alive, dequantize = [], NF4Linear.dequantize
+
+    def watched(layer, dtype=None):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in packed))
+        return dequantize(layer, dtype)
+
+    monkeypatch.setattr(NF4Linear, "dequantize", watched)
+    dequantize_nf4(model)
+    assert alive == [6, 5, 4, 3, 2, 1]
+    assert all(ref() is None for ref in packed)
+
+
+def test_hooks_and_marks_survive_the_way_back():
+    model = quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
+    calls = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append("after"))
+    model[0].mark = "kept"
+    dequantize_nf4(model)
+    model(torch.zeros(1, 64))
+    handle.remove()
+    model(torch.zeros(1, 64))
+    assert calls == ["after"] and model[0].mark == "kept"
+
+
+def test_dequantize_refuses_before_it_changes_anything():
+    good = NF4Linear(64, 64)
+    patched = NF4Linear(64, 64)
+    patched.forward = lambda x: x
+    merged = LoRALinear(64, 64, r=4)
+    quantize_nf4(nn.Sequential(merged))
+    merged.merge()
+    for bad, message in (
+        (NF4Linear(64, 64, device="meta"), "1.bad.weight is on the meta device, load the model's weights first"),
+        (patched, "1.bad has its forward replaced"),
+        (merged, "1.bad has a merged adapter, unmerge it first"),
+    ):
+        model = nn.Sequential(good, nn.ModuleDict({"bad": bad}))
+        with pytest.raises(ValueError, match=f"dequantize_nf4: {message}"):
+            dequantize_nf4(model)
+        assert model[0] is good and model[1]["bad"] is bad
+    merged.unmerge()
+    assert type(dequantize_nf4(nn.Sequential(merged))[0].base_layer) is nn.Linear
+    for model, dtype, message in (
+        (good, None, "model is an NF4Linear and can't be replaced in place"),
+        ({}, None, "model is dict, wanted an nn.Module"),
+        (nn.Sequential(good), torch.int8, "dtype is torch.int8, wanted one of"),
+    ):
+        with pytest.raises(TypeError, match=f"dequantize_nf4: {message}"):
+            dequantize_nf4(model, dtype=dtype)
+    with pytest.warns(UserWarning, match="dequantize_nf4: Linear has no NF4Linear to replace"):
+        dequantize_nf4(nn.Linear(64, 64))
+
+
+METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3")
+
+
+def adapted_over_nf4(method):
+    """A Llama in NF4 with an adapter as after some training, on the fused ops, and a batch."""
+    tiny_models = pytest.importorskip("tiny_models", reason="PEFT is not here")
+    peft_models = pytest.importorskip("peft_models")
+    import peft
+
+    torch.manual_seed(3)
+    architecture = tiny_models.ARCHITECTURES["Llama"]
+    config = (
+        peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        )
+        if method == "AdaLoRA"
+        else architecture.peft_config(method)
+    )  # fmt: skip
+    model = get_peft_model(quantize_nf4(architecture.build(), progress=False), config)
+    peft_models.spread(model)
+    return model.eval(), architecture.inputs()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_merges_into_dense_weights_without_loss(method):
+    model, inputs = adapted_over_nf4(method)
+    layers = {name: type(module) for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        nf4 = copy.deepcopy(model).merge_and_unload()(**inputs).logits
+        dequantize_nf4(model, progress=False)
+        assert not any(isinstance(module, NF4Linear) for module in model.modules())
+        assert {name: type(module) for name, module in model.named_modules() if hasattr(module, "base_layer")} == layers
+        assert explain(model).fused_share == 1
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+        torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        dense = model.merge_and_unload()(**inputs).logits
+    spread = wanted.std()
+    assert (dense - wanted).abs().max() < 1e-4 * spread
+    assert (nf4 - wanted).abs().max() > 1e-2 * spread
+
+
+@pytest.mark.parametrize("dora_dropout", ["peft", "lora"])
+def test_dora_s_variant_follows_its_base(dora_dropout):
+    lowrank = pytest.importorskip("peft_ext.integrations._peft_lowrank")
+    model, inputs = adapted_over_nf4("DoRA")
+    accelerate(model, dora_dropout=dora_dropout)
+
+    def variants():
+        layers = [module for module in model.modules() if isinstance(module, lowrank.Lora)]
+        assert {module.__dict__.get(lowrank.DORA_DROPOUT, "peft") for module in layers} == {dora_dropout}
+        return {type(variant) for module in layers for variant in module.lora_variant.values()}
+
+    def on_pefts_path():
+        """A hook is what the fused layer leaves to PEFT's own forward."""
+        layer = next(module for module in model.modules() if isinstance(module, lowrank.Lora))
+        handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        handle.remove()
+        return logits
+
+    before = on_pefts_path()
+    assert variants() == {lowrank.DoraNF4Variant}
+    dequantize_nf4(model, progress=False)
+    assert variants() == {lowrank.variants.DoraLinearVariant}
+    torch.testing.assert_close(on_pefts_path(), before, rtol=1e-4, atol=1e-4)
+    quantize_nf4(model, double_quant=False, progress=False)  # the very weights again
+    assert variants() == {lowrank.DoraNF4Variant}
+    torch.testing.assert_close(on_pefts_path(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_into_nf4_it_is_refused():
+    model, inputs = adapted_over_nf4("LoRA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj has a merged adapter, unmerge it first"):
+        dequantize_nf4(model)
+    assert any(isinstance(module, NF4Linear) for module in model.modules())
+    model.unmerge_adapter()
+    dequantize_nf4(model, progress=False)

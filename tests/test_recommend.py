@@ -9,7 +9,8 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from peft_ext import recommend  # noqa: E402
-from peft_ext.memory import KINDS, _Profile, estimate_memory  # noqa: E402
+from peft_ext._meta import build_model  # noqa: E402
+from peft_ext.memory import KINDS, Profile, estimate_memory  # noqa: E402
 from peft_ext.recommend import recommend_peft_method  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("nothing runs")
@@ -31,7 +32,7 @@ class Fixed:
         method = method or recommend_name(config)
         self.asked.append((method, setting["quantization"], setting["gradient_checkpointing"], setting["batch_size"]))
         held = dict.fromkeys(KINDS, 0) | {"weights": int(self.need(method, **setting) * GIB)}
-        return _Profile({"forward": held}, {"forward": held}, 7 * 10**9, 10**6)
+        return Profile({"forward": held}, {"forward": held}, 7 * 10**9, 10**6)
 
 
 def recommend_name(config):
@@ -254,10 +255,8 @@ def test_a_method_that_peft_refuses_is_passed_over():
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"])
 @pytest.mark.parametrize("size_b", [0.01, 0.11, 0.5, 1, 3, 8, 70, 405])
 def test_a_synthetic_model_has_the_size(size_b, task):
-    from peft_ext.memory import _build
-
     subject = recommend._Synthetic(size_b, task, None)
-    model, _ = _build(subject.make(subject.layers), task, None)
+    model, _ = build_model(subject.make(subject.layers), task)
     found = sum(p.numel() for p in model.parameters()) / 1e9
     assert abs(found / size_b - 1) < (0.02 if size_b >= 0.1 else 0.1)
 

@@ -1,24 +1,35 @@
-"""For transformers' Trainer: acceleration with measurements, and AdaLoRA's budget.
+"""For transformers' Trainer, and those that derive from it (TRL's): acceleration with measurements, AdaLoRA's
+budget, Diff Pruning's second phase.
 
 ::
 
-    trainer = Trainer(model, args, train_dataset=..., callbacks=[PeftExtCallback()])
+    trainer = Trainer(model, args, train_dataset=...)
+    PeftExtCallback().attach(trainer)
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["AdaLoraCallback", "PeftExtCallback", "keep_freed_memory", "peak_memory_mib"]
+from ._diff_pruning_callback import DiffPruningCallback
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import Trainer
+
+    from .peft import Explanation
+
+__all__ = ["AdaLoraCallback", "DiffPruningCallback", "PeftExtCallback", "keep_freed_memory", "peak_memory_mib"]
 
 
 def keep_freed_memory() -> bool:
@@ -58,39 +69,78 @@ def peak_memory_mib() -> Optional[float]:
 
 
 class PeftExtCallback(TrainerCallback):
-    """Accelerates the model as training begins and measures the steps.
+    """Accelerates the model as training begins, and measures the run.
 
     Args:
         accelerate: call :func:`peft_ext.accelerate` on the model as training begins.
         warmup_steps: steps that the speed leaves out: the first ones allocate.
+        restore: call :func:`peft_ext.restore` on the model as training ends: all of it, also what was accelerated
+            before. A run that ends with an exception leaves the model accelerated.
+        dora_dropout: of :func:`peft_ext.accelerate`.
 
-    After training (and in the logs while it runs): ``step_seconds``, a list; ``median_step_s``; ``tokens_per_s``, of
-    the steps alone: no evaluation, logging or saving; it needs ``TrainingArguments(include_num_input_tokens_seen=...)``
-    and is None without; ``peak_mib``, see :func:`peak_memory_mib`, and ``peak_cuda_mib`` on a GPU.
+    Of the run that began last:
+
+    * ``step_seconds``, a list, and ``median_step_s``;
+    * ``tokens_per_s``, of the steps alone: no evaluation, logging or saving, and no wait for data. The tokens are those
+      that Trainer counts, of all processes, with ``TrainingArguments(include_num_input_tokens_seen=...)``, and without
+      it those that the input embedding of this process looks up in the steps, padding and a decoder's included. None
+      where there are none (of images, or in a compiled model without Trainer's count);
+    * ``explanation``, what :func:`peft_ext.explain` says in the first step, in its mode and autocast, and
+      ``fused_share``, the share in it;
+    * ``peak_mib``, see :func:`peak_memory_mib`, and ``peak_cuda_mib`` on a GPU, of the process until then.
+
+    Trainer's logs get ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` wherever they have a loss,
+    and the metrics that ``train()`` returns as well. Trainer calls its reporters (TensorBoard, W&B, ...) before
+    the callbacks that it is given; :meth:`attach` puts this one before them, so that they see the figures too.
+
+    Raises: ValueError where warmup_steps is negative; as training begins, what :func:`peft_ext.accelerate` raises.
     """
 
-    def __init__(self, accelerate: bool = True, warmup_steps: int = 2) -> None:
+    def __init__(
+        self, accelerate: bool = True, warmup_steps: int = 2, *, restore: bool = False, dora_dropout: str = "peft"
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"PeftExtCallback: warmup_steps is {warmup_steps}, wanted at least 0")
         self.accelerate, self.warmup_steps = accelerate, warmup_steps
+        self.restore, self.dora_dropout = restore, dora_dropout
         self.step_seconds: list[float] = []
         self.step_tokens: list[int] = []
+        self.explanation: Optional[Explanation] = None
         self.peak_mib: Optional[float] = None
         self.peak_cuda_mib: Optional[float] = None
         self._started: Optional[float] = None
-        self._tokens_seen = 0
+        self._trainer_tokens = self._looked_up = 0
+        self._hook: Optional[RemovableHandle] = None
+
+    def attach(self, trainer: Trainer) -> PeftExtCallback:
+        """Be the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
+
+        Raises: TypeError where trainer is no transformers Trainer.
+        """
+        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
+        if not isinstance(callbacks, list):
+            raise TypeError(f"PeftExtCallback.attach: trainer is {type(trainer).__name__}, wanted a Trainer")
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.step_seconds, self.step_tokens = [], []
+        self.explanation = self.peak_mib = self.peak_cuda_mib = self._started = None
         if self.accelerate:
             from .peft import accelerate
 
-            accelerate(kwargs["model"])
+            accelerate(kwargs["model"], dora_dropout=self.dora_dropout)
+        self._watch(kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started, self._tokens_seen = time.perf_counter(), int(state.num_input_tokens_seen)
+        self._trainer_tokens, self._looked_up = int(state.num_input_tokens_seen), 0
+        self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._started is None:
@@ -98,21 +148,38 @@ class PeftExtCallback(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         self.step_seconds.append(time.perf_counter() - self._started)
-        self.step_tokens.append(int(state.num_input_tokens_seen) - self._tokens_seen)
+        by_trainer = int(state.num_input_tokens_seen) - self._trainer_tokens
+        self.step_tokens.append(self._looked_up if args.include_num_input_tokens_seen == "no" else by_trainer)
         self._started = None
+        if self.explanation is None:
+            self._explain(kwargs["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs is not None and "loss" in logs and self.tokens_per_s is not None:
-            logs["tokens_per_s"] = round(self.tokens_per_s, 1)
+        if logs is None or not ("loss" in logs or "train_loss" in logs):
+            return
+        self._measure_memory(args)
+        measured = {
+            "tokens_per_s": (self.tokens_per_s, 1),
+            "fused_share": (self.fused_share, 4),
+            "peak_mib": (self.peak_mib, 1),
+            "peak_cuda_mib": (self.peak_cuda_mib, 1),
+        }
+        figures = {name: round(figure, digits) for name, (figure, digits) in measured.items() if figure is not None}
+        logs.update(figures)
+        if state.log_history:  # its last entry is a copy of these logs, made before any callback saw them
+            state.log_history[-1].update(figures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.peak_mib = peak_memory_mib()
-        if args.device.type == "cuda":
-            self.peak_cuda_mib = torch.cuda.max_memory_allocated(args.device) / 2**20
+        self._measure_memory(args)
+        self._unwatch()
+        if self.restore:
+            from .peft import restore
+
+            restore(kwargs["model"])
 
     @property
     def _measured(self) -> slice:
@@ -129,6 +196,48 @@ class PeftExtCallback(TrainerCallback):
         """Tokens over seconds of the steps after the warm-up."""
         tokens, seconds = sum(self.step_tokens[self._measured]), sum(self.step_seconds[self._measured])
         return tokens / seconds if tokens and seconds else None
+
+    @property
+    def fused_share(self) -> Optional[float]:
+        """Fused layers over all adapted or quantized ones, in the first step."""
+        return None if self.explanation is None else self.explanation.fused_share
+
+    def _watch(self, model: nn.Module) -> None:
+        """Look at what the input embedding is called with: callbacks see no batch.
+
+        Not at what the model is: its arguments have other names in each, and Trainer's autocast begins within its call.
+        """
+        self._unwatch()
+        try:
+            embedding = model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return
+        if isinstance(embedding, nn.Module):
+            self._hook = embedding.register_forward_pre_hook(functools.partial(self._look, model))
+
+    def _unwatch(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _look(self, model: nn.Module, embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Evaluation and generation between steps, and a reference's forward within one, are no training.
+        if torch.compiler.is_compiling() or self._started is None or not torch.is_grad_enabled():
+            return
+        if inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].is_floating_point():
+            self._looked_up += inputs[0].numel()
+        if self.explanation is None:
+            self._explain(model)
+
+    def _explain(self, model: nn.Module) -> None:
+        from .peft import explain
+
+        self.explanation = explain(model)
+
+    def _measure_memory(self, args: TrainingArguments) -> None:
+        self.peak_mib = peak_memory_mib()
+        if args.device.type == "cuda":
+            self.peak_cuda_mib = torch.cuda.max_memory_allocated(args.device) / 2**20
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -1,0 +1,104 @@
+"""What the examples share: their options, a model, and text to adapt it to. Nothing here uses peft_ext.
+
+The text is the language reference that comes with Python, so that only the model is ever downloaded; with ``--tiny``
+not even that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+
+def options_of(script: str) -> argparse.ArgumentParser:
+    """The options that every example has."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a name on the hub")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two layers instead: nothing is fetched")
+    parser.add_argument("--max-steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--output", type=Path, default=Path("outputs") / Path(script).stem, help="the adapter's folder")
+    return parser
+
+
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, in bfloat16 (the tiny one in float32), and its tokenizer."""
+    torch.manual_seed(0)
+    if options.tiny:
+        return _tiny()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16), tokenizer
+
+
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama, and a tokenizer whose tokens are bytes."""
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> list[dict[str, list[int]]]:
+    """``count`` blocks of ``length`` tokens, to train a language model on."""
+
+    def tokens() -> Iterator[int]:
+        while True:
+            for name in sorted(topics):
+                yield from tokenizer(topics[name], verbose=False)["input_ids"]
+
+    stream = tokens()
+    cut = [list(islice(stream, length)) for _ in range(count)]
+    return [{"input_ids": ids, "attention_mask": [1] * length, "labels": ids} for ids in cut]
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, count: int, size: int = 4) -> torch.utils.data.DataLoader:
+    """``count`` batches of ``size`` blocks each, as tensors."""
+    tensors = [{name: torch.tensor(ids) for name, ids in block.items()} for block in blocks(tokenizer, count * size)]
+    generator = torch.Generator().manual_seed(0)
+    return torch.utils.data.DataLoader(tensors, batch_size=size, shuffle=True, generator=generator)
+
+
+def questions(count: int, length: int = 100) -> list[dict[str, str]]:
+    """``count`` prompts with the answer that is wanted, ``chosen``, and that to another question, ``rejected``."""
+    names = sorted(topics)
+    texts = [" ".join(topics[name].split())[:length] for name in names]
+    picked = [number % len(names) for number in range(count)]
+    return [
+        {"prompt": f"Explain Python's {names[n]}: ", "chosen": texts[n], "rejected": texts[n - 1]} for n in picked
+    ]  # fmt: skip
+
+
+def summary(losses: list[float]) -> str:
+    """How the loss went. Raises ValueError where there is none, or one is no number."""
+    if not losses or not all(map(math.isfinite, losses)):
+        raise ValueError(f"the losses are {losses}")
+    return f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"
+
+
+def figures(metrics: dict[str, float]) -> str:
+    """What peft_ext's callback measured, of the metrics that ``Trainer.train`` returns."""
+    names = ("tokens_per_s", "fused_share", "peak_mib", "peak_cuda_mib")
+    return ", ".join(f"{name} {metrics[name]:g}" for name in names if name in metrics)

@@ -1,0 +1,41 @@
+"""LoRA with TRL's SFTTrainer, which adapts the model itself: prompts and completions, the loss on the completions.
+
+python docs/examples/trl_sft.py --max-steps 20
+"""
+
+from __future__ import annotations
+
+import torch
+from _inputs import figures, load, options_of, questions, summary
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from peft_ext.integrations.transformers import PeftExtCallback  # peft_ext, line 1 of 3
+
+
+def main() -> None:
+    options = options_of(__file__).parse_args()
+    model, tokenizer = load(options)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in questions(64)]
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            str(options.output), max_steps=options.max_steps, per_device_train_batch_size=4, max_length=128,
+            learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
+            use_cpu=not torch.cuda.is_available(),  # TRL trains under bfloat16 autocast, on a CPU only if asked to
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
+    )  # fmt: skip
+    meter = PeftExtCallback().attach(trainer)  # peft_ext, line 2 of 3
+    metrics = trainer.train().metrics
+    print(meter.explanation)  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+    trainer.save_model()
+    print(figures(metrics))
+    print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+
+
+if __name__ == "__main__":
+    main()
