@@ -17,6 +17,7 @@ bnb = pytest.importorskip("bitsandbytes")
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from peft.tuners import lora  # noqa: E402
+from peft.utils import hotswap  # noqa: E402
 from peft_models import (  # noqa: E402
     BASES,
     HIDDEN,
@@ -1023,3 +1024,103 @@ def test_models_without_any_adapter_pass_through():
     model = MLP()
     assert peft_ext.restore(peft_ext.accelerate(model)) is model
     assert type(model.up) is nn.Linear
+
+
+# --- a base that runs on its own, and adapters swapped in place -------------------------------------------------------
+
+SWAPPED = {"small": {"r": 4, "lora_alpha": 3}, "large": {"r": 9, "lora_alpha": 7}}
+
+
+def test_hooks_of_a_base_run_once_and_in_order():
+    x, found = inputs(), []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model, calls = make(), []
+        base = first(model).base_layer
+        base.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("before"))
+        base.register_forward_hook(lambda module, args, y, calls=calls: calls.append("after") or y * 2)
+        base.register_full_backward_hook(lambda module, *grads, calls=calls: calls.append("backward"))
+        if accelerated:
+            peft_ext.accelerate(model)
+            assert peft_ext.explain(model).rows[0].fused
+        found.append((run(model, x), calls))
+    (wanted, theirs), (actual, ours) = found
+    assert ours == theirs == ["before", "after", "backward"]
+    assert_identical_to_rounding(actual, wanted)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_8bit_layers_are_copied_pickled_and_checkpointed(clone):
+    model = MLP().to(torch.bfloat16)
+    eight = BNB_8BIT(K, HIDDEN, has_fp16_weights=False)
+    eight.load_state_dict(model.up.state_dict())
+    model.up = eight.to("cpu")
+    model = get_peft_model(model, LoraConfig(target_modules=["up"], r=4, lora_dropout=0.4, init_lora_weights=False))
+    fused = peft_ext.accelerate(model.train())
+    x = inputs("bfloat16")
+    wanted = run(fused, x)  # the first call quantizes the weight
+    copied = clone(fused)
+    assert peft_ext.explain(copied).rows[0].fused
+    assert_identical(run(copied, x), run(fused, x))
+    assert_identical(run(fused, x), wanted)
+    torch.manual_seed(3)
+    y = torch.utils.checkpoint.checkpoint(fused, x, use_reentrant=False)
+    assert torch.equal(y, wanted["y"])
+    fused.zero_grad()
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
+    for name, parameter in fused.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("base", "compiled"), [*((base, False) for base in BASES), ("float32", True), ("nf4 bfloat16", True)]
+)
+def test_swapped_adapters_are_pefts(base, compiled, tmp_path):
+    """PEFT's hotswap makes the scale a tensor and pads the rank: another adapter, in the same graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for name, config in SWAPPED.items():
+        make(base, **config).save_pretrained(tmp_path / name)
+    stock, fused = both(make(base, **SWAPPED["small"]).train())  # in eval mode bitsandbytes rounds x to bfloat16
+    for model in (stock, fused):
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=12)
+    if compiled:
+        fused.compile(fullgraph=True, backend="aot_eager")
+    x, seen, graphs = inputs(base, (21,)), [], []
+    for name in (None, *SWAPPED, "large"):
+        for model in (stock, fused) if name else ():
+            hotswap.hotswap_adapter(model, tmp_path / name, "default", torch_device="cpu")
+        assert peft_ext.explain(fused).fused_share == 1.0
+        assert_as_good({"x": x, "y": fused(x)}, {"x": x, "y": stock(x)}, {"x": x, "y": in_float64(stock)(x.double())})
+        seen.append(fused(x).detach())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert not torch.allclose(seen[1], seen[2], rtol=0.1) and torch.equal(seen[2], seen[3])
+    assert len(set(graphs)) == 1 and (graphs[0] > 0) is compiled
+
+
+class Wide(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return super().forward(x).double()
+
+
+@pytest.mark.parametrize("method", ["LoRA", "AdaLoRA", "IA3"])
+def test_a_base_whose_result_the_op_does_not_take_runs_once(method):
+    from peft_models import make_method
+
+    stock = make() if method == "LoRA" else make_method(method)
+    for layer in tuners(stock).values():
+        layer.base_layer.__class__ = Wide
+    model = stock.base_model.model
+    stock, fused = both(stock.eval())
+    assert peft_ext.explain(fused).fused_share == 1.0
+    for name, features in (("up", K), ("down", HIDDEN)):
+        x = torch.randn(3, features)
+        wanted = getattr(model, name)(x)
+        Wide.calls = 0
+        found = getattr(fused.base_model.model, name)(x)
+        assert Wide.calls == 1 and found.dtype is wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

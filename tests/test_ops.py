@@ -681,3 +681,101 @@ def test_merge_says_what_is_wrong_and_what_is_not_finite(device: torch.device) -
     assert not ops.nf4_merge(nf4, a * float("nan"), b)[1].isfinite()
     zero = reference.nf4_quantize(torch.zeros(8, 64)).to(device)
     assert ops.nf4_merge(zero, a, b * 0)[1] == 0
+
+
+# Per sample, tokens of each, K, N, ranks, the samples' adapters: samples that end within a strip of 16 tokens, tails of
+# every width, an adapter that no sample has, none at all, one sample, and more samples than one launch takes on a GPU.
+_GROUPS: tuple[tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]], ...] = (
+    (5, 7, 33, 65, (1, 64, 16, 31), (3, 0, 1, -1, 3)),
+    (3, 16, 64, 32, (8, 17), (1, 1, 0)),
+    (1, 1, 1, 1, (1, 2), (1,)),
+    (1, 37, 100, 48, (15,), (0,)),
+    (4, 9, 130, 31, (33, 2), (-1, -1, -1, -1)),
+    (8, 1, 515, 33, (3, 63, 4), (2, 0, 2, -1, 0, 0, 2, 2)),
+    (600, 1, 36, 34, (5, 1, 18), tuple(i % 7 % 4 - 1 for i in range(600))),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("groups", _GROUPS, ids=lambda groups: f"{groups[0]}x{groups[1]}")
+def test_groups_of_any_sizes(groups: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    """Values, gradients and S; the adapters of three dtypes, every second one not contiguous."""
+    samples, length, k, n, ranks, adapters = groups
+    x, weight = randn(samples, length, k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5)
+    held = {"x": x}
+    for group, rank in enumerate(ranks):
+        kind = (torch.float32, torch.bfloat16, torch.float16)[group % 3]
+        a, b = randn(rank, k, dtype=kind, scale=k**-0.5), randn(n, rank, dtype=kind)
+        held |= {f"A{group}": a, f"B{group}": b}
+    scaling = [0.75, -2.0, 1.0, 0.5][: len(ranks)]
+    grad = randn(samples, length, n, dtype=dtype)
+
+    def call(**inputs: Tensor) -> Tensor:
+        lora = [[inputs[f"{side}{group}"] for group in range(len(ranks))] for side in "AB"]
+        return ops.grouped_lora_linear(inputs["x"], weight.to(device), *lora, adapters, scaling=scaling)
+
+    def plain(**inputs: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(inputs["x"], weight.to(inputs["x"].dtype))
+        for group in range(len(ranks)):
+            a, b = (inputs[f"{side}{group}"].to(y.dtype) for side in "AB")
+            index = torch.tensor([i for i, adapter in enumerate(adapters) if adapter == group], dtype=torch.int64)
+            y = y.index_add(0, index, scaling[group] * (inputs["x"][index] @ a.t()) @ b.t())
+        return y
+
+    sample = Sample(held, tuple(held))
+    odd = {name: strided(v) if name[1:] in ("1", "3") and min(v.shape) > 1 else v for name, v in held.items()}
+    moved = Sample({name: value.to(device) for name, value in odd.items()}, tuple(held))
+    assert_close(run(call, moved, grad), run(plain, sample, grad), run(plain, to_wide(sample), grad), max(k, n))
+
+    # Beyond a token's own rank S has zeros, and nothing but zeros for a token without an adapter.
+    lora = [[moved.inputs[f"{side}{group}"] for group in range(len(ranks))] for side in "AB"]
+    args = (*ops._checks.weight_args(weight.to(device)), None, *lora, scaling, list(adapters))
+    s = torch.ops.peft_ext.grouped_lora_linear(moved.inputs["x"], *args)[1].cpu()
+    wide = [[matrix.cpu().double() for matrix in side] for side in lora]
+    wanted = reference.grouped_lora.grouped_lora_linear_forward(x.double(), weight.double(), None, *wide, *args[-2:])[1]
+    assert s.shape == wanted.shape == (samples * length, max(ranks)) and s.dtype is torch.float32
+    assert torch.equal(s == 0, wanted == 0)
+    assert (s - wanted).abs().max() <= k**0.5 * torch.finfo(torch.float32).eps * max(1.0, wanted.abs().max().item())
+
+
+def test_an_adapter_under_two_indices_sums_its_gradients(device: torch.device) -> None:
+    x, weight, a, b = (randn(*s, dtype=torch.float32).to(device) for s in ((4, 3, 64), (96, 64), (8, 64), (96, 8)))
+    found = []
+    for groups, adapters, scaling in (([0, 0], [0, 1, -1, 0], [0.5, 0.5]), ([0], [0, 0, -1, 0], [0.5])):
+        leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+        lists = ([leaf for _ in groups] for leaf in leaves)
+        y = ops.grouped_lora_linear(x, weight, *lists, adapters, scaling=scaling)
+        y.square().sum().backward()
+        found.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for twice, once in zip(*found, strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6 * once.abs().max().item())
+
+
+def test_the_residual_alone_takes_the_gradient_as_it_comes(device: torch.device) -> None:
+    x, residual, a, b = (randn(*s, dtype=torch.bfloat16).to(device) for s in ((5, 64), (5, 96), (8, 64), (96, 8)))
+    residual.requires_grad_()
+    y = ops.lora_residual(x, residual, a, b)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert torch.equal(residual.grad, grad)
+    assert y.data_ptr() != residual.data_ptr()
+
+
+@pytest.mark.cpu_only("a tensor core multiplies what is masked, too: documented")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("length", [1, 8, 40])
+def test_an_adapter_that_is_not_finite_stays_with_its_samples(
+    length: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, a = (randn(*s, dtype=dtype).to(device) for s in ((4, length, 64), (96, 64), (8, 64)))
+    b = [randn(96, 8, dtype=dtype).to(device) for _ in range(2)]
+    b[1][3, 2], b[1][7, 1] = float("nan"), float("inf")
+    y = ops.grouped_lora_linear(x, weight, [a, a], b, [0, 1, -1, 0])
+    assert [bool(sample.isfinite().all()) for sample in y.cpu()] == [True, False, True, True]
+
+
+def test_an_adapter_that_no_sample_has_may_hold_anything(device: torch.device) -> None:
+    x, weight, a = (randn(*s, dtype=torch.float32).to(device) for s in ((3, 5, 64), (96, 64), (8, 64)))
+    b = [randn(96, 8, dtype=torch.float32).to(device), torch.full((96, 8), float("nan")).to(device)]
+    assert ops.grouped_lora_linear(x, weight, [a, a], b, [0, -1, 0]).isfinite().all()
+    assert ops.grouped_lora_linear(x, weight, [a, a], b, [-1, -1, -1]).isfinite().all()

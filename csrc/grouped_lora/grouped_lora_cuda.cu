@@ -48,8 +48,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
                     " elements, wanted [R, ", held.inputs, "]");
     STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == held.outputs && b.size(1) == a.size(0), kOp, ": lora_B ", g,
                     " is not [", held.outputs, ", ", a.size(0), "]");
-    groups.ranks.push_back(a.size(0));
-    groups.scaling.push_back(static_cast<float>(scaling[g]));
+    groups.rank = std::max(groups.rank, a.size(0));
   }
   const auto samples = static_cast<int64_t>(adapters.size()), tokens = x.dim() >= 1 ? device_rows(x) : 0;
   STD_TORCH_CHECK(samples > 0 ? tokens % samples == 0 : tokens == 0, kOp, ": adapters has ", samples,
@@ -57,10 +56,25 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
   for (const int64_t group : adapters)
     STD_TORCH_CHECK(group >= -1 && group < static_cast<int64_t>(lora_A.size()), kOp, ": adapters has ", group,
                     ", wanted -1 to ", static_cast<int64_t>(lora_A.size()) - 1);
-  groups.adapters = adapters;
+  // Those that a sample has: what no sample asked for costs nothing, and may hold anything.
+  std::vector<int64_t> place(lora_A.size(), -1);
+  std::vector<Tensor> used_A, used_B;
+  const auto use = [&](size_t g) {
+    if (place[g] >= 0) return;
+    place[g] = static_cast<int64_t>(used_A.size());
+    used_A.push_back(lora_A[g]);
+    used_B.push_back(lora_B[g]);
+    groups.ranks.push_back(lora_A[g].size(0));
+    groups.scaling.push_back(static_cast<float>(scaling[g]));
+  };
+  for (const int64_t group : adapters) {
+    if (group >= 0) use(static_cast<size_t>(group));
+    groups.adapters.push_back(group < 0 ? -1 : place[static_cast<size_t>(group)]);
+  }
+  if (used_A.empty()) use(0);
   DeviceAdapter adapter;
-  adapter.lora_A = side_by_side(lora_A, 0);
-  adapter.lora_B = side_by_side(lora_B, 1);
+  adapter.lora_A = side_by_side(used_A, 0);
+  adapter.lora_B = side_by_side(used_B, 1);
   adapter.groups = &groups;
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
   return {out.y, out.s};

@@ -49,6 +49,7 @@ struct DeviceGroups {
   std::vector<int64_t> ranks;     // of each
   std::vector<float> scaling;     // of each
   std::vector<int64_t> adapters;  // of each sample: which, or -1 for none
+  int64_t rank = 0;               // the largest, of those that no sample has too
 };
 
 // Packed codes and float32 scales of a weight of any float type and shape.

@@ -100,20 +100,21 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const Sizes& size
 Tensor select_ranks(const DeviceGroups& groups, const Tensor& s) {
   const int64_t tokens = s.size(0), rank = s.size(1), samples = static_cast<int64_t>(groups.adapters.size());
   std::vector<RankRange> of_adapter;
-  int64_t first = 0, largest = 0;
+  int64_t first = 0;
   for (size_t g = 0; g < groups.ranks.size(); ++g) {
     of_adapter.push_back({static_cast<int32_t>(first), static_cast<int32_t>(groups.ranks[g]), groups.scaling[g]});
     first += groups.ranks[g];
-    largest = std::max(largest, groups.ranks[g]);
   }
-  const Tensor kept = device_empty(s, {tokens, largest}, ScalarType::Float);
+  // The kernel's threads reach the columns that S has.
+  const Tensor kept = groups.rank > rank ? device_zeros(s, {tokens, groups.rank}, ScalarType::Float)
+                                         : device_empty(s, {tokens, groups.rank}, ScalarType::Float);
   Launcher launcher(s);
   SelectRanks work{};
   work.s = launcher.out<float>(s);
-  work.kept = launcher.scratch<float>(kept);
+  work.kept = launcher.out<float>(kept);
   work.length = tokens / samples;
   work.rank = rank;
-  work.kept_rank = largest;
+  work.kept_rank = groups.rank;
   for (int64_t from = 0; from < samples; from += kSelectSamples) {
     const int64_t count = std::min<int64_t>(kSelectSamples, samples - from);
     for (int64_t i = 0; i < count; ++i) {
@@ -291,9 +292,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
       ScalarType::Float);
   out.z = device_empty(x, want_z ? std::vector<int64_t>{size.tokens, size.outputs} : std::vector<int64_t>{0}, type);
   if (size.tokens == 0) {
-    if (adapter.groups != nullptr)
-      out.s = device_empty(x, {0, *std::max_element(adapter.groups->ranks.begin(), adapter.groups->ranks.end())},
-                           ScalarType::Float);
+    if (adapter.groups != nullptr) out.s = device_empty(x, {0, adapter.groups->rank}, ScalarType::Float);
     return out;
   }
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,

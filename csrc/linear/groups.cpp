@@ -227,40 +227,53 @@ GroupedTerms grouped_terms(const char* op, const Groups& groups, const GroupedS&
     const Tensor& b = groups.lora_B[g];
     return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), false, round_up(out, kColumnStep), b.size(1));
   });
-  // A strip that several segments meet has a term of each, with zeros for the tokens of the others.
+  // A strip has a term of each adapter that its tokens have, with zeros for the tokens of the others.
   struct Part {
-    size_t segment;
-    int64_t offset;
+    int64_t group, offset;
+  };
+  struct Piece {
+    size_t segment, part;
+    int64_t strip;
   };
   const int64_t strips = ceil_div(tokens, kStrip);
   std::vector<Part> parts;
+  std::vector<Piece> pieces;
   int64_t total = 0;
   size_t from = 0;
   for (int64_t strip = 0; strip < strips; ++strip) {
     made.first.push_back(static_cast<int64_t>(parts.size()));
     while (groups.segments[from].end <= strip * kStrip) ++from;
     for (size_t i = from; i < groups.segments.size() && groups.segments[i].begin < (strip + 1) * kStrip; ++i) {
-      if (groups.segments[i].group < 0) continue;
-      parts.push_back({i, total});
-      total += groups.rank_of(groups.segments[i]) * kStrip;
+      const int64_t group = groups.segments[i].group;
+      if (group < 0) continue;
+      auto part = static_cast<size_t>(made.first.back());
+      while (part < parts.size() && parts[part].group != group) ++part;
+      if (part == parts.size()) {
+        parts.push_back({group, total});
+        total += groups.rank_of(groups.segments[i]) * kStrip;
+      }
+      pieces.push_back({i, part, strip});
     }
   }
   made.first.push_back(static_cast<int64_t>(parts.size()));
   const Tensor values = zeros({total});
   float* data = values.mutable_data_ptr<float>();
-  for (int64_t strip = 0; strip < strips; ++strip)
-    for (int64_t q = made.first[static_cast<size_t>(strip)]; q < made.first[static_cast<size_t>(strip) + 1]; ++q) {
-      const Part& part = parts[static_cast<size_t>(q)];
-      const Segment& segment = groups.segments[part.segment];
-      const int64_t rank = groups.rank_of(segment), first = strip * kStrip;
-      const int64_t begin = std::max(segment.begin, first), end = min_i64(segment.end, first + kStrip);
-      for (int64_t t = begin; t < end; ++t) {
-        const float* row = s.of(part.segment) + (t - segment.begin) * s.strides[part.segment];
-        for (int64_t r = 0; r < rank; ++r) data[part.offset + r * kStrip + t - first] = row[r];
-      }
-      const Tensor& b = made.held[static_cast<size_t>(segment.group)];
-      made.terms.push_back({rank, data + part.offset, b.const_data_ptr<float>()});
+  for (const Part& part : parts) {
+    const Tensor& b = made.held[static_cast<size_t>(part.group)];
+    made.terms.push_back({b.size(1), data + part.offset, b.const_data_ptr<float>(), 0});
+  }
+  for (const Piece& piece : pieces) {
+    const Segment& segment = groups.segments[piece.segment];
+    TileTerm& term = made.terms[piece.part];
+    float* to = data + parts[piece.part].offset;
+    const int64_t first = piece.strip * kStrip, stride = s.strides[piece.segment];
+    const int64_t begin = std::max(segment.begin, first), end = min_i64(segment.end, first + kStrip);
+    for (int64_t t = begin; t < end; ++t) {
+      const float* row = s.of(piece.segment) + (t - segment.begin) * stride;
+      term.lanes = static_cast<uint16_t>(term.lanes | 1u << (t - first));
+      for (int64_t r = 0; r < term.rank; ++r) to[r * kStrip + t - first] = row[r];
     }
+  }
   made.held.push_back(values);
   return made;
 }

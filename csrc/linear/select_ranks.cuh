@@ -21,13 +21,14 @@ constexpr int kSelectSamples = 256;  // of one launch: its arguments are 4 KiB a
 
 struct SelectRanks {
   float* s;        // [tokens, rank]
-  float* kept;     // [tokens, kept_rank], kept_rank <= rank; zeros beyond a token's own
+  float* kept;     // [tokens, kept_rank], zeros beyond a token's own
   int64_t begin;   // the launch's first token
   int64_t tokens;  // the launch's
   int64_t length;  // of a sample
   int64_t rank, kept_rank;
   RankRange ranges[kSelectSamples];
 };
+static_assert(sizeof(SelectRanks) <= 4096, "a launch's arguments");
 
 // Grid: ceil(tokens · rank / kSelectThreads).
 __global__ void __launch_bounds__(kSelectThreads) select_ranks_kernel(SelectRanks work) {

@@ -55,6 +55,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
+  uint16_t lanes;  // the adapter's tokens: what is not finite in B stays with them
 };
 
 struct TileForward {

@@ -228,8 +228,9 @@ struct Block {
   }
 };
 
-// Column j of the block's parts: c += left [rows, rank] right [rank, 16], in float32: the low-rank term.
-inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block) {
+// Column j of the block's parts: c += left [rows, rank] right [rank, 16], in float32: the low-rank term of `lanes`.
+inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block,
+                         __mmask16 lanes = 0xffff) {
   for (int i = 0; i < block->left; ++i) {
     float* c = block->part(i, j);
     __m512 sums[kStrip];
@@ -237,7 +238,8 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, in
     const float* rows = left + i * kStrip * rank;
     for (int64_t q = 0; q < rank; ++q) {
       const __m512 lane = _mm512_loadu_ps(right + q * kStrip);
-      for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r * rank + q]), lane, sums[r]);
+      for (int r = 0; r < kStrip; ++r)
+        sums[r] = _mm512_mask3_fmadd_ps(_mm512_set1_ps(rows[r * rank + q]), lane, sums[r], lanes);
     }
     for (int r = 0; r < kStrip; ++r) _mm512_store_ps(c + r * kStrip, sums[r]);
   }
@@ -293,7 +295,7 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
     for (int j = 0; j < block->right; ++j)
       for (int64_t q = work.first_term[strip + j]; q < work.first_term[strip + j + 1]; ++q) {
         const TileTerm& term = work.terms[q];
-        add_low_rank(term.b + row * term.rank, term.s, term.rank, j, block);
+        add_low_rank(term.b + row * term.rank, term.s, term.rank, j, block, term.lanes);
       }
   };
   const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };

@@ -99,7 +99,7 @@ class _IA3(Fused):
             if self.is_feedforward:
                 return base(ops.ia3_scale(x, vector.flatten()))
             result = base(x)
-            return ops.ia3_scale(result, vector.flatten()) if takes(result) else None
+            return ops.ia3_scale(result, vector.flatten()) if takes(result) else (result * vector.flatten()).to(result)
         seen, dtype = self._dtypes(x, vector)
         if (entered := enter(base, x, seen)) is None:
             return None

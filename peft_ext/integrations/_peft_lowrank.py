@@ -11,6 +11,7 @@ import math
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -212,7 +213,7 @@ class _LowRank(Fused):
             result = base(x)
             dtype = result.dtype
             if not takes(result) or result.shape[:-1] != x.shape[:-1]:
-                return None
+                return self._added(names, x, result)
             wide = torch.promote_types(x.dtype, dtype)
             # Autocast would round what the base layer returned, where PEFT adds to it.
             with torch.autocast(x.device.type, enabled=False):
@@ -221,6 +222,17 @@ class _LowRank(Fused):
             if (bias := self._bias(name)) is not None:
                 y = y + self.scaling[name] * bias
         return y if y.dtype is dtype else y.to(dtype)
+
+    def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
+        """As PEFT adds, to a result that the op does not take: the base layer has run, and must not run again."""
+        dtype = result.dtype
+        for name in names:
+            lora_A, lora_B = self._pair(name)
+            if (rank_scale := self._rank_scale(name, 1.0)) is not None:
+                lora_A = lora_A * rank_scale.unsqueeze(1)
+            dropped = self._modules["lora_dropout"]._modules[name](x.to(lora_A.dtype))
+            result = result + F.linear(F.linear(dropped, lora_A), lora_B, self._bias(name)) * self.scaling[name]
+        return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
         """lora_A ``[R, K]`` with all scales in it and lora_B ``[N, R]`` of several adapters, float32."""

@@ -9,6 +9,7 @@ Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Optional, Union
 
@@ -139,13 +140,16 @@ def grouped_lora_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         lora_A: G of them, ``[R_g, K]``; lora_B: ``[N, R_g]``; each of any float dtype. Ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for none. Samples of one adapter that lie beside
-            each other are one product.
+            each other are one product. ``torch.compile`` takes them for constants: other ones are another graph.
         bias: ``[N]`` of x's dtype.
         scaling: a finite number for each adapter; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
     bias, in their own dtypes; saved for backward: x and S ``[T, max R]`` float32. Under autocast x, bias and a dense
     weight are cast to the autocast dtype; the adapters keep theirs.
+
+    A value of an adapter that is not finite stays with its samples on the CPU; on a GPU one of a lora_B that is in use
+    makes the whole batch NaN.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -176,7 +180,12 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [samples, ..., K]")
     if len(adapters) != x.shape[0]:
         raise ValueError(f"{op}: adapters has {len(adapters)} elements, wanted {x.shape[0]}, one for each sample of x")
+    found = []
     for group in adapters:
-        if not isinstance(group, int) or not -1 <= group < count:
+        try:
+            found.append(operator.index(group))
+        except TypeError:
+            raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
+        if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")
-    return adapters
+    return found
