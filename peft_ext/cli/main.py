@@ -164,6 +164,102 @@ def merge(
         )  # fmt: skip
 
 
+@app.command()
+def recommend(
+    model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
+    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
+    memory: Annotated[Optional[float], typer.Option(help="Of the card, in GB. Default: this machine's.")] = None,
+    task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
+    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
+    from .recommend import recommend as run
+
+    with _errors():
+        code = run(
+            model_size=model_size, model=model, memory=memory, task=task, examples=examples, batch_size=batch_size,
+            sequence_length=sequence_length, prefer=prefer, as_json=as_json,
+        )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command()
+def explain(
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
+    ],
+    model: Annotated[Optional[str], typer.Option(help="An adapter's base. Default: its own.")] = None,
+    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeat it. Default: lora.")] = None,
+    rank: Annotated[Optional[int], typer.Option(help="Of the low-rank methods. Default: 16, adalora 8.")] = None,
+    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
+    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
+    from .explain import explain as run
+
+    with _errors():
+        run(
+            what, model=model, method=method, rank=rank, quant=quant, blocksize=blocksize, dtype=dtype,
+            batch_size=batch_size, sequence_length=sequence_length, as_json=as_json,
+        )  # fmt: skip
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    model: Annotated[
+        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+) -> None:
+    """Ask a base model and its adapted self the same, side by side."""
+    from .chat import chat as run
+
+    with _errors():
+        run(
+            adapter, model=model, prompt=prompt, max_new_tokens=max_new_tokens, base_quant=base_quant,
+            blocksize=blocksize, temperature=temperature, seed=seed, threads=threads,
+        )  # fmt: skip
+
+
+@app.command()
+def bench(
+    method: Annotated[
+        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
+    ] = None,
+    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeat it. Default: both.")] = None,
+    hidden: Annotated[int, typer.Option(help="The layer is hidden x hidden.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
+    rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg or .png; needs matplotlib.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
+    from .bench import bench as run
+
+    with _errors():
+        run(
+            method=method, base=base, hidden=hidden, tokens=tokens, rank=rank, seconds=seconds, threads=threads,
+            chart=chart, as_json=as_json,
+        )  # fmt: skip
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line (default: ``sys.argv``); returns the exit code, and prints no traceback for wrong usage."""
     command = typer.main.get_command(app)

@@ -1,0 +1,125 @@
+"""What several commands share: where a model is, what is wanted to run, tables and JSON on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from . import CliError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "DEMO_MODEL",
+    "console",
+    "dense_config",
+    "first_line",
+    "memory_document",
+    "mendable",
+    "model_config",
+    "need",
+    "print_json",
+    "quiet",
+    "status",
+]
+
+DEMO_MODEL = "smollm2"
+_PLAIN_WIDTH = 120
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its class's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def need(command: str, *packages: str) -> None:
+    """Raises CliError where a package is missing."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise CliError(f"{command} needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
+
+
+def quiet() -> None:
+    """No bars and remarks of the libraries, before they are first imported; none on PEFT's way to hand on prefixes."""
+    from .finetune import _quiet
+
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+    _quiet()
+
+
+@contextlib.contextmanager
+def mendable() -> Iterator[None]:
+    """What :mod:`peft_ext.merge` raises for a folder that it can't read, as a CliError."""
+    from ..merge import MergeError
+
+    try:
+        yield
+    except MergeError as error:
+        raise CliError(str(error).removeprefix("merge_to_dense: ")) from None
+
+
+def model_config(model: str) -> tuple[Path, Any]:
+    """The folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
+
+    Of a hub name the JSON files alone are fetched. Raises CliError.
+    """
+    from transformers import AutoConfig
+
+    from ..merge import _local
+
+    if model == DEMO_MODEL:
+        from .demo_model import demo_model
+
+        model = str(demo_model())
+    with mendable():
+        folder = _local("model", model, ["*.json"])
+    if not (folder / "config.json").is_file():
+        raise CliError(f"no config.json in {folder}, wanted a model in transformers' format")
+    try:
+        return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CliError(f"model {folder}: {first_line(error)}") from None
+
+
+def dense_config(config: Any) -> Any:
+    """``config`` without its quantization, in place: to trace the model, which then is quantized as it is asked for."""
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
+    """A :class:`peft_ext.memory.MemoryEstimate` as JSON has it."""
+    return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, or 120 columns; texts are shown as they are."""
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else _PLAIN_WIDTH, markup=False, emoji=False, highlight=False)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """What goes on, on a terminal alone, as long as it does."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, markup=False).status(text):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,273 @@
+"""``peft-ext chat``: the same prompt to a base model and to the adapted one, side by side.
+
+One model is in memory: the base answers with the adapter disabled, in the quantization that the adapter was trained on.
+Each prompt is answered on its own, since two answers kept as history would make two conversations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+from . import CliError
+from ._common import console, first_line, mendable, need, quiet, status
+
+__all__ = ["chat"]
+
+
+def chat(
+    adapter: Path,
+    *,
+    model: Optional[str],
+    prompt: Optional[str],
+    max_new_tokens: int,
+    base_quant: Optional[str],
+    blocksize: Optional[int],
+    temperature: float,
+    seed: int,
+    threads: Optional[int],
+) -> None:
+    """Answer ``prompt``, or what is typed or piped in. Raises CliError for what the user can mend."""
+    _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
+    need("chat", "transformers", "peft", "safetensors")
+    quiet()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with status("loading"):
+        pair = _Pair(adapter, model, base_quant, blocksize, max_new_tokens, temperature, seed)
+    if prompt is not None:
+        _show(prompt, *pair.answers(prompt))
+        return
+    if sys.stdin.isatty():
+        print(f"{pair.about}\neach prompt is answered on its own; Ctrl-D ends", file=sys.stderr)
+    for line in _prompts():
+        try:
+            answers = pair.answers(line)
+        except CliError as error:  # of this prompt; the next one may do
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        _show(line, *answers)
+
+
+def _check(
+    prompt: Optional[str], max_new_tokens: int, base_quant: Optional[str], blocksize: Optional[int],
+    temperature: float, threads: Optional[int],
+) -> None:  # fmt: skip
+    from ..weight import BLOCKSIZES
+
+    if prompt is not None and not prompt.strip():
+        raise CliError("--prompt: it is empty")
+    if max_new_tokens < 1:
+        raise CliError(f"--max-new-tokens {max_new_tokens}: wanted at least 1")
+    if base_quant not in (None, "nf4", "none"):
+        raise CliError(f"--base-quant {base_quant}: wanted nf4 or none")
+    if blocksize is not None and blocksize not in BLOCKSIZES:
+        raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
+    if not 0 <= temperature < math.inf:
+        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
+    if threads is not None and threads < 1:
+        raise CliError(f"--threads {threads}: wanted at least 1")
+
+
+def _prompts() -> Iterator[str]:
+    """Lines from the terminal, with a prompt and a history, or from a pipe; empty ones are left out."""
+    asks = sys.stdin.isatty()
+    if asks:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its keys
+    while True:
+        try:
+            line = input("> " if asks else "")
+        except EOFError:
+            if asks:
+                print()
+            return
+        if line.strip():
+            yield line
+
+
+class _Pair:
+    """The base and its adapter. ``answers``: of the base, and of the adapted model."""
+
+    def __init__(
+        self, adapter: Path, model: Optional[str], base_quant: Optional[str], blocksize: Optional[int],
+        max_new_tokens: int, temperature: float, seed: int,
+    ) -> None:  # fmt: skip
+        import torch
+
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = _adapter_config(adapter)
+        base, folder, quant = _base(adapter, config, model, base_quant, blocksize, self.device)
+        self.tokenizer = _tokenizer(adapter, folder)
+        self.model = _adapted(base, adapter).eval()
+        self.is_prompt = bool(config.is_prompt_learning)
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        self.about = f"base: {folder}, {type(base).__name__}; quantization {quant}\nadapter: {adapter}, {method}"
+        encodes_decodes = bool(getattr(base.config, "is_encoder_decoder", False))
+        if encodes_decodes and self.is_prompt:
+            raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
+        self.encodes_decodes = encodes_decodes
+        room = getattr(base.config, "max_position_embeddings", None)
+        self.room = None if room is None or encodes_decodes else room - self._virtual_tokens(config)
+
+    def _virtual_tokens(self, config: Any) -> int:
+        return config.num_virtual_tokens if self.is_prompt else 0
+
+    def answers(self, prompt: str) -> tuple[str, str]:
+        """Raises CliError where the prompt is longer than the model takes."""
+        inputs = self._tokens(prompt)
+        with self.model.disable_adapter():
+            base = self._answer(inputs)
+        return base, self._answer(inputs)
+
+    def _tokens(self, prompt: str) -> dict[str, Any]:
+        tokenizer, chats = self.tokenizer, bool(getattr(self.tokenizer, "chat_template", None))
+        if chats:
+            turn = [{"role": "user", "content": prompt}]
+            try:
+                prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # whatever the template's own code raises
+                raise CliError(f"the tokenizer's chat template: {first_line(error)}") from None
+        inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt", return_token_type_ids=False)
+        count = inputs["input_ids"].shape[1]
+        if self.room is not None and count + self.max_new_tokens > self.room:
+            raise CliError(
+                f"the prompt is {count} tokens, which with {self.max_new_tokens} more (--max-new-tokens) is over the "
+                f"model's {self.room}"
+            )
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _answer(self, inputs: dict[str, Any]) -> str:
+        import torch
+
+        torch.manual_seed(self.seed)  # before each of the two: the same model would say the same
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            if self.is_prompt:
+                out = self._without_cache(ids)
+            else:
+                draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+                out = self.model.generate(
+                    **inputs, max_new_tokens=self.max_new_tokens, use_cache=True,
+                    pad_token_id=self.tokenizer.pad_token_id, **(draws if self.temperature else {"do_sample": False}),
+                )  # fmt: skip
+        said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
+        return self.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+    def _without_cache(self, ids: Any) -> Any:
+        """For prompt methods, whose ``generate`` loses the virtual tokens with transformers 5."""
+        import torch
+
+        from .finetune import greedy
+
+        if not self.temperature:
+            return greedy(self.model, ids, self.max_new_tokens)
+        stop = self.model.generation_config.eos_token_id
+        stop = stop if isinstance(stop, list) else [stop]
+        for _ in range(self.max_new_tokens):
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float()
+            token = torch.multinomial((logits / self.temperature).softmax(-1), 1)
+            ids = torch.cat([ids, token], dim=1)
+            if token.item() in stop:
+                break
+        return ids
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _adapter_config(adapter: Path) -> Any:
+    from peft import PeftConfig
+
+    from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
+
+    if not adapter.is_dir():
+        raise CliError(f"--adapter {adapter}: no such folder")
+    if not (adapter / "adapter_config.json").is_file():
+        raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CliError(f"{adapter / 'adapter_config.json'}: {first_line(error)}") from None
+
+
+def _base(
+    adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
+) -> tuple[Any, Path, str]:
+    """The base as the adapter was trained on it: the model, its folder, its quantization."""
+    from ..merge import _from_folder, _run_options
+    from ..quantize import quantize_nf4
+    from .merge import _model
+
+    trained = _run_options(adapter)
+    with mendable():
+        base = _from_folder(_model(model, adapter), config, adapter, {}, trained)
+    made = base.model
+    if not made.can_generate():
+        raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
+    if base.absent and not getattr(config, "modules_to_save", None):
+        raise CliError(f"{base.absent[0]} is not in the base's files, so it would be random")
+    held = getattr(made, "is_loaded_in_4bit", False)
+    if held and quant == "none":
+        raise CliError(f"--base-quant none: {base.folder} is itself quantized to NF4")
+    quant = "nf4" if held else quant or trained.get("quant", "none")
+    made = made.eval().requires_grad_(False)
+    if quant == "nf4" and not held:
+        blocksize = blocksize or int(trained.get("blocksize", 64))
+        quantize_nf4(made, blocksize=blocksize, progress=False)
+        quant = f"nf4, double quantization, blocks of {blocksize}"
+    return made if held else made.to(device), base.folder, quant
+
+
+def _adapted(base: Any, adapter: Path) -> Any:
+    from ..model import load_adapter
+
+    try:
+        return load_adapter(base, adapter)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
+        raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
+
+
+def _tokenizer(adapter: Path, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    own = (adapter / "tokenizer_config.json").is_file()  # it was saved with tokens of its own
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter if own else folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise CliError(f"{adapter if own else folder}: no tokenizer ({first_line(error)})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+# --- the screen -------------------------------------------------------------------------------------------------------
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _show(prompt: str, base: str, adapted: str) -> None:
+    base, adapted = _printable(base), _printable(adapted)
+    if not sys.stdout.isatty():
+        print(f"prompt: {prompt}\nbase: {base}\nadapted: {adapted}", flush=True)
+        return
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, expand=True, pad_edge=False)
+    for column in ("base", "adapted"):
+        table.add_column(column, ratio=1, overflow="fold")
+    table.add_row(base, adapted)
+    console().print(table)

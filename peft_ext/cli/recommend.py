@@ -1,0 +1,118 @@
+"""``peft-ext recommend``: :func:`peft_ext.recommend_peft_method` with its reasons, as tables or as JSON."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Optional
+
+from . import CliError
+from ._common import console, dense_config, first_line, memory_document, model_config, need, print_json, quiet, status
+
+__all__ = ["recommend"]
+
+_OPTIONS = {
+    "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
+    "batch_size": "batch-size", "sequence_length": "sequence-length", "prefer": "prefer", "headroom": "headroom",
+}  # fmt: skip
+_GB = 2**30
+
+
+def recommend(
+    *,
+    model_size: Optional[float],
+    model: Optional[str],
+    memory: Optional[float],
+    task: str,
+    examples: Optional[int],
+    batch_size: int,
+    sequence_length: Optional[int],
+    prefer: str,
+    as_json: bool,
+) -> int:
+    """Print what is recommended; the exit code: 1 where nothing fits. Raises CliError for what the user can mend."""
+    if (model_size is None) == (model is None):
+        raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
+    need("recommend", "transformers", "peft")
+    quiet()
+    from ..recommend import recommend_peft_method
+
+    subject = model_size if model is None else dense_config(model_config(model)[1])
+    card = _card() if memory is None else memory
+    try:
+        with status("tracing training steps"):
+            found = recommend_peft_method(
+                subject, card, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
+            )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CliError(_in_options(first_line(error))) from None
+    if as_json:
+        print_json(_document(found))
+    else:
+        _show(found)
+    return 0 if found.fits else 1
+
+
+def _card() -> float:
+    """GiB of the first GPU here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
+    return torch.cuda.get_device_properties(0).total_memory / _GB
+
+
+def _in_options(text: str) -> str:
+    """``recommend_peft_method: gpu_memory_gb is 0, wanted ...`` in the words of the command line."""
+    text = text.partition(": ")[2] if text.startswith("recommend_peft_method: ") else text
+    match = re.match(r"(\w+) is (.+?), (.*)", text)
+    if match is None or match[1] not in _OPTIONS:
+        return text
+    return f"--{_OPTIONS[match[1]]} {match[2].strip(chr(39))}: {match[3]}"
+
+
+def _document(found: Any) -> dict[str, Any]:
+    others = [{**vars(other), "memory": memory_document(other.memory)} for other in found.alternatives]
+    return {
+        "fits": found.fits, **vars(found), "config_kwargs": dict(found.config_kwargs),
+        "memory": memory_document(found.memory), "alternatives": others,
+    }  # fmt: skip
+
+
+def _gb(estimate: Any) -> str:
+    return "can't run so" if estimate is None else f"{estimate.total / _GB:.1f} GB"
+
+
+def _show(found: Any) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    screen = console()
+    weights = "NF4 weights" if found.quantization else "dense weights"
+    rows = [
+        ("method", found.name),
+        ("weights", weights),
+        ("step", f"{found.batch_size} x {found.sequence_length} tokens"
+                 + (", gradient checkpointing" if found.gradient_checkpointing else "")),
+        ("memory", f"{_gb(found.memory)} of {found.gpu_memory_gb:g} GB, {found.headroom:.0%} of which is kept free"),
+    ]  # fmt: skip
+    if found.fits:
+        given = ", ".join(f"{name}={value!r}" for name, value in found.config_kwargs.items())
+        rows.append(("config", f"{found.config_class}({given})"))
+    for reason in found.reasons:
+        rows.append(("why" if reason is found.reasons[0] else "", reason))
+    table = Table(box=SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    screen.print(table)
+    if not found.alternatives:
+        return
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("not taken", overflow="fold")
+    table.add_column("memory", no_wrap=True)
+    table.add_column("fits")
+    table.add_column("why not", overflow="fold")
+    for other in found.alternatives:
+        table.add_row(other.name, _gb(other.memory), "yes" if other.fits else "no", other.why_not)
+    screen.print(table)
