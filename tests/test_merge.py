@@ -640,6 +640,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
 def test_warnings_and_bars_are_given_back(made, tmp_path):
     base, adapter = made("Llama", lora("q_proj"))
     level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.enable_progress_bar()  # a command that another test ran in this process has none
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merge_to_dense(base, adapter, tmp_path / "out")
