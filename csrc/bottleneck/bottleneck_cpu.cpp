@@ -4,8 +4,8 @@
 //
 // In float32, or of mixed types: forward: one pass over x, one that reads the residual and writes Y. backward: one pass
 // over dY gives P = s dY V, dV and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes
-// dX = dY + dU D. The products of few tokens, and those in one 16-bit type, are PyTorch's. What is [T, M] is float32,
-// the activation on it PyTorch's.
+// dX = dY + dU D. Few tokens take D and V as they lie, one pass over each; their gradients, and all products in one
+// 16-bit type, are PyTorch's. What is [T, M] is float32, the activation on it PyTorch's.
 #include <string>
 #include <tuple>
 

@@ -308,6 +308,25 @@ Tensor rank_scale_gradient(const Backward& b, const Tensor& sums) {
   return out;
 }
 
+// held_x: contiguous; it and what else is referred to must live as long.
+Backward checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
+                          const Tensor& held_x) {
+  const Sizes size = checked_sizes(op, held_x, weight, adapter);
+  const ScalarType type = held_x.scalar_type();
+  STD_TORCH_CHECK(grad.numel() == size.tokens * size.out && grad.scalar_type() == type, op, ": grad has ", grad.numel(),
+                  " elements of ", torch::headeronly::toString(grad.scalar_type()), ", wanted ", size.tokens * size.out,
+                  " of ", torch::headeronly::toString(type));
+  dtype_of(op, "x", held_x);
+  return {op,
+          weight,
+          adapter,
+          size,
+          torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
+          torch::stable::view(held_x, {size.tokens, size.in}),
+          Tensor(),
+          KeepBits()};
+}
+
 // P, dB and the rank scale's gradient from dY; dA from x and P; and the mask's bits for dX.
 void rank_gradients(Backward* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out) {
   Backward& b = *call;
@@ -495,20 +514,9 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   // Only the adapters' gradients are made of x.
   const Tensor held_x =
       x.has_value() ? torch::stable::contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
-  const Sizes size = checked_sizes(op, held_x, weight, adapter);
-  const ScalarType type = held_x.scalar_type();
-  STD_TORCH_CHECK(grad.numel() == size.tokens * size.out && grad.scalar_type() == type, op, ": grad has ", grad.numel(),
-                  " elements of ", torch::headeronly::toString(grad.scalar_type()), ", wanted ", size.tokens * size.out,
-                  " of ", torch::headeronly::toString(type));
-  dtype_of(op, "x", held_x);
-  Backward call{op,
-                weight,
-                adapter,
-                size,
-                torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
-                torch::stable::view(held_x, {size.tokens, size.in}),
-                Tensor(),
-                KeepBits()};
+  Backward call = checked_backward(op, weight, adapter, grad, held_x);
+  const Sizes& size = call.size;
+  const ScalarType type = call.type();
   AdaptedBackward out;
   out.grad_x = none(type);
   out.grad_A = out.grad_B = out.grad_rank_scale = none();
@@ -573,29 +581,18 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
 AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
                                   bool needs_grad_x) {
   const FrozenWeight weight = no_weight(adapter);
-  Tensor held_x = torch::stable::contiguous(x);
-  const Sizes size = checked_sizes(op, held_x, weight, adapter);
-  const ScalarType type = held_x.scalar_type();
-  STD_TORCH_CHECK(grad.numel() == size.tokens * size.out && grad.scalar_type() == type, op, ": grad has ", grad.numel(),
-                  " elements, wanted ", size.tokens * size.out, " of x's type");
-  Backward call{op,
-                weight,
-                adapter,
-                size,
-                torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
-                torch::stable::view(held_x, {size.tokens, size.in}),
-                Tensor(),
-                KeepBits()};
+  const Tensor held_x = torch::stable::contiguous(x);
+  Backward call = checked_backward(op, weight, adapter, grad, held_x);
   AdaptedBackward out;
-  out.grad_x = none(type);
+  out.grad_x = none(call.type());
   out.grad_rank_scale = out.grad_in_scale = none();
   rank_gradients(&call, s, false, &out);
   if (!needs_grad_x) return out;
-  out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
+  out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, call.type());
   if (out.grad_x.numel() == 0) return out;
   Expand finish;
   const Tensor right = behind_dropout(call, &finish, &out);
-  run_expand(finish, size.tokens);
+  run_expand(finish, call.size.tokens);
   return out;
 }
 

@@ -155,16 +155,15 @@ class _LowRank(Fused):
         return [name for name in self.active_adapters if name in held]
 
     def _stock_reason(self) -> Optional[str]:
-        return self._how()[0]
+        return self._how(self._names())[0]
 
     def _partly(self) -> Optional[str]:
         """Why the low-rank part alone is fused, where that is so."""
-        reason, onto = self._how()
+        reason, onto = self._how(self._names())
         return onto if reason is None else None
 
-    def _how(self) -> tuple[Optional[str], Optional[str]]:
+    def _how(self, names: list[str]) -> tuple[Optional[str], Optional[str]]:
         """Why PEFT's own forward has to run; and else why the base layer has to run on its own."""
-        names = self._names()
         if reason := layer_reason(self) or _adapters_reason(self, names, len(names) > 1):
             return reason, None
         dora, device = names[0] in self.lora_variant, _device(self, names[0])
@@ -185,10 +184,10 @@ class _LowRank(Fused):
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in the dtype that PEFT returns; None: its own forward has to run."""
-        reason, onto = self._how()
+        names, modules = self._names(), self._modules
+        reason, onto = self._how(names)
         if reason is not None or not takes(x):
             return None
-        names, modules = self._names(), self._modules
         base, name = modules["base_layer"], names[0]
         if onto is None:
             if (entered := enter(base, x)) is None:
