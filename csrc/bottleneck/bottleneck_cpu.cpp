@@ -6,6 +6,7 @@
 // over dY gives P = s dY V, dV and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes
 // dX = dY + dU D. Few tokens take D and V as they lie, one pass over each; their gradients, and all products in one
 // 16-bit type, are PyTorch's. What is [T, M] is float32, the activation on it PyTorch's.
+#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -88,10 +89,7 @@ Expand onto_residual(const Tensor& y, const Tensor& residual) {
   return work;
 }
 
-void fill(const Tensor& tensor, float value) {
-  float* data = tensor.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < tensor.numel(); ++i) data[i] = value;
-}
+void fill(const Tensor& tensor, float value) { std::fill_n(tensor.mutable_data_ptr<float>(), tensor.numel(), value); }
 
 void scale_by(const Tensor& tensor, float factor) {
   float* data = tensor.mutable_data_ptr<float>();
@@ -145,18 +143,25 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
 
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
   const float factor = static_cast<float>(scale);
-  // U
+  // U. A bias of the product's type goes in before its rounding, as PyTorch's own layer takes it.
+  bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
     // D and V as they lie, each row read once for all tokens.
     run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
   } else if (products.has_value()) {
-    const Tensor rounded = empty({size.tokens, size.size}, *products);
-    mm_out(rounded, torch::stable::to(held, *products), transposed(torch::stable::to(down_weight, *products)));
+    Tensor rounded = empty({size.tokens, size.size}, *products);
+    if (!biased && down_bias->scalar_type() == *products) {
+      torch::stable::copy_(rounded, torch::stable::view(torch::stable::contiguous(*down_bias), {1, size.size}));
+      addmm_(rounded, held, transposed(down_weight), 1.0);
+      biased = true;
+    } else {
+      mm_out(rounded, held, transposed(down_weight));
+    }
     torch::stable::copy_(u, rounded);
   } else {
     shrink(kOp, held, down_weight, size, u);
   }
-  if (down_bias.has_value()) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
+  if (!biased) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
 
   // Y
   const Tensor h = activated(u, activation);

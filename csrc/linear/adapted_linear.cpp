@@ -6,7 +6,7 @@
 //            float32 (W widened a panel at a time), finished in one more pass
 #include "linear/adapted_linear.h"
 
-#include <string.h>
+#include <algorithm>
 
 #include "linear/tile_products.h"
 #include "linear/wide_products.h"
@@ -172,7 +172,7 @@ Shrunk shrink_tokens(const Forward& f, bool tiles) {
       pass.keep = out.keep.data;
       pass.keep_words = out.keep.per_row;
     }
-    if (size.in == 0) memset(s, 0, static_cast<size_t>(out.s.numel()) * sizeof(float));
+    if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
     run_row_pass(pass, size.tokens);
   }
   if (size.padded != size.rank) {
@@ -343,7 +343,7 @@ void rank_gradients(Backward* call, const std::optional<Tensor>& s, bool needs_g
   b.p = empty({round_up(size.tokens, 2 * kStrip), size.padded}, ScalarType::Float);
   float* p = b.p.mutable_data_ptr<float>();
   const int64_t written = size.out > 0 ? size.tokens : 0;
-  memset(p + written * size.padded, 0, static_cast<size_t>(b.p.numel() - written * size.padded) * sizeof(float));
+  std::fill_n(p + written * size.padded, b.p.numel() - written * size.padded, 0.0f);
   Tensor sums_a, sums_b;
   if (b.type() == ScalarType::BFloat16 && ranks_on_tiles() && size.tokens > 0) {
     const TileWeight grad = tile_tokens(b.grad, size.tokens, size.out, nullptr);

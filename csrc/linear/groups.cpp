@@ -47,7 +47,7 @@ void run(const std::vector<FewTask>& tasks) {
 // S as the caller of the operator sees it, from a segment's own [tokens, stride].
 void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   float* out = s.mutable_data_ptr<float>();
-  memset(out, 0, static_cast<size_t>(s.numel()) * sizeof(float));
+  std::fill_n(out, s.numel(), 0.0f);
   for (size_t i = 0; i < groups.segments.size(); ++i) {
     const Segment& segment = groups.segments[i];
     if (segment.group < 0) continue;
@@ -129,7 +129,7 @@ GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, c
   const DType dtype = dtype_of(op, "x", x);
   GroupedS out = empty_s(groups, true);
   if (k == 0) {
-    memset(out.storage.mutable_data_ptr(), 0, static_cast<size_t>(out.storage.numel()) * sizeof(float));
+    std::fill_n(out.storage.mutable_data_ptr<float>(), out.storage.numel(), 0.0f);
   } else {
     const std::vector<Tensor> rights = of_used(groups, [&](size_t g) {
       const Tensor& a = groups.lora_A[g];

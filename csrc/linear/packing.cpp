@@ -1,7 +1,5 @@
 #include "linear/packing.h"
 
-#include <string.h>
-
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -14,7 +12,7 @@ using torch::stable::parallel_for;
 
 Tensor zeros(const std::vector<int64_t>& shape) {
   Tensor tensor = empty(shape, ScalarType::Float);
-  memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * sizeof(float));
+  std::fill_n(tensor.mutable_data_ptr<float>(), tensor.numel(), 0.0f);
   return tensor;
 }
 

@@ -1,7 +1,5 @@
 #include "linear/passes.h"
 
-#include <string.h>
-
 #include <algorithm>
 
 #include "common/isa.h"
@@ -32,7 +30,7 @@ Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   float* data = sums.mutable_data_ptr<float>();
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      memset(data + c * size, 0, static_cast<size_t>(size) * sizeof(float));
+      std::fill_n(data + c * size, size, 0.0f);
       run(c * chunk, min_i64((c + 1) * chunk, tokens), data + c * size);
     }
   });

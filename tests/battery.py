@@ -1,0 +1,68 @@
+"""How a result is judged: an operator's values and gradients beside plain PyTorch's error of the float64 oracle.
+
+Tolerance: a kernel's error is at most 1.5 times that of plain PyTorch in the same dtype, plus the rounding of the
+result itself; in float32 a few ulp of the sum's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from op_db import Case, Sample, randn, wide
+from torch import Tensor
+
+
+def run(function: Any, sample: Sample, grad: Tensor | None = None, *, keep_strides: bool = False) -> dict[str, Tensor]:
+    """Value, and gradients for a given output gradient, of ``function``; back on the CPU.
+
+    On copies of the inputs, or on the inputs themselves, as they lie, where ``keep_strides``.
+    """
+    copy = (lambda value: value.detach()) if keep_strides else (lambda value: value.detach().clone())
+    inputs = {k: copy(v) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
+    for name in sample.grads:
+        inputs[name].requires_grad_()
+    y = function(**inputs)
+    found = {"y": y.detach().cpu()}
+    if grad is not None and sample.grads:
+        y.backward(grad.to(y))
+        for name in sample.grads:
+            assert inputs[name].grad is not None, f"no gradient reached {name}"
+            assert inputs[name].grad.dtype == inputs[name].dtype
+            found[name] = inputs[name].grad.cpu()
+    return found
+
+
+def output_grad(case: Case, dtype: torch.dtype, shape: tuple) -> Tensor:
+    dtype, shape = case.result(dtype, shape)
+    return randn(*shape, dtype=dtype)
+
+
+def to_wide(sample: Sample) -> Sample:
+    return Sample({k: wide(v) for k, v in sample.inputs.items()}, sample.grads)
+
+
+def assert_close(
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    terms: int,
+    from_product: Sequence[str] = (),
+) -> None:
+    """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
+    for name, value in got.items():
+        want = exact[name]
+        assert value.shape == want.shape, name
+        if value.numel() == 0:
+            continue
+        ulp = torch.finfo(value.dtype).eps
+        if name in from_product:  # what it is computed from was rounded to y's dtype
+            ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
+        error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
+        # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
+        # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.
+        rounding = ulp * want.abs() / (1 if want.numel() == 1 else 2)
+        floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())
+        assert error.max() <= 1.5 * yardstick.max() + 2 * floor.max(), (name, error.max(), yardstick.max())

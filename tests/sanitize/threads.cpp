@@ -1,0 +1,29 @@
+// torch's parallel_for, in the library that ThreadSanitizer instruments: threads whose start and end it sees. Every
+// loop that could be shared is, whatever torch's number of threads.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+namespace {
+constexpr int64_t kThreads = 4;
+thread_local bool inside = false;
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) AOTITorchError torch_parallel_for(int64_t begin, int64_t end,
+                                                                                    int64_t grain, ParallelFunc run,
+                                                                                    void* context) {
+  if (begin >= end) return AOTI_TORCH_SUCCESS;
+  const int64_t range = end - begin, most = std::max<int64_t>(1, range / std::max<int64_t>(1, grain));
+  const int64_t count = inside ? 1 : std::min(kThreads, most), share = (range + count - 1) / count;
+  std::vector<std::thread> threads;
+  for (int64_t first = begin; first < end; first += share)
+    threads.emplace_back([=] {
+      inside = true;
+      run(first, std::min(first + share, end), context);
+    });
+  for (std::thread& thread : threads) thread.join();
+  return AOTI_TORCH_SUCCESS;
+}

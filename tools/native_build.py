@@ -1,0 +1,94 @@
+"""Builds shared libraries of csrc/ other than those of setup.py: with ninja, only what changed, one build at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import stable_abi
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sources that are compiled with the same g++ flags."""
+
+    flags: str
+    sources: Sequence[Path]
+
+
+def missing_tools() -> str | None:
+    """What of the tools is not there, or None."""
+    if shutil.which("g++") is None:
+        return "g++ not found"
+    return "ninja not found" if _ninja() is None else None
+
+
+def _ninja() -> str | None:
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        path = Path(ninja.BIN_DIR, "ninja")
+        if path.exists():
+            return str(path)
+    return shutil.which("ninja")
+
+
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def torch_flags() -> tuple[str, str]:
+    """For g++ and for the linker: torch's stable headers at the oldest torch that is supported, and libtorch_cpu."""
+    include = stable_abi.torch_include()
+    if include is None:
+        raise RuntimeError("torch not found")
+    target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
+    library = include.parent / "lib"
+    return (
+        f"-isystem {include} -isystem {include / 'torch/csrc/api/include'} -DTORCH_TARGET_VERSION=0x{target:016x} "
+        f"-ffile-prefix-map={ROOT}/=",
+        f"-L{library} -Wl,-rpath,{library} -ltorch_cpu",
+    )
+
+
+def build(library: Path, groups: Iterable[Group], link: str = "") -> Path:
+    """``library`` of the groups' sources, whose objects lie beside it in a folder of its name.
+
+    Raises RuntimeError with the compiler's output.
+    """
+    folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, objects = [], []
+    for number, group in enumerate(groups):
+        lines += [
+            f"rule compile{number}",
+            f"  command = g++ -MMD -MF $out.d {group.flags} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        for source in group.sources:
+            objects.append(folder / source.relative_to(ROOT).with_suffix(".o"))
+            lines.append(f"build {_escape(objects[-1])}: compile{number} {_escape(source)}")
+    lines += ["rule link", f"  command = g++ -shared $in -o $out {link}"]
+    lines.append(f"build {_escape(library)}: link {' '.join(_escape(path) for path in objects)}")
+    text = "\n".join(lines) + "\n"
+
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recipe = folder / "build.ninja"
+        if not recipe.exists() or recipe.read_text() != text:
+            recipe.write_text(text)
+        jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+        command = [str(_ninja()), "-C", str(folder), "-j", jobs]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{library.name} does not build:\n{done.stdout}")
+    return library

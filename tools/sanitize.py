@@ -1,0 +1,139 @@
+"""Runs tests on the CPU library as a sanitizer instruments it. Needs g++ with libasan and libtsan, ninja; Linux.
+
+    python tools/sanitize.py address [pytest arguments]     AddressSanitizer and UndefinedBehaviorSanitizer
+    python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
+
+Without arguments: the battery, the modules and the shape sweep at small sizes. Only csrc/ is instrumented, Python and
+torch are not; their memory is guarded by the sanitizer's malloc all the same. ThreadSanitizer does not see how torch's
+threads wait for one another, so in its build the loops run on threads of ``tests/sanitize/threads.cpp``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import native_build
+from native_build import ROOT, Group
+
+BUILD = ROOT / "build/sanitized"
+TESTS = ("tests/test_ops.py", "tests/test_sweep.py")
+FLAGS = {
+    "address": "-fsanitize=address,undefined",
+    "thread": "-fsanitize=thread",
+}
+RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+OPTIONS = {
+    # Python and torch free at exit what they please; a failed allocation is an error that a test asks for.
+    "address": {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    },
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1"},
+}
+
+
+def missing(kind: str) -> str | None:
+    """Why ``kind`` can't run here, or None."""
+    if sys.platform != "linux":
+        return f"the sanitizers are for Linux, this is {sys.platform}"
+    return native_build.missing_tools() or next(
+        (f"{name} not found" for name in RUNTIMES[kind] if not Path(_runtime(name)).is_absolute()), None
+    )
+
+
+def _runtime(name: str) -> str:
+    """The path of one of g++'s runtime libraries; the bare name where there is none."""
+    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+def build(kind: str) -> Path:
+    """A folder with the package in it: this checkout's Python, linked, and the instrumented library."""
+    import pybind11
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from peft_ext._version import __version__
+
+    flags, libraries = native_build.torch_flags()
+    common = (
+        f"-O1 -g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
+        f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{ROOT / 'csrc'} {flags} "
+        f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
+        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -DPEFT_EXT_CUDA=false -DTORCH_EXTENSION_NAME=_C"""
+    )
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
+    sources.append(ROOT / "tests/sanitize/planted.cpp")
+    if kind == "thread":
+        sources.append(ROOT / "tests/sanitize/threads.cpp")
+    library = native_build.build(BUILD / f"lib{kind}.so", [Group(common, sources)],
+                                 f"{FLAGS[kind]} -Wl,-Bsymbolic {libraries}")  # fmt: skip
+    package = BUILD / f"site-{kind}" / "peft_ext"
+    package.mkdir(parents=True, exist_ok=True)
+    for path in package.iterdir():
+        path.unlink()
+    for path in (ROOT / "peft_ext").iterdir():
+        if path.suffix != ".so" and path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
+    return package.parent
+
+
+def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What runs ``python <arguments>`` on the instrumented library, and its environment."""
+    site = build(kind)
+    preload = ":".join(_runtime(name) for name in RUNTIMES[kind])
+    options = {name: f"{value}:{os.environ.get(name, '')}" for name, value in OPTIONS[kind].items()}
+    environment = {**os.environ, **options, "LD_PRELOAD": preload, "PYTHONPATH": str(site),
+                   "PEFT_EXT_REQUIRE": "1", "PEFT_EXT_SANITIZER": kind, "PYTHONMALLOC": "malloc"}  # fmt: skip
+    # The sanitizers lay their shadow memory at addresses of their own.
+    return ["setarch", "--addr-no-randomize", sys.executable, *arguments], environment
+
+
+# Whether the sanitizer speaks up: torch's memory, the instrumented library, one planted fault.
+PLANTED = {"address": ("address", "undefined"), "thread": ("thread",)}
+WANTED = {"address": "heap-buffer-overflow", "undefined": "signed integer overflow", "thread": "data race"}
+PLANT = """
+import ctypes, sys, torch, peft_ext
+library = ctypes.CDLL(peft_ext._native.STATE.module.__file__)
+values = torch.zeros(1024)
+getattr(library, "planted_" + sys.argv[1])(ctypes.c_void_p(values.data_ptr()), ctypes.c_size_t(values.numel()))
+"""
+
+
+def check_planted(kind: str) -> None:
+    """Exits where a fault of the kind goes unreported: then the silence of the tests would say nothing."""
+    for fault in PLANTED[kind]:
+        line, environment = command(kind, ["-c", PLANT, fault])
+        environment.update(OPTIONS[kind])
+        done = subprocess.run(line, env=environment, cwd=BUILD, capture_output=True, text=True)
+        if done.returncode == 0 or WANTED[fault] not in done.stderr:
+            sys.exit(
+                f"sanitize: a planted fault ({fault}) went unreported, exit code {done.returncode}:\n{done.stderr}"
+            )
+    print(f"sanitize: planted faults were reported: {', '.join(PLANTED[kind])}", flush=True)
+
+
+# `python -m pytest` would put the checkout, and its own library, first.
+PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=FLAGS)
+    args, rest = parser.parse_known_args()
+    if why := missing(args.kind):
+        sys.exit(f"sanitize: {why}")
+    check_planted(args.kind)
+    rest = rest or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    # pytest would hold what the process writes to its file descriptors, and the process dies of a report.
+    line, environment = command(args.kind, ["-c", PYTEST, "--capture=sys", *rest])
+    return subprocess.run(line, env=environment, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
