@@ -89,6 +89,15 @@ def cuda_runtime(torch):
     return find_cudart(torch, nvcc)
 
 
+def linker_flags():
+    """Exports of the module alone, symbols bound at load and then read-only, no executable stack."""
+    # -fvisibility=hidden leaves the templates of namespace std visible; a script does not.
+    script = ROOT / "build/exports.map"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text("{ global: PyInit_*; local: *; };\n")
+    return [f"-Wl,--version-script={script}", "-Wl,-z,relro,-z,now,-z,noexecstack"]
+
+
 def extensions(torch):
     import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -103,9 +112,10 @@ def extensions(torch):
         ("PEFT_EXT_CUDA", "true" if cudart else "false"),
     ]
     # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels pick their own.
-    # The prefix map keeps the build folder out of error messages, which name the source file.
-    prefix_map = f"-ffile-prefix-map={ROOT}/="
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0", prefix_map]
+    # The prefix maps keep the folders of the build out of error messages, which name the source file.
+    prefix_maps = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0", *prefix_maps]
+    link_flags = linker_flags() if sys.platform == "linux" else []
     headers = sorted(str(path) for kind in ("h", "cuh") for path in Path("csrc").rglob(f"*.{kind}"))
     found = [
         Extension(
@@ -117,7 +127,7 @@ def extensions(torch):
             libraries=["torch_cpu"],
             define_macros=macros,
             extra_compile_args={"cxx": flags} if cudart else flags,
-            extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+            extra_link_args=["-Wl,--as-needed", *link_flags] if link_flags else [],
             language="c++",
         )
     ]
@@ -134,8 +144,9 @@ def extensions(torch):
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={
                     "cxx": flags,
-                    "nvcc": ["-O3", "-std=c++17", "-Xcompiler", f"-fvisibility=hidden,{prefix_map}"],
+                    "nvcc": ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *prefix_maps])],
                 },
+                extra_link_args=link_flags,
                 language="c++",
             )
         )

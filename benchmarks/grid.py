@@ -30,7 +30,7 @@ class Variant:
     Attributes:
         build: ``(problem, compile) -> Comparison``.
         tokens: where not those of the run: (1,), or (None,) for an operator that has no tokens.
-        summary_tokens: those that README shows.
+        summary_tokens: those that stand for the rest in a short table.
         everywhere: at the models' shapes too, not at 4096 x 4096 alone.
         devices: those it is compared on.
         graph: no autograd, so that a CUDA graph can hold its calls.

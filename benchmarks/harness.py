@@ -88,7 +88,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison to be made. ``summary``: it is one of the few that README shows."""
+    """One comparison to be made. ``summary``: it is one of the few that stand for the rest in a short table."""
 
     op: str
     case: str

@@ -144,7 +144,7 @@ def machine_text() -> str:
 
 
 def isa_tables() -> str:
-    """For each forced path: the rows of README's table, and the slowest against PEFT and bitsandbytes of all rows."""
+    """For each forced path: the rows of the summary, and the slowest against PEFT and bitsandbytes of all rows."""
     parts = []
     for result in newest_forced(KERNELS):
         stock = [(ratio, name, row) for row in result["rows"] for name, ratio in row["speedup"].items()
@@ -257,24 +257,13 @@ def intents_table(result: Result) -> str:
 {listed("stock")}."""
 
 
-def summary_table(result: Result) -> str:
-    table = kernel_table(result, lambda row: row.get("summary", True))
-    return f"""**Kernels**, medians of one interleaved run; 2.00x reads: ours takes half the time. "frozen" is PyTorch's
-bf16 `F.linear` alone: 0.90x reads: the frozen layer takes 0.90 of our adapted one's time.
-
-{table}
-
-The roofline is bytes or products at the ceilings of the same run: {about_ceilings(result)}. {about(result)}."""
-
-
 def methods_text() -> str:
     result = newest(METHODS)
     return NOTHING if result is None else methods_table(result)
 
 
 def summary() -> str:
-    drawers = (("e2e-speed-*.json", speed_table), (METHODS, methods_table), ("e2e-intents-*.json", intents_table),
-               (KERNELS, summary_table))  # fmt: skip
+    drawers = (("e2e-speed-*.json", speed_table), (METHODS, methods_table), ("e2e-intents-*.json", intents_table))
     parts = [draw(result) for pattern, draw in drawers if (result := newest(pattern)) is not None]
     return "\n\n".join(parts) or NOTHING
 

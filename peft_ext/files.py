@@ -10,6 +10,9 @@
 
 Content is written beside its place under a hidden name, flushed to the disk (fsync), then renamed. On an error, a full
 disk among them, what was there stays, and what was written goes. What a killed run left is removed by the next one.
+
+A folder that others write in place, as the Trainer does its checkpoints, is sealed once it is whole: a list of its
+files, with their sizes and SHA-256, is written last, and tells later whether it still is.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -33,6 +38,7 @@ except ImportError:  # Windows: leftovers can't be told from what is being writt
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
 _PART, _OLD = "part", "old"
+_SEAL, _LOCK = "sealed.json", ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -116,7 +122,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     """``model.save_pretrained(path)``, atomic: configuration and weights are both the old ones or both the new.
 
     For PEFT's methods and for this project's; weights are safetensors. Other files in the folder stay as they are
-    (checkpoints, logs, the adapters of other names); see :func:`atomic_folder` on how it is replaced.
+    (checkpoints, logs, the adapters of other names); see :func:`peft_ext.files.atomic_folder` on how it is replaced.
 
     Args:
         model: a PeftModel.
@@ -148,6 +154,86 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         model.save_pretrained(str(folder), **kwargs)
 
 
+def seal(folder: Path) -> None:
+    """Flush ``folder`` to the disk, then write the list of its files into it. Raises OSError."""
+    (folder / _SEAL).unlink(missing_ok=True)
+    _sync_tree(folder)
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    with atomic_file(folder / _SEAL) as file:
+        file.write(json.dumps(files, indent=2) + "\n")
+    _sync_folder(folder.parent)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether there is a list of files in ``folder``; they may have changed since."""
+    return (folder / _SEAL).is_file()
+
+
+def not_whole(folder: Path) -> Optional[str]:
+    """What of a sealed folder is not as it was when it was sealed; None where all is."""
+    try:
+        files = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"no {_SEAL}, it was not written to its end"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"{_SEAL} can't be read"
+    for name, (size, digest) in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"no {name}"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _digest(path) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same out of ``folder``, which is there, as long as the block runs.
+
+    The lock is on a file in the folder: it stays with it where :func:`atomic_folder` replaces the folder and keeps its
+    files. It goes with the process, whatever ends it.
+
+    Raises: BlockingIOError where another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / _LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing to it", str(folder)) from None
+        except OSError:  # a file system without locks
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                break
+        os.close(handle)  # its last owner removed it before the lock was there
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +244,8 @@ def _hidden(target: Path, kind: str) -> Path:
 def _check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    if target.is_symlink():  # the resolved path of a loop
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
     if not overwrite and target.is_dir() and not all(map(_leftover, target.iterdir())):
         raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
 
@@ -247,7 +335,12 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
             return
         if os.name == "nt":
             target.rmdir()
-    os.rename(part, target)  # onto an empty folder, or an error
+    try:
+        os.rename(part, target)  # onto an empty folder, or an error
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target)) from None
 
 
 def _move_aside(part: Path, target: Path) -> None:

@@ -61,6 +61,7 @@ METHODS = ("full", "bitfit", "bottleneck", "lora", "rslora", "dora", "adalora", 
 QUANTIZATIONS = ("nf4", "int8")
 
 _GIB = 2**30
+_MOST_TOKENS = 2**40  # beyond it the bytes of a tensor would be more than 64 bits hold
 _UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -255,6 +256,9 @@ def check_arguments(
     if inputs is None:
         check_positive(op, "batch_size", batch_size)
         check_positive(op, "sequence_length", sequence_length)
+        if batch_size * sequence_length > _MOST_TOKENS:
+            raise ValueError(f"{op}: batch_size times sequence_length is {batch_size * sequence_length}, wanted at "
+                             f"most {_MOST_TOKENS}")  # fmt: skip
     elif batch_size is not None or sequence_length is not None:
         raise ValueError(f"{op}: inputs are given, wanted no batch_size and no sequence_length beside them")
     elif not isinstance(inputs, Mapping):
@@ -263,7 +267,7 @@ def check_arguments(
         checks.check_dtype(op, dtype)
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"{op}: autocast is {autocast}, wanted torch.bfloat16, torch.float16 or None")
-    if optimizer is not None and optimizer not in _OPTIMIZERS:
+    if optimizer is not None and (not isinstance(optimizer, str) or optimizer not in _OPTIMIZERS):
         raise ValueError(f"{op}: optimizer is {optimizer!r}, wanted one of {tuple(_OPTIMIZERS)} or None")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"{op}: quantization is {quantization!r}, wanted one of {QUANTIZATIONS} or None")

@@ -43,6 +43,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from . import ops
 from . import tuners as _tuners  # noqa: F401  registers the methods that PEFT lacks
 from .files import _check_free, atomic_file, atomic_folder
+from .integrations._outside import check_expressions, check_index, check_model_config, checked_config, read_object
 from .nn import NF4Linear
 from .quantize import HEADS, _places
 from .tuners._layer import ReplacingLayer
@@ -170,7 +171,7 @@ def merge_to_dense(
 
     Raises:
         TypeError: ``model`` is no transformers model.
-        MergeError (a ValueError): a method, an initialization or a quantization that can't be merged; an adapter of
+        MergeError: a method, an initialization or a quantization that can't be merged; an adapter of
             another architecture, of other shapes, with keys too few or too many, or in a pickle; a wrong option.
         OSError: ``output`` is there, can't be written, or does not fit on the disk; nothing is left half-written.
     """
@@ -232,11 +233,15 @@ def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
 
 def _local(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
     """The folder ``name``, or the one in the hub's cache that a hub name stands for."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
     text = str(name)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, ~ of nobody
+        _fail(f"{what} is {text[:60]}: {getattr(error, 'strerror', None) or _first_line(error)}", error)
+    if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
         _fail(f"{what} is {text}, no such folder")
     from huggingface_hub import snapshot_download
 
@@ -254,9 +259,9 @@ def _adapter_config(folder: Path) -> PeftConfig:
         came = f"{WEIGHTS_NAME}, a pickle, which runs code as it is read, and no " if pickle else "no "
         _fail(f"{folder} has {came}{SAFETENSORS_WEIGHTS_NAME}")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        _fail(f"{folder / CONFIG_NAME}: {_first_line(error)}", error)
+        config = checked_config(folder)
+    except ValueError as error:
+        _fail(str(error), error)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "ADAPTION_PROMPT":
         _fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: it can't be merged")
@@ -315,12 +320,26 @@ class _Base:
 
 
 def _run_options(adapter: Path) -> dict[str, Any]:
-    """The options of the ``peft-ext finetune`` that wrote ``adapter``, a checkpoint or the last; empty: not told."""
+    """The options of the ``peft-ext finetune`` that wrote ``adapter``, a checkpoint or the last; empty: not told.
+
+    Raises MergeError where a run.json is there and can't be read: which base the adapter belongs to is in it.
+    """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            options = json.loads((folder / "run.json").read_text()).get("options")
-            if isinstance(options, dict) and options.get("quant") in ("nf4", "none"):
-                return options
+        file = folder / "run.json"
+        if not file.is_file():
+            continue
+        try:
+            options = read_object(file).get("options")
+        except (OSError, ValueError) as error:
+            _fail(_first_line(error), error)
+        if not isinstance(options, dict) or "quant" not in options:
+            continue
+        quant, blocksize = options["quant"], options.get("blocksize", 64)
+        if quant not in ("nf4", "none"):
+            _fail(f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none'")
+        if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+            _fail(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
+        return options
     return {}
 
 
@@ -369,7 +388,7 @@ def _from_folder(
     trained: dict[str, Any],
 ) -> _Base:
     name = model if model is not None else config.base_model_name_or_path
-    if name is None:
+    if not name:
         _fail(f"{adapter / CONFIG_NAME} names no base model, give one")
     folder = _local("model", name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"])
     if not (folder / "config.json").is_file():
@@ -377,6 +396,12 @@ def _from_folder(
     if not any(folder.glob("*.safetensors")):
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         _fail(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
+    try:
+        check_model_config(folder / "config.json")
+        if (folder / _INDEX).is_file():
+            check_index(folder / _INDEX)
+    except ValueError as error:
+        _fail(f"model {_first_line(error)}", error)
     try:
         about = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None: it would ask on the terminal
         quantized = _check_quantization(folder, about)
@@ -387,16 +412,7 @@ def _from_folder(
         )  # fmt: skip
     except MergeError:
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # whatever a file of others makes transformers raise
         _fail(f"model {folder}: {_first_line(error)}", error)
     if wrong := sorted(map(str, info["mismatched_keys"])):
         _fail(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
@@ -788,6 +804,10 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 def _adapt(base: _Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
     """PEFT's layers on the base, with the adapter's tensors as they lie in its file; MergeError if they don't fit."""
     kind = str(config.peft_type.value)
+    try:
+        check_expressions(config, base.model)
+    except ValueError as error:
+        _fail(f"the adapter's {CONFIG_NAME}: {error}", error)
     try:
         # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -11,15 +14,24 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
+from .integrations._outside import check_expressions, check_finite, checked_config, weight_shapes
 from .integrations._peft_base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 
 __all__ = ["get_peft_model", "load_adapter"]
+
+_PEFT_MISSING = "Found missing adapter keys while loading the checkpoint"  # its warning
 
 
 def get_peft_model(
@@ -80,34 +92,57 @@ def load_adapter(
         kwargs: PEFT's others: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``, ``key_mapping``,
             ``subfolder``, ``revision``, ``token`` and the like.
 
-    Returns: the PeftModel: ``model`` itself where it is one.
+    Returns: the PeftModel: ``model`` itself where it is one. Warns of tensors of the file that no part of it takes.
 
     Raises: TypeError where model is no module; ValueError where the weights are no safetensors (a pickle runs code as
-    it is read), or where the PeftModel has an adapter of this name; FileNotFoundError where there are no weights.
+    it is read), or not finite, where the configuration has a field that is not of its type, asks for larger tensors
+    than the file has, or has a regular expression that does not end in ten seconds, where the file lacks a tensor, or
+    where the PeftModel has an adapter of this name; FileNotFoundError where there are no weights, or no configuration.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")
     loaded, key_mapping = isinstance(model, PeftModel), kwargs.get("key_mapping")
     if loaded and adapter_name in model.peft_config:
         raise ValueError(f"load_adapter: the model has an adapter {adapter_name!r} already, give another adapter_name")
-    _check_safetensors(str(path), kwargs)
+    folder = _safetensors_folder(str(path), kwargs)
+    try:
+        config = kwargs["config"] if "config" in kwargs and not loaded else checked_config(folder)
+        if isinstance(config, PeftConfig):
+            check_expressions(config, model.get_base_model() if loaded else model)
+        check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"load_adapter: {error}") from error
     if loaded:
         if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
             _accelerate(model, dora_dropout=dora_dropout)
-        model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        # PEFT lists those of other adapters too, whose names have this one in them.
+        missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
+        if missing:
+            model.delete_adapter(adapter_name)
+            raise ValueError(_missing(folder, missing))
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
         if "config" not in kwargs and _holds_nf4(model):
-            known = {key: kwargs[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in kwargs}
-            kwargs["config"] = PeftConfig.from_pretrained(str(path), **known)
+            kwargs["config"] = config
         if "config" in kwargs:
             _take_nf4(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=f".*{_PEFT_MISSING}", category=UserWarning)
+                model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        except UserWarning as warning:
+            if _PEFT_MISSING not in str(warning):
+                raise
+            missing = re.findall(r"'([^']*)'", str(warning).partition(_PEFT_MISSING)[2])
+            raise ValueError(_missing(folder, missing)) from None
         if not is_trainable:  # where PEFT casts AdaLoRA's and (IA)³'s tensors, they are left trainable
             model.requires_grad_(False)
     _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
+    if not key_mapping:
+        _warn_of_extra(model, adapter_name, folder / SAFETENSORS_WEIGHTS_NAME)
     freeze_ranknum(model)
     return _accelerate(model, dora_dropout=dora_dropout) if accelerate else model
 
@@ -151,14 +186,43 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
 
 
-def _check_safetensors(path: str, kwargs: dict[str, Any]) -> None:
-    """PEFT takes safetensors where there are any, and a pickle else."""
+def _missing(folder: Path, keys: list[str]) -> str:
+    return (
+        f"load_adapter: {folder / SAFETENSORS_WEIGHTS_NAME} lacks {len(keys)} of the adapter's tensors, first {keys[0]}"
+    )
+
+
+def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
+    """Of a tensor in the file that PEFT has put nowhere, without a word: one of a layer that the model has not."""
+    if model.peft_config[adapter_name].is_prompt_learning:
+        return
+    # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
+    twice = (".modules_to_save.", ".original_module.")
+    modules = {saved for name, _ in model.named_modules() for saved in _as_saved(name, adapter_name)}
+    for key in weight_shapes(file):
+        if key.rpartition(".")[0] not in modules and not any(part in key for part in twice):
+            name = type(model.get_base_model()).__name__
+            warnings.warn(f"load_adapter: {file} has {key}, which is no part of {name}: it was left out", stacklevel=3)
+            return
+
+
+def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
+    """A module's name as files may have it: without the adapter's, wherever that stands in it."""
+    yield name
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part == adapter_name:
+            yield ".".join(parts[:index] + parts[index + 1 :])
+
+
+def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:
+    """Where the adapter lies. PEFT takes safetensors where there are any, and a pickle else, which is refused here."""
     folder = Path(path)
     if not folder.is_dir():
-        return _check_hub(path, kwargs)
+        return _hub_folder(path, kwargs)
     folder = folder / (kwargs.get("subfolder") or "")
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return
+        return folder
     if (folder / WEIGHTS_NAME).is_file():
         raise ValueError(
             f"load_adapter: {folder} has {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}; save the adapter "
@@ -167,12 +231,15 @@ def _check_safetensors(path: str, kwargs: dict[str, Any]) -> None:
     raise FileNotFoundError(f"load_adapter: {folder} has no {SAFETENSORS_WEIGHTS_NAME}")
 
 
-def _check_hub(repository: str, kwargs: dict[str, Any]) -> None:
+def _hub_folder(repository: str, kwargs: dict[str, Any]) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **_of_hub(kwargs))
+        file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **_of_hub(kwargs))
+        hf_hub_download(repository, CONFIG_NAME, **_of_hub(kwargs))  # beside it
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"load_adapter: {repository} is no folder, and no repository within reach") from error
     except EntryNotFoundError as error:
-        raise ValueError(f"load_adapter: the repository {repository} has no {SAFETENSORS_WEIGHTS_NAME}") from error
+        wanted = f"{SAFETENSORS_WEIGHTS_NAME} and {CONFIG_NAME}"
+        raise ValueError(f"load_adapter: the repository {repository} has not both {wanted}") from error
+    return Path(file).parent

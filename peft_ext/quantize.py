@@ -66,7 +66,9 @@ def quantize_nf4(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: blocksize; a weight on the meta device; a merged adapter; a layer with a replaced ``forward``.
-        All are raised before anything is changed.
+        Those are raised before anything is changed.
+        RuntimeError, torch.OutOfMemoryError or MemoryError: no memory for a weight. It and the ones after it are as
+            they were, those before it are replaced; the model computes, and a second call goes on from there.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -114,7 +116,9 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         TypeError: ``model`` is itself an NF4Linear, or no module; dtype.
         ValueError: a weight on the meta device; an adapter that is merged into an NF4 weight; a layer with a replaced
             ``forward``.
-        All are raised before anything is changed.
+        Those are raised before anything is changed.
+        RuntimeError, torch.OutOfMemoryError or MemoryError: no memory for a weight. It and the ones after it are as
+            they were, those before it are replaced; the model computes, and a second call goes on from there.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -142,11 +146,12 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 class _Place:
     """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed.
 
-    ``keeps_bias``: whether what replaces it has a bias that trains if the layer's did.
+    ``name``: dotted, from the model. ``keeps_bias``: whether what replaces it has a bias that trains if the layer's
+    did.
     """
 
-    def __init__(self, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
-        self.parent, self.attribute, self.keeps_bias = parent, attribute, keeps_bias
+    def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
+        self.name, self.parent, self.attribute, self.keeps_bias = name, parent, attribute, keeps_bias
 
     @property
     def linear(self) -> nn.Linear:
@@ -181,7 +186,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
         if type(child) is nn.Linear:
-            yield name, _Place(module, attribute, adapted)
+            yield name, _Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)
 
@@ -221,7 +226,7 @@ def _nf4_places(model: nn.Module) -> list[list[_Place]]:
             _check_forward("dequantize_nf4", name, child)
             weight = (child.weight.data_ptr(), child.absmax.data_ptr(), child.out_features, child.quant_dtype)
             key = weight if child.weight.numel() else id(child)  # an empty weight has no address
-            groups.setdefault(key, []).append(_Place(parent, attribute, keeps_bias=True))
+            groups.setdefault(key, []).append(_Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
 
 
@@ -251,8 +256,17 @@ def _replace_all(
 ) -> None:
     if not places:
         warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
-    for same in _progress(places) if progress else places:
-        _replace(same, make)
+    for done, same in enumerate(_progress(places) if progress else places):
+        try:
+            _replace(same, make)
+        except (MemoryError, RuntimeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            text = (
+                f"{op}: {same[0].name}: {lines[0]} ({done} of {len(places)} weights are replaced, this one and the "
+                f"others are as they were; called again, it goes on with this one)"
+            )
+            kind = type(error) if type(error) in (MemoryError, torch.OutOfMemoryError) else RuntimeError
+            raise kind(text) from error
         for place in same:
             _choose_dora(place.parent)
 
@@ -269,15 +283,19 @@ def _choose_dora(layer: nn.Module) -> None:
 
 
 def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
-    """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None."""
+    """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
+
+    All are made before the first is put: where one can't be, none is replaced.
+    """
     done: dict[int, nn.Module] = {}
     for place in same:
         linear = place.linear
-        if (module := done.get(id(linear))) is None:
-            module = make(linear, next(iter(done.values()), None))
-            if module.bias is not None and not place.keeps_bias:
-                module.bias.requires_grad_(False)
-            done[id(linear)] = module
+        if id(linear) not in done:
+            done[id(linear)] = make(linear, next(iter(done.values()), None))
+    for place in same:
+        module = done[id(place.linear)]
+        if module.bias is not None and not place.keeps_bias:
+            module.bias.requires_grad_(False)
         setattr(place.parent, place.attribute, module)
 
 

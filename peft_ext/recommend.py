@@ -9,7 +9,7 @@ the proportions of the Llama family (BERT's, T5's) and the wanted number of para
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -53,6 +53,7 @@ _NAMES = {
 # Examples below which data is few, small, medium; from the last on it is large.
 _FEW, _SMALL, _LARGE = 100, 1_000, 50_000
 _BITFIT_EXAMPLES = 10_000
+_LARGEST_B = 1_000_000
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
@@ -74,7 +75,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What :func:`recommend_peft_method` found; prints as a text.
+    """What :func:`peft_ext.recommend_peft_method` found; prints as a text.
 
     Attributes:
         method: one of ``peft_ext.memory.METHODS``; None where nothing fits.
@@ -178,7 +179,9 @@ def recommend_peft_method(
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
     _check(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
-    check_arguments(None, batch_size, 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method")
+    check_arguments(
+        None, batch_size, sequence_length or 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method"
+    )
     task = _task(task_type)
     given = not _is_number(model_size_b)
     subject = (_Given if given else _Synthetic)(model_size_b, task, sequence_length)
@@ -196,7 +199,7 @@ def _is_number(value: Any) -> bool:
 
 def _check(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: Any, headroom: Any) -> None:
     op = "recommend_peft_method"
-    if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb < math.inf:
+    if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb <= sys.float_info.max:
         raise ValueError(f"{op}: gpu_memory_gb is {gpu_memory_gb!r}, wanted a number above 0")
     for name, value in (("num_examples", num_examples), ("sequence_length", sequence_length)):
         if value is not None:
@@ -273,8 +276,9 @@ class _Synthetic:
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
-        if not 0 < size_b < math.inf:
-            raise ValueError(f"recommend_peft_method: model_size_b is {size_b!r}, wanted a number above 0")
+        if not 0 < size_b <= _LARGEST_B:
+            wanted = "a number above 0" if not size_b > _LARGEST_B else f"at most {_LARGEST_B} billion parameters"
+            raise ValueError(f"recommend_peft_method: model_size_b is {size_b!r:.60}, wanted {wanted}")
         self.size_b, self.task = float(size_b), task
         self.is_encoder = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") and size_b < 1
         self.has_biases = self.is_encoder

@@ -9,17 +9,24 @@ Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "NF4Weight", "NestedAbsmax"]
+__all__ = ["BLOCKSIZES", "FLOATS", "NESTED_BLOCKSIZE", "QUANT_STATE", "NF4Weight", "NestedAbsmax", "read_quant_state"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class NF4Weight:
         nested: state of the double quantization, or None.
 
     Raises:
-        ValueError: a size, dtype or block size that does not fit the others.
+        TypeError: what is no tensor, no integer size or no float dtype.
+        ValueError: a size, dtype, layout, device or block size that does not fit the others.
     """
 
     packed: Tensor
@@ -59,35 +67,74 @@ class NF4Weight:
     nested: Optional[NestedAbsmax] = None
 
     def __post_init__(self) -> None:
-        shape = torch.Size(self.shape)
-        object.__setattr__(self, "shape", shape)
-        if self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"NF4Weight: blocksize is {self.blocksize}, wanted one of {BLOCKSIZES}")
-        n = shape.numel()
+        if type(self.shape) is not torch.Size:
+            object.__setattr__(self, "shape", _size(self.shape))
+        shape = self.shape
+        if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"NF4Weight: blocksize is {self.blocksize!r}, wanted one of {BLOCKSIZES}")
+        if self.dtype not in FLOATS:
+            raise TypeError(f"NF4Weight: dtype is {self.dtype!r}, wanted one of {', '.join(map(str, FLOATS))}")
+        n = math.prod(shape)  # torch.Size.numel() is of 64 bits, and wraps
+        if n < 0 or (n and min(shape, default=1) < 0):
+            raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
         blocks = -(-n // self.blocksize)
-        if self.packed.dtype != torch.uint8 or self.packed.numel() != (n + 1) // 2:
-            raise ValueError(
-                f"NF4Weight: packed is {self.packed.dtype} with {self.packed.numel()} elements, "
-                f"wanted torch.uint8 with {(n + 1) // 2} for shape {tuple(shape)}"
+        nested, packed = self.nested, self.packed
+        held = [("packed", packed, torch.uint8, (n + 1) // 2)]
+        if nested is None:
+            held.append(("absmax", self.absmax, torch.float32, blocks))
+        elif isinstance(nested, NestedAbsmax):
+            held += (
+                ("absmax", self.absmax, torch.uint8, blocks),
+                ("nested.absmax", nested.absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE)),
+                ("nested.code", nested.code, torch.float32, 256),
+                ("nested.offset", nested.offset, torch.float32, 1),
             )
-        wanted = torch.uint8 if self.nested is not None else torch.float32
-        if self.absmax.dtype != wanted or self.absmax.numel() != blocks:
-            raise ValueError(
-                f"NF4Weight: absmax is {self.absmax.dtype} with {self.absmax.numel()} elements, wanted {wanted} "
-                f"with {blocks} for shape {tuple(shape)} and blocksize {self.blocksize}"
-            )
-        if self.nested is not None:
-            groups = -(-blocks // NESTED_BLOCKSIZE)
-            for name, tensor, size in (
-                ("absmax", self.nested.absmax, groups),
-                ("code", self.nested.code, 256),
-                ("offset", self.nested.offset, 1),
+        else:
+            raise TypeError(f"NF4Weight: nested is {type(nested).__name__}, wanted a NestedAbsmax or None")
+        # One condition: a weight is made anew on each call of a layer.
+        device = packed.device if isinstance(packed, Tensor) else None
+        for name, tensor, dtype, count in held:
+            if name == "nested.offset" and isinstance(tensor, Tensor) and tensor.device != device:
+                # A number on the CPU may stand beside tensors elsewhere, as in PyTorch's operators.
+                tensor = tensor.to(device)
+                object.__setattr__(self, "nested", replace(nested, offset=tensor))
+            if not (
+                isinstance(tensor, Tensor)
+                and tensor.dtype == dtype
+                and tensor.numel() == count
+                and tensor.layout is torch.strided
+                and tensor.device == device
             ):
-                if tensor.dtype != torch.float32 or tensor.numel() != size:
-                    raise ValueError(
-                        f"NF4Weight: nested.{name} is {tensor.dtype} with {tensor.numel()} elements, "
-                        f"wanted torch.float32 with {size}"
-                    )
+                self._refuse(name, tensor, dtype, count)
+
+    def _refuse(self, name: str, tensor: object, dtype: torch.dtype, count: int) -> NoReturn:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"NF4Weight: {name} is {type(tensor).__name__}, wanted a Tensor")
+        if tensor.dtype != dtype or tensor.numel() != count:
+            raise ValueError(
+                f"NF4Weight: {name} is {tensor.dtype} with {tensor.numel()} elements, wanted {dtype} with {count} for "
+                f"shape {tuple(self.shape)} and blocksize {self.blocksize}"
+            )
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"NF4Weight: {name} has layout {tensor.layout}, wanted torch.strided")
+        raise ValueError(f"NF4Weight: {name} is on {tensor.device}, packed is on {self.packed.device}")
+
+    def check_scales(self) -> None:
+        """Read the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
+
+        Finite and not negative; of double quantization the table ascends, and the offset is finite.
+        """
+        held = self.tensors()
+        for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
+            scales = held.get(name)
+            if scales is None or scales.is_meta or not scales.is_floating_point():
+                continue
+            if not scales.isfinite().all():
+                raise ValueError(f"NF4Weight: {name} has values that are not finite")
+            if name in ("absmax", "nested_absmax") and (scales < 0).any():
+                raise ValueError(f"NF4Weight: {name} has values below 0")
+            if name == "nested_code" and (scales.diff() < 0).any():
+                raise ValueError("NF4Weight: nested_code does not ascend")
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +150,7 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: packed codes, scales and, if any, the double-quantization state."""
+        """Bytes held by packed codes, scales and, if any, the double-quantization state."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,14 +196,93 @@ class NF4Weight:
             quant_state: bitsandbytes' ``QuantState``; default: the one the parameter carries.
 
         Raises:
-            ValueError: not quantized yet, not NF4, or repacked for bitsandbytes' CPU inference.
+            TypeError: ``weight`` is no tensor.
+            ValueError: not quantized yet, not NF4, or repacked for bitsandbytes' CPU inference; another table of codes;
+                scales that are not finite, see :meth:`check_scales`.
         """
         from .integrations.bitsandbytes import nf4_from_params4bit
 
-        return nf4_from_params4bit(weight, quant_state)
+        nf4 = nf4_from_params4bit(weight, quant_state)
+        if not is_nf4_table((quant_state if quant_state is not None else weight.quant_state).code):
+            raise ValueError("NF4Weight.from_bitsandbytes: the quant_state's table of codes is not NF4's")
+        nf4.check_scales()
+        return nf4
 
     def to_bitsandbytes(self) -> Any:
         """A bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
         from .integrations.bitsandbytes import params4bit_from_nf4
 
         return params4bit_from_nf4(self)
+
+
+def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
+    """Shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, its names without prefix.
+
+    ``found[QUANT_STATE]`` holds JSON, a byte an element. The tensors beside it are asked whether they are what they
+    stand for; their sizes are :class:`NF4Weight`'s to check.
+
+    Raises: TypeError for what is no tensor; ValueError that says what came and what was wanted.
+    """
+    held = found[QUANT_STATE]
+    if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1 or held.is_meta:
+        came = f"{held.dtype} {tuple(held.shape)} on {held.device}" if isinstance(held, Tensor) else type(held).__name__
+        raise ValueError(f"{QUANT_STATE} is {came}, wanted the bytes of JSON")
+    if held.numel() > _MOST_BYTES:
+        raise ValueError(f"{QUANT_STATE} is of {held.numel()} bytes, wanted at most {_MOST_BYTES}")
+    try:
+        about = json.loads(bytes(held.tolist()).decode())
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise ValueError(f"{QUANT_STATE} is not JSON: {why}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{QUANT_STATE} is a JSON {type(about).__name__}, wanted an object")
+    for name in ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"):
+        if name in found and not isinstance(found[name], Tensor):
+            raise TypeError(f"{name} is {type(found[name]).__name__}, wanted a Tensor")
+        if name in found and found[name].layout is not torch.strided:
+            raise ValueError(f"{name} has layout {found[name].layout}, wanted torch.strided")
+    if (kind := about.get("quant_type")) != "nf4":
+        raise ValueError(f"quant_type is {kind!r:.60}, wanted 'nf4'")
+    if not is_nf4_table(found.get("weight.quant_map")):
+        raise ValueError("weight.quant_map is not NF4's table of codes")
+    dtype = about.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r:.60}, wanted one of {', '.join(_DTYPES)}")
+    if not isinstance(shape := about.get("shape"), list):
+        raise ValueError(f"shape is {shape!r:.60}, wanted a list of sizes")
+    blocksize = about.get("blocksize")
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize is {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
+    if "nested_offset" not in about:
+        return shape, _DTYPES[dtype], blocksize, None
+    if about.get("nested_blocksize") != NESTED_BLOCKSIZE:
+        raise ValueError(f"nested_blocksize is {about.get('nested_blocksize')!r:.60}, wanted {NESTED_BLOCKSIZE}")
+    offset = about["nested_offset"]
+    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"nested_offset is {offset!r:.60}, wanted a finite number")
+    for name in ("weight.nested_absmax", "weight.nested_quant_map"):
+        if name not in found:
+            raise ValueError(f"there is a nested_offset and no {name}")
+    return shape, _DTYPES[dtype], blocksize, float(offset)
+
+
+def is_nf4_table(code: Optional[Tensor]) -> bool:
+    """Whether these are NF4's 16 codes, in whatever float dtype, or are not told; the operators have them built in."""
+    from .reference import nf4_code
+
+    if code is None or code.is_meta:
+        return True
+    wanted = nf4_code()
+    return code.shape == wanted.shape and torch.allclose(code.detach().float().cpu(), wanted, rtol=0, atol=1e-2)
+
+
+def _size(shape: Any) -> torch.Size:
+    try:
+        sizes = tuple(shape)
+    except TypeError:
+        sizes = (shape,)
+    if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes):
+        raise TypeError(f"NF4Weight: shape is {shape!r}, wanted integers")
+    if any(not 0 <= size < 2**63 for size in sizes):
+        raise ValueError(f"NF4Weight: shape is {sizes}, wanted sizes of 0 or more")
+    return torch.Size(sizes)

@@ -51,18 +51,30 @@ def assert_close(
     from_product: Sequence[str] = (),
 ) -> None:
     """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
-    for name, value in got.items():
-        want = exact[name]
-        assert value.shape == want.shape, name
-        if value.numel() == 0:
-            continue
-        ulp = torch.finfo(value.dtype).eps
-        if name in from_product:  # what it is computed from was rounded to y's dtype
-            ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
-        error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
-        # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
-        # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.
-        rounding = ulp * want.abs() / (1 if want.numel() == 1 else 2)
-        floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
-        assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())
-        assert error.max() <= 1.5 * yardstick.max() + 2 * floor.max(), (name, error.max(), yardstick.max())
+    for name in got:
+        assert_part_close(name, got, plain, exact, terms, from_product)
+
+
+def assert_part_close(
+    name: str,
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    terms: int,
+    from_product: Sequence[str] = (),
+) -> None:
+    """``assert_close`` of one part: the value, "y", or a gradient."""
+    value, want = got[name], exact[name]
+    assert value.shape == want.shape, name
+    if value.numel() == 0:
+        return
+    ulp = torch.finfo(value.dtype).eps
+    if name in from_product:  # what it is computed from was rounded to y's dtype
+        ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
+    error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
+    # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
+    # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.
+    rounding = ulp * want.abs() / (1 if want.numel() == 1 else 2)
+    floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
+    assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())
+    assert error.max() <= 1.5 * yardstick.max() + 2 * floor.max(), (name, error.max(), yardstick.max())

@@ -487,7 +487,7 @@ def test_forced_paths_have_tables_of_their_own(monkeypatch, tmp_path):
         result = {"machine": machine, "ceilings": CEILINGS, "rows": [row]}
         (tmp_path / f"{isa}-2026-01-01.json").write_text(json.dumps(result))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "path avx512;" in tables.summary() and "avx2" not in tables.summary()
+    assert "path avx512;" in tables.machine_text() and "avx2" not in tables.machine_text()
     paths = tables.isa_tables()
     assert "### avx2" in paths and "avx512" not in paths and "the least is 1.20x" in paths
     assert "| `lora_linear` | T=2 64->32, bf16 base | rotating | PEFT 1.20x | 10 |" in paths

@@ -18,6 +18,7 @@ PACKAGE = Path(peft_ext.__file__).parent
 
 sys.path.insert(0, str(ROOT / "tools"))
 stable_abi = pytest.importorskip("stable_abi", reason="tools/ is not here: not a checkout")
+import wheels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,16 @@ def test_libraries_need_only_the_stable_abi_of_the_target(stem):
         symbols = stable_abi.undefined_symbols(library, dynamic=True)
         assert any(symbol.startswith("torch_library_impl") for symbol in symbols), "registers no kernel"
         assert stable_abi.violations(symbols, stable_abi.torch_include()) == []
+
+
+@pytest.mark.skipif(any(shutil.which(tool) is None for tool in ("nm", "readelf")), reason="binutils not found")
+@pytest.mark.skipif(sys.platform != "linux", reason="of ELF libraries")
+def test_libraries_export_their_module_alone_and_are_hardened():
+    """Of what ``wheels.faults`` looks for, nothing; tests/test_packaging.py has libraries with each fault."""
+    found = sorted(PACKAGE.glob("_C*.so"))
+    if not found:
+        pytest.skip("no native library is built")
+    assert {library.name: wheels.faults(library) for library in found} == {library.name: [] for library in found}
 
 
 def test_symbols_outside_the_stable_abi_are_found():

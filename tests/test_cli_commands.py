@@ -92,18 +92,6 @@ def adapters(base, tmp_path_factory):
     return make
 
 
-# --- help -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("columns", ["80", "100"])
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=["all", *COMMANDS])
-def test_the_help_fits_a_screen(capsys, monkeypatch, command, columns):
-    monkeypatch.setenv("COLUMNS", columns)
-    out = said(capsys, *command, "--help")
-    assert len(out.splitlines()) <= 40
-    assert all(name in out for name in (COMMANDS if not command else ("Options",)))
-
-
 # --- recommend --------------------------------------------------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 NEEDS = {
     "trainer": "transformers", "trl_sft": "trl", "trl_dpo": "trl", "lightning_module": "lightning",
-    "accelerate_loop": "accelerate", "plain_torch": "torch",
+    "accelerate_loop": "accelerate", "plain_torch": "torch", "distributed": "torch",
 }  # fmt: skip
 STEPS = 3
 

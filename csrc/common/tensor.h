@@ -57,18 +57,28 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+// A view that repeats elements may have more of them than any memory holds.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "peft_ext: a size of ", a, " times ", b,
+                  ", wanted one that 63 bits hold");
+  return product;
+}
+
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  const int64_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
+  int64_t bytes = width;
+  for (const int64_t size : shape) bytes = checked_product(bytes, size);
   Tensor tensor =
       torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const size_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
-  advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * width);
+  advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
   return tensor;
 }
 
 // Product over all but the last dimension.
 inline int64_t rows_of(const Tensor& tensor) {
   int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows = checked_product(rows, tensor.size(d));
   return rows;
 }
 

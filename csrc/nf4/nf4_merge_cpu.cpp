@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   add.columns = k;
   add.rank = padded;
   add.stride = round_up(k, kColumnStep);
-  const std::vector<float> rho(static_cast<size_t>(rank), static_cast<float>(scaling));
   const Tensor right = packed(kOp, "lora_A", lora_A, nullptr, nullptr, false, padded, add.stride);
+  const std::vector<float> rho(static_cast<size_t>(rank), static_cast<float>(scaling));
   const Tensor left = packed(kOp, "lora_B", lora_B, nullptr, rho.data(), false, n, padded);
   add.right = right.const_data_ptr<float>();
   Tensor g;

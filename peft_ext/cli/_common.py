@@ -7,10 +7,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
 from . import CliError
 
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEMO_MODEL",
+    "bar",
     "console",
     "dense_config",
+    "drop_output",
     "first_line",
     "memory_document",
     "mendable",
     "model_config",
     "need",
+    "out_of_memory",
     "print_json",
     "quiet",
     "status",
 ]
+
+_Item = TypeVar("_Item")
 
 DEMO_MODEL = "smollm2"
 _PLAIN_WIDTH = 120
@@ -38,6 +43,17 @@ _PLAIN_WIDTH = 120
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its class's name where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def drop_output() -> None:
+    """Standard output to nowhere: what read it has ended, and the interpreter's own last flush is not to fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of Python's or of PyTorch's."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def need(command: str, *packages: str) -> None:
@@ -72,6 +88,7 @@ def model_config(model: str) -> tuple[Path, Any]:
     """
     from transformers import AutoConfig
 
+    from ..integrations._outside import check_model_config
     from ..merge import _local
 
     if model == DEMO_MODEL:
@@ -83,8 +100,12 @@ def model_config(model: str) -> tuple[Path, Any]:
     if not (folder / "config.json").is_file():
         raise CliError(f"no config.json in {folder}, wanted a model in transformers' format")
     try:
+        check_model_config(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise CliError(f"model {first_line(error)}") from None
+    try:
         return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a file of others makes transformers raise
         raise CliError(f"model {folder}: {first_line(error)}") from None
 
 
@@ -118,6 +139,30 @@ def status(text: str) -> Iterator[None]:
 
     with Console(stderr=True, markup=False).status(text):
         yield
+
+
+def bar(
+    items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
+) -> Iterable[_Item]:
+    """``items``, with a bar on a terminal alone; ``each`` names the one in work, after ``text``.
+
+    Drawn between items: no thread beside them takes time from what is measured.
+    """
+    if not sys.stderr.isatty():
+        return items
+    return _shown(items, text, unit, each)
+
+
+def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str]) -> Iterator[_Item]:
+    from tqdm import tqdm
+
+    # Closed, and its line cleared, where the loop ends early as well.
+    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True) as shown:
+        for item in items:
+            if name := each(item):
+                shown.set_description(f"{text} {name}")
+            yield item
+            shown.update()
 
 
 def print_json(value: Any) -> None:

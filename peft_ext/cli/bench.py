@@ -5,12 +5,16 @@ forward and backward of ``x [T, K]``. Ours is PEFT's very layer after :func:`pef
 same weights. Every contender is verified against float64 before it is timed. Clocks drift and machines are shared, so
 each round runs all of them in rotating order, and a ratio is the median over rounds of two times of the same round.
 The layer's weights stay in whatever cache holds them, for all alike.
+
+``--output FOLDER`` keeps what ``--json`` prints as ``bench.json``, and draws ``bench.svg`` and ``bench.png`` where
+matplotlib is installed.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
+from ..files import atomic_file
 from . import CliError
-from ._common import console, first_line, need, print_json, quiet, status
+from ._common import bar, console, first_line, need, print_json, quiet
 
 __all__ = ["BASES", "METHODS", "bench"]
 
@@ -30,6 +35,7 @@ _TOLERANCE = 1e-2  # of bfloat16 products, whose own rounding is 2e-3 to 4e-3, r
 _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 _CHARTS = (".svg", ".png")
+_NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 _OURS, _FROZEN = "ours", "frozen layer"
 
 
@@ -60,9 +66,13 @@ def bench(
     threads: Optional[int],
     chart: Optional[Path],
     as_json: bool,
+    output: Optional[Path] = None,
 ) -> None:
-    """Verify, time, print. Raises CliError for what the user can mend, a layer that would not run fused among it."""
-    cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart)
+    """Verify, time, print; draw ``chart``, and leave numbers and pictures in the folder ``output``.
+
+    Raises CliError for what the user can mend, a layer that would not run fused among it.
+    """
+    cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart, output)
     need("bench", "transformers", "peft")
     quiet()
     import torch
@@ -75,24 +85,33 @@ def bench(
             print(_machine_line(about))
             print(f"layer: {hidden} x {hidden}, {tokens} tokens, rank {rank}; forward and backward", flush=True)
         results = []
-        for case in cases:
-            with status(f"{case[0]} over {case[1]}"):
-                results.append(_measured(*case, hidden, tokens, rank, seconds / len(cases)))
+        for case in bar(cases, "timing", "layer", " over ".join):
+            results.append(_measured(*case, hidden, tokens, rank, seconds / len(cases)))
     finally:
         torch.set_num_threads(before)
+    document = {"machine": about, "results": [vars(result) for result in results]}
     if as_json:
-        print_json({"machine": about, "results": [vars(result) for result in results]})
+        print_json(document)
     else:
         _show(results)
     if chart is not None:
-        _draw(results, about, chart)
+        _write("--chart", {chart: _drawn(results, about, chart.suffix)})
         if not as_json:
             print(f"chart: {chart}")
+    if output is not None:
+        files = {output / "bench.json": (json.dumps(document, indent=2) + "\n").encode()}
+        if find_spec("matplotlib") is not None:
+            files |= {output / f"bench{suffix}": _drawn(results, about, suffix) for suffix in _CHARTS}
+        _write("--output", files)
+        if not as_json:
+            print(f"written: {', '.join(str(path) for path in files)}")
+        if len(files) == 1:
+            print(f"no chart: it {_NEEDS_MATPLOTLIB}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], hidden: int, tokens: int, rank: int,
-    seconds: float, threads: Optional[int], chart: Optional[Path],
+    seconds: float, threads: Optional[int], chart: Optional[Path], output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Pairs of method and base, each once. Raises CliError."""
     cases: list[tuple[str, str]] = []
@@ -115,7 +134,11 @@ def _check(
         if not chart.absolute().parent.is_dir():
             raise CliError(f"--chart {chart}: {chart.parent} is no folder")
         if find_spec("matplotlib") is None:
-            raise CliError("--chart needs matplotlib: pip install matplotlib")
+            raise CliError(f"--chart {_NEEDS_MATPLOTLIB}")
+    if output is not None:
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise CliError(f"--output {output}: {there} is no folder")
     return list(dict.fromkeys(cases))
 
 
@@ -317,7 +340,8 @@ def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"peft_ext": __version__, **_versions()}, "hidden": hidden, "tokens": tokens, "rank": rank,
+        "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **_versions()},
+        "hidden": hidden, "tokens": tokens, "rank": rank,
     }  # fmt: skip
 
 
@@ -355,25 +379,39 @@ def _show(results: list[Result]) -> None:
         print(f"not compared: {name}: {reason}")
 
 
-def _draw(results: list[Result], about: dict[str, Any], path: Path) -> None:
-    """Bars of milliseconds, a group for each layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _write(option: str, files: dict[Path, bytes]) -> None:
+    """Each file whole or not at all, its folder made. Raises CliError."""
+    for path, data in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            raise CliError(f"{option} {path}: {error.strerror}") from None
 
-    figure = Figure(figsize=(max(5.0, 1.6 * len(results)), 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    series = {"peft_ext": _OURS, "PEFT (+ bitsandbytes)": None, "frozen bf16 layer": _FROZEN}
-    for place, (label, key) in enumerate(series.items()):
-        heights = [result.milliseconds.get(key or _stock_name(result.base), math.nan) for result in results]
-        bars = axes.bar([i + 0.27 * (place - 1) for i in range(len(results))], heights, 0.25, label=label)
-        axes.bar_label(bars, fmt="%.3g", fontsize=7)
-    axes.set_xticks(range(len(results)), [_label(result) for result in results])
-    axes.set_ylabel("ms, forward + backward")
-    axes.set_title(f"{about['hidden']} x {about['hidden']}, {about['tokens']} tokens\n"
-                   f"{about['cpu'] if about['device'] == 'cpu' else about['device']}", fontsize=9)  # fmt: skip
-    axes.legend(fontsize=8)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise CliError(f"--chart {path}: {error.strerror}") from None
+
+def _drawn(results: list[Result], about: dict[str, Any], suffix: str) -> bytes:
+    """Bars of milliseconds, a group for each layer."""
+    from ._chart import COLOURS, bars, caption, look, new_figure, patch, render
+
+    names = {_OURS: "ours", "stock": "stock", _FROZEN: "frozen"}
+    labels = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
+    groups = [
+        (_label(result), {("stock" if name == _stock_name(result.base) else name): ms
+                          for name, ms in result.milliseconds.items()})
+        for result in results
+    ]  # fmt: skip
+    with look():
+        figure = new_figure(
+            f"A training step of one layer, {about['hidden']} x {about['hidden']}, {about['tokens']} tokens",
+            7.0, 1.5 + 0.5 * len(results),
+            [patch(COLOURS[colour], label) for colour, label in zip(names.values(), labels, strict=True)],
+        )  # fmt: skip
+        axes = figure.subplots()
+        bars(axes, groups, names, name="bench", form="{:.3g}")
+        axes.set_xlabel("ms, forward and backward (less is better)")
+        axes.set_xlim(0, 1.1 * max(value for _, values in groups for value in values.values()))
+        absent = {f"{name}: {reason}" for result in results for name, reason in result.absent.items()}
+        lines = _machine_line(about).splitlines()
+        caption(figure, f"Rank {about['rank']}. Medians, {about['date']}.", *sorted(absent), *lines)
+        return render(figure, suffix)

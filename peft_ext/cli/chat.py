@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +20,8 @@ from . import CliError
 from ._common import console, first_line, mendable, need, quiet, status
 
 __all__ = ["chat"]
+
+_SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
 
 
 def chat(
@@ -84,6 +89,9 @@ def _prompts() -> Iterator[str]:
     while True:
         try:
             line = input("> " if asks else "")
+            line.encode()
+        except UnicodeError:
+            raise CliError("standard input: not UTF-8 text") from None
         except EOFError:
             if asks:
                 print()
@@ -132,7 +140,8 @@ class _Pair:
         if chats:
             turn = [{"role": "user", "content": prompt}]
             try:
-                prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                with _at_most(_SECONDS):
+                    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever the template's own code raises
                 raise CliError(f"the tokenizer's chat template: {first_line(error)}") from None
         inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt", return_token_type_ids=False)
@@ -154,10 +163,14 @@ class _Pair:
                 out = self._without_cache(ids)
             else:
                 draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-                out = self.model.generate(
-                    **inputs, max_new_tokens=self.max_new_tokens, use_cache=True,
-                    pad_token_id=self.tokenizer.pad_token_id, **(draws if self.temperature else {"do_sample": False}),
-                )  # fmt: skip
+                try:  # one beam: a million of them would be the generation_config's to ask for
+                    out = self.model.generate(
+                        **inputs, max_new_tokens=self.max_new_tokens, use_cache=True, num_beams=1,
+                        num_return_sequences=1, pad_token_id=self.tokenizer.pad_token_id,
+                        **(draws if self.temperature else {"do_sample": False}),
+                    )  # fmt: skip
+                except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+                    raise CliError(f"generate, with the base's generation_config: {first_line(error)}") from None
         said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
         return self.tokenizer.decode(said, skip_special_tokens=True).strip()
 
@@ -180,35 +193,53 @@ class _Pair:
         return ids
 
 
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within the block after ``seconds``, where the system has signals and this is its thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def _adapter_config(adapter: Path) -> Any:
-    from peft import PeftConfig
+    from ..integrations._outside import read_config
 
-    from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
-
-    if not adapter.is_dir():
-        raise CliError(f"--adapter {adapter}: no such folder")
-    if not (adapter / "adapter_config.json").is_file():
-        raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
     try:
-        return PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CliError(f"{adapter / 'adapter_config.json'}: {first_line(error)}") from None
+        if not adapter.is_dir():
+            raise CliError(f"--adapter {adapter}: no such folder")
+        if not (adapter / "adapter_config.json").is_file():
+            raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
+        return read_config(adapter / "adapter_config.json")
+    except (OSError, ValueError) as error:
+        raise CliError(first_line(error)) from None
 
 
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str]:
     """The base as the adapter was trained on it: the model, its folder, its quantization."""
-    from ..merge import _from_folder, _run_options
+    from ..merge import _from_folder, _hushed, _run_options
     from ..quantize import quantize_nf4
     from .merge import _model
 
-    trained = _run_options(adapter)
     with mendable():
-        base = _from_folder(_model(model, adapter), config, adapter, {}, trained)
+        trained = _run_options(adapter)
+        with _hushed():
+            base = _from_folder(_model(model, adapter), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
@@ -230,8 +261,10 @@ def _adapted(base: Any, adapter: Path) -> Any:
     from ..model import load_adapter
 
     try:
-        return load_adapter(base, adapter)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*: it was left out$", category=UserWarning)
+            return load_adapter(base, adapter)
+    except (UserWarning, OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
         raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
@@ -243,7 +276,7 @@ def _tokenizer(adapter: Path, folder: Path) -> Any:
     own = (adapter / "tokenizer_config.json").is_file()  # it was saved with tokens of its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(adapter if own else folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # tokenizers raises that class itself
         raise CliError(f"{adapter if own else folder}: no tokenizer ({first_line(error)})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -104,7 +104,11 @@ def _python_docs(eval_fraction: float, seed: int) -> Corpus:
 
 
 def _read(spec: str) -> Iterator[Row]:
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, the ~ of nobody
+        raise CliError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
         if not files:
@@ -134,6 +138,8 @@ def _read_hub(spec: str) -> Iterable[Row]:
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in _SUFFIXES:
         raise CliError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise CliError(f"--data {path}: a pipe or a device, wanted a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -145,12 +151,17 @@ def _read_file(path: Path) -> Iterator[Row]:
     yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
 
 
-def _parse(where: str, text: str) -> Any:
+def _parse(where: str, text: str, first_line: Optional[int] = None) -> Any:
+    """JSON. ``first_line``: where the text begins, of a file whose lines are not all of their own."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if ":" not in where else ""
+        line = "" if first_line is None else f":{first_line + error.lineno - 1}"
         raise CliError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise CliError(f"{where}: not JSON: {error}".partition(";")[0]) from None
+    except RecursionError:
+        raise CliError(f"{where}: not JSON that can be read: nested too deep") from None
 
 
 def _row(where: str, value: Any) -> Row:
@@ -168,10 +179,7 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CliError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    value = _parse(str(path), text, first_line=1)
     if not isinstance(value, list):
         raise CliError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
     for number, item in enumerate(value, 1):
@@ -181,10 +189,12 @@ def _json(path: Path, text: str) -> Iterator[Row]:
 def _csv(path: Path, text: str) -> Iterator[Row]:
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise CliError(f"{path}:{reader.line_num}: the header has the column {twice!r} twice")
         for row in reader:
             if None in row or None in row.values():
-                wanted = len(reader.fieldnames or ())
-                raise CliError(f"{path}:{reader.line_num}: a row that has not {wanted} columns as the header")
+                raise CliError(f"{path}:{reader.line_num}: a row that has not {len(names)} columns as the header")
             yield row
     except csv.Error as error:
         raise CliError(f"{path}:{reader.line_num}: not CSV: {error}") from None
@@ -249,6 +259,17 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
     if not isinstance(value, str):
         came = "nothing" if value is None else type(value).__name__
         raise CliError(f"--data {spec}: record {number} has {came} in column {column!r}, wanted text")
+    return _text(spec, number, value)
+
+
+def _text(spec: str, number: int, value: str) -> str:
+    """``value``, which JSON lets hold half a character (a lone surrogate), that no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CliError(
+            f"--data {spec}: record {number} has half a character, {value[error.start]!a}, wanted Unicode text"
+        ) from None
     return value
 
 
@@ -261,6 +282,8 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
         raise CliError(
             f"--data {spec}: record {number}: messages must be {{role, content}} objects with an assistant's turn in it"
         )
+    for message in value:
+        _text(spec, number, message["role"] + message["content"])
     return value
 
 

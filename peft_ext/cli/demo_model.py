@@ -87,7 +87,11 @@ def demo_model() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Unpack ``gguf`` (model, tokenizer, chat template) into ``folder`` as bfloat16 safetensors."""
+    """Unpack ``gguf`` (model, tokenizer, chat template) into ``folder`` as bfloat16 safetensors.
+
+    Raises: ValueError where a weight is not finite, as a scale with a wrong bit makes it; what transformers and gguf
+    raise for a file that they can't read.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -96,6 +100,8 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
+    if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(f"{gguf}: {broken} has values that are not finite")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 

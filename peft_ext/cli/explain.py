@@ -114,8 +114,11 @@ def explain(
 
 
 def _adapter_folder(what: str) -> Optional[Path]:
-    folder = Path(what).expanduser()
-    return folder if (folder / "adapter_config.json").is_file() else None
+    try:
+        folder = Path(what).expanduser()
+        return folder if (folder / "adapter_config.json").is_file() else None
+    except (OSError, RuntimeError):  # a name too long, the ~ of nobody: not of a model either
+        return None
 
 
 def _check(
@@ -173,7 +176,7 @@ def _of_model(
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
     try:
         model, own = build_model(config)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
         raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
@@ -189,32 +192,36 @@ def _of_adapter(
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     import torch
-    from peft import PeftConfig
 
-    from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
+    from ..integrations._outside import check_expressions, checked_config
     from ..merge import _head, _model_class, _run_options
     from .merge import _model
 
     folder = Path(what).expanduser()
     try:
-        adapter = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CliError(f"{folder / 'adapter_config.json'}: {first_line(error)}") from None
+        adapter = checked_config(folder)
+    except (OSError, ValueError) as error:
+        raise CliError(first_line(error)) from None
     name = _model(model, folder) or adapter.base_model_name_or_path
-    if name is None:
+    if not name:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
     base_folder, config = model_config(name)
-    trained = _run_options(folder)
+    with mendable():
+        trained = _run_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := _head(config, adapter, _head_tensors(folder)).get("num_labels"):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    kind = _model_class(config, adapter)
     try:
+        kind = _model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
         raise CliError(f"{name}: {first_line(error)}") from None
+    try:
+        check_expressions(adapter, built)
+    except ValueError as error:
+        raise CliError(f"{folder / 'adapter_config.json'}: {first_line(error)}") from None
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
 
@@ -254,9 +261,15 @@ def _quantization(
 
 
 def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str) -> _Base:
+    import torch
+
     from ..merge import DTYPES
 
     wanted = DTYPES[dtype] or own
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a float: --dtype")
+    if not any(parameter.numel() for parameter in model.parameters()):
+        raise CliError(f"{name}: a {type(model).__name__} without parameters")
     return _Base(name, model.to(wanted), wanted, quant, blocksize, about)
 
 
@@ -275,7 +288,7 @@ def _explained(
 
     try:
         model = _adapt(copy.deepcopy(base.model), config, None, None, False).train()
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CliError(f"{name}: {first_line(error)}") from None
     if adapter is None:
         size = _file_bytes(_saved(model))

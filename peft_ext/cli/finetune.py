@@ -1,7 +1,7 @@
 """``peft-ext finetune``: transformers' Trainer and PEFT, accelerated, measured and checked.
 
 Everything that can be refused is refused before a weight is loaded. The order of the work: check; load the model and
-quantize it; evaluate and ask; adapt, accelerate, train; evaluate and ask again; save; let stock PEFT re-read the
+quantize it; evaluate and ask; adapt, accelerate, train; save; evaluate and ask again; let stock PEFT re-read the
 adapter and compare its logits with the trained model's.
 """
 
@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from ..files import atomic_file, save_adapter
+from ..files import _LOCK, atomic_file, atomic_folder, is_sealed, not_whole, save_adapter, seal, sole_writer
 from . import CliError
+from ._common import bar, drop_output, first_line, out_of_memory, status
+from .config import FILE as CONFIG_FILE
+from .config import write_config
 from .data import PYTHON_DOCS, Corpus, Examples, read_corpus, tokenize
 
 if TYPE_CHECKING:
@@ -38,6 +45,9 @@ DEMO_MODEL = "smollm2"
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
 DEFAULT_STEPS = 60
 NEW_TOKENS = 48
+HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it
+HELD_OUT_SHARE = 1 / 4  # what those evaluations read, at most, of the tokens that are trained on: a forward of them
+SAMPLES = 3  # held-out prompts that are asked beside the user's
 
 # By method: the learning rate where none is given. Few parameters want a larger one (PEFT's own examples).
 METHODS = {
@@ -50,7 +60,10 @@ METHODS = {
     "prompt": 3e-2,
 }
 _LOW_RANK = ("lora", "rslora", "dora", "adalora")
+_MOST = 2**31 - 1  # of a count
 _PROMPTS = ("prefix", "prompt")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+PREVIOUS = ".previous"  # where --overwrite keeps the adapter that it is to replace
 
 
 @dataclass(frozen=True)
@@ -97,20 +110,39 @@ _SAME_ON_RESUME = (
 )  # fmt: skip
 
 
-def finetune(options: Options) -> int:
-    """The whole run; the exit code: 0, 1 where the re-read adapter differs, 130 where Ctrl-C stopped it.
+def finetune(options: Options, *, dry_run: bool = False) -> int:
+    """The whole run; the exit code: 0, 1 where the re-read adapter differs, 128 + n where signal n stopped it.
 
-    Raises CliError, before any work, for what the user can mend.
+    Signals: SIGINT (130), SIGTERM (143) and SIGHUP (129, unless it was ignored, as under nohup) end training after the
+    step in progress, with a checkpoint; a second one, or one outside of training, ends the run at once. SIGUSR1, which
+    batch systems send ahead of a time limit, writes a checkpoint after the step in progress, and training goes on.
+
+    With ``dry_run`` all that comes before the weights, then the plan is printed: none is read, nothing is written.
+    Raises CliError for what the user can mend: before any work, or where the disk or the memory is full.
     """
     _check_options(options)
-    _check_packages(options)
-    checkpoint = _check_output(options)
-    corpus = read_corpus(
-        options.data, text_column=options.text_column, prompt_column=options.prompt_column,
-        completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
-    )  # fmt: skip
-    _quiet()
-    return _Run(options, corpus, checkpoint).run()
+    stop = _Stop()
+    try:
+        with _signals(stop), _resources(options):
+            _check_packages(options)
+            checkpoint = _check_output(options)
+            corpus = read_corpus(
+                options.data, text_column=options.text_column, prompt_column=options.prompt_column,
+                completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
+            )  # fmt: skip
+            _quiet()
+            run = _Run(options, corpus, checkpoint, stop, dry_run=dry_run)
+            if dry_run:
+                from .plan import show_plan
+
+                show_plan(run)
+                return 0
+            return run.run()
+    except KeyboardInterrupt:
+        if not stop.signal:
+            raise
+        _error("interrupted" if stop.signal == signal.SIGINT else f"ended by {signal.Signals(stop.signal).name}")
+        return 128 + stop.signal
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -133,7 +165,7 @@ def _check_options(o: Options) -> None:
         raise CliError(f"--alpha {o.alpha}: wanted a finite number")
     if o.lr is not None and not 0 < o.lr < math.inf:
         raise CliError(f"--lr {o.lr}: wanted a positive number")
-    if o.warmup < 0 or (o.warmup >= 1 and o.warmup != int(o.warmup)):
+    if not 0 <= o.warmup < math.inf or (o.warmup >= 1 and o.warmup != int(o.warmup)):
         raise CliError(f"--warmup {o.warmup}: wanted a number of steps, or a fraction of them less than 1")
     if o.max_steps is not None and o.epochs is not None:
         raise CliError("--max-steps and --epochs exclude each other")
@@ -141,10 +173,14 @@ def _check_options(o: Options) -> None:
         raise CliError(f"--epochs {o.epochs}: wanted a positive number")
     if o.save_steps < 0:
         raise CliError(f"--save-steps {o.save_steps}: wanted 0 (no checkpoints) or more")
+    if not 0 <= o.seed < 2**32:
+        raise CliError(f"--seed {o.seed}: wanted 0 to {2**32 - 1}")
     minimum = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1}
     for name, least in {**minimum, "threads": 1}.items():
         if (value := getattr(o, name)) is not None and value < least:
             raise CliError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
+        if value is not None and value > _MOST:
+            raise CliError(f"--{name.replace('_', '-')} {value}: wanted at most {_MOST}")
     if o.resume and o.overwrite:
         raise CliError("--resume and --overwrite exclude each other")
     if o.resume and o.method == "adalora":
@@ -171,8 +207,11 @@ def _check_packages(o: Options) -> None:
         check_demo_model()
     elif o.model.startswith((".", "/", "~")) and not Path(o.model).expanduser().is_dir():
         raise CliError(f"--model {o.model}: no such folder")
-    elif (folder := Path(o.model).expanduser()).is_dir() and not (folder / "config.json").exists():
-        raise CliError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
+    elif (folder := Path(o.model).expanduser()).is_dir():
+        if not (folder / "config.json").exists():
+            raise CliError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
+        if not any(folder.glob("*.safetensors")):
+            raise CliError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
 
 
 def _needs_bitsandbytes(o: Options) -> bool:
@@ -184,6 +223,16 @@ def _checkpoints(o: Options) -> Path:
     return o.output / "checkpoints"
 
 
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _saved(o: Options) -> list[Path]:
+    """The checkpoints, whole or not, the last one first."""
+    found = (p for p in _checkpoints(o).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
+    return sorted(found, key=_steps_of, reverse=True)
+
+
 def _check_output(o: Options) -> Optional[Path]:
     """The checkpoint to go on from, if --resume."""
     existing = o.output
@@ -191,13 +240,15 @@ def _check_output(o: Options) -> Optional[Path]:
         existing = existing.parent
     if not existing.is_dir():
         raise CliError(f"--output {o.output}: {existing} is a file")
+    if Path(os.path.realpath(o.output)).is_symlink():
+        raise CliError(f"--output {o.output}: {os.strerror(errno.ELOOP)}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CliError(f"--output {o.output}: {existing} can't be written to")
     if not o.resume:
-        if o.output.is_dir() and any(o.output.iterdir()) and not o.overwrite:
+        if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
             raise CliError(f"--output {o.output}: not empty; --resume goes on with it, --overwrite starts over")
         return None
-    found = [p for p in _checkpoints(o).glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    found = _saved(o)
     if not found:
         raise CliError(f"--resume: no checkpoint in {o.output} (they are written with --save-steps, and on Ctrl-C)")
     before = _read_run(o).get("options", {})
@@ -205,7 +256,14 @@ def _check_output(o: Options) -> Optional[Path]:
         now = getattr(o, name)
         if name in before and before[name] != now:
             raise CliError(f"--resume: --{name.replace('_', '-')} is {now}, the run in {o.output} has {before[name]}")
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    reasons = []
+    for checkpoint in found:
+        if (reason := not_whole(checkpoint)) is None:
+            if reasons:
+                _warn(f"--resume: not from {'; '.join(reasons)}; from {checkpoint.name}")
+            return checkpoint
+        reasons.append(f"{checkpoint.name} ({reason})")
+    raise CliError(f"--resume: no checkpoint in {o.output} is whole: {'; '.join(reasons)}")
 
 
 def _read_run(o: Options) -> dict[str, Any]:
@@ -232,14 +290,32 @@ def _quiet() -> None:
 
 
 def _say(text: str = "") -> None:
-    print(text, flush=True)
+    """A line on standard output; nobody may read it any more, which is no reason to end a run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
 
 
 @dataclass
 class _Stop:
-    """Set by Ctrl-C; training ends after the step in progress, with a checkpoint."""
+    """What signals ask for. ``signal``: the one that is to end the run; ``save``: a checkpoint after this step."""
 
-    asked: bool = False
+    signal: int = 0
+    save: bool = False
+    training: bool = False
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.signal)
+
+    @contextlib.contextmanager
+    def in_training(self) -> Iterator[None]:
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
 
 
 def greedy(model: Any, input_ids: Any, count: int) -> Any:
@@ -261,7 +337,9 @@ def greedy(model: Any, input_ids: Any, count: int) -> Any:
 
 
 class _Run:
-    def __init__(self, options: Options, corpus: Corpus, checkpoint: Optional[Path]) -> None:
+    def __init__(
+        self, options: Options, corpus: Corpus, checkpoint: Optional[Path], stop: _Stop, *, dry_run: bool = False
+    ) -> None:
         import torch
         from transformers import AutoTokenizer
 
@@ -274,15 +352,27 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.seconds: dict[str, float] = {}
-        self.folder = self._model_folder()
-        config = self._config()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.results: dict[str, Any] = {"finished": False}
+        self.curve: list[int] = []  # the batches that the held-out curve is of
+        self.log: list[dict[str, Any]] = []  # the Trainer's, with what _recorder adds
+        self.meter: Any = None
+        self.stop = stop
+        self.no_report: Optional[str] = None  # why the last one could not be drawn
+        self.packed: dict[str, str] = {}  # the GGUF that configuration and tokenizer are read from, if not unpacked
+        self.folder = self._packed_folder() if dry_run else self._model_folder()
+        self.config = config = self._config()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **self.packed)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise CliError(f"--model {options.model}: no tokenizer ({first_line(error)})") from None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         room = getattr(config, "max_position_embeddings", None)
         if room is not None and options.block_size > room:
             raise CliError(f"--block-size {options.block_size}: the model takes at most {room} tokens")
-        self.examples: Examples = tokenize(corpus, self.tokenizer, options.block_size)
+        with status("tokenizing"):
+            self.examples: Examples = tokenize(corpus, self.tokenizer, options.block_size)
         self.steps = self._steps()
         self._check_adapter(config)
 
@@ -299,17 +389,32 @@ class _Run:
         with self._phase("unpack"):
             return str(demo_model())
 
+    def _packed_folder(self) -> str:
+        """The same for what reads no weights: the default model as its package has it, where it is not unpacked yet."""
+        from .demo_model import _gguf, cached_model
+
+        if self.o.model != DEMO_MODEL or cached_model() is not None or (gguf := _gguf()) is None:
+            return self._model_folder()
+        self.packed = {"gguf_file": gguf.name}
+        return str(gguf.parent)
+
     def _config(self) -> Any:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+        from ..integrations._outside import check_index, check_model_config
+
         try:
-            config = AutoConfig.from_pretrained(self.folder)
+            for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):
+                if (file := Path(self.folder, name)).is_file():
+                    check(file)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CliError(
-                f"--model {self.o.model}: no such folder, and not a model the hub gives ({reason})"
-            ) from None
+            raise CliError(f"--model {self.o.model}: {first_line(error)}") from None
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self.packed)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            about = "config.json" if Path(self.folder).is_dir() else "no such folder, and not a model the hub gives"
+            raise CliError(f"--model {self.o.model}: {about} ({first_line(error)})") from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise CliError(f"--model {self.o.model}: {config.model_type} is not a causal language model")
         return config
@@ -320,18 +425,29 @@ class _Run:
         batches = math.ceil(len(self.examples.train) / self.o.batch_size)
         return max(1, math.ceil(self.o.epochs * math.ceil(batches / self.o.grad_accum)))
 
+    def _lr(self) -> float:
+        return self.o.lr if self.o.lr is not None else METHODS[self.o.method]
+
     def _check_adapter(self, config: Any) -> None:
         """Let PEFT object to the adapter on a model without storage."""
         import torch
         from peft import get_peft_model
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        from ..model import freeze_ranknum
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            raise CliError(f"--model {self.o.model}: config.json ({first_line(error)})") from None
+        self.parameters = sum(p.numel() for p in model.parameters())
         try:
             model = get_peft_model(model, self._peft_config(config))
-        except (ValueError, TypeError, KeyError) as error:
-            raise CliError(f"--method {self.o.method}: {str(error).strip().splitlines()[0]}") from None
+            if not self.o.stock:
+                freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CliError(f"--method {self.o.method}: {first_line(error)}") from None
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def _peft_config(self, config: Any) -> Any:
@@ -364,61 +480,82 @@ class _Run:
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
     def run(self) -> int:
-        o = self.o
         self._describe()
         with self._phase("load"):
             model = self._base()
         with self._phase("evaluate before"):
-            before = self._perplexity(model)
-            answer_before = self._ask(model)
+            losses = self._losses(model)
+            before = _perplexity(losses)
+            samples = [{**sample, "before": self._ask(model, sample["messages"])} for sample in self._samples()]
         _say(f"before: held-out perplexity {before:.3f}")
 
-        self._prepare_output()
+        with self._prepared_output():
+            return self._work(model, losses, before, samples)
+
+    def _work(self, model: Any, losses: list[tuple[float, int]], before: float, samples: list[dict[str, Any]]) -> int:
+        """What follows the first evaluation, and writes."""
+        write_config(self.o.output / CONFIG_FILE, self.o)
+        self.curve, self.log = self._curve(), self._earlier()
+        self.results |= {
+            "perplexity": {"before": before}, "samples": samples,
+            "held_out": {"examples": self._curve_examples(), "first": [0, _mean([losses[i] for i in self.curve])]},
+            "resumed": self._resumed(),
+        }  # fmt: skip
+        try:
+            return self._train(model)
+        except BaseException:  # Ctrl-C twice, no memory left: what there is stays, marked as unfinished
+            with contextlib.suppress(Exception):
+                self._write()
+            raise
+
+    def _train(self, model: Any) -> int:
+        """From the frozen base to the checked adapter; the exit code."""
+        o, results = self.o, self.results
         with self._phase("adapt"):
             model = self._adapt(model)
-        fused = self._fused(model)
-        self._write({"finished": False})
-        trainer, meter, stop = self._trainer(model)
+        fused = results["fused"] = self._fused(model)
+        self._write()
         _say(f"training: {self.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
-        with self._phase("train"), _on_interrupt(stop):
-            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        done = trainer.state.global_step
-        speed = {
-            "tokens_per_s": meter.tokens_per_s, "median_step_s": meter.median_step_s, "peak_mib": meter.peak_mib,
-            "peak_cuda_mib": meter.peak_cuda_mib, "fused": fused, "losses": losses, "steps": done,
-        }  # fmt: skip
-        del trainer
-        gc.collect()
-        if stop.asked and done < self.steps:
-            self._write({"finished": False, **speed})
+        done = self._fit(model)
+        if self.stop.asked and done < self.steps:
+            self._write()
             _say(f"stopped after step {done}; the same command with --resume goes on")
-            return 130
+            self._say_report()
+            return 128 + self.stop.signal
+        with self._phase("save"):  # first of all: what was trained is not lost with what comes
+            save_adapter(model, o.output, overwrite=True)
+            shutil.rmtree(o.output / PREVIOUS, ignore_errors=True)
+        results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
+        meter = self.meter
         if meter.tokens_per_s:
             _say(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
         if meter.peak_mib:
             _say(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
 
         with self._phase("evaluate after"):
-            after = self._perplexity(model)
-            answer_after = self._ask(model)
-        with self._phase("save"):
-            save_adapter(model, o.output, overwrite=True)
+            losses = self._losses(model)
+            before, after = results["perplexity"]["before"], _perplexity(losses)
+            for sample in results["samples"]:
+                sample["after"] = self._ask(model, sample["messages"])
+        results["perplexity"]["after"] = after
+        results["held_out"]["last"] = [done, _mean([losses[i] for i in self.curve])]
         with self._phase("re-read"):
-            check = self._check(model)
-        prompt = self._prompt()
-        self._write({
-            "finished": True, **speed, "perplexity": {"before": before, "after": after}, "check": check,
-            "answers": {"prompt": prompt, "before": answer_before, "after": answer_after},
-        })  # fmt: skip
+            check = results["check"] = self._check(model)
+        asked = results["samples"][0]
+        results |= {"finished": True, "answers": {name: asked[name] for name in ("prompt", "before", "after")}}
+        self._write()
         _say(f"held-out perplexity: {before:.3f} before, {after:.3f} after")
-        _say(f"prompt: {prompt}\n  before: {_one_line(answer_before)}\n  after:  {_one_line(answer_after)}")
+        answers = (_one_line(asked[name]) for name in ("before", "after"))
+        _say("prompt: {}\n  before: {}\n  after:  {}".format(asked["prompt"], *answers))
         _say("time: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in self.seconds.items()))
         _say(f"saved: {o.output}")
+        self._say_report()
         if check["accelerated_difference"] is not None:
             _say(f"accelerated against stock path: max |logit difference| = {check['accelerated_difference']:g}")
         if not check["ok"]:
@@ -427,6 +564,32 @@ class _Run:
             return 1
         _say(f"checked: stock PEFT re-reads the adapter, max |logit difference| = {check['max_difference']:g}")
         return 0
+
+    def _fit(self, model: Any) -> int:
+        """Train; the steps that the model has."""
+        trainer, self.meter = self._trainer(model)
+        if self.checkpoint is not None and (done := _steps_of(self.checkpoint)) >= self.steps:
+            self._load_checkpoint(model)  # the Trainer would train one step more
+            return done
+        try:
+            with self._phase("train"), self.stop.in_training():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except BaseException:
+            _remove_unsealed(self.o)
+            raise
+        finally:
+            if (inside := self.seconds.pop("evaluate in training", None)) is not None:
+                self.seconds["train"] = round(self.seconds["train"] - inside, 2)
+                self.seconds["evaluate in training"] = inside
+        done = trainer.state.global_step
+        del trainer
+        gc.collect()
+        return done
+
+    def _load_checkpoint(self, model: Any) -> None:
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(self.checkpoint), device=str(self.device)))
 
     def _describe(self) -> None:
         o, train, held_out = self.o, self.examples.train, self.examples.held_out
@@ -441,11 +604,21 @@ class _Run:
     def _base(self) -> Any:
         """The frozen base: bfloat16, quantized as asked; its layers are bitsandbytes' where stock code needs them."""
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from ..quantize import quantize_nf4
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+        try:
+            with status("loading the model"):
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
+                    trust_remote_code=False, output_loading_info=True,
+                )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CliError(f"--model {self.o.model}: {first_line(error)}") from None
+        if absent := sorted(info["missing_keys"]):
+            raise CliError(f"--model {self.o.model}: {absent[0]} is not in its files, so it would be random")
         model = model.to(self.device).eval().requires_grad_(False)
         model.config.use_cache = False  # in training it would only hold memory; generation asks for it
         if self.o.quant == "nf4":
@@ -480,18 +653,25 @@ class _Run:
 
         rows = list(explain(model).rows)
         reasons = sorted({str(row.reason) for row in rows if not row.fused})
-        return {"layers": len(rows), "fused": sum(bool(row.fused) for row in rows), "reasons": reasons}
+        like: dict[tuple[str, bool, str], list[str]] = {}
+        for row in rows:
+            like.setdefault((row.kind, bool(row.fused), str(row.reason)), []).append(row.name)
+        groups = [
+            {"kind": kind, "fused": fused, "reason": reason, "layers": len(names), "first": names[0]}
+            for (kind, fused, reason), names in like.items()
+        ]
+        fused = sum(bool(row.fused) for row in rows)
+        return {"layers": len(rows), "fused": fused, "reasons": reasons, "groups": groups}
 
-    def _trainer(self, model: Any) -> tuple[Any, Any, _Stop]:
+    def _trainer(self, model: Any) -> tuple[Any, Any]:
         from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
         from ..integrations.transformers import AdaLoraCallback, PeftExtCallback
 
         o = self.o
-        lr = o.lr if o.lr is not None else METHODS[o.method]
         args = TrainingArguments(
             output_dir=str(_checkpoints(o)), max_steps=self.steps, per_device_train_batch_size=o.batch_size,
-            gradient_accumulation_steps=o.grad_accum, learning_rate=lr, lr_scheduler_type="cosine",
+            gradient_accumulation_steps=o.grad_accum, learning_rate=self._lr(), lr_scheduler_type="cosine",
             warmup_steps=o.warmup, seed=o.seed, logging_steps=1, logging_nan_inf_filter=False, report_to="none",
             save_strategy="steps" if o.save_steps else "no", save_steps=o.save_steps or 500, save_total_limit=2,
             use_cpu=self.device.type == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False,
@@ -499,8 +679,8 @@ class _Run:
             gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not sys.stderr.isatty(),
         )  # fmt: skip
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
-        meter, stop = PeftExtCallback(accelerate=False), _Stop()
-        callbacks = [meter, _progress(meter, self.steps), _stopper(stop)]
+        meter = PeftExtCallback(accelerate=False)
+        callbacks = [meter, _recorder(self, meter, self.stop), _stopper(self.stop), _sealer()]
         if o.method == "adalora":
             callbacks.insert(0, AdaLoraCallback())
         if o.gradient_checkpointing:
@@ -508,7 +688,8 @@ class _Run:
         trainer = Trainer(model, args, collator, self.examples.train, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        return trainer, meter, stop
+        trainer.add_callback(_progress(meter, self.steps))  # now: it is a ProgressCallback as well
+        return trainer, meter
 
     # - measuring -
 
@@ -526,36 +707,102 @@ class _Run:
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits[:, -batch["input_ids"].shape[1] :]
 
-    def _perplexity(self, model: Any) -> float:
-        """``exp`` of the mean loss over the held-out tokens that have a label, each weighing the same."""
+    def _losses(self, model: Any, chosen: Optional[Iterable[int]] = None) -> list[tuple[float, int]]:
+        """Of each batch of held-out examples, or of the chosen ones: the sum of the losses, and of how many tokens."""
         from torch.nn.functional import cross_entropy
 
         model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(self.examples.held_out), 2):  # small batches: logits [2, T, V] are the peak
-            batch = self._batch(self.examples.held_out[start : start + 2])
+        sums = []
+        batches = bar(range(self.held_out_batches), "held-out loss", "batch") if chosen is None else chosen
+        for index in batches:  # small ones: logits [2, T, V] are the peak
+            batch = self._batch(self.examples.held_out[2 * index : 2 * index + 2])
+            total, count = 0.0, 0
             for logits, labels in zip(self._logits(model, batch), batch["labels"], strict=True):
                 total += cross_entropy(logits[:-1].float(), labels[1:], reduction="sum", ignore_index=-100).item()
                 count += int((labels[1:] != -100).sum())
-        return math.exp(min(total / count, 700.0))
+            sums.append((total, count))
+        return sums
+
+    @property
+    def held_out_batches(self) -> int:
+        return math.ceil(len(self.examples.held_out) / 2)
+
+    def _curve(self) -> list[int]:
+        """The batches that each point of the held-out curve is of: as many as HELD_OUT_SHARE allows, evenly spread.
+
+        A resumed run takes the ones that it began with.
+        """
+
+        def tokens(examples: list[Any]) -> float:
+            return sum(len(e["input_ids"]) for e in examples) / len(examples)
+
+        trained = self.steps * self.o.batch_size * self.o.grad_accum * tokens(self.examples.train)
+        count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / (2 * tokens(self.examples.held_out)))
+        count = next((entry["held_out_batches"] for entry in self._earlier() if "held_out_batches" in entry), count)
+        count = min(max(count, 2), self.held_out_batches)
+        return [index * self.held_out_batches // count for index in range(count)]
+
+    def _curve_examples(self) -> int:
+        return sum(len(self.examples.held_out[2 * i : 2 * i + 2]) for i in self.curve)
+
+    def _resumed(self) -> list[int]:
+        """After which steps a run went on from a checkpoint."""
+        if self.checkpoint is None:
+            return []
+        earlier = _read_run(self.o).get("resumed")
+        return [*(earlier if isinstance(earlier, list) else []), _steps_of(self.checkpoint)]
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """The history that the checkpoint has."""
+        if self.checkpoint is None:
+            return []
+        return json.loads((self.checkpoint / "trainer_state.json").read_text())["log_history"]
 
     def _prompt(self) -> str:
         if self.o.prompt is not None:
             return self.o.prompt
         return DEMO_PROMPT if self.corpus.where == PYTHON_DOCS else self.corpus.sample_prompt()
 
-    def _ask(self, model: Any) -> str:
-        """The greedy answer to the prompt."""
+    def _samples(self) -> list[dict[str, Any]]:
+        """What to ask: the user's prompt, then held-out ones, with what the data answers."""
+        prompt = self._prompt()
+        samples: list[dict[str, Any]] = [{"prompt": prompt, "messages": [{"role": "user", "content": prompt}]}]
+        for record in self.corpus.held_out if self.corpus.kind == "chat" else []:
+            turn = next(i for i, message in enumerate(record) if message["role"] == "assistant")
+            messages, answer = record[:turn], record[turn]["content"]
+            if not messages or not self._fits(messages):
+                continue
+            asked = messages[-1]["content"]
+            if asked == prompt and "expected" not in samples[0]:
+                samples[0] |= {"messages": messages, "expected": answer}
+            elif all(asked != sample["prompt"] for sample in samples):
+                samples.append({"prompt": asked, "messages": messages, "expected": answer})
+            if len(samples) > SAMPLES:
+                break
+        return samples
+
+    def _fits(self, messages: list[dict[str, str]]) -> bool:
+        tokens = self._encode(messages)["input_ids"].shape[1]
+        room = getattr(self.config, "max_position_embeddings", None) or math.inf
+        virtual = self.o.virtual_tokens if self.o.method in _PROMPTS else 0
+        return tokens <= self.o.block_size and tokens + virtual + NEW_TOKENS <= room
+
+    def _encode(self, messages: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        """The tokens of a conversation that the model is to go on with, rendered as the data is."""
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        if chat:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = messages[-1]["content"] + ("\n" if self.corpus.kind == "chat" else "")
+        return self.tokenizer(text, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False)
+
+    def _ask(self, model: Any, messages: list[dict[str, str]]) -> str:
+        """The greedy answer."""
         import torch
 
-        prompt, chat = self._prompt(), bool(getattr(self.tokenizer, "chat_template", None))
-        if chat:
-            turn = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        inputs = self.tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False)
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(self.device) for name, tensor in self._encode(messages).items()}
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), status("answering a prompt"):
             if self.o.method in _PROMPTS:
                 out = greedy(model, inputs["input_ids"], NEW_TOKENS)
             else:
@@ -589,35 +836,81 @@ class _Run:
 
     # - files -
 
-    def _prepare_output(self) -> None:
+    @contextlib.contextmanager
+    def _prepared_output(self) -> Iterator[None]:
+        """The folder, as long as this process alone writes into it."""
         o = self.o
-        if o.overwrite:  # what such a run writes, and nothing else
-            shutil.rmtree(_checkpoints(o), ignore_errors=True)
-            for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.json"):
-                (o.output / name).unlink(missing_ok=True)
-        o.output.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(sole_writer(o.output))
+            except BlockingIOError as error:
+                raise CliError(f"--output {o.output}: {error.strerror}") from None
+            if o.overwrite:
+                _set_aside(o)
+            if self.checkpoint is not None:  # what a killed run left is not to be mixed with what is written now
+                for later in itertools.takewhile(lambda p: p != self.checkpoint, _saved(o)):
+                    shutil.rmtree(later)
+            yield
 
-    def _write(self, results: dict[str, Any]) -> None:
-        """run.json, whole or not at all."""
+    def _write(self) -> None:
+        """run.json, whole or not at all, and the picture of it."""
         import torch
 
         from .. import __version__, _native
+        from .report import write
 
         options = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self.o).items()}
+        defaults = Options()
         document = {
             "options": options,
+            "changed": [name for name in options if getattr(self.o, name) != getattr(defaults, name)],
+            "learning_rate": self._lr(),
             "trainable_parameters": self.trainable,
+            "parameters": self.parameters,
             "versions": {"peft_ext": __version__, "python": platform.python_version(), **_versions()},
             "machine": {
                 "cpu": _cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+                "system": f"{platform.system()} {platform.machine()}",
             },
-            "examples": {"train": len(self.examples.train), "held_out": len(self.examples.held_out)},
+            "examples": {
+                "train": len(self.examples.train), "held_out": len(self.examples.held_out), "kind": self.corpus.kind,
+                "cut": self.examples.truncated,
+            },
+            "started": self.started,
+            "steps_wanted": self.steps,
+            "new_tokens": NEW_TOKENS,
             "seconds": self.seconds,
-            **results,
+            **self._measured(),
+            **self.results,
         }  # fmt: skip
         with atomic_file(self.o.output / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
+        try:
+            write(self.o.output, document)
+            self.no_report = None
+        except Exception as error:  # a run is not lost for a picture of it
+            self.no_report = _one_line(f"{type(error).__name__}: {error}")
+
+    def _measured(self) -> dict[str, Any]:
+        """The history, by column, and what the meter has."""
+        steps = [entry for entry in self.log if "loss" in entry]
+        found: dict[str, Any] = {}
+        if self.meter is not None:
+            names = ("tokens_per_s", "median_step_s", "peak_mib", "peak_cuda_mib")
+            found = {name: getattr(self.meter, name) for name in names}
+        columns = ("step", "learning_rate", "step_s", "tokens", "held_out_loss")
+        return {
+            **found, "losses": [entry["loss"] for entry in steps], "steps": steps[-1]["step"] if steps else 0,
+            "history": {name: [entry.get(name) for entry in steps] for name in columns},
+        }  # fmt: skip
+
+    def _say_report(self) -> None:
+        if self.no_report is None:
+            _say(f"report: {self.o.output / 'report.html'}")
+        else:
+            print(f"warning: no report, it could not be drawn: {self.no_report}", file=sys.stderr, flush=True)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -627,8 +920,77 @@ def _error(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _set_aside(o: Options) -> None:
+    """Remove what an earlier run wrote, and nothing else.
+
+    A whole adapter, and what tells of it, is kept in the folder PREVIOUS until this run has saved its own.
+    """
+    there = [name for name in (*_ADAPTER, "README.md", "run.json", "report.html", CONFIG_FILE)
+             if (o.output / name).is_file()]  # fmt: skip
+    if there[: len(_ADAPTER)] == list(_ADAPTER):
+        with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
+            for name in there:
+                shutil.copy2(o.output / name, folder / name)
+        _say(f"the adapter that is there: kept in {o.output / PREVIOUS} until this run has saved its own")
+    shutil.rmtree(_checkpoints(o), ignore_errors=True)
+    for name in there:
+        (o.output / name).unlink(missing_ok=True)
+
+
+def _remove_unsealed(o: Options) -> None:
+    for checkpoint in _saved(o):
+        if not is_sealed(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _resources(o: Options) -> Iterator[None]:
+    """A full disk or memory, and what else the system refuses, as a CliError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CliError(f"{error.filename or o.output}: {error.strerror or first_line(error)}{_go_on(o)}") from None
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        raise CliError(f"{o.output}: {first_line(error)}{_go_on(o)}") from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if "PytorchStreamWriter" in text or "inline_container" in text:
+            raise CliError(f"{o.output}: a checkpoint could not be written, is the disk full?{_go_on(o)}") from None
+        if out_of_memory(error):
+            mend = "a smaller --batch-size or --block-size, or --gradient-checkpointing, takes less"
+            raise CliError(f"out of memory: {mend} ({first_line(error)}){_go_on(o)}") from None
+        raise
+
+
+def _go_on(o: Options) -> str:
+    checkpoint = None
+    with contextlib.suppress(OSError):
+        checkpoint = next(filter(is_sealed, _saved(o)), None)
+    return "" if checkpoint is None else f"; --resume goes on from {checkpoint.name}"
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _mean(sums: list[tuple[float, int]]) -> float:
+    """The mean loss over all tokens, each weighing the same."""
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+
+def _perplexity(sums: list[tuple[float, int]]) -> float:
+    """``exp`` of the mean loss."""
+    return math.exp(min(_mean(sums), 700.0))
 
 
 def _versions() -> dict[str, str]:
@@ -704,25 +1066,131 @@ def _stopper(stop: _Stop) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if stop.asked:
                 control.should_save = control.should_training_stop = True
+            if stop.save:
+                stop.save, control.should_save = False, True
 
     return Stopper()
 
 
-@contextlib.contextmanager
-def _on_interrupt(stop: _Stop) -> Iterator[None]:
-    """The first Ctrl-C ends training after the step in progress, a second one at once."""
+def _sealer() -> Any:
+    from transformers import TrainerCallback
 
-    def handle(number: int, frame: Any) -> None:
-        if stop.asked:
+    class Sealer(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Sealer()
+
+
+def _recorder(run: _Run, meter: Any, stop: _Stop) -> Any:
+    """Adds each step's seconds, tokens and held-out loss to the Trainer's history.
+
+    There, in trainer_state.json, a checkpoint keeps them, and a resumed run goes on with them.
+    """
+    from transformers import TrainerCallback
+
+    points = {round(run.steps * i / (HELD_OUT_POINTS + 1)) for i in range(1, HELD_OUT_POINTS + 1)} - {0, run.steps}
+
+    class Recorder(TrainerCallback):
+        entry: dict[str, Any] = {}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            run.log = state.log_history
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if "memory" not in run.results:
+                run.results["memory"] = _bytes_by_kind(kwargs["model"], kwargs["optimizer"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
+            if state.global_step in points and not stop.asked:
+                model = kwargs["model"]
+                with run._phase("evaluate in training"):
+                    losses = run._losses(model, itertools.takewhile(lambda _: not stop.asked, run.curve))
+                model.train()
+                if len(losses) == len(run.curve):
+                    self.entry |= {"held_out_loss": _mean(losses), "held_out_batches": len(losses)}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" not in (logs or {}) or not state.log_history:
+                return
+            state.log_history[-1].update(self.entry)  # a copy of these logs
+            if "held_out_loss" in self.entry:
+                try:
+                    run._write()
+                except OSError as error:  # it tells how far the run is; the end is to come
+                    _warn(f"{error.filename or run.o.output}: {error.strerror}")
+
+    return Recorder()
+
+
+def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
+    """Bytes of the tensors of a training step, as the optimizer has stepped and the gradients are still there.
+
+    Of storages, each counted once. Beside the optimizer's states are the scores that AdaLoRA keeps.
+    """
+    import torch
+
+    seen: set[int] = set()
+
+    def size(tensors: Iterable[Any]) -> int:
+        total = 0
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    def held(state: Any) -> Iterator[Any]:  # bitsandbytes' scales are no buffers
+        while state is not None:
+            yield from vars(state).values()
+            state = state.state2
+
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    frozen = [p for p in parameters if not p.requires_grad]
+    scales = [tensor for p in frozen for tensor in held(getattr(p, "quant_state", None))]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        states += getattr(allocator, name, {}).values()
+    return {
+        "frozen": size([*frozen, *model.buffers(), *scales]), "adapter": size(trained),
+        "gradients": size(p.grad for p in trained), "optimizer": size(states),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _signals(stop: _Stop) -> Iterator[None]:
+    """See :func:`finetune`. Where this is not the main thread, signals are the caller's."""
+
+    def end(number: int, frame: Any) -> None:
+        if stop.asked or not stop.training:
+            stop.signal = number
             raise KeyboardInterrupt
-        stop.asked = True
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        stop.signal = number
+        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        with contextlib.suppress(OSError):  # a terminal that hung up
+            print(f"\nstopping after this step, with a checkpoint; {again} stops at once", file=sys.stderr, flush=True)
+
+    def save(number: int, frame: Any) -> None:
+        stop.save = stop.training
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handle)
+    handlers = {"SIGINT": end, "SIGTERM": end, "SIGHUP": end, "SIGUSR1": save}
+    before: dict[Any, Any] = {}
     try:
+        for name, handler in handlers.items():
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
+            before[number] = signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

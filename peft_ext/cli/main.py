@@ -6,11 +6,12 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from . import CliError
+from ._common import drop_output, first_line, out_of_memory
 from .finetune import METHODS, Options
 
 __all__ = ["app", "main"]
@@ -34,11 +35,17 @@ def _errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 def _version(asked: bool) -> None:
     if asked:
-        from .._version import __version__
+        with _errors():
+            from .._version import __version__
 
         print(f"peft_ext {__version__}")
         raise typer.Exit
@@ -54,22 +61,39 @@ def _common(
 @app.command()
 def doctor() -> None:
     """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
-    from .doctor import doctor as report
+    with _errors():
+        from .doctor import doctor as report
 
-    raise typer.Exit(report())
+        code = report()
+    raise typer.Exit(code)
 
 
-_MODEL, _ADAPTER, _DATA, _TRAINING, _RUN = "Model", "Adapter", "Data", "Training", "Run"
+_MODEL, _ADAPTER, _DATA, _TRAINING = "Model", "Adapter", "Data", "Training"
 
 
 @app.command()
 def finetune(
+    ctx: typer.Context,
+    config: Annotated[
+        Optional[Path], typer.Option(help="YAML with these names; flags win; paths from the current folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the plan; read no weights, write nothing.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="For adapter, report, checkpoints.")] = _D.output,
+    save_steps: Annotated[int, typer.Option(help="Between checkpoints; 0: only on Ctrl-C.")] = _D.save_steps,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="By PEFT and bitsandbytes alone, to compare.")] = False,
+    no_stock: Annotated[bool, typer.Option("--no-stock", hidden=True)] = False,
+    prompt: Annotated[Optional[str], typer.Option(help="What to ask before and after.")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
     model: Annotated[str, typer.Option(help='A folder, a hub name, or "smollm2".', rich_help_panel=_MODEL)] = _D.model,
     quant: Annotated[
         str, typer.Option(help="The frozen weights: nf4 (double quantization) or none.", rich_help_panel=_MODEL)
     ] = _D.quant,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.", rich_help_panel=_MODEL)] = _D.blocksize,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
+    method: Annotated[str, typer.Option(help=" ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.", rich_help_panel=_ADAPTER)] = _D.rank,
     alpha: Annotated[float, typer.Option(help="Scaling times rank.", rich_help_panel=_ADAPTER)] = _D.alpha,
     dropout: Annotated[float, typer.Option(help="On the low-rank path.", rich_help_panel=_ADAPTER)] = _D.dropout,
@@ -81,11 +105,7 @@ def finetune(
         int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
     ] = _D.virtual_tokens,
     data: Annotated[
-        str,
-        typer.Option(
-            help='A .jsonl, .json, .csv or .txt file, a folder of them, a hub dataset, or "python-docs".',
-            rich_help_panel=_DATA,
-        ),
+        str, typer.Option(help="A file (.jsonl .json .csv .txt), a folder, a hub name.", rich_help_panel=_DATA)
     ] = _D.data,
     text_column: Annotated[Optional[str], typer.Option(help="Default: text.", rich_help_panel=_DATA)] = None,
     prompt_column: Annotated[
@@ -112,30 +132,40 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING)
     ] = False,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.", rich_help_panel=_TRAINING)] = None,
-    stock: Annotated[
-        bool,
-        typer.Option("--stock", help="The same run by PEFT and bitsandbytes alone, to compare.", rich_help_panel=_RUN),
-    ] = False,
-    prompt: Annotated[Optional[str], typer.Option(help="What to ask before and after.", rich_help_panel=_RUN)] = None,
-    output: Annotated[Path, typer.Option(help="Adapter, run.json, checkpoints.", rich_help_panel=_RUN)] = _D.output,
-    save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: only on Ctrl-C.", rich_help_panel=_RUN)
-    ] = _D.save_steps,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=_RUN)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --output.", rich_help_panel=_RUN)
-    ] = False,
+    no_gradient_checkpointing: Annotated[bool, typer.Option("--no-gradient-checkpointing", hidden=True)] = False,
 ) -> None:
-    """Train an adapter and check it. Without arguments: SmolLM2-135M, NF4, LoRA, on Python's own reference."""
+    """Train an adapter and check it. Without arguments: SmolLM2-135M, NF4, LoRA, Python's reference."""
+    values = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    with _errors():
+        for name, off in (("stock", no_stock), ("gradient_checkpointing", no_gradient_checkpointing)):
+            if off and values[name]:
+                raise CliError(f"--{name.replace('_', '-')} and --no-{name.replace('_', '-')} exclude each other")
+        flags = {name: value for name, value in values.items() if _given(ctx, name) or _given(ctx, f"no_{name}")}
+        code = _finetune(config, flags, dry_run)
+    raise typer.Exit(code)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _finetune(path: Optional[Path], flags: dict[str, Any], dry_run: bool) -> int:
+    from .config import Config, merged, read_config
     from .finetune import finetune as run
 
-    options = Options(**{name: value for name, value in locals().items() if name in Options.__dataclass_fields__})
+    config = Config(Path()) if path is None else read_config(path, Options)
+    with config.named(flags):
+        return run(merged(_D, config, flags), dry_run=dry_run)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
+    """Draw a run's report.html again, from its run.json."""
     with _errors():
-        code = run(options)
-    raise typer.Exit(code)
+        from .report import report as run
+
+        print(f"report: {run(folder)}")
 
 
 @app.command()
@@ -155,9 +185,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
 ) -> None:
     """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
-    from .merge import merge as run
-
     with _errors():
+        from .merge import merge as run
+
         run(
             adapter, output, model=model, base_quant=base_quant, blocksize=blocksize, double_quant=double_quant,
             dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
@@ -177,9 +207,9 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
-    from .recommend import recommend as run
-
     with _errors():
+        from .recommend import recommend as run
+
         code = run(
             model_size=model_size, model=model, memory=memory, task=task, examples=examples, batch_size=batch_size,
             sequence_length=sequence_length, prefer=prefer, as_json=as_json,
@@ -203,9 +233,9 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
-    from .explain import explain as run
-
     with _errors():
+        from .explain import explain as run
+
         run(
             what, model=model, method=method, rank=rank, quant=quant, blocksize=blocksize, dtype=dtype,
             batch_size=batch_size, sequence_length=sequence_length, as_json=as_json,
@@ -227,9 +257,9 @@ def chat(
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
 ) -> None:
     """Ask a base model and its adapted self the same, side by side."""
-    from .chat import chat as run
-
     with _errors():
+        from .chat import chat as run
+
         run(
             adapter, model=model, prompt=prompt, max_new_tokens=max_new_tokens, base_quant=base_quant,
             blocksize=blocksize, temperature=temperature, seed=seed, threads=threads,
@@ -248,15 +278,16 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
     chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg or .png; needs matplotlib.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
-    from .bench import bench as run
-
     with _errors():
+        from .bench import bench as run
+
         run(
             method=method, base=base, hidden=hidden, tokens=tokens, rank=rank, seconds=seconds, threads=threads,
-            chart=chart, as_json=as_json,
+            chart=chart, output=output, as_json=as_json,
         )  # fmt: skip
 
 
@@ -272,4 +303,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if message := error.format_message():  # none where the help was shown instead
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return 1  # as rich and click have it
     return int(code) if isinstance(code, int) else 0

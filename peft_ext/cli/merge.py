@@ -46,7 +46,7 @@ def _model(model: Optional[str], adapter: Path) -> Optional[str]:
         try:
             trained = json.loads((adapter / "run.json").read_text())["options"]["model"]
             named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
         if trained != DEMO_MODEL or not isinstance(named, str) or Path(named).is_dir():
             return None

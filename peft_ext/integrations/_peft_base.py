@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._native import STATE
 from ..nn import NF4Linear
-from ..nn.nf4 import requantized
+from ..nn.nf4 import is_dtensor, requantized
 from ..ops._checks import autocast_dtype
 from ..ops._library import has_kernel
 from ..weight import NF4Weight
@@ -52,6 +52,42 @@ def taking(kind: type) -> Iterator[None]:
         yield
     finally:
         _plain = before
+
+
+# Shards that fully_shard gathers into plain parameters by the time a fused layer sees them: by id.
+_gathered: frozenset[int] = frozenset()
+
+
+@contextmanager
+def as_in_forward(model: nn.Module) -> Iterator[None]:
+    """Within it a layer's reasons are those of a call within ``model``'s: FSDP2's shards count as what it gathers."""
+    global _gathered
+    before, _gathered = _gathered, frozenset(_gathers(model))
+    try:
+        yield
+    finally:
+        _gathered = before
+
+
+def _gathers(model: nn.Module) -> Iterator[int]:
+    for module in model.modules():
+        if not is_fully_sharded(type(module)):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                if not parameter.is_dtensor:  # under tensor parallelism too, which is what is left after gathering
+                    yield id(parameter.sharded_param)
+
+
+def is_fully_sharded(kind: type) -> bool:
+    """Whether fully_shard wrapped modules of this class themselves, told without importing torch.distributed."""
+    return hasattr(kind, "_get_fsdp_state")
+
+
+def _is_shard(parameter: Any) -> bool:
+    return (is_dtensor(parameter) and id(parameter) not in _gathered) or hasattr(parameter, "ds_id")
 
 
 # The operators that a layer on one of the public ops calls, in its forward and backward.
@@ -138,8 +174,9 @@ def alone_reason(layer: Any) -> Optional[str]:
     """Why the base layer of ``layer``, which has to run on its own, may not return what the op takes."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
-        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
-            return f"base_layer.{name} is a shard (FSDP or ZeRO-3)"
+        # What fully_shard wrapped by itself gathers its parameters as it is called.
+        if _is_shard(parameter) and not is_fully_sharded(type(base)):
+            return f"base_layer.{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
         if parameter is not None and parameter.is_meta:
             return f"base_layer.{name} is on meta"
     weight = base._parameters.get("weight")
@@ -160,9 +197,10 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     kind = type(base)
     weight = base._parameters.get("weight")
     if kind in FOUR_BIT:
-        if type(weight) not in (bnb.nn.Params4bit, nn.Parameter):  # pickle makes the one into the other
+        # pickle and fully_shard make the one into the other
+        if type(weight) not in (bnb.nn.Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
-        quant_state = getattr(weight, "quant_state", None)
+        quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state):
             return reason
         absmax = quant_state.absmax  # on the weight's device, and no tensor subclass, whose attributes are slow to read
@@ -184,10 +222,11 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    if type(tensor) not in _plain:  # a DTensor, a quantized subclass, or taken out of the module by FSDP
+    # a DTensor, a quantized subclass, or taken out of the module by FSDP
+    if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     if tensor.dim() != dim or hasattr(tensor, "ds_id"):
-        return f"{name} is a shard (FSDP or ZeRO-3)"
+        return f"{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
     if tensor.is_meta or tensor.layout is not torch.strided:
         return f"{name} is on {tensor.device} with layout {tensor.layout}"
     return None
@@ -272,7 +311,13 @@ def enter_4bit(base: nn.Module, x: Tensor, seen: torch.dtype) -> Optional[tuple[
         return None
     bias = base._parameters["bias"]
     bias = bias if bias is None else bias.to(compute)
-    return x.to(compute), nf4_from_params4bit(base._parameters["weight"]), bias
+    return x.to(compute), nf4_from_params4bit(base._parameters["weight"], quant_state_of(base)), bias
+
+
+def quant_state_of(base: nn.Module) -> Any:
+    """A ``Linear4bit``'s: the parameter's or, where fully_shard has gathered that into a plain one, the layer's."""
+    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    return base.__dict__.get("quant_state") if state is None else state
 
 
 if bnb is not None:
@@ -284,7 +329,7 @@ if bnb is not None:
         def _stock_reason(self) -> Optional[str]:
             if "forward" in self.__dict__:
                 return "its forward was replaced on the instance (accelerate's device hooks do that)"
-            return weight_reason(self) or kernel_reason("nf4_linear", self.weight.quant_state.absmax.device.type)
+            return weight_reason(self) or kernel_reason("nf4_linear", quant_state_of(self).absmax.device.type)
 
         def forward(self, x: Tensor) -> Tensor:
             if self._stock_reason() is None and takes(x) and (entered := enter_4bit(self, x, x.dtype)) is not None:
@@ -297,8 +342,8 @@ if bnb is not None:
 
             A repacked weight loses its gradients when it is trained again, and changes in the state dict.
             """
-            quant_state = getattr(self._parameters.get("weight"), "quant_state", None)
-            return self.__dict__.get("support_avx512bf16_for_cpu", False) and why_not_nf4(quant_state) is not None
+            enabled = self.__dict__.get("support_avx512bf16_for_cpu", False)
+            return enabled and why_not_nf4(quant_state_of(self)) is not None
 
         @support_avx512bf16_for_cpu.setter
         def support_avx512bf16_for_cpu(self, value: bool) -> None:

@@ -17,12 +17,12 @@ def why_not_nf4(quant_state: Any) -> Optional[str]:
     """The reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
-    if quant_state.quant_type != "nf4":
-        return f"quant_type is {quant_state.quant_type!r}, wanted 'nf4'"
+    if (kind := getattr(quant_state, "quant_type", None)) != "nf4":
+        return f"quant_type is {kind!r}, wanted 'nf4'"
     if getattr(quant_state, "packing_format_for_cpu", False):
         return "bitsandbytes repacked the weight for its CPU inference"
-    if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:
-        return f"the nested blocksize is {quant_state.state2.blocksize}, wanted {NESTED_BLOCKSIZE}"
+    if quant_state.nested and (size := getattr(quant_state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
+        return f"the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}"
     return None
 
 
@@ -31,6 +31,8 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
     if reason := why_not_nf4(state):
         raise ValueError(f"NF4Weight.from_bitsandbytes: {reason}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"NF4Weight.from_bitsandbytes: weight is {type(weight).__name__}, wanted a Tensor")
     # A plain tensor, from here on: each attribute of bitsandbytes' tensor subclass costs a call into Python.
     with torch._C.DisableTorchFunctionSubclass():
         packed = weight.data
@@ -39,7 +41,7 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     nested = None
     if state.nested:
         nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
-    return NF4Weight(packed.reshape(-1, 1), state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, nested)
+    return NF4Weight(packed.reshape(-1, 1), state.absmax, state.shape, state.dtype, state.blocksize, nested)
 
 
 def params4bit_from_nf4(nf4: NF4Weight) -> Any:

@@ -5,12 +5,12 @@
 Only the class of a layer changes: its parameters, ``__dict__`` and ``state_dict`` stay what they were, so saving,
 copying, pickling, merging and adding or deleting adapters go on as PEFT wrote them. (DoRA alone leaves two small
 things, which restore takes back: a chosen ``dora_dropout``, and over an NF4Linear a LoRA variant that can dequantize
-it.) On each call a fused layer asks its ``_stock_reason``, which :func:`explain` reports, whether the op computes what
-PEFT would; where not, PEFT's own forward runs.
+it.) On each call a fused layer asks its ``_stock_reason``, which :func:`peft_ext.explain` reports, whether the op
+computes what PEFT would; where not, PEFT's own forward runs.
 
 Layers are matched by exact type: a subclass may have changed the forward that would be replaced.
 
-The layers are in :mod:`._peft_lowrank` (LoRA, DoRA, AdaLoRA), :mod:`._peft_ia3` and :mod:`._peft_base`.
+The layers are in ``_peft_lowrank`` (LoRA, DoRA, AdaLoRA), ``_peft_ia3`` and ``_peft_base``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from torch import nn
 from ..nn import NF4Linear
 from . import _peft_ia3  # noqa: F401  its layers register themselves
 from . import _peft_lowrank as lowrank
-from ._peft_base import FOUR_BIT, FUSED, KEPT, STOCK, bnb, class_name, kernel_reason
+from ._peft_base import (
+    FOUR_BIT,
+    FUSED,
+    KEPT,
+    STOCK,
+    as_in_forward,
+    bnb,
+    class_name,
+    is_fully_sharded,
+    kernel_reason,
+    tensor_reason,
+)
 
 try:
     from peft.tuners import lora
@@ -82,9 +93,11 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
 
     Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
-    into an NF4 weight, which only the fused layer can unmerge.
+    into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
     """
     for name, module in _tree("restore", model).named_modules():
+        if is_fully_sharded(type(module)) and any(kind in STOCK for kind in type(module).__mro__):
+            raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
     for module in model.modules():
@@ -147,9 +160,13 @@ def explain(model: nn.Module) -> Explanation:
     of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments but
     ``adapter_names``, and an input whose dtype does not fit, take the stock path as well.
 
+    Under FSDP2 the rows are of a call of ``model``, in which a layer sees the parameters that ``fully_shard`` gathers;
+    nothing is communicated, so that one process alone may ask.
+
     Raises: TypeError where model is no nn.Module.
     """
-    return Explanation(list(_rows(_tree("explain", model))))
+    with as_in_forward(_tree("explain", model)):
+        return Explanation(list(_rows(model)))
 
 
 def _tree(caller: str, model: Any) -> nn.Module:
@@ -171,7 +188,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):
-            kind, reason = "NF4Linear", kernel_reason("nf4_linear", module.weight.device.type) or ""
+            kind, reason = "NF4Linear", tensor_reason("its weight", module.weight)
+            reason = reason or kernel_reason("nf4_linear", module.weight.device.type) or ""
             if not reason and module.merge_error is not None:
                 yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
                 continue
@@ -210,6 +228,8 @@ def _method(module: Any) -> str:
 
 def _unmatched(module: nn.Module, method: str, kind: str) -> str:
     package, stock = _package(module)
+    if is_fully_sharded(type(module)):
+        return "fully_shard wrapped the layer itself, and so changed its class: call accelerate(model) before that"
     if stock in FUSED and type(module) is not stock:
         return f"{type(module).__name__} is a subclass of PEFT's {stock.__name__}, which is matched exactly"
     if package in _OWN_TENSORS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _checks as checks
 from ..weight import NF4Weight
 from .nf4 import NF4Linear, requantized
 
@@ -26,6 +27,9 @@ class AdaptedLinear(nn.Module):
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
         """An adapted layer over ``linear`` itself; arguments as ``_setup`` takes them."""
+        if not isinstance(linear, nn.Linear):
+            came = type(linear).__name__
+            raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear or an NF4Linear")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(linear, *args, **kwargs)
@@ -128,9 +132,10 @@ class LowRankLinear(AdaptedLinear):
 
     def _hold_low_rank(self, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
         name, base = type(self).__name__, self.base_layer
-        if r < 1:
-            raise ValueError(f"{name}: r is {r}, wanted at least 1")
-        if not 0.0 <= lora_dropout < 1.0:
+        checks.check_count(name, "r", r)
+        checks.check_scale(name, lora_alpha, argument="lora_alpha")
+        checks.check_dtype(name, dtype)
+        if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"{name}: lora_dropout is {lora_dropout}, wanted 0 <= p < 1")
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         device = base.weight.device

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _checks as checks
 from ..reference.bottleneck import ACTIVATIONS
 
 __all__ = ["BottleneckAdapter"]
@@ -48,12 +49,15 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        op = "BottleneckAdapter"
+        checks.check_count(op, "features", features)
+        checks.check_scale(op, scale, argument="scale")
+        checks.check_dtype(op, dtype)
         if bottleneck is None:
-            if not reduction_factor > 0:
+            if not isinstance(reduction_factor, (int, float)) or not reduction_factor > 0:
                 raise ValueError(f"BottleneckAdapter: reduction_factor is {reduction_factor}, wanted more than 0")
             bottleneck = max(1, int(features // reduction_factor))
-        if bottleneck < 1:
-            raise ValueError(f"BottleneckAdapter: bottleneck is {bottleneck}, wanted at least 1")
+        checks.check_count(op, "bottleneck", bottleneck)
         if activation not in ACTIVATIONS:
             raise ValueError(f"BottleneckAdapter: activation is {activation!r}, wanted one of {ACTIVATIONS}")
         if init not in _INITS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._checks import check_dtype
 from ..reference.dora import output_scale
 from .lora import LoRALinear
 
@@ -74,6 +75,7 @@ class DoRALinear(LoRALinear):
     ) -> None:  # fmt: skip
         if dropout_mode not in ("lora", "peft"):
             raise ValueError(f"DoRALinear: dropout_mode is {dropout_mode!r}, wanted 'lora' or 'peft'")
+        check_dtype("DoRALinear", dtype)
         self.dropout_mode, self.norm_grad = dropout_mode, norm_grad
         self.lora_magnitude_vector = nn.Parameter(
             torch.empty(base.out_features, device=base.weight.device, dtype=dtype)

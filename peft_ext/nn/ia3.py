@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._checks import check_dtype
 from .adapted import AdaptedLinear
 
 __all__ = ["IA3Linear"]
@@ -48,6 +49,7 @@ class IA3Linear(AdaptedLinear):
         return cls._over(linear, feedforward, adapter_dtype)
 
     def _setup(self, base: nn.Linear, feedforward: bool, dtype: torch.dtype) -> None:
+        check_dtype("IA3Linear", dtype)
         self._hold(base)
         self.feedforward = feedforward
         shape = (1, base.in_features) if feedforward else (base.out_features, 1)

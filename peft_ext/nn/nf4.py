@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+from ..ops import _checks as checks
+from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_quant_state
 
 __all__ = ["NF4Linear"]
 
 _BUFFERS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
-_QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 class NF4Linear(nn.Linear):
@@ -26,6 +27,9 @@ class NF4Linear(nn.Linear):
     ``weight`` (packed), ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` and, with
     double quantization, ``weight.nested_absmax`` and ``weight.nested_quant_map``. Casting the module to another float
     dtype casts the bias alone: codes and scales keep their bits.
+
+    Under FSDP2 (``fully_shard``) the codes, a uint8 parameter ``[bytes, 1]``, are sharded by dimension 0 and gathered
+    as bytes; the scales are buffers, which every process has whole.
 
     Args:
         in_features, out_features, bias, device: as ``nn.Linear``.
@@ -48,6 +52,14 @@ class NF4Linear(nn.Linear):
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
+        for argument, value in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"NF4Linear: {argument} is {value!r}, wanted an integer of 0 or more")
+        if in_features * out_features >= 2**63:
+            raise ValueError(f"NF4Linear: {out_features} x {in_features} elements, wanted less than 2**63")
+        checks.check_blocksize("NF4Linear", blocksize)
+        if dtype is not None:
+            checks.check_dtype("NF4Linear", dtype)
         # A one-element stand-in keeps nn.Linear's initialization from making the dense weight.
         super().__init__(1, 1, bias=False, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
@@ -59,12 +71,18 @@ class NF4Linear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
         """Quantize ``linear``'s weight; the bias parameter is shared, the training flag is kept."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"NF4Linear: linear is {type(linear).__name__}, wanted an nn.Linear")
         nf4 = ops.nf4_quantize(linear.weight, blocksize, double_quant)
         return cls.from_nf4(nf4, linear.bias).train(linear.training)
 
     @classmethod
     def from_nf4(cls, nf4: NF4Weight, bias: Optional[Tensor] = None) -> NF4Linear:
         """A layer over ``nf4``, whose storage it shares."""
+        if not isinstance(nf4, NF4Weight):
+            raise TypeError(f"NF4Linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
+        if len(nf4.shape) != 2:
+            raise ValueError(f"NF4Linear: nf4 has shape {tuple(nf4.shape)}, wanted (N, K)")
         module = cls(nf4.in_features, nf4.out_features, bias=False, device="meta", dtype=nf4.dtype)
         module.set_nf4(nf4)
         if bias is not None:
@@ -73,12 +91,23 @@ class NF4Linear(nn.Linear):
 
     @property
     def nf4(self) -> NF4Weight:
-        """The weight, sharing this module's storage."""
+        """The weight, sharing this module's storage.
+
+        Raises: RuntimeError where it is a shard: outside the forward of what ``fully_shard`` wrapped, or under tensor
+        parallelism.
+        """
+        weight = self.weight
+        if is_dtensor(weight):
+            raise RuntimeError(
+                f"NF4Linear: its weight is a DTensor with placements {weight.placements}, wanted the whole: blocks "
+                "run over the flat weight, and no part of it is a layer. Under fully_shard call the module that was "
+                "wrapped, or its unshard() first; leave the layer out of tensor parallelism"
+            )
         nested = None
         if self.nested_absmax is not None:
             nested = NestedAbsmax(self.nested_absmax, self.nested_code, self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Weight(self.weight.data, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
+        return NF4Weight(weight.data, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
         """Hold ``nf4`` from now on, without a copy. Raises ValueError if its shape is not this layer's."""
@@ -87,6 +116,9 @@ class NF4Linear(nn.Linear):
                 f"NF4Linear: nf4 has shape {tuple(nf4.shape)}, wanted ({self.out_features}, {self.in_features})"
             )
         self.weight = nn.Parameter(nf4.packed, requires_grad=False)
+        self._set_scales(nf4)
+
+    def _set_scales(self, nf4: NF4Weight) -> None:
         held = nf4.tensors()
         for name in _BUFFERS:
             self.register_buffer(name, held.get(name), persistent=False)
@@ -125,6 +157,18 @@ class NF4Linear(nn.Linear):
 
     # --- bitsandbytes' keys in the state dict -------------------------------------------------------------------------
 
+    _STATE_KEYS = SimpleNamespace(
+        weight=SimpleNamespace(
+            **dict.fromkeys(("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+            quant_state=SimpleNamespace(bitsandbytes__nf4=None),
+        )
+    )
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint.state_dict, which follows a key's dots through attributes, goes on from
+        here for "weight": a parameter has no ``absmax``."""
+        return {"weight": "_STATE_KEYS"}
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         about: dict[str, Any] = {
@@ -141,29 +185,29 @@ class NF4Linear(nn.Linear):
             about |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
             about["nested_offset"] = 0.0 if self.nested_offset.is_meta else self.nested_offset.item()
         text = json.dumps(about).encode()
-        destination[prefix + _QUANT_STATE] = torch.tensor(list(text), dtype=torch.uint8)
+        destination[prefix + QUANT_STATE] = torch.tensor(list(text), dtype=torch.uint8)
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing: list, unexpected: list,
         errors: list,
     ) -> None:  # fmt: skip
         names = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-                 _QUANT_STATE)  # fmt: skip
+                 QUANT_STATE)  # fmt: skip
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         bias = state_dict.get(prefix + "bias")
         for name in names[:2] + names[-1:]:
             if name not in found and strict:
                 missing.append(prefix + name)
-        if {"weight", "weight.absmax", _QUANT_STATE} <= found.keys():
+        if {"weight", "weight.absmax", QUANT_STATE} <= found.keys():
             try:
                 self._hold_state(found)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
         if self.bias is not None:
             if bias is None and strict:
                 missing.append(prefix + "bias")
-            elif bias is not None and bias.shape != self.bias.shape:
-                errors.append(f"{prefix}bias has shape {tuple(bias.shape)}, wanted {tuple(self.bias.shape)}")
+            elif bias is not None and (why := _bias_reason(bias, self.bias)):
+                errors.append(f"{prefix}bias {why}")
             elif bias is not None:
                 with torch.no_grad():
                     self.bias.copy_(bias)
@@ -173,22 +217,49 @@ class NF4Linear(nn.Linear):
 
     def _hold_state(self, found: dict[str, Tensor]) -> None:
         """Copy a state dict's tensors in, on this module's device, once all of them are known to fit."""
-        about = json.loads(bytes(found[_QUANT_STATE].tolist()).decode())
-        if about.get("quant_type") != "nf4":
-            raise ValueError(f"quant_type is {about.get('quant_type')!r}, wanted 'nf4'")
+        shape, dtype, blocksize, offset = read_quant_state(found)
         nested = None
-        if "nested_offset" in about:
-            if about.get("nested_blocksize") != NESTED_BLOCKSIZE:
-                raise ValueError(f"nested_blocksize is {about.get('nested_blocksize')}, wanted {NESTED_BLOCKSIZE}")
-            offset = torch.tensor(float(about["nested_offset"]))
-            nested = NestedAbsmax(found["weight.nested_absmax"], found["weight.nested_quant_map"], offset)
-        dtype = getattr(torch, str(about["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype is {about['dtype']!r}, wanted the name of a torch dtype")
-        nf4 = NF4Weight(found["weight"].data.reshape(-1, 1), found["weight.absmax"], torch.Size(about["shape"]), dtype,
-                        int(about["blocksize"]), nested)  # fmt: skip
-        device = self.weight.device
-        self.set_nf4(nf4.map(lambda t: t.detach().to(device, copy=True)))
+        if offset is not None:
+            nested = NestedAbsmax(found["weight.nested_absmax"], found["weight.nested_quant_map"], torch.tensor(offset))
+        packed, weight = found["weight"].data, self.weight
+        if is_dtensor(packed) and not is_dtensor(weight):
+            raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")
+        if not is_dtensor(packed):
+            packed = packed.reshape(-1, 1)
+        nf4 = NF4Weight(packed, found["weight.absmax"], shape, dtype, blocksize, nested)
+        nf4.check_scales()
+        nf4 = nf4.map(lambda t: t.detach().to(weight.device, copy=True))
+        if not is_dtensor(weight):
+            self.set_nf4(nf4)
+            return
+        if tuple(nf4.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"shape is {tuple(nf4.shape)}, wanted ({self.out_features}, {self.in_features})")
+        packed = nf4.packed
+        if not is_dtensor(packed):
+            from torch.distributed.tensor import distribute_tensor
+
+            # Every process has the whole of it: nothing has to be sent.
+            packed = distribute_tensor(packed, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.copy_(packed)  # in place: fully_shard knows this very parameter
+        self._set_scales(nf4)
+
+
+def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
+    """Why a state dict's bias is none for this layer."""
+    if not isinstance(bias, Tensor):
+        return f"is {type(bias).__name__}, wanted a Tensor"
+    if bias.shape != own.shape:
+        return f"has shape {tuple(bias.shape)}, wanted {tuple(own.shape)}"
+    if not bias.is_floating_point() or bias.layout is not torch.strided:
+        return f"is {bias.dtype} with layout {bias.layout}, wanted floats with torch.strided"
+    if bias.is_meta and not own.is_meta:
+        return "is on the meta device, where there is no data"
+    return None
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """By name: importing the class takes torch.distributed."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:

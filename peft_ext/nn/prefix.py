@@ -145,7 +145,7 @@ class PrefixEncoder(VirtualTokens):
         return module.train(self.training)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """As :meth:`VirtualTokens.load_prompt_embeddings`; the MLP can't be found from its output: ValueError."""
+        """As :meth:`PromptEmbedding.load_prompt_embeddings`; the MLP can't be found from its output: ValueError."""
         if self.projection:
             raise ValueError("PrefixEncoder: projection is True, wanted False to load prompt_embeddings")
         super().load_prompt_embeddings(prompt_embeddings)

@@ -28,7 +28,7 @@ class VirtualTokens(nn.Module):
 
     @classmethod
     def _check_count(cls, argument: str, value: object) -> None:
-        if not isinstance(value, (int, torch.SymInt)) or value < 1:
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{cls.__name__}: {argument} is {value!r}, wanted an integer of at least 1")
 
     def _for_each(self, rows: Tensor, dim: int, batch_size: int, dtype: Optional[torch.dtype]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-from ..weight import BLOCKSIZES, NestedAbsmax, NF4Weight
+from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
 
 __all__ = [
     "FLOATS",
@@ -18,6 +18,7 @@ __all__ = [
     "check_bias",
     "check_blocksize",
     "check_bottleneck",
+    "check_count",
     "check_dtype",
     "check_float",
     "check_linear",
@@ -32,7 +33,7 @@ __all__ = [
     "weight_args",
 ]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = sys.float_info.max
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -44,8 +45,9 @@ def check_float(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} is {type(value).__name__}, wanted a Tensor")
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {argument} is {_name(value.dtype)}, wanted one of {', '.join(map(_name, FLOATS))}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {argument} has layout {value.layout}, wanted torch.strided")
+    if value.layout is not torch.strided or value.is_nested:
+        came = "is a nested tensor" if value.is_nested else f"has layout {value.layout}"
+        raise TypeError(f"{op}: {argument} {came}, wanted torch.strided")
 
 
 def check_dtype(op: str, dtype: object) -> None:
@@ -53,8 +55,18 @@ def check_dtype(op: str, dtype: object) -> None:
         raise TypeError(f"{op}: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
 
 
+def check_count(op: str, argument: str, value: object) -> None:
+    """A size: an integer of at least 1 that 64 bits hold."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} is {value!r}, wanted an integer")
+    if value < 1:
+        raise ValueError(f"{op}: {argument} is {value}, wanted at least 1")
+    if value >= 2**63:
+        raise ValueError(f"{op}: {argument} is {value}, wanted less than 2**63")
+
+
 def check_blocksize(op: str, blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"{op}: blocksize is {blocksize}, wanted one of {BLOCKSIZES}")
 
 
@@ -163,12 +175,14 @@ def check_bottleneck(
         if n != k:
             raise ValueError(f"{op}: up_weight has {n} rows, wanted x's {k} where residual is None")
         return
-    check_residual(op, x, residual, up_weight)
+    check_residual(op, x, residual, up_weight, "up_weight")
 
 
-def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor) -> None:
-    """residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``."""
+def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str) -> None:
+    """residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``, the argument ``name``."""
     check_float(op, "residual", residual)
+    if not isinstance(out, Tensor) or out.is_nested:
+        check_float(op, name, out)
     _check_device(op, "residual", residual, x)
     if residual.dtype != x.dtype:
         raise TypeError(f"{op}: residual is {_name(residual.dtype)}, x is {_name(x.dtype)}")
@@ -180,7 +194,7 @@ def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor) -> None:
 
 
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
-    if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
+    if not isinstance(scaling, (int, float)) or not -_LARGEST <= scaling <= _LARGEST or scaling is True:
         raise ValueError(f"{op}: {argument} is {scaling!r}, wanted a finite number")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p!r}, wanted 0 <= p < 1")
@@ -192,6 +206,8 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (2,):
         came = f"{_name(seed.dtype)} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
         raise ValueError(f"{op}: seed is {came}, wanted int64 (2,)")
+    if seed.layout is not torch.strided:
+        raise TypeError(f"{op}: seed has layout {seed.layout}, wanted torch.strided")
     _check_device(op, "seed", seed, x)
 
 
@@ -222,6 +238,8 @@ def unpack_weight(
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """The dtype that autocast computes linear layers in on x's device, or None outside autocast."""
     device = x.device.type
+    if device == "meta":  # which torch.is_autocast_enabled refuses
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -231,8 +249,8 @@ def cast_for_autocast(
     """x, weight and bias as a linear layer takes them under autocast: in its dtype, an NF4 weight as it is."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
-    weight = weight if isinstance(weight, NF4Weight) else weight.to(dtype)
-    return x.to(dtype), weight, bias if bias is None else bias.to(dtype)
+    weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
+    return x.to(dtype), weight, bias
 
 
 def any_float64(*values: Optional[Tensor]) -> bool:

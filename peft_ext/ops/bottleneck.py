@@ -133,7 +133,7 @@ def bottleneck_adapter(
     op = "bottleneck_adapter"
     checks.check_float(op, "x", x)
     if (dtype := checks.autocast_dtype(x)) is not None:
-        x, residual = x.to(dtype), residual if residual is None else residual.to(dtype)
+        x, residual = x.to(dtype), residual.to(dtype) if isinstance(residual, Tensor) else residual
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")
     if activation not in reference.ACTIVATIONS:

@@ -214,7 +214,7 @@ def dora_weight_norm(
     checks.check_weight(op, weight)
     checks.check_lora(op, weight, lora_A, lora_B)
     checks.check_scale(op, scaling)
-    dtype = dtype or weight.dtype
+    dtype = weight.dtype if dtype is None else dtype
     checks.check_dtype(op, dtype)
     if dtype != weight.dtype and not isinstance(weight, NF4Weight):
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
@@ -267,6 +267,8 @@ def dora_linear(
     checks.check_lora(op, weight, lora_A, lora_B)
     checks.check_bias(op, bias, x, weight.shape[0])
     checks.check_vector(op, "magnitude", magnitude, x, (weight.shape[0],))
+    if weight_norm is not None:
+        checks.check_vector(op, "weight_norm", weight_norm, x, (weight.shape[0],))
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
     if dropout_mode not in ("lora", "peft"):
@@ -280,7 +282,6 @@ def dora_linear(
         adapter = (lora_A, lora_B) if norm_grad else (lora_A.detach(), lora_B.detach())
         weight_norm, _ = _ops.dora_weight_norm(*held, *adapter, float(scaling), x.dtype)
     else:
-        checks.check_vector(op, "weight_norm", weight_norm, x, (weight.shape[0],))
         weight_norm = (weight_norm if norm_grad else weight_norm.detach()).to(common.sum_dtype(x.dtype))
     out_scale = reference.output_scale(magnitude, weight_norm)
     seed = common.dropout_seed(seed, dropout_p, training, x.device)

@@ -159,6 +159,9 @@ def grouped_lora_linear(
     checks.check_float(op, "x", x)
     x, weight, bias = checks.cast_for_autocast(x, weight, bias)
     checks.check_linear(op, x, weight)
+    for argument, value in (("lora_A", lora_A), ("lora_B", lora_B), ("scaling", scaling)):
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{op}: {argument} is {type(value).__name__}, wanted a list, one element for each adapter")
     lora_A, lora_B, scaling = list(lora_A), list(lora_B), list(scaling) or [1.0] * len(lora_A)
     if not lora_A or len(lora_B) != len(lora_A) or len(scaling) != len(lora_A):
         raise ValueError(f"{op}: {len(lora_A)} of lora_A, {len(lora_B)} of lora_B and {len(scaling)} of scaling, "
@@ -175,7 +178,10 @@ def grouped_lora_linear(
 
 
 def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -> list[int]:
-    adapters = list(adapters)
+    try:
+        adapters = list(adapters)
+    except TypeError:
+        raise TypeError(f"{op}: adapters is {type(adapters).__name__}, wanted a list of integers") from None
     if x.dim() < 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [samples, ..., K]")
     if len(adapters) != x.shape[0]:
@@ -184,7 +190,7 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except TypeError:
+        except (TypeError, RuntimeError):  # of a tensor, by version
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

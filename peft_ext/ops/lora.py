@@ -252,7 +252,7 @@ def lora_residual(
     checks.check_float(op, "residual", residual)
     if (dtype := checks.autocast_dtype(x)) is not None:
         x, residual = x.to(dtype), residual.to(dtype)
-    checks.check_residual(op, x, residual, lora_B)
+    checks.check_residual(op, x, residual, lora_B, "lora_B")
     checks.check_low_rank(op, (residual.shape[-1], x.shape[-1]), x, "x", lora_A, lora_B)
     if rank_scale is not None:
         checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))

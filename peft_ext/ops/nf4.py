@@ -231,7 +231,7 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
-    dtype = dtype or nf4.dtype
+    dtype = nf4.dtype if dtype is None else dtype
     checks.check_dtype("nf4_dequantize", dtype)
     return _ops.nf4_dequantize(*nf4.op_args(), dtype)
 

@@ -1,13 +1,13 @@
 """Methods that PEFT lacks, as methods of PEFT: importing this package registers them.
 
-    bottleneck adapters    small networks behind or beside sublayers  :mod:`.bottleneck`
-    BitFit                 biases alone are trained               :mod:`.bitfit`
-    partial fine-tuning    chosen layers or modules are trained   :mod:`.partial`
-    Diff Pruning           a sparse difference is learned         :mod:`.diff_pruning`
+    bottleneck adapters    small networks behind or beside sublayers  tuners.bottleneck
+    BitFit                 biases alone are trained                  tuners.bitfit
+    partial fine-tuning    chosen layers or modules are trained      tuners.partial
+    Diff Pruning           a sparse difference is learned            tuners.diff_pruning
 
 From then on ``peft.get_peft_model(model, BitFitConfig(...))``, ``save_pretrained``, ``PeftModel.from_pretrained`` and
 all else that PEFT does with an adapter works. A process that loads such an adapter must have imported this package
-before; :func:`peft_ext.model.load_adapter` does so.
+before; :func:`peft_ext.load_adapter` does so.
 """
 
 from .bitfit import BitFitConfig, BitFitModel

@@ -103,7 +103,7 @@ class BitFitLayer(ReplacingLayer):
 
 
 class BitFitModel(ReplacingTuner):
-    """A model whose biases are trained, see :class:`BitFitConfig`; ``peft.get_peft_model`` makes it.
+    """A model whose biases are trained, see :class:`peft_ext.BitFitConfig`; ``peft.get_peft_model`` makes it.
 
     A bias that modules share (BERT's output head) is trained once. Left frozen, with a warning, is the bias of a module
     that holds other modules with parameters, unless it is one of theirs.

@@ -158,7 +158,7 @@ _UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the 
 
 
 class BottleneckModel(Tuner):
-    """A model with bottleneck adapters, see :class:`BottleneckConfig`; ``peft.get_peft_model`` makes it.
+    """A model with bottleneck adapters, see :class:`peft_ext.BottleneckConfig`; ``peft.get_peft_model`` makes it.
 
     Raises: ValueError where the placement has no default for the model type, or no width is known for a target.
     """

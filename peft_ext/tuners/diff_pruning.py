@@ -38,7 +38,8 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.diff_pruning_tensors\.(.+)\.va
 
 @dataclass
 class DiffPruningConfig(TargetConfig):
-    """Diff Pruning: learn a difference to the parameters of the targets, sparse after :meth:`DiffPruningModel.prune`.
+    """Diff Pruning: learn a difference to the parameters of the targets, sparse after
+    :meth:`peft_ext.tuners.DiffPruningModel.prune`.
 
     Args:
         structured: one more gate for each tensor, which opens and closes it as a whole.
@@ -169,7 +170,7 @@ class DiffPruningLayer(ReplacingLayer):
 
 
 class DiffPruningModel(ReplacingTuner):
-    """A model with a learned difference to its parameters, see :class:`DiffPruningConfig`.
+    """A model with a learned difference to its parameters, see :class:`peft_ext.DiffPruningConfig`.
 
     ``peft.get_peft_model`` makes it; its methods are reached through the PeftModel too. While the model trains, the
     penalty is added to the ``loss`` of what it returns, and so reaches transformers' Trainer; where Trainer says how

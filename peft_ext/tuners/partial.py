@@ -62,7 +62,7 @@ class PartialLayer(ReplacingLayer):
 
 
 class PartialModel(ReplacingTuner):
-    """A model of which a part is trained, see :class:`PartialConfig`; ``peft.get_peft_model`` makes it.
+    """A model of which a part is trained, see :class:`peft_ext.PartialConfig`; ``peft.get_peft_model`` makes it.
 
     The adapter of each name has a copy of what is trained, so that several can be held, switched and disabled. A tensor
     that modules share, as an embedding and the output head, is copied once and stays shared, where all of them are

@@ -1,0 +1,86 @@
+"""LoRA in several processes, with PyTorch's DDP or FSDP2.
+
+torchrun --nproc-per-node 2 docs/examples/distributed.py --strategy fsdp2 --max-steps 20
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from _inputs import batches, load, options_of, summary
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_ext  # peft_ext, line 1 of 3
+
+
+def join() -> torch.device:
+    """Be one of torchrun's processes, or the only one; and the device to train on."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "gloo":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def wrap(model: PeftModel, strategy: str) -> nn.Module:
+    """What the loop calls. FSDP2 changes the model in place, a unit for each decoder layer."""
+    if strategy == "ddp":
+        # Buffers are the frozen base's: none has to be sent before each forward.
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # before 2.13
+        return DistributedDataParallel(model, **{name: False})
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def main() -> None:
+    parser = options_of(__file__)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp", help="whole copies, or shards")
+    options = parser.parse_args()
+    device = join()
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    model, tokenizer = load(options)
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).to(device)
+    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: before a layer of its own is wrapped
+    model.train()
+    trained = wrap(model, options.strategy)
+    optimizer = torch.optim.AdamW((p for p in trained.parameters() if p.requires_grad), lr=1e-3)
+
+    torch.manual_seed(rank)  # from here on: every process drops out what it likes
+    losses: list[float] = []
+    for batch in islice(batches(tokenizer, options.max_steps * processes), rank, None, processes):
+        loss = trained(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item() / processes)
+
+    # Shards are gathered, of the adapter alone; every process takes part.
+    gather = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    adapter = get_model_state_dict(model, options=gather)
+    if rank == 0:
+        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+        model.save_pretrained(options.output, state_dict=adapter)
+        print(summary(losses))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
