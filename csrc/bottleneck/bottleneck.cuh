@@ -9,12 +9,11 @@
 
 #include <math.h>
 
+#include "bottleneck/activation.h"
 #include "common/block_sum.cuh"
 #include "linear/terms.cuh"
 
 namespace peft_ext {
-
-enum class Activation { kGelu, kGeluTanh, kRelu, kSilu };
 
 // 0.5 (1 + erf(u/√2)), 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))) and 1 / (1 + e^-u): what u is multiplied by.
 __device__ __forceinline__ float activation_gate(Activation activation, float u) {

@@ -7,9 +7,9 @@
 // dX = dY + dU D. Few tokens take D and V as they lie, one pass over each; their gradients, and all products in one
 // 16-bit type, are PyTorch's. What is [T, M] is float32, the activation on it PyTorch's.
 #include <algorithm>
-#include <string>
 #include <tuple>
 
+#include "bottleneck/activation.h"
 #include "linear/passes.h"
 #include "linear/wide_products.h"
 
@@ -40,25 +40,58 @@ Tensor dispatched(const char* name, std::vector<StableIValue> stack) {
 
 StableIValue value(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
 
-std::string gelu_approximation(const std::string& activation) { return activation == "gelu_tanh" ? "tanh" : "none"; }
-
-Tensor activated(const Tensor& u, const std::string& activation) {
-  if (activation == "relu") return dispatched("aten::relu", {value(u)});
-  if (activation == "silu") return dispatched("aten::silu", {value(u)});
-  return dispatched("aten::gelu", {value(u), torch::stable::detail::from(gelu_approximation(activation))});
+Activation activation_of(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
+                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
+  return static_cast<Activation>(activation);
 }
 
-Tensor activation_backward(const Tensor& grad, const Tensor& u, const std::string& activation) {
-  if (activation == "relu") {
-    Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
-    const float *from = grad.const_data_ptr<float>(), *at = u.const_data_ptr<float>();
-    float* to = out.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < u.numel(); ++i) to[i] = at[i] > 0.0f ? from[i] : 0.0f;
-    return out;
+constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f, kCubic = 0.044715f;
+constexpr float kDensity = 0.39894228040143268f;  // 1 / √(2π)
+
+// Elementwise over [T, M] float32, f(element of a, element of b).
+template <typename F>
+Tensor elementwise(const Tensor& a, const Tensor& b, const F& f) {
+  Tensor out = empty({a.size(0), a.size(1)}, ScalarType::Float);
+  const float *left = a.const_data_ptr<float>(), *right = b.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < a.numel(); ++i) to[i] = f(left[i], right[i]);
+  return out;
+}
+
+// erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)): GELU is u/2 (1 + this). PyTorch's own GELU takes a string.
+Tensor gelu_curve(const Tensor& u, Activation activation) {
+  if (activation == Activation::kGelu)
+    return dispatched("aten::erf", {value(elementwise(u, u, [](float at, float) { return at * kSqrtHalf; }))});
+  return dispatched(
+      "aten::tanh",
+      {value(elementwise(u, u, [](float at, float) { return kSqrtTwoOverPi * (at + kCubic * at * at * at); }))});
+}
+
+Tensor activated(const Tensor& u, Activation activation) {
+  if (activation == Activation::kRelu) return dispatched("aten::relu", {value(u)});
+  if (activation == Activation::kSilu) return dispatched("aten::silu", {value(u)});
+  return elementwise(u, gelu_curve(u, activation), [](float at, float curve) { return 0.5f * at * (1.0f + curve); });
+}
+
+Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activation) {
+  if (activation == Activation::kRelu)
+    return elementwise(grad, u, [](float g, float at) { return at > 0.0f ? g : 0.0f; });
+  if (activation == Activation::kSilu) return dispatched("aten::silu_backward", {value(grad), value(u)});
+  const Tensor curve = gelu_curve(u, activation);
+  Tensor slope;
+  if (activation == Activation::kGelu) {
+    const Tensor bell =
+        dispatched("aten::exp", {value(elementwise(u, u, [](float at, float) { return -0.5f * at * at; }))});
+    const Tensor tail = elementwise(u, bell, [](float at, float e) { return at * e * kDensity; });
+    slope = elementwise(curve, tail, [](float c, float rest) { return 0.5f * (1.0f + c) + rest; });
+  } else {
+    slope = elementwise(u, curve, [](float at, float c) {
+      const float inner = kSqrtTwoOverPi * (1.0f + 3.0f * kCubic * at * at);
+      return 0.5f * (1.0f + c) + 0.5f * at * (1.0f - c * c) * inner;
+    });
   }
-  if (activation == "silu") return dispatched("aten::silu_backward", {value(grad), value(u)});
-  return dispatched("aten::gelu_backward",
-                    {value(grad), value(u), torch::stable::detail::from(gelu_approximation(activation))});
+  return elementwise(grad, slope, [](float g, float by) { return g * by; });
 }
 
 // In which type the products take D and V as they lie, if they do: in the one 16-bit type of all, where the CPU
@@ -131,7 +164,7 @@ void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottlenec
 
 std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor> residual, Tensor down_weight,
                                                   std::optional<Tensor> down_bias, Tensor up_weight,
-                                                  std::optional<Tensor> up_bias, double scale, std::string activation) {
+                                                  std::optional<Tensor> up_bias, double scale, int64_t activation) {
   constexpr const char* kOp = "bottleneck_adapter";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
   const Tensor held = flat(x), onto = residual.has_value() ? flat(*residual) : held;
@@ -164,7 +197,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   if (!biased) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
 
   // Y
-  const Tensor h = activated(u, activation);
+  const Tensor h = activated(u, activation_of(kOp, activation));
   const int64_t stride = round_up(size.out, kColumnStep);
   Expand work = onto_residual(y, onto);
   Tensor bias, right, sums;
@@ -251,7 +284,7 @@ Tensor down_gradient(const char* op, const Tensor& grad_u, const Tensor& x, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_cpu(Tensor grad, Tensor x, Tensor u,
                                                                                    Tensor down_weight, Tensor up_weight,
-                                                                                   double scale, std::string activation,
+                                                                                   double scale, int64_t activation,
                                                                                    bool own, bool needs_grad_x) {
   constexpr const char* kOp = "bottleneck_adapter_backward";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
@@ -269,10 +302,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   }
   const float factor = static_cast<float>(scale);
 
-  const Tensor h = activated(flat_u, activation);
+  const Activation kind = activation_of(kOp, activation);
+  const Tensor h = activated(flat_u, kind);
   const UpGradients over_grad = products.has_value() ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
                                                      : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
-  const Tensor grad_u = activation_backward(over_grad.p, flat_u, activation);
+  const Tensor grad_u = activation_backward(over_grad.p, flat_u, kind);
   const Tensor grad_down_bias = sum_of_rows(grad_u);
 
   Tensor grad_down, rounded;

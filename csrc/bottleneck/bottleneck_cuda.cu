@@ -27,12 +27,10 @@ Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, co
   return {device_rows(x), down.size(1), up.size(0), down.size(0)};
 }
 
-Activation activation_of(const char* op, const std::string& name) {
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "relu") return Activation::kRelu;
-  STD_TORCH_CHECK(name == "silu", op, ": activation is ", name, ", wanted gelu, gelu_tanh, relu or silu");
-  return Activation::kSilu;
+Activation activation_of(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
+                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
+  return static_cast<Activation>(activation);
 }
 
 template <bool kGradient>
@@ -51,8 +49,7 @@ void run(const Launcher& launcher, BottleneckWork& work, const Bottleneck& size,
 
 std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tensor> residual, Tensor down_weight,
                                                    std::optional<Tensor> down_bias, Tensor up_weight,
-                                                   std::optional<Tensor> up_bias, double scale,
-                                                   std::string activation) {
+                                                   std::optional<Tensor> up_bias, double scale, int64_t activation) {
   constexpr const char* kOp = "bottleneck_adapter";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
   const ScalarType type = x.scalar_type();
@@ -97,7 +94,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_cuda(Tensor grad, Tensor x, Tensor u,
                                                                                     Tensor down_weight,
                                                                                     Tensor up_weight, double scale,
-                                                                                    std::string activation, bool own,
+                                                                                    int64_t activation, bool own,
                                                                                     bool needs_grad_x) {
   constexpr const char* kOp = "bottleneck_adapter_backward";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);

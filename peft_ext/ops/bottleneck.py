@@ -36,8 +36,15 @@ def _fake(x, residual, down_weight, down_bias, up_weight, up_bias, scale, activa
     return x.new_empty((*x.shape[:-1], up_weight.shape[0])), u
 
 
+def _reference(x, residual, down_weight, down_bias, up_weight, up_bias, scale, activation):
+    weights = down_weight, down_bias, up_weight, up_bias
+    return reference.bottleneck_adapter_forward(x, residual, *weights, scale, reference.ACTIVATIONS[activation])
+
+
 def _backward_reference(grad, x, u, down_weight, up_weight, scale, activation, own, needs_grad_x):
-    grads = reference.bottleneck_adapter_backward(grad, x, u, down_weight, up_weight, scale, activation, own)
+    grads = reference.bottleneck_adapter_backward(
+        grad, x, u, down_weight, up_weight, scale, reference.ACTIVATIONS[activation], own
+    )
     return (grads[0] if needs_grad_x else x.new_empty(0), *grads[1:])
 
 
@@ -54,13 +61,13 @@ def _backward_fake(grad, x, u, down_weight, up_weight, scale, activation, own, n
 define(
     "bottleneck_adapter",
     "(Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
-    "float scale, str activation) -> (Tensor y, Tensor u)",
-    reference=reference.bottleneck_adapter_forward,
+    "float scale, int activation) -> (Tensor y, Tensor u)",
+    reference=_reference,
     fake=_fake,
 )
 define(
     "bottleneck_adapter_backward",
-    "(Tensor grad, Tensor x, Tensor u, Tensor down_weight, Tensor up_weight, float scale, str activation, bool own, "
+    "(Tensor grad, Tensor x, Tensor u, Tensor down_weight, Tensor up_weight, float scale, int activation, bool own, "
     "bool needs_grad_x) -> (Tensor grad_x, Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, "
     "Tensor grad_up_bias)",
     reference=_backward_reference,
@@ -143,4 +150,6 @@ def bottleneck_adapter(
             reference.bottleneck_adapter, x, down_weight, down_bias, up_weight, up_bias,
             scale=float(scale), activation=activation, residual=residual,
         )  # fmt: skip
-    return _ops.bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), activation)[0]
+    # A number: PyTorch's stable ABI leaks each string that an operator takes.
+    kind = reference.ACTIVATIONS.index(activation)
+    return _ops.bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), kind)[0]

