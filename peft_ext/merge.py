@@ -336,7 +336,7 @@ def _run_options(adapter: Path) -> dict[str, Any]:
             continue
         quant, blocksize = options["quant"], options.get("blocksize", 64)
         if quant not in ("nf4", "none"):
-            _fail(f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none'")
+            _fail(f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': mend it, or take it away")
         if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             _fail(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
         return options

@@ -362,7 +362,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):  
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 0}')
     assert message("--model", folder).startswith(f"--model {folder}: ")
     (folder / "config.json").write_text("{")
-    assert message("--model", folder).startswith(f"--model {folder}: config.json (")
+    assert message("--model", folder).startswith(f"--model {folder}: {folder / 'config.json'}:1: not JSON: ")
 
 
 def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightless, tmp_path):  # noqa: F811

@@ -634,7 +634,8 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
     (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # another program's
-    assert merge_to_dense(None, adapter, tmp_path / "other").base_quant == "none"
+    with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
+        merge_to_dense(None, adapter, tmp_path / "other")
 
 
 def test_warnings_and_bars_are_given_back(made, tmp_path):

@@ -3,9 +3,9 @@
     python tools/sanitize.py address [pytest arguments]     AddressSanitizer and UndefinedBehaviorSanitizer
     python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
 
-Without arguments: the shape sweep at small sizes, 1,000 calls on all CPU paths in turn. Only csrc/ is instrumented, Python and
-torch are not; their memory is guarded by the sanitizer's malloc all the same. ThreadSanitizer does not see how torch's
-threads wait for one another, so in its build the loops run on threads of ``tests/sanitize/threads.cpp``.
+Without arguments: the shape sweep at small sizes, 1,000 calls on all CPU paths in turn. Only csrc/ is instrumented,
+Python and torch are not; their memory is guarded by the sanitizer's malloc all the same. ThreadSanitizer does not see
+how torch's threads wait for one another, so in its build the loops run on threads of ``tests/sanitize/threads.cpp``.
 """
 
 from __future__ import annotations
