@@ -214,6 +214,7 @@ def test_the_loss_is_on_what_the_assistant_says(tiny):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     pair = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    long_prompt = [{"role": "user", "content": "ab" * 20}, pair[1]]
     long = [*pair, {"role": "user", "content": "ef"}, {"role": "assistant", "content": "gh"}]
 
     def said(records, template, block_size=64):
@@ -228,6 +229,7 @@ def test_the_loss_is_on_what_the_assistant_says(tiny):
         "<user>ab</s><assistant>cd</s><user>ef</s><assistant>gh</s>", "cd</s>gh</s>", 0,
     )  # fmt: skip
     assert said([pair], None, 4) == ("ab\nc", "c", 2)
+    assert tokenize(Corpus("chat", [pair, long_prompt], [pair], "here"), tokenizer, 8).left_out == 1
 
 
 def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
@@ -347,7 +349,7 @@ def test_refuses_models_and_outputs(tiny, capsys, tmp_path):
     )
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    assert message() == f"--output {out}: not empty; --resume goes on with it, --overwrite starts over"
+    assert message() == f"--output {out}: not empty; --overwrite starts over, keeping other files"
     checkpoint = out / "checkpoints/checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")

@@ -1124,3 +1124,8 @@ def test_a_base_whose_result_the_op_does_not_take_runs_once(method):
         found = getattr(fused.base_model.model, name)(x)
         assert Wide.calls == 1 and found.dtype is wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerate_says_where_there_is_nothing_to_accelerate() -> None:
+    with pytest.warns(UserWarning, match="Linear has no adapter layer and no 4-bit layer, nothing to accelerate: call"):
+        peft_ext.accelerate(nn.Linear(4, 4))

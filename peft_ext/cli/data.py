@@ -50,11 +50,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized: lists of ``{"input_ids", "labels"}``. ``truncated`` counts the records cut at the block size."""
+    """Tokenized: lists of ``{"input_ids", "labels"}``.
+
+    ``truncated`` counts the records cut at the block size; ``left_out`` those of which nothing to learn was left.
+    """
 
     train: list[Row]
     held_out: list[Row]
     truncated: int = 0
+    left_out: int = 0
 
 
 def read_corpus(
@@ -311,22 +315,25 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
     render = _renderer(corpus, tokenizer)
-    cut = 0
+    cut = left_out = 0
     sides = []
     for records in (corpus.train, corpus.held_out):
         examples = []
         for record in records:
             ids, labels = render(record)
-            cut += len(ids) > block_size
+            long = len(ids) > block_size
             ids, labels = ids[:block_size], labels[:block_size]
             if any(label != IGNORED for label in labels[1:]):
                 examples.append({"input_ids": ids, "labels": labels})
+                cut += long
+            else:
+                left_out += 1
         if not examples:
             raise CliError(
                 f"--data {corpus.where}: no completion begins within {block_size} tokens; take a larger --block-size"
             )
         sides.append(examples)
-    return Examples(sides[0], sides[1], cut)
+    return Examples(sides[0], sides[1], cut, left_out)
 
 
 def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:

@@ -246,7 +246,8 @@ def _check_output(o: Options) -> Optional[Path]:
         raise CliError(f"--output {o.output}: {existing} can't be written to")
     if not o.resume:
         if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
-            raise CliError(f"--output {o.output}: not empty; --resume goes on with it, --overwrite starts over")
+            resume = "--resume goes on with it, " if _saved(o) else ""
+            raise CliError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
         return None
     found = _saved(o)
     if not found:
@@ -256,6 +257,10 @@ def _check_output(o: Options) -> Optional[Path]:
         now = getattr(o, name)
         if name in before and before[name] != now:
             raise CliError(f"--resume: --{name.replace('_', '-')} is {now}, the run in {o.output} has {before[name]}")
+    for name in ("max_steps", "epochs"):
+        if name in before and before[name] != getattr(o, name):
+            _say(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
+                  f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
     reasons = []
     for checkpoint in found:
         if (reason := not_whole(checkpoint)) is None:
@@ -381,7 +386,7 @@ class _Run:
     def _model_folder(self) -> str:
         if self.o.model != DEMO_MODEL:
             path = Path(self.o.model).expanduser()
-            return str(path) if path.is_dir() else self.o.model
+            return str(path.resolve()) if path.is_dir() else self.o.model
         from .demo_model import cached_model, demo_model
 
         if cached_model() is None:
@@ -525,7 +530,8 @@ class _Run:
         done = self._fit(model)
         if self.stop.asked and done < self.steps:
             self._write()
-            _say(f"stopped after step {done}; the same command with --resume goes on")
+            instead = " instead of --overwrite" if o.overwrite else ""
+            _say(f"stopped after step {done}; the same command with --resume{instead} goes on")
             self._say_report()
             return 128 + self.stop.signal
         with self._phase("save"):  # first of all: what was trained is not lost with what comes
@@ -557,7 +563,8 @@ class _Run:
         _say(f"saved: {o.output}")
         self._say_report()
         if check["accelerated_difference"] is not None:
-            _say(f"accelerated against stock path: max |logit difference| = {check['accelerated_difference']:g}")
+            _say(f"rounding: fused and stock path, both in bfloat16, differ by {check['accelerated_difference']:g} at "
+                 f"most in a logit; the largest logit is {check['largest']:.0f}")  # fmt: skip
         if not check["ok"]:
             _error(f"stock PEFT re-reads the adapter, max |logit difference| = {check['max_difference']:g}, "
                    f"more than rounding ({check['bound']:g})")  # fmt: skip
@@ -599,6 +606,8 @@ class _Run:
         _say(f"data: {self.corpus.where}, {len(train)} {unit} to train on, {len(held_out)} held out")
         if self.examples.truncated:
             _say(f"data: {self.examples.truncated} longer than --block-size {o.block_size} were cut")
+        if self.examples.left_out:
+            _say(f"data: {self.examples.left_out} left out: no completion begins within --block-size {o.block_size}")
         _say(f"method: {o.method}, {self.trainable:,} trainable parameters")
 
     def _base(self) -> Any:
@@ -831,6 +840,7 @@ class _Run:
         bound = 4 * torch.finfo(torch.bfloat16).eps * live.abs().max().item()
         return {
             "max_difference": difference, "bound": bound, "ok": difference <= bound,
+            "largest": live.abs().max().item(),
             "accelerated_difference": None if accelerated is None else (accelerated - live).abs().max().item(),
         }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def _common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Parameter-efficient fine-tuning, fast and small."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it tells of a kernel that is not used here
 
 
 @app.command()

@@ -201,6 +201,8 @@ def _summary(run: _Run, found: Plan) -> Any:
     table.add_row("data", f"{run.corpus.where}, {run.corpus.kind}")
     unit = f"blocks of {o.block_size} tokens" if run.corpus.kind == "text" else "examples"
     cut = f", {run.examples.truncated:,} cut at {o.block_size} tokens" if run.examples.truncated else ""
+    if run.examples.left_out:
+        cut += f", {run.examples.left_out:,} left out: no completion begins within {o.block_size} tokens"
     table.add_row("  to train on", f"{len(train):,} {unit}, {found.train_tokens:,} tokens")
     table.add_row("  held out", f"{len(held_out):,}, {found.held_out_tokens:,} tokens{cut and '; of all' + cut[1:]}")
     batch, accum = min(o.batch_size, len(train)), o.grad_accum

@@ -15,6 +15,7 @@ The layers are in ``_peft_lowrank`` (LoRA, DoRA, AdaLoRA), ``_peft_ia3`` and ``_
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ from ._peft_base import (
 )
 
 try:
+    from peft import PeftModel
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError:
@@ -77,15 +79,25 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient, and
     forward-mode derivatives.
 
-    Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two.
+    Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two. Warns where model
+    has no adapter and no 4-bit layer.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
+    found = False
+    adapted = (NF4Linear,) if lora is None else (NF4Linear, BaseTunerLayer, PeftModel)
     for module in _tree("accelerate", model).modules():
         if (fused := FUSED.get(type(module))) is not None:
             module.__class__ = fused
         if isinstance(module, lowrank.Lora):
             lowrank.prepare_dora(module, dora_dropout)
+        found = found or type(module) in STOCK or isinstance(module, adapted)
+    if not found:
+        warnings.warn(
+            f"accelerate: {type(model).__name__} has no adapter layer and no 4-bit layer, nothing to accelerate: call "
+            "it after peft.get_peft_model",
+            stacklevel=2,
+        )
     return model
 
 
