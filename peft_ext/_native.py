@@ -27,10 +27,7 @@ from ._version import __version__
 
 __all__ = ["STATE", "NativeState", "load"]
 
-MEND = (
-    "pip install --no-build-isolation --force-reinstall --no-deps peft_ext"
-    "   (in a checkout: pip install --no-build-isolation -e .)"
-)
+MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
 
 
 @dataclass
