@@ -40,6 +40,20 @@ struct TileWeight {
   int64_t rows, columns;
 };
 
+// What of W is fetched towards L2 while the panel before it is multiplied, a little at each step of the depth: memory
+// and products go on at once. `left` runs of 128 bytes, `stride` bytes apart, `each` of them at a step.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0, left = 0, each = 0;
+
+  void fetch() {
+    for (int64_t i = 0; i < each && left > 0; ++i, --left, at += stride) {
+      __builtin_prefetch(at, 0, 2);
+      __builtin_prefetch(at + 64, 0, 2);
+    }
+  }
+};
+
 // m [tokens, depth] times scale [depth] (product rounded to bfloat16), zero where keep has no bit: as strips.
 struct TokenStrips {
   const bf16* m;

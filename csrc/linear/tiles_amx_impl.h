@@ -19,6 +19,7 @@ struct TileUnit {
 };
 
 constexpr int kPart = kStrip * kStrip;  // floats of a tile of sums
+constexpr int64_t kRowsOfStep = 2 * kStrip;
 
 template <bool kTwoLeft, bool kTwoRight>
 inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, float* c) {
@@ -48,7 +49,9 @@ inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, f
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
+// Nothing is fetched ahead: no AMX has been measured.
+inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
+                     Ahead*) {
   if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);
   if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c);
   if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c);

@@ -18,13 +18,15 @@ struct TileUnit {
 };
 
 constexpr int kRowsTogether = 8;
+constexpr int64_t kRowsOfStep = kRowsTogether;  // of the block, that one step of the depth multiplies
 
 template <int kRight>
-inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c) {
+inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
   __m512 sums[kRowsTogether][kRight];
   for (int r = 0; r < kRowsTogether; ++r)
     for (int j = 0; j < kRight; ++j) sums[r][j] = _mm512_load_ps(c + j * kStrip * kStrip + r * kStrip);
   for (int64_t d = 0; d < tiles; ++d) {
+    ahead->fetch();
     const bf16* rows = left + d * kTile;
     const bf16* lanes = right + d * kTile;
 #pragma GCC unroll 2
@@ -44,15 +46,16 @@ inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, fl
     for (int j = 0; j < kRight; ++j) _mm512_store_ps(c + j * kStrip * kStrip + r * kStrip, sums[r][j]);
 }
 
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
+inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
+                     Ahead* ahead) {
   for (int i = 0; i < left_strips; ++i)
     for (int64_t half = 0; half < kStrip; half += kRowsTogether) {
       const bf16* rows = left + i * tiles * kTile + half * kTileDepth;
       float* sums = c + i * 2 * kStrip * kStrip + half * kStrip;
       if (right_strips == 2)
-        multiply_rows<2>(rows, right, tiles, sums);
+        multiply_rows<2>(rows, right, tiles, sums, ahead);
       else
-        multiply_rows<1>(rows, right, tiles, sums);
+        multiply_rows<1>(rows, right, tiles, sums, ahead);
     }
 }
 

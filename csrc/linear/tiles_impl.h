@@ -1,6 +1,7 @@
 // The tile kernels but for the microkernel, in AVX-512 with BF16. Included after the target pragma and after
-//   multiply(left, left_strips, right, right_strips, tiles, c):
+//   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
 //     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB
+//     and a step of `ahead` for each kRowsOfStep rows of it and each tile of the depth, or none
 //   class TileUnit: an object lives while a task multiplies.
 #pragma once
 
@@ -137,6 +138,26 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
         _mm512_store_si512(out + j * strip, _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));
     }
   }
+}
+
+// The rows after `end`, which lie one after the other, and the columns after `end`, a run of each row: what the next
+// panel is made of, in `steps`.
+inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t rows = min_i64(kPanelStep, w.rows - end);
+  const char* at = element_address(w, end * w.columns);
+  const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
+  return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
+}
+
+inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
+  return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
+                                      : Ahead{};
+}
+
+inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
+  Ahead nothing;
+  multiply(left, left_strips, right, right_strips, tiles, c, &nothing);
 }
 
 // --- tokens ----------------------------------------------------------------------------------------------------------
@@ -282,7 +303,7 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
 }
 
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const bf16* rows, Block* block,
-                          Block* base) {
+                          Block* base, Ahead* ahead) {
   const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
   const bf16* x = work.x + strip * length;
   const auto low_rank = [&] {
@@ -307,7 +328,7 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
     *base = *block;
   }
   low_rank();
-  if (work.dropped == nullptr) multiply(rows, block->left, x, block->right, tiles, block->c);
+  if (work.dropped == nullptr) multiply(rows, block->left, x, block->right, tiles, block->c, ahead);
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
     block->each([&](__m512 v, int r, int j) {
@@ -330,18 +351,21 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   const int64_t length = tiles_of(work.weight.columns) * kTile;
   weight_rows(work.weight, begin, end, panel);
   Block block, base;
+  const int64_t pairs = ceil_div(last - first, kBlockStrips);
+  Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
   for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     block.right = static_cast<int>(min_i64(kBlockStrips, last - strip));
     for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) {
       block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
-      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, &block, &base);
+      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, &block, &base, &ahead);
     }
   }
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
+inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block,
+                           Ahead* ahead) {
   const int64_t k = work.weight.columns, tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
   const int64_t depth = tiles_of(work.rank_depth);
@@ -362,7 +386,7 @@ inline void backward_block(const TileBackward& work, int64_t column, int64_t str
       return _mm512_maskz_mul_ps(bits, v, by);
     });
   }
-  multiply(work.grad + strip * length, block->left, lanes, block->right, tiles, block->c);
+  multiply(work.grad + strip * length, block->left, lanes, block->right, tiles, block->c, ahead);
   if (work.in_scale != nullptr) {
     float* sums = work.grad_in_scale + token / kReduceTokens * k;
     block->each([&](__m512 v, int r, int j) {
@@ -389,11 +413,14 @@ void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t firs
   const int64_t length = tiles_of(work.weight.rows) * kTile;
   weight_lanes(work.weight, begin, end, panel);
   Block block;
+  const int64_t pairs = ceil_div(end - begin, kBlockStrips * kStrip);
+  Ahead ahead =
+      columns_ahead(work.weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * length / kTile);
   for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
     for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
       block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
-      backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block);
+      backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block, &ahead);
     }
   }
 }
