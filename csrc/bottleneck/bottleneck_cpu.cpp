@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "bottleneck/activation.h"
+#include "bottleneck/checked_activation.h"
 #include "linear/passes.h"
 #include "linear/wide_products.h"
 
@@ -40,58 +40,55 @@ Tensor dispatched(const char* name, std::vector<StableIValue> stack) {
 
 StableIValue value(const Tensor& tensor) { return torch::stable::detail::from(tensor); }
 
-Activation activation_of(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
-                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
-  return static_cast<Activation>(activation);
-}
-
 constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f, kCubic = 0.044715f;
 constexpr float kDensity = 0.39894228040143268f;  // 1 / √(2π)
+constexpr int64_t kElementGrain = 32 * 1024;
 
-// Elementwise over [T, M] float32, f(element of a, element of b).
+// [T, M] float32 like u: f(i) at each element i, over all threads.
 template <typename F>
-Tensor elementwise(const Tensor& a, const Tensor& b, const F& f) {
-  Tensor out = empty({a.size(0), a.size(1)}, ScalarType::Float);
-  const float *left = a.const_data_ptr<float>(), *right = b.const_data_ptr<float>();
+Tensor elementwise(const Tensor& u, const F& f) {
+  Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
   float* to = out.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < a.numel(); ++i) to[i] = f(left[i], right[i]);
+  torch::stable::parallel_for(0, u.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = f(i);
+  });
   return out;
 }
 
-// erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)): GELU is u/2 (1 + this). PyTorch's own GELU takes a string.
+// Of GELU, which is u/2 (1 + this): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU takes a string.
 Tensor gelu_curve(const Tensor& u, Activation activation) {
+  const float* at = u.const_data_ptr<float>();
   if (activation == Activation::kGelu)
-    return dispatched("aten::erf", {value(elementwise(u, u, [](float at, float) { return at * kSqrtHalf; }))});
+    return dispatched("aten::erf", {value(elementwise(u, [at](int64_t i) { return at[i] * kSqrtHalf; }))});
   return dispatched(
       "aten::tanh",
-      {value(elementwise(u, u, [](float at, float) { return kSqrtTwoOverPi * (at + kCubic * at * at * at); }))});
+      {value(elementwise(u, [at](int64_t i) { return kSqrtTwoOverPi * (at[i] + kCubic * at[i] * at[i] * at[i]); }))});
 }
 
-Tensor activated(const Tensor& u, Activation activation) {
+bool is_gelu(Activation activation) { return activation == Activation::kGelu || activation == Activation::kGeluTanh; }
+
+// curve: of GELU; what else comes is not looked at.
+Tensor activated(const Tensor& u, Activation activation, const Tensor& curve) {
   if (activation == Activation::kRelu) return dispatched("aten::relu", {value(u)});
   if (activation == Activation::kSilu) return dispatched("aten::silu", {value(u)});
-  return elementwise(u, gelu_curve(u, activation), [](float at, float curve) { return 0.5f * at * (1.0f + curve); });
+  const float *at = u.const_data_ptr<float>(), *c = curve.const_data_ptr<float>();
+  return elementwise(u, [=](int64_t i) { return 0.5f * at[i] * (1.0f + c[i]); });
 }
 
-Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activation) {
-  if (activation == Activation::kRelu)
-    return elementwise(grad, u, [](float g, float at) { return at > 0.0f ? g : 0.0f; });
+Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activation, const Tensor& curve) {
   if (activation == Activation::kSilu) return dispatched("aten::silu_backward", {value(grad), value(u)});
-  const Tensor curve = gelu_curve(u, activation);
-  Tensor slope;
-  if (activation == Activation::kGelu) {
-    const Tensor bell =
-        dispatched("aten::exp", {value(elementwise(u, u, [](float at, float) { return -0.5f * at * at; }))});
-    const Tensor tail = elementwise(u, bell, [](float at, float e) { return at * e * kDensity; });
-    slope = elementwise(curve, tail, [](float c, float rest) { return 0.5f * (1.0f + c) + rest; });
-  } else {
-    slope = elementwise(u, curve, [](float at, float c) {
-      const float inner = kSqrtTwoOverPi * (1.0f + 3.0f * kCubic * at * at);
-      return 0.5f * (1.0f + c) + 0.5f * at * (1.0f - c * c) * inner;
+  const float *g = grad.const_data_ptr<float>(), *at = u.const_data_ptr<float>();
+  if (activation == Activation::kRelu) return elementwise(u, [=](int64_t i) { return at[i] > 0.0f ? g[i] : 0.0f; });
+  const float* c = curve.const_data_ptr<float>();
+  if (activation == Activation::kGeluTanh)
+    return elementwise(u, [=](int64_t i) {
+      const float inner = kSqrtTwoOverPi * (1.0f + 3.0f * kCubic * at[i] * at[i]);
+      return g[i] * (0.5f * (1.0f + c[i]) + 0.5f * at[i] * (1.0f - c[i] * c[i]) * inner);
     });
-  }
-  return elementwise(grad, slope, [](float g, float by) { return g * by; });
+  const Tensor bell =
+      dispatched("aten::exp", {value(elementwise(u, [=](int64_t i) { return -0.5f * at[i] * at[i]; }))});
+  const float* e = bell.const_data_ptr<float>();
+  return elementwise(u, [=](int64_t i) { return g[i] * (0.5f * (1.0f + c[i]) + at[i] * e[i] * kDensity); });
 }
 
 // In which type the products take D and V as they lie, if they do: in the one 16-bit type of all, where the CPU
@@ -197,7 +194,8 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   if (!biased) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
 
   // Y
-  const Tensor h = activated(u, activation_of(kOp, activation));
+  const Activation kind = checked_activation(kOp, activation);
+  const Tensor h = activated(u, kind, is_gelu(kind) ? gelu_curve(u, kind) : u);
   const int64_t stride = round_up(size.out, kColumnStep);
   Expand work = onto_residual(y, onto);
   Tensor bias, right, sums;
@@ -302,11 +300,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   }
   const float factor = static_cast<float>(scale);
 
-  const Activation kind = activation_of(kOp, activation);
-  const Tensor h = activated(flat_u, kind);
+  const Activation kind = checked_activation(kOp, activation);
+  const Tensor curve = is_gelu(kind) ? gelu_curve(flat_u, kind) : flat_u;
+  const Tensor h = activated(flat_u, kind, curve);
   const UpGradients over_grad = products.has_value() ? up_gradients_by_products(flat_grad, h, up_weight, size, factor)
                                                      : up_gradients(kOp, flat_grad, h, up_weight, size, factor);
-  const Tensor grad_u = activation_backward(over_grad.p, flat_u, kind);
+  const Tensor grad_u = activation_backward(over_grad.p, flat_u, kind, curve);
   const Tensor grad_down_bias = sum_of_rows(grad_u);
 
   Tensor grad_down, rounded;

@@ -3,6 +3,7 @@
 //   forward    U: one pass over x (rank_pass); H; Y = residual + s (H Vᵀ + b_v): the residual read, Y written (expand)
 //   backward   P = s dY V, dV and db_v: passes over dY; dU; dD: a pass over x; dX = dY + dU D: dY read, dX written
 #include "bottleneck/bottleneck.cuh"
+#include "bottleneck/checked_activation.h"
 
 #include <string>
 #include <tuple>
@@ -25,12 +26,6 @@ Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, co
   STD_TORCH_CHECK(down.numel() > 0 && up.numel() > 0, op,
                   ": down_weight or up_weight has no elements, wanted at least one row and column");
   return {device_rows(x), down.size(1), up.size(0), down.size(0)};
-}
-
-Activation activation_of(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
-                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
-  return static_cast<Activation>(activation);
 }
 
 template <bool kGradient>
@@ -72,7 +67,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   {
     Launcher launcher(x);
     BottleneckWork work{};
-    work.activation = activation_of(kOp, activation);
+    work.activation = checked_activation(kOp, activation);
     work.u = launcher.scratch<float>(u);
     work.sums = launcher.in<float>(sums.sums);
     work.chunks = sums.chunks;
@@ -123,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   splitter.run();
   const HeldTerms left = empty_terms(x, kMaxTerms, padded_left, padded_tokens);
   BottleneckWork work{};
-  work.activation = activation_of(kOp, activation);
+  work.activation = checked_activation(kOp, activation);
   work.scale = 1.0f;
   {
     Launcher launcher(x);

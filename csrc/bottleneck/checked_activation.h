@@ -1,0 +1,15 @@
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include "bottleneck/activation.h"
+
+namespace peft_ext {
+
+inline Activation checked_activation(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
+                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
+  return static_cast<Activation>(activation);
+}
+
+}  // namespace peft_ext
