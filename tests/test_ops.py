@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from battery import assert_close, output_grad, run, to_wide
-from op_db import CASES, DTYPES, SEED, SHAPES, Case, Sample, randn
+from op_db import CASES, DTYPES, SAVED_OUTPUT, SEED, SHAPES, Case, Sample, randn
 from torch import Tensor
 
 import peft_ext
@@ -38,7 +38,7 @@ def strided(value: Tensor) -> Tensor:
 def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
     sample = case.make(dtype, shape)
     moved = sample.to(device)
-    if case.exact:  # where the operators are: the mean of the scales is PyTorch's, in the device's order
+    if case.exact:
         got, want = run(case.call, moved)["y"], run(case.oracle, moved)["y"]
         assert got.dtype == want.dtype and got.shape == want.shape
         assert torch.equal(got, want)
@@ -115,6 +115,48 @@ def test_few_tokens_have_the_same_bits_for_one_and_two_threads(dtype: torch.dtyp
     assert torch.equal(ops.nf4_linear(x, nf4), both)
 
 
+SAVES = [False, pytest.param(True, marks=pytest.mark.cpu_only("elsewhere the promise changes nothing"))]
+
+
+@pytest.mark.cpu_only("elsewhere the promise changes nothing")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", SAVED_OUTPUT, ids=ids)
+def test_gradients_from_the_saved_output(case: Case, dtype: torch.dtype) -> None:
+    """Where nobody changes the result in place, it is what is saved for its scale's gradient."""
+    for shape in case.shapes:
+        sample, grad = case.make(dtype, shape), output_grad(case, dtype, shape)
+        exact, plain = run(case.oracle, to_wide(sample), grad), run(case.plain, sample, grad)
+        assert_close(run(case.call, sample, grad), plain, exact, max(shape[1], shape[2]), case.from_product)
+    inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        y = case.call(**inputs)
+    assert y.data_ptr() in saved
+
+
+@pytest.mark.parametrize("save_output", SAVES)
+def test_the_output_may_be_changed_in_place(save_output: bool, device: torch.device) -> None:
+    """As Falcon adds to it; where Y itself is saved the promise not to is checked by autograd."""
+    x, weight, a, b = (randn(*s, dtype=torch.float32).to(device) for s in ((7, 64), (96, 64), (4, 64), (96, 4)))
+    vector, grad = torch.rand(96).to(device).requires_grad_(), randn(7, 96, dtype=torch.float32).to(device)
+
+    def dora() -> Tensor:
+        return ops.dora_linear(x, weight, a, b, vector, save_output=save_output)
+
+    def ia3() -> Tensor:
+        return ops.ia3_linear(x, weight, vector, save_output=save_output)
+
+    for call in (dora, ia3):
+        (wanted,) = torch.autograd.grad(call(), vector, grad)
+        y = call()
+        y += 1.0
+        if save_output:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(y, vector, grad)
+        else:
+            assert torch.equal(torch.autograd.grad(y, vector, grad)[0], wanted)
+
+
 def saved_bytes(case: Case, sample: Sample) -> int:
     """What one call keeps for the backward beside its inputs."""
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
@@ -130,7 +172,7 @@ def saved_bytes(case: Case, sample: Sample) -> int:
 
 @pytest.mark.parametrize("case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3")], ids=ids)
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
-    """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Y or Z where the vector on it is trained.
+    """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
 
     No mask, no dropped x, no copy of x, no weight.
     """
@@ -219,15 +261,14 @@ def test_reference_dora_backward_is_the_gradient_of_its_forward(base: str, drop_
     x, a, b, g = inputs = leaves((6, 64), (3, 64), (4, 3), (4,))
     with torch.no_grad():
         g[1], g[2] = 0.0, 1e-3  # Y / g would hold nothing of Z
-    y, s, z = reference.dora.dora_linear_forward(x, weight, bias, a, b, g, 0.5, 0.25, SEED, drop_base)
-    assert (z is None) == (not drop_base and not with_bias)
+    for scaled in (False,) if drop_base or with_bias else (False, True):
+        y, s, z = reference.dora.dora_linear_forward(x, weight, bias, a, b, g, 0.5, 0.25, SEED, drop_base)
+        held = y if scaled else z
 
-    def backward(grad: Tensor) -> tuple:
-        return reference.dora_linear_backward(
-            grad, x, weight, a, b, g, s, y if z is None else z, z is None, 0.5, 0.25, SEED, drop_base
-        )
+        def backward(grad: Tensor, s: Tensor = s, held: Tensor = held, scaled: bool = scaled) -> tuple:
+            return reference.dora_linear_backward(grad, x, weight, a, b, g, s, held, scaled, 0.5, 0.25, SEED, drop_base)
 
-    assert_gradients(y, inputs, backward)
+        assert_gradients(y, inputs, backward)
 
 
 @BASE
@@ -249,11 +290,14 @@ def test_reference_ia3_backward_is_the_gradient_of_its_forward(base: str, feedfo
     x, ia3_l = inputs = leaves((6, 64), (64 if feedforward else 4,))
     with torch.no_grad():
         ia3_l[1], ia3_l[2] = 0.0, 1e-3
-    y = reference.ia3.ia3_linear_forward(x, weight, bias, ia3_l, feedforward)
-    saved = None if feedforward else y
-    assert_gradients(
-        y, inputs, lambda grad: reference.ia3_linear_backward(grad, x, weight, bias, ia3_l, saved, feedforward)
-    )
+    for scaled in (False, True):
+        y, z = reference.ia3.ia3_linear_forward(x, weight, bias, ia3_l, feedforward)
+        held = y if scaled else z
+
+        def backward(grad: Tensor, held: Tensor = held, scaled: bool = scaled) -> tuple:
+            return reference.ia3_linear_backward(grad, x, weight, bias, ia3_l, held, scaled, feedforward)
+
+        assert_gradients(y, inputs, backward)
 
 
 def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
@@ -278,10 +322,11 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return name, (*weight, *adapter, 0.75, i["compute"])
     if name == "ia3_linear":
         vector = i["ia3_l"].detach().flatten().requires_grad_()
-        return name, (i["x"], *weight, i["bias"], vector, "feedforward" in case.name)
+        return name, (i["x"], *weight, i["bias"], vector, "feedforward" in case.name, True)
     seed = SEED.to(i["x"].device)
     if name == "dora_linear":
-        return name, (i["x"], *weight, i["bias"], *adapter, i["magnitude"], 0.75, 0.1, seed, "peft" in case.name)
+        drop_base = "peft" in case.name
+        return name, (i["x"], *weight, i["bias"], *adapter, i["magnitude"], 0.75, 0.1, seed, drop_base, True)
     return name, (i["x"], *weight, i["bias"], *adapter, i["rank_scale"], 0.75, 0.1, seed)
 
 
@@ -325,6 +370,61 @@ def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config
     # What nf4_merge starts from on a GPU; on the CPU that is one pass.
     by_reference = ["nf4_dequantize_merged"] if pytestconfig.getoption("--device") == "cpu" else []
     assert [name for name in _library.OPS if not _library.has_kernel(name, device.type.upper())] == by_reference
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 100_003])
+def test_the_mean_of_the_scales_has_no_order(count: int, device: torch.device) -> None:
+    """It is the offset of double quantization: with another last bit every weight would be another."""
+    absmax = (torch.rand(count) * 0.7).to(device)
+    mean = reference.nf4.scale_mean(absmax)
+    assert mean.shape == () and mean.dtype == torch.float32
+    torch.testing.assert_close(mean.cpu().double(), absmax.cpu().double().mean(), rtol=2.0**-24, atol=0)
+    threads = torch.get_num_threads()
+    try:
+        for changed in (1, 2, 3, 7):
+            torch.set_num_threads(changed)
+            assert torch.equal(reference.nf4.scale_mean(absmax.flip(0)), mean)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_mean_of_odd_scales() -> None:
+    means = {
+        value: reference.nf4.scale_mean(torch.tensor([1.0, value])) for value in (float("inf"), float("nan"), 1e-45)
+    }
+    assert means[float("inf")] == float("inf") and means[1e-45] == 0.5
+    assert torch.equal(reference.nf4.scale_mean(torch.zeros(3)), torch.tensor(0.0))
+    assert torch.equal(reference.nf4.scale_mean(torch.full((3,), 3e38)), torch.tensor(3e38))
+    assert reference.nf4.scale_mean(torch.tensor([1.0, float("nan")])).isnan()
+
+
+@pytest.mark.cpu_only("the checks of CUDA's glue are its own")
+def test_raw_operators_check_their_weight() -> None:
+    """The public functions check it before; a weight of another type would be read past its end."""
+    raw, x = torch.ops.peft_ext, torch.zeros(40, 64, dtype=torch.bfloat16)
+    a, b, g = torch.zeros(4, 64), torch.zeros(96, 4), torch.zeros(96)
+    dense = (torch.zeros(96, 64, dtype=torch.float32)[:, :32], *[None] * 4, 0, (96, 64))
+    wrong = (torch.zeros(96, 64), *[None] * 4, 0, (96, 64))
+    for op, args in {
+        "nf4_linear": (x, *wrong, None),
+        "nf4_linear_backward": (x.new_zeros(40, 96), *wrong),
+        "lora_linear": (x, *wrong, None, a, b, None, 1.0, 0.0, None),
+        "dora_linear": (x, *wrong, None, a, b, g, 1.0, 0.0, None, False, False),
+        "ia3_linear": (x, *wrong, None, g, False, False),
+        "dora_weight_norm": (*wrong, a, b, 1.0, torch.bfloat16),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"{op}: weight is Float, wanted BFloat16"):
+            getattr(raw, op)(*args)
+    with pytest.raises(RuntimeError, match="lora_linear: x has 64 columns, wanted 32"):
+        raw.lora_linear(x.float(), *dense, None, a, b, None, 1.0, 0.0, None)
+    packed, absmax = torch.zeros(8, 1, dtype=torch.uint8), torch.zeros(1)
+    for shape, message in (
+        ((2**32, 2**32), "a size of 4294967296 times 4294967296"),
+        ((-4, -4), "shape has -4, wanted sizes of 0 and more"),
+        ((16,), "nf4_linear: weight has 1 dimensions, wanted"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw.nf4_linear(x, packed, absmax, None, None, None, 64, shape, None)
 
 
 def test_native_and_reference_agree_on_the_mask(device: torch.device) -> None:
@@ -489,7 +589,10 @@ def test_an_all_zero_row_is_finite(module: Any, norm_grad: bool, device: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-4, 2.0**-6])
-def test_a_factor_near_zero_has_its_gradient(factor: float, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("save_output", SAVES)
+def test_a_factor_near_zero_has_its_gradient(
+    save_output: bool, factor: float, dtype: torch.dtype, device: torch.device
+) -> None:
     """Y = g∘Z holds little of Z, or nothing: its gradient still has to be that of Z."""
     k = 70
     weight, x, grad = randn(9, k, dtype=dtype), randn(33, k, dtype=dtype), randn(33, 9, dtype=dtype)
@@ -501,14 +604,14 @@ def test_a_factor_near_zero_has_its_gradient(factor: float, dtype: torch.dtype, 
     norm = reference.dora_weight_norm(weight.double(), a.double(), b.double())
     magnitude = (vector * norm.float()).requires_grad_()
     on = [tensor.to(device) for tensor in (x, weight, a, b)]
-    ops.dora_linear(*on, magnitude.to(device)).backward(grad.to(device))
+    ops.dora_linear(*on, magnitude.to(device), save_output=save_output).backward(grad.to(device))
     wanted = ((product + x.double() @ a.double().t() @ b.double().t()) / norm * grad.double()).sum(0)
     bound = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(magnitude.grad.double(), wanted, rtol=bound, atol=bound * wanted.abs().max().item())
 
     bias = randn(9, dtype=dtype)
     ia3_l = vector.clone().requires_grad_()
-    ops.ia3_linear(*on[:2], ia3_l.to(device), bias.to(device)).backward(grad.to(device))
+    ops.ia3_linear(*on[:2], ia3_l.to(device), bias.to(device), save_output=save_output).backward(grad.to(device))
     wanted = ((product + bias.double()) * grad.double()).sum(0)
     torch.testing.assert_close(ia3_l.grad.double(), wanted, rtol=bound, atol=bound * wanted.abs().max().item())
 

@@ -22,6 +22,9 @@ FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor>
                             std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                             std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape);
 
+// That the weight is a matrix, and a dense one of the type that it is read in; an error otherwise.
+void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type);
+
 // Whether skinny_product takes this many tokens of x's type against this weight on the CPU path in use.
 bool skinny_takes(const FrozenWeight& weight, ScalarType type, int64_t tokens);
 

@@ -28,6 +28,15 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
+#if defined(PEFT_EXT_X86)
+// F16C in CPUID: not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kF16c = 1u << 29;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c) != 0;
+}
+#endif
+
 #if defined(PEFT_EXT_X86) && defined(__linux__)
 // AMX-TILE and AMX-BF16 in CPUID, and the tile registers, which a process has to ask Linux for once.
 bool amx_granted() {
@@ -52,7 +61,7 @@ bool isa_available(Isa isa) {
     case Isa::kScalar:
       return true;
     case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Isa::kAvx512:
       return isa_available(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -12,9 +12,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Where |g| is smaller, Y = g Z holds too little of Z to divide it back.
-constexpr float kSmallestScale = 1.0f / 64.0f;
-
 Tensor wide_matrix(const Tensor& matrix) {
   return torch::stable::contiguous(torch::stable::to(matrix, ScalarType::Float));
 }
@@ -133,52 +130,18 @@ Adapter dora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
   return adapter;
 }
 
-std::tuple<Tensor, Tensor, Tensor> dora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                                   std::optional<Tensor> nested_absmax,
-                                                   std::optional<Tensor> nested_code,
-                                                   std::optional<Tensor> nested_offset, int64_t blocksize,
-                                                   std::vector<int64_t> shape, std::optional<Tensor> bias,
-                                                   Tensor lora_A, Tensor lora_B, Tensor out_scale, double scaling,
-                                                   double dropout_p, std::optional<Tensor> seed, bool drop_base) {
+std::tuple<Tensor, Tensor, Tensor> dora_linear_cpu(
+    Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+    std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor lora_A, Tensor lora_B, Tensor out_scale,
+    double scaling, double dropout_p, std::optional<Tensor> seed, bool drop_base, bool want_z) {
   constexpr const char* kOp = "dora_linear";
   const FrozenWeight held =
       checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
   const Adapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.out_features(), scaling, dropout_p, seed, drop_base);
-  const bool want_z = bias.has_value() || drop_base;
   const AdaptedForward out = adapted_forward(kOp, x, held, bias, adapter, false, want_z);
   return {out.y, out.s, out.z};
-}
-
-// dg [N] = sum_t dY[t, n] Z[t, n].
-Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
-                      const Adapter& adapter, const Tensor& s, const Tensor& z, bool z_is_scaled) {
-  const int64_t n = weight.out_features(), tokens = rows_of(x), rank = adapter.rank();
-  Tensor out = empty({n}, ScalarType::Float);
-  float* to = out.mutable_data_ptr<float>();
-  const Tensor flat_grad = torch::stable::view(torch::stable::contiguous(grad), {tokens, n});
-  const Tensor sums = column_pass(op, flat_grad, nullptr, 0.0f, &z).sums;
-  const float* g = adapter.out_scale->const_data_ptr<float>();
-  std::vector<int64_t> small;
-  for (int64_t i = 0; i < n; ++i) {
-    if (z_is_scaled && !(fabsf(g[i]) >= kSmallestScale)) small.push_back(i);
-    to[i] = z_is_scaled ? sums.const_data_ptr<float>()[i] / g[i] : sums.const_data_ptr<float>()[i];
-  }
-  if (small.empty()) return out;
-  const std::vector<float> products = row_products(op, grad, x, weight, small);
-  const Tensor b = wide_matrix(*adapter.lora_B), wide_grad = wide_matrix(flat_grad);
-  const float* dy = wide_grad.const_data_ptr<float>();
-  const float* s_data = s.const_data_ptr<float>();
-  for (size_t i = 0; i < small.size(); ++i) {
-    double low_rank = 0.0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      double value = 0.0;
-      for (int64_t r = 0; r < rank; ++r) value += s_data[t * rank + r] * b.const_data_ptr<float>()[small[i] * rank + r];
-      low_rank += value * dy[t * n + small[i]];
-    }
-    to[small[i]] = products[i] + static_cast<float>(adapter.scaling * low_rank);
-  }
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cpu(
@@ -194,8 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cpu(
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.out_features(), scaling, dropout_p, seed, drop_base);
   const AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x);
   Tensor grad_scale = empty({0}, ScalarType::Float);
-  if (needs_grad_scale)
-    grad_scale = scale_gradient(kOp, grad, x, held, adapter, torch::stable::contiguous(s), z, z_is_scaled);
+  if (needs_grad_scale) grad_scale = scale_gradient(kOp, grad, x, held, adapter, s, z, z_is_scaled, std::nullopt);
   return {out.grad_x, out.grad_A, out.grad_B, grad_scale};
 }
 

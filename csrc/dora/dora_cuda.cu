@@ -51,13 +51,12 @@ std::tuple<Tensor, Tensor, Tensor> dora_linear_cuda(
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
     const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
     const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B, const Tensor& out_scale,
-    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool drop_base) {
+    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool drop_base, bool want_z) {
   constexpr const char* kOp = "dora_linear";
   const DeviceWeight held =
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
   const DeviceAdapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.outputs, scaling, dropout_p, seed, drop_base);
-  const bool want_z = bias.has_value() || drop_base;
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, want_z);
   return {out.y, out.s, out.z};
 }
@@ -74,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cuda(
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
   const DeviceAdapter adapter =
       dora_adapter(kOp, lora_A, lora_B, out_scale, held.outputs, scaling, dropout_p, seed, drop_base);
-  std::optional<ScaleGradient> scale_gradient;
-  if (needs_grad_scale) scale_gradient = ScaleGradient{z, z_is_scaled, std::nullopt};
-  const DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x, scale_gradient);
+  STD_TORCH_CHECK(!needs_grad_scale || !z_is_scaled, kOp, ": z is the output, wanted Z: on a GPU it is always kept");
+  const DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x,
+                                              needs_grad_scale ? std::optional<Tensor>(z) : std::nullopt);
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_out_scale};
 }
 

@@ -1,7 +1,7 @@
 // IA3 operators for CUDA: the linear layer with its input or its output scaled, and the scale alone. See
 // linear/adapted_cuda.h.
 //
-//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (Y / l), in the pass that makes l ∘ dY
+//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b), in the pass that makes l ∘ dY
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W, both in one pass over U
 #include <tuple>
 
@@ -17,33 +17,34 @@ DeviceAdapter ia3_adapter(const char* op, const Tensor& ia3_l, const DeviceWeigh
   return adapter;
 }
 
-Tensor ia3_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                       const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-                       const std::optional<Tensor>& bias, const Tensor& ia3_l, bool feedforward) {
+std::tuple<Tensor, Tensor> ia3_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+                                           const std::optional<Tensor>& nested_absmax,
+                                           const std::optional<Tensor>& nested_code,
+                                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                           const std::vector<int64_t>& shape, const std::optional<Tensor>& bias,
+                                           const Tensor& ia3_l, bool feedforward, bool want_z) {
   constexpr const char* kOp = "ia3_linear";
   const DeviceWeight held =
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
-  return adapted_forward(kOp, x, held, bias, ia3_adapter(kOp, ia3_l, held, feedforward), true, false).y;
+  const DeviceForward out =
+      adapted_forward(kOp, x, held, bias, ia3_adapter(kOp, ia3_l, held, feedforward), true, want_z);
+  return {out.y, out.z};
 }
 
 std::tuple<Tensor, Tensor> ia3_linear_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
     const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-    const std::optional<Tensor>& bias, const Tensor& ia3_l, const std::optional<Tensor>& y, bool feedforward,
-    bool needs_grad_x, bool needs_grad_l) {
+    const std::optional<Tensor>&, const Tensor& ia3_l, const std::optional<Tensor>& z, bool z_is_scaled,
+    bool feedforward, bool needs_grad_x, bool needs_grad_l) {
   constexpr const char* kOp = "ia3_linear_backward";
   const DeviceWeight held =
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
-  std::optional<ScaleGradient> scale_gradient;
-  if (!feedforward && needs_grad_l) {
-    STD_TORCH_CHECK(y.has_value(), kOp, ": y is None, wanted the forward's result");
-    scale_gradient =
-        ScaleGradient{torch::stable::view(torch::stable::contiguous(*y), {device_rows(*y), held.outputs}), true, bias};
-  }
+  const bool of_outputs = !feedforward && needs_grad_l;
+  STD_TORCH_CHECK(!of_outputs || (z.has_value() && !z_is_scaled), kOp,
+                  ": z is None or the output, wanted Z: on a GPU it is always kept");
   const DeviceBackward out = adapted_backward(kOp, grad, x, held, ia3_adapter(kOp, ia3_l, held, feedforward),
-                                              std::nullopt, needs_grad_x, scale_gradient);
+                                              std::nullopt, needs_grad_x, of_outputs ? z : std::nullopt);
   if (!needs_grad_l) return {out.grad_x, device_empty(ia3_l, {0}, ia3_l.scalar_type())};
   return {out.grad_x, as_type(feedforward ? out.grad_in_scale : out.grad_out_scale, ia3_l.scalar_type())};
 }

@@ -71,20 +71,13 @@ struct DeviceAdapter {
 struct DeviceForward {
   Tensor y;  // [..., N] of x's type
   Tensor s;  // [T, R] float32, R the largest of groups; [0] without a low-rank term
-  Tensor z;  // [T, N] of x's type; [0] where not asked for
+  Tensor z;  // Z + b₀ [T, N] of x's type; [0] where not asked for
 };
 
 // bias_inside: the bias is b₀, and b₁ otherwise.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z);
-
-// What the gradient of g [N] is made of: Σ_t dY ∘ Z.
-struct ScaleGradient {
-  Tensor z;                           // [T, N] of x's type: Z, or g ∘ (Z + b₀)
-  bool scaled;                        // the latter
-  std::optional<Tensor> bias_inside;  // b₀
-};
 
 struct DeviceBackward {
   Tensor grad_x;           // x's shape; [0] where not asked for
@@ -94,10 +87,10 @@ struct DeviceBackward {
   Tensor grad_out_scale;   // [N] float32; [0] where not asked for
 };
 
-// s as the forward gave it.
+// s and z as the forward gave them; z where the gradient of g is wanted, Σ_t dY ∘ (Z + b₀).
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
-                                const std::optional<ScaleGradient>& out_scale);
+                                const std::optional<Tensor>& z);
 
 // Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
 DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter);

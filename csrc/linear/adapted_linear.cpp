@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "linear/scratch.h"
 #include "linear/tile_products.h"
 #include "linear/wide_products.h"
 
@@ -484,6 +485,8 @@ void backward_by_products(const Backward& b, AdaptedBackward* out) {
 
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z) {
+  const ScratchOfCall scratch_of_call;
+  check_matrix_weight(op, weight, x.scalar_type());
   const Sizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
   dtype_of(op, "x", x);
@@ -511,6 +514,8 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
 
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x) {
+  const ScratchOfCall scratch_of_call;
+  check_matrix_weight(op, weight, grad.scalar_type());
   // Only the adapters' gradients are made of x.
   const Tensor held_x =
       x.has_value() ? torch::stable::contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());

@@ -36,7 +36,7 @@ struct Adapter {
 struct AdaptedForward {
   Tensor y;  // [..., N] of x's type
   Tensor s;  // [T, R] float32; [0] without a low-rank term
-  Tensor z;  // [T, N] of x's type; [0] where not asked for
+  Tensor z;  // Z + b₀ [T, N] of x's type; [0] where not asked for
 };
 
 // bias_inside: the bias is b₀, and b₁ otherwise.
@@ -49,6 +49,12 @@ struct AdaptedBackward {
   Tensor grad_rank_scale;  // [R] float32; [0] without rank_scale
   Tensor grad_in_scale;    // [K] float32; [0] without in_scale
 };
+
+// dg [N] float32 of the output's scale: sum_t dY ∘ (Z + b₀). z [T, N] is that, or with z_is_scaled Y, where
+// Y = g ∘ (Z + b₀): then the few outputs whose g is so small that Y holds too little of Z are computed again.
+Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
+                      const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
+                      const std::optional<Tensor>& bias_before);
 
 // s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,

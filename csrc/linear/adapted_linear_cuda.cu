@@ -13,7 +13,7 @@
 #include "dora/dora_norm.cuh"
 #include "linear/expand.cuh"
 #include "linear/passes_cuda.h"
-#include "linear/scale_gradients.cuh"
+#include "linear/rank_scale.cuh"
 #include "linear/select_ranks.cuh"
 #include "linear/shrink_few.cuh"
 #include "nf4/nf4_skinny.cuh"
@@ -344,11 +344,13 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
-  const Tensor z = want_z ? out.z : y;
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
+  const Tensor z = want_z ? out.z : drop_base ? torch::stable::empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
-  if (low_rank) {
-    expand(z, &s_terms, &b_terms, nullptr, std::nullopt, nullptr);
+  // Where Z + b₀ is kept the product finds b₀ there.
+  const bool bias_first = want_z && before.has_value();
+  if (low_rank || bias_first) {
+    expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt, nullptr);
     addmm_(z, x_of_z, product, 1.0);
   } else {
     mm_out(z, x_of_z, product);
@@ -358,13 +360,13 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     expand(y, low_rank ? &s_terms : nullptr, &b_terms, &y, after, nullptr, Scaled{z, *adapter.out_scale});
     return out;
   }
-  finish(y, z, *adapter.out_scale, before, after);
+  finish(y, z, *adapter.out_scale, bias_first ? std::nullopt : before, after);
   return out;
 }
 
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
-                                const std::optional<ScaleGradient>& out_scale) {
+                                const std::optional<Tensor>& z) {
   const Sizes size = checked_sizes(op, x, weight, adapter);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
                       grad.size(grad.dim() - 1) == size.outputs,
@@ -376,7 +378,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   const auto zeros = [&](int64_t count) { return device_zeros(x, {count}, ScalarType::Float); };
   out.grad_rank_scale = zeros(adapter.rank_scale.has_value() ? size.rank : 0);
   out.grad_in_scale = zeros(adapter.in_scale.has_value() ? size.inputs : 0);
-  out.grad_out_scale = zeros(out_scale.has_value() ? size.outputs : 0);
+  out.grad_out_scale = zeros(z.has_value() ? size.outputs : 0);
   out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
                             : device_empty(x, {0}, x.scalar_type());
   if (size.tokens == 0) {
@@ -398,49 +400,13 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   Tensor scaled = flat_grad;
-  if (adapter.out_scale.has_value() && (product || out_scale.has_value())) {
+  if (adapter.out_scale.has_value() && (product || z.has_value())) {
     const std::optional<Tensor> other =
-        out_scale.has_value() ? std::optional<Tensor>(torch::stable::contiguous(out_scale->z)) : std::nullopt;
+        z.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*z)) : std::nullopt;
     const ColumnPartials found =
         column_partials(flat_grad, product ? adapter.out_scale : std::nullopt, drop_base ? -1.0f : 0.0f, other);
     if (product) scaled = found.scaled;
-    if (out_scale.has_value()) {
-      const std::optional<Tensor> divisor = out_scale->scaled ? adapter.out_scale : std::nullopt;
-      out.grad_out_scale = reduced_columns(found.partial, divisor);
-      if (out_scale->scaled) {
-        const Tensor dense = weight.is_nf4() ? weight.weight : torch::stable::contiguous(weight.weight);
-        Tensor wide_b, held_s;
-        Launcher launcher(flat_x);
-        SmallScale work{};
-        work.grad = launcher.in<void>(flat_grad);
-        work.x = launcher.in<void>(flat_x);
-        if (weight.is_nf4()) {
-          work.nf4 = nf4_view(launcher, weight);
-        } else {
-          work.dense = launcher.in<void>(dense);
-        }
-        work.scale = launcher.in<float>(*adapter.out_scale);
-        const std::optional<Tensor> bias =
-            out_scale->bias_inside.has_value()
-                ? std::optional<Tensor>(torch::stable::contiguous(*out_scale->bias_inside))
-                : std::nullopt;
-        work.bias = launcher.in<void>(bias);
-        if (low_rank) {
-          wide_b = as_type(matrix(adapter.lora_B), ScalarType::Float);
-          held_s = torch::stable::contiguous(*s);
-          work.s = launcher.in<float>(held_s);
-          work.lora_B = launcher.in<float>(wide_b);
-        }
-        work.scaling = static_cast<float>(adapter.scaling);
-        work.rows = size.tokens;
-        work.outputs = size.outputs;
-        work.inputs = size.inputs;
-        work.rank = size.rank;
-        work.out = launcher.out<float>(out.grad_out_scale);
-        with_type(x.scalar_type(),
-                  [&](auto zero) { launcher(small_scale_kernel<decltype(zero)>, size.outputs, kColumnThreads, work); });
-      }
-    }
+    if (z.has_value()) out.grad_out_scale = reduced_columns(found.partial);
   }
   if (!product) return out;
 
@@ -467,7 +433,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   }
   if (adapter.in_scale.has_value()) {
     const ColumnPartials found = column_partials(grad_x, adapter.in_scale, 0.0f, flat_x);
-    out.grad_in_scale = reduced_columns(found.partial, std::nullopt);
+    out.grad_in_scale = reduced_columns(found.partial);
     if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
   }
   return out;
@@ -558,7 +524,7 @@ ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale
   const std::optional<Tensor> flat_other = other.has_value() ? std::optional<Tensor>(flat_rows(*other)) : std::nullopt;
   const ColumnPartials found = column_partials(flat_rows(m), scale, 0.0f, flat_other);
   if (scale.has_value()) out.scaled = torch::stable::view(found.scaled, shape);
-  if (other.has_value()) out.sums = reduced_columns(found.partial, std::nullopt);
+  if (other.has_value()) out.sums = reduced_columns(found.partial);
   return out;
 }
 

@@ -5,19 +5,14 @@
 
 namespace peft_ext {
 
-// sums[c] of all chunks, divided by scale[c] where that is given and not too small: then small_scale_kernel's is the
-// result. Grid: ceil(columns / kColumnThreads).
+// sums[c] of all chunks. Grid: ceil(columns / kColumnThreads).
 __global__ void __launch_bounds__(kColumnThreads)
-    column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, const float* scale, float* out) {
+    column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
   if (column >= columns) return;
   float sum = 0.0f;
 #pragma unroll 8
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * columns + column];
-  if (scale != nullptr) {
-    if (!(fabsf(scale[column]) >= kSmallestScale)) return;
-    sum /= scale[column];
-  }
   out[column] = sum;
 }
 

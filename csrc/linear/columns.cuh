@@ -74,9 +74,6 @@ __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork 
   work.sums[blockIdx.x * work.columns + to] = sum;
 }
 
-// A scale smaller than this leaves too little in what it scaled: what is divided by it is made again.
-constexpr float kSmallestScale = 1.0f / 64.0f;
-
 struct Finish {
   const void* z;
   const float* scale;       // g [columns]

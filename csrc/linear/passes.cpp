@@ -163,6 +163,8 @@ void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tens
 }
 
 RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tensor& lora_A, ScalarType type) {
+  const ScratchOfCall scratch_of_call;
+  check_matrix_weight(op, weight, type);
   const int64_t n = weight.out_features(), k = weight.in_features(), padded = round_up(lora_A.size(0), kRankStep);
   RowFacts facts{zeros({n, padded}), zeros({n})};
   if (n == 0 || k == 0) return facts;
@@ -189,6 +191,7 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
 }
 
 Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type) {
+  check_matrix_weight(op, weight, type);
   const int64_t n = weight.out_features(), k = weight.in_features(), rank = left.size(1);
   const int64_t padded = round_up(rank, kRankStep);
   if (n == 0 || k == 0) return zeros({rank, k});
@@ -207,43 +210,6 @@ Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& le
   });
   const Tensor like = empty({rank, k}, ScalarType::Float);
   return unpacked(op, "left", torch::stable::view(sums, {k, padded}), nullptr, nullptr, true, like);
-}
-
-std::vector<float> row_products(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
-                                const std::vector<int64_t>& rows) {
-  const int64_t tokens = rows_of(x), n = weight.out_features(), k = weight.in_features();
-  std::vector<float> products(rows.size(), 0.0f);
-  if (tokens == 0 || k == 0 || rows.empty()) return products;
-  const Tensor held_grad = torch::stable::contiguous(grad), held_x = torch::stable::contiguous(x);
-  const Tensor dense = weight.is_nf4() ? Tensor() : torch::stable::contiguous(weight.weight);
-  const ScalarType type = x.scalar_type();
-  // kRankStep rows at a time: their columns of dY, gathered, against x, give a row of dYᵀ x each.
-  for (size_t first = 0; first < rows.size(); first += kRankStep) {
-    const auto count = static_cast<int64_t>(std::min<size_t>(kRankStep, rows.size() - first));
-    Tensor left = zeros({tokens, kRankStep});
-    float* to = left.mutable_data_ptr<float>();
-    with_dtype(dtype_of(op, "grad", held_grad), [&](auto zero) {
-      const auto* in = static_cast<const decltype(zero)*>(held_grad.const_data_ptr());
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = 0; i < count; ++i)
-          to[t * kRankStep + i] = to_float(in[t * n + rows[first + static_cast<size_t>(i)]]);
-    });
-    RowPass pass = make_row_pass(held_x, dtype_of(op, "x", held_x), k, kRankStep, Dropout());
-    pass.left = to;
-    const Tensor sums = run_outer_pass(pass, tokens);
-    const float* data = sums.const_data_ptr<float>();
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = rows[first + static_cast<size_t>(i)];
-      const void* values = weight_rows(weight, dense, type, at, at + 1);
-      double total = 0.0;
-      with_dtype(dtype_of(op, "weight", type), [&](auto zero) {
-        const auto* in = static_cast<const decltype(zero)*>(values);
-        for (int64_t j = 0; j < k; ++j) total += static_cast<double>(to_float(in[j])) * data[j * kRankStep + i];
-      });
-      products[first + static_cast<size_t>(i)] = static_cast<float>(total);
-    }
-  }
-  return products;
 }
 
 }  // namespace peft_ext

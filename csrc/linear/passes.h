@@ -4,8 +4,6 @@
 // bits for any number of threads.
 #pragma once
 
-#include <vector>
-
 #include "common/frozen_weight.h"
 #include "linear/packing.h"
 #include "lora/lora_kernels.h"
@@ -55,9 +53,5 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
 
 // leftᵀ W: left [N, R] float32, the result [R, K] float32.
 Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& left, ScalarType type);
-
-// sum_t dY[t, n] (x Wᵀ)[t, n] for some rows n of W, without making x Wᵀ.
-std::vector<float> row_products(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
-                                const std::vector<int64_t>& rows);
 
 }  // namespace peft_ext

@@ -363,12 +363,12 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
   });
 }
 
-Tensor reduced_columns(const Tensor& partial, const std::optional<Tensor>& scale) {
+Tensor reduced_columns(const Tensor& partial) {
   const int64_t chunks = partial.size(0), columns = partial.size(1);
   const Tensor out = device_empty(partial, {columns}, ScalarType::Float);
   Launcher launcher(out);
   launcher(column_reduce_kernel, ceil_div(columns, kColumnThreads), kColumnThreads, launcher.in<float>(partial), chunks,
-           columns, launcher.in<float>(scale), launcher.scratch<float>(out));
+           columns, launcher.scratch<float>(out));
   return out;
 }
 

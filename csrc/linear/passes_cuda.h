@@ -166,8 +166,8 @@ Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optiona
 void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
             const std::optional<Tensor>& bias_after);
 
-// The sums of column_pass in order, over g where it is not too small.
-Tensor reduced_columns(const Tensor& partial, const std::optional<Tensor>& scale);
+// The sums of column_pass, added in order.
+Tensor reduced_columns(const Tensor& partial);
 
 struct ColumnPartials {
   Tensor scaled, partial;

@@ -1,10 +1,9 @@
 // The tile kernels on all threads: which weights and tokens they take, strips of activations, and the rank's products.
 #pragma once
 
-#include <algorithm>
-
 #include "linear/passes.h"
 #include "linear/scratch.h"
+#include "linear/tile_plan.h"
 #include "linear/tiles.h"
 
 namespace peft_ext {
@@ -27,40 +26,17 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
 // Of a panel of W, of the calling thread.
 bf16* panel_scratch(int64_t depth);
 
-// Bytes of the tokens' strips that all panels pass over before the next tokens: they stay in L3.
-constexpr int64_t kTokenBlockBytes = int64_t{4} << 20;
-
-// run(begin, end, first strip, last strip, panel) over panels of W by blocks of token strips, over all threads.
+// run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, over all threads.
 // strip_step: strips that stay together.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const Run& run) {
-  const int64_t threads = torch::stable::get_num_threads(), strips = ceil_div(tokens, kStrip);
-  const int64_t panels = ceil_div(count, kPanelStep);
-  const int64_t fitting = std::max<int64_t>(1, kTokenBlockBytes / (strips_elements(kStrip, depth) * 2));
-  int64_t together = round_up(min_i64(strips, fitting), strip_step);
-  const auto balanced = [&](int64_t tasks) { return ceil_div(tasks, threads) * threads * 32 <= tasks * 33; };
-  const auto pass = [&](int64_t panel, int64_t strip, bf16* room) {
-    const int64_t row = panel * kPanelStep;
-    run(row, min_i64(row + kPanelStep, count), strip, min_i64(strip + together, strips), room);
-  };
-  if (balanced(panels)) {  // all threads pass over the same tokens, each with panels of its own
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      bf16* room = panel_scratch(depth);
-      for (int64_t strip = 0; strip < strips; strip += together)
-        for (int64_t panel = begin; panel < end; ++panel) pass(panel, strip, room);
-    });
-    return;
-  }
-  // The fewest blocks, each of which decodes all panels again, that leave no thread idle for more than 1/32 of the
-  // time.
-  int64_t blocks = ceil_div(strips, together);
-  while (!balanced(panels * blocks) && together > 4 * strip_step) {
-    together = round_up(ceil_div(strips, blocks + 1), strip_step);
-    blocks = ceil_div(strips, together);
-  }
-  torch::stable::parallel_for(0, panels * blocks, 1, [&](int64_t begin, int64_t end) {
+  static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);
+  const TilePlan plan =
+      plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
     bf16* room = panel_scratch(depth);
-    for (int64_t i = begin; i < end; ++i) pass(i % panels, i / panels * together, room);
+    for (int64_t part = begin; part < end; ++part)
+      plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });
   });
 }
 

@@ -90,7 +90,7 @@ struct TileForward {
   const float* bias_before;  // b₀ [rows] or null
   const float* bias;         // b₁ [rows] or null
   bf16* y;                   // [tokens, rows]
-  bf16* z;                   // [tokens, rows] or null
+  bf16* z;                   // [tokens, rows] or null: Z + b₀
 };
 
 struct TileBackward {
@@ -146,6 +146,7 @@ struct TileFewTokens {
 };
 
 struct TileKernels {
+  int64_t decode_strips;  // what decoding a panel costs, in strips of 16 tokens that are multiplied with it
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   // Rows [begin, end) of W against the token strips [first, last); panel: scratch of panel_elements.

@@ -20,9 +20,10 @@ struct TileUnit {
 
 constexpr int kPart = kStrip * kStrip;  // floats of a tile of sums
 constexpr int64_t kRowsOfStep = 2 * kStrip;
+constexpr int64_t kDecodeStrips = 6;
 
 template <bool kTwoLeft, bool kTwoRight>
-inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, float* c) {
+inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
   const int64_t strip = tiles * kTile;
   AMX_MEMORY_BARRIER();
   AMX_LOAD(0, c);
@@ -30,6 +31,7 @@ inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, f
   if (kTwoLeft) AMX_LOAD(2, c + 2 * kPart);
   if (kTwoLeft && kTwoRight) AMX_LOAD(3, c + 3 * kPart);
   for (int64_t d = 0; d < tiles; ++d) {
+    ahead->fetch();
     AMX_LOAD(6, right + d * kTile);
     AMX_LOAD(4, left + d * kTile);
     AMX_PRODUCT(0, 4, 6);
@@ -49,13 +51,12 @@ inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, f
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
-// Nothing is fetched ahead: no AMX has been measured.
 inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
-                     Ahead*) {
-  if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);
-  if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c);
-  if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c);
-  multiply_tiles<false, false>(left, right, tiles, c);
+                     Ahead* ahead) {
+  if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c, ahead);
+  if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c, ahead);
+  if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c, ahead);
+  multiply_tiles<false, false>(left, right, tiles, c, ahead);
 }
 
 }  // namespace

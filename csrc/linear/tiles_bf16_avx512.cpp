@@ -19,6 +19,7 @@ struct TileUnit {
 
 constexpr int kRowsTogether = 8;
 constexpr int64_t kRowsOfStep = kRowsTogether;  // of the block, that one step of the depth multiplies
+constexpr int64_t kDecodeStrips = 1;
 
 template <int kRight>
 inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
@@ -66,8 +67,8 @@ inline void multiply(const bf16* left, int left_strips, const bf16* right, int r
 
 namespace peft_ext {
 
-const TileKernels kTileKernelsAvx512Bf16 = {left_strips, right_strips,    forward, backward,
-                                            few_tokens,  few_tokens_pack, shrink,  outer};
+const TileKernels kTileKernelsAvx512Bf16 = {kDecodeStrips, left_strips,     right_strips, forward, backward,
+                                            few_tokens,    few_tokens_pack, shrink,       outer};
 
 }  // namespace peft_ext
 #include "common/target_end.h"

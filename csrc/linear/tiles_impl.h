@@ -1,5 +1,5 @@
 // The tile kernels but for the microkernel, in AVX-512 with BF16. Included after the target pragma and after
-//   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
+//   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
 //     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB
 //     and a step of `ahead` for each kRowsOfStep rows of it and each tile of the depth, or none
 //   class TileUnit: an object lives while a task multiplies.
@@ -329,6 +329,10 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
   }
   low_rank();
   if (work.dropped == nullptr) multiply(rows, block->left, x, block->right, tiles, block->c, ahead);
+  if (work.bias_before != nullptr)
+    block->each([&](__m512 v, int r, int) {
+      return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias_before, row + r, n, 0.0f)));
+    });
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
     block->each([&](__m512 v, int r, int j) {
@@ -337,9 +341,8 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
     });
     multiply(rows, block->left, x, block->right, tiles, block->c);
   }
-  if (work.scale != nullptr || work.bias_before != nullptr || work.bias != nullptr)
+  if (work.scale != nullptr || work.bias != nullptr)
     block->each([&](__m512 v, int r, int) {
-      v = _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias_before, row + r, n, 0.0f)));
       if (work.dropped == nullptr) v = _mm512_mul_ps(v, scale(r));
       return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias, row + r, n, 0.0f)));
     });

@@ -38,7 +38,10 @@ void check_blocksize(const char* op, int64_t blocksize) {
 
 int64_t numel_of(const std::vector<int64_t>& shape) {
   int64_t numel = 1;
-  for (const int64_t size : shape) numel *= size;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "peft_ext: shape has ", size, ", wanted sizes of 0 and more");
+    numel = checked_product(numel, size);
+  }
   return numel;
 }
 
@@ -221,6 +224,13 @@ FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor>
   return held;
 }
 
+void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type) {
+  STD_TORCH_CHECK(weight.shape.size() == 2, op, ": weight has ", weight.shape.size(), " dimensions, wanted [N, K]");
+  STD_TORCH_CHECK(weight.is_nf4() || weight.weight.scalar_type() == type, op, ": weight is ",
+                  torch::headeronly::toString(weight.weight.scalar_type()), ", wanted ",
+                  torch::headeronly::toString(type));
+}
+
 bool skinny_takes(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
   return weight.is_nf4() && tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
          weight.blocksize % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
@@ -271,9 +281,7 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
 
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type) {
   if (!weight.is_nf4()) {
-    STD_TORCH_CHECK(weight.weight.scalar_type() == type, op, ": weight is ",
-                    torch::headeronly::toString(weight.weight.scalar_type()), ", wanted ",
-                    torch::headeronly::toString(type));
+    check_matrix_weight(op, weight, type);
     return weight.weight;
   }
   Tensor dense = empty(weight.shape, type);

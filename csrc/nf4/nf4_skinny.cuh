@@ -165,7 +165,7 @@ struct SkinnyFinish {
   const void* bias_before;  // b₀, T [outputs], or null
   const void* bias_after;   // b₁
   void* y;                  // T [tokens, outputs]
-  void* z;                  // the same before g and the biases, or null
+  void* z;                  // the same before g and b₁, or null
 };
 
 constexpr int kFinishTokens = 8;  // of a thread, which reads its row of B once for them
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnyFin
   for (int i = 0; i < kFinishTokens; ++i) {
     if (first + i >= work.tokens) continue;
     const int64_t at = (first + i) * work.outputs + n;
-    const float z = sums[i] + low_rank[i];
+    const float z = sums[i] + low_rank[i] + before;
     if (work.z != nullptr) store_value(static_cast<T*>(work.z) + at, z);
-    store_value(static_cast<T*>(work.y) + at, scale * (z + before) + after);
+    store_value(static_cast<T*>(work.y) + at, scale * z + after);
   }
 }
 

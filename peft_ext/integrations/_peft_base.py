@@ -314,6 +314,16 @@ def enter_4bit(base: nn.Module, x: Tensor, seen: torch.dtype) -> Optional[tuple[
     return x.to(compute), nf4_from_params4bit(base._parameters["weight"], quant_state_of(base)), bias
 
 
+def sums_wider(base: nn.Module, x: Tensor) -> bool:
+    """Whether ``base``, a 4-bit layer, multiplies in fewer bits than PEFT adds the adapter in: float32 activations, as
+    behind ``prepare_model_for_kbit_training``'s norms, over a 16-bit compute_dtype. Then it runs on its own, as in PEFT.
+    """
+    if type(base) not in FOUR_BIT or x.dtype is not torch.float32 or autocast_dtype(x) is not None:
+        return False
+    # Where the layer has not chosen its type yet, it will take x's.
+    return base.compute_type_is_set and base.compute_dtype not in (None, torch.float32)
+
+
 def quant_state_of(base: nn.Module) -> Any:
     """A ``Linear4bit``'s: the parameter's or, where fully_shard has gathered that into a plain one, the layer's."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)

@@ -23,6 +23,7 @@ from ._peft_base import (
     kernel_reason,
     layer_reason,
     short,
+    sums_wider,
     takes,
     tensor_reason,
 )
@@ -95,7 +96,7 @@ class _IA3(Fused):
         for other in others:
             vector = vector * other
         base = self._modules["base_layer"]
-        if alone is not None:
+        if alone is not None or sums_wider(base, x):
             if self.is_feedforward:
                 return base(ops.ia3_scale(x, vector.flatten()))
             result = base(x)

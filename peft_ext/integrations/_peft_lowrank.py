@@ -30,10 +30,13 @@ from ._peft_base import (
     hooked,
     kernel_reason,
     layer_reason,
+    quant_state_of,
     short,
+    sums_wider,
     takes,
     tensor_reason,
 )
+from .bitsandbytes import nf4_from_params4bit
 
 try:
     from peft.tuners import adalora, lora
@@ -189,6 +192,10 @@ class _LowRank(Fused):
         if reason is not None or not takes(x):
             return None
         base, name = modules["base_layer"], names[0]
+        if onto is None and sums_wider(base, x):
+            if name in self.lora_variant:
+                return self._dora_over(name, base, x)
+            onto = "its sum is float32's"
         if onto is None:
             if (entered := enter(base, x)) is None:
                 return None
@@ -360,6 +367,30 @@ class Lora(_LowRank):
         )  # fmt: skip
         dtype = self._dora_dtype(dtype, magnitude)
         return y if y.dtype is dtype else y.to(dtype)
+
+    def _dora_over(self, name: str, base: nn.Module, x: Tensor) -> Tensor:
+        """The same in float32 over a 4-bit layer that computes in fewer bits, and so runs on its own."""
+        modules = self._modules
+        module, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
+        (lora_A, lora_B), scaling, bias = self._pair(name), self.scaling[name], base._parameters["bias"]
+        weight = nf4_from_params4bit(base._parameters["weight"], quant_state_of(base))
+        norm = _cached_norm(module, name, weight.dtype, weight, lora_A, lora_B, scaling)
+        if norm is None:
+            norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
+        scale, result = output_scale(module._parameters["weight"], norm), base(x)
+        drops = type(dropout) is nn.Dropout and dropout.training and self.training and dropout.p > 0.0
+        if (
+            drops and self.__dict__.get(DORA_DROPOUT, "peft") == "peft"
+        ):  # on the base as well, whose product PEFT widens
+            dropped = dropout(x)
+            product = ops.nf4_linear(dropped, weight)
+            z = ops.lora_residual(dropped, product, lora_A, lora_B, scaling=scaling)
+            return result - product + ops.ia3_scale(z, scale)
+        plain = result if bias is None else result - bias
+        z = ops.lora_residual(x, plain, lora_A, lora_B, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
+                              training=drops)  # fmt: skip
+        y = ops.ia3_scale(z, scale)
+        return y if bias is None else y + bias
 
 
 def _cached_norm(

@@ -7,7 +7,7 @@
 Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (the base
 dropped: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. The norm's, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-Saved: x, S, the seed, vectors, and for dg alone Y (``Z = Y/g``) or, where Y does not give it back, Z.
+Saved: x, S, the seed, vectors, and for dg alone Z, or Y (``Z = Y/g``) for a caller that promises not to change it.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
 """
@@ -60,18 +60,18 @@ def _norm_backward_fake(grad, *args):
 
 
 def _forward_reference(x, *args):
-    *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base = args
+    *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base, want_z = args
     y, s, z = reference.dora_linear_forward(
         x, checks.unpack_weight(*weight, x.dtype), bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base
     )
-    return y, s, x.new_empty(0) if z is None else z
+    return y, s, z if want_z else x.new_empty(0)
 
 
 def _forward_fake(x, *args):
-    *weight, bias, lora_A, _lora_B, _out_scale, _scaling, _dropout_p, _seed, drop_base = args
+    *weight, _bias, lora_A, _lora_B, _out_scale, _scaling, _dropout_p, _seed, _drop_base, want_z = args
     count, out_features = tokens(x), weight[-1][0]
     s = x.new_empty((count, lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
-    z = x.new_empty(0) if _y_gives_z(bias, drop_base) else x.new_empty((count, out_features))
+    z = x.new_empty((count, out_features) if want_z else 0)
     return x.new_empty((*x.shape[:-1], out_features)), s, z
 
 
@@ -106,7 +106,8 @@ define(
 )
 define(
     "dora_linear",
-    f"(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}, Tensor out_scale, {_DROPOUT}) -> (Tensor y, Tensor s, Tensor z)",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}, Tensor out_scale, {_DROPOUT}, bool want_z)"
+    " -> (Tensor y, Tensor s, Tensor z)",
     reference=_forward_reference,
     fake=_forward_fake,
 )
@@ -144,28 +145,27 @@ def _norm_backward(ctx, grad, _grad_u):
     return (*(None,) * 7, grad_a if needs[7] else None, grad_b if needs[8] else None, None, None)
 
 
-def _y_gives_z(bias: Optional[Tensor], drop_base: bool) -> bool:
-    """Whether ``Y = g∘Z``, so that the backward takes Y for Z."""
-    return bias is None and not drop_base
-
-
 def _setup_context(ctx, inputs, output):
-    x, *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base = inputs
+    x, *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base, want_z = inputs
     y, s, z = output
     ctx.mark_non_differentiable(s, z)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dropout_p)
     ctx.drop_base = drop_base
-    ctx.z_is_scaled = _y_gives_z(bias, drop_base)
-    held = (y if ctx.z_is_scaled else z) if ctx.needs_input_grad[11] else None
+    ctx.z_is_scaled = not want_z
+    held = None
+    if ctx.needs_input_grad[11]:
+        if not want_z and (drop_base or bias is not None):
+            raise ValueError("dora_linear: want_z is False with a bias or the base dropped, where Y does not give Z")
+        held = z if want_z else y
     ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, out_scale, s, seed, held)
 
 
 def _backward(ctx, grad, _grad_s, _grad_z):
     refuse_double_backward("dora_linear")
     if grad is None:
-        return (None,) * 16
+        return (None,) * 17
     x, *weight, lora_A, lora_B, out_scale, s, seed, z = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x = grad_a = grad_b = grad_g = grad_bias = None
@@ -177,7 +177,7 @@ def _backward(ctx, grad, _grad_s, _grad_z):
         )  # fmt: skip
     if needs[8]:
         grad_bias = sum_rows(grad)
-    found = (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, grad_g, None, None, None, None)
+    found = (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, grad_g, *(None,) * 5)
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
@@ -238,6 +238,7 @@ def dora_linear(
     norm_grad: bool = False,
     weight_norm: Optional[Tensor] = None,
     seed: Optional[Tensor] = None,
+    save_output: bool = False,
 ) -> Tensor:
     """``Y = g ∘ (x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ) + b`` with ``g = magnitude / ‖W + scaling · B A‖`` per row.
 
@@ -250,11 +251,13 @@ def dora_linear(
         norm_grad: let the gradient flow through the norm too; the paper, and PEFT, hold it constant.
         weight_norm: ``[N]``, of any float dtype: the norm, where it is known already (:func:`dora_weight_norm` of the
             weight in x's dtype); default: computed.
+        save_output: a promise that nobody changes the result in place. Then Y itself is saved for magnitude's gradient
+            where it gives Z back (on a CPU, without a bias, the base not dropped), which spares Z's T·N elements. Rows
+            of g that are 0 (in float16 below 1/64) have their part of the base product made again in the backward.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32, the seed, vectors of float32 and,
-    where magnitude needs a gradient, Y itself (so don't change it in place) or, with a bias or the base dropped, Z
-    ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    where magnitude needs a gradient, Z ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -276,7 +279,7 @@ def dora_linear(
     if checks.any_float64(x, lora_A, lora_B, magnitude, weight_norm):
         return in_float64(reference.dora_linear, x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling,
                           dropout_p=dropout_p, training=training, dropout_mode=dropout_mode, norm_grad=norm_grad,
-                          weight_norm=weight_norm, seed=seed)  # fmt: skip
+                          weight_norm=weight_norm, seed=seed, save_output=save_output)  # fmt: skip
     held = checks.weight_args(weight)
     if weight_norm is None:
         adapter = (lora_A, lora_B) if norm_grad else (lora_A.detach(), lora_B.detach())
@@ -286,5 +289,7 @@ def dora_linear(
     out_scale = reference.output_scale(magnitude, weight_norm)
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
     drop_base = dropout_mode == "peft" and seed is not None
-    args = (bias, lora_A, lora_B, out_scale, float(scaling), float(dropout_p), seed, drop_base)
+    y_gives_z = save_output and bias is None and not drop_base and x.device.type == "cpu"
+    want_z = torch.is_grad_enabled() and out_scale.requires_grad and not y_gives_z
+    args = (bias, lora_A, lora_B, out_scale, float(scaling), float(dropout_p), seed, drop_base, want_z)
     return _ops.dora_linear(x, *held, *args)[0]

@@ -1,10 +1,10 @@
 """IA3: a learned factor per output, or per input, of a linear layer over a frozen weight, dense or NF4.
 
-    output:  Y = l∘(x Wᵀ + b),  l [N]           feedforward:  Y = (l∘x) Wᵀ + b,  l [K]           scale:  Y = l∘x,  l [K]
+    output:  Y = l∘Z,  Z = x Wᵀ + b,  l [N]           feedforward:  Y = (l∘x) Wᵀ + b,  l [K]           scale:  Y = l∘x,  l [K]
 
-Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘(Y/l)``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
+Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-Saved: x and, for the output's dl alone, Y (where l is near 0, ``Y/l`` is computed again from x).
+Saved: x and, for the output's dl alone, Z, or Y (``Z = Y/l``) for a caller that promises not to change it.
 
 Source: IA3 (arXiv 2205.05638).
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import ia3 as reference
 from ..weight import NF4Weight
 from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define, in_float64
+from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["ia3_linear", "ia3_scale"]
@@ -33,25 +33,27 @@ _GRADS = "(Tensor grad_x, Tensor grad_l)"
 
 
 def _linear_reference(x, *args):
-    *weight, bias, ia3_l, feedforward = args
-    return reference.ia3_linear_forward(x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, feedforward)
+    *weight, bias, ia3_l, feedforward, want_z = args
+    y, z = reference.ia3_linear_forward(x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, feedforward)
+    return y, z if want_z else x.new_empty(0)
 
 
 def _linear_fake(x, *args):
-    *weight, _bias, _ia3_l, _feedforward = args
-    return x.new_empty((*x.shape[:-1], weight[-1][0]))
+    *weight, _bias, _ia3_l, _feedforward, want_z = args
+    z = x.new_empty((tokens(x), weight[-1][0]) if want_z else 0)
+    return x.new_empty((*x.shape[:-1], weight[-1][0])), z
 
 
 def _linear_backward_reference(grad, x, *args):
-    *weight, bias, ia3_l, y, feedforward, needs_x, needs_l = args
+    *weight, bias, ia3_l, z, z_is_scaled, feedforward, needs_x, needs_l = args
     grad_x, grad_l = reference.ia3_linear_backward(
-        grad, x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, y, feedforward
+        grad, x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, z, z_is_scaled, feedforward
     )
     return grad_x if needs_x else x.new_empty(0), grad_l if needs_l else ia3_l.new_empty(0)
 
 
 def _linear_backward_fake(grad, x, *args):
-    *_, ia3_l, _y, _feedforward, needs_x, needs_l = args
+    *_, ia3_l, _z, _z_is_scaled, _feedforward, needs_x, needs_l = args
     return x.new_empty(x.shape if needs_x else 0), ia3_l.new_empty(ia3_l.shape if needs_l else 0)
 
 
@@ -70,13 +72,14 @@ def _scale_backward_fake(grad, x, ia3_l, needs_x, needs_l):
 
 define(
     "ia3_linear",
-    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor ia3_l, bool feedforward) -> Tensor",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor ia3_l, bool feedforward, bool want_z) -> (Tensor y, Tensor z)",
     reference=_linear_reference,
     fake=_linear_fake,
 )
 define(
     "ia3_linear_backward",
-    f"(Tensor grad, Tensor x, {WEIGHT}, Tensor? bias, Tensor ia3_l, Tensor? y, bool feedforward, {_NEEDS}) -> {_GRADS}",
+    f"(Tensor grad, Tensor x, {WEIGHT}, Tensor? bias, Tensor ia3_l, Tensor? z, bool z_is_scaled, bool feedforward,"
+    f" {_NEEDS}) -> {_GRADS}",
     reference=_linear_backward_reference,
     fake=_linear_backward_fake,
 )
@@ -93,26 +96,33 @@ define(
 
 
 def _linear_setup_context(ctx, inputs, output):
-    x, *weight, bias, ia3_l, feedforward = inputs
+    x, *weight, bias, ia3_l, feedforward, want_z = inputs
+    y, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.feedforward = feedforward
-    y = output if ctx.needs_input_grad[9] and not feedforward else None
-    ctx.save_for_backward(x, *weight[:5], bias, ia3_l, y)
+    ctx.z_is_scaled = not want_z
+    held = (z if want_z else y) if ctx.needs_input_grad[9] and not feedforward else None
+    ctx.save_for_backward(x, *weight[:5], bias, ia3_l, held)
 
 
-def _linear_backward(ctx, grad):
+def _linear_backward(ctx, grad, _grad_z):
     refuse_double_backward("ia3_linear")
-    x, *weight, bias, ia3_l, y = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    x, *weight, bias, ia3_l, z = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x = grad_l = grad_bias = None
     if needs[0] or needs[9]:
+        z = z if z is None else z.reshape(-1, z.shape[-1])
         grad_x, grad_l = _ops.ia3_linear_backward(
-            grad, x, *weight, *ctx.blocksize_shape, bias, ia3_l, y, ctx.feedforward, needs[0], needs[9]
+            grad, x, *weight, *ctx.blocksize_shape, bias, ia3_l, z, ctx.z_is_scaled, ctx.feedforward, needs[0], needs[9]
         )
     if needs[8]:
         grad_bias = sum_rows(grad)
         grad_bias = grad_bias if ctx.feedforward else (grad_bias * ia3_l).to(grad.dtype)
-    return (grad_x if needs[0] else None, *(None,) * 7, grad_bias, grad_l if needs[9] else None, None)
+    return (grad_x if needs[0] else None, *(None,) * 7, grad_bias, grad_l if needs[9] else None, None, None)
 
 
 def _scale_setup_context(ctx, inputs, output):
@@ -141,6 +151,7 @@ def ia3_linear(
     bias: Optional[Tensor] = None,
     *,
     feedforward: bool = False,
+    save_output: bool = False,
 ) -> Tensor:
     """``Y = l ∘ (x Wᵀ + b)`` over a frozen weight; with ``feedforward`` ``Y = (l ∘ x) Wᵀ + b``.
 
@@ -149,10 +160,13 @@ def ia3_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
+        save_output: a promise that nobody changes the result in place. Then Y itself is saved for the gradient of an
+            ia3_l that scales the output (on a CPU), which spares Z's T·N elements. Where ia3_l is 0 (in float16 below
+            1/64) those outputs' part of the base product is made again in the backward.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
-    own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient, Y itself (so
-    don't change it in place). Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient,
+    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -168,7 +182,10 @@ def ia3_linear(
     checks.check_bias(op, bias, x, out_features)
     if checks.any_float64(x, ia3_l):
         return in_float64(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
-    return _ops.ia3_linear(x, *checks.weight_args(weight), bias, ia3_l.reshape(-1), bool(feedforward))
+    trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward
+    want_z = trains and not (save_output and x.device.type == "cpu")
+    args = (bias, ia3_l.reshape(-1), bool(feedforward), want_z)
+    return _ops.ia3_linear(x, *checks.weight_args(weight), *args)[0]
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def dora_linear_forward(
     dropout_p: float,
     seed: Optional[Tensor],
     drop_base: bool,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """``(Y [..., N], S [T, R], Z [T, N])``; Z is None where ``Y = g∘Z`` gives it back.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Y [..., N], S [T, R], Z [T, N])``.
 
     With ``drop_base`` the base product in Z is that of x̃, and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
     """
@@ -113,8 +113,7 @@ def dora_linear_forward(
         z = base + low_rank
         y = g * z
     y = y if bias is None else y + bias.to(wide)
-    z = rows(z.to(x.dtype)) if drop_base or bias is not None else None
-    return y.to(x.dtype), s.reshape(-1, lora_A.shape[0]), z
+    return y.to(x.dtype), s.reshape(-1, lora_A.shape[0]), rows(z.to(x.dtype))
 
 
 def dora_linear_backward(
@@ -179,8 +178,9 @@ def dora_linear(
     norm_grad: bool = False,
     weight_norm: Optional[Tensor] = None,
     seed: Optional[Tensor] = None,
+    save_output: bool = False,
 ) -> Tensor:
-    """See :func:`peft_ext.ops.dora_linear`; gradients come from PyTorch's autograd."""
+    """See :func:`peft_ext.ops.dora_linear`; gradients come from PyTorch's autograd, which saves what it needs."""
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=x.dtype)
     g = output_scale(magnitude, weight_norm if norm_grad else weight_norm.detach())

@@ -26,13 +26,14 @@ __all__ = [
 
 def ia3_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
-) -> Tensor:
-    """``Y [..., N]``; ia3_l is ``[K]`` with ``feedforward``, else ``[N]``."""
+) -> tuple[Tensor, Tensor]:
+    """``(Y [..., N], Z [T, N])``, Z being Y before an output's scale; ia3_l is ``[K]`` with ``feedforward``, else
+    ``[N]``."""
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
     y = (factor * x.to(wide) if feedforward else x.to(wide)) @ w.t()
     y = y if bias is None else y + bias.to(wide)
-    return (y if feedforward else factor * y).to(x.dtype)
+    return (y if feedforward else factor * y).to(x.dtype), rows(y.to(x.dtype))
 
 
 def ia3_linear_backward(
@@ -41,12 +42,14 @@ def ia3_linear_backward(
     weight: Union[Tensor, NF4Weight],
     bias: Optional[Tensor],
     ia3_l: Tensor,
-    y: Optional[Tensor],
+    z: Optional[Tensor],
+    z_is_scaled: bool,
     feedforward: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of x and ia3_l (None for the output's without y): with ``U = dY W``,
+    """Gradients of x and ia3_l (None for the output's without z): with ``U = dY W``,
 
-    feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘(Y/l)``.
+    feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. ``z_is_scaled``: z is
+    Y, and ``Z = Y / l``.
     """
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
@@ -55,13 +58,15 @@ def ia3_linear_backward(
         u = flat @ w
         return (factor * u).to(x.dtype).view(x.shape), (wide_x * u).sum(0).to(ia3_l.dtype)
     grad_x = ((factor * flat) @ w).to(x.dtype).view(x.shape)
-    if y is None:
+    if z is None:
         return grad_x, None
-    small = factor.abs() < SMALLEST_SCALE
-    unscaled = rows(y).to(wide) / factor.masked_fill(small, 1)
-    again = wide_x @ w[small].t()
-    unscaled[:, small] = again if bias is None else again + bias[small].to(wide)
-    return grad_x, (flat * unscaled).sum(0).to(ia3_l.dtype)
+    z = rows(z).to(wide)
+    if z_is_scaled:
+        small = factor.abs() < SMALLEST_SCALE
+        z = z / factor.masked_fill(small, 1)
+        again = wide_x @ w[small].t()
+        z[:, small] = again if bias is None else again + bias[small].to(wide)
+    return grad_x, (flat * z).sum(0).to(ia3_l.dtype)
 
 
 def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
@@ -83,9 +88,10 @@ def ia3_linear(
     bias: Optional[Tensor] = None,
     *,
     feedforward: bool = False,
+    save_output: bool = False,
 ) -> Tensor:
-    """See :func:`peft_ext.ops.ia3_linear`; gradients come from PyTorch's autograd."""
-    return ia3_linear_forward(x, weight, bias, ia3_l.reshape(-1), feedforward)
+    """See :func:`peft_ext.ops.ia3_linear`; gradients come from PyTorch's autograd, which saves what it needs."""
+    return ia3_linear_forward(x, weight, bias, ia3_l.reshape(-1), feedforward)[0]
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:

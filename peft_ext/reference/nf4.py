@@ -30,6 +30,7 @@ __all__ = [
     "nf4_quantize",
     "quantize",
     "quantize_absmax",
+    "scale_mean",
 ]
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
@@ -194,11 +195,28 @@ def merge(
     return codes, scales, torch.stack([moved.double().square().sum(), merged.double().square().sum()])
 
 
+def scale_mean(absmax: Tensor) -> Tensor:
+    """The mean of the scales in float32, of no dimensions: the same bits for any number of threads, on any device.
+
+    As whole numbers, in units of some 2⁻⁴⁰ of the largest scale, they have a sum that no order changes; PyTorch's mean
+    adds in an order that depends on the threads. bitsandbytes takes that mean, so that its last bit may differ.
+    """
+    if absmax.numel() == 0:
+        return absmax.new_zeros(())
+    largest = absmax.amax()
+    mantissa, _ = torch.frexp(largest.double())
+    unit = torch.where(mantissa == 0, 1.0, largest.double() / mantissa)  # the power of two above it, exactly
+    units = 2.0 ** (62 - absmax.numel().bit_length())
+    total = (absmax.double() / unit * units).long().sum()
+    mean = (total.double() / units * unit / absmax.numel()).float()
+    return torch.where(largest.isfinite(), mean, largest)
+
+
 def nested(
     absmax: Tensor, quantize_absmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, NestedAbsmax]:
     """Scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    offset = scale_mean(absmax)
     code = dynamic_code(absmax.device)
     codes, nested_absmax = quantize_absmax(absmax - offset, code)
     return codes, NestedAbsmax(nested_absmax, code, offset)

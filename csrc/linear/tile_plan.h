@@ -1,0 +1,83 @@
+// How the tile kernels' work is cut for threads. Pure arithmetic, free of torch: nothing here searches or tries, so
+// that it ends for every input.
+//
+//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens: what is never cut
+//   block    token strips that all of W passes over before the next ones do: so many that they stay in cache
+//   part     what one thread does: of each block a range of its units, panel after panel
+//
+// Every unit is in one range. A range is cut by units, or, where decoding a panel twice would cost more than waiting,
+// by whole panels: whichever keeps the busiest thread shorter. In strips of products, a panel's decoding being `decode`
+// of them, the busiest part of a block costs at most the mean part and one unit and two panels decoded.
+#pragma once
+
+#include <stdint.h>
+
+namespace peft_ext {
+
+constexpr int64_t kPlanRows = 64;   // rows (or columns) of W decoded together
+constexpr int64_t kPlanStrip = 16;  // tokens of a strip
+
+// Bytes of the tokens' strips that all panels pass over before the next tokens: they stay in L3.
+constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
+// Units of each part in a block, at least, where there are several blocks: one unit too many is then little.
+constexpr int64_t kPlanUnits = 32;
+
+// Rows [row, end) of W against token strips [first, last).
+struct PlanRange {
+  int64_t row, end, first, last;
+};
+
+struct TilePlan {
+  int64_t rows, strips;           // of the whole call
+  int64_t step;                   // strips that stay together
+  int64_t panels, steps, blocks;  // steps: of the strips, the last one shorter
+  int64_t parts;                  // at most as many as threads; 0 where there is nothing to do
+  bool whole_panels;              // a panel of a block is one part's
+
+  int64_t first_step(int64_t block) const { return steps * block / blocks; }
+
+  // Units [begin, end) of a block, panel by panel, that are a part's.
+  int64_t first_unit(int64_t part, int64_t block) const {
+    const int64_t of_panel = first_step(block + 1) - first_step(block);
+    return whole_panels ? panels * part / parts * of_panel : panels * of_panel * part / parts;
+  }
+
+  // run(PlanRange) for each panel of a part, or a piece of one, block after block.
+  template <typename Run>
+  void each(int64_t part, const Run& run) const {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t base = first_step(block), of_panel = first_step(block + 1) - base;
+      const int64_t end = first_unit(part + 1, block);
+      int64_t piece = 0;
+      for (int64_t unit = first_unit(part, block); unit < end; unit += piece) {
+        const int64_t panel = unit / of_panel, at = unit % of_panel;
+        piece = end - unit < of_panel - at ? end - unit : of_panel - at;
+        const int64_t row = panel * kPlanRows, stop = row + kPlanRows, last = (base + at + piece) * step;
+        run(PlanRange{row, stop < rows ? stop : rows, (base + at) * step, last < strips ? last : strips});
+      }
+    }
+  }
+};
+
+// W [rows, depth] (or its columns) against so many tokens; decode: what decoding a panel costs in strips of products.
+inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t step, int64_t decode, int64_t threads) {
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  TilePlan plan{rows, ceil(tokens, kPlanStrip), step, ceil(rows, kPlanRows), 0, 1, 0, false};
+  plan.steps = ceil(plan.strips, step);
+  if (plan.panels == 0 || plan.steps == 0) return plan;
+  const int64_t step_bytes = most(1, ceil(depth, 32) * 32) * kPlanStrip * 2 * step;
+  const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
+  plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
+  // Of the first block, which is as large as any or one step smaller.
+  const int64_t of_panel = ceil(plan.steps, plan.blocks), units = plan.panels * of_panel;
+  plan.parts = units < threads ? units : threads;
+  const int64_t each = ceil(units, plan.parts), touched = (each - 1 + of_panel - 1) / of_panel + 1;
+  const int64_t cut = each * step + (touched < plan.panels ? touched : plan.panels) * decode;
+  const int64_t whole = ceil(plan.panels, plan.parts) * (of_panel * step + decode);
+  plan.whole_panels = whole <= cut;
+  if (plan.whole_panels && plan.panels < plan.parts) plan.parts = plan.panels;
+  return plan;
+}
+
+}  // namespace peft_ext
