@@ -315,8 +315,10 @@ def enter_4bit(base: nn.Module, x: Tensor, seen: torch.dtype) -> Optional[tuple[
 
 
 def sums_wider(base: nn.Module, x: Tensor) -> bool:
-    """Whether ``base``, a 4-bit layer, multiplies in fewer bits than PEFT adds the adapter in: float32 activations, as
-    behind ``prepare_model_for_kbit_training``'s norms, over a 16-bit compute_dtype. Then it runs on its own, as in PEFT.
+    """Whether ``base``, a 4-bit layer, multiplies in fewer bits than PEFT adds the adapter in.
+
+    So it is with float32 activations, as behind ``prepare_model_for_kbit_training``'s norms, over a 16-bit
+    compute_dtype. Then the base layer runs on its own, as in PEFT.
     """
     if type(base) not in FOUR_BIT or x.dtype is not torch.float32 or autocast_dtype(x) is not None:
         return False
