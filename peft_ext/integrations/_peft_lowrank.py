@@ -379,9 +379,7 @@ class Lora(_LowRank):
             norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
         scale, result = output_scale(module._parameters["weight"], norm), base(x)
         drops = type(dropout) is nn.Dropout and dropout.training and self.training and dropout.p > 0.0
-        if (
-            drops and self.__dict__.get(DORA_DROPOUT, "peft") == "peft"
-        ):  # on the base as well, whose product PEFT widens
+        if drops and self.__dict__.get(DORA_DROPOUT, "peft") == "peft":  # on the base too, in float32
             dropped = dropout(x)
             product = ops.nf4_linear(dropped, weight)
             z = ops.lora_residual(dropped, product, lora_A, lora_B, scaling=scaling)

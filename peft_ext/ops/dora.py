@@ -257,7 +257,8 @@ def dora_linear(
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes; saved for backward: x, S ``[T, R]`` float32, the seed, vectors of float32 and,
-    where magnitude needs a gradient, Z ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    where magnitude needs a gradient, Z ``[T, N]`` of x's dtype. Under autocast x, bias and a dense weight are cast to
+    the autocast dtype.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

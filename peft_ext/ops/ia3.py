@@ -1,6 +1,6 @@
 """IA3: a learned factor per output, or per input, of a linear layer over a frozen weight, dense or NF4.
 
-    output:  Y = l∘Z,  Z = x Wᵀ + b,  l [N]           feedforward:  Y = (l∘x) Wᵀ + b,  l [K]           scale:  Y = l∘x,  l [K]
+    output:  Z = x Wᵀ + b,  Y = l∘Z,  l [N]       feedforward:  Y = (l∘x) Wᵀ + b,  l [K]       scale:  Y = l∘x,  l [K]
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
