@@ -27,6 +27,9 @@ from ._version import __version__
 
 __all__ = ["STATE", "NativeState", "load"]
 
+# The CPU paths whose bfloat16 products are the package's own, on a bfloat16 dot product of the CPU.
+TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
+
 MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
 
 

@@ -50,6 +50,7 @@ from ._meta import (
     replace_tensors,
     stand_in,
 )
+from ._native import STATE, TILE_PATHS
 from .nn import NF4Linear
 from .ops import _checks as checks
 from .ops._library import NAMESPACE
@@ -443,8 +444,9 @@ class _Storage:
 class _Storages(TorchDispatchMode):
     """Notes every storage that an operator returns, and its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.clock = 0
         self.kind = "temporary"
         self.all: list[_Storage] = []
@@ -457,7 +459,7 @@ class _Storages(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.note(t)
         if func.namespace == NAMESPACE:
-            workspace = self.add(_workspace_bytes(func, args), "temporary")
+            workspace = self.add(_workspace_bytes(func, args, self.device), "temporary")
             workspace.died = self.mark()
         return out
 
@@ -485,19 +487,29 @@ class _Storages(TorchDispatchMode):
         return self.clock
 
 
-def _workspace_bytes(func: Any, args: Any) -> int:
+def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     """What one of this package's operators takes for itself beside its results, at most.
 
-    An NF4 weight in the dtype of what it is multiplied with (on CUDA, and on the CPU in float32), and in the backward
-    of a layer that scales its output, or its input, the scaled gradient.
+    On CUDA, and on the CPU in float32, an NF4 weight in the dtype of what it is multiplied with. On the CPU in 16 bits
+    the activations as they are multiplied: packed into strips where the package's own tiles multiply, which read the
+    weight as it lies; else they, the product and a panel of the weight in float32. In the backward of a layer that
+    scales its output, or its input, the scaled gradient.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0
+    out_features, in_features = given["shape"]
     size = 0
-    if given.get("absmax") is not None:
-        size += given["shape"][0] * given["shape"][1] * by.element_size()
+    if device == "cpu" and by.element_size() == 2:
+        products = 2 if given.get("drop_base") and given.get("seed") is not None else 1
+        if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
+            size += products * 2 * by.numel()
+        else:
+            rows = by.numel() // max(1, by.shape[-1])
+            size += products * 4 * (rows * (out_features + in_features) + 1024 * in_features)
+    elif given.get("absmax") is not None:
+        size += out_features * in_features * by.element_size()
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
         size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
     return size
@@ -521,7 +533,7 @@ class _Step:
     def __init__(self, model: nn.Module, optimizer: Optional[str], device: str) -> None:
         self.model, self.device = model, device
         self.states, self.copies = _OPTIMIZERS["sgd" if optimizer is None else optimizer]
-        self.storages = _Storages()
+        self.storages = _Storages(device)
         self.forward_end = 0
         self.begins: list[tuple[int, str]] = []
 

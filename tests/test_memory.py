@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext import memory  # noqa: E402
+from peft_ext import _native, memory  # noqa: E402
 from peft_ext._meta import AUTO_CLASSES  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
 
@@ -231,6 +231,20 @@ def test_a_dequantized_weight_is_temporary():
     model = nn.Sequential(nn.Linear(8, 256), peft_ext.nn.NF4Linear(256, 1024, bias=False))
     estimate = estimate_memory(model, inputs={"input": torch.empty(2, 8)})
     assert 0 <= estimate.temporary - 4 * 256 * 1024 < 2**16
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx2"])
+def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
+    """In bfloat16: strips of the activations, or, without a dot product of the type, float32 copies."""
+    monkeypatch.setattr(type(_native.STATE), "isa", isa)
+    tokens, k, n = 512, 256, 1024
+    model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
+    inputs = {"input": torch.empty(tokens, k, dtype=torch.bfloat16)}
+    estimate = estimate_memory(model, inputs=inputs, device="cpu")
+    wanted = 2 * tokens * k if isa == "amx" else 4 * (tokens * (k + n) + 1024 * k)
+    assert 0 <= estimate.temporary - wanted < 2**16
+    on_cuda = estimate_memory(model, inputs=inputs, device="cuda").temporary
+    assert 0 <= on_cuda - 2 * k * n < 2**16
 
 
 def test_a_frozen_layer_saves_nothing():

@@ -76,7 +76,7 @@ def test_gradients_only_where_asked(case: Case, device: torch.device) -> None:
 
 
 # The paths whose bfloat16 product is the package's own.
-TILES = _native.STATE.isa in ("avx512_bf16", "amx", "amx_emulated")
+TILES = _native.STATE.isa in _native.TILE_PATHS
 
 
 @pytest.mark.cpu_only("it is about CPU threads")
