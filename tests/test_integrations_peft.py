@@ -27,6 +27,7 @@ from peft_models import (  # noqa: E402
     assert_as_good,
     assert_identical,
     both,
+    config_of,
     first,
     four_bit,
     in_float64,
@@ -35,6 +36,7 @@ from peft_models import (  # noqa: E402
     make,
     quantize,
     run,
+    spread,
     state_of,
     tuners,
     with_philox,
@@ -72,6 +74,34 @@ def test_output_and_gradients_are_as_good_as_pefts(base, mode, bias):
     with_philox(stock)
     x = inputs(base, (21,))
     assert_as_good(run(fused, x), run(stock, x), run(in_float64(stock), x.double()))
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "AdaLoRA", "IA3"])
+def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, compute):
+    """As behind prepare_model_for_kbit_training's norms: PEFT adds the adapter in float32, and so do we."""
+    errors = {"stock": 0.0, "fused": 0.0}
+    for _ in range(4):
+        model = MLP(lambda k, n: four_bit(k, n, compute))
+        model.is_loaded_in_4bit = True
+        model = get_peft_model(model, config_of(method, **({} if method == "IA3" else {"lora_dropout": dropout})))
+        spread(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # as large as the base's own output
+                parameter.data *= 8
+        stock, fused = both(model.train())
+        wide = copy.deepcopy(model)
+        for layer in tuners(wide).values():
+            layer.base_layer.compute_dtype = torch.float32
+        if method != "DoRA":  # whose dropped base takes PyTorch's own mask, as PEFT does
+            with_philox(stock), with_philox(wide)
+        x = inputs("float32", (21,))
+        truth = run(wide, x)
+        assert {value.dtype for value in run(fused, x).values()} == {torch.float32}
+        for name, found in (("stock", run(stock, x)), ("fused", run(fused, x))):
+            errors[name] += sum(float((found[k] - truth[k]).norm() / truth[k].norm()) for k in truth)
+    assert errors["fused"] <= 1.1 * errors["stock"]
 
 
 @pytest.mark.parametrize("base", BASES)
