@@ -13,8 +13,8 @@ using torch::stable::parallel_for;
 namespace {
 
 constexpr int64_t kTokenGrain = 16;
-constexpr int64_t kMinChunkTokens = 128;
-constexpr int64_t kMaxChunks = 8;
+constexpr int64_t kMinChunkTokens = 64;
+constexpr int64_t kMaxChunks = 32;
 // Rows of W decoded together for a pass over W.
 constexpr int64_t kRowChunk = 64;
 
