@@ -50,14 +50,19 @@ def logits(model):
 
 @pytest.mark.parametrize(
     ("placement", "places"),
-    [("houlsby", ("o_proj", "down_proj")), ("pfeiffer", ("down_proj",)), ("parallel", ("mlp",))],
+    [
+        ("houlsby", ("o_proj", "down_proj")),
+        ("pfeiffer", ("0", "1")),
+        ("after_ffn", ("down_proj",)),
+        ("parallel", ("mlp",)),
+    ],
 )
 def test_trains_saves_and_loads(placement, places, tmp_path):
     base = logits(llama())
     model = peft_ext.get_peft_model(
         llama(), BottleneckConfig(placement=placement, bottleneck_dim=8, task_type="CAUSAL_LM")
     )
-    adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_parallel")}
+    adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_place")}
     assert adapted == set(places)
     rows = peft_ext.explain(model).rows
     assert rows and all(row.fused and row.kind.startswith("bottleneck adapter over ") for row in rows)
@@ -83,7 +88,7 @@ def test_trains_saves_and_loads(placement, places, tmp_path):
     assert torch.equal(logits(model.unload()), base)
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "after_ffn", "parallel"])
 def test_gradients_are_those_of_plain_modules(placement):
     config = BottleneckConfig(
         placement=placement, bottleneck_dim=8, init_weights="bert", scale=2.0, task_type="CAUSAL_LM"
@@ -92,7 +97,7 @@ def test_gradients_are_those_of_plain_modules(placement):
     plain = llama()
     adapters = {}
     for name, layer in list(model.base_model.model.named_modules()):
-        if not hasattr(layer, "bottleneck_parallel"):
+        if not hasattr(layer, "bottleneck_place"):
             continue
         adapter = copy.deepcopy(layer.bottleneck_adapters["default"])
         adapters[name] = adapter
@@ -131,7 +136,7 @@ def test_two_adapters_are_held_switched_and_deleted():
 
 
 def test_counts_of_bert_base():
-    for placement, count in (("pfeiffer", 894_528), ("houlsby", 1_789_056)):
+    for placement, count in (("pfeiffer", 894_528), ("after_ffn", 894_528), ("houlsby", 1_789_056)):
         with torch.device("meta"):
             model = transformers.BertModel(transformers.BertConfig())
         model = peft.get_peft_model(model, BottleneckConfig(placement=placement), low_cpu_mem_usage=True)
@@ -164,17 +169,24 @@ def test_errors():
             merge()
 
 
+_LAYERS = {"layers.0", "layers.1"}
 EXPECTED = {  # by placement: which modules of a layer
-    "Llama": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": {"down_proj"}, "parallel": {"mlp"}},
-    "Gemma2": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": {"down_proj"}, "parallel": {"mlp"}},
-    "Phi": {"houlsby": {"dense", "fc2"}, "pfeiffer": {"fc2"}, "parallel": {"mlp"}},
-    "GPT-2": {"houlsby": {"attn.c_proj", "mlp.c_proj"}, "pfeiffer": {"mlp.c_proj"}, "parallel": {"mlp"}},
-    "OPT": {"houlsby": {"out_proj", "fc2"}, "pfeiffer": {"fc2"}},
+    "Llama": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": _LAYERS, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
+    "Gemma2": {"houlsby": {"o_proj", "down_proj"}, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
+    "Phi": {"houlsby": {"dense", "fc2"}, "pfeiffer": {"fc2"}, "after_ffn": {"fc2"}, "parallel": {"mlp"}},
+    "GPT-2": {"houlsby": {"attn.c_proj", "mlp.c_proj"}, "pfeiffer": {"h.0", "h.1"}, "after_ffn": {"mlp.c_proj"},
+              "parallel": {"mlp"}},
+    "OPT": {"houlsby": {"out_proj", "fc2"}, "pfeiffer": _LAYERS, "after_ffn": {"fc2"}},
     "BERT": {"houlsby": {"attention.output.dense", "0.output.dense", "1.output.dense"},
-             "pfeiffer": {"0.output.dense", "1.output.dense"}},
+             "pfeiffer": {"0.output.LayerNorm", "1.output.LayerNorm"},
+             "after_ffn": {"0.output.dense", "1.output.dense"}},
     "T5": {"houlsby": {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"},
-           "pfeiffer": {"DenseReluDense.wo"}, "parallel": {"DenseReluDense"}},
-    "Whisper": {"houlsby": {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"}, "pfeiffer": {"fc2"}},
+           "pfeiffer": {"encoder.block.0.layer.1", "encoder.block.1.layer.1", "decoder.block.0.layer.2",
+                        "decoder.block.1.layer.2"},
+           "after_ffn": {"DenseReluDense.wo"}, "parallel": {"DenseReluDense"}},
+    "Whisper": {"houlsby": {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"},
+                "pfeiffer": {f"{coder}.layers.{i}" for coder in ("encoder", "decoder") for i in (0, 1)},
+                "after_ffn": {"fc2"}},
 }  # fmt: skip
 
 
@@ -193,6 +205,24 @@ def test_default_places(name, placement):
     assert all(any(one.endswith(f".{place}") for one in found) for place in wanted)
     out = model(**architecture.batch())
     assert torch.isfinite(out.logits).all()
+
+
+def test_opt_with_its_norms_behind_has_the_adapter_around_the_last():
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+        do_layer_norm_before=False, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = peft.get_peft_model(transformers.OPTModel(config), BottleneckConfig(placement="pfeiffer"))
+    assert {name.rpartition("layers.")[2] for name in adapted_names(model)} == {"0.final_layer_norm"}
+
+
+def test_the_hidden_states_of_an_adapted_block_are_what_the_next_one_takes():
+    config = BottleneckConfig(placement="pfeiffer", bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM")
+    model, taken = peft_ext.get_peft_model(llama(), config).eval(), []
+    layers = model.base_model.model.model.layers
+    layers[1].base_layer.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    states = model(input_ids=tokens(), output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], taken[0])
 
 
 def test_layers_to_transform_and_a_sublayer_called_by_keywords():

@@ -7,9 +7,10 @@
 
 From then on ``peft.get_peft_model(model, BitFitConfig(...))``, ``save_pretrained``, ``PeftModel.from_pretrained`` and
 all else that PEFT does with an adapter works. A process that loads such an adapter must have imported this package
-before; :func:`peft_ext.load_adapter` does so.
+before; :func:`peft_ext.load_adapter` does so. :mod:`.adapterhub` reads and writes AdapterHub's bottleneck adapters.
 """
 
+from .adapterhub import config_from_adapterhub, from_adapterhub, to_adapterhub
 from .bitfit import BitFitConfig, BitFitModel
 from .bottleneck import BottleneckConfig, BottleneckModel
 from .diff_pruning import DiffPruningConfig, DiffPruningModel
@@ -24,4 +25,7 @@ __all__ = [
     "DiffPruningModel",
     "PartialConfig",
     "PartialModel",
+    "config_from_adapterhub",
+    "from_adapterhub",
+    "to_adapterhub",
 ]

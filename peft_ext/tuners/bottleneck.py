@@ -1,18 +1,21 @@
 """Bottleneck adapters: a small network behind, or beside, chosen sublayers, as a method of PEFT.
 
     after:     Y = h + s · Up(act(Down(h))),  h = base(x)          parallel:  Y = base(x) + s · Up(act(Down(x)))
+    around:    Y = base(z),  z = x + s · Up(act(Down(base(x))))    base: a LayerNorm behind a residual sum x
 
 Sources: Houlsby et al. (arXiv 1902.00751): after attention and after the feed-forward; Pfeiffer et al. (arXiv
-2005.00247): after the latter alone; parallel: He et al. (arXiv 2110.04366).
+2005.00247): after the latter and its residual sum, as AdapterHub's ``adapters`` has it (``SeqBnConfig``); parallel: He
+et al. (arXiv 2110.04366).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..integrations._peft_base import DTYPES, kernel_reason, short
 from ..nn import BottleneckAdapter
@@ -22,20 +25,45 @@ from ._tuner import Tuner, read_through
 
 __all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]
 
-_PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+_PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn", "parallel")
 
-# By model type, expressions for the full names of: attention's output, the feed-forward's output, the feed-forward.
-_GATED = (r"self_attn\.o_proj", r"mlp\.down_proj", "mlp")
-_BERT = (r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None)
-_DEFAULTS: dict[str, tuple[str, str, Optional[str]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _GATED),
+
+class _Places(NamedTuple):
+    """Expressions for the full names of: attention's output, the feed-forward's output, the feed-forward, and what
+    Pfeiffer's adapter is put on: the LayerNorm that is behind the feed-forward's residual sum or, where that sum is
+    what a block returns, the block."""
+
+    attention: str
+    output: str
+    feed_forward: Optional[str]
+    summed: Optional[str]
+
+
+_GATED = _Places(r"self_attn\.o_proj", r"mlp\.down_proj", "mlp", r"layers\.\d+")
+_NORMED = _GATED._replace(summed=None)  # the feed-forward's output goes through a norm of its own before the sum
+_BERT = _Places(r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None, r"layer\.\d+\.output\.LayerNorm")
+_OPT = _Places(r"self_attn\.out_proj", "fc2", None, r"layers\.\d+")
+_DEFAULTS: dict[str, _Places] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"), _GATED),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _NORMED),
     **dict.fromkeys(("bert", "roberta"), _BERT),
-    "phi": (r"self_attn\.dense", r"mlp\.fc2", "mlp"),
-    "gpt2": (r"attn\.c_proj", r"mlp\.c_proj", "mlp"),
-    "opt": (r"self_attn\.out_proj", "fc2", None),
-    "whisper": (r"(self|encoder)_attn\.out_proj", "fc2", None),
-    "t5": (r"(SelfAttention|EncDecAttention)\.o", r"DenseReluDense\.wo", "DenseReluDense"),
-}
+    # Attention and feed-forward are added to the residual together: there is no sum of the feed-forward's own.
+    "phi": _Places(r"self_attn\.dense", r"mlp\.fc2", "mlp", r"mlp\.fc2"),
+    "gpt2": _Places(r"attn\.c_proj", r"mlp\.c_proj", "mlp", r"h\.\d+"),
+    "opt": _OPT,
+    "whisper": _OPT._replace(attention=r"(self|encoder)_attn\.out_proj"),
+    "t5": _Places(
+        r"(SelfAttention|EncDecAttention)\.o", r"DenseReluDense\.wo", "DenseReluDense",
+        r"(encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)",
+    ),
+}  # fmt: skip
+
+
+def _places(model_config: dict[str, Any]) -> Optional[_Places]:
+    kind = model_config.get("model_type")
+    if kind == "opt" and not model_config.get("do_layer_norm_before", True):
+        return _OPT._replace(summed=r"layers\.\d+\.final_layer_norm")
+    return _DEFAULTS.get(kind)
 
 
 @dataclass
@@ -43,20 +71,23 @@ class BottleneckConfig(TargetConfig):
     """Bottleneck adapters.
 
     Args:
-        placement: "houlsby": after attention and after the feed-forward; "pfeiffer": after the feed-forward alone;
+        placement: "houlsby": after attention and after the feed-forward; "pfeiffer": after the feed-forward and its
+            residual sum, v + s · Up(act(Down(v))) of the sum v or, where the model has a LayerNorm there (BERT),
+            LayerNorm(v + s · Up(act(Down(LayerNorm(v))))); "after_ffn": after the feed-forward alone, before the sum;
             "parallel": beside the feed-forward.
         bottleneck_dim: M; default: the width of what is adapted over ``reduction_factor``.
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s. adapter_bias: whether both projections have one.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression of the modules whose outputs are adapted ("parallel": that are
-            run beside), as PEFT reads them: a container is itself adapted. Default: by placement and model type.
+            run beside), as PEFT reads them: a container is itself adapted. With "pfeiffer" a LayerNorm among them is
+            run before and behind the adapter. Default: by placement and model type.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners._targets.TargetConfig`.
 
     Raises: TypeError or ValueError where a field is not of these forms.
     """
 
-    placement: str = field(default="houlsby", metadata={"help": "One of houlsby, pfeiffer, parallel."})
+    placement: str = field(default="houlsby", metadata={"help": "One of houlsby, pfeiffer, after_ffn, parallel."})
     bottleneck_dim: Optional[int] = field(default=None, metadata={"help": "The width of the bottleneck."})
     reduction_factor: float = field(default=16.0, metadata={"help": "The width adapted over the bottleneck's."})
     activation: str = field(default="gelu", metadata={"help": "One of gelu, gelu_tanh, relu, silu."})
@@ -89,21 +120,30 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bottleneck_adapters",)
-    other_param_names = ("bottleneck_parallel",)
+    other_param_names = ("bottleneck_place",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self.bottleneck_parallel: dict[str, bool] = {}
+        self.bottleneck_place: dict[str, str] = {}  # "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
+        # Of a whole block transformers records what the block itself returns, by a hook, and checkpoints the call of
+        # it: there the adapters are a hook of the block that runs before all others, so that both have them.
+        self._hook = None
+        if isinstance(base_layer, GradientCheckpointingLayer):
+            self._hook = base_layer.register_forward_hook(self._adapt_block, prepend=True, with_kwargs=True)
 
     def update_layer(self, adapter_name: str, features: int, config: BottleneckConfig) -> None:
-        weight = next(self.get_base_layer().parameters())
+        base = self.get_base_layer()
+        weight = next(base.parameters())
         adapter = config.adapter(features, weight.device)
         self.bottleneck_adapters[adapter_name] = adapter.to(weight.dtype if weight.is_floating_point() else None)
-        self.bottleneck_parallel[adapter_name] = config.placement == "parallel"
+        around = config.placement == "pfeiffer" and isinstance(base, nn.LayerNorm)
+        self.bottleneck_place[adapter_name] = (
+            "parallel" if config.placement == "parallel" else "around" if around else "after"
+        )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self) -> list[str]:
@@ -111,18 +151,38 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.bottleneck_adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.base_layer(*args, **kwargs)
-        if self._disable_adapters:
-            return found
+        if self._hook is not None or self._disable_adapters:
+            return self.base_layer(*args, **kwargs)
+        around = [name for name in self.active() if self.bottleneck_place[name] == "around"]
+        if around:
+            args, kwargs = (self._before_norm(around, *args, **kwargs),), {}
+        return self._adapted(args, kwargs, self.base_layer(*args, **kwargs))
+
+    def _before_norm(self, names: list[str], x: Tensor) -> Tensor:
+        """``x + s · Up(act(Down(base(x))))`` for each adapter in turn: what base, a LayerNorm, is then run on."""
+        for name in names:
+            x = self.bottleneck_adapters[name](self.base_layer(x).to(x.dtype), x)
+        return x
+
+    def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
+        """``found``, which base returned of these arguments, with the adapters behind and beside base."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
-            adapter = self.bottleneck_adapters[name]
-            if self.bottleneck_parallel[name]:
+            adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
+            if place == "parallel":
                 x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 y = adapter(x.to(y.dtype), y)
-            else:
+            elif place == "after":
                 y = adapter(y)
         return (y, *found[1:]) if isinstance(found, tuple) else y
+
+    def _adapt_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
+        return found if self._disable_adapters else self._adapted(args, kwargs, found)
+
+    def remove_hook(self) -> None:
+        """Leave base as it was, where it goes on without this layer."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def _stock_reason(self) -> Optional[str]:
         """Why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
@@ -170,14 +230,29 @@ class BottleneckModel(Tuner):
         if peft_config.target_modules is not None:
             return peft_config
         kind, placement = model_config.get("model_type"), peft_config.placement
-        attention, output, block = _DEFAULTS.get(kind, (None, None, None))
-        chosen = {"houlsby": (attention, output), "pfeiffer": (output,), "parallel": (block,)}[placement]
+        places = _places(model_config)
+        if places is _NORMED and placement == "pfeiffer":
+            raise ValueError(
+                f"BottleneckConfig: placement 'pfeiffer' is not defined for model type {kind!r}, which has a norm "
+                "between the feed-forward and its residual sum; take placement 'after_ffn', or give target_modules"
+            )
+        chosen: tuple[Optional[str], ...] = (None,)
+        if places is not None:
+            chosen = {
+                "houlsby": (places.attention, places.output), "pfeiffer": (places.summed,),
+                "after_ffn": (places.output,), "parallel": (places.feed_forward,),
+            }[placement]  # fmt: skip
         if None in chosen:
             raise ValueError(
                 f"BottleneckConfig: placement {placement!r} has no default for model type {kind!r}; give target_modules"
             )
         peft_config.target_modules = rf"(?:.*\.)?(?:{'|'.join(chosen)})"
         return peft_config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, BottleneckLayer):
+            child.remove_hook()
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(_UNMERGEABLE)
@@ -204,6 +279,8 @@ class BottleneckModel(Tuner):
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
         width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # nf: GPT-2's Conv1D
+        if width is None and isinstance(base, nn.LayerNorm) and len(base.normalized_shape) == 1:
+            width = base.normalized_shape[0]
         if width is None:
             model_config = self.get_model_config(self.model)
             width = next((model_config[name] for name in _WIDTHS if isinstance(model_config.get(name), int)), None)

@@ -1,0 +1,162 @@
+"""Bottleneck adapters to and from the files of AdapterHub's ``adapters`` package.
+
+    AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
+                  {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...
+
+The numbers are the same, the functions too: placement "pfeiffer" is its ``SeqBnConfig``, "houlsby" its
+``DoubleSeqBnConfig``, "after_ffn" its ``SeqBnConfig(original_ln_before=False)``. Which place is which depends on the
+architecture: those are known that ``adapters`` writes and :class:`~peft_ext.tuners.BottleneckConfig` has defaults for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .bottleneck import BottleneckConfig
+
+__all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
+
+_PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
+
+# By model type, behind the name of a layer: AdapterHub's place; ours, where the adapter is behind a sublayer; and
+# ours of the feed-forward's under "pfeiffer", where it is another.
+_GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
+_BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
+_PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
+    **dict.fromkeys(("llama", "mistral"), _GATED),
+    **dict.fromkeys(("bert", "roberta"), _BERT),
+    "gpt2": (("attention_adapters", "attn.c_proj", None), ("output_adapters", "mlp.c_proj", "")),
+    "whisper": (
+        ("attention_adapters", "self_attn.out_proj", None),
+        ("cross_attention_adapters", "encoder_attn.out_proj", None),
+        ("output_adapters", "fc2", ""),
+    ),
+    "t5": (
+        ("layer.0", "layer.0.SelfAttention.o", None),
+        ("layer.1", "layer.1.DenseReluDense.wo", "layer.1"),
+    ),
+}
+_T5_DECODER = (
+    ("layer.0", "layer.0.SelfAttention.o", None),
+    ("layer.1", "layer.1.EncDecAttention.o", None),
+    ("layer.2", "layer.2.DenseReluDense.wo", "layer.2"),
+)
+_LAYER = r"(?P<layer>(?:.*?\.)??(?:layers?|h|block)\.\d+)"
+_TENSORS = {"adapter_down.0.weight": "down.weight", "adapter_down.0.bias": "down.bias",
+            "adapter_up.weight": "up.weight", "adapter_up.bias": "up.bias"}  # fmt: skip
+_THEIRS = re.compile(rf"{_LAYER}\.(?P<place>.+)\.adapters\.(?P<name>[^.]+)\.(?P<tensor>.+)")
+_OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bottleneck_adapters\.(?P<tensor>.+)")
+
+# By mh_adapter, output_adapter, original_ln_before.
+_BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                "swish": "silu", "silu": "silu"}  # fmt: skip
+# What these adapters have not, of AdapterHub's BnConfig, and the value that means so.
+_PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False,
+          "inv_adapter": None, "dropout": 0.0, "stochastic_depth": 0.0, "original_ln_after": True,
+          "residual_before_ln": True}  # fmt: skip
+
+
+def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tuple[str, str]]:
+    """AdapterHub's and our places in the layer of this name."""
+    if model_type not in _PLACES:
+        raise ValueError(f"{caller}: model_type is {model_type!r}, wanted one of {tuple(sorted(_PLACES))}")
+    if placement not in _PLACEMENTS:
+        raise ValueError(f"{caller}: placement is {placement!r}, wanted one of {_PLACEMENTS}")
+    decoder = model_type == "t5" and re.search(r"(?:^|\.)decoder\.block\.\d+$", layer) is not None
+    found = []
+    for theirs, behind, summed in _T5_DECODER if decoder else _PLACES[model_type]:
+        if placement == "houlsby" or summed is not None:
+            found.append((theirs, summed if placement == "pfeiffer" else behind))
+    return found
+
+
+def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer") -> dict[str, Tensor]:
+    """The tensors of AdapterHub's ``pytorch_adapter.bin`` as PEFT saves this package's bottleneck adapters.
+
+    Write them as ``adapter_model.safetensors`` beside a configuration, or give them to
+    ``peft.set_peft_model_state_dict``. The names of layers stay: a model with another prefix than the one that was
+    saved ("bert.") has it put before them.
+
+    Args:
+        state: the file's tensors, of one adapter. model_type: the model's, "bert".
+        placement: of the adapter, see :func:`config_from_adapterhub`.
+
+    Raises: ValueError where an argument is none of the known ones, or a tensor is none of a bottleneck adapter at a
+    place that this placement has.
+    """
+    made, names = {}, set()
+    for key, tensor in state.items():
+        match = _THEIRS.fullmatch(key)
+        places = dict(_places("from_adapterhub", model_type, placement, match["layer"] if match else ""))
+        if match is None or match["tensor"] not in _TENSORS or match["place"] not in places:
+            raise ValueError(f"from_adapterhub: {key} is no tensor of a {placement!r} adapter of a {model_type} model")
+        names.add(match["name"])
+        path = ".".join(filter(None, (match["layer"], places[match["place"]])))
+        made[f"base_model.model.{path}.bottleneck_adapters.{_TENSORS[match['tensor']]}"] = tensor
+    if len(names) > 1:
+        raise ValueError(f"from_adapterhub: state has the adapters {sorted(names)}, wanted one")
+    return made
+
+
+def to_adapterhub(
+    state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer", adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """The way back from :func:`from_adapterhub`: PEFT's tensors (``peft.get_peft_model_state_dict``) as AdapterHub's.
+
+    ``adapter_name``: the name that the adapter has in them. Raises: ValueError, as there.
+    """
+    tensors = {ours: theirs for theirs, ours in _TENSORS.items()}
+    made = {}
+    for key, tensor in state.items():
+        match = _OURS.fullmatch(key)
+        places = _places("to_adapterhub", model_type, placement, match["layer"] if match else "")
+        theirs = {ours: theirs for theirs, ours in places}
+        if match is None or match["tensor"] not in tensors or (match["place"] or "") not in theirs:
+            raise ValueError(f"to_adapterhub: {key} is no tensor of a {placement!r} adapter of a {model_type} model")
+        place = f"{match['layer']}.{theirs[match['place'] or '']}"
+        made[f"{place}.adapters.{adapter_name}.{tensors[match['tensor']]}"] = tensor
+    return made
+
+
+def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs: Any) -> BottleneckConfig:
+    """The BottleneckConfig of AdapterHub's: the object "config" in its ``adapter_config.json``.
+
+    Args:
+        config: ``original_ln_before``, ``mh_adapter``, ``output_adapter``, ``non_linearity``, ``reduction_factor`` and
+            the rest of ``BnConfig``. model_type: the model's, "bert".
+        kwargs: of BottleneckConfig: ``task_type``, ``inference_mode`` and the like.
+
+    Raises: ValueError where it has what the adapters here have not: norms of its own, gates, dropout, a learned scale,
+    and where the model type is not known.
+    """
+    for name, plain in _PLAIN.items():
+        if config.get(name, plain) != plain:
+            raise ValueError(f"config_from_adapterhub: {name} is {config[name]!r}, wanted {plain!r}")
+    where = tuple(bool(config.get(name)) for name in ("mh_adapter", "output_adapter", "original_ln_before"))
+    placement = _BY_CONFIG.get(where)
+    if placement is None:
+        raise ValueError("config_from_adapterhub: mh_adapter, output_adapter and original_ln_before are "
+                         f"{where}, wanted one of {tuple(_BY_CONFIG)}")  # fmt: skip
+    activation = _ACTIVATIONS.get(str(config.get("non_linearity")).lower())
+    if activation is None:
+        raise ValueError(f"config_from_adapterhub: non_linearity is {config.get('non_linearity')!r}, wanted one of "
+                         f"{tuple(_ACTIVATIONS)}")  # fmt: skip
+    numbers = {}
+    for name, field in (("reduction_factor", "reduction_factor"), ("scaling", "scale")):
+        value = config.get(name, 1.0 if name == "scaling" else 16)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"config_from_adapterhub: {name} is {value!r}, wanted a number")
+        numbers[field] = float(value)
+    if config.get("leave_out"):
+        raise ValueError(f"config_from_adapterhub: leave_out is {config['leave_out']!r}, wanted none; give the other "
+                         "layers as layers_to_transform, and [] here")  # fmt: skip
+    _places("config_from_adapterhub", model_type, placement, "")
+    if placement == "houlsby" and not config.get("cross_adapter", False) and model_type in ("t5", "whisper"):
+        behind = {"t5": r"SelfAttention\.o|DenseReluDense\.wo", "whisper": r"self_attn\.out_proj|fc2"}[model_type]
+        kwargs.setdefault("target_modules", rf"(?:.*\.)?(?:{behind})")
+    return BottleneckConfig(placement=placement, activation=activation, **numbers, **kwargs)
