@@ -199,13 +199,13 @@ def _quantized(
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
     """What stands for one of bitsandbytes' linear layers; None for any other module."""
-    from .integrations._peft_base import FOUR_BIT, bnb
+    from .integrations._peft_base import FOUR_BIT, QUANTIZED, Linear8bitLt
 
-    if bnb is None or not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+    if not isinstance(module, QUANTIZED):
         return None
     bias = module.bias if module.bias is None else _like(module.bias, _meta)
     shape = (module.out_features, module.in_features)
-    if isinstance(module, bnb.nn.Linear8bitLt):
+    if Linear8bitLt is not None and isinstance(module, Linear8bitLt):
         dtype = torch.float16 if bias is None else bias.dtype
         return _quantized("int8", shape, dtype, bias, 64, False, False)
     weight = module.weight

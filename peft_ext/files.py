@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
+from ._imports import required
+
 try:
     import fcntl
 except ImportError:  # Windows: leftovers can't be told from what is being written, and stay
@@ -132,8 +134,9 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     Raises: TypeError where model has no adapters; ValueError where kwargs ask for a pickle; FileExistsError where there
     is an adapter in ``path``, without overwrite; OSError as the system raises it.
     """
-    from peft import PeftModel
-    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+    with required("peft", "peft_ext.save_adapter"):
+        from peft import PeftModel
+        from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
     if not isinstance(model, PeftModel):
         raise TypeError(f"save_adapter: model is {type(model).__name__}, wanted a PeftModel")

@@ -30,24 +30,34 @@ from typing import Any, BinaryIO, NoReturn, Optional, Union
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from . import ops
 from . import tuners as _tuners  # noqa: F401  registers the methods that PEFT lacks
+from ._imports import required
 from .files import _check_free, atomic_file, atomic_folder
 from .integrations._outside import check_expressions, check_index, check_model_config, checked_config, read_object
 from .nn import NF4Linear
 from .quantize import HEADS, _places
 from .tuners._layer import ReplacingLayer
 from .weight import BLOCKSIZES, NF4Weight
+
+with required("peft", "peft_ext.merge_to_dense"):
+    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import (
+        CONFIG_NAME,
+        SAFETENSORS_WEIGHTS_NAME,
+        WEIGHTS_NAME,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+with required("transformers", "peft_ext.merge_to_dense"):
+    from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
 
 __all__ = ["DTYPES", "MergeError", "MergeReport", "merge_to_dense"]
 

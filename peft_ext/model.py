@@ -11,23 +11,26 @@ from typing import Any, Optional, Union
 
 import peft
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners import lora
-from peft.tuners.adalora import AdaLoraLayer
-from peft.utils import (
-    CONFIG_NAME,
-    SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
+from ._imports import required
 from .integrations._outside import check_expressions, check_finite, checked_config, weight_shapes
 from .integrations._peft_base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
+
+with required("peft", "peft_ext.get_peft_model and load_adapter"):
+    from peft import PeftConfig, PeftModel, PeftType
+    from peft.tuners import lora
+    from peft.tuners.adalora import AdaLoraLayer
+    from peft.utils import (
+        CONFIG_NAME,
+        SAFETENSORS_WEIGHTS_NAME,
+        WEIGHTS_NAME,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
 
 __all__ = ["get_peft_model", "load_adapter"]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Optional, Union
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from .._imports import required
+
+with required("transformers", "peft_ext.integrations.transformers"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 
 __all__ = ["DiffPruningCallback"]
 

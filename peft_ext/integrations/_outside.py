@@ -25,13 +25,16 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from peft import PeftConfig, TaskType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
+from .._imports import required
+
+with required("peft", "a saved adapter's configuration"):
+    from peft import PeftConfig, TaskType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 __all__ = [
     "check_expressions",

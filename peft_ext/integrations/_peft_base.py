@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._imports import optional, version
 from .._native import STATE
 from ..nn import NF4Linear
 from ..nn.nf4 import is_dtensor, requantized
@@ -24,18 +25,15 @@ from ..ops._library import has_kernel
 from ..weight import NF4Weight
 from .bitsandbytes import nf4_from_params4bit, why_not_nf4
 
-try:
+check_adapters_to_merge = Linear4bit = Linear8bitLt = Params4bit = Conv1D = None
+with optional("peft", "an adapter over an NF4Linear can't be merged"):
     from peft.tuners.tuners_utils import check_adapters_to_merge
-except ImportError:
-    check_adapters_to_merge = None
-try:
-    import bitsandbytes as bnb
-except ImportError:
-    bnb = None
-try:
+with optional("bitsandbytes", "no layer over a Linear8bitLt is fused"):
+    from bitsandbytes.nn import Linear8bitLt
+with optional("bitsandbytes", "Linear4bit, and an adapter's layer over one, is not fused"):
+    from bitsandbytes.nn import Linear4bit, Params4bit
+with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
     from transformers.pytorch_utils import Conv1D
-except ImportError:
-    Conv1D = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,7 +135,12 @@ def fuses(stock: type) -> Callable[[type], type]:
 
 
 class Fused:
-    """The forward of a fused layer: the op where it computes what the stock class would, else the stock class's own."""
+    """The forward of a fused layer: the op where it computes what the stock class would, else the stock class's own.
+
+    ``_reads`` names what it reads of an instance: accelerate leaves one that lacks any of them as it is, and says so.
+    """
+
+    _reads: tuple[str, ...] = ("base_layer", "active_adapters", "_disable_adapters", "merged_adapters")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = None if args or kwargs else self._fused(x)
@@ -198,7 +201,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     weight = base._parameters.get("weight")
     if kind in FOUR_BIT:
         # pickle and fully_shard make the one into the other
-        if type(weight) not in (bnb.nn.Params4bit, nn.Parameter) and id(weight) not in _gathered:
+        if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
         quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state):
@@ -332,11 +335,22 @@ def quant_state_of(base: nn.Module) -> Any:
     return base.__dict__.get("quant_state") if state is None else state
 
 
-if bnb is not None:
+FOUR_BIT: tuple[type, ...] = ()
+# bitsandbytes' classes whose layers are listed by explain, whether or not an adapter is over them.
+QUANTIZED = tuple(kind for kind in (Linear4bit, Linear8bitLt) if kind is not None)
 
-    @fuses(bnb.nn.Linear4bit)
-    class FusedLinear4bit(bnb.nn.Linear4bit):
+if Linear4bit is not None and Params4bit is not None:
+
+    @fuses(Linear4bit)
+    class FusedLinear4bit(Linear4bit):
         """bitsandbytes' ``Linear4bit`` over an NF4 weight on :func:`peft_ext.ops.nf4_linear`."""
+
+        _reads = (
+            "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",
+            "weight.quant_state.blocksize", "weight.quant_state.dtype", "weight.quant_state.nested",
+            "weight.quant_state.offset", "weight.quant_state.quant_type", "weight.quant_state.shape",
+            "weight.quant_state.state2",
+        )  # fmt: skip
 
         def _stock_reason(self) -> Optional[str]:
             if "forward" in self.__dict__:
@@ -361,8 +375,7 @@ if bnb is not None:
         def support_avx512bf16_for_cpu(self, value: bool) -> None:
             self.__dict__["support_avx512bf16_for_cpu"] = value
 
-
-FOUR_BIT = () if bnb is None else (bnb.nn.Linear4bit, FusedLinear4bit)
+    FOUR_BIT = (Linear4bit, FusedLinear4bit)
 
 
 # --- merging into NF4 -------------------------------------------------------------------------------------------------
@@ -385,6 +398,8 @@ class MergesNF4:
         base = self.get_base_layer()
         if not isinstance(base, NF4Linear):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if check_adapters_to_merge is None:
+            raise RuntimeError(f"merge: {version('peft')} has no peft.tuners.tuners_utils.check_adapters_to_merge")
         held = getattr(self, self.adapter_layer_names[0])
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
         if names:

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
+from .._imports import optional
 from ._peft_base import (
     DTYPES,
+    FOUR_BIT,
     Fused,
     MergesNF4,
     alone_reason,
@@ -28,18 +30,18 @@ from ._peft_base import (
     tensor_reason,
 )
 
-try:
-    from peft.tuners import ia3
-except ImportError:
-    ia3 = None
-try:
-    import bitsandbytes as bnb
-except ImportError:
-    bnb = None
+IA3Linear = IA3Linear4bit = None
+with optional("peft", "(IA)³ over a linear layer that is not bitsandbytes' is not fused"):
+    from peft.tuners.ia3 import Linear as IA3Linear
+if FOUR_BIT:
+    with optional("peft", "(IA)³ over bitsandbytes' Linear4bit is not fused"):
+        from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
 
 
 class _IA3(Fused):
     """``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` in a feedforward layer."""
+
+    _reads = (*Fused._reads, "ia3_l", "is_feedforward")
 
     def _vectors(self) -> list[Optional[Tensor]]:
         """ia3_l of the active adapters that this layer has."""
@@ -110,10 +112,10 @@ class _IA3(Fused):
         return y if y.dtype is dtype else y.to(dtype)
 
 
-if ia3 is not None:
+if IA3Linear is not None:
 
-    @fuses(ia3.Linear)
-    class FusedIA3Linear(_IA3, MergesNF4, ia3.Linear):
+    @fuses(IA3Linear)
+    class FusedIA3Linear(_IA3, MergesNF4, IA3Linear):
         """``peft.tuners.ia3.Linear`` over nn.Linear, Conv1D, NF4Linear or Linear4bit."""
 
         _scales_any_base = True
@@ -127,10 +129,10 @@ if ia3 is not None:
             return weight * vector, bias
 
 
-if ia3 is not None and bnb is not None:
+if IA3Linear4bit is not None:
 
-    @fuses(ia3.Linear4bit)
-    class FusedIA3Linear4bit(_IA3, ia3.Linear4bit):
+    @fuses(IA3Linear4bit)
+    class FusedIA3Linear4bit(_IA3, IA3Linear4bit):
         """``peft.tuners.ia3.bnb.Linear4bit``, which works and returns in float32 outside CUDA's autocast."""
 
         def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
+from .._imports import has, optional, version
 from ..nn import NF4Linear
 from ..reference.dora import output_scale
 from ..weight import NF4Weight
 from ._peft_base import (
     DTYPES,
+    FOUR_BIT,
     Fused,
+    Linear8bitLt,
     MergesNF4,
     alone_reason,
     base_reason,
@@ -38,15 +41,30 @@ from ._peft_base import (
 )
 from .bitsandbytes import nf4_from_params4bit
 
-try:
-    from peft.tuners import adalora, lora
-    from peft.tuners.lora import dora, variants
-except ImportError:
-    lora = None
-try:
-    import bitsandbytes as bnb
-except ImportError:
-    bnb = None
+LoraLinear = LoraLinear8bitLt = LoraLinear4bit = SVDLinear = SVDLinear8bitLt = SVDLinear4bit = None
+dora = DoraLinearLayer = DoraLinearVariant = None
+with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
+    from peft.tuners.lora import Linear as LoraLinear
+with optional("peft", "AdaLoRA over a linear layer that is not bitsandbytes' is not fused"):
+    from peft.tuners.adalora import SVDLinear
+if Linear8bitLt is not None:
+    with optional("peft", "LoRA over bitsandbytes' Linear8bitLt is not fused"):
+        from peft.tuners.lora import Linear8bitLt as LoraLinear8bitLt
+    with optional("peft", "AdaLoRA over bitsandbytes' Linear8bitLt is not fused"):
+        from peft.tuners.adalora import SVDLinear8bitLt
+if FOUR_BIT:
+    with optional("peft", "LoRA and DoRA over bitsandbytes' Linear4bit are not fused"):
+        from peft.tuners.lora import Linear4bit as LoraLinear4bit
+    with optional("peft", "AdaLoRA over bitsandbytes' Linear4bit is not fused"):
+        from peft.tuners.adalora import SVDLinear4bit
+with optional("peft", "DoRA is not fused"):
+    from peft.tuners.lora import dora
+    from peft.tuners.lora.dora import ENABLE_DORA_CACHING, DoraLinearLayer  # noqa: F401  the first is read as it is
+    from peft.tuners.lora.variants import DoraLinearVariant as _DoraLinearVariant
+
+    has(DoraLinearLayer, "_cache_clear", "_cache_get", "_cache_store")
+    has(_DoraLinearVariant, "init", "forward")
+    DoraLinearVariant = _DoraLinearVariant
 
 _VARIANTS = {
     "DoraLinearVariant": "DoRA",
@@ -134,7 +152,7 @@ def _device(layer: Any, name: str) -> str:
 
 
 def _magnitude_reason(module: nn.Module) -> Optional[str]:
-    if type(module) is not dora.DoraLinearLayer:
+    if type(module) is not DoraLinearLayer:
         return f"lora_magnitude_vector is a {type(module).__name__}, wanted DoraLinearLayer"
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
@@ -151,6 +169,8 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 class _LowRank(Fused):
     """A layer of adapters A, B and a scale per rank. A subclass gives ``_pair`` and ``_adapter``."""
+
+    _reads = (*Fused._reads, "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "cast_input_dtype_enabled")
 
     def _names(self) -> list[str]:
         """The active adapters that this layer has, in the order in which PEFT adds them."""
@@ -280,6 +300,10 @@ def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = 
 class Lora(_LowRank):
     """``lora.Linear`` and ``lora.Linear4bit``: modules lora_A and lora_B, one scale, DoRA's magnitude."""
 
+    _reads = (
+        *_LowRank._reads, "lora_bias", "lora_magnitude_vector", "_check_forward_args", "get_base_layer",
+    )  # fmt: skip
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         if names is not None and not args and len(kwargs) == 1:
@@ -325,6 +349,8 @@ class Lora(_LowRank):
     def _adapter(self, name: str, several: bool) -> _Adapter:
         modules = self._modules
         if (variant := self.lora_variant.get(name)) is not None:
+            if not _DORA and variant_name(variant) == "DoRA":
+                return f"DoRA is not fused: {version('peft')} is not as peft_ext knows it", None, None
             if type(variant) not in _DORA:
                 return f"{variant_name(variant)} is not fused yet", None, None
             if several:
@@ -412,6 +438,8 @@ def _cached_norm(
 class _AdaLora(_LowRank):
     """``adalora.SVDLinear`` and ``SVDLinear4bit``: parameters lora_A, lora_B, lora_E; ``ρ = s·E/(ranknum + 1e-5)``."""
 
+    _reads = (*_LowRank._reads, "lora_E", "ranknum")
+
     def _pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
         modules = self._modules
         return modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
@@ -434,7 +462,10 @@ class _AdaLora(_LowRank):
 
 # --- DoRA over NF4Linear, on PEFT's own path --------------------------------------------------------------------------
 
-if lora is not None:
+_DORA: tuple[type, ...] = ()
+DoraNF4Variant = None
+
+if DoraLinearVariant is not None:
 
     class _Dequantized:
         """A LoRA layer over an NF4Linear, seen as one over a dense linear."""
@@ -457,18 +488,18 @@ if lora is not None:
             dense.bias = base.bias
             return dense
 
-    class DoraNF4Variant(variants.DoraLinearVariant):
+    class DoraNF4Variant(DoraLinearVariant):
         """PEFT's DoRA over an NF4Linear, whose weight PEFT does not know how to dequantize."""
 
         @staticmethod
         def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-            variants.DoraLinearVariant.init(_Dequantized(module), adapter_name, **kwargs)
+            DoraLinearVariant.init(_Dequantized(module), adapter_name, **kwargs)
 
         @staticmethod
         def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-            return variants.DoraLinearVariant.forward(_Dequantized(module), active_adapter, x, result, **kwargs)
+            return DoraLinearVariant.forward(_Dequantized(module), active_adapter, x, result, **kwargs)
 
-    _DORA = (variants.DoraLinearVariant, DoraNF4Variant)
+    _DORA = (DoraLinearVariant, DoraNF4Variant)
 
 
 def prepare_dora(layer: Any, dora_dropout: str) -> None:
@@ -477,13 +508,13 @@ def prepare_dora(layer: Any, dora_dropout: str) -> None:
     if dora_dropout != "peft":
         layer.__dict__[DORA_DROPOUT] = dora_dropout
     if isinstance(layer.get_base_layer(), NF4Linear):
-        _replace_variants(layer, variants.DoraLinearVariant, DoraNF4Variant)
+        _replace_variants(layer, DoraLinearVariant, DoraNF4Variant)
 
 
 def clear_dora(layer: Any) -> None:
     """The way back from :func:`prepare_dora`."""
     layer.__dict__.pop(DORA_DROPOUT, None)
-    _replace_variants(layer, DoraNF4Variant, variants.DoraLinearVariant)
+    _replace_variants(layer, DoraNF4Variant, DoraLinearVariant)
 
 
 def _replace_variants(layer: Any, old: type, new: type) -> None:
@@ -494,17 +525,17 @@ def _replace_variants(layer: Any, old: type, new: type) -> None:
 
 # --- the classes ------------------------------------------------------------------------------------------------------
 
-if lora is not None:
+if LoraLinear is not None:
 
-    @fuses(lora.Linear)
-    class FusedLoraLinear(Lora, MergesNF4, lora.Linear):
+    @fuses(LoraLinear)
+    class FusedLoraLinear(Lora, MergesNF4, LoraLinear):
         """``peft.tuners.lora.Linear`` over nn.Linear, NF4Linear or Linear4bit: LoRA and DoRA."""
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
             variant = super().resolve_lora_variant(**kwargs)
             if variant is None or not isinstance(self.get_base_layer(), NF4Linear):
                 return variant
-            if type(variant) is not variants.DoraLinearVariant:
+            if type(variant) is not DoraLinearVariant:
                 raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear is not supported yet")
             return DoraNF4Variant()
 
@@ -536,8 +567,11 @@ if lora is not None:
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
             return merged, bias
 
-    @fuses(adalora.SVDLinear)
-    class FusedSVDLinear(_AdaLora, MergesNF4, adalora.SVDLinear):
+
+if SVDLinear is not None:
+
+    @fuses(SVDLinear)
+    class FusedSVDLinear(_AdaLora, MergesNF4, SVDLinear):
         """``peft.tuners.adalora.SVDLinear`` over nn.Linear, NF4Linear or Linear4bit."""
 
         def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
@@ -549,24 +583,33 @@ if lora is not None:
             return weight + self.get_delta_weight(name).float(), bias
 
 
-if lora is not None and bnb is not None:
+if LoraLinear8bitLt is not None:
 
-    @fuses(lora.Linear8bitLt)
-    class FusedLoraLinear8bitLt(Lora, lora.Linear8bitLt):
+    @fuses(LoraLinear8bitLt)
+    class FusedLoraLinear8bitLt(Lora, LoraLinear8bitLt):
         """``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part, over bitsandbytes' own 8-bit product."""
 
-    @fuses(adalora.SVDLinear8bitLt)
-    class FusedSVDLinear8bitLt(_AdaLora, adalora.SVDLinear8bitLt):
+
+if SVDLinear8bitLt is not None:
+
+    @fuses(SVDLinear8bitLt)
+    class FusedSVDLinear8bitLt(_AdaLora, SVDLinear8bitLt):
         """``peft.tuners.adalora.bnb.SVDLinear8bitLt``, likewise."""
 
-    @fuses(lora.Linear4bit)
-    class FusedLoraLinear4bit(Lora, lora.Linear4bit):
+
+if LoraLinear4bit is not None:
+
+    @fuses(LoraLinear4bit)
+    class FusedLoraLinear4bit(Lora, LoraLinear4bit):
         """``peft.tuners.lora.bnb.Linear4bit``: QLoRA and QDoRA."""
 
         def _dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
             # PEFT asks for CUDA's autocast, whatever the device, and casts back only outside it.
             return torch.promote_types(dtype, magnitude.dtype) if torch.is_autocast_enabled() else dtype
 
-    @fuses(adalora.SVDLinear4bit)
-    class FusedSVDLinear4bit(_AdaLora, adalora.SVDLinear4bit):
+
+if SVDLinear4bit is not None:
+
+    @fuses(SVDLinear4bit)
+    class FusedSVDLinear4bit(_AdaLora, SVDLinear4bit):
         """``peft.tuners.adalora.bnb.SVDLinear4bit``."""

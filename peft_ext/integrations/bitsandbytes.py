@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._imports import required
 from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
 
 __all__ = ["nf4_from_params4bit", "params4bit_from_nf4", "why_not_nf4"]
@@ -46,8 +47,9 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
 
 def params4bit_from_nf4(nf4: NF4Weight) -> Any:
     """See :meth:`peft_ext.NF4Weight.to_bitsandbytes`."""
-    from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
+    with required("bitsandbytes", "NF4Weight.to_bitsandbytes"):
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn import Params4bit
 
     state2 = offset = None
     if nf4.nested is not None:

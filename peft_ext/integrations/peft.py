@@ -18,10 +18,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 
+from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
 from . import _peft_ia3  # noqa: F401  its layers register themselves
 from . import _peft_lowrank as lowrank
@@ -29,21 +30,20 @@ from ._peft_base import (
     FOUR_BIT,
     FUSED,
     KEPT,
+    QUANTIZED,
     STOCK,
     as_in_forward,
-    bnb,
     class_name,
     is_fully_sharded,
     kernel_reason,
     tensor_reason,
 )
 
-try:
+PeftModel = BaseTunerLayer = None
+with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):
     from peft import PeftModel
-    from peft.tuners import lora
+with optional("peft", "explain lists no adapter layers"):
     from peft.tuners.tuners_utils import BaseTunerLayer
-except ImportError:
-    lora = None
 
 __all__ = ["Explanation", "Row", "accelerate", "explain", "restore"]
 
@@ -85,9 +85,13 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
     found = False
-    adapted = (NF4Linear,) if lora is None else (NF4Linear, BaseTunerLayer, PeftModel)
+    adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     for module in _tree("accelerate", model).modules():
         if (fused := FUSED.get(type(module))) is not None:
+            if (lacking := _lacking(module, fused)) is not None:
+                found = True
+                say_missing(type(module).__module__.partition(".")[0], lacking, "its layers are not fused")
+                continue
             module.__class__ = fused
         if isinstance(module, lowrank.Lora):
             lowrank.prepare_dora(module, dora_dropout)
@@ -136,9 +140,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each PEFT layer, and for each quantized linear that is not the base of one. Prints as a table."""
+    """A row for each PEFT layer, and for each quantized linear that is not the base of one. Prints as a table.
+
+    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers does not have where this
+    package looks for it, and what is not fused for want of it.
+    """
 
     rows: list[Row] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     # A table of more rows than this shows like rows as one, with their count and the first one's name.
     LONGEST = 20
@@ -162,7 +171,8 @@ class Explanation:
         cells = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
         table = ["  ".join(line).rstrip() for line in cells]
         fused = sum(row.fused for row in self.rows)
-        return "\n".join([*table, f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"])
+        share = f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"
+        return "\n".join([*table, share, *self.missing])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -178,7 +188,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises: TypeError where model is no nn.Module.
     """
     with as_in_forward(_tree("explain", model)):
-        return Explanation(list(_rows(model)))
+        return Explanation(list(_rows(model)), list(MISSING))
 
 
 def _tree(caller: str, model: Any) -> nn.Module:
@@ -191,7 +201,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
     bases = set()
     for name, module in model.named_modules():
         kind = reason = None
-        if lora is not None and isinstance(module, BaseTunerLayer):
+        if BaseTunerLayer is not None and isinstance(module, BaseTunerLayer):
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
@@ -205,16 +215,29 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             if not reason and module.merge_error is not None:
                 yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
                 continue
-        elif bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+        elif isinstance(module, QUANTIZED):
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:
                 reason = f"{kind} is not fused; only Linear4bit itself is"
         if kind is None:
             continue
         if reason is None:
-            reason = _NOT_ACCELERATED if type(module) in FUSED else module._stock_reason()
+            fused = FUSED.get(type(module))
+            reason = module._stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
         partly = None if reason else getattr(module, "_partly", lambda: None)()
         yield Row(name, kind, not reason, reason or (f"the adapter's part: {partly}" if partly else ""))
+
+
+def _lacking(module: nn.Module, fused: type) -> Optional[str]:
+    """Which attribute the fused class reads and ``module``, of its stock class, does not have; None: it has all."""
+    for path in fused._reads:
+        found: Any = module
+        for name in path.split("."):
+            if not hasattr(found, name):
+                return f"{type(found).__module__}.{type(found).__qualname__} has no {name}"
+            if (found := getattr(found, name)) is None:  # a weight that is not quantized yet
+                break
+    return None
 
 
 def _package(module: nn.Module) -> tuple[str, type]:

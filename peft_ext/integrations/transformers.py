@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._imports import required
 from ._diff_pruning_callback import DiffPruningCallback
+
+with required("transformers", "peft_ext.integrations.transformers"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

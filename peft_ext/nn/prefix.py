@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .._imports import required
 from .prompt import VirtualTokens
 
 __all__ = ["PrefixEncoder"]
@@ -182,7 +183,8 @@ class PrefixEncoder(VirtualTokens):
         Activation checkpointing turns the cache off, and with it the prefix. Raises ValueError if config's layers,
         key heads or head_dim are not this prefix's.
         """
-        from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+        with required("transformers", "PrefixEncoder.cache"):
+            from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
         if config is None:
             return DynamicCache(list(self(batch_size, dtype)))

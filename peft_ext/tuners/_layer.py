@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from typing import Any, Optional, Union
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._imports import required
 from ._targets import Plan, TargetConfig, expand_all_linear
 from ._tuner import Tuner, read_through
+
+with required("peft", "peft_ext.tuners"):
+    from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
 
 __all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
 

@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from .._imports import required
+
+with required("peft", "peft_ext.tuners"):
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+    from peft.utils.other import AuxiliaryTrainingWrapper
+with required("transformers", "peft_ext.tuners"):
+    from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "ALL_LINEAR",

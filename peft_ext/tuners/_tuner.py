@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+
+from .._imports import required
+
+with required("peft", "peft_ext.tuners"):
+    from peft.tuners.tuners_utils import BaseTuner
 
 __all__ = ["Tuner", "read_through"]
 

@@ -13,15 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .._imports import required
 from ..integrations._peft_base import DTYPES, kernel_reason, short
 from ..nn import BottleneckAdapter
 from ._register import peft_type, register
 from ._targets import TargetConfig, in_layers
 from ._tuner import Tuner, read_through
+
+with required("peft", "peft_ext.tuners"):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+with required("transformers", "peft_ext.tuners"):
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]
 

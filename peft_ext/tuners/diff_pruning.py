@@ -21,12 +21,15 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
+from .._imports import required
 from ._layer import ReplacingLayer, ReplacingTuner, tree
 from ._register import peft_type, register
 from ._targets import Plan, TargetConfig, own_units, plan
+
+with required("peft", "peft_ext.tuners"):
+    from peft import PeftConfig
 
 __all__ = ["DenseDiff", "DiffPruningConfig", "DiffPruningLayer", "DiffPruningModel", "SparseDiff"]
 
