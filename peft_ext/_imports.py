@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 
 __all__ = ["MISSING", "has", "optional", "required", "say_missing", "version"]
 
@@ -44,9 +45,9 @@ def has(kind: type, *names: str) -> None:
             raise ImportError(f"{kind.__module__}.{kind.__qualname__} has no {name}")
 
 
-def _is_absent(package: str, error: ImportError) -> bool:
-    """Whether the package itself is not there, and not a name in it, or a package that it needs."""
-    return isinstance(error, ModuleNotFoundError) and error.name == package
+def _is_absent(package: str) -> bool:
+    """Whether the package itself is not installed, and it is not a name in it, or a package that it needs."""
+    return find_spec(package) is None
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def optional(package: str, cost: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if not _is_absent(package, error):
+        if not _is_absent(package):
             say_missing(package, str(error), cost)
 
 
@@ -68,7 +69,7 @@ def required(package: str, user: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if _is_absent(package, error):
+        if _is_absent(package):
             raise
         raise ImportError(f"{user} can't be used: {version(package)} is not as peft_ext knows it: {error}",
                           name=error.name, path=error.path) from error  # fmt: skip

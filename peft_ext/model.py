@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from .nn import NF4Linear
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.tuners import lora
     from peft.tuners.adalora import AdaLoraLayer
     from peft.utils import (
@@ -33,8 +33,6 @@ with required("peft", "peft_ext.get_peft_model and load_adapter"):
     )
 
 __all__ = ["get_peft_model", "load_adapter"]
-
-_PEFT_MISSING = "Found missing adapter keys while loading the checkpoint"  # its warning
 
 
 def get_peft_model(
@@ -132,15 +130,15 @@ def load_adapter(
             _take_nf4(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
+        absent: list[str] = []
+        hook = model.register_load_state_dict_post_hook(lambda module, keys: absent.extend(keys.missing_keys))
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=f".*{_PEFT_MISSING}", category=UserWarning)
-                model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-        except UserWarning as warning:
-            if _PEFT_MISSING not in str(warning):
-                raise
-            missing = re.findall(r"'([^']*)'", str(warning).partition(_PEFT_MISSING)[2])
-            raise ValueError(_missing(folder, missing)) from None
+            model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        finally:
+            hook.remove()
+        if missing := _missing_keys(model, adapter_name, absent):
+            raise ValueError(_missing(folder, missing))
         if not is_trainable:  # where PEFT casts AdaLoRA's and (IA)³'s tensors, they are left trainable
             model.requires_grad_(False)
     _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
@@ -187,6 +185,16 @@ def _load_unrounded(
 def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``kwargs`` that say where, and which, a file on the hub is."""
     return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
+
+
+def _missing_keys(model: PeftModel, adapter_name: str, absent: list[str]) -> list[str]:
+    """Those of the state dict's keys ``absent`` that are the adapter's, and no other name of a tensor that was read."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    unread = set(absent)
+    read = {id(tensor) for key, tensor in tensors.items() if key not in unread}
+    own = (key for key in dict.fromkeys(absent) if prefix in key and adapter_name in key.split("."))
+    return [key for key in own if key not in tensors or id(tensors[key]) not in read]
 
 
 def _missing(folder: Path, keys: list[str]) -> str:

@@ -680,6 +680,35 @@ def test_a_4bit_weight_is_never_repacked(adapted):
     assert layer.support_avx512bf16_for_cpu is True
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_training_after_evaluation_has_the_gradients_of_training_alone(quant_type):
+    """Where the CPU has AVX-512 BF16, bitsandbytes repacks in evaluation: of 4-bit weights below others the gradients
+    are lost then."""
+
+    def grads(evaluated):
+        torch.manual_seed(3)
+        model = nn.Sequential(*(four_bit(K, K, quant_type=quant_type, bias=False) for _ in range(2)))
+        model.is_loaded_in_4bit = True
+        config = LoraConfig(target_modules=["0", "1"], r=4, init_lora_weights=False)
+        model = peft_ext.accelerate(get_peft_model(model, config))
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(x)
+        model.train()(x).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    x = torch.randn(5, K)
+    for one, two in zip(grads(False), grads(True), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_weight_that_was_repacked_before_is_said():
+    model = nn.Sequential(four_bit(K, K), four_bit(K, K))
+    model[1].weight.quant_state.packing_format_for_cpu = True
+    with pytest.warns(UserWarning, match=r"repacked the weight of 1 for its CPU inference \(1 in all\): training gets no"):
+        peft_ext.accelerate(model)
+
+
 def test_4bit_weights_that_stay_stock():
     class Kinds(nn.Module):
         def __init__(self):
@@ -690,7 +719,8 @@ def test_4bit_weights_that_stay_stock():
 
     model = Kinds()
     model.repacked.weight.quant_state.packing_format_for_cpu = True
-    stock, fused = both(model.train())
+    with pytest.warns(UserWarning, match="repacked the weight of repacked"):
+        stock, fused = both(model.train())
     rows = {row.name: row for row in peft_ext.explain(fused).rows}
     assert len(rows) == 6
     assert "'fp4', wanted 'nf4'" in rows["fp4"].reason

@@ -485,6 +485,38 @@ def test_tensors_of_an_adapter(made, tmp_path, about: str) -> None:
     assert str(caught.value).startswith("load_adapter: ") and message.format(key=key) in str(caught.value)
 
 
+def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, monkeypatch) -> None:
+    folder = changed_tensors(made[1], tmp_path / "v", lambda t, key: t.pop(key))
+    monkeypatch.setattr("peft.peft_model.warnings.warn", lambda *args, **kwargs: None)
+    for name in ("default", "lora"):  # which is a part of each key
+        model = transformers.AutoModelForCausalLM.from_pretrained(made[0])
+        with pytest.raises(ValueError, match=r"lacks 1 of the adapter's tensors, first base_model\..*q_proj\.lora_A"):
+            peft_ext.load_adapter(model, folder, name)
+        assert not model._load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_rank_beyond_the_base_that_its_start_cuts(tmp_path, init: str) -> None:
+    """PEFT has no more ranks then than the base weight's shorter side; the configuration keeps the r it was given."""
+
+    def base() -> transformers.PreTrainedModel:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=29, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+        ))  # fmt: skip
+
+    config = peft.LoraConfig(r=64, init_lora_weights=init, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").popitem()[1].shape == (32, 32)
+    x = torch.arange(5)[None]
+    stock, ours = peft.PeftModel.from_pretrained(base(), tmp_path), peft_ext.load_adapter(base(), tmp_path)
+    torch.testing.assert_close(ours.eval()(x).logits, stock.eval()(x).logits, rtol=1e-5, atol=1e-6)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "r": 10**9}))
+    with pytest.raises(ValueError, match="r is 1000000000, wanted at most 1024"):
+        peft_ext.load_adapter(base(), tmp_path)
+
+
 def test_missing_tensors_of_a_second_adapter(made, tmp_path) -> None:
     folder = changed_tensors(made[1], tmp_path / "v", lambda t, key: t.pop(key))
     model = peft_ext.load_adapter(transformers.AutoModelForCausalLM.from_pretrained(made[0]), made[1])

@@ -50,9 +50,14 @@ __all__ = [
 _MOST_BYTES = 16 << 20
 _DEEPEST = 32
 _MOST_LAYERS = 10_000
+_MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 _POSITIVE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 _SHOWN = 60  # characters of a value, in a message
+
+# Starts from factors of the base weight, which has no more of them than its shorter side: r may be beyond that, and
+# PEFT makes tensors of r before it cuts them.
+_TRUNCATING = ("pissa", "olora")
 
 # Files that PEFT would unpickle to start from; the saved adapter has all that they gave.
 _PICKLES = ("prompt_tuning_init_state_dict_path",)
@@ -298,6 +303,8 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
     """The sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
+        if str(config.init_lora_weights).startswith(_TRUNCATING):
+            largest = max(largest, _MOST_RANK)
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{_shown(name)}]", value, largest

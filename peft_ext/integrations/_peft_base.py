@@ -364,18 +364,22 @@ if Linear4bit is not None and Params4bit is not None:
 
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
-            """False for an NF4 weight: bitsandbytes must not repack it, whichever path a call takes.
+            """False: bitsandbytes must not repack the weight in evaluation, whichever path a call takes, NF4 or FP4.
 
             A repacked weight loses its gradients when it is trained again, and changes in the state dict.
             """
-            enabled = self.__dict__.get("support_avx512bf16_for_cpu", False)
-            return enabled and why_not_nf4(quant_state_of(self)) is not None
+            return False
 
         @support_avx512bf16_for_cpu.setter
         def support_avx512bf16_for_cpu(self, value: bool) -> None:
             self.__dict__["support_avx512bf16_for_cpu"] = value
 
     FOUR_BIT = (Linear4bit, FusedLinear4bit)
+
+
+def is_repacked(base: nn.Module) -> bool:
+    """Whether bitsandbytes has repacked the weight of a ``Linear4bit``, in an evaluation on this CPU."""
+    return bool(getattr(quant_state_of(base), "packing_format_for_cpu", False))
 
 
 # --- merging into NF4 -------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from ._peft_base import (
     as_in_forward,
     class_name,
     is_fully_sharded,
+    is_repacked,
     kernel_reason,
     tensor_reason,
 )
@@ -80,7 +81,7 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     forward-mode derivatives.
 
     Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two. Warns where model
-    has no adapter and no 4-bit layer.
+    has no adapter and no 4-bit layer, and where bitsandbytes has repacked a 4-bit weight, which it then can't train.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -96,6 +97,14 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
         if isinstance(module, lowrank.Lora):
             lowrank.prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
+    repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
+    if repacked:
+        warnings.warn(
+            f"accelerate: bitsandbytes repacked the weight of {repacked[0]} for its CPU inference ({len(repacked)} in "
+            "all): training gets no gradients through it, and it is not fused. Load the model anew, and call accelerate "
+            "before it is evaluated",
+            stacklevel=2,
+        )
     if not found:
         warnings.warn(
             f"accelerate: {type(model).__name__} has no adapter layer and no 4-bit layer, nothing to accelerate: call "
@@ -254,7 +263,7 @@ def _method(module: Any) -> str:
     package, _ = _package(module)
     if package == "lora":
         for name in module.active_adapters:
-            if (variant := module.lora_variant.get(name)) is not None:
+            if (variant := getattr(module, "lora_variant", {}).get(name)) is not None:
                 method = lowrank.variant_name(variant)
                 own = method == "DoRA" and getattr(module, lowrank.DORA_DROPOUT, "peft") == "lora"
                 return f"{method} (dropout on the low-rank path)" if own else method
