@@ -1,5 +1,6 @@
 """finetune's --config and --dry-run, the bars on a terminal, Ctrl-C: what is asked for, and nothing beside it."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -320,6 +321,23 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):  # no
     save_adapter(model, tmp_path / "saved")
     assert found.adapter_bytes == (tmp_path / "saved/adapter_model.safetensors").stat().st_size
     assert found.memory.total > 0 and found.needed_bytes > found.memory.total
+    held = found.memory.weights + found.memory.quantization + found.memory.adapters
+    assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
+
+
+def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """A run of small steps needs the most memory where it loads the base again beside its model."""
+    seen = []
+    monkeypatch.setattr(plan, "show_plan", lambda run: seen.append((run, plan.plan(run))))
+    arguments = small(tiny, tmp_path / "out", "--quant", "none", "--dry-run")
+    assert main(arguments) == 0
+    ((run, found),) = seen
+    model, fresh = run._adapt(run._base()), run._base()
+    both = sum(p.nbytes for one in (model, fresh) for p in one.parameters())
+    assert found.load_bytes < both <= found.check_bytes <= found.needed_bytes - found.held_bytes
+    small_step = dataclasses.replace(found.memory, total=found.load_bytes)
+    free = dataclasses.replace(found, memory=small_step, free_bytes=found.check_bytes - 1, held_bytes=0)
+    assert "it needs more memory than is free; --quant nf4 or a smaller model" in "".join(plan._remarks(run, free))
 
 
 def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):  # noqa: F811

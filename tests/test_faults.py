@@ -711,6 +711,26 @@ def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(finetune, runs, tmp_path
     assert all(not_whole(tmp_path / "out/checkpoints" / name) is None for name in saved)
 
 
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    """As in a program that embeds Python: signal.signal returns None then, and can't put that back."""
+    from peft_ext.cli import chat
+
+    foreign, real = {signal.SIGTERM, signal.SIGALRM}, (signal.signal, signal.getsignal)
+
+    def install(number, handler):
+        assert number not in foreign
+        return real[0](number, handler)
+
+    monkeypatch.setattr(signal, "signal", install)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number in foreign else real[1](number))
+    before = {number: real[1](number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    with command._signals(command._Stop()), chat._at_most(5.0):
+        assert real[1](signal.SIGINT) is not before[signal.SIGINT]
+        assert real[1](signal.SIGTERM) is before[signal.SIGTERM]
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert before == {number: real[1](number) for number in before}
+
+
 def closed_pipe() -> int:
     read, write = os.pipe()
     os.close(read)

@@ -195,8 +195,12 @@ class _Pair:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after ``seconds``, where the system has signals and this is its thread."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    """Raises TimeoutError within the block after ``seconds``, where the system has signals and this is its thread.
+
+    A handler that was not installed from Python could not be put back: it stays, and there is no limit.
+    """
+    ours = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGALRM) is None:
         yield
         return
 

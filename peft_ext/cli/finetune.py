@@ -1199,6 +1199,8 @@ def _signals(stop: _Stop) -> Iterator[None]:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 continue
+            if signal.getsignal(number) is None:  # not installed from Python, which could not put it back
+                continue
             before[number] = signal.signal(number, handler)
         yield
     finally:

@@ -38,6 +38,8 @@ class Plan:
         rows: as :func:`peft_ext.explain` would tell of the live model.
         memory: the estimate of a training step, of ``longest`` tokens an example; None where ``no_memory`` says why.
         load_bytes: of the dense weights, all in memory before they are quantized.
+        check_bytes: of the last check, which loads the base once more beside the trained model: at least the dense
+            weights and, where the step could be estimated, the model's own.
         held_bytes: what this process holds already; 0 on a GPU.
         machine_bytes, free_bytes: of the device's memory; None where the system does not tell.
         train_tokens, held_out_tokens: in the examples, without padding.
@@ -53,6 +55,7 @@ class Plan:
     memory: Any
     no_memory: Optional[str]
     load_bytes: int
+    check_bytes: int
     held_bytes: int
     machine_bytes: Optional[int]
     free_bytes: Optional[int]
@@ -65,8 +68,9 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """The most at a time, loading or training."""
-        return max(self.load_bytes, self.memory.total if self.memory is not None else 0) + self.held_bytes
+        """The most at a time, loading, training or checking."""
+        step = self.memory.total if self.memory is not None else 0
+        return max(self.load_bytes, step, self.check_bytes) + self.held_bytes
 
 
 def plan(run: _Run) -> Plan:
@@ -97,10 +101,12 @@ def plan(run: _Run) -> Plan:
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # a forward that can't be traced
         why = first_line(error).removeprefix("estimate_memory: ")
     total, free, held = _machine(run.device)
+    load = sum(p.nbytes for p in base.parameters())
+    trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
     return Plan(
         model_class=type(base).__name__, parameters=sum(p.numel() for p in base.parameters()),
         trainable=run.trainable, adapter_bytes=size, rows=_rows(run, adapted), memory=memory, no_memory=why,
-        load_bytes=sum(p.nbytes for p in base.parameters()), held_bytes=held, machine_bytes=total, free_bytes=free,
+        load_bytes=load, check_bytes=load + trained, held_bytes=held, machine_bytes=total, free_bytes=free,
         train_tokens=sum(lengths), held_out_tokens=sum(len(example["input_ids"]) for example in run.examples.held_out),
         longest=max(lengths), steps=run.steps, done=0 if run.checkpoint is None else _step(run.checkpoint),
         step_tokens=sum(lengths) / len(lengths) * batch * o.grad_accum,
@@ -245,6 +251,7 @@ def _memory(run: _Run, found: Plan) -> Any:
         batch = min(run.o.batch_size, len(run.examples.train))
         table.add_row(f"a step of {batch} x {found.longest} tokens", "", mib(found.memory.total))
     table.add_row("loading: the dense bfloat16 weights", "", mib(found.load_bytes))
+    table.add_row("the last check: the dense weights beside the trained model", "", mib(found.check_bytes))
     if found.held_bytes:
         table.add_row("Python, the libraries and the data: this process now", "", mib(found.held_bytes))
     table.add_row("needed, at least", "", mib(found.needed_bytes))
@@ -271,8 +278,8 @@ def _remarks(run: _Run, found: Plan) -> Iterator[str]:
             mends.insert(0, "--quant nf4")
         if not run.o.gradient_checkpointing and run.o.method != "prefix":
             mends.append("--gradient-checkpointing")
-        if found.memory is None or found.load_bytes > found.memory.total:
-            mends = ["a smaller model"]
+        if found.memory is None or found.check_bytes > found.memory.total:  # no smaller batch takes less
+            mends = ["a smaller model"] if run.o.quant == "nf4" else ["--quant nf4", "a smaller model"]
         yield f"warning: it needs more memory than is free; {' or '.join(mends)} takes less"
     if run.packed:
         yield "the default model is not unpacked yet: a run does that first, once, into the cache folder"

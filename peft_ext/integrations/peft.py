@@ -101,8 +101,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     if repacked:
         warnings.warn(
             f"accelerate: bitsandbytes repacked the weight of {repacked[0]} for its CPU inference ({len(repacked)} in "
-            "all): training gets no gradients through it, and it is not fused. Load the model anew, and call accelerate "
-            "before it is evaluated",
+            "all): training gets no gradients through it, and it is not fused. Load the model anew, and call "
+            "accelerate before it is evaluated",
             stacklevel=2,
         )
     if not found:
