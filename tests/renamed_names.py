@@ -98,7 +98,7 @@ def main():
     found = {}
     for number, (name, case) in enumerate(json.load(sys.stdin).items()):
         folder = tmp / str(number)
-        shutil.copytree(installed, folder / "peft", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(installed, folder / "peft")  # with its compiled files, which know their sources by time
         for file, pattern, replacement in case["edits"]:
             if pattern is None:
                 (folder / "peft" / file).rename(folder / "peft" / replacement)

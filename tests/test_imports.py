@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("aenum")
@@ -102,7 +104,7 @@ def found(tmp_path_factory):
     script, installed = Path(__file__).with_name("renamed_names.py"), Path(peft.__file__).parent
     run = subprocess.run(
         [sys.executable, str(script), str(installed), str(tmp_path_factory.mktemp("peft"))], input=json.dumps(cases),
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

@@ -635,13 +635,18 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 
 @column("compile")
 def test_compile(name: str) -> Cell:
-    """`torch.compile(fullgraph=True)`, forward and backward, of the last layer's adapted MLP; of prefix and prompt
-    tuning, of the whole PeftModel. Outputs and gradients are the eager ones.
+    """`torch.compile(fullgraph=True)`, forward and backward, of the last layer's adapted MLP; where the layer
+    itself is adapted, of that; of prefix and prompt tuning, of the whole PeftModel. Outputs and gradients are the eager
+    ones.
     """
     model = adapted(name).train()
     if tuners(model):
-        layers = model.get_base_model().model.layers
-        module, inputs = layers[-1].mlp, {"x": torch.randn(5, HIDDEN)}
+        base = model.get_base_model().model
+        module, inputs = base.layers[-1].mlp, {"x": torch.randn(5, HIDDEN)}
+        if isinstance(base.layers[-1], BaseTunerLayer):
+            module, hidden = base.layers[-1], torch.randn(1, 5, HIDDEN)
+            positions = base.rotary_emb(hidden, torch.arange(5)[None])
+            inputs = {"hidden_states": hidden, "position_embeddings": positions}
         assert any(isinstance(below, BaseTunerLayer) for below in module.modules())
     else:
         module, inputs = model, BATCH

@@ -26,8 +26,9 @@ class BottleneckAdapter(nn.Module):
             D Kaiming-uniform (a = √5), V and biases zero, the identity.
         dtype: of the parameters; default float32, whatever the activations are.
 
-    Where it stands is the caller's: after attention and after the feed-forward (Houlsby), after the latter alone
-    (Pfeiffer), ``adapter(sublayer_output)``; or beside one (parallel), ``adapter(sublayer_input, sublayer_output)``.
+    Where it stands is the caller's: after attention and after the feed-forward (Houlsby), ``adapter(sublayer_output)``;
+    after the latter's residual sum (Pfeiffer), ``adapter(sum)``, or ``norm(adapter(norm(sum), sum))`` where a LayerNorm
+    follows; or beside one (parallel), ``adapter(sublayer_input, sublayer_output)``.
 
     Raises: ValueError for a bottleneck below 1, an unknown activation or init.
 
