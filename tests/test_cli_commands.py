@@ -205,6 +205,19 @@ def test_explain_goes_on_where_one_method_of_several_does_not_fit(capsys, base, 
     assert refused(capsys, "explain", base, "--method", "bitfit").startswith("bitfit: BitFitConfig: no bias")
 
 
+def test_explain_says_which_names_are_missing(capsys, base):
+    from peft_ext._imports import MISSING
+
+    assert document(capsys, "explain", base, "--method", "lora")["missing"] == []
+    text = "peft 9.0 is not as peft_ext knows it: cannot import name 'Linear'; LoRA is not fused"
+    MISSING.append(text)
+    try:
+        assert document(capsys, "explain", base, "--method", "lora")["missing"] == [text]
+        assert text in said(capsys, "explain", base, "--method", "lora").splitlines()
+    finally:
+        MISSING.remove(text)
+
+
 def test_explain_prints_tables_of_a_quantized_model(capsys, base):
     out = said(capsys, "explain", base, "--quant", "nf4", "--blocksize", 128, "--method", "ia3")
     assert "quantization: nf4, double quantization, blocks of 128, as asked for\n" in out

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from .._imports import MISSING
 from . import CliError
 from ._common import (
     console,
@@ -363,7 +364,7 @@ def _document(base: _Base, step: dict[str, Any], found: list[_Found], refused: d
             }
             for one in found
         ],
-        "refused": refused,
+        "refused": refused, "missing": list(MISSING),
     }  # fmt: skip
 
 
@@ -423,3 +424,5 @@ def _show(base: _Base, step: dict[str, Any], found: list[_Found], refused: dict[
     for one in found:
         if one.no_memory is not None:
             print(f"{one.method}: memory could not be estimated: {one.no_memory}")
+    for text in MISSING:
+        print(text)
