@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,6 +398,22 @@ def test_the_mean_of_odd_scales() -> None:
     assert torch.equal(reference.nf4.scale_mean(torch.zeros(3)), torch.tensor(0.0))
     assert torch.equal(reference.nf4.scale_mean(torch.full((3,), 3e38)), torch.tensor(3e38))
     assert reference.nf4.scale_mean(torch.tensor([1.0, float("nan")])).isnan()
+
+
+@pytest.mark.cpu_only("it is about the CPU's scratch")
+@pytest.mark.skipif(not TILES or not Path("/proc/self/statm").exists(), reason="no strips here, or no /proc")
+def test_a_large_scratch_is_given_back_when_the_call_ends() -> None:
+    """The strips of 48 MiB of activations; a thread keeps 32 MiB of a kind at most."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    x, weight = torch.zeros(6144, 4096, dtype=torch.bfloat16), torch.zeros(64, 4096, dtype=torch.bfloat16)
+    a, b = torch.zeros(4, 4096), torch.zeros(64, 4)
+    for rows in (64, 6144):  # what the first call leaves is PyTorch's
+        before = resident()
+        ops.lora_linear(x[:rows], weight, a, b)
+    assert resident() - before < 24 * 2**20
 
 
 @pytest.mark.cpu_only("the checks of CUDA's glue are its own")
