@@ -950,7 +950,9 @@ def test_the_optimizer_goes_on_with_what_is_kept(in_groups):
     model(**batch(base)).loss.backward()
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == set(trained.values())
+    # A key's bias adds one number to a query's scores, which softmax does not see: its gradient is 0 but for rounding.
+    key_biases = {n for n in trained.values() if ".key." in n and "bias" in n}
+    assert moved | key_biases == set(trained.values())
     with pytest.raises(ValueError, match="pruned already"):
         model.prune(0.05)
     fresh, _ = make_spread("diff", "bert")
