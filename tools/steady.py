@@ -157,7 +157,8 @@ def main() -> int:
         print(f"steady: {text}")
     runs, failures = sum(outcomes.passed.values()), sum(outcomes.failed.values())
     print(f"steady: {runs + failures} runs of {len(outcomes.longest)} tests beside {options.load} other test runs: "
-          f"{failures} failures, {len(broken)} processes that broke off{', cut short by --minutes' if cut else ''}")  # fmt: skip
+          f"{failures} failures, {len(broken)} processes that broke off"
+          f"{', cut short by --minutes' if cut else ''}")  # fmt: skip
     return int(bool(failures or broken or not runs))
 
 

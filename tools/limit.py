@@ -1,0 +1,88 @@
+"""Runs a command that may take so long, and no longer: then it and all that it started are ended, and it says so.
+
+    python tools/limit.py SECONDS COMMAND...
+
+The exit status is the command's, or 124 where it was ended. Its Python processes first print where they are, as far as
+they can: a process under pytest writes the stack of every thread. Needs psutil. Ctrl-C reaches the command as ever.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+ENDED = 124  # as timeout(1) has it
+GRACE = 10.0  # seconds that a process has for its stacks
+
+
+def run(command: Sequence[str], seconds: float, **how: Any) -> int:
+    """Its exit status, as a shell tells it; ``how`` goes to ``subprocess.Popen``."""
+    process = subprocess.Popen(command, **how)
+    try:
+        code = process.wait(timeout=seconds)
+        return code if code >= 0 else 128 - code
+    except subprocess.TimeoutExpired:
+        shown = " ".join(command)
+        print(f"\nlimit: this did not end in {seconds:g} s and is ended: {shown}", file=sys.stderr, flush=True)
+        end(process)
+        print(f"limit: ended after {seconds:g} s: {shown}", file=sys.stderr, flush=True)
+        return ENDED
+    except KeyboardInterrupt:  # the command got it too, and has its own way to end
+        return process.wait()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends it and all that it started, and what is begun anew meanwhile."""
+    parent = psutil.Process(process.pid)
+    until = time.monotonic() + GRACE
+    asked: set[psutil.Process] = set()
+    while time.monotonic() < until and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+        # The youngest first: a launcher would take its children with it before they have said where they are.
+        found = [*reversed(parent.children(recursive=True)), parent]
+        for each in (each for each in found if each not in asked):
+            print(f"limit: process {_shown(each)}", file=sys.stderr, flush=True)
+            _send(each, signal.SIGABRT if _is_python(each) else signal.SIGTERM)
+            asked.add(each)
+        psutil.wait_procs([*asked], timeout=0.5)
+    for each in {*asked, *(parent.children(recursive=True) if parent.is_running() else ()), parent}:
+        _send(each, signal.SIGKILL)
+    process.wait()
+
+
+def _is_python(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("python")
+    except psutil.Error:
+        return False
+
+
+def _shown(process: psutil.Process) -> str:
+    try:
+        return (
+            f"{process.pid}, {process.status()}, {process.cpu_times().user:.0f} s: {' '.join(process.cmdline())[:200]}"
+        )
+    except psutil.Error:
+        return f"{process.pid}, gone"
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)  # not to another process that got the same number
+    except psutil.NoSuchProcess:
+        pass
+
+
+def main() -> int:
+    if len(sys.argv) < 3:
+        sys.exit("usage: python tools/limit.py SECONDS COMMAND...")
+    return run(sys.argv[2:], float(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
