@@ -171,7 +171,7 @@ def test_ctrl_c_saves_a_checkpoint(tiny, tmp_path):
             if line.startswith("step"):
                 run.send_signal(signal.SIGINT)
                 break
-        out, err = run.communicate(timeout=120)
+        out, err = run.communicate(timeout=600)
     finally:
         run.kill()
     assert run.returncode == 130, err

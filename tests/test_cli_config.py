@@ -451,7 +451,7 @@ def test_finetune_shows_every_option(capsys, monkeypatch):
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 120) -> tuple[int, str]:
+def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600) -> tuple[int, str]:
     """Run Python ``code`` with a terminal for its three streams: exit code and all that it shows."""
     import fcntl
     import pty
@@ -479,7 +479,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 120)
             if interrupt_at and not sent and interrupt_at in shown:
                 run.send_signal(signal.SIGINT)
                 sent = True
-        return run.wait(timeout=30), shown.decode(errors="replace")
+        return run.wait(timeout=120), shown.decode(errors="replace")
     finally:
         run.kill()
         os.close(here)

@@ -53,7 +53,7 @@ def digests() -> list[dict[str, list[str]]]:
         subprocess.Popen([sys.executable, script, str(runs)], stdout=subprocess.PIPE, text=True, env=env)
         for runs in (RUNS // 2, RUNS - RUNS // 2)
     ]
-    outs = [process.communicate(timeout=1200)[0] for process in started]
+    outs = [process.communicate(timeout=800)[0] for process in started]
     assert not any(process.returncode for process in started)
     return [json.loads(out.splitlines()[-1]) for out in outs]
 

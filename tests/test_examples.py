@@ -350,7 +350,7 @@ def test_three_lines_and_no_more_are_for_peft_ext(
 def test_a_script_runs_as_its_reader_starts_it(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "docs/examples/plain_torch.py", "--tiny", "--max-steps", "2", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert loss_of(done.stdout)[2] == 2 and "14 of 14 layers fused (100%)" in done.stdout
 

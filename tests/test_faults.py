@@ -25,6 +25,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from faults import points  # noqa: E402
 from faults.points import ended, forked, killed_at, start  # noqa: E402
 from faults.steps import Steps, step  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -666,8 +667,15 @@ def test_a_second_signal_ends_a_run_at_once(finetune, tmp_path):
     def slow() -> None:
         import transformers
 
-        step = transformers.Trainer.training_step
-        transformers.Trainer.training_step = lambda *a, **k: (time.sleep(1), step(*a, **k))[1]
+        step, done = transformers.Trainer.training_step, []
+
+        def slow_after_the_first(*args, **kwargs):
+            if done:  # until the second signal comes, however long that takes to send
+                time.sleep(points.SECONDS)
+            done.append(1)
+            return step(*args, **kwargs)
+
+        transformers.Trainer.training_step = slow_after_the_first
 
     code, text = signalled(finetune, tmp_path / "out", signal.SIGINT, signal.SIGINT, before=slow)
     assert code == 130 and text.rstrip().endswith("error: interrupted") and "Traceback" not in text, text
@@ -751,7 +759,7 @@ def test_nobody_reads_what_is_printed(finetune, runs, tmp_path):
 def test_workers_of_a_dataloader_run_kernels(two_threads, context):
     step()  # with two threads, which a fork does not have
     loader = torch.utils.data.DataLoader(Steps(), batch_size=None, num_workers=2 if context == "fork" else 1,
-                                         timeout=60, multiprocessing_context=context)  # fmt: skip
+                                         timeout=600, multiprocessing_context=context)  # fmt: skip
     torch.testing.assert_close(list(loader), [step(i, quantized=True) for i in range(4)], rtol=0, atol=0)
 
 
@@ -807,7 +815,7 @@ def in_threads(*work) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
         assert not thread.is_alive()
     assert not errors, errors
     return found

@@ -313,7 +313,7 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(tmp_path, renamin
     if renaming == "exchange" and not sys.platform.startswith("linux"):
         pytest.skip("no call that exchanges folders")
     command = [sys.executable, "-c", _KILLED, files.__file__, str(tmp_path / "model"), renaming, keep]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["points"] > 20 and all(state["whole"] for state in report["found"])

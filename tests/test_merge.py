@@ -444,7 +444,7 @@ def test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up(made, 
 
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(600)
         try:
             torch.set_num_threads(1)  # a pool of threads does not outlive a fork
             merge._write_safetensors = killed

@@ -490,7 +490,7 @@ class StockReader:
     @functools.cached_property
     def found(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Logits or an error by method, without peft_ext; of those with an error again, with it imported."""
-        self.process.wait(timeout=120)
+        self.process.wait(timeout=600)
         assert self.process.returncode == 0, (self.folder / "errors").read_text()
         return torch.load(self.folder / "read.pt")
 

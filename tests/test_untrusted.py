@@ -376,12 +376,15 @@ def test_an_expression_that_does_not_end(made, tmp_path, changes: dict[str, Any]
     config = _outside.read_config(edited(made[1], tmp_path / "v", **changes) / "adapter_config.json")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(made[0]))
+    # The process of its own has to start in that time, too: many times what it takes now.
     started = time.perf_counter()
+    _outside.check_expressions(peft.LoraConfig(target_modules="a+"), model)
+    seconds = 0.4 + 8 * (time.perf_counter() - started)
     with pytest.raises(
-        ValueError, match="which takes more than 0.4 s to match the names of the model's modules"
+        ValueError, match=f"which takes more than {seconds:g} s to match the names of the model's modules"
     ) as caught:
-        _outside.check_expressions(config, model, 0.4)
-    assert repr(EVIL) in str(caught.value) and time.perf_counter() - started < 30
+        _outside.check_expressions(config, model, seconds)
+    assert repr(EVIL) in str(caught.value)
 
 
 def test_expressions_that_are_none_and_such_as_end(made, tmp_path) -> None:
@@ -657,7 +660,6 @@ def test_the_commands_refuse_bases(made, tmp_path, capsys) -> None:
 
 
 def test_chat_refuses_tokenizers_templates_and_generation(made, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(chat, "_SECONDS", 0.3)
     base, adapter = made
     loop = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for name, data, message in (
@@ -670,7 +672,10 @@ def test_chat_refuses_tokenizers_templates_and_generation(made, tmp_path, capsys
         ("generation_config.json", b'{"eos_token_id": "x"}', "generate, with the base's generation_config: "),
     ):
         folder = rewritten(base, tmp_path / "b", name, data)
-        assert message in refused(capsys, tmp_path, *commands(adapter, tmp_path, folder)[0]), name
+        with monkeypatch.context() as patch:
+            if data is loop:  # the others end by themselves, whenever this process gets to run
+                patch.setattr(chat, "_SECONDS", 0.3)
+            assert message in refused(capsys, tmp_path, *commands(adapter, tmp_path, folder)[0]), name
         shutil.rmtree(folder)
     folder = rewritten(base, tmp_path / "b", "generation_config.json", b'{"num_beams": 1000000, "max_length": 9}')
     assert main([str(argument) for argument in commands(adapter, tmp_path, folder)[0]]) == 0

@@ -780,7 +780,7 @@ def accelerate_library(folder: Path) -> None:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     results: dict[str, str] = {}
     try:
         for name in names:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-SECONDS = 100  # that a fork may take
+SECONDS = 600  # that a fork may take, which takes some
 
 
 def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
