@@ -72,8 +72,11 @@ class Call:
     @property
     def of_pytorch(self) -> tuple[str, ...]:
         """What a product of PyTorch's own gives, whose bits may depend on its threads: not ours to promise."""
-        own = self.case.exact or (TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck")
-        return () if own else ("y", "x", *self.case.from_product)
+        if self.case.exact or (TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck"):
+            return ()
+        # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
+        hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()
+        return ("y", "x", *self.case.from_product, *hidden)
 
 
 def _quantize(k: int, n: int) -> Case:

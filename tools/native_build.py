@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Group:
-    """Sources that are compiled with the same g++ flags."""
+    """Sources that are compiled with the same flags."""
 
     flags: str
     sources: Sequence[Path]
 
 
-def missing_tools() -> str | None:
+def missing_tools(compiler: str = "g++") -> str | None:
     """What of the tools is not there, or None."""
-    if shutil.which("g++") is None:
-        return "g++ not found"
+    if shutil.which(compiler) is None:
+        return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None
 
 
@@ -46,7 +48,7 @@ def _escape(path: Path | str) -> str:
 
 
 def torch_flags() -> tuple[str, str]:
-    """For g++ and for the linker: torch's stable headers at the oldest torch that is supported, and libtorch_cpu."""
+    """For compiler and linker: torch's stable headers at the oldest torch that is supported, and libtorch_cpu."""
     include = stable_abi.torch_include()
     if include is None:
         raise RuntimeError("torch not found")
@@ -59,10 +61,47 @@ def torch_flags() -> tuple[str, str]:
     )
 
 
-def build(library: Path, groups: Iterable[Group], link: str = "") -> Path:
+def module_flags() -> str:
+    """For the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, what setup.py defines."""
+    import pybind11
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from peft_ext._version import __version__
+
+    return (
+        f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{ROOT / 'csrc'} "
+        f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
+        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -DPEFT_EXT_CUDA=false -DTORCH_EXTENSION_NAME=_C"""
+    )
+
+
+def module_sources() -> list[Path]:
+    """Those of ``peft_ext._C``, as setup.py finds them."""
+    return sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
+
+
+def package(folder: Path, library: Path) -> Path:
+    """``folder``, to be put on PYTHONPATH, with the package in it: this checkout's Python, linked, and ``library``."""
+    inside = folder / "peft_ext"
+    inside.mkdir(parents=True, exist_ok=True)
+    for path in inside.iterdir():
+        path.unlink()
+    for path in (ROOT / "peft_ext").iterdir():
+        if path.suffix != ".so" and path.name != "__pycache__":
+            (inside / path.name).symlink_to(path)
+    (inside / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
+    return folder
+
+
+# `python -m pytest` would put the checkout, and its own library, before what is on PYTHONPATH.
+PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def build(library: Path, groups: Iterable[Group], link: str | None = "", compiler: str = "g++") -> Path:
     """``library`` of the groups' sources, whose objects lie beside it in a folder of its name.
 
-    Raises RuntimeError with the compiler's output.
+    ``link``: flags; None compiles and links nothing. Raises RuntimeError with the compiler's output.
     """
     folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,15 +109,16 @@ def build(library: Path, groups: Iterable[Group], link: str = "") -> Path:
     for number, group in enumerate(groups):
         lines += [
             f"rule compile{number}",
-            f"  command = g++ -MMD -MF $out.d {group.flags} -c $in -o $out",
+            f"  command = {compiler} -MMD -MF $out.d {group.flags} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
         for source in group.sources:
             objects.append(folder / source.relative_to(ROOT).with_suffix(".o"))
             lines.append(f"build {_escape(objects[-1])}: compile{number} {_escape(source)}")
-    lines += ["rule link", f"  command = g++ -shared $in -o $out {link}"]
-    lines.append(f"build {_escape(library)}: link {' '.join(_escape(path) for path in objects)}")
+    if link is not None:
+        lines += ["rule link", f"  command = {compiler} -shared $in -o $out {link}"]
+        lines.append(f"build {_escape(library)}: link {' '.join(_escape(path) for path in objects)}")
     text = "\n".join(lines) + "\n"
 
     with open(folder / "lock", "w") as lock:

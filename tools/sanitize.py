@@ -14,7 +14,6 @@ import argparse
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import native_build
@@ -53,34 +52,17 @@ def _runtime(name: str) -> str:
 
 def build(kind: str) -> Path:
     """A folder with the package in it: this checkout's Python, linked, and the instrumented library."""
-    import pybind11
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from peft_ext._version import __version__
-
     flags, libraries = native_build.torch_flags()
     common = (
         f"-O1 -g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
-        f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{ROOT / 'csrc'} {flags} "
-        f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
-        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -DPEFT_EXT_CUDA=false -DTORCH_EXTENSION_NAME=_C"""
+        f"{native_build.module_flags()} {flags}"
     )
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
-    sources.append(ROOT / "tests/sanitize/planted.cpp")
+    sources = [*native_build.module_sources(), ROOT / "tests/sanitize/planted.cpp"]
     if kind == "thread":
         sources.append(ROOT / "tests/sanitize/threads.cpp")
     library = native_build.build(BUILD / f"lib{kind}.so", [Group(common, sources)],
                                  f"{FLAGS[kind]} -Wl,-Bsymbolic {libraries}")  # fmt: skip
-    package = BUILD / f"site-{kind}" / "peft_ext"
-    package.mkdir(parents=True, exist_ok=True)
-    for path in package.iterdir():
-        path.unlink()
-    for path in (ROOT / "peft_ext").iterdir():
-        if path.suffix != ".so" and path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
-    return package.parent
+    return native_build.package(BUILD / f"site-{kind}", library)
 
 
 def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -118,10 +100,6 @@ def check_planted(kind: str) -> None:
     print(f"sanitize: planted faults were reported: {', '.join(PLANTED[kind])}", flush=True)
 
 
-# `python -m pytest` would put the checkout, and its own library, first.
-PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=FLAGS)
@@ -131,7 +109,7 @@ def main() -> int:
     check_planted(args.kind)
     rest = rest or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
     # pytest would hold what the process writes to its file descriptors, and the process dies of a report.
-    line, environment = command(args.kind, ["-c", PYTEST, "--capture=sys", *rest])
+    line, environment = command(args.kind, ["-c", native_build.PYTEST, "--capture=sys", *rest])
     return subprocess.run(line, env=environment, cwd=ROOT).returncode
 
 

@@ -1,0 +1,60 @@
+"""Compiles every CPU source with another compiler than the build's, or for another machine; a warning is an error.
+
+    python tools/compile_check.py clang     clang++; the library is loaded and runs the operators' tests of one dtype
+    python tools/compile_check.py aarch64   aarch64-linux-gnu-g++; compiled only, with this machine's headers of Python
+
+Each into a folder of its own below build/; what changed is compiled again. Without the compiler it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import native_build
+from native_build import ROOT, Group
+
+BUILD = ROOT / "build/compilers"
+COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++"}
+DEBIAN = {"clang": "clang", "aarch64": "g++-aarch64-linux-gnu"}
+# As setup.py has them. The other machine's code is not run: it is not optimized either.
+COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
+OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0"}
+TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16", "tests/test_ops.py")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=COMPILERS)
+    kind = parser.parse_args().kind
+    compiler = COMPILERS[kind]
+    if why := native_build.missing_tools(compiler):
+        sys.exit(f"{kind}-check: {why}: apt-get install {DEBIAN[kind]}")
+
+    start = time.monotonic()
+    flags, libraries = native_build.torch_flags()
+    sources = native_build.module_sources()
+    group = Group(f"{OPTIMIZATION[kind]} {COMMON} {native_build.module_flags()} {flags}", sources)
+    link = f"-Wl,-Bsymbolic {libraries}" if kind == "clang" else None
+    try:
+        library = native_build.build(BUILD / f"lib{kind}.so", [group], link, compiler)
+    except RuntimeError as error:
+        sys.exit(f"{kind}-check: {error}")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    print(
+        f"{kind}-check: {len(sources)} sources compile with {version} in {time.monotonic() - start:.0f} s", flush=True
+    )
+    if link is None:
+        return 0
+
+    site = native_build.package(BUILD / f"site-{kind}", library)
+    environment = {**os.environ, "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
+    command = [sys.executable, "-c", native_build.PYTEST, "-q", "-p", "no:cacheprovider", *TESTS]
+    return subprocess.run(command, env=environment, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Runs the integrations' tests on the newest transformers, PEFT, bitsandbytes and accelerate that pip offers.
+
+    python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
+
+They go into an environment of their own, which sees the packages of this one below them; the native library is the one
+that is built. Where they are the versions that this environment has, and `make test` ran on, there is nothing to run but
+with --always. The last line says which they were and what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
+TESTS = ("tests/test_integrations_peft.py", "tests/test_integrations_methods.py", "tests/test_architectures.py")
+VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
+
+
+def versions(python: str) -> dict[str, str]:
+    done = subprocess.run([python, "-c", VERSIONS, *PACKAGES], check=True, stdout=subprocess.PIPE, text=True)
+    return dict(zip(PACKAGES, json.loads(done.stdout), strict=True))
+
+
+def install(folder: Path) -> str:
+    """The Python of an environment in ``folder``, with the newest PACKAGES."""
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin/python")
+    paths = {"base": str(folder), "platbase": str(folder)}
+    site = Path(sysconfig.get_path("purelib", "venv", paths))
+    (site / "zz-below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *PACKAGES]
+    subprocess.run(pip, check=True, env=environment)
+    return python
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--always", action="store_true", help="run the tests whatever the versions are")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-newest")
+    options, rest = parser.parse_known_args()
+    python = install(options.folder)
+    here, newest = versions(sys.executable), versions(python)
+    said = ", ".join(f"{name} {newest[name]}" + (f" (here {here[name]})" if newest[name] != here[name] else "")
+                     for name in PACKAGES)  # fmt: skip
+    print(f"newest: {said}", flush=True)
+    if newest == here and not options.always:
+        print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
+        return 0
+    # As many processes as `make test` has; this checkout's package is the first on the path.
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "4",
+        *(rest or TESTS),
+    ]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PEFT_EXT_REQUIRE": "1", **os.environ}
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    print(f"newest: {'PASSED' if code == 0 else 'FAILED FAILED FAILED'} on {said}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
