@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
+import os
 import random
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ from peft_ext.weight import BLOCKSIZES
 
 # Multiply-adds of one case's products, at most: a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5
+MANY = 128  # threads, at most; 16 for small sizes
+SLOW, STDERR = 120.0, 2  # seconds after which a case that still runs is named, and where
 FEW = 64  # elements of a part, up to which one draw says little
 EMULATED = "emulated CUDA"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -71,9 +75,14 @@ def _size(rng: random.Random, most: int) -> int:
     return max(1, min(size, most))
 
 
-def _shape(rng: random.Random, small: bool) -> tuple[tuple[int, ...], int, int, int]:
-    """(shape of the tokens, K, N, R): what the budget allows."""
-    most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET)
+def _threads(rng: random.Random, small: bool) -> int:
+    """One to four; of every eighth case up to MANY, even in the logarithm: more than there are cores."""
+    return round((16 if small else MANY) ** rng.random()) if rng.random() < 0.125 else rng.choice((1, 1, 2, 2, 3, 4))
+
+
+def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ...], int, int, int]:
+    """(shape of the tokens, K, N, R): what the budget allows, which is less where many threads wait for each other."""
+    most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET if threads <= 8 else BUDGET / 3)
     t, k, n, r = (_size(rng, m) for m in (most, most, most, most_r))
     if rng.random() < 0.1:  # huge and thin
         thin, huge = rng.randrange(3), _size(rng, 40 * most)
@@ -147,8 +156,8 @@ def _away_from_zero(case: Case) -> Case:
 def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
     """The case of ``seed``; the path is ``isa``, or one of this machine's in turn."""
     rng = random.Random(seed)
-    case = _case(rng)
-    shape = _shape(rng, small)
+    case, threads = _case(rng), _threads(rng, small)
+    shape = _shape(rng, small, threads)
     if case.op == "grouped_lora" and not shape[0]:
         shape = ((1,), *shape[1:])
     # Of few columns W and s B A may cancel in a row, and then its norm, from the sum of their products, has few digits
@@ -158,7 +167,7 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
     if case.name.startswith("bottleneck-relu"):
         case, shape = _away_from_zero(case), ((min(torch.Size(shape[0]).numel(), 4096 // shape[3]),), *shape[1:])
     layouts = tuple(rng.choices(LAYOUTS, k=4)) if rng.random() < 0.5 else ("contiguous",) * 4
-    dtype, threads = rng.choice(DTYPES), rng.choice((1, 1, 2, 2, 3, 4))
+    dtype = rng.choice(DTYPES)
     isas = _native.STATE.module.isas()
     return Drawn(seed, case, dtype, shape, layouts, isa or isas[seed % len(isas)], threads, small)
 
@@ -243,12 +252,17 @@ def sweep(seeds: Iterator[int] | range, *, isa: str | None = None, small: bool =
             if drawn.isa != EMULATED:
                 module.set_isa(drawn.isa)
             torch.set_num_threads(drawn.threads)
+            said = f"still running after {SLOW:g} s: {drawn}\n  {drawn.reproducer()}\n"
+            slow = threading.Timer(SLOW, os.write, (STDERR, said.encode()))
+            slow.start()
             try:
                 check(drawn)
             except Exception as error:
                 what = str(error).strip() or traceback.format_exc(limit=-1).strip().splitlines()[-1]
                 failures.append(f"{drawn}\n  {type(error).__name__}: {what}\n  {drawn.reproducer()}")
                 print(failures[-1], file=sys.stderr, flush=True)
+            finally:
+                slow.cancel()
             counts[drawn.case.name.partition("-")[0]] += 1
             counts[drawn.isa] += 1
             counts["cases"] += 1

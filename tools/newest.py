@@ -3,8 +3,8 @@
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
 They go into an environment of their own, which sees the packages of this one below them; the native library is the one
-that is built. Where they are the versions that this environment has, and `make test` ran on, there is nothing to run but
-with --always. The last line says which they were and what came of it.
+that is built. Where they are the versions that this environment has, on which `make test` ran, nothing is run but with
+--always. The last line says which they were and what came of it.
 """
 
 from __future__ import annotations

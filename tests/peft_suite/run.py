@@ -1,14 +1,17 @@
 """Run PEFT's own tests without and with accelerated layers, and compare gradients over their configurations; fail where
 a test passes only without, where a gradient is worse than PEFT's, or where too little was fused to say so.
 
-    python tests/peft_suite/run.py [--mode quick|lora|full] [--cache FOLDER] [--sdist FILE]
+    python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
 
 The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline. Tests that
-fail without the plugin (they want a hub or a package that is not here) are listed by number and do not count.
+want the hub are skipped and counted in both runs; tests that fail without the plugin are listed by number and do not
+count. A test that fails only with it runs once more, where a comparison of float32 that is off by at most 2e-6 of the
+largest value is taken (rounding.py): then the difference is rounding, counted, and the largest one is told.
 
-Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, about two minutes
-for both runs; ``lora``, all that LoRA touches, DoRA included, about four; ``full``, every test of the file. In each the
-gradients (gradients.py, 15 s) are of all configurations.
+Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners and
+LoRA's variants; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of the files OTHERS;
+``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s) are of all
+configurations.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,17 +36,26 @@ _OTHERS = "".join(f" and not {name}" for name in ("adalora", "randlora", "gralor
 _CLASSES = "LayerRepr or DynamicDispatch or MixedAdapter"
 # "timing" compares run times of two PEFT versions of one forward.
 _METHODS = "(mlp and (dora or adalora or ia3) and not timing) or (MultipleActive and (lora or ia3))"
-MODES = {
-    "quick": f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}"
-    f" or {_METHODS}",
-    "lora": f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}",
-    "full": "not timing",
+OTHERS = tuple(
+    f"tests/test_{name}.py" for name in ("lora_variants", "initialization", "mixed", "decoder_models", "seq_classifier")
+)
+_QUICK = (
+    f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}"
+    f" or {_METHODS}"
+)
+# What to run, in turn: files, and of their tests those that pytest's -k selects.
+MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
+    "quick": [((TESTS,), _QUICK), (("tests/test_lora_variants.py", "tests/test_mixed.py"), "")],
+    "lora": [((TESTS,), f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}")],
+    "others": [(OTHERS, "")],
+    "full": [((TESTS,), "not timing"), (OTHERS, "")],
 }
 # What has to be fused at least once; "quick" and "full" meet all of it.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
+SECONDS = 900  # for one test
 # So many layers, each counted once, have to run fused, in PEFT's tests and where gradients are compared.
-LEAST_LAYERS = {"quick": 500, "lora": 400, "full": 500}
+LEAST_LAYERS = {"quick": 500, "lora": 400, "others": 100, "full": 500}
 # The shared test code imports this class; the tests of this file never use it.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
@@ -70,14 +83,17 @@ def _environment(*paths: Path) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": python_path}
 
 
-def run(folder: Path, report: Path, select: str, plugin: bool) -> dict[str, str]:
-    """Outcomes by test: passed, failed or skipped."""
-    command = [sys.executable, "-m", "pytest", TESTS, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
-    command += ["--tb=short", "--no-header", f"--junitxml={report}", "-k", select]
-    if plugin:
-        command += ["-p", "plugin"]
-    environment = _environment(*[HERE] * plugin)
-    environment["PEFT_EXT_SUITE_COUNT"] = str(report.with_suffix(".count"))
+def run(
+    folder: Path, report: Path, files: Sequence[str], select: str, *plugins: str, **variables: str
+) -> dict[str, str]:
+    """Outcomes by test: passed, failed, skipped, or "hub" where that was wanted."""
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["--tb=short", "--no-header", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command += ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
+    command += ["-k", select] if select else []
+    command += [word for plugin in ("offline", *plugins) for word in ("-p", plugin)]
+    # PEFT's tests before all: this folder's parent is a package of that name, too.
+    environment = _environment(folder, HERE) | variables
     report.unlink(missing_ok=True)
     with open(report.with_suffix(".log"), "w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -85,10 +101,26 @@ def run(folder: Path, report: Path, select: str, plugin: bool) -> dict[str, str]
         raise SystemExit(f"pytest did not run to its end; see {report.with_suffix('.log')}")
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
+        kinds = {child.tag: child for child in case}
+        if "skipped" in kinds:
+            outcome = "hub" if "wants the hub" in kinds["skipped"].get("message", "") else "skipped"
+        else:
+            outcome = "failed" if kinds.keys() & {"failure", "error"} else "passed"
+        # pytest's own name for it, but for the class, which is not told apart from the file.
+        name = f"{case.get('file')}::{case.get('classname').rpartition('.')[2]}::{case.get('name')}"
+        outcomes[name.replace(f"::{Path(case.get('file')).stem}::", "::")] = outcome
     return outcomes
+
+
+def _rounds(folder: Path, report: Path, names: Sequence[str]) -> dict[str, float]:
+    """Of these tests, those that differ by rounding alone, and the largest difference in each."""
+    if not names:
+        return {}
+    taken = report.with_suffix(".json")
+    taken.unlink(missing_ok=True)
+    found = run(folder, report, names, "", "plugin", "rounding", PEFT_EXT_SUITE_ROUNDING=str(taken))
+    apart = json.loads(taken.read_text())
+    return {name: max(apart[name]) for name in names if found.get(name) == "passed" and apart.get(name)}
 
 
 def compare_gradients(folder: Path, count: Path) -> tuple[int, str]:
@@ -110,19 +142,28 @@ def main() -> int:
     options = parser.parse_args()
 
     folder = unpack(options.cache, options.sdist)
-    reports = [options.cache / f"{options.mode}-{kind}.xml" for kind in ("stock", "accelerated")]
-    stock = run(folder, reports[0], MODES[options.mode], plugin=False)
-    accelerated = run(folder, reports[1], MODES[options.mode], plugin=True)
+    stock: dict[str, str] = {}
+    accelerated: dict[str, str] = {}
+    in_tests: dict[str, Counter[str]] = {"forwards": Counter(), "layers": Counter()}
+    for number, (files, select) in enumerate(MODES[options.mode]):
+        report = options.cache / f"{options.mode}-{number}"
+        stock |= run(folder, report.with_suffix(".stock.xml"), files, select)
+        count = report.with_suffix(".count")
+        accelerated |= run(folder, report.with_suffix(".accelerated.xml"), files, select, "plugin",
+                           PEFT_EXT_SUITE_COUNT=str(count))  # fmt: skip
+        for which, counts in json.loads(count.read_text()).items():
+            in_tests[which].update(counts)
 
     for kind, outcomes in (("stock", stock), ("accelerated", accelerated)):
-        counts = {which: list(outcomes.values()).count(which) for which in ("passed", "failed", "skipped")}
-        print(f"{kind:>12}: " + ", ".join(f"{count} {which}" for which, count in counts.items()))
+        counts = Counter(outcomes.values())
+        print(f"{kind:>12}: " + ", ".join(f"{counts[which]} {which}" for which in ("passed", "failed", "skipped"))
+              + f", {counts['hub']} skipped for the hub")  # fmt: skip
+    for file in dict.fromkeys(name.partition("::")[0] for name in stock):
+        counts = [Counter(o for name, o in arm.items() if name.startswith(f"{file}::")) for arm in (stock, accelerated)]
+        print(f"{file:>32}: " + "; ".join(", ".join(f"{n} {which}" for which, n in c.items()) for c in counts))
     status, text = compare_gradients(folder, options.cache / f"{options.mode}-gradients.count")
     print(text)
-    in_tests, in_gradients = (
-        json.loads(path.read_text())
-        for path in (reports[1].with_suffix(".count"), options.cache / f"{options.mode}-gradients.count")
-    )
+    in_gradients = json.loads((options.cache / f"{options.mode}-gradients.count").read_text())
     fused = in_tests["forwards"]
     print("fused forwards: " + ", ".join(f"{count} {name}" for name, count in fused.items()))
     layers = Counter(in_tests["layers"]) + Counter(in_gradients["layers"])
@@ -130,9 +171,13 @@ def main() -> int:
     for name, count in layers.most_common():
         print(f"{count:>6}  {name}")
     worse = [name for name, outcome in stock.items() if outcome == "passed" and accelerated.get(name) != "passed"]
+    rounds = _rounds(folder, options.cache / f"{options.mode}-rounding.xml", worse)
+    worse = [name for name in worse if name not in rounds]
+    largest = max(rounds.values(), default=0.0)
+    print(f"differ by rounding: {len(rounds)} tests, by at most {largest:.2g} of the largest value")
     for name in worse:
         print(f"passes only without: {name}")
-    wanted = LORA_METHODS if options.mode == "lora" else METHODS
+    wanted = {"lora": LORA_METHODS, "others": ("LoRA", "DoRA")}.get(options.mode, METHODS)
     untested = [f"in PEFT's tests: {name}" for name in wanted if not fused.get(name)]
     untested += [f"with gradients compared: {name}" for name in METHODS if not in_gradients["forwards"].get(name)]
     for name in untested:
