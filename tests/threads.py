@@ -72,8 +72,12 @@ class Call:
     @property
     def of_pytorch(self) -> tuple[str, ...]:
         """What a product of PyTorch's own gives, whose bits may depend on its threads: not ours to promise."""
-        if self.case.exact or (TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck"):
+        if self.case.exact:
             return ()
+        if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
+            # kDenseTileTokens: the gradient of fewer is a product of PyTorch's over a dense weight.
+            few = torch.Size(self.shape[0]).numel() < 33 and isinstance(self.sample[0].inputs.get("weight"), Tensor)
+            return ("x",) if few else ()
         # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
         hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()
         return ("y", "x", *self.case.from_product, *hidden)
