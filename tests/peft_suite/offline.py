@@ -1,8 +1,8 @@
 """A pytest plugin for both runs: a test that wants the hub is skipped, and counted; ``-p offline``.
 
 PEFT's helper ``hub_online_once`` goes online whatever HF_HUB_OFFLINE says, and waits a minute before it gives up. Here
-it skips the test of a model of the hub that is not on this machine. What a test asks the hub for without it is looked up
-on this machine, and that it is not there is the reason to skip.
+it skips the test of a model of the hub that is not on this machine. What a test asks the hub for without it is looked
+up on this machine, and that it is not there is the reason to skip.
 """
 
 from __future__ import annotations
