@@ -12,6 +12,7 @@ import sys
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without it the reference would be compared with itself
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin as they wait keep a busy machine's cores
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -23,6 +23,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of 128 threads that spin as they wait nothing would come
+
 import op_db
 import torch
 from battery import assert_part_close, output_grad, run, to_wide
