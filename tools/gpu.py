@@ -179,7 +179,7 @@ def make_venv(runner: Runner) -> str:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
-        [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=8"],
+        [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=9"],
         [
             *pip,
             "typer",
