@@ -3,13 +3,13 @@ a test passes only without, where a gradient is worse than PEFT's, or where too 
 
     python tests/peft_suite/run.py [--mode quick|lora|others|full] [--cache FOLDER] [--sdist FILE]
 
-The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline. Tests that
-want the hub are skipped and counted in both runs; tests that fail without the plugin are listed by number and do not
-count. A test that fails only with it runs once more, where a comparison of float32 that is off by at most 2e-6 of the
+The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline, on stand-ins
+for the hub's tiny models (models.py). Tests that want more of the hub are skipped and counted in both runs; tests that
+fail without the plugin are listed by number and do not count. A test that fails only with it runs once more, where a comparison of float32 that is off by at most 2e-6 of the
 largest value is taken (rounding.py): then the difference is rounding, counted, and the largest one is told.
 
-Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners and
-LoRA's variants; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of the files OTHERS;
+Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners,
+LoRA's variants, and LoRA in a Llama; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of the files OTHERS;
 ``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s) are of all
 configurations.
 """
@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import models
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TESTS = "tests/test_custom_models.py"
@@ -45,7 +47,11 @@ _QUICK = (
 )
 # What to run, in turn: files, and of their tests those that pytest's -k selects.
 MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
-    "quick": [((TESTS,), _QUICK), (("tests/test_lora_variants.py", "tests/test_mixed.py"), "")],
+    "quick": [
+        ((TESTS,), _QUICK),
+        (("tests/test_lora_variants.py", "tests/test_mixed.py"), ""),
+        (("tests/test_decoder_models.py", "tests/test_seq_classifier.py"), "LoraConfig and Llama and not generate"),
+    ],
     "lora": [((TESTS,), f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}")],
     "others": [(OTHERS, "")],
     "full": [((TESTS,), "not timing"), (OTHERS, "")],
@@ -93,7 +99,7 @@ def run(
     command += ["-k", select] if select else []
     command += [word for plugin in ("offline", *plugins) for word in ("-p", plugin)]
     # PEFT's tests before all: this folder's parent is a package of that name, too.
-    environment = _environment(folder, HERE) | variables
+    environment = _environment(folder, HERE) | {"HF_HUB_CACHE": str(models.write(folder.parent / "hub"))} | variables
     report.unlink(missing_ok=True)
     with open(report.with_suffix(".log"), "w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)

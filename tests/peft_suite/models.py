@@ -1,0 +1,51 @@
+"""Stand-ins for the hub's tiny models that PEFT's tests take: of their classes, about their sizes, with random weights.
+
+They lie in a cache of the hub's own form, where ``from_pretrained`` finds them by the hub's names without a network.
+Tests that want what a stand-in has not (a tokenizer, another revision, weights that were trained) still want the hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+_REVISION = "0" * 40
+_SMALL = {"vocab_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_GPT = {"vocab_size": 1000, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128}
+_BERT = {**_SMALL, "intermediate_size": 37, "max_position_embeddings": 128}
+_GPT2 = (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT))
+MODELS = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (hf.OPTForCausalLM, lambda: hf.OPTConfig(
+        **_SMALL, ffn_dim=37, word_embed_proj_dim=32, max_position_embeddings=128)),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": _GPT2,
+    "hf-internal-testing/tiny-random-gpt2": _GPT2,
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": (hf.GPTJForCausalLM, lambda: hf.GPTJConfig(
+        **_GPT, rotary_dim=4)),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_LLAMA)),
+    "peft-internal-testing/tiny-dummy-qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_LLAMA)),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(
+        **_LLAMA, head_dim=8)),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**_LLAMA)),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        hf.BertForSequenceClassification, lambda: hf.BertConfig(**_BERT)),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        hf.RobertaForSequenceClassification, lambda: hf.RobertaConfig(**_BERT)),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        hf.LlamaForSequenceClassification, lambda: hf.LlamaConfig(**_LLAMA, pad_token_id=0)),
+}  # fmt: skip
+
+
+def write(cache: Path) -> Path:
+    """``cache``, which is to be HF_HUB_CACHE, with all of MODELS in it."""
+    for name, (kind, config) in MODELS.items():
+        folder = cache / f"models--{name.replace('/', '--')}"
+        if (folder / "refs/main").exists():
+            continue
+        torch.manual_seed(0)
+        kind(config()).save_pretrained(folder / "snapshots" / _REVISION)
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text(_REVISION)
+    return cache
