@@ -5,13 +5,14 @@ a test passes only without, where a gradient is worse than PEFT's, or where too 
 
 The tests come with the sdist of the installed PEFT (unpacked into the cache folder once) and run offline, on stand-ins
 for the hub's tiny models (models.py). Tests that want more of the hub are skipped and counted in both runs; tests that
-fail without the plugin are listed by number and do not count. A test that fails only with it runs once more, where a comparison of float32 that is off by at most 2e-6 of the
-largest value is taken (rounding.py): then the difference is rounding, counted, and the largest one is told.
+fail without the plugin are listed by number and do not count. A test that fails only with it runs once more, where a
+comparison of float32 that is off by at most 2e-6 of the largest value is taken (rounding.py): then the difference is
+rounding, counted, and the largest one is told.
 
 Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners,
-LoRA's variants, and LoRA in a Llama; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of the files OTHERS;
-``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s) are of all
-configurations.
+LoRA's variants, and LoRA in a Llama; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of
+the files OTHERS; ``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s)
+are of all configurations.
 """
 
 from __future__ import annotations
