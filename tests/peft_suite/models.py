@@ -13,7 +13,7 @@ import transformers as hf
 
 _REVISION = "0" * 40
 _SMALL = {"vocab_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
-_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
 _GPT = {"vocab_size": 1000, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128}
 _BERT = {**_SMALL, "intermediate_size": 37, "max_position_embeddings": 128}
 _GPT2 = (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT))
