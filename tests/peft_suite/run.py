@@ -51,7 +51,10 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "quick": [
         ((TESTS,), _QUICK),
         (("tests/test_lora_variants.py", "tests/test_mixed.py"), ""),
-        (("tests/test_decoder_models.py", "tests/test_seq_classifier.py"), "LoraConfig and Llama and not generate"),
+        (
+            ("tests/test_decoder_models.py", "tests/test_seq_classifier.py"),
+            "LoraConfig and Llama and (merge or training)",
+        ),
     ],
     "lora": [((TESTS,), f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}")],
     "others": [(OTHERS, "")],
