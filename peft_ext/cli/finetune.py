@@ -580,7 +580,8 @@ class _Run:
         self._say_report()
         if check["accelerated_difference"] is not None:
             _say(f"rounding: fused and stock path, both in {_name(self.dtype)}, differ by "
-                 f"{check['accelerated_difference']:g} at most in a logit; the largest logit is {check['largest']:.0f}")  # fmt: skip
+                 f"{check['accelerated_difference']:g} at most in a logit; the largest logit is "
+                 f"{check['largest']:.0f}")  # fmt: skip
         if not check["ok"]:
             _error(f"stock PEFT re-reads the adapter, max |logit difference| = {check['max_difference']:g}, "
                    f"more than rounding ({check['bound']:g})")  # fmt: skip
