@@ -51,16 +51,20 @@ def _limit() -> str:
     return name.upper() if name.upper() in _LIMITS else ""
 
 
+def _onednn_takes(check: str) -> bool:
+    """Whether PyTorch gives oneDNN products of the dtype that ``check`` asks for; it does not on AVX2 and less."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, check)())
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return False
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether PyTorch's matrix product of ``dtype`` runs on instructions that this CPU has for it."""
     if dtype not in _WANTED:
         return True
     check, least, x86, arm = _WANTED[dtype]
-    try:
-        takes = bool(getattr(torch.ops.mkldnn, check)())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        takes = False
-    has = capabilities()
+    takes, has = _onednn_takes(check), capabilities()
     if not is_x86():
         return takes and any(has.get(name) for name in arm)
     if (limit := _limit()) and _LIMITS.index(limit) < _LIMITS.index(least):
