@@ -401,6 +401,17 @@ def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:  # noqa: F8
 
 
 @needs_accelerate
+def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    for name, options in (("ours", ()), ("stock", ("--stock",))):
+        assert finetune(tiny, tmp_path / name, "--dropout", "0", "--dtype", "fp32", *options) == 0
+    ours, stock = report(tmp_path / "ours"), report(tmp_path / "stock")
+    assert stock["fused"]["fused"] == 0 and ours["fused"]["fused"] == 14
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+    assert ours["perplexity"]["after"] == pytest.approx(stock["perplexity"]["after"], rel=1e-5)
+
+
+@needs_accelerate
 def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)
     sizes = {}
