@@ -244,6 +244,7 @@ def test_a_model_is_as_close_to_float32_as_stock(widening, calls, tied: bool) ->
 
 def test_only_frozen_layers_outside_of_adapters_are_taken(widening) -> None:
     model = llama(modules_to_save=["lm_head"])
+    model.add_adapter("idle", peft.LoraConfig(target_modules=["q_proj"]))  # frozen while another one is active
     base = model.get_base_model()
     base.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     before = {name: type(module) for name, module in model.named_modules()}
