@@ -31,8 +31,7 @@ _WANTED = {
     torch.bfloat16: ("_is_mkldnn_bf16_supported", "AVX512_CORE_BF16", ("avx512_bf16", "amx_bf16"), ("bf16",)),
     torch.float16: ("_is_mkldnn_fp16_supported", "AVX512_CORE_FP16", ("avx512_fp16", "amx_fp16"), ("fp16_arith",)),
 }
-_TILES = ("avx512_bf16", "amx", "amx_emulated")  # the paths on which the package multiplies bfloat16 itself
-_WIDENS = ("avx2", "avx512")  # those on which it widens a panel of the weight at a time, and multiplies in float32
+_WIDENS = ("avx2", "avx512")  # the paths on which it widens a panel of the weight at a time to float32
 
 
 def capabilities() -> Mapping[str, Any]:
@@ -79,7 +78,7 @@ def widened_dtypes() -> frozenset[torch.dtype]:
     the weight at a time. The portable path leaves the product to PyTorch as it is.
     """
     isa = _native.STATE.isa
-    if isa not in (*_WIDENS, *_TILES):
+    if isa not in (*_WIDENS, *_native.TILE_PATHS):
         return frozenset()
     return frozenset(dtype for dtype in _WANTED if not multiplies(dtype))
 
@@ -99,7 +98,7 @@ def why_float32() -> str:
         by = "the environment forbids the" if _forbidden() else "this CPU has no"
         return f"{by} instructions for bfloat16 products"
     isa = _native.STATE.isa
-    if is_x86() and isa not in (*_TILES, "reference"):
+    if is_x86() and isa not in (*_native.TILE_PATHS, "reference"):
         return f"the CPU path in use, {isa}, has no instructions for bfloat16 products"
     return ""
 
