@@ -19,7 +19,7 @@ export MAX_JOBS
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean \
+.PHONY: help setup demo test lint format bench charts docs sweep paths sanitize cuda-check cuda-emulated cuda-link gpu clean \
   steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
 	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make paths       a few steps of the demo forced to each CPU path of the build, with tokens/s: some 20 minutes"
 	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make steady      tests that look at time, memory or processes, 50 times while other tests run; STEADY=... as wanted"
 	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
@@ -87,6 +88,9 @@ docs: setup
 
 sweep: setup
 	$(LIMIT) $$(($(SWEEP_MINUTES) * 60 + 900)) $(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+
+paths: setup
+	$(BIN)/python tools/paths.py
 
 sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address

@@ -3,7 +3,8 @@
 A full run takes at most 20 minutes on two cores, ``--quick`` at most 3; rows that do not fit are named in the file. To
 see a path that the CPU has besides its best one, force ours and PyTorch's:
 
-    PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks
+    PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python -m benchmarks
 
 ``--device cuda`` compares on a GPU: the cases that have a goal first, each row written when it is there, the table of
 goals last. A row that fails is named, the others still run, and the exit status is 1.

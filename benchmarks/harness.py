@@ -49,7 +49,8 @@ __all__ = [
 SEED = 0  # of each verified call and of the mask that its float64 result draws
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 # What decides which instructions run, ours and PyTorch's; a result file says which of them were set.
-ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
+               "OMP_NUM_THREADS")  # fmt: skip
 
 
 @dataclass

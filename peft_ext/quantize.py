@@ -187,7 +187,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         if child is None:
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
-        if type(child) is nn.Linear:
+        # accelerate may have put it on an op.
+        if getattr(type(child), "stock_class", type(child)) is nn.Linear:
             yield name, _Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)

@@ -236,6 +236,9 @@ def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str]:
     """The base as the adapter was trained on it: the model, its folder, its quantization."""
+    import torch
+
+    from .._cpu import why_float32
     from ..merge import _from_folder, _hushed, _run_options
     from ..quantize import quantize_nf4
     from .merge import _model
@@ -258,6 +261,8 @@ def _base(
         blocksize = blocksize or int(trained.get("blocksize", 64))
         quantize_nf4(made, blocksize=blocksize, progress=False)
         quant = f"nf4, double quantization, blocks of {blocksize}"
+    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and why_float32():
+        made.to(torch.float32)
     return made if held else made.to(device), base.folder, quant
 
 

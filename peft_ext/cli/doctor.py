@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import __version__, _native
+from .. import __version__, _cpu, _native
 from ..ops import _library
 
 __all__ = ["doctor"]
@@ -17,7 +17,8 @@ __all__ = ["doctor"]
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
     "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+    "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
 
 
@@ -41,6 +42,14 @@ def doctor() -> int:
         _row("usable here", ", ".join(state.module.isas()))
     _row("in use", state.isa)
     _row("threads", str(torch.get_num_threads()))
+    _row("instruction sets", ", ".join(_cpu.instruction_sets()) or "unknown")
+    _row("torch's CPU path", torch.backends.cpu.get_cpu_capability())
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        own = "; frozen layers of an accelerated model take the package's" * (dtype in _cpu.widened_dtypes())
+        _row(f"{name} products", "with instructions" if _cpu.multiplies(dtype) else f"torch has no instructions{own}")
+    why = _cpu.why_float32()
+    _row("finetune computes in", f"float32: {why}" if why else "bfloat16")
 
     _section("native library, CUDA")
     _row("torch's CUDA", torch.version.cuda or "none: a CPU build of torch")

@@ -356,6 +356,7 @@ def _document(base: _Base, step: dict[str, Any], found: list[_Found], refused: d
         "model": base.name, "model_class": type(base.model).__name__, "parameters": _parameters(base),
         "dtype": str(base.dtype).removeprefix("torch."), "quantization": base.quant,
         "blocksize": base.blocksize if base.quant == "nf4" else None, "step": step,
+        "finetune": {"dtype": "float32" if _why_float32(step) else "bfloat16", "reason": _why_float32(step)},
         "methods": [
             {
                 "method": one.method, "layers": len(one.rows), "fused": one.fused, "trainable": one.trainable,
@@ -366,6 +367,13 @@ def _document(base: _Base, step: dict[str, Any], found: list[_Found], refused: d
         ],
         "refused": refused, "missing": list(MISSING),
     }  # fmt: skip
+
+
+def _why_float32(step: dict[str, Any]) -> str:
+    """Why a run on this machine computes in float32; "" where it does not."""
+    from .._cpu import why_float32
+
+    return why_float32() if step["device"] == "cpu" else ""
 
 
 def _parameters(base: _Base) -> int:
@@ -394,6 +402,8 @@ def _show(base: _Base, step: dict[str, Any], found: list[_Found], refused: dict[
     print(f"model: {base.name}, {type(base.model).__name__}, {parameters:,} parameters, {dtype}")
     print(f"quantization: {base.about_quant}")
     print("from configuration files: no weight was read")
+    if why := _why_float32(step):
+        print(f"finetune computes in float32 on this machine: {why}")
     numbers = ("trainable", "of all", "adapter file", "step's memory")
     summary = table("method", "layers fused", *numbers, right=numbers)
     for one in found:

@@ -59,6 +59,7 @@ METHODS = {
     "prefix": 1e-2,
     "prompt": 3e-2,
 }
+DTYPES = ("auto", "bf16", "fp32")
 _LOW_RANK = ("lora", "rslora", "dora", "adalora")
 _MOST = 2**31 - 1  # of a count
 _PROMPTS = ("prefix", "prompt")
@@ -80,6 +81,7 @@ class Options:
     target_modules: Optional[str] = None
     virtual_tokens: int = 20
     quant: str = "nf4"
+    dtype: str = "auto"
     blocksize: int = 64
     text_column: Optional[str] = None
     prompt_column: Optional[str] = None
@@ -104,9 +106,9 @@ class Options:
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _SAME_ON_RESUME = (
-    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "quant", "blocksize",
-    "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size", "grad_accum",
-    "lr", "warmup", "seed", "stock",
+    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "quant", "dtype",
+    "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size",
+    "grad_accum", "lr", "warmup", "seed", "stock",
 )  # fmt: skip
 
 
@@ -155,6 +157,8 @@ def _check_options(o: Options) -> None:
         raise CliError(f"--method {o.method}: not yet; there are: {', '.join(METHODS)}")
     if o.quant not in ("nf4", "none"):
         raise CliError(f"--quant {o.quant}: wanted nf4 or none")
+    if o.dtype not in DTYPES:
+        raise CliError(f"--dtype {o.dtype}: wanted one of {', '.join(DTYPES)}")
     if o.blocksize not in BLOCKSIZES:
         raise CliError(f"--blocksize {o.blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
     if not 0.0 <= o.dropout < 1.0:
@@ -356,6 +360,7 @@ class _Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             keep_freed_memory()
+        self.dtype, self.why_dtype = self._compute_dtype()
         self.seconds: dict[str, float] = {}
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.results: dict[str, Any] = {"finished": False}
@@ -382,6 +387,17 @@ class _Run:
         self._check_adapter(config)
 
     # - before the weights are loaded -
+
+    def _compute_dtype(self) -> tuple[torch.dtype, str]:
+        """What activations and dense weights are in, and why, where that is not bfloat16 by default."""
+        import torch
+
+        from .. import _cpu
+
+        if self.o.dtype != "auto":
+            return (torch.float32 if self.o.dtype == "fp32" else torch.bfloat16), "as asked for"
+        why = _cpu.why_float32() if self.device.type == "cpu" else ""
+        return (torch.float32 if why else torch.bfloat16), why
 
     def _model_folder(self) -> str:
         if self.o.model != DEMO_MODEL:
@@ -443,7 +459,7 @@ class _Run:
 
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
             raise CliError(f"--model {self.o.model}: config.json ({first_line(error)})") from None
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -563,8 +579,9 @@ class _Run:
         _say(f"saved: {o.output}")
         self._say_report()
         if check["accelerated_difference"] is not None:
-            _say(f"rounding: fused and stock path, both in bfloat16, differ by {check['accelerated_difference']:g} at "
-                 f"most in a logit; the largest logit is {check['largest']:.0f}")  # fmt: skip
+            _say(f"rounding: fused and stock path, both in {_name(self.dtype)}, differ by "
+                 f"{check['accelerated_difference']:g} at most in a logit; the largest logit is "
+                 f"{check['largest']:.0f}")  # fmt: skip
         if not check["ok"]:
             _error(f"stock PEFT re-reads the adapter, max |logit difference| = {check['max_difference']:g}, "
                    f"more than rounding ({check['bound']:g})")  # fmt: skip
@@ -600,8 +617,10 @@ class _Run:
 
     def _describe(self) -> None:
         o, train, held_out = self.o, self.examples.train, self.examples.held_out
-        quant = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else "bfloat16"
+        quant = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else _name(self.dtype)
         _say(f"model: {o.model}, {quant}{', stock PEFT and bitsandbytes' if o.stock else ''}")
+        if self.why_dtype:
+            _say(f"computes in {_name(self.dtype)}: {self.why_dtype}")
         unit = f"blocks of {o.block_size} tokens" if self.corpus.kind == "text" else "examples"
         _say(f"data: {self.corpus.where}, {len(train)} {unit} to train on, {len(held_out)} held out")
         if self.examples.truncated:
@@ -611,7 +630,11 @@ class _Run:
         _say(f"method: {o.method}, {self.trainable:,} trainable parameters")
 
     def _base(self) -> Any:
-        """The frozen base: bfloat16, quantized as asked; its layers are bitsandbytes' where stock code needs them."""
+        """The frozen base, quantized as asked; its layers are bitsandbytes' where stock code needs them.
+
+        Its weights are the files' rounded to bfloat16, whichever dtype is computed in: an adapter is trained on the
+        same base on every machine.
+        """
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -632,8 +655,10 @@ class _Run:
         model.config.use_cache = False  # in training it would only hold memory; generation asks for it
         if self.o.quant == "nf4":
             quantize_nf4(model, blocksize=self.o.blocksize)
-            if _needs_bitsandbytes(self.o):
-                _to_bitsandbytes(model)
+        if self.dtype != torch.bfloat16:  # a parameter at a time; codes and scales keep their bits
+            model.to(self.dtype).config.dtype = self.dtype
+        if self.o.quant == "nf4" and _needs_bitsandbytes(self.o):
+            _to_bitsandbytes(model, self.dtype)
         return model
 
     def _adapt(self, model: Any) -> Any:
@@ -837,7 +862,7 @@ class _Run:
         fresh = PeftModel.from_pretrained(self._base(), str(self.o.output), torch_device=str(self.device)).eval()
         read = self._logits(fresh, batch)[keep].float()
         difference = (live - read).abs().max().item()
-        bound = 4 * torch.finfo(torch.bfloat16).eps * live.abs().max().item()
+        bound = 4 * torch.finfo(self.dtype).eps * live.abs().max().item()
         return {
             "max_difference": difference, "bound": bound, "ok": difference <= bound,
             "largest": live.abs().max().item(),
@@ -881,6 +906,7 @@ class _Run:
             "versions": {"peft_ext": __version__, "python": platform.python_version(), **_versions()},
             "machine": {
                 "cpu": _cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
+                "dtype": f"{_name(self.dtype)}: {self.why_dtype}".removesuffix(": "),
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
                 "system": f"{platform.system()} {platform.machine()}",
             },
@@ -989,6 +1015,10 @@ def _go_on(o: Options) -> str:
     return "" if checkpoint is None else f"; --resume goes on from {checkpoint.name}"
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -1021,9 +1051,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _to_bitsandbytes(model: Any) -> None:
+def _to_bitsandbytes(model: Any, dtype: torch.dtype) -> None:
     """Hand every NF4Linear's bits to a bitsandbytes ``Linear4bit``, so that both run on the same weights."""
-    import torch
     from bitsandbytes.nn import Linear4bit
 
     from ..nn import NF4Linear
@@ -1033,7 +1062,7 @@ def _to_bitsandbytes(model: Any) -> None:
             if not isinstance(child, NF4Linear):
                 continue
             layer = Linear4bit(
-                child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
+                child.in_features, child.out_features, bias=False, compute_dtype=dtype,
                 compress_statistics=child.nested_absmax is not None, quant_type="nf4", device="meta",
             )  # fmt: skip
             layer.weight = child.nf4.to_bitsandbytes()

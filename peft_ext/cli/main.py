@@ -94,6 +94,9 @@ def finetune(
     quant: Annotated[
         str, typer.Option(help="The frozen weights: nf4 (double quantization) or none.", rich_help_panel=_MODEL)
     ] = _D.quant,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.", rich_help_panel=_MODEL)
+    ] = _D.dtype,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.", rich_help_panel=_MODEL)] = _D.blocksize,
     method: Annotated[str, typer.Option(help=" ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.", rich_help_panel=_ADAPTER)] = _D.rank,
@@ -106,9 +109,7 @@ def finetune(
     virtual_tokens: Annotated[
         int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
     ] = _D.virtual_tokens,
-    data: Annotated[
-        str, typer.Option(help="A file (.jsonl .json .csv .txt), a folder, a hub name.", rich_help_panel=_DATA)
-    ] = _D.data,
+    data: Annotated[str, typer.Option(help="A file, a folder, a hub name.", rich_help_panel=_DATA)] = _D.data,
     text_column: Annotated[Optional[str], typer.Option(help="Default: text.", rich_help_panel=_DATA)] = None,
     prompt_column: Annotated[
         Optional[str], typer.Option(help="Default: prompt, instruction or question.", rich_help_panel=_DATA)

@@ -87,14 +87,14 @@ def plan(run: _Run) -> Plan:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
     base.config.use_cache = False
-    adapted = _adapt(copy.deepcopy(base), config, None, None, False).train()
+    adapted = _adapt(copy.deepcopy(base).to(run.dtype), config, None, None, False).train()
     size = _file_bytes(_saved(adapted))
     lengths = [len(example["input_ids"]) for example in run.examples.train]
     batch = min(o.batch_size, len(lengths))
     memory = why = None
     try:
         memory = estimate_memory(
-            base, config, batch_size=batch, sequence_length=max(lengths), dtype=torch.bfloat16, device=run.device,
+            base, config, batch_size=batch, sequence_length=max(lengths), dtype=run.dtype, device=run.device,
             quantization="nf4" if o.quant == "nf4" else None, blocksize=o.blocksize, accelerated=not o.stock,
             gradient_checkpointing=o.gradient_checkpointing, padding=min(lengths) != max(lengths),
         )  # fmt: skip
@@ -102,11 +102,13 @@ def plan(run: _Run) -> Plan:
         why = first_line(error).removeprefix("estimate_memory: ")
     total, free, held = _machine(run.device)
     load = sum(p.nbytes for p in base.parameters())
+    # A dense base is widened once it is loaded; one that is quantized was quantized before.
+    again = load if o.quant == "nf4" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
     return Plan(
         model_class=type(base).__name__, parameters=sum(p.numel() for p in base.parameters()),
         trainable=run.trainable, adapter_bytes=size, rows=_rows(run, adapted), memory=memory, no_memory=why,
-        load_bytes=load, check_bytes=load + trained, held_bytes=held, machine_bytes=total, free_bytes=free,
+        load_bytes=load, check_bytes=again + trained, held_bytes=held, machine_bytes=total, free_bytes=free,
         train_tokens=sum(lengths), held_out_tokens=sum(len(example["input_ids"]) for example in run.examples.held_out),
         longest=max(lengths), steps=run.steps, done=0 if run.checkpoint is None else _step(run.checkpoint),
         step_tokens=sum(lengths) / len(lengths) * batch * o.grad_accum,
@@ -194,14 +196,20 @@ def _table(*columns: str, right: tuple[str, ...] = (), header: bool = True) -> A
 
 
 def _summary(run: _Run, found: Plan) -> Any:
+    import torch
+
     from .explain import _DISK, _bytes
     from .finetune import METHODS
 
     o, train, held_out = run.o, run.examples.train, run.examples.held_out
     table = _table("", "", header=False)
     table.add_row("model", f"{o.model}, {found.model_class}, {found.parameters:,} parameters")
-    held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else "bfloat16"
+    dtype = str(run.dtype).removeprefix("torch.")
+    held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype
     table.add_row("weights", f"{held}{', stock PEFT and bitsandbytes' if o.stock else ''}; on {run.device.type}")
+    if run.why_dtype:
+        twice = "; the dense weights take twice the bytes of bfloat16" if run.dtype == torch.float32 else ""
+        table.add_row("computes in", f"{dtype}: {run.why_dtype}{twice}")
     share = f"{found.trainable / found.parameters:.3%}"
     table.add_row("method", f"{o.method}, {found.trainable:,} trainable parameters, {share} of the model's")
     table.add_row("data", f"{run.corpus.where}, {run.corpus.kind}")
@@ -268,12 +276,16 @@ def _where(run: _Run) -> str:
 
 
 def _remarks(run: _Run, found: Plan) -> Iterator[str]:
+    import torch
+
     if found.no_memory is not None:
         yield f"a step's memory could not be estimated: {found.no_memory}"
     # What this process holds is not free, and is given back before the run.
     free = None if found.free_bytes is None else found.free_bytes + found.held_bytes
     if free is not None and found.needed_bytes > free:
         mends = ["a smaller --batch-size or --block-size"]
+        if run.o.quant == "none" and run.dtype == torch.float32:
+            mends.insert(0, "--dtype bf16")
         if run.o.quant == "none":
             mends.insert(0, "--quant nf4")
         if not run.o.gradient_checkpointing and run.o.method != "prefix":

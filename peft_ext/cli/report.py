@@ -558,7 +558,8 @@ def _checked(document: Mapping[str, Any]) -> str:
     ]
     if check.get("accelerated_difference") is not None:
         found = _short(_number(check["accelerated_difference"]))
-        rows.append(("the trained model, fused, and on its stock path", found, "no bound: bfloat16 rounds in both"))
+        dtype = _text(str(_mapping(document, "machine").get("dtype", "bfloat16")).partition(":")[0])
+        rows.append(("the trained model, fused, and on its stock path", found, f"no bound: {dtype} rounds in both"))
     state = f'<span class="state {"good" if ok else "bad"}">{"passed" if ok else "failed"}</span>'
     caption = "Greatest difference between logits, on two held-out examples"
     return _section("check", "Check", f"<p>{state} {verdict}</p>",
@@ -639,6 +640,7 @@ def _machine(document: Mapping[str, Any]) -> str:
         "cpu": "CPU",
         "threads": "threads",
         "isa": "CPU path of the kernels",
+        "dtype": "computes in",
         "device": "trained on",
         "system": "system",
     }

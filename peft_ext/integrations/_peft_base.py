@@ -15,7 +15,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _cpu, ops
 from .._imports import optional, version
 from .._native import STATE
 from ..nn import NF4Linear
@@ -94,6 +94,7 @@ _CALLED = {
     "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "lora_residual": ("lora_residual", "lora_residual_backward"),
+    "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
     "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
     "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
     "ia3_linear": ("ia3_linear", "ia3_linear_backward"),
@@ -112,6 +113,9 @@ def native_kernels() -> dict[str, dict[str, bool]]:
 # Without them an op runs the reference, which is slower than PEFT.
 KERNELS = native_kernels()
 
+# The dtypes in which a frozen linear without an adapter is put on an op as well: PyTorch has no product of them here.
+WIDENED = _cpu.widened_dtypes()
+
 # Where a layer merged into an NF4 weight keeps what unmerge puts back: an attribute, no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 
@@ -127,7 +131,7 @@ def fuses(stock: type) -> Callable[[type], type]:
     """
 
     def register(fused: type) -> type:
-        fused.__name__ = stock.__name__
+        fused.__name__, fused.stock_class = stock.__name__, stock
         FUSED[stock], STOCK[fused] = fused, stock
         return fused
 
@@ -189,8 +193,8 @@ def alone_reason(layer: Any) -> Optional[str]:
 
 
 def _is_linear(kind: type) -> bool:
-    """nn.Linear, and what computes the same: Falcon's x @ W.T + b."""
-    if kind is nn.Linear:
+    """nn.Linear, and what computes the same: it on an op, and Falcon's x @ W.T + b."""
+    if kind in (nn.Linear, FusedLinear):
         return True
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
@@ -333,6 +337,70 @@ def quant_state_of(base: nn.Module) -> Any:
     """A ``Linear4bit``'s: the parameter's or, where fully_shard has gathered that into a plain one, the layer's."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state
+
+
+@fuses(nn.Linear)
+class FusedLinear(nn.Linear):
+    """A frozen ``nn.Linear`` that no adapter's op takes, the head among them, on :func:`peft_ext.ops.frozen_linear`.
+
+    For calls in a dtype of ``WIDENED``; in another one PyTorch's own product runs, and for one token without a
+    gradient, which PyTorch multiplies as a vector, without widening W.
+    """
+
+    _reads: tuple[str, ...] = ()
+
+    def _stock_reason(self) -> Optional[str]:
+        return linear_reason(self, linear_dtype(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes(x) and linear_reason(self, autocast_dtype(x) or x.dtype) is None and enter(self, x) is not None:
+            if x.numel() != self.in_features or (torch.is_grad_enabled() and x.requires_grad):
+                return ops.frozen_linear(x, self._parameters["weight"], self._parameters["bias"])
+        return super().forward(x)
+
+
+def linear_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype that the layer computes in, for an x of its weight's dtype."""
+    weight = layer._parameters["weight"]
+    return autocast_dtype(weight) or weight.dtype
+
+
+def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
+    """Why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``."""
+    if dtype not in WIDENED:
+        return f"PyTorch's product of {short(dtype)} is as fast here"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate's device hooks do that)"
+    if reason := weight_reason(layer):
+        return reason
+    device = layer._parameters["weight"].device.type
+    return kernel_reason("frozen_linear", "cpu") if device == "cpu" else f"it is on {device}"
+
+
+def would_widen(layer: nn.Module) -> bool:
+    """Whether accelerate is to make ``layer`` a FusedLinear: a frozen nn.Linear, for some call of which that is faster.
+
+    One of float32 computes in 16 bits under autocast.
+    """
+    if type(layer) is not nn.Linear:
+        return False
+    weight = layer._parameters["weight"]
+    if weight is None or weight.requires_grad or weight.device.type != "cpu":
+        return False
+    return weight.dtype in WIDENED or (weight.dtype is torch.float32 and torch.bfloat16 in WIDENED)
+
+
+def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Iterator[nn.Module]:
+    """As ``modules()``, but of an adapter layer the base alone, and nothing that the adapter adds."""
+    seen = set() if seen is None else seen
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    yield model
+    base = model._modules.get("base_layer")
+    for child in model._modules.values() if base is None else [base]:
+        if child is not None:
+            yield from without_adapters(child, seen)
 
 
 FOUR_BIT: tuple[type, ...] = ()

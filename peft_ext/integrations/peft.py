@@ -1,4 +1,4 @@
-"""PEFT's adapter layers and bitsandbytes' 4-bit linears on this project's ops, in a live model.
+"""PEFT's adapter layers, 4-bit linears, and frozen ones where PyTorch has no fast product, on this project's ops.
 
     accelerate:  layer.__class__ = the fused subclass of its class          restore:  the way back
 
@@ -24,7 +24,10 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
-from . import _peft_ia3  # noqa: F401  its layers register themselves
+from . import (
+    _peft_base,
+    _peft_ia3,  # noqa: F401  its layers register themselves
+)
 from . import _peft_lowrank as lowrank
 from ._peft_base import (
     FOUR_BIT,
@@ -32,12 +35,16 @@ from ._peft_base import (
     KEPT,
     QUANTIZED,
     STOCK,
+    FusedLinear,
     as_in_forward,
     class_name,
     is_fully_sharded,
     is_repacked,
     kernel_reason,
+    linear_dtype,
     tensor_reason,
+    without_adapters,
+    would_widen,
 )
 
 PeftModel = BaseTunerLayer = None
@@ -65,6 +72,10 @@ _DORA_DROPOUTS = ("peft", "lora")
 def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     """Put the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
+    Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
+    frozen ``nn.Linear`` layers that compute in it are put on :func:`peft_ext.ops.frozen_linear` as well, the head of a
+    language model among them; a layer whose weight trains is not. :func:`explain` lists them.
+
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's linear layers of LoRA (several active adapters
             included, and mixed batches by ``adapter_names``), DoRA, AdaLoRA or (IA)³ over nn.Linear, Conv1D, NF4Linear
@@ -87,8 +98,11 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
-    for module in _tree("accelerate", model).modules():
-        if (fused := FUSED.get(type(module))) is not None:
+    for module in without_adapters(_tree("accelerate", model)):
+        if would_widen(module):
+            module.__class__ = FusedLinear
+    for module in model.modules():
+        if type(module) is not nn.Linear and (fused := FUSED.get(type(module))) is not None:
             if (lacking := _lacking(module, fused)) is not None:
                 found = True
                 say_missing(type(module).__module__.partition(".")[0], lacking, "its layers are not fused")
@@ -149,7 +163,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each PEFT layer, and for each quantized linear that is not the base of one. Prints as a table.
+    """A row for each PEFT layer, and for each linear that is not the base of one and is quantized, or computes in a
+    16-bit dtype for whose products the CPU has no instructions. Prints as a table.
 
     ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers does not have where this
     package looks for it, and what is not fused for want of it.
@@ -208,6 +223,7 @@ def _tree(caller: str, model: Any) -> nn.Module:
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     bases = set()
+    linears = {id(module) for module in without_adapters(model) if type(module) is FusedLinear or would_widen(module)}
     for name, module in model.named_modules():
         kind = reason = None
         if BaseTunerLayer is not None and isinstance(module, BaseTunerLayer):
@@ -228,6 +244,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:
                 reason = f"{kind} is not fused; only Linear4bit itself is"
+        elif id(module) in linears and linear_dtype(module) in _peft_base.WIDENED:
+            kind = "Linear"
         if kind is None:
             continue
         if reason is None:

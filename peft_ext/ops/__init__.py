@@ -8,12 +8,13 @@ from .dora import dora_linear, dora_weight_norm
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
-from .nf4 import nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
+from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
 
 __all__ = [
     "bottleneck_adapter",
     "dora_linear",
     "dora_weight_norm",
+    "frozen_linear",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",

@@ -1,4 +1,4 @@
-"""NF4: quantize, dequantize, and the linear layer over a quantized weight.
+"""NF4: quantize, dequantize, and the linear layer over a quantized, or any frozen, weight.
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
@@ -7,7 +7,7 @@ Layout and rounding: :class:`peft_ext.NF4Weight`. Sources: QLoRA (arXiv 2305.143
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..weight import NF4Weight
 from . import _checks as checks
 from ._library import NAMESPACE, WEIGHT, define, in_float64
 
-__all__ = ["nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
+__all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 
@@ -44,8 +44,13 @@ def _dequantize_merged_fake(weight, absmax, nested_absmax, nested_code, nested_o
     return weight.new_empty(shape, dtype=rest[-1])
 
 
+def _dense(weight, absmax, *rest):
+    """The weight in the dtype that is asked for last; a dense one is of it already."""
+    return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
+
+
 def _linear_reference(x, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, bias):
-    dense = reference.dequantize(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.dtype)
+    dense = _dense(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)
 
 
@@ -54,9 +59,7 @@ def _linear_fake(x, weight, absmax, nested_absmax, nested_code, nested_offset, b
 
 
 def _linear_backward_reference(grad, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape):
-    return grad @ reference.dequantize(
-        weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, grad.dtype
-    )
+    return grad @ _dense(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, grad.dtype)
 
 
 def _merge_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
@@ -103,6 +106,7 @@ define(
     reference=reference.merge,
     fake=_merge_fake,
 )
+# The weight may be a dense one as well, of x's dtype.
 define(
     "nf4_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
@@ -256,3 +260,30 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     if checks.any_float64(x):
         return in_float64(reference.nf4_linear, x, nf4, bias)
     return _ops.nf4_linear(x, *nf4.op_args(), bias)
+
+
+def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
+    """``Y = X Wᵀ + b`` over a frozen weight: ``F.linear``, or :func:`nf4_linear`, on this package's own product.
+
+    On a CPU without instructions for products in 16 bits it widens a panel of W at a time to float32, where PyTorch's
+    product of a dense 16-bit weight is a plain loop; Y is rounded once.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``, dense of x's dtype or NF4. bias: ``[N]`` of
+            x's dtype.
+
+    Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the weight
+    alone. Under autocast x, a dense weight and bias are cast to the autocast dtype.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted; also where a dense weight
+    requires a gradient.
+    """
+    op = "frozen_linear"
+    checks.check_float(op, "x", x)
+    checks.check_weight(op, weight)
+    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
+    checks.check_linear(op, x, weight)
+    checks.check_bias(op, bias, x, weight.shape[0])
+    if checks.any_float64(x):
+        return in_float64(reference.frozen_linear, x, weight, bias)
+    return _ops.nf4_linear(x, *checks.weight_args(weight), bias)

@@ -8,7 +8,7 @@ from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weig
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
-from .nf4 import dynamic_code, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
+from .nf4 import dynamic_code, frozen_linear, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
 from .philox import dropout_keep_mask
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "dora_weight_norm_backward",
     "dropout_keep_mask",
     "dynamic_code",
+    "frozen_linear",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_linear_backward",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ __all__ = [
     "dequantize",
     "dequantize_merged",
     "dynamic_code",
+    "frozen_linear",
     "merge",
     "nested",
     "nf4_code",
@@ -237,3 +238,8 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
     """See :func:`peft_ext.ops.nf4_linear`."""
     return F.linear(x, nf4_dequantize(nf4, x.dtype), bias)
+
+
+def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
+    """See :func:`peft_ext.ops.frozen_linear`."""
+    return F.linear(x, nf4_dequantize(weight, x.dtype) if isinstance(weight, NF4Weight) else weight, bias)
