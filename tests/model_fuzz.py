@@ -84,14 +84,14 @@ TIGHT = 2e-5
 AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
 # 16 bits, against the same model in float32, by PEFT's error there. Two roundings of one model are two draws, whose
-# quotient spreads with how few numbers they go through: the gradients of a query and a key, all through the softmax of a
-# few keys, are each 0.1 to 6 times as far off as PEFT's over other weights, the logits 0.7 to 1.2 times. So these cases
-# have some tokens, and PEFT's error counts for no less than the median of it over the call's tensors. Of some 5,000
-# tensors of more than FEW elements ours was at most 1.9 times that. A tensor of few elements is no statistic: a router's
-# bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of 100. Together, each by its norm,
-# the tensors of a call were 0.6 to 1.7 times as far off in 98 of 100, and 2.5 at most. Over all calls of a run the
-# factors lie evenly about 1, with a deviation of 0.3 in the logarithm: from MANY on, a mean that is off by a tenth is no
-# chance. A term that is left out, or of the wrong sign, is 1 where PEFT's errors are 0.01.
+# quotient spreads with how few numbers they go through: the gradients of a query and a key, all through the softmax of
+# a few keys, are each 0.1 to 6 times as far off as PEFT's over other weights, the logits 0.7 to 1.2 times. So these
+# cases have some tokens, and PEFT's error counts for no less than the median of it over the call's tensors. Of some
+# 5,000 tensors of more than FEW elements ours was at most 1.9 times that. A tensor of few elements is no statistic: a
+# router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of 100. Together, each by
+# its norm, the tensors of a call were 0.6 to 1.7 times as far off in 98 of 100, and 2.5 at most. Over all calls of a
+# run the factors lie evenly about 1, with a deviation of 0.3 in the logarithm: from MANY on, a mean that is off by a
+# tenth is no chance. A term that is left out, or of the wrong sign, is 1 where PEFT's errors are 0.01.
 ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 6.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
 ROUNDED_FLOOR = 2.0  # epsilons of the dtype, of a tensor's norm and of a hundredth of the largest gradient's
