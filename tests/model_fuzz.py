@@ -298,7 +298,7 @@ class Case:
         self.family = family or self.rng.choice(FAMILIES)
         self.seen = Statistics()
         self.told: list[str] = []
-        self.names, self.merged, self.checkpointing, self.hooked = ["default"], False, False, []
+        self.names, self.merged, self.hooked = ["default"], False, []
         self.loads, self.base_trains = 0, False
         self.ended = False
 
@@ -338,8 +338,9 @@ class Case:
         self.architecture = architecture(self.family, self.sizes)
         self.batch = self.architecture.batch()
         self.model_seed = self.new_seed()
+        self.outline = self.fresh(dense=True)
         for attempt in range(8):
-            self.config = self.draw_config(self.method, self.fresh(dense=True), plain=attempt > 2)
+            self.config = self.draw_config(self.method, plain=attempt > 2)
             self.autocast_adapters = self.maybe(0.8)
             try:
                 self.stock, self.fused = self.adapted()
@@ -385,9 +386,10 @@ class Case:
             model = peft_ext.dequantize_nf4(copy.deepcopy(fused), progress=False)
         return model, peft_ext.accelerate(fused)
 
-    def draw_config(self, method: str, model: nn.Module, plain: bool = False) -> PeftConfig:
+    def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
         """A configuration; a ``plain`` one spares what is in an expert's stack, where PEFT has but LoRA."""
-        rng, known = self.rng, linears(model)
+        rng, model = self.rng, self.outline
+        known = linears(model)
         heads = [name for name in known if name in (*HEADS, "embed_out", "proj_out", "logits_proj")]
         body = [name for name in known if name not in heads]
         if plain:
@@ -673,7 +675,7 @@ class Case:
         # Over an NF4Linear that has no adapter yet PEFT can't start a DoRA.
         method = self.rng.choice(("LoRA",) if nf4 else ("LoRA", "LoRA", "DoRA"))
         method = self.method if self.method in ("IA3", "AdaLoRA") else method
-        config = self.draw_config(method, self.fresh(dense=True))
+        config = self.draw_config(method)
         config.bias = "none"
         if hasattr(config, "lora_dropout") and not self.drops:
             config.lora_dropout = 0.0
