@@ -390,7 +390,7 @@ class Case:
         """A configuration; a ``plain`` one spares what is in an expert's stack, where PEFT has but LoRA."""
         rng, model = self.rng, self.outline
         known = linears(model)
-        heads = [name for name in known if name in (*HEADS, "embed_out", "proj_out", "logits_proj")]
+        heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]
         body = [name for name in known if name not in heads]
         if plain:
             body = [name for name in body if not name.startswith(("gate", "up", "down"))] or body
