@@ -410,7 +410,7 @@ class Case:
         r = rng.choice(ranks)
         common |= {
             "r": r, "lora_alpha": rng.choice((1, r, 2 * r, 5)), "use_rslora": self.maybe(0.25),
-            "lora_dropout": rng.choice((0.0, 0.0, 0.0, 0.1, 0.5)), "init_lora_weights": rng.choice((True, False)),
+            "lora_dropout": rng.choice((0.0, 0.0, 0.0, 0.0, 0.1, 0.5)), "init_lora_weights": rng.choice((True, False)),
         }  # fmt: skip
         if self.maybe(0.2):
             common["bias"] = rng.choice(("all", "lora_only"))
@@ -695,7 +695,7 @@ class Case:
             self.act_toggle()
 
     def act_toggle(self) -> None:
-        several = len(self.names) > 1 and not self.drops and self.maybe()
+        several = len(self.names) > 1 and not self.drops and self.maybe(0.7)
         chosen = self.rng.sample(self.names, self.rng.randint(2, len(self.names)) if several else 1)
         self.tell(f"  {chosen} active")
         self.both("set_adapter", lambda model: model.base_model.set_adapter(chosen if len(chosen) > 1 else chosen[0]))
@@ -983,7 +983,7 @@ class Case:
 
 
 ACTIONS = {
-    "train": 3, "evaluate": 2, "disable": 1, "switch_off": 1, "add": 3, "toggle": 2, "weigh": 3, "delete": 2,
+    "train": 3, "evaluate": 2, "disable": 1, "switch_off": 1, "add": 4, "toggle": 3, "weigh": 3, "delete": 2,
     "scale": 1, "merge": 3, "unmerge": 1, "mix": 2, "hook": 2, "change_in_place": 3, "unhook": 1, "checkpoint": 2,
     "train_base": 2, "copy": 1, "pickle": 1, "restore": 1, "state_dict": 1, "save": 2, "generate": 1, "allocate": 1,
     "widen": 1,
