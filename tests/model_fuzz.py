@@ -684,11 +684,12 @@ class Case:
         seed = self.new_seed()
 
         def add(model: nn.Module) -> None:
-            model.add_adapter(name, copy.deepcopy(config), autocast_adapter_dtype=self.autocast_adapters)
+            try:
+                model.add_adapter(name, copy.deepcopy(config), autocast_adapter_dtype=self.autocast_adapters)
+            finally:
+                if model is self.fused:  # layers that are new are stock until then, also where PEFT got no further
+                    peft_ext.accelerate(model)
             stir(model, name, torch.Generator().manual_seed(seed))
-            # Layers that are new are stock until then.
-            if model is self.fused:
-                peft_ext.accelerate(model)
 
         if self.both("add_adapter", add):
             self.names.append(name)
