@@ -150,8 +150,8 @@ def kept_in_float32(model: nn.Module) -> set[str]:
 
 
 def apart(model: nn.Module) -> set[str]:
-    """Parts of the names of what is not to be quantized."""
-    return {*HEADS, *kept_in_float32(model)}
+    """Parts of the names of what is not to be quantized: PEFT saves, and trains, what ends in "classifier"."""
+    return {*HEADS, "pre_classifier", *kept_in_float32(model)}
 
 
 def linears(model: nn.Module) -> dict[str, list[str]]:
@@ -512,13 +512,18 @@ class Case:
         if not nf4 and ours.keys() != theirs.keys():
             raise Failed(f"{what}: accelerated has {sorted(ours.keys() - theirs.keys())} too")
 
-    def share_masks(self) -> None:
-        """PEFT's dropout draws as the op does in each layer that is fused, so that both drop the same."""
+    def share_masks(self, probe: Probe) -> None:
+        """PEFT's dropout draws as the op does in each layer that is fused, so that both drop the same.
+
+        Of a DoRA in float32 over 4-bit layers that compute in 16 bits the parts are fused, and the dropout is torch's.
+        """
+        parts = self.kbit and not probe.autocast
         fused = {row.name: row.fused for row in peft_ext.explain(self.fused).rows}
         for name, layer in tuners(self.stock).items():
             for adapter, dropout in getattr(layer, "lora_dropout", {}).items():
                 if not isinstance(dropout, nn.Identity):
-                    kind = PhiloxDropout if fused.get(name) else nn.Dropout
+                    alike = fused.get(name) and not (parts and adapter in layer.lora_variant)
+                    kind = PhiloxDropout if alike else nn.Dropout
                     layer.lora_dropout[adapter] = kind(dropout.p).train(dropout.training)
 
     def call(self, probe: Probe) -> Optional[list[Parts]]:
@@ -528,7 +533,7 @@ class Case:
         if self.drops:
             for model in (self.stock, self.fused):
                 model.train(probe.training)
-            self.share_masks()
+            self.share_masks(probe)
         for model in (self.stock, self.fused):
             try:
                 found.append(measure(model, self.batch, probe, self.dtype))
@@ -1029,8 +1034,8 @@ def first_line(error: Exception) -> str:
 
 
 def plain(error: Exception) -> str:
-    """A message without addresses, and without a folder's name."""
-    return re.sub(r"0x[0-9a-f]+|/\S*/(stock|fused)\b", "", str(error)).replace("NF4Linear", "Linear")
+    """A message without addresses, a folder's name, and what a class is called in which of the two models."""
+    return re.sub(r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)", "", str(error))
 
 
 # --- many cases -------------------------------------------------------------------------------------------------------
@@ -1154,8 +1159,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
         serve()
         return 0
     if args.case is not None:
-        failure, _ = run_case(args.case, print, args.family)
-        print(failure.rpartition("\n  ")[2] if failure else "passed")
+        told: list[str] = []
+        failure, _ = run_case(args.case, lambda text: (told.append(text), print(text, flush=True)), args.family)
+        print(failure.removeprefix("\n".join(told)) if failure else "passed")
         return 1 if failure else 0
     start = args.seed if args.seed is not None else int(time.time()) * 10_000 if args.minutes else 0
     count = args.cases if args.cases is not None else sys.maxsize - start if args.minutes else 300
