@@ -92,7 +92,7 @@ AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 # its norm, the tensors of a call were 0.6 to 1.7 times as far off in 98 of 100, and 2.5 at most. Over all calls of a
 # run the factors lie evenly about 1, with a deviation of 0.3 in the logarithm: from MANY on, a mean that is off by a
 # tenth is no chance. A term that is left out, or of the wrong sign, is 1 where PEFT's errors are 0.01.
-ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 6.0, 20.0, 3.0, 1.1
+ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 8.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
 ROUNDED_FLOOR = 2.0  # epsilons of the dtype, of a tensor's norm and of a hundredth of the largest gradient's
 
@@ -322,7 +322,8 @@ class Case:
         rng = self.rng
         self.method, self.base = self.pick(METHODS), self.pick(BASES)
         self.dtype = next((dtype for name, dtype in DTYPES.items() if name in self.base), torch.float32)
-        # Where something rounds to 16 bits a router's choice may flip: there each token goes to all experts.
+        # Where something rounds to 16 bits a router's choice may flip, and a ReLU's side: there each token goes to all
+        # experts, and activations are smooth.
         self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # float32 but for the 4-bit layers
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
         hidden, heads, kv_heads = rng.choice([(32, 4, 2), (48, 2, 1), (64, 4, 2), (40, 1, 1)])
@@ -333,7 +334,7 @@ class Case:
             inner=rng.choice((64, 128)) if hidden == 64 else rng.choice((48, 72, 100)), layers=rng.choice((1, 2, 2)),
             vocab=rng.choice((61, 128)), experts=2 if self.rounds else 4,
             batch=rng.choice((2, 3, 4) if self.rounds else (1, 2, 3, 4)),
-            length=rng.choice((5, 9) if self.rounds else (1, 2, 5, 9)),
+            length=rng.choice((5, 9) if self.rounds else (1, 2, 5, 9)), smooth=self.rounds,
         )  # fmt: skip
         self.architecture = architecture(self.family, self.sizes)
         self.batch = self.architecture.batch()
@@ -570,6 +571,8 @@ class Case:
                 raise Failed(f"{probe}: {name} is {ours[name].dtype} {tuple(ours[name].shape)}, PEFT's {wanted.dtype} "
                              f"{tuple(wanted.shape)}")  # fmt: skip
         pairs = {name: (ours[name], wanted) for name, wanted in theirs.items() if wanted is not None and wanted.numel()}
+        if not probe.own_loss:
+            del pairs["loss"]  # a sum of terms of either sign, each of which is compared
         if not all(wanted.isfinite().all() for _, wanted in pairs.values()):
             self.seen.counts["not finite in PEFT"] += 1
             return
@@ -585,8 +588,14 @@ class Case:
             return
         self.seen.counts["judged by float64"] += 1
         exact = self.truth(probe, torch.float64)
-        largest = max((exact[name].norm().item() for name in pairs if name.startswith("grad")), default=0.0)
+        norms = (exact[name].norm().nan_to_num().item() for name in pairs if name.startswith("grad"))
+        largest = max(norms, default=0.0)
         for name in far:
+            if not exact[name].isfinite().all():  # a model may have no float64, as masks for it have not
+                ours, theirs = pairs[name]
+                if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item():
+                    raise Failed(f"{probe}: {name} is {distance(ours, theirs):.1e} off PEFT's")
+                continue
             (ours, theirs), wanted = pairs[name], exact[name]
             error, yardstick = distance(ours, wanted), distance(theirs, wanted)
             slack = OF_TENSOR * wanted.norm().item() + OF_LARGEST * (largest if name.startswith("grad") else 0)
@@ -600,8 +609,6 @@ class Case:
         largest = max((exact[name].norm().item() for name in pairs if name.startswith("grad")), default=0.0)
         errors: dict[str, tuple[float, float, float]] = {}
         for name, (ours, theirs) in pairs.items():
-            if name == "loss" and not probe.own_loss:
-                continue  # a sum of terms of either sign, each of which is compared
             norm = exact[name].norm().item()
             floor = ROUNDED_FLOOR * eps * (norm + (0.01 * largest if name.startswith("grad") else 0))
             scale = max(norm + floor, 1e-30)
@@ -802,7 +809,7 @@ class Case:
 
     def act_change_in_place(self) -> None:
         names = self.rng.sample(sorted(tuners(self.stock)), self.rng.randint(1, min(3, len(tuners(self.stock)))))
-        how = self.rng.choice(IN_PLACE)
+        how = self.rng.choice([how for how in IN_PLACE if not (self.rounds and how == "relu_")])
         self.tell(f"  {how} on {', '.join(names)}")
         for name in names:
             hook = functools.partial(_in_place, how=how)

@@ -32,6 +32,7 @@ class Sizes:
     vocab: int = 128
     experts: int = 2
     active: int = 2  # of two both: a choice may flip with a rounding
+    smooth: bool = False  # no ReLU, whose side a rounding may choose
     batch: int = 8
     length: int = 9
 
@@ -39,6 +40,10 @@ class Sizes:
     def spread(self) -> float:
         """The deviation of a weight whose product keeps its input's size, so that every layer counts in the logits."""
         return self.hidden**-0.5
+
+    @property
+    def activation(self) -> str:
+        return "gelu" if self.smooth else "relu"
 
     @property
     def body(self) -> dict[str, Any]:
@@ -209,6 +214,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
         hf.OPTConfig(
             hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, **_SPECIAL, ffn_dim=s.inner,
             word_embed_proj_dim=32, vocab_size=s.vocab, max_position_embeddings=32, init_std=s.spread,
+            activation_function=s.activation,
         ),
     ),
     "GPT-NeoX": lambda s: _decoder(s, hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**s.decoder)),
@@ -233,7 +239,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
         s, hf.T5ForConditionalGeneration,
         hf.T5Config(
             d_model=s.hidden, d_kv=16, d_ff=s.inner, num_layers=s.layers, num_heads=s.heads, vocab_size=s.vocab,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, feed_forward_proj=s.activation,
         ),
     ),
     "ViT": lambda s: _vision(
@@ -387,7 +393,10 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, hf.BartForConditionalGeneration, hf.BartConfig(**_bart(s), **_positions(s))),
     "mBART": lambda s: _seq2seq(s, hf.MBartForConditionalGeneration, hf.MBartConfig(**_bart(s), **_positions(s))),
-    "Pegasus": lambda s: _seq2seq(s, hf.PegasusForConditionalGeneration, hf.PegasusConfig(**_bart(s), **_positions(s))),
+    "Pegasus": lambda s: _seq2seq(
+        s, hf.PegasusForConditionalGeneration,
+        hf.PegasusConfig(**_bart(s), **_positions(s), activation_function=s.activation),
+    ),
     "Marian": lambda s: _seq2seq(s, hf.MarianMTModel, hf.MarianConfig(**_bart(s), **_positions(s))),
     "DeiT": lambda s: _vision(s, hf.DeiTForImageClassification, hf.DeiTConfig(**s.vision)),
     "BEiT": lambda s: _vision(
