@@ -150,8 +150,11 @@ def kept_in_float32(model: nn.Module) -> set[str]:
 
 
 def apart(model: nn.Module) -> set[str]:
-    """Parts of the names of what is not to be quantized: PEFT saves, and trains, what ends in "classifier"."""
-    return {*HEADS, "pre_classifier", *kept_in_float32(model)}
+    """Parts of the names of what is not to be quantized.
+
+    PEFT saves, and trains, what ends in "classifier"; Mamba reads the weight of its dt_proj past the layer.
+    """
+    return {*HEADS, "pre_classifier", "dt_proj", *kept_in_float32(model)}
 
 
 def linears(model: nn.Module) -> dict[str, list[str]]:
@@ -1041,8 +1044,9 @@ def first_line(error: Exception) -> str:
 
 
 def plain(error: Exception) -> str:
-    """A message without addresses, a folder's name, and what a class is called in which of the two models."""
-    return re.sub(r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)", "", str(error))
+    """A message without addresses, a folder's name, a module's innards, and what a class is called in which model."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return re.sub(r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)", "", line)
 
 
 # --- many cases -------------------------------------------------------------------------------------------------------
