@@ -593,7 +593,7 @@ class Case:
         exact = self.truth(probe, torch.float64)
         norms = (exact[name].norm().nan_to_num().item() for name in pairs if name.startswith("grad"))
         largest = max(norms, default=0.0)
-        largest = max(largest, 0.1)  # where but a key trains, and there is one key, all gradients are rounding
+        largest = max(largest, 1.0)  # where but a key trains, and there is one key, all gradients are rounding
         for name in far:
             if not exact[name].isfinite().all():  # a model may have no float64, as masks for it have not
                 ours, theirs = pairs[name]
