@@ -7,6 +7,7 @@ TORCH ?= torch>=2.11
 CUDA_TORCH ?= torch==2.11.0
 CUDA_LINK_ARCH ?= 9.0
 SWEEP_MINUTES ?= 60
+MODEL_FUZZ_MINUTES ?= 60
 # CI pins its tools: CONSTRAINTS="-c tools/constraints.txt".
 CONSTRAINTS ?=
 VENV := .venv
@@ -19,8 +20,8 @@ export MAX_JOBS
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test lint format bench charts docs sweep paths sanitize cuda-check cuda-emulated cuda-link gpu clean \
-  steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery
+.PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -30,6 +31,8 @@ help:
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
 	@echo "make docs        the documentation site, in build/docs"
 	@echo "make sweep       random calls of every operator against float64, for an hour; SWEEP_MINUTES=5 for less"
+	@echo "make model-fuzz  random models and what is done to them, accelerated against PEFT alone, for an hour;"
+	@echo "                 MODEL_FUZZ_MINUTES=5 for less"
 	@echo "make paths       a few steps of the demo forced to each CPU path of the build, with tokens/s: some 20 minutes"
 	@echo "make sanitize    the native library under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make steady      tests that look at time, memory or processes, 50 times while other tests run; STEADY=... as wanted"
@@ -92,6 +95,9 @@ sweep: setup
 paths: setup
 	$(BIN)/python tools/paths.py
 
+model-fuzz: setup
+	$(BIN)/python tests/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
+
 sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
@@ -123,7 +129,7 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/test_faults.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = sweep model-fuzz steady threads sanitize-battery peft-suite kills newest
+NIGHTLY = sweep model-fuzz paths steady threads sanitize-battery peft-suite kills newest
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

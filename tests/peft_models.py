@@ -43,13 +43,13 @@ def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=Fals
     return layer.to("cpu")
 
 
-def quantize(model, base):
-    """The same model over another base: "float32", "nf4", "bnb nested", ..."""
+def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
+    """The same model over another base: "float32", "nf4", "bnb nested", ...; but for what is called as in ``skip``."""
     dtype = dtype_of(base)
     model = model.to(dtype)
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
-            if type(linear) is not nn.Linear or name == "lm_head":
+            if type(linear) is not nn.Linear or name in skip or not only(linear):
                 continue
             if base.startswith("nf4"):
                 setattr(parent, name, NF4Linear.from_linear(linear))

@@ -930,6 +930,17 @@ def test_a_bias_on_lora_b_is_merged_into_nf4_too():
     assert torch.equal(layer.base_layer.bias, before)
 
 
+def test_a_bias_on_lora_b_that_has_no_place_is_refused_in_pefts_words():
+    said = []
+    for base in ("float32", "nf4"):
+        model = make(base, lora_bias=True)
+        first(model).base_layer.bias = None
+        with pytest.raises(RuntimeError) as refused:
+            peft_ext.accelerate(model).merge_adapter()
+        said.append(str(refused.value))
+    assert said[1] == said[0]
+
+
 def test_safe_merge_into_nf4_refuses_what_is_not_finite():
     model = peft_ext.accelerate(make("nf4"))
     layer = first(model)

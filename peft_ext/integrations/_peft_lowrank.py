@@ -563,7 +563,9 @@ if LoraLinear is not None:
                 raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear can't be merged")
             if self.lora_bias[name]:
                 if bias is None:
-                    raise RuntimeError("Impossible to merge LoRA with `lora_bias=True`: the base layer has no bias.")
+                    raise RuntimeError(  # as PEFT says it
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
             return merged, bias
 
