@@ -19,7 +19,10 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _Item = TypeVar("_Item")
 
 # Heads of the task: small, and trained or read in full precision.
-HEADS = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
+HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
+
+# What a model reads the weight of past the layer: Mamba's step sizes, and those of the families made of it.
+_READ_PAST = ("dt_proj",)
 
 # What an NF4Linear has beside an nn.Linear's attributes.
 _NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
@@ -48,11 +51,11 @@ def quantize_nf4(
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
-    in float32 (``_keep_in_fp32_modules``: T5 reads the dtype of ``wo``), what an adapter of PEFT adds (its base layer
-    is quantized), what an adapter replaces whole (partial fine-tuning, Diff Pruning), and a layer whose weight is tied
-    to something that stays dense, as a head to its embedding. Layers that share one weight share the quantized one.
-    Forward and backward hooks are kept. The weights are frozen, the biases too, except under an adapter, whose
-    configuration decides on them.
+    in float32 (``_keep_in_fp32_modules``: T5 reads the dtype of ``wo``) or reads the weight of past the layer (Mamba's
+    ``dt_proj``), what an adapter of PEFT adds (its base layer is quantized), what an adapter replaces whole (partial
+    fine-tuning, Diff Pruning), and a layer whose weight is tied to something that stays dense, as a head to its
+    embedding. Layers that share one weight share the quantized one. Forward and backward hooks are kept. The weights
+    are frozen, the biases too, except under an adapter, whose configuration decides on them.
 
     Args:
         model: any module, on any real device.
@@ -196,7 +199,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
 
 def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
     """The layers to quantize, checked; places whose weight is one and the same are one group."""
-    skip = skip.union(*(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
+    skip = skip.union(_READ_PAST, *(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
     groups: dict[int, list[_Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):

@@ -150,11 +150,8 @@ def kept_in_float32(model: nn.Module) -> set[str]:
 
 
 def apart(model: nn.Module) -> set[str]:
-    """Parts of the names of what is not to be quantized.
-
-    PEFT saves, and trains, what ends in "classifier"; Mamba reads the weight of its dt_proj past the layer.
-    """
-    return {*HEADS, "pre_classifier", "dt_proj", *kept_in_float32(model)}
+    """Parts of the names of what is not to be quantized; Mamba reads the weight of its dt_proj past the layer."""
+    return {*HEADS, "dt_proj", *kept_in_float32(model)}
 
 
 def linears(model: nn.Module) -> dict[str, list[str]]:

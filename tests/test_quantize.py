@@ -356,7 +356,7 @@ def test_dora_s_variant_follows_its_base(dora_dropout):
     before = on_pefts_path()
     assert variants() == {lowrank.DoraNF4Variant}
     dequantize_nf4(model, progress=False)
-    assert variants() == {lowrank.variants.DoraLinearVariant}
+    assert variants() == {lowrank.DoraLinearVariant}
     torch.testing.assert_close(on_pefts_path(), before, rtol=1e-4, atol=1e-4)
     quantize_nf4(model, double_quant=False, progress=False)  # the very weights again
     assert variants() == {lowrank.DoraNF4Variant}
@@ -373,3 +373,24 @@ def test_merged_into_nf4_it_is_refused():
     assert any(isinstance(module, NF4Linear) for module in model.modules())
     model.unmerge_adapter()
     dequantize_nf4(model, progress=False)
+
+
+def test_mamba_reads_the_weight_of_its_step_sizes():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    quantize_nf4(model, progress=False)
+    mixer = model.backbone.layers[0].mixer
+    assert type(mixer.dt_proj) is nn.Linear and type(mixer.in_proj) is NF4Linear
+    assert model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
+
+
+def test_all_of_a_classifier_can_be_trained_over_nf4():
+    """PEFT saves, and trains, what ends in "classifier": DistilBERT's pre_classifier too."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(vocab_size=32, dim=32, hidden_dim=64, n_layers=1, n_heads=2)
+    model = transformers.DistilBertForSequenceClassification(config)
+    quantize_nf4(model, progress=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"]))
+    model(input_ids=torch.zeros(2, 4, dtype=torch.int64), labels=torch.zeros(2, dtype=torch.int64)).loss.backward()
+    assert model.base_model.model.pre_classifier.modules_to_save["default"].weight.grad is not None
