@@ -218,11 +218,11 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
 # Runs without torch, so that it forks quickly. In a process each, writes generation after generation and is killed at
 # the k-th call of anything that changes the disk; then says what is at the path.
 _KILLED = """
-import importlib.util, json, os, random, signal, sys, time
+import importlib, json, os, random, signal, sys, time, types
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", sys.argv[1])
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
+package = sys.modules["peft_ext"] = types.ModuleType("peft_ext")  # itself imports torch
+package.__path__ = [str(Path(sys.argv[1]).parent)]
+files = importlib.import_module("peft_ext.files")
 path, exchange, keep = Path(sys.argv[2]), sys.argv[3] == "exchange", sys.argv[4] == "keep"
 single = path.with_name("run.json")
 if not exchange:

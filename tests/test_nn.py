@@ -372,21 +372,25 @@ def test_bits_are_bitsandbytes() -> None:
 
 @THEIRS
 def test_double_quantization_against_bitsandbytes() -> None:
-    """Map, scales and offset have its bits; its CPU's 8-bit codes miss the nearest for about 0.2% of the scales."""
+    """The map has its bits; the offset is PyTorch's mean there, whose last bits its threads decide, and exact here, and
+    the scales of the scales go with it; its CPU's 8-bit codes miss the nearest for about 0.2% of the scales."""
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(576, 1536)
     ours = ops.nf4_quantize(weight, 64, double_quant=True)
     _, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.nested.code, state.state2.code)
-    assert torch.equal(ours.nested.absmax, state.state2.absmax)
-    assert torch.equal(ours.nested.offset, state.offset)
+    close = {"rtol": 1e-6, "atol": 0.0}
+    torch.testing.assert_close(ours.nested.offset, state.offset, **close)
+    plain = ops.nf4_quantize(weight, 64).absmax
+    assert torch.equal(ours.nested.offset, plain.double().mean().float())
+    torch.testing.assert_close(ours.nested.absmax, state.state2.absmax, rtol=1e-5, atol=0.0)
     differ = ours.absmax != state.absmax
     assert differ.float().mean() < 0.01
     # Where the codes differ, ours is at least as near.
-    plain = ops.nf4_quantize(weight, 64).absmax - state.offset
+    plain = plain - state.offset
     scale = state.state2.absmax.repeat_interleave(256)[: plain.numel()]
     near, far = (state.state2.code[c.int()] * scale - plain for c in (ours.absmax, state.absmax))
-    assert (near.abs() <= far.abs() * (1 + 1e-5)).all()
+    assert (near.abs() <= far.abs() * (1 + 1e-5) + 1e-6 * scale).all()
 
 
 @THEIRS

@@ -197,7 +197,7 @@ class _Problem:
         else:
             holder.proj = NF4Linear.from_nf4(self.nf4)
             if find_spec("bitsandbytes") is not None:
-                _to_bitsandbytes(holder)
+                _to_bitsandbytes(holder, torch.bfloat16)
             elif stock:
                 raise ImportError("bitsandbytes is not installed")
         layer = get_peft_model(holder, _config(self.method, self.rank), accelerate=not stock).base_model.model.proj

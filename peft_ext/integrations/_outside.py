@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
 import re
 import subprocess
 import sys
@@ -337,6 +338,7 @@ import json, re, sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)  # where nobody is left to end it
 except (ImportError, OSError, ValueError):
     pass
 asked = json.load(sys.stdin)
@@ -384,7 +386,7 @@ def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[fl
     seconds = _SECONDS if seconds is None else seconds
     names = [name for name, _ in model.named_modules()]
     text = json.dumps({"expressions": [entry[1:] for entry in asked], "names": names})
-    command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES)]
+    command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES), str(math.ceil(seconds) + 1)]
     try:
         out = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds).stdout
         why = None
