@@ -301,6 +301,7 @@ class Case:
         self.names, self.merged, self.hooked = ["default"], False, []
         self.loads, self.base_trains = 0, False
         self.ended = False
+        self.theirs_together: list[float] = []  # PEFT's error in 16 bits, of all tensors of each call so far
 
     # --- draws
 
@@ -473,7 +474,8 @@ class Case:
             trace = "".join(traceback.format_exception(ours)[-3:])
             raise Failed(f"{what}: PEFT does it, accelerated {type(ours).__name__}: {ours}\n{trace}")
         self.seen.counts["refused by PEFT"] += 1
-        if ours is None:
+        # bitsandbytes forbids to change its 4-bit product in place; here the next thing that is wrong is what is said.
+        if ours is None or "MatMul4Bit is a view" in str(theirs):
             self.tell(f"  only PEFT refuses: {type(theirs).__name__}: {first_line(theirs)}")
             self.seen.counts["refused by PEFT alone"] += 1
             self.ended = True
@@ -625,9 +627,13 @@ class Case:
             all_ours, all_theirs = (
                 math.sqrt(sum(min(errors[name][side], 1.0) ** 2 for name in several) / len(several)) for side in (0, 1)
             )
-            if not all_ours <= ROUNDED_ALL * all_theirs + ROUNDED_FLOOR * eps:
+            # The tensors of a call follow one loss, and are near float32 or off it together: how far is a matter of the
+            # model, which its other calls tell too.
+            self.theirs_together.append(all_theirs)
+            usual_all = max(all_theirs, statistics.median(self.theirs_together))
+            if not all_ours <= ROUNDED_ALL * usual_all + ROUNDED_FLOOR * eps:
                 raise Failed(f"{probe}: {len(several)} tensors together are {all_ours:.1e} off float32, PEFT's "
-                             f"{all_theirs:.1e}")  # fmt: skip
+                             f"{all_theirs:.1e}, {usual_all:.1e} over the case")  # fmt: skip
             if all_theirs > 0 and all_ours > 0:
                 self.seen.rounded.append(math.log(all_ours / all_theirs))
 
@@ -759,6 +765,9 @@ class Case:
         self.tell(f"  safe_merge={safe}, {some or 'the active ones'}")
         was, self.merged = self.merged, True
         if not self.both("merge_adapter", lambda model: model.merge_adapter(some, safe_merge=safe)):
+            if self.base.startswith("nf4"):  # PEFT has changed a weight that it does not count as merged; we have not
+                self.ended = True
+                return
             self.merged = was or any(layer.merged for layer in tuners(self.stock).values())
         self.probe(self.drawn_probe())
         if self.maybe(0.8):
