@@ -23,7 +23,7 @@ constexpr int64_t kRowsOfStep = 2 * kStrip;
 constexpr int64_t kDecodeStrips = 6;
 
 template <bool kTwoLeft, bool kTwoRight>
-inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
+inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, float* c) {
   const int64_t strip = tiles * kTile;
   AMX_MEMORY_BARRIER();
   AMX_LOAD(0, c);
@@ -31,7 +31,6 @@ inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, f
   if (kTwoLeft) AMX_LOAD(2, c + 2 * kPart);
   if (kTwoLeft && kTwoRight) AMX_LOAD(3, c + 3 * kPart);
   for (int64_t d = 0; d < tiles; ++d) {
-    ahead->fetch();
     AMX_LOAD(6, right + d * kTile);
     AMX_LOAD(4, left + d * kTile);
     AMX_PRODUCT(0, 4, 6);
@@ -51,12 +50,14 @@ inline void multiply_tiles(const bf16* left, const bf16* right, int64_t tiles, f
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
+// Nothing is fetched ahead: at 48 to 512 tokens a 4096 x 4096 step was 4 to 11% slower with it, where the products are
+// so fast that the fetches stand in the way of the tiles' own loads.
 inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
-                     Ahead* ahead) {
-  if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c, ahead);
-  if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c, ahead);
-  if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c, ahead);
-  multiply_tiles<false, false>(left, right, tiles, c, ahead);
+                     Ahead*) {
+  if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);
+  if (left_strips == 2) return multiply_tiles<true, false>(left, right, tiles, c);
+  if (right_strips == 2) return multiply_tiles<false, true>(left, right, tiles, c);
+  multiply_tiles<false, false>(left, right, tiles, c);
 }
 
 }  // namespace
