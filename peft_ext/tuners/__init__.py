@@ -7,7 +7,8 @@
 
 From then on ``peft.get_peft_model(model, BitFitConfig(...))``, ``save_pretrained``, ``PeftModel.from_pretrained`` and
 all else that PEFT does with an adapter works. A process that loads such an adapter must have imported this package
-before; :func:`peft_ext.load_adapter` does so. :mod:`.adapterhub` reads and writes AdapterHub's bottleneck adapters.
+before; :func:`peft_ext.load_adapter` does so. :func:`from_adapterhub` and :func:`to_adapterhub` read and write
+AdapterHub's bottleneck adapters.
 """
 
 from .adapterhub import config_from_adapterhub, from_adapterhub, to_adapterhub
