@@ -21,7 +21,7 @@ export MAX_JOBS
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery battery-paths
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -85,8 +85,11 @@ bench: setup
 charts: setup
 	$(BIN)/python -m benchmarks.charts
 
-docs: setup
+$(VENV)/.docs: $(VENV)/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[docs]"
+	touch $@
+
+docs: setup $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
 
 sweep: setup
@@ -129,11 +132,17 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/test_faults.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = sweep model-fuzz paths steady threads sanitize-battery peft-suite kills newest
+NIGHTLY = sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
 	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
+
+# The operators' and modules' tests, forced to each CPU path of the build.
+battery-paths: setup
+	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
+	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
+	    tests/test_ops.py tests/test_nn.py || exit 1; done
 
 # The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
 sanitize-battery: setup

@@ -3,6 +3,7 @@
 ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
 fixture. Inputs are drawn on the CPU, and what results are compared with is computed there. ``--device emulated`` keeps
 CPU tensors and gives them to the CUDA kernels, which the emulator runs and checks; it builds them first.
+``--share 3`` runs every third test alone: what CI does on each further CPU path.
 """
 
 import os
@@ -28,6 +29,7 @@ DEVICES = ("cpu", "cuda", "emulated")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=DEVICES, default=os.environ.get("PEFT_EXT_TEST_DEVICE", "cpu"),
                      help="where the operators run; default: PEFT_EXT_TEST_DEVICE, or else cpu")  # fmt: skip
+    parser.addoption("--share", type=int, default=1, metavar="N", help="run every Nth test alone; default: 1, all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +71,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--share")) < 1:
+        raise pytest.UsageError(f"--share is {share}, wanted 1 or more")
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % share])
+    items[:] = items[::share]
     device = config.getoption("--device")
     for item in items:
         if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
