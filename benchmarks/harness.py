@@ -48,6 +48,7 @@ __all__ = [
 
 SEED = 0  # of each verified call and of the mask that its float64 result draws
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
+LONGEST_CALL_S = 5.0  # of a peer
 # What decides which instructions run, ours and PyTorch's; a result file says which of them were set.
 ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
                "OMP_NUM_THREADS")  # fmt: skip
@@ -240,7 +241,8 @@ def compare(
 ) -> Row:
     """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least.
 
-    A peer that can't be timed by ``clock`` (a graph that it can't be captured in) is absent.
+    A peer that can't be timed by ``clock`` (a graph that it can't be captured in) is absent. One that takes longer
+    than LONGEST_CALL_S (bfloat16 on a CPU without instructions for it) is timed once.
     """
     errors, absent = verify(case.op, comparison)
     samples: dict[str, Callable[[], float]] = {}
@@ -253,16 +255,19 @@ def compare(
             if not samples:
                 raise
             absent[name] = _why(error)
-    names = list(samples)
-    warm = _seconds(lambda: [samples[name]() for name in names])
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(warm, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    spent = {name: _seconds(lambda name=name: times[name].append(samples[name]())) for name in samples}
+    ours, *peers = samples
+    slow = {name for name in peers if times[name][0] > LONGEST_CALL_S}
+    names = [name for name in samples if name not in slow]
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(sum(spent[name] for name in names), 1e-6))))
+    times.update({name: [] for name in names})  # their first call warmed up
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(samples[name]())
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    ours = times[names[0]]
-    ratios = {name: statistics.median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[1:]}
+    ratios = {name: statistics.median(t / o for t, o in zip(times[name], times[ours], strict=name not in slow))
+              for name in peers}  # fmt: skip
     floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings)
     return Row(
         op=case.op,

@@ -91,6 +91,19 @@ def test_a_peer_that_fails_is_named_and_not_timed():
     assert set(row.milliseconds) == {"ours"}
 
 
+def test_a_peer_that_takes_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(harness, "LONGEST_CALL_S", 0.01)
+    calls = []
+    slow = harness.Contender(
+        lambda: time.sleep(0.02) or calls.append(0) or torch.ones(4),
+        lambda y: {"y": y}, lambda: {"y": torch.ones(4)},
+    )  # fmt: skip
+    comparison = harness.Comparison({"ours": contender(torch.ones(4)), "slow": slow}, bytes_moved=1000, flops=100)
+    row = harness.compare(case(), comparison, CEILINGS, budget_s=0.01)
+    assert len(calls) == 2  # one was verified
+    assert row.milliseconds["slow"] >= 20 and row.speedup["slow"] > 1 and row.rounds >= harness.MIN_ROUNDS
+
+
 def test_a_clock_is_asked_in_turn_and_a_peer_that_it_cannot_time_is_absent():
     asked = []
 
