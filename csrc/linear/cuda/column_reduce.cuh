@@ -6,7 +6,7 @@
 namespace peft_ext {
 
 // sums[c] of all chunks. Grid: ceil(columns / kColumnThreads).
-__global__ void __launch_bounds__(kColumnThreads)
+static __global__ void __launch_bounds__(kColumnThreads)
     column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
   if (column >= columns) return;

@@ -31,7 +31,7 @@ struct SelectRanks {
 static_assert(sizeof(SelectRanks) <= 4096, "a launch's arguments");
 
 // Grid: ceil(tokens · rank / kSelectThreads).
-__global__ void __launch_bounds__(kSelectThreads) select_ranks_kernel(SelectRanks work) {
+static __global__ void __launch_bounds__(kSelectThreads) select_ranks_kernel(SelectRanks work) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSelectThreads + threadIdx.x;
   if (i >= work.tokens * work.rank) return;
   const int64_t token = i / work.rank, r = i % work.rank;

@@ -7,7 +7,7 @@ namespace peft_ext {
 
 // Grid: x: ceil(outer_padded · inner_padded / 2 / kSplitThreads) blocks of the largest; y: which matrix. A thread makes
 // one pair of each term, a warp 128 bytes in a row.
-__global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
+static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
   const Split& work = splits.work[blockIdx.y];
   const int64_t word = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
   const int64_t words = work.outer_padded * work.inner_padded / 2, across = work.inner_padded / 16;

@@ -36,7 +36,7 @@ __device__ __forceinline__ float norm_product(const Norm& work, const float* b, 
 }
 
 // Grid: ceil(rows / kNormRows).
-__global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
   if (row >= work.rows) return;
   const int lane = threadIdx.x % kWarpSize;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
 }
 
 // Grid: the same.
-__global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
   if (row >= work.rows) return;
   const float* b = work.lora_B + row * work.rank;
@@ -75,7 +75,7 @@ struct NormGradA {
 };
 
 // Grid: x: ceil(inputs / kNormThreads); y: rank.
-__global__ void __launch_bounds__(kNormThreads) dora_norm_grad_A_kernel(NormGradA work) {
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_grad_A_kernel(NormGradA work) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x, r = blockIdx.y;
   if (k >= work.inputs) return;
   float sum = 0.0f;

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 // Bytes moved: 5n + 4n/256, and the table once a thread block.
 
 // Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads; x is aligned to 16 bytes, codes to 4.
-__global__ void __launch_bounds__(kQuantizeThreads)
+static __global__ void __launch_bounds__(kQuantizeThreads)
     nf4_quantize_absmax_kernel(const float* x, const float* code, int64_t numel, uint8_t* codes, float* absmax) {
   PEFT_EXT_SHARED(float[kNestedCodes - 1], thresholds);
   static_assert(kQuantizeThreads >= kNestedCodes - 1, "a thread makes a threshold");
