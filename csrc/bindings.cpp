@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "common/isa.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 

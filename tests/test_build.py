@@ -18,6 +18,7 @@ PACKAGE = Path(peft_ext.__file__).parent
 
 sys.path.insert(0, str(ROOT / "tools"))
 stable_abi = pytest.importorskip("stable_abi", reason="tools/ is not here: not a checkout")
+import include_check  # noqa: E402
 import wheels  # noqa: E402
 
 
@@ -131,10 +132,31 @@ def test_build_info(native):
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
+def test_includes_run_one_way():
+    assert include_check.faults(include_check.includes(ROOT / "csrc")) == []
+
+
+@pytest.mark.parametrize(
+    "graph, said",
+    [
+        ({"common/a.h": ["lora/b.h"], "lora/b.h": []}, "common/a.h includes lora/b.h, which is not below it"),
+        ({"lora/a.cpp": ["dora/b.h"], "dora/b.h": []}, "lora/a.cpp includes dora/b.h, which is not below it"),
+        ({"linear/cuda/a.cuh": ["cpu/b.h"], "cpu/b.h": []},
+         "linear/cuda/a.cuh includes cpu/b.h, which is for the other device"),
+        ({"cpu/a.h": ["cpu/b.h"]}, "cpu/a.h includes cpu/b.h, which is not in csrc/"),
+        ({"cpu/a.h": ["cpu/b.h"], "cpu/b.h": ["cpu/a.h"]}, "a circle: cpu/a.h -> cpu/b.h -> cpu/a.h"),
+    ],
+)  # fmt: skip
+def test_an_include_that_runs_the_wrong_way_is_found(graph, said):
+    assert include_check.faults(graph) == [said]
+
+
 def test_every_op_has_its_file_in_every_tree():
     ops = {path.stem for path in (ROOT / "peft_ext/ops").glob("[!_]*.py")}
-    # linear is the kernel family that the ops share.
-    assert {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common", "emulator", "linear"} == ops
+    # The folders below the glue are what the ops share; nf4_linear and nf4_merge are ops of ops/nf4.py.
+    shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert folders - shared - {"nf4_linear", "nf4_merge"} == ops
     # philox is the random generator that ops share.
     assert {path.stem for path in (ROOT / "peft_ext/reference").glob("[!_]*.py")} - {"philox"} == ops
     benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}

@@ -10,8 +10,8 @@
 #include <math.h>
 
 #include "bottleneck/activation.h"
-#include "common/block_sum.cuh"
-#include "linear/terms.cuh"
+#include "cuda/block_sum.cuh"
+#include "linear/cuda/terms.cuh"
 
 namespace peft_ext {
 

@@ -10,8 +10,8 @@
 #include <tuple>
 
 #include "bottleneck/checked_activation.h"
-#include "linear/passes.h"
-#include "linear/wide_products.h"
+#include "linear/cpu/passes.h"
+#include "linear/cpu/base_product.h"
 
 namespace peft_ext {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 #include <tuple>
 
-#include "linear/passes_cuda.h"
+#include "linear/cuda/passes.cuh"
 
 namespace peft_ext {
 namespace {

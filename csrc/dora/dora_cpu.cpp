@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "linear/adapted_linear.h"
+#include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
 namespace {

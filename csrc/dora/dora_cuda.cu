@@ -1,8 +1,8 @@
 // DoRA operators for CUDA: the adapted linear layer with an output scale, and the norm that the scale is made of. See
-// linear/adapted_cuda.h.
+// linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
-#include "linear/adapted_cuda.h"
+#include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {
 namespace {

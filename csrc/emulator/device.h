@@ -1,5 +1,5 @@
 // Stands in for cuda_runtime.h where g++ compiles kernels for the emulator: CUDA's words, vector types, and the calls
-// that common/ptx.cuh's wrappers make. Force-included before everything else (-include), because it renames memcpy and
+// that cuda/ptx.cuh's wrappers make. Force-included before everything else (-include), because it renames memcpy and
 // memset: compiled code may call them for a copy that no __tsan hook announces.
 #pragma once
 

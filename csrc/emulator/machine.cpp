@@ -432,7 +432,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
   }
 }
 
-// ---- what common/ptx.cuh calls
+// ---- what cuda/ptx.cuh calls
 
 dim3 thread_index() { return dim3(current.fiber->thread, 0, 0); }
 dim3 block_index() {

@@ -1,4 +1,4 @@
-// The matrix instructions, on the registers of a whole warp. Fragment layouts: common/ptx.cuh.
+// The matrix instructions, on the registers of a whole warp. Fragment layouts: cuda/ptx.cuh.
 // Each sum runs in float over k = 0..15, from C on, every step rounded. A product of two 16-bit values is exact in
 // float (bf16's tiny ones apart), so fused or not makes no difference, and the bits are the same on every host.
 // Hardware adds in an order of its own: only tolerances compare with it.

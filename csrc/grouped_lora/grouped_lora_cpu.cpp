@@ -1,7 +1,7 @@
-// The adapted linear layer with an adapter for each sample, on the CPU. See linear/groups.h.
+// The adapted linear layer with an adapter for each sample, on the CPU. See linear/cpu/grouped.h.
 #include <tuple>
 
-#include "linear/adapted_linear.h"
+#include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
 namespace {

@@ -1,8 +1,8 @@
-// The adapted linear layer with an adapter for each sample, for CUDA. See linear/select_ranks.cuh.
+// The adapted linear layer with an adapter for each sample, for CUDA. See linear/cuda/select_ranks.cuh.
 #include <algorithm>
 #include <tuple>
 
-#include "linear/adapted_cuda.h"
+#include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {
 namespace {

@@ -4,7 +4,7 @@
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W
 #include <tuple>
 
-#include "linear/adapted_linear.h"
+#include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
 namespace {

@@ -1,11 +1,11 @@
 // IA3 operators for CUDA: the linear layer with its input or its output scaled, and the scale alone. See
-// linear/adapted_cuda.h.
+// linear/cuda/adapted_linear.cuh.
 //
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b), in the pass that makes l ∘ dY
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W, both in one pass over U
 #include <tuple>
 
-#include "linear/adapted_cuda.h"
+#include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {
 namespace {

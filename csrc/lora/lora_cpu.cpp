@@ -1,7 +1,7 @@
-// LoRA operators on the CPU: the adapted linear layer with a low-rank term. See linear/adapted_linear.h.
+// LoRA operators on the CPU: the adapted linear layer with a low-rank term. See linear/cpu/adapted_linear.h.
 #include <tuple>
 
-#include "linear/adapted_linear.h"
+#include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
 namespace {

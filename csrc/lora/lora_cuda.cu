@@ -1,7 +1,7 @@
-// LoRA operators for CUDA: the adapted linear layer with a low-rank term. See linear/adapted_cuda.h.
+// LoRA operators for CUDA: the adapted linear layer with a low-rank term. See linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
-#include "linear/adapted_cuda.h"
+#include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "common/ptx.cuh"
+#include "cuda/ptx.cuh"
 #include "emulator/launch.h"
 
 namespace peft_ext {

@@ -1,4 +1,4 @@
-// csrc/linear/tile_plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part within the
+// csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part within the
 // bound that the header states. Two uses:
 //
 //   tile_plan check THREADS STRIPS   all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, every layer below;
@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "linear/tile_plan.h"
+#include "linear/cpu/tiles/plan.h"
 
 namespace {
 

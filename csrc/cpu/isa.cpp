@@ -1,0 +1,86 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <initializer_list>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define PEFT_EXT_X86 1
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace peft_ext {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
+
+Isa best_isa() {
+  for (const Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
+    if (isa_available(isa)) return isa;
+  return Isa::kScalar;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{best_isa()};
+  return isa;
+}
+
+#if defined(PEFT_EXT_X86)
+// F16C in CPUID: not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kF16c = 1u << 29;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c) != 0;
+}
+#endif
+
+#if defined(PEFT_EXT_X86) && defined(__linux__)
+// AMX-TILE and AMX-BF16 in CPUID, and the tile registers, which a process has to ask Linux for once.
+bool amx_granted() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool amx_granted() { return false; }
+#endif
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool isa_available(Isa isa) {
+#if defined(PEFT_EXT_X86)
+  switch (isa) {
+    case Isa::kScalar:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    case Isa::kAvx512:
+      return isa_available(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Bf16:
+    case Isa::kAmxEmulated:
+      return isa_available(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmx: {
+      static const bool granted = isa_available(Isa::kAvx512Bf16) && amx_granted();
+      return granted;
+    }
+  }
+  return false;
+#else
+  return isa == Isa::kScalar;
+#endif
+}
+
+Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+
+void set_current_isa(Isa isa) { chosen().store(isa, std::memory_order_relaxed); }
+
+}  // namespace peft_ext

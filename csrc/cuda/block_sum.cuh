@@ -1,0 +1,24 @@
+// The sum over the threads of a block, always in the same order.
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace peft_ext {
+
+template <int kThreads>
+using BlockSums = float[kThreads / kWarpSize];
+
+// At thread 0; all threads take part.
+template <int kThreads>
+__device__ __forceinline__ float block_sum(float value, BlockSums<kThreads>& shared) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+  sync_threads();
+  float sum = 0.0f;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < kThreads / kWarpSize; ++w) sum += shared[w];
+  return sum;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,89 @@
+// What the CUDA glue of all operators needs of tensors: checks that name op and argument, shapes, element types,
+// memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
+
+namespace peft_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// An error unless the element type is one that kernels take.
+void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
+
+// An error unless the matrix is of one of these types, on `like`'s device.
+void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
+
+// A vector as kernels take it: float32, contiguous, of that size, on `like`'s device.
+Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
+
+// The seed of an active dropout, as the adapter takes it; checked.
+std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                                  const Tensor& like);
+
+inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_zeros(like, shape, type);
+}
+
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// Product over all but the last dimension.
+inline int64_t device_rows(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+
+// Calls f with a zero of the element type; which types come has been checked.
+template <typename F>
+void with_type(ScalarType type, F f) {
+  if (type == ScalarType::BFloat16) {
+    f(bf16{});
+  } else if (type == ScalarType::Half) {
+    f(f16{});
+  } else {
+    STD_TORCH_CHECK(type == ScalarType::Float, "peft_ext: a kernel was asked for ", torch::headeronly::toString(type),
+                    ", wanted Float, BFloat16 or Half");
+    f(0.0f);
+  }
+}
+
+inline DType dtype_of(ScalarType type) {
+  return type == ScalarType::BFloat16 ? DType::kBF16 : type == ScalarType::Half ? DType::kF16 : DType::kF32;
+}
+
+inline bool aligned(const Tensor& tensor, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+// Whether kernels may move eight columns at a time.
+inline bool whole_columns(const Tensor& matrix, int64_t columns) {
+  return columns % kVector == 0 && aligned(matrix, 16);
+}
+
+inline Tensor flat_rows(const Tensor& tensor) {
+  return torch::stable::view(torch::stable::contiguous(tensor), {device_rows(tensor), tensor.size(tensor.dim() - 1)});
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// x's shape with another last dimension.
+std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last);
+
+}  // namespace peft_ext

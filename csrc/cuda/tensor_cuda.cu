@@ -1,0 +1,41 @@
+#include "cuda/tensor.cuh"
+
+namespace peft_ext {
+
+std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+void check_kernel_dtype(const char* op, const char* argument, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
+                  argument, " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
+}
+
+void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(matrix) && matrix.get_device_index() == like.get_device_index(), op, ": ", argument,
+                  " is on another device than x, wanted cuda:", like.get_device_index());
+  check_kernel_dtype(op, argument, matrix.scalar_type());
+}
+
+Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
+                  " is on another device than x, wanted cuda:", like.get_device_index());
+  STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
+  return as_type(torch::stable::contiguous(vector), ScalarType::Float);
+}
+
+std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
+                                  const Tensor& like) {
+  if (!seed.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(on_device(*seed) && seed->get_device_index() == like.get_device_index(), op,
+                  ": seed is on another device than x, wanted cuda:", like.get_device_index());
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 2, op, ": seed is ",
+                  torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
+                  " elements, wanted Long with 2");
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p is ", dropout_p, ", wanted 0 <= p < 1");
+  return torch::stable::contiguous(*seed);
+}
+
+}  // namespace peft_ext

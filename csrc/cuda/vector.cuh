@@ -1,0 +1,111 @@
+// Eight consecutive elements of any type at once, as floats: the unit in which elementwise kernels move memory.
+#pragma once
+
+#include "cuda/philox.cuh"
+
+namespace peft_ext {
+
+constexpr int kVector = 8;
+
+__device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// From an address aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(pairs[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void load_vector(const float* from, float (&values)[kVector]) {
+  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+}
+
+__device__ __forceinline__ float load_value(const float* from) { return *from; }
+__device__ __forceinline__ float load_value(const bf16* from) { return unpack2<bf16>(from->bits).x; }
+__device__ __forceinline__ float load_value(const f16* from) { return unpack2<f16>(from->bits).x; }
+
+__device__ __forceinline__ void store_value(float* to, float value) { *to = value; }
+
+template <typename T>
+__device__ __forceinline__ void store_value(T* to, float value) {
+  to->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
+}
+
+// The same where the type is known at run time alone.
+__device__ __forceinline__ float load_value(const void* from, DType type, int64_t at) {
+  if (type == DType::kBF16) return load_value(static_cast<const bf16*>(from) + at);
+  if (type == DType::kF16) return load_value(static_cast<const f16*>(from) + at);
+  return static_cast<const float*>(from)[at];
+}
+
+__device__ __forceinline__ void store_value(void* to, DType type, int64_t at, float value) {
+  if (type == DType::kBF16) return store_value(static_cast<bf16*>(to) + at, value);
+  if (type == DType::kF16) return store_value(static_cast<f16*>(to) + at, value);
+  static_cast<float*>(to)[at] = value;
+}
+
+// value as a T holds it.
+template <typename T>
+__device__ __forceinline__ float rounded_to(float value) {
+  return unpack2<T>(pack2<T>(value, 0.0f)).x;
+}
+template <>
+__device__ __forceinline__ float rounded_to<float>(float value) {
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ void save_vector(T* to, const float (&values)[kVector]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                                             pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+}
+
+__device__ __forceinline__ void save_vector(float* to, const float (&values)[kVector]) {
+  reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+
+// Columns [column, column + 8) of a row that ends at `columns`; `whole`: a multiple of 8 columns on 16 bytes, so they
+// are all there. What lies behind the end is 0, and is not stored.
+template <typename T>
+__device__ __forceinline__ void load_columns(const T* row, int64_t column, int64_t columns, bool whole,
+                                             float (&values)[kVector]) {
+  if (whole) return load_vector(row + column, values);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = column + i < columns ? load_value(row + column + i) : 0.0f;
+}
+
+// The same of a row that starts at element `row`, where the type is known at run time alone.
+__device__ __forceinline__ void load_columns(const void* from, DType type, int64_t row, int64_t column, int64_t columns,
+                                             bool whole, float (&values)[kVector]) {
+  if (type == DType::kBF16) return load_columns(static_cast<const bf16*>(from) + row, column, columns, whole, values);
+  if (type == DType::kF16) return load_columns(static_cast<const f16*>(from) + row, column, columns, whole, values);
+  load_columns(static_cast<const float*>(from) + row, column, columns, whole, values);
+}
+
+template <typename T>
+__device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t columns, bool whole,
+                                             const float (&values)[kVector]) {
+  if (whole) return save_vector(row + column, values);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i)
+    if (column + i < columns) store_value(row + column + i, values[i]);
+}
+
+// Bit i: whether flat element first + i is kept; `whole`: the eight are one group of the generator's.
+__device__ __forceinline__ uint32_t kept_elements(const Philox& philox, uint64_t first, bool whole) {
+  const uint64_t group = first / kPhiloxGroup;
+  const uint32_t kept = kept_of_group(philox, group);
+  if (whole) return kept;
+  return ((kept | kept_of_group(philox, group + 1) << kPhiloxGroup) >> (first % kPhiloxGroup)) & 0xffu;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,87 @@
+#include "linear/cpu/base_product.h"
+
+#include "cpu/isa.h"
+
+#include "linear/cpu/tiles/products.h"
+#include "nf4/cpu/decode.h"
+#include "nf4/cpu/skinny.h"
+
+namespace peft_ext {
+
+using torch::stable::parallel_for;
+
+namespace {
+
+// Rows of W widened to float32 together.
+constexpr int64_t kWidePanel = 1024;
+
+// W's rows [begin, end) in float32, [end - begin, K].
+Tensor wide_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type) {
+  Tensor dense = weight.weight;
+  const Tensor rows = weight.is_nf4() ? dequantized_rows(op, weight, begin, end, type)
+                                      : torch::stable::narrow(dense, 0, begin, end - begin);
+  return torch::stable::to(rows, ScalarType::Float);
+}
+
+}  // namespace
+
+bool multiplies_in(ScalarType type, bool plain) {
+  if (type == ScalarType::Float || (type == ScalarType::BFloat16 && tile_kernels() != nullptr)) return true;
+  return plain && current_isa() == Isa::kScalar;
+}
+
+Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type) {
+  const int64_t tokens = x.size(0), n = weight.out_features();
+  if (skinny_accepts(weight, type, tokens)) return skinny_product(op, torch::stable::to(x, type), weight);
+  if (weight.in_features() == 0) return zeros({tokens, n});
+  if (multiplies_in(type, false)) {
+    Tensor y = empty({tokens, n}, type);
+    mm_out(y, torch::stable::to(x, type), transposed(dense_weight(op, weight, type)));
+    return torch::stable::to(y, ScalarType::Float);
+  }
+  const Tensor wide = torch::stable::to(x, ScalarType::Float);
+  Tensor y = empty({tokens, n}, ScalarType::Float);
+  for (int64_t row = 0; row < n; row += kWidePanel) {
+    const int64_t rows = min_i64(kWidePanel, n - row);
+    mm_out(torch::stable::narrow(y, 1, row, rows), wide, transposed(wide_rows(op, weight, row, row + rows, type)));
+  }
+  return y;
+}
+
+Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& weight, ScalarType type) {
+  const int64_t tokens = g.size(0), n = weight.out_features(), k = weight.in_features();
+  if (n == 0) return zeros({tokens, k});
+  if (multiplies_in(type, false)) {
+    Tensor y = empty({tokens, k}, type);
+    mm_out(y, torch::stable::to(g, type), dense_weight(op, weight, type));
+    return torch::stable::to(y, ScalarType::Float);
+  }
+  Tensor wide = torch::stable::to(g, ScalarType::Float);
+  Tensor y = zeros({tokens, k});
+  for (int64_t row = 0; row < n; row += kWidePanel) {
+    const int64_t rows = min_i64(kWidePanel, n - row);
+    addmm_(y, torch::stable::contiguous(torch::stable::narrow(wide, 1, row, rows)),
+           wide_rows(op, weight, row, row + rows, type), 1.0);
+  }
+  return y;
+}
+
+Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, float scale) {
+  const int64_t tokens = x.size(0), d = x.size(1);
+  Tensor out = empty({tokens, d}, x.scalar_type());
+  with_dtype(dtype_of(op, "x", x), [&](auto zero) {
+    using T = decltype(zero);
+    const T* in = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    parallel_for(0, tokens, ceil_div(kPackGrain, d + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < d; ++i) {
+          const bool kept = keep.data[t * keep.per_row + i / 32] >> (i % 32) & 1;
+          to[t * d + i] = from_float<T>(kept ? scale * to_float(in[t * d + i]) : 0.0f);
+        }
+    });
+  });
+  return out;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,21 @@
+// The base product where the package has no kernel of its own for it: PyTorch's, in x's type or in float32.
+#pragma once
+
+#include "linear/cpu/passes.h"
+
+namespace peft_ext {
+
+// Whether PyTorch's product runs in x's own type, where its result is rounded (plain: Y or dX itself) or goes on to be
+// scaled. On x86-64 its products of 16-bit types need instructions for them; float32's do not.
+bool multiplies_in(ScalarType type, bool plain);
+
+// x [T, K] Wᵀ in float32; x is of W's type, or of float32.
+Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type);
+
+// g [T, N] W in float32; g is of W's type or of float32.
+Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& weight, ScalarType type);
+
+// x̃ in x's type, from the mask's bits: for the paths that have no tiles.
+Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, float scale);
+
+}  // namespace peft_ext

@@ -1,0 +1,70 @@
+#include "linear/cpu/call.h"
+
+#include "cpu/tensor.h"
+
+namespace peft_ext {
+
+LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter) {
+  const int64_t k = weight.in_features(), n = weight.out_features();
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, op, ": x has ", x.dim() >= 1 ? x.size(x.dim() - 1) : 0,
+                  " columns, wanted ", k);
+  const int64_t rank = adapter.rank();
+  if (adapter.lora_A.has_value()) {
+    STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_A->size(1) == k, op, ": lora_A has ",
+                    adapter.lora_A->numel(), " elements, wanted [R, ", k, "]");
+    STD_TORCH_CHECK(adapter.lora_B.has_value() && adapter.lora_B->dim() == 2 && adapter.lora_B->size(0) == n &&
+                        adapter.lora_B->size(1) == rank,
+                    op, ": lora_B is not [", n, ", ", rank, "]");
+  }
+  return {rows_of(x), k, n, rank, round_up(rank, kRankStep)};
+}
+
+Expand finishing(const ForwardCall& f) {
+  Expand work;
+  work.y = f.out.y.mutable_data_ptr();
+  work.z = f.want_z ? f.out.z.mutable_data_ptr() : nullptr;
+  work.dtype = f.dtype();
+  work.columns = f.size.out;
+  work.rank = f.size.padded;
+  work.stride = round_up(f.size.out, kColumnStep);
+  work.scale = floats(f.scale);
+  (f.bias_inside ? work.bias_before : work.bias) = floats(f.bias);
+  return work;
+}
+
+BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
+                              const Tensor& held_x) {
+  const LinearSizes size = checked_sizes(op, held_x, weight, adapter);
+  const ScalarType type = held_x.scalar_type();
+  STD_TORCH_CHECK(grad.numel() == size.tokens * size.out && grad.scalar_type() == type, op, ": grad has ", grad.numel(),
+                  " elements of ", torch::headeronly::toString(grad.scalar_type()), ", wanted ", size.tokens * size.out,
+                  " of ", torch::headeronly::toString(type));
+  dtype_of(op, "x", held_x);
+  return {op,
+          weight,
+          adapter,
+          size,
+          torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
+          torch::stable::view(held_x, {size.tokens, size.in}),
+          Tensor(),
+          KeepBits()};
+}
+
+Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed) {
+  Dropout dropout;
+  if (!seed.has_value()) return dropout;
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 2, op, ": seed is ",
+                  torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
+                  " elements, wanted Long with 2");
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p is ", p, ", wanted 0 <= p < 1");
+  const Tensor held = torch::stable::contiguous(*seed);
+  const int64_t* words = held.const_data_ptr<int64_t>();
+  dropout.active = true;
+  dropout.seed = static_cast<uint64_t>(words[0]);
+  dropout.offset = static_cast<uint64_t>(words[1]);
+  dropout.threshold = static_cast<uint32_t>(__builtin_nearbyint(p * 65536.0));
+  dropout.scale = static_cast<float>(1.0 / (1.0 - p));
+  return dropout;
+}
+
+}  // namespace peft_ext

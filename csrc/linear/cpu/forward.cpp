@@ -1,0 +1,192 @@
+// The forward: see adapted_linear.h for the formula. Which product runs:
+//
+//   tiles    bfloat16 on a CPU with a bfloat16 dot product: one pass writes Y with all its terms
+//   few      few tokens: W, decoded from NF4 on the way, A and B are each read once, as they lie, in float32
+//   mm       all else is PyTorch's product: in place onto the low-rank term where nothing else is to be done, else in
+//            float32 (W widened a panel at a time), finished in one more pass
+#include "cpu/scratch.h"
+#include "linear/cpu/base_product.h"
+#include "linear/cpu/call.h"
+#include "linear/cpu/tiles/products.h"
+#include "nf4/cpu/decode.h"
+#include "nf4/cpu/skinny.h"
+
+namespace peft_ext {
+namespace {
+
+// Whether forward_few_tokens is the way: one base product, of a weight that can be read row by row.
+bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
+  if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
+  if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
+  const bool tiles = type == ScalarType::BFloat16 && tile_kernels() != nullptr;
+  return tokens < (tiles ? kDenseTileTokens : kFewTokens + 1) && weight.weight.is_contiguous();
+}
+
+// x [T, K] float32 times a dense Wᵀ, in float32.
+Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
+  const Tensor y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
+  if (f.type() != ScalarType::BFloat16 || tile_kernels() == nullptr) {
+    run_few_tokens(f.op, f.weight.weight, x, y, false);
+    return y;
+  }
+  const TileKernels& isa = *tile_kernels();
+  const Tensor held = empty({round_up(f.size.in, kTileDepth) * f.size.tokens}, ScalarType::BFloat16);
+  isa.few_tokens_pack(x.const_data_ptr<float>(), f.size.tokens, f.size.in, static_cast<bf16*>(held.mutable_data_ptr()));
+  const TileFewTokens work{static_cast<const bf16*>(f.weight.weight.const_data_ptr()),
+                           f.size.out,
+                           f.size.in,
+                           f.size.tokens,
+                           static_cast<const bf16*>(held.const_data_ptr()),
+                           y.mutable_data_ptr<float>()};
+  torch::stable::parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
+                              [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
+  return y;
+}
+
+void forward_few_tokens(const ForwardCall& f) {
+  const Adapter& adapter = f.adapter;
+  const Tensor wide = torch::stable::to(f.x, ScalarType::Float);
+  Tensor scaled = wide;
+  if (adapter.in_scale.has_value()) scaled = column_pass(f.op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled;
+  Tensor base;
+  if (f.weight.is_nf4()) {
+    base = skinny_product(f.op, torch::stable::to(scaled, f.type()), f.weight);
+  } else {
+    base = few_tokens_product(f, scaled);
+  }
+  if (adapter.low_rank()) few_tokens_low_rank(f, wide, base, true);
+  Expand finish = finishing(f);
+  finish.before = base.const_data_ptr<float>();
+  finish.rank = 0;
+  run_expand(finish, f.size.tokens);
+}
+
+void forward_on_tiles(const ForwardCall& f, const Shrunk& shrunk) {
+  const LinearSizes& size = f.size;
+  const Adapter& adapter = f.adapter;
+  TileForward work;
+  work.weight = tile_weight(f.weight);
+  work.tokens = size.tokens;
+  work.x = token_strips(Scratch::kTokens, false, f.x, size.tokens, size.in, floats(adapter.in_scale), nullptr);
+  work.dropped = nullptr;
+  if (f.drop_base())
+    work.dropped = token_strips(Scratch::kMoreTokens, false, f.x, size.tokens, size.in, nullptr, &shrunk.keep);
+  work.dropped_scale = adapter.dropout.scale;
+  work.rank = 0;
+  Tensor strips, rows;
+  GroupedTerms grouped;
+  if (adapter.groups != nullptr) {
+    grouped = grouped_terms(f.op, *adapter.groups, shrunk.grouped, size.tokens, size.out);
+    work.terms = grouped.terms.data();
+    work.first_term = grouped.first.data();
+  } else if (adapter.low_rank()) {
+    const Tensor rho = rank_scales(f.op, adapter, size.padded);
+    const float* s = shrunk.s.const_data_ptr<float>();
+    // The kernel reads whole blocks of rows of ρB.
+    rows = packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), false,
+                  round_up(size.out, kColumnStep), size.rank);
+    if (ranks_on_tiles()) {
+      work.rank_depth = 3 * size.rank;
+      strips = strips_tensor(split_depth(s, size.tokens, size.rank, size.padded, false), size.tokens, work.rank_depth,
+                             false);
+      rows = strips_tensor(split_depth(rows.const_data_ptr<float>(), size.out, size.rank, size.rank, true), size.out,
+                           work.rank_depth, true);
+      work.s_strips = static_cast<const bf16*>(strips.const_data_ptr());
+      work.b_strips = static_cast<const bf16*>(rows.const_data_ptr());
+    } else {
+      work.rank = size.rank;
+      strips = lane_strips_of_rows(s, size.rank, size.padded, size.tokens);
+      work.s = strips.const_data_ptr<float>();
+      work.b = rows.const_data_ptr<float>();
+    }
+  }
+  work.scale = floats(f.scale);
+  work.bias_before = f.bias_inside ? floats(f.bias) : nullptr;
+  work.bias = f.bias_inside ? nullptr : floats(f.bias);
+  work.y = static_cast<bf16*>(f.out.y.mutable_data_ptr());
+  work.z = f.want_z ? static_cast<bf16*>(f.out.z.mutable_data_ptr()) : nullptr;
+  const TileKernels& isa = *tile_kernels();
+  run_panels(size.out, size.in, size.tokens, 2,
+             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
+               isa.forward(work, begin, end, first, last, panel);
+             });
+}
+
+void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
+  const LinearSizes& size = f.size;
+  const Adapter& adapter = f.adapter;
+  const ScalarType type = f.type();
+  Expand finish = finishing(f);
+  Tensor right;
+  const auto run_finish = [&] {
+    adapter.groups != nullptr ? grouped_expand(f.op, *adapter.groups, shrunk.grouped, finish)
+                              : run_expand(finish, size.tokens);
+  };
+  if (adapter.low_rank() && adapter.groups == nullptr) {
+    const Tensor rho = rank_scales(f.op, adapter, size.padded);
+    right =
+        packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
+    finish.left = shrunk.s.const_data_ptr<float>();
+    finish.right = right.const_data_ptr<float>();
+  }
+  const bool plain = !f.scale.has_value() && !f.want_z && !f.drop_base();
+  const bool in_place = plain && multiplies_in(type, true) && !skinny_accepts(f.weight, type, size.tokens);
+  Tensor x = f.x;
+  if (adapter.in_scale.has_value()) {
+    // Where the product is float32's anyhow, l ∘ x is not rounded before it.
+    if (!in_place && !multiplies_in(type, false)) x = torch::stable::to(x, ScalarType::Float);
+    x = column_pass(f.op, x, &*adapter.in_scale, 0.0f, nullptr).scaled;
+  }
+  if (in_place) {
+    // The product accumulates onto the other terms, so that nothing of size T x N is read or written but Y.
+    const Tensor y = torch::stable::view(f.out.y, {size.tokens, size.out});
+    const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
+    if (terms) run_finish();
+    if (size.in == 0) return;
+    const Tensor dense = transposed(dense_weight(f.op, f.weight, type));
+    terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
+    return;
+  }
+  const Tensor base = product_forward(f.op, x, f.weight, type);
+  Tensor before = base, after;
+  if (f.drop_base()) {
+    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, adapter.dropout.scale), f.weight, type);
+    after = torch::stable::subtract(base, before);
+    finish.after = after.const_data_ptr<float>();
+  }
+  finish.before = before.const_data_ptr<float>();
+  run_finish();
+}
+
+}  // namespace
+
+AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
+                               const Adapter& adapter, bool bias_inside, bool want_z) {
+  const ScratchOfCall scratch_of_call;
+  check_matrix_weight(op, weight, x.scalar_type());
+  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+  const ScalarType type = x.scalar_type();
+  dtype_of(op, "x", x);
+  if (bias.has_value())
+    STD_TORCH_CHECK(bias->numel() == size.out, op, ": bias has ", bias->numel(), " elements, wanted ", size.out);
+  AdaptedForward out;
+  out.y = empty(with_last(x, size.out), type);
+  out.s = adapter.low_rank() ? empty({size.tokens, size.rank}, ScalarType::Float) : none();
+  out.z = want_z ? empty({size.tokens, size.out}, type) : none(type);
+  if (size.tokens == 0) return out;
+  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {size.tokens, size.in});
+  const int64_t padded = round_up(size.out, kColumnStep);
+  ForwardCall call{op, weight, adapter, size, flat_x, bias_inside, want_z, std::nullopt, std::nullopt, out};
+  if (bias.has_value()) call.bias = padded_vector(op, "bias", *bias, padded);
+  if (adapter.out_scale.has_value()) call.scale = padded_vector(op, "out_scale", *adapter.out_scale, padded);
+  if (size.out > 0 && few_tokens_accept(weight, type, size.tokens, adapter)) {
+    forward_few_tokens(call);
+    return out;
+  }
+  const bool tiles = size.in > 0 && size.out > 0 && tiles_accept(weight, type, size.tokens, true);
+  const Shrunk shrunk = adapter.low_rank() ? shrink_tokens(call, tiles) : Shrunk();
+  if (size.out > 0) tiles ? forward_on_tiles(call, shrunk) : forward_by_products(call, shrunk);
+  return out;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,39 @@
+// Columns scaled and summed in one pass (ColumnPass). Included after the target pragma.
+#pragma once
+
+#include "linear/cpu/kernels/row_block.h"
+
+namespace peft_ext {
+namespace {
+
+template <typename T, typename Other>
+void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
+  alignas(64) float m[kPanel], other[kPanel];
+  for (int64_t k = 0; k < pass.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, pass.columns - k);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t flat = t * pass.columns + k;
+      widen(static_cast<const T*>(pass.m) + flat, width, m);
+      if (pass.sums != nullptr) {
+        float* sums = pass.sums + k;
+        widen(static_cast<const Other*>(pass.other) + flat, width, other);
+        int64_t j = 0;
+        for (; j + Vec::kWidth <= width; j += Vec::kWidth)
+          Vec::fma(Vec::load(m + j), Vec::load(other + j), Vec::load(sums + j)).store(sums + j);
+        for (; j < width; ++j) sums[j] += m[j] * other[j];
+      }
+      if (pass.out == nullptr) continue;
+      for (int64_t j = 0; j < width; ++j) m[j] *= pass.scale[k + j] + pass.shift;
+      narrow(m, width, static_cast<T*>(pass.out) + flat);
+    }
+  }
+}
+
+void column_pass(const ColumnPass& pass, int64_t begin, int64_t end) {
+  with_dtype(pass.dtype, [&](auto zero) {
+    with_dtype(pass.other_dtype, [&](auto other) { column_range<decltype(zero), decltype(other)>(pass, begin, end); });
+  });
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,81 @@
+// Y of what a product left and the low-rank term (Expand). Included after the target pragma.
+//
+// kTokens rows by kVecs vectors of sums in registers, over the rank; `right` streams from L2 once for kTokens rows. y
+// is written once.
+#pragma once
+
+#include "linear/cpu/kernels/row_block.h"
+
+namespace peft_ext {
+namespace {
+
+// sums = bias_before + left right
+template <int kRows>
+inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t width, float (*sums)[kPanel]) {
+  constexpr int kVecs = Vec::kWidth == 16 ? 2 : 1;
+  for (int64_t j = 0; j < width; j += kVecs * Vec::kWidth) {
+    Vec sum[kRows][kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      const float* bias = expand.bias_before;
+      const Vec start = bias == nullptr ? Vec::zero() : Vec::load(bias + n + j + v * Vec::kWidth);
+      for (int i = 0; i < kRows; ++i) sum[i][v] = start;
+    }
+    for (int64_t r = 0; r < expand.rank; ++r) {
+      const float* right = expand.right + r * expand.stride + n + j;
+      Vec weight[kVecs];
+      for (int v = 0; v < kVecs; ++v) weight[v] = Vec::load(right + v * Vec::kWidth);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec value = Vec::broadcast(expand.left[(t + i) * expand.rank + r]);
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec::fma(value, weight[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) sum[i][v].store(sums[i] + j + v * Vec::kWidth);
+  }
+}
+
+template <typename T>
+void expand_range(const Expand& expand, int64_t begin, int64_t end) {
+  RowBlock block;
+  alignas(64) float residual[kPanel];
+  for (int64_t t = begin; t < end;) {
+    const int rows = end - t >= kTokens ? kTokens : 1;
+    for (int64_t n = 0; n < expand.columns; n += kPanel) {
+      const int64_t width = min_i64(kPanel, expand.columns - n);
+      if (rows == kTokens)
+        expand_block<kTokens>(expand, t, n, width, block.values);
+      else
+        expand_block<1>(expand, t, n, width, block.values);
+      for (int i = 0; i < rows; ++i) {
+        float* values = block.values[i];
+        const int64_t flat = (t + i) * expand.columns + n;
+        if (expand.before != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.before[flat + j];
+        if (expand.z != nullptr) narrow(values, width, static_cast<T*>(expand.z) + flat);
+        if (expand.scale != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] *= expand.scale[n + j];
+        if (expand.dropout.active) {
+          const uint16_t* draws = philox_draws(expand.dropout, flat, width, block.draws);
+          apply_dropout(expand.dropout, draws, width, values);
+        }
+        if (expand.bias != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.bias[n + j];
+        if (expand.after != nullptr)
+          for (int64_t j = 0; j < width; ++j) values[j] += expand.after[flat + j];
+        if (expand.residual != nullptr) {
+          widen(static_cast<const T*>(expand.residual) + flat, width, residual);
+          for (int64_t j = 0; j < width; ++j) values[j] += residual[j];
+        }
+        narrow(values, width, static_cast<T*>(expand.y) + flat);
+      }
+    }
+    t += rows;
+  }
+}
+
+void expand(const Expand& work, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end); });
+}
+
+}  // namespace
+}  // namespace peft_ext

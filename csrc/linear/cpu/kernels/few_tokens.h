@@ -1,0 +1,95 @@
+// Few tokens against the rows of a matrix, each read once (FewTokens). Included after the target pragma.
+#pragma once
+
+#include "cpu/token_groups.h"
+#include "linear/cpu/kernels/row_block.h"
+
+namespace peft_ext {
+namespace {
+
+// The values of tokens behind the last whole vector of a row, and zeros.
+template <int kCount>
+using Tails = float[kCount][Vec::kWidth];
+
+// Values in float32: where they lie, or in a buffer.
+inline const float* widened(const float* x, int64_t, float*) { return x; }
+template <typename T>
+inline const float* widened(const T* x, int64_t count, float* buffer) {
+  widen(x, count, buffer);
+  return buffer;
+}
+
+// A row's sums with each token. Short rows (B's have the rank's length) are all reduction: no sum that no vector was
+// added to takes part in it.
+template <typename T, int kCount>
+inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
+                           float* sums) {
+  // One token's sum would wait for the product before it.
+  constexpr int kSums = kCount >= 4 ? 1 : 4;
+  constexpr int kStep = kSums * Vec::kWidth;
+  static_assert(kPanel % kStep == 0, "the tail is the last panel's");
+  alignas(64) float buffer[kPanel];
+  Vec sum[kCount][kSums];
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) sum[t][i] = Vec::zero();
+  for (int64_t k = 0; k < work.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, work.columns - k);
+    const float* w = widened(row + k, width, buffer);
+    int64_t j = 0;
+    for (; j + kStep <= width; j += kStep)
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        const Vec weight = Vec::load(w + j + i * Vec::kWidth);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t)
+          sum[t][i] = Vec::fma(weight, Vec::load(x + t * work.columns + k + j + i * Vec::kWidth), sum[t][i]);
+      }
+    for (; j + Vec::kWidth <= width; j += Vec::kWidth) {
+      const Vec weight = Vec::load(w + j);
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) sum[t][0] = Vec::fma(weight, Vec::load(x + t * work.columns + k + j), sum[t][0]);
+    }
+    if (j == width) continue;
+    alignas(64) float rest[Vec::kWidth] = {};
+    for (int64_t i = j; i < width; ++i) rest[i - j] = w[i];
+    const Vec weight = Vec::load(rest);
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) sum[t][0] = Vec::fma(weight, Vec::load(tails[t]), sum[t][0]);
+  }
+  const bool several = work.columns >= kStep;
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t) {
+    Vec total = sum[t][0];
+    if (several)
+#pragma GCC unroll 4
+      for (int i = 1; i < kSums; ++i) total = Vec::add(total, sum[t][i]);
+    sums[t] = total.sum();
+  }
+}
+
+void few_tokens(const FewTokens& work, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_token_groups(work.tokens, [&](auto count, int64_t first) {
+      constexpr int kCount = decltype(count)::kCount;
+      const float* x = work.x + first * work.columns;
+      const int64_t whole = work.columns / Vec::kWidth * Vec::kWidth;
+      alignas(64) Tails<kCount> tails = {};
+      for (int t = 0; t < kCount; ++t)
+        for (int64_t j = whole; j < work.columns; ++j) tails[t][j - whole] = x[t * work.columns + j];
+      for (int64_t n = begin; n < end; ++n) {
+        float sums[kCount];
+        few_tokens_row<T, kCount>(work, static_cast<const T*>(work.w) + n * work.columns, x, tails, sums);
+        for (int t = 0; t < kCount; ++t) {
+          float& y = work.y[(first + t) * work.rows + n];
+          y = work.accumulate ? y + sums[t] : sums[t];
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace peft_ext

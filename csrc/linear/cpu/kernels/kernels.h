@@ -1,0 +1,106 @@
+// The low-rank path on the CPU, and what else passes over activations once: what each instruction set provides.
+//
+// Matrices of rank are float32, their rank padded with zeros to a multiple of kRankStep. Sums are float32 in an order
+// that depends on the sizes alone.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/philox.h"
+
+namespace peft_ext {
+
+constexpr int64_t kRankStep = 16;
+
+// One pass over the rows [begin, end) of m [T, K], dropped on the way when dropout is active (flat index t K + k):
+//   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
+//   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
+//   squares given:  squares[t] = sum_k m[t, k]²
+//   keep given:     the mask as bits: k % 32 of word k / 32 of a row
+struct RowPass {
+  const void* m;
+  DType dtype;
+  int64_t columns;
+  int64_t rank;  // padded
+  Dropout dropout;
+  const float* right = nullptr;  // [K, rank]
+  float* out = nullptr;          // [T, rank]
+  const float* left = nullptr;   // [T, rank]
+  float* acc = nullptr;          // [K, rank], zeroed by the caller
+  float* squares = nullptr;      // [T]
+  uint32_t* keep = nullptr;      // [T, keep_words]
+  int64_t keep_words = 0;
+};
+
+// The end of a product that was made elsewhere, or of the low-rank one alone. For the rows [begin, end):
+//   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
+// each element written once, rounded once to dtype. All but left and right may be absent; rank 0 has no low-rank term.
+struct Expand {
+  void* y;
+  void* z = nullptr;
+  DType dtype;
+  int64_t columns;
+  int64_t rank;    // padded
+  int64_t stride;  // of right's rows and of the vectors: columns, padded with zeros to a multiple of kColumnStep
+  Dropout dropout;
+  const float* left = nullptr;         // [T, rank]
+  const float* right = nullptr;        // [rank, stride]
+  const float* bias_before = nullptr;  // [stride]
+  const float* scale = nullptr;        // [stride]
+  const float* bias = nullptr;         // [stride]
+  const float* before = nullptr;       // [T, columns]
+  const float* after = nullptr;        // [T, columns]
+  const void* residual = nullptr;      // [T, columns] of dtype
+};
+
+constexpr int64_t kColumnStep = 32;
+
+// Few tokens against the rows [begin, end) of w: y[t, n] (+)= sum_k x[t, k] w[n, k]. w is read once.
+struct FewTokens {
+  const void* w;  // [rows, columns]
+  DType dtype;    // of w
+  int64_t rows, columns, tokens;
+  const float* x;  // [tokens, columns]
+  float* y;        // [tokens, rows]
+  bool accumulate = false;
+};
+constexpr int64_t kFewTokens = 8;
+
+// One pass over the rows [begin, end) of m [T, K]:
+//   out given:   out[t, k] = m[t, k] (scale[k] + shift), rounded once to m's type
+//   sums given:  sums[k] += sum_t m[t, k] other[t, k]
+struct ColumnPass {
+  const void* m;
+  DType dtype;
+  int64_t columns;
+  void* out = nullptr;  // of dtype
+  const float* scale = nullptr;
+  float shift = 0.0f;
+  const void* other = nullptr;
+  DType other_dtype = DType::kF32;
+  float* sums = nullptr;  // [K], zeroed by the caller
+};
+
+// The mask of the rows [begin, end) of [T, columns] as bits: k % 32 of word k / 32 of a row.
+struct KeepMask {
+  Dropout dropout;
+  int64_t columns, words;
+  uint32_t* keep;  // [T, words]
+};
+
+struct PassKernels {
+  void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
+  void (*expand)(const Expand& expand, int64_t begin, int64_t end);
+  void (*keep_mask)(const KeepMask& mask, int64_t begin, int64_t end);
+  void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
+  void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);
+};
+
+extern const PassKernels kPassKernelsScalar;
+#if defined(__x86_64__)
+extern const PassKernels kPassKernelsAvx2;
+extern const PassKernels kPassKernelsAvx512;
+#endif
+
+}  // namespace peft_ext

@@ -1,0 +1,14 @@
+// The low-rank path with AVX2. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx2.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx2.h"
+#include "linear/cpu/kernels/kernels_impl.h"
+
+namespace peft_ext {
+
+const PassKernels kPassKernelsAvx2 = {row_pass, expand, keep_mask, few_tokens, column_pass};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,14 @@
+// The low-rank path with AVX-512. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx512.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx512.h"
+#include "linear/cpu/kernels/kernels_impl.h"
+
+namespace peft_ext {
+
+const PassKernels kPassKernelsAvx512 = {row_pass, expand, keep_mask, few_tokens, column_pass};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

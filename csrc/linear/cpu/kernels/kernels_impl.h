@@ -1,0 +1,8 @@
+// All kernels of a CPU path: after this file a kernel table can be filled. Included after the target pragma and after
+// the path's Vec (cpu/simd_<isa>.h).
+#pragma once
+
+#include "linear/cpu/kernels/column_pass.h"
+#include "linear/cpu/kernels/expand.h"
+#include "linear/cpu/kernels/few_tokens.h"
+#include "linear/cpu/kernels/rank_pass.h"

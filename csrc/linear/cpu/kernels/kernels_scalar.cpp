@@ -1,0 +1,9 @@
+// The low-rank path on any CPU. See kernels.h for the contract.
+#include "cpu/simd_scalar.h"
+#include "linear/cpu/kernels/kernels_impl.h"
+
+namespace peft_ext {
+
+const PassKernels kPassKernelsScalar = {row_pass, expand, keep_mask, few_tokens, column_pass};
+
+}  // namespace peft_ext

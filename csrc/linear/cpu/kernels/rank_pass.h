@@ -1,0 +1,108 @@
+// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and the dropout's mask alone. Included after the target pragma.
+//
+// kTokens rows by kPanel columns are widened to float32 (and dropped) in L1; each value is then broadcast against a row
+// of `right` (sum kept in registers over the panel) and against a row of `left` (sum kept in `acc`). The panel is the
+// outer loop: its rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 over all tokens. m is read once,
+// in its own dtype; nothing of its size is written.
+#pragma once
+
+#include "linear/cpu/kernels/row_block.h"
+
+namespace peft_ext {
+namespace {
+
+// The sum of products over `count` values, in vectors and then over their lanes.
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec sum = Vec::zero();
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) sum = Vec::fma(Vec::load(a + i), Vec::load(b + i), sum);
+  float lanes[Vec::kWidth];
+  sum.store(lanes);
+  float total = 0.0f;
+  for (int lane = 0; lane < Vec::kWidth; ++lane) total += lanes[lane];
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// Rows [t, t + tokens), columns [k, k + width) of m, widened and dropped.
+template <typename T>
+inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
+  for (int i = 0; i < tokens; ++i) {
+    const int64_t flat = (t + i) * pass.columns + k;
+    widen(static_cast<const T*>(pass.m) + flat, width, block->values[i]);
+    if (pass.dropout.active) {
+      const uint16_t* draws = philox_draws(pass.dropout, flat, width, block->draws);
+      apply_dropout(pass.dropout, draws, width, block->values[i]);
+      if (pass.keep != nullptr) keep_bits(pass.dropout, draws, width, pass.keep + (t + i) * pass.keep_words + k / 32);
+    }
+    if (pass.squares != nullptr) {
+      const float sum = dot(block->values[i], block->values[i], width);
+      pass.squares[t + i] = k == 0 ? sum : pass.squares[t + i] + sum;
+    }
+  }
+}
+
+void keep_mask(const KeepMask& mask, int64_t begin, int64_t end) {
+  alignas(64) uint16_t buffer[draws_room(kPanel)];
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t k = 0; k < mask.columns; k += kPanel) {
+      const int64_t width = min_i64(kPanel, mask.columns - k);
+      const uint16_t* draws = philox_draws(mask.dropout, t * mask.columns + k, width, buffer);
+      keep_bits(mask.dropout, draws, width, mask.keep + t * mask.words + k / 32);
+    }
+}
+
+template <bool kShrink, bool kOuter, int kRows>
+inline void row_block(const RowPass& pass, const RowBlock& block, int64_t t, int64_t k, int64_t width) {
+  for (int64_t r = 0; r < pass.rank; r += Vec::kWidth) {
+    Vec sum[kRows], left[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      if (kShrink) sum[i] = k == 0 ? Vec::zero() : Vec::load(pass.out + (t + i) * pass.rank + r);
+      if (kOuter) left[i] = Vec::load(pass.left + (t + i) * pass.rank + r);
+    }
+    const float* right = kShrink ? pass.right + k * pass.rank + r : nullptr;
+    float* acc = kOuter ? pass.acc + k * pass.rank + r : nullptr;
+    for (int64_t j = 0; j < width; ++j) {
+      Vec weight = Vec::zero(), total = Vec::zero();
+      if (kShrink) weight = Vec::load(right + j * pass.rank);
+      if (kOuter) total = Vec::load(acc + j * pass.rank);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec value = Vec::broadcast(block.values[i][j]);
+        if (kShrink) sum[i] = Vec::fma(value, weight, sum[i]);
+        if (kOuter) total = Vec::fma(value, left[i], total);
+      }
+      if (kOuter) total.store(acc + j * pass.rank);
+    }
+    if (kShrink)
+      for (int i = 0; i < kRows; ++i) sum[i].store(pass.out + (t + i) * pass.rank + r);
+  }
+}
+
+template <typename T, bool kShrink, bool kOuter>
+void row_pass_range(const RowPass& pass, int64_t begin, int64_t end) {
+  RowBlock block;
+  for (int64_t k = 0; k < pass.columns; k += kPanel) {
+    const int64_t width = min_i64(kPanel, pass.columns - k);
+    int64_t t = begin;
+    for (; t + kTokens <= end; t += kTokens) {
+      load_block<T>(pass, t, kTokens, k, width, &block);
+      row_block<kShrink, kOuter, kTokens>(pass, block, t, k, width);
+    }
+    for (; t < end; ++t) {
+      load_block<T>(pass, t, 1, k, width, &block);
+      row_block<kShrink, kOuter, 1>(pass, block, t, k, width);
+    }
+  }
+}
+
+void row_pass(const RowPass& pass, int64_t begin, int64_t end) {
+  with_dtype(pass.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (pass.left == nullptr) return row_pass_range<T, true, false>(pass, begin, end);
+    if (pass.right == nullptr) return row_pass_range<T, false, true>(pass, begin, end);
+    row_pass_range<T, true, true>(pass, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace peft_ext

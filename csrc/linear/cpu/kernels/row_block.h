@@ -1,0 +1,20 @@
+// What the kernels of a CPU path share: rows widened to float32 in L1. Written once over Vec (cpu/simd_<isa>.h);
+// included after the target pragma.
+#pragma once
+
+#include "cpu/philox_impl.h"
+#include "linear/cpu/kernels/kernels.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int kTokens = 8;
+constexpr int kPanel = 512;
+
+struct RowBlock {
+  alignas(64) float values[kTokens][kPanel];
+  alignas(64) uint16_t draws[draws_room(kPanel)];
+};
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,209 @@
+// The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
+#include <algorithm>
+
+#include "linear/cpu/base_product.h"
+#include "linear/cpu/call.h"
+#include "linear/cpu/tiles/products.h"
+
+namespace peft_ext {
+
+Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded) {
+  Tensor rho = zeros({padded});
+  float* values = rho.mutable_data_ptr<float>();
+  Tensor given;
+  if (adapter.rank_scale.has_value()) {
+    STD_TORCH_CHECK(adapter.rank_scale->numel() == adapter.rank(), op, ": rank_scale has ", adapter.rank_scale->numel(),
+                    " elements, wanted ", adapter.rank());
+    given = padded_vector(op, "rank_scale", *adapter.rank_scale, padded);
+  }
+  for (int64_t r = 0; r < adapter.rank(); ++r)
+    values[r] = static_cast<float>(adapter.scaling) *
+                (adapter.rank_scale.has_value() ? given.const_data_ptr<float>()[r] : 1.0f);
+  return rho;
+}
+
+void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate) {
+  const Adapter& adapter = f.adapter;
+  if (adapter.groups != nullptr) return grouped_few_tokens(f.op, *adapter.groups, x, y, f.out.s);
+  Tensor dropped = x;
+  if (adapter.dropout.active)
+    dropped = dropped_tokens(f.op, x, kept(adapter.dropout, f.size.tokens, f.size.in), adapter.dropout.scale);
+  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_A), dropped, f.out.s, false);
+  const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
+  const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
+  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_B), left, y, accumulate);
+}
+
+Shrunk shrink_tokens(const ForwardCall& f, bool tiles) {
+  const LinearSizes& size = f.size;
+  const Dropout& dropout = f.adapter.dropout;
+  Shrunk out;
+  if (f.adapter.groups != nullptr) {
+    out.grouped = grouped_shrink(f.op, *f.adapter.groups, f.x, f.out.s);
+    return out;
+  }
+  out.s = size.padded == size.rank ? f.out.s : empty({size.tokens, size.padded}, ScalarType::Float);
+  float* s = out.s.mutable_data_ptr<float>();
+  const Tensor right = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
+  if (tiles && ranks_on_tiles()) {
+    if (dropout.active) out.keep = kept(dropout, size.tokens, size.in);
+    const TileWeight tokens = tile_tokens(f.x, size.tokens, size.in, dropout.active ? &out.keep : nullptr);
+    tile_shrink(tokens, right, kTerms, dropout.scale, s, nullptr);
+  } else {
+    RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.padded, dropout);
+    pass.right = right.const_data_ptr<float>();
+    pass.out = s;
+    if (f.drop_base()) {
+      out.keep = keep_bits(size.tokens, size.in);
+      pass.keep = out.keep.data;
+      pass.keep_words = out.keep.per_row;
+    }
+    if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
+    run_row_pass(pass, size.tokens);
+  }
+  if (size.padded != size.rank) {
+    Tensor given = f.out.s;
+    torch::stable::copy_(given, torch::stable::narrow(out.s, 1, 0, size.rank));
+  }
+  return out;
+}
+
+namespace {
+
+// d rank_scale [R] from Gᵀ S, whose columns are not scaled by g yet.
+Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
+  const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, false, b.size.out, b.size.padded);
+  const Tensor dots = column_pass(b.op, wide, nullptr, 0.0f, &sums).sums;
+  Tensor out = zeros({b.size.rank});
+  for (int64_t r = 0; r < b.size.rank; ++r)
+    out.mutable_data_ptr<float>()[r] = static_cast<float>(b.adapter.scaling) * dots.const_data_ptr<float>()[r];
+  return out;
+}
+
+}  // namespace
+
+void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out) {
+  BackwardCall& b = *call;
+  const LinearSizes& size = b.size;
+  const Adapter& adapter = b.adapter;
+  STD_TORCH_CHECK(s.has_value() && s->scalar_type() == ScalarType::Float && s->numel() == size.tokens * size.rank, b.op,
+                  ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
+  const Tensor rho = rank_scales(b.op, adapter, size.padded);
+  const float* by_rank = rho.const_data_ptr<float>();
+  const Tensor flat_s = torch::stable::view(torch::stable::contiguous(*s), {size.tokens, size.rank});
+  const Tensor left =
+      size.rank == size.padded ? flat_s : packed(b.op, "s", flat_s, nullptr, nullptr, false, size.tokens, size.padded);
+  const Tensor right = packed(b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, false, size.out, size.padded);
+  b.p = empty({round_up(size.tokens, 2 * kStrip), size.padded}, ScalarType::Float);
+  float* p = b.p.mutable_data_ptr<float>();
+  const int64_t written = size.out > 0 ? size.tokens : 0;
+  std::fill_n(p + written * size.padded, b.p.numel() - written * size.padded, 0.0f);
+  Tensor sums_a, sums_b;
+  if (b.type() == ScalarType::BFloat16 && ranks_on_tiles() && size.tokens > 0) {
+    const TileWeight grad = tile_tokens(b.grad, size.tokens, size.out, nullptr);
+    if (size.out > 0) tile_shrink(grad, right, kTerms, 1.0f, p, nullptr);
+    sums_b = tile_outer(grad, left.const_data_ptr<float>(), size.padded, 1.0f);
+    if (b.mask()) b.keep = kept(adapter.dropout, size.tokens, size.in);
+    const TileWeight x = tile_tokens(b.x, size.tokens, size.in, b.mask() ? &b.keep : nullptr);
+    sums_a = tile_outer(x, p, size.padded, adapter.dropout.scale);
+  } else {
+    RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.padded, Dropout());
+    over_grad.right = right.const_data_ptr<float>();
+    over_grad.out = p;
+    over_grad.left = left.const_data_ptr<float>();
+    sums_b = run_outer_pass(over_grad, size.tokens);
+    RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.padded, adapter.dropout);
+    over_x.left = p;
+    if (b.mask() && needs_grad_x) {
+      b.keep = keep_bits(size.tokens, size.in);
+      over_x.keep = b.keep.data;
+      over_x.keep_words = b.keep.per_row;
+    }
+    sums_a = run_outer_pass(over_x, size.tokens);
+  }
+  out->grad_B = unpacked(b.op, "lora_B", sums_b, b.g(), by_rank, false, *adapter.lora_B);
+  out->grad_A = unpacked(b.op, "lora_A", sums_a, nullptr, nullptr, true, *adapter.lora_A);
+  if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums_b);
+}
+
+Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out) {
+  finish->y = out->grad_x.mutable_data_ptr();
+  finish->dtype = b.dtype();
+  finish->columns = b.size.in;
+  finish->rank = b.size.padded;
+  finish->stride = round_up(b.size.in, kColumnStep);
+  finish->dropout = b.mask() ? b.adapter.dropout : Dropout();
+  if (!b.adapter.low_rank()) return Tensor();
+  const Tensor right =
+      packed(b.op, "lora_A", *b.adapter.lora_A, nullptr, nullptr, false, b.size.padded, finish->stride);
+  finish->left = b.p.const_data_ptr<float>();
+  finish->right = right.const_data_ptr<float>();
+  return right;
+}
+
+namespace {
+
+// Of the sizes alone, for a base product that was made elsewhere.
+FrozenWeight no_weight(const Adapter& adapter) {
+  FrozenWeight weight;
+  weight.shape = {adapter.lora_B->size(0), adapter.lora_A->size(1)};
+  return weight;
+}
+
+}  // namespace
+
+AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual, const Adapter& adapter) {
+  STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_B->dim() == 2, op, ": lora_A or lora_B is no matrix");
+  const FrozenWeight weight = no_weight(adapter);
+  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(residual.scalar_type() == type && residual.numel() == size.tokens * size.out, op,
+                  ": residual is not [..., ", size.out, "] of x's type");
+  AdaptedForward out;
+  out.y = empty(with_last(x, size.out), type);
+  out.s = empty({size.tokens, size.rank}, ScalarType::Float);
+  out.z = none(type);
+  if (size.tokens == 0) return out;
+  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {size.tokens, size.in});
+  const Tensor onto = torch::stable::contiguous(residual);
+  const ForwardCall call{op, weight, adapter, size, flat_x, false, false, std::nullopt, std::nullopt, out};
+  Expand finish = finishing(call);
+  finish.residual = onto.const_data_ptr();
+  Tensor term, right;
+  Shrunk shrunk;
+  if (size.tokens <= kFewTokens && size.in > 0) {
+    term = empty({size.tokens, size.out}, ScalarType::Float);
+    few_tokens_low_rank(call, torch::stable::to(flat_x, ScalarType::Float), term, false);
+    finish.before = term.const_data_ptr<float>();
+    finish.rank = 0;
+  } else {
+    shrunk = shrink_tokens(call, type == ScalarType::BFloat16 && size.in > 0);
+    const Tensor rho = rank_scales(op, adapter, size.padded);
+    right =
+        packed(op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);
+    finish.left = shrunk.s.const_data_ptr<float>();
+    finish.right = right.const_data_ptr<float>();
+  }
+  if (size.out > 0) run_expand(finish, size.tokens);
+  return out;
+}
+
+AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
+                                  bool needs_grad_x) {
+  const FrozenWeight weight = no_weight(adapter);
+  const Tensor held_x = torch::stable::contiguous(x);
+  BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
+  AdaptedBackward out;
+  out.grad_x = none(call.type());
+  out.grad_rank_scale = out.grad_in_scale = none();
+  rank_gradients(&call, s, false, &out);
+  if (!needs_grad_x) return out;
+  out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, call.type());
+  if (out.grad_x.numel() == 0) return out;
+  Expand finish;
+  const Tensor right = behind_dropout(call, &finish, &out);
+  run_expand(finish, call.size.tokens);
+  return out;
+}
+
+}  // namespace peft_ext

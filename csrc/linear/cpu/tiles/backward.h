@@ -1,0 +1,72 @@
+// dX of one panel of W's columns. Included after the target pragma and the microkernel's file.
+#pragma once
+
+#include "linear/cpu/tiles/block.h"
+#include "linear/cpu/tiles/decode.h"
+
+namespace peft_ext {
+namespace {
+
+inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block,
+                           Ahead* ahead) {
+  const int64_t k = work.weight.columns, tiles = tiles_of(work.weight.rows), length = tiles * kTile;
+  const int64_t token = strip * kStrip;
+  const int64_t depth = tiles_of(work.rank_depth);
+  const bool low = work.rank > 0 || depth > 0 || work.more != nullptr;
+  block->clear();
+  if (depth > 0)
+    multiply(work.p_strips + strip * depth * kTile, block->left, work.a_strips + column / kStrip * depth * kTile,
+             block->right, depth, block->c);
+  if (work.rank > 0)
+    add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
+  if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);
+  if (low && work.keep != nullptr) {
+    const __m512 by = _mm512_set1_ps(work.keep_scale);
+    block->each([&](__m512 v, int r, int j) {
+      if (token + r >= work.tokens) return v;
+      const uint32_t word = work.keep[(token + r) * work.keep_words + (column + j * kStrip) / 32];
+      const auto bits = static_cast<__mmask16>(word >> ((column + j * kStrip) % 32));
+      return _mm512_maskz_mul_ps(bits, v, by);
+    });
+  }
+  multiply(work.grad + strip * length, block->left, lanes, block->right, tiles, block->c, ahead);
+  if (work.in_scale != nullptr) {
+    float* sums = work.grad_in_scale + token / kReduceTokens * k;
+    block->each([&](__m512 v, int r, int j) {
+      const int64_t at = column + j * kStrip;
+      if (token + r >= work.tokens || at >= k) return v;
+      const auto inside = static_cast<__mmask16>(k - at >= kStrip ? 0xffff : (1u << (k - at)) - 1);
+      const __m256i words = _mm256_maskz_loadu_epi16(inside, work.x + (token + r) * k + at);
+      const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+      const __m512 sum = _mm512_fmadd_ps(x, v, _mm512_maskz_loadu_ps(inside, sums + at));
+      _mm512_mask_storeu_ps(sums + at, inside, sum);
+      return _mm512_mul_ps(v, _mm512_maskz_loadu_ps(inside, work.in_scale + at));
+    });
+  }
+  for (int i = 0; i < block->left; ++i)
+    for (int64_t r = 0; r < min_i64(kStrip, work.tokens - token - i * kStrip); ++r) {
+      const __m512 one = _mm512_load_ps(block->part(i, 0) + r * kStrip);
+      const __m512 two = block->right > 1 ? _mm512_load_ps(block->part(i, 1) + r * kStrip) : _mm512_setzero_ps();
+      store_row(work.grad_x + (token + i * kStrip + r) * k + column, one, two, min_i64(k - column, 2 * kStrip));
+    }
+}
+
+void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
+  const TileUnit unit;
+  const int64_t length = tiles_of(work.weight.rows) * kTile;
+  weight_lanes(work.weight, begin, end, panel);
+  Block block;
+  const int64_t pairs = ceil_div(end - begin, kBlockStrips * kStrip);
+  Ahead ahead =
+      columns_ahead(work.weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * length / kTile);
+  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
+    block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
+    for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
+      block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
+      backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block, &ahead);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

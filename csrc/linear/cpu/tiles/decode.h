@@ -1,0 +1,151 @@
+// W as panels of strips: rows of it for the forward, columns for the backward, decoded from NF4 on the way; and what of
+// the next panel is fetched meanwhile. In AVX-512 with BF16; included after the target pragma.
+#pragma once
+
+#include "cpu/simd_avx512.h"
+#include "linear/cpu/tiles/tiles.h"
+#include "nf4/nf4_code.h"
+
+namespace peft_ext {
+namespace {
+
+inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
+
+// The 16 values of a block, rounded to bfloat16, twice: vpermw reads five bits of an index whose fifth is noise.
+inline __m512i block_table(const TileWeight& w, int64_t block) {
+  const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
+  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));
+}
+
+inline __m512i decode32(const uint8_t* packed, __m512i table) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+  return _mm512_permutexvar_epi16(index, table);
+}
+
+// Any run of a weight's flat elements, wherever its blocks and bytes begin.
+inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
+  if (w.dense != nullptr) {
+    for (int64_t i = 0; i < count; ++i) out[i] = w.dense[flat + i];
+    return;
+  }
+  for (int64_t i = 0; i < count;) {
+    const int64_t at = flat + i, block = at >> w.block_shift;
+    const int64_t stop = min_i64(((block + 1) << w.block_shift) - at, count - i);
+    const __m512i table = block_table(w, block);
+    alignas(64) uint16_t values[32];
+    _mm512_store_si512(values, table);
+    int64_t j = 0;
+    if (at % 2 != 0) out[i + j++].bits = values[w.packed[at / 2] & 15];
+    for (; j + 32 <= stop; j += 32) _mm512_storeu_si512(out + i + j, decode32(w.packed + (at + j) / 2, table));
+    for (; j < stop; ++j) {
+      const uint8_t byte = w.packed[(at + j) / 2];
+      out[i + j].bits = values[(at + j) % 2 == 0 ? byte >> 4 : byte & 15];
+    }
+    i += stop;
+  }
+}
+
+// Whether kPanelStep columns from a multiple of kPanelStep lie in one block of one row, on a whole byte.
+inline bool aligned_blocks(const TileWeight& w) {
+  return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
+}
+
+inline __mmask32 first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
+
+// Up to 64 columns from `column`, a multiple of 64, of a row as two registers, zeros beyond `count`.
+inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, __m512i* out) {
+  const int64_t flat = row * w.columns + column;
+  if (aligned) {
+    const __m512i table = block_table(w, flat >> w.block_shift);
+    out[0] = decode32(w.packed + flat / 2, table);
+    out[1] = decode32(w.packed + flat / 2 + 16, table);
+    return;
+  }
+  if (w.dense != nullptr) {
+    __mmask32 low = first_bits(count), high = first_bits(count - 32);
+    if (w.keep != nullptr) {
+      const uint32_t* words = w.keep + row * w.keep_words + column / 32;
+      low &= words[0];
+      if (high != 0) high &= words[1];
+    }
+    out[0] = _mm512_maskz_loadu_epi16(low, w.dense + flat);
+    out[1] = _mm512_maskz_loadu_epi16(high, w.dense + flat + 32);
+    return;
+  }
+  alignas(64) bf16 run[kPanelStep] = {};
+  decode_run(w, flat, count, run);
+  out[0] = _mm512_load_si512(run);
+  out[1] = _mm512_load_si512(run + 32);
+}
+
+// Rows [begin, end) as left strips over the columns.
+inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
+  const int64_t tiles = tiles_of(w.columns);
+  const bool aligned = aligned_blocks(w);
+  for (int64_t row = begin; row < ceil_div(end - begin, kStrip) * kStrip + begin; ++row) {
+    const int64_t i = row - begin;
+    bf16* out = panel + i / kStrip * tiles * kTile + i % kStrip * kTileDepth;
+    for (int64_t d = 0; d < tiles; d += 2) {
+      __m512i values[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      const int64_t column = d * kTileDepth;
+      if (row < end) decode64(w, aligned, row, column, min_i64(kPanelStep, w.columns - column), values);
+      _mm512_store_si512(out + d * kTile, values[0]);
+      if (d + 1 < tiles) _mm512_store_si512(out + (d + 1) * kTile, values[1]);
+    }
+  }
+}
+
+inline const char* element_address(const TileWeight& w, int64_t flat) {
+  return w.dense != nullptr ? reinterpret_cast<const char*>(w.dense + flat)
+                            : reinterpret_cast<const char*>(w.packed + flat / 2);
+}
+
+constexpr int64_t kRowsAhead = 32;
+
+// Columns [begin, end), begin a multiple of kPanelStep, as right strips over the rows.
+inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
+  const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
+  const bool aligned = aligned_blocks(w);
+  __m512i low, high;  // words of two rows, alternating
+  {
+    alignas(64) uint16_t index[64];
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
+    low = _mm512_load_si512(index);
+    high = _mm512_load_si512(index + 32);
+  }
+  for (int64_t column = begin; column < end; column += kPanelStep) {
+    const int64_t count = min_i64(kPanelStep, end - column);
+    const int64_t strips = ceil_div(count, kStrip);
+    bf16* base = panel + (column - begin) / kStrip * strip;
+    for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
+      __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
+      // Rows are a page apart or half: the hardware does not look ahead from one to the next.
+      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead)
+        _mm_prefetch(element_address(w, ahead * w.columns + column), _MM_HINT_T0);
+      if (row < w.rows) decode64(w, aligned, row, column, count, even);
+      if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
+      bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;
+      for (int64_t j = 0; j < strips; ++j)
+        _mm512_store_si512(out + j * strip, _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));
+    }
+  }
+}
+
+// The rows after `end`, which lie one after the other, and the columns after `end`, a run of each row: what the next
+// panel is made of, in `steps`.
+inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t rows = min_i64(kPanelStep, w.rows - end);
+  const char* at = element_address(w, end * w.columns);
+  const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
+  return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
+}
+
+inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
+  return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
+                                      : Ahead{};
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,117 @@
+// Few tokens against the rows of a dense W as they lie, by the dot product of AVX512-BF16. Included after the target
+// pragma.
+#pragma once
+
+#include "linear/cpu/tiles/decode.h"
+
+namespace peft_ext {
+namespace {
+
+void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out) {
+  if (tokens > kFewestTokens) {
+    few_tokens_pack(x, kFewestTokens, columns, out);
+    few_tokens_pack(x + kFewestTokens * columns, tokens - kFewestTokens, columns,
+                    out + kFewestTokens * tiles_of(columns) * kTileDepth);
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kTileDepth)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const __mmask32 inside = first_bits(columns - j);
+      const float* from = x + t * columns + j;
+      const __m256i low = round_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), from));
+      const __m256i high = round_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), from + 16));
+      _mm512_storeu_si512(out + (j * tokens + t * kTileDepth),
+                          _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+}
+
+// kRows rows at once, so that a register of x serves them all; of their length, x's tokens side by side stream through
+// L1 but for few inputs. A row's sum is the same beside others and alone.
+template <int kTokens, int kRows>
+inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
+  // A sum waits for the product before it: four or more of them keep the unit busy.
+  constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
+  const int64_t k = work.columns;
+  __m512 sums[kRows][kTokens][kSums];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+      for (int s = 0; s < kSums; ++s) sums[r][t][s] = _mm512_setzero_ps();
+  const auto step = [&](int64_t j, int s, __mmask32 inside) {
+    __m512bh w[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+      w[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.w + (row + r) * k + j));
+    const bf16* packed = work.x + j * kTokens;
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(packed + t * kTileDepth));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r][t][s] = _mm512_dpbf16_ps(sums[r][t][s], x, w[r]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + kTileDepth * kSums <= k; j += kTileDepth * kSums)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) step(j + kTileDepth * s, s, 0xffffffffu);
+  for (; j < k; j += kTileDepth) step(j, 0, first_bits(k - j));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      __m512 total = sums[r][t][0];
+#pragma GCC unroll 4
+      for (int s = 1; s < kSums; ++s) total = _mm512_add_ps(total, sums[r][t][s]);
+      work.y[t * work.rows + row + r] = _mm512_reduce_add_ps(total);
+    }
+}
+
+template <int kTokens>
+inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end) {
+  constexpr int kRows = kTokens == 1 ? 2 : kTokens <= 6 ? 4 : 3;
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) few_tokens_block<kTokens, kRows>(work, row);
+  for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
+}
+
+// Of at most 8 tokens.
+inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t end) {
+  switch (work.tokens) {
+    case 1:
+      return few_tokens_of<1>(work, begin, end);
+    case 2:
+      return few_tokens_of<2>(work, begin, end);
+    case 3:
+      return few_tokens_of<3>(work, begin, end);
+    case 4:
+      return few_tokens_of<4>(work, begin, end);
+    case 5:
+      return few_tokens_of<5>(work, begin, end);
+    case 6:
+      return few_tokens_of<6>(work, begin, end);
+    case 7:
+      return few_tokens_of<7>(work, begin, end);
+    default:
+      return few_tokens_of<8>(work, begin, end);
+  }
+}
+
+void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
+  if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
+  // All groups of tokens pass by a few rows, which stay in L2 meanwhile: W is read from memory once.
+  constexpr int64_t kRows = 12;  // a multiple of what a block of any number of tokens takes
+  const int64_t length = tiles_of(work.columns) * kTileDepth;
+  for (int64_t row = begin; row < end; row += kRows)
+    for (int64_t t = 0; t < work.tokens; t += kFewestTokens) {
+      TileFewTokens group = work;
+      group.tokens = min_i64(kFewestTokens, work.tokens - t);
+      group.x += t * length;
+      group.y += t * work.rows;
+      few_tokens_group(group, row, min_i64(row + kRows, end));
+    }
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,78 @@
+// The forward of one panel of W's rows. Included after the target pragma and the microkernel's file.
+#pragma once
+
+#include "linear/cpu/tiles/block.h"
+#include "linear/cpu/tiles/decode.h"
+
+namespace peft_ext {
+namespace {
+
+inline float value_at(const float* values, int64_t i, int64_t count, float otherwise) {
+  return values != nullptr && i < count ? values[i] : otherwise;
+}
+
+inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const bf16* rows, Block* block,
+                          Block* base, Ahead* ahead) {
+  const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
+  const bf16* x = work.x + strip * length;
+  const auto low_rank = [&] {
+    const int64_t depth = tiles_of(work.rank_depth);
+    if (depth > 0)
+      multiply(work.b_strips + row / kStrip * depth * kTile, block->left, work.s_strips + strip * depth * kTile,
+               block->right, depth, block->c);
+    if (work.rank > 0) add_low_rank(work.b + row * work.rank, work.s + strip * work.rank * kStrip, work.rank, block);
+    if (work.terms == nullptr) return;
+    for (int j = 0; j < block->right; ++j)
+      for (int64_t q = work.first_term[strip + j]; q < work.first_term[strip + j + 1]; ++q) {
+        const TileTerm& term = work.terms[q];
+        add_low_rank(term.b + row * term.rank, term.s, term.rank, j, block, term.lanes);
+      }
+  };
+  const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };
+  block->clear();
+  if (work.dropped != nullptr) {
+    multiply(rows, block->left, work.dropped + strip * length, block->right, tiles, block->c);
+    const __m512 by = _mm512_set1_ps(work.dropped_scale);
+    block->each([&](__m512 v, int, int) { return _mm512_mul_ps(v, by); });
+    *base = *block;
+  }
+  low_rank();
+  if (work.dropped == nullptr) multiply(rows, block->left, x, block->right, tiles, block->c, ahead);
+  if (work.bias_before != nullptr)
+    block->each([&](__m512 v, int r, int) {
+      return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias_before, row + r, n, 0.0f)));
+    });
+  if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
+  if (work.dropped != nullptr) {
+    block->each([&](__m512 v, int r, int j) {
+      const __m512 without = _mm512_load_ps(base->part(r / kStrip, j) + r % kStrip * kStrip);
+      return _mm512_fmsub_ps(scale(r), v, without);
+    });
+    multiply(rows, block->left, x, block->right, tiles, block->c);
+  }
+  if (work.scale != nullptr || work.bias != nullptr)
+    block->each([&](__m512 v, int r, int) {
+      if (work.dropped == nullptr) v = _mm512_mul_ps(v, scale(r));
+      return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias, row + r, n, 0.0f)));
+    });
+  store_transposed(block, work.y, strip * kStrip, work.tokens, row, n);
+}
+
+void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
+  const TileUnit unit;
+  const int64_t length = tiles_of(work.weight.columns) * kTile;
+  weight_rows(work.weight, begin, end, panel);
+  Block block, base;
+  const int64_t pairs = ceil_div(last - first, kBlockStrips);
+  Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
+  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
+    block.right = static_cast<int>(min_i64(kBlockStrips, last - strip));
+    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) {
+      block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
+      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, &block, &base, &ahead);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

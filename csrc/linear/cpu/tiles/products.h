@@ -1,0 +1,62 @@
+// The tile kernels on all threads: which weights and tokens they take, strips of activations, and the rank's products.
+#pragma once
+
+#include "linear/cpu/passes.h"
+#include "cpu/scratch.h"
+#include "linear/cpu/tiles/plan.h"
+#include "linear/cpu/tiles/tiles.h"
+
+namespace peft_ext {
+
+// Null where the CPU path in use has none.
+const TileKernels* tile_kernels();
+
+// Below this TileFewTokens serves over a dense weight, which the tiles would copy into panels for one strip or two.
+constexpr int64_t kDenseTileTokens = 33;
+
+// Whether the tiles accept this many tokens of this type against the weight.
+bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward);
+
+TileWeight tile_weight(const FrozenWeight& weight);
+
+// [tokens, depth] as strips, into a scratch of the calling thread.
+bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                   const KeepBits* keep);
+
+// Of a panel of W, of the calling thread.
+bf16* panel_scratch(int64_t depth);
+
+// run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, over all threads.
+// strip_step: strips that stay together.
+template <typename Run>
+void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const Run& run) {
+  static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);
+  const TilePlan plan =
+      plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
+    bf16* room = panel_scratch(depth);
+    for (int64_t part = begin; part < end; ++part)
+      plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });
+  });
+}
+
+// Whether the rank's own products run on the tiles: where a tile's product is so much faster than a vector's.
+bool ranks_on_tiles();
+
+// Activations [rows, columns] and what dropout keeps of them, as tiles take W.
+TileWeight tile_tokens(const Tensor& m, int64_t rows, int64_t columns, const KeepBits* keep);
+
+// The terms of a product's two sides, set side by side over the depth so that one product sums them: hi hi + hi lo +
+// lo hi, 16 bits of each. m [rows, stride], its first `rank` columns -> [rows, 3 rank].
+Tensor split_depth(const float* m, int64_t rows, int64_t rank, int64_t stride, bool left);
+
+// A matrix of bfloat16 [count, depth] as strips, in a tensor of its own.
+Tensor strips_tensor(const Tensor& m, int64_t count, int64_t depth, bool left);
+
+// m a [rows, padded rank], where a [columns, padded] float32.
+void tile_shrink(const TileWeight& m, const Tensor& a, int terms, float scale, float* out, float* squares);
+
+// mᵀ left [columns, padded rank], where left [rows, padded] float32.
+Tensor tile_outer(const TileWeight& m, const float* left, int64_t padded, float scale);
+
+}  // namespace peft_ext

@@ -1,0 +1,16 @@
+// The tile kernels with AMX-BF16. The process asks for the tile registers once: see cpu/isa.cpp.
+#if defined(__x86_64__)
+#include "cpu/target_amx.h"
+// The target must be set before these headers are read.
+#include "linear/cpu/tiles/amx.h"
+#include "linear/cpu/tiles/microkernel_amx.h"
+#include "linear/cpu/tiles/tiles_impl.h"
+
+namespace peft_ext {
+
+const TileKernels kTileKernelsAmx = {kDecodeStrips, left_strips,     right_strips, forward, backward,
+                                     few_tokens,    few_tokens_pack, shrink,       outer};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,16 @@
+// The AMX kernels over emulated tiles, on a CPU with AVX512-BF16.
+#if defined(__x86_64__)
+#include "cpu/target_avx512bf16.h"
+// The target must be set before these headers are read.
+#include "linear/cpu/tiles/amx_emulated.h"
+#include "linear/cpu/tiles/microkernel_amx.h"
+#include "linear/cpu/tiles/tiles_impl.h"
+
+namespace peft_ext {
+
+const TileKernels kTileKernelsAmxEmulated = {kDecodeStrips, left_strips,     right_strips, forward, backward,
+                                             few_tokens,    few_tokens_pack, shrink,       outer};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,15 @@
+// The tile kernels with AVX512-BF16's dot product. See tiles.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx512bf16.h"
+// The target must be set before these headers are read.
+#include "linear/cpu/tiles/microkernel_bf16.h"
+#include "linear/cpu/tiles/tiles_impl.h"
+
+namespace peft_ext {
+
+const TileKernels kTileKernelsAvx512Bf16 = {kDecodeStrips, left_strips,     right_strips, forward, backward,
+                                            few_tokens,    few_tokens_pack, shrink,       outer};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

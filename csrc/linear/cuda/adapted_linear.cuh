@@ -1,0 +1,90 @@
+// The one formula that every linear adapter here is, forward and backward, on a GPU; linear/cpu/adapted_linear.h has it
+// for the CPU, with the same meanings:
+//
+//   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
+//
+// and with drop_base, as PEFT's DoRA has it:  Z = x̃ Wᵀ + S (ρB)ᵀ,  Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. in_scale makes x l ∘
+// x. PyTorch's own product makes x Wᵀ and dY W, and adds them to what the kernels here have written; a few tokens
+// against an NF4 weight take one kernel instead.
+#pragma once
+
+#include "weight/device_weight.cuh"
+
+namespace peft_ext {
+
+// Several adapters in one batch, which lie side by side as one.
+struct DeviceGroups {
+  std::vector<int64_t> ranks;     // of each
+  std::vector<float> scaling;     // of each
+  std::vector<int64_t> adapters;  // of each sample: which, or -1 for none
+  int64_t rank = 0;               // the largest, of those that no sample has too
+};
+
+// What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
+struct DeviceAdapter {
+  std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
+  std::optional<Tensor> rank_scale;      // [R]
+  double scaling = 1.0;
+  double dropout_p = 0.0;
+  std::optional<Tensor> seed;  // int64 [2]; none: no dropout
+  bool drop_base = false;
+  std::optional<Tensor> out_scale;       // g [N]
+  std::optional<Tensor> in_scale;        // l [K]
+  const DeviceGroups* groups = nullptr;  // with lora_A and lora_B alone; forward only
+};
+
+struct DeviceForward {
+  Tensor y;  // [..., N] of x's type
+  Tensor s;  // [T, R] float32, R the largest of groups; [0] without a low-rank term
+  Tensor z;  // Z + b₀ [T, N] of x's type; [0] where not asked for
+};
+
+// bias_inside: the bias is b₀, and b₁ otherwise.
+DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
+                              const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
+                              bool want_z);
+
+struct DeviceBackward {
+  Tensor grad_x;           // x's shape; [0] where not asked for
+  Tensor grad_A, grad_B;   // of lora_A's and lora_B's types; unset without
+  Tensor grad_rank_scale;  // [R] float32; [0] without rank_scale
+  Tensor grad_in_scale;    // [K] float32; [0] without in_scale
+  Tensor grad_out_scale;   // [N] float32; [0] where not asked for
+};
+
+// s and z as the forward gave them; z where the gradient of g is wanted, Σ_t dY ∘ (Z + b₀).
+DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
+                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                const std::optional<Tensor>& z);
+
+// Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
+DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter);
+DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
+                                 const Tensor& s, bool needs_grad_x);
+
+// dX = dY W alone, [..., K] of dY's type.
+Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight);
+
+// m ∘ scale in m's type and shape, where scale [columns] float32 is given, and Σ_t m[t] ∘ other[t], [columns] float32,
+// where other is; each is [0] otherwise. One pass over m.
+struct ColumnProducts {
+  Tensor scaled, sums;
+};
+ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other);
+
+// The norms of W + s B A's rows [N], and U = W Aᵀ [N, R], float32; an NF4 weight is dequantized to `type`.
+struct WeightNorm {
+  Tensor norm, u;
+};
+WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       double scaling, ScalarType type);
+
+// Its gradients, of lora_A's and lora_B's types.
+struct WeightNormGradient {
+  Tensor grad_A, grad_B;
+};
+WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
+                                        double scaling, ScalarType type);
+
+}  // namespace peft_ext

@@ -1,0 +1,111 @@
+// The backward: see adapted_linear.cuh for the formula. What runs, with bytes in units of the activations:
+//
+//   P = dY (ρB) and dB = dYᵀ S: one pass over dY; dA = x̃ᵀ P: one pass over x; dX₀ = mask ∘ (P A): one write;
+//   dX₀ += G W: PyTorch's product
+#include "linear/cuda/call.cuh"
+
+namespace peft_ext {
+
+DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
+                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                const std::optional<Tensor>& z) {
+  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
+                      grad.size(grad.dim() - 1) == size.outputs,
+                  op, ": grad is ", torch::headeronly::toString(grad.scalar_type()), " with ", grad.numel(),
+                  " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ",
+                  size.tokens * size.outputs);
+  DeviceBackward out;
+  const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
+  const auto zeros = [&](int64_t count) { return device_zeros(x, {count}, ScalarType::Float); };
+  out.grad_rank_scale = zeros(adapter.rank_scale.has_value() ? size.rank : 0);
+  out.grad_in_scale = zeros(adapter.in_scale.has_value() ? size.inputs : 0);
+  out.grad_out_scale = zeros(z.has_value() ? size.outputs : 0);
+  out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
+                            : device_empty(x, {0}, x.scalar_type());
+  if (size.tokens == 0) {
+    if (low_rank) {
+      out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
+      out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+    }
+    return out;
+  }
+  const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x);
+
+  HeldTerms p_terms, a_terms;
+  if (low_rank) {
+    const RankGradients grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, &out);
+    p_terms = grads.p;
+    a_terms = grads.a;
+  }
+
+  // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
+  const bool product = needs_grad_x || adapter.in_scale.has_value();
+  Tensor scaled = flat_grad;
+  if (adapter.out_scale.has_value() && (product || z.has_value())) {
+    const std::optional<Tensor> other =
+        z.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*z)) : std::nullopt;
+    const ColumnPartials found =
+        column_partials(flat_grad, product ? adapter.out_scale : std::nullopt, drop_base ? -1.0f : 0.0f, other);
+    if (product) scaled = found.scaled;
+    if (z.has_value()) out.grad_out_scale = reduced_columns(found.partial);
+  }
+  if (!product) return out;
+
+  const Tensor w = dense_weight(weight, x.scalar_type());
+  Tensor grad_x = needs_grad_x ? torch::stable::view(out.grad_x, {size.tokens, size.inputs})
+                               : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
+  if (drop_base) {
+    const Tensor through = torch::stable::empty_like(grad_x), direct = torch::stable::empty_like(grad_x);
+    if (low_rank) {
+      expand(through, &p_terms, &a_terms, nullptr, std::nullopt, nullptr);
+      addmm_(through, scaled, w, 1.0);
+    } else {
+      mm_out(through, scaled, w);
+    }
+    mm_out(direct, flat_grad, w);
+    out.grad_x = torch::stable::view(dropped(through, adapter, direct), {x.sizes().begin(), x.sizes().end()});
+    return out;
+  }
+  if (low_rank) {
+    expand(grad_x, &p_terms, &a_terms, nullptr, std::nullopt, &adapter);
+    addmm_(grad_x, scaled, w, 1.0);
+  } else {
+    mm_out(grad_x, scaled, w);
+  }
+  if (adapter.in_scale.has_value()) {
+    const ColumnPartials found = column_partials(grad_x, adapter.in_scale, 0.0f, flat_x);
+    out.grad_in_scale = reduced_columns(found.partial);
+    if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
+  }
+  return out;
+}
+
+Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight) {
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() >= 1 && grad.size(grad.dim() - 1) == weight.outputs, op, ": grad has ",
+                  grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0, " columns, wanted ", weight.outputs);
+  const Tensor out = device_empty(grad, shape_with_last(grad, weight.inputs), grad.scalar_type());
+  if (out.numel() == 0) return out;
+  mm_out(torch::stable::view(out, {device_rows(grad), weight.inputs}), flat_rows(grad),
+         dense_weight(weight, grad.scalar_type()));
+  return out;
+}
+
+ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other) {
+  const int64_t columns = m.size(m.dim() - 1);
+  ColumnProducts out;
+  out.scaled = device_empty(m, {0}, m.scalar_type());
+  out.sums = device_zeros(m, {other.has_value() ? columns : 0}, ScalarType::Float);
+  const std::vector<int64_t> shape(m.sizes().begin(), m.sizes().end());
+  if (m.numel() == 0) {
+    if (scale.has_value()) out.scaled = device_empty(m, shape, m.scalar_type());
+    return out;
+  }
+  const std::optional<Tensor> flat_other = other.has_value() ? std::optional<Tensor>(flat_rows(*other)) : std::nullopt;
+  const ColumnPartials found = column_partials(flat_rows(m), scale, 0.0f, flat_other);
+  if (scale.has_value()) out.scaled = torch::stable::view(found.scaled, shape);
+  if (other.has_value()) out.sums = reduced_columns(found.partial);
+  return out;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,32 @@
+// One call of the adapted layer as its parts see it, and the low-rank work that the whole layer and the low-rank term
+// alone (lora_residual) share. See adapted_linear.cuh for the formula.
+#pragma once
+
+#include "linear/cuda/passes.cuh"
+
+namespace peft_ext {
+
+struct LinearSizes {
+  int64_t tokens, inputs, outputs, rank, padded;
+};
+
+// The sizes of a call; an error where x, lora_A or lora_B do not have those of the weight, or lie elsewhere.
+LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
+
+inline Tensor matrix(const std::optional<Tensor>& tensor) { return torch::stable::contiguous(*tensor); }
+
+// S [T, R], and its terms with ρ where they are asked for: [T][R].
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
+            const HeldTerms* terms);
+
+// Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
+struct RankGradients {
+  HeldTerms p, a;
+};
+
+// grad_A, grad_B and grad_rank_scale of flat dY and x, and the terms where dX is wanted.
+RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
+                             const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
+                             bool needs_grad_x, DeviceBackward* out);
+
+}  // namespace peft_ext

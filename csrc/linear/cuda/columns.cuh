@@ -1,0 +1,133 @@
+// Passes over activations whose work is per element, or per element and summed over tokens.
+//
+//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; dY's g ∘ dY and dg)
+//   finish:        y = g ∘ (z + b₀) + b₁                                              (DoRA's and IA3's outputs)
+//   drop:          out = (add or 0) + mask/(1-p) ∘ x
+//
+// A thread moves eight columns at a time, 16 bytes of 16-bit types; float32 arithmetic, one rounding. A block of
+// column_pass and finish owns 256 columns and a chunk of rows, a warp every eighth row, so that vectors are read once;
+// partial sums [chunks][columns] are added in order by a second kernel. Shared: 8 KiB, where the warps' sums meet.
+// Bytes moved: each matrix once.
+#pragma once
+
+#include "cuda/vector.cuh"
+
+namespace peft_ext {
+
+constexpr int kColumnThreads = 256;
+constexpr int kColumnWarps = kColumnThreads / kWarpSize;
+constexpr int kColumnTile = kWarpSize * kVector;
+constexpr int64_t kColumnRows = 128;  // of a block
+
+struct ColumnWork {
+  const void* m;
+  const void* other;   // null: no sums
+  const float* scale;  // [columns]; null where out is
+  float shift;
+  void* out;    // null: not wanted
+  float* sums;  // [row chunks][columns]
+  int64_t rows, columns;
+  bool whole;  // columns is a multiple of 8 and the matrices lie on 16 bytes
+};
+
+using ColumnSumsShared = float[kColumnWarps][kColumnTile];
+
+// Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
+template <typename T>
+__global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork work) {
+  PEFT_EXT_SHARED(ColumnSumsShared, shared);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumnTile + lane * kVector;
+  const int64_t begin = blockIdx.x * kColumnRows, end = min_of(begin + kColumnRows, work.rows);
+  float sums[kVector] = {}, scale[kVector] = {};
+  if (column < work.columns) {
+    if (work.out != nullptr) {
+      load_columns(work.scale, column, work.columns, false, scale);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) scale[i] += work.shift;
+    }
+    for (int64_t row = begin + warp; row < end; row += kColumnWarps) {
+      float m[kVector], other[kVector], out[kVector];
+      load_columns(static_cast<const T*>(work.m) + row * work.columns, column, work.columns, work.whole, m);
+      if (work.other != nullptr) {
+        load_columns(static_cast<const T*>(work.other) + row * work.columns, column, work.columns, work.whole, other);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sums[i] += m[i] * other[i];
+      }
+      if (work.out != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) out[i] = m[i] * scale[i];
+        save_columns(static_cast<T*>(work.out) + row * work.columns, column, work.columns, work.whole, out);
+      }
+    }
+  }
+  if (work.other == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) shared[warp][i * kWarpSize + lane] = sums[i];  // lanes in a row: no conflicts
+  sync_threads();
+  const int mine = threadIdx.x;  // which column of the tile
+  const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
+  if (to >= work.columns) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kColumnWarps; ++w) sum += shared[w][mine % kVector * kWarpSize + mine / kVector];
+  work.sums[blockIdx.x * work.columns + to] = sum;
+}
+
+struct Finish {
+  const void* z;
+  const float* scale;       // g [columns]
+  const void* bias_before;  // b₀, T [columns], or null
+  const void* bias_after;   // b₁
+  void* out;
+  int64_t rows, columns;
+  bool whole;
+};
+
+// Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
+template <typename T>
+__global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumnTile + threadIdx.x % kWarpSize * kVector;
+  if (column >= work.columns) return;
+  const int64_t begin = blockIdx.x * kColumnRows, end = min_of(begin + kColumnRows, work.rows);
+  float scale[kVector], before[kVector] = {}, after[kVector] = {};
+  load_columns(work.scale, column, work.columns, false, scale);
+  if (work.bias_before != nullptr)
+    load_columns(static_cast<const T*>(work.bias_before), column, work.columns, false, before);
+  if (work.bias_after != nullptr)
+    load_columns(static_cast<const T*>(work.bias_after), column, work.columns, false, after);
+  for (int64_t row = begin + threadIdx.x / kWarpSize; row < end; row += kColumnWarps) {
+    const int64_t at = row * work.columns;
+    float z[kVector];
+    load_columns(static_cast<const T*>(work.z) + at, column, work.columns, work.whole, z);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) z[i] = scale[i] * (z[i] + before[i]) + after[i];
+    save_columns(static_cast<T*>(work.out) + at, column, work.columns, work.whole, z);
+  }
+}
+
+struct Drop {
+  const void* x;
+  const void* add;  // null: 0
+  void* out;
+  int64_t numel;
+  bool whole;  // all lie on 16 bytes
+  DeviceDropout dropout;
+};
+
+// Grid: ceil(numel / kVector / kColumnThreads); a thread owns one group of the generator's.
+template <typename T>
+__global__ void __launch_bounds__(kColumnThreads) drop_kernel(Drop work) {
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kVector;
+  if (first >= work.numel) return;
+  const bool whole = work.whole && first + kVector <= work.numel;
+  float x[kVector], add[kVector] = {};
+  load_columns(static_cast<const T*>(work.x), first, work.numel, whole, x);
+  if (work.add != nullptr) load_columns(static_cast<const T*>(work.add), first, work.numel, whole, add);
+  const uint32_t kept = kept_of_group(load_philox(work.dropout), first / kPhiloxGroup);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x[i] = add[i] + ((kept >> i) & 1u ? x[i] * work.dropout.scale : 0.0f);
+  save_columns(static_cast<T*>(work.out), first, work.numel, whole, x);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,156 @@
+// The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
+#include "linear/cuda/call.cuh"
+#include "linear/cuda/rank_scale.cuh"
+
+namespace peft_ext {
+
+LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
+  STD_TORCH_CHECK(on_device(x) && x.get_device_index() == weight.weight.get_device_index(), op,
+                  ": x is on another device than weight, wanted cuda:", weight.weight.get_device_index());
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == weight.inputs, op, ": x has ",
+                  x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", weight.inputs);
+  LinearSizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
+  if (!adapter.lora_A.has_value()) return size;
+  const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
+  check_matrix(op, "lora_A", a, x);
+  check_matrix(op, "lora_B", b, x);
+  STD_TORCH_CHECK(a.dim() == 2 && a.size(1) == weight.inputs, op, ": lora_A has ", a.numel(), " elements, wanted [R, ",
+                  weight.inputs, "]");
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == weight.outputs && b.size(1) == a.size(0), op, ": lora_B is not [",
+                  weight.outputs, ", ", a.size(0), "]");
+  size.rank = a.size(0);
+  size.padded = padded_rank(size.rank);
+  return size;
+}
+
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
+            const HeldTerms* terms) {
+  const PassSums sums = rank_pass(dense_input(x, &adapter), &a, nullptr);
+  Reduced wanted;
+  wanted.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  wanted.rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
+  wanted.after = adapter.scaling;
+  wanted.plain = &s;
+  wanted.terms = terms;
+  reduce(sums.rows, size.rank, wanted);
+}
+
+RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
+                             const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
+                             bool needs_grad_x, DeviceBackward* out) {
+  RankGradients grads;
+  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
+  const int64_t padded_tokens = round_up(size.tokens, kRankTile);
+  const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
+  Splitter splitter(x);
+  const HeldTerms right = splitter.add(b, true, size.padded, round_up(size.outputs, kRankTile), g);
+  const HeldTerms left = splitter.add(held_s, true, size.padded, padded_tokens);
+  if (needs_grad_x) grads.a = splitter.add(a, true, round_up(size.inputs, kExpandTile), size.padded);
+  splitter.run();
+  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
+
+  const HeldTerms p_transposed = empty_terms(x, kMaxTerms, size.padded, padded_tokens);
+  const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
+  Reduced p;
+  p.rank_scale = rank_scale;
+  p.after = adapter.scaling;
+  p.transposed = &p_transposed;
+  if (needs_grad_x) {
+    grads.p = terms_of_rows(x, size.tokens, size.padded);
+    p.terms = &grads.p;
+  }
+
+  out->grad_B = device_empty(x, {size.outputs, size.rank}, b.scalar_type());
+  Tensor products;
+  Reduced grad_b;
+  grad_b.row_scale = g;
+  grad_b.rank_scale = rank_scale;
+  grad_b.after = adapter.scaling;
+  grad_b.out = &out->grad_B;
+  grad_b.row_stride = size.rank;
+  grad_b.rank_stride = 1;
+  if (rank_scale != nullptr) {
+    products = device_empty(x, {size.outputs, size.rank}, ScalarType::Float);
+    grad_b.plain = &products;
+  }
+  reduce(sums, size.rank, p, grad_b);
+  if (rank_scale != nullptr) {
+    const Tensor wide = as_type(b, ScalarType::Float);
+    Launcher launcher(wide);
+    launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
+             size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out->grad_rank_scale));
+  }
+
+  out->grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
+  Reduced grad_a;
+  grad_a.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  grad_a.out = &out->grad_A;
+  grad_a.row_stride = 1;
+  grad_a.rank_stride = size.inputs;
+  reduce(rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed).columns, size.rank, grad_a);
+  return grads;
+}
+
+namespace {
+
+// Of the sizes and the device alone, for a base product that was made elsewhere.
+DeviceWeight no_weight(const char* op, const DeviceAdapter& adapter) {
+  const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, op, ": lora_A or lora_B is no matrix");
+  DeviceWeight weight;
+  weight.weight = a;
+  weight.outputs = b.size(0);
+  weight.inputs = a.size(1);
+  return weight;
+}
+
+}  // namespace
+
+DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter) {
+  const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(on_device(residual) && residual.get_device_index() == x.get_device_index() &&
+                      residual.scalar_type() == type && residual.numel() == size.tokens * size.outputs,
+                  op, ": residual is not [..., ", size.outputs, "] of x's type, on its device");
+  DeviceForward out;
+  out.y = device_empty(x, shape_with_last(x, size.outputs), type);
+  out.s = device_empty(x, {size.tokens, size.rank}, ScalarType::Float);
+  if (size.tokens == 0) return out;
+  STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0 && size.rank > 0, op, ": lora_A is [", size.rank, ", ",
+                  size.inputs, "] and lora_B has ", size.outputs, " rows, wanted at least one of each");
+  check_kernel_dtype(op, "x", type);
+  const Tensor held = flat_rows(x), onto = flat_rows(residual);
+  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
+  Splitter splitter(x);
+  const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
+  const HeldTerms b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
+  splitter.run();
+  const HeldTerms s_terms = terms_of_rows(x, size.tokens, size.padded);
+  shrink(held, adapter, size, a_terms, out.s, &s_terms);
+  expand(y, &s_terms, &b_terms, &onto, std::nullopt, nullptr);
+  return out;
+}
+
+DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
+                                 const Tensor& s, bool needs_grad_x) {
+  const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == size.tokens * size.outputs, op,
+                  ": grad has ", grad.numel(), " elements, wanted ", size.tokens * size.outputs, " of x's type");
+  DeviceBackward out;
+  out.grad_rank_scale = device_zeros(x, {adapter.rank_scale.has_value() ? size.rank : 0}, ScalarType::Float);
+  out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
+                            : device_empty(x, {0}, x.scalar_type());
+  if (size.tokens == 0) {
+    out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
+    out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+    return out;
+  }
+  const RankGradients grads = rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, &out);
+  if (needs_grad_x)
+    expand(torch::stable::view(out.grad_x, {size.tokens, size.inputs}), &grads.p, &grads.a, nullptr, std::nullopt,
+           &adapter);
+  return out;
+}
+
+}  // namespace peft_ext

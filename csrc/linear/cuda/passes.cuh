@@ -1,0 +1,137 @@
+// Passes over activations and over W on a GPU, as the glue of the operators calls them; the arithmetic is in the .cuh
+// files. Temporaries die at once: what uses their memory next is behind them on the stream.
+#pragma once
+
+#include <algorithm>
+
+#include "linear/cuda/adapted_linear.cuh"
+#include "linear/cuda/rank_pass.cuh"
+#include "nf4/cuda/nf4_weight.cuh"
+
+namespace peft_ext {
+
+DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter);
+
+// --- terms
+
+// A matrix in terms, and the memory that it lies in.
+struct HeldTerms {
+  Tensor storage;
+  Terms terms;
+};
+
+HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner);
+
+// Of activations [rows, rank], as `expand` takes its left side.
+HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded);
+
+// For a kernel that reads them.
+Terms read_terms(const Launcher& launcher, const HeldTerms& held);
+uint32_t* write_terms(const Launcher& launcher, const HeldTerms& held);
+
+// The small matrices of a call that become terms, in one launch: add() each, then run(). What they are made from must
+// live as long.
+class Splitter {
+ public:
+  explicit Splitter(const Tensor& like) : launcher_(like), like_(like) {}
+
+  // A contiguous matrix [rows, columns], or its transpose; outer is what comes first. inner_scale [inner] may be null.
+  HeldTerms add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
+                const Tensor* inner_scale = nullptr);
+  void run() const;
+
+ private:
+  Launcher launcher_;
+  const Tensor& like_;
+  Splits splits_{};
+  int count_ = 0;
+  int64_t blocks_ = 0;
+};
+
+HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded);
+
+// --- rank passes
+
+// Ranks come in tiles of 8, two, four or eight at a time.
+inline int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
+
+// D of a pass: a dense matrix, or an NF4 weight in `type`.
+struct PassInput {
+  const Tensor* dense = nullptr;  // contiguous
+  const DeviceWeight* nf4 = nullptr;
+  int64_t rows = 0, columns = 0;
+  ScalarType type = ScalarType::Float;
+  const DeviceAdapter* dropout = nullptr;
+
+  const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
+};
+
+PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullptr);
+PassInput weight_input(const DeviceWeight& weight, ScalarType type);
+
+struct PartialSums {
+  Tensor sums;  // [chunks, padded rows, padded rank]
+  int64_t chunks = 0, padded_rows = 0, rows = 0;
+};
+
+struct PassSums {
+  PartialSums rows, columns;
+  Tensor squares;  // [chunks, padded rows]
+};
+
+// P = D F where F is given (right: [ranks][columns]), Q = Dᵀ L where L is (left: [ranks][rows]); each in partial sums.
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false);
+
+// rank_pass_kernel's launches over a D of one element type, each in a translation unit of its own.
+template <typename T>
+void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool nf4, bool rows,
+                      bool columns);
+
+// What is wanted of partial sums; see RankReduce.
+struct Reduced {
+  double scale = 1.0;
+  const Tensor* row_scale = nullptr;
+  const Tensor* rank_scale = nullptr;
+  double after = 1.0;
+  const Tensor* plain = nullptr;
+  const HeldTerms* terms = nullptr;
+  const HeldTerms* transposed = nullptr;
+  const Tensor* out = nullptr;
+  int64_t row_stride = 0, rank_stride = 0;
+};
+
+void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
+
+// P's and Q's in one launch.
+void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns);
+
+// What expand adds besides: (g - 1) ∘ z.
+struct Scaled {
+  Tensor z, scale;
+};
+
+// out = before + mask/(1-p) ∘ (left rightᵀ) + bias_scale bias; each may be none, before may be out, the bias is of any
+// type.
+void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
+            const std::optional<Tensor>& bias, const DeviceAdapter* dropout,
+            const std::optional<Scaled>& scaled = std::nullopt, double bias_scale = 1.0);
+
+// --- elementwise
+
+// mask/(1-p) ∘ x, and what is to be added to it.
+Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add);
+
+// y = g ∘ (z + b₀) + b₁; y may be z.
+void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
+            const std::optional<Tensor>& bias_after);
+
+// The sums of column_pass, added in order.
+Tensor reduced_columns(const Tensor& partial);
+
+struct ColumnPartials {
+  Tensor scaled, partial;
+};
+ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& scale, float shift,
+                               const std::optional<Tensor>& other);
+
+}  // namespace peft_ext

@@ -1,0 +1,303 @@
+#include "linear/cuda/passes.cuh"
+
+#include <math.h>
+
+#include "linear/cuda/column_reduce.cuh"
+#include "linear/cuda/expand.cuh"
+#include "linear/cuda/rank_reduce.cuh"
+#include "linear/cuda/split.cuh"
+
+namespace peft_ext {
+
+DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
+  if (!adapter.seed.has_value()) return DeviceDropout{};
+  DeviceDropout dropout;
+  dropout.seed = launcher.in<int64_t>(*adapter.seed);
+  dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
+  dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
+  return dropout;
+}
+
+// --- terms
+
+HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner) {
+  HeldTerms held;
+  held.storage = device_empty(like, {count, outer, inner}, ScalarType::BFloat16);
+  held.terms = Terms{nullptr, count, outer, inner};
+  return held;
+}
+
+Terms read_terms(const Launcher& launcher, const HeldTerms& held) {
+  Terms terms = held.terms;
+  terms.data = static_cast<const uint2*>(launcher.in<void>(held.storage));
+  return terms;
+}
+
+uint32_t* write_terms(const Launcher& launcher, const HeldTerms& held) {
+  return static_cast<uint32_t*>(launcher.scratch<void>(held.storage));
+}
+
+HeldTerms Splitter::add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
+                        const Tensor* inner_scale) {
+  const ScalarType type = matrix.scalar_type();
+  const int count = inner_scale != nullptr || type == ScalarType::Float ? 3 : type == ScalarType::Half ? 2 : 1;
+  const HeldTerms held = empty_terms(like_, count, outer_padded, inner_padded);
+  STD_TORCH_CHECK(count_ < kMaxSplits, "peft_ext: more than ", kMaxSplits, " small matrices in a launch");
+  Split& work = splits_.work[count_++];
+  work.in = launcher_.in<void>(matrix);
+  work.type = dtype_of(type);
+  work.outer = matrix.size(transpose ? 1 : 0);
+  work.inner = matrix.size(transpose ? 0 : 1);
+  work.outer_stride = transpose ? 1 : matrix.size(1);
+  work.inner_stride = transpose ? matrix.size(1) : 1;
+  work.inner_scale = inner_scale == nullptr ? nullptr : launcher_.in<float>(*inner_scale);
+  work.out = write_terms(launcher_, held);
+  work.count = count;
+  work.outer_padded = outer_padded;
+  work.inner_padded = inner_padded;
+  blocks_ = std::max(blocks_, ceil_div(outer_padded * inner_padded / 2, kSplitThreads));
+  return held;
+}
+
+void Splitter::run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
+
+HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded) {
+  Splitter splitter(matrix);
+  const HeldTerms held = splitter.add(matrix, transpose, outer_padded, inner_padded);
+  splitter.run();
+  return held;
+}
+
+// --- rank passes
+
+PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout) {
+  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout};
+}
+
+PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
+  return {weight.is_nf4() ? nullptr : &weight.weight,
+          weight.is_nf4() ? &weight : nullptr,
+          weight.outputs,
+          weight.inputs,
+          type,
+          nullptr};
+}
+
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares) {
+  const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
+  // Two passes where P's and Q's sums do not both fit registers, or are not of the same ranks.
+  if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
+    PassSums both = rank_pass(input, right, nullptr, want_squares);
+    both.columns = rank_pass(input, nullptr, left).columns;
+    return both;
+  }
+  Launcher launcher(input.tensor());
+  RankPass pass;
+  pass.rows = input.rows;
+  pass.columns = input.columns;
+  pass.whole = input.columns % kVector == 0 && aligned(input.tensor(), input.nf4 != nullptr ? 4 : 16);
+  pass.padded_rank = rank;
+  pass.padded_rows = round_up(input.rows, kRankTile);
+  pass.padded_columns = round_up(input.columns, kRankTile);
+  if (input.dense != nullptr) {
+    pass.dense = launcher.in<void>(*input.dense);
+  } else {
+    pass.nf4 = nf4_view(launcher, *input.nf4);
+  }
+  if (input.dropout != nullptr) pass.dropout = device_dropout(launcher, *input.dropout);
+  if (right != nullptr) pass.right = read_terms(launcher, *right);
+  if (left != nullptr) pass.left = read_terms(launcher, *left);
+
+  // As many blocks as the device holds at once: one more is a second wave. No more partial sums than that takes.
+  const int64_t held = right != nullptr && left != nullptr ? kRankBlocks<true, true> : kRankBlocks<true, false>;
+  const int64_t wanted = held * launcher.multiprocessors();
+  const int64_t row_tiles = pass.padded_rows / kRankTile, column_tiles = pass.padded_columns / kRankTile;
+  if (right != nullptr) {
+    pass.row_tiles = left != nullptr ? 64 / rank : 1;
+    const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
+    const int64_t column_chunks = std::clamp<int64_t>(wanted / row_chunks, 1, column_tiles);
+    pass.column_tiles = ceil_div(column_tiles, column_chunks);
+  } else {
+    pass.column_tiles = 1;
+    const int64_t row_chunks = std::clamp<int64_t>(wanted / column_tiles, 1, row_tiles);
+    pass.row_tiles = ceil_div(row_tiles, row_chunks);
+  }
+  const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
+  const int64_t column_chunks = ceil_div(column_tiles, pass.column_tiles);
+
+  PassSums found;
+  const Tensor& like = input.tensor();
+  if (right != nullptr) {
+    found.rows = {device_empty(like, {column_chunks, pass.padded_rows, rank}, ScalarType::Float), column_chunks,
+                  pass.padded_rows, input.rows};
+    pass.row_sums = launcher.scratch<float>(found.rows.sums);
+    if (want_squares) {
+      found.squares = device_empty(like, {column_chunks, pass.padded_rows}, ScalarType::Float);
+      pass.squares = launcher.scratch<float>(found.squares);
+    }
+  }
+  if (left != nullptr) {
+    found.columns = {device_empty(like, {row_chunks, pass.padded_columns, rank}, ScalarType::Float), row_chunks,
+                     pass.padded_columns, input.columns};
+    pass.column_sums = launcher.scratch<float>(found.columns.sums);
+  }
+  with_type(input.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Grid grid(row_chunks, column_chunks);
+    launch_rank_pass<T>(launcher, grid, pass, input.nf4 != nullptr, right != nullptr, left != nullptr);
+  });
+  return found;
+}
+
+static RankReduce reduce_work(const Launcher& launcher, const PartialSums& partial, int64_t rank,
+                              const Reduced& wanted) {
+  RankReduce work{};
+  work.partial = launcher.in<float>(partial.sums);
+  work.chunks = partial.chunks;
+  work.rows = partial.rows;
+  work.padded_rows = partial.padded_rows;
+  work.rank = rank;
+  work.padded_rank = partial.sums.size(2);
+  work.scale = static_cast<float>(wanted.scale);
+  work.after = static_cast<float>(wanted.after);
+  if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
+  if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
+  if (wanted.plain != nullptr) work.plain = launcher.scratch<float>(*wanted.plain);
+  if (wanted.terms != nullptr) work.terms = write_terms(launcher, *wanted.terms);
+  if (wanted.transposed != nullptr) work.transposed = write_terms(launcher, *wanted.transposed);
+  if (wanted.out != nullptr) {
+    work.out = launcher.scratch<void>(*wanted.out);
+    work.type = dtype_of(wanted.out->scalar_type());
+  }
+  work.row_stride = wanted.row_stride;
+  work.rank_stride = wanted.rank_stride;
+  return work;
+}
+
+static int64_t reduce_blocks(const RankReduce& work) {
+  return ceil_div(work.padded_rows * work.padded_rank / 2, kReduceThreads);
+}
+
+void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
+  Launcher launcher(partial.sums);
+  const RankReduces work{{reduce_work(launcher, partial, rank, wanted), {}}};
+  launcher(rank_reduce_kernel, reduce_blocks(work.work[0]), kReduceThreads, work);
+}
+
+void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduced& columns) {
+  Launcher launcher(sums.rows.sums);
+  const RankReduces work{
+      {reduce_work(launcher, sums.rows, rank, rows), reduce_work(launcher, sums.columns, rank, columns)}};
+  launcher(rank_reduce_kernel, {std::max(reduce_blocks(work.work[0]), reduce_blocks(work.work[1])), 2}, kReduceThreads,
+           work);
+}
+
+void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
+            const std::optional<Tensor>& bias, const DeviceAdapter* dropout, const std::optional<Scaled>& scaled,
+            double bias_scale) {
+  Launcher launcher(out);
+  ExpandTerms work{};
+  work.out = launcher.out<void>(out);
+  work.rows = out.size(0);
+  work.columns = out.size(1);
+  work.whole = whole_columns(out, work.columns);
+  if (left != nullptr) {
+    work.left = read_terms(launcher, *left);
+    work.right = read_terms(launcher, *right);
+  }
+  if (before != nullptr) {
+    work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
+    work.whole = work.whole && aligned(*before, 16);
+  }
+  work.bias = launcher.in<void>(bias);
+  if (bias.has_value()) work.bias_type = dtype_of(bias->scalar_type());
+  work.bias_scale = static_cast<float>(bias_scale);
+  if (dropout != nullptr) work.dropout = device_dropout(launcher, *dropout);
+  if (scaled.has_value()) {
+    work.z = launcher.in<void>(scaled->z);
+    work.scale = launcher.in<float>(scaled->scale);
+    work.whole = work.whole && aligned(scaled->z, 16);
+  }
+  with_type(out.scalar_type(), [&](auto zero) {
+    launcher(expand_kernel<decltype(zero)>, {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)},
+             kExpandThreads, work);
+  });
+}
+
+// --- elementwise
+
+Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
+  const Tensor out = torch::stable::empty_like(x);
+  Launcher launcher(out);
+  Drop work{};
+  work.x = launcher.in<void>(x);
+  work.add = launcher.in<void>(add);
+  work.out = launcher.scratch<void>(out);
+  work.numel = x.numel();
+  work.whole = aligned(x, 16) && aligned(out, 16) && (!add.has_value() || aligned(*add, 16));
+  work.dropout = device_dropout(launcher, adapter);
+  with_type(x.scalar_type(), [&](auto zero) {
+    launcher(drop_kernel<decltype(zero)>, ceil_div(work.numel, kVector * kColumnThreads), kColumnThreads, work);
+  });
+  return out;
+}
+
+void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
+            const std::optional<Tensor>& bias_after) {
+  Launcher launcher(y);
+  Finish work{};
+  work.out = launcher.out<void>(y);
+  work.z = launcher.out<void>(z);
+  work.scale = launcher.in<float>(scale);
+  work.bias_before = launcher.in<void>(bias_before);
+  work.bias_after = launcher.in<void>(bias_after);
+  work.rows = y.size(0);
+  work.columns = y.size(1);
+  work.whole = whole_columns(y, work.columns) && aligned(z, 16);
+  with_type(y.scalar_type(), [&](auto zero) {
+    launcher(finish_kernel<decltype(zero)>, {ceil_div(work.rows, kColumnRows), ceil_div(work.columns, kColumnTile)},
+             kColumnThreads, work);
+  });
+}
+
+Tensor reduced_columns(const Tensor& partial) {
+  const int64_t chunks = partial.size(0), columns = partial.size(1);
+  const Tensor out = device_empty(partial, {columns}, ScalarType::Float);
+  Launcher launcher(out);
+  launcher(column_reduce_kernel, ceil_div(columns, kColumnThreads), kColumnThreads, launcher.in<float>(partial), chunks,
+           columns, launcher.scratch<float>(out));
+  return out;
+}
+
+ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& scale, float shift,
+                               const std::optional<Tensor>& other) {
+  ColumnPartials found;
+  const int64_t rows = m.size(0), columns = m.size(1), chunks = ceil_div(rows, kColumnRows);
+  Launcher launcher(m);
+  ColumnWork work{};
+  work.m = launcher.in<void>(m);
+  work.other = launcher.in<void>(other);
+  work.scale = launcher.in<float>(scale);
+  work.shift = shift;
+  work.rows = rows;
+  work.columns = columns;
+  work.whole = whole_columns(m, columns) && (!other.has_value() || aligned(*other, 16));
+  if (scale.has_value()) {
+    found.scaled = torch::stable::empty_like(m);
+    work.out = launcher.scratch<void>(found.scaled);
+  }
+  if (other.has_value()) {
+    found.partial = device_empty(m, {chunks, columns}, ScalarType::Float);
+    work.sums = launcher.scratch<float>(found.partial);
+  }
+  with_type(m.scalar_type(), [&](auto zero) {
+    launcher(column_pass_kernel<decltype(zero)>, {chunks, ceil_div(columns, kColumnTile)}, kColumnThreads, work);
+  });
+  return found;
+}
+
+HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded) {
+  return empty_terms(like, kMaxTerms, round_up(rows, kRankTile), padded);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,20 @@
+// The gradient of the ranks' scales, which no pass over activations gives: from dB's own product.
+#pragma once
+
+#include "cuda/block_sum.cuh"
+#include "linear/cuda/columns.cuh"
+
+namespace peft_ext {
+
+// out[r] = scale Σ_n B[n, r] Q[n, r]. Grid: rank.
+static __global__ void __launch_bounds__(kColumnThreads)
+    rank_scale_kernel(const float* lora_B, const float* products, int64_t rows, int64_t rank, float scale, float* out) {
+  PEFT_EXT_SHARED(BlockSums<kColumnThreads>, shared);
+  float sum = 0.0f;
+  for (int64_t n = threadIdx.x; n < rows; n += kColumnThreads)
+    sum += lora_B[n * rank + blockIdx.x] * products[n * rank + blockIdx.x];
+  sum = block_sum<kColumnThreads>(sum, shared);
+  if (threadIdx.x == 0) out[blockIdx.x] = scale * sum;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,86 @@
+// DoRA's norm, from what one pass over W leaves (linear/cuda/rank_pass.cuh): U = W Aᵀ [N, R], the rows' sums of
+// squares, and M = A Aᵀ [R, R]. W + s B A is never made.
+//
+//   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), no lower than 0
+//
+// and its gradient, c = dn / n (0 where n is):  dB = c s (U + s B M);  dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W is
+// one more pass over W. A warp owns a row of W, its lanes the ranks. float32 throughout.
+#pragma once
+
+#include "cuda/vector.cuh"
+
+namespace peft_ext {
+
+constexpr int kNormThreads = 128;
+constexpr int kNormRows = kNormThreads / kWarpSize;
+
+struct Norm {
+  const float* u;        // [rows, rank]
+  const float* squares;  // [chunks][padded_rows]
+  int64_t chunks, padded_rows;
+  const float* products;  // M
+  const float* lora_B;    // [rows, rank]
+  float scaling;
+  int64_t rows, rank;
+  float* norm;  // forward: written; backward: read
+  const float* grad;
+  float* left;    // backward: c B [rows, rank]
+  float* grad_B;  // backward: [rows, rank]
+};
+
+// (B M)[r] of one row.
+__device__ __forceinline__ float norm_product(const Norm& work, const float* b, int64_t r) {
+  float sum = 0.0f;
+  for (int64_t q = 0; q < work.rank; ++q) sum += b[q] * work.products[r * work.rank + q];  // M is symmetric
+  return sum;
+}
+
+// Grid: ceil(rows / kNormRows).
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm work) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
+  if (row >= work.rows) return;
+  const int lane = threadIdx.x % kWarpSize;
+  const float* b = work.lora_B + row * work.rank;
+  float sum = 0.0f;
+  for (int64_t r = lane; r < work.rank; r += kWarpSize)
+    sum += work.scaling * b[r] * (2.0f * work.u[row * work.rank + r] + work.scaling * norm_product(work, b, r));
+  for (int64_t chunk = lane; chunk < work.chunks; chunk += kWarpSize)
+    sum += work.squares[chunk * work.padded_rows + row];
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (lane == 0) work.norm[row] = sqrtf(sum < 0.0f ? 0.0f : sum);
+}
+
+// Grid: the same.
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
+  if (row >= work.rows) return;
+  const float* b = work.lora_B + row * work.rank;
+  const float length = work.norm[row], c = length == 0.0f ? 0.0f : work.grad[row] / length;
+  for (int64_t r = threadIdx.x % kWarpSize; r < work.rank; r += kWarpSize) {
+    const int64_t at = row * work.rank + r;
+    work.left[at] = c * b[r];
+    work.grad_B[at] = c * work.scaling * (work.u[at] + work.scaling * norm_product(work, b, r));
+  }
+}
+
+// dA[r, k] = s outer[k, r] + s² Σ_q inner[q, r] A[q, k]:  outer = Wᵀ (cB) [inputs, rank], inner = Bᵀ (cB) [rank, rank].
+struct NormGradA {
+  const float* outer;
+  const float* inner;
+  const float* lora_A;  // [rank, inputs]
+  float scaling;
+  int64_t rank, inputs;
+  float* grad_A;
+};
+
+// Grid: x: ceil(inputs / kNormThreads); y: rank.
+static __global__ void __launch_bounds__(kNormThreads) dora_norm_grad_A_kernel(NormGradA work) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x, r = blockIdx.y;
+  if (k >= work.inputs) return;
+  float sum = 0.0f;
+  for (int64_t q = 0; q < work.rank; ++q) sum += work.inner[q * work.rank + r] * work.lora_A[q * work.inputs + k];
+  work.grad_A[r * work.inputs + k] = work.scaling * work.outer[k * work.rank + r] + work.scaling * work.scaling * sum;
+}
+
+}  // namespace peft_ext

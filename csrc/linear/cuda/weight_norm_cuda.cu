@@ -1,0 +1,110 @@
+// The norms of W + s B A's rows and their gradients: see weight_norm.cuh.
+#include "linear/cuda/passes.cuh"
+#include "linear/cuda/weight_norm.cuh"
+
+namespace peft_ext {
+namespace {
+
+// A Aᵀ [R, R] float32.
+Tensor gram(const Tensor& a, const HeldTerms& terms) {
+  const int64_t rank = a.size(0);
+  const Tensor out = device_empty(a, {rank, rank}, ScalarType::Float);
+  Reduced wanted;
+  wanted.plain = &out;
+  reduce(rank_pass(dense_input(a), &terms, nullptr).rows, rank, wanted);
+  return out;
+}
+
+DeviceWeight contiguous_weight(const DeviceWeight& weight) {
+  DeviceWeight held = weight;
+  held.weight = torch::stable::contiguous(weight.weight);
+  return held;
+}
+
+}  // namespace
+
+WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       double scaling, ScalarType type) {
+  DeviceAdapter adapter;
+  const int64_t rows = weight.outputs, rank = lora_A.size(0);
+  WeightNorm out;
+  out.norm = device_empty(weight.weight, {rows}, ScalarType::Float);
+  out.u = device_empty(weight.weight, {rows, rank}, ScalarType::Float);
+  if (rows == 0) return out;
+  const DeviceWeight held = contiguous_weight(weight);
+  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const HeldTerms terms = split_matrix(a, false, padded_rank(rank), round_up(weight.inputs, kRankTile));
+  const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, true);
+  Reduced wanted;
+  wanted.plain = &out.u;
+  reduce(sums.rows, rank, wanted);
+  const Tensor products = gram(a, terms);
+  Launcher launcher(b);
+  Norm work{};
+  work.u = launcher.in<float>(out.u);
+  work.squares = launcher.in<float>(sums.squares);
+  work.chunks = sums.rows.chunks;
+  work.padded_rows = sums.rows.padded_rows;
+  work.products = launcher.in<float>(products);
+  work.lora_B = launcher.in<float>(b);
+  work.scaling = static_cast<float>(scaling);
+  work.rows = rows;
+  work.rank = rank;
+  work.norm = launcher.scratch<float>(out.norm);
+  launcher(dora_norm_kernel, ceil_div(rows, kNormRows), kNormThreads, work);
+  return out;
+}
+
+WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
+                                        double scaling, ScalarType type) {
+  const int64_t rows = weight.outputs, inputs = weight.inputs, rank = lora_A.size(0);
+  if (rows == 0)
+    return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
+            device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
+  const DeviceWeight held = contiguous_weight(weight);
+  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const Tensor wide_a = as_type(a, ScalarType::Float);
+  const Tensor held_grad = device_vector(op, "grad", grad, rows, weight.weight);
+  const Tensor held_norm = device_vector(op, "norm", norm, rows, weight.weight), held_u = torch::stable::contiguous(u);
+  const Tensor products = gram(a, split_matrix(a, false, padded_rank(rank), round_up(inputs, kRankTile)));
+  const Tensor left = device_empty(b, {rows, rank}, ScalarType::Float);
+  const Tensor grad_b = device_empty(b, {rows, rank}, ScalarType::Float);
+  {
+    Launcher launcher(b);
+    Norm work{};
+    work.u = launcher.in<float>(held_u);
+    work.products = launcher.in<float>(products);
+    work.lora_B = launcher.in<float>(b);
+    work.scaling = static_cast<float>(scaling);
+    work.rows = rows;
+    work.rank = rank;
+    work.norm = const_cast<float*>(launcher.in<float>(held_norm));
+    work.grad = launcher.in<float>(held_grad);
+    work.left = launcher.scratch<float>(left);
+    work.grad_B = launcher.scratch<float>(grad_b);
+    launcher(dora_norm_backward_kernel, ceil_div(rows, kNormRows), kNormThreads, work);
+  }
+  const HeldTerms left_terms = split_matrix(left, true, padded_rank(rank), round_up(rows, kRankTile));
+  const Tensor outer = device_empty(b, {inputs, rank}, ScalarType::Float);
+  const Tensor inner = device_empty(b, {rank, rank}, ScalarType::Float);
+  Reduced wanted;
+  wanted.plain = &outer;
+  reduce(rank_pass(weight_input(held, type), nullptr, &left_terms).columns, rank, wanted);
+  wanted.plain = &inner;
+  reduce(rank_pass(dense_input(b), nullptr, &left_terms).columns, rank, wanted);
+  const Tensor grad_a = device_empty(b, {rank, inputs}, ScalarType::Float);
+  Launcher launcher(grad_a);
+  NormGradA work{};
+  work.outer = launcher.in<float>(outer);
+  work.inner = launcher.in<float>(inner);
+  work.lora_A = launcher.in<float>(wide_a);
+  work.scaling = static_cast<float>(scaling);
+  work.rank = rank;
+  work.inputs = inputs;
+  work.grad_A = launcher.scratch<float>(grad_a);
+  launcher(dora_norm_grad_A_kernel, {ceil_div(inputs, kNormThreads), rank}, kNormThreads, work);
+  return {as_type(grad_a, lora_A.scalar_type()), as_type(grad_b, lora_B.scalar_type())};
+}
+
+}  // namespace peft_ext

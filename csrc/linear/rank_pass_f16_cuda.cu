@@ -1,4 +1,0 @@
-#include "linear/rank_pass_launch.cuh"
-
-template void peft_ext::launch_rank_pass<peft_ext::f16>(const Launcher&, const Grid&, const RankPass&, bool, bool,
-                                                        bool);

@@ -1,3 +1,0 @@
-#include "linear/rank_pass_launch.cuh"
-
-template void peft_ext::launch_rank_pass<float>(const Launcher&, const Grid&, const RankPass&, bool, bool, bool);

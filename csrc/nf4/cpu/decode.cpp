@@ -1,0 +1,103 @@
+#include "nf4/cpu/decode.h"
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+
+namespace peft_ext {
+
+using torch::stable::parallel_for;
+
+const Nf4Kernels& nf4_kernels() {
+#if defined(__x86_64__)
+  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsAvx2, &kNf4KernelsAvx512);
+#else
+  return kNf4KernelsScalar;
+#endif
+}
+
+Scales::Scales(const FrozenWeight& weight) : nested_(weight.nested_absmax.has_value()) {
+  if (!nested_) {
+    plain_ = weight.absmax->const_data_ptr<float>();
+    return;
+  }
+  held_.codes = weight.absmax->const_data_ptr<uint8_t>();
+  held_.absmax = weight.nested_absmax->const_data_ptr<float>();
+  held_.code = weight.nested_code->const_data_ptr<float>();
+  held_.offset = *weight.nested_offset->const_data_ptr<float>();
+}
+
+const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
+  if (!nested_) return plain_ + begin;
+  nf4_kernels().decode_scales(held_, begin, end, buffer);
+  return buffer;
+}
+
+namespace {
+
+// Scales decoded at a time, on the stack.
+constexpr int64_t kScaleChunk = 512;
+
+// Blocks [begin, end), by one thread. `out` is where the first element of block `begin` goes.
+void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
+  const int64_t n = checked_numel(weight.shape), width = dtype == DType::kF32 ? 4 : 2;
+  const Scales scales(weight);
+  const uint8_t* packed = weight.weight.const_data_ptr<uint8_t>();
+  float buffer[kScaleChunk];
+  for (int64_t first = begin; first < end; first += kScaleChunk) {
+    const int64_t last = min_i64(first + kScaleChunk, end);
+    // The kernel writes block b at b blocks from its argument.
+    char* origin = static_cast<char*>(out) - begin * weight.blocksize * width;
+    nf4_kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin,
+                             dtype);
+  }
+}
+
+// Blocks [begin, end), over all threads.
+void dequantize_into(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
+  const int64_t width = dtype == DType::kF32 ? 4 : 2;
+  parallel_for(begin, end, ceil_div(kDecodeGrain, weight.blocksize), [&](int64_t first, int64_t last) {
+    dequantize_blocks(weight, first, last, static_cast<char*>(out) + (first - begin) * weight.blocksize * width, dtype);
+  });
+}
+
+}  // namespace
+
+Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type) {
+  if (!weight.is_nf4()) {
+    check_matrix_weight(op, weight, type);
+    return weight.weight;
+  }
+  Tensor dense = empty(weight.shape, type);
+  if (dense.numel() > 0) {
+    const int64_t blocks = ceil_div(checked_numel(weight.shape), weight.blocksize);
+    dequantize_into(weight, 0, blocks, dense.mutable_data_ptr(), dtype_of(op, "dtype", type));
+  }
+  return dense;
+}
+
+const float* all_scales(const FrozenWeight& weight) {
+  const int64_t blocks = weight.absmax->numel();
+  const Scales scales(weight);
+  if (!weight.nested_absmax.has_value()) return scales.decode(0, blocks, nullptr);
+  auto* buffer = static_cast<float*>(scratch(Scratch::kScales, static_cast<size_t>(blocks) * sizeof(float)));
+  parallel_for(0, blocks, kDecodeGrain / 64,
+               [&](int64_t begin, int64_t end) { scales.decode(begin, end, buffer + begin); });
+  return buffer;
+}
+
+const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room) {
+  const int64_t first = begin / weight.blocksize, width = dtype == DType::kF32 ? 4 : 2;
+  dequantize_blocks(weight, first, ceil_div(end, weight.blocksize), room, dtype);
+  return static_cast<const char*>(room) + (begin - first * weight.blocksize) * width;
+}
+
+Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type) {
+  const int64_t k = weight.in_features(), first = begin * k / weight.blocksize;
+  const int64_t last = ceil_div(end * k, weight.blocksize);
+  Tensor blocks = empty({(last - first) * weight.blocksize}, type);
+  if (last > first) dequantize_into(weight, first, last, blocks.mutable_data_ptr(), dtype_of(op, "dtype", type));
+  const Tensor rows = torch::stable::narrow(blocks, 0, begin * k - first * weight.blocksize, (end - begin) * k);
+  return torch::stable::view(rows, {end - begin, k});
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,196 @@
+// NF4 with AVX2. See nf4_kernels.h for the contract.
+//
+// Quantize: 8 values at a time count the thresholds below them. Dequantize: a block's 16 products code * absmax are
+// made and rounded once; bfloat16/float16 words are looked up as two byte planes (pshufb), float32 in two halves of
+// eight (vpermps) chosen by the code's high bit. Same bits as a product per element.
+#if defined(__x86_64__)
+#include "cpu/target_avx2.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx2.h"
+#include "nf4/cpu/nf4_block.h"
+#include "nf4/cpu/nf4_kernels.h"
+
+namespace peft_ext {
+namespace {
+
+// Scaled values -> codes, one a 32-bit lane: a comparison is -1 where true. A NaN counts all 15.
+inline __m256i encode8(__m256 scaled) {
+  __m256i code = _mm256_setzero_si256();
+  for (int i = 0; i < 15; ++i) {
+    const __m256 above = _mm256_cmp_ps(_mm256_set1_ps(nf4_threshold(i)), scaled, _CMP_NGE_UQ);
+    code = _mm256_sub_epi32(code, _mm256_castps_si256(above));
+  }
+  return code;
+}
+
+// 8 codes -> 4 bytes.
+inline void store_codes(uint8_t* packed, __m256i codes) {
+  const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
+  const __m256i bytes =
+      _mm256_shuffle_epi8(pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8,
+                                                  -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const uint32_t low = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(bytes)));
+  const uint32_t high = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1)));
+  const uint32_t four = low | high << 16;
+  memcpy(packed, &four, sizeof(four));
+}
+
+template <typename T>
+void quantize_range(const T* x, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
+                    float* absmax) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * blocksize;
+    const T* in = x + start;
+    uint8_t* out = packed + start / 2;
+    if (n - start < blocksize) {
+      quantize_tail(in, n - start, out, absmax + block);
+      continue;
+    }
+    // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+    const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t i = 0; i < blocksize; i += 8)
+      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load8(in + i)), sign_free));
+    int32_t lanes[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
+    int32_t largest_bits = lanes[0];
+    for (int i = 1; i < 8; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
+    const float largest = bits_to_float(static_cast<uint32_t>(largest_bits));
+    absmax[block] = largest;
+    const float inverse = 1.0f / (largest < kSmallestAbsmax ? kSmallestAbsmax : largest);
+    for (int64_t i = 0; i < blocksize; i += 8)
+      store_codes(out + i / 2, encode8(_mm256_mul_ps(load8(in + i), _mm256_set1_ps(inverse))));
+  }
+}
+
+void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
+              float* absmax) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    quantize_range(static_cast<const T*>(x), n, blocksize, begin, end, packed, absmax);
+  });
+}
+
+// The low and high bytes of a block's 16 two-byte products, each as a pshufb table in both lanes.
+struct BytePlanes {
+  __m256i low, high;
+};
+
+inline BytePlanes byte_planes(__m128i first8, __m128i last8) {
+  const __m128i low_bytes = _mm_set1_epi16(0xff);
+  const __m128i low = _mm_packus_epi16(_mm_and_si128(first8, low_bytes), _mm_and_si128(last8, low_bytes));
+  const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first8, 8), _mm_srli_epi16(last8, 8));
+  return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
+}
+
+// 16 bytes -> 32 elements of two bytes.
+inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* out) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const __m128i nibble = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+  const __m128i odd = _mm_and_si128(bytes, nibble);
+  const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+  const __m256i low = _mm256_shuffle_epi8(planes.low, codes);
+  const __m256i high = _mm256_shuffle_epi8(planes.high, codes);
+  const __m256i first = _mm256_unpacklo_epi8(low, high);   // elements 0-7 and 16-23
+  const __m256i second = _mm256_unpackhi_epi8(low, high);  // elements 8-15 and 24-31
+  __m256i* to = static_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+  _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+}
+
+// 4 bytes -> 8 elements.
+inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
+  int32_t four;
+  memcpy(&four, packed, sizeof(four));
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  const __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
+  const __m256 low = _mm256_permutevar8x32_ps(first8, index);
+  const __m256 high = _mm256_permutevar8x32_ps(last8, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(out + i, expand_floats(packed + i / 2, first8, last8));
+}
+inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, bf16* out) {
+  const BytePlanes planes = byte_planes(round_bf16(first8), round_bf16(last8));
+  for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, planes, out + i);
+}
+inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, f16* out) {
+  const BytePlanes planes = byte_planes(round_f16(first8), round_f16(last8));
+  for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, planes, out + i);
+}
+
+template <typename T>
+void dequantize_range(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
+                      int64_t end, T* out) {
+  const __m256 code_first8 = _mm256_loadu_ps(kNf4Code);
+  const __m256 code_last8 = _mm256_loadu_ps(kNf4Code + 8);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * blocksize;
+    const int64_t count = min_i64(blocksize, n - start);
+    const int64_t vectors = count / 32 * 32;
+    const float scale = absmax[block - begin];
+    const __m256 wide = _mm256_set1_ps(scale);
+    expand_block(packed + start / 2, _mm256_mul_ps(code_first8, wide), _mm256_mul_ps(code_last8, wide), vectors,
+                 out + start);
+    if (vectors < count) dequantize_block(packed + start / 2, scale, vectors, count - vectors, out + start);
+  }
+}
+
+void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
+                void* out, DType dtype) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    dequantize_range(packed, absmax, n, blocksize, begin, end, static_cast<T*>(out));
+  });
+}
+
+void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
+  const __m256 offset = _mm256_set1_ps(scales.offset);
+  int64_t i = begin;
+  while (i < end) {
+    const int64_t stop = min_i64((i / kNestedBlock + 1) * kNestedBlock, end);
+    const __m256 group = _mm256_set1_ps(scales.absmax[i / kNestedBlock]);
+    for (; i + 8 <= stop; i += 8) {
+      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales.codes + i)));
+      const __m256 product = _mm256_mul_ps(_mm256_i32gather_ps(scales.code, index, 4), group);
+      _mm256_storeu_ps(out + (i - begin), _mm256_add_ps(product, offset));
+    }
+    for (; i < stop; ++i) out[i - begin] = decode_scale(scales, i);
+  }
+}
+
+struct Table {
+  __m256 first8, last8;
+};
+
+inline __m256 rounded(__m256 value, DType dtype) {
+  if (dtype == DType::kBF16)
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(round_bf16(value)), 16));
+  return dtype == DType::kF16 ? _mm256_cvtph_ps(round_f16(value)) : value;
+}
+
+inline Table make_table(float absmax, DType dtype) {
+  const __m256 wide = _mm256_set1_ps(absmax);
+  return {rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code), wide), dtype),
+          rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code + 8), wide), dtype)};
+}
+
+inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
+  for (int v = 0; v < 8; ++v) w[v].v = expand_floats(packed + 4 * v, table.first8, table.last8);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+#include "nf4/cpu/nf4_skinny_impl.h"
+
+namespace peft_ext {
+
+const Nf4Kernels kNf4KernelsAvx2 = {quantize, dequantize, skinny, 8, decode_scales};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

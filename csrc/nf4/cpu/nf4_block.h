@@ -1,0 +1,70 @@
+// Portable NF4 code for one block: the scalar path, and the tails of the vector paths.
+// Included after the target pragma of the file that uses it, so that it is compiled for that instruction set.
+#pragma once
+
+#include "common/dtype.h"
+#include "nf4/nf4_code.h"
+#include "nf4/cpu/nf4_kernels.h"
+
+namespace peft_ext {
+namespace {
+
+// NaN-propagating, as torch.amax is.
+template <typename T>
+inline float block_absmax(const T* x, int64_t count) {
+  float absmax = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float a = __builtin_fabsf(to_float(x[i]));
+    if (a > absmax || a != a) absmax = a;
+    if (absmax != absmax) break;
+  }
+  return absmax;
+}
+
+inline int nf4_encode(float scaled) {
+  int code = 0;
+  for (int i = 0; i < 15; ++i) code += !(nf4_threshold(i) >= scaled);
+  return code;
+}
+
+// A full block is multiplied by the reciprocal of its absmax; a tail block is divided by it (bitsandbytes' rule).
+template <typename T>
+inline void quantize_block(const T* x, int64_t count, bool full, float absmax, uint8_t* packed) {
+  const float divisor = absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;
+  const float inverse = 1.0f / divisor;
+  for (int64_t i = 0; i < count; i += 2) {
+    int codes[2] = {7, 7};
+    for (int j = 0; j < 2 && i + j < count; ++j) {
+      const float value = to_float(x[i + j]);
+      codes[j] = nf4_encode(full ? value * inverse : value / divisor);
+    }
+    packed[i / 2] = static_cast<uint8_t>(codes[0] << 4 | codes[1]);
+  }
+}
+
+// The tail block of a tensor: its absmax is stored clamped.
+template <typename T>
+inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* absmax) {
+  const float largest = block_absmax(x, count);
+  *absmax = largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
+  quantize_block(x, count, false, *absmax, packed);
+}
+
+// Elements [first, first + count) of the block that starts at packed; first is even.
+template <typename T>
+inline void dequantize_block(const uint8_t* packed, float absmax, int64_t first, int64_t count, T* out) {
+  T table[16];
+  for (int i = 0; i < 16; ++i) table[i] = from_float<T>(kNf4Code[i] * absmax);
+  for (int64_t i = first; i < first + count; ++i) {
+    const uint8_t byte = packed[i / 2];
+    out[i] = table[i % 2 ? byte & 15 : byte >> 4];
+  }
+}
+
+inline float decode_scale(const Nf4Scales& scales, int64_t i) {
+  const float product = scales.code[scales.codes[i]] * scales.absmax[i / kNestedBlock];
+  return product + scales.offset;
+}
+
+}  // namespace
+}  // namespace peft_ext

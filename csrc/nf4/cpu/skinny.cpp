@@ -1,0 +1,77 @@
+#include "nf4/cpu/skinny.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "nf4/cpu/decode.h"
+
+namespace peft_ext {
+namespace {
+
+// Blocks whose scales are decoded together.
+constexpr int64_t kScaleChunk = 512;
+
+struct SkinnyKernel {
+  void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
+  int64_t tokens;  // at most; 0: there is none
+};
+
+SkinnyKernel skinny_kernel(bool bf16_x) {
+#if defined(__x86_64__)
+  if (bf16_x && current_isa() >= Isa::kAvx512Bf16) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
+#endif
+  return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
+}
+
+}  // namespace
+
+bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens) {
+  return weight.is_nf4() && tokens <= skinny_kernel(type == ScalarType::BFloat16).tokens &&
+         weight.blocksize % kSkinnyStep == 0 && weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
+}
+
+Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
+  const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
+  const SkinnyKernel kernel = skinny_kernel(x.scalar_type() == ScalarType::BFloat16);
+  Tensor y = empty({tokens, n}, ScalarType::Float);
+  Nf4Skinny work;
+  work.packed = weight.weight.const_data_ptr<uint8_t>();
+  work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
+  work.columns = k;
+  work.rows = n;
+  work.dtype = dtype_of(op, "x", x);
+  work.tokens = tokens;
+  work.x = nullptr;
+  work.x_nibbles = nullptr;
+  Tensor held;
+#if defined(__x86_64__)
+  if (kernel.run == nf4_skinny_bf16_avx512) {
+    held = empty({tokens, nibble_columns(k)}, ScalarType::BFloat16);
+    auto* out = static_cast<bf16*>(held.mutable_data_ptr());
+    const auto* in = static_cast<const bf16*>(x.const_data_ptr());
+    for (int64_t t = 0; t < tokens; ++t) nf4_nibble_order(in + t * k, k, out + t * nibble_columns(k));
+    work.x_nibbles = out;
+  }
+#endif
+  if (work.x_nibbles == nullptr) {
+    held = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+    work.x = held.const_data_ptr<float>();
+  }
+  work.y = y.mutable_data_ptr<float>();
+  const Scales scales(weight);
+  torch::stable::parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
+    // Rows whose scales are decoded together: about kScaleChunk blocks, at least one row.
+    const int64_t rows = std::max<int64_t>(1, (kScaleChunk - 1) * weight.blocksize / k);
+    std::vector<float> buffer(static_cast<size_t>(rows * k / weight.blocksize + 2));
+    for (int64_t first = begin; first < end; first += rows) {
+      const int64_t last = min_i64(first + rows, end);
+      Nf4Skinny part = work;
+      part.absmax = scales.decode(first * k / weight.blocksize, ceil_div(last * k, weight.blocksize), buffer.data());
+      kernel.run(part, first, last);
+    }
+  });
+  return y;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,147 @@
+// NF4 dequantize:  w_i = round(code[q_i] · s_b),  b = i / blocksize,  s_b = absmax_b, or, double-quantized,
+//                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
+// packed [ceil(n/2)] uint8, the high nibble the even element; n = the flat size of any shape; out [n] float32, bfloat16
+// or float16. blocksize is a power of two >= 32, so 32 aligned elements share one scale.
+// Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 of them. Output is up to
+// eight ninths of the traffic, so lanes lie along it: step by step lane l makes the l-th next 16 bytes (8 elements; 4
+// of float32), and each store of a warp is 512 bytes in a row. Its loads are then 4 (2) bytes a lane, also in a row.
+// Tables: the 16 codes lie one a lane and are read by shuffle, never in conflict. No shared memory, no barrier.
+// Rounding: float32 product and sum, each rounded, never an FMA; then once to nearest even.
+// Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "nf4/nf4_code.h"
+#include "weight/nf4_layout.h"
+
+namespace peft_ext {
+
+// An NF4 weight as every kernel takes it. nested_* are null unless absmax is double-quantized.
+struct Nf4View {
+  const uint8_t* packed;  // aligned to 4 bytes
+  const void* absmax;     // float, or uint8_t where nested_absmax is given
+  const float* nested_absmax;
+  const float* nested_code;
+  const float* nested_offset;  // on the device: reading it on the host would wait for the stream
+  int64_t numel;
+  int log2_blocksize;
+};
+
+constexpr int kNf4Group = 32;                    // elements of one scale, at every blocksize
+constexpr int kNf4Tile = kWarpSize * kNf4Group;  // elements a warp owns
+constexpr int kNf4Warps = 8;                     // of a thread block
+constexpr int kNf4Threads = kNf4Warps * kWarpSize;
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on holds
+constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
+
+// kNf4Code where a kernel can index it.
+__device__ const float kNf4DeviceCode[16] = {
+    kNf4Code[0], kNf4Code[1], kNf4Code[2],  kNf4Code[3],  kNf4Code[4],  kNf4Code[5],  kNf4Code[6],  kNf4Code[7],
+    kNf4Code[8], kNf4Code[9], kNf4Code[10], kNf4Code[11], kNf4Code[12], kNf4Code[13], kNf4Code[14], kNf4Code[15],
+};
+
+__device__ __forceinline__ float nf4_scale(const Nf4View& weight, int64_t block) {
+  if (weight.nested_absmax == nullptr) return static_cast<const float*>(weight.absmax)[block];
+  const float code = weight.nested_code[static_cast<const uint8_t*>(weight.absmax)[block]];
+  return fadd_rn(fmul_rn(code, weight.nested_absmax[block >> kLog2NestedBlock]), *weight.nested_offset);
+}
+
+// The 16 bytes that one lane stores at a time, and the codes they come from.
+template <typename T>
+struct Nf4Vector {
+  using Codes = uint32_t;
+  static constexpr int kSize = 8;
+};
+template <>
+struct Nf4Vector<float> {
+  using Codes = uint16_t;
+  static constexpr int kSize = 4;
+};
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* out, const float (&values)[8]) {
+  *reinterpret_cast<uint4*>(out) = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                                              pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+}
+
+__device__ __forceinline__ void store_vector(float* out, const float (&values)[4]) {
+  *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
+}
+
+__device__ __forceinline__ void store_element(float* out, float value) { *out = value; }
+
+template <typename T>
+__device__ __forceinline__ void store_element(T* out, float value) {
+  out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
+}
+
+// This warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight; otherwise
+// every access is checked. All lanes take part either way, as each holds a part of the tables.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first) {
+  using Codes = typename Nf4Vector<T>::Codes;
+  constexpr int kSize = Nf4Vector<T>::kSize;
+  constexpr int kSteps = kNf4Group / kSize;
+
+  const int lane = threadIdx.x % kWarpSize;
+  first += threadIdx.x / kWarpSize * kNf4Tile;
+  const int64_t mine = first + lane * kSize;
+  const uint8_t* packed = weight.packed + mine / 2;
+  Codes codes[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint8_t* from = packed + step * kWarpSize * kSize / 2;
+    if (kWhole) {
+      codes[step] = load_streaming(reinterpret_cast<const Codes*>(from));
+    } else {
+      codes[step] = 0;
+#pragma unroll
+      for (int byte = 0; byte < kSize / 2; ++byte) {
+        const int64_t element = mine + step * kWarpSize * kSize + 2 * byte;
+        if (element < weight.numel) codes[step] |= from[byte] << (8 * byte);
+      }
+    }
+  }
+
+  // Keeps the codes' loads above. A double-quantized scale is a chain of two loads, which the compiler would start and
+  // wait for first; so the codes are under way meanwhile.
+  __syncwarp();
+  const float code = kNf4DeviceCode[lane % 16];
+  const int64_t group = first + lane * kNf4Group;
+  const float scale = kWhole || group < weight.numel ? nf4_scale(weight, group >> weight.log2_blocksize) : 0.0f;
+
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int64_t element = mine + step * kWarpSize * kSize;
+    const float step_scale = shuffle(scale, step * kSize + lane * kSize / kNf4Group);
+    float values[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      // Nibble i ^ 1: the high one of a byte comes first. The shuffle itself drops the bits above it.
+      values[i] = fmul_rn(shuffle(code, codes[step] >> (4 * (i ^ 1)), 16), step_scale);
+    }
+    if (kWhole || element + kSize <= weight.numel) {
+      store_vector(out + element, values);  // not streaming: a GEMM reads it next
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (element + i < weight.numel) store_element(out + element + i, values[i]);
+      }
+    }
+  }
+}
+
+// Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads; out is aligned to 16 bytes.
+template <typename T>
+__global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor)
+    nf4_dequantize_kernel(Nf4View weight, T* out) {
+  // The choice is by block, not by warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
+  if (first + kNf4BlockTile <= weight.numel) {
+    nf4_dequantize_tile<T, true>(weight, out, first);
+  } else {
+    nf4_dequantize_tile<T, false>(weight, out, first);
+  }
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,356 @@
+// NF4 quantize:  s_b = max |w_i| over block b,  q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))};  a tail block
+// divides by max(s_b, 1e-38), and stores that.
+// w [n] float32, bfloat16 or float16, flat -> packed [ceil(n/2)] uint8, the high nibble the even element (an odd n pads
+// a zero), absmax [ceil(n/blocksize)] float32. blocksize is a power of two from 32 to 4096.
+// Ownership: a thread block owns 8192 elements, whole blocks all; a warp 1024 of them; step by step lane l takes the
+// l-th next 16 bytes. They stay in registers from the maximum to the codes: w is read once.
+// Maximum: of the bits without the sign, as integers: a NaN is above infinity, and stays, as in torch.amax. Lanes of a
+// block meet by shuffles; above 1024 elements warps meet in shared memory: 8 words, one barrier. Then lane l takes the
+// l-th block of the warp: it makes the reciprocal, stores the maximum, beside others', and is asked by shuffle.
+// Codes: [-1, 1] has 31 bins, rint(15 v), each with one threshold at most. Lane l holds that of bin l (mod 32), and how
+// many lie below it: two shuffles and one compare find a code, exactly, ties and all.
+// Rounding: float32; reciprocal and product each once. A NaN has code 15, as in the reference.
+// Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+#pragma once
+
+#include <math.h>
+
+#include "cuda/ptx.cuh"
+#include "nf4/nf4_code.h"
+#include "weight/nf4_layout.h"
+
+namespace peft_ext {
+
+constexpr int kQuantizeWarps = 8;  // of a thread block
+constexpr int kQuantizeThreads = kQuantizeWarps * kWarpSize;
+constexpr int kQuantizeTile = 1024;  // elements a warp owns
+constexpr int kQuantizeBlockTile = kQuantizeWarps * kQuantizeTile;
+constexpr int kQuantizeBlocksPerMultiprocessor = 4;
+
+// ---- codes
+
+// What lane l holds for bin l (0 to 15) or l - 32 (negative bins).
+struct Nf4Bins {
+  float threshold[kWarpSize];  // the one within the bin; 2, above every value, where there is none
+  uint32_t below[kWarpSize];   // thresholds of lower bins
+};
+
+constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
+
+constexpr Nf4Bins nf4_bins() {
+  Nf4Bins bins{};
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    bins.threshold[lane] = 2.0f;
+    for (int i = 0; i < 15; ++i) {
+      const int bin = lane < 16 ? lane : lane - kWarpSize;
+      if (nf4_bin(nf4_threshold(i)) == bin) bins.threshold[lane] = nf4_threshold(i);
+      if (nf4_bin(nf4_threshold(i)) < bin) ++bins.below[lane];
+    }
+  }
+  return bins;
+}
+
+// No two thresholds share a bin, and none is so near a bin's edge that rounding could take it to the next.
+constexpr bool nf4_bins_hold_one_threshold() {
+  for (int i = 0; i < 15; ++i) {
+    if (i > 0 && nf4_bin(nf4_threshold(i)) == nf4_bin(nf4_threshold(i - 1))) return false;
+    if (nf4_bin(nf4_threshold(i) - 1e-4f) != nf4_bin(nf4_threshold(i) + 1e-4f)) return false;
+  }
+  return true;
+}
+static_assert(nf4_bins_hold_one_threshold(), "the bins are too wide, or an edge meets a threshold");
+
+__device__ const Nf4Bins kNf4DeviceBins = nf4_bins();
+
+__device__ __forceinline__ uint32_t float_as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+__device__ __forceinline__ float bits_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Appends to `codes`, as its lowest nibble, the number of thresholds below `scaled`, which is a few ulp outside [-1, 1]
+// at most. All lanes; `threshold` and `below` are this lane's of kNf4DeviceBins.
+__device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
+  scaled = fminf(scaled, 1.0f);  // takes a NaN to 1, which has its code, 15
+  // 1.5 · 2^23 has a unit of one: the sum is rounded to an integer, in two's complement in its low bits.
+  const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
+  codes = (codes << 4) + shuffle(below, bin);
+  // The sign of the difference, added at once, where a compare would take a select more.
+  return codes + (float_as_bits(fadd_rn(shuffle(threshold, bin), -scaled)) >> 31);
+}
+
+// ---- maximum
+
+__device__ __forceinline__ uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// How a word of w is read. A magnitude is |w|'s bits, at the top of a word; below them, what does not count.
+template <typename T>
+struct QuantizeWord {
+  static constexpr int kSize = 2;
+  __device__ static __forceinline__ uint32_t magnitude(uint32_t word) { return max_u32(word << 1, word << 17); }
+  __device__ static __forceinline__ float absmax(uint32_t magnitude) { return unpack2<T>(magnitude >> 17).x; }
+  __device__ static __forceinline__ void values(uint32_t word, float* out) {
+    const float2 pair = unpack2<T>(word);
+    out[0] = pair.x;
+    out[1] = pair.y;
+  }
+  __device__ static __forceinline__ uint32_t bits(T value) { return value.bits; }
+};
+
+template <>
+struct QuantizeWord<float> {
+  static constexpr int kSize = 1;
+  __device__ static __forceinline__ uint32_t magnitude(uint32_t word) { return word << 1; }
+  __device__ static __forceinline__ float absmax(uint32_t magnitude) { return bits_as_float(magnitude >> 1); }
+  __device__ static __forceinline__ void values(uint32_t word, float* out) { out[0] = bits_as_float(word); }
+  __device__ static __forceinline__ uint32_t bits(float value) { return float_as_bits(value); }
+};
+
+// The codes of one lane's 16 bytes.
+template <typename T>
+struct QuantizeCodes {
+  using Type = uint32_t;
+};
+template <>
+struct QuantizeCodes<float> {
+  using Type = uint16_t;
+};
+
+__device__ __forceinline__ float at_least_smallest(float absmax) {
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays
+}
+
+// 16 bytes of w, or, where they are checked, the `left` elements that are there, then zeros.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
+  using Word = QuantizeWord<T>;
+  if (kWhole) {
+    const uint4 loaded = load_streaming(reinterpret_cast<const uint4*>(w));
+    words[0] = loaded.x;
+    words[1] = loaded.y;
+    words[2] = loaded.z;
+    words[3] = loaded.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = 0;
+#pragma unroll
+      for (int j = 0; j < Word::kSize; ++j) {
+        const int element = i * Word::kSize + j;
+        if (element < left) words[i] |= Word::bits(w[element]) << (16 * j);
+      }
+    }
+  }
+}
+
+// The tile from element `first` on, `left` of whose elements lie in w. kWhole: all do; otherwise every access is
+// checked, and the tail block, if one is there, is treated as such.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int left, int log2_blocksize,
+                                                  uint8_t* packed, float* absmax,
+                                                  uint32_t (&warp_magnitudes)[kQuantizeWarps]) {
+  using Word = QuantizeWord<T>;
+  using Codes = typename QuantizeCodes<T>::Type;
+  constexpr int kSize = 4 * Word::kSize;      // elements of a lane's 16 bytes
+  constexpr int kStride = kWarpSize * kSize;  // of a step
+  constexpr int kSteps = kQuantizeTile / kStride;
+
+  const int blocksize = 1 << log2_blocksize;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int mine = warp * kQuantizeTile + lane * kSize;  // of the tile
+  w += first + mine;
+  uint32_t words[kSteps][4];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    quantize_load<T, kWhole>(w + step * kStride, left - mine - step * kStride, words[step]);
+  }
+  const float threshold = kNf4DeviceBins.threshold[lane];
+  const uint32_t below = kNf4DeviceBins.below[lane];
+
+  uint32_t magnitudes[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    magnitudes[step] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) magnitudes[step] = max_u32(magnitudes[step], Word::magnitude(words[step][i]));
+  }
+  // Steps of one block first: they need no shuffle.
+#pragma unroll
+  for (int apart = 1; apart < kSteps; apart *= 2) {
+    if (apart * kStride < blocksize) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if ((step & apart) == 0) {
+          magnitudes[step] = max_u32(magnitudes[step], magnitudes[step + apart]);
+          magnitudes[step + apart] = magnitudes[step];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < kWarpSize; apart *= 2) {
+    if (apart * kSize < blocksize) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        magnitudes[step] = max_u32(magnitudes[step], shuffle_xor(magnitudes[step], apart));
+      }
+    }
+  }
+  if (blocksize > kQuantizeTile) {
+    if (lane == 0) warp_magnitudes[warp] = magnitudes[0];
+    sync_threads();
+    const int warps = blocksize / kQuantizeTile;
+#pragma unroll 1
+    for (int i = 0; i < warps; ++i) {
+      magnitudes[0] = max_u32(magnitudes[0], warp_magnitudes[warp / warps * warps + i]);
+    }
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) magnitudes[step] = magnitudes[0];
+  }
+
+  // Lane l takes the l-th block of this warp's elements; where they are fewer, or lie in one, the others idle.
+  const int start = lane << log2_blocksize;
+  uint32_t magnitude = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t found = shuffle(magnitudes[step], start / kSize);
+    if (start / kStride == step) magnitude = found;
+  }
+  const float largest = Word::absmax(magnitude);
+  const float divisor = at_least_smallest(largest);
+  const float inverse = 1.0f / divisor;
+  const int own = warp * kQuantizeTile + start;
+  if (start < kQuantizeTile && (own & (blocksize - 1)) == 0 && (kWhole || own < left)) {
+    absmax[(first >> log2_blocksize) + (own >> log2_blocksize)] = !kWhole && own + blocksize > left ? divisor : largest;
+  }
+
+  packed += (first + mine) / 2;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int block = (lane * kSize + step * kStride) >> log2_blocksize;
+    const float step_inverse = shuffle(inverse, block);
+    const float step_divisor = kWhole ? 1.0f : shuffle(divisor, block);
+    const int element = mine + step * kStride;
+    const bool tail = !kWhole && (element | (blocksize - 1)) >= left;
+    // Read again: there are not registers enough for elements and for checks.
+    if (!kWhole) quantize_load<T, kWhole>(w + step * kStride, left - element, words[step]);
+    uint32_t codes = 0;
+    float values[kSize];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Word::values(words[step][i], values + i * Word::kSize);
+#pragma unroll
+    for (int nibble = kSize - 1; nibble >= 0; --nibble) {
+      const int i = nibble ^ 1;  // the even element is the high nibble
+      float scaled = fmul_rn(values[i], step_inverse);
+      if (tail) scaled = values[i] / step_divisor;
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // what pads an odd count
+      codes = nf4_append_code(codes, scaled, threshold, below);
+    }
+    uint8_t* to = packed + step * kStride / 2;
+    if (kWhole) {
+      *reinterpret_cast<Codes*>(to) = static_cast<Codes>(codes);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; i += 2) {
+        if (element + i < left) to[i / 2] = static_cast<uint8_t>(codes >> (4 * i));
+      }
+    }
+  }
+}
+
+// Grid: ceil(numel / kQuantizeBlockTile) blocks of kQuantizeThreads; w is aligned to 16 bytes, packed to 4.
+template <typename T>
+__global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiprocessor)
+    nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
+  PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
+  // The choice is by thread block, so shuffles and the barrier are met by all.
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
+  if (first + kQuantizeBlockTile <= numel) {
+    nf4_quantize_tile<T, true>(w, first, kQuantizeBlockTile, log2_blocksize, packed, absmax, warp_magnitudes);
+  } else {
+    nf4_quantize_tile<T, false>(w, first, static_cast<int>(numel - first), log2_blocksize, packed, absmax,
+                                warp_magnitudes);
+  }
+}
+
+// ---- the scales of a double-quantized weight
+
+// a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
+// the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, as it is.
+// A warp owns a group, 8 values a lane; thresholds lie in shared memory, 1 KiB, found by bisection: there is one scale
+// for 32 weights at least, so bank conflicts cost nothing that shows. A NaN is code 255.
+// Bytes moved: 5n + 4n/256, and the table once a thread block.
+
+// Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads; x is aligned to 16 bytes, codes to 4.
+static __global__ void __launch_bounds__(kQuantizeThreads)
+    nf4_quantize_absmax_kernel(const float* x, const float* code, int64_t numel, uint8_t* codes, float* absmax) {
+  PEFT_EXT_SHARED(float[kNestedCodes - 1], thresholds);
+  static_assert(kQuantizeThreads >= kNestedCodes - 1, "a thread makes a threshold");
+  if (threadIdx.x < kNestedCodes - 1) {
+    thresholds[threadIdx.x] = fmul_rn(fadd_rn(code[threadIdx.x], code[threadIdx.x + 1]), 0.5f);
+  }
+  sync_threads();
+
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * kQuantizeWarps + warp;
+  const bool whole = (group + 1) * kNestedBlock <= numel;
+  constexpr int kSteps = kNestedBlock / (4 * kWarpSize);
+  const int64_t mine = group * kNestedBlock + 4 * lane;
+  float values[kSteps][4];
+  uint32_t magnitude = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int64_t element = mine + step * 4 * kWarpSize;
+    if (whole) {
+      const float4 loaded = load_streaming(reinterpret_cast<const float4*>(x + element));
+      values[step][0] = loaded.x;
+      values[step][1] = loaded.y;
+      values[step][2] = loaded.z;
+      values[step][3] = loaded.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[step][i] = element + i < numel ? x[element + i] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      magnitude = max_u32(magnitude, QuantizeWord<float>::magnitude(float_as_bits(values[step][i])));
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < kWarpSize; apart *= 2) magnitude = max_u32(magnitude, shuffle_xor(magnitude, apart));
+  const float largest = QuantizeWord<float>::absmax(magnitude);
+  const float inverse = 1.0f / at_least_smallest(largest);
+
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int64_t element = mine + step * 4 * kWarpSize;
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scaled = fmul_rn(values[step][i], inverse);
+      uint32_t below = 0;
+#pragma unroll
+      for (int half = kNestedCodes / 2; half > 0; half /= 2) {
+        below += thresholds[below + half - 1] >= scaled ? 0 : half;
+      }
+      found |= below << (8 * i);
+    }
+    if (whole) {
+      *reinterpret_cast<uint32_t*>(codes + element) = found;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (element + i < numel) codes[element + i] = static_cast<uint8_t>(found >> (8 * i));
+      }
+    }
+  }
+  if (lane == 0 && group * kNestedBlock < numel) absmax[group] = largest;
+}
+
+}  // namespace peft_ext

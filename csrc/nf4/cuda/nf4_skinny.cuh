@@ -1,0 +1,207 @@
+// Few tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ,  T <= 64, W decoded on its way to the tensor cores.
+//
+// W is the A operand of mma.sync, as it lies: row-major, 16 outputs by 16 inputs. The order in which inputs are summed
+// is free, so lane t of a row takes 16 consecutive ones of every 64, 8 bytes in a row: of step s (16 of the 64 inputs)
+// its inputs 16 t + 4 s … + 3 stand for columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in
+// the same order, which makes it 16 bytes in a row of x for two steps. A block of 4 warps owns 128 outputs, a warp 32,
+// and a chunk of K (split-K: one weight alone must fill the device); slabs of 64 inputs pass through kSkinnyStages of
+// shared memory by cp.async: W's bytes, which only the lane that copied them reads, and x's, padded by 16 bytes a row,
+// which spreads a quarter warp's 16-byte loads over all banks. A slab's scales are loaded one slab ahead:
+// double-quantized ones are a chain of two loads. Sums: float32; partial sums [chunks of K][T][padded N], which
+// skinny_finish_kernel adds in order, with all that comes after: the low-rank term, g and the biases. Weights are
+// rounded to T as dequantize does, then multiplied. Bytes moved: W once, x once a block, the partial sums twice (they
+// stay in L2).
+#pragma once
+
+#include "cuda/vector.cuh"
+#include "nf4/cuda/nf4.cuh"
+
+namespace peft_ext {
+
+constexpr int kSkinnyThreads = 128;
+constexpr int kSkinnyRows = 128;  // outputs of a block
+constexpr int kSkinnySlab = 64;   // inputs of a stage
+constexpr int kSkinnyStride = kSkinnySlab + 8;
+constexpr int64_t kSkinnyTokens = 64;
+
+struct Skinny {
+  const void* x;   // T [tokens, inputs], aligned to 16 bytes
+  Nf4View weight;  // aligned to 8 bytes; inputs is a multiple of 32
+  int64_t outputs, inputs;
+  int tokens;
+  int64_t slabs_per_chunk;
+  float* partial;  // [chunks][tokens][padded_outputs]
+  int64_t padded_outputs;
+};
+
+// As many as 48 KiB hold.
+template <int kTokenTiles>
+constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
+
+template <typename T, int kTokenTiles>
+struct SkinnyStage {
+  uint2 codes[4][kSkinnyThreads];  // by (tile of 16 rows, upper or lower 8 of it), then by thread
+  T x[kTokenTiles * 8][kSkinnyStride];
+};
+
+template <typename T, int kTokenTiles>
+struct SkinnyShared {
+  SkinnyStage<T, kTokenTiles> stage[kSkinnyStages<kTokenTiles>];
+};
+
+// Grid: x: blocks of kSkinnyRows outputs; y: chunks of K.
+template <typename T, int kTokenTiles>
+__global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work) {
+  using Shared = SkinnyShared<T, kTokenTiles>;
+  constexpr int kStages = kSkinnyStages<kTokenTiles>;
+  PEFT_EXT_SHARED(Shared, shared);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t output = static_cast<int64_t>(blockIdx.x) * kSkinnyRows + warp * 32 + g;
+  const int64_t first = blockIdx.y * work.slabs_per_chunk;
+  const int64_t all = (work.inputs + kSkinnySlab - 1) / kSkinnySlab;
+  const int64_t slabs = min_of(work.slabs_per_chunk, all - first);
+  const float code = kNf4DeviceCode[lane % 16];
+
+  const auto row_of = [&](int part) { return output + part / 2 * 16 + part % 2 * 8; };
+  const auto issue = [&](int64_t slab) {
+    if (slab < slabs) {
+      SkinnyStage<T, kTokenTiles>& stage = shared.stage[slab % kStages];
+      const int64_t input = (first + slab) * kSkinnySlab;
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const bool take = row_of(part) < work.outputs && input + 16 * t < work.inputs;
+        const int64_t element = take ? row_of(part) * work.inputs + input + 16 * t : 0;
+        cp_async_8(&stage.codes[part][threadIdx.x], work.weight.packed + element / 2, take);
+      }
+      for (int chunk = threadIdx.x; chunk < kTokenTiles * 64; chunk += kSkinnyThreads) {
+        const int token = chunk / 8, column = chunk % 8 * 8;
+        const bool take = token < work.tokens && input + column < work.inputs;
+        const int64_t element = take ? token * work.inputs + input + column : 0;
+        cp_async_16(&stage.x[token][column], static_cast<const T*>(work.x) + element, take);
+      }
+    }
+    cp_async_commit();
+  };
+  const auto load_scales = [&](int64_t slab, float (&scales)[4]) {
+    const int64_t input = (first + slab) * kSkinnySlab + 16 * t;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const bool take = slab < slabs && row_of(part) < work.outputs && input < work.inputs;
+      scales[part] =
+          take ? nf4_scale(work.weight, (row_of(part) * work.inputs + input) >> work.weight.log2_blocksize) : 0.0f;
+    }
+  };
+
+  float sums[2][kTokenTiles][4] = {};
+  float scales[4], next[4];
+  for (int slab = 0; slab < kStages - 1; ++slab) issue(slab);
+  load_scales(0, scales);
+  for (int64_t slab = 0; slab < slabs; ++slab) {
+    cp_async_wait<kStages - 2>();
+    sync_threads();  // x is there for all, and nobody reads the stage before it any more
+    issue(slab + kStages - 1);
+    load_scales(slab + 1, next);
+    const SkinnyStage<T, kTokenTiles>& stage = shared.stage[slab % kStages];
+    uint2 codes[4];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
+#pragma unroll
+    for (int two = 0; two < 2; ++two) {  // two steps at a time
+      uint32_t a[2][2][4];               // [tile of 16 rows][step]
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const uint32_t word = two == 0 ? codes[part].x : codes[part].y;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+          const float high = shuffle(code, word >> (8 * byte + 4), 16), low = shuffle(code, word >> (8 * byte), 16);
+          pairs[byte] = pack2<T>(fmul_rn(high, scales[part]), fmul_rn(low, scales[part]));
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          a[part / 2][step][part % 2] = pairs[2 * step];
+          a[part / 2][step][part % 2 + 2] = pairs[2 * step + 1];
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        const uint4 words = *reinterpret_cast<const uint4*>(&stage.x[tile * 8 + g][16 * t + 8 * two]);
+        const uint32_t b0[2] = {words.x, words.y}, b1[2] = {words.z, words.w};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          mma_m16n8k16<T>(sums[m][tile], a[m][0], b0);
+          mma_m16n8k16<T>(sums[m][tile], a[m][1], b1);
+        }
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) scales[part] = next[part];
+  }
+
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = tile * 8 + 2 * t + i % 2;
+        if (token >= work.tokens) continue;
+        const int64_t at = (static_cast<int64_t>(blockIdx.y) * work.tokens + token) * work.padded_outputs;
+        work.partial[at + output + m * 16 + i / 2 * 8] = sums[m][tile][i];
+      }
+}
+
+// y = g ∘ (Σ_chunks partial + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁, rounded once.
+struct SkinnyFinish {
+  const float* partial;
+  int64_t chunks, padded_outputs;
+  int tokens;
+  int64_t outputs, rank;
+  const float* s;           // [tokens, rank]
+  const float* lora_B;      // [outputs, rank]
+  const float* rank_scale;  // [rank], null: 1
+  float scaling;
+  const float* scale;       // g [outputs], null: 1
+  const void* bias_before;  // b₀, T [outputs], or null
+  const void* bias_after;   // b₁
+  void* y;                  // T [tokens, outputs]
+  void* z;                  // the same before g and b₁, or null
+};
+
+constexpr int kFinishTokens = 8;  // of a thread, which reads its row of B once for them
+
+// Grid: x: ceil(outputs / kSkinnyThreads); y: ceil(tokens / kFinishTokens).
+template <typename T>
+__global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnyFinish work) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kSkinnyThreads + threadIdx.x;
+  if (n >= work.outputs) return;
+  const int first = blockIdx.y * kFinishTokens;
+  float sums[kFinishTokens] = {};
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < kFinishTokens; ++i)
+      if (first + i < work.tokens) sums[i] += work.partial[(chunk * work.tokens + first + i) * work.padded_outputs + n];
+  }
+  float low_rank[kFinishTokens] = {};
+  for (int64_t r = 0; r < work.rank; ++r) {
+    const float rho = work.scaling * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r]);
+    const float b = rho * work.lora_B[n * work.rank + r];
+#pragma unroll
+    for (int i = 0; i < kFinishTokens; ++i)
+      if (first + i < work.tokens) low_rank[i] += work.s[(first + i) * work.rank + r] * b;
+  }
+  const float scale = work.scale == nullptr ? 1.0f : work.scale[n];
+  const float before = work.bias_before == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_before) + n);
+  const float after = work.bias_after == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_after) + n);
+#pragma unroll
+  for (int i = 0; i < kFinishTokens; ++i) {
+    if (first + i >= work.tokens) continue;
+    const int64_t at = (first + i) * work.outputs + n;
+    const float z = sums[i] + low_rank[i] + before;
+    if (work.z != nullptr) store_value(static_cast<T*>(work.z) + at, z);
+    store_value(static_cast<T*>(work.y) + at, scale * z + after);
+  }
+}
+
+}  // namespace peft_ext

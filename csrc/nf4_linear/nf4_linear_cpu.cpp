@@ -1,0 +1,33 @@
+// The frozen layer over a dense or an NF4 weight on the CPU, forward and dX. See linear/cpu/adapted_linear.h.
+#include "linear/cpu/adapted_linear.h"
+
+namespace peft_ext {
+namespace {
+
+Tensor nf4_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                      std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                      std::vector<int64_t> shape, std::optional<Tensor> bias) {
+  constexpr const char* kOp = "nf4_linear";
+  const FrozenWeight held =
+      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  return adapted_forward(kOp, x, held, bias, Adapter(), false, false).y;
+}
+
+Tensor nf4_linear_backward_cpu(Tensor grad, Tensor weight, std::optional<Tensor> absmax,
+                               std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                               std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape) {
+  constexpr const char* kOp = "nf4_linear_backward";
+  const FrozenWeight held =
+      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == held.out_features(), kOp, ": grad has ", grad.numel(),
+                  " elements, wanted rows of ", held.out_features());
+  return frozen_backward(kOp, grad, held);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("nf4_linear", TORCH_BOX(&peft_ext::nf4_linear_cpu));
+  m.impl("nf4_linear_backward", TORCH_BOX(&peft_ext::nf4_linear_backward_cpu));
+}

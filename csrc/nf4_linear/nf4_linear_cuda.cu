@@ -1,0 +1,34 @@
+// peft_ext::nf4_linear for CUDA: the frozen layer over an NF4 weight, forward and dX. See
+// linear/cuda/adapted_linear.cuh.
+#include "linear/cuda/adapted_linear.cuh"
+
+namespace peft_ext {
+namespace {
+
+Tensor nf4_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                       const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
+                       const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "nf4_linear";
+  const DeviceWeight held =
+      device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
+  return adapted_forward(kOp, x, held, bias, DeviceAdapter{}, false, false).y;
+}
+
+Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& weight, const std::optional<Tensor>& absmax,
+                                const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                                const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                const std::vector<int64_t>& shape) {
+  constexpr const char* kOp = "nf4_linear_backward";
+  const DeviceWeight held = device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                          shape, grad.scalar_type());
+  return frozen_backward(kOp, grad, held);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+PEFT_EXT_CUDA_LIBRARY(m) {
+  m.impl("nf4_linear", TORCH_BOX(&peft_ext::nf4_linear_cuda));
+  m.impl("nf4_linear_backward", TORCH_BOX(&peft_ext::nf4_linear_backward_cuda));
+}

@@ -1,0 +1,191 @@
+// NF4 dequantize with a row scale and a low-rank merge:
+//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh, g none: no product
+// packed and scales of W [N, K] as in nf4.cuh, A [R, K], B [N, R], g [N] float32 -> out [N, K] float32, bfloat16 or
+// float16. K, N and R are any.
+// Ownership: a thread block owns a tile of 64 rows and 128 columns; a thread 4 rows, and of each the columns 4c to
+// 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's shared rows without conflict and store 128 (256) bytes
+// in a row.
+// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB: one is computed with while
+// cp.async fills the other. The pad spreads the transposed writes over the banks, and keeps 16-byte reads aligned.
+// Rounding: float32; the sum by FMA in order of r, then times scaling, plus code · s_b (rounded before), times g, each
+// rounded; then once to nearest even.
+// Bytes moved: those of nf4.cuh, + 4RK + 4RN + 4N; the panels of A and B come from L2 when read again, 768 R a tile.
+// R FMAs an element, in float32: at a rank above a few these, not bytes, are the time.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "nf4/cuda/nf4.cuh"
+
+namespace peft_ext {
+
+constexpr int kMergeRows = 64;      // of a tile
+constexpr int kMergeColumns = 128;  // of a tile
+constexpr int kMergeRanks = 16;     // of a slab
+constexpr int kMergePitch = kMergeRows + 4;
+constexpr int kMergeThreads = 256;
+constexpr int kMergeThreadRows = 4;
+constexpr int kMergeChunk = 4;  // columns in a row that a thread owns
+constexpr int kMergeChunks = 2;
+constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // threads along a row
+static_assert(kMergeLanes * (kMergeRows / kMergeThreadRows) == kMergeThreads, "the threads cover the tile once");
+static_assert(kMergeThreads % kMergeRanks == 0 && kMergeThreads % kMergeColumns == 0, "threads stage whole rows");
+
+struct Nf4Merge {
+  Nf4View weight;
+  int64_t rows, columns;
+  int ranks;
+  const float* lora_A;     // [R, K], aligned to 16 bytes
+  const float* lora_B;     // [N, R]
+  const float* row_scale;  // [N] or null
+  float scaling;
+};
+
+struct MergeSlab {
+  float a[kMergeRanks][kMergeColumns];
+  float b[kMergeRanks][kMergePitch];
+};
+
+// Starts the copies of ranks [first, first + kMergeRanks) of both factors; zeros beyond R, N and K.
+template <bool kAligned>
+__device__ __forceinline__ void merge_stage(const Nf4Merge& merge, MergeSlab& slab, int first, int64_t row,
+                                            int64_t column) {
+  // Lanes along a row of A, 16 or 4 bytes each.
+  constexpr int kWidth = kAligned ? 4 : 1;
+  constexpr int kAcross = kMergeColumns / kWidth, kDown = kMergeThreads / kAcross;
+  const int k = threadIdx.x % kAcross * kWidth;
+  int rank = threadIdx.x / kAcross;
+  const float* a = merge.lora_A + (first + rank) * merge.columns + column + k;
+#pragma unroll
+  for (int i = 0; i < kMergeRanks / kDown; ++i) {
+    const bool take = first + rank < merge.ranks && column + k < merge.columns;
+    if (kAligned) {
+      cp_async_16(&slab.a[rank][k], take ? a : merge.lora_A, take);
+    } else {
+      cp_async_4(&slab.a[rank][k], take ? a : merge.lora_A, take);
+    }
+    rank += kDown;
+    a += kDown * merge.columns;
+  }
+  // Lanes along a row of B, 64 bytes of it; they land in as many rows of the slab.
+  constexpr int kRows = kMergeThreads / kMergeRanks;
+  rank = threadIdx.x % kMergeRanks;
+  int n = threadIdx.x / kMergeRanks;
+  const float* b = merge.lora_B + (row + n) * merge.ranks + first + rank;
+#pragma unroll
+  for (int i = 0; i < kMergeRows / kRows; ++i) {
+    const bool take = first + rank < merge.ranks && row + n < merge.rows;
+    cp_async_4(&slab.b[rank][n], take ? b : merge.lora_B, take);
+    n += kRows;
+    b += static_cast<int64_t>(kRows) * merge.ranks;
+  }
+}
+
+__device__ __forceinline__ void merge_store(float* out, const float (&values)[kMergeChunk]) {
+  *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
+}
+
+template <typename T>
+__device__ __forceinline__ void merge_store(T* out, const float (&values)[kMergeChunk]) {
+  *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]));
+}
+
+// kAligned: K is a multiple of 4. Then a chunk starts on a byte of the codes, lies in one quantization block, within K
+// or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads, along K first; out
+// is aligned to 16 bytes.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
+  PEFT_EXT_SHARED(MergeSlab[2], slabs);
+  const int64_t across = (merge.columns + kMergeColumns - 1) / kMergeColumns;
+  const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
+  const int own_row = threadIdx.x / kMergeLanes * kMergeThreadRows;
+  const int own_column = threadIdx.x % kMergeLanes * kMergeChunk;
+  constexpr int kApart = kMergeChunk * kMergeLanes;  // from a thread's first chunk to its second
+
+  merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
+  cp_async_commit();
+  // Codes and scales are under way while the products are computed.
+  uint32_t codes[kMergeThreadRows];  // 16 bits a chunk
+  float scales[kMergeThreadRows][kMergeChunks];
+#pragma unroll
+  for (int i = 0; i < kMergeThreadRows; ++i) {
+    codes[i] = 0;
+#pragma unroll
+    for (int j = 0; j < kMergeChunks; ++j) {
+      const int64_t row = tile_row + own_row + i, column = tile_column + own_column + j * kApart;
+      const int64_t element = row * merge.columns + column;
+      scales[i][j] = 0.0f;
+      if (kAligned && row < merge.rows && column < merge.columns) {
+        codes[i] |= load_streaming(reinterpret_cast<const uint16_t*>(merge.weight.packed + element / 2)) << (16 * j);
+        scales[i][j] = nf4_scale(merge.weight, element >> merge.weight.log2_blocksize);
+      }
+    }
+  }
+
+  float sums[kMergeThreadRows][kMergeChunks * kMergeChunk] = {};
+  for (int first = 0, slab = 0; first < merge.ranks; first += kMergeRanks, slab ^= 1) {
+    if (first + kMergeRanks < merge.ranks) {
+      merge_stage<kAligned>(merge, slabs[slab ^ 1], first + kMergeRanks, tile_row, tile_column);
+    }
+    cp_async_commit();
+    cp_async_wait<1>();
+    sync_threads();
+    const int ranks = merge.ranks - first < kMergeRanks ? merge.ranks - first : kMergeRanks;
+#pragma unroll 4
+    for (int rank = 0; rank < ranks; ++rank) {
+      const float4 b = *reinterpret_cast<const float4*>(&slabs[slab].b[rank][own_row]);
+      const float rows[kMergeThreadRows] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < kMergeChunks; ++j) {
+        const float4 a = *reinterpret_cast<const float4*>(&slabs[slab].a[rank][own_column + j * kApart]);
+        const float columns[kMergeChunk] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < kMergeThreadRows; ++i) {
+#pragma unroll
+          for (int c = 0; c < kMergeChunk; ++c) {
+            float& sum = sums[i][j * kMergeChunk + c];
+            sum = fma_rn(rows[i], columns[c], sum);
+          }
+        }
+      }
+    }
+    sync_threads();  // the slab is filled anew in the next round
+  }
+
+  const float code = kNf4DeviceCode[threadIdx.x % 16];
+#pragma unroll
+  for (int i = 0; i < kMergeThreadRows; ++i) {
+    const int64_t row = tile_row + own_row + i;
+    const bool row_in = row < merge.rows;
+    const float row_scale = merge.row_scale != nullptr && row_in ? merge.row_scale[row] : 1.0f;
+#pragma unroll
+    for (int j = 0; j < kMergeChunks; ++j) {
+      const int64_t column = tile_column + own_column + j * kApart;
+      const int64_t element = row * merge.columns + column;
+      float values[kMergeChunk];
+#pragma unroll
+      for (int c = 0; c < kMergeChunk; ++c) {
+        uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high one of a byte comes first
+        float scale = scales[i][j];
+        if (!kAligned && row_in && column + c < merge.columns) {
+          const uint32_t byte = merge.weight.packed[(element + c) / 2];
+          nibble = (element + c) % 2 == 0 ? byte >> 4 : byte;
+          scale = nf4_scale(merge.weight, (element + c) >> merge.weight.log2_blocksize);
+        }
+        // The shuffle itself drops the bits above the nibble.
+        const float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
+        // A product by one is exact.
+        values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
+      }
+      if (kAligned) {
+        if (row_in && column < merge.columns) merge_store(out + element, values);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kMergeChunk; ++c) {
+          if (row_in && column + c < merge.columns) store_element(out + element + c, values[c]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace peft_ext

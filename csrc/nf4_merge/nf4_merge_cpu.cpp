@@ -1,0 +1,99 @@
+// peft_ext::nf4_merge on the CPU: W' = g ∘ (W + s B A), requantized, in one pass over W.
+//
+// A thread takes rows that begin and end with a block, some 64 K elements: decodes them, adds the low-rank term, scales
+// the rows, quantizes them, and decodes them again for the error's sums. All of it stays in L2: of W nothing is read or
+// written in memory but codes and scales. float32, as nf4_dequantize_merged; the error's sums in double, in an order
+// that depends on the sizes alone.
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "linear/cpu/passes.h"
+#include "cpu/scratch.h"
+#include "nf4/cpu/decode.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kMergeElements = 64 * 1024;
+
+std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Tensor> absmax,
+                                                 std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                                                 std::optional<Tensor> nested_offset, int64_t blocksize,
+                                                 std::vector<int64_t> shape, Tensor lora_A, Tensor lora_B,
+                                                 std::optional<Tensor> row_scale, double scaling) {
+  constexpr const char* kOp = "nf4_merge";
+  STD_TORCH_CHECK(absmax.has_value(), kOp, ": absmax is None, wanted the scales of an NF4 weight");
+  STD_TORCH_CHECK(shape.size() == 2, kOp, ": shape has ", shape.size(), " dimensions, wanted [N, K]");
+  const FrozenWeight held =
+      checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  const int64_t n = shape[0], k = shape[1], rank = lora_A.dim() == 2 ? lora_A.size(0) : 0;
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == k && rank > 0, kOp, ": lora_A has ", lora_A.numel(),
+                  " elements, wanted [R, ", k, "]");
+  STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) == rank, kOp, ": lora_B is not [", n, ", ",
+                  rank, "]");
+  const int64_t padded = round_up(rank, kRankStep), count = n * k;
+  Expand add;
+  add.dtype = DType::kF32;
+  add.columns = k;
+  add.rank = padded;
+  add.stride = round_up(k, kColumnStep);
+  const Tensor right = packed(kOp, "lora_A", lora_A, nullptr, nullptr, false, padded, add.stride);
+  const std::vector<float> rho(static_cast<size_t>(rank), static_cast<float>(scaling));
+  const Tensor left = packed(kOp, "lora_B", lora_B, nullptr, rho.data(), false, n, padded);
+  add.right = right.const_data_ptr<float>();
+  Tensor g;
+  if (row_scale.has_value()) g = float_vector(kOp, "row_scale", *row_scale, n);
+
+  Tensor codes = empty({ceil_div(count, 2), 1}, ScalarType::Byte);
+  Tensor scales = empty({ceil_div(count, blocksize)}, ScalarType::Float);
+  Tensor error = empty({2}, ScalarType::Double);
+  auto* totals = static_cast<double*>(error.mutable_data_ptr());
+  totals[0] = totals[1] = 0.0;
+  if (count == 0) return {codes, scales, error};
+
+  // The fewest rows that end with a block, as many times as fit.
+  const int64_t step = blocksize / std::gcd(k, blocksize);
+  const int64_t rows = step * std::max<int64_t>(1, kMergeElements / (step * k)), chunks = ceil_div(n, rows);
+  std::vector<double> sums(static_cast<size_t>(2 * chunks));
+  const PassKernels& low_rank = pass_kernels();
+  const Nf4Kernels& nf4 = nf4_kernels();
+  uint8_t* to_codes = codes.mutable_data_ptr<uint8_t>();
+  float* to_scales = scales.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * rows, last = min_i64(first + rows, n);
+      const int64_t flat = first * k, size = (last - first) * k, blocks = ceil_div(size, blocksize);
+      const auto bytes = static_cast<size_t>((size + 2 * blocksize) * 4);
+      auto* w = static_cast<float*>(scratch(Scratch::kRows, bytes));
+      dequantize_range(held, flat, flat + size, DType::kF32, w);
+      Expand work = add;
+      work.y = w;
+      work.before = w;
+      work.left = left.const_data_ptr<float>() + first * padded;
+      low_rank.expand(work, 0, last - first);
+      if (row_scale.has_value())
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t j = 0; j < k; ++j) w[(i - first) * k + j] *= g.const_data_ptr<float>()[i];
+      nf4.quantize(w, DType::kF32, size, blocksize, 0, blocks, to_codes + flat / 2, to_scales + flat / blocksize);
+      auto* back = static_cast<float*>(scratch(Scratch::kPanel, bytes));
+      nf4.dequantize(to_codes + flat / 2, to_scales + flat / blocksize, size, blocksize, 0, blocks, back, DType::kF32);
+      double moved = 0.0, whole = 0.0;
+      for (int64_t i = 0; i < size; ++i) {
+        const double was = w[i], by = back[i] - was;
+        moved += by * by;
+        whole += was * was;
+      }
+      sums[static_cast<size_t>(2 * chunk)] = moved;
+      sums[static_cast<size_t>(2 * chunk + 1)] = whole;
+    }
+  });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int i = 0; i < 2; ++i) totals[i] += sums[static_cast<size_t>(2 * chunk + i)];
+  return {codes, scales, error};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) { m.impl("nf4_merge", TORCH_BOX(&peft_ext::nf4_merge_cpu)); }

@@ -1,0 +1,129 @@
+// peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel; and peft_ext::nf4_merge, which
+// quantizes its result.
+#include "nf4_merge/nf4_merge.cuh"
+
+#include <string>
+#include <tuple>
+
+#include "nf4/cuda/nf4_weight.cuh"
+
+namespace peft_ext {
+namespace {
+
+constexpr const char* kOp = "nf4_dequantize_merged";
+
+bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+         type == ScalarType::Double;
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
+}
+
+// A factor or the row scale, of any float type, as float32.
+Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
+  STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
+                  " is on another device than weight, wanted cuda:", weight.get_device_index());
+  STD_TORCH_CHECK(is_float(tensor.scalar_type()), kOp, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted Float, BFloat16, Half or Double");
+  const Tensor wide = torch::stable::contiguous(as_type(tensor, ScalarType::Float));
+  return aligned(wide, 16) ? wide : torch::stable::clone(wide);
+}
+
+template <typename T>
+void launch(const Launcher& launcher, const Nf4Merge& merge, const Tensor& out) {
+  const int64_t tiles = ceil_div(merge.rows, kMergeRows) * ceil_div(merge.columns, kMergeColumns);
+  const auto kernel = merge.columns % kMergeChunk == 0 ? nf4_merge_kernel<T, true> : nf4_merge_kernel<T, false>;
+  launcher(kernel, tiles, kMergeThreads, merge, launcher.out<T>(out));
+}
+
+Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
+                                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                                  const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                  const std::vector<int64_t>& shape, const Tensor& lora_A, const Tensor& lora_B,
+                                  const std::optional<Tensor>& row_scale, double scaling, ScalarType dtype) {
+  STD_TORCH_CHECK(shape.size() == 2, kOp, ": shape has ", shape.size(), " dimensions, wanted [N, K]");
+  STD_TORCH_CHECK(is_float(dtype), kOp, ": dtype is ", torch::headeronly::toString(dtype),
+                  ", wanted Float, BFloat16, Half or Double");
+  const int64_t rows = shape[0], columns = shape[1];
+  const DeviceWeight held =
+      nf4_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, rows, columns);
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == columns, kOp, ": lora_A has shape ", shape_of(lora_A),
+                  ", wanted [R, ", columns, "]");
+  STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == rows, kOp, ": lora_B has shape ", shape_of(lora_B),
+                  ", wanted [", rows, ", R]");
+  STD_TORCH_CHECK(lora_A.size(0) == lora_B.size(1), kOp, ": lora_B has rank ", lora_B.size(1), ", lora_A has rank ",
+                  lora_A.size(0));
+  STD_TORCH_CHECK(lora_A.size(0) >= 1 && lora_A.size(0) <= INT32_MAX / 2, kOp, ": lora_A has rank ", lora_A.size(0),
+                  ", wanted at least 1");
+  if (row_scale.has_value()) {
+    STD_TORCH_CHECK(row_scale->dim() == 1 && row_scale->size(0) == rows, kOp, ": row_scale has shape ",
+                    shape_of(*row_scale), ", wanted [", rows, "]");
+  }
+
+  // All of these are held until the launch: the memory of a copy must not be given out before it.
+  const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
+  std::optional<Tensor> g;
+  if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
+  const bool wide = dtype == ScalarType::Double;  // the float32 value in a wider type: for checks, not for speed
+  const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
+
+  if (rows * columns > 0) {
+    const Launcher launcher(out);
+    Nf4Merge merge{};
+    merge.weight = nf4_view(launcher, held);
+    merge.rows = rows;
+    merge.columns = columns;
+    merge.ranks = static_cast<int>(a.size(0));
+    merge.lora_A = launcher.in<float>(a);
+    merge.lora_B = launcher.in<float>(b);
+    merge.row_scale = launcher.in<float>(g);
+    merge.scaling = static_cast<float>(scaling);
+    if (dtype == ScalarType::BFloat16) {
+      launch<bf16>(launcher, merge, out);
+    } else if (dtype == ScalarType::Half) {
+      launch<f16>(launcher, merge, out);
+    } else {
+      launch<float>(launcher, merge, out);
+    }
+  }
+  return wide ? torch::stable::to(out, dtype) : out;
+}
+
+// Σ m² of a float32 tensor into element `index` of a float64 one.
+void sum_squares(const Tensor& m, const Tensor& out, int64_t index) {
+  const Tensor row = torch::stable::view(m, {1, m.numel()}), column = torch::stable::view(m, {m.numel(), 1});
+  Tensor all = out;
+  Tensor to = torch::stable::narrow(all, 0, index, 1);
+  torch::stable::copy_(to, torch::stable::view(torch::stable::matmul(row, column), {1}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
+                                                  const std::optional<Tensor>& nested_absmax,
+                                                  const std::optional<Tensor>& nested_code,
+                                                  const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                                  const std::vector<int64_t>& shape, const Tensor& lora_A,
+                                                  const Tensor& lora_B, const std::optional<Tensor>& row_scale,
+                                                  double scaling) {
+  const Tensor merged = nf4_dequantize_merged_cuda(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize,
+                                                   shape, lora_A, lora_B, row_scale, scaling, ScalarType::Float);
+  const auto [codes, scales] = nf4_quantized(merged, blocksize);
+  const Tensor error = device_zeros(merged, {2}, ScalarType::Double);
+  if (merged.numel() == 0) return {codes, scales, error};
+  const DeviceWeight held =
+      nf4_weight("nf4_merge", codes, scales, std::nullopt, std::nullopt, std::nullopt, blocksize, shape[0], shape[1]);
+  sum_squares(torch::stable::subtract(dense_weight(held, ScalarType::Float), merged), error, 0);
+  sum_squares(merged, error, 1);
+  return {codes, scales, error};
+}
+
+PEFT_EXT_CUDA_LIBRARY(m) {
+  m.impl("nf4_dequantize_merged", TORCH_BOX(&nf4_dequantize_merged_cuda));
+  m.impl("nf4_merge", TORCH_BOX(&nf4_merge_cuda));
+}
+
+}  // namespace
+}  // namespace peft_ext

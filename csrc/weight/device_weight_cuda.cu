@@ -1,0 +1,60 @@
+#include "weight/device_weight.cuh"
+
+namespace peft_ext {
+
+DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs,
+                        int64_t inputs) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
+  STD_TORCH_CHECK(is_blocksize(blocksize), op, ": blocksize is ", blocksize, ", wanted a power of two from ",
+                  kSmallestBlock, " to ", kLargestBlock);
+  const bool nested = nested_absmax.has_value();
+  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
+                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
+  DeviceWeight held;
+  held.outputs = outputs;
+  held.inputs = inputs;
+  const int64_t numel = outputs * inputs, scales = ceil_div(numel, blocksize);
+  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
+    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
+                    " is on another device than weight, wanted cuda:", weight.get_device_index());
+    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
+                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
+                    torch::headeronly::toString(wanted), " with ", count);
+    return torch::stable::contiguous(tensor);
+  };
+  held.blocksize = blocksize;
+  held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));
+  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
+  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales);
+  if (nested) {
+    const int64_t groups = ceil_div(scales, kNestedBlock);
+    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups);
+    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, kNestedCodes);
+    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, 1);
+  }
+  return held;
+}
+
+DeviceWeight device_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                           const std::vector<int64_t>& shape, ScalarType type) {
+  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
+  STD_TORCH_CHECK(shape.size() == 2, op, ": weight has ", shape.size(), " dimensions, wanted [N, K]");
+  if (absmax.has_value())
+    return nf4_weight(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1]);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == shape[0] && weight.size(1) == shape[1], op,
+                  ": weight is not [", shape[0], ", ", shape[1], "]");
+  STD_TORCH_CHECK(weight.scalar_type() == type, op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
+                  ", x is ", torch::headeronly::toString(type));
+  DeviceWeight held;
+  held.weight = weight;
+  held.outputs = shape[0];
+  held.inputs = shape[1];
+  return held;
+}
+
+}  // namespace peft_ext

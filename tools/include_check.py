@@ -1,0 +1,74 @@
+"""Checks the direction of #include in csrc/: each folder includes those below it alone, and no file itself by a detour.
+
+    python tools/include_check.py [--graph]
+
+Floors from below: common; emulator; cpu and cuda; weight; nf4; linear; and on top the operators' glue, a folder each,
+none of which includes another. What is for the CPU includes nothing that is for CUDA, and the other way round. Prints
+each include that is not so, and fails; ``--graph`` prints how many includes lead from folder to folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import graphlib
+import re
+import sys
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("linear",))
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+
+def includes(csrc: Path) -> dict[str, list[str]]:
+    """Returns the files of the library, and what each includes of it."""
+    sources = [path for path in sorted(csrc.rglob("*")) if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
+    return {str(path.relative_to(csrc)): INCLUDE.findall(path.read_text()) for path in sources}
+
+
+def device(file: str) -> str:
+    """Returns "cpu" or "cuda" where a file is for that alone, and else nothing."""
+    if file.endswith((".cu", ".cuh")):
+        return "cuda"
+    return "cpu" if "cpu" in Path(file).parts or file.endswith(".cpp") else ""
+
+
+def faults(graph: dict[str, list[str]]) -> list[str]:
+    """Returns what is wrong with the includes, a line each."""
+    found = []
+    for file, included in graph.items():
+        folder = Path(file).parts[0]
+        for other in included:
+            below = Path(other).parts[0]
+            if other not in graph:
+                found.append(f"{file} includes {other}, which is not in csrc/")
+            elif folder != below and FLOOR.get(below, len(FLOORS)) >= FLOOR.get(folder, len(FLOORS)):
+                found.append(f"{file} includes {other}, which is not below it")
+            elif {device(file), device(other)} == {"cpu", "cuda"} and folder != "emulator":
+                found.append(f"{file} includes {other}, which is for the other device")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"a circle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graph", action="store_true")
+    graph = includes(CSRC)
+    if parser.parse_args().graph:
+        edges = collections.Counter((str(Path(file).parent), str(Path(other).parent)) for file in graph
+                                    for other in graph[file])  # fmt: skip
+        for (folder, below), count in sorted(edges.items()):
+            print(f"{folder} -> {below}  {count}")
+        return 0
+    wrong = faults(graph)
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
