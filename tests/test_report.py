@@ -1,6 +1,5 @@
 """report.html shows what the run measured, holds no markup but its own, and a browser draws it without a request."""
 
-import importlib.util
 import json
 import math
 import os
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 from test_cli import finetune, needs_hf, tiny  # noqa: F401  a fixture
 
+from peft_ext.chart import MOST_POINTS, short
 from peft_ext.cli import CliError
 from peft_ext.cli import finetune as command
 from peft_ext.cli import report as page
-from peft_ext.cli.report import MOST_POINTS, render, report
+from peft_ext.cli.report import render, report
 
 pytestmark = pytest.mark.cpu_only("the commands choose the device themselves")
 SECTIONS = (
@@ -374,10 +374,6 @@ def test_a_run_is_not_lost_for_a_picture(tiny, tmp_path, monkeypatch, capsys):  
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 _CONTRAST = """() => {
   const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -393,21 +389,6 @@ _CONTRAST = """() => {
   }
   return worst.sort((x, y) => x[0] - y[0]);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("needs playwright (pip install playwright)")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs a Chromium (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -473,7 +454,7 @@ def test_the_pointer_and_the_arrows_read_values_out(shown, pages, name):
     step = raw["x"][index]
     wanted = f"step {step}" if raw["width"] == 1 else f"steps {step:,}–{step + raw['width'] - 1:,}"
     assert label.inner_text() == wanted
-    assert first.inner_text().startswith(page._short(raw["y"][index]))
+    assert first.inner_text().startswith(short(raw["y"][index]))
     assert tab.locator("#chart-loss .dot").count() == 3
     at = tab.locator("#chart-loss .at").bounding_box()
     assert at["x"] == pytest.approx(box["x"] + 0.5 * box["width"], abs=box["width"] / len(raw["x"]) + 1)
@@ -482,7 +463,7 @@ def test_the_pointer_and_the_arrows_read_values_out(shown, pages, name):
     plot.focus()
     for key, index in (("Home", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("ArrowLeft", 0), ("End", -1)):
         tab.keyboard.press(key)
-        assert first.inner_text().startswith(page._short(raw["y"][index])), key
+        assert first.inner_text().startswith(short(raw["y"][index])), key
 
 
 @needs_hf

@@ -6,15 +6,13 @@ same weights. Every contender is verified against float64 before it is timed. Cl
 each round runs all of them in rotating order, and a ratio is the median over rounds of two times of the same round.
 The layer's weights stay in whatever cache holds them, for all alike.
 
-``--output FOLDER`` keeps what ``--json`` prints as ``bench.json``, and draws ``bench.svg`` and ``bench.png`` where
-matplotlib is installed.
+``--output FOLDER`` keeps what ``--json`` prints as ``bench.json``, and draws ``bench.svg``.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
+from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
 from . import CliError
 from ._common import bar, console, first_line, need, print_json, quiet
@@ -34,8 +33,6 @@ BASES = ("bf16", "nf4")
 _TOLERANCE = 1e-2  # of bfloat16 products, whose own rounding is 2e-3 to 4e-3, relative to the norm
 _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
-_CHARTS = (".svg", ".png")
-_NEEDS_MATPLOTLIB = "needs matplotlib: pip install matplotlib"
 _OURS, _FROZEN = "ours", "frozen layer"
 
 
@@ -95,18 +92,15 @@ def bench(
     else:
         _show(results)
     if chart is not None:
-        _write("--chart", {chart: _drawn(results, about, chart.suffix)})
+        _write("--chart", {chart: _drawn(results, about)})
         if not as_json:
             print(f"chart: {chart}")
     if output is not None:
-        files = {output / "bench.json": (json.dumps(document, indent=2) + "\n").encode()}
-        if find_spec("matplotlib") is not None:
-            files |= {output / f"bench{suffix}": _drawn(results, about, suffix) for suffix in _CHARTS}
+        numbers = (json.dumps(document, indent=2) + "\n").encode()
+        files = {output / "bench.json": numbers, output / "bench.svg": _drawn(results, about)}
         _write("--output", files)
         if not as_json:
             print(f"written: {', '.join(str(path) for path in files)}")
-        if len(files) == 1:
-            print(f"no chart: it {_NEEDS_MATPLOTLIB}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _check(
@@ -129,12 +123,10 @@ def _check(
     if not 0 < seconds <= 3600:
         raise CliError(f"--seconds {seconds:g}: wanted more than 0 and at most 3600")
     if chart is not None:
-        if chart.suffix not in _CHARTS:
-            raise CliError(f"--chart {chart}: wanted a name that ends in {' or '.join(_CHARTS)}")
+        if chart.suffix != ".svg":
+            raise CliError(f"--chart {chart}: wanted a name that ends in .svg")
         if not chart.absolute().parent.is_dir():
             raise CliError(f"--chart {chart}: {chart.parent} is no folder")
-        if find_spec("matplotlib") is None:
-            raise CliError(f"--chart {_NEEDS_MATPLOTLIB}")
     if output is not None:
         there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
         if not there.is_dir():
@@ -390,28 +382,28 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
             raise CliError(f"{option} {path}: {error.strerror}") from None
 
 
-def _drawn(results: list[Result], about: dict[str, Any], suffix: str) -> bytes:
-    """Bars of milliseconds, a group for each layer."""
-    from ._chart import COLOURS, bars, caption, look, new_figure, patch, render
-
-    names = {_OURS: "ours", "stock": "stock", _FROZEN: "frozen"}
-    labels = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
+def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
+    """Returns bars of milliseconds, a group for each layer."""
+    looks = {_OURS: "ours", "stock": "stock", _FROZEN: "eager"}
+    words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
+    labels = [_label(result) for result in results]
     groups = [
-        (_label(result), {("stock" if name == _stock_name(result.base) else name): ms
-                          for name, ms in result.milliseconds.items()})
+        {("stock" if name == _stock_name(result.base) else name): ms for name, ms in result.milliseconds.items()}
         for result in results
-    ]  # fmt: skip
-    with look():
-        figure = new_figure(
-            f"A training step of one layer, {about['hidden']} x {about['hidden']}, {about['tokens']} tokens",
-            7.0, 1.5 + 0.5 * len(results),
-            [patch(COLOURS[colour], label) for colour, label in zip(names.values(), labels, strict=True)],
-        )  # fmt: skip
-        axes = figure.subplots()
-        bars(axes, groups, names, name="bench", form="{:.3g}")
-        axes.set_xlabel("ms, forward and backward (less is better)")
-        axes.set_xlim(0, 1.1 * max(value for _, values in groups for value in values.values()))
-        absent = {f"{name}: {reason}" for result in results for name, reason in result.absent.items()}
-        lines = _machine_line(about).splitlines()
-        caption(figure, f"Rank {about['rank']}. Medians, {about['date']}.", *sorted(absent), *lines)
-        return render(figure, suffix)
+    ]
+    picture = Picture(
+        f"A training step of one layer, {about['hidden']} x {about['hidden']}, {about['tokens']} tokens",
+        list(zip(looks.values(), words, strict=True)), width=720,
+    )  # fmt: skip
+    (panel,) = picture.panels(
+        1, height=50 * len(results), left=12 + max(map(text_width, labels)), y=rows_scale(len(results)),
+        x=Scale(0, 1.1 * max(ms for values in groups for ms in values.values())),
+        x_label="ms, forward and backward (less is better)",
+    )  # fmt: skip
+    panel.x_axis()
+    panel.row_labels(labels)
+    panel.bars(groups, looks, [identifier("bench", label) for label in labels], form="{:.3g}")
+    absent = {f"{name}: {reason}" for result in results for name, reason in result.absent.items()}
+    lines = _machine_line(about).splitlines()
+    picture.caption(f"Rank {about['rank']}. Medians, {about['date']}.", *sorted(absent), *lines)
+    return picture.svg()

@@ -280,7 +280,7 @@ def bench(
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
     seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg or .png; needs matplotlib.")] = None,
+    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -4,9 +4,9 @@
 
     report("outputs/finetune")           # draws it again from run.json
 
-Curves are inline SVG. Up to ``MOST_POINTS`` steps are drawn as they are; beyond that a bin of steps is drawn as its
-mean, over a band from its least to its greatest. A Content-Security-Policy in the page forbids every request, and every
-script but the page's own, which shows the figures under the pointer; without scripts the page lacks that alone.
+Curves are :func:`peft_ext.chart.page_plot`'s inline SVG. A Content-Security-Policy in the page forbids every request,
+and every script but the page's own, which shows the figures under the pointer; without scripts the page lacks that
+alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from html import escape
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from ..chart import Series, page_plot, short
 from ..files import atomic_file
 from . import CliError
 
 __all__ = ["render", "report", "write"]
 
-MOST_POINTS = 1000  # of a curve that is drawn point by point
-_BINS = 400
 _MOST_TEXT = 4000  # characters of one text
 _ROWS = 21  # of the table of figures
-_WIDTH, _HEIGHT = 1000, 300  # of a plot, stretched to the place it gets
+_WIDTH = 1000  # of the bar of memory, stretched to the place it gets
 _MIB, _MB = 2**20, 1e6
 
 _KINDS = (
@@ -133,19 +132,6 @@ def _number(value: Any) -> Optional[float]:
     return float(value) if math.isfinite(value) else None
 
 
-def _short(value: Optional[float], digits: int = 4) -> str:
-    """``digits`` significant digits; the script's ``short`` writes the same."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    if size == 0 or 1e-3 <= size < 1e6:
-        text = f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
-    else:
-        mantissa, _, exponent = f"{size:.{digits - 1}e}".partition("e")
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"−{text}" if value < 0 else text
-
-
 def _count(value: Any) -> str:
     number = _number(value)
     return "–" if number is None else f"{number:,.0f}"
@@ -207,160 +193,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], num
     )
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Series:
-    """A curve: ``x`` ascending, ``y`` with None where there is no finite value. ``look``: its class in the style.
-
-    ``dots``: every point is marked; ``band``: where it is of bins, it shows how far they reach.
-    """
-
-    name: str
-    look: str
-    x: Sequence[float]
-    y: Sequence[Optional[float]]
-    dots: bool = False
-    band: bool = True
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A series as it is drawn: its own points, or the means of bins of ``width`` steps, with least and greatest."""
-
-    x: list[float]
-    y: list[Optional[float]]
-    low: Optional[list[Optional[float]]] = None
-    high: Optional[list[Optional[float]]] = None
-    width: int = 1
-
-
-def _drawn(series: _Series) -> _Drawn:
-    if len(series.x) <= MOST_POINTS:
-        return _Drawn(list(series.x), list(series.y))
-    width = math.ceil(len(series.x) / _BINS)
-    starts = range(0, len(series.x), width)
-    bins = [[v for v in series.y[i : i + width] if v is not None] for i in starts]
-    mean = [sum(b) / len(b) if b else None for b in bins]
-    low, high = ([f(b) if b else None for b in bins] if series.band else None for f in (min, max))
-    return _Drawn([series.x[i] for i in starts], mean, low, high, width)
-
-
-def _ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers within a range, at most ``most`` or one more."""
-    rough = (high - low) / most
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1, round(step))
-    first = math.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _range(values: list[float], zero: bool) -> tuple[float, float]:
-    """A little more than the values have; from 0 where ``zero`` is set and they allow it."""
-    low, high = min(values), max(values)
-    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    if zero and low >= 0:
-        return 0.0, high + pad
-    return low - pad, high + pad
-
-
-def _path(points: Iterable[Optional[tuple[float, float]]]) -> str:
-    """An SVG path, broken where a point is missing; a point on its own is a line of no length, which has round caps."""
-    parts, run = [], []
-    for point in [*points, None]:
-        if point is not None:
-            run.append(f"{point[0]:.1f} {point[1]:.1f}")
-        elif run:
-            parts.append(f"M{run[0]}" + ("".join(f"L{p}" for p in run[1:]) if len(run) > 1 else "h0"))
-            run = []
-    return "".join(parts)
-
-
-def _chart(name: str, heading: str, unit: str, series: Sequence[_Series], *, zero: bool, steps: int) -> str:
-    """A figure: heading, unit, legend with the last values, plot. ``zero``: the axis begins at 0."""
-    series = [s for s in series if any(v is not None for v in s.y)]
-    drawn = [_drawn(s) for s in series]
-    binned = " binned" if any(d.width > 1 for d in drawn) else ""
-    opening = f'<figure class="chart{binned}" id="chart-{name}">\n<figcaption><h3>{heading}</h3>'
-    if not series:
-        return f'{opening}</figcaption>\n<p class="note">No figures.</p>\n</figure>'
-    values = [v for d in drawn for column in (d.y, d.low or [], d.high or []) for v in column if v is not None]
-    low, high = _range(values, zero)
-    left, right = 0, max(steps, 1, *(s.x[-1] for s in series))
-
-    def at_x(x: float) -> float:
-        return (x - left) / (right - left)
-
-    def at_y(y: float) -> float:
-        return (y - low) / (high - low)
-
-    def place(x: float, y: Optional[float]) -> Optional[tuple[float, float]]:
-        return None if y is None else (_WIDTH * at_x(x), _HEIGHT * (1 - at_y(y)))
-
-    y_ticks, x_ticks = _ticks(low, high, 5), _ticks(left, right, 5, whole=True)
-    marks = [f'<path class="rule" d="{_path([(0, y), (_WIDTH, y)])}"/>'
-             for y in (_HEIGHT * (1 - at_y(t)) for t in y_ticks)]  # fmt: skip
-    for s, d in zip(series, drawn, strict=True):
-        middle = [x + (min(d.width, s.x[-1] - x + 1) - 1) / 2 for x in d.x]
-        points = [place(x, y) for x, y in zip(middle, d.y, strict=True)]
-        if d.low is not None and d.high is not None:
-            there = [i for i, v in enumerate(d.low) if v is not None]
-            band = [place(middle[i], d.high[i]) for i in there] + [place(middle[i], d.low[i]) for i in reversed(there)]
-            marks.append(f'<path class="band {s.look}" d="{_path(band)}Z"/>')
-        marks.append(f'<path class="line {s.look}" d="{_path(points)}"/>')
-        if s.dots:
-            marks.append(f'<path class="dots {s.look}" d="{"".join(_path([p]) for p in points if p)}"/>')
-    labels = [f'<span class="y" style="top:{100 * (1 - at_y(t)):.2f}%">{_short(t)}</span>' for t in y_ticks]
-    labels += [f'<span class="x" style="left:{100 * at_x(t):.2f}%">{t:,.0f}</span>' for t in x_ticks]
-    data = {
-        "x": [left, right], "y": [low, high],
-        "s": [{"x": d.x, "y": _rounded(d.y), "low": _rounded(d.low), "high": _rounded(d.high), "width": d.width,
-               "last": s.x[-1], "look": s.look} for s, d in zip(series, drawn, strict=True)],
-    }  # fmt: skip
-    last = max(s.x[-1] for s in series)
-    legend = "".join(
-        f'<span><i class="key {s.look}"></i>{s.name} <output>{_last(s, last)}</output></span>' for s in series
-    )
-    notes = [unit] + ([] if low == 0 else [f"the axis begins at {_short(low, 3)}"])
-    if (width := max(d.width for d in drawn)) > 1:
-        notes.append(f"each point is the mean of {width} steps, the band their least and greatest")
-    if missing := sum(v is None for v in series[0].y):
-        notes.append(f"{missing:,} without a finite value are left out")
-    told = "; ".join(_told(s) for s in series)
-    return f"""{opening}<p class="note">{"; ".join(notes)}</p></figcaption>
-<p class="legend"><b>step {last:,.0f}</b>{legend}</p>
-<div class="plot" tabindex="0" role="group" aria-label="{heading}: arrow keys read the steps out" data-chart="{
-        escape(json.dumps(data, separators=(",", ":")))
-    }">
-<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{heading}. {told}">
-{chr(10).join(marks)}
-</svg>
-<div aria-hidden="true">{"".join(labels)}<span class="axis">step</span></div>
-</div>
-</figure>"""
-
-
-def _rounded(values: Optional[Sequence[Optional[float]]]) -> Optional[list[Optional[float]]]:
-    return None if values is None else [None if v is None else float(f"{v:.5g}") for v in values]
-
-
-def _last(series: _Series, step: float) -> str:
-    x, y = next((x, y) for x, y in zip(reversed(series.x), reversed(series.y), strict=True) if y is not None)
-    return _short(y) if x == step else f"{_short(y)} at {x:,.0f}"
-
-
-def _told(series: _Series) -> str:
-    """A curve in words."""
-    found = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
-    least, most = (f(found, key=lambda point: point[1]) for f in (min, max))
-    (first_x, first), (last_x, last) = found[0], found[-1]
-    return (
-        f"{series.name}: {_short(first)} at step {first_x:,.0f}, {_short(last)} at step {last_x:,.0f}, "
-        f"least {_short(least[1])} at {least[0]:,.0f}, greatest {_short(most[1])} at {most[0]:,.0f}"
-    )
+# --- the history ------------------------------------------------------------------------------------------------------
 
 
 def _smoothed(values: Sequence[Optional[float]], over: int) -> list[Optional[float]]:
@@ -373,9 +206,6 @@ def _smoothed(values: Sequence[Optional[float]], over: int) -> list[Optional[flo
             total, weight = total + value, weight + 1
         smooth.append(total / weight if value is not None else None)
     return smooth
-
-
-# --- the history ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -446,12 +276,12 @@ def _summary(document: Mapping[str, Any]) -> str:
     gpu = _number(document.get("peak_cuda_mib"))
     peak = _number(document.get("peak_mib")) if gpu is None else gpu
     tiles = [
-        ("Held-out perplexity", f"{_short(before)} → {_short(after)}",
+        ("Held-out perplexity", f"{short(before)} → {short(after)}",
          f"{change}; {_count(examples.get('held_out'))} examples"),
         ("Trainable parameters", _count(trained),
          f"{_percent(trained / total)} of the base's {_count(total)}" if trained and total else ""),
         ("Training speed", f"{_count(document.get('tokens_per_s'))} tokens/s",
-         f"median step {_short(median, 3)} s" if median is not None else "not measured"),
+         f"median step {short(median, 3)} s" if median is not None else "not measured"),
         ("Peak memory", _mib(peak), "of the process" if gpu is None else "of PyTorch's tensors on the GPU"),
         ("Adapter on disk", _mb(size), "adapter_model.<wbr>safetensors" if size else "not saved"),
         ("Time", _duration(sum(seconds)), "all phases"),
@@ -469,21 +299,21 @@ def _curves(document: Mapping[str, Any]) -> str:
     which = f"{_count(of)} of {_count(all_of)} held-out examples" if of and of != all_of else "all held-out examples"
     x, y = [p[0] for p in h.held_out], [p[1] for p in h.held_out]
     loss = [
-        _Series("training, each step", "raw", h.step, h.loss),
-        _Series(f"smoothed over {over} steps", "s1", h.step, _smoothed(h.loss, over), band=False),
-        _Series("held out", "s2", x, y, dots=True),
+        Series("training, each step", "raw", h.step, h.loss),
+        Series(f"smoothed over {over} steps", "s1", h.step, _smoothed(h.loss, over), band=False),
+        Series("held out", "s2", x, y, dots=True),
     ]
     nats = "mean cross-entropy, nats per token"
     return _section(
         "curves", "Curves",
-        _chart("loss", "Loss", nats, loss, zero=False, steps=steps),
+        page_plot("loss", "Loss", nats, loss, zero=False, steps=steps),
         '<div class="grid">',
-        _chart("held-out", "Held-out loss", f"{nats}; {which}, the same at each point; step 0 is the base model",
-               [_Series("held out", "s2", x, y, dots=True)], zero=False, steps=steps),
-        _chart("lr", "Learning rate", "of the step", [_Series("learning rate", "s3", h.step, h.lr)],
-               zero=True, steps=steps),
-        _chart("speed", "Speed", "tokens per second within the step: no evaluation, no saving",
-               [_Series("tokens/s", "s4", h.step, h.speed)], zero=True, steps=steps),
+        page_plot("held-out", "Held-out loss", f"{nats}; {which}, the same at each point; step 0 is the base model",
+                  [Series("held out", "s2", x, y, dots=True)], zero=False, steps=steps),
+        page_plot("lr", "Learning rate", "of the step", [Series("learning rate", "s3", h.step, h.lr)],
+                  zero=True, steps=steps),
+        page_plot("speed", "Speed", "tokens per second within the step: no evaluation, no saving",
+                  [Series("tokens/s", "s4", h.step, h.speed)], zero=True, steps=steps),
         "</div>",
     )  # fmt: skip
 
@@ -552,12 +382,12 @@ def _checked(document: Mapping[str, Any]) -> str:
         return _section("check", "Check", '<p class="note">Not checked: the run did not get there.</p>')
     ok = check.get("ok") is True
     verdict = "Stock PEFT re-reads the adapter." if ok else "Stock PEFT re-reads the adapter with another result."
-    found, bound = _short(_number(check.get("max_difference"))), _short(_number(check.get("bound")))
+    found, bound = short(_number(check.get("max_difference"))), short(_number(check.get("bound")))
     rows = [
         ("the adapter as stock PEFT re-reads it, and the trained model on its stock path", found, f"at most {bound}")
     ]
     if check.get("accelerated_difference") is not None:
-        found = _short(_number(check["accelerated_difference"]))
+        found = short(_number(check["accelerated_difference"]))
         dtype = _text(str(_mapping(document, "machine").get("dtype", "bfloat16")).partition(":")[0])
         rows.append(("the trained model, fused, and on its stock path", found, f"no bound: {dtype} rounds in both"))
     state = f'<span class="state {"good" if ok else "bad"}">{"passed" if ok else "failed"}</span>'
@@ -620,7 +450,7 @@ def _configuration(document: Mapping[str, Any]) -> str:
     for name, value in options.items():
         shown = "–" if value is None else {True: "yes", False: "no"}[value] if isinstance(value, bool) else _text(value)
         if name == "lr" and value is None and "learning_rate" in document:
-            shown = f"{_short(_number(document['learning_rate']))}, the method's"
+            shown = f"{short(_number(document['learning_rate']))}, the method's"
         if name == "max_steps" and value is None and options.get("epochs") is None and "steps_wanted" in document:
             shown = f"{_count(document['steps_wanted'])}, the default"
         mark = '<span class="chip">changed</span>' if name in changed else ""
@@ -661,11 +491,11 @@ def _figures(document: Mapping[str, Any]) -> str:
     picked = {round(i * (len(h.step) - 1) / max(count - 1, 1)) for i in range(count)}
     picked |= {i for i, step in enumerate(h.step) if step in held}
     rows = [
-        (_count(h.step[i]), _short(h.loss[i]), _short(held.get(h.step[i])), _short(h.lr[i]), _count(h.speed[i]))
+        (_count(h.step[i]), short(h.loss[i]), short(held.get(h.step[i])), short(h.lr[i]), _count(h.speed[i]))
         for i in sorted(picked)
     ]
     if 0 in held:
-        rows.insert(0, ("0", "–", _short(held[0]), "–", "–"))
+        rows.insert(0, ("0", "–", short(held[0]), "–", "–"))
     head = ("step", "loss", "held-out loss", "learning rate", "tokens/s")
     table = _table(f"{len(picked)} of {len(h.step):,} steps; all are in run.json", head, rows, range(5))
     return _section("figures", "Figures", f"<details><summary>The curves as a table</summary>\n{table}\n</details>")
