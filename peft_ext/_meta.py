@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .nn import NF4Linear
+from .sources.model import AUTO_CLASSES
 from .weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
 
 __all__ = [
-    "AUTO_CLASSES",
     "Dequantized",
     "build_model",
     "copy_to_meta",
@@ -35,15 +35,6 @@ __all__ = [
 
 
 # --- a model from its configuration -----------------------------------------------------------------------------------
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def build_model(
@@ -220,7 +211,7 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
     """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
-    from .quantize import HEADS, _places, _replace
+    from .quantize import HEADS, linear_groups, replace_group
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
@@ -231,8 +222,8 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
             module._buffers.update(first._buffers)
         return module.train()
 
-    for same in _places(model, set(HEADS)):
-        _replace(same, make)
+    for same in linear_groups(model, set(HEADS)):
+        replace_group(same, make)
 
 
 # --- PEFT's configurations --------------------------------------------------------------------------------------------

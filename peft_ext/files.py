@@ -40,7 +40,7 @@ except ImportError:  # Windows: leftovers can't be told from what is being writt
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
 _PART, _OLD = "part", "old"
-_SEAL, _LOCK = "sealed.json", ".lock"
+_SEAL, LOCK_FILE = "sealed.json", ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -98,7 +98,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     is a file; OSError as the system raises it.
     """
     target = Path(os.path.realpath(path))
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     inside = _stays(target)
@@ -109,7 +109,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
             _carry_over(target, part)
         _sync_tree(part)
         if inside:
-            _check_free(target, overwrite)
+            check_free(target, overwrite)
             _move_into(part, target, keep)
         else:
             _put(part, target, overwrite)
@@ -215,7 +215,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    path = folder / _LOCK
+    path = folder / LOCK_FILE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -244,7 +244,7 @@ def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.{kind}")
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     if target.is_symlink():  # the resolved path of a loop

@@ -39,7 +39,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from ._meta import (
-    AUTO_CLASSES,
     Dequantized,
     build_model,
     copy_to_meta,
@@ -54,6 +53,7 @@ from ._native import STATE, TILE_PATHS
 from .nn import NF4Linear
 from .ops import _checks as checks
 from .ops._library import NAMESPACE
+from .sources.model import AUTO_CLASSES, output_head, task_of
 
 __all__ = ["KINDS", "METHODS", "MemoryEstimate", "estimate_memory"]
 
@@ -219,7 +219,7 @@ def profile_step(
         model, dtype = build_model(model, task_type, dtype)
     place = _device(model, device)
     model = copy_to_meta(model, dtype, accelerated)
-    adapted = _adapt(model, config, method, task_type, gradient_checkpointing).train()
+    adapted = adapt_on_meta(model, config, method, task_type, gradient_checkpointing).train()
     if not any(p.requires_grad for p in adapted.parameters()):
         raise ValueError(f"estimate_memory: no parameter of {type(model).__name__} requires a gradient, wanted a "
                          "config, a method, or a model that trains")  # fmt: skip
@@ -299,7 +299,7 @@ def _device(model: nn.Module, device: Union[str, torch.device, None]) -> torch.d
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
-def _adapt(
+def adapt_on_meta(
     model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool
 ) -> nn.Module:
     if config is None and method in (None, "full"):
@@ -311,7 +311,7 @@ def _adapt(
     if isinstance(model, peft.PeftModel):
         raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
     if config is None:
-        config = make_config(*method_config(method, task_type or _task_of(model)))
+        config = make_config(*method_config(method, task_type or task_of(model)))
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"estimate_memory: config is {type(config).__name__}, wanted a PEFT configuration or one of "
                         f"{METHODS}")  # fmt: skip
@@ -327,17 +327,6 @@ def _adapt(
         adapted = peft.get_peft_model(model, config)
     freeze_ranknum(adapted)
     return adapted
-
-
-def _task_of(model: nn.Module) -> Optional[str]:
-    """The task that a model of transformers has its head for, by its class's name; None where that says nothing."""
-    name = type(model).__name__
-    heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
-             "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
-    found = next((task for head, task in heads.items() if head in name), None)
-    if found is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM" if _head(model) is not None else None
-    return found
 
 
 def _name_of(model: nn.Module, method: Optional[str]) -> str:
@@ -595,7 +584,7 @@ class _Step:
         def leave_head(_grad: Tensor) -> None:
             storages.kind = "temporary"
 
-        head = _head(self.model)
+        head = output_head(self.model)
         if head is not None:
             head.register_forward_pre_hook(enter_head)
         for stack, layers in enumerate(_stacks(self.model)):
@@ -730,12 +719,6 @@ def _stacks(model: nn.Module) -> list[nn.ModuleList]:
 def _base(model: nn.Module) -> str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).__name__
-
-
-def _head(model: nn.Module) -> Optional[nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    get = getattr(base, "get_output_embeddings", None)
-    return get() if callable(get) else None
 
 
 def _loss(out: Any) -> Tensor:

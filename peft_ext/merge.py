@@ -14,13 +14,11 @@ import contextlib
 import copy
 import errno
 import json
-import logging
 import os
 import re
 import shutil
 import sys
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Optional, Union
 
 import torch
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -36,10 +33,14 @@ from torch import Tensor, nn
 from . import ops
 from . import tuners as _tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
-from .files import _check_free, atomic_file, atomic_folder
-from .integrations._outside import check_expressions, check_index, check_model_config, checked_config, read_object
+from .files import atomic_file, atomic_folder, check_free
 from .nn import NF4Linear
-from .quantize import HEADS, _places
+from .quantize import HEADS, linear_groups
+from .sources.adapter import checked_config, training_options
+from .sources.expressions import check_expressions
+from .sources.json_file import first_line
+from .sources.model import INDEX, SourceError, find_folder, hushed, load_model
+from .sources.weight_files import safetensors_header
 from .tuners._layer import ReplacingLayer
 from .weight import BLOCKSIZES, NF4Weight
 
@@ -56,7 +57,7 @@ with required("peft", "peft_ext.merge_to_dense"):
     )
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 with required("transformers", "peft_ext.merge_to_dense"):
-    from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
 __all__ = ["DTYPES", "MergeError", "MergeReport", "merge_to_dense"]
@@ -64,19 +65,6 @@ __all__ = ["DTYPES", "MergeError", "MergeReport", "merge_to_dense"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
 _ADAPTER = "default"
-_WEIGHTS = "model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-# The class that a task's adapter was trained on, where the base's own class is of another task.
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 # Files beside the weights that a model is used with: tokenizer, chat template, processor.
 _BESIDE = (
@@ -91,13 +79,6 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 # Methods whose layers refer to one bank of tensors, where each module is merged on its own.
 _SHARED = ("VBLORA", "UNILORA", "TINYLORA")
-
-_HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weight")
-
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 _Read = Callable[[], Tensor]
 
@@ -188,14 +169,15 @@ def merge_to_dense(
     started = time.perf_counter()
     dtype = _dtype(dtype)
     _check_options(base_quant, blocksize)
-    adapter = _local("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
+    with _as_merge_error():
+        adapter = find_folder("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
     config = _adapter_config(adapter)
     output = Path(output).expanduser()
-    with _hushed():
+    with hushed():
         try:
             weights = load_peft_weights(str(adapter), device="cpu")
         except SafetensorError as error:
-            _fail(f"{adapter / SAFETENSORS_WEIGHTS_NAME}: {_first_line(error)}", error)
+            _fail(f"{adapter / SAFETENSORS_WEIGHTS_NAME}: {first_line(error)}", error)
         base = _base(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         merge = _Merge(base, config, weights, dtype)
@@ -220,10 +202,13 @@ def _fail(text: str, cause: Optional[BaseException] = None) -> NoReturn:
     raise MergeError(f"merge_to_dense: {text}") from cause
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if line.startswith("size mismatch")] or lines
-    return lines[0] if lines else type(error).__name__
+@contextlib.contextmanager
+def _as_merge_error() -> Iterator[None]:
+    """Raises MergeError for a SourceError."""
+    try:
+        yield
+    except SourceError as error:
+        _fail(str(error), error)
 
 
 def _dtype(dtype: Union[torch.dtype, str, None]) -> Optional[torch.dtype]:
@@ -239,26 +224,6 @@ def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
         _fail(f"base_quant is {base_quant!r}, wanted 'nf4', 'none' or None")
     if blocksize is not None and blocksize not in BLOCKSIZES:
         _fail(f"blocksize is {blocksize}, wanted one of {', '.join(map(str, BLOCKSIZES))}")
-
-
-def _local(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
-    """The folder ``name``, or the one in the hub's cache that a hub name stands for."""
-    text = str(name)
-    try:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return path
-        there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, ~ of nobody
-        _fail(f"{what} is {text[:60]}: {getattr(error, 'strerror', None) or _first_line(error)}", error)
-    if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        _fail(f"{what} is {text}, no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub raises, only the name can be mended
-        _fail(f"{what} is {text}: no such folder, and not what the hub gives ({_first_line(error)})", error)
 
 
 def _adapter_config(folder: Path) -> PeftConfig:
@@ -294,7 +259,7 @@ def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
     for source in sources:
         if Path(os.path.realpath(source)).is_relative_to(target):
             _fail(f"output is {output}, which is or holds {source}, from which the model is made")
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         _fail(f"output is {output}, which is not empty and no model's folder, so it is not replaced")
 
@@ -329,30 +294,6 @@ class _Base:
         return tensor.detach().cpu()
 
 
-def _run_options(adapter: Path) -> dict[str, Any]:
-    """The options of the ``peft-ext finetune`` that wrote ``adapter``, a checkpoint or the last; empty: not told.
-
-    Raises MergeError where a run.json is there and can't be read: which base the adapter belongs to is in it.
-    """
-    for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
-        file = folder / "run.json"
-        if not file.is_file():
-            continue
-        try:
-            options = read_object(file).get("options")
-        except (OSError, ValueError) as error:
-            _fail(_first_line(error), error)
-        if not isinstance(options, dict) or "quant" not in options:
-            continue
-        quant, blocksize = options["quant"], options.get("blocksize", 64)
-        if quant not in ("nf4", "none"):
-            _fail(f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': mend it, or take it away")
-        if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-            _fail(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
-        return options
-    return {}
-
-
 def _base(
     model: Union[PreTrainedModel, str, Path, None],
     config: PeftConfig,
@@ -362,9 +303,13 @@ def _base(
     blocksize: Optional[int],
     double_quant: bool,
 ) -> _Base:
-    trained = _run_options(adapter)
+    with _as_merge_error():
+        trained = training_options(adapter)
     if isinstance(model, (str, Path)) or model is None:
-        base = _from_folder(model, config, adapter, weights, trained)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        with _as_merge_error():
+            loaded = load_model(model, config, adapter, shapes, trained)
+        base = _Base(loaded.model, {}, loaded.name, loaded.folder, absent=loaded.absent)
     elif isinstance(model, PeftModel):
         _fail("model is a PeftModel, wanted its base: save the adapter, and give the base's folder or model.unload()")
     elif isinstance(model, PreTrainedModel):
@@ -390,81 +335,6 @@ def _base(
     return base
 
 
-def _from_folder(
-    model: Union[str, Path, None],
-    config: PeftConfig,
-    adapter: Path,
-    weights: dict[str, Tensor],
-    trained: dict[str, Any],
-) -> _Base:
-    name = model if model is not None else config.base_model_name_or_path
-    if not name:
-        _fail(f"{adapter / CONFIG_NAME} names no base model, give one")
-    folder = _local("model", name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"])
-    if not (folder / "config.json").is_file():
-        _fail(f"no config.json in {folder}, wanted a model in transformers' format")
-    if not any(folder.glob("*.safetensors")):
-        pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
-        _fail(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
-    try:
-        check_model_config(folder / "config.json")
-        if (folder / _INDEX).is_file():
-            check_index(folder / _INDEX)
-    except ValueError as error:
-        _fail(f"model {_first_line(error)}", error)
-    try:
-        about = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None: it would ask on the terminal
-        quantized = _check_quantization(folder, about)
-        loaded, info = _model_class(about, config).from_pretrained(
-            str(folder), dtype=torch.bfloat16 if trained and not quantized else "auto", use_safetensors=True,
-            output_loading_info=True, trust_remote_code=False, device_map="cpu" if quantized else None,
-            **_head(about, config, weights),
-        )  # fmt: skip
-    except MergeError:
-        raise
-    except Exception as error:  # whatever a file of others makes transformers raise
-        _fail(f"model {folder}: {_first_line(error)}", error)
-    if wrong := sorted(map(str, info["mismatched_keys"])):
-        _fail(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
-    return _Base(loaded, {}, str(name), folder, absent=tuple(sorted(info["missing_keys"])))
-
-
-def _check_quantization(folder: Path, about: PretrainedConfig) -> bool:
-    found = getattr(about, "quantization_config", None)
-    if found is None:
-        return False
-    found = found if isinstance(found, dict) else found.to_dict()
-    method, kind = found.get("quant_method"), found.get("bnb_4bit_quant_type")
-    if method != "bitsandbytes" or not found.get("load_in_4bit") or kind != "nf4":
-        bits = f", {kind if found.get('load_in_4bit') else 'int8'}" if method == "bitsandbytes" else ""
-        _fail(f"{folder} is quantized by {method}{bits}; wanted dense weights or bitsandbytes' nf4")
-    return True
-
-
-def _model_class(about: PretrainedConfig, config: PeftConfig) -> Any:
-    """The class that the adapter was trained on: the base's own, unless the adapter's task is another one."""
-    name = next(iter(about.architectures or ()), None)
-    own = getattr(transformers, name, None) if name else None
-    task = str(getattr(config.task_type, "value", config.task_type)) if config.task_type else None
-    if task is None:
-        trained_on = (config.auto_mapping or {}).get("base_model_class")
-        found = getattr(transformers, trained_on, None) if trained_on else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(about):
-            return found
-        return own or transformers.AutoModel
-    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and own is not None and own.can_generate():
-        return own
-    return getattr(transformers, _AUTO[task]) if task in _AUTO else own or transformers.AutoModel
-
-
-def _head(about: PretrainedConfig, config: PeftConfig, weights: dict[str, Tensor]) -> dict[str, int]:
-    """The number of labels, where the adapter brings the head and the base's config has another one."""
-    heads = [tensor for key, tensor in weights.items() if _HEAD_KEY.search(key) and tensor.dim() == 2]
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not heads or heads[-1].shape[0] == about.num_labels:
-        return {}
-    return {"num_labels": heads[-1].shape[0]}
-
-
 def _from_memory(model: PreTrainedModel) -> _Base:
     if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
         _fail(f"the {type(model).__name__} has adapter layers already, wanted it without: model.unload()")
@@ -486,7 +356,7 @@ def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
         try:
             return NF4Weight.from_bitsandbytes(module.weight)
         except ValueError as error:
-            _fail(f"{name}: {_first_line(error)}", error)
+            _fail(f"{name}: {first_line(error)}", error)
     if kind == "Linear8bitLt" or (isinstance(module, nn.Linear) and not module.weight.is_floating_point()):
         _fail(f"{name} is a {kind} with {module.weight.dtype} weights; wanted dense weights or NF4")
     return None
@@ -531,7 +401,7 @@ def _reverses(conversion: Any) -> bool:
 
 def _quantize(base: _Base, blocksize: int, double_quant: bool) -> None:
     """Read each weight that quantize_nf4 would quantize through NF4."""
-    for same in _places(base.model, set(HEADS)):
+    for same in linear_groups(base.model, set(HEADS)):
         weight = same[0].linear.weight
 
         def read(weight: Tensor = weight) -> Tensor:
@@ -737,7 +607,7 @@ class _Merge:
                 target.merge(safe_merge=True)
                 merged = target.get_base_layer()
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            reason = _first_line(error) if str(error).strip() else f"{type(target).__name__} has no merge"
+            reason = first_line(error) if str(error).strip() else f"{type(target).__name__} has no merge"
             _fail(f"{path}: {reason}", error)
         found = dict(merged.state_dict())
         locals_ = {origin[1] for origin in self.origin.values() if origin[0] == path}
@@ -786,7 +656,7 @@ class _Merge:
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
             )
         except ValueError as error:
-            _fail(f"max_shard_size is {max_shard_size!r}: {_first_line(error)}", error)
+            _fail(f"max_shard_size is {max_shard_size!r}: {first_line(error)}", error)
         group_of = {name: index for index, (_, outputs) in enumerate(self.groups) for name in outputs}
         ready: dict[str, Tensor] = {}
 
@@ -802,7 +672,7 @@ class _Merge:
             total = sum(tensor.numel() for tensor in self.outputs.values())
             about = {"total_parameters": total, "total_size": self.nbytes}
             index = {"metadata": about, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-            with atomic_file(folder / _INDEX) as file:
+            with atomic_file(folder / INDEX) as file:
                 file.write(json.dumps(index, indent=2) + "\n")
         return list(split.filename_to_tensors)
 
@@ -822,7 +692,7 @@ def _adapt(base: _Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftM
         # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
-        _fail(f"the adapter does not fit {type(base.model).__name__}: {_first_line(error)}", error)
+        _fail(f"the adapter does not fit {type(base.model).__name__}: {first_line(error)}", error)
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
         # Not copied: that would round to the base's dtype, and write into weights that the caller's model shares.
@@ -832,7 +702,7 @@ def _adapt(base: _Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftM
     try:
         result = set_peft_model_state_dict(model, weights, _ADAPTER)
     except RuntimeError as error:
-        _fail(f"the adapter does not fit {type(base.model).__name__}: {_first_line(error)}", error)
+        _fail(f"the adapter does not fit {type(base.model).__name__}: {first_line(error)}", error)
     except KeyError as error:
         _fail(f"the adapter's file has no {error.args[0]}", error)
     finally:
@@ -870,24 +740,16 @@ def _fresh(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
 def _write_safetensors(
     stream: BinaryIO, planned: dict[str, Tensor], take: Callable[[str], Tensor], advance: Callable[[int], None]
 ) -> None:
-    """The safetensors format, tensor by tensor: the library's own writer wants them all in memory.
+    """Writes the safetensors format, tensor by tensor: the library's own writer wants them all in memory.
 
-    8 bytes: the length of the header, little-endian; the header, JSON, padded with spaces to a multiple of 8; the data,
-    without gaps, wide dtypes first so that each tensor is aligned.
+    Wide dtypes come first, so that each tensor is aligned.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        tensor = planned[name]
-        if tensor.dtype not in _NAMES:
-            _fail(f"{name} is {tensor.dtype}, which is not written")
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
+    try:
+        header = safetensors_header({name: planned[name] for name in names})
+    except ValueError as error:
+        _fail(str(error), error)
+    stream.write(header)
     for name in names:
         tensor = take(name)
         if tensor.shape != planned[name].shape or tensor.dtype != planned[name].dtype:
@@ -913,30 +775,12 @@ def _write_beside(base: _Base, config: PretrainedConfig, folder: Path) -> None:
         try:
             model.generation_config.save_pretrained(folder)
         except ValueError as error:
-            _fail(f"the model's generation_config: {_first_line(error)}", error)
+            _fail(f"the model's generation_config: {first_line(error)}", error)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """No bars but ours, and no warnings about what is handled here: weights that PEFT finds tied, new heads."""
-    from transformers.utils import logging as hf
-
-    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity(logging.ERROR)
-    hf.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf.set_verbosity(level)
-        if bars:
-            hf.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -14,10 +14,12 @@ from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
-from .integrations._outside import check_expressions, check_finite, checked_config, weight_shapes
 from .integrations._peft_base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
+from .sources.adapter import checked_config
+from .sources.expressions import check_expressions
+from .sources.weight_files import check_finite, weight_shapes
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType

@@ -80,7 +80,7 @@ def quantize_nf4(
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
-    places = _places(model, {skip} if isinstance(skip, str) else set(skip))
+    places = linear_groups(model, {skip} if isinstance(skip, str) else set(skip))
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
@@ -148,7 +148,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     return model
 
 
-class _Place:
+class Place:
     """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed.
 
     ``name``: dotted, from the model. ``keeps_bias``: whether what replaces it has a bias that trains if the layer's
@@ -174,7 +174,7 @@ def _replaces_weights(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
 
-def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, _Place]]:
+def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, Place]]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -192,15 +192,15 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         name = f"{prefix}.{attribute}" if prefix else attribute
         # accelerate may have put it on an op.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
-            yield name, _Place(name, module, attribute, adapted)
+            yield name, Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)
 
 
-def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
+def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
     """The layers to quantize, checked; places whose weight is one and the same are one group."""
     skip = skip.union(_READ_PAST, *(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):
         linear = place.linear
@@ -216,9 +216,9 @@ def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
     return list(groups.values())
 
 
-def _nf4_places(model: nn.Module) -> list[list[_Place]]:
+def _nf4_places(model: nn.Module) -> list[list[Place]]:
     """The layers to dequantize, checked; places of one layer, or of layers that share one weight, are one group."""
-    groups: dict[Any, list[_Place]] = {}
+    groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
         if below is not None and any(type(module) is NF4Linear for module in below.modules()):
@@ -232,7 +232,7 @@ def _nf4_places(model: nn.Module) -> list[list[_Place]]:
             _check_forward("dequantize_nf4", name, child)
             weight = (child.weight.data_ptr(), child.absmax.data_ptr(), child.out_features, child.quant_dtype)
             key = weight if child.weight.numel() else id(child)  # an empty weight has no address
-            groups.setdefault(key, []).append(_Place(name, parent, attribute, keeps_bias=True))
+            groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
 
 
@@ -258,13 +258,13 @@ def _check(name: str, linear: nn.Linear) -> None:
 
 
 def _replace_all(
-    op: str, kind: str, model: nn.Module, places: list[list[_Place]], make: Callable[..., nn.Module], progress: bool
+    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
 ) -> None:
     if not places:
         warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
     for done, same in enumerate(_progress(places) if progress else places):
         try:
-            _replace(same, make)
+            replace_group(same, make)
         except (MemoryError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             text = (
@@ -288,7 +288,7 @@ def _choose_dora(layer: nn.Module) -> None:
             lowrank.prepare_dora(layer, dora_dropout)
 
 
-def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
+def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
     """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
 
     All are made before the first is put: where one can't be, none is replaced.

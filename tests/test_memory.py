@@ -15,8 +15,8 @@ from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import _native, memory  # noqa: E402
-from peft_ext._meta import AUTO_CLASSES  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
+from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
 

@@ -72,13 +72,13 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def mendable() -> Iterator[None]:
-    """What :mod:`peft_ext.merge` raises for a folder that it can't read, as a CliError."""
-    from ..merge import MergeError
+    """What :mod:`peft_ext.sources` raises for a folder that can't be used, as a CliError."""
+    from ..sources.model import SourceError
 
     try:
         yield
-    except MergeError as error:
-        raise CliError(str(error).removeprefix("merge_to_dense: ")) from None
+    except SourceError as error:
+        raise CliError(str(error)) from None
 
 
 def model_config(model: str) -> tuple[Path, Any]:
@@ -86,27 +86,15 @@ def model_config(model: str) -> tuple[Path, Any]:
 
     Of a hub name the JSON files alone are fetched. Raises CliError.
     """
-    from transformers import AutoConfig
-
-    from ..integrations._outside import check_model_config
-    from ..merge import _local
+    from ..sources.model import model_folder, read_model_config
 
     if model == DEMO_MODEL:
         from .demo_model import demo_model
 
         model = str(demo_model())
     with mendable():
-        folder = _local("model", model, ["*.json"])
-    if not (folder / "config.json").is_file():
-        raise CliError(f"no config.json in {folder}, wanted a model in transformers' format")
-    try:
-        check_model_config(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise CliError(f"model {first_line(error)}") from None
-    try:
-        return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # whatever a file of others makes transformers raise
-        raise CliError(f"model {folder}: {first_line(error)}") from None
+        folder = model_folder(model, ["*.json"])
+        return folder, read_model_config(folder)
 
 
 def dense_config(config: Any) -> Any:

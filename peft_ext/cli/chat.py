@@ -220,7 +220,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _adapter_config(adapter: Path) -> Any:
-    from ..integrations._outside import read_config
+    from ..sources.adapter import read_config
 
     try:
         if not adapter.is_dir():
@@ -239,14 +239,15 @@ def _base(
     import torch
 
     from .._cpu import why_float32
-    from ..merge import _from_folder, _hushed, _run_options
     from ..quantize import quantize_nf4
+    from ..sources.adapter import training_options
+    from ..sources.model import hushed, load_model
     from .merge import _model
 
     with mendable():
-        trained = _run_options(adapter)
-        with _hushed():
-            base = _from_folder(_model(model, adapter), config, adapter, {}, trained)
+        trained = training_options(adapter)
+        with hushed():
+            base = load_model(_model(model, adapter), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")

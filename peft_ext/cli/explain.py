@@ -9,7 +9,6 @@ autocast, a merged or disabled adapter) is not seen here; :func:`peft_ext.explai
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def _of_model(
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     from .._meta import build_model, make_config, method_config
-    from ..memory import _task_of
+    from ..sources.model import task_of
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
@@ -181,7 +180,7 @@ def _of_model(
         raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
-        path, fields = method_config(method, _task_of(model))
+        path, fields = method_config(method, task_of(model))
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))
@@ -194,8 +193,10 @@ def _of_adapter(
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     import torch
 
-    from ..integrations._outside import check_expressions, checked_config
-    from ..merge import _head, _model_class, _run_options
+    from ..sources.adapter import checked_config, training_options
+    from ..sources.expressions import check_expressions
+    from ..sources.model import head_labels, model_class
+    from ..sources.weight_files import weight_shapes
     from .merge import _model
 
     folder = Path(what).expanduser()
@@ -208,13 +209,13 @@ def _of_adapter(
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
     base_folder, config = model_config(name)
     with mendable():
-        trained = _run_options(folder)
+        trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
-    if labels := _head(config, adapter, _head_tensors(folder)).get("num_labels"):
+    if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
     try:
-        kind = _model_class(config, adapter)
+        kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
@@ -227,29 +228,14 @@ def _of_adapter(
     return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
 
 
-def _head_tensors(folder: Path) -> dict[str, Any]:
-    """The adapter's own head, which tells the number of labels."""
-    from safetensors import SafetensorError, safe_open
-
-    from ..merge import _HEAD_KEY
-
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if _HEAD_KEY.search(key)}
-    except FileNotFoundError:
-        raise CliError(f"{folder} has no adapter_model.safetensors") from None
-    except SafetensorError as error:
-        raise CliError(f"{folder / 'adapter_model.safetensors'}: {first_line(error)}") from None
-
-
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """How the base is held: quantization, block size, and what decided it."""
-    from ..merge import _check_quantization
+    from ..sources.model import is_nf4
 
     with mendable():
-        held = _check_quantization(folder, config)
+        held = is_nf4(folder, config)
     dense_config(config)
     if held and quant == "none":
         raise CliError(f"--quant none: {folder} is itself quantized to NF4")
@@ -285,10 +271,10 @@ def _explained(
     from .._meta import quantize_stand_ins, replace_tensors, stand_in
     from ..integrations.peft import accelerate
     from ..integrations.peft import explain as explain_model
-    from ..memory import _adapt, estimate_memory
+    from ..memory import adapt_on_meta, estimate_memory
 
     try:
-        model = _adapt(copy.deepcopy(base.model), config, None, None, False).train()
+        model = adapt_on_meta(copy.deepcopy(base.model), config, None, None, False).train()
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CliError(f"{name}: {first_line(error)}") from None
     if adapter is None:
@@ -327,17 +313,10 @@ def _file_bytes(state: dict[str, Any]) -> int:
 
     The library's header is without spaces, tensors of wide dtypes first, then by name.
     """
-    from ..merge import _NAMES
+    from ..sources.weight_files import safetensors_header
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in sorted(state, key=lambda name: (-state[name].element_size(), name)):
-        tensor = state[name]
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + text + -text % 8 + offset
+    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    return len(safetensors_header({name: state[name] for name in names})) + sum(t.nbytes for t in state.values())
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from ..files import _LOCK, atomic_file, atomic_folder, is_sealed, not_whole, save_adapter, seal, sole_writer
+from ..files import LOCK_FILE, atomic_file, atomic_folder, is_sealed, not_whole, save_adapter, seal, sole_writer
 from . import CliError
 from ._common import bar, drop_output, first_line, out_of_memory, status
 from .config import FILE as CONFIG_FILE
@@ -249,7 +249,7 @@ def _check_output(o: Options) -> Optional[Path]:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CliError(f"--output {o.output}: {existing} can't be written to")
     if not o.resume:
-        if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
+        if o.output.is_dir() and any(entry.name != LOCK_FILE for entry in o.output.iterdir()) and not o.overwrite:
             resume = "--resume goes on with it, " if _saved(o) else ""
             raise CliError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
         return None
@@ -423,7 +423,7 @@ class _Run:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        from ..integrations._outside import check_index, check_model_config
+        from ..sources.model import check_index, check_model_config
 
         try:
             for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):

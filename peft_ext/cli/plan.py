@@ -80,14 +80,14 @@ def plan(run: _Run) -> Plan:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..memory import _adapt, estimate_memory
+    from ..memory import adapt_on_meta, estimate_memory
     from .explain import _file_bytes, _saved
 
     o, config = run.o, run._peft_config(run.config)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
     base.config.use_cache = False
-    adapted = _adapt(copy.deepcopy(base).to(run.dtype), config, None, None, False).train()
+    adapted = adapt_on_meta(copy.deepcopy(base).to(run.dtype), config, None, None, False).train()
     size = _file_bytes(_saved(adapted))
     lengths = [len(example["input_ids"]) for example in run.examples.train]
     batch = min(o.batch_size, len(lengths))

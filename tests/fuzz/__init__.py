@@ -273,15 +273,15 @@ def _adapter_files() -> dict[str, dict[str, bytes]]:
 
 
 def _load(files: dict[str, bytes], folder: Path) -> None:
-    from peft_ext.integrations import _outside
+    from peft_ext.sources import expressions
 
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    before, _outside._SECONDS = _outside._SECONDS, 10.0
+    before, expressions._SECONDS = expressions._SECONDS, 10.0
     try:
         model = peft_ext.load_adapter(_base(), folder, torch_device="cpu")
     finally:
-        _outside._SECONDS = before
+        expressions._SECONDS = before
     with torch.no_grad():
         y = model(torch.ones(2, 16))
         if all(parameter.abs().max() < 1e6 for parameter in model.parameters() if parameter.numel()):
@@ -316,17 +316,17 @@ def _model_config(data: bytes, folder: Path) -> None:
 
 
 def _index(data: bytes, folder: Path) -> None:
-    from peft_ext.integrations._outside import check_index
+    from peft_ext.sources.model import check_index
 
     (folder / "index.json").write_bytes(data)
     check_index(folder / "index.json")
 
 
 def _run_json(data: bytes, folder: Path) -> None:
-    from peft_ext.merge import _run_options
+    from peft_ext.sources.adapter import training_options
 
     (folder / "run.json").write_bytes(data)
-    options = _run_options(folder)
+    options = training_options(folder)
     if options and (options["quant"] not in ("nf4", "none") or options.get("blocksize", 64) % 32):
         raise Finding(f"options {options}")
 
