@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import peft_ext
-from peft_ext.ops._library import OPS, has_kernel
+from peft_ext.ops.library import OPS, has_kernel
 
 __all__ = [
     "Case",

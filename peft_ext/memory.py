@@ -51,8 +51,8 @@ from ._meta import (
 )
 from ._native import STATE, TILE_PATHS
 from .nn import NF4Linear
-from .ops import _checks as checks
-from .ops._library import NAMESPACE
+from .ops import checks
+from .ops.library import NAMESPACE
 from .sources.model import AUTO_CLASSES, output_head, task_of
 
 __all__ = ["KINDS", "METHODS", "MemoryEstimate", "estimate_memory"]

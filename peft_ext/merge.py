@@ -41,7 +41,7 @@ from .sources.expressions import check_expressions
 from .sources.json_file import first_line
 from .sources.model import INDEX, SourceError, find_folder, hushed, load_model
 from .sources.weight_files import safetensors_header
-from .tuners._layer import ReplacingLayer
+from .tuners.layer import ReplacingLayer
 from .weight import BLOCKSIZES, NF4Weight
 
 with required("peft", "peft_ext.merge_to_dense"):

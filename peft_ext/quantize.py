@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .nn import NF4Linear
-from .ops import _checks as checks
+from .ops import checks
 
 __all__ = ["dequantize_nf4", "quantize_nf4"]
 

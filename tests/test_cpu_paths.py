@@ -21,7 +21,7 @@ from torch import nn
 import peft_ext
 from peft_ext import _cpu, _native, ops
 from peft_ext.cli.main import main
-from peft_ext.ops import _library
+from peft_ext.ops import library
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -354,12 +354,12 @@ def test_where_pytorch_multiplies_itself_nothing_is_taken(monkeypatch: pytest.Mo
 def test_the_reference_takes_a_dense_weight() -> None:
     x, weight, bias = randn(5, 64, dtype=BF16), randn(96, 64, dtype=BF16), randn(96, dtype=BF16)
     assert torch.equal(peft_ext.reference.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
-    args = ops._checks.weight_args(weight)
+    args = ops.checks.weight_args(weight)
     from peft_ext.ops import nf4
 
     assert torch.equal(nf4._linear_reference(x, *args, bias), F.linear(x, weight, bias))
     assert torch.equal(nf4._linear_backward_reference(x @ weight.t(), *args), (x @ weight.t()) @ weight)
-    assert "nf4_linear" in _library.OPS
+    assert "nf4_linear" in library.OPS
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ import peft_ext  # noqa: E402
 from peft_ext.integrations import _peft_base  # noqa: E402
 from peft_ext.integrations import peft as integration  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
-from peft_ext.ops._library import OPS  # noqa: E402
+from peft_ext.ops.library import OPS  # noqa: E402
 
 BNB_8BIT = bnb.nn.Linear8bitLt
 

@@ -20,8 +20,8 @@ from .._imports import optional, version
 from .._native import STATE
 from ..nn import NF4Linear
 from ..nn.nf4 import is_dtensor, requantized
-from ..ops._checks import autocast_dtype
-from ..ops._library import has_kernel
+from ..ops.checks import autocast_dtype
+from ..ops.library import has_kernel
 from ..weight import NF4Weight
 from .bitsandbytes import nf4_from_params4bit, why_not_nf4
 

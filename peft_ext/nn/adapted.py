@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _checks as checks
+from ..ops import checks
 from ..weight import NF4Weight
 from .nf4 import NF4Linear, requantized
 

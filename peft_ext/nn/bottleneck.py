@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _checks as checks
+from ..ops import checks
 from ..reference.bottleneck import ACTIVATIONS
 
 __all__ = ["BottleneckAdapter"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._checks import check_dtype
+from ..ops.checks import check_dtype
 from ..reference.dora import output_scale
 from .lora import LoRALinear
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..ops import _checks as checks
+from ..ops import checks
 from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_quant_state
 
 __all__ = ["NF4Linear"]

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import check_dtype, check_float
+from ..ops.checks import check_dtype, check_float
 
 __all__ = ["PromptEmbedding", "VirtualTokens"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..reference import nf4 as reference
 from ..weight import NF4Weight
-from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define, in_float64
+from . import checks
+from .library import NAMESPACE, WEIGHT, define, in_float64
 
 __all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
@@ -235,9 +235,7 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
-    dtype = nf4.dtype if dtype is None else dtype
-    checks.check_dtype("nf4_dequantize", dtype)
-    return _ops.nf4_dequantize(*nf4.op_args(), dtype)
+    return nf4.dequantize(dtype)
 
 
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:

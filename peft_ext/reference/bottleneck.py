@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import rows, sum_dtype
+from .common import rows, sum_dtype
 
 __all__ = ["ACTIVATIONS", "bottleneck_adapter", "bottleneck_adapter_backward", "bottleneck_adapter_forward"]
 

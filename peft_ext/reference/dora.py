@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import SMALLEST_SCALE, dense, dropout_seed, dropped, rows, sum_dtype
+from .common import SMALLEST_SCALE, dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
     "dora_linear",

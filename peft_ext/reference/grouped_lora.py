@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import dense, sum_dtype
+from .common import dense, sum_dtype
 
 __all__ = ["grouped_lora_linear", "grouped_lora_linear_forward", "samples_of"]
 

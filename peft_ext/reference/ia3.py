@@ -12,7 +12,7 @@ from typing import Optional, Union
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import SMALLEST_SCALE, dense, rows, sum_dtype
+from .common import SMALLEST_SCALE, dense, rows, sum_dtype
 
 __all__ = [
     "ia3_linear",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import dense, dropout_seed, dropped, rows, sum_dtype
+from .common import dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
     "lora_linear",

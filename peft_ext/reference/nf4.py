@@ -1,7 +1,7 @@
 """NF4 quantization in plain PyTorch, bit for bit as bitsandbytes stores it.
 
-Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``get_4bit_type("nf4")`` and
-``create_dynamic_map()`` for the two code tables.
+Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``create_dynamic_map()`` for the table of double
+quantization; the 16 codes are in :mod:`peft_ext.weight`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+from ..weight import NESTED_BLOCKSIZE, NF4_CODE, NestedAbsmax, NF4Weight, nf4_code
 
 __all__ = [
     "NF4_CODE",
@@ -34,31 +34,7 @@ __all__ = [
     "scale_mean",
 ]
 
-# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _SMALLEST_ABSMAX = 1e-38
-
-
-def nf4_code(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 NF4 values, ascending, float32."""
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:

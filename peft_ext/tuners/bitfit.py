@@ -15,9 +15,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
 
 __all__ = ["BIAS_KINDS", "BitFitConfig", "BitFitLayer", "BitFitModel", "bias_kinds_of"]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .._imports import required
 from ..integrations._peft_base import DTYPES, kernel_reason, short
 from ..nn import BottleneckAdapter
-from ._register import peft_type, register
-from ._targets import TargetConfig, in_layers
-from ._tuner import Tuner, read_through
+from .register import peft_type, register
+from .targets import TargetConfig, in_layers
+from .tuner import Tuner, read_through
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .._imports import required
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, own_units, plan
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, own_units, plan
 
 with required("peft", "peft_ext.tuners"):
     from peft import PeftConfig

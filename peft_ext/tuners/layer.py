@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .._imports import required
-from ._targets import Plan, TargetConfig, expand_all_linear
-from ._tuner import Tuner, read_through
+from .targets import Plan, TargetConfig, expand_all_linear
+from .tuner import Tuner, read_through
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_adapters_to_merge

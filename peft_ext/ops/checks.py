@@ -212,7 +212,7 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """The weight as the schemas take it, see ``_library.WEIGHT``."""
+    """The weight as the schemas take it, see ``library.WEIGHT``."""
     if isinstance(weight, NF4Weight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
