@@ -190,7 +190,7 @@ def _quantized(
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
     """What stands for one of bitsandbytes' linear layers; None for any other module."""
-    from .integrations._peft_base import FOUR_BIT, QUANTIZED, Linear8bitLt
+    from .integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
 
     if not isinstance(module, QUANTIZED):
         return None

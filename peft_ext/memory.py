@@ -29,14 +29,14 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
+from torch._subclasses.fake_tensor import (  # noqa: PLC2701  tracing without data has no public names
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  as above
+from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as above
 
 from ._meta import (
     Dequantized,
@@ -370,7 +370,7 @@ def _checkpoint(model: nn.Module, wanted: bool) -> None:
 def _put_on_ops(model: nn.Module, accelerated: bool) -> None:
     """accelerate or restore."""
     from .integrations import peft as integration
-    from .integrations._peft_base import STOCK
+    from .integrations.fused.base import STOCK
 
     if not accelerated:
         integration.restore(model)
@@ -530,9 +530,9 @@ class _Step:
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
         # Not fake: what a module holds beside parameters and buffers, as PEFT's prompt methods their token numbers.
-        from .integrations._peft_base import taking
+        from .integrations.fused.reasons import accepting
 
-        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), taking(FakeTensor):
+        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
             replace_tensors(self.model, fake)
             if inputs is None:
                 inputs = _inputs(self.model, batch_size, sequence_length, padding)

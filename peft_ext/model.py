@@ -14,7 +14,7 @@ from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
-from .integrations._peft_base import FUSED
+from .integrations.fused.base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 from .sources.adapter import checked_config

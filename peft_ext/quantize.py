@@ -280,12 +280,13 @@ def _replace_all(
 def _choose_dora(layer: nn.Module) -> None:
     """DoRA over an NF4 weight takes another variant of PEFT's: see ``accelerate``, which sets it on its own layers."""
     if getattr(layer, "lora_variant", None):
-        from .integrations import _peft_lowrank as lowrank
+        from .integrations.fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+        from .integrations.fused.lora import Lora
 
-        if isinstance(layer, lowrank.Lora):
-            dora_dropout = layer.__dict__.get(lowrank.DORA_DROPOUT, "peft")
-            lowrank.clear_dora(layer)
-            lowrank.prepare_dora(layer, dora_dropout)
+        if isinstance(layer, Lora):
+            dora_dropout = layer.__dict__.get(DORA_DROPOUT, "peft")
+            clear_dora(layer)
+            prepare_dora(layer, dora_dropout)
 
 
 def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:

@@ -273,9 +273,9 @@ def test_explain_an_adapter_that_brings_its_head(capsys, tmp_path):
 
 
 def test_explain_says_why_not(capsys, base, monkeypatch):
-    from peft_ext.integrations import _peft_base
+    from peft_ext.integrations.fused import reasons
 
-    monkeypatch.setitem(_peft_base.KERNELS["lora_linear"], "cpu", False)
+    monkeypatch.setitem(reasons.KERNELS["lora_linear"], "cpu", False)
     out = said(capsys, "explain", base)
     assert "0 of 14" in out and "no native kernels of lora_linear" in out
 
@@ -474,7 +474,7 @@ def test_bench_goes_without_bitsandbytes(capsys, monkeypatch):
 
 def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
     from peft_ext import ops
-    from peft_ext.integrations import _peft_base
+    from peft_ext.integrations.fused import reasons
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
     right = ops.lora_linear
@@ -482,7 +482,7 @@ def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
         patch.setattr(ops, "lora_linear", lambda *args, **kwargs: 1.02 * right(*args, **kwargs))
         assert main(asked) == 2
         assert "bench: lora over bf16 is off from float64 by 0.02" in capsys.readouterr().err
-    monkeypatch.setitem(_peft_base.KERNELS["lora_linear"], "cpu", False)
+    monkeypatch.setitem(reasons.KERNELS["lora_linear"], "cpu", False)
     assert main(asked) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: bench: lora over bf16 would not run fused here: no native kernels of lora_linear")

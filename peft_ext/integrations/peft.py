@@ -5,12 +5,12 @@
 Only the class of a layer changes: its parameters, ``__dict__`` and ``state_dict`` stay what they were, so saving,
 copying, pickling, merging and adding or deleting adapters go on as PEFT wrote them. (DoRA alone leaves two small
 things, which restore takes back: a chosen ``dora_dropout``, and over an NF4Linear a LoRA variant that can dequantize
-it.) On each call a fused layer asks its ``_stock_reason``, which :func:`peft_ext.explain` reports, whether the op
+it.) On each call a fused layer asks its ``stock_reason``, which :func:`peft_ext.explain` reports, whether the op
 computes what PEFT would; where not, PEFT's own forward runs.
 
 Layers are matched by exact type: a subclass may have changed the forward that would be replaced.
 
-The layers are in ``_peft_lowrank`` (LoRA, DoRA, AdaLoRA), ``_peft_ia3`` and ``_peft_base``.
+The layers are in :mod:`.fused`, and why a call takes the stock path in ``fused/reasons.py``.
 """
 
 from __future__ import annotations
@@ -24,28 +24,22 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
-from . import (
-    _peft_base,
-    _peft_ia3,  # noqa: F401  its layers register themselves
-)
-from . import _peft_lowrank as lowrank
-from ._peft_base import (
+from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
+from .fused.base import (
     FOUR_BIT,
     FUSED,
     KEPT,
     QUANTIZED,
     STOCK,
-    FusedLinear,
-    as_in_forward,
     class_name,
     is_fully_sharded,
     is_repacked,
-    kernel_reason,
-    linear_dtype,
-    tensor_reason,
     without_adapters,
-    would_widen,
 )
+from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .fused.linear import FusedLinear, linear_dtype, would_widen
+from .fused.lora import Lora
+from .fused.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 
 PeftModel = BaseTunerLayer = None
 with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):
@@ -108,8 +102,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
                 say_missing(type(module).__module__.partition(".")[0], lacking, "its layers are not fused")
                 continue
             module.__class__ = fused
-        if isinstance(module, lowrank.Lora):
-            lowrank.prepare_dora(module, dora_dropout)
+        if isinstance(module, Lora):
+            prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
     repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
     if repacked:
@@ -140,8 +134,8 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
     for module in model.modules():
-        if isinstance(module, lowrank.Lora):
-            lowrank.clear_dora(module)
+        if isinstance(module, Lora):
+            clear_dora(module)
         if (stock := STOCK.get(type(module))) is not None:
             module.__class__ = stock
     return model
@@ -230,7 +224,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
-            if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "_stock_reason"):
+            if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched(module, method, kind)
         elif module in bases:
             continue
@@ -244,20 +238,20 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:
                 reason = f"{kind} is not fused; only Linear4bit itself is"
-        elif id(module) in linears and linear_dtype(module) in _peft_base.WIDENED:
+        elif id(module) in linears and linear_dtype(module) in reasons.WIDENED:
             kind = "Linear"
         if kind is None:
             continue
         if reason is None:
             fused = FUSED.get(type(module))
-            reason = module._stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
-        partly = None if reason else getattr(module, "_partly", lambda: None)()
-        yield Row(name, kind, not reason, reason or (f"the adapter's part: {partly}" if partly else ""))
+            reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
+        part = None if reason else getattr(module, "part_reason", lambda: None)()
+        yield Row(name, kind, not reason, reason or (f"the adapter's part: {part}" if part else ""))
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:
     """Which attribute the fused class reads and ``module``, of its stock class, does not have; None: it has all."""
-    for path in fused._reads:
+    for path in fused.reads:
         found: Any = module
         for name in path.split("."):
             if not hasattr(found, name):
@@ -282,8 +276,8 @@ def _method(module: Any) -> str:
     if package == "lora":
         for name in module.active_adapters:
             if (variant := getattr(module, "lora_variant", {}).get(name)) is not None:
-                method = lowrank.variant_name(variant)
-                own = method == "DoRA" and getattr(module, lowrank.DORA_DROPOUT, "peft") == "lora"
+                method = variant_name(variant)
+                own = method == "DoRA" and getattr(module, DORA_DROPOUT, "peft") == "lora"
                 return f"{method} (dropout on the low-rank path)" if own else method
     return _METHODS.get(package, package.replace("_", " ").upper())
 

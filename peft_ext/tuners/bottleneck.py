@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 
 from .._imports import required
-from ..integrations._peft_base import DTYPES, kernel_reason, short
+from ..integrations.fused.base import DTYPES, short
+from ..integrations.fused.reasons import kernel_reason
 from ..nn import BottleneckAdapter
 from .register import peft_type, register
 from .targets import TargetConfig, in_layers
@@ -188,8 +189,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if self._hook is not None:
             self._hook.remove()
 
-    def _stock_reason(self) -> Optional[str]:
-        """Why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
+    def stock_reason(self) -> Optional[str]:
+        """Returns why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]

@@ -23,7 +23,11 @@ from .targets import Plan, TargetConfig, expand_all_linear
 from .tuner import Tuner, read_through
 
 with required("peft", "peft_ext.tuners"):
-    from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+        _ExcludedModule,  # noqa: PLC2701  what PEFT's own lookup returns
+        check_adapters_to_merge,
+    )
 
 __all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
 

@@ -9,26 +9,12 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops
-from .._imports import optional
-from ._peft_base import (
-    DTYPES,
-    FOUR_BIT,
-    Fused,
-    MergesNF4,
-    alone_reason,
-    base_reason,
-    enter,
-    fuses,
-    kernel_reason,
-    layer_reason,
-    short,
-    sums_wider,
-    takes,
-    tensor_reason,
-)
+from ... import ops
+from ..._imports import optional
+from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
+from .merging import MergesNF4
+from .reasons import accepts_input, alone_reason, base_reason, kernel_reason, layer_reason, vectors_reason
 
 IA3Linear = IA3Linear4bit = None
 with optional("peft", "(IA)³ over a linear layer that is not bitsandbytes' is not fused"):
@@ -38,31 +24,30 @@ if FOUR_BIT:
         from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
 
 
-class _IA3(Fused):
+class IA3Layer(Fused):
     """``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` in a feedforward layer."""
 
-    _reads = (*Fused._reads, "ia3_l", "is_feedforward")
+    reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
     def _vectors(self) -> list[Optional[Tensor]]:
-        """ia3_l of the active adapters that this layer has."""
+        """Returns ia3_l of the active adapters that this layer has."""
         held = self._modules["ia3_l"]
         return [held._parameters.get(name) for name in self.active_adapters if name in held]
 
     # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
     _scales_any_base = False
 
-    def _stock_reason(self) -> Optional[str]:
-        return self._how()[0]
+    def stock_reason(self) -> Optional[str]:
+        return self._reasons()[0]
 
-    def _partly(self) -> Optional[str]:
-        """Why the product with the vector alone is fused, where that is so."""
-        reason, alone = self._how()
+    def part_reason(self) -> Optional[str]:
+        reason, alone = self._reasons()
         return alone if reason is None else None
 
-    def _how(self) -> tuple[Optional[str], Optional[str]]:
-        """Why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+    def _reasons(self) -> tuple[Optional[str], Optional[str]]:
+        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
         vectors = self._vectors()
-        if reason := layer_reason(self) or self._vectors_reason(vectors):
+        if reason := layer_reason(self) or vectors_reason(vectors):
             return reason, None
         device = vectors[0].device.type
         if reason := base_reason(self):
@@ -70,29 +55,13 @@ class _IA3(Fused):
             return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason
         return kernel_reason("ia3_linear", device), None
 
-    def _vectors_reason(self, vectors: list[Optional[Tensor]]) -> Optional[str]:
-        if not vectors:
-            return "no active adapter on this layer"
-        if _has_any_global_hook():
-            return "global hooks of torch.nn would not run"
-        like = vectors[0]
-        for vector in vectors:
-            if reason := tensor_reason("ia3_l", vector):
-                return reason
-            if vector.dtype not in DTYPES:
-                return f"ia3_l is {short(vector.dtype)}, wanted float32, bfloat16 or float16"
-            if vector.dtype is not like.dtype or vector.device != like.device:
-                there = f"{short(vector.dtype)} on {vector.device}"
-                return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
-        return None
-
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
-        """In which dtype PEFT hands x to the base layer, and what it returns; None: what the base layer does."""
+        """Returns the dtype in which PEFT hands x to the base layer, and its result's; None: the base layer's."""
         return x.dtype, None
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        reason, alone = self._how()
-        if reason is not None or not takes(x):
+        reason, alone = self._reasons()
+        if reason is not None or not accepts_input(x):
             return None
         vector, *others = self._vectors()
         for other in others:
@@ -102,11 +71,13 @@ class _IA3(Fused):
             if self.is_feedforward:
                 return base(ops.ia3_scale(x, vector.flatten()))
             result = base(x)
-            return ops.ia3_scale(result, vector.flatten()) if takes(result) else (result * vector.flatten()).to(result)
+            if accepts_input(result):
+                return ops.ia3_scale(result, vector.flatten())
+            return (result * vector.flatten()).to(result)
         seen, dtype = self._dtypes(x, vector)
-        if (entered := enter(base, x, seen)) is None:
+        if (found := operands(base, x, seen)) is None:
             return None
-        x, weight, bias, base_dtype = entered
+        x, weight, bias, base_dtype = found
         dtype = dtype or base_dtype
         y = ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
         return y if y.dtype is dtype else y.to(dtype)
@@ -115,7 +86,7 @@ class _IA3(Fused):
 if IA3Linear is not None:
 
     @fuses(IA3Linear)
-    class FusedIA3Linear(_IA3, MergesNF4, IA3Linear):
+    class FusedIA3Linear(IA3Layer, MergesNF4, IA3Linear):
         """``peft.tuners.ia3.Linear`` over nn.Linear, Conv1D, NF4Linear or Linear4bit."""
 
         _scales_any_base = True
@@ -132,7 +103,7 @@ if IA3Linear is not None:
 if IA3Linear4bit is not None:
 
     @fuses(IA3Linear4bit)
-    class FusedIA3Linear4bit(_IA3, IA3Linear4bit):
+    class FusedIA3Linear4bit(IA3Layer, IA3Linear4bit):
         """``peft.tuners.ia3.bnb.Linear4bit``, which works and returns in float32 outside CUDA's autocast."""
 
         def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
