@@ -32,11 +32,11 @@ from safetensors.torch import load_file  # noqa: E402
 from test_cli import tiny  # noqa: E402, F401
 from tiny_models import ARCHITECTURES  # noqa: E402
 
-from peft_ext import accelerate, explain, merge, ops, quantize_nf4  # noqa: E402
+from peft_ext import accelerate, explain, ops, quantize_nf4  # noqa: E402
 from peft_ext.cli import finetune as command  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.files import atomic_folder, not_whole, save_adapter, seal, sole_writer  # noqa: E402
-from peft_ext.merge import merge_to_dense  # noqa: E402
+from peft_ext.merge import merge_to_dense, writer  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
 from peft_ext.quantize import dequantize_nf4  # noqa: E402
 
@@ -356,7 +356,7 @@ def test_a_merge_on_a_full_disk_keeps_the_old_model(dense, small, monkeypatch, c
     small.leave(free)
     if free > 40_000:  # the disk fills up while it is written to
         usage = shutil.disk_usage(small.path)
-        monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     arguments = ["--model", str(dense / "base"), "--adapter", str(dense / "two"), "--output", str(small.path / "out")]
     assert main(["merge", *arguments, "--overwrite"]) == 2
     said = capsys.readouterr().err
@@ -478,7 +478,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
 
 def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path):
     """The second to end finds a model that was not there when it began."""
-    out, write = tmp_path / "out", merge._write_safetensors
+    out, write = tmp_path / "out", writer.write_safetensors
     outcome = []
 
     def slow(stream, planned, take, advance):
@@ -487,7 +487,7 @@ def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path)
         write(stream, planned, take, advance)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "_write_safetensors", _once(slow, write))
+        patch.setattr(writer, "write_safetensors", _once(slow, write))
         with pytest.raises(FileExistsError, match="another process has written it meanwhile") as caught:
             merge_to_dense(dense / "base", dense / "two", out, max_shard_size="100KB")
     assert caught.value.filename == str(out)
@@ -597,13 +597,13 @@ def test_a_merge_without_memory_keeps_the_old_model(dense, tmp_path):
     before = content(tmp_path / "out")
 
     def work() -> int:
-        write = merge._write_safetensors
+        write = writer.write_safetensors
 
         def limited(*args):
             limit_memory(4)
             write(*args)
 
-        merge._write_safetensors = limited
+        writer.write_safetensors = limited
         return main(["merge", "--model", str(tmp_path / "base"), "--adapter", str(dense / "two"), "--dtype", "bf16",
                      "--output", str(tmp_path / "out"), "--overwrite"])  # fmt: skip
 
