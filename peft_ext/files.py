@@ -203,40 +203,6 @@ def not_whole(folder: Path) -> Optional[str]:
     return None
 
 
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for the same out of ``folder``, which is there, as long as the block runs.
-
-    The lock is on a file in the folder: it stays with it where :func:`atomic_folder` replaces the folder and keeps its
-    files. It goes with the process, whatever ends it.
-
-    Raises: BlockingIOError where another process has it.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / LOCK_FILE
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing to it", str(folder)) from None
-        except OSError:  # a file system without locks
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                break
-        os.close(handle)  # its last owner removed it before the lock was there
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(handle)
-
-
 # --- places -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext._meta import make_config, method_config  # noqa: E402
-from peft_ext.cli import bench, chat, explain  # noqa: E402
+from peft_ext.bench import layer  # noqa: E402
+from peft_ext.cli import bench, chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
+from peft_ext.methods import METHODS  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -288,7 +290,7 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
 
     assert message("./nowhere") == "model is ./nowhere, no such folder"
     assert message(tmp_path) == f"no config.json in {tmp_path}, wanted a model in transformers' format"
-    assert message(model, "--method", "full") == f"--method full: wanted one of {', '.join(explain.methods())}"
+    assert message(model, "--method", "full") == f"--method full: wanted one of {', '.join(METHODS)}"
     assert message(model, "--rank", 0) == "--rank 0: wanted at least 1"
     assert message(model, "--rank", 4, "--method", "ia3") == (
         "--rank 4: wanted with --method lora, rslora, dora, adalora"
@@ -438,7 +440,7 @@ def test_bench_verifies_and_times_every_layer(capsys):
     found = document(capsys, *SMALL)
     assert torch.get_num_threads() == before
     assert [(row["method"], row["base"]) for row in found["results"]] == [
-        (method, base) for method in bench.METHODS for base in bench.BASES
+        (method, base) for method in layer.METHODS for base in layer.BASES
     ]
     for row in found["results"]:
         stock = "PEFT" if row["base"] == "bf16" else "PEFT + bitsandbytes"
@@ -464,8 +466,8 @@ def test_bench_takes_the_names_of_quantized_methods(capsys):
 
 
 def test_bench_goes_without_bitsandbytes(capsys, monkeypatch):
-    there = bench.find_spec
-    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))
+    there = layer.find_spec
+    monkeypatch.setattr(layer, "find_spec", lambda name: None if name == "bitsandbytes" else there(name))
     (row,) = document(capsys, *SMALL, "--method", "qdora")["results"]
     assert row["absent"] == {"PEFT + bitsandbytes": "bitsandbytes is not installed"} and row["error"].keys() == {"ours"}
     out = said(capsys, *SMALL, "--method", "qdora")

@@ -31,9 +31,10 @@ from torch import nn  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import NestedAbsmax, NF4Weight  # noqa: E402
-from peft_ext.cli import CliError, chat, demo_model  # noqa: E402
-from peft_ext.cli.data import read_corpus  # noqa: E402
+from peft_ext.cli import CliError, chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
+from peft_ext.run import RunError, demo_model  # noqa: E402
+from peft_ext.run.data import read_corpus  # noqa: E402
 from peft_ext.sources import expressions, json_file  # noqa: E402
 from peft_ext.sources.adapter import checked_config, read_config, training_options  # noqa: E402
 from peft_ext.sources.expressions import check_expressions  # noqa: E402
@@ -759,7 +760,7 @@ def test_data_that_is_no_file(tmp_path) -> None:
         ("~nobody-of-this-name/a.jsonl", "Could not determine home directory"),
         ("/dev/zero", "a nameless file, wanted .jsonl"),
     ):
-        with pytest.raises(CliError, match=message):
+        with pytest.raises(RunError, match=message):
             read_corpus(spec)
 
 
@@ -785,7 +786,7 @@ def test_a_gguf_of_values_that_are_not_finite(made, tmp_path, monkeypatch) -> No
 def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
-    monkeypatch.setattr(demo_model, "_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(demo_model, "packed_model", lambda: tmp_path / "x.gguf")
     monkeypatch.setattr(demo_model, "_target", lambda: tmp_path / "cache/model")
 
     def run(command: list[str], **kwargs: Any) -> Any:
@@ -795,6 +796,6 @@ def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
         return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{caught.value!r}\n")
 
     monkeypatch.setattr(demo_model.subprocess, "run", run)
-    with pytest.raises(CliError, match="unpacking .*x.gguf failed: ") as caught:
+    with pytest.raises(RunError, match="unpacking .*x.gguf failed: ") as caught:
         demo_model.demo_model()
     assert "\n" not in str(caught.value) and list((tmp_path / "cache").iterdir()) == []

@@ -333,7 +333,7 @@ def _run_json(data: bytes, folder: Path) -> None:
 
 def _data(suffix: str) -> Callable[[bytes, Path], None]:
     def take(data: bytes, folder: Path) -> None:
-        from peft_ext.cli.data import read_corpus
+        from peft_ext.run.data import read_corpus
 
         (folder / f"a{suffix}").write_bytes(data)
         corpus = read_corpus(str(folder / f"a{suffix}"))
@@ -344,8 +344,8 @@ def _data(suffix: str) -> Callable[[bytes, Path], None]:
 
 
 def _options(data: bytes, folder: Path) -> None:
-    from peft_ext.cli.config import merged, read_config
-    from peft_ext.cli.finetune import Options
+    from peft_ext.run import Options
+    from peft_ext.run.config import merged, read_config
 
     (folder / "run.yaml").write_bytes(data)
     merged(Options(), read_config(folder / "run.yaml", Options), {})
@@ -358,6 +358,7 @@ _ROWS = b"text,prompt,completion\none,a,b\ntwo,c,d\n" + b'"three, ""3""",e,f\n'
 
 def _targets() -> Iterator[Target]:
     from peft_ext.cli import CliError
+    from peft_ext.run import RunError
 
     refused = (ValueError, TypeError)
     yield Target("nf4-state", "safetensors", _nf4_seeds, _nf4, refused)
@@ -373,13 +374,13 @@ def _targets() -> Iterator[Target]:
     yield Target("index", "json", lambda: [json.dumps(names).encode()], _index, (ValueError,))
     options = {"options": {"quant": "nf4", "blocksize": 64, "model": "smollm2"}, "seconds": {"train": 1.0}}
     yield Target("run-json", "json", lambda: [json.dumps(options).encode()], _run_json, (ValueError,))
-    yield Target("data-jsonl", "lines", lambda: _LINES, _data(".jsonl"), (CliError,))
+    yield Target("data-jsonl", "lines", lambda: _LINES, _data(".jsonl"), (RunError,))
     yield Target("data-json", "json", lambda: [b"[" + line.strip().replace(b"\n", b",") + b"]" for line in _LINES],
-                 _data(".json"), (CliError,))  # fmt: skip
-    yield Target("data-csv", "bytes", lambda: [_ROWS], _data(".csv"), (CliError,))
-    yield Target("data-txt", "bytes", lambda: [b"one\n\ntwo\n\n" * 900], _data(".txt"), (CliError,))
+                 _data(".json"), (RunError,))  # fmt: skip
+    yield Target("data-csv", "bytes", lambda: [_ROWS], _data(".csv"), (RunError,))
+    yield Target("data-txt", "bytes", lambda: [b"one\n\ntwo\n\n" * 900], _data(".txt"), (RunError,))
     yaml = b"model: smollm2\nmethod: dora\nlr: 1e-4\nrank: 8\ntarget-modules: [q_proj, v_proj]\nstock: false\n"
-    yield Target("options", "bytes", lambda: [yaml], _options, (CliError,))
+    yield Target("options", "bytes", lambda: [yaml], _options, (RunError,))
 
 
 TARGETS = {target.name: target for target in _targets()}

