@@ -169,7 +169,8 @@ def _of_model(
     what: str, _model: Optional[str], chosen: list[str], rank: Optional[int], quant: Optional[str],
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
-    from .._meta import build_model, make_config, method_config
+    from ..memory.configs import make_config, method_config
+    from ..memory.stand_ins import build_model
     from ..sources.model import task_of
 
     folder, config = model_config(what)
@@ -268,10 +269,10 @@ def _explained(
 ) -> _Found:
     import torch
 
-    from .._meta import quantize_stand_ins, replace_tensors, stand_in
     from ..integrations.peft import accelerate
     from ..integrations.peft import explain as explain_model
     from ..memory import adapt_on_meta, estimate_memory
+    from ..memory.stand_ins import quantize_stand_ins, replace_tensors, stand_in
 
     try:
         model = adapt_on_meta(copy.deepcopy(base.model), config, None, None, False).train()

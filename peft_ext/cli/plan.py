@@ -119,9 +119,9 @@ def _rows(run: _Run, model: Any) -> list[Any]:
     """The layers that get an adapter or are quantized; ``model``, on the meta device, is used up."""
     import torch
 
-    from .._meta import quantize_stand_ins, replace_tensors, stand_in
     from ..integrations.peft import accelerate
     from ..integrations.peft import explain as explain_model
+    from ..memory.stand_ins import quantize_stand_ins, replace_tensors, stand_in
     from .finetune import _needs_bitsandbytes
 
     replace_tensors(model, stand_in)

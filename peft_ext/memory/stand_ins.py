@@ -1,4 +1,4 @@
-"""Models and configurations without their data, for :mod:`.memory` and :mod:`.recommend`.
+"""Models and configurations without their data.
 
     meta      shape and dtype: to build, copy and adapt a model on
     stand-in  one element seen as the whole, a plain CPU tensor to all who ask: to quantize and accelerate a model on
@@ -10,31 +10,27 @@ layers, and those that are to be quantized, become layers that hold stand-ins of
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from .nn import NF4Linear
-from .sources.model import AUTO_CLASSES
-from .weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
+from ..nn import NF4Linear
+from ..quantize import HEADS, linear_groups, replace_group
+from ..sources.model import AUTO_CLASSES
+from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
 
 __all__ = [
     "Dequantized",
     "build_model",
     "copy_to_meta",
     "fake",
-    "make_config",
-    "method_config",
     "quantize_stand_ins",
     "replace_tensors",
     "stand_in",
 ]
-
-
-# --- a model from its configuration -----------------------------------------------------------------------------------
 
 
 def build_model(
@@ -190,8 +186,6 @@ def _quantized(
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
     """What stands for one of bitsandbytes' linear layers; None for any other module."""
-    from .integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
-
     if not isinstance(module, QUANTIZED):
         return None
     bias = module.bias if module.bias is None else _like(module.bias, _meta)
@@ -211,7 +205,6 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
     """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
-    from .quantize import HEADS, linear_groups, replace_group
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
@@ -224,47 +217,3 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
     for same in linear_groups(model, set(HEADS)):
         replace_group(same, make)
-
-
-# --- PEFT's configurations --------------------------------------------------------------------------------------------
-
-# Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
-_HEADS = {"TOKEN_CLS", "QUESTION_ANS"}
-_HEAD_NAMES = r"(.*\.)?(classifier|score|qa_outputs)"
-
-
-_CONFIGS = {
-    "bitfit": "peft_ext.tuners.BitFitConfig",
-    "bottleneck": "peft_ext.tuners.BottleneckConfig",
-    "lora": "peft.LoraConfig",
-    "rslora": "peft.LoraConfig",
-    "dora": "peft.LoraConfig",
-    "adalora": "peft.AdaLoraConfig",
-    "ia3": "peft.IA3Config",
-    "prefix": "peft.PrefixTuningConfig",
-    "prompt": "peft.PromptTuningConfig",
-}
-
-
-def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """The full name of a configuration's class and its arguments, for one of ``memory.METHODS`` but "full"."""
-    fields: dict[str, Any] = {"task_type": task_type}
-    if method in ("lora", "rslora", "dora", "adalora"):
-        fields["target_modules"] = "all-linear"
-    if method in ("lora", "rslora", "dora", "adalora", "bitfit") and task_type in _HEADS:
-        fields["exclude_modules"] = _HEAD_NAMES
-    if method in ("lora", "rslora", "dora"):
-        fields |= {"r": 16, "lora_alpha": 32}
-    if method in ("rslora", "dora"):
-        fields[f"use_{method}"] = True
-    if method == "adalora":
-        fields |= {"init_r": 12, "target_r": 8, "total_step": 1000}
-    if method in ("prefix", "prompt"):
-        fields["num_virtual_tokens"] = 20
-    return _CONFIGS[method], fields
-
-
-def make_config(path: str, fields: Mapping[str, Any]) -> Any:
-    """The object that :func:`method_config` describes."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**fields)
