@@ -58,7 +58,7 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
 
 
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Turn checkpointing on where it is wanted, or on already; the generator's state can't be kept in a trace."""
+    """Turns checkpointing on where it is wanted, or on already; the generator's state can't be kept in a trace."""
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}

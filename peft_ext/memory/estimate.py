@@ -44,7 +44,7 @@ def estimate_memory(
     task_type: Optional[str] = None,
     inputs: Optional[Mapping[str, Any]] = None,
 ) -> MemoryEstimate:
-    """Bytes of one training step, ``max_t Σ bytes alive at t``, without allocating any of them.
+    """Returns the bytes of one training step, ``max_t Σ bytes alive at t``, without allocating any of them.
 
     Traced, not modelled, see the module: a second or two for 7 billion parameters, on a machine without a GPU. What is
     not seen is memory that an operator takes for itself: a few MB a thread on the CPU; on CUDA the workspace of cuBLAS,
@@ -108,7 +108,7 @@ def profile_step(
     device: Union[str, torch.device, None] = None, task_type: Optional[str] = None,
     inputs: Optional[Mapping[str, Any]] = None,
 ) -> tuple[Profile, str]:  # fmt: skip
-    """See :func:`estimate_memory`; and what was traced, in words."""
+    """Traces as :func:`estimate_memory` does; returns what was found, and what was traced, in words."""
     if not isinstance(model, nn.Module):
         model, dtype = build_model(model, task_type, dtype)
     place = _device(model, device)

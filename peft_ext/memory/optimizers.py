@@ -10,7 +10,7 @@ __all__ = ["OPTIMIZERS"]
 
 
 def _plain(states: int) -> Callable[[Tensor], list[int]]:
-    """torch.optim's: states like the parameter."""
+    """Returns torch.optim's sizes: states like the parameter."""
     return lambda p: [p.numel() * p.element_size()] * states
 
 
@@ -19,7 +19,7 @@ def _wide(states: int) -> Callable[[Tensor], list[int]]:
 
 
 def _eight_bit(states: int) -> Callable[[Tensor], list[int]]:
-    """bitsandbytes': a byte an element and a float32 for each 256; float32 below 4096 elements."""
+    """Returns bitsandbytes' sizes: a byte an element and a float32 for each 256; float32 below 4096 elements."""
     return lambda p: [p.numel() + 4 * -(-p.numel() // 256) if p.numel() >= 4096 else 4 * p.numel()] * states
 
 

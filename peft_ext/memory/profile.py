@@ -52,7 +52,7 @@ class MemoryEstimate:
     about: str
 
     def fits(self, gpu_memory_gb: float, *, headroom: float = 0.1) -> bool:
-        """Whether ``total`` is at most ``1 - headroom`` of a card's memory.
+        """Returns whether ``total`` is at most ``1 - headroom`` of a card's memory.
 
         Args:
             gpu_memory_gb: in GiB, as cards are sold ("24 GB").
@@ -101,7 +101,7 @@ class Profile:
         )  # fmt: skip
 
     def extrapolate(self, other: Profile, steps: float) -> Profile:
-        """``self + steps · (other - self)``: of more layers, from two profiles of few.
+        """Returns ``self + steps · (other - self)``: of more layers, from two profiles of few.
 
         A peak between first and last layer is no larger than both of theirs, and may be missing.
         """

@@ -36,7 +36,7 @@ __all__ = [
 def build_model(
     config: Any, task_type: Optional[str] = None, dtype: Optional[torch.dtype] = None
 ) -> tuple[nn.Module, torch.dtype]:
-    """The model of a transformers configuration, on the meta device, and the dtype that its weights are to have."""
+    """Returns the model of a transformers configuration, on the meta device, and the dtype of its weights to be."""
     import transformers
 
     if not isinstance(config, transformers.PretrainedConfig):
@@ -61,12 +61,12 @@ def _meta(t: Tensor) -> Tensor:
 
 
 def stand_in(t: Tensor) -> Tensor:
-    """One element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
+    """Returns one element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
     return torch.empty((), dtype=t.dtype).expand(t.shape)
 
 
 def fake(t: Tensor) -> Tensor:
-    """A fake tensor, under FakeTensorMode."""
+    """Returns a fake tensor, under FakeTensorMode."""
     return torch.empty(t.shape, dtype=t.dtype)
 
 
@@ -76,7 +76,7 @@ def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
-    """A copy on the meta device; bitsandbytes' layers become what they hold and do."""
+    """Returns a copy on the meta device; bitsandbytes' layers become what they hold and do."""
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
     for t in _tensors(model):
@@ -102,7 +102,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Every parameter and buffer by another of its shape and dtype; what was one stays one."""
+    """Replaces every parameter and buffer by another of its shape and dtype; what was one stays one."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -114,7 +114,7 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
-    """An NF4 weight of stand-ins."""
+    """Returns an NF4 weight of stand-ins."""
 
     def held(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty((), dtype=dtype).expand(shape)
@@ -176,7 +176,7 @@ class _DequantizedLinear(torch.autograd.Function):
 def _quantized(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
 ) -> nn.Module:
-    """A quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
+    """Returns a quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)
@@ -185,7 +185,7 @@ def _quantized(
 
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
-    """What stands for one of bitsandbytes' linear layers; None for any other module."""
+    """Returns what stands for one of bitsandbytes' linear layers; None for any other module."""
     if not isinstance(module, QUANTIZED):
         return None
     bias = module.bias if module.bias is None else _like(module.bias, _meta)
@@ -204,7 +204,7 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
-    """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
+    """Quantizes as quantize_nf4 does, or bitsandbytes: the same layers, of no data."""
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)

@@ -74,7 +74,7 @@ class _Storages(TorchDispatchMode):
         return self.all[-1]
 
     def note(self, t: Tensor, kind: Optional[str] = None) -> _Storage:
-        """The storage of ``t``, noted as of ``kind`` where that is given."""
+        """Returns the storage of ``t``, noted as of ``kind`` where that is given."""
         storage = t.untyped_storage()
         found = self._of.get(storage)
         if found is None:
@@ -88,13 +88,13 @@ class _Storages(TorchDispatchMode):
         storage.died = self.clock
 
     def mark(self) -> int:
-        """Now, a moment at which what was made before is there."""
+        """Returns now, a moment at which what was made before is there."""
         self.clock += 1
         return self.clock
 
 
 def _workspace_bytes(func: Any, args: Any, device: str) -> int:
-    """What one of this package's operators takes for itself beside its results, at most.
+    """Returns what one of this package's operators takes for itself beside its results, at most.
 
     On CUDA, and on the CPU in float32, an NF4 weight in the dtype of what it is multiplied with. On the CPU in 16 bits
     the activations as they are multiplied: packed into strips where the package's own tiles multiply, which read the
@@ -122,7 +122,7 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
 
 
 def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
-    """Bytes alive by kind, and their sum, at each moment at which they grow."""
+    """Yields bytes alive by kind, and their sum, at each moment at which they grow."""
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0
@@ -175,7 +175,7 @@ class Step:
                     self.storages.add(size, "optimizer")
 
     def _adapters(self) -> set[int]:
-        """Parameters that count as adapters: what trains in a partly frozen model, and PEFT's inactive ones."""
+        """Returns what counts as adapters: what trains in a partly frozen model, and PEFT's inactive ones."""
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
@@ -222,7 +222,7 @@ class Step:
         self.begins.append((self.storages.mark(), phase))
 
     def _enter_layer(self, stack: int, index: int, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Once the gradient of a layer's input is there, the backward is at the layer before it."""
+        """Notes where the backward is: once the gradient of a layer's input is there, at the layer before it."""
         x = args[0] if args else kwargs.get("hidden_states")
         if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
             before = "before" if index == 0 else "first" if index == 1 else "between"
@@ -260,7 +260,7 @@ class Step:
 
 @contextlib.contextmanager
 def _not_packed() -> Iterator[None]:
-    """transformers takes every fake batch for a packed one, and makes a mask for it, since it can't look inside."""
+    """Keeps transformers from taking every fake batch, which it can't look into, for a packed one with a mask."""
     masks = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None:
@@ -279,7 +279,7 @@ def _not_packed() -> Iterator[None]:
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """The stacks of layers of one class that a model consists of; lists within a layer, as of experts, are none."""
+    """Returns a model's stacks of layers of one class; lists within a layer, as of experts, are none."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in found) or not isinstance(module, nn.ModuleList):
@@ -297,7 +297,7 @@ def _loss(out: Any) -> Tensor:
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
-    """Token numbers and labels as the model's head takes them."""
+    """Returns token numbers and labels as the model's head takes them."""
     base = base_model(model)
     takes = inspect.signature(base.forward).parameters
     if "input_ids" not in takes:

@@ -44,7 +44,7 @@ def recommend_peft_method(
     accelerated: bool = True,
     headroom: float = 0.1,
 ) -> Recommendation:
-    """The method for the task and the data, in the first setting that fits the card.
+    """Returns the method for the task and the data, in the first setting that fits the card.
 
     By data: fewer than 100 examples: IA3, which was made for them and beats in-context learning (arXiv 2205.05638).
     Fewer than 1,000: LoRA of a small rank. Up to 50,000, or unknown: LoRA of rank 16 on all linear layers, which is
@@ -77,7 +77,7 @@ def recommend_peft_method(
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
     """
-    _check(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
+    _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
     check_arguments(
         None, batch_size, sequence_length or 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method"
     )
@@ -93,7 +93,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: Any, headroom: Any) -> None:
+def _check_arguments(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: Any, headroom: Any) -> None:
     op = "recommend_peft_method"
     if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb <= sys.float_info.max:
         raise ValueError(f"{op}: gpu_memory_gb is {gpu_memory_gb!r}, wanted a number above 0")

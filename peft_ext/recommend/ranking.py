@@ -24,7 +24,7 @@ class Candidate:
 
 
 def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candidate]:
-    """The methods that the task allows, best first."""
+    """Returns the methods that the task allows, best first."""
     n = num_examples
     few, small, large = (n is not None and n < _FEW), (n is not None and n < _SMALL), (n is not None and n >= _LARGE)
     examples = "an unknown number of examples" if n is None else f"{n:,} examples"
@@ -109,5 +109,5 @@ def ranked(subject: Any, num_examples: Optional[int], prefer: str) -> list[Candi
 
 
 def _steps(num_examples: Optional[int]) -> int:
-    """Three epochs of batches of 16."""
+    """Returns the steps of three epochs of batches of 16."""
     return 1000 if num_examples is None else max(100, 3 * num_examples // 16)

@@ -58,7 +58,7 @@ class Recommendation:
         return self.method is not None
 
     def config(self) -> Any:
-        """The PEFT configuration, made now. Raises RuntimeError where nothing fits."""
+        """Returns the PEFT configuration, made now. Raises RuntimeError where nothing fits."""
         if self.method is None:
             raise RuntimeError("Recommendation: nothing fits, so there is no configuration; see reasons")
         return make_config(self.config_class, self.config_kwargs)

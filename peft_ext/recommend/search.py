@@ -57,7 +57,7 @@ class Search:
         self._known: dict[tuple[str, _Setting], Optional[MemoryEstimate]] = {}
         self._refused: dict[str, Exception] = {}
 
-    def _fits(self, memory: MemoryEstimate) -> bool:
+    def _has_room(self, memory: MemoryEstimate) -> bool:
         return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
 
     def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
@@ -65,7 +65,7 @@ class Search:
         return path, fields | dict(candidate.changes)
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
-        """None where the method does not work in this setting."""
+        """Returns None where the method does not work in this setting."""
         key = (candidate.method, setting)
         if key not in self._known:
             try:
@@ -95,11 +95,11 @@ class Search:
             if candidate.method == "full":
                 continue
             least = self._memory(candidate, self.settings[-1])
-            if least is not None and not self._fits(least):
+            if least is not None and not self._has_room(least):
                 continue
             for setting in self.settings:
                 memory = self._memory(candidate, setting)
-                if memory is not None and self._fits(memory):
+                if memory is not None and self._has_room(memory):
                     return self._found(candidate, setting, memory, ranked)
         return self._nothing(ranked)
 
@@ -133,7 +133,7 @@ class Search:
             # Full fine-tuning has no quantized weights: it is shown as it would have to run.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
-            fits = memory is not None and self._fits(memory)
+            fits = memory is not None and self._has_room(memory)
             name = NAMES[other.method][at.quantization is not None]
             why_not = self._refusal(other) or ("it does not fit" if chosen is None else other.why_not)
             found.append(Alternative(other.method, name, why_not, memory, fits))
@@ -157,7 +157,7 @@ class Search:
         return reasons
 
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
-        """The least that a method needs, and what would fit."""
+        """Returns the least that a method needs, and what would fit."""
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
         needs = [(candidate, memory) for candidate, memory in needs if memory is not None]
@@ -188,11 +188,11 @@ class Search:
         )  # fmt: skip
 
     def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
-        """The longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
+        """Returns the longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
         length = setting.sequence_length // 2
         while length >= 64:
             memory = self._memory(candidate, _Setting(setting.quantization, True, 1, length))
-            if memory is not None and self._fits(memory):
+            if memory is not None and self._has_room(memory):
                 return length
             length //= 2
         return None

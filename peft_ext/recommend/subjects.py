@@ -93,7 +93,7 @@ _Family = tuple[int, Callable[[int], Any]]
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Layers and heads: ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``, heads in steps."""
+    """Solves ``size = per_layer · L · h² + embeddings · h``, ``h = ratio · L``, for layers and heads in steps."""
     low, high = 0.5, 1e3
     for _ in range(60):
         layers = (low + high) / 2
@@ -105,12 +105,12 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
 
 
 def _wide(size: float, others: float, per_width: float, layers: int) -> int:
-    """The width of the feed-forward layer that makes up the size."""
+    """Returns the width of the feed-forward layer that makes up the size."""
     return max(64, round((size - others) / (layers * per_width) / 64) * 64)
 
 
 def _vocabulary(size: float, usual: int) -> int:
-    """Not so large that a very small model would be embeddings alone."""
+    """Returns a size not so large that a very small model would be embeddings alone."""
     return max(256, min(usual, int(size / 640)))
 
 

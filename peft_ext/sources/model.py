@@ -120,16 +120,16 @@ def check_model_config(file: Path) -> None:
     transformers makes an object for each layer and expert, before it has looked for weights.
     """
 
-    def check(values: dict[str, Any]) -> None:
+    def check_sizes(values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
-                check(value)
+                check_sizes(value)
             elif type(value) is int and value > MOST_LAYERS and re.search("layer|expert", name):
                 raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at most {MOST_LAYERS}")
             elif type(value) is int and value < 1 and name in _POSITIVE:
                 raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at least 1")
 
-    check(read_object(file))
+    check_sizes(read_object(file))
 
 
 def check_index(file: Path) -> None:
