@@ -50,7 +50,7 @@ def _limit() -> str:
     return name.upper() if name.upper() in _LIMITS else ""
 
 
-def _onednn_takes(check: str) -> bool:
+def _onednn_multiplies(check: str) -> bool:
     """Returns whether PyTorch gives oneDNN products of the dtype that ``check`` asks for; not so on AVX2 and less."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
@@ -63,12 +63,12 @@ def multiplies(dtype: torch.dtype) -> bool:
     if dtype not in _WANTED:
         return True
     check, least, x86, arm = _WANTED[dtype]
-    takes, has = _onednn_takes(check), capabilities()
+    supported, has = _onednn_multiplies(check), capabilities()
     if not is_x86():
-        return takes and any(has.get(name) for name in arm)
+        return supported and any(has.get(name) for name in arm)
     if (limit := _limit()) and _LIMITS.index(limit) < _LIMITS.index(least):
         return False
-    return takes and any(has.get(name) for name in x86)
+    return supported and any(has.get(name) for name in x86)
 
 
 def widened_dtypes() -> frozenset[torch.dtype]:

@@ -101,7 +101,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    inside = _stays(target)
+    inside = _must_stay(target)
     part, lock = _locked_folder(target / target.name if inside else target)
     try:
         yield part
@@ -253,7 +253,7 @@ def check_free(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
 
 
-def _stays(target: Path) -> bool:
+def _must_stay(target: Path) -> bool:
     """Returns whether a folder can't be renamed, or must not: the process's relative paths stay in the old one."""
     if not target.is_dir():
         return False

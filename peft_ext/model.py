@@ -65,7 +65,7 @@ def get_peft_model(
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
-    _take_nf4(config, model)
+    _register_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
     return _accelerate(adapted, dora_dropout=dora_dropout) if accelerate else adapted
@@ -129,7 +129,7 @@ def load_adapter(
         if "config" not in kwargs and _holds_nf4(model):
             kwargs["config"] = config
         if "config" in kwargs:
-            _take_nf4(kwargs["config"], model)
+            _register_nf4(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
@@ -154,7 +154,7 @@ def _holds_nf4(model: nn.Module) -> bool:
     return any(isinstance(module, NF4Linear) for module in model.modules())
 
 
-def _take_nf4(config: PeftConfig, model: nn.Module) -> None:
+def _register_nf4(config: PeftConfig, model: nn.Module) -> None:
     """Registers the fused layer for DoRA over NF4: PEFT takes the norm of the weight, which its own layer can't."""
     if getattr(config, "use_dora", False) and _holds_nf4(model):
         config._register_custom_module({NF4Linear: FUSED[lora.Linear]})

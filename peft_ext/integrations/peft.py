@@ -225,7 +225,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
-                reason = _unmatched(module, method, kind)
+                reason = _unmatched_reason(module, method, kind)
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):
@@ -282,7 +282,7 @@ def _method(module: Any) -> str:
     return _METHODS.get(package, package.replace("_", " ").upper())
 
 
-def _unmatched(module: nn.Module, method: str, kind: str) -> str:
+def _unmatched_reason(module: nn.Module, method: str, kind: str) -> str:
     package, stock = _package(module)
     if is_fully_sharded(type(module)):
         return "fully_shard wrapped the layer itself, and so changed its class: call accelerate(model) before that"

@@ -299,8 +299,8 @@ def _loss(out: Any) -> Tensor:
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
     """Returns token numbers and labels as the model's head takes them."""
     base = base_model(model)
-    takes = inspect.signature(base.forward).parameters
-    if "input_ids" not in takes:
+    accepted = inspect.signature(base.forward).parameters
+    if "input_ids" not in accepted:
         raise ValueError(f"estimate_memory: {type(base).__name__} takes no input_ids, wanted inputs")
 
     def numbers(*shape: int) -> Tensor:
@@ -310,19 +310,19 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
     inputs: dict[str, Any] = {"input_ids": numbers(*tokens)}
     if padding:
         inputs["attention_mask"] = numbers(*tokens)
-    if "start_positions" in takes:
+    if "start_positions" in accepted:
         inputs |= {"start_positions": numbers(batch_size), "end_positions": numbers(batch_size)}
-    elif "labels" in takes:
+    elif "labels" in accepted:
         inputs["labels"] = numbers(*tokens)
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
             if base.config.pad_token_id is None:  # any number does, in the copy
                 base.config.pad_token_id = 0
-    elif "decoder_input_ids" in takes:
+    elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = numbers(*tokens)
-    if "decoder_input_ids" in takes and getattr(base.config, "decoder_start_token_id", None) is None:
+    if "decoder_input_ids" in accepted and getattr(base.config, "decoder_start_token_id", None) is None:
         base.config.decoder_start_token_id = 0
-    if "use_cache" in takes:
+    if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
