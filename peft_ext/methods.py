@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-__all__ = ["KINDS", "METHODS", "Method", "default_config", "make_config"]
+__all__ = ["KINDS", "METHODS", "Method", "method_config", "make_config"]
 
 # What a method does to a model.
 KINDS = {
@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def default_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
+def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
     """Returns the full name of a method's configuration and its fields, where nothing else is asked for.
 
     For a task whose head PEFT trains whole, the head is left out of what the method adapts.

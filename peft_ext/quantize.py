@@ -47,7 +47,7 @@ def quantize_nf4(
     skip: Sequence[str] = HEADS,
     progress: bool = True,
 ) -> _Model:
-    """Replace every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
+    """Replaces every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
@@ -95,7 +95,7 @@ def quantize_nf4(
 
 
 def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
-    """Replace every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
+    """Replaces every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
 
     The way back from :func:`quantize_nf4`, though not to the weights from before it: W is what the quantized layer
     multiplied with, and the model computes the same. Call it before ``merge_adapter`` or ``merge_and_unload`` of an
@@ -164,12 +164,12 @@ class Place:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """PEFT's tuner layers and wrappers of trained modules, told without importing PEFT; and our own."""
+    """Returns whether it is a tuner layer or wrapper of PEFT's, told without importing PEFT, or of ours."""
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
 def _replaces_weights(module: nn.Module) -> bool:
-    """Whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
+    """Returns whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
@@ -198,14 +198,14 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
 
 
 def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
-    """The layers to quantize, checked; places whose weight is one and the same are one group."""
+    """Returns the layers to quantize, checked; places whose weight is one and the same are one group."""
     skip = skip.union(_READ_PAST, *(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
     groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):
         linear = place.linear
         if skip.isdisjoint(name.split(".")):
-            _check(name, linear)
+            _check_linear(name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
     # Anything else that holds the same parameter would be left with a dense copy of its own.
@@ -217,7 +217,7 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
 
 
 def _nf4_places(model: nn.Module) -> list[list[Place]]:
-    """The layers to dequantize, checked; places of one layer, or of layers that share one weight, are one group."""
+    """Returns the layers to dequantize, checked; places of one layer, or of one weight, are one group."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
@@ -246,7 +246,7 @@ def _check_forward(op: str, name: str, linear: nn.Linear) -> None:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _check(name: str, linear: nn.Linear) -> None:
+def _check_linear(name: str, linear: nn.Linear) -> None:
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         came = type(getattr(linear, "weight", None)).__name__
@@ -278,7 +278,7 @@ def _replace_all(
 
 
 def _choose_dora(layer: nn.Module) -> None:
-    """DoRA over an NF4 weight takes another variant of PEFT's: see ``accelerate``, which sets it on its own layers."""
+    """Sets PEFT's variant of DoRA anew, which is another one over NF4: accelerate does so on its own layers."""
     if getattr(layer, "lora_variant", None):
         from .integrations.fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
         from .integrations.fused.lora import Lora
@@ -290,7 +290,7 @@ def _choose_dora(layer: nn.Module) -> None:
 
 
 def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
-    """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
+    """Puts ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
 
     All are made before the first is put: where one can't be, none is replaced.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import _cpu
-from .methods import METHODS, default_config, make_config
+from .methods import METHODS, make_config, method_config
 from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
@@ -106,7 +106,7 @@ def setup_peft_training(
         tokenizer.pad_token = tokenizer.eos_token
     if method == "qlora":
         quantize_nf4(model, progress=False)
-    config_class, given = default_config(method, "CAUSAL_LM")
+    config_class, given = method_config(method, "CAUSAL_LM")
     if method == "prompt" and prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip

@@ -158,7 +158,7 @@ class NF4Weight:
         raise ValueError(f"NF4Weight: {name} is on {tensor.device}, packed is on {self.packed.device}")
 
     def check_scales(self) -> None:
-        """Read the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
+        """Reads the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
 
         Finite and not negative; of double quantization the table ascends, and the offset is finite.
         """
@@ -192,7 +192,7 @@ class NF4Weight:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, in a stable order."""
+        """Returns the tensors by name, in a stable order."""
         held = {"packed": self.packed, "absmax": self.absmax}
         if self.nested is not None:
             held |= {
@@ -203,14 +203,14 @@ class NF4Weight:
         return held
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> NF4Weight:
-        """A copy with ``fn`` applied to every tensor (for example a device move)."""
+        """Returns a copy with ``fn`` applied to every tensor (for example a device move)."""
         nested = self.nested
         if nested is not None:
             nested = NestedAbsmax(fn(nested.absmax), fn(nested.code), fn(nested.offset))
         return replace(self, packed=fn(self.packed), absmax=fn(self.absmax), nested=nested)
 
     def to(self, device: torch.device | str) -> NF4Weight:
-        """The same weight on another device; the codes and scales keep their dtypes."""
+        """Returns the same weight on another device; the codes and scales keep their dtypes."""
         return self.map(lambda t: t.to(device))
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -221,14 +221,14 @@ class NF4Weight:
         return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:
-        """The weight as the ops' schemas take it: six tensors or None, then block size and shape."""
+        """Returns the weight as the ops' schemas take it: six tensors or None, then block size and shape."""
         nested = self.nested
         decode = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
         return (self.packed, self.absmax, *decode, self.blocksize, list(self.shape))
 
     @staticmethod
     def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Weight:
-        """Share the storage of a bitsandbytes ``Params4bit``; nothing is copied.
+        """Shares the storage of a bitsandbytes ``Params4bit``; nothing is copied.
 
         Args:
             weight: the ``Params4bit``, or its packed tensor if ``quant_state`` is given.
@@ -246,12 +246,12 @@ class NF4Weight:
         return nf4
 
     def to_bitsandbytes(self) -> Any:
-        """A bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
+        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
         return params4bit_from_nf4(self)
 
 
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
-    """Shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, its names without prefix.
+    """Returns shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, without prefix.
 
     ``found[QUANT_STATE]`` holds JSON, a byte an element. The tensors beside it are asked whether they are what they
     stand for; their sizes are :class:`NF4Weight`'s to check.
@@ -302,12 +302,12 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
 
 
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 NF4 values, ascending, float32."""
+    """Returns the 16 NF4 values, ascending, float32."""
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Whether these are NF4's 16 codes, in whatever float dtype, or are not told; the operators have them built in."""
+    """Returns whether these are NF4's 16 codes, in any float dtype, or not told; the operators have them built in."""
     if code is None or code.is_meta:
         return True
     wanted = nf4_code()
@@ -330,7 +330,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """The reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
+    """Returns the reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
     if (kind := getattr(quant_state, "quant_type", None)) != "nf4":

@@ -18,11 +18,10 @@ from test_cli import TEMPLATE, needs_bnb, tiny  # noqa: E402, F401  a fixture: a
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext._meta import make_config, method_config  # noqa: E402
 from peft_ext.bench import layer  # noqa: E402
 from peft_ext.cli import bench, chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
-from peft_ext.methods import METHODS  # noqa: E402
+from peft_ext.methods import METHODS, make_config, method_config  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -44,7 +44,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
 
     def be(has=(), onednn=(), isa="avx2", limit=None, machine="x86_64"):
         monkeypatch.setattr(_cpu, "capabilities", lambda: NOTHING | dict.fromkeys(has, True))
-        monkeypatch.setattr(_cpu, "_onednn_takes", lambda check: check.split("_")[3] in onednn)
+        monkeypatch.setattr(_cpu, "_onednn_multiplies", lambda check: check.split("_")[3] in onednn)
         monkeypatch.setattr(_native.NativeState, "isa", property(lambda state: isa))
         monkeypatch.setattr(_cpu.platform, "machine", lambda: machine)
         for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):

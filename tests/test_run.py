@@ -17,7 +17,7 @@ from test_cli import tiny  # noqa: F401  a fixture: a tiny model and data
 from transformers import AutoModelForCausalLM
 
 import peft_ext
-from peft_ext.methods import KINDS, METHODS, default_config, make_config
+from peft_ext.methods import KINDS, METHODS, make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, evaluate, finetune, train
 from peft_ext.run.prepare import prepare
 from peft_ext.text import format_bytes
@@ -102,7 +102,7 @@ def test_the_table_has_a_configuration_and_a_page_for_every_method():
     pages = Path(__file__).parents[1] / "docs/methods"
     for name, method in METHODS.items():
         assert method.kind in KINDS and (pages / f"{method.page}.md").is_file(), name
-        config = make_config(*default_config(name, "CAUSAL_LM"))
+        config = make_config(*method_config(name, "CAUSAL_LM"))
         assert config.is_prompt_learning == (method.kind == "prompt")
 
 

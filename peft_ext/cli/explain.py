@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .._imports import MISSING
-from ..methods import METHODS, default_config, make_config
+from ..methods import METHODS, make_config, method_config
 from ..run.plan import Preview, preview
 from ..run.progress import status
 from ..sources.json_file import first_line
@@ -150,7 +150,7 @@ def _of_model(
     what: str, _model: Optional[str], chosen: list[str], rank: Optional[int], quant: Optional[str],
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
-    from .._meta import build_model
+    from ..memory.stand_ins import build_model
     from ..sources.model import task_of
 
     folder, config = model_config(what)
@@ -161,7 +161,7 @@ def _of_model(
         raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
-        path, fields = default_config(method, task_of(model))
+        path, fields = method_config(method, task_of(model))
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))

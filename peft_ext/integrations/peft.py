@@ -64,7 +64,7 @@ _DORA_DROPOUTS = ("peft", "lora")
 
 
 def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
-    """Put the adapter layers and 4-bit linears of a live model on the fused ops, in place.
+    """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
     frozen ``nn.Linear`` layers that compute in it are put on :func:`peft_ext.ops.frozen_linear` as well, the head of a
@@ -123,7 +123,7 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
+    """Undoes :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
 
     Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
     into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
@@ -194,7 +194,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which layers run fused right now, and why the others do not.
+    """Returns which layers run fused right now, and why the others do not.
 
     "Right now" is literal: the rows change with ``train()``, ``set_adapter``, ``merge_adapter``, autocast and the rest
     of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments but
@@ -225,7 +225,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
-                reason = _unmatched(module, method, kind)
+                reason = _unmatched_reason(module, method, kind)
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):
@@ -250,7 +250,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:
-    """Which attribute the fused class reads and ``module``, of its stock class, does not have; None: it has all."""
+    """Returns which attribute the fused class reads that ``module``, of its stock class, lacks; None: it has all."""
     for path in fused.reads:
         found: Any = module
         for name in path.split("."):
@@ -262,7 +262,7 @@ def _lacking(module: nn.Module, fused: type) -> Optional[str]:
 
 
 def _package(module: nn.Module) -> tuple[str, type]:
-    """The tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer is or derives from."""
+    """Returns the tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer derives from."""
     for kind in type(module).__mro__:
         kind = STOCK.get(kind, kind)
         path = kind.__module__.split(".")
@@ -282,7 +282,7 @@ def _method(module: Any) -> str:
     return _METHODS.get(package, package.replace("_", " ").upper())
 
 
-def _unmatched(module: nn.Module, method: str, kind: str) -> str:
+def _unmatched_reason(module: nn.Module, method: str, kind: str) -> str:
     package, stock = _package(module)
     if is_fully_sharded(type(module)):
         return "fully_shard wrapped the layer itself, and so changed its class: call accelerate(model) before that"

@@ -35,7 +35,7 @@ __all__ = ["AdaLoraCallback", "DiffPruningCallback", "PeftExtCallback", "keep_fr
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory for the next allocation instead of returning it to the system.
+    """Asks the C library to keep freed memory for the next allocation instead of returning it to the system.
 
     A training step on the CPU frees its activations, glibc returns them, and the next step faults every page in again:
     a fifth of the step at 135M parameters. The setting is the whole process's, so a library must not make it on its
@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_mib() -> Optional[float]:
-    """The most resident memory this process ever had, MiB; None where the system does not tell.
+    """Returns the most resident memory this process ever had, MiB; None where the system does not tell.
 
     It counts everything: the interpreter and its libraries, loading, quantizing, training. On Linux it is VmHWM, which
     is ``ru_maxrss`` without what the process inherits from the one that started it.
@@ -115,7 +115,7 @@ class PeftExtCallback(TrainerCallback):
         self._hook: Optional[RemovableHandle] = None
 
     def attach(self, trainer: Trainer) -> PeftExtCallback:
-        """Be the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
+        """Makes this the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
 
         Raises: TypeError where trainer is no transformers Trainer.
         """
@@ -205,7 +205,7 @@ class PeftExtCallback(TrainerCallback):
         return None if self.explanation is None else self.explanation.fused_share
 
     def _watch(self, model: nn.Module) -> None:
-        """Look at what the input embedding is called with: callbacks see no batch.
+        """Looks at what the input embedding is called with: callbacks see no batch.
 
         Not at what the model is: its arguments have other names in each, and Trainer's autocast begins within its call.
         """

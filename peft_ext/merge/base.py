@@ -46,7 +46,7 @@ class Base:
     absent: tuple[str, ...] = ()  # parameters that the base's files have not
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The tensor, on the CPU; an NF4 weight as float32."""
+        """Returns the tensor, on the CPU; an NF4 weight as float32."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -107,7 +107,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
 
 
 def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
-    """The weight of a layer that holds it in NF4; MergeError for what other quantizers made."""
+    """Returns the weight of a layer that holds it in NF4; MergeError for what other quantizers made."""
     if isinstance(module, NF4Linear):
         return module.nf4
     kind = type(module).__name__
@@ -122,7 +122,7 @@ def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
 
 
 def _stand_in(base: Base) -> int:
-    """Put a dense layer without memory of its own in place of each NF4 one; the number of them."""
+    """Puts a dense layer without memory of its own in place of each NF4 one; returns how many."""
     count = 0
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
@@ -150,7 +150,7 @@ def _stand_in(base: Base) -> int:
 
 
 def _reverses(conversion: Any) -> bool:
-    """Whether transformers can undo a conversion: not those that put a quantizer's tensors together."""
+    """Returns whether transformers can undo a conversion: not those that put a quantizer's tensors together."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):
@@ -159,7 +159,7 @@ def _reverses(conversion: Any) -> bool:
 
 
 def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
-    """Read each weight that quantize_nf4 would quantize through NF4."""
+    """Makes each weight that quantize_nf4 would quantize be read through NF4."""
     for same in linear_groups(base.model, set(HEADS)):
         weight = same[0].linear.weight
 

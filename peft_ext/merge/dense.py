@@ -88,7 +88,7 @@ def merge_to_dense(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MergeReport:
-    """Merge a saved adapter into its base and write the dense model that results, in transformers' format.
+    """Merges a saved adapter into its base and writes the dense model that results, in transformers' format.
 
     The result is the adapted model's function in evaluation: weights in safetensors, config.json,
     generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. Every method whose layers

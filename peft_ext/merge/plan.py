@@ -66,7 +66,7 @@ class Plan:
         self.config.dtype = base.model.dtype if dtype is None else dtype
         self._untie()
         self.meta = {name: self._planned(name) for name in self.origin}
-        self._fit()
+        self._check_against_config()
         self._uses = Counter(origin[0] for origin in self.origin.values())
         self.groups = self._grouped()
         self.outputs = {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
@@ -105,7 +105,7 @@ class Plan:
         return origins
 
     def _untie(self) -> None:
-        """See which tied weights the adapter tore apart: then the config must not tie them on loading."""
+        """Finds which tied weights the adapter tore apart: then the config must not tie them on loading."""
         groups: dict[int, list[str]] = defaultdict(list)
         for name, tensor in self.before.items():
             groups[id(tensor)].append(name)
@@ -117,7 +117,7 @@ class Plan:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
             kept = names[0]
-            torn = [n for n in names[1:] if not self._same(kept, n)]
+            torn = [n for n in names[1:] if not self._is_same(kept, n)]
             for name in names[1:]:
                 if name not in torn:
                     self.origin[name] = self.origin[kept]
@@ -130,14 +130,14 @@ class Plan:
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
-    def _same(self, one: str, other: str) -> bool:
+    def _is_same(self, one: str, other: str) -> bool:
         a, b = self.origin[one], self.origin[other]
         if a == b or (a[0] == b[0] == "" and self.after[one] is self.after[other]):
             return True
         return torch.equal(self._value(one).float(), self._value(other).float())
 
     def _planned(self, name: str) -> Tensor:
-        """A tensor without memory, of the shape and dtype that is written."""
+        """Returns a tensor without memory, of the shape and dtype that is written."""
         path, local = self.origin[name]
         if name in self.before:
             shape, dtype = self.before[name].shape, self.before[name].dtype
@@ -156,8 +156,8 @@ class Plan:
             wide |= set(model._keep_in_fp32_modules_strict or ())
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
-    def _fit(self) -> None:
-        """See that a model made from the config alone has just these tensors; let the config ask for added biases."""
+    def _check_against_config(self) -> None:
+        """Sees that a model made from the config alone has just these tensors; lets the config ask for added biases."""
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -184,7 +184,7 @@ class Plan:
                     del self.meta[name], self.origin[name]
 
     def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
-        """What is read together, and what becomes of it in the files, where names and shapes are those of the hub.
+        """Returns what is read together, and what becomes of it in the files, with the hub's names and shapes.
 
         As little as possible together: a tensor, or a layer where transformers' conversion makes one of several.
         """
@@ -208,7 +208,7 @@ class Plan:
     # - the tensors -
 
     def _value(self, name: str) -> Tensor:
-        """The tensor, in float32 where it was merged."""
+        """Returns the tensor, in float32 where it was merged."""
         path, local = self.origin[name]
         if path == "":
             return self.base.read(self.after[local]) if local else torch.zeros(self.meta[name].shape)
@@ -217,7 +217,7 @@ class Plan:
         return self._made[path][local]
 
     def _make(self, path: str) -> dict[str, Tensor]:
-        """The tensors of an adapted module after merging, by its layer's own merge, in float32."""
+        """Returns the tensors of an adapted module after merging, by its layer's own merge, in float32."""
         target = self.targets[path]
         inner = target.original_module if isinstance(target, AuxiliaryTrainingWrapper) else target.get_base_layer()
         before = {} if isinstance(target, ModulesToSaveWrapper) else self._widen(inner)
@@ -248,7 +248,7 @@ class Plan:
         return {name: found[name] for name in locals_}
 
     def _widen(self, module: nn.Module) -> dict[str, Tensor]:
-        """Put float32 copies in place of the module's parameters, which other modules may share; returns them."""
+        """Puts float32 copies in place of the module's parameters, which other modules may share; returns them."""
         wide = {}
         for prefix, below in list(module.named_modules()):
             for name, parameter in below._parameters.items():
@@ -260,7 +260,7 @@ class Plan:
         return wide
 
     def _group(self, names: list[str]) -> dict[str, Tensor]:
-        """A group's tensors as they are written."""
+        """Returns a group's tensors as they are written."""
         found = {}
         for name in names:
             found[name] = self._value(name).to(self.meta[name].dtype)
@@ -276,7 +276,7 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Write the tensors, one group at a time, and the index where there are several files; their names."""
+        """Writes the tensors, one group at a time, and the index of several files; returns the files' names."""
         try:
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -308,7 +308,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
-    """PEFT's layers on the base, with the adapter's tensors as they lie in its file; MergeError if they don't fit."""
+    """Puts PEFT's layers on the base, with the adapter's tensors as they lie in its file. Raises MergeError."""
     kind = str(config.peft_type.value)
     try:
         check_expressions(config, base.model)
@@ -346,7 +346,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
 
 
 def _find_targets(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of what PEFT wrapped, the outermost ones."""
+    """Yields path and module of what PEFT wrapped, the outermost ones."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

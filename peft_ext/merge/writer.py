@@ -56,7 +56,7 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Tokenizer files, generation_config.json and, last, config.json, without which nothing is loaded."""
+    """Writes tokenizer files, generation_config.json and, last, config.json, without which nothing is loaded."""
     model = base.model
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():

@@ -56,7 +56,7 @@ def check_dtype(op: str, dtype: object) -> None:
 
 
 def check_count(op: str, argument: str, value: object) -> None:
-    """A size: an integer of at least 1 that 64 bits hold."""
+    """Checks a size: an integer of at least 1 that 64 bits hold."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {argument} is {value!r}, wanted an integer")
     if value < 1:
@@ -76,7 +76,7 @@ def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: st
 
 
 def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
-    """One value per feature, of any float dtype, on x's device, in one of ``shapes``."""
+    """Checks one value per feature, of any float dtype, on x's device, in one of ``shapes``."""
     check_float(op, argument, value)
     _check_device(op, argument, value, x)
     if tuple(value.shape) not in shapes:
@@ -93,7 +93,7 @@ def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int) ->
 
 
 def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
-    """A frozen weight ``[N, K]``, dense or NF4."""
+    """Checks a frozen weight ``[N, K]``, dense or NF4."""
     if not isinstance(weight, NF4Weight):
         check_float(op, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -103,7 +103,7 @@ def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
-    """x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
+    """Checks x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
     check_float(op, "x", x)
     check_weight(op, weight)
     if isinstance(weight, NF4Weight):
@@ -118,13 +118,13 @@ def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
 
 
 def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
-    """lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
+    """Checks lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
     held = weight.packed if isinstance(weight, NF4Weight) else weight
     check_low_rank(op, tuple(weight.shape), held, "weight", lora_A, lora_B)
 
 
 def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """The same for a base of ``shape`` ``[N, K]``, on the device of ``beside``, the argument ``name``."""
+    """Checks the same for a base of ``shape`` ``[N, K]``, on the device of ``beside``, the argument ``name``."""
     out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_float(op, argument, value)
@@ -150,7 +150,7 @@ def check_bottleneck(
     up_bias: Optional[Tensor],
     residual: Optional[Tensor],
 ) -> None:
-    """down ``[M, K]`` and up ``[N, M]`` with their biases against x ``[..., K]``, and a residual ``[..., N]``."""
+    """Checks down ``[M, K]``, up ``[N, M]`` and their biases against x ``[..., K]``, and a residual ``[..., N]``."""
     if x.dim() < 1:
         raise ValueError(f"{op}: x has shape (), wanted [..., K]")
     for argument, value, wanted in (("down_weight", down_weight, "M, K"), ("up_weight", up_weight, "N, M")):
@@ -179,7 +179,7 @@ def check_bottleneck(
 
 
 def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str) -> None:
-    """residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``, the argument ``name``."""
+    """Checks residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``, the argument ``name``."""
     check_float(op, "residual", residual)
     if not isinstance(out, Tensor) or out.is_nested:
         check_float(op, name, out)
@@ -212,7 +212,7 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
-    """The weight as the schemas take it, see ``library.WEIGHT``."""
+    """Returns the weight as the schemas take it, see ``library.WEIGHT``."""
     if isinstance(weight, NF4Weight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
@@ -228,7 +228,7 @@ def unpack_weight(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Union[Tensor, NF4Weight]:
-    """The reverse of :func:`weight_args`, for the reference fallback."""
+    """Undoes :func:`weight_args`, for the reference fallback."""
     if absmax is None:
         return weight
     nested = None if nested_absmax is None else NestedAbsmax(nested_absmax, nested_code, nested_offset)
@@ -236,7 +236,7 @@ def unpack_weight(
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """The dtype that autocast computes linear layers in on x's device, or None outside autocast."""
+    """Returns the dtype that autocast computes linear layers in on x's device, or None outside autocast."""
     device = x.device.type
     if device == "meta":  # which torch.is_autocast_enabled refuses
         return None
@@ -246,7 +246,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """x, weight and bias as a linear layer takes them under autocast: in its dtype, an NF4 weight as it is."""
+    """Returns x, weight and bias as a linear layer takes them under autocast: in its dtype, NF4 as it is."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
@@ -254,5 +254,5 @@ def cast_for_autocast(
 
 
 def any_float64(*values: Optional[Tensor]) -> bool:
-    """Whether a tensor is float64: no kernel takes it, the reference computes with it."""
+    """Returns whether a tensor is float64: no kernel takes it, the reference computes with it."""
     return any(value is not None and value.dtype is torch.float64 for value in values)

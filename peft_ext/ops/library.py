@@ -27,7 +27,7 @@ OPS: list[str] = []
 
 
 def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> None:
-    """Declare ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
+    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _outside_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -35,7 +35,7 @@ def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> No
 
 
 def _outside_autocast(reference: Callable) -> Callable:
-    """A reference's products have the dtypes it says; autocast would make those in float32 16-bit ones."""
+    """Gives a reference's products the dtypes it says; autocast would make those in float32 16-bit ones."""
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:

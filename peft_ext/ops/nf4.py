@@ -45,7 +45,7 @@ def _dequantize_merged_fake(weight, absmax, nested_absmax, nested_code, nested_o
 
 
 def _dense(weight, absmax, *rest):
-    """The weight in the dtype that is asked for last; a dense one is of it already."""
+    """Returns the weight in the dtype that is asked for last; a dense one is of it already."""
     return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
 
 
@@ -158,7 +158,7 @@ torch.library.register_autograd(f"{NAMESPACE}::nf4_linear", _linear_backward, se
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
-    """Quantize a weight to NF4, bit for bit as bitsandbytes does.
+    """Quantizes a weight to NF4, bit for bit as bitsandbytes does.
 
     ``absmax_b = max |w|`` over each block of the flat tensor; each element takes the nearest of the 16 codes to
     ``w · (1 / max(absmax, 1e-38))``, a tie the lower one. With ``double_quant`` the scales, minus their mean, are

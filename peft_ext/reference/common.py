@@ -19,7 +19,7 @@ SMALLEST_SCALE = 2.0**-6
 
 
 def dense(weight: Union[Tensor, NF4Weight], dtype: torch.dtype) -> Tensor:
-    """The weight that a product in ``dtype`` takes: NF4 is rounded to it once, a dense one is of it already."""
+    """Returns the weight that a product in ``dtype`` takes: NF4 is rounded to it once, a dense one is of it already."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
@@ -29,12 +29,12 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rows(value: Tensor) -> Tensor:
-    """``[..., F]`` as ``[T, F]``."""
+    """Returns ``[..., F]`` as ``[T, F]``."""
     return value.reshape(-1, value.shape[-1])
 
 
 def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
-    """``mask ∘ x / (1 - p)``, or ``x`` where there is no seed."""
+    """Returns ``mask ∘ x / (1 - p)``, or ``x`` where there is no seed."""
     if seed is None:
         return x
     return torch.where(dropout_keep_mask(seed, p, x.shape), x * (1.0 / (1.0 - p)), 0.0)
@@ -43,7 +43,7 @@ def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
 def dropout_seed(
     seed: Optional[Tensor], dropout_p: float, training: bool, device: torch.device | str
 ) -> Optional[Tensor]:
-    """The seed of an active dropout, drawn from PyTorch's generator where none is given; None: no dropout."""
+    """Returns the seed of an active dropout, drawn from PyTorch's generator where none is given; None: no dropout."""
     if not training or dropout_p == 0.0:
         return None
     if seed is None:

@@ -38,7 +38,7 @@ _SMALLEST_ABSMAX = 1e-38
 
 
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
+    """Returns the 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
 
     Built in float64 and float32 in the very order that bitsandbytes uses, so that the bits agree.
     """
@@ -62,7 +62,7 @@ def _thresholds(code: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
+    """Returns ``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
 
     A full block is scaled by ``1 / max(absmax, 1e-38)``; a tail block is divided by it, and stores it so clamped.
     """
@@ -117,7 +117,7 @@ def dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
+    """Returns ``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
     numel = 1
     for size in shape:
         numel *= size
@@ -164,7 +164,7 @@ def merge(
     row_scale: Optional[Tensor],
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
+    """Returns ``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
     args = (packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape)
     merged = dequantize_merged(*args, lora_A, lora_B, row_scale, scaling, torch.float32)
     codes, scales = quantize(merged, blocksize)
@@ -173,7 +173,7 @@ def merge(
 
 
 def scale_mean(absmax: Tensor) -> Tensor:
-    """The mean of the scales in float32, of no dimensions: the same bits for any number of threads, on any device.
+    """Returns the mean of the scales, float32, 0-d: the same bits for any number of threads, on any device.
 
     As whole numbers, in units of some 2⁻⁴⁰ of the largest scale, they have a sum that no order changes; PyTorch's mean
     adds in an order that depends on the threads. bitsandbytes takes that mean, so that its last bit may differ.
@@ -192,7 +192,7 @@ def scale_mean(absmax: Tensor) -> Tensor:
 def nested(
     absmax: Tensor, quantize_absmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, NestedAbsmax]:
-    """Scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
+    """Returns scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
     offset = scale_mean(absmax)
     code = dynamic_code(absmax.device)
     codes, nested_absmax = quantize_absmax(absmax - offset, code)

@@ -153,9 +153,9 @@ def preview(
     """
     import torch
 
-    from .._meta import quantize_stand_ins, replace_tensors, stand_in
     from ..integrations.peft import accelerate, explain
     from ..memory import adapt_on_meta, estimate_memory
+    from ..memory.stand_ins import quantize_stand_ins, replace_tensors, stand_in
 
     model = adapt_on_meta(copy.deepcopy(base).to(dtype), config, None, None, False).train()
     size = sum(t.nbytes for t in _saved_tensors(model))

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from ..methods import METHODS, Method, default_config, make_config
+from ..methods import METHODS, Method, make_config, method_config
 from ..sources.json_file import first_line
 from . import checkpoints
 from .data import Corpus, Examples, read_corpus, tokenize
@@ -244,7 +244,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
 def adapter_config(run: Run, model: Any) -> Any:
     """Returns the PEFT configuration that the options ask for, for ``model``, whose weights may be on no device."""
     o = run.options
-    config_class, fields = default_config(o.method, "CAUSAL_LM")
+    config_class, fields = method_config(o.method, "CAUSAL_LM")
     targets: Any = o.target_modules
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]

@@ -46,7 +46,7 @@ _PICKLES = ("prompt_tuning_init_state_dict_path",)
 
 
 def read_config(file: Path) -> PeftConfig:
-    """The configuration in ``file``, its fields checked.
+    """Returns the configuration in ``file``, its fields checked.
 
     Raises: OSError as ``open`` does; ValueError, one line, for what is no configuration of a method that is known.
     """
@@ -78,7 +78,7 @@ def read_config(file: Path) -> PeftConfig:
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    """What PEFT takes without a word, or takes apart as it builds the model."""
+    """Checks what PEFT takes without a word, or takes apart as it builds the model."""
     for name, value in values.items():
         if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
@@ -105,7 +105,7 @@ def _hints(config_class: type) -> dict[str, Any]:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether JSON's ``value`` may stand for a field of this annotation; what is not told from it fits."""
+    """Returns whether JSON's ``value`` may stand for a field of this annotation; what is not told from it fits."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_is_of(value, argument) for argument in arguments)
@@ -134,7 +134,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    """An annotation in JSON's words."""
+    """Returns an annotation in JSON's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         # Sorted: typing may give back a union of the same types in the order of another one.
@@ -150,7 +150,7 @@ def _described(hint: Any) -> str:
 
 
 def checked_config(folder: Path) -> PeftConfig:
-    """The configuration of the adapter in ``folder``, held against the header of its weights.
+    """Returns the configuration of the adapter in ``folder``, held against the header of its weights.
 
     Raises: OSError where one of the files is not there or can't be read; ValueError, one line, see :func:`read_config`,
     for weights that are no safetensors, and for a configuration that asks for larger tensors than there are.
@@ -169,7 +169,7 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """The sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
+    """Yields the sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
         if str(config.init_lora_weights).startswith(_TRUNCATING):

@@ -63,7 +63,7 @@ else:
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Field, form and expression of all that the configuration has, but for plain names."""
+    """Yields field, form and expression of all that the configuration has, but for plain names."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _FORMS:

@@ -14,7 +14,7 @@ _SHOWN = 60  # characters of a value, in a message
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises: OSError as ``open`` does; ValueError, one line, for anything else."""
+    """Returns the JSON object in ``file``. Raises OSError as ``open`` does; ValueError, one line, for anything else."""
     if (size := file.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{file}: {size} bytes, wanted at most {_MOST_BYTES}")
     try:

@@ -25,6 +25,7 @@ __all__ = [
     "AUTO_CLASSES",
     "LoadedModel",
     "SourceError",
+    "base_model",
     "check_index",
     "check_model_config",
     "find_folder",
@@ -119,16 +120,16 @@ def check_model_config(file: Path) -> None:
     transformers makes an object for each layer and expert, before it has looked for weights.
     """
 
-    def check(values: dict[str, Any]) -> None:
+    def check_sizes(values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
-                check(value)
+                check_sizes(value)
             elif type(value) is int and value > MOST_LAYERS and re.search("layer|expert", name):
                 raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at most {MOST_LAYERS}")
             elif type(value) is int and value < 1 and name in _POSITIVE:
                 raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at least 1")
 
-    check(read_object(file))
+    check_sizes(read_object(file))
 
 
 def check_index(file: Path) -> None:
@@ -252,10 +253,14 @@ def load_model(
     return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])))
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """Returns the model under a PeftModel's adapters; another one itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def output_head(model: nn.Module) -> Optional[nn.Module]:
     """Returns the layer of a model of transformers, or of a PeftModel over one, that computes its logits."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    get = getattr(base, "get_output_embeddings", None)
+    get = getattr(base_model(model), "get_output_embeddings", None)
     return get() if callable(get) else None
 
 

@@ -22,7 +22,7 @@ _DTYPES = {
 
 
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
+    """Returns the shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:

@@ -33,7 +33,7 @@ __all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
 
 
 def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
-    """A module that holds ``items`` under their names; dots in a name make submodules.
+    """Returns a module that holds ``items`` under their names; dots in a name make submodules.
 
     Parameters and modules are registered as what they are, other tensors as buffers.
     """
@@ -77,7 +77,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
     # --- what a method gives ------------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """The tensors that ``adapter`` owns here, by name, as the base module is to see them.
+        """Returns the tensors that ``adapter`` owns here, by name, as the base module is to see them.
 
         ``training``: as during training, where that makes a difference. ``x``: the layer's input, where it is known.
         """
@@ -90,7 +90,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """All tensors that are replaced under ``adapter``, those included that another layer owns."""
+        """Returns all tensors that are replaced under ``adapter``, those included that another layer owns."""
         found = self.own(adapter, training, x)
         for name, (layer, owned) in self.tied.get(adapter, {}).items():
             owner = found if layer is self else layer.own(adapter, training)
@@ -99,7 +99,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
         return found
 
     def running(self) -> Optional[str]:
-        """The adapter that the next forward runs with; None: the base module alone."""
+        """Returns the adapter that the next forward runs with; None: the base module alone."""
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -112,7 +112,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
         return names[0] if names else None
 
     def held(self, names: list[str]) -> list[str]:
-        """Those of ``names`` that have an adapter here."""
+        """Returns those of ``names`` that have an adapter here."""
         return [name for name in names if name in self.adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
                 held[leaf] = tensor
 
     def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
-        """The dictionary of the base module, or of a module in it, that holds the tensor ``name``, and its key."""
+        """Returns the dictionary, of the base module or one in it, that holds the tensor ``name``, and its key."""
         path, _, leaf = name.rpartition(".")
         module = self.base_layer.get_submodule(path)
         return module._buffers if leaf in module._buffers else module._parameters, leaf
@@ -145,7 +145,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
         return held[leaf]
 
     def _read(self, name: str) -> Any:
-        """An attribute of the base module as it is while this layer runs: models read weights from outside too."""
+        """Returns the base module's attribute as it is while this layer runs: models read weights from outside too."""
         adapter = self.running()
         replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
         if not any(one == name or one.startswith(f"{name}.") for one in replaced):
@@ -177,7 +177,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Put an adapter's tensors into the base module; :meth:`unmerge` puts the very bits back.
+        """Puts an adapter's tensors into the base module; :meth:`unmerge` puts the very bits back.
 
         Raises: ValueError where another adapter is merged already, where several are asked for, or where ``safe_merge``
         and a tensor is not finite.
@@ -213,7 +213,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
                 layer.unmerge()
 
     def _exchange(self, name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
-        """Put ``tensor`` where the base module holds ``name``; returns what was there.
+        """Puts ``tensor`` where the base module holds ``name``; returns what was there.
 
         A parameter stays the same object, or modules that share it would come apart.
         """
@@ -249,7 +249,7 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
 
 
 def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A shallow copy of ``module`` in which these of its tensors are replaced."""
+    """Returns a shallow copy of ``module`` in which these of its tensors are replaced."""
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
@@ -278,11 +278,11 @@ class ReplacingTuner(Tuner):
     """The tuner of a method whose layers are :class:`ReplacingLayer`; it gives :meth:`make_plan` and :meth:`make`."""
 
     def make_plan(self, config: Any, model: nn.Module) -> Plan:
-        """Which tensors the adapter of ``config`` replaces. Raises ValueError, before anything is changed."""
+        """Returns which tensors the adapter of ``config`` replaces. Raises ValueError, before anything is changed."""
         raise NotImplementedError
 
     def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:
-        """What a new adapter holds in ``layer``, the module ``key``, for its tensors ``names``."""
+        """Returns what a new adapter holds in ``layer``, the module ``key``, for its tensors ``names``."""
         raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -313,7 +313,7 @@ class ReplacingTuner(Tuner):
         target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        """Full name, in the base model, and layer, of every module that is wrapped."""
+        """Yields full name, in the base model, and layer, of every module that is wrapped."""
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield name, module

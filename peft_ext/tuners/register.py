@@ -55,7 +55,7 @@ def _check_peft() -> None:
 
 
 def peft_type(name: str) -> PeftType:
-    """The member ``name`` of PEFT's enum, made where it is not there yet.
+    """Returns the member ``name`` of PEFT's enum, made where it is not there yet.
 
     PEFT's own ``register_peft_method`` takes the names of this enum alone. The new member is its value's equal, is
     found by name and by value, and is pickled as the members that PEFT wrote are.
@@ -66,7 +66,7 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Enter a method into PEFT's mappings under ``name``, lower case, once.
+    """Enters a method into PEFT's mappings under ``name``, lower case, once.
 
     From then on ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and the rest of
     PEFT know it. Importing a module of :mod:`peft_ext.tuners` calls it.

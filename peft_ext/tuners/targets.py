@@ -111,7 +111,7 @@ class TargetConfig(PeftConfig):
 
 
 def _and_containers(name: str) -> Iterator[str]:
-    """The name and the names of what contains it, inmost first: a.b.c, a.b, a."""
+    """Yields the name and the names of what contains it, inmost first: a.b.c, a.b, a."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -124,7 +124,7 @@ def _named(names: Union[Iterable[str], str], name: str) -> bool:
 
 
 def matches(names: Optional[Union[Iterable[str], str]], name: str) -> bool:
-    """Whether ``name``, or the name of something that contains it, is among ``names`` or matches the expression."""
+    """Returns whether ``name``, or the name of what contains it, is among ``names`` or matches the expression."""
     return bool(names) and any(_named(names, container) for container in _and_containers(name))
 
 
@@ -141,13 +141,13 @@ def _layer_index(config: TargetConfig, name: str) -> Optional[int]:
 
 
 def in_layers(config: TargetConfig, name: str) -> bool:
-    """Whether ``name`` lies in one of the layers that the configuration leaves."""
+    """Returns whether ``name`` lies in one of the layers that the configuration leaves."""
     wanted = config.layers_to_transform
     return wanted is None or _layer_index(config, name) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Whether ``name`` is a target; everything is where ``target_modules`` is None."""
+    """Returns whether ``name`` is a target; everything is where ``target_modules`` is None."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 
@@ -156,7 +156,7 @@ def targeted(config: TargetConfig, name: str) -> bool:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Full name and module of everything below ``model``, as before any adapter.
+    """Yields full name and module of everything below ``model``, as before any adapter.
 
     A tuner layer stands for the module it wraps; what adapters added and what ``modules_to_save`` holds are left out.
     """
@@ -173,7 +173,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Full name and parameter, under every name that it has, as before any adapter."""
+    """Yields full name and parameter, under every name that it has, as before any adapter."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in _and_containers(name) if container in wrapped), None)
@@ -184,7 +184,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
-    """The full names that PEFT means by "all-linear", where ``names`` is that; else ``names``.
+    """Returns the full names that PEFT means by "all-linear", where ``names`` is that; else ``names``.
 
     Every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, but for the output head.
     """
@@ -202,7 +202,7 @@ def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
 
 
 def last_layers(model: nn.Module, count: int) -> set[str]:
-    """The full names of the last ``count`` layers, of each stack where the model has several (T5, vision and text).
+    """Returns the full names of the last ``count`` layers of each stack (T5, vision and text have several).
 
     A stack is an outermost ``nn.ModuleList``, as long as one of the layer counts in the model's config, if it has any.
 
@@ -255,7 +255,7 @@ class Plan:
 def own_units(
     model: nn.Module, config: TargetConfig, *, within: Optional[Collection[str]] = None, buffers: bool = False
 ) -> dict[str, list[str]]:
-    """The modules to wrap and the names in them of their target tensors, so that every target parameter is in one.
+    """Returns the modules to wrap and the names in them of their target tensors: every target parameter is in one.
 
     A module is wrapped that owns parameters itself, with all below it: a linear layer, a norm, or a mixer whose state
     matrix lies beside its projections. ``within``: full names; only what is one of them, or below. ``buffers``: saved
@@ -315,7 +315,7 @@ def _trainable(parameter: Optional[nn.Parameter]) -> bool:
 
 
 def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:
-    """Who owns which tensor, where the tensors ``units`` of these modules are replaced.
+    """Returns who owns which tensor, where the tensors ``units`` of these modules are replaced.
 
     A tensor that several of them hold belongs to the first one in the model. ``skip_tied``: names of tensors that may
     be held elsewhere too, unreplaced, because nothing reads them there.

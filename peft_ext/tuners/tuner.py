@@ -18,7 +18,7 @@ __all__ = ["Tuner", "read_through"]
 
 
 def read_through(name: str) -> bool:
-    """Whether a layer's attribute that is not its own is its base module's.
+    """Returns whether a layer's attribute that is not its own is its base module's.
 
     Not what copying looks for, nor the marks of accelerate's hooks: those are the base module's own.
     """

@@ -111,14 +111,14 @@ def accepting(kind: type) -> Iterator[None]:
 def as_in_forward(model: nn.Module) -> Iterator[None]:
     """Makes a layer's reasons those of a call within ``model``'s: FSDP2's shards count as what it gathers."""
     global _gathered
-    before, _gathered = _gathered, frozenset(_gathers(model))
+    before, _gathered = _gathered, frozenset(_gathered_ids(model))
     try:
         yield
     finally:
         _gathered = before
 
 
-def _gathers(model: nn.Module) -> Iterator[int]:
+def _gathered_ids(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
         if not is_fully_sharded(type(module)):
             continue

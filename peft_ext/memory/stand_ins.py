@@ -1,4 +1,4 @@
-"""Models and configurations without their data, for :mod:`.memory` and :mod:`.recommend`.
+"""Models and configurations without their data.
 
     meta      shape and dtype: to build, copy and adapt a model on
     stand-in  one element seen as the whole, a plain CPU tensor to all who ask: to quantize and accelerate a model on
@@ -10,37 +10,33 @@ layers, and those that are to be quantized, become layers that hold stand-ins of
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from .nn import NF4Linear
-from .sources.model import AUTO_CLASSES
-from .weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
+from ..nn import NF4Linear
+from ..quantize import HEADS, linear_groups, replace_group
+from ..sources.model import AUTO_CLASSES
+from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
 
 __all__ = [
     "Dequantized",
     "build_model",
     "copy_to_meta",
     "fake",
-    "make_config",
-    "method_config",
     "quantize_stand_ins",
     "replace_tensors",
     "stand_in",
 ]
 
 
-# --- a model from its configuration -----------------------------------------------------------------------------------
-
-
 def build_model(
     config: Any, task_type: Optional[str] = None, dtype: Optional[torch.dtype] = None
 ) -> tuple[nn.Module, torch.dtype]:
-    """The model of a transformers configuration, on the meta device, and the dtype that its weights are to have."""
+    """Returns the model of a transformers configuration, on the meta device, and the dtype of its weights to be."""
     import transformers
 
     if not isinstance(config, transformers.PretrainedConfig):
@@ -65,12 +61,12 @@ def _meta(t: Tensor) -> Tensor:
 
 
 def stand_in(t: Tensor) -> Tensor:
-    """One element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
+    """Returns one element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
     return torch.empty((), dtype=t.dtype).expand(t.shape)
 
 
 def fake(t: Tensor) -> Tensor:
-    """A fake tensor, under FakeTensorMode."""
+    """Returns a fake tensor, under FakeTensorMode."""
     return torch.empty(t.shape, dtype=t.dtype)
 
 
@@ -80,7 +76,7 @@ def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
-    """A copy on the meta device; bitsandbytes' layers become what they hold and do."""
+    """Returns a copy on the meta device; bitsandbytes' layers become what they hold and do."""
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
     for t in _tensors(model):
@@ -106,7 +102,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Every parameter and buffer by another of its shape and dtype; what was one stays one."""
+    """Replaces every parameter and buffer by another of its shape and dtype; what was one stays one."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -118,7 +114,7 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
-    """An NF4 weight of stand-ins."""
+    """Returns an NF4 weight of stand-ins."""
 
     def held(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty((), dtype=dtype).expand(shape)
@@ -180,7 +176,7 @@ class _DequantizedLinear(torch.autograd.Function):
 def _quantized(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
 ) -> nn.Module:
-    """A quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
+    """Returns a quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)
@@ -189,9 +185,7 @@ def _quantized(
 
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
-    """What stands for one of bitsandbytes' linear layers; None for any other module."""
-    from .integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
-
+    """Returns what stands for one of bitsandbytes' linear layers; None for any other module."""
     if not isinstance(module, QUANTIZED):
         return None
     bias = module.bias if module.bias is None else _like(module.bias, _meta)
@@ -210,8 +204,7 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
-    """As quantize_nf4 does it, and bitsandbytes: the same layers, of no data."""
-    from .quantize import HEADS, linear_groups, replace_group
+    """Quantizes as quantize_nf4 does, or bitsandbytes: the same layers, of no data."""
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
@@ -224,47 +217,3 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
     for same in linear_groups(model, set(HEADS)):
         replace_group(same, make)
-
-
-# --- PEFT's configurations --------------------------------------------------------------------------------------------
-
-# Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
-_HEADS = {"TOKEN_CLS", "QUESTION_ANS"}
-_HEAD_NAMES = r"(.*\.)?(classifier|score|qa_outputs)"
-
-
-_CONFIGS = {
-    "bitfit": "peft_ext.tuners.BitFitConfig",
-    "bottleneck": "peft_ext.tuners.BottleneckConfig",
-    "lora": "peft.LoraConfig",
-    "rslora": "peft.LoraConfig",
-    "dora": "peft.LoraConfig",
-    "adalora": "peft.AdaLoraConfig",
-    "ia3": "peft.IA3Config",
-    "prefix": "peft.PrefixTuningConfig",
-    "prompt": "peft.PromptTuningConfig",
-}
-
-
-def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """The full name of a configuration's class and its arguments, for one of ``memory.METHODS`` but "full"."""
-    fields: dict[str, Any] = {"task_type": task_type}
-    if method in ("lora", "rslora", "dora", "adalora"):
-        fields["target_modules"] = "all-linear"
-    if method in ("lora", "rslora", "dora", "adalora", "bitfit") and task_type in _HEADS:
-        fields["exclude_modules"] = _HEAD_NAMES
-    if method in ("lora", "rslora", "dora"):
-        fields |= {"r": 16, "lora_alpha": 32}
-    if method in ("rslora", "dora"):
-        fields[f"use_{method}"] = True
-    if method == "adalora":
-        fields |= {"init_r": 12, "target_r": 8, "total_step": 1000}
-    if method in ("prefix", "prompt"):
-        fields["num_virtual_tokens"] = 20
-    return _CONFIGS[method], fields
-
-
-def make_config(path: str, fields: Mapping[str, Any]) -> Any:
-    """The object that :func:`method_config` describes."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**fields)
