@@ -7,7 +7,7 @@
     result = finetune(Options(model="my/model", data="my.jsonl", output="outputs/mine"))
 
 A run reads the data, holds a part of it out, quantizes the base, trains an adapter with transformers' Trainer, saves
-it, and lets stock PEFT read it again. In reading order:
+it, and lets stock PEFT read it again. In reading order::
 
     options.py      what can be asked for         config.py      the same as a YAML file
     prepare.py      all before the weights        data.py        records, split, tokens

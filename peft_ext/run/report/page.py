@@ -71,7 +71,7 @@ def render(document: Document) -> str:
     options = mapping(document, "options")
     template, style, script, digest = _files()
     page = template.render(
-        title=f"{clip(options.get('model', 'a model'))}, {clip(options.get('method', 'an adapter'))}",
+        title=f"{options.get('model', 'a model')}, {options.get('method', 'an adapter')}",
         style=style, script=script, digest=digest, options=options, width=WIDTH, height=HEIGHT,
         **_header(document),
         tiles=_tiles(document), charts=_charts(document), samples=_samples(document), memory=_memory(document),
@@ -146,7 +146,7 @@ def _header(document: Document) -> dict[str, Any]:
         state, look = "finished, and stock PEFT re-reads it with another result", "bad"
     else:
         state, look = f"finished: {done} step{'' if done == '1' else 's'}", "good"
-    about = [f"data: {clip(options.get('data', '–'))}"]
+    about = [f"data: {options.get('data', '–')}"]
     if "started" in document:
         about.append(f"started {str(document['started']).replace('T', ' ').replace('+00:00', ' UTC')}")
     if resumed := items(document, "resumed"):
