@@ -174,7 +174,7 @@ def test_what_is_not_finite_is_left_out_and_counted():
         ({"options": {"model": "m"}, "losses": [3.0, 2.0], "steps": 2, "finished": True}, "finished: 2 steps"),
         (document(check={"ok": False, "max_difference": 3.0, "bound": 0.5}), "stock PEFT re-reads it with another"),
         (document(peak_cuda_mib=900.0), "900 MiB of PyTorch's tensors on the GPU"),
-        (document(peak_mib=50.0), "peak 50.00 MiB"),
+        (document(peak_mib=50.0), "peak 50.0 MiB"),
         (document(resumed=[20, 40]), "resumed after step 20, 40"),
     ],
 )
