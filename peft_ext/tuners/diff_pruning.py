@@ -333,10 +333,13 @@ class DiffPruningModel(ReplacingTuner):
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)
             layers = [layer for layer in model.modules() if isinstance(layer, DiffPruningLayer)]
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
-            trained = any(parameter.requires_grad for tensors in old for parameter in tensors.parameters())
+            held = [parameter for tensors in old for parameter in tensors.parameters()]
+            trained = any(parameter.requires_grad for parameter in held)
+            dtypes = {parameter.dtype for parameter in held}  # float32 over a base in less: what is read keeps its bits
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
                     new = _allocate(layer, key.removeprefix(_PEFT), layer.names[adapter_name], config)
+                    new = new.to(*dtypes) if len(dtypes) == 1 else new
                     layer.adapters[adapter_name] = new.requires_grad_(trained)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

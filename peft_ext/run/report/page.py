@@ -92,7 +92,8 @@ def _files() -> tuple[Any, Any, Any, str]:
 
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else clip(value),
+        lstrip_blocks=True, keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clip(value),
     )  # fmt: skip
     environment.filters |= {"count": count, "whole": escape}  # what is escaped here is not cut
     style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
