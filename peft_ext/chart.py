@@ -1,4 +1,4 @@
-"""Draws pictures: SVG of bars, curves and points for documents, and the plots of a run's page.
+"""Draws pictures: SVG of bars, curves and points. What a run's page draws has its scales and paths from here too.
 
 ::
 
@@ -11,14 +11,10 @@
 A picture is one file that needs nothing else: text is text, in the reader's own font, and two sets of colours stand in
 its style, for light and for dark pages, each on a card of its own, so that it reads where a page's colours are unknown.
 The same numbers give the same bytes. What stands for a number has a name, its ``id``, by which tests find it.
-
-A :func:`page_plot` is a part of a web page: it is stretched to the place it gets, its labels are HTML beside it, and
-the page's style sheet colours it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +22,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Optional
 
-__all__ = [
-    "MARKS", "MOST_POINTS", "Panel", "Picture", "Scale", "Series", "identifier", "page_plot", "path", "rows_scale",
-    "short", "span", "text_width",
-]  # fmt: skip
+__all__ = ["MARKS", "Panel", "Picture", "Scale", "identifier", "path", "rows_scale", "span", "text_width"]
 
 Point = tuple[float, float]
 
@@ -80,19 +73,6 @@ def span(values: Sequence[float], zero: bool) -> Scale:
     low, high = min(values), max(values)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(0.0, high + pad) if zero and low >= 0 else Scale(low - pad, high + pad)
-
-
-def short(value: Optional[float], digits: int = 4) -> str:
-    """Returns ``digits`` significant digits of a number; the script of a run's page writes the same."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    if size == 0 or 1e-3 <= size < 1e6:
-        text = f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
-    else:
-        mantissa, _, exponent = f"{size:.{digits - 1}e}".partition("e")
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"−{text}" if value < 0 else text
 
 
 def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
@@ -362,130 +342,3 @@ class Panel:
 
     def mark(self, name: str, mark: str, x: float, y: float, look: str) -> None:
         self.picture.mark(name, mark, *self.at(x, y), look)
-
-
-# --- a plot of a web page ---------------------------------------------------------------------------------------------
-
-MOST_POINTS = 1000  # of a curve that is drawn point by point
-_BINS = 400
-_WIDTH, _HEIGHT = 1000, 300  # of a plot, stretched to the place it gets
-
-
-@dataclass(frozen=True)
-class Series:
-    """A curve: ``x`` ascending, ``y`` with None where there is no finite value. ``look``: its class in the style.
-
-    ``dots``: every point is marked; ``band``: where it is of bins, it shows how far they reach.
-    """
-
-    name: str
-    look: str
-    x: Sequence[float]
-    y: Sequence[Optional[float]]
-    dots: bool = False
-    band: bool = True
-
-
-@dataclass(frozen=True)
-class _Binned:
-    """A series as it is drawn: its own points, or the means of bins of ``width`` steps, with least and greatest."""
-
-    x: list[float]
-    y: list[Optional[float]]
-    low: Optional[list[Optional[float]]] = None
-    high: Optional[list[Optional[float]]] = None
-    width: int = 1
-
-
-def _binned(series: Series) -> _Binned:
-    if len(series.x) <= MOST_POINTS:
-        return _Binned(list(series.x), list(series.y))
-    width = math.ceil(len(series.x) / _BINS)
-    starts = range(0, len(series.x), width)
-    bins = [[v for v in series.y[i : i + width] if v is not None] for i in starts]
-    mean = [sum(b) / len(b) if b else None for b in bins]
-    low, high = ([f(b) if b else None for b in bins] if series.band else None for f in (min, max))
-    return _Binned([series.x[i] for i in starts], mean, low, high, width)
-
-
-def page_plot(name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int) -> str:
-    """Returns a figure in HTML: heading, unit, legend with the last values, plot. ``zero``: the axis begins at 0.
-
-    Up to :data:`MOST_POINTS` points of a curve are drawn as they are; beyond that a bin of points is drawn as its mean,
-    over a band from its least to its greatest. The values that are drawn are in ``data-chart`` too, for a script that
-    shows those under the pointer.
-    """
-    series = [s for s in series if any(v is not None for v in s.y)]
-    drawn = [_binned(s) for s in series]
-    binned = " binned" if any(d.width > 1 for d in drawn) else ""
-    opening = f'<figure class="chart{binned}" id="chart-{name}">\n<figcaption><h3>{heading}</h3>'
-    if not series:
-        return f'{opening}</figcaption>\n<p class="note">No figures.</p>\n</figure>'
-    values = [v for d in drawn for column in (d.y, d.low or [], d.high or []) for v in column if v is not None]
-    at_y = span(values, zero)
-    at_x = Scale(0, max(steps, 1, *(s.x[-1] for s in series)))
-
-    def place(x: float, y: Optional[float]) -> Optional[Point]:
-        return None if y is None else (_WIDTH * at_x(x), _HEIGHT * (1 - at_y(y)))
-
-    y_ticks, x_ticks = at_y.ticks(), at_x.ticks(whole=True)
-    marks = [f'<path class="rule" d="{path([(0, y), (_WIDTH, y)])}"/>'
-             for y in (_HEIGHT * (1 - at_y(t)) for t in y_ticks)]  # fmt: skip
-    for s, d in zip(series, drawn, strict=True):
-        middle = [x + (min(d.width, s.x[-1] - x + 1) - 1) / 2 for x in d.x]
-        points = [place(x, y) for x, y in zip(middle, d.y, strict=True)]
-        if d.low is not None and d.high is not None:
-            there = [i for i, v in enumerate(d.low) if v is not None]
-            band = [place(middle[i], d.high[i]) for i in there] + [place(middle[i], d.low[i]) for i in reversed(there)]
-            marks.append(f'<path class="band {s.look}" d="{path(band)}Z"/>')
-        marks.append(f'<path class="line {s.look}" d="{path(points)}"/>')
-        if s.dots:
-            marks.append(f'<path class="dots {s.look}" d="{"".join(path([p]) for p in points if p)}"/>')
-    labels = [f'<span class="y" style="top:{100 * (1 - at_y(t)):.2f}%">{short(t)}</span>' for t in y_ticks]
-    labels += [f'<span class="x" style="left:{100 * at_x(t):.2f}%">{t:,.0f}</span>' for t in x_ticks]
-    data = {
-        "x": [at_x.low, at_x.high], "y": [at_y.low, at_y.high],
-        "s": [{"x": d.x, "y": _rounded(d.y), "low": _rounded(d.low), "high": _rounded(d.high), "width": d.width,
-               "last": s.x[-1], "look": s.look} for s, d in zip(series, drawn, strict=True)],
-    }  # fmt: skip
-    last = max(s.x[-1] for s in series)
-    legend = "".join(
-        f'<span><i class="key {s.look}"></i>{s.name} <output>{_last(s, last)}</output></span>' for s in series
-    )
-    notes = [unit] + ([] if at_y.low == 0 else [f"the axis begins at {short(at_y.low, 3)}"])
-    if (width := max(d.width for d in drawn)) > 1:
-        notes.append(f"each point is the mean of {width} steps, the band their least and greatest")
-    if missing := sum(v is None for v in series[0].y):
-        notes.append(f"{missing:,} without a finite value are left out")
-    told = "; ".join(_told(s) for s in series)
-    return f"""{opening}<p class="note">{"; ".join(notes)}</p></figcaption>
-<p class="legend"><b>step {last:,.0f}</b>{legend}</p>
-<div class="plot" tabindex="0" role="group" aria-label="{heading}: arrow keys read the steps out" data-chart="{
-        escape(json.dumps(data, separators=(",", ":")))
-    }">
-<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{heading}. {told}">
-{chr(10).join(marks)}
-</svg>
-<div aria-hidden="true">{"".join(labels)}<span class="axis">step</span></div>
-</div>
-</figure>"""
-
-
-def _rounded(values: Optional[Sequence[Optional[float]]]) -> Optional[list[Optional[float]]]:
-    return None if values is None else [None if v is None else float(f"{v:.5g}") for v in values]
-
-
-def _last(series: Series, step: float) -> str:
-    x, y = next((x, y) for x, y in zip(reversed(series.x), reversed(series.y), strict=True) if y is not None)
-    return short(y) if x == step else f"{short(y)} at {x:,.0f}"
-
-
-def _told(series: Series) -> str:
-    """Returns a curve in words."""
-    found = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
-    least, most = (f(found, key=lambda point: point[1]) for f in (min, max))
-    (first_x, first), (last_x, last) = found[0], found[-1]
-    return (
-        f"{series.name}: {short(first)} at step {first_x:,.0f}, {short(last)} at step {last_x:,.0f}, "
-        f"least {short(least[1])} at {least[0]:,.0f}, greatest {short(most[1])} at {most[0]:,.0f}"
-    )

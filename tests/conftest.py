@@ -54,7 +54,7 @@ def _emulated_kernels() -> torch.library.Library:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import emulated_cuda
 
-    from peft_ext.ops._library import NAMESPACE, OPS
+    from peft_ext.ops.library import NAMESPACE, OPS
 
     if why := emulated_cuda.missing():
         raise pytest.UsageError(f"--device emulated: {why}")

@@ -10,9 +10,9 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, last_layers, own_units, plan
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, last_layers, own_units, plan
 
 __all__ = ["PartialConfig", "PartialLayer", "PartialModel"]
 
