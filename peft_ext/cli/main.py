@@ -101,7 +101,8 @@ def finetune(
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
     model: Annotated[str, typer.Option(help='A folder, a hub name, or "smollm2".', rich_help_panel=_MODEL)] = _D.model,
     quant: Annotated[
-        Optional[str], typer.Option(help="The frozen weights: nf4 or none. Default: nf4.", rich_help_panel=_MODEL)
+        Optional[str],
+        typer.Option(help="Frozen weights: nf4 or none. Default: nf4 if the method can.", rich_help_panel=_MODEL),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.", rich_help_panel=_MODEL)
@@ -113,7 +114,7 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="On the low-rank path.", rich_help_panel=_ADAPTER)] = _D.dropout,
     target_modules: Annotated[
         Optional[str],
-        typer.Option(help='Names, with commas, or "all-linear" (the default but for ia3).', rich_help_panel=_ADAPTER),
+        typer.Option(help='Names, with commas, or "all-linear". Default: the method\'s.', rich_help_panel=_ADAPTER),
     ] = _D.target_modules,
     virtual_tokens: Annotated[
         int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
