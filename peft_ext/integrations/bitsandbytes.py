@@ -1,4 +1,4 @@
-"""NF4Weight to and from bitsandbytes' Params4bit, sharing storage both ways; the format is :mod:`peft_ext.weight`'s.
+"""NF4Weight to and from bitsandbytes' Params4bit, sharing storage both ways; the format is ``peft_ext.weight``'s.
 
 :func:`to_linear4bit` makes bitsandbytes' layers of a quantized model's, to compare.
 """

@@ -10,7 +10,7 @@ computes what PEFT would; where not, PEFT's own forward runs.
 
 Layers are matched by exact type: a subclass may have changed the forward that would be replaced.
 
-The layers are in :mod:`.fused`, and why a call takes the stock path in ``fused/reasons.py``.
+The layers are in ``fused``, and why a call takes the stock path in ``fused/reasons.py``.
 """
 
 from __future__ import annotations

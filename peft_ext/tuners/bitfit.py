@@ -55,7 +55,7 @@ class BitFitConfig(TargetConfig):
             and 8 bits) too. A bias that one of them has is trained, target or not. Merging leaves the new biases in
             the model: its config may have to say so (``attention_bias``) before it can be reloaded.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`. The default is every module that has a bias; a
+            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every module that has a bias; a
             classification head is in modules_to_save (task_type="SEQ_CLS" puts it there).
 
     Raises: TypeError or ValueError where a field is not of these forms.

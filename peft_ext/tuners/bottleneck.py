@@ -87,7 +87,7 @@ class BottleneckConfig(TargetConfig):
             run beside), as PEFT reads them: a container is itself adapted. With "pfeiffer" a LayerNorm among them is
             run before and behind the adapter. Default: by placement and model type.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`.
+            :class:`~peft_ext.tuners.targets.TargetConfig`.
 
     Raises: TypeError or ValueError where a field is not of these forms.
     """

@@ -52,7 +52,7 @@ class DiffPruningConfig(TargetConfig):
         kept: by tensor ("model.layers.0.mlp.up_proj.weight"), how many entries pruning kept. Set by pruning; loading
             allocates them from it.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`. The default is every parameter; a classification head is in
+            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every parameter; a classification head is in
             modules_to_save (task_type="SEQ_CLS" puts it there).
 
     Raises: TypeError or ValueError where a field is not of these forms.
