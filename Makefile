@@ -68,9 +68,11 @@ test: setup
 	PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5 import-linter==2.17
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/private_names.py
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 	$(BIN)/python tools/include_check.py
 

@@ -134,7 +134,10 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
     def repacked() -> Contender:
         """In evaluation bitsandbytes' layer replaces its weight by one packed for AVX-512 BF16."""
         from bitsandbytes import matmul_4bit
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+        from bitsandbytes.functional import (
+            _convert_weight_packed_for_cpu,  # noqa: PLC2701  what its layer calls
+            has_avx512bf16,
+        )
 
         forced = os.environ.get("PEFT_EXT_CPU_ISA", "amx")
         if not has_avx512bf16() or not ("amx" in forced or "bf16" in forced):

@@ -6,41 +6,22 @@
 ``losses``     loss curves of every method, accelerated and not
 
 ``layers`` and ``roofline`` are drawn once more for each GPU that was measured, ``-<gpu>`` in their names. Each number
-is one of a result file: what is not in it is not drawn, and the chart or its caption says so. The same files and the
-same matplotlib give the same bytes. ``--check`` writes nothing and fails where a picture is not what it would draw;
-one that another version of matplotlib drew is compared by the result file that it names, not by its bytes.
+is one of a result file: what is not in it is not drawn, and the chart or its caption says so. The same files give the
+same bytes. ``--check`` writes nothing and fails where a picture is not what it would draw.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
-import math
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import unescape
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Optional
 
-from peft_ext.cli._chart import (
-    COLOURS,
-    MUTED,
-    TEXT,
-    bars,
-    beside,
-    caption,
-    gid,
-    hide_frame,
-    look,
-    new_figure,
-    patch,
-    render,
-)
+from peft_ext.chart import Panel, Picture, Scale, identifier, rows_scale, text_width
 from peft_ext.files import atomic_file
 
 from . import tables
@@ -50,18 +31,14 @@ from .cuda import slug
 from .grid import MAIN, Options, cases
 from .tables import KERNELS, METHODS, Result, about, about_gpu, is_of_a_gpu, newest, newest_by_gpu
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 IMAGES = tables.ROOT / "docs" / "images"
-WIDTH = 8.6
 TOKENS = {"cpu": 512, "cuda": 2048}  # where torch.compile takes part
 # The layers with an adapter, in their order; an operator's benchmark has its name.
 ADAPTED = {"lora_linear": "LoRA", "grouped_lora_linear": "Mixed batch", "dora_linear": "DoRA", "ia3_linear": "IA3"}
 BASES = {"bf16": "bf16 base", "nf4": "NF4 base"}
-MARKERS = {"lora_linear": "o", "dora_linear": "s", "ia3_linear": "^", "grouped_lora_linear": "P", "nf4_linear": "D",
-           "bottleneck_adapter": "v", "dora_weight_norm": "X"}  # fmt: skip
+# Of each operator's point in the roofline; one that is not here is a star.
+MARK = {"lora_linear": "circle", "dora_linear": "square", "ia3_linear": "up", "grouped_lora_linear": "plus",
+        "nf4_linear": "diamond", "bottleneck_adapter": "down", "dora_weight_norm": "cross"}  # fmt: skip
 
 
 def stock_name(row: Result) -> Optional[str]:
@@ -128,7 +105,12 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-def layers(result: Result) -> Optional[Figure]:
+# By contender: its colour, and its words in the legend where these are not its name.
+LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
+WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
+
+
+def layers(result: Result) -> Optional[Picture]:
     """Bars of each adapted layer's time, the frozen layer's = 1; None where no such row is in the file."""
     found = adapted_layers(result)
     if not any(layer.times for layer in found):
@@ -137,33 +119,36 @@ def layers(result: Result) -> Optional[Figure]:
     times = {(layer.label, layer.base): {_contender(name): time for name, time in layer.times.items()}
              for layer in found}  # fmt: skip
     present = {name for values in times.values() for name in values}
-    known = ("ours", "stock", "torch eager", "torch.compile")
-    names = {name: name if name in COLOURS else "other" for name in (*known, *sorted(present - {*known}))
-             if name in present}  # fmt: skip
+    looks = {name: LOOKS.get(name, "other") for name in (*LOOKS, *sorted(present - {*LOOKS})) if name in present}
+    picture = Picture("Time of an adapted layer's training step; the frozen bf16 layer = 1",
+                      [(look, WORDS.get(name, name)) for name, look in looks.items()])  # fmt: skip
+    panels = picture.panels(
+        len(BASES), height=(13 * max(3, len(looks)) + 8) * len(labels), left=_gutter(labels), titles=[*BASES.values()],
+        x=Scale(0, 1.13 * max(time for values in times.values() for time in values.values())),
+        y=rows_scale(len(labels)), x_label="time / time of the frozen bf16 layer (less is better)",
+    )  # fmt: skip
+    panels[0].row_labels(labels)
+    for panel, base in zip(panels, BASES, strict=True):
+        panel.x_axis()
+        panel.reference(identifier("layers", base, "frozen"), 1)
+        panel.bars([times.get((label, base), {}) for label in labels], looks,
+                   [identifier(f"layers.{base}", label) for label in labels])  # fmt: skip
     tokens = TOKENS[_device(result)]
-    says = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
-    figure = new_figure("Time of an adapted layer's training step; the frozen bf16 layer = 1", WIDTH,
-                        1.6 + 0.14 * (len(names) + 0.9) * len(labels),
-                        [patch(COLOURS[colour], says.get(name, name)) for name, colour in names.items()])  # fmt: skip
-    panels = figure.subplots(1, len(BASES), sharex=True, sharey=True)
-    for axes, (base, title) in zip(panels, BASES.items(), strict=True):
-        groups = [(label, times.get((label, base), {})) for label in labels]
-        bars(axes, groups, names, name=f"layers.{base}")
-        axes.set_title(title)
-        axes.axvline(1, color=TEXT, linewidth=0.9, linestyle=(0, (4, 2)), gid=gid("layers", base, "frozen"))
-        axes.set_xlabel("time / time of the frozen bf16 layer (less is better)")
-    axes.set_xlim(0, 1.09 * max(time for values in times.values() for time in values.values()))
     drops = any("on the low rank" in layer.label and "stock" in times[layer.label, layer.base] for layer in found)
     missing = [f"{layer.label} over {layer.base}".replace("\n", " ") for layer in found if not layer.times]
-    caption(
-        figure,
+    picture.caption(
         f"One {MAIN} x {MAIN} linear layer, {tokens} tokens, rank 16, float32 adapter, weights out of the cache; "
         "forward and backward, where not said otherwise. Dashed: PyTorch's bf16 layer with no adapter, same run.",
         "PEFT has no dropout on the low rank alone: beside it stands its own, which drops the base term too." * drops,
         f"Not in the result file: {'; '.join(missing)}." if missing else "",
         about_run(result),
     )
-    return figure
+    return picture
+
+
+def _gutter(labels: list[str]) -> float:
+    """Returns the room that the labels of rows take."""
+    return 12 + max(text_width(line) for label in labels for line in label.split("\n"))
 
 
 # --- roofline ---------------------------------------------------------------------------------------------------------
@@ -202,90 +187,69 @@ def roofline_points(result: Result) -> tuple[list[Point], list[str]]:
     return points, list(dict.fromkeys(without))
 
 
-def roofline(result: Result) -> Optional[Figure]:
+def roofline(result: Result) -> Optional[Picture]:
     """Each row a point, ours and the peer's; None where no row has products."""
-    from matplotlib.ticker import FuncFormatter
-
     points, without = roofline_points(result)
     if not points:
         return None
-    ops = [op for op in MARKERS if any(point.op == op for point in points)]
+    ops = [op for op in MARK if any(point.op == op for point in points)]
     ops += sorted({point.op for point in points} - {*ops})
-    figure = new_figure("Roofline: what each operator reaches of what bytes and products allow", WIDTH, 5.6,
-                        _roofline_handles(ops), 5)  # fmt: skip
-    low, high = min(point.intensity for point in points) / 1.6, max(point.intensity for point in points) * 1.8
-    for axes, (base, title) in zip(figure.subplots(1, 2, sharex=True, sharey=True), BASES.items(), strict=True):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        _roofs(axes, result["ceilings"], low, high, base)
-        for point in points:
-            if point.base == base:
-                _draw_point(axes, point)
-        axes.set_xlim(low, high)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
-        axes.set_title(f"{title}, or none" if base == "bf16" else title)
-        axes.set_xlabel("FLOP/byte of the floor")
-        axes.grid()
-        hide_frame(axes, "top", "right")
-    figure.axes[0].set_ylabel("GFLOP/s: FLOP of the floor / time")
+    roofs = {text: 1e12 * result["ceilings"][key] for text, key in PRODUCTS.items() if result["ceilings"].get(key)}
+    best, *lower = sorted(roofs, key=roofs.__getitem__, reverse=True)
+    copy = 1e9 * result["ceilings"]["copy_gb_s"]
+    picture = Picture(
+        "Roofline: what each operator reaches of what bytes and products allow",
+        [("ours", "peft_ext", "circle"), ("open stock", "PEFT or bitsandbytes, else plain PyTorch", "circle"),
+         *(("soft", op, MARK.get(op, "star")) for op in ops),
+         ("ink", f"memory copy, {copy / 1e9:.3g} GB/s, up to {best} product, {_flops(roofs[best])}", "line"),
+         *(("ink dash", f"{text} product, {_flops(roofs[text])}", "line") for text in lower)],
+    )  # fmt: skip
+    reached = [value for point in points for value in (point.ours, point.peer) if value is not None]
+    wide = [*(point.intensity for point in points), max(roofs.values()) / copy]
+    x = Scale(min(wide) / 1.6, max(wide) * 1.8, log=True)
+    y = Scale(min(*reached, *roofs.values()) / 1.6, max(*reached, *roofs.values()) * 1.7, log=True)
+    panels = picture.panels(len(BASES), height=340, left=46, titles=["bf16 base, or none", "NF4 base"], x=x, y=y,
+                            x_label="FLOP/byte of the floor")  # fmt: skip
+    for panel, base in zip(panels, BASES, strict=True):
+        panel.x_axis()
+        panel.y_axis(unit=1e9, labels=panel is panels[0])
+        _roofs(panel, copy, roofs, base)
+        here = [point for point in points if point.base == base]
+        for point in here:
+            if point.peer is not None:
+                panel.curve("", [(point.intensity, point.peer), (point.intensity, point.ours)], "compiled thin")
+        for point in here:
+            if point.peer is not None:
+                panel.mark(identifier("roofline", point.op, point.case, "peer"), MARK.get(point.op, "star"),
+                           point.intensity, point.peer, "open stock")  # fmt: skip
+        for point in here:
+            panel.mark(identifier("roofline", point.op, point.case, "ours"), MARK.get(point.op, "star"),
+                       point.intensity, point.ours, "ours")  # fmt: skip
     tokens = sorted({row["tokens"] for row in result["rows"] if row["tokens"]})
     counts = f", {tokens[0]} to {tokens[-1]} tokens" if tokens else ""
-    caption(
-        figure,
-        f"{MAIN} x {MAIN}{counts}, weights out of the cache; a grey line joins ours and its peer. The floor is "
-        "the bytes and products of the least work that the operator takes, for both alike: what a contender does "
-        "beyond it lowers its point. Black: this machine's memory copy and PyTorch's faster product, in the same run.",
+    picture.caption(
+        f"Upwards: GFLOP/s, FLOP of the floor over the time. {MAIN} x {MAIN}{counts}, weights out of the cache; a thin "
+        "line joins ours and its peer. The floor is the bytes and products of the least work that the operator takes, "
+        "for both alike: what a contender does beyond it lowers its point. The other lines: this machine's memory copy "
+        "and PyTorch's products, in the same run.",
         f"Without products, so not here: {', '.join(without)}." if without else "",
         about_run(result),
     )
-    return figure
+    return picture
 
 
-def _roofline_handles(ops: list[str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    def handle(label: str, marker: str, **style: Any) -> Line2D:
-        return Line2D([], [], marker=marker, linestyle="", label=label, **style)
-
-    return [
-        handle("peft_ext", "o", color=COLOURS["ours"], markersize=5.5),
-        handle("PEFT or bitsandbytes, else plain PyTorch", "o", **_PEER),
-        *(handle(op, MARKERS.get(op, "*"), color=MUTED, markersize=5) for op in ops),
-    ]
+PRODUCTS = {"bf16": "matmul_bf16_tflop_s", "float32": "matmul_f32_tflop_s"}
 
 
-_PEER = {"color": "white", "markeredgecolor": "#C47F00", "markersize": 4.5, "markeredgewidth": 1.0}
-
-
-def _draw_point(axes: Axes, point: Point) -> None:
-    marker = MARKERS.get(point.op, "*")
-    if point.peer is not None:
-        axes.plot([point.intensity] * 2, [point.peer, point.ours], color="#D2D2D2", linewidth=0.6, zorder=1)
-        axes.plot(point.intensity, point.peer, marker, **_PEER, zorder=2,
-                  gid=gid("roofline", point.op, point.case, "peer"))  # fmt: skip
-    axes.plot(point.intensity, point.ours, marker, color=COLOURS["ours"], markeredgecolor="white", markersize=5.5,
-              markeredgewidth=0.4, zorder=3, gid=gid("roofline", point.op, point.case, "ours"))  # fmt: skip
-
-
-def _roofs(axes: Axes, ceilings: dict[str, float], low: float, high: float, base: str) -> None:
-    copy = 1e9 * ceilings["copy_gb_s"]
-    peaks = {"bf16": "matmul_bf16_tflop_s", "float32": "matmul_f32_tflop_s"}
-    found = {text: 1e12 * ceilings[key] for text, key in peaks.items() if ceilings.get(key)}
-    peak = max(found.values())
-    for text, value in found.items():
-        black = value == peak
-        axes.plot([value / copy, high], [value, value], color=TEXT if black else "#9A9A9A",
-                  linewidth=1.1 if black else 0.8, zorder=0, gid=gid("roofline", base, "ceiling", text))  # fmt: skip
-        axes.annotate(f"{text} product, {_flops(value)}" if black else f"{text}, {_flops(value)}",
-                      (value / copy, value), (4, 3), textcoords="offset points", fontsize=7 if black else 6.5,
-                      color=TEXT if black else MUTED)  # fmt: skip
-    ridge = peak / copy
-    axes.plot([low, ridge], [low * copy, peak], color=TEXT, linewidth=1.1, zorder=0,
-              gid=gid("roofline", base, "ceiling", "copy"))  # fmt: skip
-    x = low**0.45 * ridge**0.55
-    axes.annotate(f"memory copy,\n{ceilings['copy_gb_s']:.3g} GB/s", (x, x * copy), (-5, 3), textcoords="offset points",
-                  ha="right", fontsize=7)  # fmt: skip
+def _roofs(panel: Panel, copy: float, roofs: dict[str, float], base: str) -> None:
+    """Draws the copy's slope up to the faster product, and each product's line from where the copy reaches it."""
+    peak = max(roofs.values())
+    for text, value in roofs.items():
+        panel.curve(identifier("roofline", base, "ceiling", text),
+                    [(max(value / copy, panel.x.low), value), (panel.x.high, value)],
+                    "ink" if value == peak else "ink dash")  # fmt: skip
+    low = max(panel.x.low, panel.y.low / copy)
+    panel.curve(identifier("roofline", base, "ceiling", "copy"), [(low, low * copy), (peak / copy, peak)], "ink")
 
 
 def _flops(value: float) -> str:
@@ -295,99 +259,78 @@ def _flops(value: float) -> str:
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
-def training(result: Result) -> Optional[Figure]:
+def training(result: Result) -> Optional[Picture]:
     """Tokens/s and peak memory as ratios to PEFT and bitsandbytes; None where no method is in the file."""
     rows = result["rows"]
     if not rows:
         return None
-    figure = new_figure("A whole training step; stock PEFT = 1", WIDTH, 1.4 + 0.27 * len(rows))
-    panels = figure.subplots(1, 2, sharey=True)
-    sides = (("speedup", "tokens_per_s", "tokens/s", "more is better"),
-             ("memory", "peak_mib", "peak memory of the process", "less is better"))  # fmt: skip
-    for axes, (key, pair, title, better) in zip(panels, sides, strict=True):
-        values = [row[key] for row in rows]
-        for place, (row, value) in enumerate(zip(rows, values, strict=True)):
-            axes.barh(place, value, 0.62, color=COLOURS["ours"], gid=gid("training", row["method"], key))
+    sides = (("speedup", "tokens_per_s", "tokens/s (more is better)"),
+             ("memory", "peak_mib", "peak memory of the process (less is better)"))  # fmt: skip
+    picture = Picture("A whole training step; stock PEFT = 1")
+    methods = [row["method"] for row in rows]
+    most = max(1.0, *(row[key] for row in rows for key, *_ in sides))
+    panels = picture.panels(
+        len(sides), height=26 * len(rows), left=_gutter(methods), titles=[title for *_, title in sides],
+        x=Scale(0, 1.5 * most), y=rows_scale(len(rows)), x_label="peft_ext / stock",
+    )  # fmt: skip
+    panels[0].row_labels(methods)
+    for panel, (key, pair, _) in zip(panels, sides, strict=True):
+        panel.x_axis()
+        panel.reference(identifier("training", "stock", key), 1)
+        for place, row in enumerate(rows):
+            panel.bar(identifier("training", row["method"], key), place, row[key], 0.62, "ours")
             means = (sum(row[pair][who]) / len(row[pair][who]) for who in ("ours", "stock"))
             unit = "" if key == "speedup" else " MiB"
-            text = beside(axes, value, place, f"{value:.2f}", fontsize=7.5, fontweight="bold")
-            beside(axes, 1, 0, " / ".join(f"{mean:.0f}" for mean in means) + unit, xycoords=text, xytext=(4, 0),
-                   va="bottom", color=MUTED)  # fmt: skip
-        axes.axvline(1, color=TEXT, linewidth=0.9, linestyle=(0, (4, 2)), gid=gid("training", "stock", key))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, 1.32 * max(1.0, *values))
-        axes.set_title(f"{title} ({better})")
-        axes.set_xlabel("peft_ext / stock")
-        axes.grid(axis="x")
-        hide_frame(axes, "top", "right", "left")
-    caption(
-        figure,
+            panel.beside(place, row[key], f"{row[key]:.2f}", "bold", " / ".join(f"{mean:.0f}" for mean in means) + unit)
+    picture.caption(
         f"{result['what'][0].upper()}{result['what'][1:]}. In grey: the two that are divided. Stock: PEFT's own "
         "layers; the base of QLoRA and QDoRA is bitsandbytes' NF4 layer in both.",
         about_run(result),
     )
-    return figure
+    return picture
 
 
 # --- loss curves ------------------------------------------------------------------------------------------------------
 
 
-def losses(result: Result) -> Optional[Figure]:
+def losses(result: Result) -> Optional[Picture]:
     """A panel for each method in bfloat16, ours and its twin's; how far they are apart, in float32 too."""
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
-
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None
     exact = {row["method"]: row for row in result["rows"] if row["dtype"] == "float32"}
+    picture = Picture("Training loss, accelerated and not: the same start, the same batches",
+                      [("ours", "peft_ext"), ("stock", "PEFT, or what a panel names")])  # fmt: skip
+    values = [value for row in rows for curve in row["losses"].values() for value in curve]
+    steps = max(len(curve) for row in rows for curve in row["losses"].values())
     columns = min(4, len(rows))
-    lines = math.ceil(len(rows) / columns)
-    figure = new_figure(
-        "Training loss, accelerated and not: the same start, the same batches",
-        WIDTH,
-        1.4 + 1.5 * lines,
-        [patch(COLOURS["ours"], "peft_ext"), patch(COLOURS["stock"], "PEFT, or what a panel names")],
-    )
-    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axes, row in zip(panels, rows, strict=False):
-        for who, style in _CURVES.items():
-            if curve := row["losses"].get(who):
-                axes.plot(range(1, len(curve) + 1), curve, **style, gid=gid("losses", row["method"], who))
-        axes.set_yscale("log")
-        axes.set_title(row["method"])
-        axes.text(0.97, 0.96, _notes(row, exact.get(row["method"])), transform=axes.transAxes, ha="right", va="top",
-                  fontsize=6.5, color=MUTED, linespacing=1.3)  # fmt: skip
+    panels = picture.panels(
+        len(rows), columns=columns, height=110, left=30, gap=22, titles=[row["method"] for row in rows],
+        x=Scale(0, steps + 1), y=Scale(min(values) / 1.1, max(values) * 1.1, log=True), x_label="step",
+    )  # fmt: skip
+    for place, (panel, row) in enumerate(zip(panels, rows, strict=True)):
+        panel.x_axis(whole=True)
+        panel.y_axis(labels=place % columns == 0)
         if row["pruned"] is not None:
-            axes.axvline(row["pruned"] + 1.5, ymax=0.8, color=MUTED, linewidth=0.8, linestyle=(0, (1, 1.5)))
-            axes.annotate("pruned", (row["pruned"] + 1.5, 0.04), (3, 0), xycoords=axes.get_xaxis_transform(),
-                          textcoords="offset points", fontsize=6.5, color=MUTED)  # fmt: skip
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_major_locator(LogLocator(base=2))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid()
-        hide_frame(axes, "top", "right")
-    for axes in panels[len(rows) :]:
-        axes.remove()
-    figure.supylabel("loss on the labels, bfloat16 base", fontsize=8)
-    for axes in panels[max(0, len(rows) - columns) : len(rows)]:
-        axes.set_xlabel("step")
-        axes.tick_params(labelbottom=True)
+            panel.reference("", row["pruned"] + 1.5, "soft dot")
+            at = panel.at(row["pruned"] + 1.5, panel.y.low)
+            panel.picture.text(at[0] + 4, at[1] - 5, "pruned", "small soft halo")
+        for who, look in CURVES.items():
+            if curve := row["losses"].get(who):
+                panel.curve(identifier("losses", row["method"], who), list(enumerate(curve, 1)), look)
+        picture.text(panel.left + panel.width - 2, panel.top + 11, _notes(row, exact.get(row["method"])),
+                     "small soft halo", "end")  # fmt: skip
     settings = result["settings"]
-    caption(
-        figure,
-        f"SmolLM2-135M-Instruct on BANKING77, {settings['steps']} steps of {settings['batch']} questions. In grey: the "
-        f"largest difference of the two curves; in float32 over the first {settings['steps_float32']} steps.",
+    picture.caption(
+        f"Upwards: loss on the labels, bfloat16 base. SmolLM2-135M-Instruct on BANKING77, {settings['steps']} steps of "
+        f"{settings['batch']} questions. In grey: the largest difference of the two curves; in float32 over the first "
+        f"{settings['steps_float32']} steps.",
         about_run(result),
     )
-    return figure
+    return picture
 
 
-_CURVES = {
-    "ours": {"color": COLOURS["ours"], "linewidth": 2.2},
-    "twin": {"color": COLOURS["stock"], "linewidth": 1.1, "linestyle": (0, (3, 1.5))},
-}
+CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
@@ -421,32 +364,11 @@ def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
             where = slug(result["machine"]["gpu"]["name"])
             todo += [(f"{name}-{where}", CHARTS[name][1], result, "") for name in ("layers", "roofline")]
     for name, draw, result, why in todo:
-        with look():
-            figure = None if result is None else draw(result)
-            if figure is None:
-                yield name, None, why if result is None else "the result file has no row for it"
-                continue
-            text = " ".join(figure.get_supxlabel().split())
-            yield name, render(figure, ".svg", text, source(result)), ""
-
-
-def source(result: Result) -> str:
-    """What tells a result file from another."""
-    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
-    return f"{result['machine']['date']}, sha256 {digest[:16]}"
-
-
-def same(there: bytes, drawn: bytes) -> bool:
-    """Whether a picture is the one that is drawn now; of another matplotlib's the result file alone is compared."""
-    if there == drawn:
-        return True
-    creators, sources = zip(*((_says(data, "creator"), _says(data, "source")) for data in (there, drawn)), strict=True)
-    return creators[0] != creators[1] and sources[0] is not None and sources[0] == sources[1]
-
-
-def _says(picture: bytes, what: str) -> Optional[str]:
-    found = re.search(rf"<dc:{what}>(.*?)</dc:{what}>", picture.decode(errors="replace"), re.DOTALL)
-    return found and unescape(re.sub("<[^>]*>", "", found[1])).strip()
+        picture = None if result is None else draw(result)
+        if picture is None:
+            yield name, None, why if result is None else "the result file has no row for it"
+        else:
+            yield name, picture.svg(), ""
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -456,8 +378,6 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a picture is not up to date")
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder; default: docs/images")
     args = parser.parse_args(argv)
-    if find_spec("matplotlib") is None:
-        sys.exit("error: charts need matplotlib: pip install 'peft_ext[bench]'")
     if not args.check:
         args.out.mkdir(parents=True, exist_ok=True)
     stale = []
@@ -468,7 +388,7 @@ def main(argv: Optional[list[str]] = None) -> None:
             if path.exists():
                 stale.append(path.name)
         elif args.check:
-            if not path.exists() or not same(path.read_bytes(), data):
+            if not path.exists() or path.read_bytes() != data:
                 stale.append(path.name)
         else:
             with atomic_file(path, "wb") as file:

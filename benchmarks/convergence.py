@@ -419,7 +419,7 @@ def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from peft_ext.cli.demo_model import demo_model
+    from peft_ext.run.demo_model import demo_model
 
     logging.disable_progress_bar()
     folder = demo_model()

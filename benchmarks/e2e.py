@@ -115,7 +115,7 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import peft_ext
-    from peft_ext.cli.demo_model import demo_model
+    from peft_ext.run.demo_model import demo_model
 
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

@@ -1,33 +1,28 @@
-"""The one timer. Verify against float64 first, then time all contenders in turn, in one process.
+"""Comparisons of operators, by the timer of :mod:`peft_ext.bench`: verified first, then timed in turn, in one process.
 
-Machines are shared and clocks drift, so a lone time says little: every round runs each contender once, in rotating
-order, and a ratio is the median over rounds of the two times of the same round. Before each call, outside the timed
-part, a contender takes its weights: the same ones again ("hot"), or the next of so many that no cache holds them
-("rotating"). The ceilings are measured in the same run: the copy bandwidth of memory and PyTorch's own products.
-A :data:`Clock` takes the time: the host's here, a GPU's in :mod:`.cuda`.
-
-A comparison without a float64 result is not possible: :class:`Contender` asks for it.
+The ceilings are measured in the same run: the copy bandwidth of memory and PyTorch's own products. A :data:`Clock`
+takes the time: the host's here, a GPU's in :mod:`.cuda`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor
 
 import peft_ext
-from peft_ext.ops._library import OPS, has_kernel
+from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, timer
+from peft_ext.bench.timer import first_line, seconds_of
+from peft_ext.machine import cpu_name, versions
+from peft_ext.ops.library import OPS, has_kernel
 
 __all__ = [
     "Case",
@@ -46,30 +41,10 @@ __all__ = [
     "save",
 ]
 
-SEED = 0  # of each verified call and of the mask that its float64 result draws
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
-LONGEST_CALL_S = 5.0  # of a peer
 # What decides which instructions run, ours and PyTorch's; a result file says which of them were set.
 ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
                "OMP_NUM_THREADS")  # fmt: skip
-
-
-@dataclass
-class Contender:
-    """One way to compute what is compared.
-
-    Attributes:
-        run: the timed call.
-        outputs: what a call computed, by name, from what it returned.
-        exact: the same in float64, by the same names; called under the seed that the call had, so that it can draw the
-            same dropout mask. A peer whose mask nobody can draw again has the reason instead.
-        take: what comes before each call and is not timed: the weights of this call.
-    """
-
-    run: Callable[[], Any]
-    outputs: Callable[[Any], dict[str, Tensor]]
-    exact: Union[Callable[[], dict[str, Tensor]], str]
-    take: Callable[[], Any] = lambda: None
 
 
 @dataclass
@@ -138,7 +113,7 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 
     def best(run: Callable[[], Any]) -> float:
         run()
-        return min(_seconds(run) for _ in range(repeats))
+        return min(seconds_of(run) for _ in range(repeats))
 
     def product(dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
@@ -170,70 +145,13 @@ def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, 
 # --- one comparison ---------------------------------------------------------------------------------------------------
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-# Gets a contender ready, and returns what takes one time of it: the seconds of a call.
-Clock = Callable[[Contender], Callable[[], float]]
-
-
-def host_clock(contender: Contender) -> Callable[[], float]:
-    def sample() -> float:
-        contender.take()
-        return _seconds(contender.run)
-
-    return sample
-
-
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """``|value - exact| / |exact|``, Frobenius; the norm of the difference where exact is zero."""
-    if value.numel() != exact.numel():
-        raise ValueError(f"relative_error: value has shape {tuple(value.shape)}, wanted {tuple(exact.shape)}")
-    difference = (value.detach().double().reshape(-1) - exact.double().reshape(-1)).norm().item()
-    return difference / (exact.double().norm().item() or 1.0)
-
-
 def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, str]]:
-    """``(errors, absent)`` by contender. Raises AssertionError where ours is off by more than the tolerance.
+    """Returns ``(errors, absent)`` by contender. Raises AssertionError where ours is off by more than the tolerance.
 
     A peer that can't run (torch.compile without a compiler, ...) is absent, with the error's first line.
     """
-    errors: dict[str, Any] = {}
-    absent = dict(comparison.absent)
-    exact_by_function: dict[int, dict[str, Tensor]] = {}  # peers with one float64 result share it
-    for turn, (name, contender) in enumerate(comparison.contenders.items()):
-        contender.take()
-        torch.manual_seed(SEED)
-        try:
-            found = contender.outputs(contender.run())
-        except Exception as error:
-            if turn == 0:
-                raise
-            absent[name] = _why(error)
-            continue
-        if isinstance(contender.exact, str):
-            if turn == 0:
-                raise ValueError(f"{op}: {name} has no float64 result to be verified against")
-            errors[name] = contender.exact
-            continue
-        if (key := id(contender.exact)) not in exact_by_function:
-            torch.manual_seed(SEED)
-            exact_by_function[key] = contender.exact()
-        exact = exact_by_function[key]
-        if found.keys() != exact.keys():
-            raise ValueError(f"{op}: {name} computes {sorted(found)}, its float64 result has {sorted(exact)}")
-        errors[name] = {output: float(f"{relative_error(found[output], exact[output]):.3g}") for output in exact}
-        if turn == 0:
-            wrong = {output: error for output, error in errors[name].items() if not error <= comparison.tolerance}
-            assert not wrong, f"{op}: {name} is off from float64 by {wrong}, tolerance {comparison.tolerance}"
-    return errors, absent
+    errors, absent = timer.verify(op, comparison.contenders, comparison.tolerance)
+    return errors, {**comparison.absent, **absent}
 
 
 def compare(
@@ -242,7 +160,7 @@ def compare(
     """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least.
 
     A peer that can't be timed by ``clock`` (a graph that it can't be captured in) is absent. One that takes longer
-    than LONGEST_CALL_S (bfloat16 on a CPU without instructions for it) is timed once.
+    than ``timer.LONGEST_CALL_S`` (bfloat16 on a CPU without instructions for it) is timed once.
     """
     errors, absent = verify(case.op, comparison)
     samples: dict[str, Callable[[], float]] = {}
@@ -254,20 +172,10 @@ def compare(
         except Exception as error:
             if not samples:
                 raise
-            absent[name] = _why(error)
-    times: dict[str, list[float]] = {name: [] for name in samples}
-    spent = {name: _seconds(lambda name=name: times[name].append(samples[name]())) for name in samples}
-    ours, *peers = samples
-    slow = {name for name in peers if times[name][0] > LONGEST_CALL_S}
-    names = [name for name in samples if name not in slow]
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(sum(spent[name] for name in names), 1e-6))))
-    times.update({name: [] for name in names})  # their first call warmed up
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(samples[name]())
+            absent[name] = first_line(error)
+    times = interleave(samples, budget_s, least=MIN_ROUNDS, most=MAX_ROUNDS)
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    ratios = {name: statistics.median(t / o for t, o in zip(times[name], times[ours], strict=name not in slow))
-              for name in peers}  # fmt: skip
+    ratios = median_ratios(times)
     floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings)
     return Row(
         op=case.op,
@@ -281,7 +189,7 @@ def compare(
         speedup={name: round(value, 3) for name, value in ratios.items()},
         errors=errors,
         absent=absent,
-        rounds=rounds,
+        rounds=len(next(iter(times.values()))),
         bytes_moved=comparison.bytes_moved,
         flops=comparison.flops,
         roofline={name: round(100 * floor / value, 1) for name, value in medians.items()},
@@ -330,7 +238,7 @@ def run(
         except Exception as error:
             if failed is None:
                 raise
-            failed.append(f"{name}: {_why(error)}")
+            failed.append(f"{name}: {first_line(error)}")
             print(f"failed: {failed[-1]}", flush=True)
             continue
         if report is not None:
@@ -354,26 +262,14 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a number: processor, threads, paths, versions."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model
-        )
-    versions = {"peft_ext": peft_ext.__version__}
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": peft_ext._native.STATE.isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
+        "versions": {"peft_ext": peft_ext.__version__, **versions("torch", "transformers", "peft", "bitsandbytes")},
     }
 
 

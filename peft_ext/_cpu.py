@@ -45,13 +45,13 @@ def capabilities() -> Mapping[str, Any]:
 
 
 def _limit() -> str:
-    """What oneDNN may use at most; "" for all."""
+    """Returns what oneDNN may use at most; "" for all."""
     name = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return name.upper() if name.upper() in _LIMITS else ""
 
 
-def _onednn_takes(check: str) -> bool:
-    """Whether PyTorch gives oneDNN products of the dtype that ``check`` asks for; it does not on AVX2 and less."""
+def _onednn_multiplies(check: str) -> bool:
+    """Returns whether PyTorch gives oneDNN products of the dtype that ``check`` asks for; not so on AVX2 and less."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # a build without oneDNN
@@ -59,20 +59,20 @@ def _onednn_takes(check: str) -> bool:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's matrix product of ``dtype`` runs on instructions that this CPU has for it."""
+    """Returns whether PyTorch's matrix product of ``dtype`` runs on instructions that this CPU has for it."""
     if dtype not in _WANTED:
         return True
     check, least, x86, arm = _WANTED[dtype]
-    takes, has = _onednn_takes(check), capabilities()
+    supported, has = _onednn_multiplies(check), capabilities()
     if not is_x86():
-        return takes and any(has.get(name) for name in arm)
+        return supported and any(has.get(name) for name in arm)
     if (limit := _limit()) and _LIMITS.index(limit) < _LIMITS.index(least):
         return False
-    return takes and any(has.get(name) for name in x86)
+    return supported and any(has.get(name) for name in x86)
 
 
 def widened_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes in which this package's product of a frozen weight is to be taken for PyTorch's.
+    """Returns the 16-bit dtypes in which this package's product of a frozen weight is to be taken for PyTorch's.
 
     PyTorch's has no instructions for them here, and the package's own has, or is PyTorch's of float32 over a panel of
     the weight at a time. The portable path leaves the product to PyTorch as it is.
@@ -88,12 +88,12 @@ def is_x86() -> bool:
 
 
 def compute_dtype() -> torch.dtype:
-    """What to compute in on this CPU where nothing else was asked for: bfloat16 where it has instructions for it."""
+    """Returns what to compute in where nothing else was asked for: bfloat16 where this CPU has instructions for it."""
     return torch.bfloat16 if not why_float32() else torch.float32
 
 
 def why_float32() -> str:
-    """Why :func:`compute_dtype` is float32; "" where it is not."""
+    """Returns why :func:`compute_dtype` is float32; "" where it is not."""
     if not multiplies(torch.bfloat16):
         by = "the environment forbids the" if _forbidden() else "this CPU has no"
         return f"{by} instructions for bfloat16 products"
@@ -104,13 +104,13 @@ def why_float32() -> str:
 
 
 def _forbidden() -> bool:
-    """Whether the CPU itself would have them."""
+    """Returns whether the CPU itself would have them."""
     has = capabilities()
     return bool(_limit()) and any(has.get(name) for name in _WANTED[torch.bfloat16][2])
 
 
 def instruction_sets() -> list[str]:
-    """Those that decide how fast a CPU multiplies matrices, by PyTorch's names, as CPUID has them."""
+    """Returns those that decide how fast a CPU multiplies matrices, by PyTorch's names, as CPUID has them."""
     has = capabilities()
     names = ("avx2", "fma3", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16",
              "neon", "fp16_arith", "bf16", "sve", "sme")  # fmt: skip

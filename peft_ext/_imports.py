@@ -23,7 +23,7 @@ MISSING: list[str] = []
 
 
 def version(package: str) -> str:
-    """The package's name and its installed version, or its name alone where it has none."""
+    """Returns the package's name and its installed version, or its name alone where it has none."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warn, once, that ``what`` of an installed package is not as this one knows it, and what that costs."""
+    """Warns, once, that ``what`` of an installed package is not as this one knows it, and what that costs."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)
@@ -46,7 +46,7 @@ def has(kind: type, *names: str) -> None:
 
 
 def _is_absent(package: str) -> bool:
-    """Whether the package itself is not installed, and it is not a name in it, or a package that it needs."""
+    """Returns whether the package itself is not installed, and it is not a name in it, or a package that it needs."""
     return find_spec(package) is None
 
 

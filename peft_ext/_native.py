@@ -114,7 +114,7 @@ def _load_cuda() -> None:
 
 
 def load() -> NativeState:
-    """Load what is there; called once, at import."""
+    """Loads what is there; called once, at import."""
     _load_cpu()
     _load_cuda()
     return STATE

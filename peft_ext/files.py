@@ -40,13 +40,13 @@ except ImportError:  # Windows: leftovers can't be told from what is being writt
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
 _PART, _OLD = "part", "old"
-_SEAL, _LOCK = "sealed.json", ".lock"
+_SEAL, LOCK_FILE = "sealed.json", ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
 def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
-    """An open file whose content is at ``path`` once the block has ended, and nowhere if it raises.
+    """Yields an open file whose content is at ``path`` once the block has ended, and nowhere if it raises.
 
     Args:
         path: the file, there or not; its folder is there. A symbolic link is followed, the link stays.
@@ -79,7 +79,7 @@ def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Itera
 
 @contextlib.contextmanager
 def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which is at ``path`` once the block has ended, and nowhere if it raises.
+    """Yields a new folder to write into, which is at ``path`` once the block has ended, and nowhere if it raises.
 
     A folder that is there is exchanged for the new one by a single call of the system (Linux ``renameat2``), so that
     ``path`` is never missing. Where a file system has no such call it is moved aside first: a process killed between
@@ -98,10 +98,10 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     is a file; OSError as the system raises it.
     """
     target = Path(os.path.realpath(path))
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    inside = _stays(target)
+    inside = _must_stay(target)
     part, lock = _locked_folder(target / target.name if inside else target)
     try:
         yield part
@@ -109,7 +109,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
             _carry_over(target, part)
         _sync_tree(part)
         if inside:
-            _check_free(target, overwrite)
+            check_free(target, overwrite)
             _move_into(part, target, keep)
         else:
             _put(part, target, overwrite)
@@ -121,7 +121,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 
 
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
-    """``model.save_pretrained(path)``, atomic: configuration and weights are both the old ones or both the new.
+    """Calls ``model.save_pretrained(path)``, atomic: configuration and weights are both the old or both the new.
 
     For PEFT's methods and for this project's; weights are safetensors. Other files in the folder stay as they are
     (checkpoints, logs, the adapters of other names); see :func:`peft_ext.files.atomic_folder` on how it is replaced.
@@ -158,7 +158,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 
 
 def seal(folder: Path) -> None:
-    """Flush ``folder`` to the disk, then write the list of its files into it. Raises OSError."""
+    """Flushes ``folder`` to the disk, then writes the list of its files into it. Raises OSError."""
     (folder / _SEAL).unlink(missing_ok=True)
     _sync_tree(folder)
     files = {}
@@ -179,12 +179,12 @@ def _digest(path: Path) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether there is a list of files in ``folder``; they may have changed since."""
+    """Returns whether there is a list of files in ``folder``; they may have changed since."""
     return (folder / _SEAL).is_file()
 
 
 def not_whole(folder: Path) -> Optional[str]:
-    """What of a sealed folder is not as it was when it was sealed; None where all is."""
+    """Returns what of a sealed folder is not as it was when it was sealed; None where all is."""
     try:
         files = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -203,40 +203,6 @@ def not_whole(folder: Path) -> Optional[str]:
     return None
 
 
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for the same out of ``folder``, which is there, as long as the block runs.
-
-    The lock is on a file in the folder: it stays with it where :func:`atomic_folder` replaces the folder and keeps its
-    files. It goes with the process, whatever ends it.
-
-    Raises: BlockingIOError where another process has it.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / _LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing to it", str(folder)) from None
-        except OSError:  # a file system without locks
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                break
-        os.close(handle)  # its last owner removed it before the lock was there
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(handle)
-
-
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +210,7 @@ def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.{kind}")
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     if target.is_symlink():  # the resolved path of a loop
@@ -253,8 +219,8 @@ def _check_free(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
 
 
-def _stays(target: Path) -> bool:
-    """Whether a folder can't be renamed, or must not be: the process's relative paths would go on in the old one."""
+def _must_stay(target: Path) -> bool:
+    """Returns whether a folder can't be renamed, or must not: the process's relative paths stay in the old one."""
     if not target.is_dir():
         return False
     return target.is_mount() or Path.cwd().is_relative_to(target)
@@ -265,7 +231,7 @@ def _leftover(entry: Path) -> bool:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """What killed runs left of ``target``: a folder that was moved aside comes back if nothing took its place."""
+    """Removes what killed runs left of ``target``; a folder moved aside comes back if nothing took its place."""
     start, size = f".{target.name}.", len(secrets.token_hex(6))
     for folder in (target.parent, target):
         with contextlib.suppress(OSError):
@@ -303,7 +269,7 @@ def _abandoned(entry: Path) -> bool:
 
 
 def _locked_folder(target: Path) -> tuple[Path, Optional[int]]:
-    """A new hidden folder beside ``target``, and the handle that holds its lock."""
+    """Returns a new hidden folder beside ``target``, and the handle that holds its lock."""
     while True:
         part = _hidden(target, _PART)
         part.mkdir()
@@ -358,7 +324,7 @@ def _move_aside(part: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system can't."""
+    """Swaps two names in one step; False where the system or the file system can't."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -373,7 +339,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_into(part: Path, target: Path, keep: bool) -> None:
-    """Each file of ``part`` to its place, oldest first: what makes a folder complete is written last."""
+    """Moves each file of ``part`` to its place, oldest first: what makes a folder complete is written last."""
     entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
     names = {entry.name for entry in entries}
     for entry in entries:
@@ -390,7 +356,7 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """What ``old`` has and ``new`` has not, into ``new``."""
+    """Links into ``new`` what ``old`` has and it has not."""
     for entry in old.iterdir():
         place, there = new / entry.name, os.path.lexists(new / entry.name)
         if _leftover(entry):

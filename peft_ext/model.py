@@ -14,10 +14,12 @@ from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
-from .integrations._outside import check_expressions, check_finite, checked_config, weight_shapes
-from .integrations._peft_base import FUSED
+from .integrations.fused.base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
+from .sources.adapter import checked_config
+from .sources.expressions import check_expressions
+from .sources.weight_files import check_finite, weight_shapes
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
@@ -44,7 +46,7 @@ def get_peft_model(
     dora_dropout: str = "peft",
     **kwargs: Any,
 ) -> PeftModel:
-    """``peft.get_peft_model``, then :func:`peft_ext.accelerate`: a new adapter on ``model``, in place.
+    """Calls ``peft.get_peft_model``, then :func:`peft_ext.accelerate`: a new adapter on ``model``, in place.
 
     Other than in PEFT, AdaLoRA's divisor ``ranknum`` is frozen over every base: PEFT trains it over one that is not
     float32, and does not save it.
@@ -63,7 +65,7 @@ def get_peft_model(
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
-    _take_nf4(config, model)
+    _register_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
     return _accelerate(adapted, dora_dropout=dora_dropout) if accelerate else adapted
@@ -79,7 +81,7 @@ def load_adapter(
     dora_dropout: str = "peft",
     **kwargs: Any,
 ) -> PeftModel:
-    """A saved adapter on ``model``, active, then :func:`peft_ext.accelerate`.
+    """Loads a saved adapter onto ``model``, active, then calls :func:`peft_ext.accelerate`.
 
     Other than in PEFT, an adapter of AdaLoRA that gave up ranks keeps the file's bits over a base that is not float32
     (unless ``autocast_adapter_dtype=False``), and its divisor ``ranknum`` is frozen.
@@ -127,7 +129,7 @@ def load_adapter(
         if "config" not in kwargs and _holds_nf4(model):
             kwargs["config"] = config
         if "config" in kwargs:
-            _take_nf4(kwargs["config"], model)
+            _register_nf4(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
@@ -152,14 +154,14 @@ def _holds_nf4(model: nn.Module) -> bool:
     return any(isinstance(module, NF4Linear) for module in model.modules())
 
 
-def _take_nf4(config: PeftConfig, model: nn.Module) -> None:
-    """PEFT makes a DoRA layer with the norm of its weight, which of an NF4Linear the fused layer alone can take."""
+def _register_nf4(config: PeftConfig, model: nn.Module) -> None:
+    """Registers the fused layer for DoRA over NF4: PEFT takes the norm of the weight, which its own layer can't."""
     if getattr(config, "use_dora", False) and _holds_nf4(model):
         config._register_custom_module({NF4Linear: FUSED[lora.Linear]})
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """AdaLoRA's divisor: PEFT freezes it, and makes it a new parameter, which trains, where it casts it."""
+    """Freezes AdaLoRA's divisor: PEFT does, and makes it a new parameter, which trains, where it casts it."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -168,7 +170,7 @@ def freeze_ranknum(model: nn.Module) -> None:
 def _load_unrounded(
     model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    """Read AdaLoRA's tensors once more: those with fewer ranks PEFT makes, and fills, in the dtype of the base."""
+    """Reads AdaLoRA's tensors once more: those with fewer ranks PEFT makes, and fills, in the dtype of the base."""
     config = model.peft_config[adapter_name]
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
@@ -183,12 +185,12 @@ def _load_unrounded(
 
 
 def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``kwargs`` that say where, and which, a file on the hub is."""
+    """Returns those of ``kwargs`` that say where, and which, a file on the hub is."""
     return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
 
 
 def _missing_keys(model: PeftModel, adapter_name: str, absent: list[str]) -> list[str]:
-    """Those of the state dict's keys ``absent`` that are the adapter's, and no other name of a tensor that was read."""
+    """Returns the keys of ``absent`` that are the adapter's, and no other name of a tensor that was read."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
     tensors = dict(model.named_parameters(remove_duplicate=False))
     unread = set(absent)
@@ -204,7 +206,7 @@ def _missing(folder: Path, keys: list[str]) -> str:
 
 
 def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
-    """Of a tensor in the file that PEFT has put nowhere, without a word: one of a layer that the model has not."""
+    """Warns of a tensor in the file that PEFT has put nowhere, without a word: of a layer that the model has not."""
     if model.peft_config[adapter_name].is_prompt_learning:
         return
     # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
@@ -218,7 +220,7 @@ def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
 
 
 def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
-    """A module's name as files may have it: without the adapter's, wherever that stands in it."""
+    """Yields a module's name as files may have it: without the adapter's, wherever that stands in it."""
     yield name
     parts = name.split(".")
     for index, part in enumerate(parts):
@@ -227,7 +229,7 @@ def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
 
 
 def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Where the adapter lies. PEFT takes safetensors where there are any, and a pickle else, which is refused here."""
+    """Returns where the adapter lies. Where there are no safetensors PEFT takes a pickle, which is refused here."""
     folder = Path(path)
     if not folder.is_dir():
         return _hub_folder(path, kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .nn import NF4Linear
-from .ops import _checks as checks
+from .ops import checks
 
 __all__ = ["dequantize_nf4", "quantize_nf4"]
 
@@ -47,7 +47,7 @@ def quantize_nf4(
     skip: Sequence[str] = HEADS,
     progress: bool = True,
 ) -> _Model:
-    """Replace every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
+    """Replaces every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
@@ -80,7 +80,7 @@ def quantize_nf4(
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
-    places = _places(model, {skip} if isinstance(skip, str) else set(skip))
+    places = linear_groups(model, {skip} if isinstance(skip, str) else set(skip))
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
@@ -95,7 +95,7 @@ def quantize_nf4(
 
 
 def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
-    """Replace every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
+    """Replaces every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
 
     The way back from :func:`quantize_nf4`, though not to the weights from before it: W is what the quantized layer
     multiplied with, and the model computes the same. Call it before ``merge_adapter`` or ``merge_and_unload`` of an
@@ -148,7 +148,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     return model
 
 
-class _Place:
+class Place:
     """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed.
 
     ``name``: dotted, from the model. ``keeps_bias``: whether what replaces it has a bias that trains if the layer's
@@ -164,17 +164,17 @@ class _Place:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """PEFT's tuner layers and wrappers of trained modules, told without importing PEFT; and our own."""
+    """Returns whether it is a tuner layer or wrapper of PEFT's, told without importing PEFT, or of ours."""
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
 def _replaces_weights(module: nn.Module) -> bool:
-    """Whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
+    """Returns whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
 
-def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, _Place]]:
+def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, Place]]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -192,20 +192,20 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         name = f"{prefix}.{attribute}" if prefix else attribute
         # accelerate may have put it on an op.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
-            yield name, _Place(name, module, attribute, adapted)
+            yield name, Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)
 
 
-def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
-    """The layers to quantize, checked; places whose weight is one and the same are one group."""
+def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
+    """Returns the layers to quantize, checked; places whose weight is one and the same are one group."""
     skip = skip.union(_READ_PAST, *(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):
         linear = place.linear
         if skip.isdisjoint(name.split(".")):
-            _check(name, linear)
+            _check_linear(name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
     # Anything else that holds the same parameter would be left with a dense copy of its own.
@@ -216,9 +216,9 @@ def _places(model: nn.Module, skip: set[str]) -> list[list[_Place]]:
     return list(groups.values())
 
 
-def _nf4_places(model: nn.Module) -> list[list[_Place]]:
-    """The layers to dequantize, checked; places of one layer, or of layers that share one weight, are one group."""
-    groups: dict[Any, list[_Place]] = {}
+def _nf4_places(model: nn.Module) -> list[list[Place]]:
+    """Returns the layers to dequantize, checked; places of one layer, or of one weight, are one group."""
+    groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
         if below is not None and any(type(module) is NF4Linear for module in below.modules()):
@@ -232,7 +232,7 @@ def _nf4_places(model: nn.Module) -> list[list[_Place]]:
             _check_forward("dequantize_nf4", name, child)
             weight = (child.weight.data_ptr(), child.absmax.data_ptr(), child.out_features, child.quant_dtype)
             key = weight if child.weight.numel() else id(child)  # an empty weight has no address
-            groups.setdefault(key, []).append(_Place(name, parent, attribute, keeps_bias=True))
+            groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
 
 
@@ -246,7 +246,7 @@ def _check_forward(op: str, name: str, linear: nn.Linear) -> None:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _check(name: str, linear: nn.Linear) -> None:
+def _check_linear(name: str, linear: nn.Linear) -> None:
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         came = type(getattr(linear, "weight", None)).__name__
@@ -258,13 +258,13 @@ def _check(name: str, linear: nn.Linear) -> None:
 
 
 def _replace_all(
-    op: str, kind: str, model: nn.Module, places: list[list[_Place]], make: Callable[..., nn.Module], progress: bool
+    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
 ) -> None:
     if not places:
         warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
     for done, same in enumerate(_progress(places) if progress else places):
         try:
-            _replace(same, make)
+            replace_group(same, make)
         except (MemoryError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             text = (
@@ -278,18 +278,19 @@ def _replace_all(
 
 
 def _choose_dora(layer: nn.Module) -> None:
-    """DoRA over an NF4 weight takes another variant of PEFT's: see ``accelerate``, which sets it on its own layers."""
+    """Sets PEFT's variant of DoRA anew, which is another one over NF4: accelerate does so on its own layers."""
     if getattr(layer, "lora_variant", None):
-        from .integrations import _peft_lowrank as lowrank
+        from .integrations.fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+        from .integrations.fused.lora import Lora
 
-        if isinstance(layer, lowrank.Lora):
-            dora_dropout = layer.__dict__.get(lowrank.DORA_DROPOUT, "peft")
-            lowrank.clear_dora(layer)
-            lowrank.prepare_dora(layer, dora_dropout)
+        if isinstance(layer, Lora):
+            dora_dropout = layer.__dict__.get(DORA_DROPOUT, "peft")
+            clear_dora(layer)
+            prepare_dora(layer, dora_dropout)
 
 
-def _replace(same: list[_Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
-    """Put ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
+def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
+    """Puts ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
 
     All are made before the first is put: where one can't be, none is replaced.
     """

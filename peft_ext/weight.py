@@ -5,6 +5,8 @@ Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 * ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major, the high nibble holds the even element;
 * ``absmax``: float32 ``[ceil(N*K/blocksize)]``, one scale per block of the *flat* tensor;
 * double quantization: ``absmax`` is uint8 and ``nested`` holds what decodes it.
+
+The 16 codes are here (source: bitsandbytes' ``get_4bit_type("nf4")``), and the way from and to its ``Params4bit``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,48 @@ from typing import Any, NoReturn, Optional
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCKSIZES", "FLOATS", "NESTED_BLOCKSIZE", "QUANT_STATE", "NF4Weight", "NestedAbsmax", "read_quant_state"]
+from ._imports import required
+
+__all__ = [
+    "BLOCKSIZES",
+    "FLOATS",
+    "NESTED_BLOCKSIZE",
+    "NF4_CODE",
+    "QUANT_STATE",
+    "NF4Weight",
+    "NestedAbsmax",
+    "is_nf4_table",
+    "nf4_code",
+    "nf4_from_params4bit",
+    "params4bit_from_nf4",
+    "read_quant_state",
+    "why_not_nf4",
+]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _MOST_BYTES = 1 << 20
@@ -120,7 +158,7 @@ class NF4Weight:
         raise ValueError(f"NF4Weight: {name} is on {tensor.device}, packed is on {self.packed.device}")
 
     def check_scales(self) -> None:
-        """Read the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
+        """Reads the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
 
         Finite and not negative; of double quantization the table ascends, and the offset is finite.
         """
@@ -154,7 +192,7 @@ class NF4Weight:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, in a stable order."""
+        """Returns the tensors by name, in a stable order."""
         held = {"packed": self.packed, "absmax": self.absmax}
         if self.nested is not None:
             held |= {
@@ -165,31 +203,32 @@ class NF4Weight:
         return held
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> NF4Weight:
-        """A copy with ``fn`` applied to every tensor (for example a device move)."""
+        """Returns a copy with ``fn`` applied to every tensor (for example a device move)."""
         nested = self.nested
         if nested is not None:
             nested = NestedAbsmax(fn(nested.absmax), fn(nested.code), fn(nested.offset))
         return replace(self, packed=fn(self.packed), absmax=fn(self.absmax), nested=nested)
 
     def to(self, device: torch.device | str) -> NF4Weight:
-        """The same weight on another device; the codes and scales keep their dtypes."""
+        """Returns the same weight on another device; the codes and scales keep their dtypes."""
         return self.map(lambda t: t.to(device))
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """See :func:`peft_ext.ops.nf4_dequantize`."""
-        from .ops import nf4_dequantize
-
-        return nf4_dequantize(self, dtype)
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"nf4_dequantize: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
+        return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:
-        """The weight as the ops' schemas take it: six tensors or None, then block size and shape."""
+        """Returns the weight as the ops' schemas take it: six tensors or None, then block size and shape."""
         nested = self.nested
         decode = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
         return (self.packed, self.absmax, *decode, self.blocksize, list(self.shape))
 
     @staticmethod
     def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Weight:
-        """Share the storage of a bitsandbytes ``Params4bit``; nothing is copied.
+        """Shares the storage of a bitsandbytes ``Params4bit``; nothing is copied.
 
         Args:
             weight: the ``Params4bit``, or its packed tensor if ``quant_state`` is given.
@@ -200,8 +239,6 @@ class NF4Weight:
             ValueError: not quantized yet, not NF4, or repacked for bitsandbytes' CPU inference; another table of codes;
                 scales that are not finite, see :meth:`check_scales`.
         """
-        from .integrations.bitsandbytes import nf4_from_params4bit
-
         nf4 = nf4_from_params4bit(weight, quant_state)
         if not is_nf4_table((quant_state if quant_state is not None else weight.quant_state).code):
             raise ValueError("NF4Weight.from_bitsandbytes: the quant_state's table of codes is not NF4's")
@@ -209,14 +246,12 @@ class NF4Weight:
         return nf4
 
     def to_bitsandbytes(self) -> Any:
-        """A bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
-        from .integrations.bitsandbytes import params4bit_from_nf4
-
+        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
         return params4bit_from_nf4(self)
 
 
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
-    """Shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, its names without prefix.
+    """Returns shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, without prefix.
 
     ``found[QUANT_STATE]`` holds JSON, a byte an element. The tensors beside it are asked whether they are what they
     stand for; their sizes are :class:`NF4Weight`'s to check.
@@ -266,10 +301,13 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
     return shape, _DTYPES[dtype], blocksize, float(offset)
 
 
-def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Whether these are NF4's 16 codes, in whatever float dtype, or are not told; the operators have them built in."""
-    from .reference import nf4_code
+def nf4_code(device: torch.device | str = "cpu") -> Tensor:
+    """Returns the 16 NF4 values, ascending, float32."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
+
+def is_nf4_table(code: Optional[Tensor]) -> bool:
+    """Returns whether these are NF4's 16 codes, in any float dtype, or not told; the operators have them built in."""
     if code is None or code.is_meta:
         return True
     wanted = nf4_code()
@@ -286,3 +324,59 @@ def _size(shape: Any) -> torch.Size:
     if any(not 0 <= size < 2**63 for size in sizes):
         raise ValueError(f"NF4Weight: shape is {sizes}, wanted sizes of 0 or more")
     return torch.Size(sizes)
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+
+def why_not_nf4(quant_state: Any) -> Optional[str]:
+    """Returns the reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
+    if quant_state is None:
+        return "the weight is not quantized yet: no quant_state"
+    if (kind := getattr(quant_state, "quant_type", None)) != "nf4":
+        return f"quant_type is {kind!r}, wanted 'nf4'"
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked the weight for its CPU inference"
+    if quant_state.nested and (size := getattr(quant_state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
+        return f"the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}"
+    return None
+
+
+def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
+    """See :meth:`peft_ext.NF4Weight.from_bitsandbytes`."""
+    state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
+    if reason := why_not_nf4(state):
+        raise ValueError(f"NF4Weight.from_bitsandbytes: {reason}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"NF4Weight.from_bitsandbytes: weight is {type(weight).__name__}, wanted a Tensor")
+    # A plain tensor, from here on: each attribute of bitsandbytes' tensor subclass costs a call into Python.
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.data
+    if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+        packed = packed.reshape(-1).view(torch.uint8)
+    nested = None
+    if state.nested:
+        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset)
+    return NF4Weight(packed.reshape(-1, 1), state.absmax, state.shape, state.dtype, state.blocksize, nested)
+
+
+def params4bit_from_nf4(nf4: NF4Weight) -> Any:
+    """See :meth:`peft_ext.NF4Weight.to_bitsandbytes`."""
+    with required("bitsandbytes", "NF4Weight.to_bitsandbytes"):
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn import Params4bit
+
+    state2 = offset = None
+    if nf4.nested is not None:
+        state2 = QuantState(
+            absmax=nf4.nested.absmax, code=nf4.nested.code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
+        )
+        offset = nf4.nested.offset
+    state = QuantState(
+        absmax=nf4.absmax, shape=nf4.shape, code=nf4_code(nf4.device), blocksize=nf4.blocksize,
+        quant_type="nf4", dtype=nf4.dtype, offset=offset, state2=state2,
+    )  # fmt: skip
+    return Params4bit(
+        nf4.packed, requires_grad=False, quant_state=state, blocksize=nf4.blocksize, quant_type="nf4",
+        compress_statistics=nf4.nested is not None, bnb_quantized=True,
+    )  # fmt: skip

@@ -6,8 +6,10 @@ CPU tensors and gives them to the CUDA kernels, which the emulator runs and chec
 ``--share 3`` runs every third test alone: what CI does on each further CPU path.
 """
 
+import importlib.util
 import os
 import re
+import shutil
 import sys
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without it the reference would be compared with itself
@@ -52,7 +54,7 @@ def _emulated_kernels() -> torch.library.Library:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import emulated_cuda
 
-    from peft_ext.ops._library import NAMESPACE, OPS
+    from peft_ext.ops.library import NAMESPACE, OPS
 
     if why := emulated_cuda.missing():
         raise pytest.UsageError(f"--device emulated: {why}")
@@ -121,3 +123,25 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+_ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that playwright drives."""
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs playwright (pip install playwright)")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs a Chromium (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
+        yield running
+        running.close()

@@ -1017,7 +1017,7 @@ ACTIONS = {
 
 
 def peft_ext_fused() -> set[type]:
-    from peft_ext.integrations._peft_base import STOCK
+    from peft_ext.integrations.fused.base import STOCK
 
     return set(STOCK)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_ext
 from peft_ext import NestedAbsmax, NF4Weight, ops, reference
-from peft_ext.ops import _checks
+from peft_ext.ops import checks
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("the checks are the same on every device")]
 
@@ -415,14 +415,14 @@ def test_scales_that_no_quantizing_gives(name: str) -> None:
 
 
 def test_counts() -> None:
-    _checks.check_count("op", "r", 1)
+    checks.check_count("op", "r", 1)
     for wrong in (True, 2.0, "8", None, torch.ones(())):
         with pytest.raises(TypeError) as caught:
-            _checks.check_count("op", "r", wrong)
+            checks.check_count("op", "r", wrong)
         assert str(caught.value) == f"op: r is {wrong!r}, wanted an integer"
     for wrong, wanted in ((0, "at least 1"), (-1, "at least 1"), (2**63, "less than 2**63")):
         with pytest.raises(ValueError) as caught:
-            _checks.check_count("op", "r", wrong)
+            checks.check_count("op", "r", wrong)
         assert str(caught.value) == f"op: r is {wrong}, wanted {wanted}"
 
 

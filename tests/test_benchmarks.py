@@ -23,6 +23,7 @@ command, cuda, e2e, goals, grid, harness, peers, tables = (
     for name in ("__main__", "cuda", "e2e", "goals", "grid", "harness", "peers", "tables")
 )
 gpu = importlib.import_module("gpu")
+timer = importlib.import_module("peft_ext.bench.timer")
 
 CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s": 0.05}
 
@@ -92,7 +93,7 @@ def test_a_peer_that_fails_is_named_and_not_timed():
 
 
 def test_a_peer_that_takes_long_is_timed_once(monkeypatch):
-    monkeypatch.setattr(harness, "LONGEST_CALL_S", 0.01)
+    monkeypatch.setattr(timer, "LONGEST_CALL_S", 0.01)
     calls = []
     slow = harness.Contender(
         lambda: time.sleep(0.02) or calls.append(0) or torch.ones(4),

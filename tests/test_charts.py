@@ -1,9 +1,10 @@
 """Charts: what is drawn is what the result files say, read back from the SVG's own coordinates; nothing else is drawn.
 
-An artist that stands for a number has a name (gid) in the SVG; scales are read from artists whose numbers are known.
+An element that stands for a number has a name, its id; scales are read from elements whose numbers are known.
 """
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -16,49 +17,49 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
-matplotlib = pytest.importorskip("matplotlib")
 charts, tables = (importlib.import_module(f"benchmarks.{name}") for name in ("charts", "tables"))
 
+from peft_ext.chart import Scale, identifier  # noqa: E402
 from peft_ext.cli import CliError  # noqa: E402
 from peft_ext.cli import bench as command  # noqa: E402
-from peft_ext.cli._chart import gid, look, render  # noqa: E402
 
+PICTURES = sorted((ROOT / "docs/images").glob("*.svg"))
 MACHINE = {"cpu": "CPU", "threads": 2, "isa": "avx2", "environment": {}, "date": "2026-01-02",
            "versions": {"torch": "1.2"}}  # fmt: skip
+SVG = "{http://www.w3.org/2000/svg}"
 CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.5, "matmul_f32_tflop_s": 0.1}
 
 
 class Drawing:
-    """An SVG's named artists by name: the points of their paths and marks, in points, y downwards."""
+    """An SVG's named elements by name: the corners of its bars, the points of its paths, its marks; y downwards."""
 
     def __init__(self, data: bytes) -> None:
-        self.text = data.decode()
-        self.caption = charts._says(data, "description")
-        self.artists = {}
-        for group in ElementTree.fromstring(data).iter("{http://www.w3.org/2000/svg}g"):
-            if ":" in (name := group.get("id", "")):
-                assert name not in self.artists, name
-                marks = [(float(use.get("x")), float(use.get("y"))) for use in group.iter() if use.tag.endswith("}use")]
-                paths = [path.get("d") for path in group.findall("{http://www.w3.org/2000/svg}path")]
-                found = re.findall(r"[ML] (\S+) (\S+)", paths[0]) if paths else marks
-                self.artists[name] = [(float(x), float(y)) for x, y in found]
+        root = ElementTree.fromstring(data)
+        self.caption = root.find(f"{SVG}desc").text
+        self.texts = [text for element in root.iter(f"{SVG}text") for text in element.itertext()]
+        self.elements = {}
+        for element in root.iter():
+            if ":" not in (name := element.get("id", "")):
+                continue
+            assert name not in self.elements, name
+            if "d" in element.keys():
+                points = re.findall(r"[ML](\S+?) ([^MLh]+)", element.get("d"))
+            else:
+                x, y, width, height = (float(element.get(side, 0)) for side in ("x", "y", "width", "height"))
+                points = [(x, y), (x + width, y + height)] if element.tag == f"{SVG}rect" else [(x, y)]
+            self.elements[name] = [(float(x), float(y)) for x, y in points]
 
     def named(self, *prefix: str) -> dict:
         start = ":".join(prefix) + ":"
-        return {name: points for name, points in self.artists.items() if name.startswith(start)}
+        return {name: points for name, points in self.elements.items() if name.startswith(start)}
 
     def length(self, *name: str) -> float:
-        xs = [x for x, _ in self.artists[gid(*name)]]
-        return max(xs) - min(xs)
-
-    def count(self, text: str) -> int:
-        return self.text.count(f"<!-- {text} -->")
+        (left, _), (right, _) = self.elements[identifier(*name)]
+        return right - left
 
 
 def drawn(draw, result) -> Drawing:
-    with look():
-        figure = draw(result)
-        return Drawing(render(figure, ".svg", " ".join(figure.get_supxlabel().split())))
+    return Drawing(draw(result).svg())
 
 
 def row(op, case, speedup, tokens=512, flops=10**9, moved=10**7, **changes):
@@ -76,9 +77,9 @@ FULL = {"PEFT": 1.5, "torch eager": 2.0, "torch.compile": 1.2, "frozen": 0.8}
 
 
 def lengths(drawing: Drawing, base: str) -> dict:
-    """By gid, each bar's length; the frozen layer's, at 1, is where the dashed line stands."""
+    """By name, each bar's length; the frozen layer's, at 1, is where the dashed line stands."""
     bars = {name: points for name, points in drawing.named(f"layers.{base}").items()}
-    (one, _), *_ = drawing.artists[gid("layers", base, "frozen")]
+    (one, _), *_ = drawing.elements[identifier("layers", base, "frozen")]
     return {name: (max(x for x, _ in p) - min(x for x, _ in p)) / (one - min(x for x, _ in p))
             for name, p in bars.items()}  # fmt: skip
 
@@ -103,7 +104,7 @@ def test_a_bar_is_as_long_as_the_ratio_in_the_file():
         "layers.nf4:IA3-output:torch-eager": pytest.approx(4 / 1.25, rel=1e-4),
     }
     for text in ("1.25", "1.88", "2.50", "1.50", "0.80", "2.40", "3.20"):
-        assert drawing.count(text) == 1, text
+        assert drawing.texts.count(text) == 1, text
 
 
 def test_what_is_not_in_the_file_is_left_out_and_said():
@@ -116,7 +117,7 @@ def test_what_is_not_in_the_file_is_left_out_and_said():
     assert set(lengths(drawing, "nf4")) == {"layers.nf4:LoRA:ours"}
     labels = {layer.label for layer in charts.adapted_layers(kernels())}
     # Three bars of the NF4 layer, and each other row of each panel.
-    assert drawing.count("not measured") == 3 + 2 * (len(labels) - 1)
+    assert drawing.texts.count("not measured") == 3 + 2 * (len(labels) - 1)
     said = drawing.caption.partition("Not in the result file: ")[2].partition(". CPU")[0].split("; ")
     assert "DoRA over bf16" in said and "IA3, output over bf16" in said and "LoRA, dropout 0.05 over bf16" in said
     assert not {"LoRA over bf16", "LoRA over nf4"} & {*said} and len(said) == len(charts.adapted_layers(kernels())) - 2
@@ -137,8 +138,8 @@ def test_a_caption_says_where_the_numbers_are_from():
 
 def axes_of(drawing: Drawing, base: str):
     """What turns points into ``(FLOP/byte, FLOP/s)``: both axes are logarithmic, two corners of the roofs are known."""
-    _, (ridge, peak) = drawing.artists[gid("roofline", base, "ceiling", "copy")]
-    (at, lower), _ = drawing.artists[gid("roofline", base, "ceiling", "float32")]
+    _, (ridge, peak) = drawing.elements[identifier("roofline", base, "ceiling", "copy")]
+    (at, lower), _ = drawing.elements[identifier("roofline", base, "ceiling", "float32")]
     # The float32 roof starts where the copy reaches it: 10 FLOP/byte at 10 GB/s; the bf16 one at 50.
     per_x = math.log10(50 / 10) / (ridge - at)
     per_y = math.log10(0.5 / 0.1) / (peak - lower)
@@ -167,7 +168,7 @@ def test_a_point_stands_at_its_intensity_and_rate():
     for base, named in wanted.items():
         place = axes_of(drawing, base)
         for (op, case, who), value in named.items():
-            (point,) = points[gid("roofline", op, f"T=512 4096->4096, {case}", who)]
+            (point,) = points[identifier("roofline", op, f"T=512 4096->4096, {case}", who)]
             assert place(*point) == pytest.approx(value, rel=1e-3)
     assert "Without products, so not here: ia3_scale." in drawing.caption
     assert charts.roofline(kernels(rows[-1])) is None
@@ -183,14 +184,14 @@ def test_whole_steps_have_bars_of_their_ratios():
              "peak_mib": {"ours": [300], "stock": [200]}, "memory": 1.5}]  # fmt: skip
     drawing = drawn(charts.training, {"machine": MACHINE, "what": "a model, 5 steps", "rows": rows})
     for key in ("speedup", "memory"):
-        (one, _), *_ = drawing.artists[gid("training", "stock", key)]
+        (one, _), *_ = drawing.elements[identifier("training", "stock", key)]
         for method in rows:
-            name = gid("training", method["method"], key)
-            left = min(x for x, _ in drawing.artists[name])
+            name = identifier("training", method["method"], key)
+            left = min(x for x, _ in drawing.elements[name])
             assert drawing.length("training", method["method"], key) / (one - left) == pytest.approx(
                 method[key], rel=1e-4
             )
-    assert drawing.count("30 / 15") == drawing.count("100 / 400 MiB") == drawing.count("21 / 28") == 1
+    assert drawing.texts.count("30 / 15") == drawing.texts.count("100 / 400 MiB") == drawing.texts.count("21 / 28") == 1
     assert drawing.caption.startswith("A model, 5 steps. ")
     assert charts.training({"machine": MACHINE, "what": "nothing", "rows": []}) is None
 
@@ -207,14 +208,14 @@ def test_loss_curves_have_every_step():
     drawing = drawn(charts.losses, {"machine": MACHINE, "settings": settings, "rows": rows})
     assert set(drawing.named("losses")) == {"losses:LoRA:ours", "losses:LoRA:twin", "losses:BitFit:ours",
                                             "losses:Diff-Pruning:ours"}  # fmt: skip
-    (_, eight), (_, four), _ = drawing.artists["losses:LoRA:ours"]
+    (_, eight), (_, four), _ = drawing.elements["losses:LoRA:ours"]
     for method in rows[:3]:
         for who, curve in method["losses"].items():
-            points = drawing.artists[gid("losses", method["method"], who)]
+            points = drawing.elements[identifier("losses", method["method"], who)]
             assert [4 * 2 ** ((y - four) / (eight - four)) for _, y in points] == pytest.approx(curve, rel=1e-3)
             assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], rel=1e-4)
     for text in ("bf16: 0.5", "float32: 3.0e-06", "float32: 0", "nothing to compare with", "pruned"):
-        assert drawing.count(text) == 1, text
+        assert drawing.texts.count(text) == 1, text
     assert charts.losses({"machine": MACHINE, "settings": settings, "rows": rows[3:]}) is None
 
 
@@ -231,23 +232,72 @@ def test_the_committed_bars_are_the_newest_files():
     found = {**lengths(drawing, "bf16"), **lengths(drawing, "nf4")}
     for layer in charts.adapted_layers(tables.newest(tables.KERNELS)):
         for name, time in layer.times.items():
-            bar = gid(f"layers.{layer.base}", layer.label, charts._contender(name))
+            bar = identifier(f"layers.{layer.base}", layer.label, charts._contender(name))
             assert found.pop(bar) == pytest.approx(time, rel=1e-4)
     assert not found
 
 
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_committed_pictures_are_small_and_their_text_is_text(path):
+    root = ElementTree.fromstring(path.read_bytes())
+    assert path.stat().st_size < 60_000
+    assert root.find(f"{SVG}title").text and root.find(f"{SVG}desc").text
+    assert sum(1 for _ in root.iter(f"{SVG}text")) > 10
+    assert not [element.tag for element in root.iter() if element.tag in (f"{SVG}image", f"{SVG}script")]
+    assert not re.search(rb"@import|url\([^#]|href=\"[^#]", path.read_bytes())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_committed_pictures_read_in_a_browser(browser, path, scheme):
+    """No text leaves the picture or touches another one, and each stands out from what is under it."""
+    context = browser.new_context(viewport={"width": 1000, "height": 1200}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.goto(path.as_uri())
+    texts, width, height = tab.evaluate(_TEXTS)
+    context.close()
+    assert len(texts) > 10
+    for text, left, top, right, bottom, contrast in texts:
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height, text
+        assert contrast >= 4.5, (text, contrast)
+    for (one, *a, _), (other, *b, _) in itertools.combinations(texts, 2):
+        assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3], (one, other)
+
+
+# Of each text its box, less what a line has above and below its letters, and how far its colour is from the card's.
+_TEXTS = """() => {
+  const parse = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const card = document.querySelector("rect"), under = light(parse(getComputedStyle(card).fill));
+  const root = document.documentElement.getBoundingClientRect();
+  return [[...document.querySelectorAll("text")].map(e => {
+    const box = e.getBoundingClientRect(), own = light(parse(getComputedStyle(e).fill).slice(0, 3));
+    return [e.textContent, box.left - root.left, box.top - root.top + 2, box.right - root.left,
+      box.bottom - root.top - 2, (Math.max(own, under) + 0.05) / (Math.min(own, under) + 0.05)];
+  }), root.width, root.height];
+}"""
+
+
 def test_the_same_numbers_give_the_same_bytes():
     result = kernels(row("lora_linear", "bf16 base", FULL))
+    assert charts.layers(result).svg() == charts.layers(result).svg()
 
-    def once():
-        with look():
-            return render(charts.layers(result), ".svg", "what", "where")
 
-    first = once()
-    with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": "other", "lines.linewidth": 9}):
-        assert once() == first
-    assert b"<dc:date>" not in first
-    assert matplotlib.rcParams["svg.hashsalt"] != "peft_ext"
+@pytest.mark.parametrize(
+    "scale, ticks",
+    [
+        (Scale(0, 3.2), [0, 1, 2, 3]),
+        (Scale(-0.3, 0.31), [-0.2, 0, 0.2]),
+        (Scale(0, 7), [0, 2, 4, 6]),
+        (Scale(0.8, 3000, log=True), [1, 10, 100, 1000]),
+        (Scale(0.3, 9, log=True), [0.5, 1, 2, 5]),
+        (Scale(2.1, 4.8, log=True), [3, 4]),  # no two of 1, 2 and 5
+    ],
+)
+def test_ticks_are_round_numbers_within(scale, ticks):
+    assert scale.ticks() == ticks
+    assert [scale(scale.low), scale(scale.high)] == [0, 1]
 
 
 def test_check_finds_what_is_stale(tmp_path, monkeypatch, capsys):
@@ -266,15 +316,11 @@ def test_check_finds_what_is_stale(tmp_path, monkeypatch, capsys):
     assert f"drawn: {images}/layers.svg" in out and "not drawn: training: no result file e2e-methods-*.json" in out
     assert sorted(path.name for path in images.iterdir()) == ["layers.svg"]
     charts.main(["--check", "--out", str(images)])
-    # Another matplotlib's, of the same result file.
     picture = (images / "layers.svg").read_bytes()
-    other = re.sub(rb"Matplotlib v[^,]+", b"Matplotlib v0.1", picture).replace(b"L ", b"L  ")
-    (images / "layers.svg").write_bytes(other)
-    charts.main(["--check", "--out", str(images)])
-    (images / "layers.svg").write_bytes(picture.replace(b"L ", b"L  "))
+    (images / "layers.svg").write_bytes(picture.replace(b"L", b"L ", 1))
     with pytest.raises(SystemExit, match=r"^error: layers.svg in .*run python -m benchmarks\.charts$"):
         charts.main(["--check", "--out", str(images)])
-    (images / "layers.svg").write_bytes(other)
+    (images / "layers.svg").write_bytes(picture)
     measured(1.6)
     with pytest.raises(SystemExit, match=r"^error: layers.svg in"):
         charts.main(["--check", "--out", str(images)])
@@ -301,12 +347,6 @@ def test_a_gpu_has_charts_of_its_own(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "roofline-nvidia-toy-80gb.svg").exists()
 
 
-def test_without_matplotlib_the_command_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: charts need matplotlib: pip install 'peft_ext\[bench\]'$"):
-        charts.main([])
-
-
 # --- peft-ext bench ---------------------------------------------------------------------------------------------------
 
 
@@ -320,8 +360,8 @@ def test_bench_leaves_numbers_and_pictures(tmp_path, capsys):
     folder = tmp_path / "a" / "b"
     bench(output=folder)
     out = capsys.readouterr().out
-    assert out.endswith(f"written: {folder}/bench.json, {folder}/bench.svg, {folder}/bench.png\n")
-    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.png", "bench.svg"]
+    assert out.endswith(f"written: {folder}/bench.json, {folder}/bench.svg\n")
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.svg"]
     document = json.loads((folder / "bench.json").read_text())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", document["machine"]["date"])
     drawing = Drawing((folder / "bench.svg").read_bytes())
@@ -331,19 +371,6 @@ def test_bench_leaves_numbers_and_pictures(tmp_path, capsys):
             bar = ("bench", {"ia3": "IA3", "lora": "LoRA"}[result["method"]], {"PEFT": "stock"}.get(name, name))
             scale.add(round(drawing.length(*bar) / ms / 10, 2))
     assert len(drawing.named("bench")) == 6 and max(scale) / min(scale) < 1.01
-    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bench_without_matplotlib_leaves_numbers_and_says_so(tmp_path, capsys, monkeypatch):
-    there = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    bench(method=["ia3"], output=tmp_path)
-    assert capsys.readouterr().out.endswith("bench.json\nno chart: it needs matplotlib: pip install matplotlib\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
-    bench(method=["ia3"], output=tmp_path, as_json=True)
-    said = capsys.readouterr()
-    assert json.loads(said.out) == json.loads((tmp_path / "bench.json").read_text())
-    assert said.err == "no chart: it needs matplotlib: pip install matplotlib\n"
 
 
 def test_bench_refuses_a_folder_that_is_none(tmp_path):

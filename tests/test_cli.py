@@ -31,10 +31,20 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with ``model`` (Llama, random, byte tokenizer), and data files."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model")
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "\n\n".join(f"Paragraph {i}. " + "The quick brown fox jumps over the lazy dog. " * 20 for i in range(40))
+    (folder / "docs.txt").write_text(text)
+    return folder
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,13 +55,8 @@ def tiny(tmp_path_factory) -> Path:
         vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    fast.save_pretrained(folder / "model")
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = "\n\n".join(f"Paragraph {i}. " + "The quick brown fox jumps over the lazy dog. " * 20 for i in range(40))
-    (folder / "docs.txt").write_text(text)
-    return folder
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
 
 
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
@@ -189,7 +194,7 @@ def test_ctrl_c_saves_a_checkpoint(tiny, tmp_path):
 def test_the_default_model_is_unpacked_and_answers(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from peft_ext.cli.demo_model import cached_model, demo_model
+    from peft_ext.run.demo_model import cached_model, demo_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cached_model() is None
@@ -210,7 +215,7 @@ def test_the_default_model_is_unpacked_and_answers(tmp_path, monkeypatch):
 def test_the_loss_is_on_what_the_assistant_says(tiny):
     from transformers import AutoTokenizer
 
-    from peft_ext.cli.data import Corpus, tokenize
+    from peft_ext.run.data import Corpus, tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     pair = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
@@ -233,7 +238,7 @@ def test_the_loss_is_on_what_the_assistant_says(tiny):
 
 
 def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
-    from peft_ext.cli.data import read_corpus
+    from peft_ext.run.data import read_corpus
 
     corpus = read_corpus("python-docs")
     train, held_out = (
@@ -259,8 +264,12 @@ def refused(capsys, tmp_path: Path, arguments: list[str]) -> str:
 
 
 OPTIONS = [
-    (["--method", "bottleneck"],
-     "--method bottleneck: not yet; there are: lora, rslora, dora, adalora, ia3, prefix, prompt"),
+    (["--method", "full"],
+     "--method full: there is no such method; there are: lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
+     "prompt, bitfit, diff-pruning, partial"),
+    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: that is --method lora"),
+    (["--method", "partial", "--quant", "nf4"],
+     "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
     (["--rank", "0"], "--rank 0: wanted at least 1"),
     (["--dropout", "1"], "--dropout 1.0: wanted 0 <= p < 1"),
     (["--quant", "int3"], "--quant int3: wanted nf4 or none"),
@@ -384,7 +393,7 @@ def test_doctor_says_what_is_there(capsys):
     assert code == (0 if _native.STATE.module is not None else 1)
     assert f"{torch.__version__}\n" in out
     assert f"in use                     {_native.STATE.isa}\n" in out
-    assert all(name in out for name in ops._library.OPS)
+    assert all(name in out for name in ops.library.OPS)
     assert "transformers" in out and "liger-kernel" in out
 
 
@@ -410,7 +419,7 @@ def test_doctor_and_version_need_no_hugging_face():
 def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    from peft_ext.cli.finetune import greedy
+    from peft_ext.run.evaluate import greedy
 
     config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                       num_attention_heads=4, eos_token_id=None)  # fmt: skip

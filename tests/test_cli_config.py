@@ -1,6 +1,5 @@
 """finetune's --config and --dry-run, the bars on a terminal, Ctrl-C: what is asked for, and nothing beside it."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -23,11 +22,13 @@ pytest.importorskip("accelerate")
 from test_cli import tiny  # noqa: E402, F401  a fixture: a tiny model and data
 
 from peft_ext import quantize_nf4  # noqa: E402
-from peft_ext.cli import CliError, _common, bench, plan  # noqa: E402
-from peft_ext.cli import finetune as finetune_module  # noqa: E402
-from peft_ext.cli.config import FILE, merged, read_config, write_config  # noqa: E402
-from peft_ext.cli.finetune import METHODS, Options  # noqa: E402
+from peft_ext import run as library  # noqa: E402
+from peft_ext.cli import bench  # noqa: E402
+from peft_ext.cli import plan as screen  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
+from peft_ext.methods import METHODS  # noqa: E402
+from peft_ext.run import Options, RunError, plan, progress, train  # noqa: E402
+from peft_ext.run.config import FILE, merged, read_config, write_config  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -106,12 +107,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(written):
 
 def test_the_command_hands_them_on(written, monkeypatch):
     seen = []
-    monkeypatch.setattr(finetune_module, "finetune", lambda options, **kwargs: seen.append((options, kwargs)) or 0)
+    for name in ("finetune", "dry_run"):
+        monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
-    assert main(["finetune", "--config", str(path), "--seed", "0", "--no-stock", "--dry-run"]) == 0
+    for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
+        with pytest.raises(AttributeError, match="nothing"):  # where the run would begin
+            main(["finetune", *arguments])
     # A flag that says what the default is wins as well.
-    assert seen == [(Options(rank=8, gradient_checkpointing=True), {"dry_run": True})]
-    assert main(["finetune"]) == 0 and seen[1] == (Options(), {"dry_run": False})
+    assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]
 
 
 BAD = [
@@ -153,8 +156,10 @@ BAD = [
      "wanted a plain value"),
     ("model: !include a\n", "{path}:1: a tag, '!include': wanted a plain value"),
     ("!!python/object:x {{}}\n", "{path}:1: a tag, '!!python/object:x': wanted a plain value"),
-    ("[" * 100_000, "{path}:1: a list, wanted lines of name: value"),
-    ("model: " + "[" * 100_000, "{path}:1: model is a list, wanted text"),
+    ("[" * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
+    ("model: " + "[" * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
+    ("- " * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
+    ("[[a]]\n", "{path}:1: a list, wanted lines of name: value"),
     ("output: ~nobody-of-this-name/a\nrank: x\n", "{path}:2: rank is the text 'x', wanted a whole number"),
     (b"model: \xff\n", "--config {path}: not UTF-8 text (byte 7)"),
     (b"model: a\x07\n", "--config {path}: not YAML: special characters are not allowed (position 8)"),
@@ -176,7 +181,7 @@ def test_refuses_what_is_no_file(capsys, tmp_path, monkeypatch):
     assert refused(capsys, "--config", tmp_path / "no.yaml") == f"--config {tmp_path}/no.yaml: no such file"
     assert refused(capsys, "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
     there = importlib.util.find_spec
-    monkeypatch.setattr("peft_ext.cli.config.find_spec", lambda name: None if name == "yaml" else there(name))
+    monkeypatch.setattr("peft_ext.run.config.find_spec", lambda name: None if name == "yaml" else there(name))
     assert refused(capsys, "--config", "a") == "--config needs PyYAML: pip install 'peft_ext[hf]'"
 
 
@@ -282,7 +287,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, 
         raise AssertionError("a dry run reads no weight and trains nothing")
 
     for where, name in ((PreTrainedModel, "from_pretrained"), (safetensors.torch, "load_file"), (torch, "load"),
-                        (finetune_module._Run, "run"), (torch.optim.AdamW, "step")):  # fmt: skip
+                        (train, "train"), (torch.optim.AdamW, "step")):  # fmt: skip
         monkeypatch.setattr(where, name, forbidden)
     work = tmp_path / "work"
     work.mkdir()
@@ -298,7 +303,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, 
     assert rows["steps"] == "3, 0.273 epochs" and rows["of a step"] == "2 examples, 58 tokens on average"
     assert rows["14"].split() == ["LoRA", "over", "NF4Linear", "yes", "q_proj,", "k_proj,", "v_proj,", "o_proj,",
                                   "gate_proj,", "up_proj,", "down_proj"]  # fmt: skip
-    assert set(plan._KINDS.values()) <= set(rows) and "needed, at least" in rows and "this machine has" in rows
+    assert set(screen._KINDS.values()) <= set(rows) and "needed, at least" in rows and "this machine has" in rows
     assert rows["would write"].startswith("outputs/x: adapter_model.safetensors (")
 
 
@@ -307,37 +312,41 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):  # no
     if method == "dora":
         pytest.importorskip("bitsandbytes")
     seen = []
-    monkeypatch.setattr(plan, "show_plan", lambda run: seen.append((run, plan.plan(run))))
+    monkeypatch.setattr(screen, "show_plan", seen.append)
     assert main(small(tiny, tmp_path / "out", "--method", method, "--dry-run")) == 0
-    ((run, found),) = seen
+    (found,) = seen
+    run, adapter = found.run, found.adapter
     from peft_ext import explain
     from peft_ext.files import save_adapter
 
-    model = run._adapt(run._base())
-    assert found.rows == list(explain(model).rows)
-    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = train.adapt(run, train.load_base(run))
+    assert adapter.rows == list(explain(model).rows)
+    assert adapter.trainable == run.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.parameters == 90_560 and found.load_bytes == 2 * 90_560
     assert found.steps == 3 and found.longest == max(len(e["input_ids"]) for e in run.examples.train)
     save_adapter(model, tmp_path / "saved")
-    assert found.adapter_bytes == (tmp_path / "saved/adapter_model.safetensors").stat().st_size
-    assert found.memory.total > 0 and found.needed_bytes > found.memory.total
-    held = found.memory.weights + found.memory.quantization + found.memory.adapters
+    header = (tmp_path / "saved/adapter_model.safetensors").stat().st_size - adapter.adapter_bytes
+    assert 0 < header < 20_000  # names and shapes
+    assert adapter.memory.total > 0 and found.needed_bytes > adapter.memory.total
+    held = adapter.memory.weights + adapter.memory.quantization + adapter.memory.adapters
     assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
 
 
 def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):  # noqa: F811
     """A run of small steps needs the most memory where it loads the base again beside its model."""
     seen = []
-    monkeypatch.setattr(plan, "show_plan", lambda run: seen.append((run, plan.plan(run))))
+    monkeypatch.setattr(screen, "show_plan", seen.append)
     arguments = small(tiny, tmp_path / "out", "--quant", "none", "--dry-run")
     assert main(arguments) == 0
-    ((run, found),) = seen
-    model, fresh = run._adapt(run._base()), run._base()
+    (found,) = seen
+    run = found.run
+    model, fresh = train.adapt(run, train.load_base(run)), train.load_base(run)
     both = sum(p.nbytes for one in (model, fresh) for p in one.parameters())
     assert found.load_bytes < both <= found.check_bytes <= found.needed_bytes - found.held_bytes
-    small_step = dataclasses.replace(found.memory, total=found.load_bytes)
-    free = dataclasses.replace(found, memory=small_step, free_bytes=found.check_bytes - 1, held_bytes=0)
-    assert "it needs more memory than is free; --quant nf4 or a smaller model" in "".join(plan._remarks(run, free))
+    small_step = replace(found.adapter.memory, total=found.load_bytes)
+    free = replace(found, adapter=replace(found.adapter, memory=small_step), free_bytes=found.check_bytes - 1,
+                   held_bytes=0)  # fmt: skip
+    assert "it needs more memory than is free; --quant nf4 or a smaller model" in "".join(screen._remarks(free))
 
 
 def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):  # noqa: F811
@@ -402,10 +411,10 @@ def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightl
 
 
 def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(plan, "_machine", lambda device: (2**20, 2**18, 0))
+    monkeypatch.setattr(plan, "memory_of", lambda device: (2**20, 2**18, 0))
     out = dry(capsys, *small(tiny, tmp_path / "out", "--quant", "none"))
     assert "warning: it needs more memory than is free; --quant nf4 or a smaller --batch-size" in out
-    monkeypatch.setattr(plan, "_machine", lambda device: (2**40, 2**40, 0))
+    monkeypatch.setattr(plan, "memory_of", lambda device: (2**40, 2**40, 0))
     assert "warning" not in dry(capsys, *small(tiny, tmp_path / "out"))
 
 
@@ -425,7 +434,7 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
 # --- help -------------------------------------------------------------------------------------------------------------
 
 # Lines at 100 and at 80 columns: a screen, and what a terminal scrolls by a turn of the wheel.
-HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (50, 66), "merge": (26, 40),
+HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (52, 66), "merge": (26, 40),
         "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
 
@@ -531,7 +540,7 @@ def test_the_file_of_a_run_does_not_replace_it(capsys, done):
 def test_no_bar_without_a_terminal(capsys):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     quantize_nf4(model)
-    assert list(_common.bar([1, 2], "text", "item")) == [1, 2]
+    assert list(progress.bar([1, 2], "text", "item")) == [1, 2]
     bench.bench(method=["ia3"], base=["bf16"], hidden=64, tokens=8, rank=4, seconds=0.01, threads=1, chart=None,
                 as_json=True)  # fmt: skip
     assert capsys.readouterr().err == ""
@@ -539,10 +548,10 @@ def test_no_bar_without_a_terminal(capsys):
 
 def test_a_bar_is_cleared_where_the_loop_ends(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with pytest.raises(CliError):
-        for item in _common.bar(["a", "b"], "text", "item", str.upper):
+    with pytest.raises(RunError):
+        for item in progress.bar(["a", "b"], "text", "item", str.upper):
             if item == "b":
-                raise CliError("here")
+                raise RunError("here")
     err = capsys.readouterr().err
     assert "text A:   0%" in err and "text B:  50%" in err and "1/2" in err and err.endswith("\r")
 

@@ -21,11 +21,12 @@ from torch import nn
 import peft_ext
 from peft_ext import _cpu, _native, ops
 from peft_ext.cli.main import main
-from peft_ext.ops import _library
+from peft_ext.ops import library
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_ext.integrations import _peft_base  # noqa: E402
+from peft_ext.integrations.fused import reasons  # noqa: E402
+from peft_ext.integrations.fused.linear import FusedLinear  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -43,7 +44,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
 
     def be(has=(), onednn=(), isa="avx2", limit=None, machine="x86_64"):
         monkeypatch.setattr(_cpu, "capabilities", lambda: NOTHING | dict.fromkeys(has, True))
-        monkeypatch.setattr(_cpu, "_onednn_takes", lambda check: check.split("_")[3] in onednn)
+        monkeypatch.setattr(_cpu, "_onednn_multiplies", lambda check: check.split("_")[3] in onednn)
         monkeypatch.setattr(_native.NativeState, "isa", property(lambda state: isa))
         monkeypatch.setattr(_cpu.platform, "machine", lambda: machine)
         for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -104,7 +105,7 @@ def test_a_torch_without_the_list_of_capabilities(monkeypatch: pytest.MonkeyPatc
 FORCED = """
 import json, sys, torch
 from peft_ext import _cpu, _native
-from peft_ext.integrations import _peft_base
+from peft_ext.integrations.fused import reasons
 from transformers import LlamaConfig, LlamaForCausalLM
 import peft, peft_ext
 torch.manual_seed(0)
@@ -114,7 +115,7 @@ model = peft.get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), peft.Lo
 rows = {row.name.rpartition(".")[2]: (row.kind, row.fused) for row in peft_ext.explain(peft_ext.accelerate(model)).rows}
 model(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
 print(json.dumps([_native.STATE.isa, str(_cpu.compute_dtype()), _cpu.why_float32(),
-                  sorted(map(str, _peft_base.WIDENED)), rows]))
+                  sorted(map(str, reasons.WIDENED)), rows]))
 """
 
 
@@ -143,8 +144,8 @@ def widening(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     before = module.isa()
     module.set_isa(request.param)
     monkeypatch.setattr(_cpu, "multiplies", lambda dtype: dtype not in (BF16, FP16))
-    monkeypatch.setattr(_peft_base, "WIDENED", _cpu.widened_dtypes())
-    assert {BF16, FP16} == _peft_base.WIDENED
+    monkeypatch.setattr(reasons, "WIDENED", _cpu.widened_dtypes())
+    assert {BF16, FP16} == reasons.WIDENED
     yield
     module.set_isa(before)
 
@@ -171,7 +172,7 @@ def test_values_and_gradients(widening, calls, dtype: torch.dtype, tokens: tuple
     layer = nn.Linear(96, 1100, bias=with_bias).to(dtype)  # more rows than are widened together
     layer.weight.requires_grad_(False)
     x, grad = randn(*tokens, 96, dtype=dtype).requires_grad_(), randn(*tokens, 1100, dtype=dtype)
-    assert type(peft_ext.accelerate(layer)) is _peft_base.FusedLinear
+    assert type(peft_ext.accelerate(layer)) is FusedLinear
 
     def run(kind, function):
         weight = layer.weight.detach().to(kind)
@@ -232,7 +233,7 @@ def test_a_model_is_as_close_to_float32_as_stock(widening, calls, tied: bool) ->
     logits, stock = step(model)
     fused, grads = step(peft_ext.accelerate(model))
     head = model.get_base_model().lm_head
-    assert type(head) is _peft_base.FusedLinear
+    assert type(head) is FusedLinear
     assert (head.weight is model.get_base_model().model.embed_tokens.weight) is tied
     assert sum(weight == (96, 64) for _, weight, _ in calls) == 1 and len(calls) == 1 + 2 * 5
     assert fused.dtype is BF16 and grads.keys() == stock.keys() == exact.keys()
@@ -252,7 +253,7 @@ def test_only_frozen_layers_outside_of_adapters_are_taken(widening) -> None:
     for name, module in model.named_modules():
         if before[name] is nn.Linear:
             stays = ".lora_A." in name or ".lora_B." in name or "modules_to_save" in name or "0.mlp.up_proj" in name
-            assert type(module) is (nn.Linear if stays else _peft_base.FusedLinear), name
+            assert type(module) is (nn.Linear if stays else FusedLinear), name
     rows = {row.name.removeprefix("base_model.model."): row for row in peft_ext.explain(model).rows}
     assert "model.layers.0.mlp.up_proj" not in rows and "lm_head.modules_to_save.default" not in rows
     assert rows["model.layers.1.mlp.up_proj"].kind == "Linear" and rows["model.layers.1.mlp.up_proj"].fused
@@ -279,7 +280,7 @@ def test_nothing_is_lost_by_saving_copying_pickling_and_restoring(widening) -> N
     assert repr(model) == shown and list(model.state_dict()) == keys
     assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
     for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
-        assert type(twin) is _peft_base.FusedLinear and torch.equal(twin.weight, head.weight)
+        assert type(twin) is FusedLinear and torch.equal(twin.weight, head.weight)
     twin = copy.deepcopy(model)
     assert twin.get_base_model().lm_head.weight is twin.get_base_model().model.embed_tokens.weight
     first = step(model)[0]
@@ -288,7 +289,7 @@ def test_nothing_is_lost_by_saving_copying_pickling_and_restoring(widening) -> N
     peft_ext.restore(model)
     assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
     assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
-    assert type(twin.get_base_model().lm_head) is _peft_base.FusedLinear
+    assert type(twin.get_base_model().lm_head) is FusedLinear
 
 
 def test_a_float32_model_under_autocast(widening, calls) -> None:
@@ -332,7 +333,7 @@ def test_quantizing_takes_accelerated_layers(widening) -> None:
     model = peft_ext.accelerate(llama())
     peft_ext.quantize_nf4(model, blocksize=32)
     assert isinstance(model.get_base_model().model.layers[0].mlp.up_proj, peft_ext.nn.NF4Linear)
-    assert type(model.get_base_model().lm_head) is _peft_base.FusedLinear
+    assert type(model.get_base_model().lm_head) is FusedLinear
 
 
 def test_compiled(widening, calls) -> None:
@@ -344,22 +345,22 @@ def test_compiled(widening, calls) -> None:
 
 
 def test_where_pytorch_multiplies_itself_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_peft_base, "WIDENED", frozenset())
+    monkeypatch.setattr(reasons, "WIDENED", frozenset())
     model = llama()
     peft_ext.accelerate(model)
-    assert not any(type(module) is _peft_base.FusedLinear for module in model.modules())
+    assert not any(type(module) is FusedLinear for module in model.modules())
     assert len(peft_ext.explain(model).rows) == 4
 
 
 def test_the_reference_takes_a_dense_weight() -> None:
     x, weight, bias = randn(5, 64, dtype=BF16), randn(96, 64, dtype=BF16), randn(96, dtype=BF16)
     assert torch.equal(peft_ext.reference.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
-    args = ops._checks.weight_args(weight)
+    args = ops.checks.weight_args(weight)
     from peft_ext.ops import nf4
 
     assert torch.equal(nf4._linear_reference(x, *args, bias), F.linear(x, weight, bias))
     assert torch.equal(nf4._linear_backward_reference(x @ weight.t(), *args), (x @ weight.t()) @ weight)
-    assert "nf4_linear" in _library.OPS
+    assert "nf4_linear" in library.OPS
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

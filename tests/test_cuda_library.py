@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_ext
 from peft_ext import _native
-from peft_ext.ops._library import OPS, has_kernel
+from peft_ext.ops.library import OPS, has_kernel
 from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import _native, ops
-from peft_ext.ops._library import has_kernel
+from peft_ext.ops.library import has_kernel
 from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import json
 import os
 import re
 import shlex
@@ -136,7 +137,22 @@ def _scaling() -> dict[str, Any]:
     }
 
 
-BEFORE = {"README.md": _readme, "docs/scaling.md": _scaling}
+def _small_model() -> dict[str, Any]:
+    """A small model in the folder my/model, and data of questions and answers."""
+    from test_cli import write_tiny_model
+
+    write_tiny_model(Path("my/model"))
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {}
+
+
+BEFORE = {
+    "README.md": _readme,
+    "docs/scaling.md": _scaling,
+    "docs/cli.md": _small_model,
+    "docs/lesson.md": _small_model,
+}
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 
 
@@ -409,6 +425,9 @@ PUBLIC = {
     "peft_ext.integrations.transformers": "integrations",
     "peft_ext.integrations.bitsandbytes": "integrations",
     "peft_ext.files": "peft_ext",
+    "peft_ext.run": "run",
+    "peft_ext.methods": "run",
+    "peft_ext.recipes": "recipes",
 }
 _DIRECTIVE = re.compile(r"^\.\. (?:auto(?:function|class|exception|module)|py:data):: ([\w.]+)", re.MULTILINE)
 

@@ -32,13 +32,13 @@ from safetensors.torch import load_file  # noqa: E402
 from test_cli import tiny  # noqa: E402, F401
 from tiny_models import ARCHITECTURES  # noqa: E402
 
-from peft_ext import accelerate, explain, merge, ops, quantize_nf4  # noqa: E402
-from peft_ext.cli import finetune as command  # noqa: E402
+from peft_ext import accelerate, explain, ops, quantize_nf4  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
-from peft_ext.files import atomic_folder, not_whole, save_adapter, seal, sole_writer  # noqa: E402
-from peft_ext.merge import merge_to_dense  # noqa: E402
+from peft_ext.files import atomic_folder, not_whole, save_adapter, seal  # noqa: E402
+from peft_ext.merge import merge_to_dense, writer  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
 from peft_ext.quantize import dequantize_nf4  # noqa: E402
+from peft_ext.run import Options, RunError, checkpoints, errors, evaluate, train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Python's, that forking a process with threads may hang
 WEIGHTS = "adapter_model.safetensors"
@@ -64,7 +64,7 @@ def finetune(tiny):  # noqa: F811
 
     def run(output: Path, *options: str, before=None, stdout: int = -1):
         def work() -> int:
-            command.SAMPLES, command.NEW_TOKENS = 0, 2
+            evaluate.SAMPLES, evaluate.NEW_TOKENS = 0, 2
             if before is not None:
                 before()
             return main(
@@ -98,7 +98,7 @@ def adapter(folder: Path):
 
 def assert_readable(out: Path, *whole: Path) -> None:
     """Of the adapters of ``whole`` one is there, and what tells of a run is not half a file."""
-    found = {bits for folder in (out, out / command.PREVIOUS) if (bits := adapter(folder)) is not None}
+    found = {bits for folder in (out, out / checkpoints.PREVIOUS) if (bits := adapter(folder)) is not None}
     assert found and found <= {adapter(folder) for folder in whole}
     if (out / "run.json").exists():
         assert json.loads((out / "run.json").read_text())["options"]
@@ -110,7 +110,7 @@ def assert_same_run(out: Path, unbroken: Path) -> None:
     found, wanted = (json.loads((folder / "run.json").read_text()) for folder in (out, unbroken))
     assert found["finished"] and found["losses"] == wanted["losses"] and len(found["losses"]) == 4
     assert found["perplexity"] == wanted["perplexity"] and adapter(out) == adapter(unbroken)
-    assert not hidden(out.parent) and not (out / command.PREVIOUS).exists()
+    assert not hidden(out.parent) and not (out / checkpoints.PREVIOUS).exists()
 
 
 def test_killed_at_any_moment_a_run_goes_on_and_loses_nothing(finetune, runs, tmp_path):
@@ -149,26 +149,27 @@ def damaged(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "changed"])
-def test_a_damaged_checkpoint_is_not_resumed_from(runs, tmp_path, capsys, how):
+def test_a_damaged_checkpoint_is_not_resumed_from(runs, tmp_path, caplog, how):
     names = sorted(path.name for path in (runs[1] / "checkpoints/checkpoint-4").iterdir())
     assert {WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "sealed.json"} <= {*names}
-    options = command.Options(**{**json.loads((runs[1] / "run.json").read_text())["options"], "resume": True})
+    options = Options(**{**json.loads((runs[1] / "run.json").read_text())["options"], "resume": True})
     for name in names:
         out = tmp_path / name
         shutil.copytree(runs[1], out)
         options.__dict__["output"] = out
         last, before = out / "checkpoints/checkpoint-4", out / "checkpoints/checkpoint-2"
-        assert command._check_output(options) == last and capsys.readouterr().err == ""
+        assert checkpoints.check_output(options) == last and not caplog.messages
         damaged(last / name, how)
         if name == "sealed.json" and how == "changed":  # which file's entry that was can't be told
             continue
-        assert command._check_output(options) == before
-        said = capsys.readouterr().err
-        assert said.startswith("warning: --resume: not from checkpoint-4 (") and name in said
-        assert said.count("\n") == 1 and said.endswith("; from checkpoint-2\n")
+        assert checkpoints.check_output(options) == before
+        (said,) = caplog.messages
+        caplog.clear()
+        assert said.startswith("--resume: not from checkpoint-4 (") and name in said
+        assert "\n" not in said and said.endswith("; from checkpoint-2")
         damaged(before / name, how)
-        with pytest.raises(command.CliError, match="no checkpoint in .* is whole: checkpoint-4 .*; checkpoint-2 "):
-            command._check_output(options)
+        with pytest.raises(RunError, match="no checkpoint in .* is whole: checkpoint-4 .*; checkpoint-2 "):
+            checkpoints.check_output(options)
 
 
 def test_a_run_resumes_past_a_damaged_checkpoint(finetune, runs, tmp_path):
@@ -322,7 +323,7 @@ def test_a_run_on_a_full_disk_says_so_and_keeps_what_was_there(finetune, runs, s
     assert "No space left on device" in line or "is the disk full?" in line, line
     assert_readable(out, runs[0])
     assert not hidden(small.path)
-    left = [path.name for path in command._saved(command.Options(output=out))]
+    left = [path.name for path in checkpoints.saved_checkpoints(Options(output=out))]
     assert all(not_whole(out / "checkpoints" / name) is None for name in left)
     small.leave(3_000_000)
     code, text = finetune(out, "--resume" if left else "--overwrite")
@@ -356,7 +357,7 @@ def test_a_merge_on_a_full_disk_keeps_the_old_model(dense, small, monkeypatch, c
     small.leave(free)
     if free > 40_000:  # the disk fills up while it is written to
         usage = shutil.disk_usage(small.path)
-        monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     arguments = ["--model", str(dense / "base"), "--adapter", str(dense / "two"), "--output", str(small.path / "out")]
     assert main(["merge", *arguments, "--overwrite"]) == 2
     said = capsys.readouterr().err
@@ -456,7 +457,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(runs[0], out)
     before = content(out)
-    with sole_writer(out):
+    with checkpoints.sole_writer(out):
         for _ in range(2):
             line = refused(finetune(out, "--overwrite"))
             assert line == f"error: --output {out}: another process is writing to it"
@@ -467,7 +468,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
     assert not hidden(tmp_path)
 
     def held() -> int:
-        with sole_writer(out):
+        with checkpoints.sole_writer(out):
             os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
@@ -478,7 +479,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
 
 def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path):
     """The second to end finds a model that was not there when it began."""
-    out, write = tmp_path / "out", merge._write_safetensors
+    out, write = tmp_path / "out", writer.write_safetensors
     outcome = []
 
     def slow(stream, planned, take, advance):
@@ -487,7 +488,7 @@ def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path)
         write(stream, planned, take, advance)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "_write_safetensors", _once(slow, write))
+        patch.setattr(writer, "write_safetensors", _once(slow, write))
         with pytest.raises(FileExistsError, match="another process has written it meanwhile") as caught:
             merge_to_dense(dense / "base", dense / "two", out, max_shard_size="100KB")
     assert caught.value.filename == str(out)
@@ -597,13 +598,13 @@ def test_a_merge_without_memory_keeps_the_old_model(dense, tmp_path):
     before = content(tmp_path / "out")
 
     def work() -> int:
-        write = merge._write_safetensors
+        write = writer.write_safetensors
 
         def limited(*args):
             limit_memory(4)
             write(*args)
 
-        merge._write_safetensors = limited
+        writer.write_safetensors = limited
         return main(["merge", "--model", str(tmp_path / "base"), "--adapter", str(dense / "two"), "--dtype", "bf16",
                      "--output", str(tmp_path / "out"), "--overwrite"])  # fmt: skip
 
@@ -613,21 +614,21 @@ def test_a_merge_without_memory_keeps_the_old_model(dense, tmp_path):
 
 def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
     def before() -> None:
-        fit = command._Run._fit
+        fit = train.fit
 
-        def limited(self, model):
+        def limited(run, record, model):
             from peft_ext.integrations.transformers import AdaLoraCallback
 
             AdaLoraCallback  # noqa: B018  imported while there is memory for it
-            self.o.__dict__["batch_size"] = 1 << 16
-            self.examples.train[:] = self.examples.train * 4000
+            run.options.__dict__["batch_size"] = 1 << 16
+            run.examples.train[:] = run.examples.train * 4000
             limit_memory(256)  # enough for the batch, and not for its activations
             try:
-                return fit(self, model)
+                return fit(run, record, model)
             finally:
                 unlimit_memory()
 
-        command._Run._fit = limited
+        train.fit = limited
 
     shutil.copytree(runs[0], tmp_path / "out")
     line = refused(finetune(tmp_path / "out", "--overwrite", before=before))
@@ -685,7 +686,7 @@ def test_a_second_signal_ends_a_run_at_once(finetune, tmp_path):
 
 def test_a_signal_outside_of_training_ends_a_run_with_its_number(finetune, runs, tmp_path):
     def before() -> None:
-        command._Run._adapt = lambda self, model: os.kill(os.getpid(), signal.SIGTERM)
+        train.adapt = lambda run, model: os.kill(os.getpid(), signal.SIGTERM)
 
     shutil.copytree(runs[0], tmp_path / "out")
     assert finetune(tmp_path / "out", "--overwrite", before=before) == (143, "error: ended by SIGTERM\n")
@@ -732,7 +733,7 @@ def test_a_handler_that_is_not_pythons_stays(monkeypatch):
     monkeypatch.setattr(signal, "signal", install)
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number in foreign else real[1](number))
     before = {number: real[1](number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    with command._signals(command._Stop()), chat._at_most(5.0):
+    with errors.caught_signals(errors.Stop()), chat._at_most(5.0):
         assert real[1](signal.SIGINT) is not before[signal.SIGINT]
         assert real[1](signal.SIGTERM) is before[signal.SIGTERM]
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

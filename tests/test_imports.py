@@ -188,13 +188,13 @@ def test_the_tuners_name_all_that_they_override():
     import torch
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    from peft_ext.tuners import _layer, _register, _tuner, bitfit, bottleneck, diff_pruning, partial
+    from peft_ext.tuners import bitfit, bottleneck, diff_pruning, layer, partial, register, tuner
 
-    for base, hooks in ((BaseTuner, _register.MODEL_HOOKS), (BaseTunerLayer, _register.LAYER_HOOKS)):
+    for base, hooks in ((BaseTuner, register.MODEL_HOOKS), (BaseTunerLayer, register.LAYER_HOOKS)):
         own = set(dir(base)) - set(dir(torch.nn.Module)) - {"__abstractmethods__", "_abc_impl", "weight", "bias"}
         overridden = {
             name
-            for module in (_tuner, _layer, bitfit, bottleneck, diff_pruning, partial)
+            for module in (tuner, layer, bitfit, bottleneck, diff_pruning, partial)
             for kind in vars(module).values()
             if isinstance(kind, type) and issubclass(kind, base) and kind.__module__.startswith("peft_ext")
             for name in vars(kind)
@@ -203,10 +203,10 @@ def test_the_tuners_name_all_that_they_override():
 
 
 def test_a_peft_that_is_too_old_is_said(monkeypatch):
-    from peft_ext.tuners import _register
+    from peft_ext.tuners import register
 
-    monkeypatch.setattr(_register.peft, "__version__", "0.20.1")
+    monkeypatch.setattr(register.peft, "__version__", "0.20.1")
     with pytest.raises(ImportError, match=r"peft_ext.tuners needs peft >= 0\.21, found 0\.20\.1"):
-        _register._check_peft()
-    monkeypatch.setattr(_register.peft, "__version__", "0.21.0.dev0")
-    _register._check_peft()
+        register._check_peft()
+    monkeypatch.setattr(register.peft, "__version__", "0.21.0.dev0")
+    register._check_peft()

@@ -44,7 +44,8 @@ from peft_models import (  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext.integrations import _peft_base, _peft_lowrank  # noqa: E402
+from peft_ext.integrations.fused import dora, reasons  # noqa: E402
+from peft_ext.integrations.fused.base import FUSED, KEPT  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
 
 METHODS = ("DoRA", "IA3", "AdaLoRA")
@@ -286,14 +287,14 @@ def test_dora_over_nf4(base):
     compare(model.train(), inputs(base, (21,)))
 
     config = config_of("DoRA")
-    config._register_custom_module({NF4Linear: _peft_base.FUSED[lora.Linear]})
+    config._register_custom_module({NF4Linear: FUSED[lora.Linear]})
     compare(get_peft_model(quantize(MLP(), base), config).train(), inputs(base, (21,)))
 
 
 def test_dora_over_nf4_has_a_stock_path(monkeypatch):
     model = make_method("DoRA", "nf4", lora_dropout=0.25).train()
     twin, fused = dense_twin(model), peft_ext.accelerate(copy.deepcopy(model))
-    monkeypatch.setattr(_peft_base, "KERNELS", {op: {"cpu": False} for op in _peft_base.KERNELS})
+    monkeypatch.setattr(reasons, "KERNELS", {op: {"cpu": False} for op in reasons.KERNELS})
     assert peft_ext.explain(fused).fused_share == 0.0
     x = inputs(tokens=(21,))
     wanted = run(twin, x)
@@ -301,7 +302,7 @@ def test_dora_over_nf4_has_a_stock_path(monkeypatch):
         torch.testing.assert_close(value, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
     peft_ext.restore(fused)
     assert type(first(fused).lora_variant["default"]).__name__ == "DoraLinearVariant"
-    assert type(first(fused).lora_variant["default"]) is not _peft_lowrank.DoraNF4Variant
+    assert type(first(fused).lora_variant["default"]) is not dora.DoraNF4Variant
 
 
 def test_other_variants_over_nf4_are_a_clear_error():
@@ -447,7 +448,7 @@ def test_over_a_base_that_runs_on_its_own_the_adapters_part_is_fused(method, nam
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_native_kernel_the_stock_path_runs(method, base, monkeypatch):
-    monkeypatch.setattr(_peft_base, "KERNELS", {op: {"cpu": False} for op in _peft_base.KERNELS})
+    monkeypatch.setattr(reasons, "KERNELS", {op: {"cpu": False} for op in reasons.KERNELS})
     model = make_method(method, base).train()
     stock, fused = stock_of(model), peft_ext.accelerate(model)
     x = inputs(base, (21,))
@@ -623,7 +624,7 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, 
         merged.unmerge_adapter()
         assert_identical(merged.state_dict(), before)
         assert torch.equal(merged(x), unmerged)
-        assert _peft_base.KEPT not in vars(first(merged))
+        assert KEPT not in vars(first(merged))
     assert type(model.merge_and_unload(safe_merge=safe).up) is NF4Linear
 
 

@@ -45,10 +45,12 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext.integrations import _peft_base  # noqa: E402
 from peft_ext.integrations import peft as integration  # noqa: E402
+from peft_ext.integrations.fused import reasons  # noqa: E402
+from peft_ext.integrations.fused.base import FUSED as FUSED_BY_STOCK  # noqa: E402
+from peft_ext.integrations.fused.base import KEPT  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
-from peft_ext.ops._library import OPS  # noqa: E402
+from peft_ext.ops.library import OPS  # noqa: E402
 
 BNB_8BIT = bnb.nn.Linear8bitLt
 
@@ -403,7 +405,7 @@ def test_a_global_hook_takes_the_stock_path():
         assert "hooks" in peft_ext.explain(fused).rows[0].reason
         x = inputs()
         stock(x)
-        wanted = [_peft_base.FUSED.get(kind, kind) if kind is lora.Linear else kind for kind in seen]
+        wanted = [FUSED_BY_STOCK.get(kind, kind) if kind is lora.Linear else kind for kind in seen]
         seen.clear()
         fused(x)
         assert seen == wanted
@@ -414,7 +416,7 @@ def test_a_global_hook_takes_the_stock_path():
 
 def test_without_a_native_kernel_the_stock_path_runs(monkeypatch):
     """The reference behind the op is correct and slower than PEFT: it must not run in a layer's place."""
-    monkeypatch.setattr(_peft_base, "KERNELS", {op: {"cpu": False} for op in _peft_base.KERNELS})
+    monkeypatch.setattr(reasons, "KERNELS", {op: {"cpu": False} for op in reasons.KERNELS})
     for base in BASES:
         stock, fused = both(make(base).eval())
         x = inputs(base)
@@ -423,23 +425,23 @@ def test_without_a_native_kernel_the_stock_path_runs(monkeypatch):
         assert rows and {row.reason for row in rows} == {"no native kernels of lora_linear for cpu tensors are loaded"}
 
 
-@pytest.mark.parametrize("op", _peft_base.KERNELS)
+@pytest.mark.parametrize("op", reasons.KERNELS)
 def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, monkeypatch):
     def loaded(*missing):
-        monkeypatch.setattr(_peft_base, "has_kernel", lambda name, key: key == "CPU" or name not in missing)
-        monkeypatch.setattr(_peft_base, "KERNELS", _peft_base.native_kernels())
-        return _peft_base.kernel_reason(op, "cuda")
+        monkeypatch.setattr(reasons, "has_kernel", lambda name, key: key == "CPU" or name not in missing)
+        monkeypatch.setattr(reasons, "KERNELS", reasons.native_kernels())
+        return reasons.kernel_reason(op, "cuda")
 
-    monkeypatch.setattr(_peft_base.STATE, "cuda_loaded", True)
+    monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in _peft_base._CALLED[op]:  # the forward alone is not enough
+    for name in reasons._CALLED[op]:  # the forward alone is not enough
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
-        assert _peft_base.kernel_reason(op, "cpu") is None
-    monkeypatch.setattr(_peft_base.STATE, "cuda_loaded", False)
-    monkeypatch.setattr(_peft_base.STATE, "cuda_error", "not built")
-    everything = {name for called in _peft_base._CALLED.values() for name in called}
+        assert reasons.kernel_reason(op, "cpu") is None
+    monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)
+    monkeypatch.setattr(reasons.STATE, "cuda_error", "not built")
+    everything = {name for called in reasons._CALLED.values() for name in called}
     assert loaded(*everything) == "it is on a GPU, and the CUDA library is not loaded (not built)"
-    assert set(_peft_base._CALLED[op]) <= set(OPS)
+    assert set(reasons._CALLED[op]) <= set(OPS)
 
 
 NAMES = ["default", "other", "__base__", "other", "third", "default", "default"]
@@ -895,7 +897,7 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(base, sa
         copied.unmerge_adapter()
         assert_identical(copied.state_dict(), before)
         assert torch.equal(copied(x), unmerged)
-        assert _peft_base.KEPT not in vars(first(copied)) and first(copied).base_layer.merge_error is None
+        assert KEPT not in vars(first(copied)) and first(copied).base_layer.merge_error is None
     model.merge_and_unload(safe_merge=safe)
     base_layer = model.base_model.model.up
     assert type(base_layer) is NF4Linear
@@ -948,7 +950,7 @@ def test_safe_merge_into_nf4_refuses_what_is_not_finite():
     layer.lora_A["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="adapter default seems to be broken"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, packed) and not layer.merged and _peft_base.KEPT not in vars(layer)
+    assert torch.equal(layer.base_layer.weight, packed) and not layer.merged and KEPT not in vars(layer)
 
 
 def test_stock_peft_does_not_corrupt_an_nf4_weight():

@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers")
 from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext import _native, memory  # noqa: E402
-from peft_ext._meta import AUTO_CLASSES  # noqa: E402
+from peft_ext import _native, memory, methods  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
+from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
 
@@ -403,12 +403,14 @@ def test_every_method_by_name(method):
     assert estimate == estimate_memory(config, method=method, **TOKENS)
     if method == "rslora":
         assert estimate.total == estimate_memory(config, "lora", **TOKENS).total
+    if method == "qlora":
+        assert estimate == estimate_memory(config, "lora", quantization="nf4", **TOKENS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ada_lora_s_divisor_does_not_train(dtype):
     model = transformers.AutoModelForCausalLM.from_config(LLAMA).to(dtype)
-    adapted = peft_ext.get_peft_model(copy.deepcopy(model), memory.make_config(*memory.method_config("adalora")))
+    adapted = peft_ext.get_peft_model(copy.deepcopy(model), methods.make_config(*methods.method_config("adalora")))
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert estimate_memory(model, "adalora", **TOKENS).trainable == trainable
 

@@ -36,7 +36,7 @@ from peft_ext import (  # noqa: E402
     quantize_nf4,
 )
 from peft_ext.cli.main import main  # noqa: E402
-from peft_ext.merge import MergeError, merge_to_dense  # noqa: E402
+from peft_ext.merge import MergeError, merge_to_dense, writer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on tied weights and new heads
 needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -354,7 +354,7 @@ def test_dtypes_of_several_widths_are_aligned_in_a_file(tmp_path):
         "d": torch.zeros(0, 4), "e": torch.tensor([True, False]), "f": torch.arange(2),
     }  # fmt: skip
     with open(tmp_path / "x", "wb") as stream:
-        merge._write_safetensors(stream, {n: t.to("meta") for n, t in tensors.items()}, tensors.get, lambda done: None)
+        writer.write_safetensors(stream, {n: t.to("meta") for n, t in tensors.items()}, tensors.get, lambda done: None)
     found = load_file(tmp_path / "x")
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
@@ -426,7 +426,7 @@ def test_an_error_in_the_middle_leaves_the_old_folder(made, tmp_path, monkeypatc
             merge_to_dense(base, tmp_path / "nan", out, overwrite=overwrite)
     shutil.rmtree(tmp_path / "nan")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="No space left on device: 0.00 GB to write") as caught:
         merge_to_dense(base, adapter, tmp_path / "out", overwrite=True)
     assert caught.value.errno == errno.ENOSPC
@@ -447,7 +447,7 @@ def test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up(made, 
         signal.alarm(600)
         try:
             torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-            merge._write_safetensors = killed
+            writer.write_safetensors = killed
             merge_to_dense(base, adapter, tmp_path / "out")
         finally:
             os._exit(1)

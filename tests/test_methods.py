@@ -52,8 +52,7 @@ from tiny_models import ARCHITECTURES, HIDDEN, LAYERS
 
 import peft_ext
 from peft_ext import BitFitConfig, BottleneckConfig, DiffPruningConfig, PartialConfig, reference
-from peft_ext.integrations._diff_pruning_callback import DiffPruningCallback
-from peft_ext.integrations.transformers import AdaLoraCallback
+from peft_ext.integrations.transformers import AdaLoraCallback, DiffPruningCallback
 from peft_ext.nn import (
     AdaLoRALinear,
     BottleneckAdapter,
@@ -64,7 +63,7 @@ from peft_ext.nn import (
     PrefixEncoder,
     PromptEmbedding,
 )
-from peft_ext.ops._library import has_kernel
+from peft_ext.ops.library import has_kernel
 from peft_ext.tuners._layer import ReplacingLayer
 
 pytestmark = pytest.mark.cpu_only("the table has a column for each device, and its steps run on the CPU")

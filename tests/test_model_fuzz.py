@@ -19,7 +19,9 @@ import model_fuzz
 from peft.tuners import lora
 from tiny_models import FAMILIES
 
-from peft_ext.integrations import _peft_base, _peft_lowrank
+from peft_ext.integrations.fused import reasons
+from peft_ext.integrations.fused.base import FUSED, KEPT
+from peft_ext.integrations.fused.lora import Lora, LowRank
 
 CASES = 300
 
@@ -88,30 +90,29 @@ def _first_scale_for_all(patch: pytest.MonkeyPatch) -> None:
         scale = float(layer.scaling[names[0]])
         return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), scale, None
 
-    patch.setattr(_peft_lowrank.Lora, "_concatenated", concatenated)
+    patch.setattr(Lora, "_concatenated", concatenated)
 
 
 def _stale_base_after_unmerge(patch: pytest.MonkeyPatch) -> None:
     def unmerge(layer: Any) -> None:
-        layer.__dict__.pop(_peft_base.KEPT, None)
+        layer.__dict__.pop(KEPT, None)
         layer.merged_adapters.clear()
 
-    patch.setattr(_peft_base.FUSED[lora.Linear], "unmerge", unmerge)
+    patch.setattr(FUSED[lora.Linear], "unmerge", unmerge)
 
 
 def _output_saved_for_backward(patch: pytest.MonkeyPatch) -> None:
-    fused = _peft_lowrank._LowRank._fused
+    fused = LowRank._fused
 
     def saves(layer: Any, x: torch.Tensor) -> Any:
         y = fused(layer, x)
         return y if y is None else _SavesItsOutput.apply(y)
 
-    patch.setattr(_peft_lowrank._LowRank, "_fused", saves)
+    patch.setattr(LowRank, "_fused", saves)
 
 
 def _hook_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_peft_lowrank, "hooked", lambda module: False)
-    patch.setattr(_peft_base, "hooked", lambda module: False)
+    patch.setattr(reasons, "hooked", lambda module: False)
 
 
 FAULTS = {

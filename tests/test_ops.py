@@ -14,7 +14,7 @@ from torch import Tensor
 
 import peft_ext
 from peft_ext import NF4Weight, _native, ops, reference
-from peft_ext.ops import _library
+from peft_ext.ops import library
 
 LINEAR = [case for case in CASES if not case.exact]
 ids = lambda case: case.name  # noqa: E731
@@ -278,7 +278,7 @@ def test_reference_norm_backward_is_the_gradient_of_its_forward(base: str) -> No
     weight = frozen(base, 4, 64)
     a, b = inputs = leaves((3, 64), (4, 3))
     norm, u = reference.dora.dora_weight_norm_forward(weight, a, b, 0.5, torch.float64)
-    torch.testing.assert_close(norm, (reference._common.dense(weight, torch.float64) + 0.5 * b @ a).norm(dim=1))
+    torch.testing.assert_close(norm, (reference.common.dense(weight, torch.float64) + 0.5 * b @ a).norm(dim=1))
     assert_gradients(
         norm, inputs,
         lambda grad: reference.dora_weight_norm_backward(grad, weight, a, b, norm, u, 0.5, torch.float64),
@@ -315,7 +315,7 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
-    weight = ops._checks.weight_args(i["weight"])
+    weight = ops.checks.weight_args(i["weight"])
     if name == "grouped_lora_linear":
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
         return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
@@ -371,7 +371,7 @@ def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config
     assert _native.STATE.module is not None
     # What nf4_merge starts from on a GPU; on the CPU that is one pass.
     by_reference = ["nf4_dequantize_merged"] if pytestconfig.getoption("--device") == "cpu" else []
-    assert [name for name in _library.OPS if not _library.has_kernel(name, device.type.upper())] == by_reference
+    assert [name for name in library.OPS if not library.has_kernel(name, device.type.upper())] == by_reference
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 100_003])
@@ -450,7 +450,7 @@ def test_native_and_reference_agree_on_the_mask(device: torch.device) -> None:
     for p in (0.05, 0.5, 0.999):
         for tokens, k in ((5, 33), (64, 512), (3, 1029)):
             x, a, b = (t.to(device) for t in (torch.ones(tokens, k), torch.eye(k), torch.zeros(1, k)))
-            weight = ops._checks.weight_args(torch.zeros_like(b))
+            weight = ops.checks.weight_args(torch.zeros_like(b))
             s = torch.ops.peft_ext.lora_linear(x, *weight, None, a, b, None, 1.0, p, SEED.to(device))[1].cpu()
             keep = reference.dropout_keep_mask(SEED, p, x.shape)
             assert torch.equal(s != 0, keep)
@@ -798,7 +798,7 @@ def test_groups_of_any_sizes(groups: tuple, dtype: torch.dtype, device: torch.de
 
     # Beyond a token's own rank S has zeros, and nothing but zeros for a token without an adapter.
     lora = [[moved.inputs[f"{side}{group}"] for group in range(len(ranks))] for side in "AB"]
-    args = (*ops._checks.weight_args(weight.to(device)), None, *lora, scaling, list(adapters))
+    args = (*ops.checks.weight_args(weight.to(device)), None, *lora, scaling, list(adapters))
     s = torch.ops.peft_ext.grouped_lora_linear(moved.inputs["x"], *args)[1].cpu()
     wide = [[matrix.cpu().double() for matrix in side] for side in lora]
     wanted = reference.grouped_lora.grouped_lora_linear_forward(x.double(), weight.double(), None, *wide, *args[-2:])[1]

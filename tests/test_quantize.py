@@ -335,18 +335,19 @@ def test_an_adapter_merges_into_dense_weights_without_loss(method):
 
 @pytest.mark.parametrize("dora_dropout", ["peft", "lora"])
 def test_dora_s_variant_follows_its_base(dora_dropout):
-    lowrank = pytest.importorskip("peft_ext.integrations._peft_lowrank")
+    dora = pytest.importorskip("peft_ext.integrations.fused.dora")
+    lora = pytest.importorskip("peft_ext.integrations.fused.lora")
     model, inputs = adapted_over_nf4("DoRA")
     accelerate(model, dora_dropout=dora_dropout)
 
     def variants():
-        layers = [module for module in model.modules() if isinstance(module, lowrank.Lora)]
-        assert {module.__dict__.get(lowrank.DORA_DROPOUT, "peft") for module in layers} == {dora_dropout}
+        layers = [module for module in model.modules() if isinstance(module, lora.Lora)]
+        assert {module.__dict__.get(dora.DORA_DROPOUT, "peft") for module in layers} == {dora_dropout}
         return {type(variant) for module in layers for variant in module.lora_variant.values()}
 
     def on_pefts_path():
         """A hook is what the fused layer leaves to PEFT's own forward."""
-        layer = next(module for module in model.modules() if isinstance(module, lowrank.Lora))
+        layer = next(module for module in model.modules() if isinstance(module, lora.Lora))
         handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -354,12 +355,12 @@ def test_dora_s_variant_follows_its_base(dora_dropout):
         return logits
 
     before = on_pefts_path()
-    assert variants() == {lowrank.DoraNF4Variant}
+    assert variants() == {dora.DoraNF4Variant}
     dequantize_nf4(model, progress=False)
-    assert variants() == {lowrank.DoraLinearVariant}
+    assert variants() == {dora.DoraLinearVariant}
     torch.testing.assert_close(on_pefts_path(), before, rtol=1e-4, atol=1e-4)
     quantize_nf4(model, double_quant=False, progress=False)  # the very weights again
-    assert variants() == {lowrank.DoraNF4Variant}
+    assert variants() == {dora.DoraNF4Variant}
     torch.testing.assert_close(on_pefts_path(), before, rtol=1e-4, atol=1e-4)
 
 

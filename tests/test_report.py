@@ -1,6 +1,5 @@
 """report.html shows what the run measured, holds no markup but its own, and a browser draws it without a request."""
 
-import importlib.util
 import json
 import math
 import os
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 from test_cli import finetune, needs_hf, tiny  # noqa: F401  a fixture
 
-from peft_ext.cli import CliError
-from peft_ext.cli import finetune as command
-from peft_ext.cli import report as page
-from peft_ext.cli.report import MOST_POINTS, render, report
+from peft_ext.run import RunError, evaluate, redraw, render
+from peft_ext.run.report import curves, page
+from peft_ext.run.report.figures import short
 
 pytestmark = pytest.mark.cpu_only("the commands choose the device themselves")
 SECTIONS = (
@@ -89,9 +87,9 @@ def test_every_section_shows_its_figures():
     parsed = Parsed(render(document()))
     ids = [at["id"] for tag, at in parsed.tags if tag == "section"]
     assert tuple(ids) == SECTIONS
-    for wanted in ("22.2 → 20.12", "−9.4%", "1,000", "1% of the base's 100,000", "357 tokens/s", "2,335 MiB", "19.6 MB",
+    for wanted in ("22.2 → 20.12", "−9.4%", "1,000", "1% of the base's 100,000", "357 tokens/s", "2.28 GiB", "19.6 MB",
                    "1 min 15 s", "12 of 42 held-out examples", "12 of 14", "too wide", "Because.", "2.13", "--rank",
-                   "2e-4, the method's", "finished: 60 steps", "2026-01-02 03:04:05 UTC", "2,231 MiB"):  # fmt: skip
+                   "2e-4, the method's", "finished: 60 steps", "2026-01-02 03:04:05 UTC", "2.18 GiB"):  # fmt: skip
         assert wanted in parsed.text, wanted
     changed = [at for tag, at in parsed.tags if tag == "span" and at.get("class") == "chip"]
     assert len(changed) == 1 and "1 of 6 options are not the defaults" in parsed.text
@@ -108,7 +106,7 @@ def test_curves_are_the_run():
     raw, smooth, held_out = parsed.charts["loss"]["s"]
     assert raw["x"] == given["history"]["step"] and raw["y"] == pytest.approx(given["losses"], rel=1e-4)
     assert held_out["x"] == [0, 12, 24, 36, 48, 60] and held_out["y"] == [3.1, 2.85, 2.8, 2.75, 2.7, 2.7]
-    assert smooth["y"] == pytest.approx(page._smoothed(given["losses"], 5), rel=1e-4)
+    assert smooth["y"] == pytest.approx(curves.smoothed(given["losses"], 5), rel=1e-4)
     assert parsed.charts["speed"]["s"][0]["y"][:2] == [400.0, 400.4]
     assert parsed.charts["speed"]["y"][0] == parsed.charts["lr"]["y"][0] == 0  # these axes begin at 0
     (low, high), values = parsed.charts["loss"]["y"], raw["y"] + held_out["y"]
@@ -124,10 +122,10 @@ def test_curves_are_the_run():
 
 def test_smoothing_is_a_weighted_mean_of_what_was():
     values = [2.0, 4.0, None, 6.0]
-    smooth = page._smoothed(values, 2)
+    smooth = curves.smoothed(values, 2)
     assert smooth[:3] == [2.0, (2 / 2 + 4) / (1 / 2 + 1), None]
     assert smooth[3] == pytest.approx((2 / 8 + 4 / 4 + 6) / (1 / 8 + 1 / 4 + 1))
-    assert page._smoothed([0.7] * 50, 5) == pytest.approx([0.7] * 50)
+    assert curves.smoothed([0.7] * 50, 5) == pytest.approx([0.7] * 50)
 
 
 @pytest.mark.parametrize("steps", [1000, 20_000])
@@ -138,7 +136,7 @@ def test_a_long_run_is_a_small_page(steps):
     assert len(text.encode()) < 200_000
     parsed = Parsed(text)
     raw = parsed.charts["loss"]["s"][0]
-    if steps <= MOST_POINTS:
+    if steps <= curves.MOST_POINTS:
         assert len(raw["x"]) == steps and raw["low"] is None
         return
     width = raw["width"]
@@ -175,7 +173,7 @@ def test_what_is_not_finite_is_left_out_and_counted():
         ({"options": {"model": "m"}, "losses": [3.0, 2.0], "steps": 2, "finished": True}, "finished: 2 steps"),
         (document(check={"ok": False, "max_difference": 3.0, "bound": 0.5}), "stock PEFT re-reads it with another"),
         (document(peak_cuda_mib=900.0), "900 MiB of PyTorch's tensors on the GPU"),
-        (document(peak_mib=50.0), "peak 50.00 MiB"),
+        (document(peak_mib=50.0), "peak 50.0 MiB"),
         (document(resumed=[20, 40]), "resumed after step 20, 40"),
     ],
 )
@@ -248,8 +246,8 @@ def test_the_page_asks_for_nothing():
 def test_a_folder_without_a_run_is_refused(tmp_path, content, wanted):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(CliError) as raised:
-        report(tmp_path)
+    with pytest.raises(RunError) as raised:
+        redraw(tmp_path)
     assert wanted in str(raised.value) and "\n" not in str(raised.value) and "run.json" in str(raised.value)
     assert not (tmp_path / "report.html").exists()
 
@@ -260,7 +258,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, content, wanted):
 @pytest.fixture(scope="module", autouse=True)
 def short_answers():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "NEW_TOKENS", 4)
+        patch.setattr(evaluate, "NEW_TOKENS", 4)
         yield
 
 
@@ -312,8 +310,8 @@ def test_memory_is_the_bytes_of_the_tensors(run):
 
 @needs_hf
 def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(command, "HELD_OUT_POINTS", 0)
-    monkeypatch.setattr(command._Run, "_curve", lambda self: [0])
+    monkeypatch.setattr(evaluate, "HELD_OUT_POINTS", 0)
+    monkeypatch.setattr(evaluate, "curve_batches", lambda run: [0])
     assert finetune(tiny, tmp_path / "run", "--eval-fraction", "0.4", steps=10) == 0
     assert not any(read(tmp_path / "run")["history"]["held_out_loss"])
     assert read(tmp_path / "run")["losses"] == read(run)["losses"]
@@ -340,14 +338,14 @@ def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):  # noqa: F811
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_leaves_a_report_of_what_there_is(tiny, tmp_path, monkeypatch, capsys, times):  # noqa: F811
-    losses = command._Run._losses
+    losses = evaluate.held_out_losses
 
-    def interrupted(self, model, chosen=None):
+    def interrupted(run, model, chosen=None):
         for _ in range(times if chosen is not None else 0):
             signal.raise_signal(signal.SIGINT)
-        return losses(self, model, chosen)
+        return losses(run, model, chosen)
 
-    monkeypatch.setattr(command._Run, "_losses", interrupted)
+    monkeypatch.setattr(evaluate, "held_out_losses", interrupted)
     assert finetune(tiny, tmp_path / "run", steps=10) == 130
     found = read(tmp_path / "run")
     steps = 2 if times == 1 else 1  # a second Ctrl-C comes before the step is logged
@@ -368,16 +366,12 @@ def test_a_run_is_not_lost_for_a_picture(tiny, tmp_path, monkeypatch, capsys):  
     assert "warning: no report, it could not be drawn: ZeroDivisionError: no ink\n" in err and "report:" not in out
     assert read(tmp_path / "run")["finished"] and not (tmp_path / "run/report.html").exists()
     monkeypatch.undo()
-    assert report(tmp_path / "run") == tmp_path / "run/report.html"
+    assert redraw(tmp_path / "run") == tmp_path / "run/report.html"
     assert "finished: 2 steps" in Parsed((tmp_path / "run/report.html").read_text()).text
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 _CONTRAST = """() => {
   const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -393,21 +387,6 @@ _CONTRAST = """() => {
   }
   return worst.sort((x, y) => x[0] - y[0]);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("needs playwright (pip install playwright)")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs a Chromium (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -473,7 +452,7 @@ def test_the_pointer_and_the_arrows_read_values_out(shown, pages, name):
     step = raw["x"][index]
     wanted = f"step {step}" if raw["width"] == 1 else f"steps {step:,}–{step + raw['width'] - 1:,}"
     assert label.inner_text() == wanted
-    assert first.inner_text().startswith(page._short(raw["y"][index]))
+    assert first.inner_text().startswith(short(raw["y"][index]))
     assert tab.locator("#chart-loss .dot").count() == 3
     at = tab.locator("#chart-loss .at").bounding_box()
     assert at["x"] == pytest.approx(box["x"] + 0.5 * box["width"], abs=box["width"] / len(raw["x"]) + 1)
@@ -482,7 +461,7 @@ def test_the_pointer_and_the_arrows_read_values_out(shown, pages, name):
     plot.focus()
     for key, index in (("Home", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("ArrowLeft", 0), ("End", -1)):
         tab.keyboard.press(key)
-        assert first.inner_text().startswith(page._short(raw["y"][index])), key
+        assert first.inner_text().startswith(short(raw["y"][index])), key
 
 
 @needs_hf

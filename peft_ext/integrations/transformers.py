@@ -15,13 +15,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from torch import nn
 
 from .._imports import required
-from ._diff_pruning_callback import DiffPruningCallback
 
 with required("transformers", "peft_ext.integrations.transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,7 +35,7 @@ __all__ = ["AdaLoraCallback", "DiffPruningCallback", "PeftExtCallback", "keep_fr
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory for the next allocation instead of returning it to the system.
+    """Asks the C library to keep freed memory for the next allocation instead of returning it to the system.
 
     A training step on the CPU frees its activations, glibc returns them, and the next step faults every page in again:
     a fifth of the step at 135M parameters. The setting is the whole process's, so a library must not make it on its
@@ -53,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_mib() -> Optional[float]:
-    """The most resident memory this process ever had, MiB; None where the system does not tell.
+    """Returns the most resident memory this process ever had, MiB; None where the system does not tell.
 
     It counts everything: the interpreter and its libraries, loading, quantizing, training. On Linux it is VmHWM, which
     is ``ru_maxrss`` without what the process inherits from the one that started it.
@@ -116,7 +115,7 @@ class PeftExtCallback(TrainerCallback):
         self._hook: Optional[RemovableHandle] = None
 
     def attach(self, trainer: Trainer) -> PeftExtCallback:
-        """Be the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
+        """Makes this the first of ``trainer``'s callbacks, whether it is one of them already or not. Returns self.
 
         Raises: TypeError where trainer is no transformers Trainer.
         """
@@ -206,7 +205,7 @@ class PeftExtCallback(TrainerCallback):
         return None if self.explanation is None else self.explanation.fused_share
 
     def _watch(self, model: nn.Module) -> None:
-        """Look at what the input embedding is called with: callbacks see no batch.
+        """Looks at what the input embedding is called with: callbacks see no batch.
 
         Not at what the model is: its arguments have other names in each, and Trainer's autocast begins within its call.
         """
@@ -261,3 +260,59 @@ class AdaLoraCallback(TrainerCallback):
         if not hasattr(tuner, "rankallocator"):
             raise TypeError(f"AdaLoraCallback: model is {type(model).__name__}, wanted a PeftModel with AdaLoRA")
         tuner.update_and_allocate(state.global_step)
+
+
+class DiffPruningCallback(TrainerCallback):
+    """Prunes a Diff Pruning adapter during the run, after which Trainer's optimizer trains what is kept.
+
+    Args:
+        target: the fraction of entries to keep, see :meth:`peft_ext.tuners.DiffPruningModel.prune`.
+        at: when: an optimizer step (int, from 1) or a fraction of the run's steps (float, in (0, 1]).
+        adapter_name: the active adapter by default.
+
+    The learning rates go on as scheduled. A run that is resumed from a checkpoint after the pruning goes on with what
+    was kept; from one before it, it prunes at the same step.
+
+    After it: ``kept``, by tensor how many entries are kept.
+
+    Raises: ValueError where an argument is out of its range; as training begins, where the run has fewer steps, or
+    where several processes, DeepSpeed or FSDP train.
+    """
+
+    def __init__(self, target: float = 0.005, at: Union[int, float] = 0.5, adapter_name: Optional[str] = None) -> None:
+        if not 0 < target <= 1:
+            raise ValueError(f"DiffPruningCallback: target is {target}, wanted a fraction in (0, 1]")
+        if (isinstance(at, float) and not 0 < at <= 1) or at <= 0:
+            raise ValueError(f"DiffPruningCallback: at is {at!r}, wanted a step from 1 or a fraction in (0, 1]")
+        self.target, self.at, self.adapter_name = target, at, adapter_name
+        self.kept: Optional[dict[str, int]] = None
+
+    def _step(self, state: TrainerState) -> int:
+        return max(1, round(self.at * state.max_steps)) if isinstance(self.at, float) else self.at
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tuner(kwargs["model"])
+        if self._step(state) > state.max_steps:
+            raise ValueError(f"DiffPruningCallback: at is {self.at}, the run has {state.max_steps} steps")
+        if args.world_size > 1 or args.deepspeed or args.fsdp:
+            raise ValueError(
+                "DiffPruningCallback: under DDP, DeepSpeed or FSDP the parameters can't be exchanged during the run; "
+                "prune between two runs"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        tuner = self._tuner(kwargs["model"])
+        name = self.adapter_name or tuner.active_adapters[0]
+        if state.global_step >= self._step(state) and tuner.peft_config[name].kept is None:
+            self.kept = tuner.prune(self.target, name, kwargs["optimizer"])
+
+    @staticmethod
+    def _tuner(model: Any) -> Any:
+        tuner = getattr(model, "base_model", None)
+        if not hasattr(tuner, "prune"):
+            raise TypeError(
+                f"DiffPruningCallback: model is {type(model).__name__}, wanted a PeftModel with Diff Pruning"
+            )
+        return tuner

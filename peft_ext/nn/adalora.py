@@ -56,7 +56,7 @@ class AdaLoRALinear(LowRankLinear):
         *,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> AdaLoRALinear:
-        """Adapt ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
         return cls._over(linear, r, lora_alpha, lora_dropout, adapter_dtype)
 
     def _setup(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
@@ -68,7 +68,7 @@ class AdaLoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restart the adapter: the layer computes what its base does. The base is left as it is."""
+        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)
@@ -79,7 +79,7 @@ class AdaLoRALinear(LowRankLinear):
         return self.lora_alpha if self.lora_alpha > 0 else float(self.r)
 
     def rank_scale(self) -> Tensor:
-        """``E / (ranknum + 1e-5)``, ``[r]``."""
+        """Returns ``E / (ranknum + 1e-5)``, ``[r]``."""
         return self.lora_E.flatten() / (self.ranknum + 1e-5)
 
     def adapted(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _checks as checks
+from ..ops import checks
 from ..weight import NF4Weight
 from .nf4 import NF4Linear, requantized
 
@@ -26,7 +26,7 @@ class AdaptedLinear(nn.Module):
 
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """An adapted layer over ``linear`` itself; arguments as ``_setup`` takes them."""
+        """Returns an adapted layer over ``linear`` itself; arguments as ``_setup`` takes them."""
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__
             raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear or an NF4Linear")
@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
         return self._unmerged is not None
 
     def _weight(self) -> Union[Tensor, NF4Weight]:
-        """The frozen weight; while merged, the one from before."""
+        """Returns the frozen weight; while merged, the one from before."""
         if self._unmerged is not None:
             return self._unmerged[0]
         return self.base_layer.nf4 if isinstance(self.base_layer, NF4Linear) else self.base_layer.weight
@@ -65,24 +65,24 @@ class AdaptedLinear(nn.Module):
         return self.base_layer(x) if self.merged else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """What the layer computes where it is not merged."""
+        """Returns what the layer computes where it is not merged."""
         raise NotImplementedError
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
+        """Returns the weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
         raise NotImplementedError
 
     def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
-        """The same of an NF4 weight, requantized, and the relative error that brings."""
+        """Returns the same of an NF4 weight, requantized, and the relative error that brings."""
         return requantized(self.merged_weight(weight.dequantize(torch.float32)), weight)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
-        """The bias with the adapter folded in."""
+        """Returns the bias with the adapter folded in."""
         return bias
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapter into the base: rounded to its dtype, or requantized to NF4, which moves it by
+        """Folds the adapter into the base: rounded to its dtype, or requantized to NF4, which moves it by
         ``base_layer.merge_error``.
 
         Weight and bias from before are kept (not in the state dict), so that :meth:`unmerge` gives back their very
@@ -105,7 +105,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the very bits from before :meth:`merge`."""
+        """Puts back the very bits from before :meth:`merge`."""
         if self._unmerged is None:
             return
         weight, bias = self._unmerged
@@ -147,15 +147,15 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def _scaled_A(self) -> Tensor:
-        """``lora_A``, its rows scaled as the method scales each rank."""
+        """Returns ``lora_A``, its rows scaled as the method scales each rank."""
         return self.lora_A
 
     def _row_scale(self) -> Optional[Tensor]:
-        """``g [out_features]``, which scales the rows of ``W + s · B A``; None: nothing does."""
+        """Returns ``g [out_features]``, which scales the rows of ``W + s · B A``; None: nothing does."""
         return None
 
     def delta_weight(self) -> Tensor:
-        """``s · B A``, A scaled, ``[out_features, in_features]``, in the adapters' dtype."""
+        """Returns ``s · B A``, A scaled, ``[out_features, in_features]``, in the adapters' dtype."""
         return self.scaling * (self.lora_B @ self._scaled_A())
 
     def merged_weight(self, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _checks as checks
+from ..ops import checks
 from ..reference.bottleneck import ACTIVATIONS
 
 __all__ = ["BottleneckAdapter"]
@@ -70,7 +70,7 @@ class BottleneckAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restart the adapter, as ``init`` says."""
+        """Restarts the adapter, as ``init`` says."""
         if self.init == "mam":
             nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
             nn.init.zeros_(self.up.weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._checks import check_dtype
+from ..ops.checks import check_dtype
 from ..reference.dora import output_scale
 from .lora import LoRALinear
 
@@ -66,7 +66,7 @@ class DoRALinear(LoRALinear):
         norm_grad: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> DoRALinear:
-        """Adapt ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
         return cls._over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, dropout_mode, norm_grad)
 
     def _setup(
@@ -84,7 +84,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Restart the adapter: the layer computes what its base does. The base is left as it is."""
+        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
         super().reset_parameters()
         self.lora_magnitude_vector.copy_(self.weight_norm())
 

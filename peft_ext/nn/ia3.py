@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._checks import check_dtype
+from ..ops.checks import check_dtype
 from .adapted import AdaptedLinear
 
 __all__ = ["IA3Linear"]
@@ -45,7 +45,7 @@ class IA3Linear(AdaptedLinear):
     def from_linear(
         cls, linear: nn.Linear, *, feedforward: bool = False, adapter_dtype: torch.dtype = torch.float32
     ) -> IA3Linear:
-        """Adapt ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
         return cls._over(linear, feedforward, adapter_dtype)
 
     def _setup(self, base: nn.Linear, feedforward: bool, dtype: torch.dtype) -> None:
@@ -57,7 +57,7 @@ class IA3Linear(AdaptedLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restart the adapter: the layer computes what its base does. The base is left as it is."""
+        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
         nn.init.ones_(self.ia3_l)
 
     def adapted(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class LoRALinear(LowRankLinear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRALinear:
-        """Adapt ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
         return cls._over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
 
     def _setup(
@@ -68,7 +68,7 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restart the adapter: the layer computes what its base does. The base is left as it is."""
+        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..ops import _checks as checks
+from ..ops import checks
 from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_quant_state
 
 __all__ = ["NF4Linear"]
@@ -70,7 +70,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
-        """Quantize ``linear``'s weight; the bias parameter is shared, the training flag is kept."""
+        """Quantizes ``linear``'s weight; the bias parameter is shared, the training flag is kept."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear: linear is {type(linear).__name__}, wanted an nn.Linear")
         nf4 = ops.nf4_quantize(linear.weight, blocksize, double_quant)
@@ -78,7 +78,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_nf4(cls, nf4: NF4Weight, bias: Optional[Tensor] = None) -> NF4Linear:
-        """A layer over ``nf4``, whose storage it shares."""
+        """Returns a layer over ``nf4``, whose storage it shares."""
         if not isinstance(nf4, NF4Weight):
             raise TypeError(f"NF4Linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
         if len(nf4.shape) != 2:
@@ -110,7 +110,7 @@ class NF4Linear(nn.Linear):
         return NF4Weight(weight.data, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
-        """Hold ``nf4`` from now on, without a copy. Raises ValueError if its shape is not this layer's."""
+        """Holds ``nf4`` from now on, without a copy. Raises ValueError if its shape is not this layer's."""
         if tuple(nf4.shape) != (self.out_features, self.in_features):
             raise ValueError(
                 f"NF4Linear: nf4 has shape {tuple(nf4.shape)}, wanted ({self.out_features}, {self.in_features})"
@@ -126,12 +126,12 @@ class NF4Linear(nn.Linear):
         self.__dict__.pop("merge_error", None)
 
     def set_merged(self, nf4: NF4Weight, error: Union[Tensor, float]) -> None:
-        """The same for the weight that merging made, with the relative error of requantizing it."""
+        """Does the same for the weight that merging made, with the relative error of requantizing it."""
         self.set_nf4(replace(nf4, dtype=self.quant_dtype))
         self.merge_error = float(error)
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """The dense weight ``[out_features, in_features]``."""
+        """Returns the dense weight ``[out_features, in_features]``."""
         return self.nf4.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class NF4Linear(nn.Linear):
     )
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Where torch.distributed.checkpoint.state_dict, which follows a key's dots through attributes, goes on from
+        """Tells torch.distributed.checkpoint.state_dict, which follows a key's dots as attributes, where to go from
         here for "weight": a parameter has no ``absmax``."""
         return {"weight": "_STATE_KEYS"}
 
@@ -216,7 +216,7 @@ class NF4Linear(nn.Linear):
             unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in own and key != prefix)
 
     def _hold_state(self, found: dict[str, Tensor]) -> None:
-        """Copy a state dict's tensors in, on this module's device, once all of them are known to fit."""
+        """Copies a state dict's tensors in, on this module's device, once all of them are known to fit."""
         shape, dtype, blocksize, offset = read_quant_state(found)
         nested = None
         if offset is not None:
@@ -245,7 +245,7 @@ class NF4Linear(nn.Linear):
 
 
 def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
-    """Why a state dict's bias is none for this layer."""
+    """Returns why a state dict's bias is none for this layer."""
     if not isinstance(bias, Tensor):
         return f"is {type(bias).__name__}, wanted a Tensor"
     if bias.shape != own.shape:
@@ -258,12 +258,12 @@ def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """By name: importing the class takes torch.distributed."""
+    """Returns whether it is one, told by name: importing the class takes torch.distributed."""
     return type(tensor).__name__ == "DTensor"
 
 
 def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
-    """A merged weight, float32, quantized as ``nf4`` is, and the relative error of that as a float64 tensor."""
+    """Returns a merged weight, float32, quantized as ``nf4`` is, and the relative error of that as a float64 tensor."""
     found = replace(ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None), dtype=nf4.dtype)
     norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
     moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
@@ -273,7 +273,7 @@ def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
 def _empty_nf4(
     out_features: int, in_features: int, blocksize: int, double_quant: bool, device: Any, dtype: Optional[torch.dtype]
 ) -> NF4Weight:
-    """A weight of zeros: code 7 everywhere, all scales 0 (on the meta device: shapes alone)."""
+    """Returns a weight of zeros: code 7 everywhere, all scales 0 (on the meta device: shapes alone)."""
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
     packed = torch.full(((numel + 1) // 2, 1), 0x77, dtype=torch.uint8, device=device)

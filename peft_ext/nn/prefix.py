@@ -95,7 +95,7 @@ class PrefixEncoder(VirtualTokens):
         device: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> PrefixEncoder:
-        """Layers, key heads and head_dim as a Transformers configuration has them; the other arguments as the class.
+        """Takes layers, key heads and head_dim from a Transformers configuration; the other arguments are the class's.
 
         Of an encoder-decoder model the decoder's, of one with several modalities the text's. Where layers differ
         (Gemma 4) the widest head_dim counts, and each layer takes the part that it has room for; a layer with more
@@ -114,7 +114,7 @@ class PrefixEncoder(VirtualTokens):
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
-        """Restart as the constructor does."""
+        """Restarts as the constructor does."""
         self.embedding.reset_parameters()
         if self.transform is not None:
             self.transform[0].reset_parameters()
@@ -137,7 +137,7 @@ class PrefixEncoder(VirtualTokens):
 
     @torch.no_grad()
     def bake(self) -> PrefixEncoder:
-        """A prefix that holds :meth:`flattened` as its embedding, without the MLP: the same keys and values."""
+        """Returns a prefix that holds :meth:`flattened` as its embedding, without the MLP: the same keys and values."""
         weight = self.embedding.weight
         sizes = (self.num_layers, self.num_kv_heads, self.head_dim, self.num_virtual_tokens)
         module = PrefixEncoder(*sizes, device="meta", dtype=weight.dtype)
@@ -168,7 +168,7 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """The prefix as the cache that a Transformers model takes and appends to: a new one for each forward.
+        """Returns the prefix as the cache that a Transformers model takes and appends to: a new one for each forward.
 
         Args:
             config: the model's. With it a sliding window drops what it can't see, layers that keep no keys of their
@@ -245,7 +245,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """The first of ``names`` that config has; GPT-2's n_layer and the like answer to the usual ones too."""
+    """Returns the first of ``names`` that config has; GPT-2's n_layer and the like answer to the usual ones too."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value
@@ -253,5 +253,5 @@ def _read(config: Any, *names: str) -> int:
 
 
 def _widest(layers: list[tuple[int, int]]) -> tuple[int, int, int]:
-    """Layers, key heads and head_dim of the prefix that PEFT gives a model of these layers."""
+    """Returns layers, key heads and head_dim of the prefix that PEFT gives a model of these layers."""
     return (len(layers), *max(layers, key=lambda layer: layer[1]))

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import check_dtype, check_float
+from ..ops.checks import check_dtype, check_float
 
 __all__ = ["PromptEmbedding", "VirtualTokens"]
 
@@ -44,7 +44,7 @@ class VirtualTokens(nn.Module):
         return rows.to(dtype or rows.dtype).unsqueeze(dim).expand(sizes)
 
     def _extend(self, argument: str, value: object, fill: int, shape: Optional[tuple[int, int]] = None) -> Tensor:
-        """``value [B, T]`` after ``num_virtual_tokens`` columns of ``fill``, in its own dtype."""
+        """Returns ``value [B, T]`` after ``num_virtual_tokens`` columns of ``fill``, in its own dtype."""
         name = type(self).__name__
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {argument} is {type(value).__name__}, wanted a Tensor")
@@ -53,12 +53,12 @@ class VirtualTokens(nn.Module):
         return nn.functional.pad(value, (self.num_virtual_tokens, 0), value=fill)
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
-        """The mask ``[B, T]`` with ones before it, ``[B, num_virtual_tokens + T]`` in its own dtype."""
+        """Returns the mask ``[B, T]`` with ones before it, ``[B, num_virtual_tokens + T]`` in its own dtype."""
         return self._extend("attention_mask", attention_mask, 1)
 
     @torch.no_grad()
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Copy in the one tensor ``prompt_embeddings`` of a file that PEFT has saved, shaped as ``embedding.weight``.
+        """Copies in the one tensor ``prompt_embeddings`` of a file that PEFT has saved, shaped as ``embedding.weight``.
 
         Raises ValueError for another shape. For prompt tuning of an encoder-decoder model PEFT saves twice the rows
         and uses the first half: load that.
@@ -157,7 +157,7 @@ class PromptEmbedding(VirtualTokens):
         return module
 
     def reset_parameters(self) -> None:
-        """Restart from the normal distribution."""
+        """Restarts from the normal distribution."""
         self.embedding.reset_parameters()
 
     def prompt(self, batch_size: int, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -176,7 +176,7 @@ class PromptEmbedding(VirtualTokens):
         return torch.cat((self.prompt(inputs_embeds.shape[0], inputs_embeds.dtype), inputs_embeds), dim=1)
 
     def extend_labels(self, labels: Tensor) -> Tensor:
-        """The labels ``[B, T]`` with -100 before them, which the loss leaves out: ``[B, num_virtual_tokens + T]``."""
+        """Returns the labels ``[B, T]`` behind -100, which the loss leaves out: ``[B, num_virtual_tokens + T]``."""
         return self._extend_labels(labels)
 
     def _extend_labels(self, labels: Tensor, shape: Optional[tuple[int, int]] = None) -> Tensor:
@@ -191,7 +191,7 @@ class PromptEmbedding(VirtualTokens):
         labels: Optional[Tensor] = None,
         token_type_ids: Optional[Tensor] = None,
     ) -> dict[str, Tensor]:
-        """What a model takes in place of these, by name: each with the prompt before it; None stays away.
+        """Returns what a model takes in place of these, by name: each with the prompt before it; None stays away.
 
         ``attention_mask``, ``labels`` and ``token_type_ids`` (zeros for the prompt) are ``[B, T]``. A model that is
         given no mask attends to everything, the prompt included. Labels that are not one per token are no business of
@@ -212,7 +212,7 @@ class PromptEmbedding(VirtualTokens):
 
 
 def _vocabulary(cls: type, embedding: object) -> int:
-    """How many tokens ``embedding`` has."""
+    """Returns how many tokens ``embedding`` has."""
     if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
         raise TypeError(
             f"{cls.__name__}: embedding is {type(embedding).__name__}, wanted a module of token embeddings with a "

@@ -17,10 +17,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..reference import _common as common
 from ..reference import bottleneck as reference
-from . import _checks as checks
-from ._library import NAMESPACE, define, in_float64, tokens
+from ..reference import common
+from . import checks
+from .library import NAMESPACE, define, in_float64, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["bottleneck_adapter"]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..reference import ia3 as reference
 from ..weight import NF4Weight
-from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from . import checks
+from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["ia3_linear", "ia3_scale"]

@@ -17,11 +17,11 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..reference import _common as common
+from ..reference import common
 from ..reference import lora as reference
 from ..weight import NF4Weight
-from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from . import checks
+from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear", "lora_residual"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..reference import nf4 as reference
 from ..weight import NF4Weight
-from . import _checks as checks
-from ._library import NAMESPACE, WEIGHT, define, in_float64
+from . import checks
+from .library import NAMESPACE, WEIGHT, define, in_float64
 
 __all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
@@ -45,7 +45,7 @@ def _dequantize_merged_fake(weight, absmax, nested_absmax, nested_code, nested_o
 
 
 def _dense(weight, absmax, *rest):
-    """The weight in the dtype that is asked for last; a dense one is of it already."""
+    """Returns the weight in the dtype that is asked for last; a dense one is of it already."""
     return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
 
 
@@ -158,7 +158,7 @@ torch.library.register_autograd(f"{NAMESPACE}::nf4_linear", _linear_backward, se
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
-    """Quantize a weight to NF4, bit for bit as bitsandbytes does.
+    """Quantizes a weight to NF4, bit for bit as bitsandbytes does.
 
     ``absmax_b = max |w|`` over each block of the flat tensor; each element takes the nearest of the 16 codes to
     ``w · (1 / max(absmax, 1e-38))``, a tie the lower one. With ``double_quant`` the scales, minus their mean, are
@@ -235,9 +235,7 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_dequantize: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
-    dtype = nf4.dtype if dtype is None else dtype
-    checks.check_dtype("nf4_dequantize", dtype)
-    return _ops.nf4_dequantize(*nf4.op_args(), dtype)
+    return nf4.dequantize(dtype)
 
 
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:

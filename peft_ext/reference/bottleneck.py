@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import rows, sum_dtype
+from .common import rows, sum_dtype
 
 __all__ = ["ACTIVATIONS", "bottleneck_adapter", "bottleneck_adapter_backward", "bottleneck_adapter_forward"]
 
@@ -49,7 +49,7 @@ def bottleneck_adapter_forward(
     scale: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """``(Y [..., N], U [T, M])``; U is what the backward needs beside x."""
+    """Returns ``(Y [..., N], U [T, M])``; U is what the backward needs beside x."""
     wide = sum_dtype(x.dtype)
     u = F.linear(rows(x).to(wide), down_weight.to(wide), None if down_bias is None else down_bias.to(wide))
     v = F.linear(_activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))
@@ -60,7 +60,7 @@ def bottleneck_adapter_forward(
 def bottleneck_adapter_backward(
     grad: Tensor, x: Tensor, u: Tensor, down_weight: Tensor, up_weight: Tensor, scale: float, activation: str, own: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, down_weight, down_bias, up_weight and up_bias, with ``dU = s · dY V ∘ act'(U)``:
+    """Returns gradients of x, down_weight, down_bias, up_weight and up_bias, with ``dU = s · dY V ∘ act'(U)``:
 
     ``dX = dU D`` (plus dY where x is the residual: ``own``), ``dD = dUᵀ x``, ``db_d = Σ dU``, ``dV = s · dYᵀ H``,
     ``db_v = s · Σ dY``; the biases' in float32 (float64).

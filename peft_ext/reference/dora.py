@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import SMALLEST_SCALE, dense, dropout_seed, dropped, rows, sum_dtype
+from .common import SMALLEST_SCALE, dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
     "dora_linear",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``g = magnitude / norm`` in the norm's dtype; 0, with finite gradients, where the norm is 0."""
+    """Returns ``g = magnitude / norm`` in the norm's dtype; 0, with finite gradients, where the norm is 0."""
     return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, float("inf"))
 
 
@@ -39,7 +39,7 @@ def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 def dora_weight_norm_forward(
     weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``(n [N], U [N, R])`` in float32 (float64); an NF4 weight is dequantized to ``dtype``."""
+    """Returns ``(n [N], U [N, R])`` in float32 (float64); an NF4 weight is dequantized to ``dtype``."""
     wide = sum_dtype(dtype)
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
     u = w @ a.t()
@@ -95,7 +95,7 @@ def dora_linear_forward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(Y [..., N], S [T, R], Z [T, N])``.
+    """Returns ``(Y [..., N], S [T, R], Z [T, N])``.
 
     With ``drop_base`` the base product in Z is that of x̃, and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
     """
@@ -131,7 +131,7 @@ def dora_linear_backward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Gradients of x, lora_A, lora_B and g (None without z), with ``G = g∘dY`` and ``P = s G B``:
+    """Returns gradients of x, lora_A, lora_B and g (None without z), with ``G = g∘dY`` and ``P = s G B``:
 
     ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``, ``dg = Σ_t dY∘Z``; with ``drop_base``
     ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. ``z_is_scaled``: z is Y, and ``Z = Y / g``.

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import dense, sum_dtype
+from .common import dense, sum_dtype
 
 __all__ = ["grouped_lora_linear", "grouped_lora_linear_forward", "samples_of"]
 
 
 def samples_of(adapters: Sequence[int], group: int) -> list[int]:
-    """Which samples have the adapter ``group``."""
+    """Returns which samples have the adapter ``group``."""
     return [i for i, adapter in enumerate(adapters) if adapter == group]
 
 
@@ -34,7 +34,7 @@ def grouped_lora_linear_forward(
     scaling: Sequence[float],
     adapters: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """``(Y [samples, ..., N], S [T, R])``, R the largest rank; S has zeros beyond a token's own rank."""
+    """Returns ``(Y [samples, ..., N], S [T, R])``, R the largest rank; S has zeros beyond a token's own rank."""
     wide = sum_dtype(x.dtype)
     y = F.linear(x, dense(weight, x.dtype), bias).to(wide)
     rank = max(a.shape[0] for a in lora_A)

@@ -12,7 +12,7 @@ from typing import Optional, Union
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import SMALLEST_SCALE, dense, rows, sum_dtype
+from .common import SMALLEST_SCALE, dense, rows, sum_dtype
 
 __all__ = [
     "ia3_linear",
@@ -46,7 +46,7 @@ def ia3_linear_backward(
     z_is_scaled: bool,
     feedforward: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of x and ia3_l (None for the output's without z): with ``U = dY W``,
+    """Returns gradients of x and ia3_l (None for the output's without z): with ``U = dY W``,
 
     feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. ``z_is_scaled``: z is
     Y, and ``Z = Y / l``.
@@ -70,13 +70,13 @@ def ia3_linear_backward(
 
 
 def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
-    """``x∘l`` in float32 (float64), rounded once to x's dtype; ia3_l is ``[K]``."""
+    """Returns ``x∘l`` in float32 (float64), rounded once to x's dtype; ia3_l is ``[K]``."""
     wide = sum_dtype(x.dtype)
     return (x.to(wide) * ia3_l.to(wide)).to(x.dtype)
 
 
 def ia3_scale_backward(grad: Tensor, x: Tensor, ia3_l: Tensor) -> tuple[Tensor, Tensor]:
-    """``dX = l∘dY``, ``dl = Σ_t dY∘x``."""
+    """Returns ``dX = l∘dY``, ``dl = Σ_t dY∘x``."""
     wide = sum_dtype(x.dtype)
     return ia3_scale_forward(grad, ia3_l), (rows(grad).to(wide) * rows(x).to(wide)).sum(0).to(ia3_l.dtype)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weight import NF4Weight
-from ._common import dense, dropout_seed, dropped, rows, sum_dtype
+from .common import dense, dropout_seed, dropped, rows, sum_dtype
 
 __all__ = [
     "lora_linear",
@@ -43,7 +43,7 @@ def lora_linear_forward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """``(Y [..., N], S [T, R])``; S is what the backward needs beside x and the seed."""
+    """Returns ``(Y [..., N], S [T, R])``; S is what the backward needs beside x and the seed."""
     wide = sum_dtype(x.dtype)
     s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
     y = F.linear(x, dense(weight, x.dtype), bias)
@@ -63,7 +63,7 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Gradients of x, lora_A, lora_B and rank_scale (None where there is none), with ``P = G (B∘ρ)``:
+    """Returns gradients of x, lora_A, lora_B and rank_scale (None where there is none), with ``P = G (B∘ρ)``:
 
     ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``, ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.
     """
@@ -82,7 +82,7 @@ def lora_residual_forward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """``(Y [..., N], S [T, R])`` with ``Y = residual + (S∘ρ) Bᵀ``."""
+    """Returns ``(Y [..., N], S [T, R])`` with ``Y = residual + (S∘ρ) Bᵀ``."""
     wide = sum_dtype(x.dtype)
     s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
     y = residual.to(wide) + s @ (_rho(rank_scale, scaling, wide) * lora_B.to(wide)).t()

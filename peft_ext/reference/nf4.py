@@ -1,7 +1,7 @@
 """NF4 quantization in plain PyTorch, bit for bit as bitsandbytes stores it.
 
-Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``get_4bit_type("nf4")`` and
-``create_dynamic_map()`` for the two code tables.
+Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``create_dynamic_map()`` for the table of double
+quantization; the 16 codes are in :mod:`peft_ext.weight`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+from ..weight import NESTED_BLOCKSIZE, NF4_CODE, NestedAbsmax, NF4Weight, nf4_code
 
 __all__ = [
     "NF4_CODE",
@@ -34,35 +34,11 @@ __all__ = [
     "scale_mean",
 ]
 
-# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _SMALLEST_ABSMAX = 1e-38
 
 
-def nf4_code(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 NF4 values, ascending, float32."""
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
-
-
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
+    """Returns the 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
 
     Built in float64 and float32 in the very order that bitsandbytes uses, so that the bits agree.
     """
@@ -86,7 +62,7 @@ def _thresholds(code: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
+    """Returns ``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
 
     A full block is scaled by ``1 / max(absmax, 1e-38)``; a tail block is divided by it, and stores it so clamped.
     """
@@ -141,7 +117,7 @@ def dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
+    """Returns ``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
     numel = 1
     for size in shape:
         numel *= size
@@ -188,7 +164,7 @@ def merge(
     row_scale: Optional[Tensor],
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
+    """Returns ``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
     args = (packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape)
     merged = dequantize_merged(*args, lora_A, lora_B, row_scale, scaling, torch.float32)
     codes, scales = quantize(merged, blocksize)
@@ -197,7 +173,7 @@ def merge(
 
 
 def scale_mean(absmax: Tensor) -> Tensor:
-    """The mean of the scales in float32, of no dimensions: the same bits for any number of threads, on any device.
+    """Returns the mean of the scales, float32, 0-d: the same bits for any number of threads, on any device.
 
     As whole numbers, in units of some 2⁻⁴⁰ of the largest scale, they have a sum that no order changes; PyTorch's mean
     adds in an order that depends on the threads. bitsandbytes takes that mean, so that its last bit may differ.
@@ -216,7 +192,7 @@ def scale_mean(absmax: Tensor) -> Tensor:
 def nested(
     absmax: Tensor, quantize_absmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, NestedAbsmax]:
-    """Scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
+    """Returns scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
     offset = scale_mean(absmax)
     code = dynamic_code(absmax.device)
     codes, nested_absmax = quantize_absmax(absmax - offset, code)

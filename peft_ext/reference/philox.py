@@ -24,12 +24,12 @@ _MASK32 = 0xFFFFFFFF
 
 
 def dropout_threshold(p: float) -> int:
-    """Draws below this are dropped: ``round(p * 65536)``, half to even."""
+    """Returns the bound below which draws are dropped: ``round(p * 65536)``, half to even."""
     return round(p * 65536)
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product, by 16-bit halves: int64 has no unsigned product."""
+    """Returns high and low 32 bits of the 64-bit product, by 16-bit halves: int64 has no unsigned product."""
     low = a * (multiplier & 0xFFFF)
     high = a * (multiplier >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -48,7 +48,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def dropout_keep_mask(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
-    """Bool tensor of ``shape``: True where dropout keeps the element.
+    """Returns a bool tensor of ``shape``: True where dropout keeps the element.
 
     Args:
         seed: int64 ``[2]``: (seed, offset), read as unsigned.

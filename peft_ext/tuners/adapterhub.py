@@ -76,7 +76,7 @@ def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tu
 
 
 def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer") -> dict[str, Tensor]:
-    """The tensors of AdapterHub's ``pytorch_adapter.bin`` as PEFT saves this package's bottleneck adapters.
+    """Returns the tensors of AdapterHub's ``pytorch_adapter.bin`` as PEFT saves this package's bottleneck adapters.
 
     Write them as ``adapter_model.safetensors`` beside a configuration, or give them to
     ``peft.set_peft_model_state_dict``. The names of layers stay: a model with another prefix than the one that was
@@ -106,7 +106,7 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
 def to_adapterhub(
     state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer", adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """The way back from :func:`from_adapterhub`: PEFT's tensors (``peft.get_peft_model_state_dict``) as AdapterHub's.
+    """Returns PEFT's tensors (``peft.get_peft_model_state_dict``) as AdapterHub's, back from :func:`from_adapterhub`.
 
     ``adapter_name``: the name that the adapter has in them. Raises: ValueError, as there.
     """
@@ -124,7 +124,7 @@ def to_adapterhub(
 
 
 def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs: Any) -> BottleneckConfig:
-    """The BottleneckConfig of AdapterHub's: the object "config" in its ``adapter_config.json``.
+    """Returns the BottleneckConfig of AdapterHub's: the object "config" in its ``adapter_config.json``.
 
     Args:
         config: ``original_ln_before``, ``mh_adapter``, ``output_adapter``, ``non_linearity``, ``reduction_factor`` and

@@ -15,9 +15,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
 
 __all__ = ["BIAS_KINDS", "BitFitConfig", "BitFitLayer", "BitFitModel", "bias_kinds_of"]
 
@@ -29,7 +29,7 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^ou
 
 
 def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
-    """Which of ``BIAS_KINDS`` the bias of ``module`` is: by its class where that is a norm, else by its full name."""
+    """Returns which of ``BIAS_KINDS`` a module's bias is: by its class where that is a norm, else by its full name."""
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():
         return {"all", "norm"}
@@ -55,7 +55,7 @@ class BitFitConfig(TargetConfig):
             and 8 bits) too. A bias that one of them has is trained, target or not. Merging leaves the new biases in
             the model: its config may have to say so (``attention_bias``) before it can be reloaded.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`. The default is every module that has a bias; a
+            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every module that has a bias; a
             classification head is in modules_to_save (task_type="SEQ_CLS" puts it there).
 
     Raises: TypeError or ValueError where a field is not of these forms.
@@ -161,7 +161,7 @@ class BitFitModel(ReplacingTuner):
 
 
 def _quantized_from(base: nn.Module) -> torch.dtype:
-    """The float dtype of a quantized layer: its weight's before, or the one it computes in."""
+    """Returns the float dtype of a quantized layer: its weight's before, or the one it computes in."""
     return getattr(base, "quant_dtype", None) or getattr(base, "compute_dtype", None) or torch.float32
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 
 from .._imports import required
-from ..integrations._peft_base import DTYPES, kernel_reason, short
+from ..integrations.fused.base import DTYPES, short
+from ..integrations.fused.reasons import kernel_reason
 from ..nn import BottleneckAdapter
-from ._register import peft_type, register
-from ._targets import TargetConfig, in_layers
-from ._tuner import Tuner, read_through
+from .register import peft_type, register
+from .targets import TargetConfig, in_layers
+from .tuner import Tuner, read_through
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -86,7 +87,7 @@ class BottleneckConfig(TargetConfig):
             run beside), as PEFT reads them: a container is itself adapted. With "pfeiffer" a LayerNorm among them is
             run before and behind the adapter. Default: by placement and model type.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`.
+            :class:`~peft_ext.tuners.targets.TargetConfig`.
 
     Raises: TypeError or ValueError where a field is not of these forms.
     """
@@ -109,7 +110,7 @@ class BottleneckConfig(TargetConfig):
         self.adapter(1, "meta")  # the module's own errors
 
     def adapter(self, features: int, device: Any) -> BottleneckAdapter:
-        """A new adapter of this width."""
+        """Returns a new adapter of this width."""
         return BottleneckAdapter(
             features, self.bottleneck_dim, reduction_factor=self.reduction_factor, activation=self.activation,
             scale=self.scale, bias=self.adapter_bias, init=self.init_weights, device=device,
@@ -151,7 +152,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self) -> list[str]:
-        """The active adapters that this layer has."""
+        """Returns the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.bottleneck_adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +170,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return x
 
     def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
-        """``found``, which base returned of these arguments, with the adapters behind and beside base."""
+        """Returns ``found``, which base returned of these arguments, with the adapters behind and beside base."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
             adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
@@ -184,12 +185,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return found if self._disable_adapters else self._adapted(args, kwargs, found)
 
     def remove_hook(self) -> None:
-        """Leave base as it was, where it goes on without this layer."""
+        """Leaves base as it was, where it goes on without this layer."""
         if self._hook is not None:
             self._hook.remove()
 
-    def _stock_reason(self) -> Optional[str]:
-        """Why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
+    def stock_reason(self) -> Optional[str]:
+        """Returns why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]
@@ -278,7 +279,7 @@ class BottleneckModel(Tuner):
             target.bottleneck_adapters[adapter_name].requires_grad_(False)
 
     def _features(self, target: nn.Module, key: str, config: BottleneckConfig) -> int:
-        """The width that the adapter reads and writes."""
+        """Returns the width that the adapter reads and writes."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .._imports import required
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, own_units, plan
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, own_units, plan
 
 with required("peft", "peft_ext.tuners"):
     from peft import PeftConfig
@@ -52,7 +52,7 @@ class DiffPruningConfig(TargetConfig):
         kept: by tensor ("model.layers.0.mlp.up_proj.weight"), how many entries pruning kept. Set by pruning; loading
             allocates them from it.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`. The default is every parameter; a classification head is in
+            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every parameter; a classification head is in
             modules_to_save (task_type="SEQ_CLS" puts it there).
 
     Raises: TypeError or ValueError where a field is not of these forms.
@@ -103,7 +103,7 @@ class DenseDiff(nn.Module):
         return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 
     def difference(self, sample: bool) -> Tensor:
-        """``(z_g·z)∘w``, in float32 or more."""
+        """Returns ``(z_g·z)∘w``, in float32 or more."""
         z = self.gate(self.alpha, sample)
         if self.group is not None:
             z = self.gate(self.group, sample) * z
@@ -135,7 +135,7 @@ class SparseDiff(nn.Module):
 
     @classmethod
     def allocate(cls, tensor: Tensor, kept: int) -> SparseDiff:
-        """Room for ``kept`` entries of ``tensor``, all 0."""
+        """Returns room for ``kept`` entries of ``tensor``, all 0."""
         indices = torch.arange(kept, dtype=_index_dtype(tensor), device=tensor.device)
         return cls(indices, torch.zeros(kept, dtype=tensor.dtype, device=tensor.device))
 
@@ -166,7 +166,7 @@ class DiffPruningLayer(ReplacingLayer):
         return {name: diff.parameters_of(self.base_tensor(name), training) for name, diff in self.diffs(adapter)}
 
     def diffs(self, adapter: str) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Name in the base module, and difference, of the tensors that ``adapter`` owns here."""
+        """Yields name in the base module, and difference, of the tensors that ``adapter`` owns here."""
         for name, module in self.adapters[adapter].named_modules():
             if isinstance(module, (DenseDiff, SparseDiff)):
                 yield name, module
@@ -250,7 +250,7 @@ class DiffPruningModel(ReplacingTuner):
         ]
 
     def _diffs(self, adapter: Optional[str] = None) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Full name of the tensor and difference, of one adapter or of all."""
+        """Yields full name of the tensor and difference, of one adapter or of all."""
         for key, layer in self.layers():
             for held in layer.adapters if adapter is None else layer.held([adapter]):
                 for name, diff in layer.diffs(held):
@@ -333,10 +333,13 @@ class DiffPruningModel(ReplacingTuner):
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)
             layers = [layer for layer in model.modules() if isinstance(layer, DiffPruningLayer)]
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
-            trained = any(parameter.requires_grad for tensors in old for parameter in tensors.parameters())
+            held = [parameter for tensors in old for parameter in tensors.parameters()]
+            trained = any(parameter.requires_grad for parameter in held)
+            dtypes = {parameter.dtype for parameter in held}  # float32 over a base in less: what is read keeps its bits
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
                     new = _allocate(layer, key.removeprefix(_PEFT), layer.names[adapter_name], config)
+                    new = new.to(*dtypes) if len(dtypes) == 1 else new
                     layer.adapters[adapter_name] = new.requires_grad_(trained)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -349,13 +352,13 @@ def _allocate(layer: DiffPruningLayer, key: str, names: list[str], config: DiffP
 
 
 def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
-    """``DiffPruningConfig.kept`` of the adapter whose checkpoint this is; None where it is not pruned."""
+    """Returns ``DiffPruningConfig.kept`` of the adapter whose checkpoint this is; None where it is not pruned."""
     found = ((_KEY.fullmatch(key), tensor) for key, tensor in state_dict.items())
     return {f"{key[1]}.{key[2]}": tensor.numel() for key, tensor in found if key is not None} or None
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Flat indices, ascending, and values of the ``limit`` largest magnitudes over all tensors; zeros are left out."""
+    """Returns flat indices, ascending, and values of the ``limit`` largest magnitudes of all tensors, without zeros."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0
@@ -401,7 +404,7 @@ def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[
 
 
 def _share(module: nn.Module, kwargs: dict[str, Any]) -> Union[Tensor, float]:
-    """The part of an optimizer step's labels in this batch, where Trainer says how many there are; else 1."""
+    """Returns the part of an optimizer step's labels in this batch, where Trainer says how many there are; else 1."""
     total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if total is None or not isinstance(labels, Tensor):
         return 1.0

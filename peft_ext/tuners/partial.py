@@ -10,9 +10,9 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ._layer import ReplacingLayer, ReplacingTuner, tree
-from ._register import peft_type, register
-from ._targets import Plan, TargetConfig, last_layers, own_units, plan
+from .layer import ReplacingLayer, ReplacingTuner, tree
+from .register import peft_type, register
+from .targets import Plan, TargetConfig, last_layers, own_units, plan
 
 __all__ = ["PartialConfig", "PartialLayer", "PartialModel"]
 
@@ -25,7 +25,7 @@ class PartialConfig(TargetConfig):
         num_last_layers: only what lies in the last layers, so many of them, of each stack of the model: T5's encoder
             and decoder, a vision and a text tower; ``target_modules=["decoder"]`` beside it leaves one.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners._targets.TargetConfig`. A container, such as "model.layers.11", means everything
+            :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", means everything
             below it; None means everything in the layers that num_last_layers or layers_to_transform leaves, and one of
             the three must be given.
 

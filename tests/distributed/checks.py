@@ -44,7 +44,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import peft_ext
-from peft_ext.integrations import _peft_ia3, _peft_lowrank
+from peft_ext.integrations.fused.ia3 import IA3Layer
+from peft_ext.integrations.fused.lora import LowRank
 from peft_ext.nn import NF4Linear
 
 LLAMA = ARCHITECTURES["Llama"]
@@ -181,7 +182,7 @@ def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
 def counted_calls() -> Iterator[dict[str, int]]:
     """How many calls of adapter layers ran on the op, "fused", and on PEFT's own path, "stock"."""
     counts = {"fused": 0, "stock": 0}
-    kinds = (_peft_lowrank._LowRank, _peft_ia3._IA3)
+    kinds = (LowRank, IA3Layer)
     before = [kind._fused for kind in kinds]
 
     def counting(inner: Callable) -> Callable:

@@ -64,7 +64,8 @@ def killed_at(at: int, below: Path) -> None:
     import peft.peft_model
     import safetensors.torch
 
-    from peft_ext import files, merge
+    from peft_ext import files
+    from peft_ext.merge import writer
 
     calls = 0
 
@@ -109,7 +110,7 @@ def killed_at(at: int, below: Path) -> None:
             super().write(text[len(text) // 2 :])
             return len(text)
 
-    opened, write = builtins.open, merge._write_safetensors
+    opened, write = builtins.open, writer.write_safetensors
 
     def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if mode not in ("w", "x") or not str(file).startswith(str(below)):
@@ -125,4 +126,4 @@ def killed_at(at: int, below: Path) -> None:
 
         write(stream, planned, flushed, advance)
 
-    builtins.open, merge._write_safetensors = open_, write_
+    builtins.open, writer.write_safetensors = open_, write_

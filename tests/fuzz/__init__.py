@@ -273,15 +273,15 @@ def _adapter_files() -> dict[str, dict[str, bytes]]:
 
 
 def _load(files: dict[str, bytes], folder: Path) -> None:
-    from peft_ext.integrations import _outside
+    from peft_ext.sources import expressions
 
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    before, _outside._SECONDS = _outside._SECONDS, 10.0
+    before, expressions._SECONDS = expressions._SECONDS, 10.0
     try:
         model = peft_ext.load_adapter(_base(), folder, torch_device="cpu")
     finally:
-        _outside._SECONDS = before
+        expressions._SECONDS = before
     with torch.no_grad():
         y = model(torch.ones(2, 16))
         if all(parameter.abs().max() < 1e6 for parameter in model.parameters() if parameter.numel()):
@@ -316,24 +316,24 @@ def _model_config(data: bytes, folder: Path) -> None:
 
 
 def _index(data: bytes, folder: Path) -> None:
-    from peft_ext.integrations._outside import check_index
+    from peft_ext.sources.model import check_index
 
     (folder / "index.json").write_bytes(data)
     check_index(folder / "index.json")
 
 
 def _run_json(data: bytes, folder: Path) -> None:
-    from peft_ext.merge import _run_options
+    from peft_ext.sources.adapter import training_options
 
     (folder / "run.json").write_bytes(data)
-    options = _run_options(folder)
+    options = training_options(folder)
     if options and (options["quant"] not in ("nf4", "none") or options.get("blocksize", 64) % 32):
         raise Finding(f"options {options}")
 
 
 def _data(suffix: str) -> Callable[[bytes, Path], None]:
     def take(data: bytes, folder: Path) -> None:
-        from peft_ext.cli.data import read_corpus
+        from peft_ext.run.data import read_corpus
 
         (folder / f"a{suffix}").write_bytes(data)
         corpus = read_corpus(str(folder / f"a{suffix}"))
@@ -344,8 +344,8 @@ def _data(suffix: str) -> Callable[[bytes, Path], None]:
 
 
 def _options(data: bytes, folder: Path) -> None:
-    from peft_ext.cli.config import merged, read_config
-    from peft_ext.cli.finetune import Options
+    from peft_ext.run import Options
+    from peft_ext.run.config import merged, read_config
 
     (folder / "run.yaml").write_bytes(data)
     merged(Options(), read_config(folder / "run.yaml", Options), {})
@@ -358,6 +358,7 @@ _ROWS = b"text,prompt,completion\none,a,b\ntwo,c,d\n" + b'"three, ""3""",e,f\n'
 
 def _targets() -> Iterator[Target]:
     from peft_ext.cli import CliError
+    from peft_ext.run import RunError
 
     refused = (ValueError, TypeError)
     yield Target("nf4-state", "safetensors", _nf4_seeds, _nf4, refused)
@@ -373,13 +374,13 @@ def _targets() -> Iterator[Target]:
     yield Target("index", "json", lambda: [json.dumps(names).encode()], _index, (ValueError,))
     options = {"options": {"quant": "nf4", "blocksize": 64, "model": "smollm2"}, "seconds": {"train": 1.0}}
     yield Target("run-json", "json", lambda: [json.dumps(options).encode()], _run_json, (ValueError,))
-    yield Target("data-jsonl", "lines", lambda: _LINES, _data(".jsonl"), (CliError,))
+    yield Target("data-jsonl", "lines", lambda: _LINES, _data(".jsonl"), (RunError,))
     yield Target("data-json", "json", lambda: [b"[" + line.strip().replace(b"\n", b",") + b"]" for line in _LINES],
-                 _data(".json"), (CliError,))  # fmt: skip
-    yield Target("data-csv", "bytes", lambda: [_ROWS], _data(".csv"), (CliError,))
-    yield Target("data-txt", "bytes", lambda: [b"one\n\ntwo\n\n" * 900], _data(".txt"), (CliError,))
+                 _data(".json"), (RunError,))  # fmt: skip
+    yield Target("data-csv", "bytes", lambda: [_ROWS], _data(".csv"), (RunError,))
+    yield Target("data-txt", "bytes", lambda: [b"one\n\ntwo\n\n" * 900], _data(".txt"), (RunError,))
     yaml = b"model: smollm2\nmethod: dora\nlr: 1e-4\nrank: 8\ntarget-modules: [q_proj, v_proj]\nstock: false\n"
-    yield Target("options", "bytes", lambda: [yaml], _options, (CliError,))
+    yield Target("options", "bytes", lambda: [yaml], _options, (RunError,))
 
 
 TARGETS = {target.name: target for target in _targets()}

@@ -23,8 +23,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 import peft_ext
-from peft_ext.integrations import _peft_base
 from peft_ext.integrations import peft as integration
+from peft_ext.integrations.fused.base import STOCK as STOCK_OF
+from peft_ext.integrations.fused.base import Fused, class_name
 
 FUSED: Counter[str] = Counter()
 STOCK: Counter[str] = Counter()
@@ -50,9 +51,9 @@ def _method(layer: Any) -> str:
 
 def _kind(layer: Any) -> str:
     """As "LoRA: lora.Linear over Linear"."""
-    stock = _peft_base.STOCK[type(layer)]
+    stock = STOCK_OF[type(layer)]
     package = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
-    base = _peft_base.class_name(type(layer.get_base_layer()))
+    base = class_name(type(layer.get_base_layer()))
     return f"{_method(layer)}: {package}.{stock.__name__} over {base}"
 
 
@@ -61,7 +62,7 @@ def _counted(fused: Callable) -> Callable:
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         y = fused(layer, *args, **kwargs)
         if y is None:
-            STOCK[layer._stock_reason() or "x does not fit"] += 1
+            STOCK[layer.stock_reason() or "x does not fit"] += 1
             return y
         FUSED[_method(layer)] += 1
         if layer not in _seen:
@@ -74,8 +75,8 @@ def _counted(fused: Callable) -> Callable:
 
 def count_fused() -> None:
     """Count what accelerated layers do from now on."""
-    for layer in _peft_base.STOCK:
-        if issubclass(layer, _peft_base.Fused):
+    for layer in STOCK_OF:
+        if issubclass(layer, Fused):
             layer._fused = _counted(layer._fused)
 
 

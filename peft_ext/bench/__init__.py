@@ -1,0 +1,9 @@
+"""The one timer, of ``peft-ext bench`` and of the project's own benchmarks.
+
+timer.py verifies contenders against float64, then times all of them in turn; layer.py puts one adapted layer of ours
+against PEFT's and bitsandbytes'.
+"""
+
+from .timer import Clock, Contender, host_clock, interleave, median_ratios, relative_error, verify
+
+__all__ = ["Clock", "Contender", "host_clock", "interleave", "median_ratios", "relative_error", "verify"]

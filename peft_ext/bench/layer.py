@@ -1,0 +1,210 @@
+"""One adapted layer's training step: ours against PEFT's and bitsandbytes', verified against float64, then timed.
+
+A linear layer [N, K] = [hidden, hidden], bfloat16 or NF4 with double quantization, float32 adapters, no dropout;
+forward and backward of ``x [T, K]``. Ours is PEFT's very layer after :func:`peft_ext.accelerate`; the stock one has the
+same weights. The layer's weights stay in whatever cache holds them, for all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from .timer import Contender, host_clock, interleave, median_ratios, verify
+
+__all__ = ["BASES", "FROZEN", "METHODS", "OURS", "NotFused", "NotRight", "Result", "measure_layer", "stock_name"]
+
+METHODS = ("lora", "dora", "ia3")  # whose layers have operators of their own
+BASES = ("bf16", "nf4")
+OURS, FROZEN = "ours", "frozen layer"
+
+_TOLERANCE = 1e-2  # of bfloat16 products, whose own rounding is 2e-3 to 4e-3, relative to the norm
+_SCALING = 2.0
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 101
+
+
+class NotFused(Exception):
+    """The layer would not run fused here, and why."""
+
+
+class NotRight(Exception):
+    """Our layer is off from float64: nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layer. By contender: the median of ``milliseconds``, ``ratio`` to ours (above 1: ours is faster), ``error``.
+
+    ``error``: the largest over y and all gradients, relative to float64, as Frobenius norms. ``absent``: why.
+    """
+
+    method: str
+    base: str
+    milliseconds: dict[str, float]
+    ratio: dict[str, float]
+    error: dict[str, float]
+    absent: dict[str, str]
+    rounds: int
+
+
+def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
+    """Returns what a layer's step takes, of about ``seconds`` of timing in all, three rounds at least.
+
+    Raises NotFused or NotRight.
+    """
+    import torch.nn.functional as F
+
+    from ..integrations.peft import explain
+
+    problem = _Problem(method, base, hidden, tokens, rank)
+    contenders: dict[str, Contender] = {}
+    missing: dict[str, str] = {}
+    exact: dict[str, Any] = {}
+
+    def exactly() -> dict[str, Any]:
+        return exact
+
+    for name in (OURS, stock_name(base)):
+        try:
+            layer = problem.layer(stock=name != OURS)
+        except ImportError as error:
+            missing[name] = str(error)
+            continue
+        if name == OURS and (reasons := [row.reason for row in explain(layer).rows if not row.fused]):
+            raise NotFused(f"{method} over {base} would not run fused here: {reasons[0]}")
+        trained = {key: p for key, p in layer.named_parameters() if p.requires_grad}
+        exact = exact or problem.exact()
+        contenders[name] = Contender(problem.step(layer, trained), problem.outputs(trained), exactly)
+    errors, absent = verify(f"{method} over {base}", contenders, float("inf"))
+    error = {name: max(by_output.values()) for name, by_output in errors.items() if isinstance(by_output, dict)}
+    if not error[OURS] <= _TOLERANCE:
+        raise NotRight(f"{method} over {base} is off from float64 by {error[OURS]:.2g}: nothing was timed")
+    weight = problem.dense()
+    frozen = Contender(problem.step(lambda x: F.linear(x, weight), {}), lambda y: {}, "it has no adapter")
+    there = {name: one for name, one in {**contenders, FROZEN: frozen}.items() if name not in absent}
+    times = interleave({name: host_clock(one) for name, one in there.items()}, seconds, least=_MIN_ROUNDS,
+                       most=_MAX_ROUNDS)  # fmt: skip
+    return Result(
+        method=method, base=base, milliseconds={name: 1e3 * statistics.median(taken) for name, taken in times.items()},
+        ratio=median_ratios(times), error=error, absent={**missing, **absent}, rounds=len(times[OURS]),
+    )  # fmt: skip
+
+
+def stock_name(base: str) -> str:
+    """Returns the name of who computes the stock layer."""
+    return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
+
+
+def _config(method: str, rank: int) -> Any:
+    from peft import IA3Config, LoraConfig
+
+    if method == "ia3":
+        return IA3Config(target_modules=["proj"], feedforward_modules=[])
+    return LoraConfig(
+        r=rank, lora_alpha=_SCALING * rank, lora_dropout=0.0, target_modules=["proj"], use_dora=method == "dora"
+    )
+
+
+class _Problem:
+    """Inputs, the frozen weight and the adapter's values of one case; what PEFT makes of them; the float64 result."""
+
+    def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
+        import torch
+
+        from .. import ops
+
+        self.method, self.base, self.rank, self.hidden = method, base, rank, hidden
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.draw = torch.Generator().manual_seed(0)
+        self.x = self._normal(tokens, hidden).to(torch.bfloat16).requires_grad_()
+        self.grad = self._normal(tokens, hidden).to(torch.bfloat16)
+        self.weight = (0.02 * self._normal(hidden, hidden)).to(torch.bfloat16)
+        self.nf4 = ops.nf4_quantize(self.weight, 64, True) if base == "nf4" else None
+        self.values: dict[str, Any] = {}
+
+    def _normal(self, *shape: int) -> Any:
+        import torch
+
+        return torch.randn(*shape, generator=self.draw).to(self.device)
+
+    def layer(self, stock: bool) -> Any:
+        """PEFT's layer, training; fused unless ``stock``. NF4 is bitsandbytes' where that is installed."""
+        import torch
+        from torch import nn
+
+        from ..integrations.bitsandbytes import to_linear4bit
+        from ..model import get_peft_model
+        from ..nn import NF4Linear
+
+        holder = nn.Module()
+        if self.nf4 is None:
+            holder.proj = nn.Linear(self.hidden, self.hidden, bias=False, device="meta")
+            holder.proj.weight = nn.Parameter(self.weight, requires_grad=False)
+        else:
+            holder.proj = NF4Linear.from_nf4(self.nf4)
+            if find_spec("bitsandbytes") is not None:
+                to_linear4bit(holder, torch.bfloat16)
+            elif stock:
+                raise ImportError("bitsandbytes is not installed")
+        layer = get_peft_model(holder, _config(self.method, self.rank), accelerate=not stock).base_model.model.proj
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(self._value(name, parameter))
+        return layer.train()
+
+    def _value(self, name: str, parameter: Any) -> Any:
+        """Drawn once for both layers: B and the vectors as after some steps, so that they count."""
+        if name not in self.values:
+            drawn = self._normal(*parameter.shape)
+            if "lora_A" in name:
+                drawn *= (3 * self.hidden) ** -0.5
+            elif "lora_B" in name:
+                drawn *= 0.02
+            else:  # magnitude and ia3_l, around what PEFT starts them with
+                drawn = parameter.float() * (1 + 0.1 * drawn)
+            self.values[name] = drawn
+        return self.values[name]
+
+    def dense(self) -> Any:
+        """The bfloat16 weight that a layer computes with."""
+        import torch
+
+        from .. import reference
+
+        return self.weight if self.nf4 is None else reference.nf4_dequantize(self.nf4, torch.bfloat16)
+
+    def exact(self) -> dict[str, Any]:
+        """Returns y and the gradients in float64, by :mod:`peft_ext.reference` and autograd."""
+        from .. import reference
+
+        x, weight = self.x.detach().double().requires_grad_(), self.dense().double()
+        held = {name: value.double().requires_grad_() for name, value in self.values.items()}
+        if self.method == "ia3":
+            y = reference.ia3_linear(x, weight, *held.values())
+        else:
+            lora = {part: next(value for name, value in held.items() if part in name) for part in ("lora_A", "lora_B")}
+            if self.method == "dora":
+                magnitude = next(value for name, value in held.items() if "magnitude" in name)
+                y = reference.dora_linear(x, weight, *lora.values(), magnitude, scaling=_SCALING)
+            else:
+                y = reference.lora_linear(x, weight, *lora.values(), scaling=_SCALING)
+        y.backward(self.grad.double())
+        return {"y": y.detach(), "x": x.grad, **{name: value.grad for name, value in held.items()}}
+
+    def step(self, forward: Callable[[Any], Any], parameters: dict[str, Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            for leaf in (self.x, *parameters.values()):
+                leaf.grad = None
+            y = forward(self.x)
+            y.backward(self.grad.to(y.dtype))  # PEFT's IA3 over bitsandbytes returns float32
+            return y
+
+        return run
+
+    def outputs(self, parameters: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
+        """Returns what tells y and the gradients of a step from what it returned."""
+        return lambda y: {"y": y.detach(), "x": self.x.grad, **{name: p.grad for name, p in parameters.items()}}

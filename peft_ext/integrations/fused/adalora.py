@@ -1,0 +1,70 @@
+"""PEFT's AdaLoRA layers on :func:`peft_ext.ops.lora_linear`, the singular values as a scale per rank."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+
+from ..._imports import optional
+from ...weight import NF4Weight
+from .base import FOUR_BIT, Linear8bitLt, fuses
+from .lora import LowRank
+from .merging import MergesNF4
+from .reasons import adalora_adapter
+
+SVDLinear = SVDLinear8bitLt = SVDLinear4bit = None
+with optional("peft", "AdaLoRA over a linear layer that is not bitsandbytes' is not fused"):
+    from peft.tuners.adalora import SVDLinear
+if Linear8bitLt is not None:
+    with optional("peft", "AdaLoRA over bitsandbytes' Linear8bitLt is not fused"):
+        from peft.tuners.adalora import SVDLinear8bitLt
+if FOUR_BIT:
+    with optional("peft", "AdaLoRA over bitsandbytes' Linear4bit is not fused"):
+        from peft.tuners.adalora import SVDLinear4bit
+
+
+class AdaLora(LowRank):
+    """``adalora.SVDLinear`` and ``SVDLinear4bit``: parameters lora_A, lora_B, lora_E; ``ρ = s·E/(ranknum + 1e-5)``."""
+
+    reads = (*LowRank.reads, "lora_E", "ranknum")
+
+    def pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        modules = self._modules
+        return modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+
+    checked_adapter = adalora_adapter
+
+    def _rank_scale(self, name: str, scaling: float) -> Tensor:
+        modules = self._modules
+        rank_scale = modules["lora_E"]._parameters[name].flatten() / (modules["ranknum"]._parameters[name] + 1e-5)
+        return rank_scale if scaling == 1.0 else rank_scale * scaling
+
+
+if SVDLinear is not None:
+
+    @fuses(SVDLinear)
+    class FusedSVDLinear(AdaLora, MergesNF4, SVDLinear):
+        """``peft.tuners.adalora.SVDLinear`` over nn.Linear, NF4Linear or Linear4bit."""
+
+        def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+            return self._side_by_side(names)
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            return weight + self.get_delta_weight(name).float(), bias
+
+
+if SVDLinear8bitLt is not None:
+
+    @fuses(SVDLinear8bitLt)
+    class FusedSVDLinear8bitLt(AdaLora, SVDLinear8bitLt):
+        """``peft.tuners.adalora.bnb.SVDLinear8bitLt``, likewise."""
+
+
+if SVDLinear4bit is not None:
+
+    @fuses(SVDLinear4bit)
+    class FusedSVDLinear4bit(AdaLora, SVDLinear4bit):
+        """``peft.tuners.adalora.bnb.SVDLinear4bit``."""

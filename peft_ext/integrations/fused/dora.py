@@ -1,0 +1,149 @@
+"""DoRA on :func:`peft_ext.ops.dora_linear`, and on PEFT's own path over an NF4Linear."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ..._imports import has, optional
+from ...nn import NF4Linear
+from ...reference.dora import output_scale
+from ...weight import NF4Weight, nf4_from_params4bit
+from .base import quant_state_of
+
+dora = DoraLinearLayer = DoraLinearVariant = None
+with optional("peft", "DoRA is not fused"):
+    from peft.tuners.lora import dora
+    from peft.tuners.lora.dora import ENABLE_DORA_CACHING, DoraLinearLayer  # noqa: F401  the first is read as it is
+    from peft.tuners.lora.variants import DoraLinearVariant as _DoraLinearVariant
+
+    has(DoraLinearLayer, "_cache_clear", "_cache_get", "_cache_store")
+    has(_DoraLinearVariant, "init", "forward")
+    DoraLinearVariant = _DoraLinearVariant
+
+# accelerate's dora_dropout: the attribute of a layer that has another than PEFT's.
+DORA_DROPOUT = "_peft_ext_dora_dropout"
+
+# Variants that are DoRA and fused; empty where PEFT's is not as it is known here.
+VARIANTS: tuple[type, ...] = ()
+DoraNF4Variant = None
+
+if DoraLinearVariant is not None:
+
+    class _Dequantized:
+        """A LoRA layer over an NF4Linear, seen as one over a dense linear."""
+
+        def __init__(self, layer: Any) -> None:
+            object.__setattr__(self, "_layer", layer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._layer, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self._layer, name, value)
+
+        def get_base_layer(self) -> nn.Module:
+            base = self._layer.get_base_layer()
+            if not isinstance(base, NF4Linear):
+                return base
+            dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(base.dequantize(), requires_grad=False)
+            dense.bias = base.bias
+            return dense
+
+    class DoraNF4Variant(DoraLinearVariant):
+        """PEFT's DoRA over an NF4Linear, whose weight PEFT does not know how to dequantize."""
+
+        @staticmethod
+        def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+            DoraLinearVariant.init(_Dequantized(module), adapter_name, **kwargs)
+
+        @staticmethod
+        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+            return DoraLinearVariant.forward(_Dequantized(module), active_adapter, x, result, **kwargs)
+
+    VARIANTS = (DoraLinearVariant, DoraNF4Variant)
+
+
+def prepare_dora(layer: Any, dora_dropout: str) -> None:
+    """Leaves on a LoRA layer what DoRA needs of :func:`peft_ext.accelerate` beside its class."""
+    layer.__dict__.pop(DORA_DROPOUT, None)
+    if dora_dropout != "peft":
+        layer.__dict__[DORA_DROPOUT] = dora_dropout
+    if isinstance(layer.get_base_layer(), NF4Linear):
+        _replace_variants(layer, DoraLinearVariant, DoraNF4Variant)
+
+
+def clear_dora(layer: Any) -> None:
+    """Undoes :func:`prepare_dora`."""
+    layer.__dict__.pop(DORA_DROPOUT, None)
+    _replace_variants(layer, DoraNF4Variant, DoraLinearVariant)
+
+
+def _replace_variants(layer: Any, old: type, new: type) -> None:
+    for name, variant in layer.lora_variant.items():
+        if type(variant) is old:
+            layer.lora_variant[name] = new()
+
+
+# --- the fused forward ------------------------------------------------------------------------------------------------
+
+
+def forward(layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b``, with PEFT's dropout or the one on the low-rank path alone."""
+    modules = layer._modules
+    module = modules["lora_magnitude_vector"]._modules[name]
+    magnitude, dropout = module._parameters["weight"], modules["lora_dropout"]._modules[name]
+    (lora_A, lora_B), scaling = layer.pair(name), layer.scaling[name]
+    drops = type(dropout) is nn.Dropout
+    y = ops.dora_linear(
+        x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
+        training=drops and dropout.training and layer.training, dropout_mode=layer.__dict__.get(DORA_DROPOUT, "peft"),
+        weight_norm=_cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
+    )  # fmt: skip
+    dtype = layer.dora_dtype(dtype, magnitude)
+    return y if y.dtype is dtype else y.to(dtype)
+
+
+def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
+    """Returns the same in float32, over a 4-bit layer that computes in fewer bits, and so runs on its own."""
+    modules = layer._modules
+    module, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
+    (lora_A, lora_B), scaling, bias = layer.pair(name), layer.scaling[name], base._parameters["bias"]
+    weight = nf4_from_params4bit(base._parameters["weight"], quant_state_of(base))
+    norm = _cached_norm(module, name, weight.dtype, weight, lora_A, lora_B, scaling)
+    if norm is None:
+        norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
+    scale, result = output_scale(module._parameters["weight"], norm), base(x)
+    drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
+    if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":  # on the base too, in float32
+        dropped = dropout(x)
+        product = ops.nf4_linear(dropped, weight)
+        z = ops.lora_residual(dropped, product, lora_A, lora_B, scaling=scaling)
+        return result - product + ops.ia3_scale(z, scale)
+    plain = result if bias is None else result - bias
+    z = ops.lora_residual(x, plain, lora_A, lora_B, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
+                          training=drops)  # fmt: skip
+    y = ops.ia3_scale(z, scale)
+    return y if bias is None else y + bias
+
+
+def _cached_norm(
+    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Optional[Tensor]:
+    """Returns the norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None."""
+    if not dora.ENABLE_DORA_CACHING or module.training:
+        if module._dora_cache:  # as in PEFT: what was cached may be of other adapters by the next time
+            module._cache_clear()
+        return None
+    key = f"weight-norm-{name}"
+    norm = module._cache_get(key, None)
+    if norm is None:
+        with torch.no_grad():
+            dtype = dtype if isinstance(weight, NF4Weight) else None
+            norm = ops.dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=dtype)
+        module._cache_store(key, norm)
+    return norm

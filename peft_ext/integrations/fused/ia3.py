@@ -1,0 +1,113 @@
+"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`; several active adapters multiply their vectors first.
+
+Over a base layer that has to run on its own the product with the vector alone is fused, :func:`peft_ext.ops.ia3_scale`.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..._imports import optional
+from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
+from .merging import MergesNF4
+from .reasons import accepts_input, alone_reason, base_reason, kernel_reason, layer_reason, vectors_reason
+
+IA3Linear = IA3Linear4bit = None
+with optional("peft", "(IA)³ over a linear layer that is not bitsandbytes' is not fused"):
+    from peft.tuners.ia3 import Linear as IA3Linear
+if FOUR_BIT:
+    with optional("peft", "(IA)³ over bitsandbytes' Linear4bit is not fused"):
+        from peft.tuners.ia3 import Linear4bit as IA3Linear4bit
+
+
+class IA3Layer(Fused):
+    """``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` in a feedforward layer."""
+
+    reads = (*Fused.reads, "ia3_l", "is_feedforward")
+
+    def _vectors(self) -> list[Optional[Tensor]]:
+        """Returns ia3_l of the active adapters that this layer has."""
+        held = self._modules["ia3_l"]
+        return [held._parameters.get(name) for name in self.active_adapters if name in held]
+
+    # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
+    _scales_any_base = False
+
+    def stock_reason(self) -> Optional[str]:
+        return self._reasons()[0]
+
+    def part_reason(self) -> Optional[str]:
+        reason, alone = self._reasons()
+        return alone if reason is None else None
+
+    def _reasons(self) -> tuple[Optional[str], Optional[str]]:
+        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        vectors = self._vectors()
+        if reason := layer_reason(self) or vectors_reason(vectors):
+            return reason, None
+        device = vectors[0].device.type
+        if reason := base_reason(self):
+            alone = alone_reason(self) if self._scales_any_base else "its class casts around the base layer"
+            return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason
+        return kernel_reason("ia3_linear", device), None
+
+    def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
+        """Returns the dtype in which PEFT hands x to the base layer, and its result's; None: the base layer's."""
+        return x.dtype, None
+
+    def _fused(self, x: Tensor) -> Optional[Tensor]:
+        reason, alone = self._reasons()
+        if reason is not None or not accepts_input(x):
+            return None
+        vector, *others = self._vectors()
+        for other in others:
+            vector = vector * other
+        base = self._modules["base_layer"]
+        if alone is not None or sums_wider(base, x):
+            if self.is_feedforward:
+                return base(ops.ia3_scale(x, vector.flatten()))
+            result = base(x)
+            if accepts_input(result):
+                return ops.ia3_scale(result, vector.flatten())
+            return (result * vector.flatten()).to(result)
+        seen, dtype = self._dtypes(x, vector)
+        if (found := operands(base, x, seen)) is None:
+            return None
+        x, weight, bias, base_dtype = found
+        dtype = dtype or base_dtype
+        y = ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
+        return y if y.dtype is dtype else y.to(dtype)
+
+
+if IA3Linear is not None:
+
+    @fuses(IA3Linear)
+    class FusedIA3Linear(IA3Layer, MergesNF4, IA3Linear):
+        """``peft.tuners.ia3.Linear`` over nn.Linear, Conv1D, NF4Linear or Linear4bit."""
+
+        _scales_any_base = True
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            vector = self.ia3_l[name].float()
+            if bias is not None and not self.is_feedforward:
+                bias = bias * vector.flatten()
+            return weight * vector, bias
+
+
+if IA3Linear4bit is not None:
+
+    @fuses(IA3Linear4bit)
+    class FusedIA3Linear4bit(IA3Layer, IA3Linear4bit):
+        """``peft.tuners.ia3.bnb.Linear4bit``, which works and returns in float32 outside CUDA's autocast."""
+
+        def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
+            if not torch.is_autocast_enabled():  # PEFT asks for CUDA's autocast, whatever the device
+                return torch.float32, torch.float32
+            wide = torch.promote_types(x.dtype, vector.dtype)
+            return (wide if self.is_feedforward else x.dtype), wide

@@ -1,0 +1,47 @@
+"""bitsandbytes' 4-bit linear layers on this package's product."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+
+from ... import ops
+from .base import FOUR_BIT, Linear4bit, fuses, operands_4bit, quant_state_of
+from .reasons import accepts_input, kernel_reason, weight_reason
+
+if FOUR_BIT:
+
+    @fuses(Linear4bit)
+    class FusedLinear4bit(Linear4bit):
+        """bitsandbytes' ``Linear4bit`` over an NF4 weight on :func:`peft_ext.ops.nf4_linear`."""
+
+        reads = (
+            "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",
+            "weight.quant_state.blocksize", "weight.quant_state.dtype", "weight.quant_state.nested",
+            "weight.quant_state.offset", "weight.quant_state.quant_type", "weight.quant_state.shape",
+            "weight.quant_state.state2",
+        )  # fmt: skip
+
+        def stock_reason(self) -> Optional[str]:
+            if "forward" in self.__dict__:
+                return "its forward was replaced on the instance (accelerate's device hooks do that)"
+            return weight_reason(self) or kernel_reason("nf4_linear", quant_state_of(self).absmax.device.type)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stock_reason() is None and accepts_input(x):
+                if (operands := operands_4bit(self, x, x.dtype)) is not None:
+                    return ops.nf4_linear(*operands).to(x.dtype)
+            return super().forward(x)
+
+        @property
+        def support_avx512bf16_for_cpu(self) -> bool:
+            """False: bitsandbytes must not repack the weight in evaluation, whichever path a call takes, NF4 or FP4.
+
+            A repacked weight loses its gradients when it is trained again, and changes in the state dict.
+            """
+            return False
+
+        @support_avx512bf16_for_cpu.setter
+        def support_avx512bf16_for_cpu(self, value: bool) -> None:
+            self.__dict__["support_avx512bf16_for_cpu"] = value

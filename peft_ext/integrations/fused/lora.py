@@ -1,0 +1,297 @@
+"""PEFT's LoRA and DoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
+
+Several active adapters are one of the sum of their ranks: A and B concatenated, the scales as a scale per rank. Over a
+base layer that has to run on its own (8-bit, of another class, with hooks) the low-rank part alone is fused, on
+:func:`peft_ext.ops.lora_residual`. A mixed batch is :func:`peft_ext.ops.grouped_lora_linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ..._imports import optional
+from ...nn import NF4Linear
+from ...reference.dora import output_scale
+from ...weight import NF4Weight
+from . import dora
+from .base import FOUR_BIT, Fused, Linear8bitLt, fuses, operands, sums_wider
+from .merging import MergesNF4
+from .reasons import (
+    accepts_input,
+    adapters_reason,
+    alone_reason,
+    base_reason,
+    kernel_reason,
+    layer_reason,
+    lora_adapter,
+    variant_name,
+)
+
+LoraLinear = LoraLinear8bitLt = LoraLinear4bit = None
+with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
+    from peft.tuners.lora import Linear as LoraLinear
+if Linear8bitLt is not None:
+    with optional("peft", "LoRA over bitsandbytes' Linear8bitLt is not fused"):
+        from peft.tuners.lora import Linear8bitLt as LoraLinear8bitLt
+if FOUR_BIT:
+    with optional("peft", "LoRA and DoRA over bitsandbytes' Linear4bit are not fused"):
+        from peft.tuners.lora import Linear4bit as LoraLinear4bit
+
+
+class LowRank(Fused):
+    """A layer of adapters A, B and a scale per rank. A subclass gives ``pair`` and ``checked_adapter``."""
+
+    reads = (*Fused.reads, "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "cast_input_dtype_enabled")
+
+    def _names(self) -> list[str]:
+        """Returns the active adapters that this layer has, in the order in which PEFT adds them."""
+        held = self._modules["lora_A"]
+        return [name for name in self.active_adapters if name in held]
+
+    def stock_reason(self) -> Optional[str]:
+        return self._reasons(self._names())[0]
+
+    def part_reason(self) -> Optional[str]:
+        reason, alone = self._reasons(self._names())
+        return alone if reason is None else None
+
+    def _reasons(self, names: list[str]) -> tuple[Optional[str], Optional[str]]:
+        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        if reason := layer_reason(self) or adapters_reason(self, names, len(names) > 1):
+            return reason, None
+        is_dora, device = names[0] in self.lora_variant, self._device(names[0])
+        if reason := base_reason(self):
+            if is_dora:
+                return reason, None
+            alone = alone_reason(self)
+            return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason
+        return kernel_reason("dora_linear" if is_dora else "lora_linear", device), None
+
+    def _device(self, name: str) -> str:
+        return self.pair(name)[0].device.type
+
+    def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
+        """Returns ``scaling`` times the adapter's own scale per rank ``[R]``, or None where it has none."""
+        return None
+
+    def _bias(self, name: str) -> Optional[Tensor]:
+        """Returns a bias of lora_B's ``[N]``, which PEFT scales with the rest; or None."""
+        return None
+
+    def _fused(self, x: Tensor) -> Optional[Tensor]:
+        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in PEFT's dtype; None: its own forward has to run."""
+        names, modules = self._names(), self._modules
+        reason, alone = self._reasons(names)
+        if reason is not None or not accepts_input(x):
+            return None
+        base, name = modules["base_layer"], names[0]
+        if alone is None and sums_wider(base, x):
+            if name in self.lora_variant:
+                return dora.forward_over(self, name, base, x)
+            alone = "its sum is float32's"
+        if alone is None:
+            if (found := operands(base, x)) is None:
+                return None
+            x, weight, bias, dtype = found
+            if name in self.lora_variant:
+                return dora.forward(self, name, x, weight, bias, dtype)
+        if len(names) == 1:
+            (lora_A, lora_B), scaling = self.pair(name), self.scaling[name]
+            rank_scale = self._rank_scale(name, 1.0)
+            if isinstance(scaling, Tensor):
+                scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
+        else:
+            lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
+        dropout = modules["lora_dropout"]._modules[name]
+        drops = type(dropout) is nn.Dropout
+        options = {"scaling": scaling, "rank_scale": rank_scale, "dropout_p": dropout.p if drops else 0.0,
+                   "training": drops and dropout.training}  # fmt: skip
+        if alone is None:
+            y = ops.lora_linear(x, weight, lora_A, lora_B, bias, **options)
+        else:
+            result = base(x)
+            dtype = result.dtype
+            if not accepts_input(result) or result.shape[:-1] != x.shape[:-1]:
+                return self._added(names, x, result)
+            wide = torch.promote_types(x.dtype, dtype)
+            # Autocast would round what the base layer returned, where PEFT adds to it.
+            with torch.autocast(x.device.type, enabled=False):
+                y = ops.lora_residual(x.to(wide), result.to(wide), lora_A, lora_B, **options)
+        for name in names:
+            if (bias := self._bias(name)) is not None:
+                y = y + self.scaling[name] * bias
+        return y if y.dtype is dtype else y.to(dtype)
+
+    def _added(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
+        """Adds as PEFT does, to a result that the op does not take: the base layer has run, and must not run again."""
+        dtype = result.dtype
+        for name in names:
+            lora_A, lora_B = self.pair(name)
+            if (rank_scale := self._rank_scale(name, 1.0)) is not None:
+                lora_A = lora_A * rank_scale.unsqueeze(1)
+            dropped = self._modules["lora_dropout"]._modules[name](x.to(lora_A.dtype))
+            result = result + F.linear(F.linear(dropped, lora_A), lora_B, self._bias(name)) * self.scaling[name]
+        return result.to(dtype)
+
+    def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
+        """Returns lora_A ``[R, K]`` with all scales in it and lora_B ``[N, R]`` of several adapters, float32."""
+        pairs, scaled = [self.pair(name) for name in names], []
+        for name, (a, _) in zip(names, pairs, strict=True):
+            scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
+            scaled.append(scale.unsqueeze(1) * a.float())
+        return torch.cat(scaled), torch.cat([b.float() for _, b in pairs], dim=1), None
+
+    def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
+        """Returns the adapters as one; scales are filled in on the device, since a copy from the host would wait."""
+        pairs = [self.pair(name) for name in names]
+        lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        scalings = [self.scaling[name] for name in names]
+        if any(isinstance(scaling, Tensor) for scaling in scalings):
+            given = [_times(scaling, self._rank_scale(name, 1.0), a.shape[0], a.device)
+                     for name, scaling, (a, _) in zip(names, scalings, pairs, strict=True)]  # fmt: skip
+            return lora_A, lora_B, 1.0, torch.cat(given)
+        scales = [self._rank_scale(name, scaling) for name, scaling in zip(names, scalings, strict=True)]
+        if scales[0] is not None:
+            return lora_A, lora_B, 1.0, torch.cat(scales)
+        if scalings.count(scalings[0]) == len(scalings):
+            return lora_A, lora_B, scalings[0], None
+        filled = [
+            torch.full((a.shape[0],), scaling, dtype=torch.float32, device=a.device)
+            for (a, _), scaling in zip(pairs, scalings, strict=True)
+        ]
+        return lora_A, lora_B, 1.0, torch.cat(filled)
+
+
+def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = None) -> Tensor:
+    """Returns ``[R]`` float32: a scale that may be a tensor of one element, times the adapter's own."""
+    if not isinstance(scaling, Tensor):
+        scaling = torch.full((1,), scaling, dtype=torch.float32, device=device)
+    scaling = scaling.to(torch.float32).reshape(1)
+    return scaling.expand(rank) if rank_scale is None else scaling * rank_scale
+
+
+class Lora(LowRank):
+    """``lora.Linear`` and ``lora.Linear4bit``: modules lora_A and lora_B, one scale, DoRA's magnitude."""
+
+    reads = (
+        *LowRank.reads, "lora_bias", "lora_magnitude_vector", "_check_forward_args", "get_base_layer",
+    )  # fmt: skip
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if names is not None and not args and len(kwargs) == 1:
+            self._check_forward_args(x, adapter_names=names)
+            if (y := self._mixed(x, names)) is not None:
+                return y
+        return super().forward(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Optional[Tensor]:
+        """Computes a mixed batch, a name for each sample of x; None: PEFT's loop has to run.
+
+        A name that this layer does not have, ``__base__`` among them, is the base layer's alone.
+        """
+        held = self._modules["lora_A"]._modules
+        used = [name for name in dict.fromkeys(names) if name in held]
+        if not used or layer_reason(self) is not None or not accepts_input(x) or x.dim() < 2:
+            return None
+        if adapters_reason(self, used, True) is not None or base_reason(self) is not None:
+            return None
+        if any(isinstance(self.scaling[name], Tensor) or self._bias(name) is not None for name in used):
+            return None
+        if kernel_reason("grouped_lora_linear", self._device(used[0])) is not None:
+            return None
+        if (found := operands(self._modules["base_layer"], x)) is None:
+            return None
+        x, weight, bias, dtype = found
+        pairs, index = [self.pair(name) for name in used], {name: i for i, name in enumerate(used)}
+        y = ops.grouped_lora_linear(
+            x, weight, [a for a, _ in pairs], [b for _, b in pairs], [index.get(name, -1) for name in names], bias,
+            scaling=[self.scaling[name] for name in used],
+        )  # fmt: skip
+        return y if y.dtype is dtype else y.to(dtype)
+
+    checked_adapter = lora_adapter
+
+    def _names(self) -> list[str]:
+        held = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in held]
+
+    def pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        modules = self._modules
+        lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+
+    def _bias(self, name: str) -> Optional[Tensor]:
+        return self._modules["lora_B"]._modules[name]._parameters.get("bias")
+
+    def dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
+        """Returns the dtype of PEFT's DoRA over a base layer that returns ``dtype``."""
+        return dtype
+
+
+if LoraLinear is not None:
+
+    @fuses(LoraLinear)
+    class FusedLoraLinear(Lora, MergesNF4, LoraLinear):
+        """``peft.tuners.lora.Linear`` over nn.Linear, NF4Linear or Linear4bit: LoRA and DoRA."""
+
+        def resolve_lora_variant(self, **kwargs: Any) -> Any:
+            variant = super().resolve_lora_variant(**kwargs)
+            if variant is None or not isinstance(self.get_base_layer(), NF4Linear):
+                return variant
+            if type(variant) is not dora.DoraLinearVariant:
+                raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear is not supported yet")
+            return dora.DoraNF4Variant()
+
+        def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+            plain = not any(self.lora_bias[name] for name in names)
+            variants_of = [self.lora_variant.get(name) for name in names]
+            if plain and all(variant is None for variant in variants_of):
+                return self._side_by_side(names)
+            if not plain or len(names) > 1 or type(variants_of[0]) not in dora.VARIANTS:
+                return None
+            lora_A, lora_B, _ = self._side_by_side(names)
+            norm = ops.dora_weight_norm(nf4, lora_A, lora_B, dtype=torch.float32)
+            return lora_A, lora_B, output_scale(self.lora_magnitude_vector[names[0]].weight, norm)
+
+        def _merged(
+            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
+        ) -> tuple[Tensor, Optional[Tensor]]:
+            variant = self.lora_variant.get(name)
+            delta = self.get_delta_weight(name).float()
+            merged = weight + delta
+            if type(variant) in dora.VARIANTS:  # the norm is of the weight that the forward sees
+                norm = torch.linalg.norm(unmerged + delta, dim=1)
+                merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
+            elif variant is not None:
+                raise NotImplementedError(f"{variant_name(variant)} over an NF4Linear can't be merged")
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise RuntimeError(  # as PEFT says it
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                bias = bias + self.lora_B[name].bias * self.scaling[name]
+            return merged, bias
+
+
+if LoraLinear8bitLt is not None:
+
+    @fuses(LoraLinear8bitLt)
+    class FusedLoraLinear8bitLt(Lora, LoraLinear8bitLt):
+        """``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part, over bitsandbytes' own 8-bit product."""
+
+
+if LoraLinear4bit is not None:
+
+    @fuses(LoraLinear4bit)
+    class FusedLoraLinear4bit(Lora, LoraLinear4bit):
+        """``peft.tuners.lora.bnb.Linear4bit``: QLoRA and QDoRA."""
+
+        def dora_dtype(self, dtype: torch.dtype, magnitude: Tensor) -> torch.dtype:
+            # PEFT asks for CUDA's autocast, whatever the device, and casts back only outside it.
+            return torch.promote_types(dtype, magnitude.dtype) if torch.is_autocast_enabled() else dtype

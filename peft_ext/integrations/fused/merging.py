@@ -1,0 +1,91 @@
+"""Merging an adapter into an NF4 weight, with an exact way back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..._imports import optional, version
+from ...nn import NF4Linear
+from ...nn.nf4 import requantized
+from ...weight import NF4Weight
+from .base import KEPT
+
+check_adapters_to_merge = None
+with optional("peft", "an adapter over an NF4Linear can't be merged"):
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+_MERGE_LOSES = (
+    "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
+    "moves it. peft_ext.dequantize_nf4(model) before merging, or peft-ext merge, keeps it"
+)
+
+
+class MergesNF4:
+    """merge and unmerge of an adapter layer over an NF4Linear; over another base the stock class's own.
+
+    merge requantizes the merged weight with the base's own block size, always from the weight that was kept: one
+    rounding, in any order; ``base_layer.merge_error`` says how far that moves it. unmerge puts the kept weight's very
+    bits back. A subclass gives ``_merged``: weight and bias after one adapter more, from those before it and the weight
+    without any; and ``_factors``, where all adapters are low-rank: lora_A, lora_B and the rows' scale of them together,
+    which :func:`peft_ext.ops.nf4_merge` adds in one pass over the codes.
+    """
+
+    def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, NF4Linear):
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if check_adapters_to_merge is None:
+            raise RuntimeError(f"merge: {version('peft')} has no peft.tuners.tuners_utils.check_adapters_to_merge")
+        held = getattr(self, self.adapter_layer_names[0])
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
+        if names:
+            _merge_nf4(self, base, names, safe_merge)
+
+    def unmerge(self) -> None:
+        base = self.get_base_layer()
+        if not self.merged or not isinstance(base, NF4Linear):
+            return super().unmerge()
+        if KEPT not in self.__dict__:
+            raise RuntimeError("the NF4 weight from before the merge is not here: it was merged elsewhere")
+        nf4, bias = self.__dict__.pop(KEPT)
+        base.set_nf4(nf4.to(base.weight.device))
+        if bias is not None:
+            base.bias.data = bias.to(base.bias)
+        self.merged_adapters.clear()
+
+
+@torch.no_grad()
+def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) -> None:
+    nf4, bias = layer.__dict__.get(KEPT, (base.nf4, None if base.bias is None else base.bias.detach().clone()))
+    unmerged = nf4.to(base.weight.device)
+    together = [*layer.merged_adapters, *names]
+    merged_bias = bias
+    if (factors := layer._factors(together, unmerged)) is not None:
+        lora_A, lora_B, row_scale = factors
+        quantized, error = ops.nf4_merge(unmerged, lora_A, lora_B, row_scale=row_scale)
+        if safe_merge and not math.isfinite(error):
+            broken = ", ".join(together)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+    else:
+        dense = merged = unmerged.dequantize(torch.float32)
+        for name in together:
+            merged, merged_bias = layer._merged(name, merged, merged_bias, dense)
+            finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(merged_bias).all())
+            if safe_merge and not finite:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        quantized, error = requantized(merged, nf4)
+    base.set_merged(quantized, error)
+    if bias is not None:
+        base.bias.data = merged_bias.to(base.bias)
+    layer.__dict__[KEPT] = (nf4, bias)
+    layer.merged_adapters.extend(names)
+    warnings.warn(_MERGE_LOSES, stacklevel=3)

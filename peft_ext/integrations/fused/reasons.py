@@ -1,0 +1,402 @@
+"""The reasons for which a layer takes the stock path: one line of text each; None: the call can be fused.
+
+The forward of a fused layer asks these functions on each call, and :func:`peft_ext.explain` prints what they return, so
+that the two can't differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # noqa: PLC2701  torch.nn has no public name for it
+
+from ... import _cpu
+from ..._imports import version
+from ..._native import STATE
+from ...nn import NF4Linear
+from ...nn.nf4 import is_dtensor
+from ...ops.checks import autocast_dtype
+from ...ops.library import has_kernel
+from ...weight import why_not_nf4
+from . import dora
+from .base import (
+    DTYPES,
+    FOUR_BIT,
+    LINEAR,
+    Conv1D,
+    Params4bit,
+    class_name,
+    is_fully_sharded,
+    quant_state_of,
+    short,
+)
+
+# The operators that a layer on one of the public ops calls, in its forward and backward.
+_CALLED = {
+    "bottleneck_adapter": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+    "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
+    "lora_linear": ("lora_linear", "lora_linear_backward"),
+    "lora_residual": ("lora_residual", "lora_residual_backward"),
+    "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
+    "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
+    "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
+    "ia3_linear": ("ia3_linear", "ia3_linear_backward"),
+    "ia3_scale": ("ia3_scale", "ia3_scale_backward"),
+}
+
+
+def native_kernels() -> dict[str, dict[str, bool]]:
+    """Returns by public op, by device, whether all that it calls has a kernel of the library that is loaded."""
+    return {
+        op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
+        for op, called in _CALLED.items()
+    }
+
+
+# Without them an op runs the reference, which is slower than PEFT.
+KERNELS = native_kernels()
+
+# The dtypes in which a frozen linear without an adapter is put on an op as well: PyTorch has no product of them here.
+WIDENED = _cpu.widened_dtypes()
+
+# What the fused layers take for a tensor, by exact type.
+_plain: tuple[type, ...] = (nn.Parameter, Tensor)
+
+# Shards that fully_shard gathers into plain parameters by the time a fused layer sees them: by id.
+_gathered: frozenset[int] = frozenset()
+
+_VARIANTS = {
+    "DoraLinearVariant": "DoRA",
+    "DoraNF4Variant": "DoRA",
+    "DoraConv1dVariant": "DoRA",
+    "DoraConv2dVariant": "DoRA",
+    "DoraConv3dVariant": "DoRA",
+    "DoraEmbeddingVariant": "DoRA",
+    "ALoraLinearVariant": "aLoRA",
+    "ArrowLinearVariant": "Arrow",
+    "BdLoraLinearVariant": "BD-LoRA",
+    "KasaLinearVariant": "KaSA",
+    "MiCALinearVariant": "MiCA",
+    "MontecloraLinearVariant": "MonteCLoRA",
+    "QALoraLinearVariant": "QALoRA",
+    "VeloraLinearVariant": "VeLoRA",
+}
+
+_HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
+
+# What stands against fusing one adapter, its lora_A and lora_B.
+Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
+
+
+# --- what is to be seen as what ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def accepting(kind: type) -> Iterator[None]:
+    """Lets the fused layers accept tensors of this subclass as well: fake ones, where a step is estimated."""
+    global _plain
+    before, _plain = _plain, (*_plain, kind)
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+@contextmanager
+def as_in_forward(model: nn.Module) -> Iterator[None]:
+    """Makes a layer's reasons those of a call within ``model``'s: FSDP2's shards count as what it gathers."""
+    global _gathered
+    before, _gathered = _gathered, frozenset(_gathered_ids(model))
+    try:
+        yield
+    finally:
+        _gathered = before
+
+
+def _gathered_ids(model: nn.Module) -> Iterator[int]:
+    for module in model.modules():
+        if not is_fully_sharded(type(module)):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                if not parameter.is_dtensor:  # under tensor parallelism too, which is what is left after gathering
+                    yield id(parameter.sharded_param)
+
+
+def _is_shard(parameter: Any) -> bool:
+    return (is_dtensor(parameter) and id(parameter) not in _gathered) or hasattr(parameter, "ds_id")
+
+
+# --- an input, a tensor, a module -------------------------------------------------------------------------------------
+
+
+def accepts_input(x: Any) -> bool:
+    """Returns whether x is a tensor that the ops take: plain, dense, of a float dtype; no transform under way.
+
+    The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
+    see PEFT's own path.
+    """
+    if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+        return False
+    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
+def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
+    """Returns why the ops can't read a parameter, called ``name``, as it lies."""
+    # a DTensor, a quantized subclass, or taken out of the module by FSDP
+    if type(tensor) not in _plain and id(tensor) not in _gathered:
+        return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
+    if tensor.dim() != dim or hasattr(tensor, "ds_id"):
+        return f"{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return f"{name} is on {tensor.device} with layout {tensor.layout}"
+    return None
+
+
+def kernel_reason(op: str, device: str) -> Optional[str]:
+    """Returns why the public op ``op`` would run the reference on ``device``."""
+    if KERNELS[op].get(device):
+        return None
+    if device == "cuda" and not STATE.cuda_loaded:
+        why = STATE.cuda_error or "torch is a CPU build"
+        return f"it is on a GPU, and the CUDA library is not loaded ({why})"
+    return f"no native kernels of {op} for {device} tensors are loaded"
+
+
+def hooked(module: nn.Module) -> bool:
+    """Returns whether calling ``module`` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+# --- a layer and its base ---------------------------------------------------------------------------------------------
+
+
+def layer_reason(layer: Any) -> Optional[str]:
+    """Returns why an adapter layer's next call runs no adapter, or another forward than its class's."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate's device hooks do that)"
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        error = getattr(layer._modules.get("base_layer"), "merge_error", None)
+        moved = "" if error is None else f", and requantizing moved its weight by {error:.2%}"
+        return f"merged: the base layer alone runs{moved}"
+    return None
+
+
+def base_reason(layer: Any) -> Optional[str]:
+    """Returns why the base layer of ``layer`` has to run on its own, and not in the op."""
+    base = layer._modules["base_layer"]
+    if hooked(base):
+        return "hooks on base_layer would not run"
+    if bool(layer.__dict__.get("fan_in_fan_out")) is not (type(base) is Conv1D):
+        return f"fan_in_fan_out is {layer.__dict__.get('fan_in_fan_out')} over a {class_name(type(base))}"
+    return weight_reason(base)
+
+
+def alone_reason(layer: Any) -> Optional[str]:
+    """Returns why the base layer of ``layer``, which has to run on its own, may not return what the op takes."""
+    base = layer._modules["base_layer"]
+    for name, parameter in base._parameters.items():
+        # What fully_shard wrapped by itself gathers its parameters as it is called.
+        if _is_shard(parameter) and not is_fully_sharded(type(base)):
+            return f"base_layer.{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+        if parameter is not None and parameter.is_meta:
+            return f"base_layer.{name} is on meta"
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return "its base layer has no weight of its own"
+    return None if weight.dim() == 2 else f"base_layer.weight is {tuple(weight.shape)}, wanted 2 dimensions"
+
+
+def _is_linear(kind: type) -> bool:
+    """Returns whether ``kind`` is nn.Linear or computes the same: it on an op, and Falcon's x @ W.T + b."""
+    if kind in LINEAR:
+        return True
+    return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
+
+
+def weight_reason(base: nn.Module) -> Optional[str]:
+    """Returns why the ops can't read the weight of ``base``, a Linear, Conv1D, NF4Linear or Linear4bit, as it lies."""
+    kind = type(base)
+    weight = base._parameters.get("weight")
+    if kind in FOUR_BIT:
+        # pickle and fully_shard make the one into the other
+        if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
+            return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
+        quant_state = quant_state_of(base)
+        if reason := why_not_nf4(quant_state):
+            return reason
+        absmax = quant_state.absmax  # on the weight's device, and no tensor subclass, whose attributes are slow to read
+        if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
+            return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
+        cast = autocast_dtype(absmax)
+        if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
+            return f"autocast computes in {short(cast)}, the layer's compute_dtype is {short(base.compute_dtype)}"
+        return None
+    if kind is not NF4Linear and kind is not Conv1D and not _is_linear(kind):
+        return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear or Linear4bit"
+    if reason := tensor_reason("its weight", weight):
+        return reason
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    if kind is not NF4Linear and weight.dtype not in DTYPES:
+        return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
+    return None
+
+
+def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
+    """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``."""
+    if dtype not in WIDENED:
+        return f"PyTorch's product of {short(dtype)} is as fast here"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate's device hooks do that)"
+    if reason := weight_reason(layer):
+        return reason
+    device = layer._parameters["weight"].device.type
+    return kernel_reason("frozen_linear", "cpu") if device == "cpu" else f"it is on {device}"
+
+
+# --- LoRA, DoRA, AdaLoRA ----------------------------------------------------------------------------------------------
+
+
+def variant_name(variant: Any) -> str:
+    """Returns what people call the variant of LoRA."""
+    name = type(variant).__name__
+    return _VARIANTS.get(name, f"LoRA variant {name}")
+
+
+def adapters_reason(layer: Any, names: list[str], several: bool) -> Optional[str]:
+    """Returns what stands against fusing the adapters ``names``, over whatever base.
+
+    A method's own checks are in ``layer.checked_adapter``: :func:`lora_adapter` and :func:`adalora_adapter`.
+    """
+    if not names:
+        return "no active adapter on this layer"
+    if _has_any_global_hook():
+        return "global hooks of torch.nn would not run"
+    dropouts = layer._modules["lora_dropout"]._modules
+    like = None
+    for name in names:
+        reason, a, b = layer.checked_adapter(name, several)
+        if reason:
+            return reason
+        dropout = dropouts[name]
+        if hooked(dropout):
+            return _HOOKS
+        if type(dropout) is nn.Dropout:
+            if dropout.training and (dropout.p >= 1.0 or dropout.inplace):
+                return f"{dropout} is not fused"
+            if several and dropout.training and dropout.p > 0.0:
+                return "several adapters draw a dropout mask each"
+        elif type(dropout) is not nn.Identity:
+            return f"lora_dropout is a {type(dropout).__name__}, wanted nn.Dropout or nn.Identity"
+        if reason := tensor_reason("lora_A", a) or tensor_reason("lora_B", b):
+            return reason
+        if a.dtype is not b.dtype or a.dtype not in DTYPES:
+            return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}, wanted both float32, bfloat16 or float16"
+        if like is None:
+            like = a
+        elif a.dtype is not like.dtype or a.device != like.device:
+            return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}"
+        if reason := _scaling_reason(layer.scaling[name], a):
+            return reason
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)"
+    return None
+
+
+def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
+    """Returns what stands against fusing one adapter of LoRA or DoRA, its lora_A and lora_B."""
+    modules = layer._modules
+    if (variant := layer.lora_variant.get(name)) is not None:
+        if not dora.VARIANTS and variant_name(variant) == "DoRA":
+            return f"DoRA is not fused: {version('peft')} is not as peft_ext knows it", None, None
+        if type(variant) not in dora.VARIANTS:
+            return f"{variant_name(variant)} is not fused yet", None, None
+        if several:
+            return "DoRA beside another active adapter is not fused", None, None
+        if isinstance(layer.scaling[name], Tensor):
+            return "DoRA whose scaling is a tensor is not fused", None, None
+        if reason := _magnitude_reason(modules["lora_magnitude_vector"]._modules[name]):
+            return reason, None, None
+    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        names = f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
+        return f"{names}, wanted plain nn.Linear", None, None
+    if hooked(lora_A) or hooked(lora_B):
+        return _HOOKS, None, None
+    a, b = lora_A._parameters, lora_B._parameters
+    if a.get("bias") is not None:
+        return "lora_A has a bias", None, None
+    if (bias := b.get("bias")) is not None and (reason := tensor_reason("lora_B's bias", bias, dim=1)):
+        return reason, None, None
+    return None, a.get("weight"), b.get("weight")
+
+
+def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
+    """Returns what stands against fusing one adapter of AdaLoRA, its lora_A and lora_B."""
+    (lora_A, lora_B), modules = layer.pair(name), layer._modules
+    lora_E, ranknum = modules["lora_E"]._parameters.get(name), modules["ranknum"]._parameters.get(name)
+    reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
+    if reason is None and lora_A is not None and lora_E.dtype is not lora_A.dtype:
+        reason = f"lora_E is {short(lora_E.dtype)}, lora_A {short(lora_A.dtype)}"
+    if reason is None and lora_E.shape[0] == 0:
+        reason = "it has rank 0"
+    return reason, lora_A, lora_B
+
+
+def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+    if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
+        return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
+    # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
+    if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
+        return f"scaling is {type(scaling).__name__}, wanted a finite number"
+    return None
+
+
+def _magnitude_reason(module: nn.Module) -> Optional[str]:
+    if type(module) is not dora.DoraLinearLayer:
+        return f"lora_magnitude_vector is a {type(module).__name__}, wanted DoraLinearLayer"
+    if hooked(module):
+        return "hooks on lora_magnitude_vector would not run"
+    magnitude = module._parameters.get("weight")
+    if reason := tensor_reason("lora_magnitude_vector", magnitude, dim=1):
+        return reason
+    if magnitude.dtype not in DTYPES:
+        return f"lora_magnitude_vector is {short(magnitude.dtype)}, wanted float32, bfloat16 or float16"
+    return None
+
+
+# --- (IA)³ ------------------------------------------------------------------------------------------------------------
+
+
+def vectors_reason(vectors: list[Optional[Tensor]]) -> Optional[str]:
+    """Returns what stands against fusing the active adapters' vectors, over whatever base."""
+    if not vectors:
+        return "no active adapter on this layer"
+    if _has_any_global_hook():
+        return "global hooks of torch.nn would not run"
+    like = vectors[0]
+    for vector in vectors:
+        if reason := tensor_reason("ia3_l", vector):
+            return reason
+        if vector.dtype not in DTYPES:
+            return f"ia3_l is {short(vector.dtype)}, wanted float32, bfloat16 or float16"
+        if vector.dtype is not like.dtype or vector.device != like.device:
+            there = f"{short(vector.dtype)} on {vector.device}"
+            return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
+    return None

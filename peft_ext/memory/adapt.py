@@ -1,0 +1,92 @@
+"""The model that is traced: adapted by PEFT on the meta device, with checkpointing, on the fused operators."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ..integrations import peft as integration
+from ..integrations.fused.base import STOCK
+from ..methods import METHODS, make_config, method_config
+from ..nn import NF4Linear
+from ..sources.model import task_of
+from .stand_ins import Dequantized
+
+__all__ = ["adapt_on_meta", "is_checkpointing", "name_of", "put_on_ops", "quantization_of", "set_checkpointing"]
+
+
+def adapt_on_meta(
+    model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool
+) -> nn.Module:
+    """Returns the model with the adapter of ``config``, or of the method's own one, on the meta device."""
+    if config is None and method in (None, "full"):
+        return model.requires_grad_(True) if method else model
+    import peft
+
+    from ..model import freeze_ranknum
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
+    if config is None:
+        config = make_config(*method_config(method, task_type or task_of(model)))
+    if not isinstance(config, peft.PeftConfig):
+        raise TypeError(f"estimate_memory: config is {type(config).__name__}, wanted a PEFT configuration or one of "
+                        f"{('full', *METHODS)}")  # fmt: skip
+    if wants_checkpointing and config.peft_type == peft.PeftType.PREFIX_TUNING:
+        raise ValueError("estimate_memory: gradient_checkpointing is True, but prefix tuning does not work with it")
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # another start, of the same shapes
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(model, config)
+    freeze_ranknum(adapted)
+    return adapted
+
+
+def put_on_ops(model: nn.Module, accelerated: bool) -> None:
+    """Accelerates the model, or restores it."""
+    if not accelerated:
+        integration.restore(model)
+    elif not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
+        integration.accelerate(model)
+
+
+def set_checkpointing(model: nn.Module, wanted: bool) -> None:
+    """Turns checkpointing on where it is wanted, or on already; the generator's state can't be kept in a trace."""
+    if not wanted and not is_checkpointing(model):
+        return
+    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    for what in ("activation", "gradient"):  # transformers' newer name, and the older one
+        enable = getattr(model, f"{what}_checkpointing_enable", None)
+        if enable is not None:
+            enable(**{f"{what}_checkpointing_kwargs": kwargs})
+            return
+    raise ValueError(f"estimate_memory: gradient_checkpointing is True, but {type(model).__name__} has no "
+                     "gradient_checkpointing_enable")  # fmt: skip
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def name_of(model: nn.Module, method: Optional[str]) -> str:
+    held = getattr(model, "peft_config", None)
+    if not isinstance(held, dict):
+        return method or "as it is"
+    config = held[model.active_adapter]
+    name = str(getattr(config.peft_type, "value", config.peft_type))
+    if getattr(config, "use_dora", False):
+        name = "DORA"
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
+    return f"{name} r={rank}" if isinstance(rank, int) else name
+
+
+def quantization_of(model: nn.Module) -> Optional[str]:
+    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, Dequantized))]
+    return None if not layers else "int8" if "CB" in layers[0]._buffers else "nf4"

@@ -1,0 +1,219 @@
+"""Models and configurations without their data.
+
+    meta      shape and dtype: to build, copy and adapt a model on
+    stand-in  one element seen as the whole, a plain CPU tensor to all who ask: to quantize and accelerate a model on
+
+A model is built from a transformers configuration, or copied, with no tensor larger than one element; bitsandbytes'
+layers, and those that are to be quantized, become layers that hold stand-ins of what they would hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
+from ..nn import NF4Linear
+from ..quantize import HEADS, linear_groups, replace_group
+from ..sources.model import AUTO_CLASSES
+from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
+
+__all__ = [
+    "Dequantized",
+    "build_model",
+    "copy_to_meta",
+    "fake",
+    "quantize_stand_ins",
+    "replace_tensors",
+    "stand_in",
+]
+
+
+def build_model(
+    config: Any, task_type: Optional[str] = None, dtype: Optional[torch.dtype] = None
+) -> tuple[nn.Module, torch.dtype]:
+    """Returns the model of a transformers configuration, on the meta device, and the dtype of its weights to be."""
+    import transformers
+
+    if not isinstance(config, transformers.PretrainedConfig):
+        raise TypeError(f"estimate_memory: model is {type(config).__name__}, wanted an nn.Module or a transformers "
+                        "configuration")  # fmt: skip
+    config = copy.deepcopy(config)
+    named = getattr(transformers, (getattr(config, "architectures", None) or ("",))[0], None)
+    with torch.device("meta"):
+        if task_type is None and named is not None:
+            model = named(config)
+        else:
+            default = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+            model = getattr(transformers, AUTO_CLASSES[task_type or default]).from_config(config)
+    return model, dtype or config.dtype or torch.float32
+
+
+# --- a model without its data -----------------------------------------------------------------------------------------
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+
+def stand_in(t: Tensor) -> Tensor:
+    """Returns one element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
+    return torch.empty((), dtype=t.dtype).expand(t.shape)
+
+
+def fake(t: Tensor) -> Tensor:
+    """Returns a fake tensor, under FakeTensorMode."""
+    return torch.empty(t.shape, dtype=t.dtype)
+
+
+def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    new = make(t)
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
+    """Returns a copy on the meta device; bitsandbytes' layers become what they hold and do."""
+    partly = any(not p.requires_grad for p in model.parameters())
+    memo: dict[int, Any] = {}
+    for t in _tensors(model):
+        memo[id(t)] = _like(t, _meta)
+        if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
+            if not (partly and t.requires_grad):  # an adapter keeps its own
+                memo[id(t)].data = memo[id(t)].data.to(dtype)
+    for module in model.modules():
+        if (other := _of_bitsandbytes(module, accelerated)) is not None:
+            replace_tensors(other, _meta)
+            memo[id(module)] = other
+    model = copy.deepcopy(model, memo)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(model, recurse=True)
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Replaces every parameter and buffer by another of its shape and dtype; what was one stays one."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, t in held.items():
+                if t is not None:
+                    if id(t) not in made:
+                        made[id(t)] = (t, _like(t, make))
+                    held[name] = made[id(t)][1]
+
+
+def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
+    """Returns an NF4 weight of stand-ins."""
+
+    def held(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty((), dtype=dtype).expand(shape)
+
+    blocks = -(-out_features * in_features // blocksize)
+    nested = None
+    if double_quant:
+        nested = NestedAbsmax(
+            held(torch.float32, -(-blocks // NESTED_BLOCKSIZE)), held(torch.float32, 256), held(torch.float32)
+        )
+    return NF4Weight(
+        held(torch.uint8, -(-out_features * in_features // 2), 1),
+        held(torch.uint8 if double_quant else torch.float32, blocks),
+        torch.Size((out_features, in_features)), dtype, blocksize, nested,
+    )  # fmt: skip
+
+
+class Dequantized(nn.Module):
+    """A frozen linear layer whose quantized weight is dequantized, whole, on each use: bitsandbytes' layers.
+
+    ``weight`` is the dense weight, made anew for who asks, as PEFT does when it dequantizes one.
+    """
+
+    def __init__(self, held: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.saves_x = "packed" not in held  # int8: bitsandbytes holds x, though nothing of it is needed
+        for name, t in held.items():
+            self.register_buffer(name, t)
+        self.bias = bias
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return nn.Parameter(self.dense(self.dtype), requires_grad=False)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _DequantizedLinear.apply(x, self.bias, self)
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], layer: Dequantized) -> Tensor:
+        ctx.layer = layer
+        if layer.saves_x:
+            ctx.save_for_backward(x)
+        bias = bias if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(x, layer.dense(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return grad @ ctx.layer.dense(grad.dtype), grad_bias, None
+
+
+def _quantized(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
+) -> nn.Module:
+    """Returns a quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
+    if kind == "int8":
+        held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
+        return Dequantized(held, shape, dtype, bias)
+    nf4 = _nf4(*shape, blocksize, double_quant, dtype)
+    return NF4Linear.from_nf4(nf4, bias) if fused else Dequantized(nf4.tensors(), shape, dtype, bias)
+
+
+def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
+    """Returns what stands for one of bitsandbytes' linear layers; None for any other module."""
+    if not isinstance(module, QUANTIZED):
+        return None
+    bias = module.bias if module.bias is None else _like(module.bias, _meta)
+    shape = (module.out_features, module.in_features)
+    if Linear8bitLt is not None and isinstance(module, Linear8bitLt):
+        dtype = torch.float16 if bias is None else bias.dtype
+        return _quantized("int8", shape, dtype, bias, 64, False, False)
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    blocksize, nested = (
+        (weight.blocksize, weight.compress_statistics) if state is None else (state.blocksize, state.nested)
+    )
+    dtype = module.compute_dtype or (weight.dtype if state is None else state.dtype)
+    fused = accelerated and type(module) in FOUR_BIT and (state is None or state.quant_type == "nf4")
+    return _quantized("nf4", shape, dtype, bias, blocksize, bool(nested), fused)
+
+
+def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
+    """Quantizes as quantize_nf4 does, or bitsandbytes: the same layers, of no data."""
+
+    def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
+        shape = (linear.out_features, linear.in_features)
+        module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused)
+        if first is not None:  # layers of one weight
+            if isinstance(module, NF4Linear):
+                module.weight = first.weight
+            module._buffers.update(first._buffers)
+        return module.train()
+
+    for same in linear_groups(model, set(HEADS)):
+        replace_group(same, make)

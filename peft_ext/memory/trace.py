@@ -1,0 +1,328 @@
+"""One training step over fake tensors, and when each storage of it is made and dies."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (  # noqa: PLC2701  tracing without data has no public names
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  as above
+from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as above
+
+from .._native import STATE, TILE_PATHS
+from ..integrations.fused.reasons import accepting
+from ..nn import NF4Linear
+from ..ops.library import NAMESPACE
+from ..sources.model import base_model, output_head
+from .optimizers import OPTIMIZERS
+from .profile import KINDS, Profile
+from .stand_ins import Dequantized, fake, replace_tensors
+
+__all__ = ["VALUES_WANTED", "Step"]
+
+# What a forward raises here that depends on the values of its tensors.
+VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+@dataclass
+class _Storage:
+    """When a storage was made and when it died, on the trace's clock."""
+
+    size: int
+    kind: str
+    born: int
+    died: Optional[int] = None
+
+
+class _Storages(TorchDispatchMode):
+    """Notes every storage that an operator returns, and its end."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.clock = 0
+        self.kind = "temporary"
+        self.all: list[_Storage] = []
+        self._of: weakref.WeakKeyDictionary[Any, _Storage] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.clock += 1
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                self.note(t)
+        if func.namespace == NAMESPACE:
+            workspace = self.add(_workspace_bytes(func, args, self.device), "temporary")
+            workspace.died = self.mark()
+        return out
+
+    def add(self, size: int, kind: str) -> _Storage:
+        self.all.append(_Storage(size, kind, self.clock))
+        return self.all[-1]
+
+    def note(self, t: Tensor, kind: Optional[str] = None) -> _Storage:
+        """Returns the storage of ``t``, noted as of ``kind`` where that is given."""
+        storage = t.untyped_storage()
+        found = self._of.get(storage)
+        if found is None:
+            found = self._of[storage] = self.add(storage.nbytes(), self.kind)
+            weakref.finalize(storage, self._end, found)
+        found.kind = kind or found.kind
+        return found
+
+    def _end(self, storage: _Storage) -> None:
+        self.clock += 1
+        storage.died = self.clock
+
+    def mark(self) -> int:
+        """Returns now, a moment at which what was made before is there."""
+        self.clock += 1
+        return self.clock
+
+
+def _workspace_bytes(func: Any, args: Any, device: str) -> int:
+    """Returns what one of this package's operators takes for itself beside its results, at most.
+
+    On CUDA, and on the CPU in float32, an NF4 weight in the dtype of what it is multiplied with. On the CPU in 16 bits
+    the activations as they are multiplied: packed into strips where the package's own tiles multiply, which read the
+    weight as it lies; else they, the product and a panel of the weight in float32. In the backward of a layer that
+    scales its output, or its input, the scaled gradient.
+    """
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    by = given.get("grad", given.get("x"))
+    if by is None or "shape" not in given:
+        return 0
+    out_features, in_features = given["shape"]
+    size = 0
+    if device == "cpu" and by.element_size() == 2:
+        products = 2 if given.get("drop_base") and given.get("seed") is not None else 1
+        if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
+            size += products * 2 * by.numel()
+        else:
+            rows = by.numel() // max(1, by.shape[-1])
+            size += products * 4 * (rows * (out_features + in_features) + 1024 * in_features)
+    elif given.get("absmax") is not None:
+        size += out_features * in_features * by.element_size()
+    if "grad" in given and ("ia3_l" in given or "out_scale" in given):
+        size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
+    return size
+
+
+def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
+    """Yields bytes alive by kind, and their sum, at each moment at which they grow."""
+    events = [(s.born, True, s) for s in storages]
+    events += [(end if s.died is None else s.died, False, s) for s in storages]
+    alive, total = dict.fromkeys(KINDS, 0), 0
+    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, ends come first
+        alive[s.kind] += s.size if made else -s.size
+        total += s.size if made else -s.size
+        if made:
+            yield at, alive, total
+
+
+class Step:
+    """One training step over fake tensors."""
+
+    def __init__(self, model: nn.Module, optimizer: Optional[str], device: str) -> None:
+        self.model, self.device = model, device
+        self.states, self.copies = OPTIMIZERS["sgd" if optimizer is None else optimizer]
+        self.storages = _Storages(device)
+        self.forward_end = 0
+        self.begins: list[tuple[int, str]] = []
+
+    def run(
+        self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
+    ) -> None:
+        # Not fake: what a module holds beside parameters and buffers, as PEFT's prompt methods their token numbers.
+        with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
+            replace_tensors(self.model, fake)
+            if inputs is None:
+                inputs = _inputs(self.model, batch_size, sequence_length, padding)
+            inputs = tree_map_only(Tensor, fake, dict(inputs))
+            with self.storages:
+                self._note_resident()
+                tree_map_only(Tensor, lambda t: self.storages.note(t, "activations"), inputs)
+                self._forward_backward(inputs, autocast)
+                self._optimize()
+
+    def _note_resident(self) -> None:
+        adapters = self._adapters()
+        for module in self.model.modules():
+            quantized = isinstance(module, (NF4Linear, Dequantized))
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                if t is not None:
+                    state = quantized and name in module._buffers and name not in ("packed", "CB")
+                    kind = "quantization" if state else "adapters" if id(t) in adapters else "weights"
+                    self.storages.note(t, kind)
+        allocates = hasattr(getattr(self.model, "base_model", None), "rankallocator")
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._note_gradient)
+                for size in self.states(p) + [p.numel() * p.element_size()] * (3 * allocates):
+                    self.storages.add(size, "optimizer")
+
+    def _adapters(self) -> set[int]:
+        """Returns what counts as adapters: what trains in a partly frozen model, and PEFT's inactive ones."""
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if len(trained) == sum(1 for _ in self.model.parameters()):
+            return set()
+        for module in self.model.modules():
+            for name in getattr(type(module), "adapter_layer_names", ()):
+                trained |= {id(p) for p in getattr(module, name).parameters()}
+        return trained
+
+    def _note_gradient(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self.storages.note(p.grad, "gradients")
+
+    def _forward_backward(self, inputs: Mapping[str, Any], autocast: Optional[torch.dtype]) -> None:
+        storages = self.storages
+
+        def enter_head(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            storages.kind = "logits"
+            if args and args[0].requires_grad:
+                args[0].register_hook(leave_head)
+
+        def leave_head(_grad: Tensor) -> None:
+            storages.kind = "temporary"
+
+        head = output_head(self.model)
+        if head is not None:
+            head.register_forward_pre_hook(enter_head)
+        for stack, layers in enumerate(_stacks(self.model)):
+            for index, layer in enumerate(layers):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, stack, index), with_kwargs=True)
+        self._begin("forward")
+        storages.kind = "activations"
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = _loss(self.model(**inputs))
+        storages.note(loss, "logits")
+        self.forward_end = storages.mark()
+        self._begin("backward")
+        if storages.kind == "activations":
+            storages.kind = "temporary"
+        loss.backward()
+        storages.kind = "temporary"
+        self._begin("optimizer")
+
+    def _begin(self, phase: str) -> None:
+        self.begins.append((self.storages.mark(), phase))
+
+    def _enter_layer(self, stack: int, index: int, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Notes where the backward is: once the gradient of a layer's input is there, at the layer before it."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
+            before = "before" if index == 0 else "first" if index == 1 else "between"
+            x.register_hook(lambda _grad: self._begin(f"{before} {stack}"))
+
+    def _optimize(self) -> None:
+        sizes = [p.grad.numel() * p.grad.element_size() for p in self.model.parameters() if p.grad is not None]
+        on_cpu = 2 * max(sizes) if self.copies else 0
+        self.storages.add(self.copies * sum(sizes) if self.device == "cuda" else on_cpu, "temporary")
+
+    def profile(self) -> Profile:
+        storages, end = self.storages.all, self.storages.mark()
+        for s in storages:  # what the forward made and did not hold for the backward
+            if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
+                s.kind = "temporary"
+        begins = [*self.begins, (end + 1, "")]
+        current, peaks, most, totals = 0, {}, {}, {}
+        for at, alive, total in _timeline(storages, end):
+            while at >= begins[current + 1][0]:
+                current += 1
+            phase = begins[current][1]
+            largest = most.setdefault(phase, dict.fromkeys(KINDS, 0))
+            for kind, size in alive.items():
+                if size > largest[kind]:
+                    largest[kind] = size
+            if total > totals.get(phase, -1):
+                totals[phase], peaks[phase] = total, dict(alive)
+        parameters = list(self.model.parameters())
+        # A quantized weight's parameter, or buffer, holds two elements a byte.
+        packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
+        count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
+        count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
+        return Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
+
+
+@contextlib.contextmanager
+def _not_packed() -> Iterator[None]:
+    """Keeps transformers from taking every fake batch, which it can't look into, for a packed one with a mask."""
+    masks = sys.modules.get("transformers.masking_utils")
+    find = getattr(masks, "find_packed_sequence_indices", None)
+    if find is None:
+        yield
+        return
+
+    @functools.wraps(find)
+    def found(position_ids: Tensor) -> Optional[Tensor]:
+        return None if isinstance(position_ids, FakeTensor) else find(position_ids)
+
+    masks.find_packed_sequence_indices = found
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = find
+
+
+def _stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """Returns a model's stacks of layers of one class; lists within a layer, as of experts, are none."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in found) or not isinstance(module, nn.ModuleList):
+            continue
+        if len(module) > 1 and len({type(layer) for layer in module}) == 1:
+            found[name] = module
+    return list(found.values())
+
+
+def _loss(out: Any) -> Tensor:
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if loss is None:
+        loss = next(t for t in tree_iter(out) if isinstance(t, Tensor)).sum()
+    return loss
+
+
+def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
+    """Returns token numbers and labels as the model's head takes them."""
+    base = base_model(model)
+    accepted = inspect.signature(base.forward).parameters
+    if "input_ids" not in accepted:
+        raise ValueError(f"estimate_memory: {type(base).__name__} takes no input_ids, wanted inputs")
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    tokens = (batch_size, sequence_length)
+    inputs: dict[str, Any] = {"input_ids": numbers(*tokens)}
+    if padding:
+        inputs["attention_mask"] = numbers(*tokens)
+    if "start_positions" in accepted:
+        inputs |= {"start_positions": numbers(batch_size), "end_positions": numbers(batch_size)}
+    elif "labels" in accepted:
+        inputs["labels"] = numbers(*tokens)
+        if "SequenceClassification" in type(base).__name__:
+            labels = numbers(batch_size)
+            inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
+            if base.config.pad_token_id is None:  # any number does, in the copy
+                base.config.pad_token_id = 0
+    elif "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = numbers(*tokens)
+    if "decoder_input_ids" in accepted and getattr(base.config, "decoder_start_token_id", None) is None:
+        base.config.decoder_start_token_id = 0
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs

@@ -1,0 +1,169 @@
+"""The base of a merge: a model of dense modules, wherever it comes from and however its weights are held."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._imports import required
+from ..nn import NF4Linear
+from ..quantize import HEADS, linear_groups
+from ..sources.adapter import training_options
+from ..sources.json_file import first_line
+from ..sources.model import load_model
+from ..weight import NF4Weight
+from .errors import as_merge_error, fail
+
+with required("peft", "peft_ext.merge_to_dense"):
+    from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+with required("transformers", "peft_ext.merge_to_dense"):
+    from transformers import PreTrainedModel
+
+__all__ = ["Base", "base_of"]
+
+_Read = Callable[[], Tensor]
+
+
+@dataclass
+class Base:
+    """A model of dense modules. ``dense``: by id, how to read the parameters that only stand for a weight."""
+
+    model: PreTrainedModel
+    dense: dict[int, _Read]
+    name: str
+    folder: Optional[Path]
+    quant: str = "none"
+    quant_text: str = "none"
+    absent: tuple[str, ...] = ()  # parameters that the base's files have not
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Returns the tensor, on the CPU; an NF4 weight as float32."""
+        made = self.dense.get(id(tensor))
+        if made is not None:
+            return made()
+        return tensor.detach().cpu()
+
+
+def base_of(
+    model: Union[PreTrainedModel, str, Path, None],
+    config: PeftConfig,
+    adapter: Path,
+    weights: dict[str, Tensor],
+    base_quant: Optional[str],
+    blocksize: Optional[int],
+    double_quant: bool,
+) -> Base:
+    with as_merge_error():
+        trained = training_options(adapter)
+    if isinstance(model, (str, Path)) or model is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        with as_merge_error():
+            loaded = load_model(model, config, adapter, shapes, trained)
+        base = Base(loaded.model, {}, loaded.name, loaded.folder, absent=loaded.absent)
+    elif isinstance(model, PeftModel):
+        fail("model is a PeftModel, wanted its base: save the adapter, and give the base's folder or model.unload()")
+    elif isinstance(model, PreTrainedModel):
+        base = _from_memory(model)
+    else:
+        raise TypeError(f"merge_to_dense: model is {type(model).__name__}, wanted a transformers model or its folder")
+    held = _stand_in(base)
+    if held:
+        if base_quant == "none":
+            fail("base_quant is 'none', but the base itself is held in NF4")
+        base.quant, base.quant_text = "nf4", f"nf4, as the base is held ({held} layers)"
+        return base
+    by = "as asked for"
+    if base_quant is None:
+        by = "as its run.json has it" if trained else "the adapter's folder tells of none"
+        base_quant = trained.get("quant", "none")
+    base.quant, base.quant_text = base_quant, f"{base_quant}, {by}"
+    if base_quant == "nf4":
+        blocksize = blocksize or int(trained.get("blocksize", 64))
+        _quantize(base, blocksize, double_quant)
+        double = "double quantization, " if double_quant else ""
+        base.quant_text = f"nf4, {double}blocks of {blocksize}, {by}"
+    return base
+
+
+def _from_memory(model: PreTrainedModel) -> Base:
+    if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
+        fail(f"the {type(model).__name__} has adapter layers already, wanted it without: model.unload()")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # modules of our own, tensors of theirs
+    where = Path(model.name_or_path) if model.name_or_path else None
+    folder = where if where is not None and where.is_dir() else None
+    return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
+
+
+def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
+    """Returns the weight of a layer that holds it in NF4; MergeError for what other quantizers made."""
+    if isinstance(module, NF4Linear):
+        return module.nf4
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        try:
+            return NF4Weight.from_bitsandbytes(module.weight)
+        except ValueError as error:
+            fail(f"{name}: {first_line(error)}", error)
+    if kind == "Linear8bitLt" or (isinstance(module, nn.Linear) and not module.weight.is_floating_point()):
+        fail(f"{name} is a {kind} with {module.weight.dtype} weights; wanted dense weights or NF4")
+    return None
+
+
+def _stand_in(base: Base) -> int:
+    """Puts a dense layer without memory of its own in place of each NF4 one; returns how many."""
+    count = 0
+    for parent_name, parent in list(base.model.named_modules()):
+        for attribute, child in list(parent.named_children()):
+            nf4 = _nf4_of(child, f"{parent_name}.{attribute}".lstrip("."))
+            if nf4 is None:
+                continue
+            dense = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            # All of its elements are one: PEFT finds a dense weight of this dtype and shape on the CPU.
+            dense.weight = nn.Parameter(torch.zeros((), dtype=nf4.dtype).expand(nf4.shape), requires_grad=False)
+            dense.bias = child.bias
+            base.dense[id(dense.weight)] = lambda nf4=nf4: nf4.to("cpu").dequantize(torch.float32)
+            setattr(parent, attribute, dense)
+            count += 1
+    if count:
+        model = base.model
+        for mark in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "hf_device_map"):
+            if mark in model.__dict__:
+                delattr(model, mark)
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
+        kept = getattr(model, "_weight_conversions", None)
+        if kept is not None:
+            model._weight_conversions = [conversion for conversion in kept if _reverses(conversion)]
+    return count
+
+
+def _reverses(conversion: Any) -> bool:
+    """Returns whether transformers can undo a conversion: not those that put a quantizer's tensors together."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
+    """Makes each weight that quantize_nf4 would quantize be read through NF4."""
+    for same in linear_groups(base.model, set(HEADS)):
+        weight = same[0].linear.weight
+
+        def read(weight: Tensor = weight) -> Tensor:
+            return ops.nf4_quantize(weight.detach().cpu(), blocksize, double_quant).dequantize(torch.float32)
+
+        base.dense[id(weight)] = read

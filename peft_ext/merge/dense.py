@@ -1,0 +1,213 @@
+"""``merge_to_dense``: what is asked for is checked, the base is read, the plan made, and the folder written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+from safetensors import SafetensorError
+
+from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
+from .._imports import required
+from ..files import atomic_folder, check_free
+from ..sources.adapter import checked_config
+from ..sources.json_file import first_line
+from ..sources.model import find_folder, hushed
+from ..weight import BLOCKSIZES
+from . import writer
+from .base import base_of
+from .errors import as_merge_error, fail
+from .plan import Plan
+
+with required("peft", "peft_ext.merge_to_dense"):
+    from peft import PeftConfig
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+with required("transformers", "peft_ext.merge_to_dense"):
+    from transformers import PreTrainedModel
+
+__all__ = ["DTYPES", "MergeReport", "merge_to_dense"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
+
+# Initializations that change the base's weights: the adapter is one to a base that is on no disk.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+# Methods whose layers refer to one bank of tensors, where each module is merged on its own.
+_SHARED = ("VBLORA", "UNILORA", "TINYLORA")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What :func:`merge_to_dense` did.
+
+    Attributes:
+        output: the folder. files: names of the weight files in it. nbytes: bytes of its tensors.
+        base, model_class: the base's folder or name, and the class of the model that was written.
+        base_quant: how the base's weights were taken: "nf4" or "none". base_quant_text: the same, with what decided.
+        method: PEFT's name of the adapter's method.
+        dtype: of the output, or None where each tensor kept its own.
+        merged: modules that the adapter changed. tensors, parameters: of the output.
+        untied: names of tied weights that are weights of their own now, since the adapter changed one of them.
+        largest_change: ‖W' − W‖ / ‖W‖ of the tensor in which it is largest, and its name; (None, 0.0): none measured.
+        seconds: of the whole.
+    """
+
+    output: Path
+    files: tuple[str, ...]
+    nbytes: int
+    base: str
+    model_class: str
+    base_quant: str
+    base_quant_text: str
+    method: str
+    dtype: Optional[torch.dtype]
+    merged: int
+    tensors: int
+    parameters: int
+    untied: tuple[str, ...]
+    largest_change: tuple[Optional[str], float]
+    seconds: float
+
+
+def merge_to_dense(
+    model: Union[PreTrainedModel, str, Path, None],
+    adapter: Union[str, Path],
+    output: Union[str, Path],
+    *,
+    dtype: Union[torch.dtype, str, None] = None,
+    max_shard_size: Union[int, str] = "5GB",
+    base_quant: Optional[str] = None,
+    blocksize: Optional[int] = None,
+    double_quant: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """Merges a saved adapter into its base and writes the dense model that results, in transformers' format.
+
+    The result is the adapted model's function in evaluation: weights in safetensors, config.json,
+    generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. Every method whose layers
+    can merge is taken: LoRA and its kind (rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable
+    tokens), AdaLoRA, IA3 and PEFT's others, BitFit, partial fine-tuning, Diff Pruning; ``modules_to_save`` with each. A
+    weight that is tied to an adapted one becomes one of its own, where the adapted model treats them as two; the config
+    says so.
+
+    Args:
+        model: a folder or hub name of a dense model, or of one that bitsandbytes quantized to NF4; or a model in
+            memory, dense, quantized by :func:`peft_ext.quantize_nf4` or by bitsandbytes, which is left as it is. None:
+            the one that the adapter names.
+        adapter: a folder that ``save_pretrained`` wrote, or a hub name; safetensors.
+        output: a folder, new or empty; it appears whole as the work is done, see :func:`peft_ext.files.atomic_folder`.
+        dtype: of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the base's.
+            What a model keeps in float32 stays so, and what is no float.
+        max_shard_size: bytes of a weight file, as a number or as "5GB".
+        base_quant: the base that the adapter is added to: "nf4": as quantize_nf4 makes it from a dense ``model``, then
+            dequantized; "none": as it is. None: what ``peft-ext finetune`` says in the run.json beside the adapter that
+            it was trained on, or else as it is.
+        blocksize, double_quant: of base_quant "nf4"; None: run.json's, or else 64.
+        overwrite: replace a model's folder that is there, whole.
+        progress: show a progress bar, on a terminal only.
+
+    Returns: what was done.
+
+    Raises:
+        TypeError: ``model`` is no transformers model.
+        MergeError: a method, an initialization or a quantization that can't be merged; an adapter of
+            another architecture, of other shapes, with keys too few or too many, or in a pickle; a wrong option.
+        OSError: ``output`` is there, can't be written, or does not fit on the disk; nothing is left half-written.
+    """
+    started = time.perf_counter()
+    dtype = _dtype(dtype)
+    _check_options(base_quant, blocksize)
+    with as_merge_error():
+        adapter = find_folder("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
+    config = _adapter_config(adapter)
+    output = Path(output).expanduser()
+    with hushed():
+        try:
+            weights = load_peft_weights(str(adapter), device="cpu")
+        except SafetensorError as error:
+            fail(f"{adapter / SAFETENSORS_WEIGHTS_NAME}: {first_line(error)}", error)
+        base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
+        _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
+        plan = Plan(base, config, weights, dtype)
+        del weights
+        with writer.bar(progress, plan.nbytes) as advance, atomic_folder(output, overwrite=overwrite) as folder:
+            _check_room(folder, plan.nbytes)
+            files = plan.write(folder, max_shard_size, advance)
+            writer.write_beside(base, plan.config, folder)
+    return MergeReport(
+        output=output, files=tuple(files), nbytes=plan.nbytes, base=base.name, model_class=type(base.model).__name__,
+        base_quant=base.quant, base_quant_text=base.quant_text, method=str(config.peft_type.value), dtype=dtype,
+        merged=len(plan.targets), tensors=len(plan.outputs),
+        parameters=sum(t.numel() for t in plan.outputs.values()), untied=tuple(plan.untied),
+        largest_change=plan.largest_change, seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+# --- checks before anything is loaded ---------------------------------------------------------------------------------
+
+
+def _dtype(dtype: Union[torch.dtype, str, None]) -> Optional[torch.dtype]:
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        fail(f"dtype is {dtype}, wanted one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
+    if base_quant not in (None, "nf4", "none"):
+        fail(f"base_quant is {base_quant!r}, wanted 'nf4', 'none' or None")
+    if blocksize is not None and blocksize not in BLOCKSIZES:
+        fail(f"blocksize is {blocksize}, wanted one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def _adapter_config(folder: Path) -> PeftConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        fail(f"no {CONFIG_NAME} in {folder}, wanted an adapter in PEFT's format")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickle = (folder / WEIGHTS_NAME).is_file()
+        came = f"{WEIGHTS_NAME}, a pickle, which runs code as it is read, and no " if pickle else "no "
+        fail(f"{folder} has {came}{SAFETENSORS_WEIGHTS_NAME}")
+    try:
+        config = checked_config(folder)
+    except ValueError as error:
+        fail(str(error), error)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind == "ADAPTION_PROMPT":
+        fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: it can't be merged")
+    if kind == "BOTTLENECK":
+        fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: it can't be merged")
+    if kind in _SHARED:
+        fail(f"{kind} has tensors that its layers share: merging it is not supported yet")
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        fail(
+            f"init_lora_weights is {init!r}, which changed the base's own weights before training; save the adapter "
+            "with path_initial_model_for_weight_conversion, which makes it one to the base as it is"
+        )
+    config.inference_mode = True
+    return config
+
+
+def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
+    target = Path(os.path.realpath(output))
+    for source in sources:
+        if Path(os.path.realpath(source)).is_relative_to(target):
+            fail(f"output is {output}, which is or holds {source}, from which the model is made")
+    check_free(target, overwrite)
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        fail(f"output is {output}, which is not empty and no model's folder, so it is not replaced")
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        text = f"{os.strerror(errno.ENOSPC)}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free"
+        raise OSError(errno.ENOSPC, text, str(folder.parent))

@@ -1,0 +1,89 @@
+"""The files of a merged model, tensor by tensor, and the bar on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .._imports import required
+from ..sources.json_file import first_line
+from ..sources.weight_files import safetensors_header
+from .base import Base
+from .errors import fail
+
+with required("transformers", "peft_ext.merge_to_dense"):
+    from transformers import PretrainedConfig
+
+__all__ = ["bar", "write_beside", "write_safetensors"]
+
+# Files beside the weights that a model is used with: tokenizer, chat template, processor.
+_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def write_safetensors(
+    stream: BinaryIO, planned: dict[str, Tensor], take: Callable[[str], Tensor], advance: Callable[[int], None]
+) -> None:
+    """Writes the safetensors format, tensor by tensor: the library's own writer wants them all in memory.
+
+    Wide dtypes come first, so that each tensor is aligned.
+    """
+    names = sorted(planned, key=lambda name: -planned[name].element_size())
+    try:
+        header = safetensors_header({name: planned[name] for name in names})
+    except ValueError as error:
+        fail(str(error), error)
+    stream.write(header)
+    for name in names:
+        tensor = take(name)
+        if tensor.shape != planned[name].shape or tensor.dtype != planned[name].dtype:
+            came, wanted = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, planned[name]))
+            fail(f"{name} is {came} after merging, wanted {wanted}")
+        if tensor.numel():
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        advance(tensor.nbytes)
+
+
+def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
+    """Writes tokenizer files, generation_config.json and, last, config.json, without which nothing is loaded."""
+    model = base.model
+    for name in _BESIDE if base.folder is not None else ():
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    if base.folder is not None and (base.folder / "additional_chat_templates").is_dir():
+        shutil.copytree(base.folder / "additional_chat_templates", folder / "additional_chat_templates")
+    about = None if base.folder is None else base.folder / "generation_config.json"
+    if about is not None and about.is_file():
+        shutil.copyfile(about, folder / about.name)
+    elif model.can_generate() and model.generation_config is not None:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            fail(f"the model's generation_config: {first_line(error)}", error)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def bar(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
+    if not progress or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: Iterable[Any] = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=nbytes)
+        yield lambda done: bar.advance(task, done)

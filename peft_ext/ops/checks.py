@@ -1,0 +1,258 @@
+"""Argument checks shared by the public ops; each error names op, argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
+
+__all__ = [
+    "FLOATS",
+    "any_float64",
+    "autocast_dtype",
+    "cast_for_autocast",
+    "check_bias",
+    "check_blocksize",
+    "check_bottleneck",
+    "check_count",
+    "check_dtype",
+    "check_float",
+    "check_linear",
+    "check_lora",
+    "check_low_rank",
+    "check_residual",
+    "check_scale",
+    "check_seed",
+    "check_vector",
+    "check_weight",
+    "unpack_weight",
+    "weight_args",
+]
+
+_LARGEST = sys.float_info.max
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_float(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} is {type(value).__name__}, wanted a Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {argument} is {_name(value.dtype)}, wanted one of {', '.join(map(_name, FLOATS))}")
+    if value.layout is not torch.strided or value.is_nested:
+        came = "is a nested tensor" if value.is_nested else f"has layout {value.layout}"
+        raise TypeError(f"{op}: {argument} {came}, wanted torch.strided")
+
+
+def check_dtype(op: str, dtype: object) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
+
+
+def check_count(op: str, argument: str, value: object) -> None:
+    """Checks a size: an integer of at least 1 that 64 bits hold."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} is {value!r}, wanted an integer")
+    if value < 1:
+        raise ValueError(f"{op}: {argument} is {value}, wanted at least 1")
+    if value >= 2**63:
+        raise ValueError(f"{op}: {argument} is {value}, wanted less than 2**63")
+
+
+def check_blocksize(op: str, blocksize: int) -> None:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: blocksize is {blocksize}, wanted one of {BLOCKSIZES}")
+
+
+def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: str = "x") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{op}: {argument} is on {value.device}, {name} is on {other.device}")
+
+
+def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Checks one value per feature, of any float dtype, on x's device, in one of ``shapes``."""
+    check_float(op, argument, value)
+    _check_device(op, argument, value, x)
+    if tuple(value.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
+
+
+def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int) -> None:
+    if bias is None:
+        return
+    check_vector(op, "bias", bias, x, (out_features,))
+    if bias.dtype != x.dtype:
+        raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+
+
+def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
+    """Checks a frozen weight ``[N, K]``, dense or NF4."""
+    if not isinstance(weight, NF4Weight):
+        check_float(op, "weight", weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
+
+
+def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
+    """Checks x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
+    check_float(op, "x", x)
+    check_weight(op, weight)
+    if isinstance(weight, NF4Weight):
+        _check_device(op, "weight", weight.packed, x)
+    else:
+        _check_device(op, "weight", weight, x)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}] for weight "
+                         f"{tuple(weight.shape)}")  # fmt: skip
+
+
+def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+    """Checks lora_A ``[R, K]`` and lora_B ``[N, R]``, each of its own float dtype, on the weight's device."""
+    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    check_low_rank(op, tuple(weight.shape), held, "weight", lora_A, lora_B)
+
+
+def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Checks the same for a base of ``shape`` ``[N, K]``, on the device of ``beside``, the argument ``name``."""
+    out_features, in_features = shape
+    for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, beside, name)
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted 2 dimensions")
+    if lora_A.shape[1] != in_features:
+        raise ValueError(f"{op}: lora_A has shape {tuple(lora_A.shape)}, wanted [R, {in_features}]")
+    if lora_B.shape[0] != out_features:
+        raise ValueError(f"{op}: lora_B has shape {tuple(lora_B.shape)}, wanted [{out_features}, R]")
+    if lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(f"{op}: lora_B has rank {lora_B.shape[1]}, lora_A has rank {lora_A.shape[0]}")
+    if lora_A.shape[0] == 0:
+        raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
+
+
+def check_bottleneck(
+    op: str,
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Optional[Tensor],
+    up_weight: Tensor,
+    up_bias: Optional[Tensor],
+    residual: Optional[Tensor],
+) -> None:
+    """Checks down ``[M, K]``, up ``[N, M]`` and their biases against x ``[..., K]``, and a residual ``[..., N]``."""
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., K]")
+    for argument, value, wanted in (("down_weight", down_weight, "M, K"), ("up_weight", up_weight, "N, M")):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, x)
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted [{wanted}]")
+    size, k = down_weight.shape
+    n = up_weight.shape[0]
+    if x.shape[-1] != k:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {k}] for down_weight ({size}, {k})")
+    if up_weight.shape[1] != size:
+        raise ValueError(f"{op}: up_weight has shape {tuple(up_weight.shape)}, wanted [N, {size}] for down_weight "
+                         f"({size}, {k})")  # fmt: skip
+    for argument, value in (("down_weight", down_weight), ("up_weight", up_weight)):
+        if 0 in value.shape:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted at least 1 row and 1 column")
+    for argument, value, wanted in (("down_bias", down_bias, size), ("up_bias", up_bias, n)):
+        if value is not None:
+            check_vector(op, argument, value, x, (wanted,))
+    if residual is None:
+        if n != k:
+            raise ValueError(f"{op}: up_weight has {n} rows, wanted x's {k} where residual is None")
+        return
+    check_residual(op, x, residual, up_weight, "up_weight")
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str) -> None:
+    """Checks residual ``[..., N]`` beside x ``[..., K]``, N the rows of ``out``, the argument ``name``."""
+    check_float(op, "residual", residual)
+    if not isinstance(out, Tensor) or out.is_nested:
+        check_float(op, name, out)
+    _check_device(op, "residual", residual, x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual is {_name(residual.dtype)}, x is {_name(x.dtype)}")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., K]")
+    wanted = (*x.shape[:-1], out.shape[0] if out.dim() else 0)
+    if tuple(residual.shape) != wanted:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, wanted {wanted}")
+
+
+def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
+    if not isinstance(scaling, (int, float)) or not -_LARGEST <= scaling <= _LARGEST or scaling is True:
+        raise ValueError(f"{op}: {argument} is {scaling!r}, wanted a finite number")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p!r}, wanted 0 <= p < 1")
+
+
+def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (2,):
+        came = f"{_name(seed.dtype)} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise ValueError(f"{op}: seed is {came}, wanted int64 (2,)")
+    if seed.layout is not torch.strided:
+        raise TypeError(f"{op}: seed has layout {seed.layout}, wanted torch.strided")
+    _check_device(op, "seed", seed, x)
+
+
+def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
+    """Returns the weight as the schemas take it, see ``library.WEIGHT``."""
+    if isinstance(weight, NF4Weight):
+        return weight.op_args()
+    return (weight, None, None, None, None, 0, list(weight.shape))
+
+
+def unpack_weight(
+    weight: Tensor,
+    absmax: Optional[Tensor],
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Union[Tensor, NF4Weight]:
+    """Undoes :func:`weight_args`, for the reference fallback."""
+    if absmax is None:
+        return weight
+    nested = None if nested_absmax is None else NestedAbsmax(nested_absmax, nested_code, nested_offset)
+    return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested)
+
+
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """Returns the dtype that autocast computes linear layers in on x's device, or None outside autocast."""
+    device = x.device.type
+    if device == "meta":  # which torch.is_autocast_enabled refuses
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast_for_autocast(
+    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
+) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
+    """Returns x, weight and bias as a linear layer takes them under autocast: in its dtype, NF4 as it is."""
+    if (dtype := autocast_dtype(x)) is None:
+        return x, weight, bias
+    weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
+    return x.to(dtype), weight, bias
+
+
+def any_float64(*values: Optional[Tensor]) -> bool:
+    """Returns whether a tensor is float64: no kernel takes it, the reference computes with it."""
+    return any(value is not None and value.dtype is torch.float64 for value in values)

@@ -1,0 +1,64 @@
+"""How an operator is declared: schema, reference fallback and fake in one call.
+
+The native libraries only add kernels for the CPU and CUDA dispatch keys. Where one has none (no native library, or a
+device without a kernel) the dispatcher takes the reference, registered for every backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["LIBRARY", "NAMESPACE", "WEIGHT", "define", "has_kernel", "in_float64", "tokens"]
+
+NAMESPACE = "peft_ext"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# A frozen weight in a schema: dense (the optionals are None, blocksize 0) or NF4 (see NF4Weight.op_args).
+WEIGHT = (
+    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
+    "int blocksize, SymInt[] shape"
+)
+
+OPS: list[str] = []
+
+
+def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> None:
+    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _outside_autocast(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    OPS.append(name)
+
+
+def _outside_autocast(reference: Callable) -> Callable:
+    """Gives a reference's products the dtypes it says; autocast would make those in float32 16-bit ones."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args)
+
+    return run
+
+
+def in_float64(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A public reference, for float64 operands: no kernel takes them. PyTorch's autograd differentiates it."""
+    with torch.autocast(args[0].device.type, enabled=False):
+        return reference(*args, **kwargs)
+
+
+def tokens(x: torch.Tensor) -> int | torch.SymInt:
+    """T: the product of x's dimensions but the last, for a fake."""
+    count = 1
+    for size in x.shape[:-1]:
+        count = count * size
+    return count
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether a native library registered a kernel of ``peft_ext::<name>`` for "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)

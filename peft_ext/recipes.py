@@ -1,0 +1,187 @@
+"""The usual steps of parameter-efficient fine-tuning as functions, thin over PEFT, transformers and this package.
+
+::
+
+    model, tokenizer = setup_peft_training("my/model", method="lora")      # or setup_qlora("my/model")
+    train_with_peft(model, tokenizer, dataset)                             # writes ./peft-adapter
+    merged = load_and_merge_adapter("my/model", "./peft-adapter")
+
+They are the functions of a common lesson on PEFT, by its names and arguments, accelerated; docs/lesson.md has its
+examples beside ours. For more than that there are :func:`peft_ext.run.finetune` and the functions that these call.
+Models are read from safetensors alone, and no code of a model's folder is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from . import _cpu
+from .methods import METHODS, make_config, method_config
+from .model import get_peft_model, load_adapter
+from .quantize import quantize_nf4
+from .recommend import recommend_peft_method
+from .run.data import IGNORED, Corpus, read_records, tokenize
+
+__all__ = [
+    "apply_lora_to_model",
+    "load_and_merge_adapter",
+    "recommend_peft_method",
+    "setup_peft_training",
+    "setup_qlora",
+    "train_with_peft",
+]
+
+_BLOCK_SIZE = 512  # tokens of a training example, at most
+
+
+def apply_lora_to_model(
+    model: nn.Module, rank: int = 8, alpha: float = 16.0, target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    dropout: float = 0.0,
+) -> nn.Module:  # fmt: skip
+    """Returns ``model`` with a LoRA adapter on its linear layers of these names, fused: ``Y = xWᵀ + (α/r)·(xAᵀ)Bᵀ``.
+
+    The result is a PeftModel around the same model, whose own weights are frozen.
+
+    Raises: ValueError where no layer has one of the names.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))
+    return get_peft_model(model, config)
+
+
+def setup_qlora(
+    model_name: Union[str, Path], rank: int = 64, *, dropout: float = 0.05, gradient_checkpointing: bool = True
+) -> nn.Module:
+    """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head.
+
+    Scaling is 2 (alpha is twice the rank). It prints how many parameters train.
+
+    Raises: OSError or ValueError where the model can't be read.
+    """
+    model = _load(model_name)
+    quantize_nf4(model, progress=False)
+    model.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    model.print_trainable_parameters()
+    return model
+
+
+def setup_peft_training(
+    model_name: Union[str, Path], method: str = "lora", output_dir: Union[str, Path, None] = None, *,
+    prompt_text: Optional[str] = None, **fields: Any,
+) -> tuple[nn.Module, Any]:  # fmt: skip
+    """Returns a causal language model with the adapter of a method, accelerated, and its tokenizer.
+
+    Args:
+        model_name: a folder or a hub name.
+        method: one of :data:`peft_ext.methods.METHODS`; "qlora" quantizes the model to NF4.
+        output_dir: accepted as in the lesson, where nothing is written either; :func:`train_with_peft` takes it.
+        prompt_text: for "prompt": what the virtual tokens start from, instead of random numbers.
+        fields: of the method's configuration, instead of the table's: ``r=8``, ``target_modules=["q_proj"]``.
+
+    Raises: ValueError where there is no such method; OSError or ValueError where the model can't be read; what PEFT
+    raises for a configuration that does not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"setup_peft_training: method is {method!r}, wanted one of {tuple(METHODS)}")
+    from transformers import AutoTokenizer
+
+    model = _load(model_name)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if method == "qlora":
+        quantize_nf4(model, progress=False)
+    config_class, given = method_config(method, "CAUSAL_LM")
+    if method == "prompt" and prompt_text is not None:
+        given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
+                  "tokenizer_name_or_path": str(model_name)}  # fmt: skip
+    model = get_peft_model(model, make_config(config_class, {**given, **fields}))
+    model.print_trainable_parameters()
+    return model, tokenizer
+
+
+def train_with_peft(
+    model: nn.Module, tokenizer: Any, train_dataset: Iterable[Any], *, output_dir: Union[str, Path] = "./peft-output",
+    adapter_dir: Union[str, Path] = "./peft-adapter", **arguments: Any,
+) -> Any:  # fmt: skip
+    """Trains the adapter of ``model`` with transformers' Trainer and saves it; returns what ``Trainer.train`` returns.
+
+    Args:
+        train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
+            are tokenized as :mod:`peft_ext.run.data` does it.
+        output_dir, adapter_dir: for the Trainer's checkpoints, and for the adapter.
+        arguments: TrainingArguments' others. Without them: 3 epochs of batches of 4, 4 of them a step, at a learning
+            rate of 2e-4 after 100 steps of warm-up.
+
+    AdaLoRA's budget and Diff Pruning's second phase have their callbacks.
+
+    Raises: TypeError where the model has no adapter; peft_ext.run.RunError where rows have none of these columns.
+    """
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from .files import save_adapter
+    from .integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+
+    if not hasattr(model, "peft_config"):
+        raise TypeError(f"train_with_peft: model is {type(model).__name__}, wanted a PeftModel")
+    usual = {
+        "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
+        "learning_rate": 2e-4, "warmup_steps": 100, "logging_steps": 10, "save_strategy": "epoch",
+        "report_to": "none", "remove_unused_columns": False,
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=str(output_dir), **{**usual, **arguments})
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+    further = {"ADALORA": AdaLoraCallback, "DIFF_PRUNING": DiffPruningCallback}
+    callbacks = [further[kind]()] if kind in further else []
+    trainer = Trainer(model, args, collator, _tokenized(train_dataset, tokenizer), callbacks=callbacks)
+    PeftExtCallback().attach(trainer)
+    done = trainer.train()
+    save_adapter(model, adapter_dir, overwrite=True)
+    return done
+
+
+def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Union[str, Path]) -> nn.Module:
+    """Returns the base with a saved adapter merged into its weights: a plain model of transformers.
+
+    :func:`peft_ext.merge_to_dense` does the same from folder to folder, a layer in memory at a time.
+
+    Raises: ValueError where the method can't be merged, or what :func:`peft_ext.load_adapter` raises.
+    """
+    model = load_adapter(_load(base_model_name), adapter_path)
+    if not hasattr(model, "merge_and_unload"):
+        kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+        raise ValueError(f"load_and_merge_adapter: an adapter of {kind} has no layers to merge into")
+    return model.merge_and_unload()
+
+
+def _load(name: Union[str, Path]) -> nn.Module:
+    """Returns a causal language model from safetensors, on a GPU where there is one, in what computes fast here."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if not torch.cuda.is_available() and _cpu.why_float32() else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
+    rows = [dict(row) for row in rows]
+    if not rows or "input_ids" in rows[0]:
+        return [{"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])} for row in rows]
+    kind, records = read_records("train_dataset", rows)
+    return tokenize(Corpus(kind, records, records[:1], "train_dataset"), tokenizer, _BLOCK_SIZE).train

@@ -1,0 +1,114 @@
+"""``recommend_peft_method``: its arguments, and what a task is called."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Optional
+
+import torch
+
+from ..memory import check_arguments, check_positive
+from .ranking import ranked
+from .report import Recommendation
+from .search import Search
+from .subjects import Given, Synthetic
+
+__all__ = ["PREFERENCES", "recommend_peft_method", "task_named"]
+
+PREFERENCES = ("balanced", "quality")
+
+# What a task is called, by PEFT's name for it.
+_TASKS = {
+    "CAUSAL_LM": ("causal-lm", "generation", "text-generation", "language-modeling", "chat", "instruction",
+                  "instruction-tuning", "completion", "code", "qa", "summarization", "translation"),
+    "SEQ_CLS": ("seq-cls", "classification", "text-classification", "sequence-classification", "sentiment", "nli"),
+    "TOKEN_CLS": ("token-cls", "token-classification", "ner", "tagging"),
+    "QUESTION_ANS": ("question-ans", "question-answering", "extractive-qa"),
+    "SEQ_2_SEQ_LM": ("seq-2-seq-lm", "seq2seq", "seq2seq-lm", "text2text", "text2text-generation"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "embedding", "embeddings"),
+}  # fmt: skip
+_BY_NAME = {name: task for task, names in _TASKS.items() for name in names}
+
+
+def recommend_peft_method(
+    model_size_b: Any,
+    gpu_memory_gb: float,
+    task_type: str = "CAUSAL_LM",
+    num_examples: Optional[int] = None,
+    *,
+    batch_size: int = 4,
+    sequence_length: Optional[int] = None,
+    prefer: str = "balanced",
+    dtype: torch.dtype = torch.bfloat16,
+    optimizer: str = "adamw",
+    accelerated: bool = True,
+    headroom: float = 0.1,
+) -> Recommendation:
+    """Returns the method for the task and the data, in the first setting that fits the card.
+
+    By data: fewer than 100 examples: IA3, which was made for them and beats in-context learning (arXiv 2205.05638).
+    Fewer than 1,000: LoRA of a small rank. Up to 50,000, or unknown: LoRA of rank 16 on all linear layers, which is
+    what it takes to match full fine-tuning (QLoRA, arXiv 2305.14314, section 4). More: rank 64, with rsLoRA's scale,
+    without which a larger rank does not learn more (arXiv 2312.03732), since capacity is what LoRA lacks on large data
+    (arXiv 2405.09673). A small encoder with up to 10,000 examples to classify, or an unknown number: BitFit, there
+    competitive with full fine-tuning (arXiv 2106.10199). ``prefer="quality"``: DoRA for LoRA (arXiv 2402.09353), of
+    twice the rank between 1,000 and 50,000 examples. Prompt tuning catches up only at 10 billion parameters (arXiv
+    2104.08691), prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
+    2303.10512); bottleneck adapters (arXiv 1902.00751) can't be merged.
+
+    By memory: 16-bit weights, then with gradient checkpointing (arXiv 1604.06174), then NF4 with double quantization,
+    with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314), then both, then both with one sequence at a time.
+
+    Args:
+        model_size_b: billions of parameters; or a transformers configuration or model, which is then traced itself.
+        gpu_memory_gb: of one card, GiB.
+        task_type: PEFT's ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") or
+            a common name ("generation", "chat", "qa", "summarization", "classification", "ner", ...), in any case.
+            "qa" and "summarization" are generated; spans are "extractive-qa".
+        num_examples: to train on; None: unknown.
+        batch_size, sequence_length: of one forward; more by accumulating gradients. The batch may be lowered to 1.
+            Default: 1024 tokens, 512 of an encoder, or as many as a given model has positions for.
+        prefer: "balanced" or "quality", which allows a slower step.
+        dtype: of weights that are not quantized. optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
+        headroom: part of the card that tensors don't get; see :meth:`peft_ext.memory.MemoryEstimate.fits`.
+
+    Returns: a Recommendation. It never recommends what does not fit: where nothing does, ``method`` is None and
+    ``reasons`` say what would fit.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    """
+    _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
+    check_arguments(
+        None, batch_size, sequence_length or 1, dtype, optimizer, None, 64, None, None, op="recommend_peft_method"
+    )
+    task = task_named(task_type)
+    given = not _is_number(model_size_b)
+    subject = (Given if given else Synthetic)(model_size_b, task, sequence_length)
+    length = subject.sequence_length
+    search = Search(subject, gpu_memory_gb, headroom, batch_size, length, dtype, optimizer, accelerated)
+    return search.recommend(ranked(subject, num_examples, prefer))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_arguments(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any, prefer: Any, headroom: Any) -> None:
+    op = "recommend_peft_method"
+    if not _is_number(gpu_memory_gb) or not 0 < gpu_memory_gb <= sys.float_info.max:
+        raise ValueError(f"{op}: gpu_memory_gb is {gpu_memory_gb!r}, wanted a number above 0")
+    for name, value in (("num_examples", num_examples), ("sequence_length", sequence_length)):
+        if value is not None:
+            check_positive(op, name, value)
+    if prefer not in PREFERENCES:
+        raise ValueError(f"{op}: prefer is {prefer!r}, wanted one of {PREFERENCES}")
+    if not _is_number(headroom) or not 0 <= headroom < 1:
+        raise ValueError(f"{op}: headroom is {headroom!r}, wanted 0 <= headroom < 1")
+
+
+def task_named(task_type: Any) -> str:
+    name = str(getattr(task_type, "value", task_type)).strip().lower().replace("_", "-").replace(" ", "-")
+    if name not in _BY_NAME:
+        wanted = "; ".join(f"{task} ({', '.join(names[1:])})" for task, names in _TASKS.items())
+        raise ValueError(f"recommend_peft_method: task_type is {task_type!r}, wanted one of {wanted}")
+    return _BY_NAME[name]

@@ -1,0 +1,85 @@
+"""What was recommended, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from ..memory import MemoryEstimate
+from ..methods import make_config
+
+__all__ = ["Alternative", "Recommendation", "gigabytes"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A method that was not taken: why, and what its step needs in the recommended setting (None: it can't run so)."""
+
+    method: str
+    name: str
+    why_not: str
+    memory: Optional[MemoryEstimate]
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What :func:`peft_ext.recommend_peft_method` found; prints as a text.
+
+    Attributes:
+        method: one of ``peft_ext.memory.METHODS``; None where nothing fits.
+        name: as people call it: "LoRA", "QLoRA", "IA3"; "nothing fits".
+        quantization: "nf4" or None. gradient_checkpointing, batch_size, sequence_length: the rest of the setting.
+        config_class: full name of the configuration's class; empty where nothing fits.
+        config_kwargs: the arguments to make it with.
+        memory: of a training step: see :class:`peft_ext.memory.MemoryEstimate`; where nothing fits, the smallest.
+        gpu_memory_gb, headroom: what it was held against.
+        reasons: sentences.
+        alternatives: the other methods, best first.
+    """
+
+    method: Optional[str]
+    name: str
+    quantization: Optional[str]
+    gradient_checkpointing: bool
+    batch_size: int
+    sequence_length: int
+    config_class: str
+    config_kwargs: Mapping[str, Any]
+    memory: MemoryEstimate
+    gpu_memory_gb: float
+    headroom: float
+    reasons: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything fits."""
+        return self.method is not None
+
+    def config(self) -> Any:
+        """Returns the PEFT configuration, made now. Raises RuntimeError where nothing fits."""
+        if self.method is None:
+            raise RuntimeError("Recommendation: nothing fits, so there is no configuration; see reasons")
+        return make_config(self.config_class, self.config_kwargs)
+
+    def __str__(self) -> str:
+        setting = [f"{self.batch_size} x {self.sequence_length} tokens", self.quantization or "dense weights"]
+        setting += ["gradient checkpointing"] * self.gradient_checkpointing
+        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory)} of {self.gpu_memory_gb:g} GB"]
+        if self.method is not None:
+            given = ", ".join(f"{name}={value!r}" for name, value in self.config_kwargs.items())
+            lines.append(f"{self.config_class.rpartition('.')[2]}({given})")
+        lines += [f"- {reason}" for reason in self.reasons]
+        if self.alternatives:
+            lines.append("not taken:")
+        for other in self.alternatives:
+            too_much = ", does not fit" if self.fits and not other.fits else ""
+            needs = "" if other.memory is None else f" ({gigabytes(other.memory)}{too_much})"
+            lines.append(f"- {other.name}{needs}: {other.why_not}")
+        return "\n".join(lines)
+
+
+def gigabytes(memory: MemoryEstimate) -> str:
+    return f"{memory.total / 2**30:.1f} GB"

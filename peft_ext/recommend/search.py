@@ -1,0 +1,190 @@
+"""The first method of the order, in the first setting, that fits the card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Optional
+
+import torch
+
+from ..memory import MemoryEstimate
+from ..methods import METHODS, make_config, method_config
+from .ranking import Candidate
+from .report import Alternative, Recommendation, gigabytes
+from .subjects import Given, parameters_text
+
+__all__ = ["NAMES", "Search"]
+
+# What people call a method, over dense weights and over NF4.
+NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
+NAMES["full"] = ("full fine-tuning", "full fine-tuning")
+
+_CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+
+# Quantization and checkpointing, in the order in which they are tried: checkpointing costs a second forward, a third of
+# the step, and no accuracy; NF4 costs the time to dequantize and, at times, accuracy.
+_SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    quantization: Optional[str]
+    gradient_checkpointing: bool
+    batch_size: int
+    sequence_length: int
+
+
+class Search:
+    def __init__(
+        self, subject: Any, gpu_memory_gb: float, headroom: float, batch_size: int, sequence_length: int,
+        dtype: torch.dtype, optimizer: str, accelerated: bool,
+    ) -> None:  # fmt: skip
+        self.subject, self.gpu_memory_gb, self.headroom = subject, gpu_memory_gb, headroom
+        self.dense = str(dtype).removeprefix("torch.")
+        self.fixed = {"dtype": dtype, "optimizer": optimizer, "accelerated": accelerated}
+        settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
+        settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
+        self.settings = settings
+        self._known: dict[tuple[str, _Setting], Optional[MemoryEstimate]] = {}
+        self._refused: dict[str, Exception] = {}
+
+    def _has_room(self, memory: MemoryEstimate) -> bool:
+        return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
+
+    def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
+        path, fields = method_config(candidate.method, self.subject.task)
+        return path, fields | dict(candidate.changes)
+
+    def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
+        """Returns None where the method does not work in this setting."""
+        key = (candidate.method, setting)
+        if key not in self._known:
+            try:
+                self._known[key] = self._estimate(candidate, setting)
+            except (ValueError, RuntimeError) as error:
+                if not isinstance(self.subject, Given):
+                    raise
+                self._known[key] = None  # PEFT, or the model, refuses the method
+                self._refused.setdefault(candidate.method, error)
+        return self._known[key]
+
+    def _estimate(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
+        if candidate.method == "full":
+            if setting.quantization is not None:
+                return None
+            adapted: dict[str, Any] = {"method": "full"}
+        elif candidate.method == "prefix" and setting.gradient_checkpointing:
+            return None
+        else:
+            adapted = {"config": make_config(*self._fields(candidate))}
+        profile = self.subject.profile(**adapted, **self.fixed, **vars(setting))
+        name = NAMES[candidate.method][setting.quantization is not None]
+        return profile.estimate(f"{name} for {self.subject.about}")
+
+    def recommend(self, ranked: list[Candidate]) -> Recommendation:
+        for candidate in ranked:
+            if candidate.method == "full":
+                continue
+            least = self._memory(candidate, self.settings[-1])
+            if least is not None and not self._has_room(least):
+                continue
+            for setting in self.settings:
+                memory = self._memory(candidate, setting)
+                if memory is not None and self._has_room(memory):
+                    return self._found(candidate, setting, memory, ranked)
+        return self._nothing(ranked)
+
+    def _found(
+        self, chosen: Candidate, setting: _Setting, memory: MemoryEstimate, ranked: list[Candidate]
+    ) -> Recommendation:
+        name = NAMES[chosen.method][setting.quantization is not None]
+        why = chosen.why if chosen is ranked[0] else f"{name} is the first that fits; {chosen.why_not}."
+        reasons = [why[0].upper() + why[1:], *self._setting_reasons(setting, memory)]
+        reasons += [f"{NAMES[other.method][0]} would come before it, but {self._refusal(other) or 'does not fit'}."
+                    for other in ranked[: ranked.index(chosen)]]  # fmt: skip
+        path, fields = self._fields(chosen)
+        return Recommendation(
+            method=chosen.method, name=name, **vars(setting),
+            config_class=path, config_kwargs=MappingProxyType(fields), memory=memory,
+            gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
+            alternatives=self._alternatives(ranked, setting, chosen),
+        )  # fmt: skip
+
+    def _refusal(self, candidate: Candidate) -> Optional[str]:
+        error = self._refused.get(candidate.method)
+        return None if error is None else f"it can't adapt this model ({str(error).strip().splitlines()[0]})"
+
+    def _alternatives(
+        self, ranked: list[Candidate], setting: _Setting, chosen: Optional[Candidate]
+    ) -> tuple[Alternative, ...]:
+        found = []
+        for other in ranked:
+            if other is chosen:
+                continue
+            # Full fine-tuning has no quantized weights: it is shown as it would have to run.
+            at = setting if other.method != "full" else replace(setting, quantization=None)
+            memory = self._memory(other, at)
+            fits = memory is not None and self._has_room(memory)
+            name = NAMES[other.method][at.quantization is not None]
+            why_not = self._refusal(other) or ("it does not fit" if chosen is None else other.why_not)
+            found.append(Alternative(other.method, name, why_not, memory, fits))
+        return tuple(found)
+
+    def _setting_reasons(self, setting: _Setting, memory: MemoryEstimate) -> list[str]:
+        left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
+        reasons = []
+        if setting.quantization is not None:
+            reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {memory.weights / 2**30:.1f} "
+                           "GB, with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
+        else:
+            reasons.append(f"{self.dense} weights fit, so they are not quantized.")
+        if setting.gradient_checkpointing:
+            reasons.append("Gradient checkpointing computes each layer again instead of keeping its activations: about "
+                           "a third more time (arXiv 1604.06174).")  # fmt: skip
+        if setting.batch_size < self.settings[0].batch_size:
+            reasons.append(f"One sequence at a time fits, {self.settings[0].batch_size} do not: accumulate gradients.")
+        reasons.append(f"A step of {setting.batch_size} x {setting.sequence_length} tokens needs {left}, estimated for "
+                       f"{self.subject.about}.")  # fmt: skip
+        return reasons
+
+    def _nothing(self, ranked: list[Candidate]) -> Recommendation:
+        """Returns the least that a method needs, and what would fit."""
+        setting = self.settings[-1]
+        needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
+        needs = [(candidate, memory) for candidate, memory in needs if memory is not None]
+        if not needs:
+            raise next(iter(self._refused.values()))
+        least, memory = min(needs, key=lambda pair: pair[1].total)
+        name = NAMES[least.method][True]
+        usable = (1 - self.headroom) * self.gpu_memory_gb * 2**30
+        wanted = memory.total / (1 - self.headroom) / 2**30
+        card = next((size for size in _CARDS if size >= wanted), None)
+        reasons = [
+            f"Nothing fits: the least is {name} with gradient checkpointing and one sequence of "
+            f"{setting.sequence_length} tokens, {gigabytes(memory)}, and {self.gpu_memory_gb:g} GB leave "
+            f"{usable / 2**30:.1f} GB for tensors.",
+            f"A card of {card} GB would do." if card else
+            f"It takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
+        ]  # fmt: skip
+        if (shorter := self._shorter(least, setting)) is not None:
+            reasons.append(f"Sequences of {shorter} tokens would fit.")
+        held = memory.weights + memory.quantization
+        smaller = self.subject.size_b * (usable - (memory.total - held)) / held if held else 0.0
+        if smaller > 0:
+            reasons.append(f"A model of about {parameters_text(smaller)} would fit.")
+        return Recommendation(
+            method=None, name="nothing fits", **vars(setting), config_class="", config_kwargs=MappingProxyType({}),
+            memory=memory, gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
+            alternatives=self._alternatives(ranked, setting, None),
+        )  # fmt: skip
+
+    def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
+        """Returns the longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
+        length = setting.sequence_length // 2
+        while length >= 64:
+            memory = self._memory(candidate, _Setting(setting.quantization, True, 1, length))
+            if memory is not None and self._has_room(memory):
+                return length
+            length //= 2
+        return None

@@ -1,0 +1,159 @@
+"""The model that a method is for: the user's own, or one of a given size with the proportions of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from torch import nn
+
+from ..memory import Profile, profile_step
+from ..memory.stand_ins import build_model
+
+__all__ = ["Given", "Synthetic", "parameters_text"]
+
+_LARGEST_B = 1_000_000
+
+
+def parameters_text(size_b: float) -> str:
+    units = ((1.0, "billion"), (1e3, "million"), (1e6, "thousand"))
+    size, unit = next(((size_b * n, unit) for n, unit in units if size_b * n >= 1), (size_b * 1e6, "thousand"))
+    return f"{size:.0f} {unit} parameters" if size >= 10 else f"{size:.2g} {unit} parameters"
+
+
+class Given:
+    """A model, or a configuration, of the user's."""
+
+    def __init__(self, model: Any, task: str, sequence_length: Optional[int]) -> None:
+        import transformers
+
+        if not isinstance(model, (nn.Module, transformers.PretrainedConfig)):
+            raise TypeError(f"recommend_peft_method: model_size_b is {type(model).__name__}, wanted billions of "
+                            "parameters, a transformers configuration or a model")  # fmt: skip
+        config = model if isinstance(model, transformers.PretrainedConfig) else getattr(model, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig) or hasattr(model, "peft_config"):
+            what = "has adapters already" if hasattr(model, "peft_config") else "has no transformers configuration"
+            raise TypeError(f"recommend_peft_method: model_size_b is a {type(model).__name__} that {what}, wanted a "
+                            "model of transformers without any")  # fmt: skip
+        encodes_decodes = bool(getattr(config, "is_encoder_decoder", False))
+        self.task = "SEQ_2_SEQ_LM" if encodes_decodes and task == "CAUSAL_LM" else task
+        self.model = model
+        built = self._built()
+        self.size_b = sum(p.numel() for p in built.parameters()) / 1e9
+        self.has_biases = any(name.rpartition(".")[2] == "bias" for name, _ in built.named_parameters())
+        self.is_encoder = not encodes_decodes and not _is_causal(built)
+        positions = getattr(config, "max_position_embeddings", None)
+        usual = 512 if self.is_encoder else 1024
+        self.sequence_length = sequence_length or min(positions or usual, usual)
+        if positions and self.sequence_length > positions:
+            raise ValueError(f"recommend_peft_method: sequence_length is {sequence_length}, {type(built).__name__} has "
+                             f"{positions} positions")  # fmt: skip
+        self.about = f"{type(built).__name__}, {parameters_text(self.size_b)}"
+
+    def _built(self) -> nn.Module:
+        return self.model if isinstance(self.model, nn.Module) else build_model(self.model, self.task)[0]
+
+    def profile(self, **kwargs: Any) -> Profile:
+        return profile_step(self.model, device="cuda", task_type=self.task, **kwargs)[0]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+class Synthetic:
+    """A model of a given size with the proportions of Llama, of BERT (a small one that classifies), or of T5.
+
+    Layers L and width h grow together, h = 128 L from a billion parameters on and 64 L below (Llama 7B to 405B: 102 to
+    130; GPT-2, BERT: 64), T5 85 L; the feed-forward layer takes up what rounding leaves. What a step needs grows
+    linearly with L: it is traced for two and for three layers.
+    """
+
+    def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
+        if not 0 < size_b <= _LARGEST_B:
+            wanted = "a number above 0" if not size_b > _LARGEST_B else f"at most {_LARGEST_B} billion parameters"
+            raise ValueError(f"recommend_peft_method: model_size_b is {size_b!r:.60}, wanted {wanted}")
+        self.size_b, self.task = float(size_b), task
+        self.is_encoder = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") and size_b < 1
+        self.has_biases = self.is_encoder
+        self.sequence_length = sequence_length or (512 if self.is_encoder else 1024)
+        family = "bert" if self.is_encoder else "t5" if task == "SEQ_2_SEQ_LM" else "llama"
+        self.layers, self.make = _FAMILIES[family](size_b * 1e9, task, self.sequence_length)
+        config = self.make(self.layers)
+        self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
+
+    def profile(self, **kwargs: Any) -> Profile:
+        def of(layers: int) -> Profile:
+            return profile_step(self.make(layers), device="cuda", task_type=self.task, **kwargs)[0]
+
+        return of(self.layers) if self.layers <= 3 else of(2).extrapolate(of(3), self.layers - 2)
+
+
+_Family = tuple[int, Callable[[int], Any]]
+
+
+def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
+    """Solves ``size = per_layer · L · h² + embeddings · h``, ``h = ratio · L``, for layers and heads in steps."""
+    low, high = 0.5, 1e3
+    for _ in range(60):
+        layers = (low + high) / 2
+        h = ratio * layers
+        low, high = (layers, high) if per_layer * layers * h * h + embeddings * h < size else (low, layers)
+    heads = max(step, round(ratio * low / head / step) * step)
+    h = heads * head
+    return max(1, round((size - embeddings * h) / (per_layer * h * h))), heads
+
+
+def _wide(size: float, others: float, per_width: float, layers: int) -> int:
+    """Returns the width of the feed-forward layer that makes up the size."""
+    return max(64, round((size - others) / (layers * per_width) / 64) * 64)
+
+
+def _vocabulary(size: float, usual: int) -> int:
+    """Returns a size not so large that a very small model would be embeddings alone."""
+    return max(256, min(usual, int(size / 640)))
+
+
+def _llama(size: float, task: str, _positions: int) -> _Family:
+    from transformers import LlamaConfig
+
+    small, tied = size < 1e9, size < 4e9
+    head = 64 if small else 128
+    vocab = _vocabulary(size, 49_152 if small else 128_256)
+    embeddings = vocab * (1 if tied or task != "CAUSAL_LM" else 2)
+    layers, heads = _shape(size, 13, 64 if small else 128, head, 4, embeddings)
+    h = heads * head
+    ffn = _wide(size, layers * 2.5 * h * h + embeddings * h, 3 * h, layers)
+    return layers, lambda n: LlamaConfig(
+        hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads,
+        num_key_value_heads=heads // 4, vocab_size=vocab, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def _bert(size: float, task_named: str, positions: int) -> _Family:
+    from transformers import BertConfig
+
+    vocab = _vocabulary(size, 30_522)
+    layers, heads = _shape(size, 12, 64, 64, 1, vocab)
+    h = heads * 64
+    ffn = _wide(size, layers * 4 * h * h + vocab * h, 2 * h, layers)
+    return layers, lambda n: BertConfig(
+        hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads, vocab_size=vocab,
+        max_position_embeddings=max(512, positions),
+    )  # fmt: skip
+
+
+def _t5(size: float, task_named: str, _positions: int) -> _Family:
+    from transformers import T5Config
+
+    vocab = _vocabulary(size, 32_128)
+    layers, heads = _shape(size, 27, 85, 64, 1, vocab)
+    h = heads * 64
+    ffn = _wide(size, layers * 12 * h * h + vocab * h, 6 * h, layers)
+    return layers, lambda n: T5Config(
+        d_model=h, d_kv=64, d_ff=ffn, num_layers=n, num_decoder_layers=n, num_heads=heads, vocab_size=vocab,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+_FAMILIES: dict[str, Callable[[float, str, int], _Family]] = {"llama": _llama, "bert": _bert, "t5": _t5}

@@ -1,0 +1,205 @@
+"""A run's folder: who may write into it, the checkpoints in it, and which of them a resumed run goes on from.
+
+A checkpoint is the Trainer's, sealed once it is whole (:func:`peft_ext.files.seal`): one that a killed run left half
+written, or that has changed since, is not resumed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+from ..files import atomic_folder, is_sealed, not_whole, seal
+from .config import FILE as CONFIG_FILE
+from .errors import RunError
+from .options import SAME_ON_RESUME, Options
+from .progress import log
+
+__all__ = [
+    "PREVIOUS",
+    "check_output",
+    "checkpoints_folder",
+    "how_to_go_on",
+    "own_output",
+    "read_record",
+    "remove_unsealed",
+    "saved_checkpoints",
+    "sealing_callback",
+    "sole_writer",
+    "step_of",
+    "trainer_history",
+]
+
+PREVIOUS = ".previous"  # where --overwrite keeps the adapter that it is to replace
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_LOCK = ".lock"
+# What a file system says that has no locks: a run on it goes on without one.
+_NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
+
+
+def checkpoints_folder(o: Options) -> Path:
+    return o.output / "checkpoints"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns after how many steps it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def saved_checkpoints(o: Options) -> list[Path]:
+    """Returns the checkpoints, whole or not, the last one first."""
+    there = checkpoints_folder(o).glob("checkpoint-*")
+    return sorted((p for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of,
+                  reverse=True)  # fmt: skip
+
+
+def read_record(o: Options) -> dict[str, Any]:
+    """Returns what the run.json in the folder has; nothing where it can't be read."""
+    try:
+        return json.loads((o.output / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def check_output(o: Options) -> Optional[Path]:
+    """Returns the checkpoint to go on from, or None where the run is to begin. Raises RunError."""
+    existing = o.output
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise RunError(f"--output {o.output}: {existing} is a file")
+    if Path(os.path.realpath(o.output)).is_symlink():
+        raise RunError(f"--output {o.output}: {os.strerror(errno.ELOOP)}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"--output {o.output}: {existing} can't be written to")
+    if o.resume:
+        return _checkpoint_to_resume(o)
+    if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
+        resume = "--resume goes on with it, " if saved_checkpoints(o) else ""
+        raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
+    return None
+
+
+def _checkpoint_to_resume(o: Options) -> Path:
+    found = saved_checkpoints(o)
+    if not found:
+        raise RunError(f"--resume: no checkpoint in {o.output} (they are written with --save-steps, and on Ctrl-C)")
+    before = read_record(o).get("options", {})
+    for name in SAME_ON_RESUME:
+        now = getattr(o, name)
+        if name in before and before[name] != now:
+            raise RunError(f"--resume: --{name.replace('_', '-')} is {now}, the run in {o.output} has {before[name]}")
+    for name in ("max_steps", "epochs"):
+        if name in before and before[name] != getattr(o, name):
+            log.info(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
+                     f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
+    reasons = []
+    for checkpoint in found:
+        if (reason := not_whole(checkpoint)) is None:
+            if reasons:
+                log.warning(f"--resume: not from {'; '.join(reasons)}; from {checkpoint.name}")
+            return checkpoint
+        reasons.append(f"{checkpoint.name} ({reason})")
+    raise RunError(f"--resume: no checkpoint in {o.output} is whole: {'; '.join(reasons)}")
+
+
+def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
+    """Returns the history that a checkpoint has."""
+    if checkpoint is None:
+        return []
+    return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
+def how_to_go_on(o: Options) -> str:
+    """Returns the end of an error's line: which checkpoint --resume would go on from, if there is one."""
+    checkpoint = None
+    with contextlib.suppress(OSError):
+        checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
+    return "" if checkpoint is None else f"; --resume goes on from {checkpoint.name}"
+
+
+def remove_unsealed(o: Options) -> None:
+    """Removes the checkpoints that were not written to their end."""
+    for checkpoint in saved_checkpoints(o):
+        if not is_sealed(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def sealing_callback() -> Any:
+    """Returns a callback that seals each checkpoint as it is saved."""
+    from transformers import TrainerCallback
+
+    class Sealer(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Sealer()
+
+
+# --- writing into the folder ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
+    """Makes the folder ready for a run, which writes into it alone as long as the block runs. Raises RunError."""
+    Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
+    with sole_writer(o.output):
+        if o.overwrite:
+            _set_aside(o)
+        if checkpoint is not None:  # what a killed run left is not to be mixed with what is written now
+            for later in itertools.takewhile(lambda p: p != checkpoint, saved_checkpoints(o)):
+                shutil.rmtree(later)
+        yield
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of ``folder``, which is there, as long as the block runs.
+
+    The lock is on a file in the folder: it stays with it where :func:`peft_ext.files.atomic_folder` replaces the folder
+    and keeps its files. It goes with the process, whatever ends it.
+
+    Raises RunError where another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / _LOCK
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"--output {folder}: another process is writing to it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # before the lock is let go of: who gets a lock on what is gone tries again
+        lock.release()
+
+
+def _set_aside(o: Options) -> None:
+    """Removes what an earlier run wrote, and nothing else.
+
+    A whole adapter, and what tells of it, is kept in the folder PREVIOUS until this run has saved its own.
+    """
+    there = [name for name in (*ADAPTER_FILES, "README.md", "run.json", "report.html", CONFIG_FILE)
+             if (o.output / name).is_file()]  # fmt: skip
+    if there[: len(ADAPTER_FILES)] == list(ADAPTER_FILES):
+        with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
+            for name in there:
+                shutil.copy2(o.output / name, folder / name)
+        log.info(f"the adapter that is there: kept in {o.output / PREVIOUS} until this run has saved its own")
+    shutil.rmtree(checkpoints_folder(o), ignore_errors=True)
+    for name in there:
+        (o.output / name).unlink(missing_ok=True)

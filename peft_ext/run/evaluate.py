@@ -1,0 +1,241 @@
+"""What a model is asked before and after training: held-out losses, prompts, and whether the adapter re-reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional
+
+from .checkpoints import trainer_history
+from .data import IGNORED, PYTHON_DOCS
+from .progress import bar, status
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .prepare import Run
+
+__all__ = [
+    "HELD_OUT_POINTS",
+    "NEW_TOKENS",
+    "SAMPLES",
+    "Check",
+    "Losses",
+    "answer",
+    "curve_batches",
+    "curve_examples",
+    "greedy",
+    "held_out_losses",
+    "mean_loss",
+    "perplexity",
+    "reread",
+    "sample_prompts",
+]
+
+DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
+NEW_TOKENS = 48
+HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it
+HELD_OUT_SHARE = 1 / 4  # what those evaluations read, at most, of the tokens that are trained on: a forward of them
+SAMPLES = 3  # held-out prompts that are asked beside the user's
+BATCH = 2  # held-out examples: logits [2, T, V] are the peak
+
+Losses = list[tuple[float, int]]  # of each batch: the sum of the losses, and of how many tokens
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def collate(run: Run, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Returns a batch of examples on the run's device."""
+    from transformers import DataCollatorForSeq2Seq
+
+    batch = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)([dict(e) for e in examples])
+    return {name: tensor.to(run.device) for name, tensor in batch.items()}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the logits of the given tokens; those of virtual tokens, which prompt methods put first, are left out."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits[:, -batch["input_ids"].shape[1] :]
+
+
+def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
+    """Returns the losses of each batch of held-out examples, or of the chosen ones."""
+    from torch.nn.functional import cross_entropy
+
+    model.eval()
+    sums = []
+    batches = bar(range(_held_out_batches(run)), "held-out loss", "batch") if chosen is None else chosen
+    for index in batches:
+        batch = collate(run, run.examples.held_out[BATCH * index : BATCH * (index + 1)])
+        total, count = 0.0, 0
+        for logits, labels in zip(logits_of(model, batch), batch["labels"], strict=True):
+            total += cross_entropy(logits[:-1].float(), labels[1:], reduction="sum", ignore_index=IGNORED).item()
+            count += int((labels[1:] != IGNORED).sum())
+        sums.append((total, count))
+    return sums
+
+
+def mean_loss(losses: Losses) -> float:
+    """Returns the mean over all tokens, each weighing the same."""
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+
+
+def perplexity(losses: Losses) -> float:
+    """Returns ``exp`` of the mean loss."""
+    return math.exp(min(mean_loss(losses), 700.0))
+
+
+def _held_out_batches(run: Run) -> int:
+    return math.ceil(len(run.examples.held_out) / BATCH)
+
+
+def curve_batches(run: Run) -> list[int]:
+    """Returns the batches that each point of the held-out curve is of.
+
+    They are as many as HELD_OUT_SHARE allows, evenly spread. A resumed run takes the ones that it began with.
+    """
+
+    def tokens(examples: list[Any]) -> float:
+        return sum(len(e["input_ids"]) for e in examples) / len(examples)
+
+    o, there = run.options, _held_out_batches(run)
+    trained = run.steps * o.batch_size * o.grad_accum * tokens(run.examples.train)
+    count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / (BATCH * tokens(run.examples.held_out)))
+    earlier = trainer_history(run.checkpoint)
+    count = next((entry["held_out_batches"] for entry in earlier if "held_out_batches" in entry), count)
+    count = min(max(count, 2), there)
+    return [index * there // count for index in range(count)]
+
+
+def curve_examples(run: Run, batches: list[int]) -> int:
+    """Returns how many examples these batches have."""
+    return sum(len(run.examples.held_out[BATCH * i : BATCH * (i + 1)]) for i in batches)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def sample_prompts(run: Run) -> list[dict[str, Any]]:
+    """Returns what to ask: the user's prompt, then held-out ones, with what the data answers."""
+    prompt = run.options.prompt
+    if prompt is None:
+        prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
+    samples: list[dict[str, Any]] = [{"prompt": prompt, "messages": [{"role": "user", "content": prompt}]}]
+    for record in run.corpus.held_out if run.corpus.kind == "chat" else []:
+        turn = next(i for i, message in enumerate(record) if message["role"] == "assistant")
+        messages, wanted = record[:turn], record[turn]["content"]
+        if not messages or not _has_room(run, messages):
+            continue
+        asked = messages[-1]["content"]
+        if asked == prompt and "expected" not in samples[0]:
+            samples[0] |= {"messages": messages, "expected": wanted}
+        elif all(asked != sample["prompt"] for sample in samples):
+            samples.append({"prompt": asked, "messages": messages, "expected": wanted})
+        if len(samples) > SAMPLES:
+            break
+    return samples
+
+
+def _has_room(run: Run, messages: list[dict[str, str]]) -> bool:
+    tokens = _encode(run, messages)["input_ids"].shape[1]
+    room = getattr(run.config, "max_position_embeddings", None) or math.inf
+    virtual = run.options.virtual_tokens if run.is_prompt_method else 0
+    return tokens <= run.options.block_size and tokens + virtual + NEW_TOKENS <= room
+
+
+def _encode(run: Run, messages: list[dict[str, str]]) -> dict[str, Tensor]:
+    """Returns the tokens of a conversation that the model is to go on with, rendered as the data is."""
+    chat = bool(getattr(run.tokenizer, "chat_template", None))
+    if chat:
+        text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = messages[-1]["content"] + ("\n" if run.corpus.kind == "chat" else "")
+    return run.tokenizer(text, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False)
+
+
+def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
+    """Returns the greedy answer."""
+    import torch
+
+    inputs = {name: tensor.to(run.device) for name, tensor in _encode(run, messages).items()}
+    model.eval()
+    with torch.no_grad(), status("answering a prompt"):
+        if run.is_prompt_method:
+            out = greedy(model, inputs["input_ids"], NEW_TOKENS)
+        else:
+            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+                                 pad_token_id=run.tokenizer.pad_token_id)  # fmt: skip
+    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:
+    """Returns ``input_ids [1, T]`` and up to ``count`` tokens more, from the model's own forward without a cache.
+
+    Each is the likeliest token, or drawn where there is a ``temperature``. This is for PEFT's prompt methods, whose
+    ``generate`` loses the virtual tokens with transformers 5.
+    """
+    import torch
+
+    stop = model.generation_config.eos_token_id
+    stop = stop if isinstance(stop, list) else [stop]
+    for _ in range(count):
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[:, -1]
+        if temperature:
+            token = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, token], dim=1)
+        if token.item() in stop:
+            break
+    return input_ids
+
+
+# --- the adapter's files ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """The greatest differences between logits on two held-out examples.
+
+    Attributes:
+        max_difference: between the trained model on its stock path and stock PEFT's reading of the saved adapter.
+        bound: what rounding explains of it, four units in the last place of the largest logit. ok: it is no more.
+        largest: the largest logit.
+        accelerated_difference: between the fused and the stock path of the trained model; None in a stock run.
+    """
+
+    max_difference: float
+    bound: float
+    ok: bool
+    largest: float
+    accelerated_difference: Optional[float]
+
+
+def reread(run: Run, model: Any, fresh_base: Any) -> Check:
+    """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it."""
+    import torch
+    from peft import PeftModel
+
+    batch = collate(run, run.examples.held_out[:BATCH])
+    keep = batch["attention_mask"].bool()  # what is computed at padding is nobody's business
+    model.eval()
+    accelerated = None
+    if not run.options.stock:
+        from ..integrations.peft import restore
+
+        accelerated = logits_of(model, batch)[keep].float()
+        restore(model)
+    live = logits_of(model, batch)[keep].float()
+    fresh = PeftModel.from_pretrained(fresh_base(), str(run.options.output), torch_device=str(run.device)).eval()
+    difference = (live - logits_of(fresh, batch)[keep].float()).abs().max().item()
+    largest = live.abs().max().item()
+    bound = 4 * torch.finfo(run.dtype).eps * largest
+    return Check(
+        max_difference=difference, bound=bound, ok=difference <= bound, largest=largest,
+        accelerated_difference=None if accelerated is None else (accelerated - live).abs().max().item(),
+    )  # fmt: skip

@@ -1,0 +1,163 @@
+"""The options of a run, and the checks of them that need nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from ..methods import METHODS
+from ..weight import BLOCKSIZES
+from .data import PYTHON_DOCS
+from .errors import RunError
+
+__all__ = ["DEFAULT_STEPS", "DEMO_MODEL", "DTYPES", "Options", "QUANTIZATIONS", "SAME_ON_RESUME", "check_options"]
+
+DEMO_MODEL = "smollm2"
+DEFAULT_STEPS = 60
+DTYPES = ("auto", "bf16", "fp32")
+QUANTIZATIONS = ("nf4", "none")
+_MOST = 2**31 - 1  # of a count
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for; the defaults are the run without arguments.
+
+    Attributes:
+        model: a folder in Hugging Face's format, a name on the hub, or "smollm2", which comes as a package.
+        data: a .jsonl, .json, .csv or .txt file, a folder of those, a dataset on the hub, or "python-docs".
+        output: the folder for adapter, report and checkpoints.
+        method: one of :data:`peft_ext.methods.METHODS`.
+        rank, alpha, dropout: of the low-rank methods.
+        target_modules: names with commas between them, or "all-linear"; None: the method's own.
+        virtual_tokens: of prefix and prompt tuning.
+        quant: the frozen weights: "nf4", double-quantized in blocks of ``blocksize``, or "none"; None: "nf4", and
+            "none" for the methods that train the weights themselves.
+        dtype: of activations and dense weights: "bf16", "fp32", or "auto": float32 where the CPU lacks bfloat16.
+        text_column, prompt_column, completion_column: instead of the detected ones; see :mod:`peft_ext.run.data`.
+        eval_fraction: the share of the data that is held out of training.
+        block_size: tokens of an example, at most.
+        max_steps, epochs: one of them; neither: 60 steps.
+        batch_size, grad_accum: examples of a batch, batches of a step.
+        lr: the largest learning rate; None: the method's. warmup: steps, or a fraction of them.
+        seed: of the split, the adapter's start and the order of examples.
+        save_steps: steps between checkpoints; 0: one where a signal ends the run.
+        gradient_checkpointing: less memory, more time.
+        threads: PyTorch's; None: as they are.
+        resume: go on from the last checkpoint in ``output``. overwrite: replace the run there.
+        stock: train with PEFT and bitsandbytes alone, to compare.
+        prompt: what is asked before and after training; None: the data's first held-out prompt.
+    """
+
+    model: str = DEMO_MODEL
+    data: str = PYTHON_DOCS
+    output: Path = Path("outputs/finetune")
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: Optional[str] = None
+    virtual_tokens: int = 20
+    quant: Optional[str] = None
+    dtype: str = "auto"
+    blocksize: int = 64
+    text_column: Optional[str] = None
+    prompt_column: Optional[str] = None
+    completion_column: Optional[str] = None
+    eval_fraction: float = 0.1
+    block_size: int = 256
+    max_steps: Optional[int] = None
+    epochs: Optional[float] = None
+    batch_size: int = 4
+    grad_accum: int = 1
+    lr: Optional[float] = None
+    warmup: float = 0.05
+    seed: int = 0
+    save_steps: int = 0
+    gradient_checkpointing: bool = False
+    threads: Optional[int] = None
+    resume: bool = False
+    overwrite: bool = False
+    stock: bool = False
+    prompt: Optional[str] = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest one of the run."""
+        return METHODS[self.method].learning_rate if self.lr is None else self.lr
+
+    def resolved(self) -> Options:
+        """Returns the options with the method's own quantization where none was given, and paths as paths."""
+        quant = METHODS[self.method].quant if self.quant is None else self.quant
+        return dataclasses.replace(self, quant=quant, output=Path(self.output), model=str(self.model),
+                                   data=str(self.data))  # fmt: skip
+
+    def changed(self) -> list[str]:
+        """Returns the names of the options that are not the defaults."""
+        defaults = Options(method=self.method).resolved()
+        names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
+        return names if self.method == Options.method else ["method", *names]
+
+
+# What a resumed run must have in common with the run that wrote the checkpoint.
+SAME_ON_RESUME = (
+    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "quant", "dtype",
+    "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size",
+    "grad_accum", "lr", "warmup", "seed", "stock",
+)  # fmt: skip
+
+_LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,
+          "threads": 1}  # fmt: skip
+
+
+def check_options(o: Options) -> None:
+    """Raises RunError for a value that is out of its range, or that excludes another."""
+    if o.method not in METHODS:
+        raise RunError(f"--method {o.method}: there is no such method; there are: {', '.join(METHODS)}")
+    method = METHODS[o.method]
+    for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES)):
+        value: Any = getattr(o, name)
+        if value is not None and value not in choices:
+            *most, last = map(str, choices)
+            wanted = f"one of {', '.join(map(str, choices))}" if len(choices) > 2 else f"{most[0]} or {last}"
+            raise RunError(f"--{name} {value}: wanted {wanted}")
+    if not 0.0 <= o.dropout < 1.0:
+        raise RunError(f"--dropout {o.dropout}: wanted 0 <= p < 1")
+    if not 0.0 < o.eval_fraction < 1.0:
+        raise RunError(f"--eval-fraction {o.eval_fraction}: wanted more than 0 and less than 1")
+    if not math.isfinite(o.alpha):
+        raise RunError(f"--alpha {o.alpha}: wanted a finite number")
+    if o.lr is not None and not 0 < o.lr < math.inf:
+        raise RunError(f"--lr {o.lr}: wanted a positive number")
+    if not 0 <= o.warmup < math.inf or (o.warmup >= 1 and o.warmup != int(o.warmup)):
+        raise RunError(f"--warmup {o.warmup}: wanted a number of steps, or a fraction of them less than 1")
+    if o.max_steps is not None and o.epochs is not None:
+        raise RunError("--max-steps and --epochs exclude each other")
+    if o.epochs is not None and not 0 < o.epochs < math.inf:
+        raise RunError(f"--epochs {o.epochs}: wanted a positive number")
+    if o.save_steps < 0:
+        raise RunError(f"--save-steps {o.save_steps}: wanted 0 (no checkpoints) or more")
+    if not 0 <= o.seed < 2**32:
+        raise RunError(f"--seed {o.seed}: wanted 0 to {2**32 - 1}")
+    for name, least in _LEAST.items():
+        if (value := getattr(o, name)) is not None and value < least:
+            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
+        if value is not None and value > _MOST:
+            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at most {_MOST}")
+    if o.resume and o.overwrite:
+        raise RunError("--resume and --overwrite exclude each other")
+    if o.resume and not method.can_resume:
+        raise RunError(f"--resume with --method {o.method}: PEFT saves the ranks that are left in other shapes")
+    if o.gradient_checkpointing and not method.can_checkpoint:
+        raise RunError(
+            f"--gradient-checkpointing with --method {o.method}: PEFT's prefixes go through the cache it turns off"
+        )
+    if o.target_modules is not None and method.kind == "prompt":
+        raise RunError(f"--target-modules with --method {o.method}: it adapts no layers")
+    if o.method == "qlora" and o.quant == "none":
+        raise RunError("--quant none with --method qlora: that is --method lora")
+    if o.quant == "nf4" and not method.can_quantize:
+        raise RunError(f"--quant nf4 with --method {o.method}: it trains the weights themselves, which NF4 freezes")

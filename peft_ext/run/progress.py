@@ -1,0 +1,95 @@
+"""What a run tells as it goes: lines through :mod:`logging`, bars and status lines on a terminal.
+
+The logger ``peft_ext.run`` has a line for each thing that happened, and a warning for what is to be looked at. Nothing
+is printed unless a program asks for it, as the command line does::
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("peft_ext.run").setLevel("INFO")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+__all__ = ["bar", "log", "progress_callback", "quiet", "status"]
+
+_Item = TypeVar("_Item")
+
+log = logging.getLogger("peft_ext.run")
+
+
+def quiet() -> None:
+    """Turns off the libraries' bars for loading a small model, and their remarks about what was chosen on purpose."""
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
+    for name in ("bitsandbytes", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Shows what goes on, on a terminal alone, as long as it does."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, markup=False).status(text):
+        yield
+
+
+def bar(
+    items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
+) -> Iterable[_Item]:
+    """Returns ``items``, with a bar on a terminal alone; ``each`` names the one in work, after ``text``.
+
+    The bar is drawn between items: no thread beside them takes time from what is measured.
+    """
+    if not sys.stderr.isatty():
+        return items
+    return _shown(items, text, unit, each)
+
+
+def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str]) -> Iterator[_Item]:
+    from tqdm import tqdm
+
+    # Closed, and its line cleared, where the loop ends early as well.
+    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True) as shown:
+        for item in items:
+            if name := each(item):
+                shown.set_description(f"{text} {name}")
+            yield item
+            shown.update()
+
+
+def progress_callback(steps: int) -> Any:
+    """Returns the Trainer's bar on a terminal, else what logs about 20 lines."""
+    from transformers import ProgressCallback, TrainerCallback
+
+    every = max(1, steps // 20)
+
+    class Bar(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if self.training_bar is not None and "loss" in (logs or {}):
+                self.training_bar.set_postfix_str(_numbers(logs))
+
+    class Lines(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            step = state.global_step
+            if "loss" in (logs or {}) and (step == 1 or step % every == 0 or step == steps):
+                log.info(f"step {step:>{len(str(steps))}}/{steps}  {_numbers(logs)}")
+
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+def _numbers(logs: dict[str, Any]) -> str:
+    speed = f"  {logs['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in logs else ""
+    return f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.1e}{speed}"

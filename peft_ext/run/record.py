@@ -1,0 +1,201 @@
+"""What a run measures, as it goes: run.json, which the report is drawn from, and the Trainer's history."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from ..files import atomic_file
+from ..machine import cpu_name, versions
+from . import evaluate
+from .progress import log
+
+if TYPE_CHECKING:
+    from .prepare import Run
+
+__all__ = ["Record", "dtype_name", "recording_callback"]
+
+
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass
+class Record:
+    """What was found so far.
+
+    Attributes:
+        results: by name, as run.json has them.
+        history: the Trainer's, a mapping for each log, with what :func:`recording_callback` adds.
+        meter: the :class:`peft_ext.integrations.transformers.PeftExtCallback` of the training.
+        curve: the held-out batches that the curve is of.
+        no_report: why the last report could not be drawn; None where it was.
+    """
+
+    run: Run
+    results: dict[str, Any] = field(default_factory=lambda: {"finished": False})
+    history: list[dict[str, Any]] = field(default_factory=list)
+    meter: Any = None
+    curve: list[int] = field(default_factory=list)
+    no_report: Optional[str] = None
+    started: str = field(default_factory=_now)
+
+    def document(self) -> dict[str, Any]:
+        """Returns what run.json holds."""
+        import torch
+
+        from .. import __version__, _native
+
+        run, o = self.run, self.run.options
+        return {
+            "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
+            "changed": o.changed(),
+            "learning_rate": o.learning_rate,
+            "trainable_parameters": run.trainable,
+            "parameters": run.parameters,
+            "versions": {"peft_ext": __version__, "python": platform.python_version(), **versions()},
+            "machine": {
+                "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
+                "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
+                "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+                "system": f"{platform.system()} {platform.machine()}",
+            },
+            "examples": {
+                "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
+                "cut": run.examples.truncated,
+            },
+            "started": self.started,
+            "steps_wanted": run.steps,
+            "new_tokens": evaluate.NEW_TOKENS,
+            "seconds": run.seconds,
+            **self._measured(),
+            **self.results,
+        }  # fmt: skip
+
+    def _measured(self) -> dict[str, Any]:
+        """Returns the history, by column, and what the meter has."""
+        steps = [entry for entry in self.history if "loss" in entry]
+        found: dict[str, Any] = {}
+        if self.meter is not None:
+            names = ("tokens_per_s", "median_step_s", "peak_mib", "peak_cuda_mib")
+            found = {name: getattr(self.meter, name) for name in names}
+        columns = ("step", "learning_rate", "step_s", "tokens", "held_out_loss")
+        return {
+            **found, "losses": [entry["loss"] for entry in steps], "steps": steps[-1]["step"] if steps else 0,
+            "history": {name: [entry.get(name) for entry in steps] for name in columns},
+        }  # fmt: skip
+
+    def write(self) -> None:
+        """Writes run.json, whole or not at all, and the report of it. Raises OSError."""
+        from . import report
+
+        folder, document = self.run.options.output, self.document()
+        with atomic_file(folder / "run.json") as file:
+            file.write(json.dumps(document, indent=2) + "\n")
+        try:
+            report.write_report(folder, document)
+            self.no_report = None
+        except Exception as error:  # a run is not lost for a picture of it
+            self.no_report = " ".join(f"{type(error).__name__}: {error}".split())
+
+    def log_report(self) -> None:
+        """Says where the report is, or why there is none."""
+        if self.no_report is None:
+            log.info(f"report: {self.run.options.output / 'report.html'}")
+        else:
+            log.warning(f"no report, it could not be drawn: {self.no_report}")
+
+
+def recording_callback(record: Record) -> Any:
+    """Returns a callback that adds each step's seconds, tokens and held-out loss to the Trainer's history.
+
+    There, in trainer_state.json, a checkpoint keeps them, and a resumed run goes on with them.
+    """
+    from transformers import TrainerCallback
+
+    run, stop, meter = record.run, record.run.stop, record.meter
+    count = evaluate.HELD_OUT_POINTS + 1
+    points = {round(run.steps * i / count) for i in range(1, count)} - {0, run.steps}
+
+    class Recorder(TrainerCallback):
+        entry: dict[str, Any] = {}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            record.history = state.log_history
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if "memory" not in record.results:
+                record.results["memory"] = _bytes_by_kind(kwargs["model"], kwargs["optimizer"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
+            if state.global_step in points and not stop.asked:
+                model = kwargs["model"]
+                with run.phase("evaluate in training"):
+                    chosen = itertools.takewhile(lambda _: not stop.asked, record.curve)
+                    losses = evaluate.held_out_losses(run, model, chosen)
+                model.train()
+                if len(losses) == len(record.curve):
+                    self.entry |= {"held_out_loss": evaluate.mean_loss(losses), "held_out_batches": len(losses)}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" not in (logs or {}) or not state.log_history:
+                return
+            state.log_history[-1].update(self.entry)  # a copy of these logs
+            if "held_out_loss" in self.entry:
+                try:
+                    record.write()
+                except OSError as error:  # it tells how far the run is; the end is to come
+                    log.warning(f"{error.filename or run.options.output}: {error.strerror}")
+
+    return Recorder()
+
+
+def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
+    """Returns the bytes of the tensors of a training step, as the optimizer has stepped and gradients are still there.
+
+    They are of storages, each counted once. Beside the optimizer's states are the scores that AdaLoRA keeps.
+    """
+    import torch
+
+    seen: set[int] = set()
+
+    def size(tensors: Iterable[Any]) -> int:
+        total = 0
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    def held(state: Any) -> Iterator[Any]:  # bitsandbytes' scales are no buffers
+        while state is not None:
+            yield from vars(state).values()
+            state = state.state2
+
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    frozen = [p for p in parameters if not p.requires_grad]
+    scales = [tensor for p in frozen for tensor in held(getattr(p, "quant_state", None))]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        states += getattr(allocator, name, {}).values()
+    return {
+        "frozen": size([*frozen, *model.buffers(), *scales]), "adapter": size(trained),
+        "gradients": size(p.grad for p in trained), "optimizer": size(states),
+    }  # fmt: skip

@@ -1,0 +1,71 @@
+"""Numbers and texts of a report as people read them, and values of a run.json that may be anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Optional
+
+__all__ = ["clip", "count", "duration", "items", "mapping", "number", "percent", "short"]
+
+_MOST_TEXT = 4000  # characters of one text
+NONE = "–"
+
+
+def mapping(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns the mapping under ``name``; an empty one where there is none."""
+    value = document.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def items(document: Mapping[str, Any], name: str) -> list[Any]:
+    """Returns the list under ``name``; an empty one where there is none."""
+    value = document.get(name)
+    return value if isinstance(value, list) else []
+
+
+def number(value: Any) -> Optional[float]:
+    """Returns a finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def clip(value: Any) -> str:
+    """Returns the text of a value, cut where it is very long."""
+    text = str(value)
+    if len(text) > _MOST_TEXT:
+        text = f"{text[:_MOST_TEXT]} … ({len(text) - _MOST_TEXT:,} characters more)"
+    return text
+
+
+def short(value: Any, digits: int = 4) -> str:
+    """Returns ``digits`` significant digits; the page's script has a ``short`` that writes the same."""
+    if (value := number(value)) is None:
+        return NONE
+    size = abs(value)
+    if size == 0 or 1e-3 <= size < 1e6:
+        text = f"{size:.{digits}g}" if size < 10**digits else f"{size:.0f}"
+    else:
+        mantissa, _, exponent = f"{size:.{digits - 1}e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"−{text}" if value < 0 else text
+
+
+def count(value: Any) -> str:
+    """Returns a whole number with commas."""
+    found = number(value)
+    return NONE if found is None else f"{found:,.0f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as "4.2 s", "1 min 15 s" or "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -1,0 +1,397 @@
+"""A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
+
+The order of the work: prepare (every check); load the model and quantize it; evaluate and ask; adapt, accelerate,
+train; save; evaluate and ask again; let stock PEFT re-read the adapter and compare its logits with the trained model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from ..files import save_adapter
+from ..methods import METHODS
+from ..sources.json_file import first_line
+from . import checkpoints, evaluate
+from .config import FILE as CONFIG_FILE
+from .config import write_config
+from .errors import RunError, Stop, caught_signals, mendable_errors
+from .evaluate import Check
+from .options import Options
+from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
+from .progress import log, progress_callback, status
+from .record import Record, dtype_name, recording_callback
+
+__all__ = ["Result", "finetune", "train"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. ``run.json`` in the folder has all of it, and more.
+
+    Attributes:
+        output: the folder with the adapter, run.json and report.html.
+        steps: that were trained. losses: of each.
+        perplexity_before, perplexity_after: on the held-out examples; None where the run stopped early.
+        tokens_per_s, median_step_s: of the steps alone; None where no step was taken.
+        peak_mib, peak_cuda_mib: the most memory of the process until training ended, and of PyTorch's tensors on a GPU.
+        trainable_parameters, adapter_bytes: of the adapter; its file's size, None where the run stopped early.
+        fused_layers, layers: of those that are adapted or quantized.
+        can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
+        check: stock PEFT's reading of the saved adapter; None where the run stopped early.
+        stopped_by: the signal that ended training early, with a checkpoint; 0 where none did.
+        seconds: by phase.
+    """
+
+    output: Path
+    steps: int
+    losses: list[float]
+    perplexity_before: float
+    perplexity_after: Optional[float]
+    tokens_per_s: Optional[float]
+    median_step_s: Optional[float]
+    peak_mib: Optional[float]
+    peak_cuda_mib: Optional[float]
+    trainable_parameters: int
+    adapter_bytes: Optional[int]
+    fused_layers: int
+    layers: int
+    can_merge: bool
+    check: Optional[Check]
+    stopped_by: int
+    seconds: dict[str, float]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were trained, and the adapter was saved and read again."""
+        return self.check is not None
+
+
+def finetune(options: Options) -> Result:
+    """Trains an adapter, saves and checks it; returns what came of it.
+
+    ::
+
+        from peft_ext.run import Options, finetune
+
+        result = finetune(Options(model="my/model", data="my.jsonl", output="outputs/mine", method="dora"))
+        print(result.perplexity_before, result.perplexity_after)
+
+    Signals, where this is the main thread: SIGINT, SIGTERM and SIGHUP (unless that was ignored, as under nohup) end
+    training after the step in progress, with a checkpoint, and ``stopped_by`` has the number; a second one, or one
+    outside of training, ends the run at once. SIGUSR1, which batch systems send ahead of a time limit, writes a
+    checkpoint after the step in progress, and training goes on.
+
+    What happens is told by the logger ``peft_ext.run``. Warnings and progress bars of transformers, PEFT, accelerate
+    and bitsandbytes are turned off in this process.
+
+    Raises: RunError for what the user can mend: before any work, or where the disk or the memory is full; Interrupted,
+    a KeyboardInterrupt, where a signal ends it at once.
+    """
+    stop = Stop()
+    with caught_signals(stop), mendable_errors(options.output, lambda: checkpoints.how_to_go_on(options.resolved())):
+        return train(prepare(options, stop))
+
+
+def train(run: Run) -> Result:
+    """Trains a prepared run; see :func:`finetune`."""
+    _describe(run)
+    with run.phase("load"):
+        model = load_base(run)
+    with run.phase("evaluate before"):
+        losses = evaluate.held_out_losses(run, model)
+        samples = [{**sample, "before": evaluate.answer(run, model, sample["messages"])}
+                   for sample in evaluate.sample_prompts(run)]  # fmt: skip
+    before = evaluate.perplexity(losses)
+    log.info(f"before: held-out perplexity {before:.3f}")
+
+    record = Record(run)
+    with checkpoints.own_output(run.options, run.checkpoint):
+        write_config(run.options.output / CONFIG_FILE, run.options)
+        record.curve = evaluate.curve_batches(run)
+        record.history = checkpoints.trainer_history(run.checkpoint)
+        first = evaluate.mean_loss([losses[i] for i in record.curve])
+        record.results |= {
+            "perplexity": {"before": before}, "samples": samples,
+            "held_out": {"examples": evaluate.curve_examples(run, record.curve), "first": [0, first]},
+            "resumed": _resumed_after(run),
+        }  # fmt: skip
+        try:
+            return _train(run, record, model)
+        except BaseException:  # Ctrl-C twice, no memory left: what there is stays, marked as unfinished
+            with contextlib.suppress(Exception):
+                record.write()
+            raise
+
+
+def _train(run: Run, record: Record, model: Any) -> Result:
+    """Goes from the frozen base to the checked adapter."""
+    o, results = run.options, record.results
+    with run.phase("adapt"):
+        model = adapt(run, model)
+    fused = results["fused"] = _fused_layers(run, model)
+    record.write()
+    log.info(f"training: {run.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
+    done = fit(run, record, model)
+    if run.stop.asked and done < run.steps:
+        record.write()
+        instead = " instead of --overwrite" if o.overwrite else ""
+        goes_on = f"; the same command with --resume{instead} goes on" if run.method.can_resume else ""
+        log.info(f"stopped after step {done}{goes_on}")
+        record.log_report()
+        return _result(record, done)
+    with run.phase("save"):  # first of all: what was trained is not lost with what comes
+        save_adapter(model, o.output, overwrite=True)
+        shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
+    results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
+    _log_speed(record.meter)
+
+    with run.phase("evaluate after"):
+        losses = evaluate.held_out_losses(run, model)
+        for sample in results["samples"]:
+            sample["after"] = evaluate.answer(run, model, sample["messages"])
+    results["perplexity"]["after"] = evaluate.perplexity(losses)
+    results["held_out"]["last"] = [done, evaluate.mean_loss([losses[i] for i in record.curve])]
+    with run.phase("re-read"):
+        check = evaluate.reread(run, model, lambda: load_base(run))
+    asked = results["samples"][0]
+    results |= {"finished": True, "check": asdict(check),
+                "answers": {name: asked[name] for name in ("prompt", "before", "after")}}  # fmt: skip
+    record.write()
+    _log_end(run, record, check)
+    return _result(record, done, check)
+
+
+def _resumed_after(run: Run) -> list[int]:
+    """Returns after which steps the run went on from a checkpoint."""
+    if run.checkpoint is None:
+        return []
+    earlier = checkpoints.read_record(run.options).get("resumed")
+    return [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
+
+
+def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
+    run, found = record.run, record.document()
+    return Result(
+        output=run.options.output, steps=done, losses=found["losses"],
+        perplexity_before=found["perplexity"]["before"], perplexity_after=found["perplexity"].get("after"),
+        tokens_per_s=found["tokens_per_s"], median_step_s=found["median_step_s"], peak_mib=found["peak_mib"],
+        peak_cuda_mib=found["peak_cuda_mib"], trainable_parameters=run.trainable,
+        adapter_bytes=found.get("adapter_bytes"), fused_layers=found["fused"]["fused"],
+        layers=found["fused"]["layers"], can_merge=METHODS[run.options.method].can_merge, check=check,
+        stopped_by=run.stop.signal if check is None else 0, seconds=dict(run.seconds),
+    )  # fmt: skip
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def load_base(run: Run) -> Any:
+    """Returns the frozen base, quantized as asked; its layers are bitsandbytes' where stock code needs them.
+
+    Its weights are the files' rounded to bfloat16, whichever dtype is computed in: an adapter is trained on the same
+    base on every machine. Raises RunError where a weight can't be read, or is not there.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from ..quantize import quantize_nf4
+
+    o = run.options
+    try:
+        with status("loading the model"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"--model {o.model}: {first_line(error)}") from None
+    if absent := sorted(info["missing_keys"]):
+        raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
+    model = model.to(run.device).eval().requires_grad_(False)
+    model.config.use_cache = False  # in training it would only hold memory; generation asks for it
+    if o.quant == "nf4":
+        quantize_nf4(model, blocksize=o.blocksize)
+    if run.dtype != torch.bfloat16:  # a parameter at a time; codes and scales keep their bits
+        model.to(run.dtype).config.dtype = run.dtype
+    if needs_bitsandbytes(o):
+        from ..integrations.bitsandbytes import to_linear4bit
+
+        to_linear4bit(model, run.dtype)
+    return model
+
+
+def adapt(run: Run, model: Any) -> Any:
+    """Returns the model with its adapter, which starts from the run's seed, accelerated unless the run is stock."""
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers import set_seed
+
+    set_seed(run.options.seed)
+    model = get_peft_model(model, adapter_config(run, model))
+    # PEFT's layer over a bitsandbytes base draws other random numbers on the way: start every base alike, so that
+    # a run and its --stock twin differ in arithmetic alone.
+    set_seed(run.options.seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
+            module.reset_lora_parameters("default", True)
+    if not run.options.stock:
+        from ..integrations.peft import accelerate
+
+        accelerate(model)
+    return model
+
+
+def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
+    """Returns how many layers run fused, and those that are alike in groups."""
+    if run.options.stock:
+        return {"layers": 0, "fused": 0, "reasons": []}
+    from ..integrations.peft import explain
+
+    rows = list(explain(model).rows)
+    like: dict[tuple[str, bool, str], list[str]] = {}
+    for row in rows:
+        like.setdefault((row.kind, bool(row.fused), str(row.reason)), []).append(row.name)
+    groups = [
+        {"kind": kind, "fused": fused, "reason": reason, "layers": len(names), "first": names[0]}
+        for (kind, fused, reason), names in like.items()
+    ]
+    reasons = sorted({group["reason"] for group in groups if not group["fused"]})
+    return {"layers": len(rows), "fused": sum(bool(row.fused) for row in rows), "reasons": reasons, "groups": groups}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run, record: Record, model: Any) -> int:
+    """Trains the model; returns how many steps it has."""
+    trainer = _trainer(run, record, model)
+    if run.checkpoint is not None and (done := checkpoints.step_of(run.checkpoint)) >= run.steps:
+        _load_checkpoint(run, model)  # the Trainer would train one step more
+        return done
+    try:
+        with run.phase("train"), run.stop.in_training():
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except BaseException:
+        checkpoints.remove_unsealed(run.options)
+        raise
+    finally:
+        if (inside := run.seconds.pop("evaluate in training", None)) is not None:
+            run.seconds["train"] = round(run.seconds["train"] - inside, 2)
+            run.seconds["evaluate in training"] = inside
+    done = trainer.state.global_step
+    del trainer
+    gc.collect()
+    return done
+
+
+def _trainer(run: Run, record: Record, model: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+    from ..integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+    from .data import IGNORED
+
+    class GateTrainer(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            """Makes an optimizer whose gates have their own, larger rate; called once a checkpoint was loaded."""
+            if self.optimizer is None:
+                kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(self.model.parameter_groups(kwargs["lr"]), **kwargs)
+            return self.optimizer
+
+    o = run.options
+    args = TrainingArguments(
+        output_dir=str(checkpoints.checkpoints_folder(o)), max_steps=run.steps,
+        per_device_train_batch_size=o.batch_size, gradient_accumulation_steps=o.grad_accum,
+        learning_rate=o.learning_rate, lr_scheduler_type="cosine", warmup_steps=o.warmup, seed=o.seed,
+        logging_steps=1, logging_nan_inf_filter=False, report_to="none",
+        save_strategy="steps" if o.save_steps else "no", save_steps=o.save_steps or 500, save_total_limit=2,
+        use_cpu=run.device.type == "cpu", dataloader_num_workers=0, dataloader_pin_memory=False,
+        include_num_input_tokens_seen="non_padding", prediction_loss_only=True, remove_unused_columns=False,
+        gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not sys.stderr.isatty(),
+    )  # fmt: skip
+    collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
+    record.meter = PeftExtCallback(accelerate=False)
+    callbacks = [record.meter, recording_callback(record), _stopping_callback(run.stop), checkpoints.sealing_callback()]
+    if o.method == "adalora":
+        callbacks.insert(0, AdaLoraCallback())
+    if o.method == "diff-pruning":
+        callbacks.insert(0, DiffPruningCallback())
+    if o.gradient_checkpointing:
+        model.enable_input_require_grads()
+    kind = GateTrainer if o.method == "diff-pruning" else Trainer
+    trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(progress_callback(run.steps))  # now: it is a ProgressCallback as well
+    return trainer
+
+
+def _stopping_callback(stop: Stop) -> Any:
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+            if stop.save:
+                stop.save, control.should_save = False, True
+
+    return Stopper()
+
+
+def _load_checkpoint(run: Run, model: Any) -> None:
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def _describe(run: Run) -> None:
+    o, examples = run.options, run.examples
+    quant = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype_name(run.dtype)
+    log.info(f"model: {o.model}, {quant}{', stock PEFT and bitsandbytes' if o.stock else ''}")
+    if run.why_dtype:
+        log.info(f"computes in {dtype_name(run.dtype)}: {run.why_dtype}")
+    unit = f"blocks of {o.block_size} tokens" if run.corpus.kind == "text" else "examples"
+    train, held_out = len(examples.train), len(examples.held_out)
+    log.info(f"data: {run.corpus.where}, {train} {unit} to train on, {held_out} held out")
+    if examples.truncated:
+        log.info(f"data: {examples.truncated} longer than --block-size {o.block_size} were cut")
+    if examples.left_out:
+        log.info(f"data: {examples.left_out} left out: no completion begins within --block-size {o.block_size}")
+    log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
+
+
+def _log_speed(meter: Any) -> None:
+    if meter.tokens_per_s:
+        log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
+    if meter.peak_mib:
+        log.info(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
+
+
+def _log_end(run: Run, record: Record, check: Check) -> None:
+    perplexity, asked = record.results["perplexity"], record.results["samples"][0]
+    log.info(f"held-out perplexity: {perplexity['before']:.3f} before, {perplexity['after']:.3f} after")
+    before, after = (" ".join(asked[name].split()) for name in ("before", "after"))
+    log.info(f"prompt: {asked['prompt']}\n  before: {before}\n  after:  {after}")
+    log.info("time: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in run.seconds.items()))
+    log.info(f"saved: {run.options.output}")
+    record.log_report()
+    if check.accelerated_difference is not None:
+        log.info(f"rounding: fused and stock path, both in {dtype_name(run.dtype)}, differ by "
+                 f"{check.accelerated_difference:g} at most in a logit; the largest logit is "
+                 f"{check.largest:.0f}")  # fmt: skip
+    if check.ok:
+        log.info(f"checked: stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}")
+    else:
+        log.error(f"stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}, more than "
+                  f"rounding ({check.bound:g})")  # fmt: skip

@@ -1,0 +1,212 @@
+"""Adapters that strangers wrote: what PEFT is about to be given is checked first; an error is one line.
+
+    adapter_config.json:        a JSON object, a method that is known, each field of its type, no size beyond the file's
+    adapter_model.safetensors:  a header that the safetensors library takes, numbers that are finite
+    run.json, beside them:      how the base was held that the adapter was trained on
+
+Nothing in a folder is imported or unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
+from .._imports import required
+from ..weight import BLOCKSIZES
+from .json_file import first_line, read_object, shown
+from .model import MOST_LAYERS, SourceError
+from .weight_files import check_floats, weight_shapes
+
+with required("peft", "a saved adapter's configuration"):
+    from peft import PeftConfig, TaskType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+__all__ = ["checked_config", "read_config", "training_options"]
+
+_MOST_RANK = 1024
+_LARGEST = torch.finfo(torch.float32).max
+
+# Starts from factors of the base weight, which has no more of them than its shorter side: r may be beyond that, and
+# PEFT makes tensors of r before it cuts them.
+_TRUNCATING = ("pissa", "olora")
+
+# Files that PEFT would unpickle to start from; the saved adapter has all that they gave.
+_PICKLES = ("prompt_tuning_init_state_dict_path",)
+
+
+def read_config(file: Path) -> PeftConfig:
+    """Returns the configuration in ``file``, its fields checked.
+
+    Raises: OSError as ``open`` does; ValueError, one line, for what is no configuration of a method that is known.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    values = read_object(file)
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{file}: peft_type is {shown(kind)}, wanted the name of a method, such as 'LORA'")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, hint in _hints(config_class).items():
+        if name not in values or (values[name] is None and defaults[name] is None):
+            continue
+        if not _is_of(values[name], hint):
+            raise ValueError(f"{file}: {name} is {shown(values[name])}, wanted {_described(hint)}")
+    task = values.get("task_type")
+    if task is not None and task not in [known.value for known in TaskType]:
+        raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
+    _check_values(file, values)
+    for name in _PICKLES:
+        path = values.get(name)
+        if isinstance(path, str) and not path.endswith(".safetensors"):
+            raise ValueError(f"{file}: {name} is {shown(path)}, a pickle, which runs code as it is read")
+    try:
+        return PeftConfig.from_pretrained(str(file.parent))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError) as error:
+        raise ValueError(f"{file}: {first_line(error)}") from error
+
+
+def _check_values(file: Path, values: dict[str, Any]) -> None:
+    """Checks what PEFT takes without a word, or takes apart as it builds the model."""
+    for name, value in values.items():
+        if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
+    if values.get("megatron_config") and find_spec("megatron") is None:
+        raise ValueError(f"{file}: megatron_config is given, which needs the package megatron")
+    mapping = values.get("auto_mapping") or {}
+    if wrong := [name for name, value in mapping.items() if not isinstance(value, (str, type(None)))]:
+        raise ValueError(f"{file}: auto_mapping has {shown(mapping[wrong[0]])} for {shown(wrong[0])}, wanted text")
+    ranges = values.get("layer_replication") or []
+    if not all(len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] < r[1] <= MOST_LAYERS for r in ranges):
+        raise ValueError(f"{file}: layer_replication is {shown(ranges)}, wanted pairs of a first layer and one after "
+                         "the last")  # fmt: skip
+    if sum(end - start for start, end in ranges) > MOST_LAYERS:
+        raise ValueError(f"{file}: layer_replication makes more than {MOST_LAYERS} layers")
+
+
+def _hints(config_class: type) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}
+    try:
+        hints = typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
+        hints = {}
+    return {name: hint for name, hint in hints.items() if name in names}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Returns whether JSON's ``value`` may stand for a field of this annotation; what is not told from it fits."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is_of(value, argument) for argument in arguments)
+    if hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return isinstance(value, tuple({type(argument) for argument in arguments}))
+    if origin in (list, tuple, set) or hint in (list, tuple, set):
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return isinstance(value, list) and (len(inner) != 1 or all(_is_of(item, inner[0]) for item in value))
+    if origin is dict or hint is dict:
+        keeps = len(arguments) != 2 or (
+            isinstance(value, dict) and all(_is_of(v, arguments[1]) for v in value.values())
+        )
+        return isinstance(value, dict) and keeps
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and -_LARGEST <= value <= _LARGEST
+    if hint is str:
+        return isinstance(value, str)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return isinstance(value, str)
+    return True
+
+
+def _described(hint: Any) -> str:
+    """Returns an annotation in JSON's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        # Sorted: typing may give back a union of the same types in the order of another one.
+        return " or ".join(sorted({_described(argument) for argument in arguments if argument is not type(None)}))
+    if origin in (list, tuple, set) or hint in (list, tuple, set):
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return f"a list of {_described(inner[0])}" if len(inner) == 1 else "a list"
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is dict or hint is dict:
+        return "an object" if len(arguments) != 2 else f"an object of {_described(arguments[1])}"
+    return {bool: "true or false", int: "a number", float: "a number", str: "text"}.get(hint, "a name")
+
+
+def checked_config(folder: Path) -> PeftConfig:
+    """Returns the configuration of the adapter in ``folder``, held against the header of its weights.
+
+    Raises: OSError where one of the files is not there or can't be read; ValueError, one line, see :func:`read_config`,
+    for weights that are no safetensors, and for a configuration that asks for larger tensors than there are.
+    """
+    config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
+    largest = max((size for shape in weights.values() for size in shape), default=0)
+    for name, size, most in _sizes(config, largest):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{folder / CONFIG_NAME}: {name} is {shown(size)}, wanted an integer of at least 1")
+        if size > most:
+            raise ValueError(f"{folder / CONFIG_NAME}: {name} is {shown(size)}, wanted at most {most}, the longest "
+                             f"side of a tensor in {SAFETENSORS_WEIGHTS_NAME}")  # fmt: skip
+    if config.is_prompt_learning or config.peft_type in ("LORA", "ADALORA", "IA3", "BOTTLENECK"):
+        check_floats(folder / SAFETENSORS_WEIGHTS_NAME, PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, ""))
+    return config
+
+
+def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
+    """Yields the sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if method == "LORA":
+        if str(config.init_lora_weights).startswith(_TRUNCATING):
+            largest = max(largest, _MOST_RANK)
+        yield "r", config.r, largest
+        for name, value in (config.rank_pattern or {}).items():
+            yield f"rank_pattern[{shown(name)}]", value, largest
+    elif method == "ADALORA":  # its file has the ranks that are left, of those that rank_pattern lists
+        listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
+        yield "init_r", config.init_r, max(largest, *listed, 0)
+    elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
+        yield "bottleneck_dim", config.bottleneck_dim, largest
+    elif config.is_prompt_learning:
+        yield "num_virtual_tokens", config.num_virtual_tokens, largest
+
+
+def training_options(adapter: Path) -> dict[str, Any]:
+    """Returns the options of the ``peft-ext finetune`` that wrote ``adapter``; empty where nothing tells them.
+
+    Raises SourceError where a run.json is there and can't be read: which base the adapter belongs to is in it.
+    """
+    for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
+        file = folder / "run.json"
+        if not file.is_file():
+            continue
+        try:
+            options = read_object(file).get("options")
+        except (OSError, ValueError) as error:
+            raise SourceError(first_line(error)) from error
+        if not isinstance(options, dict) or "quant" not in options:
+            continue
+        quant, blocksize = options["quant"], options.get("blocksize", 64)
+        if quant not in ("nf4", "none"):
+            raise SourceError(
+                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': mend it, or take it away"
+            )
+        if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+            raise SourceError(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
+        return options
+    return {}

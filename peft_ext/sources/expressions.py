@@ -1,0 +1,108 @@
+"""Regular expressions of a configuration that a stranger wrote: each ends in time on every module's name.
+
+They run in a process of its own that is given so much time: where one does not end, neither would PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Optional
+
+from torch import nn
+
+from .json_file import shown
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = ["check_expressions"]
+
+_SECONDS = 10.0
+_BYTES = 1 << 30
+
+# As PEFT and peft_ext.tuners put each together. What is searched for is the name of a module.
+_WHOLE = "(?:{})\\Z"
+_FORMS = {
+    "target_modules": (_WHOLE,),
+    "exclude_modules": (_WHOLE,),
+    "feedforward_modules": (_WHOLE,),
+    "add_bias": (_WHOLE,),
+    "modules_to_save": (r"(^|.*\.){}($|\..*)",),
+    "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:.*?\.)??(?:{})\.(\d+)(?:\.|$)"),
+}
+_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # rank_pattern, alpha_pattern and the like
+_PLAIN = re.compile(r"[\w.-]*")
+
+_CHILD = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)  # where nobody is left to end it
+except (ImportError, OSError, ValueError):
+    pass
+asked = json.load(sys.stdin)
+for number, (form, expression) in enumerate(asked["expressions"]):
+    print(number, flush=True)
+    try:
+        matches = re.compile(form.replace("{}", expression)).match
+        for name in asked["names"]:
+            matches(name)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        print("error", getattr(error, "msg", str(error)).replace("\\n", " ") or type(error).__name__, flush=True)
+        break
+else:
+    print("done", flush=True)
+"""
+
+
+def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
+    """Yields field, form and expression of all that the configuration has, but for plain names."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _FORMS:
+            forms = _FORMS[field.name]
+            if not isinstance(value, str) and forms == (_WHOLE,):
+                continue  # names, which are compared as they are
+            given = [value] if isinstance(value, str) else list(value or ())
+        elif field.name.endswith("_pattern") and isinstance(value, dict):
+            forms, given = _OF_A_KEY, list(value)
+        else:
+            continue
+        for expression in given:
+            if isinstance(expression, str) and not _PLAIN.fullmatch(expression):
+                yield from ((field.name, form, expression) for form in forms)
+
+
+def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
+    """Raises ValueError, one line, where an expression of ``config`` is none, or does not end in ``seconds``.
+
+    A backtracking expression can take longer than anybody waits, and nothing in this process could stop it: Python's
+    ``re`` has no limit. So they run in a child first, each against the name of each module of ``model``.
+    """
+    asked = list(_expressions(config))
+    if not asked or not sys.executable:
+        return
+    seconds = _SECONDS if seconds is None else seconds
+    names = [name for name, _ in model.named_modules()]
+    text = json.dumps({"expressions": [entry[1:] for entry in asked], "names": names})
+    command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES), str(math.ceil(seconds) + 1)]
+    try:
+        out = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds).stdout
+        why = None
+    except subprocess.TimeoutExpired as error:
+        out, why = error.stdout or b"", f"takes more than {seconds:g} s to match the names of the model's modules"
+    lines = out.decode(errors="replace").split("\n")[:-1]
+    if why is None and lines[-1:] == ["done"]:
+        return
+    if lines[-1:] and lines[-1].startswith("error "):
+        why = f"is no regular expression that can be used: {lines.pop().removeprefix('error ')}"
+    number = int(lines[-1]) if lines else 0
+    field, _, expression = asked[number]
+    raise ValueError(f"{field} has the expression {shown(expression)}, which {why or 'ended the process'}")

@@ -1,0 +1,63 @@
+"""JSON files that strangers wrote, and how their values are shown in an error, which is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["first_line", "read_object", "shown"]
+
+_MOST_BYTES = 16 << 20
+_DEEPEST = 32
+_SHOWN = 60  # characters of a value, in a message
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Returns the JSON object in ``file``. Raises OSError as ``open`` does; ValueError, one line, for anything else."""
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{file}: {size} bytes, wanted at most {_MOST_BYTES}")
+    try:
+        values = json.loads(file.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{file}: not JSON: {first_line(error).partition(';')[0]}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: not JSON that can be read: nested too deep") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
+    level: list[Any] = [values]
+    for _ in range(_DEEPEST):  # PEFT and transformers walk it by calls within calls
+        level = [
+            child
+            for value in level
+            if isinstance(value, (dict, list))
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(f"{file}: not JSON that can be read: nested too deep")
+    return values
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an error says, on one line; its class's name where it says nothing.
+
+    Of a state dict that does not fit it is the first shape that does not, and not which class it does not fit.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if line.startswith("size mismatch")] or lines
+    return lines[0] if lines else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """Returns ``repr(value)``, cut to what a message has room for."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    except RecursionError:
+        text = f"a {type(value).__name__}, nested too deep"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,0 +1,293 @@
+"""Models that strangers wrote: their folder, configuration, class, quantization and weights; an error is one line.
+
+config.json:    a JSON object, no more layers than a model can have; no code of the folder's own
+the index:      safetensors files beside it alone
+quantization:   none, or bitsandbytes' NF4
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from .json_file import first_line, read_object, shown
+
+__all__ = [
+    "AUTO_CLASSES",
+    "LoadedModel",
+    "SourceError",
+    "base_model",
+    "check_index",
+    "check_model_config",
+    "find_folder",
+    "head_labels",
+    "hushed",
+    "is_nf4",
+    "load_model",
+    "model_class",
+    "model_folder",
+    "output_head",
+    "read_model_config",
+    "task_of",
+]
+
+# By PEFT's name of a task: the class that its adapters are trained on, where the base's own class is of another task.
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+MOST_LAYERS = 10_000
+
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_POSITIVE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weight")
+
+
+class SourceError(ValueError):
+    """What a folder can't be used for, and why: one line that names what came and what was wanted."""
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
+    """Returns the folder ``name``, or the one in the hub's cache that a hub name stands for. Raises SourceError.
+
+    ``what`` names the argument in an error; of a repository the files that match ``patterns`` are fetched.
+    """
+    text = str(name)
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, ~ of nobody
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise SourceError(f"{what} is {text[:60]}: {why}") from error
+    if there or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise SourceError(f"{what} is {text}, no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # whatever the hub raises, only the name can be mended
+        raise SourceError(
+            f"{what} is {text}: no such folder, and not what the hub gives ({first_line(error)})"
+        ) from error
+
+
+def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
+    """Returns :func:`find_folder` of a model. Raises SourceError where there is no config.json in it."""
+    folder = find_folder("model", name, patterns)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"no config.json in {folder}, wanted a model in transformers' format")
+    return folder
+
+
+def read_model_config(folder: Path) -> Any:
+    """Returns the transformers configuration in ``folder``, checked. Raises SourceError."""
+    from transformers import AutoConfig
+
+    try:
+        check_model_config(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise SourceError(f"model {first_line(error)}") from error
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None: it would ask on the terminal
+    except Exception as error:  # whatever a file of others makes transformers raise
+        raise SourceError(f"model {folder}: {first_line(error)}") from error
+
+
+def check_model_config(file: Path) -> None:
+    """Raises ValueError, one line, where a model's ``file`` is no JSON object, or asks for what no model has.
+
+    transformers makes an object for each layer and expert, before it has looked for weights.
+    """
+
+    def check_sizes(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                check_sizes(value)
+            elif type(value) is int and value > MOST_LAYERS and re.search("layer|expert", name):
+                raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at most {MOST_LAYERS}")
+            elif type(value) is int and value < 1 and name in _POSITIVE:
+                raise ValueError(f"{file}: {shown(name)} is {shown(value)}, wanted at least 1")
+
+    check_sizes(read_object(file))
+
+
+def check_index(file: Path) -> None:
+    """Raises ValueError, one line, where an index of safetensors names another kind of file, or one elsewhere.
+
+    transformers unpickles what an index names and does not end in .safetensors.
+    """
+    names = read_object(file).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{file}: weight_map is {shown(names)}, wanted an object of file names")
+    for name in names.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(f"{file}: weight_map has {shown(name)}, wanted the name of a .safetensors file beside it")
+
+
+# --- what a configuration says ----------------------------------------------------------------------------------------
+
+
+def is_nf4(folder: Path, about: Any) -> bool:
+    """Returns whether the weights in ``folder``, of the configuration ``about``, are bitsandbytes' NF4, or dense.
+
+    Raises SourceError where they are quantized in another way.
+    """
+    found = getattr(about, "quantization_config", None)
+    if found is None:
+        return False
+    found = found if isinstance(found, dict) else found.to_dict()
+    method, kind = found.get("quant_method"), found.get("bnb_4bit_quant_type")
+    if method != "bitsandbytes" or not found.get("load_in_4bit") or kind != "nf4":
+        bits = f", {kind if found.get('load_in_4bit') else 'int8'}" if method == "bitsandbytes" else ""
+        raise SourceError(f"{folder} is quantized by {method}{bits}; wanted dense weights or bitsandbytes' nf4")
+    return True
+
+
+def model_class(about: Any, config: Any) -> Any:
+    """Returns the class that an adapter was trained on: the base's own, unless the adapter's task is another one.
+
+    Args: about: the base's configuration. config: the adapter's.
+    """
+    import transformers
+
+    name = next(iter(about.architectures or ()), None)
+    own = getattr(transformers, name, None) if name else None
+    task = str(getattr(config.task_type, "value", config.task_type)) if config.task_type else None
+    if task is None:
+        trained_on = (config.auto_mapping or {}).get("base_model_class")
+        found = getattr(transformers, trained_on, None) if trained_on else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            if found.config_class is type(about):
+                return found
+        return own or transformers.AutoModel
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and own is not None and own.can_generate():
+        return own
+    return getattr(transformers, AUTO_CLASSES[task]) if task in AUTO_CLASSES else own or transformers.AutoModel
+
+
+def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
+    """Returns the number of labels, where the adapter brings the head and the base's config has another one.
+
+    Args: about: the base's configuration. config: the adapter's. shapes: of the adapter's tensors, by name.
+    """
+    heads = [shape for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not heads or heads[-1][0] == about.num_labels:
+        return None
+    return heads[-1][0]
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadedModel:
+    """A model from a folder. ``absent``: names of its parameters that the folder's files have not."""
+
+    model: Any
+    name: str
+    folder: Path
+    absent: tuple[str, ...]
+
+
+def load_model(
+    name: Union[str, Path, None],
+    config: Any,
+    adapter: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Mapping[str, Any],
+) -> LoadedModel:
+    """Returns the base of an adapter, as it was trained on it, from safetensors alone. Raises SourceError.
+
+    Args:
+        name: a folder or a hub name; None: the one that the adapter's configuration names.
+        config: the adapter's configuration. adapter: its folder. shapes: of its tensors, see :func:`head_labels`.
+        trained: see :func:`peft_ext.sources.adapter.training_options`.
+    """
+    name = name if name is not None else config.base_model_name_or_path
+    if not name:
+        raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
+    folder = model_folder(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"])
+    if not any(folder.glob("*.safetensors")):
+        pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
+        raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
+    about = read_model_config(folder)
+    try:
+        if (folder / INDEX).is_file():
+            check_index(folder / INDEX)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"model {first_line(error)}") from error
+    try:
+        quantized, labels = is_nf4(folder, about), head_labels(about, config, shapes)
+        loaded, info = model_class(about, config).from_pretrained(
+            str(folder), dtype=torch.bfloat16 if trained and not quantized else "auto", use_safetensors=True,
+            output_loading_info=True, trust_remote_code=False, device_map="cpu" if quantized else None,
+            **({} if labels is None else {"num_labels": labels}),
+        )  # fmt: skip
+    except SourceError:
+        raise
+    except Exception as error:  # whatever a file of others makes transformers raise
+        raise SourceError(f"model {folder}: {first_line(error)}") from error
+    if wrong := sorted(map(str, info["mismatched_keys"])):
+        raise SourceError(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
+    return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Returns the model under a PeftModel's adapters; another one itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: nn.Module) -> Optional[nn.Module]:
+    """Returns the layer of a model of transformers, or of a PeftModel over one, that computes its logits."""
+    get = getattr(base_model(model), "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def task_of(model: nn.Module) -> Optional[str]:
+    """Returns the task that a model of transformers has its head for, by its class's name; None: that says nothing."""
+    name = type(model).__name__
+    heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
+             "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
+    found = next((task for head, task in heads.items() if head in name), None)
+    if found is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM" if output_head(model) is not None else None
+    return found
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keeps transformers' bars and warnings off the screen: of weights that PEFT finds tied, of new heads."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.ERROR)
+    hf.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,69 @@
+"""The tensors of a safetensors file: what its header says, and the header of one to be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .json_file import first_line, shown
+
+__all__ = ["check_finite", "check_floats", "safetensors_header", "weight_shapes"]
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file}: {first_line(error)}") from None
+
+
+def check_floats(file: Path, prefix: str) -> None:
+    """Raises ValueError where a tensor of the adapter's is of no float dtype: PEFT would cast it."""
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            dtype = opened.get_slice(name).get_dtype()
+            if prefix in name and not dtype.startswith(("F", "BF")):
+                raise ValueError(f"{file}: {shown(name)} is {dtype}, wanted floats")
+
+
+def check_finite(file: Path) -> None:
+    """Raises ValueError where a number in the safetensors ``file`` is not finite, as a wrong bit can make it."""
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            tensor = opened.get_tensor(name)
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+                raise ValueError(f"{file}: {name} has values that are not finite")
+
+
+def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns what a safetensors file of ``tensors``, which may be on the meta device, begins with.
+
+    8 bytes are the length of the rest, little-endian; the rest is JSON, padded with spaces to a multiple of 8. The data
+    follows in the order of ``tensors``, without gaps. Raises ValueError for a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}, which is not written")
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

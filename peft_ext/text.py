@@ -1,0 +1,22 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+__all__ = ["format_bytes"]
+
+_BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+
+
+def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
+    """Returns a size with three digits and its unit: "2.28 GiB"; "–" where there is none.
+
+    Memory is counted in binary units, files on a disk in decimal ones (``binary=False``): "19.6 MB".
+    """
+    if size is None:
+        return "–"
+    unit, name = next((pair for pair in (_BINARY if binary else _DECIMAL) if size >= pair[0]), (1, "bytes"))
+    value = size / unit
+    return f"{value:,.0f} {name}" if value >= 100 or unit == 1 else f"{value:#.3g} {name}"

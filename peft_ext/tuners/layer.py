@@ -1,0 +1,335 @@
+"""What the methods here share: a module that runs with some of its own tensors replaced by the active adapter's.
+
+    Y = base(x; θ)          θ: base's own tensors, those of the active adapter in place of some
+
+Nothing is added to an output: the base module's own forward runs, once, with other tensors in it, so that the result
+has the bits that a model with these tensors would give. The module that is wrapped owns parameters itself; whatever is
+read from outside (``weight``, ``bias``, ``padding_idx``) is read through, with the adapter's tensors in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .._imports import required
+from .targets import Plan, TargetConfig, expand_all_linear
+from .tuner import Tuner, read_through
+
+with required("peft", "peft_ext.tuners"):
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+        _ExcludedModule,  # noqa: PLC2701  what PEFT's own lookup returns
+        check_adapters_to_merge,
+    )
+
+__all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
+
+
+def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
+    """Returns a module that holds ``items`` under their names; dots in a name make submodules.
+
+    Parameters and modules are registered as what they are, other tensors as buffers.
+    """
+    root = nn.Module()
+    for name, item in items.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        if isinstance(item, nn.Module):
+            module.add_module(leaf, item)
+        elif isinstance(item, nn.Parameter):
+            module.register_parameter(leaf, item)
+        else:
+            module.register_buffer(leaf, item)
+    return root
+
+
+class ReplacingLayer(nn.Module, BaseTunerLayer):
+    """Runs ``base_layer`` with tensors of the active adapter in place of its own.
+
+    A method gives ``adapter_layer_names``, the one attribute that holds its adapters, and :meth:`own`.
+    """
+
+    other_param_names = ("names", "tied")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        # By adapter: the tensors it owns here; and by tensor, the layer and the name in it that own a shared one.
+        self.names: dict[str, list[str]] = {}
+        self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Optional[Tensor]] = {}
+        self._active_adapter = []
+        self.training = base_layer.training
+
+    # --- what a method gives ------------------------------------------------------------------------------------------
+
+    def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
+        """Returns the tensors that ``adapter`` owns here, by name, as the base module is to see them.
+
+        ``training``: as during training, where that makes a difference. ``x``: the layer's input, where it is known.
+        """
+        raise NotImplementedError
+
+    # --- the forward --------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        return getattr(self, self.adapter_layer_names[0])
+
+    def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
+        """Returns all tensors that are replaced under ``adapter``, those included that another layer owns."""
+        found = self.own(adapter, training, x)
+        for name, (layer, owned) in self.tied.get(adapter, {}).items():
+            owner = found if layer is self else layer.own(adapter, training)
+            if owned in owner:
+                found[name] = owner[owned]
+        return found
+
+    def running(self) -> Optional[str]:
+        """Returns the adapter that the next forward runs with; None: the base module alone."""
+        if self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        if self.merged:
+            return None
+        names = self.held(self.active_adapters)
+        if len(names) > 1:
+            raise ValueError(_several(self, names))
+        return names[0] if names else None
+
+    def held(self, names: list[str]) -> list[str]:
+        """Returns those of ``names`` that have an adapter here."""
+        return [name for name in names if name in self.adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapter = self.running()
+        if adapter is None:
+            return self.base_layer(*args, **kwargs)
+        if _offloaded(self.base_layer):
+            name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
+            raise RuntimeError(f"{name}: accelerate offloads it, and puts back its own tensors; keep it on a device")
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        places = []
+        try:
+            for name, tensor in self.replacements(adapter, self.training, x).items():
+                held, leaf = self._place(name)
+                places.append((held, leaf, held[leaf]))
+                held[leaf] = tensor
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for held, leaf, tensor in places:
+                held[leaf] = tensor
+
+    def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
+        """Returns the dictionary, of the base module or one in it, that holds the tensor ``name``, and its key."""
+        path, _, leaf = name.rpartition(".")
+        module = self.base_layer.get_submodule(path)
+        return module._buffers if leaf in module._buffers else module._parameters, leaf
+
+    def base_tensor(self, name: str) -> Optional[Tensor]:
+        held, leaf = self._place(name)
+        return held[leaf]
+
+    def _read(self, name: str) -> Any:
+        """Returns the base module's attribute as it is while this layer runs: models read weights from outside too."""
+        adapter = self.running()
+        replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
+        if not any(one == name or one.startswith(f"{name}.") for one in replaced):
+            return getattr(self.base_layer, name)
+        tensors = self.replacements(adapter, self.training)
+        if name in tensors:
+            return tensors[name]
+        below = {one.removeprefix(f"{name}."): tensor for one, tensor in tensors.items() if one.startswith(f"{name}.")}
+        found = getattr(self.base_layer, name)
+        return _with_tensors(found, below) if below else found
+
+    @property
+    def weight(self) -> Tensor:
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        return self._read("bias")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not read_through(name):
+                raise
+        return self._read(name)
+
+    # --- merging ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Puts an adapter's tensors into the base module; :meth:`unmerge` puts the very bits back.
+
+        Raises: ValueError where another adapter is merged already, where several are asked for, or where ``safe_merge``
+        and a tensor is not finite.
+        """
+        names = self.held(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise ValueError(_several(self, [*self.merged_adapters, *names]))
+        found = self.own(names[0], training=False)
+        if safe_merge:
+            for name, tensor in found.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"NaNs detected in {name} of the adapter {names[0]}, which seems to be broken")
+        for name, tensor in found.items():
+            self._unmerged[name] = self._exchange(name, tensor.detach().clone())
+        self.merged_adapters.append(names[0])
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for name, tensor in self._unmerged.items():
+            merged = self.base_tensor(name)
+            self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
+        self._unmerged.clear()
+        # A shared tensor is merged where it is owned, which may be a module that is never called, as T5's embedding.
+        owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
+        self.merged_adapters.clear()
+        for layer in owners:
+            if layer.merged:
+                layer.unmerge()
+
+    def _exchange(self, name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
+        """Puts ``tensor`` where the base module holds ``name``; returns what was there.
+
+        A parameter stays the same object, or modules that share it would come apart.
+        """
+        held, leaf = self._place(name)
+        before = held[leaf]
+        if isinstance(before, nn.Parameter) and tensor is not None:
+            data = before.data
+            before.data = tensor
+            return data
+        parameter = tensor is not None and held is not self.base_layer.get_submodule(name.rpartition(".")[0])._buffers
+        held[leaf] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+        return before
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # Before any forward, or of the modules that share a tensor some would run merged and others not.
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def add(
+        self, adapter: str, names: list[str], tensors: nn.Module, tied: dict[str, tuple[ReplacingLayer, str]]
+    ) -> None:
+        self.adapters[adapter], self.names[adapter], self.tied[adapter] = tensors, names, tied
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        # PEFT's own casts to the base weight's dtype as well, which rounds an adapter that was saved in float32.
+        if adapter_name in self.adapters:
+            tensors = self.adapters[adapter_name]
+            if not any(parameter.is_meta for parameter in tensors.parameters()):
+                tensors.to(device or next(self.base_layer.parameters()).device)
+
+
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Returns a shallow copy of ``module`` in which these of its tensors are replaced."""
+    view = copy.copy(module)
+    for attribute in ("_parameters", "_buffers", "_modules"):
+        setattr(view, attribute, dict(getattr(module, attribute)))
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = tensor
+        else:
+            (view._buffers if head in view._buffers else view._parameters)[head] = tensor
+    for head, below in inner.items():
+        view._modules[head] = _with_tensors(module._modules[head], below)
+    return view
+
+
+def _offloaded(module: nn.Module) -> bool:
+    return any(getattr(below.__dict__.get("_hf_hook"), "offload", False) for below in module.modules())
+
+
+def _several(layer: nn.Module, names: list[str]) -> str:
+    base = type(layer.base_layer).__name__
+    return f"{type(layer).__name__} over {base}: {names} replace the same tensors, only one of them can be in effect"
+
+
+class ReplacingTuner(Tuner):
+    """The tuner of a method whose layers are :class:`ReplacingLayer`; it gives :meth:`make_plan` and :meth:`make`."""
+
+    def make_plan(self, config: Any, model: nn.Module) -> Plan:
+        """Returns which tensors the adapter of ``config`` replaces. Raises ValueError, before anything is changed."""
+        raise NotImplementedError
+
+    def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:
+        """Returns what a new adapter holds in ``layer``, the module ``key``, for its tensors ``names``."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config  # PEFT's own refuses target_modules=None, which is each method's default here
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        peft_config.target_modules = expand_all_linear(model, peft_config.target_modules, peft_config)
+        self._plan = self.make_plan(peft_config, model)
+        self._plan_of = peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+        if peft_config is not self._plan_of:
+            self._prepare_model(peft_config, self.model)
+        return key in self._plan.units or (_ExcludedModule() if key in self._plan.excluded else False)
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str,
+    ) -> None:  # fmt: skip
+        if current_key not in self._plan.units:  # asked for by the keys of a state dict
+            raise ValueError(f"{type(self).__name__}: {current_key} is no target of the adapter {adapter_name!r}")
+        if not isinstance(target, self.tuner_layer_cls):
+            target = self.tuner_layer_cls(target)
+            setattr(parent, target_name, target)
+        tied = self._plan.tied[current_key].items()
+        owners = {name: (self.model.get_submodule(unit), owned) for name, (unit, owned) in tied}
+        names = self._plan.units[current_key]
+        target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Yields full name, in the base model, and layer, of every module that is wrapped."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.tuner_layer_cls):
+                yield name, module
+
+    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+        """PEFT's; refuses adapters that replace the same tensors, before anything is changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name, layer in self.layers():
+            if len(held := layer.held(names)) > 1:
+                raise ValueError(f"set_adapter: {name}: {_several(layer, held)}")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    # Tensors that modules share are tied in the adapter too, so PEFT's warnings are about modules_to_save alone.
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: TargetConfig) -> None:
+        super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []

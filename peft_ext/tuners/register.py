@@ -1,0 +1,82 @@
+"""A method of this project made one of PEFT's: an entry of its ``PeftType`` enum and of its mappings."""
+
+from __future__ import annotations
+
+import peft
+from aenum import extend_enum
+from packaging.version import Version
+
+from .._imports import has, required
+
+with required("peft", "peft_ext.tuners"):
+    from peft import PeftConfig, PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import register_peft_method
+    from peft.utils.peft_types import PeftType
+
+__all__ = ["LAYER_HOOKS", "MODEL_HOOKS", "peft_type", "register"]
+
+_OLDEST = "0.21"  # the first with hooks for a method's own keys in the state dict
+
+# What the classes here override in PEFT's: under another name there, theirs would run in place of ours.
+MODEL_HOOKS = (
+    "_check_merge_allowed",
+    "_check_target_module_exists",
+    "_check_tied_modules",
+    "_create_and_replace",
+    "_get_tied_target_modules",
+    "_prepare_adapter_config",
+    "_prepare_model",
+    "_remap_adapter_state_dict_for_load",
+    "_remove_adapter_name_from_key",
+    "_replace_module",
+    "_unload_and_optionally_merge",
+    "set_adapter",
+)
+LAYER_HOOKS = (
+    "_move_adapter_to_device_of_base_layer",
+    "adapter_layer_names",
+    "enable_adapters",
+    "merge",
+    "other_param_names",
+    "unmerge",
+)
+
+
+def _check_peft() -> None:
+    """Raises ImportError where PEFT is too old, or has not what the tuners here override, naming it."""
+    if Version(peft.__version__).release < Version(_OLDEST).release:
+        raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
+    with required("peft", "peft_ext.tuners"):
+        has(PeftModel, "_enable_peft_forward_hooks")  # it calls its tuner's of that name
+        has(BaseTuner, *MODEL_HOOKS)
+        has(BaseTunerLayer, *LAYER_HOOKS)
+
+
+def peft_type(name: str) -> PeftType:
+    """Returns the member ``name`` of PEFT's enum, made where it is not there yet.
+
+    PEFT's own ``register_peft_method`` takes the names of this enum alone. The new member is its value's equal, is
+    found by name and by value, and is pickled as the members that PEFT wrote are.
+    """
+    if name not in PeftType.__members__:
+        extend_enum(PeftType, name, name)
+    return PeftType[name]
+
+
+def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Enters a method into PEFT's mappings under ``name``, lower case, once.
+
+    From then on ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and the rest of
+    PEFT know it. Importing a module of :mod:`peft_ext.tuners` calls it.
+
+    Raises: ImportError where PEFT is too old, or has not what the methods here override; RuntimeError where PEFT, or
+    another package, has a method of this name.
+    """
+    _check_peft()
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(name.upper()))
+    if found is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    elif (found.__module__, found.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
+        raise RuntimeError(f"peft_ext.tuners: PEFT has a method {name!r} already, {found.__module__}.{found.__name__}")

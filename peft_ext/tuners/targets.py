@@ -1,0 +1,354 @@
+"""Which modules of a model a configuration means, and which of them share a parameter."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .._imports import required
+
+with required("peft", "peft_ext.tuners"):
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+    from peft.utils.other import AuxiliaryTrainingWrapper
+with required("transformers", "peft_ext.tuners"):
+    from transformers.pytorch_utils import Conv1D
+
+__all__ = [
+    "ALL_LINEAR",
+    "Plan",
+    "TargetConfig",
+    "base_modules",
+    "excluded",
+    "expand_all_linear",
+    "in_layers",
+    "last_layers",
+    "matches",
+    "own_units",
+    "plan",
+    "targeted",
+]
+
+ALL_LINEAR = "all-linear"
+
+_Names = Optional[Union[list[str], str]]
+
+# Keys of a transformers config, or of one inside it, that count the layers of a stack.
+_LAYER_COUNT = re.compile(r"(n_layers?|num_hidden_layers|num_layers|(en|de)coder_layers|num_(en|de)coder_layers)")
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """The fields by which the methods here choose modules; PEFT's, but that a container stands for all below it.
+
+    Args:
+        target_modules: names of modules, full ("model.layers.1.mlp") or their last components ("mlp"); or a regular
+            expression that matches a full name; or "all-linear". A module is a target where it is named, or where
+            something that contains it is. None: the method's default.
+        exclude_modules: names or a regular expression, read the same way; they are no targets.
+        modules_to_save: see PEFT; they are no targets.
+        layers_to_transform: index or indices of layers; targets outside of them are none. The index is the first
+            number in a module's full name.
+        layers_pattern: the name or names, as regular expressions, of what is indexed ("layers", "h"); any by default.
+
+    Raises: TypeError or ValueError where a field is not of these forms.
+    """
+
+    target_modules: _Names = field(
+        default=None, metadata={"help": "Names or a regular expression; a container means everything below it."}
+    )
+    exclude_modules: _Names = field(
+        default=None, metadata={"help": "Names or a regular expression of what is left alone, with all below it."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole, such as a classification head."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "The index or indices of the layers that may hold targets."}
+    )
+    layers_pattern: _Names = field(
+        default=None, metadata={"help": "The name of what layers_to_transform indexes, such as 'layers' or 'h'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = self._names("target_modules", self.target_modules)
+        self.exclude_modules = self._names("exclude_modules", self.exclude_modules)
+        indices = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if indices is not None and not all(type(index) is int and index >= 0 for index in indices):
+            self._fail(
+                "layers_to_transform", self.layers_to_transform, "None, an index of 0 or more, or a list of them"
+            )
+        if self.layers_pattern and indices is None:
+            self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
+
+    def _names(self, field_name: str, value: Any) -> Any:
+        """As PEFT's configs keep it: a set in memory, a list on disk."""
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+            raise TypeError(
+                f"{type(self).__name__}: {field_name} is {value!r}, wanted names, a regular expression or None"
+            )
+        return set(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets sorted, so that equal configurations give equal files."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def _fail(self, field_name: str, value: Any, wanted: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {field_name} is {value!r}, wanted {wanted}")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _and_containers(name: str) -> Iterator[str]:
+    """Yields the name and the names of what contains it, inmost first: a.b.c, a.b, a."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _named(names: Union[Iterable[str], str], name: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in names)
+
+
+def matches(names: Optional[Union[Iterable[str], str]], name: str) -> bool:
+    """Returns whether ``name``, or the name of what contains it, is among ``names`` or matches the expression."""
+    return bool(names) and any(_named(names, container) for container in _and_containers(name))
+
+
+def excluded(config: TargetConfig, name: str) -> bool:
+    return matches(config.exclude_modules, name) or matches(config.modules_to_save, name)
+
+
+def _layer_index(config: TargetConfig, name: str) -> Optional[int]:
+    patterns = config.layers_pattern or [r"[^.]+"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", name):
+            return int(found.group(1))
+    return None
+
+
+def in_layers(config: TargetConfig, name: str) -> bool:
+    """Returns whether ``name`` lies in one of the layers that the configuration leaves."""
+    wanted = config.layers_to_transform
+    return wanted is None or _layer_index(config, name) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def targeted(config: TargetConfig, name: str) -> bool:
+    """Returns whether ``name`` is a target; everything is where ``target_modules`` is None."""
+    named = config.target_modules is None or matches(config.target_modules, name)
+    return named and in_layers(config, name) and not excluded(config, name)
+
+
+# --- a model as it was before any adapter -----------------------------------------------------------------------------
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields full name and module of everything below ``model``, as before any adapter.
+
+    A tuner layer stands for the module it wraps; what adapters added and what ``modules_to_save`` holds are left out.
+    """
+    inside = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside = f"{name}."
+        if isinstance(module, BaseTunerLayer):
+            yield name, module.get_base_layer()
+        elif not isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields full name and parameter, under every name that it has, as before any adapter."""
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder = next((container for container in _and_containers(name) if container in wrapped), None)
+        if holder is None:
+            yield name, parameter
+        elif name.startswith(f"{holder}.base_layer."):
+            yield f"{holder}.{name.removeprefix(f'{holder}.base_layer.')}", parameter
+
+
+def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
+    """Returns the full names that PEFT means by "all-linear", where ``names`` is that; else ``names``.
+
+    Every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, but for the output head.
+    """
+    if not isinstance(names, str) or names.lower() != ALL_LINEAR:
+        return names
+    heads = set(SEQ_CLS_HEAD_NAMES) if config.task_type == "SEQ_CLS" else set()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(output, BaseTunerLayer):
+        output = output.get_base_layer()
+    return {
+        name
+        for name, module in base_modules(model)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name not in heads
+    }
+
+
+def last_layers(model: nn.Module, count: int) -> set[str]:
+    """Returns the full names of the last ``count`` layers of each stack (T5, vision and text have several).
+
+    A stack is an outermost ``nn.ModuleList``, as long as one of the layer counts in the model's config, if it has any.
+
+    Raises: ValueError where there is no stack, or a shorter one.
+    """
+    stacks: dict[str, int] = {}
+    for name, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and not any(container in stacks for container in _and_containers(name)):
+            stacks[name] = len(module)
+    counts = set(_layer_counts(getattr(model, "config", None)))
+    stacks = {name: length for name, length in stacks.items() if length in counts or not counts}
+    if not stacks:
+        raise ValueError(f"num_last_layers: found no list of layers in {type(model).__name__}; name target_modules")
+    for name, length in stacks.items():
+        if count > length:
+            raise ValueError(f"num_last_layers is {count}, {name} has {length} layers")
+    return {f"{name}.{index}" for name, length in stacks.items() for index in range(length - count, length)}
+
+
+def _layer_counts(config: Any) -> Iterator[int]:
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif type(value) is int and _LAYER_COUNT.fullmatch(str(key)):
+            yield value
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What an adapter replaces.
+
+    Attributes:
+        units: by the full name of a module that is wrapped, the names in it of the tensors that the adapter owns.
+        tied: by the full name of a module that is wrapped, by the name in it of a tensor that it shares: the unit and
+            the name in there that own it.
+        excluded: full names of what ``exclude_modules`` and ``modules_to_save`` kept out.
+    """
+
+    units: dict[str, list[str]] = field(default_factory=dict)
+    tied: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    excluded: set[str] = field(default_factory=set)
+
+
+def own_units(
+    model: nn.Module, config: TargetConfig, *, within: Optional[Collection[str]] = None, buffers: bool = False
+) -> dict[str, list[str]]:
+    """Returns the modules to wrap and the names in them of their target tensors: every target parameter is in one.
+
+    A module is wrapped that owns parameters itself, with all below it: a linear layer, a norm, or a mixer whose state
+    matrix lies beside its projections. ``within``: full names; only what is one of them, or below. ``buffers``: saved
+    buffers are target tensors too, such as a batch norm's statistics.
+
+    Raises: ValueError where a parameter is not of an ordinary float dtype, that is quantized; where an adapter of its
+    own lies in a module that would be wrapped.
+    """
+    units: dict[str, list[str]] = {}
+    inside = None
+    for name, module in base_modules(model):
+        own = [key for key, parameter in module._parameters.items() if parameter is not None]
+        if not own or (inside is not None and name.startswith(inside)) or not targeted(config, name):
+            continue
+        if within is not None and not any(container in within for container in _and_containers(name)):
+            continue
+        if any(isinstance(below, nn.ModuleList) for below in module.modules()):
+            warnings.warn(
+                f"{type(config).__name__}: {name}.{own[0]} stays frozen: lists of layers lie below it", stacklevel=2
+            )
+            continue
+        inside = f"{name}."
+        if names := _names_in(name, module, config, buffers):
+            units[name] = names
+    return units
+
+
+def _names_in(unit: str, module: nn.Module, config: TargetConfig, buffers: bool) -> list[str]:
+    names = []
+    for path, below in module.named_modules():
+        full = f"{unit}.{path}" if path else unit
+        if excluded(config, full):
+            continue
+        if isinstance(below, BaseTunerLayer):
+            raise ValueError(
+                f"{type(config).__name__}: {unit} holds an adapter already, of {full}; target that instead"
+            )
+        saved = [
+            key for key, tensor in below.named_buffers(recurse=False) if key not in below._non_persistent_buffers_set
+        ]
+        quantized = [key for key, parameter in below._parameters.items() if not _trainable(parameter)]
+        quantized += [key for key in ("qweight", "W_q", "codebooks") if hasattr(below, key)]
+        if quantized:
+            raise ValueError(
+                f"{type(config).__name__}: {full} is a {type(below).__name__} whose {quantized[0]} is quantized, which "
+                "can't be trained; exclude it, or load the model without quantization"
+            )
+        keys = [key for key, parameter in below._parameters.items() if parameter is not None] + (
+            saved if buffers else []
+        )
+        names += [f"{path}.{key}" if path else key for key in keys]
+    return names
+
+
+def _trainable(parameter: Optional[nn.Parameter]) -> bool:
+    return parameter is None or parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:
+    """Returns who owns which tensor, where the tensors ``units`` of these modules are replaced.
+
+    A tensor that several of them hold belongs to the first one in the model. ``skip_tied``: names of tensors that may
+    be held elsewhere too, unreplaced, because nothing reads them there.
+
+    Raises: ValueError where a tensor is held by a module that is no target as well: its two uses would come apart;
+    where one is a shard (ZeRO-3, DTensor), of which no copy can be trained.
+    """
+    places: dict[int, list[str]] = {}
+    by_name = {}
+    for name, parameter in _base_parameters(model):
+        places.setdefault(id(parameter), []).append(name)
+        by_name[name] = parameter
+    replaced = {f"{unit}.{name}": (unit, name) for unit, names in units.items() for name in names}
+    for name in replaced:
+        if (tensor := by_name.get(name)) is not None and (hasattr(tensor, "ds_id") or type(tensor.data) is not Tensor):
+            raise ValueError(
+                f"{type(config).__name__}: {name} is a shard or a {type(tensor.data).__name__}, wanted a tensor"
+            )
+    made = Plan(excluded={name for name, _ in base_modules(model) if excluded(config, name)})
+    for unit, names in units.items():
+        made.units[unit], made.tied[unit] = [], {}
+        for name in names:
+            full = f"{unit}.{name}"
+            shared = places[id(by_name[full])] if full in by_name else [full]
+            elsewhere = [other for other in shared if other not in replaced and other not in skip_tied]
+            if elsewhere:
+                raise ValueError(
+                    f"{type(config).__name__}: {full} is also {' and '.join(elsewhere)}, which is no target: the two "
+                    "would come apart. Make both targets or neither, or load the model with tie_word_embeddings=False."
+                )
+            owner = replaced[next(other for other in shared if other in replaced)]
+            if owner == (unit, name):
+                made.units[unit].append(name)
+            else:
+                made.tied[unit][name] = owner
+    return made

@@ -1,0 +1,112 @@
+"""The lesson's functions by its names: each runs, on a tiny model, and gives what PEFT gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from test_cli import tiny  # noqa: E402, F401  a fixture: a tiny model and data
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import peft_ext  # noqa: E402
+from peft_ext import recipes  # noqa: E402
+from peft_ext.methods import METHODS  # noqa: E402
+from peft_ext.run import RunError  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("recipes choose the device themselves")]
+IDS = torch.arange(3, 35)[None]
+
+
+@pytest.fixture
+def model(tiny) -> Path:  # noqa: F811
+    return tiny / "model"
+
+
+def test_lora_on_a_model(model):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = recipes.apply_lora_to_model(base, rank=4, alpha=8.0, target_modules=["q_proj", "v_proj"])
+    rows = peft_ext.explain(adapted).rows
+    assert len(rows) == 4 and all(row.fused for row in rows)
+    assert adapted.get_nb_trainable_parameters()[0] == 2 * 4 * ((64 + 64) + (64 + 32))
+    assert adapted.active_peft_config.lora_alpha == 8.0
+    with pytest.raises(ValueError, match="Target modules"):
+        recipes.apply_lora_to_model(AutoModelForCausalLM.from_pretrained(model), target_modules=["nothing"])
+
+
+def test_qlora(model, capsys):
+    adapted = recipes.setup_qlora(model, rank=4)
+    assert "trainable params: 8,192" in capsys.readouterr().out
+    rows = peft_ext.explain(adapted).rows
+    assert len(rows) == 14 and all(row.fused and row.kind == "LoRA over NF4Linear" for row in rows)
+    adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_and_its_tokenizer(model, method):
+    fields = {"add_bias": "all-linear"} if method == "bitfit" else {}  # Llama has none
+    adapted, tokenizer = recipes.setup_peft_training(model, method, **fields)
+    assert isinstance(adapted, peft.PeftModel) and tokenizer.pad_token_id is not None
+    assert any(p.requires_grad for p in adapted.parameters())
+    loss = adapted.train()(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_prompt_that_starts_from_a_text(model):
+    adapted, tokenizer = recipes.setup_peft_training(model, "prompt", "./output", prompt_text="Is it good? ",
+                                                     num_virtual_tokens=4)  # fmt: skip
+    ids = tokenizer("Is it good? ", add_special_tokens=False)["input_ids"][:4]
+    start = adapted.get_input_embeddings().weight[ids].float()
+    torch.testing.assert_close(adapted.prompt_encoder["default"].embedding.weight.float(), start)
+
+
+def test_a_method_that_is_none(model):
+    with pytest.raises(ValueError, match="setup_peft_training: method is 'full', wanted one of"):
+        recipes.setup_peft_training(model, "full")
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "diff-pruning"])
+def test_train_then_merge(model, tiny, tmp_path, method):  # noqa: F811
+    fields = {"total_step": 4, "tinit": 1, "tfinal": 1} if method == "adalora" else {}
+    adapted, tokenizer = recipes.setup_peft_training(model, method, **fields)
+    rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
+    done = recipes.train_with_peft(
+        adapted, tokenizer, rows, output_dir=tmp_path / "out", adapter_dir=tmp_path / "adapter", max_steps=4,
+        gradient_accumulation_steps=1, warmup_steps=0, learning_rate=1e-3, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    assert done.global_step == 4 and done.metrics["tokens_per_s"] > 0
+    merged = recipes.load_and_merge_adapter(model, tmp_path / "adapter")
+    assert type(merged) is transformers.LlamaForCausalLM and not hasattr(merged, "peft_config")
+    peft_ext.restore(adapted.eval())
+    with torch.no_grad():
+        wanted, found = adapted(input_ids=IDS).logits.float(), merged.eval()(input_ids=IDS).logits.float()
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02 * wanted.abs().max().item())
+
+
+def test_rows_of_tokens_and_rows_of_nothing(model, tmp_path):
+    adapted, tokenizer = recipes.setup_peft_training(model, "ia3")
+    rows = [{"input_ids": [3, 4, 5]}, {"input_ids": [6, 7], "labels": [-100, 7]}]
+    arguments = {"output_dir": tmp_path / "out", "adapter_dir": tmp_path / "adapter", "use_cpu": True}
+    assert recipes.train_with_peft(adapted, tokenizer, rows, max_steps=1, **arguments).global_step == 1
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    with pytest.raises(RunError, match="train_dataset: no column text"):
+        recipes.train_with_peft(adapted, tokenizer, [{"body": "a"}], **arguments)
+    with pytest.raises(TypeError, match="train_with_peft: model is Linear, wanted a PeftModel"):
+        recipes.train_with_peft(torch.nn.Linear(2, 2), tokenizer, rows)
+
+
+def test_what_can_not_be_merged(model, tmp_path):
+    adapted, _ = recipes.setup_peft_training(model, "prompt")
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load_and_merge_adapter: an adapter of PROMPT_TUNING has no layers"):
+        recipes.load_and_merge_adapter(model, tmp_path)
+
+
+def test_which_method_is_the_packages_own():
+    assert recipes.recommend_peft_method is peft_ext.recommend_peft_method
