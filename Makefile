@@ -96,13 +96,13 @@ docs: setup $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
 
 sweep: setup
-	$(LIMIT) $$(($(SWEEP_MINUTES) * 60 + 900)) $(BIN)/python tests/sweep.py --minutes $(SWEEP_MINUTES)
+	$(LIMIT) $$(($(SWEEP_MINUTES) * 60 + 900)) $(BIN)/python tests/fuzz/sweep.py --minutes $(SWEEP_MINUTES)
 
 paths: setup
 	$(BIN)/python tools/paths.py
 
 model-fuzz: setup
-	$(BIN)/python tests/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
+	$(BIN)/python tests/fuzz/model_fuzz.py --minutes $(MODEL_FUZZ_MINUTES)
 
 sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py address
@@ -112,14 +112,14 @@ cuda-check: setup
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py
 
 cuda-emulated: setup
-	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated tests/test_ops.py tests/test_nn.py tests/test_sweep.py
+	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated tests/ops/test_ops.py tests/nn/test_nn.py tests/fuzz/test_sweep.py
 
-# STEADY="--times 200 tests/test_files.py" for some alone.
+# STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
 	$(LIMIT) 86400 $(BIN)/python tools/steady.py $(STEADY)
 
 threads: setup
-	PEFT_EXT_TEST_THREADS=all $(LIMIT) 21600 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/test_threads.py
+	PEFT_EXT_TEST_THREADS=all $(LIMIT) 21600 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/ops/test_threads.py
 
 # PEFT_SUITE="--mode quick" for CI's part.
 peft-suite: setup
@@ -132,7 +132,7 @@ clang-check aarch64-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
 kills: setup
-	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/test_faults.py -k killed
+	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_faults.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
 NIGHTLY = sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
@@ -145,12 +145,12 @@ nightly: setup
 battery-paths: setup
 	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    tests/test_ops.py tests/test_nn.py || exit 1; done
+	    tests/ops/test_ops.py tests/nn/test_nn.py || exit 1; done
 
 # The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
 sanitize-battery: setup
-	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider tests/test_ops.py tests/test_nn.py
-	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider tests/test_ops.py tests/test_nn.py
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider tests/ops/test_ops.py tests/nn/test_nn.py
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider tests/ops/test_ops.py tests/nn/test_nn.py
 
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
 cuda-link: setup
@@ -160,7 +160,7 @@ cuda-link: setup
 	rm -rf build/cuda-link && $(BIN)/python setup.py --quiet sdist --dist-dir build/cuda-link
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
 	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz
-	.venv-cuda/bin/pytest tests/test_cuda_library.py
+	.venv-cuda/bin/pytest tests/ops/test_cuda_library.py
 
 # With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
 gpu:

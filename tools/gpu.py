@@ -110,13 +110,13 @@ def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
 
 
 def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
     # Values first; what torch.compile traces takes longest and says least of a kernel. Each launch is waited for, so
     # that a fault is the fault of the test that it stands at.
     slow = "test_compiles or test_opcheck"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/test_ops.py"]
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py"]
     end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
-    wrong = runner.run([*tests, "tests/test_nn.py", *own, "-k", f"not ({slow})"], limit, environment)
+    wrong = runner.run([*tests, "tests/nn/test_nn.py", *own, "-k", f"not ({slow})"], limit, environment)
     return wrong or runner.run([*tests, "-k", slow], end - runner.clock())
 
 
@@ -124,7 +124,7 @@ def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -
     tool = cuda_check.find("compute-sanitizer")
     if tool is None:
         return f"{NOT_RUN}: compute-sanitizer was not found"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/test_ops.py", "-k", SANITIZED]
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py", "-k", SANITIZED]
     wrong = []
     end = runner.clock() + limit
     for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
@@ -139,7 +139,7 @@ def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -
 
 
 def training(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    return runner.run([python, "-m", "pytest", "-q", "-rs", "tests/test_gpu_training.py"], limit)
+    return runner.run([python, "-m", "pytest", "-q", "-rs", "tests/ops/test_gpu_training.py"], limit)
 
 
 def bench(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-TESTS = ("tests/test_integrations_peft.py", "tests/test_integrations_methods.py", "tests/test_architectures.py")
+TESTS = tuple(f"tests/integrations/test_{name}.py" for name in
+              ("integrations_peft", "integrations_methods", "architectures"))  # fmt: skip
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
 

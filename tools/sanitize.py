@@ -5,7 +5,8 @@
 
 Without arguments: the shape sweep at small sizes, 1,000 calls on all CPU paths in turn. Only csrc/ is instrumented,
 Python and torch are not; their memory is guarded by the sanitizer's malloc all the same. ThreadSanitizer does not see
-how torch's threads wait for one another, so in its build the loops run on threads of ``tests/sanitize/threads.cpp``.
+how torch's threads wait for one another, so in its build the loops run on threads of
+``tests/native/sanitize/threads.cpp``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/sanitized"
-TESTS = ("tests/test_sweep.py",)
+TESTS = ("tests/fuzz/test_sweep.py",)
 FLAGS = {
     "address": "-fsanitize=address,undefined",
     "thread": "-fsanitize=thread",
@@ -57,9 +58,9 @@ def build(kind: str) -> Path:
         f"-O1 -g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
         f"{native_build.module_flags()} {flags}"
     )
-    sources = [*native_build.module_sources(), ROOT / "tests/sanitize/planted.cpp"]
+    sources = [*native_build.module_sources(), ROOT / "tests/native/sanitize/planted.cpp"]
     if kind == "thread":
-        sources.append(ROOT / "tests/sanitize/threads.cpp")
+        sources.append(ROOT / "tests/native/sanitize/threads.cpp")
     library = native_build.build(BUILD / f"lib{kind}.so", [Group(common, sources)],
                                  f"{FLAGS[kind]} -Wl,-Bsymbolic {libraries}")  # fmt: skip
     return native_build.package(BUILD / f"site-{kind}", library)

@@ -1,7 +1,7 @@
 """Runs tests over and over while another test run keeps the machine busy, and counts failures. Needs pytest-repeat.
 
-    python tools/steady.py                                  the tests of SHORT 50 times, those of LONG 5 times
-    python tools/steady.py --times 200 tests/test_files.py  these tests alone, by pytest's names for them
+    python tools/steady.py                                         the tests of SHORT 50 times, those of LONG 5 times
+    python tools/steady.py --times 200 tests/files/test_files.py   these tests alone, by pytest's names for them
 
 A test that looks at memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
 busy one. Those are listed here; a test that does so and is not listed belongs in the list. Fails where one fails, or
@@ -23,44 +23,44 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOAD = ("tests/test_ops.py",)
+LOAD = ("tests/ops/test_ops.py",)
 
 # Those that take some seconds; so many repetitions fit in one process, whose imports they share.
 SHORT = (
-    "tests/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
-    "tests/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
-    "tests/test_determinism.py::test_changing_shapes_leave_nothing_behind",
-    "tests/test_determinism.py::test_a_leak_is_found",
-    "tests/test_determinism.py::test_what_is_allocated_once_is_no_leak",
-    "tests/test_files.py::test_killed_at_any_moment_the_folder_is_the_old_or_the_new",
-    "tests/test_merge.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
-    "tests/test_faults.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",
-    "tests/test_faults.py::test_a_second_signal_ends_a_run_at_once",
-    "tests/test_untrusted.py::test_an_expression_that_does_not_end",
-    "tests/test_untrusted.py::test_expressions_that_are_none_and_such_as_end",
-    "tests/test_untrusted.py::test_chat_refuses_tokenizers_templates_and_generation",
-    "tests/test_untrusted.py::test_the_commands_refuse_adapters",
-    "tests/test_benchmarks.py::test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept",
-    "tests/test_cli.py::test_ctrl_c_saves_a_checkpoint",
+    "tests/ops/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
+    "tests/ops/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
+    "tests/ops/test_determinism.py::test_changing_shapes_leave_nothing_behind",
+    "tests/ops/test_determinism.py::test_a_leak_is_found",
+    "tests/ops/test_determinism.py::test_what_is_allocated_once_is_no_leak",
+    "tests/files/test_files.py::test_killed_at_any_moment_the_folder_is_the_old_or_the_new",
+    "tests/merge/test_merge.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
+    "tests/faults/test_faults.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",
+    "tests/faults/test_faults.py::test_a_second_signal_ends_a_run_at_once",
+    "tests/files/test_untrusted.py::test_an_expression_that_does_not_end",
+    "tests/files/test_untrusted.py::test_expressions_that_are_none_and_such_as_end",
+    "tests/files/test_untrusted.py::test_chat_refuses_tokenizers_templates_and_generation",
+    "tests/files/test_untrusted.py::test_the_commands_refuse_adapters",
+    "tests/benchmarks/test_benchmarks.py::test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept",
+    "tests/cli/test_cli.py::test_ctrl_c_saves_a_checkpoint",
 )
 LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with what their tests share
-    "tests/test_cli_config.py",
-    "tests/test_limits.py",
-    "tests/test_report.py",
-    "tests/fuzz",
-    "tests/test_faults.py",
-    "tests/test_distributed.py",
-    "tests/test_threads.py",
-    "tests/test_sweep.py",
-    "tests/test_memory.py",
-    "tests/test_determinism.py",
-    "tests/test_cli.py",
-    "tests/test_cli_commands.py",
-    "tests/test_methods.py",
-    "tests/test_merge.py",
-    "tests/test_quantize.py",
-    "tests/test_build.py",
-    "tests/test_examples.py",
+    "tests/run/test_cli_config.py",
+    "tests/faults/test_limits.py",
+    "tests/run/test_report.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/faults/test_faults.py",
+    "tests/distributed/test_distributed.py",
+    "tests/ops/test_threads.py",
+    "tests/fuzz/test_sweep.py",
+    "tests/memory/test_memory.py",
+    "tests/ops/test_determinism.py",
+    "tests/cli/test_cli.py",
+    "tests/cli/test_cli_commands.py",
+    "tests/integrations/test_methods.py",
+    "tests/merge/test_merge.py",
+    "tests/quantize/test_quantize.py",
+    "tests/native/test_build.py",
+    "tests/docs/test_examples.py",
 )
 
 

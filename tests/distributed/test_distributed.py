@@ -1,0 +1,124 @@
+"""Several processes over gloo, on the CPU: what DDP, FSDP2, tensor parallelism and accelerate make of fused layers.
+
+The checks are those of distributed/checks.py. ``torchrun`` starts two processes once for all of them, and four once for
+those that depend on the number; a test here reports one check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
+
+pytestmark = [
+    pytest.mark.cpu_only("gloo's processes train on the CPU"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"),
+]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("checks.py")
+SECONDS = 720  # a run takes 50 on two cores, and what runs beside it may slow it down; what hangs is ended
+
+CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
+OF_FOUR = ("hybrid_sharding",)  # a mesh of two by two
+ALSO_OF_FOUR = (
+    "ddp_gradients_are_the_same_everywhere",
+    "fsdp2_shards_the_codes",
+    "fsdp2_shards_unevenly",
+    "fsdp2_saves_the_adapter_of_one_process",
+    *OF_FOUR,
+)
+# PyTorch 2.11 makes a parameter that wants gradients out of each shard, which uint8 can't: pytorch/pytorch#177844.
+SHARDS_BYTES = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 13)
+NEEDS_BYTES = re.compile("fsdp2(?!_with_whole)|hybrid|shards|checkpointing|dropout|wrapping|tensor|accelerate_library")
+
+RUNS = {
+    2: [name for name in CHECKS if name not in OF_FOUR],
+    4: [name for name in CHECKS if name in ALSO_OF_FOUR],
+}
+RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(name)] for n, names in RUNS.items()}
+
+
+def torchrun(processes: int, *command: str) -> tuple[int, str]:
+    """The exit code and all that was printed; its processes are gone when it returns."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = subprocess.Popen(
+        [*launcher, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = run.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGTERM)  # torchrun ends its processes, which are sessions of their own
+        try:
+            out, _ = run.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            out, _ = run.communicate()
+        out += f"\nended after {SECONDS} s"
+    return run.returncode, out
+
+
+class Results(dict[int, tuple[list[dict[str, str]], str]]):
+    """By number of processes: what each of them found, and what was printed. The first test that asks starts them."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self.folders = folders
+
+    def __missing__(self, processes: int) -> tuple[list[dict[str, str]], str]:
+        folder = self.folders.mktemp(f"processes-{processes}")
+        _, out = torchrun(processes, str(SCRIPT), str(folder), *RUNS[processes])
+        files = [folder / f"{rank}.json" for rank in range(processes)]
+        self[processes] = [json.loads(file.read_text()) if file.exists() else {} for file in files], out
+        return self[processes]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory)
+
+
+@pytest.mark.parametrize(("processes", "name"), [(n, name) for n, names in RUNS.items() for name in names])
+def test_in_processes(processes: int, name: str, results: Results) -> None:
+    found, out = results[processes]
+    for rank, done in enumerate(found):
+        if name not in done and any(outcome != "ok" for other in found for outcome in other.values()):
+            pytest.fail(f"not reached: another check failed before it, of processes {processes}")
+        assert done.get(name) == "ok", f"process {rank}: {done.get(name, 'not reached')}\n{out[-4000:]}"
+
+
+def test_every_check_is_run() -> None:
+    assert len(CHECKS) == len(set(CHECKS)) >= 20 and set(ALSO_OF_FOUR) <= set(CHECKS)
+    if SHARDS_BYTES:
+        assert {name for names in RUNS.values() for name in names} == set(CHECKS)
+
+
+def test_example(tmp_path: Path) -> None:
+    options = ("--tiny", "--max-steps", "3", "--strategy", "fsdp2", "--output", str(tmp_path))
+    code, out = torchrun(2, "docs/examples/distributed.py", *options)
+    assert code == 0, out
+    assert out.count("14 of 14 layers fused (100%)") == 1
+    assert len(re.findall(r"^loss: \S+ -> \S+ in 3 steps$", out, re.MULTILINE)) == 1
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_figures_of_the_page_are_those_of_its_code(capsys: pytest.CaptureFixture) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "MODELS" in block)
+    exec(compile(code, "scaling.md", "exec"), {})
+    rows = capsys.readouterr().out
+    assert rows.count("\n") == 12 and rows in page

@@ -1,0 +1,742 @@
+"""Every method in every way that it can be used: docs/methods.md is the table of what these tests see.
+
+    PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py
+
+draws it anew. A test that is a column runs once for each method and returns the cell; its docstring is what the
+document says of the column.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("aenum")
+
+import bitsandbytes as bnb
+import peft
+import transformers as hf
+from methods_table import Cell, Table, split
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft_models import tuners
+from test_architectures import OperatorCalls, assert_close, error_of, logits, step
+from tiny_models import ARCHITECTURES, HIDDEN, LAYERS
+
+import peft_ext
+from peft_ext import BitFitConfig, BottleneckConfig, DiffPruningConfig, PartialConfig, reference
+from peft_ext.integrations.transformers import AdaLoraCallback, DiffPruningCallback
+from peft_ext.nn import (
+    AdaLoRALinear,
+    BottleneckAdapter,
+    DoRALinear,
+    IA3Linear,
+    LoRALinear,
+    NF4Linear,
+    PrefixEncoder,
+    PromptEmbedding,
+)
+from peft_ext.ops.library import has_kernel
+from peft_ext.tuners._layer import ReplacingLayer
+
+pytestmark = pytest.mark.cpu_only("the table has a column for each device, and its steps run on the CPU")
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "methods.md"
+REDRAW = "PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py"
+
+LLAMA = ARCHITECTURES["Llama"]
+BATCH = LLAMA.batch()
+INPUTS = LLAMA.inputs()  # without labels: of an AdaLoRA that is loaded to infer, PEFT's own loss raises
+STEPS = 4  # of a Trainer's run
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A module of peft_ext.nn, moved away from where it starts, and how it is run and what it has to give.
+
+    ``oracle`` is given a float64 copy of the module and of the inputs, and calls none of the operators.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    oracle: Callable[..., Tensor]
+    call: Callable[..., Tensor] = lambda module, *inputs: module(*inputs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: how a Llama is adapted, over which base, and the module of peft_ext.nn, where there is one."""
+
+    config: Callable[[], PeftConfig]
+    alone: tuple[Callable[[], Alone], ...] = ()
+    base: str = "dense"
+    callback: Callable[[], hf.TrainerCallback] = hf.TrainerCallback
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether the method is one of PEFT's own."""
+        return type(self.config()).__module__.partition(".")[0] == "peft"
+
+
+def _linear(nf4: bool) -> nn.Linear:
+    linear = nn.Linear(HIDDEN, 2 * HIDDEN)
+    return NF4Linear.from_linear(linear, double_quant=True) if nf4 else linear
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The frozen weight in float64."""
+    base = module.base_layer
+    return base.nf4.dequantize(torch.float32).double() if isinstance(base, NF4Linear) else base.weight
+
+
+def _moved(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return module
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, HIDDEN)
+
+
+def _lora(nf4: bool = False, **arguments: Any) -> Alone:
+    def oracle(m: Any, x: Tensor) -> Tensor:
+        return reference.lora_linear(x, _weight(m), m.lora_A, m.lora_B, m.base_layer.bias, scaling=m.scaling)
+
+    return Alone(_moved(LoRALinear.from_linear(_linear(nf4), r=4, **arguments)), (_tokens(21),), oracle)
+
+
+def _dora() -> Alone:
+    def oracle(m: Any, x: Tensor) -> Tensor:
+        return reference.dora_linear(
+            x, _weight(m), m.lora_A, m.lora_B, m.lora_magnitude_vector, m.base_layer.bias, scaling=m.scaling
+        )
+
+    return Alone(_moved(DoRALinear.from_linear(_linear(False), r=4)), (_tokens(21),), oracle)
+
+
+def _adalora() -> Alone:
+    def oracle(m: Any, x: Tensor) -> Tensor:
+        delta = m.lora_B @ torch.diag(m.lora_E[:, 0] / (m.ranknum + 1e-5)) @ m.lora_A
+        return nn.functional.linear(x, _weight(m) + m.scaling * delta, m.base_layer.bias)
+
+    return Alone(_moved(AdaLoRALinear.from_linear(_linear(False), r=4)), (_tokens(21),), oracle)
+
+
+def _ia3(feedforward: bool) -> Alone:
+    def oracle(m: Any, x: Tensor) -> Tensor:
+        return reference.ia3_linear(x, _weight(m), m.ia3_l, m.base_layer.bias, feedforward=feedforward)
+
+    return Alone(_moved(IA3Linear.from_linear(_linear(False), feedforward=feedforward)), (_tokens(21),), oracle)
+
+
+def _bottleneck(parallel: bool) -> Alone:
+    def oracle(m: Any, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return (x if residual is None else residual) + m.scale * m.up(nn.functional.gelu(m.down(x)))
+
+    inputs = (_tokens(21), _tokens(21)) if parallel else (_tokens(21),)
+    return Alone(_moved(BottleneckAdapter(HIDDEN, scale=2.0)), inputs, oracle)
+
+
+def _prompt() -> Alone:
+    def oracle(m: Any, x: Tensor) -> Tensor:
+        return torch.stack([torch.cat((m.embedding.weight, row)) for row in x])
+
+    return Alone(_moved(PromptEmbedding(4, HIDDEN)), (_tokens(3, 5),), oracle)
+
+
+def _prefix() -> Alone:
+    """Behind a Llama, whose logits say whether keys and values are where it looks for them."""
+    model = LLAMA.build().requires_grad_(False)
+    ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
+
+    def call(m: PrefixEncoder) -> Tensor:
+        return model(ids, past_key_values=m.past_key_values(size, model.config)).logits
+
+    def oracle(m: Any) -> Tensor:
+        # A row of the embedding: layer by layer the keys, then the values, head by head.
+        heads, width = m.num_kv_heads, m.head_dim
+        pieces = m.embedding.weight.split(width, dim=1)
+        halves = [torch.stack(pieces[i : i + heads]).expand(size, -1, -1, -1) for i in range(0, len(pieces), heads)]
+        cache = hf.DynamicCache(list(zip(halves[::2], halves[1::2], strict=True)))
+        return copy.deepcopy(model).double()(ids, past_key_values=cache).logits
+
+    return Alone(_moved(PrefixEncoder.from_config(model.config, 4)), (), oracle, call)
+
+
+_CAUSAL = {"task_type": "CAUSAL_LM"}
+_ALL_LINEAR = {**_CAUSAL, "target_modules": "all-linear"}
+_SCHEDULE = {"init_r": 4, "target_r": 2, "total_step": STEPS, "tinit": 1, "tfinal": 1, "deltaT": 1}
+_VIRTUAL = {**_CAUSAL, "num_virtual_tokens": 4}
+
+METHODS = {
+    "LoRA": Method(lambda: LoraConfig(r=4, **_ALL_LINEAR), (_lora,)),
+    "rsLoRA": Method(
+        lambda: LoraConfig(r=4, use_rslora=True, **_ALL_LINEAR), (functools.partial(_lora, use_rslora=True),)
+    ),
+    "QLoRA": Method(lambda: LoraConfig(r=4, **_ALL_LINEAR), (functools.partial(_lora, nf4=True),), base="nf4"),
+    "DoRA": Method(lambda: LoraConfig(r=4, use_dora=True, **_ALL_LINEAR), (_dora,)),
+    "AdaLoRA": Method(lambda: AdaLoraConfig(**_SCHEDULE, **_ALL_LINEAR), (_adalora,), callback=AdaLoraCallback),
+    "IA3": Method(lambda: IA3Config(**_CAUSAL), (functools.partial(_ia3, False), functools.partial(_ia3, True))),
+    "bottleneck, Houlsby": Method(lambda: BottleneckConfig(**_CAUSAL), (functools.partial(_bottleneck, False),)),
+    "bottleneck, Pfeiffer": Method(
+        lambda: BottleneckConfig(placement="pfeiffer", **_CAUSAL), (functools.partial(_bottleneck, False),)
+    ),
+    "bottleneck, parallel": Method(
+        lambda: BottleneckConfig(placement="parallel", **_CAUSAL), (functools.partial(_bottleneck, True),)
+    ),
+    "prefix tuning": Method(lambda: PrefixTuningConfig(**_VIRTUAL), (_prefix,)),
+    "prompt tuning": Method(lambda: PromptTuningConfig(**_VIRTUAL), (_prompt,)),
+    "BitFit": Method(lambda: BitFitConfig(add_bias="all-linear", **_CAUSAL)),
+    "Diff Pruning": Method(
+        lambda: DiffPruningConfig(target_modules=["mlp"], **_CAUSAL),
+        callback=functools.partial(DiffPruningCallback, target=0.02),
+    ),
+    "partial fine-tuning": Method(lambda: PartialConfig(num_last_layers=1, **_CAUSAL)),
+}
+
+TABLE = Table(
+    f"Each cell is one test of `tests/integrations/test_methods.py` on a Llama of {LAYERS} layers, and says what the "
+    "test saw as it ran; a dash has its reason in a footnote. The tests fail where this document differs from what "
+    "they see, until it is drawn anew:",
+    REDRAW,
+    tuple(METHODS),
+)
+
+
+def column(title: str) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
+    """A test of every method whose cells are the column ``title``, and its docstring what the document says of it."""
+
+    def wrap(test: Callable[..., Cell]) -> Callable[..., None]:
+        TABLE.columns[title] = " ".join(inspect.getdoc(test).split())
+
+        @pytest.mark.parametrize("name", METHODS)
+        @functools.wraps(test)
+        def run(name: str, **fixtures: Any) -> None:
+            TABLE[name, title] = test(name, **fixtures)
+
+        return run
+
+    return wrap
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama on disk, for what loads it as users do."""
+    folder = tmp_path_factory.mktemp("llama")
+    LLAMA.build().save_pretrained(folder)
+    return folder
+
+
+def make_base(kind: str, llama: Optional[Path] = None, skip: tuple[str, ...] = ()) -> hf.PreTrainedModel:
+    """The Llama, "dense", in "nf4", or on "bitsandbytes" but for ``skip``, as transformers loads it."""
+    if kind != "bitsandbytes":
+        model = LLAMA.build()
+        return peft_ext.quantize_nf4(model, progress=False) if kind == "nf4" else model
+    config = hf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32",
+        llm_int8_skip_modules=["lm_head", *skip],
+    )  # fmt: skip
+    return hf.LlamaForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32).eval()
+
+
+def adapted(
+    name: str,
+    base: Optional[hf.PreTrainedModel] = None,
+    make: Callable[..., PeftModel] = peft_ext.get_peft_model,
+    moved: bool = True,
+) -> PeftModel:
+    """The method's model, over its own base by default, as after some training; the same for each ``make``."""
+    base = make_base(METHODS[name].base) if base is None else base
+    torch.manual_seed(3)
+    model = make(base, METHODS[name].config())
+    for key, parameter in model.named_parameters():
+        if "ranknum" in key:  # over a base that is not float32 PEFT leaves this count to the optimizer
+            parameter.requires_grad_(False)
+    return (_moved(model) if moved else model).eval()
+
+
+def quantized(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized linears by the names that they have in the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kinds = (NF4Linear, bnb.nn.Linear4bit)
+    found = {key: module for key, module in base.named_modules() if isinstance(module, kinds)}
+    return {".".join(part for part in key.split(".") if part != "base_layer"): found[key] for key in found}
+
+
+def dense_twin(name: str, model: PeftModel) -> PeftModel:
+    """The same adapter over a dense base whose weights are those of ``model``, dequantized."""
+    base = make_base("dense")
+    for key, module in quantized(model).items():
+        nf4 = module.nf4 if isinstance(module, NF4Linear) else peft_ext.NF4Weight.from_bitsandbytes(module.weight)
+        base.get_submodule(key).weight.data = nf4.dequantize(torch.float32)
+    twin = adapted(name, base)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(twin, {key: value.detach().clone() for key, value in state.items()})
+    return twin
+
+
+def unfused(model: nn.Module) -> tuple[str, ...]:
+    """The reasons that explain has for what is not fused, each once, or that nothing is adapted."""
+    rows = peft_ext.explain(model).rows
+    reasons = dict.fromkeys(row.reason for row in rows if not row.fused)
+    return (
+        tuple(f"{_capital(reason)}." for reason in reasons) if rows else ("No layer is adapted: the model's own run.",)
+    )
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def said(error: Exception) -> str:
+    return f"`{type(error).__name__}: {' '.join(str(error).split())}`"
+
+
+# --- alone, adapted, trained ------------------------------------------------------------------------------------------
+
+
+def run(module: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Output and gradients of the inputs and of every trained parameter, from a fixed output gradient."""
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    y = call(module, *inputs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
+    gradients = {key: p.grad for key, p in module.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), **{f"input {i}": x.grad for i, x in enumerate(inputs)}, **gradients}
+
+
+@column("nn module")
+def test_nn_module(name: str) -> Cell:
+    """The module of `peft_ext.nn` on its own, forward and backward: output and gradients are those of
+    `peft_ext.reference`, or of the formula in plain PyTorch, in float64.
+    """
+    kinds = []
+    for make in METHODS[name].alone:
+        alone = make()
+        twin, doubled = copy.deepcopy(alone.module).double(), tuple(x.double() for x in alone.inputs)
+        wanted = run(twin, doubled, alone.oracle)
+        assert_close(run(alone.module, alone.inputs, alone.call), {key: value.float() for key, value in wanted.items()})
+        kinds.append(type(alone.module).__name__)
+    if kinds:
+        (kind,) = set(kinds)
+        assert kind in peft_ext.nn.__all__
+        return Cell(f"`{kind}`")
+    layers = tuners(adapted(name)).values()
+    assert layers and all(isinstance(layer, ReplacingLayer) for layer in layers)
+    return Cell.none(f"{_capital(name)} puts its tensors in place of the base modules' own: it adds no module.")
+
+
+def slope(model: PeftModel, gradients: dict[str, Tensor], reach: float = 2e-3) -> float:
+    """The loss's central difference along ``gradients``, each brought to length 1."""
+    losses = []
+    for sign in (1, -1):
+        there = copy.deepcopy(model)
+        for key, parameter in there.named_parameters():
+            if key in gradients:
+                parameter.data += sign * reach * gradients[key] / gradients[key].norm()
+        losses.append(step(there, BATCH)["loss"].item())
+    return (losses[0] - losses[1]) / (2 * reach)
+
+
+@column("`get_peft_model`")
+def test_get_peft_model(name: str) -> Cell:
+    """`peft_ext.get_peft_model`, forward and backward: logits, loss and gradients are stock PEFT's; for a method that
+    PEFT lacks, the loss changes along the gradient as the gradient says. Shown: how many parameters it trains.
+    """
+    model = adapted(name)
+    found = step(model, BATCH)
+    if METHODS[name].in_peft:
+        assert_close(found, step(adapted(name, make=peft.get_peft_model), BATCH))
+    else:
+        gradients = {key: value for key, value in found.items() if key not in ("loss", "logits")}
+        lengths = sum(value.norm().item() for value in gradients.values())
+        assert lengths > 0 and all(value.norm() > 0 for value in gradients.values())
+        assert slope(model, gradients) == pytest.approx(lengths, rel=1e-2)
+    plain = logits(make_base(METHODS[name].base), INPUTS)
+    assert (
+        error_of(logits(model, INPUTS)[:, -plain.shape[1] :], plain) > 1e-3
+    )  # an adapter that does nothing is no test
+    return Cell(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained")
+
+
+@column("Trainer")
+def test_trainer(name: str, tmp_path: Path) -> Cell:
+    """Four steps of transformers' `Trainer`, AdaLoRA and Diff Pruning with their callbacks: the loss falls, what is
+    trained moves and the rest does not.
+    """
+    method = METHODS[name]
+    model, callback = adapted(name, moved=False), method.callback()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def loss() -> float:
+        return model.eval()(**BATCH).loss.item()
+
+    start = loss()
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=len(BATCH["labels"]), learning_rate=0.02,
+        lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    rows = [dict(zip(BATCH, row, strict=True)) for row in zip(*BATCH.values(), strict=True)]
+    hf.Trainer(model=model.train(), args=arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert loss() < start
+    after = dict(model.named_parameters())
+    moved = {key for key in before if key not in after or not torch.equal(after[key], before[key])}
+    assert moved == trained
+    if isinstance(callback, AdaLoraCallback):
+        ranks = [p for key, p in after.items() if "lora_E" in key]
+        held, kept = sum(p.numel() for p in ranks), sum(int(p.count_nonzero()) for p in ranks)
+        assert kept < held
+        return Cell(f"loss falls, {kept} of {held} ranks kept")
+    if isinstance(callback, DiffPruningCallback):
+        held, kept = sum(before[key].numel() for key in before if key.endswith(".w")), sum(callback.kept.values())
+        assert kept < held and kept == sum(p.numel() for key, p in after.items() if key.endswith(".values"))
+        return Cell(f"loss falls, {kept:,} of {held:,} entries kept")
+    return Cell("loss falls")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+# Runs where peft_ext is not imported, and then imports it.
+_READER = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+from peft import PeftModel
+
+llama, folder = sys.argv[1:]
+job = torch.load(f"{folder}/job.pt")
+config = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+              bnb_4bit_compute_dtype="float32", llm_int8_skip_modules=["lm_head"])
+
+def read(name):
+    own = dict(quantization_config=transformers.BitsAndBytesConfig(**config)) if name in job["4-bit"] else {}
+    base = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32, **own)
+    try:
+        model = PeftModel.from_pretrained(base, f"{folder}/{name}")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    # In eval mode bitsandbytes may repack a weight and compute in bfloat16; there is no dropout in this model.
+    model.train(name in job["4-bit"])
+    with torch.no_grad():
+        return model(**job["inputs"]).logits
+
+alone = {name: read(name) for name in job["names"]}
+assert "peft_ext" not in sys.modules
+import peft_ext.tuners
+beside = {name: read(name) for name, found in alone.items() if isinstance(found, str)}
+torch.save((alone, beside), f"{folder}/read.pt")
+"""
+
+
+def exchange_base(name: str, llama: Path) -> hf.PreTrainedModel:
+    """A base that stock PEFT has too."""
+    return make_base("dense" if METHODS[name].base == "dense" else "bitsandbytes", llama)
+
+
+@dataclass
+class StockReader:
+    """A process of stock PEFT that reads what accelerated models saved; ``wanted``: their logits, by method."""
+
+    process: subprocess.Popen
+    folder: Path
+    wanted: dict[str, Tensor]
+
+    @functools.cached_property
+    def found(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Logits or an error by method, without peft_ext; of those with an error again, with it imported."""
+        self.process.wait(timeout=600)
+        assert self.process.returncode == 0, (self.folder / "errors").read_text()
+        return torch.load(self.folder / "read.pt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
+    """Started at once: it takes seconds to import what it needs, beside the tests of other columns."""
+    folder, wanted = tmp_path_factory.mktemp("read"), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in METHODS:
+            model = adapted(name, exchange_base(name, llama))
+            model.save_pretrained(folder / name)
+            wanted[name] = logits(model, INPUTS)
+    four_bit = [name for name, method in METHODS.items() if method.base != "dense"]
+    torch.save({"inputs": INPUTS, "names": list(METHODS), "4-bit": four_bit}, folder / "job.pt")
+    command = [sys.executable, "-c", _READER, str(llama), str(folder)]
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+    yield StockReader(process, folder, wanted)
+    process.kill()
+    process.wait()
+
+
+@column("save, load")
+def test_save_and_load(name: str, tmp_path: Path) -> Cell:
+    """`save_pretrained`, then `peft_ext.load_adapter` into a fresh base: the very logits, as many layers fused."""
+    model = adapted(name)
+    model.save_pretrained(tmp_path)
+    loaded = peft_ext.load_adapter(make_base(METHODS[name].base), tmp_path)
+    assert torch.equal(logits(loaded, INPUTS), logits(model, INPUTS))
+    assert peft_ext.explain(loaded).rows == peft_ext.explain(model).rows
+    return Cell("same bits")
+
+
+@column("PEFT reads ours")
+def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
+    """Stock `PeftModel.from_pretrained`, in a process that has not imported peft_ext, reads what an accelerated model
+    saved: the same logits. QLoRA: over bitsandbytes' base.
+    """
+    alone, beside = (found.get(name) for found in stock_reader.found)
+    found = beside if isinstance(alone, str) else alone
+    assert isinstance(found, Tensor), found
+    assert_close(found, stock_reader.wanted[name])
+    assert isinstance(alone, Tensor) is METHODS[name].in_peft
+    if isinstance(alone, Tensor):
+        return Cell("same logits")
+    return Cell("same logits, with `import peft_ext.tuners`", (f"Without it PEFT says `{' '.join(alone.split())}`.",))
+
+
+@column("we read PEFT's")
+def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
+    """`peft_ext.load_adapter` reads what stock PEFT saved: the same logits, as many layers fused as in a model made
+    here. QLoRA: over bitsandbytes' base.
+    """
+    if not METHODS[name].in_peft:
+        return Cell.none("PEFT has no such method: every file of it is one of peft_ext's.")
+    stock = adapted(name, exchange_base(name, llama), make=peft.get_peft_model)
+    stock.save_pretrained(tmp_path)
+    loaded = peft_ext.load_adapter(exchange_base(name, llama), tmp_path)
+    # As a stock reader above: training mode keeps bitsandbytes from repacking the stock model's weights.
+    with torch.no_grad():
+        assert_close(logits(loaded, INPUTS), stock.train(METHODS[name].base != "dense")(**INPUTS).logits)
+    made = peft_ext.explain(adapted(name, exchange_base(name, llama)))
+    assert [(row.name, row.fused) for row in peft_ext.explain(loaded).rows] == [(r.name, r.fused) for r in made.rows]
+    return Cell("same logits")
+
+
+# --- merged, over 4 bits ----------------------------------------------------------------------------------------------
+
+
+@column("merge")
+def test_merge(name: str) -> Cell:
+    """`merge_and_unload`: a plain transformers model with the adapted one's logits; over NF4, with the codes of the
+    merged weight.
+    """
+    model = adapted(name)
+    wanted = logits(model, INPUTS)
+    try:
+        merged = copy.deepcopy(model).merge_and_unload()
+    except ValueError as error:
+        return Cell.none(f"`merge_and_unload` says {said(error)}.")
+    except AttributeError as error:
+        assert model.active_peft_config.is_prompt_learning and not tuners(model)
+        return Cell.none(f"{_capital(name)} has no layer to merge into: {said(error)}.")
+    assert type(merged) is LLAMA.model and not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    if not quantized(model):
+        assert_close(logits(merged, INPUTS), wanted)
+        return Cell("same logits")
+    dense = dense_twin(name, model).merge_and_unload()
+    assert quantized(merged).keys() == quantized(model).keys()
+    for key, module in quantized(merged).items():
+        weight = peft_ext.ops.nf4_quantize(dense.get_submodule(key).weight, double_quant=True)
+        off = (module.dequantize(torch.float32) - weight.dequantize(torch.float32)).abs() > 1e-6
+        assert off.float().mean() < 1e-2, key  # where a sum, rounded in another order, falls beside a threshold
+    return Cell(
+        "requantized", ("Merging rounds base plus adapter to NF4 anew, once, so logits move by that rounding.",)
+    )
+
+
+def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str, ...]]:
+    """The method over a base that is quantized; where that is refused, with what it trains left dense, and a note."""
+    try:
+        return adapted(name, make_base(kind, llama)), ()
+    except (ValueError, RuntimeError) as error:
+        refused = said(error)
+    if kind == "nf4":
+        model = peft_ext.quantize_nf4(adapted(name), progress=False)
+        return peft_ext.accelerate(model), (f"Adapted first, then `quantize_nf4`. The other way round: {refused}.",)
+    layers = tuners(adapted(name)).items()
+    skip = tuple(key.removeprefix("base_model.model.") for key, layer in layers if isinstance(layer, ReplacingLayer))
+    note = f"Loaded with what it trains in `llm_int8_skip_modules`. Without: {refused}."
+    return adapted(name, make_base(kind, llama, skip)), (note,)
+
+
+def base_cell(name: str, kind: str, llama: Path) -> Cell:
+    model, notes = over_4_bits(name, kind, llama)
+    twin = dense_twin(name, model)
+    assert_close(step(model, BATCH), step(twin, BATCH))
+    count = len(quantized(model))
+    assert count > 0
+    notes += tuple(reason for reason in unfused(model) if reason not in unfused(twin))
+    return Cell(f"{count} of {len(quantized(make_base(kind, llama)))} linears", notes)
+
+
+@column("NF4 base")
+def test_nf4_base(name: str, llama: Path) -> Cell:
+    """Over `peft_ext.quantize_nf4`, double-quantized, forward and backward: logits, loss and gradients are those over
+    the dequantized weights. Shown: how many linears are in NF4.
+    """
+    return base_cell(name, "nf4", llama)
+
+
+@column("bitsandbytes base")
+def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
+    """The same over `Linear4bit`, as transformers loads it, nested."""
+    return base_cell(name, "bitsandbytes", llama)
+
+
+# --- compiled, fused --------------------------------------------------------------------------------------------------
+
+
+@column("compile")
+def test_compile(name: str) -> Cell:
+    """`torch.compile(fullgraph=True)`, forward and backward, of the last layer's adapted MLP; where the layer
+    itself is adapted, of that; of prefix and prompt tuning, of the whole PeftModel. Outputs and gradients are the eager
+    ones.
+    """
+    model = adapted(name).train()
+    if tuners(model):
+        base = model.get_base_model().model
+        module, inputs = base.layers[-1].mlp, {"x": torch.randn(5, HIDDEN)}
+        if isinstance(base.layers[-1], BaseTunerLayer):
+            module, hidden = base.layers[-1], torch.randn(1, 5, HIDDEN)
+            positions = base.rotary_emb(hidden, torch.arange(5)[None])
+            inputs = {"hidden_states": hidden, "position_embeddings": positions}
+        assert any(isinstance(below, BaseTunerLayer) for below in module.modules())
+    else:
+        module, inputs = model, BATCH
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def outcome(call: Callable[..., Any]) -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        y = call(**inputs)
+        y = getattr(y, "logits", y)
+        gradients = torch.autograd.grad(y.square().mean(), parameters)
+        return {"y": y.detach(), **{str(i): value for i, value in enumerate(gradients)}}
+
+    wanted = outcome(module)
+    torch._dynamo.reset()
+    try:
+        found, cell = outcome(torch.compile(module, fullgraph=True, backend="aot_eager")), Cell("one graph")
+    except torch._dynamo.exc.Unsupported:
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(module)(**inputs)
+        reasons = dict.fromkeys(one.reason.splitlines()[0] for one in explained.break_reasons)
+        torch._dynamo.reset()
+        found = outcome(torch.compile(module, backend="aot_eager"))
+        notes = tuple(f"torch.compile says: {reason}." for reason in reasons)
+        cell = Cell(f"{explained.graph_break_count} breaks", notes)
+    flat = {key for key, value in wanted.items() if not value.any()}  # the gate of a tensor that is wide open
+    assert not any(found[key].any() for key in flat) and "y" not in flat
+    assert_close(*({key: value for key, value in each.items() if key not in flat} for each in (found, wanted)))
+    return cell
+
+
+def operators(model: nn.Module) -> OperatorCalls:
+    """What a training step calls of peft_ext's operators."""
+    with OperatorCalls() as seen:
+        step(model, BATCH)
+    return seen
+
+
+@column("fused on CPU")
+def test_fused_on_cpu(name: str) -> Cell:
+    """Layers that `explain` says are fused, of those that are adapted; each calls its operator once in a training step,
+    and every operator that the step calls is a native kernel.
+    """
+    model = adapted(name)
+    rows = peft_ext.explain(model).rows
+    calls = operators(model).calls
+    assert all(has_kernel(operator, "CPU") for operator in calls), calls
+    fused = sum(row.fused for row in rows)
+    layers = {operator: count for operator, count in calls.items() if f"{operator}_backward" in calls}
+    assert sum(layers.values()) == sum(calls[f"{operator}_backward"] for operator in layers) == fused
+    if not fused:
+        assert not calls
+        return Cell.none(*unfused(model))
+    return Cell(f"{fused} of {len(rows)} layers", unfused(model))
+
+
+def cuda_operators() -> set[str]:
+    """The operators that csrc registers for CUDA."""
+    found = set()
+    for path in (ROOT / "csrc").rglob("*_cuda.cu"):
+        source = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        for block in re.findall(r"PEFT_EXT_CUDA_LIBRARY\(\w+\)\s*\{(.*?)\}", source, flags=re.DOTALL):
+            found.update(re.findall(r'\.impl\("(\w+)"', block))
+    return found
+
+
+@column("fused on CUDA")
+def test_fused_on_cuda(name: str) -> Cell:
+    """The operators that a training step calls have kernels that `csrc` registers for CUDA. Those kernels are tested
+    elsewhere, under the emulator: no GPU has run this table.
+    """
+    model = adapted(name)
+    calls = operators(model).calls
+    if not calls:
+        return Cell.none(*unfused(model))
+    assert any(operator.endswith("_backward") for operator in calls)
+    without = sorted(set(calls) - cuda_operators())
+    notes = (f"No CUDA kernel: {', '.join(f'`{operator}`' for operator in without)}.",) if without else ()
+    return Cell(f"{len(calls) - len(without)} of {len(calls)} operators", notes)
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_docs_methods_md_is_what_the_tests_saw() -> None:
+    if missing := TABLE.missing():
+        pytest.skip(f"{len(missing)} cells were not run or failed, the first is {missing[0]}")
+    drawn = TABLE.draw()
+    if os.environ.get("PEFT_EXT_REDRAW", "") not in ("", "0"):
+        DOCUMENT.write_text(drawn)
+    assert DOCUMENT.is_file(), f"there is no docs/methods.md; draw it: {REDRAW}"
+    (table, versions), (document, drawn_with) = split(drawn), split(DOCUMENT.read_text())
+    if table != document and versions != drawn_with:
+        pytest.skip(f"docs/methods.md differs, and is of other libraries: {drawn_with} Here: {versions}")
+    assert document == table, f"docs/methods.md is out of date; draw it: {REDRAW}"

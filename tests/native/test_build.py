@@ -1,0 +1,231 @@
+"""What was built and how it loads: stable ABI, layout of the sources, imports, messages."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(peft_ext.__file__).parent
+
+sys.path.insert(0, str(ROOT / "tools"))
+stable_abi = pytest.importorskip("stable_abi", reason="tools/ is not here: not a checkout")
+import include_check  # noqa: E402
+import wheels  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def native():
+    try:
+        return importlib.import_module("peft_ext._C")
+    except ImportError as error:
+        pytest.skip(f"the native library is not built: {error}")
+
+
+# An editable install finds a checkout's native library for any package of its name.
+WITHOUT_EDITABLE_INSTALLS = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+"""
+
+
+def python(code: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, on the package in ``path``, without PEFT_EXT_ settings and without a GPU."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PEFT_EXT_")}
+    place = str(path or PACKAGE.parent)  # also the working directory, which comes before PYTHONPATH
+    clean |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": place} | env
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_EDITABLE_INSTALLS + code], env=clean, cwd=place, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def bare_package(tmp_path):
+    """A copy of the package that holds no native library."""
+    ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "peft_ext", ignore=ignore)
+    return tmp_path
+
+
+IMPORT_AND_PRINT_WARNINGS = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft_ext
+for warning in caught:
+    if "peft_ext" in str(warning.message):
+        print(warning.category.__name__, str(warning.message).replace(chr(10), " "))
+"""
+
+
+# --- stable ABI -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm not found")
+@pytest.mark.parametrize("stem", ["_C", "_C_cuda"])
+def test_libraries_need_only_the_stable_abi_of_the_target(stem):
+    found = sorted(PACKAGE.glob(f"{stem}.*.so"))
+    if not found:
+        pytest.skip(f"{stem} is not built")
+    for library in found:
+        symbols = stable_abi.undefined_symbols(library, dynamic=True)
+        assert any(symbol.startswith("torch_library_impl") for symbol in symbols), "registers no kernel"
+        assert stable_abi.violations(symbols, stable_abi.torch_include()) == []
+
+
+@pytest.mark.skipif(any(shutil.which(tool) is None for tool in ("nm", "readelf")), reason="binutils not found")
+@pytest.mark.skipif(sys.platform != "linux", reason="of ELF libraries")
+def test_libraries_export_their_module_alone_and_are_hardened():
+    """Of what ``wheels.faults`` looks for, nothing; tests/native/test_packaging.py has libraries with each fault."""
+    found = sorted(PACKAGE.glob("_C*.so"))
+    if not found:
+        pytest.skip("no native library is built")
+    assert {library.name: wheels.faults(library) for library in found} == {library.name: [] for library in found}
+
+
+def test_symbols_outside_the_stable_abi_are_found():
+    include = stable_abi.torch_include()
+    bad = ["at::_ops::add::call(at::Tensor const&)", "c10::Error::what() const", "aoti_torch_no_such_function"]
+    assert len(stable_abi.violations(bad, include)) == 3
+    assert stable_abi.violations(["torch_library_impl", "memcpy@GLIBC_2.14"], include) == []
+
+
+def test_version_guards_of_shim_headers_are_read():
+    header = """
+    #ifdef __cplusplus
+    AOTITorchError torch_old(int x);
+    #if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0
+    AOTITorchError torch_new(int x);
+    #ifdef USE_CUDA
+    AOTITorchError torch_new_cuda(int x);
+    #endif
+    #else
+    AOTITorchError torch_until(int x);
+    #endif
+    #endif
+    """
+    assert stable_abi.declared_since(header) == {
+        "torch_old": (0, 0),
+        "torch_new": (2, 12),
+        "torch_new_cuda": (2, 12),
+        "torch_until": (0, 0),
+    }
+
+
+def test_build_info(native):
+    info = native.build_info()
+    assert set(info) == {"version", "torch", "torch_target", "compiler", "isas", "cuda"}
+    assert info["version"] == peft_ext.__version__
+    assert info["torch_target"] == ".".join(map(str, stable_abi.TARGET))
+    assert "scalar" in native.isas() and set(native.isas()) <= set(info["isas"])
+    assert native.isa() in native.isas()
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_includes_run_one_way():
+    assert include_check.faults(include_check.includes(ROOT / "csrc")) == []
+
+
+@pytest.mark.parametrize(
+    "graph, said",
+    [
+        ({"common/a.h": ["lora/b.h"], "lora/b.h": []}, "common/a.h includes lora/b.h, which is not below it"),
+        ({"lora/a.cpp": ["dora/b.h"], "dora/b.h": []}, "lora/a.cpp includes dora/b.h, which is not below it"),
+        ({"linear/cuda/a.cuh": ["cpu/b.h"], "cpu/b.h": []},
+         "linear/cuda/a.cuh includes cpu/b.h, which is for the other device"),
+        ({"cpu/a.h": ["cpu/b.h"]}, "cpu/a.h includes cpu/b.h, which is not in csrc/"),
+        ({"cpu/a.h": ["cpu/b.h"], "cpu/b.h": ["cpu/a.h"]}, "a circle: cpu/a.h -> cpu/b.h -> cpu/a.h"),
+    ],
+)  # fmt: skip
+def test_an_include_that_runs_the_wrong_way_is_found(graph, said):
+    assert include_check.faults(graph) == [said]
+
+
+def test_every_op_has_its_file_in_every_tree():
+    ops = {path.stem for path in (ROOT / "peft_ext/ops").glob("[!_]*.py")}
+    # The folders below the glue are what the ops share; nf4_linear and nf4_merge are ops of ops/nf4.py.
+    shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert folders - shared - {"nf4_linear", "nf4_merge"} == ops
+    # philox is the random generator that ops share.
+    assert {path.stem for path in (ROOT / "peft_ext/reference").glob("[!_]*.py")} - {"philox"} == ops
+    benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert ops <= benchmarks, f"no benchmarks/bench_<op>.py for {sorted(ops - benchmarks)}"
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump not found")
+def test_wide_registers_stay_in_their_translation_units():
+    objects = [path for path in ROOT.glob("build/temp*/**/*.o") if "csrc" in path.parts]
+    if not objects:
+        pytest.skip("no objects under build/temp*: they are there after python setup.py build_ext --inplace")
+    if not any(path.stem.endswith("_avx512") for path in objects):
+        pytest.skip("no AVX-512 objects: not an x86-64 build")
+    using = {}
+    for path in objects:
+        code = subprocess.run(["objdump", "-d", str(path)], check=True, capture_output=True, text=True).stdout
+        using[path.stem] = {register for register in ("zmm", "ymm") if f"%{register}" in code}
+    wide = {stem for stem, registers in using.items() if "zmm" in registers}
+    assert wide and all(stem.endswith(("_avx512", "_amx")) for stem in wide), wide
+    assert all(stem.endswith(("_avx512", "_amx", "_avx2")) for stem, registers in using.items() if registers), using
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_torch_alone():
+    blocked = ["transformers", "peft", "bitsandbytes", "accelerate", "datasets", "rich", "typer"]
+    code = f"sys.modules.update(dict.fromkeys({blocked})); import peft_ext, peft_ext.ops, peft_ext.nn"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_library_warns_once_and_names_the_mend(bare_package):
+    done = python(IMPORT_AND_PRINT_WARNINGS + "print(peft_ext.__file__)", bare_package)
+    *warned, file = done.stdout.splitlines()
+    assert file.startswith(str(bare_package)), done.stderr
+    assert len(warned) == 1 and warned[0].startswith("RuntimeWarning "), warned
+    assert "was not built" in warned[0] and "pip install --force-reinstall" in warned[0]
+
+
+def test_missing_library_is_an_error_where_required(bare_package):
+    done = python("import peft_ext", bare_package, PEFT_EXT_REQUIRE="1")
+    assert done.returncode != 0
+    assert "ImportError: peft_ext: the native library was not built" in done.stderr
+    assert "pip install --force-reinstall" in done.stderr
+
+
+STUB = """
+build_info = lambda: {"version": "0.0.0", "torch": "2.11.0", "torch_target": "2.11"}
+isa = lambda: "scalar"
+isas = lambda: ["scalar"]
+def set_isa(name): ...
+"""
+
+
+def test_library_of_another_version_warns_once(bare_package):
+    (bare_package / "peft_ext/_C.py").write_text(STUB)
+    warned = python(IMPORT_AND_PRINT_WARNINGS, bare_package).stdout.splitlines()
+    assert len(warned) == 1 and warned[0].startswith("RuntimeWarning "), warned
+    assert "does not match" in warned[0] and "peft_ext 0.0.0" in warned[0] and peft_ext.__version__ in warned[0]
+    assert python("import peft_ext", bare_package, PEFT_EXT_REQUIRE="1").returncode != 0
+
+
+def test_unknown_isa_is_an_error_that_names_the_known(native):
+    done = python("import peft_ext", PEFT_EXT_CPU_ISA="mmx")
+    assert done.returncode != 0
+    assert "PEFT_EXT_CPU_ISA is 'mmx'" in done.stderr and ", ".join(native.isas()) in done.stderr
+
+
+def test_isa_is_forced_by_the_environment(native):
+    done = python("import peft_ext._C as native; print(native.isa())", PEFT_EXT_CPU_ISA="scalar")
+    assert done.stdout.strip() == "scalar", done.stderr

@@ -1,0 +1,285 @@
+"""The emulator of CUDA: its checks find planted faults and pass what is right, its instructions do as PTX says, and
+the CUDA ops run under it."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_ext.reference import nf4 as reference
+from peft_ext.weight import BLOCKSIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
+if reason := emulated_cuda.missing():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(emulated_cuda.build("emulator_tests", [ROOT / "tests/native/emulator/kernels.cu"])))
+
+
+@pytest.fixture
+def run(library):
+    """Launches a kernel of tests/native/emulator/kernels.cu; returns ``out``, a copy of what is given, after it."""
+
+    def launch(name, words, out=(), grid=(2, 1, 1), threads=64, dynamic_shared=0, scratch=False) -> list[int]:
+        memory = torch.zeros(4, 256, dtype=torch.int64)
+        memory[0] = torch.tensor(words)
+        memory[2, : len(out)] = torch.tensor(out)
+        memory = memory.to(torch.int32)  # in and out are rows 0 and 2: what lies between is nobody's
+        message = ctypes.create_string_buffer(2048)
+        failed = library.run_kernel(
+            name.encode(), (ctypes.c_int64 * 3)(*grid), threads, ctypes.c_int64(dynamic_shared),
+            ctypes.c_void_p(memory[0].data_ptr()), ctypes.c_void_p(memory[2].data_ptr()), int(scratch), message, 2048,
+        )  # fmt: skip
+        if failed:
+            raise RuntimeError(message.value.decode())
+        return [word & 0xFFFFFFFF for word in memory[2].tolist()]
+
+    return launch
+
+
+WORDS = [(i * 2654435761 + 12345) % 2**32 for i in range(256)]
+SMALL = list(range(256))
+
+# Kernel, what the message says, and of which block and thread: where a fault is of many threads, the first that runs
+# into it; with a barrier that some never reach, the first that waits.
+FAULTS = [
+    ("read_past_end", "reads 4 bytes out of bounds of global memory; the nearest is byte 1024 of a", 1, 37),
+    ("write_before_begin", "writes 4 bytes out of bounds of global memory; the nearest is byte -4 of", 1, 37),
+    ("write_input", "writes 4 bytes of global memory that is read only, at byte 404 of", 1, 37),
+    ("null_pointer", "null", 1, 37),
+    ("misaligned_load", "misaligned access: 'const struct uint4' at an address that is not a multiple of 16", 1, 37),
+    ("misaligned_copy", "cp_async_16 with an address that is not aligned to 16 bytes", 1, 37),
+    ("static_shared_bounds", "out of bounds of shared memory, at `first` + 256, which has 256 bytes", 1, 37),
+    ("dynamic_shared_bounds", r"out of bounds of shared memory, at `dynamic_shared\(\)` + 256", 1, 37),
+    ("member_bounds", r"index 4 out of bounds of 'unsigned int \[4\]'", 1, 37),
+    ("local_bounds", r"index 8 out of bounds of 'unsigned int \[8\]'", 1, 37),
+    ("never_written", "reads shared `tile` + 150, which no thread has written so far", 1, 37),
+    ("never_written_by_this_block", "reads shared `tile` + 148, which no thread has written so far", 1, 37),
+    ("in_flight", "reads shared `tile` + 148, where a cp.async of thread 37 is in flight", 1, 37),
+    ("wrong_group", "where a cp.async of thread 37 is in flight", 1, 37),
+    ("not_committed", "where a cp.async of thread 37 is in flight", 1, 37),
+    ("copy_of_another_thread", "race: reads shared `tile` + 0, which thread 0 wrote with no barrier", 0, 1),
+    ("copy_over_what_others_read", "race: writes shared `tile` + 4, which thread 0 read with no barrier", 0, 1),
+    ("barrier_after_exit", "sync_threads reached by 63 threads of 64; thread 37 has exited", 1, 0),
+    ("collective_after_exit", "shuffle_xor reached by 31 lanes of 32; thread 37 has exited", 1, 32),
+    ("collective_in_branch", "shuffle reached by 16 lanes of 32; thread 16 waits at sync_threads", 0, 0),
+    ("different_collectives", "different collectives: ballot or any_lane here, and thread 32 at shuffle", 1, 37),
+    ("read_without_barrier", "race: reads shared `tile` + 0, which thread 0 wrote with no barrier", 0, 1),
+    ("write_without_barrier", "race: writes shared `tile` + 4, which thread 0 read with no barrier", 0, 1),
+    ("two_writers", "race: writes shared `total` + 0, which thread 0 wrote with no barrier", 1, 37),
+    ("neighbour_bytes", "race: writes shared `tile` + 36, which thread 36 wrote with no barrier", 1, 37),
+    ("warp_without_barrier", "race: reads shared `tile` + 0, which thread 0 wrote", 0, 1),
+    ("warp_barrier_for_two_warps", "race: reads shared `tile` + 124, which thread 31 wrote", 0, 63),
+    ("shuffle_is_no_barrier", "race: reads shared `tile` + 120, which thread 30 wrote", 0, 31),
+    ("blocks_write_the_same", r"race of blocks: writes byte 0 of a tensor, which block \(0, 0, 0\) wrote", 1, 0),
+    ("block_reads_another_s", r"race of blocks: reads byte 0 of a tensor, which block \(0, 0, 0\) wrote", 1, 37),
+    ("block_writes_what_another_read", r"race of blocks: writes byte 400 of .*block \(0, 0, 0\) read", 1, 36),
+    ("last_block_sums", "race of blocks: reads byte 0 of a tensor", 1, 0),
+    ("scratch_never_written", "reads byte 404 of scratch memory, which was never written", 1, 37),
+    ("too_much_shared", "with `more` a block has 491..", 0, 0),
+    ("copied_struct", "out of bounds of global memory", 1, 37),
+]  # fmt: skip
+
+
+def arguments(name: str) -> dict:
+    return {"scratch": name.startswith("scratch"), "dynamic_shared": 256 if name.startswith("dynamic") else 0}
+
+
+@pytest.mark.parametrize("name,says,block,thread", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_fault_is_found_and_its_right_twin_passes(run, name, says, block, thread):
+    want = run(name, SMALL, **arguments(name))
+    place = rf"{name}<true>, block \({block}, 0, 0\), thread {thread}, kernels\.cu:[\d?]+"
+    says = says.replace(" + ", r" \+ ")
+    for _ in range(2):  # the second time on what the abandoned launch left
+        with pytest.raises(RuntimeError, match=f"emulator: {place}: .*{says}"):
+            run(name + "_broken", SMALL, **arguments(name))
+        assert run(name, SMALL, **arguments(name)) == want
+
+
+def test_collective_of_a_part_of_a_warp(run):
+    with pytest.raises(RuntimeError, match="thread 32, .*shuffle_xor in a warp of 8 lanes, wanted 32"):
+        run("collective_after_exit", SMALL, threads=40)
+    run("barrier_after_exit", SMALL, threads=40)
+
+
+def test_more_shared_memory_than_a_block_may_have(run):
+    with pytest.raises(
+        RuntimeError, match="dynamic_shared_bounds<false>: 102400 bytes of dynamic shared memory, wanted"
+    ):
+        run("dynamic_shared_bounds", SMALL, dynamic_shared=100 * 1024)
+    run("dynamic_shared_bounds", SMALL, dynamic_shared=99 * 1024)
+
+
+def test_shuffles_and_votes(run):
+    out = run("shuffles", WORDS, grid=(1, 1, 1), threads=32)
+    for lane in range(32):
+        assert out[lane] == WORDS[(lane + 5) % 32] ^ WORDS[lane // 8 * 8 + lane * 3 % 8]
+        assert out[32 + lane] == WORDS[lane ^ 16]
+        assert out[64 + lane] == WORDS[31 - lane]
+        assert out[96 + lane] == WORDS[lane // 4 * 4 + 2]
+        assert out[128 + lane] == sum((word % 3 == 0) << i for i, word in enumerate(WORDS[:32]))
+        assert out[160 + lane] == 2
+        assert out[192 + lane] == WORDS[lane ^ 1]
+        assert out[224 + lane] == WORDS[lane] * 0x9E3779B9 >> 32
+
+
+def test_atomics(run):
+    out = run("atomics", SMALL)
+    assert out[:3] == [128, torch.tensor(64.0).view(torch.int32).item(), 2**32 - sum(SMALL[:128])]
+
+
+def test_barriers(run):
+    out = run("reduction", SMALL)
+    assert out[:2] == [sum(SMALL[:64]) + 16 * 9, sum(SMALL[64:128]) + 16 * 9]
+
+
+def test_last_block(run):
+    assert run("last_block_sums", SMALL)[200:202] == [2, sum(SMALL[:128])]
+
+
+def test_grid(run):
+    out = run("coordinates", SMALL, grid=(3, 4, 2), threads=32)
+    assert out[:24] == [x + 10 * y + 100 * z + 32000 for z in range(2) for y in range(4) for x in range(3)]
+
+
+def test_asynchronous_copies(run):
+    out = run("pipeline", SMALL, grid=(1, 1, 1))
+    for thread in range(64):
+        place = thread ^ 33
+        taken = [SMALL[64 * step + place] << step for step in range(4) if step == 0 or place // 4 % 2 == 0]
+        assert out[thread] == sum(taken)
+        assert out[64 + thread] == (2**32 - 1 if thread < 32 else 0)
+
+
+# --- PTX ISA, 9.7.15: fragments of mma.m16n8k16 with 16-bit types, and ldmatrix ---------------------------------------
+
+
+def a_place(lane: int, i: int) -> tuple[int, int]:
+    """Row and column of A's element a_i, i = 0..7."""
+    row = lane // 4 if i in (0, 1, 4, 5) else lane // 4 + 8
+    return row, lane % 4 * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def b_place(lane: int, i: int) -> tuple[int, int]:
+    """Row and column of B's element b_i, i = 0..3."""
+    return lane % 4 * 2 + (i & 1) + (8 if i >= 2 else 0), lane // 4
+
+
+def c_place(lane: int, i: int) -> tuple[int, int]:
+    """Row and column of C's and D's element c_i, i = 0..3."""
+    return lane // 4 + (8 if i >= 2 else 0), lane % 4 * 2 + (i & 1)
+
+
+def registers(matrix: torch.Tensor, place, count: int) -> list[int]:
+    """Each lane's registers of two 16-bit elements, the first in the low half."""
+    bits = matrix.view(torch.int16).int() & 0xFFFF
+    halves = [[bits[place(lane, i)].item() for i in range(count)] for lane in range(32)]
+    return [row[i] | row[i + 1] << 16 for row in halves for i in range(0, count, 2)]
+
+
+@pytest.mark.parametrize("dtype,name", [(torch.bfloat16, "mma_bf16"), (torch.float16, "mma_f16")])
+def test_mma_fragments(run, dtype, name):
+    # Distinct integers, and products whose sums float32 holds exactly: a value at a wrong place shows.
+    a = (torch.arange(256) * 37 % 256).view(16, 16).to(dtype)
+    b = (torch.arange(128) * 53 % 128 - 64).view(16, 8).to(dtype)
+    c = (torch.arange(128) * 1001.0).view(16, 8)
+    assert a.unique().numel() == 256 and b.unique().numel() == 128
+    words = registers(a, a_place, 8) + registers(b, b_place, 4)
+    start = [c[c_place(lane, i)].view(torch.int32).item() for lane in range(32) for i in range(4)]
+    out = run(name, words + [0] * 64, start, grid=(1, 1, 1), threads=32)
+    want = (c.double() + a.double() @ b.double()).float()
+    for lane in range(32):
+        for i in range(4):
+            assert out[4 * lane + i] == want[c_place(lane, i)].view(torch.int32).item() & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_trans"])
+def test_ldmatrix(run, name):
+    words = [2 * i | (2 * i + 1) << 16 for i in range(128)]  # 16-bit values 0..255: 4 matrices of 8 rows of 8
+    out = run(name, words + [0] * 128, grid=(1, 1, 1), threads=32)
+    for lane in range(32):
+        for matrix in range(4):
+            row, column = lane // 4, lane % 4 * 2
+            if name == "ldmatrix":
+                want = [64 * matrix + 8 * row + column, 64 * matrix + 8 * row + column + 1]
+            else:
+                want = [64 * matrix + 8 * column + row, 64 * matrix + 8 * (column + 1) + row]
+            assert out[4 * lane + matrix] == want[0] | want[1] << 16
+
+
+@pytest.mark.parametrize("dtype,name", [(torch.bfloat16, "pairs_bf16"), (torch.float16, "pairs_f16")])
+def test_pairs(run, dtype, name):
+    values = torch.cat([torch.randn(240), torch.tensor([0.0, -0.0, torch.inf, -torch.inf] * 4)]).to(dtype)
+    words = [word & 0xFFFFFFFF for word in values.view(torch.int32).tolist()]
+    out = run(name, words + [0] * 128)
+    assert out[:128] == words
+    low, high = values[0::2].double(), values[1::2].double()
+    inner = (low.float() + high.float() * 3.0).double()
+    want = (low * high + inner).float()
+    got = torch.tensor(out[128:]).to(torch.int32).view(torch.float32)
+    torch.testing.assert_close(got, want, rtol=2**-23, atol=0, equal_nan=True)
+
+
+# --- the CUDA ops -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ops():
+    emulated_cuda.load()
+    return torch.ops.peft_ext_emulated
+
+
+def dequantize_args(numel: int, blocksize: int, nested: bool) -> tuple:
+    """An NF4 weight that holds every code, as the operator takes it; a flat shape."""
+    weight = torch.randn(numel) * torch.rand(numel).mul(-8).exp()
+    _, absmax, *rest = reference.nf4_quantize(weight, blocksize, nested).op_args()
+    packed = torch.randint(0, 256, ((numel + 1) // 2, 1), dtype=torch.uint8)
+    return (packed, absmax, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_nf4_dequantize_has_the_reference_s_bits(ops, blocksize, nested, dtype):
+    for numel in (1, 2, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 8191, 8192, 8193, 333 * 77, 1024 * 128 + 5):
+        args = dequantize_args(numel, blocksize, nested)
+        got, want = ops.nf4_dequantize(*args, dtype), reference.dequantize(*args, dtype)
+        bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[want.element_size()]
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert torch.equal(got.view(bits), want.view(bits))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_packed_bytes_at_any_address(ops, offset):
+    packed, *rest = dequantize_args(4096, 64, True)
+    shifted = torch.empty(packed.numel() + offset, dtype=torch.uint8)[offset:].view(-1, 1)
+    shifted.copy_(packed)
+    want = reference.dequantize(packed, *rest, torch.bfloat16)
+    assert torch.equal(ops.nf4_dequantize(shifted, *rest, torch.bfloat16), want)
+
+
+def test_glue_s_errors_and_empty_tensors(ops):
+    packed, absmax, *rest = dequantize_args(512, 64, False)
+    with pytest.raises(RuntimeError, match="absmax is Float with 7 elements, wanted Float with 8"):
+        ops.nf4_dequantize(packed, absmax[:7], *rest, torch.bfloat16)
+    empty = ops.nf4_dequantize(packed[:0], absmax[:0], None, None, None, 64, [0, 64], torch.bfloat16)
+    assert empty.shape == (0, 64)
+
+
+def test_another_thread_has_a_machine_of_its_own(ops):
+    from concurrent.futures import ThreadPoolExecutor
+
+    args = dequantize_args(8192, 64, True)
+    want = reference.dequantize(*args, torch.bfloat16)
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(lambda _: ops.nf4_dequantize(*args, torch.bfloat16), range(8)):
+            assert torch.equal(got, want)

@@ -1,0 +1,52 @@
+"""The plan that cuts the tile kernels' work for threads, by enumeration in C++: see tests/native/tile_plan.cpp."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+
+pytestmark = [
+    pytest.mark.cpu_only("a plan is arithmetic"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("plan") / "tile_plan"
+    source = ROOT / "tests" / "native" / "tile_plan.cpp"
+    subprocess.run([COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", source, "-o", built],
+                   check=True)  # fmt: skip
+    return built
+
+
+def test_every_plan_ends_covers_each_tile_once_and_is_balanced(program: Path) -> None:
+    """1 to 512 threads, 1 to 16,384 tokens, the layers of ten model families: a choice; `make threads` takes all."""
+    found = subprocess.run([program, "check", "512", "some"], capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout
+    assert " 0 broken" in found.stdout
+
+
+@pytest.mark.parametrize(("threads", "tokens", "rows", "depth"), [(16, 2048, 192, 576), (7, 777, 576, 1536)])
+def test_what_once_had_no_end(program: Path, threads: int, tokens: int, rows: int, depth: int) -> None:
+    args = ["cost", str(threads), str(tokens), str(rows), str(depth), "1"]
+    found = subprocess.run([program, *args], capture_output=True, text=True, timeout=60, check=True)
+    parts, _blocks, _whole, share, _decoded = map(float, found.stdout.split())
+    assert parts == threads
+    assert share < 1.1
+
+
+def test_the_table_for_many_cores_is_what_is_computed() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import many_cores
+
+    text = many_cores.DOCUMENT.read_text().split(many_cores.BEGIN)[1].split(many_cores.END)[0]
+    assert text.strip() == many_cores.table()

@@ -1,0 +1,359 @@
+"""NF4 quantize, and dequantize with a merge: the CUDA kernels, on a GPU where there is one and under the emulator."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_ext import _native, ops
+from peft_ext.ops.library import has_kernel
+from peft_ext.reference import nf4 as reference
+from peft_ext.weight import BLOCKSIZES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Below, at and above what a vector, a quantization block, a warp and a thread block own.
+COUNTS = (1, 2, 7, 31, 32, 33, 63, 255, 1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 2 * 8192 + 4333)
+
+
+def kernels(where: str) -> Callable[..., Any]:
+    """``call(name, *args)``: the op's kernel on CPU tensors, moved where it runs; results on the CPU. Skips without."""
+    if where == "cuda":
+        if not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
+            pytest.skip(f"no GPU, or no CUDA library: {_native.STATE.cuda_error}")
+        namespace, device = torch.ops.peft_ext, "cuda"
+    else:
+        emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
+        if why := emulated_cuda.missing():
+            pytest.skip(why)
+        emulated_cuda.load()
+        namespace, device = torch.ops.peft_ext_emulated, "cpu"
+
+    def call(name: str, *args: Any) -> Any:
+        moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+        found = getattr(namespace, name)(*moved)
+        return found.cpu() if isinstance(found, Tensor) else tuple(part.cpu() for part in found)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=["cuda", "emulated"])
+def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    if request.param == "emulated" and request.config.getoption("--device") == "cuda":
+        pytest.skip("--device cuda: the kernels run on the GPU")
+    return kernels(request.param)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """A NaN is any NaN."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]
+    wrong = (got.contiguous().view(kind) != want.contiguous().view(kind)).sum().item()
+    assert wrong == 0, f"{wrong} of {want.numel()} elements differ"
+
+
+# --- nf4_quantize -----------------------------------------------------------------------------------------------------
+
+
+def thresholds() -> Tensor:
+    code = reference.nf4_code()
+    return (code[:-1] + code[1:]) / 2
+
+
+def weight(numel: int, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Blocks of scales from 2^-30 to 2^10; every fifth is zero, another so small that its scale is clamped."""
+    blocks = -(-numel // blocksize)
+    scale = torch.randint(-30, 10, (blocks, 1)).double().exp2()
+    scale[::5] = 0
+    scale[1::5] = 2.0**-140
+    return (torch.randn(blocks, blocksize, dtype=torch.float64) * scale).view(-1)[:numel].to(dtype)
+
+
+def check_quantize(call: Callable, value: Tensor, blocksize: int) -> None:
+    packed, absmax = call("nf4_quantize", value, blocksize)
+    want_packed, want_absmax = reference.quantize(value, blocksize)
+    assert_same_bits(absmax, want_absmax)
+    assert_same_bits(packed, want_packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantize_has_the_bits_of_the_reference(call, blocksize, dtype):
+    for numel in COUNTS:
+        check_quantize(call, weight(numel, blocksize, dtype), blocksize)
+
+
+@pytest.mark.parametrize("tail", [0, 45])
+def test_quantize_every_threshold_and_its_neighbours(call, tail):
+    """Of a block whose scale is one; a tie takes the lower code. The last ones divide, in a tail block."""
+    at = thresholds()
+    up, down = (torch.nextafter(at, torch.full_like(at, way)) for way in (2.0, -2.0))
+    edges = torch.cat([at, up, down, torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45])])
+    for scale in (1.0, 2.0**100, 2.0**-100):
+        flat = torch.cat([edges, torch.zeros(64 - len(edges)), edges[:tail], edges[-6:]])
+        check_quantize(call, flat * scale, 64)
+
+
+def test_quantize_multiplies_a_full_block_and_divides_the_tail(call):
+    """Values a few ulp around a threshold times the scale: the two ways to scale them give other codes."""
+    differ = 0
+    for _ in range(40):
+        scale = torch.rand(1) + 1.0
+        near = (thresholds() * scale).view(torch.int32) + torch.randint(-1, 2, (15,), dtype=torch.int32)
+        near = torch.cat([near.view(torch.float32), scale, torch.zeros(16)])
+        check_quantize(call, torch.cat([near, near[:-1]]), 32)  # a full block, and the same as a tail
+        (full, _), (tail, _) = reference.quantize(near, 32), reference.quantize(near[:-2], 32)
+        differ += (full[:15] != tail).sum().item()
+    assert differ > 0, "the values say nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_quantize_every_value_of_a_16_bit_type(call, dtype):
+    """As they are, 31 a block beside a one, and all of them in blocks of their own order."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    small = every[every.abs() <= 1]
+    small = torch.cat([small, small.new_zeros(-len(small) % 31)]).view(-1, 31)
+    check_quantize(call, torch.cat([small, torch.ones_like(small[:, :1])], 1).flatten(), 32)
+    check_quantize(call, every[every.isfinite()], 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_nan_and_infinity(call, dtype):
+    for blocksize in (32, 256, 2048):
+        value = torch.randn(9 * blocksize + 5).to(dtype)
+        value[3] = value[2 * blocksize - 1] = float("nan")
+        value[4 * blocksize + 7] = float("inf")
+        value[5 * blocksize] = float("-inf")
+        value[7 * blocksize + 1], value[7 * blocksize + 30] = float("nan"), float("inf")
+        for last in (0.5, float("nan"), float("inf")):  # of the tail, of an odd count
+            value[-1] = last
+            check_quantize(call, value, blocksize)
+
+
+def test_quantize_largest_and_smallest_floats(call):
+    info = torch.finfo(torch.float32)
+    for scale in (info.max, info.tiny, 1e-38, 1.1e-38, 2.0**-149, 9e-39):
+        value = torch.linspace(-1, 1, 3 * 64 + 9) * scale
+        check_quantize(call, value, 64)
+
+
+def test_quantize_where_memory_is_not_dense_or_aligned(call):
+    wide = torch.randn(70, 97).bfloat16()
+    for value in (wide.t(), wide[:, ::2], wide.flatten()[1:], wide[:, 3:50], wide[5:].view(5, 13, 97)):
+        check_quantize(call, value, 64)
+
+
+def test_quantize_of_nothing(call):
+    packed, absmax = call("nf4_quantize", torch.zeros(0, 8), 64)
+    assert packed.shape == (0, 1) and packed.dtype == torch.uint8
+    assert absmax.shape == (0,) and absmax.dtype == torch.float32
+
+
+def test_quantize_refuses(call):
+    with pytest.raises(RuntimeError, match="nf4_quantize: weight is Int, wanted Float, BFloat16, Half or Double"):
+        call("nf4_quantize", torch.zeros(64, dtype=torch.int32), 64)
+    for blocksize in (16, 48, 8192, 0, -64):
+        with pytest.raises(RuntimeError, match=f"nf4_quantize: blocksize is {blocksize}, wanted a power of two"):
+            call("nf4_quantize", torch.zeros(64), blocksize)
+
+
+# --- nf4_quantize_absmax ----------------------------------------------------------------------------------------------
+
+
+def check_quantize_absmax(call: Callable, centred: Tensor) -> None:
+    code = reference.dynamic_code()
+    codes, absmax = call("nf4_quantize_absmax", centred, code)
+    want_codes, want_absmax = reference.quantize_absmax(centred, code)
+    assert_same_bits(absmax, want_absmax)
+    assert_same_bits(codes, want_codes)
+
+
+def test_quantize_absmax_has_the_bits_of_the_reference(call):
+    for numel in (1, 3, 4, 127, 128, 255, 256, 257, 2047, 2048, 2049, 5000):
+        centred = torch.randn(numel) * torch.randn(numel).exp()
+        centred[256:512] = 0.0
+        check_quantize_absmax(call, centred)
+
+
+def test_quantize_absmax_every_threshold_and_its_neighbours(call):
+    code = reference.dynamic_code()
+    at = (code[:-1] + code[1:]) / 2
+    for value in (at, torch.nextafter(at, torch.full_like(at, 2.0)), torch.nextafter(at, torch.full_like(at, -2.0))):
+        check_quantize_absmax(call, torch.cat([value, torch.ones(1)]))
+
+
+def test_quantize_absmax_nan_infinity_and_the_smallest(call):
+    centred = torch.randn(5 * 256 + 3)
+    centred[7], centred[300], centred[-1] = float("nan"), float("inf"), float("nan")
+    centred[512:768] *= 2.0**-130
+    check_quantize_absmax(call, centred)
+
+
+def test_quantize_absmax_where_memory_is_not_dense_or_aligned(call):
+    check_quantize_absmax(call, torch.randn(1600)[::2])
+    check_quantize_absmax(call, torch.randn(1600)[1:])
+
+
+def test_quantize_absmax_of_nothing(call):
+    codes, absmax = call("nf4_quantize_absmax", torch.zeros(0), reference.dynamic_code())
+    assert codes.shape == absmax.shape == (0,) and codes.dtype == torch.uint8
+
+
+def test_quantize_absmax_refuses(call):
+    code = reference.dynamic_code()
+    with pytest.raises(RuntimeError, match="nf4_quantize_absmax: centred is Half, wanted Float"):
+        call("nf4_quantize_absmax", torch.zeros(8).half(), code)
+    with pytest.raises(
+        RuntimeError, match="nf4_quantize_absmax: code is Float with 16 elements, wanted Float with 256"
+    ):
+        call("nf4_quantize_absmax", torch.zeros(8), code[:16])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_public_function_takes_the_kernels(double_quant):
+    value = torch.randn(96, 80, device="cuda")
+    got = ops.nf4_quantize(value, 64, double_quant).tensors()
+    for name, want in reference.nf4_quantize(value, 64, double_quant).tensors().items():
+        assert torch.equal(got[name], want), name
+
+
+# --- nf4_dequantize_merged --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["reference", "cuda", "emulated"])
+def merge(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """The op: on the CPU, where its reference serves, and its kernel."""
+    if request.param == "reference":
+        return torch.ops.peft_ext.nf4_dequantize_merged
+    return functools.partial(kernels(request.param), "nf4_dequantize_merged")
+
+
+def merge_args(
+    n: int, k: int, r: int, *, blocksize: int = 64, nested: bool = False, scaled: bool = False, scaling: float = 0.75
+) -> tuple:
+    nf4 = reference.nf4_quantize(torch.randn(n, k) * 0.05, blocksize, nested)
+    row_scale = torch.rand(n) + 0.5 if scaled else None
+    return (*nf4.op_args(), torch.randn(r, k), torch.randn(n, r) * 0.1, row_scale, scaling)
+
+
+def check_merge(got: Tensor, args: tuple, dtype: torch.dtype) -> None:
+    """Against float64: half an ulp of dtype, and of float32 what a sum of R products, and three steps more, round."""
+    *held, lora_A, lora_B, row_scale, scaling = args
+    base = reference.dequantize(*held, torch.float64)
+    g = 1.0 if row_scale is None else row_scale.double()[:, None]
+    want = g * (base + scaling * (lora_B.double() @ lora_A.double()))
+    sizes = g * (base.abs() + abs(scaling) * (lora_B.double().abs() @ lora_A.double().abs()))
+    assert got.dtype == dtype and got.shape == want.shape
+    rounding = torch.finfo(dtype).eps if dtype != torch.float64 else torch.finfo(torch.float32).eps
+    terms = lora_A.shape[0] + 4
+    bound = rounding / 2 * want.abs() + terms * torch.finfo(torch.float32).eps * sizes
+    if dtype == torch.float16:
+        bound = bound + 2.0**-25  # subnormals
+    worst = ((got.double() - want).abs() / bound.clamp(min=1e-300)).amax().item() if got.numel() else 0.0
+    assert worst <= 1.01, f"{worst} of the bound"
+
+
+SHAPES = (
+    (1, 1, 1), (3, 5, 2), (64, 128, 16), (65, 129, 17), (70, 132, 33), (33, 260, 64), (2, 1028, 512), (3, 1027, 130),
+    (130, 36, 8), (64, 127, 15), (1, 640, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("nested", "scaled"), [(False, False), (True, True)], ids=["plain", "nested-scaled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_merged_is_within_rounding_of_float64(merge, shape, nested, scaled, dtype):
+    args = merge_args(*shape, nested=nested, scaled=scaled)
+    check_merge(merge(*args, dtype), args, dtype)
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("k", [260, 259])
+def test_merged_at_every_blocksize(merge, k, blocksize):
+    args = merge_args(33, k, 4, blocksize=blocksize, nested=True)
+    check_merge(merge(*args, torch.float32), args, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [132, 131])
+def test_merged_of_a_zero_adapter_has_the_bits_of_dequantize(merge, k, dtype):
+    *held, lora_A, lora_B, _, scaling = merge_args(70, k, 5, nested=True)
+    got = merge(*held, lora_A, torch.zeros_like(lora_B), None, scaling, dtype)
+    assert_same_bits(got, reference.dequantize(*held, dtype))
+
+
+@pytest.mark.parametrize("k", [132, 131])
+def test_merged_rounds_the_sum_once_where_products_are_exact(merge, k):
+    """Small integers and a scaling of a half: one rounding is left, that of the sum with the weight."""
+    *held, _, _, _, _ = merge_args(70, k, 1)
+    lora_A, lora_B = torch.randint(-4, 5, (40, k)).float(), torch.randint(-4, 5, (70, 40)).float()
+    got = merge(*held, lora_A, lora_B, None, 0.5, torch.float32)
+    want = reference.dequantize(*held, torch.float64) + 0.5 * (lora_B.double() @ lora_A.double())
+    assert_same_bits(got, want.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_merged_takes_adapters_of_any_float_type_that_lie_anyhow(merge, dtype):
+    *held, lora_A, lora_B, row_scale, scaling = merge_args(70, 132, 6, scaled=True)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    dense = merge(*held, lora_A, lora_B, row_scale, scaling, torch.float32)
+    check_merge(dense, (*held, lora_A, lora_B, row_scale, scaling), torch.float32)
+    shifted = torch.cat([lora_A.new_zeros(1), lora_A.flatten()])[1:].view(lora_A.shape)
+    got = merge(*held, shifted, lora_B.t().contiguous().t(), row_scale.double(), scaling,
+                torch.float32)  # fmt: skip
+    assert torch.equal(got, dense)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0)], ids=str)
+def test_merged_of_nothing(merge, shape):
+    n, k = shape
+    empty = torch.zeros(0, 1, dtype=torch.uint8), torch.zeros(0), None, None, None, 64, [n, k]
+    got = merge(*empty, torch.zeros(2, k), torch.zeros(n, 2), None, 1.0, torch.bfloat16)
+    assert got.shape == shape and got.dtype == torch.bfloat16
+
+
+def test_merged_refuses(call):
+    names = [argument.name for argument in torch.ops.peft_ext.nf4_dequantize_merged.default._schema.arguments]
+    good = dict(zip(names, (*merge_args(6, 64, 4), torch.bfloat16), strict=True))
+    nested = dict(zip(names, (*merge_args(6, 64, 4, nested=True), torch.bfloat16), strict=True))
+
+    def refuses(message: str, kind: Optional[dict] = None, **wrong: Any) -> None:
+        with pytest.raises(RuntimeError, match=f"nf4_dequantize_merged: {message}"):
+            call("nf4_dequantize_merged", *{**(kind or good), **wrong}.values())
+
+    refuses("absmax is None, wanted the scales", absmax=None)
+    refuses("absmax is Float with 5 elements, wanted Float with 6", absmax=torch.zeros(5))
+    refuses("weight is Char with 192 elements, wanted Byte with 192", weight=torch.zeros(192, dtype=torch.int8))
+    refuses("blocksize is 48, wanted a power of two", blocksize=48)
+    refuses(r"shape has 1 dimensions, wanted \[N, K\]", shape=[384])
+    refuses("dtype is Int, wanted Float", dtype=torch.int32)
+    refuses("of nested_absmax, nested_code and nested_offset some are None", kind=nested, nested_code=None)
+    refuses("nested_code is Float with 16 elements, wanted Float with 256", kind=nested, nested_code=torch.zeros(16))
+    refuses(r"lora_A has shape \[4, 63\], wanted \[R, 64\]", lora_A=torch.zeros(4, 63))
+    refuses(r"lora_B has shape \[4, 5\], wanted \[6, R\]", lora_B=torch.zeros(4, 5))
+    refuses("lora_B has rank 5, lora_A has rank 4", lora_B=torch.zeros(6, 5))
+    refuses("lora_A has rank 0, wanted at least 1", lora_A=torch.zeros(0, 64), lora_B=torch.zeros(6, 0))
+    refuses("lora_A is Int, wanted Float", lora_A=torch.zeros(4, 64, dtype=torch.int32))
+    refuses(r"row_scale has shape \[6, 1\], wanted \[6\]", row_scale=torch.zeros(6, 1))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck_of_the_merge(scaled):
+    args = merge_args(6, 64, 4, nested=True, scaled=scaled)
+    torch.library.opcheck(torch.ops.peft_ext.nf4_dequantize_merged.default, (*args, torch.bfloat16))
+
+
+@pytest.mark.skipif(not _native.STATE.cuda_loaded, reason="the CUDA library is not loaded")
+def test_kernels_are_registered():
+    for name in ("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize_merged"):
+        assert has_kernel(name, "CUDA")

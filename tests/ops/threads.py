@@ -1,0 +1,140 @@
+"""Every operator, and layers of real shapes, on so many threads: the bits of one thread. What test_threads.py runs.
+
+    python tests/ops/threads.py 7               on 7 threads; each case is named before it runs
+    python tests/ops/threads.py 7 --only TEXT   the cases that have TEXT in their name
+    python tests/ops/threads.py 7 --few         a part of them, for every test run
+
+A call of few tokens is given to few threads; so the shapes are such as are shared out, and such as leave threads idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+import op_db
+import torch
+from battery import output_grad, run
+from op_db import CASES, DTYPES, Case, Sample
+from torch import Tensor
+
+from peft_ext import _native, ops
+
+# (tokens shape, K, N, R): less than a panel or a strip, odd, few tokens of many columns, many panels, many tokens.
+SHAPES = (
+    ((3, 7), 65, 33, 5),
+    ((131,), 515, 70, 8),
+    ((17,), 36, 1031, 33),
+    ((1,), 4160, 130, 2),
+    ((2, 333), 96, 261, 24),
+)
+FEW_SHAPES = (((131,), 515, 70, 8), ((2, 333), 96, 261, 24))
+LAYERS = ((576, 192), (576, 576), (1536, 576), (576, 1536))  # K, N: SmolLM2-135M's
+TOKENS = (777, 2048)
+QUANTIZED = ((4096, 1024), (11008, 512))  # so many blocks' scales that PyTorch would share out their sum
+# The paths whose dense bfloat16 product is the package's own.
+TILES = _native.STATE.isa in ("avx512_bf16", "amx", "amx_emulated")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One case, dtype and shape; its values come from its name."""
+
+    case: Case
+    dtype: torch.dtype
+    shape: tuple
+
+    def __str__(self) -> str:
+        (*tokens, k, n, r) = (self.shape[0], *self.shape[1:])
+        return f"{self.case.name} {str(self.dtype).removeprefix('torch.')} T={tuple(*tokens)} {k}->{n} r={r}"
+
+    @cached_property
+    def sample(self) -> tuple[Sample, Tensor | None]:
+        torch.manual_seed(zlib.crc32(str(self).encode()))
+        sample = self.case.make(self.dtype, self.shape)
+        return sample, None if self.case.exact else output_grad(self.case, self.dtype, self.shape)
+
+    def run(self, threads: int) -> dict[str, Tensor]:
+        torch.set_num_threads(threads)
+        return run(self.case.call, *self.sample)
+
+    def differing(self, threads: int) -> list[str]:
+        """The value ("y") and gradients whose bits are others than one thread's, and by how much."""
+        many, one = self.run(threads), self.run(1)
+        return [f"{name} by {(many[name].double() - one[name].double()).abs().max():.3g}"
+                for name in one if name not in self.of_pytorch and not torch.equal(many[name], one[name])]  # fmt: skip
+
+    @property
+    def of_pytorch(self) -> tuple[str, ...]:
+        """What a product of PyTorch's own gives, whose bits may depend on its threads: not ours to promise."""
+        if self.case.exact:
+            return ()
+        if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
+            # kDenseTileTokens: the gradient of fewer is a product of PyTorch's over a dense weight.
+            few = torch.Size(self.shape[0]).numel() < 33 and isinstance(self.sample[0].inputs.get("weight"), Tensor)
+            return ("x",) if few else ()
+        # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
+        hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()
+        return ("y", "x", *self.case.from_product, *hidden)
+
+
+def _quantize(k: int, n: int) -> Case:
+    """The offset of double quantization is a mean: of five weights, as every other has the same bits by luck."""
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        return Sample({f"weight{i}": op_db.randn(n, k, dtype=dtype, scale=0.02) for i in range(5)})
+
+    def call(**weights: Tensor) -> Tensor:
+        found = [ops.nf4_quantize(weight, 64, True).tensors().values() for weight in weights.values()]
+        return torch.cat([part.reshape(-1).double() for parts in found for part in parts])
+
+    return Case(name="nf4_quantize-64-nested", op="nf4", make=make, call=call, plain=call, oracle=call, exact=True)
+
+
+def calls(few: bool = False) -> Iterator[Call]:
+    for case in CASES:
+        for dtype in (torch.bfloat16,) if few else DTYPES:
+            yield from (Call(case, dtype, shape) for shape in (FEW_SHAPES if few else SHAPES))
+    for k, n in QUANTIZED:
+        yield from (Call(_quantize(k, n), dtype, ((), k, n, 0)) for dtype in ((torch.float32,) if few else DTYPES))
+    layers = [op_db._lora_case(base) for base in ("dense", "nf4")]
+    others = [op_db._dora_case("nf4"), op_db._dora_case("dense"), op_db._ia3_case("dense"), op_db._ia3_case("nf4")]
+    for k, n in LAYERS:
+        for tokens in TOKENS:
+            for case in layers if few or tokens != TOKENS[0] else layers + others:
+                for dtype in (torch.bfloat16,) if few else DTYPES:
+                    yield Call(case, dtype, ((tokens,), k, n, 16))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("threads", type=int)
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--few", action="store_true", help="bfloat16 alone, two shapes and the layers")
+    parser.add_argument("--after", type=int, default=0, help="leave out so many, which have run")
+    options = parser.parse_args()
+    failed = count = 0
+    for number, call in enumerate(call for call in calls(options.few) if options.only in str(call)):
+        if number < options.after:
+            continue
+        print(f"{number} {call}", flush=True)
+        count += 1
+        if wrong := call.differing(options.threads):
+            failed += 1
+            print(f"differs on {options.threads} threads from 1: {call}: {', '.join(wrong)}", flush=True)
+    # Each has a task of its own: fewer would mean that nothing was shared out among so many.
+    tasks = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else options.threads
+    print(f"{count} calls on {options.threads} threads, {tasks} in the process: {failed} differ")
+    return int(bool(failed or not count or tasks < options.threads))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
