@@ -20,7 +20,7 @@ import torch
 
 import peft_ext
 from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, timer
-from peft_ext.bench.timer import first_line, seconds_of
+from peft_ext.bench.timer import error_text, seconds_of
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import OPS, has_kernel
 
@@ -172,7 +172,7 @@ def compare(
         except Exception as error:
             if not samples:
                 raise
-            absent[name] = first_line(error)
+            absent[name] = error_text(error)
     times = interleave(samples, budget_s, least=MIN_ROUNDS, most=MAX_ROUNDS)
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     ratios = median_ratios(times)
@@ -238,7 +238,7 @@ def run(
         except Exception as error:
             if failed is None:
                 raise
-            failed.append(f"{name}: {first_line(error)}")
+            failed.append(f"{name}: {error_text(error)}")
             print(f"failed: {failed[-1]}", flush=True)
             continue
         if report is not None:

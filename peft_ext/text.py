@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-__all__ = ["format_bytes"]
+__all__ = ["format_bytes", "gigabytes"]
 
 _BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
@@ -20,3 +20,8 @@ def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
     unit, name = next((pair for pair in (_BINARY if binary else _DECIMAL) if size >= pair[0]), (1, "bytes"))
     value = size / unit
     return f"{value:,.0f} {name}" if value >= 100 or unit == 1 else f"{value:#.3g} {name}"
+
+
+def gigabytes(size: float) -> str:
+    """Returns a size in the GB that cards are sold by, which have 2³⁰ bytes: "23.1 GB"."""
+    return f"{size / 2**30:.1f} GB"

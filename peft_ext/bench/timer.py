@@ -19,7 +19,19 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "Contender", "host_clock", "interleave", "median_ratios", "relative_error", "seconds_of", "verify"]
+from ..sources.json_file import first_line
+
+__all__ = [
+    "Clock",
+    "Contender",
+    "error_text",
+    "host_clock",
+    "interleave",
+    "median_ratios",
+    "relative_error",
+    "seconds_of",
+    "verify",
+]
 
 SEED = 0  # of each verified call and of the mask that its float64 result draws
 LONGEST_CALL_S = 5.0
@@ -74,9 +86,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return difference / (exact.double().norm().item() or 1.0)
 
 
-def first_line(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Returns an error's class and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def verify(
@@ -97,7 +109,7 @@ def verify(
         except Exception as error:
             if turn == 0:
                 raise
-            absent[name] = first_line(error)
+            absent[name] = error_text(error)
             continue
         if isinstance(contender.exact, str):
             if turn == 0:

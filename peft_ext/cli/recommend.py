@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from ..run.progress import status
 from ..sources.json_file import first_line
+from ..text import gigabytes
 from . import CliError
 from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
 
@@ -16,7 +17,6 @@ _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
     "batch_size": "batch-size", "sequence_length": "sequence-length", "prefer": "prefer", "headroom": "headroom",
 }  # fmt: skip
-_GB = 2**30
 
 
 def recommend(
@@ -60,7 +60,7 @@ def _card() -> float:
 
     if not torch.cuda.is_available():
         raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
-    return torch.cuda.get_device_properties(0).total_memory / _GB
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def _in_options(text: str) -> str:
@@ -81,7 +81,7 @@ def _document(found: Any) -> dict[str, Any]:
 
 
 def _gb(estimate: Any) -> str:
-    return "can't run so" if estimate is None else f"{estimate.total / _GB:.1f} GB"
+    return "can't run so" if estimate is None else gigabytes(estimate.total)
 
 
 def _show(found: Any) -> None:

@@ -19,6 +19,7 @@ from ..files import atomic_folder, check_free
 from ..sources.adapter import checked_config
 from ..sources.json_file import first_line
 from ..sources.model import find_folder, hushed
+from ..text import format_bytes
 from ..weight import BLOCKSIZES
 from . import writer
 from .base import base_of
@@ -209,5 +210,6 @@ def _check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
 def _check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        text = f"{os.strerror(errno.ENOSPC)}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free"
+        wanted, there = (format_bytes(size, binary=False) for size in (nbytes, free))
+        text = f"{os.strerror(errno.ENOSPC)}: {wanted} to write, {there} free"
         raise OSError(errno.ENOSPC, text, str(folder.parent))

@@ -8,8 +8,9 @@ from typing import Any, Optional
 
 from ..memory import MemoryEstimate
 from ..methods import make_config
+from ..text import gigabytes
 
-__all__ = ["Alternative", "Recommendation", "gigabytes"]
+__all__ = ["Alternative", "Recommendation"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Recommendation:
     def __str__(self) -> str:
         setting = [f"{self.batch_size} x {self.sequence_length} tokens", self.quantization or "dense weights"]
         setting += ["gradient checkpointing"] * self.gradient_checkpointing
-        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory)} of {self.gpu_memory_gb:g} GB"]
+        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory.total)} of {self.gpu_memory_gb:g} GB"]
         if self.method is not None:
             given = ", ".join(f"{name}={value!r}" for name, value in self.config_kwargs.items())
             lines.append(f"{self.config_class.rpartition('.')[2]}({given})")
@@ -76,10 +77,6 @@ class Recommendation:
             lines.append("not taken:")
         for other in self.alternatives:
             too_much = ", does not fit" if self.fits and not other.fits else ""
-            needs = "" if other.memory is None else f" ({gigabytes(other.memory)}{too_much})"
+            needs = "" if other.memory is None else f" ({gigabytes(other.memory.total)}{too_much})"
             lines.append(f"- {other.name}{needs}: {other.why_not}")
         return "\n".join(lines)
-
-
-def gigabytes(memory: MemoryEstimate) -> str:
-    return f"{memory.total / 2**30:.1f} GB"

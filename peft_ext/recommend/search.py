@@ -10,8 +10,9 @@ import torch
 
 from ..memory import MemoryEstimate
 from ..methods import METHODS, make_config, method_config
+from ..text import gigabytes
 from .ranking import Candidate
-from .report import Alternative, Recommendation, gigabytes
+from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
 __all__ = ["NAMES", "Search"]
@@ -132,11 +133,11 @@ class Search:
         return tuple(found)
 
     def _setting_reasons(self, setting: _Setting, memory: MemoryEstimate) -> list[str]:
-        left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
+        left = f"{gigabytes(memory.total)} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
-            reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {memory.weights / 2**30:.1f} "
-                           "GB, with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
+            reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {gigabytes(memory.weights)}"
+                           ", with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:
@@ -162,8 +163,8 @@ class Search:
         card = next((size for size in _CARDS if size >= wanted), None)
         reasons = [
             f"Nothing fits: the least is {name} with gradient checkpointing and one sequence of "
-            f"{setting.sequence_length} tokens, {gigabytes(memory)}, and {self.gpu_memory_gb:g} GB leave "
-            f"{usable / 2**30:.1f} GB for tensors.",
+            f"{setting.sequence_length} tokens, {gigabytes(memory.total)}, and {self.gpu_memory_gb:g} GB leave "
+            f"{gigabytes(usable)} for tensors.",
             f"A card of {card} GB would do." if card else
             f"It takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
         ]  # fmt: skip
