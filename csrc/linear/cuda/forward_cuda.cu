@@ -5,6 +5,7 @@
 // An NF4 weight is dequantized for the product; up to kSkinnyTokens tokens of 16-bit types take nf4_skinny_kernel,
 // whose second kernel adds all the rest.
 #include "linear/cuda/call.cuh"
+#include "linear/cuda/expand.cuh"
 #include "linear/cuda/select_ranks.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"

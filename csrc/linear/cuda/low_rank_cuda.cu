@@ -1,5 +1,6 @@
 // The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
 #include "linear/cuda/call.cuh"
+#include "linear/cuda/expand.cuh"
 #include "linear/cuda/rank_scale.cuh"
 
 namespace peft_ext {
