@@ -14,7 +14,7 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from test_cli import TEMPLATE, needs_bnb, tiny  # noqa: E402, F401  a fixture: a tiny Llama's tokenizer
+from tiny_run import TEMPLATE, needs_bnb  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import peft_ext  # noqa: E402
@@ -54,7 +54,7 @@ def refused(capsys, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tiny, tmp_path_factory) -> Path:  # noqa: F811
+def base(tiny, tmp_path_factory) -> Path:
     """The folder of a random Llama that does not say the last token again, as one of small weights does.
 
     In float32: its likeliest tokens are no ties, with a cache or without.

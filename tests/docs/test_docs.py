@@ -139,7 +139,7 @@ def _scaling() -> dict[str, Any]:
 
 def _small_model() -> dict[str, Any]:
     """A small model in the folder my/model, and data of questions and answers."""
-    from test_cli import write_tiny_model
+    from tiny_run import write_tiny_model
 
     write_tiny_model(Path("my/model"))
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]

@@ -29,7 +29,6 @@ from faults import points  # noqa: E402
 from faults.points import ended, forked, killed_at, start  # noqa: E402
 from faults.steps import Steps, step  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_cli import tiny  # noqa: E402, F401
 from tiny_models import ARCHITECTURES  # noqa: E402
 
 from peft_ext import accelerate, explain, ops, quantize_nf4  # noqa: E402
@@ -59,7 +58,7 @@ def hidden(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finetune(tiny):  # noqa: F811
+def finetune(tiny):
     """``finetune(output, *options)``: exit code and standard error of a run of 4 steps in a process of its own."""
 
     def run(output: Path, *options: str, before=None, stdout: int = -1):
@@ -396,7 +395,7 @@ def test_a_read_only_file_system(finetune, dense, runs, small, capsys):
     assert "can't be written to" in line or "Read-only file system" in line, line
 
 
-def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):  # noqa: F811
+def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
     if os.geteuid() != 0:
         pytest.skip("needs root, to give up its rights")
 

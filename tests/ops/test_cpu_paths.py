@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from battery import assert_close
 from op_db import randn
-from test_cli import finetune, report, tiny  # noqa: F401  its fixture
+from tiny_run import finetune, report
 from torch import nn
 
 import peft_ext
@@ -369,7 +369,7 @@ needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is 
 
 
 @needs_accelerate
-def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
+def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)
     assert finetune(tiny, tmp_path / "auto") == 0
     assert f"computes in float32: {NO}\n" in capsys.readouterr().out
@@ -394,7 +394,7 @@ def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch)
 
 @needs_accelerate
 @pytest.mark.parametrize("method", ["dora", "adalora", "ia3", "prefix"])
-def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:  # noqa: F811
+def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:
     if method == "dora":
         pytest.importorskip("bitsandbytes")
     code = finetune(tiny, tmp_path / "out", "--method", method, "--dtype", "fp32", steps=6)
@@ -403,7 +403,7 @@ def test_methods_in_float32(tiny, tmp_path, capsys, method) -> None:  # noqa: F8
 
 
 @needs_accelerate
-def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:  # noqa: F811
+def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     for name, options in (("ours", ()), ("stock", ("--stock",))):
         assert finetune(tiny, tmp_path / name, "--dropout", "0", "--dtype", "fp32", *options) == 0
@@ -414,7 +414,7 @@ def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:  # noqa
 
 
 @needs_accelerate
-def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
+def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)
     sizes = {}
     for dtype in ("auto", "bf16"):
@@ -427,12 +427,12 @@ def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypat
 
 
 @needs_accelerate
-def test_a_dtype_that_is_none_is_refused(tiny, tmp_path, capsys) -> None:  # noqa: F811
+def test_a_dtype_that_is_none_is_refused(tiny, tmp_path, capsys) -> None:
     assert finetune(tiny, tmp_path / "out", "--dtype", "int8") == 2
     assert "--dtype int8: wanted one of auto, bf16, fp32" in capsys.readouterr().err
 
 
-def test_doctor_and_explain_say_it(tiny, capsys, monkeypatch) -> None:  # noqa: F811
+def test_doctor_and_explain_say_it(tiny, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "multiplies", lambda dtype: dtype not in (BF16, FP16))
     monkeypatch.setattr(_cpu, "widened_dtypes", lambda: frozenset({BF16, FP16}))
     monkeypatch.setattr(_cpu, "instruction_sets", lambda: ["avx2", "fma3"])

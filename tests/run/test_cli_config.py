@@ -19,7 +19,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from test_cli import tiny  # noqa: E402, F401  a fixture: a tiny model and data
 
 from peft_ext import quantize_nf4  # noqa: E402
 from peft_ext import run as library  # noqa: E402
@@ -228,14 +227,14 @@ def test_what_is_written_reads_as_it_was(tmp_path, options):
     assert list(tmp_path.iterdir()) == [tmp_path / FILE]
 
 
-def small(tiny: Path, output: Path, *options: object) -> list[str]:  # noqa: F811
+def small(tiny: Path, output: Path, *options: object) -> list[str]:
     given = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--output", output, "--batch-size", 2,
              "--block-size", 64, "--rank", 4, "--max-steps", 3, *options)  # fmt: skip
     return ["finetune", *map(str, given)]
 
 
 @pytest.fixture(scope="module")
-def done(tiny, tmp_path_factory) -> Path:  # noqa: F811
+def done(tiny, tmp_path_factory) -> Path:
     """The folder of a finished run with checkpoints."""
     folder = tmp_path_factory.mktemp("done") / "out"
     assert main(small(tiny, folder, "--lr", "1e-3", "--seed", 5, "--blocksize", 128, "--save-steps", 2)) == 0
@@ -254,7 +253,7 @@ def files(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 
 @pytest.fixture
-def weightless(tiny, tmp_path) -> Path:  # noqa: F811
+def weightless(tiny, tmp_path) -> Path:
     """The tiny model's folder with a weight file that nobody can read."""
     folder = tmp_path / "weightless"
     folder.mkdir()
@@ -279,7 +278,7 @@ def rows_of(out: str) -> dict[str, str]:
     return {head: rest.strip() for head, _, rest in (line.partition("  ") for line in lines)}
 
 
-def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, tmp_path, monkeypatch):  # noqa: F811
+def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, tmp_path, monkeypatch):
     import safetensors.torch
     from transformers import PreTrainedModel
 
@@ -308,7 +307,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(capsys, tiny, weightless, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):  # noqa: F811
+def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
     seen = []
@@ -332,7 +331,7 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):  # no
     assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
 
 
-def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):
     """A run of small steps needs the most memory where it loads the base again beside its model."""
     seen = []
     monkeypatch.setattr(screen, "show_plan", seen.append)
@@ -349,13 +348,13 @@ def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypa
     assert "it needs more memory than is free; --quant nf4 or a smaller model" in "".join(screen._remarks(free))
 
 
-def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):  # noqa: F811
+def test_the_plan_of_stock_peft_fuses_nothing(capsys, tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     rows = rows_of(dry(capsys, *small(tiny, tmp_path / "out", "--stock")))
     assert rows["14"].split()[:4] == ["LoRA", "over", "Linear4bit", "no"] and rows["14"].endswith("--stock")
 
 
-def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):  # noqa: F811
+def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):
     before = files(done)
     rows = rows_of(dry(capsys, "finetune", "--config", done / FILE, "--resume", "--max-steps", 9))
     assert rows["steps"].startswith("9, ")
@@ -366,7 +365,7 @@ def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):  # noqa: F811
     assert len(names) == 5 and set(names) <= {path.name for path in done.iterdir()}
 
 
-def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):  # noqa: F811
+def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):
     def message(*options: object, output: Path = tmp_path / "out") -> str:
         asked = small(tiny, output, *options)[1:]
         found = refused(capsys, *asked, "--dry-run")
@@ -392,7 +391,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):  
     assert message("--model", folder).startswith(f"--model {folder}: {folder / 'config.json'}:1: not JSON: ")
 
 
-def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightless, tmp_path):  # noqa: F811
+def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightless, tmp_path):
     from safetensors.torch import load_file, save_file
 
     found = []
@@ -410,7 +409,7 @@ def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightl
     assert run() == f"error: --model {weightless}: model.norm.weight is not in its files, so it would be random\n"
 
 
-def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda device: (2**20, 2**18, 0))
     out = dry(capsys, *small(tiny, tmp_path / "out", "--quant", "none"))
     assert "warning: it needs more memory than is free; --quant nf4 or a smaller --batch-size" in out
@@ -418,7 +417,7 @@ def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeyp
     assert "warning" not in dry(capsys, *small(tiny, tmp_path / "out"))
 
 
-def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatch):
     seen = []
 
     def fails(*args, **kwargs):

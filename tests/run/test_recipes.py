@@ -10,7 +10,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from test_cli import tiny  # noqa: E402, F401  a fixture: a tiny model and data
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import peft_ext  # noqa: E402
@@ -23,7 +22,7 @@ IDS = torch.arange(3, 35)[None]
 
 
 @pytest.fixture
-def model(tiny) -> Path:  # noqa: F811
+def model(tiny) -> Path:
     return tiny / "model"
 
 
@@ -72,7 +71,7 @@ def test_a_method_that_is_none(model):
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "diff-pruning"])
-def test_train_then_merge(model, tiny, tmp_path, method):  # noqa: F811
+def test_train_then_merge(model, tiny, tmp_path, method):
     fields = {"total_step": 4, "tinit": 1, "tfinal": 1} if method == "adalora" else {}
     adapted, tokenizer = recipes.setup_peft_training(model, method, **fields)
     rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]

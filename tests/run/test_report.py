@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_cli import finetune, needs_hf, tiny  # noqa: F401  a fixture
+from tiny_run import finetune, needs_hf
 
 from peft_ext.run import RunError, evaluate, redraw, render
 from peft_ext.run.report import curves, page
@@ -263,7 +263,7 @@ def short_answers():
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> Path:  # noqa: F811
+def run(tiny, tmp_path_factory) -> Path:
     """The folder of a finished run of ten steps, with a checkpoint after the fifth."""
     folder = tmp_path_factory.mktemp("report") / "run"
     assert finetune(tiny, folder, "--save-steps", "5", "--eval-fraction", "0.4", steps=10) == 0
@@ -309,7 +309,7 @@ def test_memory_is_the_bytes_of_the_tensors(run):
 
 
 @needs_hf
-def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "HELD_OUT_POINTS", 0)
     monkeypatch.setattr(evaluate, "curve_batches", lambda run: [0])
     assert finetune(tiny, tmp_path / "run", "--eval-fraction", "0.4", steps=10) == 0
@@ -320,7 +320,7 @@ def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):  # 
 
 
 @needs_hf
-def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):  # noqa: F811
+def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copytree(run / "checkpoints/checkpoint-5", folder / "checkpoints/checkpoint-5")
@@ -337,7 +337,7 @@ def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):  # noqa: F811
 @needs_hf
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_leaves_a_report_of_what_there_is(tiny, tmp_path, monkeypatch, capsys, times):  # noqa: F811
+def test_ctrl_c_leaves_a_report_of_what_there_is(tiny, tmp_path, monkeypatch, capsys, times):
     losses = evaluate.held_out_losses
 
     def interrupted(run, model, chosen=None):
@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_a_report_of_what_there_is(tiny, tmp_path, monkeypatch, ca
 
 
 @needs_hf
-def test_a_run_is_not_lost_for_a_picture(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_is_not_lost_for_a_picture(tiny, tmp_path, monkeypatch, capsys):
     def broken(document):
         raise ZeroDivisionError("no\nink")
 

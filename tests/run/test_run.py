@@ -13,7 +13,6 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from test_cli import tiny  # noqa: F401  a fixture: a tiny model and data
 from transformers import AutoModelForCausalLM
 
 import peft_ext
@@ -37,7 +36,7 @@ def short_answers():
         yield
 
 
-def options_of(tiny: Path, output: Path, **changes) -> Options:  # noqa: F811
+def options_of(tiny: Path, output: Path, **changes) -> Options:
     return Options(
         **{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
            "batch_size": 2, "block_size": 64, "max_steps": 4, "save_steps": 2, **changes}
@@ -45,7 +44,7 @@ def options_of(tiny: Path, output: Path, **changes) -> Options:  # noqa: F811
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(tiny, tmp_path, method):  # noqa: F811
+def test_every_method(tiny, tmp_path, method):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
     options = options_of(tiny, tmp_path / "run", method=method)
@@ -106,7 +105,7 @@ def test_the_table_has_a_configuration_and_a_page_for_every_method():
         assert config.is_prompt_learning == (method.kind == "prompt")
 
 
-def test_a_run_tells_what_it_does_to_who_listens(tiny, tmp_path, capsys, caplog):  # noqa: F811
+def test_a_run_tells_what_it_does_to_who_listens(tiny, tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="peft_ext.run"):
         finetune(options_of(tiny, tmp_path / "run", max_steps=1, save_steps=0))
     assert capsys.readouterr() == ("", "")
@@ -114,7 +113,7 @@ def test_a_run_tells_what_it_does_to_who_listens(tiny, tmp_path, capsys, caplog)
     assert caplog.messages[-1].startswith("checked: stock PEFT re-reads the adapter")
 
 
-def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):  # noqa: F811
+def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):
     plan = dry_run(options_of(tiny, tmp_path / "run", method="bitfit"))
     assert plan.steps == 4 and plan.adapter.trainable == plan.run.trainable > 0
     assert not (tmp_path / "run").exists()
@@ -127,7 +126,7 @@ def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):  # noqa: F811
     ({"method": "diff-pruning", "quant": "nf4"}, "--quant nf4 with --method diff-pruning: "),
     ({"method": "prefix", "gradient_checkpointing": True}, "--gradient-checkpointing with --method prefix: "),
 ])  # fmt: skip
-def test_what_can_be_mended_is_one_line(tiny, tmp_path, changes, message):  # noqa: F811
+def test_what_can_be_mended_is_one_line(tiny, tmp_path, changes, message):
     with pytest.raises(RunError) as caught:
         finetune(options_of(tiny, tmp_path / "run", **changes))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

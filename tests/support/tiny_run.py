@@ -1,0 +1,64 @@
+"""A tiny random model and data in a folder, and runs of the command line on it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_ext.cli.main import main
+
+needs_hf = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "peft", "accelerate")),
+    reason="needs peft_ext[hf]",
+)
+needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with ``model`` (Llama, random, byte tokenizer), and data files."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model")
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "\n\n".join(f"Paragraph {i}. " + "The quick brown fox jumps over the lazy dog. " * 20 for i in range(40))
+    (folder / "docs.txt").write_text(text)
+    return folder
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
+    """Returns the exit code of a few steps on the tiny model."""
+    return main(
+        ["finetune", "--model", str(tiny / "model"), "--data", str(tiny / data), "--output", str(output),
+         "--batch-size", "2", "--block-size", "64", "--rank", "4", "--max-steps", str(steps), *options]
+    )  # fmt: skip
+
+
+def report(output: Path) -> dict:
+    """Returns what a run wrote into run.json."""
+    return json.loads((output / "run.json").read_text())
