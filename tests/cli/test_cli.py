@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import finetune, needs_bnb, needs_hf, report
+from tiny_run import TEMPLATE, finetune, needs_bnb, needs_hf, report
 
 from peft_ext import _native, ops
 from peft_ext.cli.main import main
