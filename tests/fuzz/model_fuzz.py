@@ -79,6 +79,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # float32. Sums of at most some 200 terms in another order, through two layers and back; most are 1e-7 to 1e-6 of a
 # tensor's norm.
 TIGHT = 2e-5
+NO_FLOAT64 = ("MPT", "XGLM")  # their masks are float32's least value, or no number of float64
 # What is further apart is judged by float64: a gradient that is zero but for rounding (a key's bias, which the softmax
 # does not see) has no digits, and neither has PEFT's. Our error may be so many times PEFT's, beside this share of
 # the tensor and that of the largest gradient there is.
@@ -473,6 +474,10 @@ class Case:
         theirs, ours = errors
         if theirs is None and ours is None:
             return True
+        if theirs is None and "compress_statistics" in str(ours):
+            # A pickled and copied Params4bit is a plain parameter, until bitsandbytes' own forward has run over it.
+            self.ended = True
+            return False
         if theirs is None:
             trace = "".join(traceback.format_exception(ours)[-3:])
             raise Failed(f"{what}: PEFT does it, accelerated {type(ours).__name__}: {ours}\n{trace}")
@@ -593,14 +598,16 @@ class Case:
         if not far:
             return
         self.seen.counts["judged by float64"] += 1
-        exact = self.truth(probe, torch.float64)
-        norms = (exact[name].norm().nan_to_num().item() for name in pairs if name.startswith("grad"))
+        exact = {} if self.family in NO_FLOAT64 else self.truth(probe, torch.float64)
+        norms = ((exact[name] if exact else theirs).norm().nan_to_num().item() for name, (_, theirs) in pairs.items()
+                 if name.startswith("grad"))  # fmt: skip
         largest = max(norms, default=0.0)
         largest = max(largest, 1.0)  # where but a key trains, and there is one key, all gradients are rounding
         for name in far:
-            if not exact[name].isfinite().all():  # a model may have no float64, as masks for it have not
+            if not exact or not exact[name].isfinite().all():  # a model may have no float64, as masks for it have not
                 ours, theirs = pairs[name]
-                if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item():
+                slack = OF_LARGEST * largest if name.startswith("grad") else 0
+                if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item() + slack:
                     raise Failed(f"{probe}: {name} is {distance(ours, theirs):.1e} off PEFT's")
                 continue
             (ours, theirs), wanted = pairs[name], exact[name]
@@ -803,7 +810,8 @@ class Case:
         size = next(len(value) for value in self.batch.values() if isinstance(value, Tensor))
         names = tuple(self.rng.choice([*self.names, "__base__"]) for _ in range(size))
         probe = self.drawn_probe(training=self.maybe(0.1), disabled=False, adapter_names=names, own_loss=False)
-        self.probe(replace(probe, steps=1))
+        if not self.probe(replace(probe, steps=1)):
+            self.ended = True  # what raises in a mixed batch leaves PEFT's hooks for it behind
 
     def act_hook(self) -> None:
         layers = list(tuners(self.stock))
@@ -983,7 +991,7 @@ class Case:
                 self.both("update_and_allocate", lambda model, step=step: model.base_model.update_and_allocate(step))
 
     def act_widen(self) -> None:
-        if self.base != "float32":
+        if self.base != "float32" or self.family in NO_FLOAT64:
             return self.act_train()
         self.both("double", lambda model: model.double())
         self.dtype = torch.float64
@@ -1055,9 +1063,11 @@ def first_line(error: Exception) -> str:
 
 
 def plain(error: Exception) -> str:
-    """A message without addresses, a folder's name, a module's innards, and what a class is called in which model."""
+    """A message without addresses, a folder's name, a module's innards, and what a class or tensor is called where."""
     line = (str(error).strip().splitlines() or [""])[0]
-    return re.sub(r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)", "", line)
+    return re.sub(
+        r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)|\[(CPU|torch\.)\w+(?= \[)", "", line
+    )
 
 
 # --- many cases -------------------------------------------------------------------------------------------------------

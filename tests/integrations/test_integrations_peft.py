@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
 
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from peft.tuners import lora  # noqa: E402
 from peft.utils import hotswap  # noqa: E402
@@ -1202,3 +1202,31 @@ def test_a_base_whose_result_the_op_does_not_take_runs_once(method):
 def test_accelerate_says_where_there_is_nothing_to_accelerate() -> None:
     with pytest.warns(UserWarning, match="Linear has no adapter layer and no 4-bit layer, nothing to accelerate: call"):
         peft_ext.accelerate(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3"])
+def test_falcons_linear_with_a_bias_is_float32_under_autocast_as_in_peft(method, bias):
+    """It adds the bias apart: autocast multiplies in bfloat16, and the sum with a float32 bias is float32."""
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = FalconLinear(64, 32, bias=bias)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    config = {
+        "LoRA": LoraConfig(target_modules=["proj"], init_lora_weights=False),
+        "DoRA": LoraConfig(target_modules=["proj"], init_lora_weights=False, use_dora=True),
+        "IA3": IA3Config(target_modules=["proj"], feedforward_modules=[], init_ia3_weights=False),
+    }[method]
+    stock = get_peft_model(Model(), config)
+    fused = peft_ext.accelerate(copy.deepcopy(stock))
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, found = stock(x), fused(x)
+    assert found.dtype is wanted.dtype is (torch.float32 if bias else torch.bfloat16)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)

@@ -222,11 +222,14 @@ def alone_reason(layer: Any) -> Optional[str]:
     return None if weight.dim() == 2 else f"base_layer.weight is {tuple(weight.shape)}, wanted 2 dimensions"
 
 
-def _is_linear(kind: type) -> bool:
-    """Returns whether ``kind`` is nn.Linear or computes the same: it on an op, and Falcon's x @ W.T + b."""
-    if kind in LINEAR:
-        return True
+def _is_falcons(kind: type) -> bool:
+    """Returns whether ``kind`` is Falcon's x @ W.T + b, which autocast takes for two operations."""
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
+
+
+def _is_linear(kind: type) -> bool:
+    """Returns whether ``kind`` is nn.Linear or computes the same: it on an op, and Falcon's."""
+    return kind in LINEAR or _is_falcons(kind)
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
@@ -255,6 +258,10 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return "its base weight requires grad"
     if kind is not NF4Linear and weight.dtype not in DTYPES:
         return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
+    if (bias := base._parameters.get("bias")) is not None and _is_falcons(kind):
+        cast = autocast_dtype(weight)
+        if cast not in (None, bias.dtype):
+            return f"autocast multiplies in {short(cast)}, and the bias is added apart, in {short(bias.dtype)}"
     return None
 
 
