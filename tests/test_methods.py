@@ -64,7 +64,7 @@ from peft_ext.nn import (
     PromptEmbedding,
 )
 from peft_ext.ops.library import has_kernel
-from peft_ext.tuners._layer import ReplacingLayer
+from peft_ext.tuners.layer import ReplacingLayer
 
 pytestmark = pytest.mark.cpu_only("the table has a column for each device, and its steps run on the CPU")
 

@@ -42,10 +42,10 @@ from peft_ext.integrations.transformers import DiffPruningCallback  # noqa: E402
 from peft_ext.model import get_peft_model, load_adapter  # noqa: E402
 from peft_ext.nn import NF4Linear  # noqa: E402
 from peft_ext.tuners import BitFitConfig, DiffPruningConfig, PartialConfig  # noqa: E402
-from peft_ext.tuners._layer import ReplacingLayer  # noqa: E402
-from peft_ext.tuners._register import register  # noqa: E402
 from peft_ext.tuners.bitfit import BitFitModel  # noqa: E402
 from peft_ext.tuners.diff_pruning import U_MIN, DenseDiff, SparseDiff  # noqa: E402
+from peft_ext.tuners.layer import ReplacingLayer  # noqa: E402
+from peft_ext.tuners.register import register  # noqa: E402
 
 VOCAB, LAYERS, HIDDEN = 29, 2, 16
 
