@@ -133,7 +133,7 @@ class Search:
         return tuple(found)
 
     def _setting_reasons(self, setting: _Setting, memory: MemoryEstimate) -> list[str]:
-        left = f"{gigabytes(memory.total)} of {self.gpu_memory_gb:g} GB"
+        left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
             reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {gigabytes(memory.weights)}"

@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 
 import peft_ext  # noqa: E402
 from peft_ext import NestedAbsmax, NF4Weight  # noqa: E402
-from peft_ext.cli import CliError, chat  # noqa: E402
+from peft_ext.cli import chat  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.run import RunError, demo_model  # noqa: E402
 from peft_ext.run.data import read_corpus  # noqa: E402
@@ -746,7 +746,7 @@ _DATA: tuple[tuple[str, bytes, str], ...] = (
 def test_data(tmp_path, suffix: str, data: bytes, message: str) -> None:
     file = tmp_path / f"data{suffix}"
     file.write_bytes(data)
-    with pytest.raises(CliError) as caught:
+    with pytest.raises(RunError) as caught:
         read_corpus(str(file))
     text = str(caught.value)
     assert f"{file}{message}" in text and "\n" not in text and "\0" not in text
