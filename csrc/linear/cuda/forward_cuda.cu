@@ -216,6 +216,10 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     } else {
       mm_out(y, held, product);
     }
+    if (want_z) {  // which is Y where nothing scales it
+      Tensor z = out.z;
+      torch::stable::copy_(z, y);
+    }
     return out;
   }
   const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
