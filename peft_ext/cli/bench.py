@@ -42,7 +42,7 @@ def bench(
     as_json: bool,
     output: Optional[Path] = None,
 ) -> None:
-    """Verify, time, print; draw ``chart``, and leave numbers and pictures in the folder ``output``.
+    """Verifies, times, prints; draws ``chart``, and leaves numbers and pictures in the folder ``output``.
 
     Raises CliError for what the user can mend, a layer that would not run fused among it.
     """
@@ -89,7 +89,7 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], hidden: int, tokens: int, rank: int,
     seconds: float, threads: Optional[int], chart: Optional[Path], output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Pairs of method and base, each once. Raises CliError."""
+    """Returns pairs of method and base, each once. Raises CliError."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
@@ -163,7 +163,7 @@ def _show(results: list[Result]) -> None:
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Each file whole or not at all, its folder made. Raises CliError."""
+    """Writes each file whole or not at all, and makes its folder. Raises CliError."""
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any], suffix: str) -> bytes:
-    """Bars of milliseconds, a group for each layer."""
+    """Returns bars of milliseconds, a group for each layer."""
     from ._chart import COLOURS, bars, caption, look, new_figure, patch, render
 
     names = {OURS: "ours", "stock": "stock", FROZEN: "frozen"}
