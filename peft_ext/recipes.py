@@ -123,7 +123,7 @@ def train_with_peft(
 
     Args:
         train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
-            are tokenized as :mod:`peft_ext.run.data` does it.
+            are tokenized as ``peft_ext.run.data`` does it.
         output_dir, adapter_dir: for the Trainer's checkpoints, and for the adapter.
         arguments: TrainingArguments' others. Without them: 3 epochs of batches of 4, 4 of them a step, at a learning
             rate of 2e-4 after 100 steps of warm-up.

@@ -131,7 +131,7 @@ class _Problem:
         return torch.randn(*shape, generator=self.draw).to(self.device)
 
     def layer(self, stock: bool) -> Any:
-        """PEFT's layer, training; fused unless ``stock``. NF4 is bitsandbytes' where that is installed."""
+        """Returns PEFT's layer, training; fused unless ``stock``. NF4 is bitsandbytes' where that is installed."""
         import torch
         from torch import nn
 
@@ -157,7 +157,7 @@ class _Problem:
         return layer.train()
 
     def _value(self, name: str, parameter: Any) -> Any:
-        """Drawn once for both layers: B and the vectors as after some steps, so that they count."""
+        """Returns what is drawn once for both layers: B and the vectors as after some steps, so that they count."""
         if name not in self.values:
             drawn = self._normal(*parameter.shape)
             if "lora_A" in name:
@@ -170,7 +170,7 @@ class _Problem:
         return self.values[name]
 
     def dense(self) -> Any:
-        """The bfloat16 weight that a layer computes with."""
+        """Returns the bfloat16 weight that a layer computes with."""
         import torch
 
         from .. import reference

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..run import progress
-from ..run.options import DEMO_MODEL
+from ..run.options import DEMO_MODEL, QUANTIZATIONS
+from ..weight import BLOCKSIZES
 from . import CliError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "base_of",
+    "check_base",
     "console",
     "dense_config",
     "drop_output",
@@ -98,6 +100,14 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     from ..run.demo_model import demo_model
 
     return str(demo_model())
+
+
+def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
+    """Raises CliError for a quantization of a base, the value of ``option``, that there is not."""
+    if quant not in (None, *QUANTIZATIONS):
+        raise CliError(f"{option} {quant}: wanted {' or '.join(QUANTIZATIONS)}")
+    if blocksize is not None and blocksize not in BLOCKSIZES:
+        raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
 
 def dense_config(config: Any) -> Any:

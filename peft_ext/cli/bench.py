@@ -37,7 +37,7 @@ def bench(
     as_json: bool,
     output: Optional[Path] = None,
 ) -> None:
-    """Verify, time, print; draw ``chart``, and leave numbers and pictures in the folder ``output``.
+    """Verifies, times, prints; draws ``chart``, and leaves numbers and pictures in the folder ``output``.
 
     Raises CliError for what the user can mend, a layer that would not run fused among it.
     """
@@ -81,7 +81,7 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], hidden: int, tokens: int, rank: int,
     seconds: float, threads: Optional[int], chart: Optional[Path], output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Pairs of method and base, each once. Raises CliError."""
+    """Returns pairs of method and base, each once. Raises CliError."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
@@ -153,7 +153,7 @@ def _show(results: list[Result]) -> None:
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Each file whole or not at all, its folder made. Raises CliError."""
+    """Writes each file whole or not at all, and makes its folder. Raises CliError."""
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

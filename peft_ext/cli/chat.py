@@ -20,7 +20,7 @@ from ..run.evaluate import greedy
 from ..run.progress import status
 from ..sources.json_file import first_line
 from . import CliError
-from ._common import base_of, console, mendable, need, quiet
+from ._common import base_of, check_base, console, mendable, need, quiet
 
 __all__ = ["chat"]
 
@@ -39,7 +39,7 @@ def chat(
     seed: int,
     threads: Optional[int],
 ) -> None:
-    """Answer ``prompt``, or what is typed or piped in. Raises CliError for what the user can mend."""
+    """Answers ``prompt``, or what is typed or piped in. Raises CliError for what the user can mend."""
     _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
@@ -67,16 +67,11 @@ def _check(
     prompt: Optional[str], max_new_tokens: int, base_quant: Optional[str], blocksize: Optional[int],
     temperature: float, threads: Optional[int],
 ) -> None:  # fmt: skip
-    from ..weight import BLOCKSIZES
-
     if prompt is not None and not prompt.strip():
         raise CliError("--prompt: it is empty")
     if max_new_tokens < 1:
         raise CliError(f"--max-new-tokens {max_new_tokens}: wanted at least 1")
-    if base_quant not in (None, "nf4", "none"):
-        raise CliError(f"--base-quant {base_quant}: wanted nf4 or none")
-    if blocksize is not None and blocksize not in BLOCKSIZES:
-        raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
+    check_base("--base-quant", base_quant, blocksize)
     if not 0 <= temperature < math.inf:
         raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
     if threads is not None and threads < 1:
@@ -84,7 +79,7 @@ def _check(
 
 
 def _prompts() -> Iterator[str]:
-    """Lines from the terminal, with a prompt and a history, or from a pipe; empty ones are left out."""
+    """Yields lines from the terminal, with a prompt and a history, or from a pipe; empty ones are left out."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
@@ -104,7 +99,7 @@ def _prompts() -> Iterator[str]:
 
 
 class _Pair:
-    """The base and its adapter. ``answers``: of the base, and of the adapted model."""
+    """The base and its adapter; ``answers`` has what the base says, and what the adapted model does."""
 
     def __init__(
         self, adapter: Path, model: Optional[str], base_quant: Optional[str], blocksize: Optional[int],
@@ -220,7 +215,7 @@ def _adapter_config(adapter: Path) -> Any:
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str]:
-    """The base as the adapter was trained on it: the model, its folder, its quantization."""
+    """Returns the base as the adapter was trained on it: the model, its folder, its quantization."""
     import torch
 
     from .._cpu import why_float32
@@ -281,7 +276,7 @@ def _tokenizer(adapter: Path, folder: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Returns a text without what a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -23,7 +23,7 @@ _ENVIRONMENT = (
 
 
 def doctor() -> int:
-    """Print the report; the exit code: 1 where the native CPU library is missing, else 0."""
+    """Prints the report; returns the exit code: 1 where the native CPU library is missing, else 0."""
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)

@@ -21,6 +21,7 @@ from ..text import format_bytes
 from . import CliError
 from ._common import (
     base_of,
+    check_base,
     console,
     dense_config,
     grouped_rows,
@@ -64,7 +65,7 @@ def explain(
     sequence_length: Optional[int],
     as_json: bool,
 ) -> None:
-    """Print it for a model or for an adapter's folder. Raises CliError for what the user can mend."""
+    """Prints it for a model or for an adapter's folder. Raises CliError for what the user can mend."""
     need("explain", "transformers", "peft")
     quiet()
     import torch
@@ -106,9 +107,8 @@ def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
     quant: Optional[str], blocksize: Optional[int], dtype: str, batch_size: int, sequence_length: Optional[int],
 ) -> list[str]:  # fmt: skip
-    """The methods, each once. Raises CliError."""
+    """Returns the methods, each once. Raises CliError."""
     from ..merge import DTYPES
-    from ..weight import BLOCKSIZES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
     if wrong := [name for name in chosen if name not in METHODS]:
@@ -122,10 +122,7 @@ def _check(
     if rank is not None and (rank < 1 or not set(chosen) & set(_LOW_RANK)):
         wanted = "at least 1" if rank < 1 else f"with --method {', '.join(_LOW_RANK)}"
         raise CliError(f"--rank {rank}: wanted {wanted}")
-    if quant not in (None, "nf4", "none"):
-        raise CliError(f"--quant {quant}: wanted nf4 or none")
-    if blocksize is not None and blocksize not in BLOCKSIZES:
-        raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
+    check_base("--quant", quant, blocksize)
     if dtype not in DTYPES:
         raise CliError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
     for option, size in (("batch-size", batch_size), ("sequence-length", sequence_length)):
@@ -211,7 +208,7 @@ def _of_adapter(
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
-    """How the base is held: quantization, block size, and what decided it."""
+    """Returns how the base is held: quantization, block size, and what decided it."""
     from ..sources.model import is_nf4
 
     with mendable():
@@ -284,7 +281,7 @@ def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refu
 
 
 def _why_float32(step: dict[str, Any]) -> str:
-    """Why a run on this machine computes in float32; "" where it does not."""
+    """Returns why a run on this machine computes in float32; "" where it does not."""
     from .._cpu import why_float32
 
     return why_float32() if step["device"] == "cpu" else ""

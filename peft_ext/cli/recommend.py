@@ -31,7 +31,7 @@ def recommend(
     prefer: str,
     as_json: bool,
 ) -> int:
-    """Print what is recommended; the exit code: 1 where nothing fits. Raises CliError for what the user can mend."""
+    """Prints what is recommended; returns the exit code, 1 where nothing fits. Raises CliError."""
     if (model_size is None) == (model is None):
         raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
@@ -55,7 +55,7 @@ def recommend(
 
 
 def _card() -> float:
-    """GiB of the first GPU here."""
+    """Returns the GiB of the first GPU here."""
     import torch
 
     if not torch.cuda.is_available():
@@ -64,7 +64,7 @@ def _card() -> float:
 
 
 def _in_options(text: str) -> str:
-    """``recommend_peft_method: gpu_memory_gb is 0, wanted ...`` in the words of the command line."""
+    """Returns ``recommend_peft_method: gpu_memory_gb is 0, wanted ...`` in the words of the command line."""
     text = text.partition(": ")[2] if text.startswith("recommend_peft_method: ") else text
     match = re.match(r"(\w+) is (.+?), (.*)", text)
     if match is None or match[1] not in _OPTIONS:

@@ -70,7 +70,7 @@ def read_corpus(
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Corpus:
-    """Read ``spec`` whole and split it, seeded, so that no record is on both sides.
+    """Reads ``spec`` whole and splits it, seeded, so that no record is on both sides.
 
     Args:
         spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of those, or the name of a hub dataset.
@@ -97,7 +97,7 @@ def read_corpus(
 
 
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
-    """The language reference that comes with Python, by topic; a paragraph that is held out is trained on nowhere."""
+    """Returns the language reference that comes with Python, by topic; no paragraph is on both sides."""
     from pydoc_data.topics import topics
 
     train, held_out = _split([topics[name] for name in sorted(topics)], eval_fraction, seed, by_length=True)
@@ -156,7 +156,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _parse(where: str, text: str, first_line: Optional[int] = None) -> Any:
-    """JSON. ``first_line``: where the text begins, of a file whose lines are not all of their own."""
+    """Returns the value of JSON. ``first_line``: of the text in its file, where that is one value."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -272,7 +272,7 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
 
 
 def _text(spec: str, number: int, value: str) -> str:
-    """``value``, which JSON lets hold half a character (a lone surrogate), that no tokenizer takes."""
+    """Returns ``value``, which JSON lets hold half a character (a lone surrogate), that no tokenizer takes."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -313,7 +313,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 
 
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
-    """Token ids and labels, at most ``block_size`` long.
+    """Returns token ids and labels, at most ``block_size`` long.
 
     Raises RunError where nothing is left to train on, or conversations meet a tokenizer without a chat template.
     """

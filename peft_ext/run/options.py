@@ -37,7 +37,7 @@ class Options:
         quant: the frozen weights: "nf4", double-quantized in blocks of ``blocksize``, or "none"; None: "nf4", and
             "none" for the methods that train the weights themselves.
         dtype: of activations and dense weights: "bf16", "fp32", or "auto": float32 where the CPU lacks bfloat16.
-        text_column, prompt_column, completion_column: instead of the detected ones; see :mod:`peft_ext.run.data`.
+        text_column, prompt_column, completion_column: instead of the detected ones; see ``peft_ext.run.data``.
         eval_fraction: the share of the data that is held out of training.
         block_size: tokens of an example, at most.
         max_steps, epochs: one of them; neither: 60 steps.
