@@ -998,7 +998,7 @@ class Case:
         probe = self.drawn_probe(autocast=False)
         for name, wanted in (found := self.call(probe) or [{}, {}])[0].items():
             # What a model computes in float32 whatever its dtype, as a rotation is, has that much.
-            if wanted is not None and not wanted.isfinite().all():  # the mask is float32's least value, or of no float64
+            if wanted is not None and not wanted.isfinite().all():  # a mask that float64 has not
                 self.seen.counts["not finite in PEFT"] += 1
             elif wanted is not None and not distance(found[1][name], wanted) <= TIGHT * wanted.norm().item() + 1e-9:
                 raise Failed(f"{probe} in float64: {name} is {distance(found[1][name], wanted):.1e} off PEFT's")
