@@ -257,7 +257,11 @@ def test_bfloat16_models_are_as_good_as_pefts(case: Case) -> None:
 
 def test_autocast_is_as_good_as_pefts(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        case.assert_fused(case.fused)
+        if (case.name, case.method) == ("Falcon", "DoRA"):  # whose bias is added apart, in float32
+            reasons = {row.reason for row in peft_ext.explain(case.fused).rows}
+            assert reasons == {"autocast multiplies in bfloat16, and the bias is added apart, in float32"}
+        else:
+            case.assert_fused(case.fused)
         theirs, ours = step(case.stock, case.batch), step(case.fused, case.batch)
     assert_as_good(ours, theirs, case.stock_step)
 

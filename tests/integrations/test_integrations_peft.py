@@ -1230,3 +1230,24 @@ def test_falcons_linear_with_a_bias_is_float32_under_autocast_as_in_peft(method,
         wanted, found = stock(x), fused(x)
     assert found.dtype is wanted.dtype is (torch.float32 if bias else torch.bfloat16)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_4bit_weight_of_inference_mode_trains_as_in_peft():
+    """PEFT's merge and unmerge make one, where they run in inference mode."""
+    base = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    with torch.inference_mode():
+        weight = torch.randn(32, 64)
+        base.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=base).to("cpu")
+    model = nn.Sequential()
+    model.add_module("proj", base)
+    model.is_loaded_in_4bit = True
+    stock = get_peft_model(model, LoraConfig(target_modules=["proj"], init_lora_weights=False))
+    fused = peft_ext.accelerate(copy.deepcopy(stock))
+    fused.get_submodule("base_model.model.proj").base_layer.weight = base.weight
+    assert base.weight.is_inference()
+    x = torch.randn(4, 64)
+    for model in (stock, fused):
+        model(x).sum().backward()
+    for (name, wanted), (_, found) in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
+        if wanted.requires_grad:
+            torch.testing.assert_close(found.grad, wanted.grad, msg=name)

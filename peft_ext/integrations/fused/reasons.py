@@ -240,6 +240,9 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         # pickle and fully_shard make the one into the other
         if type(weight) not in (Params4bit, nn.Parameter) and id(weight) not in _gathered:
             return f"its weight is a {type(weight).__name__}, wanted bitsandbytes' Params4bit"
+        # PEFT's merge makes one, if it runs there; bitsandbytes keeps it for the backward in a way of its own.
+        if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
+            return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state):
             return reason
