@@ -89,7 +89,7 @@ charts: setup
 	$(BIN)/python -m benchmarks.charts
 
 $(VENV)/.docs: $(VENV)/.built
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e ".[docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $$($(BIN)/python tools/extra.py docs)
 	touch $@
 
 docs: setup $(VENV)/.docs

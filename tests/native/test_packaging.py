@@ -185,3 +185,11 @@ def test_the_tools_of_ci_are_pinned_once():
         if (ROOT / place).exists():  # the source distribution has no .ci
             for name, version in re.findall(r"([\w-]+)==([\d.]+)", (ROOT / place).read_text()):
                 assert name == "torch" or pinned.get(name) == version, f"{place} pins {name}=={version}"
+
+
+def test_an_extra_is_what_its_names_ask_for():
+    import extra
+
+    found = list(extra.requirements("examples"))
+    assert any(text.startswith("trl>=") for text in found) and any(text.startswith("transformers>=") for text in found)
+    assert not any("peft_ext" in text for text in found)
