@@ -1,6 +1,6 @@
 """Prints what an extra of the installed package asks for, so that pip can install it without building the package anew.
 
-    pip install $(python tools/extra.py docs examples)
+python -m pip install $(python tools/extra.py docs examples)
 """
 
 from __future__ import annotations
