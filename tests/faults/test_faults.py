@@ -452,6 +452,27 @@ def test_outputs_that_are_files_and_links(finetune, runs, dense, tmp_path, capsy
 # --- two writers ------------------------------------------------------------------------------------------------------
 
 
+def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
+    """The other process ends, and removes its lock file, between this one's opening of it and its lock."""
+    fcntl = pytest.importorskip("fcntl")
+    real, lock = fcntl.flock, tmp_path / ".lock"
+    calls = []
+
+    def flock(file, operation):
+        if operation & fcntl.LOCK_EX and not calls:
+            calls.append(operation)
+            lock.unlink()
+        return real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    try:
+        with checkpoints.sole_writer(tmp_path):
+            assert lock.exists()  # made anew, and locked
+    except RunError as error:
+        assert "another process is writing to it" in str(error)
+    assert calls
+
+
 def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(runs[0], out)

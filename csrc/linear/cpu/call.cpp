@@ -1,7 +1,5 @@
 #include "linear/cpu/call.h"
 
-#include "cpu/tensor.h"
-
 namespace peft_ext {
 
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter) {

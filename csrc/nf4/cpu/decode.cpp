@@ -34,9 +34,6 @@ const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
 
 namespace {
 
-// Scales decoded at a time, on the stack.
-constexpr int64_t kScaleChunk = 512;
-
 // Blocks [begin, end), by one thread. `out` is where the first element of block `begin` goes.
 void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
   const int64_t n = checked_numel(weight.shape), width = dtype == DType::kF32 ? 4 : 2;

@@ -8,6 +8,8 @@ namespace peft_ext {
 
 // Elements a thread takes at least: about 20 microseconds of work.
 constexpr int64_t kDecodeGrain = 1 << 16;
+// Blocks whose scales are decoded together.
+constexpr int64_t kScaleChunk = 512;
 
 // The float32 scales of any range of blocks, double-quantized ones decoded.
 class Scales {

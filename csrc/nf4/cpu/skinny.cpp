@@ -9,9 +9,6 @@
 namespace peft_ext {
 namespace {
 
-// Blocks whose scales are decoded together.
-constexpr int64_t kScaleChunk = 512;
-
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t tokens;  // at most; 0: there is none
