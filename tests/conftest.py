@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_kernels import cuda_call  # noqa: F401  a fixture
 from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 
 from peft_ext import _native

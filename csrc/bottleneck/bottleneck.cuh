@@ -48,8 +48,8 @@ struct BottleneckWork {
   float* grad_u;        // gradient: [rows, size]
   bool ones;
   int64_t padded_rows, padded_size;  // of the terms
-  uint32_t* terms;                   // Terms [padded_rows, padded_size], or null
-  uint32_t* transposed;              // Terms [padded_size, padded_rows], or null
+  TermsOut terms;                    // [padded_rows, padded_size], if wanted
+  TermsOut transposed;               // [padded_size, padded_rows], if wanted
 };
 
 constexpr int kBottleneckThreads = 256;
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
       values[e] = work.scale * u * activation_gate(work.activation, u);
     }
   }
-  save_terms(values[0], values[1], work.padded_rows, work.padded_size, row, m, work.terms, work.transposed);
+  if (work.terms.data != nullptr) save_terms(work.terms, row, m, values[0], values[1]);
+  if (work.transposed.data != nullptr) save_terms_across(work.transposed, m, row, values[0], values[1]);
 }
 
 // out[m] = Σ_t dU[t, m]. Grid: size.

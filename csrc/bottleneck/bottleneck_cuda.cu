@@ -57,13 +57,12 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
       ": residual is not [..., ", size.out, "] of x's type on its device");
   const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
   const int64_t padded = padded_rank(size.size);
-  Splitter splitter(x);
-  const HeldTerms right = splitter.add(down, false, padded, round_up(size.in, kRankTile));
-  const HeldTerms up_terms = splitter.add(up, false, round_up(size.out, kRankTile), padded);
+  Splitter splitter(x, type);
+  const HeldTerms right = splitter.right_of_pass(down, false), up_terms = splitter.right_of_expand(up, false);
   splitter.run();
   const PartialSums sums = rank_pass(dense_input(held), &right, nullptr).rows;
 
-  const HeldTerms h = terms_of_rows(x, size.tokens, padded);
+  const HeldTerms h = left_terms(x, size.tokens, padded, type);
   {
     Launcher launcher(x);
     BottleneckWork work{};
@@ -82,7 +81,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   }
   std::optional<Tensor> bias;
   if (up_bias.has_value()) bias = device_vector(kOp, "up_bias", *up_bias, size.out, x);
-  expand(torch::stable::view(y, {size.tokens, size.out}), &h, &up_terms, &onto, bias, nullptr, std::nullopt, scale);
+  expand(torch::stable::view(y, {size.tokens, size.out}), &h, &up_terms, &onto, bias, std::nullopt, scale);
   return {y, u};
 }
 
@@ -110,13 +109,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
   // L has a row more than F, the ones.
   const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
-  const int64_t padded_tokens = round_up(size.tokens, kRankTile);
-  Splitter splitter(x);
-  const HeldTerms right = splitter.add(up, true, padded, round_up(size.out, kRankTile));
+  Splitter splitter(x, type);
+  const HeldTerms right = splitter.right_of_pass(up, true);
   HeldTerms down_terms;
-  if (needs_grad_x) down_terms = splitter.add(down, true, round_up(size.in, kRankTile), padded);
+  if (needs_grad_x) down_terms = splitter.right_of_expand(down, true);
   splitter.run();
-  const HeldTerms left = empty_terms(x, kMaxTerms, padded_left, padded_tokens);
+  const HeldTerms left = pass_terms(x, padded_left, size.tokens);
   BottleneckWork work{};
   work.activation = checked_activation(kOp, activation);
   work.scale = 1.0f;
@@ -142,16 +140,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
 
   const Tensor grad_u = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
   const Tensor grad_down_bias = device_empty(x, {size.size}, ScalarType::Float);
-  const HeldTerms transposed = empty_terms(x, kMaxTerms, padded, padded_tokens);
+  const HeldTerms transposed = pass_terms(x, padded, size.tokens);
   HeldTerms terms;
-  if (needs_grad_x) terms = terms_of_rows(x, size.tokens, padded);
+  if (needs_grad_x) terms = left_terms(x, size.tokens, padded, type);
   {
     Launcher launcher(x);
     work.u = const_cast<float*>(launcher.in<float>(held_u));
     work.ones = false;
     work.grad_h = launcher.in<float>(p);
     work.grad_u = launcher.scratch<float>(grad_u);
-    work.terms = work.transposed = nullptr;
+    work.terms = work.transposed = TermsOut{};
     run<true>(launcher, work, size, needs_grad_x ? &terms : nullptr, &transposed);
     launcher(bottleneck_bias_kernel<kBottleneckThreads>, size.size, kBottleneckThreads, work.grad_u, size.tokens,
              size.size, launcher.scratch<float>(grad_down_bias));
@@ -164,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   reduce(rank_pass(dense_input(flat_x), nullptr, &transposed).columns, size.size, grad_d);
   if (needs_grad_x) {
     expand(torch::stable::view(grad_x, {size.tokens, size.in}), &terms, &down_terms, own ? &flat_grad : nullptr,
-           std::nullopt, nullptr);
+           std::nullopt);
   }
   return {grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias};
 }

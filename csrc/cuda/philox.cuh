@@ -16,16 +16,24 @@ struct DeviceDropout {
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxGroup = 8;  // elements that share a counter block
 
-// A dropout whose seed has been read.
+// A dropout whose seed has been read. A 16-bit draw keeps its element where it is at least the threshold t. Both draws
+// of a word are compared at once (kept_halves), for which `lower` holds t's lower 15 bits in both halves, and `either`
+// is all ones where t has no bit 15.
 struct Philox {
-  uint32_t key0, key1, offset0, offset1, threshold;
+  uint32_t key0, key1, offset0, offset1, lower, either;
 };
 
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout) {
   if (dropout.seed == nullptr) return Philox{};
   const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]);
-  return Philox{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
-                static_cast<uint32_t>(offset >> 32), dropout.threshold};
+  // No draw is at least 2^16: in 15 bits there is none that 2^15 keeps.
+  const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
+  return Philox{static_cast<uint32_t>(seed),
+                static_cast<uint32_t>(seed >> 32),
+                static_cast<uint32_t>(offset),
+                static_cast<uint32_t>(offset >> 32),
+                lower * 0x10001u,
+                dropout.threshold < 0x8000u ? 0xffffffffu : 0u};
 }
 
 // The draws of flat elements 8 · group …, two a word, the first in the low half.
@@ -34,8 +42,9 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   uint32_t c2 = philox.offset0, c3 = philox.offset1, k0 = philox.key0, k1 = philox.key1;
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t low0 = c0 * 0xD2511F53u, low1 = c2 * 0xCD9E8D57u;
-    const uint32_t high0 = mul_hi(c0, 0xD2511F53u), high1 = mul_hi(c2, 0xCD9E8D57u);
+    uint32_t low0, high0, low1, high1;
+    mul_wide(c0, 0xD2511F53u, low0, high0);
+    mul_wide(c2, 0xCD9E8D57u, low1, high1);
     c0 = high1 ^ c1 ^ k0;
     c2 = high0 ^ c3 ^ k1;
     c1 = low1;
@@ -46,32 +55,30 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Whether a draw keeps its element: draw >= threshold, in the upper half of a word, where it needs no shift and the
-// bits below do not matter.
-__device__ __forceinline__ bool keeps(const Philox& philox, uint32_t draw_above) {
-  return draw_above >= philox.threshold << 16 && philox.threshold <= 0xffffu;
+// Bits 15 and 31: whether the draws in the low and the high half keep their elements; the other bits say nothing.
+// 2^15 + (draw's lower 15 bits) - (t's) has bit 15 where the lower bits suffice, and borrows nothing from the half
+// above. Where t has no bit 15 that or the draw's own bit 15 is enough, otherwise both it takes: the majority of them
+// and of what t says.
+__device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
+  const uint32_t reached = (draws | 0x80008000u) - philox.lower;
+  return (draws & reached) | ((draws | reached) & philox.either);
+}
+
+// The same of a group's four words.
+__device__ __forceinline__ uint4 kept_of_words(const Philox& philox, uint64_t group) {
+  const uint4 draws = draws_of_group(philox, group);
+  return make_uint4(kept_halves(philox, draws.x), kept_halves(philox, draws.y), kept_halves(philox, draws.z),
+                    kept_halves(philox, draws.w));
 }
 
 // Bit i: whether flat element 8 · group + i is kept.
 __device__ __forceinline__ uint32_t kept_of_group(const Philox& philox, uint64_t group) {
-  const uint4 draws = draws_of_group(philox, group);
-  const uint32_t words[4] = {draws.x, draws.y, draws.z, draws.w};
+  const uint4 words = kept_of_words(philox, group);
+  const uint32_t halves[4] = {words.x, words.y, words.z, words.w};
   uint32_t kept = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    kept |= (keeps(philox, words[i] << 16) ? 1u << (2 * i) : 0u) | (keeps(philox, words[i]) ? 2u << (2 * i) : 0u);
+  for (int i = 0; i < 4; ++i) kept |= (halves[i] >> 15 & 1u) << (2 * i) | (halves[i] >> 31) << (2 * i + 1);
   return kept;
-}
-
-// The same as masks over 16-bit elements, two a word.
-__device__ __forceinline__ uint4 kept_pairs(const Philox& philox, uint64_t group) {
-  const uint4 draws = draws_of_group(philox, group);
-  const uint32_t words[4] = {draws.x, draws.y, draws.z, draws.w};
-  uint32_t masks[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    masks[i] = (keeps(philox, words[i] << 16) ? 0xffffu : 0u) | (keeps(philox, words[i]) ? 0xffff0000u : 0u);
-  return make_uint4(masks[0], masks[1], masks[2], masks[3]);
 }
 
 // Whether one flat element is kept; for the few that no whole group serves.

@@ -14,7 +14,7 @@
 
 #include "common/dtype.h"
 
-// PEFT_EXT_SHARED(Type, name): `Type& name`, this block's shared memory, aligned to 16 bytes and not initialized. Type
+// PEFT_EXT_SHARED(Type, name): `Type& name`, this block's shared memory, aligned to 128 bytes and not initialized. Type
 // is trivial, an array or a struct, without a comma in its name; all of a kernel's are at most 48 KiB together.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_SHARED(Type, name)                                             \
@@ -22,8 +22,8 @@
   ::peft_ext::Identity<Type>& name = *static_cast<::peft_ext::Identity<Type>*>( \
       ::peft_ext::emulator::static_shared(&name##_key, sizeof(::peft_ext::Identity<Type>), #name))
 #else
-#define PEFT_EXT_SHARED(Type, name)                                                        \
-  __shared__ __align__(16) unsigned char name##_bytes[sizeof(::peft_ext::Identity<Type>)]; \
+#define PEFT_EXT_SHARED(Type, name)                                                         \
+  __shared__ __align__(128) unsigned char name##_bytes[sizeof(::peft_ext::Identity<Type>)]; \
   ::peft_ext::Identity<Type>& name = *reinterpret_cast<::peft_ext::Identity<Type>*>(name##_bytes)
 #endif
 
@@ -76,12 +76,39 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 #endif
 }
 
-// The high 32 bits of a 64-bit product.
-__device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) {
+// The 64 bits of a product of 32: its low and its high half.
+__device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
-  return __umulhi(a, b);
+  // One instruction for both halves, which the compiler makes of two products only now and then.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+#endif
+  low = static_cast<uint32_t>(product);
+  high = static_cast<uint32_t>(product >> 32);
+}
+
+// prmt: each half of the result is bit 15, or bit 31, of the word, 16 times.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
+#ifdef __CUDACC__
+  uint32_t spread;
+  asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(spread) : "r"(word));
+  return spread;
+#else
+  return (word >> 31) * 0xffff0000u + (word >> 15 & 1u) * 0xffffu;
+#endif
+}
+
+// The same of bit 15 (kHigh: bit 31) alone, 32 times.
+template <bool kHigh>
+__device__ __forceinline__ uint32_t spread_sign(uint32_t word) {
+#ifdef __CUDACC__
+  uint32_t spread;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(word), "n"(kHigh ? 0xBBBB : 0x9999));
+  return spread;
+#else
+  return 0u - (word >> (kHigh ? 31 : 15) & 1u);
 #endif
 }
 
@@ -154,6 +181,20 @@ template <typename T>
 __device__ __forceinline__ T load_cached(const T* from) {
 #ifdef __CUDACC__
   return __ldg(from);
+#else
+  return *from;
+#endif
+}
+
+// The same of 16 bytes, in its place: the compiler moves it past no other instruction of this kind, where it would
+// otherwise start all loads that it sees at once, and run out of registers.
+__device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
+#ifdef __CUDACC__
+  uint4 words;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return words;
 #else
   return *from;
 #endif
@@ -274,20 +315,73 @@ __device__ __forceinline__ bool any_lane(bool vote) {
 #endif
 }
 
+// ---- shared memory by address
+
+// A place in shared memory. Device code counts in its 32 bits, where a pointer would cost two registers and, at each
+// use, an instruction.
+struct SharedAt {
+#ifdef __CUDACC__
+  uint32_t at;
+  __device__ __forceinline__ SharedAt operator+(uint32_t bytes) const { return {at + bytes}; }
+  __device__ __forceinline__ SharedAt operator^(uint32_t bits) const { return {at ^ bits}; }
+#else
+  unsigned char* at;
+  SharedAt operator+(uint32_t bytes) const { return {at + bytes}; }
+  SharedAt operator^(uint32_t bits) const {
+    return {reinterpret_cast<unsigned char*>(reinterpret_cast<uintptr_t>(at) ^ bits)};
+  }
+#endif
+};
+
+__device__ __forceinline__ SharedAt shared_at(const void* shared) {
+#ifdef __CUDACC__
+  return {static_cast<uint32_t>(__cvta_generic_to_shared(shared))};
+#else
+  return {static_cast<unsigned char*>(const_cast<void*>(shared))};
+#endif
+}
+
+// 16 bytes, aligned to as many.
+__device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
+#ifdef __CUDACC__
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(from.at)
+               : "memory");
+  return words;
+#else
+  return *reinterpret_cast<const uint4*>(from.at);
+#endif
+}
+
+__device__ __forceinline__ void store_shared_16(SharedAt to, uint4 words) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.at), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to.at) = words;
+#endif
+}
+
 // ---- asynchronous copies
 
 // cp.async of 16, 8 or 4 bytes, both addresses aligned to as many. Where `take` is false the destination gets zeros and
-// `global` is not read; it still is a valid pointer. The bytes are there for this thread after cp_async_wait, and for
+// `global` is not read, wherever it points. The bytes are there for this thread after cp_async_wait, and for
 // others after a barrier that follows it. 16 bytes go past L1 (.cg), fewer through it (.ca).
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool take) {
+__device__ __forceinline__ void cp_async_16(SharedAt shared, const void* global, bool take) {
 #ifdef __CUDACC__
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(__cvta_generic_to_global(global)), "r"(take ? 16 : 0)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.at), "l"(__cvta_generic_to_global(global)),
+               "r"(take ? 16 : 0)
+               : "memory");
 #else
-  emulator::cp_async(shared, global, 16, take);
+  emulator::cp_async(shared.at, global, 16, take);
 #endif
+}
+
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool take) {
+  cp_async_16(shared_at(shared), global, take);
 }
 
 __device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool take) {
@@ -336,26 +430,26 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // Four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8: 16
 // bytes, aligned. r[i] of lane l is row g, columns 2t and 2t + 1, of matrix i. All 32 lanes.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(row.at)
                : "memory");
 #else
-  emulator::ldmatrix_x4(r, row, false);
+  emulator::ldmatrix_x4(r, row.at, false);
 #endif
 }
 
 // The same, each matrix transposed: r[i] of lane l is rows 2t and 2t + 1, column g, of matrix i.
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(row.at)
                : "memory");
 #else
-  emulator::ldmatrix_x4(r, row, true);
+  emulator::ldmatrix_x4(r, row.at, true);
 #endif
 }
 

@@ -73,6 +73,24 @@ __device__ __forceinline__ void save_vector(float* to, const float (&values)[kVe
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
+// The same where bits 15 and 31 of masks[i] are set for values 2 i and 2 i + 1, and zeros where they are not.
+template <typename T>
+__device__ __forceinline__ void save_masked(T* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(
+      pack2<T>(values[0], values[1]) & spread_signs(masks[0]), pack2<T>(values[2], values[3]) & spread_signs(masks[1]),
+      pack2<T>(values[4], values[5]) & spread_signs(masks[2]), pack2<T>(values[6], values[7]) & spread_signs(masks[3]));
+}
+
+__device__ __forceinline__ void save_masked(float* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    reinterpret_cast<uint4*>(to)[i] =
+        make_uint4(__float_as_uint(values[4 * i]) & spread_sign<false>(masks[2 * i]),
+                   __float_as_uint(values[4 * i + 1]) & spread_sign<true>(masks[2 * i]),
+                   __float_as_uint(values[4 * i + 2]) & spread_sign<false>(masks[2 * i + 1]),
+                   __float_as_uint(values[4 * i + 3]) & spread_sign<true>(masks[2 * i + 1]));
+}
+
 // Columns [column, column + 8) of a row that ends at `columns`; `whole`: a multiple of 8 columns on 16 bytes, so they
 // are all there. What lies behind the end is 0, and is not stored.
 template <typename T>

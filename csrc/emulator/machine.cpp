@@ -399,7 +399,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
   machine.static_end = kSharedGap;  // dynamic_shared() of a launch without any is out of bounds
   if (dynamic_shared > 0) {
     declare(machine, nullptr, static_cast<size_t>(dynamic_shared), "dynamic_shared()", 0);
-    machine.static_end = (static_cast<size_t>(dynamic_shared) + kSharedGap + 15) / 16 * 16;
+    machine.static_end = (static_cast<size_t>(dynamic_shared) + 2 * kSharedGap - 1) / kSharedGap * kSharedGap;
   }
 
   const Current before = current;
@@ -461,7 +461,7 @@ void* static_shared(const void* key, size_t bytes, const char* name) {
           "together",
           name, machine.static_bytes, dynamic, kMaxStaticShared, kMaxShared);
   }
-  machine.static_end = (begin + bytes + kSharedGap + 15) / 16 * 16;
+  machine.static_end = (begin + bytes + 2 * kSharedGap - 1) / kSharedGap * kSharedGap;
   return machine.arena + declare(machine, key, bytes, name, begin);
 }
 

@@ -28,9 +28,9 @@ constexpr size_t kPageBytes = 4096;  // a page that nothing may touch lies below
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
 constexpr size_t kMaxShared = 99 * 1024;  // of a block: what every architecture from 8.0 on has
-constexpr size_t kSharedGap = 64;         // between declarations, so that a step past one is found
+constexpr size_t kSharedGap = 128;        // between declarations, so that a step past one is found
 constexpr int kMaxDeclarations = 32;
-constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * kSharedGap;
+constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * 2 * kSharedGap;
 
 enum class Access { kRead, kWrite, kAtomic };
 

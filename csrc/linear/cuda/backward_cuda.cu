@@ -32,12 +32,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   }
   const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x);
 
-  HeldTerms p_terms, a_terms;
-  if (low_rank) {
-    const RankGradients grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, &out);
-    p_terms = grads.p;
-    a_terms = grads.a;
-  }
+  RankGradients grads;
+  if (low_rank) grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, &out);
 
   // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
@@ -58,7 +54,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (drop_base) {
     const Tensor through = torch::stable::empty_like(grad_x), direct = torch::stable::empty_like(grad_x);
     if (low_rank) {
-      expand(through, &p_terms, &a_terms, nullptr, std::nullopt, nullptr);
+      expand(through, &grads.p, &grads.a, nullptr, std::nullopt);
       addmm_(through, scaled, w, 1.0);
     } else {
       mm_out(through, scaled, w);
@@ -68,7 +64,11 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     return out;
   }
   if (low_rank) {
-    expand(grad_x, &p_terms, &a_terms, nullptr, std::nullopt, &adapter);
+    if (adapter.seed.has_value()) {
+      expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
+    } else {
+      expand(grad_x, &grads.p, &grads.a, nullptr, std::nullopt);
+    }
     addmm_(grad_x, scaled, w, 1.0);
   } else {
     mm_out(grad_x, scaled, w);

@@ -22,6 +22,7 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 // Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
 struct RankGradients {
   HeldTerms p, a;
+  std::optional<Tensor> kept;  // the mask's bits, which the pass over x drew
 };
 
 // grad_A, grad_B and grad_rank_scale of flat dY and x, and the terms where dX is wanted.

@@ -1,80 +1,122 @@
 // What a small matrix product brings to a large matrix, in one pass over it:
 //
-//   out [T, N] = (before or 0) + mask/(1-p) ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
+//   out [T, N] = (before or 0) + mask ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
 // as the low-rank term that PyTorch's product then adds to (Y₀ = S (ρB)ᵀ + b), and dX's term behind the dropout, whose
-// mask is made again here; a bottleneck adapter's output on its residual; with g and z as the output of PEFT's DoRA, Y
-// = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ. L and F come in bfloat16 terms, R padded to a multiple of 16, or 0
-// for the bias alone. A block of 4 warps owns 64 x 64 of out, a warp 16 rows. The columns that a lane's accumulators
-// stand for are chosen so that it holds eight in a row: column 32 h + 8 (g / 2) + 2 j + g % 2 of F is row g of B tile
-// j, and C's columns 2t, 2t + 1 of the four tiles of h are 32 h + 8 t …: one store of 16 bytes (32 of float32), one
-// group of the generator's. No shared memory. float32 sums, one rounding. Bytes moved: out, once (twice where it is
-// added to).
+// mask the pass that made dA has kept and whose 1/(1-p) is in L; a bottleneck adapter's output on its residual; with g
+// and z as the output of PEFT's DoRA, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ. L and F come in bfloat16
+// terms, three for float32 and two for 16-bit types, R padded to a multiple of 16, or 0 for the bias alone.
+//
+// A block of 4 warps owns 64 x 64 of out, a warp 16 rows. The columns that a lane's accumulators stand for are chosen
+// so that it holds eight in a row: row g of F's tile 4 h + j of 8 is column 32 h + 8 (g / 2) + 2 j + g % 2, and C's
+// columns 2t, 2t + 1 of the four tiles of h are then 32 h + 8 t …: one store of 16 bytes (32 of float32), one group of
+// the generator's. No shared memory. float32 sums, one rounding. Bytes moved: out, once (twice where it is added to).
 #pragma once
 
-#include "linear/cuda/terms.cuh"
+#include "linear/cuda/rank_pass.cuh"
 
 namespace peft_ext {
 
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
+// What is added to or dropped from the product; kAny: all of it, whatever the shapes and alignments.
+enum class ExpandWork { kBias, kMask, kOnto, kAny };
+
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8 and out, before and z lie on 16 bytes
   Terms left;  // outer: rows, inner: rank
   Terms right;
   const void* before;  // T [rows, columns], which may be out itself, or null
-  const void* bias;    // [columns] of bias_type, times bias_scale, or null
+  const void* bias;    // [columns] of bias_type, times bias_scale, or null; kBias: of T, kOnto: float32
   DType bias_type;
   float bias_scale;
-  const void* z;       // T [rows, columns], or null
-  const float* scale;  // g [columns], with z
-  DeviceDropout dropout;
+  const void* z;          // T [rows, columns], or null
+  const float* scale;     // g [columns], with z
+  const uint32_t* kept;   // kMask: the mask's bits, as a rank pass leaves them
+  DeviceDropout dropout;  // kAny: what draws the mask again
 };
 
-// Grid: x: tiles of rows; y: tiles of columns.
 template <typename T>
+constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
+
+// C += the 16 x 64 product of a warp, of 16 ranks from 16 `step` on.
+template <typename T, int kRightTerms>
+__device__ __forceinline__ void expand_product(const ExpandTerms& work, int64_t step, float (&c)[2][4][4]) {
+  constexpr int kLeftTerms = kExpandLeftTerms<T>;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t steps = work.left.inner / 16;
+  const uint4* left = work.left.data + ((blockIdx.x * 4 + warp) * steps + step) * kLeftTerms * kWarpSize + lane;
+  const uint4* right = work.right.data + (blockIdx.y * steps + step) * kRightTerms * 4 * kWarpSize + lane;
+  uint32_t a[kLeftTerms][4];
+  uint4 held[kRightTerms][4];
+#pragma unroll
+  for (int i = 0; i < kLeftTerms; ++i) {
+    const uint4 words = load_cached(left + i * kWarpSize);
+    a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
+  }
+#pragma unroll
+  for (int term = 0; term < kRightTerms; ++term)
+#pragma unroll
+    for (int two = 0; two < 4; ++two) held[term][two] = load_cached(right + (term * 4 + two) * kWarpSize);
+#pragma unroll
+  for (int term = kRightTerms - 1; term >= 0; --term)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint4 low = held[term][2 * h], high = held[term][2 * h + 1];
+      const uint32_t b[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+      mma_terms<4, kLeftTerms, kLeftTerms>(c[h], a, b, term);
+    }
+}
+
+// kSteps: the ranks, in steps of 16, of what is known when this is compiled; 0: of what is not.
+// Grid: x: tiles of rows; y: tiles of columns.
+template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
 
-  // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
-  const int64_t row_block = (row - g) / 8, steps = work.left.inner / 16;
   float sums[2][4][4] = {};
-  for (int64_t first = 0; first < steps; first += 4) {
-    float fresh[2][4][4] = {};
-    const int64_t last = min_of(first + 4, steps);
-    for (int64_t k = first; k < last; ++k) {
-      uint32_t a[kMaxTerms][4];
+  if constexpr (kSteps > 0) {
 #pragma unroll
-      for (int i = 0; i < kMaxTerms; ++i) {
-        const uint2 upper = load_terms(work.left, i, row_block, k, lane);
-        const uint2 lower = load_terms(work.left, i, row_block + 1, k, lane);
-        a[i][0] = upper.x;
-        a[i][1] = lower.x;
-        a[i][2] = upper.y;
-        a[i][3] = lower.y;
-      }
+    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work, step, sums);
+  } else {
+    // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
+    const int64_t steps = work.left.inner / 16;
+    for (int64_t first = 0; first < steps; first += 4) {
+      float fresh[2][4][4] = {};
+      const int64_t last = min_of(first + 4, steps);
+      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work, step, fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        mma_terms<4, kMaxTerms, 1>(fresh[h], a, work.right, {column / 8 + 4 * h + g / 2, 0, g % 2 * 4 + t, 8}, k);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[h][j][i] += fresh[h][j][i];
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[h][j][i] += fresh[h][j][i];
   }
 
-  const Philox philox = load_philox(work.dropout);
+  constexpr bool kWhole = kWork != ExpandWork::kAny;
+  [[maybe_unused]] const Philox philox = kWhole ? Philox{} : load_philox(work.dropout);
+  T* const out = static_cast<T*>(work.out) + row * work.columns;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t first = column + 32 * h + 8 * t;
+    const int64_t first = column + 32 * h;
     if (first >= work.columns) continue;
+    float bias[kVector] = {};
+    if (kWork != ExpandWork::kMask && work.bias != nullptr) {
+      if constexpr (kWork == ExpandWork::kBias) {
+        load_vector(static_cast<const T*>(work.bias) + first, bias);
+      } else if constexpr (kWork == ExpandWork::kOnto) {
+        load_vector(static_cast<const float*>(work.bias) + first, bias);
+      } else {
+        load_columns(work.bias, work.bias_type, 0, first, work.columns, false, bias);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) bias[i] *= work.bias_scale;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t at = row + 8 * half;
@@ -85,31 +127,41 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
         values[2 * j] = sums[h][j][2 * half];
         values[2 * j + 1] = sums[h][j][2 * half + 1];
       }
-      if (work.dropout.seed != nullptr) {
-        const uint32_t kept = kept_elements(philox, at * work.columns + first, work.whole);
+      T* const to = out + 8 * half * work.columns;
+      if constexpr (kWork == ExpandWork::kMask) {
+        const int64_t tile = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
+        const uint32_t kept = work.kept[tile * kRankThreads + (g + 8 * half) * 8 + h * 4 + t] << (4 * warp);
+        uint32_t masks[4];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] * work.dropout.scale : 0.0f;
-      }
-      T* out = static_cast<T*>(work.out) + at * work.columns;
-      if (work.before != nullptr) {
-        float before[kVector];
-        load_columns(static_cast<const T*>(work.before) + at * work.columns, first, work.columns, work.whole, before);
+        for (int i = 0; i < 4; ++i) masks[i] = kept << i;
+        save_masked(to + first, values, masks);
+      } else {
+        if constexpr (!kWhole) {
+          if (work.dropout.seed != nullptr) {
+            const uint32_t kept = kept_elements(philox, at * work.columns + first, false);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] += before[i];
-      }
-      if (work.z != nullptr) {
-        float z[kVector], scale[kVector];
-        load_columns(static_cast<const T*>(work.z) + at * work.columns, first, work.columns, work.whole, z);
-        load_columns(work.scale, first, work.columns, false, scale);
+            for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;
+          }
+        }
+        if constexpr (kWork == ExpandWork::kOnto || kWork == ExpandWork::kAny) {
+          if (work.before != nullptr) {
+            float before[kVector];
+            load_columns(static_cast<const T*>(work.before) + at * work.columns, first, work.columns, kWhole, before);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] += (scale[i] - 1.0f) * z[i];
-      }
-      if (work.bias != nullptr) {
+            for (int i = 0; i < kVector; ++i) values[i] += before[i];
+          }
+          if (work.z != nullptr) {
+            float z[kVector], scale[kVector];
+            load_columns(static_cast<const T*>(work.z) + at * work.columns, first, work.columns, kWhole, z);
+            load_columns(work.scale, first, work.columns, kWhole, scale);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          if (first + i < work.columns) values[i] += work.bias_scale * load_value(work.bias, work.bias_type, first + i);
+            for (int i = 0; i < kVector; ++i) values[i] += (scale[i] - 1.0f) * z[i];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] += bias[i];
+        save_columns(to, first, work.columns, kWhole, values);
       }
-      save_columns(out, first, work.columns, work.whole, values);
     }
   }
 }

@@ -5,7 +5,6 @@
 // An NF4 weight is dequantized for the product; up to kSkinnyTokens tokens of 16-bit types take nf4_skinny_kernel,
 // whose second kernel adds all the rest.
 #include "linear/cuda/call.cuh"
-#include "linear/cuda/expand.cuh"
 #include "linear/cuda/select_ranks.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
@@ -186,11 +185,11 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     shrink_few(held, adapter, size, out.s);
   } else if (low_rank) {
     const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
-    Splitter splitter(x);
-    const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
+    Splitter splitter(x, type);
+    const HeldTerms a_terms = splitter.right_of_pass(a, false);
     if (!skinny) {
-      if (groups == nullptr) s_terms = terms_of_rows(x, size.tokens, size.padded);
-      b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
+      if (groups == nullptr) s_terms = left_terms(x, size.tokens, size.padded, type);
+      b_terms = splitter.right_of_expand(b, false);
     }
     splitter.run();
     shrink(held, adapter, size, a_terms, out.s, skinny || groups != nullptr ? nullptr : &s_terms);
@@ -198,7 +197,11 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   Tensor kept;
   if (groups != nullptr) {
     kept = select_ranks(*groups, out.s);
-    if (!skinny) s_terms = split_matrix(out.s, false, round_up(size.tokens, kRankTile), size.padded);
+    if (!skinny) {
+      Splitter splitter(x, type);
+      s_terms = splitter.left_of_expand(out.s, false);
+      splitter.run();
+    }
   }
   if (skinny) {
     skinny_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
@@ -211,7 +214,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const Tensor product = transposed(dense_weight(weight, type));
   if (!adapter.out_scale.has_value()) {
     if (low_rank || held_bias.has_value()) {
-      expand(y, low_rank ? &s_terms : nullptr, &b_terms, nullptr, held_bias, nullptr);
+      expand(y, low_rank ? &s_terms : nullptr, &b_terms, nullptr, held_bias);
       addmm_(y, held, product, 1.0);
     } else {
       mm_out(y, held, product);
@@ -230,14 +233,14 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   // Where Z + b₀ is kept the product finds b₀ there.
   const bool bias_first = want_z && before.has_value();
   if (low_rank || bias_first) {
-    expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt, nullptr);
+    expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt);
     addmm_(z, x_of_z, product, 1.0);
   } else {
     mm_out(z, x_of_z, product);
   }
   if (drop_base) {
     mm_out(y, held, product);
-    expand(y, low_rank ? &s_terms : nullptr, &b_terms, &y, after, nullptr, Scaled{z, *adapter.out_scale});
+    expand(y, low_rank ? &s_terms : nullptr, &b_terms, &y, after, Scaled{z, *adapter.out_scale});
     return out;
   }
   finish(y, z, *adapter.out_scale, bias_first ? std::nullopt : before, after);

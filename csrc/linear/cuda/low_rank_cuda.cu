@@ -1,6 +1,5 @@
 // The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
 #include "linear/cuda/call.cuh"
-#include "linear/cuda/expand.cuh"
 #include "linear/cuda/rank_scale.cuh"
 
 namespace peft_ext {
@@ -41,23 +40,25 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
                              bool needs_grad_x, DeviceBackward* out) {
   RankGradients grads;
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
-  const int64_t padded_tokens = round_up(size.tokens, kRankTile);
   const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
-  Splitter splitter(x);
-  const HeldTerms right = splitter.add(b, true, size.padded, round_up(size.outputs, kRankTile), g);
-  const HeldTerms left = splitter.add(held_s, true, size.padded, padded_tokens);
-  if (needs_grad_x) grads.a = splitter.add(a, true, round_up(size.inputs, kExpandTile), size.padded);
+  Splitter splitter(x, x.scalar_type());
+  const HeldTerms right = splitter.right_of_pass(b, true, g);
+  const HeldTerms left = splitter.left_of_pass(held_s, true);
+  if (needs_grad_x) grads.a = splitter.right_of_expand(a, true);
   splitter.run();
   const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
 
-  const HeldTerms p_transposed = empty_terms(x, kMaxTerms, size.padded, padded_tokens);
+  const HeldTerms p_transposed = pass_terms(x, size.padded, size.tokens);
   const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
   Reduced p;
   p.rank_scale = rank_scale;
-  p.after = adapter.scaling;
+  // What dropout divides by is in P, for both of its products; with drop_base the product's gradient is dropped as well,
+  // and dX divided behind both.
+  const double divided = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided;
   p.transposed = &p_transposed;
   if (needs_grad_x) {
-    grads.p = terms_of_rows(x, size.tokens, size.padded);
+    grads.p = left_terms(x, size.tokens, size.padded, x.scalar_type());
     p.terms = &grads.p;
   }
 
@@ -84,11 +85,13 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
 
   out->grad_A = device_empty(x, {size.rank, size.inputs}, a.scalar_type());
   Reduced grad_a;
-  grad_a.scale = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
+  grad_a.scale = adapter.drop_base ? divided : 1.0;
   grad_a.out = &out->grad_A;
   grad_a.row_stride = 1;
   grad_a.rank_stride = size.inputs;
-  reduce(rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed).columns, size.rank, grad_a);
+  const PassSums over_x = rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed, false, needs_grad_x);
+  reduce(over_x.columns, size.rank, grad_a);
+  grads.kept = over_x.kept;
   return grads;
 }
 
@@ -123,13 +126,12 @@ DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& re
   const Tensor held = flat_rows(x), onto = flat_rows(residual);
   const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
-  Splitter splitter(x);
-  const HeldTerms a_terms = splitter.add(a, false, size.padded, round_up(size.inputs, kRankTile));
-  const HeldTerms b_terms = splitter.add(b, false, round_up(size.outputs, kExpandTile), size.padded);
+  Splitter splitter(x, type);
+  const HeldTerms a_terms = splitter.right_of_pass(a, false), b_terms = splitter.right_of_expand(b, false);
   splitter.run();
-  const HeldTerms s_terms = terms_of_rows(x, size.tokens, size.padded);
+  const HeldTerms s_terms = left_terms(x, size.tokens, size.padded, type);
   shrink(held, adapter, size, a_terms, out.s, &s_terms);
-  expand(y, &s_terms, &b_terms, &onto, std::nullopt, nullptr);
+  expand(y, &s_terms, &b_terms, &onto, std::nullopt);
   return out;
 }
 
@@ -148,9 +150,13 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
     return out;
   }
   const RankGradients grads = rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, &out);
-  if (needs_grad_x)
-    expand(torch::stable::view(out.grad_x, {size.tokens, size.inputs}), &grads.p, &grads.a, nullptr, std::nullopt,
-           &adapter);
+  if (!needs_grad_x) return out;
+  const Tensor grad_x = torch::stable::view(out.grad_x, {size.tokens, size.inputs});
+  if (adapter.seed.has_value()) {
+    expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
+  } else {
+    expand(grad_x, &grads.p, &grads.a, nullptr, std::nullopt);
+  }
   return out;
 }
 

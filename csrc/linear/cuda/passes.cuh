@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "linear/cuda/adapted_linear.cuh"
+#include "linear/cuda/expand.cuh"
 #include "linear/cuda/rank_pass.cuh"
 #include "nf4/cuda/nf4_weight.cuh"
 
@@ -20,35 +21,41 @@ struct HeldTerms {
   Terms terms;
 };
 
-HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner);
+// Of activations [rows, rank], padded, as `expand` takes its left side; `type` is that of its result.
+HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// Of activations [rows, rank], as `expand` takes its left side.
-HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded);
+// Of activations' transpose [rank, rows], padded, as a rank pass takes L.
+HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows);
 
-// For a kernel that reads them.
+// For a kernel that reads them, or writes them.
 Terms read_terms(const Launcher& launcher, const HeldTerms& held);
-uint32_t* write_terms(const Launcher& launcher, const HeldTerms& held);
+TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
-// The small matrices of a call that become terms, in one launch: add() each, then run(). What they are made from must
-// live as long.
+// The small matrices of a call that become terms, in one launch: add each, then run(). What they are made from must
+// live as long. A matrix is contiguous [rows, columns], or `transpose` says that its transpose is meant.
 class Splitter {
  public:
-  explicit Splitter(const Tensor& like) : launcher_(like), like_(like) {}
+  // type: of the large matrices that the terms meet.
+  Splitter(const Tensor& like, ScalarType type) : launcher_(like), like_(like), type_(type) {}
 
-  // A contiguous matrix [rows, columns], or its transpose; outer is what comes first. inner_scale [inner] may be null.
-  HeldTerms add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
-                const Tensor* inner_scale = nullptr);
+  // F [ranks, columns of D] of a rank pass, or L [ranks, rows of D]. inner_scale, of D's side, may be null.
+  HeldTerms right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale = nullptr);
+  HeldTerms left_of_pass(const Tensor& matrix, bool transpose);
+  // F [columns of the result, ranks] of `expand`, or L [rows, ranks].
+  HeldTerms right_of_expand(const Tensor& matrix, bool transpose);
+  HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
   void run() const;
 
  private:
+  HeldTerms add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* inner_scale = nullptr);
+
   Launcher launcher_;
   const Tensor& like_;
+  ScalarType type_;
   Splits splits_{};
   int count_ = 0;
   int64_t blocks_ = 0;
 };
-
-HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded);
 
 // --- rank passes
 
@@ -76,16 +83,25 @@ struct PartialSums {
 
 struct PassSums {
   PartialSums rows, columns;
-  Tensor squares;  // [chunks, padded rows]
+  Tensor squares;              // [chunks, padded rows]
+  std::optional<Tensor> kept;  // the mask's bits
 };
 
 // P = D F where F is given (right: [ranks][columns]), Q = Dᵀ L where L is (left: [ranks][rows]); each in partial sums.
-PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false);
+// keep_mask, with L alone: the mask's bits, if D is dropped and has a shape that has them.
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false,
+                   bool keep_mask = false);
+
+// Which rank_pass_kernel.
+struct RankVariant {
+  bool nf4, whole;
+  RankWork work;
+  RankMask mask;
+};
 
 // rank_pass_kernel's launches over a D of one element type, each in a translation unit of its own.
 template <typename T>
-void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool nf4, bool rows,
-                      bool columns);
+void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
 // What is wanted of partial sums; see RankReduce.
 struct Reduced {
@@ -110,11 +126,18 @@ struct Scaled {
   Tensor z, scale;
 };
 
-// out = before + mask/(1-p) ∘ (left rightᵀ) + bias_scale bias; each may be none, before may be out, the bias is of any
-// type.
+// out = before + left rightᵀ + bias_scale bias; each may be none, before may be out, the bias is of any type.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
-            const std::optional<Tensor>& bias, const DeviceAdapter* dropout,
-            const std::optional<Scaled>& scaled = std::nullopt, double bias_scale = 1.0);
+            const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
+            double bias_scale = 1.0);
+
+// out = mask ∘ (left rightᵀ), where the adapter drops; `kept` are the mask's bits, if they are known.
+void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
+                    const std::optional<Tensor>& kept);
+
+// One element type's launches of expand_kernel, each in a translation unit of its own. `whole`: vectors of eight.
+template <typename T>
+void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 
 // --- elementwise
 

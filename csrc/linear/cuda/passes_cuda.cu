@@ -3,7 +3,7 @@
 #include <math.h>
 
 #include "linear/cuda/column_reduce.cuh"
-#include "linear/cuda/expand.cuh"
+#include "linear/cuda/rank_plan.cuh"
 #include "linear/cuda/rank_reduce.cuh"
 #include "linear/cuda/split.cuh"
 
@@ -20,53 +20,80 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
 
 // --- terms
 
-HeldTerms empty_terms(const Tensor& like, int count, int64_t outer, int64_t inner) {
+namespace {
+
+HeldTerms empty_terms(const Tensor& like, TermsOrder order, int count, int64_t outer, int64_t inner) {
   HeldTerms held;
   held.storage = device_empty(like, {count, outer, inner}, ScalarType::BFloat16);
-  held.terms = Terms{nullptr, count, outer, inner};
+  held.terms = Terms{nullptr, count, outer, inner, order};
   return held;
+}
+
+int expand_terms(ScalarType type) {
+  return type == ScalarType::Float ? kExpandLeftTerms<float> : kExpandLeftTerms<bf16>;
+}
+
+}  // namespace
+
+HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type) {
+  return empty_terms(like, TermsOrder::kLeft, expand_terms(type), round_up(rows, kExpandTile), padded_rank);
+}
+
+HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows) {
+  return empty_terms(like, TermsOrder::kPass, kMaxTerms, padded_rank, round_up(rows, kRankTile));
 }
 
 Terms read_terms(const Launcher& launcher, const HeldTerms& held) {
   Terms terms = held.terms;
-  terms.data = static_cast<const uint2*>(launcher.in<void>(held.storage));
+  terms.data = static_cast<const uint4*>(launcher.in<void>(held.storage));
   return terms;
 }
 
-uint32_t* write_terms(const Launcher& launcher, const HeldTerms& held) {
-  return static_cast<uint32_t*>(launcher.scratch<void>(held.storage));
+TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
+  const Terms& terms = held.terms;
+  return {static_cast<uint32_t*>(launcher.scratch<void>(held.storage)), terms.count, terms.outer, terms.inner,
+          terms.order};
 }
 
-HeldTerms Splitter::add(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded,
-                        const Tensor* inner_scale) {
-  const ScalarType type = matrix.scalar_type();
-  const int count = inner_scale != nullptr || type == ScalarType::Float ? 3 : type == ScalarType::Half ? 2 : 1;
-  const HeldTerms held = empty_terms(like_, count, outer_padded, inner_padded);
+HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
+  // A kernel of its own for what a bfloat16 adapter over a bfloat16 base is: one term.
+  const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
+  return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, inner_scale);
+}
+
+HeldTerms Splitter::left_of_pass(const Tensor& matrix, bool transpose) {
+  return add(TermsOrder::kPass, matrix, transpose, kMaxTerms);
+}
+
+HeldTerms Splitter::right_of_expand(const Tensor& matrix, bool transpose) {
+  const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_;
+  return add(TermsOrder::kRight, matrix, transpose, one ? 1 : expand_terms(type_));
+}
+
+HeldTerms Splitter::left_of_expand(const Tensor& matrix, bool transpose) {
+  return add(TermsOrder::kLeft, matrix, transpose, expand_terms(type_));
+}
+
+HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* inner_scale) {
+  const int64_t outer = matrix.size(transpose ? 1 : 0), inner = matrix.size(transpose ? 0 : 1);
+  const bool pass = order == TermsOrder::kPass;
+  const HeldTerms held = empty_terms(like_, order, count, pass ? padded_rank(outer) : round_up(outer, kExpandTile),
+                                     pass ? round_up(inner, kRankTile) : padded_rank(inner));
   STD_TORCH_CHECK(count_ < kMaxSplits, "peft_ext: more than ", kMaxSplits, " small matrices in a launch");
   Split& work = splits_.work[count_++];
   work.in = launcher_.in<void>(matrix);
-  work.type = dtype_of(type);
-  work.outer = matrix.size(transpose ? 1 : 0);
-  work.inner = matrix.size(transpose ? 0 : 1);
+  work.type = dtype_of(matrix.scalar_type());
+  work.outer = outer;
+  work.inner = inner;
   work.outer_stride = transpose ? 1 : matrix.size(1);
   work.inner_stride = transpose ? matrix.size(1) : 1;
   work.inner_scale = inner_scale == nullptr ? nullptr : launcher_.in<float>(*inner_scale);
   work.out = write_terms(launcher_, held);
-  work.count = count;
-  work.outer_padded = outer_padded;
-  work.inner_padded = inner_padded;
-  blocks_ = std::max(blocks_, ceil_div(outer_padded * inner_padded / 2, kSplitThreads));
+  blocks_ = std::max(blocks_, ceil_div(held.terms.outer * held.terms.inner / 2, kSplitThreads));
   return held;
 }
 
 void Splitter::run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
-
-HeldTerms split_matrix(const Tensor& matrix, bool transpose, int64_t outer_padded, int64_t inner_padded) {
-  Splitter splitter(matrix);
-  const HeldTerms held = splitter.add(matrix, transpose, outer_padded, inner_padded);
-  splitter.run();
-  return held;
-}
 
 // --- rank passes
 
@@ -83,7 +110,8 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
           nullptr};
 }
 
-PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares) {
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares,
+                   bool keep_mask) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
   // Two passes where P's and Q's sums do not both fit registers, or are not of the same ranks.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
@@ -95,7 +123,6 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   RankPass pass;
   pass.rows = input.rows;
   pass.columns = input.columns;
-  pass.whole = input.columns % kVector == 0 && aligned(input.tensor(), input.nf4 != nullptr ? 4 : 16);
   pass.padded_rank = rank;
   pass.padded_rows = round_up(input.rows, kRankTile);
   pass.padded_columns = round_up(input.columns, kRankTile);
@@ -108,43 +135,44 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   if (right != nullptr) pass.right = read_terms(launcher, *right);
   if (left != nullptr) pass.left = read_terms(launcher, *left);
 
-  // As many blocks as the device holds at once: one more is a second wave. No more partial sums than that takes.
-  const int64_t held = right != nullptr && left != nullptr ? kRankBlocks<true, true> : kRankBlocks<true, false>;
-  const int64_t wanted = held * launcher.multiprocessors();
-  const int64_t row_tiles = pass.padded_rows / kRankTile, column_tiles = pass.padded_columns / kRankTile;
-  if (right != nullptr) {
-    pass.row_tiles = left != nullptr ? 64 / rank : 1;
-    const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
-    const int64_t column_chunks = std::clamp<int64_t>(wanted / row_chunks, 1, column_tiles);
-    pass.column_tiles = ceil_div(column_tiles, column_chunks);
-  } else {
-    pass.column_tiles = 1;
-    const int64_t row_chunks = std::clamp<int64_t>(wanted / column_tiles, 1, row_tiles);
-    pass.row_tiles = ceil_div(row_tiles, row_chunks);
-  }
-  const int64_t row_chunks = ceil_div(row_tiles, pass.row_tiles);
-  const int64_t column_chunks = ceil_div(column_tiles, pass.column_tiles);
+  RankVariant variant{};
+  variant.nf4 = input.nf4 != nullptr;
+  variant.whole =
+      input.columns % kVector == 0 && aligned(input.tensor(), variant.nf4 ? 4 : 16) && input.columns < kMaxRankColumns;
+  variant.work = right == nullptr  ? RankWork::kColumns
+                 : left != nullptr ? RankWork::kBoth
+                 : want_squares    ? RankWork::kRowsAndSquares
+                                   : RankWork::kRows;
+  const bool drops = pass.dropout.seed != nullptr, keeps = keep_mask && drops && variant.whole;
+  variant.mask = keeps ? RankMask::kKept : drops ? RankMask::kDrawn : RankMask::kNone;
+
+  const RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
+  pass.row_tiles = plan.row_tiles;
+  pass.column_tiles = plan.column_tiles;
 
   PassSums found;
   const Tensor& like = input.tensor();
   if (right != nullptr) {
-    found.rows = {device_empty(like, {column_chunks, pass.padded_rows, rank}, ScalarType::Float), column_chunks,
-                  pass.padded_rows, input.rows};
+    found.rows = {device_empty(like, {plan.column_chunks, pass.padded_rows, rank}, ScalarType::Float),
+                  plan.column_chunks, pass.padded_rows, input.rows};
     pass.row_sums = launcher.scratch<float>(found.rows.sums);
     if (want_squares) {
-      found.squares = device_empty(like, {column_chunks, pass.padded_rows}, ScalarType::Float);
+      found.squares = device_empty(like, {plan.column_chunks, pass.padded_rows}, ScalarType::Float);
       pass.squares = launcher.scratch<float>(found.squares);
     }
   }
   if (left != nullptr) {
-    found.columns = {device_empty(like, {row_chunks, pass.padded_columns, rank}, ScalarType::Float), row_chunks,
-                     pass.padded_columns, input.columns};
+    found.columns = {device_empty(like, {plan.row_chunks, pass.padded_columns, rank}, ScalarType::Float),
+                     plan.row_chunks, pass.padded_columns, input.columns};
     pass.column_sums = launcher.scratch<float>(found.columns.sums);
   }
+  if (keeps) {
+    const int64_t tiles = pass.padded_rows / kRankTile * (pass.padded_columns / kRankTile);
+    found.kept = device_empty(like, {tiles, kRankThreads}, ScalarType::Int);
+    pass.kept = static_cast<uint32_t*>(launcher.scratch<void>(*found.kept));
+  }
   with_type(input.type, [&](auto zero) {
-    using T = decltype(zero);
-    const Grid grid(row_chunks, column_chunks);
-    launch_rank_pass<T>(launcher, grid, pass, input.nf4 != nullptr, right != nullptr, left != nullptr);
+    launch_rank_pass<decltype(zero)>(launcher, Grid(plan.row_chunks, plan.column_chunks), pass, variant);
   });
   return found;
 }
@@ -192,36 +220,62 @@ void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduc
            work);
 }
 
-void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
-            const std::optional<Tensor>& bias, const DeviceAdapter* dropout, const std::optional<Scaled>& scaled,
-            double bias_scale) {
-  Launcher launcher(out);
+namespace {
+
+// What all of expand's work has: the result and the product.
+ExpandTerms expand_work(const Launcher& launcher, const Tensor& out, const HeldTerms* left, const HeldTerms* right) {
   ExpandTerms work{};
   work.out = launcher.out<void>(out);
   work.rows = out.size(0);
   work.columns = out.size(1);
-  work.whole = whole_columns(out, work.columns);
   if (left != nullptr) {
     work.left = read_terms(launcher, *left);
     work.right = read_terms(launcher, *right);
   }
+  return work;
+}
+
+}  // namespace
+
+void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
+            const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled, double bias_scale) {
+  Launcher launcher(out);
+  ExpandTerms work = expand_work(launcher, out, left, right);
+  bool whole = whole_columns(out, work.columns);
   if (before != nullptr) {
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
-    work.whole = work.whole && aligned(*before, 16);
+    whole = whole && aligned(*before, 16);
   }
-  work.bias = launcher.in<void>(bias);
-  if (bias.has_value()) work.bias_type = dtype_of(bias->scalar_type());
-  work.bias_scale = static_cast<float>(bias_scale);
-  if (dropout != nullptr) work.dropout = device_dropout(launcher, *dropout);
+  // What is added besides comes in float32 there, and the bias alone in the result's type.
+  const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
+                                              ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
+                                              : bias;
+  if (held_bias.has_value()) {
+    work.bias = launcher.in<void>(*held_bias);
+    work.bias_type = dtype_of(held_bias->scalar_type());
+    work.bias_scale = static_cast<float>(bias_scale);
+    whole = whole && aligned(*held_bias, 16) &&
+            (before != nullptr || scaled.has_value() || held_bias->scalar_type() == out.scalar_type());
+  }
   if (scaled.has_value()) {
     work.z = launcher.in<void>(scaled->z);
     work.scale = launcher.in<float>(scaled->scale);
-    work.whole = work.whole && aligned(scaled->z, 16);
+    whole = whole && aligned(scaled->z, 16) && aligned(scaled->scale, 16);
   }
-  with_type(out.scalar_type(), [&](auto zero) {
-    launcher(expand_kernel<decltype(zero)>, {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)},
-             kExpandThreads, work);
-  });
+  with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, whole); });
+}
+
+void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
+                    const std::optional<Tensor>& kept) {
+  Launcher launcher(out);
+  ExpandTerms work = expand_work(launcher, out, &left, &right);
+  const bool whole = kept.has_value() && whole_columns(out, work.columns);
+  if (whole) {
+    work.kept = static_cast<const uint32_t*>(launcher.in<void>(*kept));
+  } else {
+    work.dropout = device_dropout(launcher, adapter);
+  }
+  with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, whole); });
 }
 
 // --- elementwise
@@ -294,10 +348,6 @@ ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& sca
     launcher(column_pass_kernel<decltype(zero)>, {chunks, ceil_div(columns, kColumnTile)}, kColumnThreads, work);
   });
   return found;
-}
-
-HeldTerms terms_of_rows(const Tensor& like, int64_t rows, int64_t padded) {
-  return empty_terms(like, kMaxTerms, round_up(rows, kRankTile), padded);
 }
 
 }  // namespace peft_ext

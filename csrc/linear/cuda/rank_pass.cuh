@@ -6,11 +6,13 @@
 // D is dense, float32, bfloat16 or float16, x̃ = dropout(x) made on the way, or it is an NF4 weight, decoded on the way.
 // F and L come in bfloat16 terms (linear/cuda/terms.cuh), so sums have float32 precision whatever their type.
 //
-// A block of 4 warps owns kTokenTiles (or, for columns alone, any number of) tiles of 64 rows, and some tiles of 64
-// columns; warp w owns rows 16 w … of a tile for P, columns 16 w … for Q. Tiles of D pass through kStages of shared
+// A block of 4 warps owns kAround (or, for columns alone, any number of) tiles of 64 rows, and some tiles of 64
+// columns; warp w owns rows 16 w … of a tile for P, columns 16 w … for Q. Tiles of D pass through kRankStages of shared
 // memory: cp.async fills one while another is used, and the thread that copied eight elements drops them in place.
-// Fragments come by ldmatrix, transposed for Q; those of F and L, which all blocks read, from L1 and L2.
-// Shared: kStages x [64][72] elements; rows are 16 bytes longer than 64 elements need, which spreads them over banks.
+// Fragments come by ldmatrix, transposed for Q; those of F and L, which all blocks read, from L1 and L2, as many as
+// registers hold before the wait for D.
+// Shared: kRankStages x [64][64] elements, the eight groups of a row of 16-bit types in the order group ^ row % 8,
+// which spreads ldmatrix over all banks; rows of float32 are padded to 72.
 // Sums: float32, a fresh one per tile and then added, since a tensor core's own sum rounds toward zero. Blocks write
 // partial sums, [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
 // Bytes moved: D once, plus the partial sums twice.
@@ -23,17 +25,24 @@ namespace peft_ext {
 
 constexpr int kRankTile = 64;  // of D, both ways
 constexpr int kRankThreads = 128;
-constexpr int kRankStride = kRankTile + 8;
+
+// What a pass makes.
+enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth };
+
+// What is dropped: nothing; what the generator says; or that, and its bits are kept for who needs the mask next.
+enum class RankMask { kNone, kDrawn, kKept };
 
 // How many tiles are there or on their way: 48 KiB hold no more of float32, and NF4's wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
+template <typename T>
+constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes of a stage's row
+
 struct RankPass {
   const void* dense = nullptr;  // D, contiguous, or
   Nf4View nf4{};                // D as an NF4 weight, rounded to T
   int64_t rows = 0, columns = 0;
-  bool whole = false;  // columns is a multiple of 8 and D lies on 16 bytes (NF4: on 4)
   DeviceDropout dropout;
   Terms right;                   // F: outer = rank, inner = columns, padded to tiles
   Terms left;                    // L: outer = rank, inner = rows, padded to tiles
@@ -42,35 +51,55 @@ struct RankPass {
   int64_t padded_rank = 0;       // of the partial sums
   int64_t first_rank = 0;        // of those that this launch makes
   float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
-  float* squares = nullptr;      // [column chunks][padded rows]; null: not wanted
+  float* squares = nullptr;      // [column chunks][padded rows]
   float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
   int64_t padded_rows = 0, padded_columns = 0;
+  uint32_t* kept = nullptr;  // the mask: [row tiles][column tiles][kRankThreads], see kept_word
 };
 
-template <typename T>
-using RankStage = T[kRankTile * kRankStride];
+// A mask's bits lie as the threads of a rank pass draw them. Thread i of a tile has rows 16 j + i / 8, j < 4, and
+// columns i % 8 · 8 … + 7 of it. Bits 15 and 31 of its word, shifted left by 4 j + w, say whether the elements 2 w and
+// 2 w + 1 of row j are kept.
+constexpr uint32_t kKeptBits = 0x80008000u;
 
 template <typename T, bool kNf4>
 struct RankStages {
-  RankStage<T> tile[kRankStages<T, kNf4>];
+  unsigned char tile[kRankStages<T, kNf4>][kRankTile * kRankRow<T>];
 };
 
-// The stage's tile of D at (row, column) is on its way to, or in, shared memory. A thread makes four groups of eight
-// elements, row j * 16 + thread / 8, columns thread % 8 * 8.
+// Where in a stage eight elements lie.
+template <typename T>
+__device__ __forceinline__ uint32_t rank_offset(int row, int group) {
+  if constexpr (sizeof(T) == 4) return row * kRankRow<T> + group * 32;
+  return row * kRankRow<T> + (group ^ row % 8) * 16;
+}
+
+template <typename T>
+__device__ __forceinline__ void save_stage(SharedAt to, const float (&values)[kVector]) {
+  store_shared_16(to, make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                                 pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7])));
+}
+
+template <>
+__device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&values)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; i += 4)
+    store_shared_16(to + i * 4, make_uint4(__float_as_uint(values[i]), __float_as_uint(values[i + 1]),
+                                           __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
+}
+
+// A tile of any shape and alignment at (row, column), element by element, dropped already.
 template <typename T, bool kNf4>
-__device__ __forceinline__ void rank_issue(const RankPass& pass, const Philox& philox, T* stage, int64_t row,
-                                           int64_t column) {
+__device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
+                                              int64_t column) {
   const int group = threadIdx.x % 8 * kVector;
   column += group;
   for (int j = 0; j < 4; ++j) {
-    const int tile_row = j * 16 + threadIdx.x / 8;
-    const int64_t at = row + tile_row;
-    T* to = stage + tile_row * kRankStride + group;
+    const int64_t at = row + j * 16 + threadIdx.x / 8, element = at * pass.columns + column;
     const bool inside = at < pass.rows && column < pass.columns;
-    if constexpr (kNf4) {  // not whole: one element at a time
+    float values[kVector] = {};
+    if constexpr (kNf4) {
       const float code = kNf4DeviceCode[threadIdx.x % 16];
-      const int64_t element = at * pass.columns + column;
-      float values[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const bool there = inside && column + i < pass.columns;
@@ -78,25 +107,15 @@ __device__ __forceinline__ void rank_issue(const RankPass& pass, const Philox& p
         const float scale = there ? nf4_scale(pass.nf4, (element + i) >> pass.nf4.log2_blocksize) : 0.0f;
         values[i] = fmul_rn(shuffle(code, (element + i) % 2 == 0 ? byte >> 4 : byte, 16), scale);
       }
-      save_vector(to, values);
-    } else {
-      const T* from = static_cast<const T*>(pass.dense) + (inside ? at * pass.columns + column : 0);
-      if (pass.whole) {
-        cp_async_16(to, from, inside);
-        if constexpr (sizeof(T) == 4) cp_async_16(to + 4, from + 4, inside);
-      } else {
-        float values[kVector] = {};
-        if (inside) {
-          load_columns(from - column, column, pass.columns, false, values);
-          if (pass.dropout.seed != nullptr) {
-            const uint32_t kept = kept_elements(philox, at * pass.columns + column, false);
+    } else if (inside) {
+      load_columns(static_cast<const T*>(pass.dense) + at * pass.columns, column, pass.columns, false, values);
+      if (pass.dropout.seed != nullptr) {
+        const uint32_t kept = kept_elements(philox, element, false);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;
-          }
-        }
-        save_vector(to, values);
+        for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;
       }
     }
+    save_stage<T>(to + j * 16 * kRankRow<T>, values);
   }
 }
 
@@ -119,7 +138,7 @@ __device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead
 }
 
 template <typename T>
-__device__ __forceinline__ void rank_decode(const RankCodes& ahead, T* stage) {
+__device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to) {
   const float code = kNf4DeviceCode[threadIdx.x % 16];  // a lane's share of the table
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -127,209 +146,390 @@ __device__ __forceinline__ void rank_decode(const RankCodes& ahead, T* stage) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       values[i] = fmul_rn(shuffle(code, ahead.codes[j] >> (4 * (i ^ 1)), 16), ahead.scales[j]);
-    save_vector(stage + (j * 16 + threadIdx.x / 8) * kRankStride + threadIdx.x % 8 * kVector, values);
+    save_stage<T>(to + j * 16 * kRankRow<T>, values);
   }
 }
 
-// Drops, in the stage, what this thread copied.
-template <typename T>
-__device__ __forceinline__ void rank_drop(const RankPass& pass, const Philox& philox, T* stage, int64_t row,
-                                          int64_t column) {
-  const int group = threadIdx.x % 8 * kVector;
-  column += group;
-  for (int j = 0; j < 4; ++j) {
-    const int tile_row = j * 16 + threadIdx.x / 8;
-    const int64_t at = row + tile_row;
-    if (at >= pass.rows || column >= pass.columns) continue;
-    const uint64_t drawn = static_cast<uint64_t>(at * pass.columns + column) / kPhiloxGroup;
-    uint4* words = reinterpret_cast<uint4*>(stage + tile_row * kRankStride + group);
-    if constexpr (sizeof(T) == 4) {
-      const uint32_t kept = kept_of_group(philox, drawn);
+// Drops, in the stage, what this thread copied: groups drawn, drawn + step, … of the generator. Returns the mask.
+template <typename T, bool kKept>
+__device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
+  uint32_t kept = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 value = words[half];
-        const auto mask = [&](int i) { return 0u - ((kept >> (4 * half + i)) & 1u); };
-        words[half] = make_uint4(value.x & mask(0), value.y & mask(1), value.z & mask(2), value.w & mask(3));
-      }
+  for (int j = 0; j < 4; ++j) {
+    const SharedAt group = at + j * 16 * kRankRow<T>;
+    const uint4 words = kept_of_words(philox, drawn + j * step), value = load_shared_16(group);
+    if constexpr (sizeof(T) == 4) {
+      const uint4 upper = load_shared_16(group + 16);
+      store_shared_16(group, make_uint4(value.x & spread_sign<false>(words.x), value.y & spread_sign<true>(words.x),
+                                        value.z & spread_sign<false>(words.y), value.w & spread_sign<true>(words.y)));
+      store_shared_16(group + 16,
+                      make_uint4(upper.x & spread_sign<false>(words.z), upper.y & spread_sign<true>(words.z),
+                                 upper.z & spread_sign<false>(words.w), upper.w & spread_sign<true>(words.w)));
     } else {
-      const uint4 value = *words, mask = kept_pairs(philox, drawn);
-      *words = make_uint4(value.x & mask.x, value.y & mask.y, value.z & mask.z, value.w & mask.w);
+      store_shared_16(group, make_uint4(value.x & spread_signs(words.x), value.y & spread_signs(words.y),
+                                        value.z & spread_signs(words.z), value.w & spread_signs(words.w)));
+    }
+    if constexpr (kKept) {
+      kept |= words.x >> (4 * j) & kKeptBits >> (4 * j);
+      kept |= words.y >> (4 * j + 1) & kKeptBits >> (4 * j + 1);
+      kept |= words.z >> (4 * j + 2) & kKeptBits >> (4 * j + 2);
+      kept |= words.w >> (4 * j + 3) & kKeptBits >> (4 * j + 3);
     }
   }
+  return kept;
 }
 
-// A operand, 16 x 16 at (row, column) of the stage, in terms; kTransposed: of the stage's transpose. `squared`: the
-// squares of rows g and g + 8 are added to.
-template <typename T, bool kTransposed>
-__device__ __forceinline__ void rank_fragment(const T* stage, int row, int column, uint32_t (&a)[kTermsOf<T>][4],
-                                              bool squared, float (&squares)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
+// How a block's warps share a tile of D and kRanks tiles of 8 ranks: a warp has at most four of them, 32 ranks, and so
+// many rows (columns, for Q) more; it then reads fewer of F's fragments, each for more products.
+template <int kRanks>
+struct RankShare {
+  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // of 8 ranks, of a warp
+  static constexpr int kParts = kRanks / kTiles;          // of the ranks, each another warp's
+  static constexpr int kRuns = kParts;                    // of 16 rows, of a warp
+  using Sums = float[kRuns][kTiles][4];
+
+  static __device__ __forceinline__ int part() { return threadIdx.x / kWarpSize % kParts; }
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
+};
+
+// The fragments of a small factor that a tile of D meets, as many as this warp holds: of each term, of two of the four
+// steps of 16 (kRoomy: of all four), of the tiles of 8 ranks.
+template <int kRanks, int kTerms, bool kRoomy>
+struct RankFactor {
+  static constexpr int kTiles = RankShare<kRanks>::kTiles;
+  static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // of 8 ranks in 64
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // of a 64 x 64 tile, in 16 bytes
+  static constexpr int kHeld = kRoomy ? 2 : 1;
+
+  uint4 held[kHeld][kTerms][kTiles];
+
+  // Where this lane's share of its warp's ranks starts; `halves`: from 64 ranks to the next.
+  static __device__ __forceinline__ int64_t share(int64_t halves) {
+    const int part = RankShare<kRanks>::part(), lane = threadIdx.x % kWarpSize;
+    return part / 2 * halves + part % 2 * kTiles * 2 * kWarpSize + lane;
+  }
+  __device__ __forceinline__ void load(const uint4* tile, int two, int term) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      held[two % kHeld][term][n] = load_cached_in_order(tile + two * kWarpSize + (term * kBlocks + n) * 2 * kWarpSize);
+  }
+  __device__ __forceinline__ void start(const uint4* tile) {
+#pragma unroll
+    for (int two = 0; two < kHeld; ++two)
+#pragma unroll
+      for (int term = kTerms - 1; term >= 0; --term) load(tile, two, term);
+  }
+};
+
+// A operand, 16 x 16, in terms: of rows 16 `run` … of this warp's, at columns 16 step … of the stage, or (kTransposed)
+// of its columns, at rows 16 step …. `at`: the stage, with what ldmatrix_offset says. kSquares: the squares of rows g
+// and g + 8 are added to.
+template <typename T, bool kTransposed, bool kSquares, int kRanks>
+__device__ __forceinline__ void rank_fragment(const unsigned char* stage, SharedAt at, int run, int step,
+                                              uint32_t (&a)[kTermsOf<T>][4], float (&squares)[2]) {
   if constexpr (sizeof(T) == 4) {
-    const int g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    constexpr int kStride = kRankRow<T> / 4;
+    const float* tile = reinterpret_cast<const float*>(stage);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int m = g + 8 * (i % 2), k = 2 * t + 8 * (i / 2);
-      const int first = kTransposed ? (row + k) * kRankStride + column + m : (row + m) * kRankStride + column + k;
-      const float low = stage[first], high = stage[first + (kTransposed ? kRankStride : 1)];
-      if (squared) squares[i % 2] += low * low + high * high;
+      const int m = RankShare<kRanks>::first_row() + run * 16 + g + 8 * (i % 2), k = step * 16 + 2 * t + 8 * (i / 2);
+      const int first = kTransposed ? k * kStride + m : m * kStride + k;
+      const float low = tile[first], high = tile[first + (kTransposed ? kStride : 1)];
+      if constexpr (kSquares) squares[i % 2] += low * low + high * high;
       uint32_t terms[kTermsOf<T>];
       split_pair<kTermsOf<T>>(low, high, terms);
 #pragma unroll
       for (int term = 0; term < kTermsOf<T>; ++term) a[term][i] = terms[term];
     }
   } else {
-    // Matrix lane / 8 of the four: rows first, or transposed, columns first.
-    const int matrix = lane / 8, in_matrix = lane % 8;
     uint32_t loaded[4];
-    if (kTransposed) {
-      ldmatrix_x4_trans(loaded, stage + (row + matrix / 2 * 8 + in_matrix) * kRankStride + column + matrix % 2 * 8);
+    if constexpr (kTransposed) {
+      ldmatrix_x4_trans(loaded, (at ^ run * 32) + step * 16 * kRankRow<T>);
     } else {
-      ldmatrix_x4(loaded, stage + (row + matrix % 2 * 8 + in_matrix) * kRankStride + column + matrix / 2 * 8);
+      ldmatrix_x4(loaded, (at ^ step * 32) + run * 16 * kRankRow<T>);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(loaded[i]);
-      if (squared) squares[i % 2] += pair.x * pair.x + pair.y * pair.y;
-      if constexpr (kTermsOf<T> == 1) {
-        a[0][i] = loaded[i];
-      } else {
-        uint32_t terms[kTermsOf<T>];
-        split_pair<kTermsOf<T>>(pair.x, pair.y, terms);
+      if constexpr (kSquares || kTermsOf<T> > 1) {
+        const float2 pair = unpack2<T>(loaded[i]);
+        if constexpr (kSquares) squares[i % 2] += pair.x * pair.x + pair.y * pair.y;
+        if constexpr (kTermsOf<T> > 1) {
+          uint32_t terms[kTermsOf<T>];
+          split_pair<kTermsOf<T>>(pair.x, pair.y, terms);
 #pragma unroll
-        for (int term = 0; term < kTermsOf<T>; ++term) a[term][i] = terms[term];
+          for (int term = 0; term < kTermsOf<T>; ++term) a[term][i] = terms[term];
+        }
       }
+      if constexpr (kTermsOf<T> == 1) a[0][i] = loaded[i];
     }
   }
 }
 
-// sums += a 16 x 64 (kTransposed: 64 x 16) strip of the stage times a strip of F (L) from `inner` on.
-// kBoth: the kernel makes P and Q, whose sums leave fewer registers.
-template <typename T, bool kTransposed, int kRanks, bool kBoth>
-__device__ __forceinline__ void rank_product(const T* stage, const Terms& right, int64_t inner, int64_t first_rank,
-                                             float (&sums)[kRanks][4], bool squared, float (&squares)[2]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  float fresh[kRanks][4] = {};
-  // Registers hold only so much of F under way.
-  [[maybe_unused]] constexpr int kUnrolled = kRanks == 8 || kBoth ? 1 : 2;
-#pragma unroll kUnrolled
-  for (int k = 0; k < kRankTile; k += 16) {
-    uint32_t a[kTermsOf<T>][4];
-    rank_fragment<T, kTransposed>(stage, kTransposed ? k : warp * 16, kTransposed ? warp * 16 : k, a, squared, squares);
-    mma_terms<kRanks, kTermsOf<T>, kRanks == 2 ? kMaxTerms : 1>(fresh, a, right, {first_rank / 8, 1, lane, 0},
-                                                                (inner + k) / 16);
-  }
-#pragma unroll
-  for (int n = 0; n < kRanks; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[n][i] += fresh[n][i];
+// What ldmatrix's lanes add to a stage: the matrices of 8 x 8 that make an A operand, those of rows first, or, of the
+// transpose, those of columns.
+template <bool kTransposed, int kRanks>
+__device__ __forceinline__ uint32_t ldmatrix_offset() {
+  const int first = RankShare<kRanks>::first_row(), lane = threadIdx.x % kWarpSize;
+  if (kTransposed) return (lane / 16 * 8 + lane % 8) * 128 + ((first / 8 + lane / 8 % 2) ^ lane % 8) * 16;
+  return (first + lane % 16) * 128 + (lane / 16 ^ lane % 8) * 16;
 }
 
-// One warp's 16 rows of partial sums.
+// sums += this warp's strip of the stage (kTransposed: of its transpose) times F (L). The factor holds what two steps
+// need and, as a term has been used, gets what the next two do: of this tile, and then of the one at `next`. kRoomy: it
+// holds all.
+template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
+__device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
+                                             RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
+                                             const uint4* next, typename RankShare<kRanks>::Sums& sums,
+                                             float (&squares)[RankShare<kRanks>::kRuns][2]) {
+  using Share = RankShare<kRanks>;
+  float fresh[Share::kTiles][4];
+  const auto add = [&](int run) {
+#pragma unroll
+    for (int n = 0; n < Share::kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[run][n][i] += fresh[n][i];
+  };
+  // One after the other: the compiler would otherwise start all loads at once, and run out of registers.
+  [[maybe_unused]] constexpr int kUnrolled = kRoomy ? 2 : 1;
+#pragma unroll kUnrolled
+  for (int two = 0; two < 2; ++two) {
+#pragma unroll
+    for (int run = 0; run < Share::kRuns; ++run) {
+      if (Share::kRuns > 1 || two == 0) {
+#pragma unroll
+        for (int n = 0; n < Share::kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) fresh[n][i] = 0.0f;
+      }
+      uint32_t a[2][kTermsOf<T>][4];
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+        rank_fragment<T, kTransposed, kSquares, kRanks>(stage, at, run, two * 2 + step, a[step], squares[run]);
+#pragma unroll
+      for (int term = kTerms - 1; term >= 0; --term) {
+        uint32_t b[2][Share::kTiles][2];
+#pragma unroll
+        for (int n = 0; n < Share::kTiles; ++n) {
+          const uint4 words = factor.held[two % factor.kHeld][term][n];
+          b[0][n][0] = words.x, b[0][n][1] = words.y, b[1][n][0] = words.z, b[1][n][1] = words.w;
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+          mma_terms<Share::kTiles, kTermsOf<T>, kMaxTerms>(fresh, a[step], b[step], term);
+        if (!kRoomy && run + 1 == Share::kRuns) {
+          if (two == 0) {
+            factor.load(tile, 1, term);
+          } else if (next != nullptr) {
+            factor.load(next, 0, term);
+          }
+        }
+      }
+      if (Share::kRuns > 1) add(run);
+    }
+  }
+  if (Share::kRuns == 1) add(0);
+}
+
+// One warp's partial sums, of its rows and ranks; `to`: of the tile and the first rank.
 template <int kRanks>
-__device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, float (&sums)[kRanks][4]) {
+__device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typename RankShare<kRanks>::Sums& sums) {
+  using Share = RankShare<kRanks>;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int n = 0; n < kRanks; ++n) {
-    float* at = to + g * padded_rank + n * 8 + 2 * t;
-    *reinterpret_cast<float2*>(at) = make_float2(sums[n][0], sums[n][1]);
-    *reinterpret_cast<float2*>(at + 8 * padded_rank) = make_float2(sums[n][2], sums[n][3]);
-  }
+  for (int run = 0; run < Share::kRuns; ++run)
+#pragma unroll
+    for (int n = 0; n < Share::kTiles; ++n) {
+      const int rank = Share::part() * Share::kTiles * 8 + n * 8 + 2 * t;
+      float* at = to + (Share::first_row() + run * 16 + g) * padded_rank + rank;
+      *reinterpret_cast<float2*>(at) = make_float2(sums[run][n][0], sums[run][n][1]);
+      *reinterpret_cast<float2*>(at + 8 * padded_rank) = make_float2(sums[run][n][2], sums[run][n][3]);
+    }
 }
 
-// Blocks that a multiprocessor must hold: what the compiler may take registers for. Sums of both kinds take more.
-template <bool kRows, bool kColumns>
-constexpr int kRankBlocks = kRows && kColumns ? 3 : 4;
+// Row tiles of a block that makes both: their sums are in registers, and the more there are the fewer are Q's partial
+// sums.
+constexpr int kRankTilesOfBoth = 4;
 
-// kRanks: tiles of 8 ranks. kTokenTiles: row tiles of a block, 0 for any number (columns alone).
+// Blocks that a multiprocessor must hold: what the compiler may take registers for.
+template <typename T, RankWork kWork, bool kWhole, int kRanks>
+constexpr int kRankBlocks = !kWhole || (kTermsOf<T> > 1 && kRanks == 16) || (kWork == RankWork::kBoth && kRanks > 2) ? 2
+                            : kWork == RankWork::kBoth || kRanks > 4 ? 3
+                                                                     : 4;
+
+// kWhole: columns is a multiple of 8, a tile's bytes are counted in 32 bits, and D lies on 16 bytes (NF4: on 4).
+// kRanks: tiles of 8 ranks. kTerms: F's; L has three.
 // Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
-template <typename T, bool kNf4, int kRanks, int kTokenTiles, bool kRows, bool kColumns>
-__global__ void __launch_bounds__(kRankThreads, (kRankBlocks<kRows, kColumns>)) rank_pass_kernel(RankPass pass) {
-  static_assert(kTokenTiles > 0 ? kRows : !kRows && kColumns, "P's sums are in registers");
+template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
+__global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, kRanks>))
+    rank_pass_kernel(RankPass pass) {
+  constexpr bool kColumns = kWork == RankWork::kColumns || kWork == RankWork::kBoth;
+  constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
+  constexpr int kAround = kWork == RankWork::kBoth ? kRankTilesOfBoth : 1;
+  constexpr int kStages = kRankStages<T, kNf4>, kStage = kRankTile * kRankRow<T>, kOnTheWay = kStages - 1;
   using Stages = RankStages<T, kNf4>;
   PEFT_EXT_SHARED(Stages, shared);
-  constexpr int kStages = kRankStages<T, kNf4>;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const Philox philox = load_philox(pass.dropout);
-  const bool drops = pass.dropout.seed != nullptr && pass.whole;
+  [[maybe_unused]] const int lane = threadIdx.x % kWarpSize;
+  const int copy_row = threadIdx.x / 8, copy_group = threadIdx.x % 8;
+  [[maybe_unused]] const Philox philox = kMask == RankMask::kNone && kWhole ? Philox{} : load_philox(pass.dropout);
+  const SharedAt base = shared_at(&shared), copy_at = base + rank_offset<T>(copy_row, copy_group);
+  const SharedAt rows_at = base + ldmatrix_offset<false, kRanks>(), columns_at = base + ldmatrix_offset<true, kRanks>();
 
   const int64_t row_tile = blockIdx.x * pass.row_tiles, column_tile = blockIdx.y * pass.column_tiles;
-  const int64_t row_tiles =
-      kTokenTiles > 0 ? kTokenTiles : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile);
-  const int64_t column_tiles = min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile);
-  const int64_t steps = row_tiles * column_tiles;
-  // Without P a block has one tile of columns: nothing is divided by what the compiler does not know.
-  constexpr int kAround = kTokenTiles > 0 ? kTokenTiles : 1;
-  const auto row_of = [&](int64_t step) { return (row_tile + (kTokenTiles > 0 ? step % kAround : step)) * kRankTile; };
-  const auto column_of = [&](int64_t step) {
-    return (column_tile + (kTokenTiles > 0 ? step / kAround : 0)) * kRankTile;
-  };
+  const int64_t row = row_tile * kRankTile, column = column_tile * kRankTile;
+  // A block goes along its columns, or, for columns alone, down its rows, of one tile of columns.
+  const int tiles = static_cast<int>(kRows ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
+                                           : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
+
+  // Of a whole, dense D: where this thread's next tile of the block lies, and what of D is left from there on.
+  const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
+  const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // from a tile to the next
+  const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
+                              ((row + copy_row) * pass.columns + column + copy_group * kVector) * sizeof(T);
+  int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30)) - copy_row;
+  int columns_left = static_cast<int>(min_of(pass.columns - column, 1 << 30)) - copy_group * kVector;
+  uint64_t drawn = static_cast<uint64_t>((row + copy_row) * pass.columns + column) / kPhiloxGroup + copy_group;
+  const uint32_t drawn_step = static_cast<uint32_t>(pass.columns * 16 / kPhiloxGroup);
+  const uint32_t drawn_tile = kRows ? kRankTile / kPhiloxGroup : 4 * drawn_step;
+  uint32_t* kept = nullptr;
+  const uint32_t kept_tile = static_cast<uint32_t>(pass.padded_columns / kRankTile * kRankThreads);
+  if constexpr (kMask == RankMask::kKept)
+    kept = pass.kept + (row_tile * (pass.padded_columns / kRankTile) + column_tile) * kRankThreads + threadIdx.x;
+
+  // Of F and L: this lane's share of the first fragment.
+  using Share = RankShare<kRanks>;
+  constexpr bool kRoomy = kRanks == 2;  // sums take few registers
+  using Right = RankFactor<kRanks, kTerms, kRoomy>;
+  using Left = RankFactor<kRanks, kMaxTerms, kRoomy && kWork != RankWork::kBoth>;
+  const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
+  const int64_t left_halves = pass.padded_rows / kRankTile * Left::kTile;
+  const uint4* right =
+      pass.right.data + pass.first_rank / 64 * right_halves + column_tile * Right::kTile + Right::share(right_halves);
+  const uint4* left =
+      pass.left.data + pass.first_rank / 64 * left_halves + row_tile * Left::kTile + Left::share(left_halves);
+
   RankCodes ahead;
-  if (kNf4 && pass.whole) rank_load(pass, ahead, row_of(0), column_of(0));
-  const auto issue = [&](int64_t step) {
-    if (step < steps) {
-      T* stage = shared.tile[step % kStages];
-      if (kNf4 && pass.whole) {
-        rank_decode(ahead, stage);
-        rank_load(pass, ahead, row_of(step + 1), column_of(step + 1));
+  const auto row_of = [&](int outer, int held) { return row + (kRows ? held : outer) * kRankTile; };
+  const auto column_of = [&](int outer) { return column + (kRows ? outer : 0) * kRankTile; };
+  if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
+
+  // The tile `further` tiles from the one at `outer`, in row tile `held` of the block, is on its way into a stage.
+  const auto issue = [&](int outer, int further, int held, uint32_t stage) {
+    if (outer + further < tiles) {
+      if constexpr (!kWhole) {
+        rank_copy_any<T, kNf4>(pass, philox, copy_at + stage, row_of(outer + further, held),
+                               column_of(outer + further));
+      } else if constexpr (kNf4) {
+        rank_decode<T>(ahead, copy_at + stage);
+        rank_load(pass, ahead, row_of(outer + further + 1, 0), column_of(outer + further + 1));
       } else {
-        rank_issue<T, kNf4>(pass, philox, stage, row_of(step), column_of(step));
+        const int down = rows_left - (kRows ? held : further) * kRankTile;
+        const int along = columns_left - (kRows ? further : 0) * kRankTile;
+        const uint32_t offset = further * tile_bytes + (kRows ? held : 0) * kRankTile * row_bytes;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const SharedAt to = copy_at + (stage + j * 16 * kRankRow<T>);
+          const unsigned char* group = from + (offset + j * 16 * row_bytes);
+          const bool take = j * 16 < down && along > 0;
+          cp_async_16(to, group, take);
+          if constexpr (sizeof(T) == 4) cp_async_16(to + 16, group + 16, take);
+        }
       }
     }
     cp_async_commit();  // an empty group as well, so that waiting counts the same at the end
   };
 
-  float row_sums[kAround][kRanks][4] = {};
-  float row_squares[kAround][2] = {};
-  float column_sums[kRanks][4] = {};
-  float unused[2] = {};
-  for (int step = 0; step < kStages - 1; ++step) issue(step);
+  typename Share::Sums row_sums[kAround] = {}, column_sums = {};
+  float squares[Share::kRuns][2] = {};
+#pragma unroll
+  for (int step = 0; step < kOnTheWay; ++step) issue(0, step / kAround, step % kAround, step * kStage);
 
-  int64_t step = 0;
-  for (int64_t c = 0; c < column_tiles; ++c) {
-    for (int64_t r = 0; r < row_tiles; r += kAround) {
+  [[maybe_unused]] Right right_factor;
+  [[maybe_unused]] Left left_factor;
+  if constexpr (!kRoomy && kWork != RankWork::kBoth) {
+    if constexpr (kRows) right_factor.start(right);
+    if constexpr (!kRows) left_factor.start(left);
+  }
+  uint32_t stage = 0;
+  for (int outer = 0; outer < tiles; ++outer) {
 #pragma unroll
-      for (int held = 0; held < kAround; ++held, ++step) {
-        T* stage = shared.tile[step % kStages];
-        cp_async_wait<kStages - 2>();
-        if (drops) rank_drop<T>(pass, philox, stage, row_of(step), column_of(step));
-        sync_threads();  // the stage is there for all, and nobody reads the one before it any more
-        issue(step + kStages - 1);
-        if (row_of(step) >= pass.padded_rows) continue;  // the last block's tiles may be fewer
-        if constexpr (kRows)
-          rank_product<T, false, kRanks, kColumns>(stage, pass.right, column_of(step), pass.first_rank, row_sums[held],
-                                                   pass.squares != nullptr, row_squares[held]);
-        if constexpr (kColumns)
-          rank_product<T, true, kRanks, kRows>(stage, pass.left, row_of(step), pass.first_rank, column_sums, false,
-                                               unused);
+    for (int held = 0; held < kAround; ++held) {
+      if constexpr (kRoomy && kRows) right_factor.start(right);
+      if constexpr (kRoomy && !kRows) left_factor.start(left);
+      cp_async_wait<kOnTheWay - 1>();
+      if constexpr (kWhole && kMask != RankMask::kNone) {
+        const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
+        if constexpr (kMask == RankMask::kKept) *kept = bits;
       }
+      sync_threads();  // the stage is there for all, and nobody reads the one before it any more
+      issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
+            stage == 0 ? kOnTheWay * kStage : stage - kStage);
+      const unsigned char* tile = reinterpret_cast<const unsigned char*>(&shared) + stage;
+      if constexpr (kWork == RankWork::kBoth) {
+        if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {  // the last block's tiles may be fewer
+          const uint4* held_left = left + held * Left::kTile;
+          if constexpr (!kRoomy) right_factor.start(right);
+          rank_product<T, false, false, kRanks>(tile, rows_at + stage, right_factor, right, nullptr, row_sums[held],
+                                                squares);
+          left_factor.start(held_left);
+          rank_product<T, true, false, kRanks>(tile, columns_at + stage, left_factor, held_left, nullptr, column_sums,
+                                               squares);
+        }
+      } else if constexpr (kRows) {
+        const uint4* next = outer + 1 < tiles ? right + Right::kTile : right;
+        rank_product<T, false, kSquares, kRanks>(tile, rows_at + stage, right_factor, right, next, row_sums[0],
+                                                 squares);
+      } else {
+        const uint4* next = outer + 1 < tiles ? left + Left::kTile : left;
+        rank_product<T, true, false, kRanks>(tile, columns_at + stage, left_factor, left, next, column_sums, squares);
+      }
+      stage = stage == kOnTheWay * kStage ? 0 : stage + kStage;
     }
-    if constexpr (kColumns) {
-      const int64_t column = (column_tile + c) * kRankTile + warp * 16;
-      rank_store<kRanks>(
-          pass.column_sums + (blockIdx.x * pass.padded_columns + column) * pass.padded_rank + pass.first_rank,
-          pass.padded_rank, column_sums);
-#pragma unroll
-      for (int n = 0; n < kRanks; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) column_sums[n][i] = 0.0f;
+    from += tile_bytes;
+    drawn += drawn_tile;
+    if constexpr (kRows) {
+      columns_left -= kRankTile;
+      right += Right::kTile;
+    } else {
+      rows_left -= kRankTile;
+      left += Left::kTile;
     }
+    if constexpr (kMask == RankMask::kKept) kept += kept_tile;
+    if constexpr (kWork == RankWork::kBoth) {
+      const int64_t at = blockIdx.x * pass.padded_columns + column + outer * kRankTile;
+      rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
+#pragma unroll
+      for (int run = 0; run < Share::kRuns; ++run)
+#pragma unroll
+        for (int n = 0; n < Share::kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
+    }
+  }
+  if constexpr (kWork == RankWork::kColumns) {
+    const int64_t at = blockIdx.x * pass.padded_columns + column;
+    rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
   }
   if constexpr (kRows) {
 #pragma unroll
     for (int held = 0; held < kAround; ++held) {
-      const int64_t row = (row_tile + held) * kRankTile + warp * 16;
-      if (row >= pass.padded_rows) break;
-      rank_store<kRanks>(pass.row_sums + (blockIdx.y * pass.padded_rows + row) * pass.padded_rank + pass.first_rank,
-                         pass.padded_rank, row_sums[held]);
-      if (pass.squares != nullptr) {
+      const int64_t mine = row + held * kRankTile;
+      if (mine >= pass.padded_rows) break;
+      const int64_t at = blockIdx.y * pass.padded_rows + mine;
+      rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);
+      if constexpr (kSquares) {
         // The four lanes of a row add theirs.
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float sum = row_squares[held][i];
-          sum += shuffle_xor(sum, 1);
-          sum += shuffle_xor(sum, 2);
-          if (lane % 4 == 0) pass.squares[blockIdx.y * pass.padded_rows + row + lane / 4 + 8 * i] = sum;
-        }
+        for (int run = 0; run < Share::kRuns; ++run)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float sum = squares[run][i];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            const int64_t to = at + Share::first_row() + run * 16 + lane / 4 + 8 * i;
+            if (lane % 4 == 0 && Share::part() == 0) pass.squares[to] = sum;
+          }
       }
     }
   }

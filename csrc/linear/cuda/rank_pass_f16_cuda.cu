@@ -1,4 +1,4 @@
 #include "linear/cuda/rank_pass_launch.cuh"
 
-template void peft_ext::launch_rank_pass<peft_ext::f16>(const Launcher&, const Grid&, const RankPass&, bool, bool,
-                                                        bool);
+template void peft_ext::launch_rank_pass<peft_ext::f16>(const Launcher&, const Grid&, const RankPass&,
+                                                        const RankVariant&);

@@ -5,39 +5,72 @@
 
 namespace peft_ext {
 
-template <typename T, bool kNf4, int kRanks>
-void launch_pass(const Launcher& launcher, const Grid& grid, RankPass pass, bool rows, bool columns) {
-  for (pass.first_rank = 0; pass.first_rank < pass.padded_rank; pass.first_rank += kRanks * 8) {
-    if (rows && columns) {
-      if constexpr (!kNf4 && kRanks < 8) {
-        launcher(rank_pass_kernel<T, kNf4, kRanks, 8 / kRanks, true, true>, grid, kRankThreads, pass);
+template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
+void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass) {
+  launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
+}
+
+// Of 16, 32, or as many times 128 and then 64 ranks as there are.
+template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
+void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
+  if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
+  if (pass.padded_rank == 32) return launch_pass<T, kNf4, kWhole, 4, kTerms, kWork, kMask>(launcher, grid, pass);
+  if constexpr (kWork != RankWork::kBoth) {
+    for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
+      // Squares are of D alone: the first launch's stand.
+      if (kWhole && pass.first_rank + 128 <= pass.padded_rank) {
+        if constexpr (kWhole) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
+        pass.first_rank += 64;
+      } else {
+        launch_pass<T, kNf4, kWhole, 8, kTerms, kWork, kMask>(launcher, grid, pass);
       }
-    } else if (rows) {
-      launcher(rank_pass_kernel<T, kNf4, kRanks, 1, true, false>, grid, kRankThreads, pass);
-    } else {
-      launcher(rank_pass_kernel<T, kNf4, kRanks, 0, false, true>, grid, kRankThreads, pass);
     }
   }
 }
 
-template <typename T, bool kNf4>
-void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool rows, bool columns) {
-  if (pass.padded_rank == 16) {
-    launch_pass<T, kNf4, 2>(launcher, grid, pass, rows, columns);
-  } else if (pass.padded_rank == 32) {
-    launch_pass<T, kNf4, 4>(launcher, grid, pass, rows, columns);
-  } else {
-    launch_pass<T, kNf4, 8>(launcher, grid, pass, rows, columns);
+template <typename T, bool kNf4, bool kWhole, RankWork kWork, RankMask kMask>
+void launch_terms(const Launcher& launcher, const Grid& grid, const RankPass& pass) {
+  if constexpr (std::is_same_v<T, bf16> && kWork != RankWork::kColumns) {
+    if (pass.right.count == 1) return launch_ranks<T, kNf4, kWhole, 1, kWork, kMask>(launcher, grid, pass);
+  }
+  launch_ranks<T, kNf4, kWhole, kMaxTerms, kWork, kMask>(launcher, grid, pass);
+}
+
+template <typename T, bool kNf4, bool kWhole>
+void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
+  switch (variant.work) {
+    case RankWork::kRows:
+      if constexpr (!kNf4) {
+        if (kWhole && variant.mask == RankMask::kDrawn)
+          return launch_terms<T, kNf4, kWhole, RankWork::kRows, kWhole ? RankMask::kDrawn : RankMask::kNone>(
+              launcher, grid, pass);
+        launch_terms<T, kNf4, kWhole, RankWork::kRows, RankMask::kNone>(launcher, grid, pass);
+      }
+      return;
+    case RankWork::kRowsAndSquares:
+      return launch_terms<T, kNf4, kWhole, RankWork::kRowsAndSquares, RankMask::kNone>(launcher, grid, pass);
+    case RankWork::kBoth:
+      if constexpr (!kNf4) launch_terms<T, kNf4, kWhole, RankWork::kBoth, RankMask::kNone>(launcher, grid, pass);
+      return;
+    case RankWork::kColumns:
+      if constexpr (!kNf4 && kWhole) {
+        if (variant.mask == RankMask::kKept)
+          return launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kKept>(launcher, grid, pass);
+        if (variant.mask == RankMask::kDrawn)
+          return launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kDrawn>(launcher, grid, pass);
+      }
+      launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kNone>(launcher, grid, pass);
   }
 }
 
 template <typename T>
-void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, bool nf4, bool rows,
-                      bool columns) {
-  if (nf4) {
-    launch_pass<T, true>(launcher, grid, pass, rows, columns);
+void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
+  if (variant.nf4) {
+    variant.whole ? launch_work<T, true, true>(launcher, grid, pass, variant)
+                  : launch_work<T, true, false>(launcher, grid, pass, variant);
   } else {
-    launch_pass<T, false>(launcher, grid, pass, rows, columns);
+    variant.whole ? launch_work<T, false, true>(launcher, grid, pass, variant)
+                  : launch_work<T, false, false>(launcher, grid, pass, variant);
   }
 }
 

@@ -16,8 +16,8 @@ struct RankReduce {
   const float* rank_scale;  // null: 1
   float after;              // one more factor, with rank_scale
   float* plain;             // [rows][rank], without rank_scale
-  uint32_t* terms;          // Terms [padded rows, padded rank], with it
-  uint32_t* transposed;     // Terms [padded rank, padded rows], with it
+  TermsOut terms;           // [padded rows, padded rank], with it
+  TermsOut transposed;      // [padded rank, padded rows], with it
   void* out;                // with it, of these type and strides
   DType type;
   int64_t row_stride, rank_stride;
@@ -59,8 +59,8 @@ static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(Rank
     if (there && work.out != nullptr)
       store_value(work.out, work.type, row * work.row_stride + (r + e) * work.rank_stride, values[e]);
   }
-  if (work.terms != nullptr || work.transposed != nullptr)
-    save_terms(values[0], values[1], work.padded_rows, work.padded_rank, row, r, work.terms, work.transposed);
+  if (work.terms.data != nullptr) save_terms(work.terms, row, r, values[0], values[1]);
+  if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, row, values[0], values[1]);
 }
 
 }  // namespace peft_ext

@@ -2,7 +2,8 @@
 //
 // v = v₀ + v₁ + v₂, v_i the bfloat16 nearest to what v_0 … v_{i-1} leave: 8 bits each, and float32's range. A bfloat16
 // has one term, a float16 two, a float32 three. Of a product of sums, the terms i, j with i + j <= 2 are made: what is
-// left out is below 2⁻²⁴ of it.
+// left out is below 2⁻²⁴ of it. Where the result is rounded to 16 bits at once, two terms and i + j <= 1 do: below
+// 2⁻¹⁶.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -32,78 +33,93 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// A small matrix [outer, inner] in terms, as a B operand (or the A operand of `expand`) takes it: inner is summed over,
-// zeros where padded, outer to a multiple of 8 and inner to one of 16. Its pairs along inner lie in the order of
-// fragments: by term, by 8 of outer, by 16 of inner, by lane (outer % 8 · 4 + inner % 8 / 2), and of a lane the pair of
-// the lower 8 of inner before that of the upper. So a lane's share of a fragment is 8 bytes, a warp's 256 in a row.
+// The orders that a small matrix's terms lie in: each is the order of the fragments of one operand, so that a lane's
+// share is 16 bytes and a warp's 512 in a row, and a 64 x 64 tile's are together, at distances that the compiler knows.
+enum class TermsOrder : int {
+  kPass,   // B of a rank pass: outer are ranks, inner what is summed over; of a lane two steps of 16
+  kLeft,   // A of expand: outer are rows, inner ranks
+  kRight,  // B of expand: outer are columns, inner ranks; of a lane two tiles of 8, see expand.cuh
+};
+
+// A small matrix [outer, inner] in terms, zeros where padded. inner is summed over, and padded to a multiple of 16 (of
+// 64 in kPass); outer is padded to 16, to 32, or to a multiple of 64 (kRight: to that).
 struct Terms {
-  const uint2* data = nullptr;
+  const uint4* data = nullptr;
   int count = 0;
   int64_t outer = 0;  // padded
   int64_t inner = 0;  // padded
+  TermsOrder order = TermsOrder::kPass;
 };
 
-// Where the pair (inner, inner + 1) of a row of one term lies, in words of 4 bytes.
-__device__ __forceinline__ int64_t terms_word(int64_t outer_padded, int64_t inner_padded, int64_t term, int64_t outer,
-                                              int64_t inner) {
-  const int64_t block = (term * (outer_padded / 8) + outer / 8) * (inner_padded / 16) + inner / 16;
-  return block * 64 + (outer % 8 * 4 + inner % 8 / 2) * 2 + inner % 16 / 8;
+// Words of 4 bytes, each a pair of terms along inner, of a step of 16: of eight of outer.
+constexpr int kFragmentWords = 64;
+
+// Where the pair (outer, inner), (outer, inner + 1) of one term lies, in words. `count` terms lie there.
+__device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64_t outer_padded, int64_t inner_padded,
+                                              int term, int64_t outer, int64_t inner) {
+  const int upper = static_cast<int>(inner % 16 / 8), t = static_cast<int>(inner % 8 / 2);
+  if (order == TermsOrder::kPass) {
+    const int64_t blocks = min_of(outer_padded, 64) / 8, tile = outer / 64 * (inner_padded / 64) + inner / 64;
+    const int64_t fragment = ((tile * count + term) * blocks + outer % 64 / 8) * 2 + inner % 64 / 32;
+    return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + inner % 32 / 16 * 2 + upper;
+  }
+  if (order == TermsOrder::kLeft) {
+    const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
+    return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
+  }
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // of 8 columns; its row is g
+  const int64_t g = column % 32 / 8 * 2 + column % 2;
+  const int64_t fragment =
+      ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;
+  return fragment * (2 * kFragmentWords) + (g * 4 + t) * 4 + tile % 2 * 2 + upper;
 }
 
-// The terms of the pair (row, column), (row, column + 1) of a matrix: into Terms [rows, columns] and into those of its
-// transpose, where each is wanted.
-__device__ __forceinline__ void save_terms(float low, float high, int64_t rows, int64_t columns, int64_t row,
-                                           int64_t column, uint32_t* straight, uint32_t* transposed) {
+// Terms to be written.
+struct TermsOut {
+  uint32_t* data = nullptr;  // null: not wanted
+  int count = 0;
+  int64_t outer = 0, inner = 0;  // padded
+  TermsOrder order = TermsOrder::kPass;
+};
+
+// The terms of the pair (outer, inner), (outer, inner + 1).
+__device__ __forceinline__ void save_terms(const TermsOut& out, int64_t outer, int64_t inner, float low, float high) {
+  uint32_t terms[kMaxTerms];
+  split_pair<kMaxTerms>(low, high, terms);
+#pragma unroll
+  for (int term = 0; term < kMaxTerms; ++term)
+    if (term < out.count)
+      out.data[terms_word(out.order, out.count, out.outer, out.inner, term, outer, inner)] = terms[term];
+}
+
+// The same of (outer, inner), (outer + 1, inner): halves of two words.
+__device__ __forceinline__ void save_terms_across(const TermsOut& out, int64_t outer, int64_t inner, float low,
+                                                  float high) {
   uint32_t terms[kMaxTerms];
   split_pair<kMaxTerms>(low, high, terms);
 #pragma unroll
   for (int term = 0; term < kMaxTerms; ++term) {
-    if (straight != nullptr) straight[terms_word(rows, columns, term, row, column)] = terms[term];
-    if (transposed == nullptr) continue;
+    if (term >= out.count) continue;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t word = terms_word(columns, rows, term, column + e, row / 2 * 2);
-      reinterpret_cast<uint16_t*>(transposed)[2 * word + row % 2] = static_cast<uint16_t>(terms[term] >> 16 * e);
+      const int64_t word = terms_word(out.order, out.count, out.outer, out.inner, term, outer + e, inner / 2 * 2);
+      reinterpret_cast<uint16_t*>(out.data)[2 * word + inner % 2] = static_cast<uint16_t>(terms[term] >> 16 * e);
     }
   }
 }
 
-// A lane's pairs of the fragment of rows 8 · outer_block … and of 16 · inner_block … of the summed dimension.
-__device__ __forceinline__ uint2 load_terms(const Terms& terms, int term, int64_t outer_block, int64_t inner_block,
-                                            int lane) {
-  const int64_t block = (term * (terms.outer / 8) + outer_block) * (terms.inner / 16) + inner_block;
-  return load_cached(terms.data + block * kWarpSize + lane);
-}
-
-// Which fragments of a Terms the tiles n of a product take: block + n · block_step, and of it the lane's share of
-// lane + n · lane_step.
-struct TermTiles {
-  int64_t block;
-  int block_step, lane, lane_step;
-};
-
-// C_n += A B_n for kTiles tiles of 16 x 8 and 16 of the summed dimension, over the terms of both, the small products
-// first: a tensor core rounds toward zero, and would take up to an ulp of the large ones for each that follows them. A
-// term of all tiles is loaded at once; kUnrolled: how many terms' loads may be under way.
-template <int kTiles, int kLeft, int kUnrolled>
-__device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t (&a)[kLeft][4], const Terms& right,
-                                          const TermTiles& tiles, int64_t inner_block) {
-#pragma unroll kUnrolled
-  for (int j = kMaxTerms - 1; j >= 0; --j) {
-    if (j >= right.count) continue;
-    uint2 b[kTiles];
+// C_n += A B_n of a 16 x 16 fragment A and kTiles of B, over the products of A's kLeft terms with B's term `right`,
+// those whose sum of indices is below kTerms: what is left out is smaller than what kTerms terms can hold. A term's
+// smallest products come first: a tensor core rounds toward zero, and would take up to an ulp of the large ones for
+// each that follows them.
+template <int kTiles, int kLeft, int kTerms>
+__device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t (&a)[kLeft][4],
+                                          const uint32_t (&b)[kTiles][2], int right) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      b[n] = load_terms(right, j, tiles.block + n * tiles.block_step, inner_block, tiles.lane + n * tiles.lane_step);
+  for (int i = kLeft - 1; i >= 0; --i) {
+    if (i + right >= kTerms) continue;
 #pragma unroll
-    for (int i = kLeft - 1; i >= 0; --i) {
-      if (i + j >= kMaxTerms) continue;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint32_t pairs[2] = {b[n].x, b[n].y};
-        mma_m16n8k16<bf16>(c[n], a[i], pairs);
-      }
-    }
+    for (int n = 0; n < kTiles; ++n) mma_m16n8k16<bf16>(c[n], a[i], b[n]);
   }
 }
 
@@ -113,9 +129,7 @@ struct Split {
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
   const float* inner_scale;  // null: 1
-  uint32_t* out;             // as Terms has them
-  int count;
-  int64_t outer_padded, inner_padded;
+  TermsOut out;
 };
 
 constexpr int kMaxSplits = 3;

@@ -5,8 +5,17 @@
 namespace peft_ext {
 namespace {
 
+// A matrix in terms, as a rank pass takes F (its ranks first) over a D of that type.
+HeldTerms split_right(const Tensor& matrix, ScalarType type) {
+  Splitter splitter(matrix, type);
+  const HeldTerms held = splitter.right_of_pass(matrix, false);
+  splitter.run();
+  return held;
+}
+
 // A Aᵀ [R, R] float32.
-Tensor gram(const Tensor& a, const HeldTerms& terms) {
+Tensor gram(const Tensor& a) {
+  const HeldTerms terms = split_right(a, a.scalar_type());
   const int64_t rank = a.size(0);
   const Tensor out = device_empty(a, {rank, rank}, ScalarType::Float);
   Reduced wanted;
@@ -33,12 +42,12 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   if (rows == 0) return out;
   const DeviceWeight held = contiguous_weight(weight);
   const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
-  const HeldTerms terms = split_matrix(a, false, padded_rank(rank), round_up(weight.inputs, kRankTile));
+  const HeldTerms terms = split_right(a, type);
   const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, true);
   Reduced wanted;
   wanted.plain = &out.u;
   reduce(sums.rows, rank, wanted);
-  const Tensor products = gram(a, terms);
+  const Tensor products = gram(a);
   Launcher launcher(b);
   Norm work{};
   work.u = launcher.in<float>(out.u);
@@ -67,7 +76,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   const Tensor wide_a = as_type(a, ScalarType::Float);
   const Tensor held_grad = device_vector(op, "grad", grad, rows, weight.weight);
   const Tensor held_norm = device_vector(op, "norm", norm, rows, weight.weight), held_u = torch::stable::contiguous(u);
-  const Tensor products = gram(a, split_matrix(a, false, padded_rank(rank), round_up(inputs, kRankTile)));
+  const Tensor products = gram(a);
   const Tensor left = device_empty(b, {rows, rank}, ScalarType::Float);
   const Tensor grad_b = device_empty(b, {rows, rank}, ScalarType::Float);
   {
@@ -85,14 +94,16 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
     work.grad_B = launcher.scratch<float>(grad_b);
     launcher(dora_norm_backward_kernel, ceil_div(rows, kNormRows), kNormThreads, work);
   }
-  const HeldTerms left_terms = split_matrix(left, true, padded_rank(rank), round_up(rows, kRankTile));
+  Splitter splitter(left, type);
+  const HeldTerms c_b = splitter.left_of_pass(left, true);
+  splitter.run();
   const Tensor outer = device_empty(b, {inputs, rank}, ScalarType::Float);
   const Tensor inner = device_empty(b, {rank, rank}, ScalarType::Float);
   Reduced wanted;
   wanted.plain = &outer;
-  reduce(rank_pass(weight_input(held, type), nullptr, &left_terms).columns, rank, wanted);
+  reduce(rank_pass(weight_input(held, type), nullptr, &c_b).columns, rank, wanted);
   wanted.plain = &inner;
-  reduce(rank_pass(dense_input(b), nullptr, &left_terms).columns, rank, wanted);
+  reduce(rank_pass(dense_input(b), nullptr, &c_b).columns, rank, wanted);
   const Tensor grad_a = device_empty(b, {rank, inputs}, ScalarType::Float);
   Launcher launcher(grad_a);
   NormGradA work{};

@@ -1,0 +1,3 @@
+#include "linear/cuda/expand_launch.cuh"
+
+template void peft_ext::launch_expand<peft_ext::f16>(const Launcher&, const ExpandTerms&, bool);

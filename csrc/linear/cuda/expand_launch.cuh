@@ -1,0 +1,42 @@
+// Which expand_kernel a call takes; each element type's are compiled in expand_<type>_cuda.cu.
+#pragma once
+
+#include "linear/cuda/passes.cuh"
+
+namespace peft_ext {
+
+template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
+void launch_expand(const Launcher& launcher, const ExpandTerms& work) {
+  launcher(expand_kernel<T, kSteps, kRightTerms, kWork>,
+           {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)}, kExpandThreads, work);
+}
+
+template <typename T, int kRightTerms>
+void launch_expand_terms(const Launcher& launcher, const ExpandTerms& work, bool whole) {
+  const auto with_steps = [&](auto launch_one, auto launch_two, auto launch_any) {
+    const int64_t steps = work.left.inner / 16;
+    steps == 1 ? launch_one(launcher, work) : steps == 2 ? launch_two(launcher, work) : launch_any(launcher, work);
+  };
+  if (!whole) return launch_expand<T, 0, kRightTerms, ExpandWork::kAny>(launcher, work);
+  if (work.kept != nullptr)
+    return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kMask>,
+                      launch_expand<T, 2, kRightTerms, ExpandWork::kMask>,
+                      launch_expand<T, 0, kRightTerms, ExpandWork::kMask>);
+  if (work.before != nullptr || work.z != nullptr)
+    return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kOnto>,
+                      launch_expand<T, 2, kRightTerms, ExpandWork::kOnto>,
+                      launch_expand<T, 0, kRightTerms, ExpandWork::kOnto>);
+  with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kBias>, launch_expand<T, 2, kRightTerms, ExpandWork::kBias>,
+             launch_expand<T, 0, kRightTerms, ExpandWork::kBias>);
+}
+
+template <typename T>
+void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole) {
+  if (std::is_same_v<T, bf16> && work.right.count == 1) {
+    if constexpr (std::is_same_v<T, bf16>) launch_expand_terms<T, 1>(launcher, work, whole);
+  } else {
+    launch_expand_terms<T, kExpandLeftTerms<T>>(launcher, work, whole);
+  }
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,44 @@
+"""CUDA kernels as a test calls them: on a GPU where there is one, and under the emulator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_ext import _native
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+
+def kernels(where: str) -> Callable[..., Any]:
+    """``call(name, *args)``: the op's kernel on CPU tensors, moved where it runs; results on the CPU. Skips without."""
+    if where == "cuda":
+        if not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
+            pytest.skip(f"no GPU, or no CUDA library: {_native.STATE.cuda_error}")
+        namespace, device = torch.ops.peft_ext, "cuda"
+    else:
+        emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
+        if why := emulated_cuda.missing():
+            pytest.skip(why)
+        emulated_cuda.load()
+        namespace, device = torch.ops.peft_ext_emulated, "cpu"
+
+    def call(name: str, *args: Any) -> Any:
+        moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+        found = getattr(namespace, name)(*moved)
+        return found.cpu() if isinstance(found, Tensor) else tuple(part.cpu() for part in found)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=["cuda", "emulated"])
+def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    if request.param == "emulated" and request.config.getoption("--device") == "cuda":
+        pytest.skip("--device cuda: the kernels run on the GPU")
+    return kernels(request.param)

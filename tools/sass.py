@@ -1,0 +1,187 @@
+"""What the machine code of a compiled kernel says: its hot loop's warp instructions, by pipe, and its waits.
+
+nvdisasm prints a kernel's instructions. Its hot loop is the outermost one that holds all the matrix products that any
+holds (or, without a loop, the whole kernel); loops in it that hold products count as often as they are said to run.
+Each instruction is an issue slot of a warp.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# Which pipe issues an instruction, by what its name starts with; the first match counts. U...: the uniform datapath.
+PIPES = (
+    ("mma", r"HMMA|IMMA|HGMMA"),
+    ("control", r"BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|LDGDEPBAR|DEPBAR|BAR|ERRBAR|CALL|RET|YIELD|BREAK|PLOP3|UPLOP3"),
+    ("uniform", r"U(?!.*MMA)|R2UR|S2UR|CS2UR|REDUX"),
+    ("memory", r"LD|ST|ATOM|RED|SHFL|S2R|MEMBAR|CCTL"),
+    ("fma", r"IMAD|FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|CS2R"),
+    ("special", r"MUFU|I2F|F2I|F2F\.|POPC|FLO|BREV|I2I"),
+    ("alu", r""),
+)  # fmt: skip
+
+
+@dataclass
+class Instruction:
+    address: int
+    name: str
+    operands: str
+    target: int | None = None  # of a branch
+
+    @property
+    def pipe(self) -> str:
+        return next(pipe for pipe, pattern in PIPES if re.match(pattern, self.name))
+
+    def _operands(self) -> tuple[list[str], list[str]]:
+        """Operands written, and read. Stores, branches and barriers write no register."""
+        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", self.operands)] if self.operands else []
+        if self.name.startswith(("ST", "LDGSTS", "BRA", "BAR", "EXIT", "RED", "DEPBAR", "ISETP", "FSETP", "PLOP3")):
+            return [], parts
+        written = 1
+        while written < len(parts) and re.fullmatch(r"U?P\w+", parts[written - 1]):
+            written += 1
+        return parts[:written], parts[written:]
+
+    @property
+    def _width(self) -> int:
+        """Registers of the result."""
+        if self.pipe == "mma" or re.search(r"\.128|LDSM.*\.4", self.name):
+            return 4
+        return 2 if re.search(r"\.64|\.WIDE", self.name) else 1
+
+    def writes(self) -> set[int]:
+        found = [int(r) for part in self._operands()[0] for r in re.findall(r"\bR(\d+)\b", part)]
+        return {register + k for register in found for k in range(self._width)}
+
+    def reads(self) -> set[int]:
+        found: set[int] = set()
+        for position, part in enumerate(self._operands()[1]):
+            # A matrix product reads four registers, two and four; a store of 128 bits its data's four.
+            span = (4, 2, 4)[min(position, 2)] if self.pipe == "mma" else 1
+            if self.name.startswith(("STG", "STS")) and not part.startswith(("[", "desc")):
+                span = self._width
+            for register in re.findall(r"\bR(\d+)(?:\.\w+)?\b", part):
+                found |= {int(register) + k for k in range(2 if f"R{register}.64" in part else span)}
+        return found
+
+
+# Cycles until a result can be read, about; what an L1 miss adds is hidden by other warps, if by anything.
+LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
+ARITHMETIC = 5
+
+
+@dataclass
+class Loop:
+    """The instructions that one warp issues in an iteration, in their order."""
+
+    instructions: list[Instruction]
+
+    def count(self, pipe: str) -> int:
+        return sum(instruction.pipe == pipe for instruction in self.instructions)
+
+    @property
+    def transactions(self) -> int:
+        """Rows of 128 bytes that a warp's memory instructions move between registers and L1 or shared memory."""
+        rows = 0
+        for instruction in self.instructions:
+            if instruction.pipe == "memory" and not instruction.name.startswith(("LDC", "S2R")):
+                four, two = r"\.128|LDSM.*\.4|\bLDSM\.16\.M(T)?88\.4", r"\.64"
+                rows += 4 if re.search(four, instruction.name) else 2 if re.search(two, instruction.name) else 1
+        return rows
+
+    def load_to_use(self) -> int | None:
+        """The fewest instructions between a load from global memory and the first use of what it brings."""
+        distances = []
+        for i, load in enumerate(self.instructions):
+            held = load.writes() if load.name.startswith("LDG.") else set()
+            for distance, after in enumerate(self.instructions[i + 1 :] + self.instructions[:i], 1):
+                if held & after.reads():
+                    distances.append(distance)
+                    break
+        return min(distances, default=None)
+
+    def cycles_alone(self) -> int:
+        """Cycles of an iteration for a warp that is alone: one instruction a cycle, each when what it reads is there."""
+        ready: dict[int, int] = {}
+        time = start = 0
+        for _ in range(2):  # the second iteration meets what the first has left
+            start = time
+            for instruction in self.instructions:
+                waits = [ready.get(register, 0) for register in instruction.reads()]
+                time = max([time + 1, *waits])
+                kind = "global" if instruction.name.startswith("LDG.") else instruction.pipe
+                for register in instruction.writes():
+                    ready[register] = time + LATENCY.get(kind, ARITHMETIC)
+        return time - start
+
+
+def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel of a cubin, by its mangled name."""
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, list[Instruction]] = {}
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    current: list[Instruction] = []
+    for line in text.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.(\S+?),", line):
+            _resolve(current, labels)
+            labels, pending = {}, []
+            current = kernels.setdefault(section[1], [])
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            pending.append(label[1])
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+            address = int(found[1], 16)
+            labels |= dict.fromkeys(pending, address)
+            pending = []
+            current.append(Instruction(address, found[2], found[3]))
+    _resolve(current, labels)
+    return kernels
+
+
+def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
+    for instruction in instructions:
+        if found := re.search(r"`\((\.L_x_\d+)\)", instruction.operands):
+            instruction.target = labels.get(found[1])
+
+
+def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
+    """See the top of this file. ``trips``: how often loops with products in it run."""
+    spans = [(i.target, i.address) for i in instructions if i.name == "BRA" and i.target is not None]
+    spans = [(first, last) for first, last in spans if first < last]
+
+    def body(span: tuple[int, int]) -> list[Instruction]:
+        return [i for i in instructions if span[0] <= i.address <= span[1]]
+
+    def products(span: tuple[int, int]) -> int:
+        return sum(i.pipe == "mma" for i in body(span))
+
+    with_products = [span for span in spans if products(span)]
+    if not with_products:
+        # Up to the branch to itself that ends a kernel, without what fills its last line.
+        end = next((n for n, i in enumerate(instructions) if i.target == i.address), len(instructions))
+        return Loop([i for i in instructions[:end] if i.name != "NOP"])
+    most = max(map(products, with_products))
+    outer = max((span for span in with_products if products(span) == most), key=lambda span: span[1] - span[0])
+    inner = [span for span in with_products if outer[0] <= span[0] and span[1] <= outer[1] and span != outer]
+    order, at = [], outer[0]
+    found = body(outer)
+    for first, last in sorted(inner):
+        if first < at:
+            continue  # within the one before
+        order += [i for i in found if at <= i.address < first] + body((first, last)) * trips
+        at = last + 1
+    return Loop(order + [i for i in found if i.address >= at])
+
+
+def find_nvdisasm() -> str | None:
+    """nvdisasm on PATH, of the CUDA toolkit, or of the package nvidia-cuda-nvdisasm."""
+    if tool := shutil.which("nvdisasm") or shutil.which("nvdisasm", path="/usr/local/cuda/bin"):
+        return tool
+    import sysconfig
+
+    found = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm"))
+    return str(found[-1]) if found else None
