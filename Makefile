@@ -109,6 +109,7 @@ sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
 
 cuda-check: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check nvidia-cuda-nvdisasm
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py
 
 cuda-emulated: setup

@@ -1,8 +1,10 @@
 """Compile gate for the CUDA kernels; needs nvcc and torch's headers (a CPU build's will do), no GPU.
 
-Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120. Fails where one does not compile without a warning, a
-kernel spills registers, an object needs a symbol outside torch's stable ABI, or a kernel's registers or shared memory
-are not those of the committed table (docs/ptxas.tsv): what a change costs is part of its review. --write takes it over.
+Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120, those with a hot loop for sm_86 and 89 as well. Fails
+where one does not compile without a warning, a kernel spills registers or keeps an array in memory, an object needs a
+symbol outside torch's stable ABI, or a kernel's registers or shared memory (docs/ptxas.tsv) or its hot loop's
+instructions (docs/slots.tsv, see slots.py) are not those of the committed tables: what a change costs is part of its
+review. --write takes them over.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import sass
+import slots
 import stable_abi
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,14 +35,19 @@ def find(tool: str) -> str | None:
     return shutil.which(tool) or shutil.which(tool, path=os.path.join(home, "bin"))
 
 
-def compile_command(nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...]) -> list[str]:
+def compile_command(
+    nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...], keep: Path | None = None
+) -> list[str]:
+    """``keep``: a folder for what comes between source and object, the machine code among it."""
     target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
     return [
         nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17",
         f"-I{ROOT / 'csrc'}", "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"),
         "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION=0x{target:016x}",
-        "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills", "-Xcompiler", "-Wall,-fvisibility=hidden",
+        "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage",
+        "-Xcompiler", "-Wall,-fvisibility=hidden",
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        *([] if keep is None else ["--keep", "--keep-dir", str(keep)]),
     ]  # fmt: skip
 
 
@@ -47,9 +56,12 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
-            rows.append({"kernel": entry[1], "arch": entry[2], "registers": 0, "shared": 0, "spilled": 0})
-        elif rows and (spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)):
-            rows[-1]["spilled"] = int(spills[1]) + int(spills[2])
+            rows.append({"kernel": entry[1], "arch": entry[2], "registers": 0, "shared": 0, "spilled": 0, "stack": 0})
+        elif rows and (
+            spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        ):
+            rows[-1]["stack"] = int(spills[1])
+            rows[-1]["spilled"] = int(spills[2]) + int(spills[3])
         elif rows and (used := re.search(r"Used (\d+) registers", line)):
             rows[-1]["registers"] = int(used[1])
             shared = re.search(r"(\d+) bytes smem", line)
@@ -63,7 +75,24 @@ def demangle(names: list[str]) -> list[str]:
         return names
     text = subprocess.run([tool], input="\n".join(names), check=True, capture_output=True, text=True).stdout
     # Without return type, namespace and arguments: the kernel and what it is instantiated with.
-    return [re.sub(r"^void |\bpeft_ext::|\(.*", "", line) for line in text.splitlines()]
+    names = [re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", line) for line in text.splitlines()]
+    for enum, values in slots.enumerators().items():
+        names = [re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name) for name in names]  # noqa: B023
+    return names
+
+
+def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
+    """The rows of slots.tsv that a file's machine code has; ``rows``: of its kernels, from kernel_rows."""
+    code = sass.disassemble(cubin, nvdisasm)
+    names = dict(zip(demangle(list(code)), code, strict=True))
+    used = {str(row["kernel"]): row for row in rows}
+    found = []
+    for hot in slots.HOT:
+        if hot.file in cubin.stem and hot.kernel in names:
+            mangled = names[hot.kernel]
+            held = {name: int(str(used[mangled][name])) for name in ("registers", "stack", "shared")}
+            found.append(slots.measure(hot, arch, code[mangled], held))
+    return found
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
@@ -86,51 +115,72 @@ def release(nvcc: str) -> str:
     return found[1] if found else "unknown"
 
 
-def compare(table: str, nvcc: str, write: bool) -> list[str]:
-    """What differs from the committed table, which says what compiler it was made with; another's is not compared."""
+def compare(path: Path, table: str, nvcc: str, write: bool) -> list[str]:
+    """What differs from a committed table, which says what compiler it was made with; another's is not compared."""
     wanted = f"# nvcc {release(nvcc)}\n{table}"
     if write:
-        TABLE.write_text(wanted)
+        path.write_text(wanted)
         return []
-    if not TABLE.exists():
-        return [f"{TABLE.relative_to(ROOT)} is missing; --write makes it"]
-    held = TABLE.read_text()
+    if not path.exists():
+        return [f"{path.relative_to(ROOT)} is missing; --write makes it"]
+    held = path.read_text()
     if held.splitlines()[:1] != wanted.splitlines()[:1]:
-        print(f"cuda-check: {TABLE.name} is of {held.splitlines()[0][2:]}, this is nvcc {release(nvcc)}: not compared")
+        print(f"cuda-check: {path.name} is of {held.splitlines()[0][2:]}, this is nvcc {release(nvcc)}: not compared")
         return []
     changed = difflib.unified_diff(held.splitlines(), wanted.splitlines(), "committed", "compiled", lineterm="", n=0)
     lines = [line for line in changed if line[0] in "+-" and line[:3] not in ("+++", "---")]
-    return [f"{TABLE.relative_to(ROOT)}: {line}" for line in lines] + (["--write takes them over"] if lines else [])
+    return [f"{path.relative_to(ROOT)}: {line}" for line in lines] + (["--write takes them over"] if lines else [])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)} instead of comparing")
+    parser.add_argument("--write", action="store_true", help="write the tables instead of comparing")
     parser.add_argument("--require", action="store_true", help="without nvcc or torch, fail rather than skip")
     options = parser.parse_args()
 
-    nvcc, include = find("nvcc"), stable_abi.torch_include()
+    nvcc, include, nvdisasm = find("nvcc"), stable_abi.torch_include(), sass.find_nvdisasm()
     if nvcc is None or include is None:
         print(f"cuda-check: skipped: {'nvcc' if nvcc is None else 'torch'} not found")
         return 1 if options.require else 0
+    if nvdisasm is None:
+        print("cuda-check: nvdisasm not found (pip install nvidia-cuda-nvdisasm): hot loops are not counted")
+        if options.require or options.write:
+            return 1
 
-    failures, rows = [], []
+    failures, rows, hot = [], [], []
     sources = sorted((ROOT / "csrc").rglob("*_cuda.cu"), key=lambda path: -path.stat().st_size)
     asked: dict[str, list[str]] = {}  # what each object needs from elsewhere
     offered: set[str] = set()
     jobs = os.cpu_count() or 2
+    with_hot = {entry.file for entry in slots.HOT}
+    work_list = [
+        (source, arch)
+        for source in sources
+        for arch in slots.ARCHS
+        if arch in ARCHS or (source.stem in with_hot and nvdisasm is not None)
+    ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs) as pool:
 
-        def check(work: tuple[Path, str]) -> tuple[str, str, Path, bool]:
+        def check(work: tuple[Path, str]) -> tuple[str, str, Path, bool, list[dict[str, str]]]:
             source, arch = work
             output = Path(folder, f"{source.stem}.{arch}.o")
-            command = compile_command(nvcc, source, output, include, (arch,))
+            counted = source.stem in with_hot and nvdisasm is not None
+            keep = Path(folder, f"{source.stem}.{arch}") if counted else None
+            if keep is not None:
+                keep.mkdir()
+            command = compile_command(nvcc, source, output, include, (arch,), keep)
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            return str(source.relative_to(ROOT)), done.stdout, output, done.returncode == 0
+            found = []
+            if keep is not None and nvdisasm is not None:
+                for cubin in keep.glob("*.cubin"):
+                    found += hot_rows(cubin, arch, nvdisasm, kernel_rows(done.stdout))
+                shutil.rmtree(keep)
+            return str(source.relative_to(ROOT)), done.stdout, output, done.returncode == 0, found
 
         # One architecture at a time, so that all cores have work however long the longest file is.
-        for name, log, output, compiles in pool.map(check, [(source, arch) for source in sources for arch in ARCHS]):
-            rows += [{"file": name} | row for row in kernel_rows(log)]
+        for (_, arch), (name, log, output, compiles, found) in zip(work_list, pool.map(check, work_list), strict=True):
+            hot += found
+            rows += [{"file": name} | row for row in kernel_rows(log) if arch in ARCHS]
             if not compiles:
                 failures.append(f"{name}: does not compile\n{log if 'spilled' not in log else 'registers spill'}")
                 continue
@@ -145,7 +195,11 @@ def main() -> int:
         if row["spilled"]:
             failures.append(f"{row['file']}: {kernel} spills {row['spilled']} bytes on sm_{row['arch']}")
     if not failures:
-        failures += compare(ptxas_table(rows), nvcc, options.write)
+        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write)
+    if not failures and nvdisasm is not None:
+        missing = {entry.name for entry in slots.HOT} - {row["loop"] for row in hot}
+        failures += [f"{name}: no such kernel, see slots.py" for name in sorted(missing)]
+        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write) if not missing else []
     for failure in failures:
         print(f"cuda-check: {failure}", file=sys.stderr)
     print(f"cuda-check: {len(sources)} files, {len(rows)} kernels, {len(failures)} failures")

@@ -105,7 +105,7 @@ class Loop:
         return min(distances, default=None)
 
     def cycles_alone(self) -> int:
-        """Cycles of an iteration for a warp that is alone: one instruction a cycle, each when what it reads is there."""
+        """Cycles of an iteration for a warp alone: one instruction a cycle, each when what it reads is there."""
         ready: dict[int, int] = {}
         time = start = 0
         for _ in range(2):  # the second iteration meets what the first has left

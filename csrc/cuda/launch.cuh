@@ -129,9 +129,6 @@ class Launcher {
     return tensor.has_value() ? out<T>(*tensor) : nullptr;
   }
 
-  // Of the tensor's device. The emulator says 2, so that work is split, but into few parts.
-  int multiprocessors() const;
-
  private:
   template <typename T>
   static void check_type(const torch::stable::Tensor& tensor) {
@@ -186,8 +183,6 @@ void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const
   emulator::launch(memory_, kernel, {grid.x, grid.y, grid.z}, block.threads, block.dynamic_shared, arguments...);
 }
 
-inline int Launcher::multiprocessors() const { return 2; }
-
 #else
 
 inline Launcher::Launcher(const torch::stable::Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
@@ -209,17 +204,6 @@ void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   kernel<<<blocks, block.threads, static_cast<size_t>(block.dynamic_shared), stream_>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-inline int Launcher::multiprocessors() const {
-  constexpr int kDevices = 64;
-  static std::atomic<int> counts[kDevices];  // 0: not asked yet
-  int count = device_ < kDevices ? counts[device_].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    if (device_ < kDevices) counts[device_].store(count, std::memory_order_relaxed);
-  }
-  return count;
 }
 
 #endif

@@ -12,6 +12,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "common/dtype.h"
 
 // PEFT_EXT_SHARED(Type, name): `Type& name`, this block's shared memory, aligned to 128 bytes and not initialized. Type
@@ -352,6 +354,17 @@ __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
   return words;
 #else
   return *reinterpret_cast<const uint4*>(from.at);
+#endif
+}
+
+// The same of 4 bytes.
+__device__ __forceinline__ uint32_t load_shared_4(SharedAt from) {
+#ifdef __CUDACC__
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from.at) : "memory");
+  return word;
+#else
+  return *reinterpret_cast<const uint32_t*>(from.at);
 #endif
 }
 

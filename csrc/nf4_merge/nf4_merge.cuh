@@ -13,6 +13,7 @@
 // R FMAs an element, in float32: at a rank above a few these, not bytes, are the time.
 #pragma once
 
+#include "cuda/block_sum.cuh"
 #include "cuda/ptx.cuh"
 #include "nf4/cuda/nf4.cuh"
 
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
-  // Codes and scales are under way while the products are computed.
+  // Codes and scales, a chain of up to three loads, beside the first slab's copy.
   uint32_t codes[kMergeThreadRows];  // 16 bits a chunk
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
@@ -186,6 +187,40 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
       }
     }
   }
+}
+
+// How far requantizing has moved a weight: Σ (w' - w)² and Σ w², w' as the new codes have it. A block sums every
+// gridDim.x-th kErrorThreads elements, as many blocks whatever the card, and a second kernel adds theirs in order.
+constexpr int kErrorThreads = 256;
+constexpr int kErrorBlocks = 512;
+
+using MergeErrorShared = BlockSums<kErrorThreads>[2];
+
+// partial: [blocks][2].
+static __global__ void __launch_bounds__(kErrorThreads)
+    nf4_merge_error_kernel(Nf4View requantized, const float* merged, float* partial) {
+  PEFT_EXT_SHARED(MergeErrorShared, shared);
+  float sums[2] = {};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kErrorThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kErrorThreads + threadIdx.x; i < requantized.numel; i += step) {
+    const int code = requantized.packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15;
+    const float scale = nf4_scale(requantized, i >> requantized.log2_blocksize), value = merged[i];
+    const float moved = fmul_rn(kNf4DeviceCode[code], scale) - value;
+    sums[0] += moved * moved;
+    sums[1] += value * value;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = block_sum<kErrorThreads>(sums[i], shared[i]);
+    if (threadIdx.x == 0) partial[blockIdx.x * 2 + i] = sum;
+  }
+}
+
+// Grid: 1, of two threads.
+static __global__ void nf4_merge_error_sum_kernel(const float* partial, int64_t blocks, double* out) {
+  double sum = 0.0;
+  for (int64_t block = 0; block < blocks; ++block) sum += partial[block * 2 + threadIdx.x];
+  out[threadIdx.x] = sum;
 }
 
 }  // namespace peft_ext

@@ -2,6 +2,7 @@
 // quantizes its result.
 #include "nf4_merge/nf4_merge.cuh"
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -93,14 +94,6 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   return wide ? torch::stable::to(out, dtype) : out;
 }
 
-// Σ m² of a float32 tensor into element `index` of a float64 one.
-void sum_squares(const Tensor& m, const Tensor& out, int64_t index) {
-  const Tensor row = torch::stable::view(m, {1, m.numel()}), column = torch::stable::view(m, {m.numel(), 1});
-  Tensor all = out;
-  Tensor to = torch::stable::narrow(all, 0, index, 1);
-  torch::stable::copy_(to, torch::stable::view(torch::stable::matmul(row, column), {1}));
-}
-
 std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
                                                   const std::optional<Tensor>& nested_absmax,
                                                   const std::optional<Tensor>& nested_code,
@@ -115,8 +108,12 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const st
   if (merged.numel() == 0) return {codes, scales, error};
   const DeviceWeight held =
       nf4_weight("nf4_merge", codes, scales, std::nullopt, std::nullopt, std::nullopt, blocksize, shape[0], shape[1]);
-  sum_squares(torch::stable::subtract(dense_weight(held, ScalarType::Float), merged), error, 0);
-  sum_squares(merged, error, 1);
+  const int64_t blocks = std::min<int64_t>(kErrorBlocks, ceil_div(merged.numel(), kErrorThreads));
+  const Tensor partial = device_empty(merged, {blocks, 2}, ScalarType::Float);
+  const Launcher launcher(merged);
+  float* sums = launcher.scratch<float>(partial);
+  launcher(nf4_merge_error_kernel, blocks, kErrorThreads, nf4_view(launcher, held), launcher.in<float>(merged), sums);
+  launcher(nf4_merge_error_sum_kernel, 1, 2, sums, blocks, launcher.out<double>(error));
   return {codes, scales, error};
 }
 

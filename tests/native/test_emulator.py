@@ -129,7 +129,11 @@ def test_shuffles_and_votes(run):
         assert out[128 + lane] == sum((word % 3 == 0) << i for i, word in enumerate(WORDS[:32]))
         assert out[160 + lane] == 2
         assert out[192 + lane] == WORDS[lane ^ 1]
-        assert out[224 + lane] == WORDS[lane] * 0x9E3779B9 >> 32
+        product = WORDS[lane] * 0x9E3779B9
+        product = (product >> 32) ^ (product & 0xFFFFFFFF)
+        high, low = WORDS[lane] >> 31, WORDS[lane] >> 15 & 1
+        spread = high * 0xFFFF0000 + low * 0xFFFF
+        assert out[224 + lane] == product ^ spread ^ (low * 0xFFFFFFFF) ^ (high * 0xFFFFFFFF) >> 1
 
 
 def test_atomics(run):

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from peft_ext.reference import nf4_quantize
 from peft_ext.reference.philox import dropout_keep_mask
 
 SCALING = 0.75
@@ -24,7 +26,7 @@ SHAPES = [(330, 584, 328), (64, 64, 64), (129, 1160, 72), (70, 99, 333), (3, 8, 
 RANKS = [1, 16, 24, 32, 50, 64, 100, 128, 130, 200]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def operands(shape: tuple[int, int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype) -> tuple[Tensor, ...]:
     t, k, n = shape
     generator = torch.Generator().manual_seed(t + 7 * rank)
@@ -105,3 +107,44 @@ def test_every_threshold_drops_the_reference_s_elements(
     torch.testing.assert_close(s[:, 0] * (1 - p), kept.sum(1).float(), rtol=1e-6, atol=1e-6)
     grad_x = cuda_call("lora_residual_backward", grad, x, a, b, None, s, 1.0, p, SEED, True)[0]
     assert torch.equal(grad_x != 0, kept)
+
+
+# --- few tokens against NF4 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "blocksize"),
+    [(33, 64, 64), (16, 640, 128), (130, 1088, 64), (8, 4160, 64), (48, 96, 32), (72, 320, 4096)],
+)
+def test_few_tokens(
+    cuda_call: Callable[..., Any], outputs: int, inputs: int, blocksize: int, dtype: torch.dtype, nested: bool
+) -> None:
+    """Warps without a slab, with some, and with more than wait in registers; outputs and tokens that end anywhere."""
+    generator = torch.Generator().manual_seed(outputs)
+    draw = functools.partial(torch.randn, generator=generator)
+    weight = nf4_quantize(draw(outputs, inputs) / 8, blocksize, nested)
+    exact = weight.dequantize(torch.float64)
+    a, b, bias = draw(5, inputs) / 8, (draw(outputs, 5) / 8).to(dtype), draw(outputs).to(dtype)
+    for tokens in (1, 3, 8, 9, 16, 17, 40):
+        x = draw(tokens, inputs).to(dtype)
+        y, s = cuda_call("lora_linear", x, *weight.op_args(), bias, a, b, None, SCALING, 0.0, None)
+        want_s = x.double() @ a.double().T
+        want = x.double() @ exact.T + SCALING * want_s @ b.double().T + bias.double()
+        plain = F.linear(x, weight.dequantize(dtype), bias).double() - F.linear(x.double(), exact, bias.double())
+        error = y.double() - want
+        rounding = torch.finfo(dtype).eps / 2 * want
+        assert error.norm() <= 1.5 * plain.norm() + rounding.norm(), tokens
+        assert error.abs().max() <= 1.5 * plain.abs().max() + 2 * rounding.abs().max(), tokens
+        close(s, want_s, "s", inputs)
+
+
+def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: Callable[..., Any]) -> None:
+    weight = nf4_quantize(torch.randn(40, 256), 64)
+    packed, absmax, *rest = weight.op_args()
+    absmax = absmax.clone()
+    absmax[4 * 17 + 1] = float("nan")  # of output 17
+    y = cuda_call("nf4_linear", torch.randn(4, 256).bfloat16(), packed, absmax, *rest, None)
+    nan = y.isnan()
+    assert nan[:, 17].all() and nan.sum() == 4

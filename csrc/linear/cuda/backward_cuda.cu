@@ -17,10 +17,14 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
                   size.tokens * size.outputs);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  const auto zeros = [&](int64_t count) { return device_zeros(x, {count}, ScalarType::Float); };
-  out.grad_rank_scale = zeros(adapter.rank_scale.has_value() ? size.rank : 0);
-  out.grad_in_scale = zeros(adapter.in_scale.has_value() ? size.inputs : 0);
-  out.grad_out_scale = zeros(z.has_value() ? size.outputs : 0);
+  // Zeros without a token; otherwise what is asked for is written whole below.
+  const auto sums = [&](bool wanted, int64_t count) {
+    return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
+                                      : device_empty(x, {0}, ScalarType::Float);
+  };
+  out.grad_rank_scale = sums(adapter.rank_scale.has_value(), size.rank);
+  out.grad_in_scale = sums(adapter.in_scale.has_value(), size.inputs);
+  out.grad_out_scale = sums(z.has_value(), size.outputs);
   out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
                             : device_empty(x, {0}, x.scalar_type());
   if (size.tokens == 0) {

@@ -19,6 +19,16 @@ inline Tensor matrix(const std::optional<Tensor>& tensor) { return torch::stable
 void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms);
 
+// The same S of a few tokens, at most kMaxShrinkTokens, in one launch.
+constexpr int64_t kMaxShrinkTokens = 16;
+void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
+
+// Whether few_tokens_forward takes a call, and all of it but S, which is in `out`: y, and z where it is wanted.
+bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
+void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
+                        const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
+                        const DeviceForward& out, const Tensor& y, bool want_z);
+
 // Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
 struct RankGradients {
   HeldTerms p, a;

@@ -2,12 +2,9 @@
 //
 //   S: one pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write (expand); Y₀ += x Wᵀ: PyTorch's product
 //
-// An NF4 weight is dequantized for the product; up to kSkinnyTokens tokens of 16-bit types take nf4_skinny_kernel,
-// whose second kernel adds all the rest.
+// An NF4 weight is dequantized for the product, but for few tokens of 16-bit types: see few_tokens_cuda.cu.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/select_ranks.cuh"
-#include "linear/cuda/shrink_few.cuh"
-#include "nf4/cuda/nf4_skinny.cuh"
 
 namespace peft_ext {
 namespace {
@@ -22,29 +19,6 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
                   " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ", outputs,
                   " on x's device");
   return torch::stable::contiguous(*bias);
-}
-
-// The same S, for few tokens.
-constexpr int64_t kMaxShrinkTokens = 16;
-
-void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s) {
-  const Tensor a = matrix(adapter.lora_A);
-  Launcher launcher(x);
-  ShrinkFew work{};
-  work.x = launcher.in<void>(x);
-  work.lora_A = launcher.in<void>(a);
-  work.type = dtype_of(a.scalar_type());
-  work.tokens = size.tokens;
-  work.inputs = size.inputs;
-  work.rank = size.rank;
-  work.whole = whole_columns(x, size.inputs);
-  work.whole_A = whole_columns(a, size.inputs);
-  work.dropout = device_dropout(launcher, adapter);
-  work.s = launcher.scratch<float>(s);
-  with_type(x.scalar_type(), [&](auto zero) {
-    launcher(shrink_few_kernel<decltype(zero)>, {size.rank, ceil_div(size.tokens, kShrinkTokens)}, kShrinkThreads,
-             work);
-  });
 }
 
 // Of S [T, R], each token's own adapter's ranks, scaled; and those alone, as they were: [T, the largest rank].
@@ -79,80 +53,6 @@ Tensor select_ranks(const DeviceGroups& groups, const Tensor& s) {
   return kept;
 }
 
-// --- few tokens against NF4
-
-bool skinny_accepts(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter) {
-  return weight.is_nf4() && type != ScalarType::Float && tokens <= kSkinnyTokens && weight.inputs % 32 == 0 &&
-         !(adapter.drop_base && adapter.seed.has_value());
-}
-
-template <typename T>
-void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& grid) {
-  if (work.tokens <= 8) {
-    launcher(nf4_skinny_kernel<T, 1>, grid, kSkinnyThreads, work);
-  } else if (work.tokens <= 16) {
-    launcher(nf4_skinny_kernel<T, 2>, grid, kSkinnyThreads, work);
-  } else if (work.tokens <= 32) {
-    launcher(nf4_skinny_kernel<T, 4>, grid, kSkinnyThreads, work);
-  } else {
-    launcher(nf4_skinny_kernel<T, 8>, grid, kSkinnyThreads, work);
-  }
-}
-
-void skinny_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
-                    const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside, const DeviceForward& out,
-                    const Tensor& y, bool want_z) {
-  Launcher launcher(x);
-  const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);
-  Skinny work{};
-  work.x = launcher.in<void>(held);
-  work.weight = nf4_view(launcher, weight);
-  work.outputs = size.outputs;
-  work.inputs = size.inputs;
-  work.tokens = static_cast<int>(size.tokens);
-  // K is split until the device is full, but not into less than four slabs, the pipeline's depth; less often for more
-  // tokens, whose partial sums are larger.
-  const int64_t row_blocks = ceil_div(size.outputs, kSkinnyRows), slabs = ceil_div(size.inputs, kSkinnySlab);
-  const int64_t per_multiprocessor = size.tokens <= 16 ? 4 : 2;
-  const int64_t wanted =
-      std::min(ceil_div(per_multiprocessor * launcher.multiprocessors(), row_blocks), ceil_div(slabs, 4));
-  work.slabs_per_chunk = ceil_div(slabs, wanted);
-  const int64_t chunks = ceil_div(slabs, work.slabs_per_chunk);
-  work.padded_outputs = row_blocks * kSkinnyRows;
-  const Tensor partial = device_empty(x, {chunks, size.tokens, work.padded_outputs}, ScalarType::Float);
-  work.partial = launcher.scratch<float>(partial);
-
-  SkinnyFinish end{};
-  end.partial = work.partial;
-  end.chunks = chunks;
-  end.padded_outputs = work.padded_outputs;
-  end.tokens = work.tokens;
-  end.outputs = size.outputs;
-  end.rank = size.rank;
-  end.scaling = static_cast<float>(adapter.scaling);
-  Tensor b;
-  if (size.rank > 0) {
-    b = as_type(matrix(adapter.lora_B), ScalarType::Float);
-    end.s = launcher.in<float>(out.s);
-    end.lora_B = launcher.in<float>(b);
-    end.rank_scale = launcher.in<float>(adapter.rank_scale);
-  }
-  end.scale = launcher.in<float>(adapter.out_scale);
-  end.bias_before = bias_inside ? launcher.in<void>(bias) : nullptr;
-  end.bias_after = bias_inside ? nullptr : launcher.in<void>(bias);
-  end.y = launcher.scratch<void>(y);
-  end.z = want_z ? launcher.scratch<void>(out.z) : nullptr;
-  const Grid grid(row_blocks, chunks);
-  const Grid finish_grid(ceil_div(size.outputs, kSkinnyThreads), ceil_div(size.tokens, kFinishTokens));
-  if (x.scalar_type() == ScalarType::BFloat16) {
-    launch_skinny<bf16>(launcher, work, grid);
-    launcher(skinny_finish_kernel<bf16>, finish_grid, kSkinnyThreads, end);
-  } else {
-    launch_skinny<f16>(launcher, work, grid);
-    launcher(skinny_finish_kernel<f16>, finish_grid, kSkinnyThreads, end);
-  }
-}
-
 }  // namespace
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
@@ -177,7 +77,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   Tensor held = flat_rows(x);
   if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;
   const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
-  const bool low_rank = size.rank > 0, skinny = skinny_accepts(weight, type, size.tokens, adapter);
+  const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
 
   HeldTerms s_terms, b_terms;
   const DeviceGroups* groups = adapter.groups;
@@ -204,7 +104,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     }
   }
   if (skinny) {
-    skinny_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
+    few_tokens_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
     if (groups != nullptr) out.s = kept;
     return out;
   }

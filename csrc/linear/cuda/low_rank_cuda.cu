@@ -52,8 +52,8 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
   const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
   Reduced p;
   p.rank_scale = rank_scale;
-  // What dropout divides by is in P, for both of its products; with drop_base the product's gradient is dropped as well,
-  // and dX divided behind both.
+  // What dropout divides by is in P, for both of its products; with drop_base the product's gradient is dropped as
+  // well, and dX divided behind both.
   const double divided = adapter.seed.has_value() ? 1.0 / (1.0 - adapter.dropout_p) : 1.0;
   p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided;
   p.transposed = &p_transposed;
@@ -78,6 +78,7 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
   reduce(sums, size.rank, p, grad_b);
   if (rank_scale != nullptr) {
     const Tensor wide = as_type(b, ScalarType::Float);
+    out->grad_rank_scale = device_empty(x, {size.rank}, ScalarType::Float);
     Launcher launcher(wide);
     launcher(rank_scale_kernel, size.rank, kColumnThreads, launcher.in<float>(wide), launcher.in<float>(products),
              size.outputs, size.rank, static_cast<float>(adapter.scaling), launcher.out<float>(out->grad_rank_scale));
@@ -141,12 +142,13 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == size.tokens * size.outputs, op,
                   ": grad has ", grad.numel(), " elements, wanted ", size.tokens * size.outputs, " of x's type");
   DeviceBackward out;
-  out.grad_rank_scale = device_zeros(x, {adapter.rank_scale.has_value() ? size.rank : 0}, ScalarType::Float);
+  out.grad_rank_scale = device_empty(x, {0}, ScalarType::Float);
   out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
                             : device_empty(x, {0}, x.scalar_type());
   if (size.tokens == 0) {
     out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
     out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+    if (adapter.rank_scale.has_value()) out.grad_rank_scale = device_zeros(x, {size.rank}, ScalarType::Float);
     return out;
   }
   const RankGradients grads = rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, &out);

@@ -364,7 +364,6 @@ constexpr int kRankBlocks = !kWhole || (kTermsOf<T> > 1 && kRanks == 16) || (kWo
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
-  constexpr bool kColumns = kWork == RankWork::kColumns || kWork == RankWork::kBoth;
   constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
   constexpr int kAround = kWork == RankWork::kBoth ? kRankTilesOfBoth : 1;
   constexpr int kStages = kRankStages<T, kNf4>, kStage = kRankTile * kRankRow<T>, kOnTheWay = kStages - 1;

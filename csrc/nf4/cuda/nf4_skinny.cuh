@@ -1,4 +1,4 @@
-// Few tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ,  T <= 64, W decoded on its way to the tensor cores.
+// Some tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ,  T <= 64, W decoded on its way to the tensor cores.
 //
 // W is the A operand of mma.sync, as it lies: row-major, 16 outputs by 16 inputs. The order in which inputs are summed
 // is free, so lane t of a row takes 16 consecutive ones of every 64, 8 bytes in a row: of step s (16 of the 64 inputs)
@@ -6,15 +6,15 @@
 // the same order, which makes it 16 bytes in a row of x for two steps. A block of 4 warps owns 128 outputs, a warp 32,
 // and a chunk of K (split-K: one weight alone must fill the device); slabs of 64 inputs pass through kSkinnyStages of
 // shared memory by cp.async: W's bytes, which only the lane that copied them reads, and x's, padded by 16 bytes a row,
-// which spreads a quarter warp's 16-byte loads over all banks. A slab's scales are loaded one slab ahead:
-// double-quantized ones are a chain of two loads. Sums: float32; partial sums [chunks of K][T][padded N], which
-// skinny_finish_kernel adds in order, with all that comes after: the low-rank term, g and the biases. Weights are
-// rounded to T as dequantize does, then multiplied. Bytes moved: W once, x once a block, the partial sums twice (they
-// stay in L2).
+// which spreads a quarter warp's 16-byte loads over all banks. A double-quantized scale is a
+// chain of two loads: the first is made two slabs ahead, the second one. Sums: float32; partial sums [chunks of
+// K][T][padded N], which skinny_finish_kernel adds in order, with all that comes after: the low-rank term, g and the
+// biases. Weights are rounded to T as dequantize does, then multiplied. Bytes moved: W once, x once a block, the
+// partial sums twice (they stay in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
-#include "nf4/cuda/nf4.cuh"
+#include "nf4/cuda/nf4_few_tokens.cuh"
 
 namespace peft_ext {
 
@@ -82,25 +82,55 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  const auto load_scales = [&](int64_t slab, float (&scales)[4]) {
-    const int64_t input = (first + slab) * kSkinnySlab + 16 * t;
+  // A lane's four scales: what is stored of them, two slabs ahead; what that stands for, one slab ahead; then they.
+  const bool nested = work.weight.nested_absmax != nullptr;
+  const float offset = nested ? *work.weight.nested_offset : 0.0f;
+  uint32_t stored[4] = {};
+  float looked_up[4] = {}, nested_absmax[4] = {};
+  const auto has_scale = [&](int64_t slab, int part) {
+    return slab < slabs && row_of(part) < work.outputs && (first + slab) * kSkinnySlab + 16 * t < work.inputs;
+  };
+  const auto block_of = [&](int64_t slab, int part) {
+    return (row_of(part) * work.inputs + (first + slab) * kSkinnySlab + 16 * t) >> work.weight.log2_blocksize;
+  };
+  const auto load_stored = [&](int64_t slab) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const bool take = slab < slabs && row_of(part) < work.outputs && input < work.inputs;
-      scales[part] =
-          take ? nf4_scale(work.weight, (row_of(part) * work.inputs + input) >> work.weight.log2_blocksize) : 0.0f;
+      if (!has_scale(slab, part)) continue;
+      stored[part] = nested ? static_cast<const uint8_t*>(work.weight.absmax)[block_of(slab, part)]
+                            : static_cast<const uint32_t*>(work.weight.absmax)[block_of(slab, part)];
+    }
+  };
+  const auto look_up = [&](int64_t slab) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      if (!nested) looked_up[part] = __uint_as_float(stored[part]);
+      if (!nested || !has_scale(slab, part)) continue;
+      looked_up[part] = work.weight.nested_code[stored[part]];
+      nested_absmax[part] = work.weight.nested_absmax[block_of(slab, part) >> kLog2NestedBlock];
+    }
+  };
+  const auto get_scales = [&](int64_t slab, float (&scales)[4]) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const float scale = nested ? fadd_rn(fmul_rn(looked_up[part], nested_absmax[part]), offset) : looked_up[part];
+      scales[part] = has_scale(slab, part) ? scale : 0.0f;
     }
   };
 
   float sums[2][kTokenTiles][4] = {};
-  float scales[4], next[4];
+  float scales[4];
   for (int slab = 0; slab < kStages - 1; ++slab) issue(slab);
-  load_scales(0, scales);
+  load_stored(0);
+  look_up(0);
+  get_scales(0, scales);
+  load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
     sync_threads();  // x is there for all, and nobody reads the stage before it any more
     issue(slab + kStages - 1);
-    load_scales(slab + 1, next);
+    look_up(slab + 1);
+    load_stored(slab + 2);
     const SkinnyStage<T, kTokenTiles>& stage = shared.stage[slab % kStages];
     uint2 codes[4];
 #pragma unroll
@@ -134,8 +164,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
         }
       }
     }
-#pragma unroll
-    for (int part = 0; part < 4; ++part) scales[part] = next[part];
+    get_scales(slab + 1, scales);
   }
 
 #pragma unroll
@@ -151,57 +180,32 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
       }
 }
 
-// y = g ∘ (Σ_chunks partial + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁, rounded once.
-struct SkinnyFinish {
+// Where skinny_finish_kernel finds the product.
+struct SkinnySums {
   const float* partial;
   int64_t chunks, padded_outputs;
   int tokens;
-  int64_t outputs, rank;
-  const float* s;           // [tokens, rank]
-  const float* lora_B;      // [outputs, rank]
-  const float* rank_scale;  // [rank], null: 1
-  float scaling;
-  const float* scale;       // g [outputs], null: 1
-  const void* bias_before;  // b₀, T [outputs], or null
-  const void* bias_after;   // b₁
-  void* y;                  // T [tokens, outputs]
-  void* z;                  // the same before g and b₁, or null
+  int64_t outputs;
 };
 
 constexpr int kFinishTokens = 8;  // of a thread, which reads its row of B once for them
 
-// Grid: x: ceil(outputs / kSkinnyThreads); y: ceil(tokens / kFinishTokens).
+// What TokensFinish says, of Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads); y: ceil(tokens /
+// kFinishTokens).
 template <typename T>
-__global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnyFinish work) {
+__global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kSkinnyThreads + threadIdx.x;
-  if (n >= work.outputs) return;
+  if (n >= product.outputs) return;
   const int first = blockIdx.y * kFinishTokens;
   float sums[kFinishTokens] = {};
 #pragma unroll 4
-  for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < product.chunks; ++chunk) {
+    const float* from = product.partial + (chunk * product.tokens + first) * product.padded_outputs + n;
 #pragma unroll
     for (int i = 0; i < kFinishTokens; ++i)
-      if (first + i < work.tokens) sums[i] += work.partial[(chunk * work.tokens + first + i) * work.padded_outputs + n];
+      if (first + i < product.tokens) sums[i] += from[i * product.padded_outputs];
   }
-  float low_rank[kFinishTokens] = {};
-  for (int64_t r = 0; r < work.rank; ++r) {
-    const float rho = work.scaling * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r]);
-    const float b = rho * work.lora_B[n * work.rank + r];
-#pragma unroll
-    for (int i = 0; i < kFinishTokens; ++i)
-      if (first + i < work.tokens) low_rank[i] += work.s[(first + i) * work.rank + r] * b;
-  }
-  const float scale = work.scale == nullptr ? 1.0f : work.scale[n];
-  const float before = work.bias_before == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_before) + n);
-  const float after = work.bias_after == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_after) + n);
-#pragma unroll
-  for (int i = 0; i < kFinishTokens; ++i) {
-    if (first + i >= work.tokens) continue;
-    const int64_t at = (first + i) * work.outputs + n;
-    const float z = sums[i] + low_rank[i] + before;
-    if (work.z != nullptr) store_value(static_cast<T*>(work.z) + at, z);
-    store_value(static_cast<T*>(work.y) + at, scale * z + after);
-  }
+  finish_tokens<T, kFinishTokens>(work, product.outputs, n, first, product.tokens, sums);
 }
 
 }  // namespace peft_ext

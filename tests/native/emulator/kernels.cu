@@ -1,5 +1,6 @@
-// Kernels for tests/native/test_emulator.py. Of most there are two: one is right, its twin (kBroken) has one planted fault.
-// Each takes `in` (read only) and `out`, 256 words both, in two blocks of 64 threads unless the test says otherwise.
+// Kernels for tests/native/test_emulator.py. Of most there are two: one is right, its twin (kBroken) has one planted
+// fault. Each takes `in` (read only) and `out`, 256 words both, in two blocks of 64 threads unless the test says
+// otherwise.
 #include <stdio.h>
 #include <string.h>
 
@@ -328,7 +329,9 @@ __global__ void shuffles(const uint32_t* in, uint32_t* out) {
   out[128 + lane] = ballot(value % 3 == 0);
   out[160 + lane] = any_lane(lane == 7) * 2 + any_lane(false);
   out[192 + lane] = float_to_bits(shuffle_xor(bits_to_float(value), 1));
-  out[224 + lane] = mul_hi(value, 0x9e3779b9u);
+  uint32_t low, high;
+  mul_wide(value, 0x9e3779b9u, low, high);
+  out[224 + lane] = high ^ low ^ spread_signs(value) ^ spread_sign<false>(value) ^ (spread_sign<true>(value) >> 1);
 }
 
 __global__ void atomics(const uint32_t* in, uint32_t* out) {
@@ -393,9 +396,9 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out) {
   sync_warp();
   uint32_t r[4];
   if (kTransposed) {
-    ldmatrix_x4_trans(r, rows[lane]);
+    ldmatrix_x4_trans(r, shared_at(rows[lane]));
   } else {
-    ldmatrix_x4(r, rows[lane]);
+    ldmatrix_x4(r, shared_at(rows[lane]));
   }
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
 }

@@ -1,0 +1,122 @@
+// Few tokens against an NF4 weight, in 16-bit types: what generation runs, where each launch counts. Up to kFewTokens
+// take one launch for the low-rank S and one for all the rest (nf4_few_tokens.cuh), or, up to kSkinnyTokens and for
+// weights whose blocks and rows are not of 64 inputs, two (nf4_skinny.cuh).
+#include "linear/cuda/call.cuh"
+#include "linear/cuda/shrink_few.cuh"
+#include "nf4/cuda/nf4_skinny.cuh"
+
+namespace peft_ext {
+
+bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter) {
+  return weight.is_nf4() && type != ScalarType::Float && tokens <= kSkinnyTokens && weight.inputs % 32 == 0 &&
+         !(adapter.drop_base && adapter.seed.has_value());
+}
+
+void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s) {
+  const Tensor a = matrix(adapter.lora_A);
+  Launcher launcher(x);
+  ShrinkFew work{};
+  work.x = launcher.in<void>(x);
+  work.lora_A = launcher.in<void>(a);
+  work.type = dtype_of(a.scalar_type());
+  work.tokens = size.tokens;
+  work.inputs = size.inputs;
+  work.rank = size.rank;
+  work.whole = whole_columns(x, size.inputs);
+  work.whole_A = whole_columns(a, size.inputs);
+  work.dropout = device_dropout(launcher, adapter);
+  work.s = launcher.scratch<float>(s);
+  with_type(x.scalar_type(), [&](auto zero) {
+    launcher(shrink_few_kernel<decltype(zero)>, {size.rank, ceil_div(size.tokens, kShrinkTokens)}, kShrinkThreads,
+             work);
+  });
+}
+
+namespace {
+
+// Blocks that share the work of a weight, by its shape alone, so that sums are the same on every card. Fewer for more
+// tokens, whose partial sums are larger.
+int64_t skinny_blocks(int64_t tokens) { return tokens <= 16 ? 528 : 264; }
+
+template <typename T>
+void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& grid) {
+  if (work.tokens <= 8) {
+    launcher(nf4_skinny_kernel<T, 1>, grid, kSkinnyThreads, work);
+  } else if (work.tokens <= 16) {
+    launcher(nf4_skinny_kernel<T, 2>, grid, kSkinnyThreads, work);
+  } else if (work.tokens <= 32) {
+    launcher(nf4_skinny_kernel<T, 4>, grid, kSkinnyThreads, work);
+  } else {
+    launcher(nf4_skinny_kernel<T, 8>, grid, kSkinnyThreads, work);
+  }
+}
+
+template <typename T>
+void run_skinny(const Launcher& launcher, const Tensor& x, const LinearSizes& size, Skinny work,
+                const TokensFinish& finish) {
+  // K is split until there are blocks enough, but not into less than four slabs, the pipeline's depth.
+  const int64_t row_blocks = ceil_div(size.outputs, kSkinnyRows), slabs = ceil_div(size.inputs, kSkinnySlab);
+  const int64_t wanted = std::min(ceil_div(skinny_blocks(size.tokens), row_blocks), ceil_div(slabs, 4));
+  work.slabs_per_chunk = ceil_div(slabs, wanted);
+  work.padded_outputs = row_blocks * kSkinnyRows;
+  SkinnySums sums{};
+  sums.chunks = ceil_div(slabs, work.slabs_per_chunk);
+  sums.padded_outputs = work.padded_outputs;
+  sums.tokens = work.tokens;
+  sums.outputs = size.outputs;
+  const Tensor partial = device_empty(x, {sums.chunks, size.tokens, work.padded_outputs}, ScalarType::Float);
+  sums.partial = work.partial = launcher.scratch<float>(partial);
+  launch_skinny<T>(launcher, work, Grid(row_blocks, sums.chunks));
+  launcher(skinny_finish_kernel<T>, {ceil_div(size.outputs, kSkinnyThreads), ceil_div(size.tokens, kFinishTokens)},
+           kSkinnyThreads, sums, finish);
+}
+
+template <typename T>
+void run_few(const Launcher& launcher, const FewWork& work) {
+  const bool nested = work.weight.nested_absmax != nullptr;
+  const auto kernel = work.tokens <= 8 ? nested ? nf4_few_tokens_kernel<T, 1, true> : nf4_few_tokens_kernel<T, 1, false>
+                      : nested         ? nf4_few_tokens_kernel<T, 2, true>
+                                       : nf4_few_tokens_kernel<T, 2, false>;
+  launcher(kernel, ceil_div(work.outputs, kFewRows), kFewThreads, work);
+}
+
+}  // namespace
+
+void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
+                        const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
+                        const DeviceForward& out, const Tensor& y, bool want_z) {
+  Launcher launcher(x);
+  const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);
+  const Tensor b = size.rank > 0 ? matrix(adapter.lora_B) : Tensor();
+  TokensFinish finish{};
+  finish.rank = size.rank;
+  finish.scaling = static_cast<float>(adapter.scaling);
+  if (size.rank > 0) {
+    finish.s = launcher.in<float>(out.s);
+    finish.lora_B = launcher.in<void>(b);
+    finish.lora_B_type = dtype_of(b.scalar_type());
+    finish.rank_scale = launcher.in<float>(adapter.rank_scale);
+  }
+  finish.scale = launcher.in<float>(adapter.out_scale);
+  finish.bias_before = bias_inside ? launcher.in<void>(bias) : nullptr;
+  finish.bias_after = bias_inside ? nullptr : launcher.in<void>(bias);
+  finish.y = launcher.scratch<void>(y);
+  finish.z = want_z ? launcher.scratch<void>(out.z) : nullptr;
+
+  const void* data = launcher.in<void>(held);
+  const Nf4View view = nf4_view(launcher, weight);
+  const int tokens = static_cast<int>(size.tokens);
+  const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize % kFewSlab == 0;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (few) {
+        run_few<T>(launcher, FewWork{data, view, size.outputs, size.inputs, tokens, finish});
+      } else {
+        run_skinny<T>(launcher, x, size, Skinny{data, view, size.outputs, size.inputs, tokens, 0, nullptr, 0}, finish);
+      }
+    }
+  });
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,253 @@
+// A handful of tokens against an NF4 weight, in one launch, with all that comes after the product:
+//
+//   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
+//
+// W is the A operand of mma.sync as it lies, 16 outputs by 16 inputs. The order in which inputs are summed is free: of
+// a slab of 64 inputs lane t of a row takes 16 in a row, 8 bytes, and of step s its inputs 16 t + 4 s … + 3 stand for
+// columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment; the B operand takes x in the same order, 16 bytes for two steps.
+// A byte of W becomes a pair of T by one read of a table, [256 bytes][32 lanes] so that no two lanes meet in a bank; it
+// holds the codes alone, and a block of 64 inputs' product is multiplied by its scale in float32: nearer to the exact
+// weight than to round each product of code and scale to T, as dequantize does.
+// A block of 8 warps owns 16 outputs, warp w slabs w, w + 8, …, so that a row's bytes are read in a row; the warps'
+// sums meet in shared memory, in order: no partial sums in memory, no second launch, the same bits on every card. W's
+// bytes of four slabs are on their way in registers, x's of one; lane t of a row decodes the scale of every fourth
+// slab, from a byte that was loaded four slabs before. Shared: 32 KiB, the table and, after it, the sums. Bytes moved:
+// W once; x once a block, from L2 and L1.
+#pragma once
+
+#include "cuda/vector.cuh"
+#include "nf4/cuda/nf4.cuh"
+
+namespace peft_ext {
+
+constexpr int kFewThreads = 256;
+constexpr int kFewWarps = kFewThreads / kWarpSize;
+constexpr int kFewRows = 16;  // outputs of a block
+constexpr int kLog2FewSlab = 6;
+constexpr int kFewSlab = 1 << kLog2FewSlab;  // inputs that share a scale
+constexpr int kFewAhead = 4;                 // slabs of a warp on their way
+constexpr int kFewTokens = 16;
+
+// What comes after a product of few tokens.
+struct TokensFinish {
+  int64_t rank;
+  const float* s;      // [tokens, rank]
+  const void* lora_B;  // [outputs, rank] of lora_B_type
+  DType lora_B_type;
+  const float* rank_scale;  // [rank], null: 1
+  float scaling;
+  const float* scale;       // g [outputs], null: 1
+  const void* bias_before;  // b₀, T [outputs], or null
+  const void* bias_after;   // b₁
+  void* y;                  // T [tokens, outputs]
+  void* z;                  // the same before g and b₁, or null
+};
+
+struct FewWork {
+  const void* x;   // T [tokens, inputs], aligned to 16 bytes
+  Nf4View weight;  // aligned to 8 bytes; inputs and the blocksize are multiples of kFewSlab
+  int64_t outputs, inputs;
+  int tokens;
+  TokensFinish finish;
+};
+
+struct FewShared {
+  uint32_t words[256][kWarpSize];
+};
+
+// Of output n and some tokens from `first` on, `tokens` in all: from the product's sums.
+template <typename T, int kTokens>
+__device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t outputs, int64_t n, int first,
+                                              int tokens, const float (&sums)[kTokens]) {
+  float low_rank[kTokens] = {};
+#pragma unroll 2
+  for (int64_t r = 0; r < work.rank; ++r) {
+    const float rho = work.scaling * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r]);
+    const float b = rho * load_value(work.lora_B, work.lora_B_type, n * work.rank + r);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      if (first + i < tokens) low_rank[i] += work.s[(first + i) * work.rank + r] * b;
+  }
+  const float scale = work.scale == nullptr ? 1.0f : work.scale[n];
+  const float before = work.bias_before == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_before) + n);
+  const float after = work.bias_after == nullptr ? 0.0f : load_value(static_cast<const T*>(work.bias_after) + n);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    if (first + i >= tokens) continue;
+    const int64_t at = (first + i) * outputs + n;
+    const float z = sums[i] + low_rank[i] + before;
+    if (work.z != nullptr) store_value(static_cast<T*>(work.z) + at, z);
+    store_value(static_cast<T*>(work.y) + at, scale * z + after);
+  }
+}
+
+// The scales of a lane's two rows, on their way: what is stored of one, and, of a double-quantized one, what that says.
+template <bool kNested>
+struct FewScales {
+  using Stored = std::conditional_t<kNested, uint8_t, float>;
+  Stored stored[2];
+  float code[2], nested[2];
+
+  __device__ __forceinline__ void load(const Nf4View& weight, const uint32_t (&block)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) stored[i] = load_cached(static_cast<const Stored*>(weight.absmax) + block[i]);
+  }
+  __device__ __forceinline__ void look_up(const Nf4View& weight, const uint32_t (&block)[2]) {
+    if constexpr (!kNested) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      code[i] = load_cached(weight.nested_code + static_cast<uint32_t>(stored[i]));
+      nested[i] = load_cached(weight.nested_absmax + (block[i] >> kLog2NestedBlock));
+    }
+  }
+  __device__ __forceinline__ void get(float offset, float (&scales)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kNested) {
+        scales[i] = fadd_rn(fmul_rn(code[i], nested[i]), offset);
+      } else {
+        scales[i] = stored[i];
+      }
+    }
+  }
+};
+
+// kTiles: of 8 tokens. Grid: ceil(outputs / kFewRows).
+template <typename T, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
+  PEFT_EXT_SHARED(FewShared, shared);
+  // By a shuffle, so that the compiler knows it to be the same in all lanes, and how often a warp loops with it.
+  const int warp = shuffle(static_cast<int>(threadIdx.x / kWarpSize), 0);
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFewRows;
+  const int slabs = static_cast<int>(work.inputs / kFewSlab), steps = (slabs - warp + kFewWarps - 1) / kFewWarps;
+  // Beyond the last output or token a lane works on the last one's, and nobody takes what it finds.
+  const uint8_t* codes[2];
+  uint32_t row_slab[2];  // where a row starts, in slabs
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;
+    codes[i] = work.weight.packed + (row + warp * kFewSlab + 16 * t) / 2;
+    row_slab[i] = static_cast<uint32_t>(row / kFewSlab);
+  }
+  const T* x[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+    x[tile] =
+        static_cast<const T*>(work.x) + min_of(tile * 8 + g, work.tokens - 1) * work.inputs + warp * kFewSlab + 16 * t;
+
+  // Of step `further` from where the pointers are, which is step `at`; nothing where a warp has no such step.
+  uint2 words[kFewAhead][2];
+  const auto load_codes = [&](int at, int further, uint2(&to)[2]) {
+    if (at + further >= steps) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      to[i] = load_streaming(reinterpret_cast<const uint2*>(codes[i] + further * (kFewWarps * kFewSlab / 2)));
+  };
+  uint4 tokens[kTiles][2];
+  const auto load_x = [&](int at, int further) {
+    if (at + further >= steps) return;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        tokens[tile][i] =
+            load_cached(reinterpret_cast<const uint4*>(x[tile] + further * (kFewWarps * kFewSlab) + 8 * i));
+  };
+  // This lane's slab among four steps: its two rows' blocks.
+  const int shift = work.weight.log2_blocksize - kLog2FewSlab;
+  const auto blocks_of = [&](int step, uint32_t (&blocks)[2]) {
+    const int mine = warp + (step + t) * kFewWarps, slab = mine < slabs ? mine : slabs - 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) blocks[i] = (row_slab[i] + slab) >> shift;
+  };
+
+#pragma unroll
+  for (int step = 0; step < kFewAhead; ++step) load_codes(0, step, words[step]);
+  load_x(0, 0);
+  const float offset = kNested ? *work.weight.nested_offset : 0.0f;
+  FewScales<kNested> ahead;
+  uint32_t blocks[2];
+  float scales[2];
+  blocks_of(0, blocks);
+  ahead.load(work.weight, blocks);
+  ahead.look_up(work.weight, blocks);
+  ahead.get(offset, scales);
+  blocks_of(kFewAhead, blocks);
+  ahead.load(work.weight, blocks);
+
+  // The table, 32 bytes' pairs a warp, four a round: a row of 128 bytes is one pair for all lanes.
+  {
+    const int byte = warp * kWarpSize + lane;
+    const uint32_t pair = pack2<T>(kNf4DeviceCode[byte >> 4], kNf4DeviceCode[byte & 15]);
+    const SharedAt to = shared_at(&shared.words[warp * kWarpSize + lane / 8][lane % 8 * 4]);
+#pragma unroll
+    for (int round = 0; round < 8; ++round) {
+      const uint32_t value = shuffle(pair, round * 4 + lane / 8);
+      store_shared_16(to + round * 4 * kWarpSize * 4, make_uint4(value, value, value, value));
+    }
+  }
+  sync_threads();
+  const SharedAt table = shared_at(&shared);
+  // The pair of byte `byte` of a word: 128 bytes of the table apart, and of those this lane's.
+  const auto pair_of = [&](uint32_t word, int byte) {
+    const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+    return load_shared_4(table + ((shifted & 0x7f80u) | lane * 4u));
+  };
+
+  float sums[kTiles][4] = {};
+  for (int group = 0; group < steps; group += kFewAhead) {
+    ahead.look_up(work.weight, blocks);
+#pragma unroll
+    for (int j = 0; j < kFewAhead; ++j) {
+      if (group + j >= steps) break;  // all lanes of a warp have as many
+      const float upper = shuffle(scales[0], j, 4), lower = shuffle(scales[1], j, 4);
+      float fresh[kTiles][4] = {};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint2 held = words[j][i % 2];
+          a[i] = pair_of(s < 2 ? held.x : held.y, s % 2 * 2 + i / 2);
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const uint4 held = tokens[tile][s / 2];
+          const uint32_t b[2] = {s % 2 == 0 ? held.x : held.z, s % 2 == 0 ? held.y : held.w};
+          mma_m16n8k16<T>(fresh[tile], a, b);
+        }
+      }
+      load_codes(group, j + kFewAhead, words[j]);
+      load_x(group, j + 1);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[tile][i] = fma_rn(i < 2 ? upper : lower, fresh[tile][i], sums[tile][i]);
+    }
+    ahead.get(offset, scales);
+    blocks_of(group + 2 * kFewAhead, blocks);
+    ahead.load(work.weight, blocks);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) codes[i] += kFewAhead * kFewWarps * kFewSlab / 2;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) x[tile] += kFewAhead * kFewWarps * kFewSlab;
+  }
+
+  sync_threads();  // the table is read no more
+  float (&meeting)[kFewWarps][kFewTokens][kFewRows] =
+      *reinterpret_cast<float (*)[kFewWarps][kFewTokens][kFewRows]>(&shared);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) meeting[warp][tile * 8 + 2 * t + i % 2][g + i / 2 * 8] = sums[tile][i];
+  sync_threads();
+  const int token = threadIdx.x / kFewRows, mine = threadIdx.x % kFewRows;
+  if (token >= work.tokens || first + mine >= work.outputs) return;
+  float sum[1] = {};
+#pragma unroll
+  for (int w = 0; w < kFewWarps; ++w) sum[0] += meeting[w][token][mine];
+  finish_tokens<T, 1>(work.finish, work.outputs, first + mine, token, work.tokens, sum);
+}
+
+}  // namespace peft_ext

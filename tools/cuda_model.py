@@ -1,0 +1,189 @@
+"""How long the CUDA kernels should take, computed from docs/slots.tsv; no card is asked.
+
+A pass over an activation takes as long as the slowest of these:
+
+    memory     bytes / what of a card's bandwidth a kernel gets
+    slots      a tile's warp instructions, one a cycle and scheduler; a tile is one warp's of each of four schedulers
+    ALU, FMA   the same of those instructions that a pipe takes two cycles for
+    tensor     its products, 2,048 multiplications each, at what the card's tensor cores make
+    L1         its rows of 128 bytes, of four warps, one a cycle
+    waits      what a warp takes alone, over the warps of a scheduler that take turns
+
+docs/kernels.md has the tables, between the lines that mark them; ``--write`` draws them again, and a test compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import slots
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/kernels.md"
+LAUNCH = 2.5e-6  # a small kernel, all launch
+REACHED = 0.92  # of the bandwidth
+SIZES = (512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Card:
+    """bandwidth: bytes a second. tensor: 16-bit multiplications of a multiprocessor and cycle. product: FLOP/s that a
+    large matrix product reaches in practice."""
+
+    arch: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    tensor: int
+    product: float
+
+
+CARDS = {
+    "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12),
+    "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12),
+    "4090": Card("89", 128, 2.52e9, 1.008e12, 512, 150e12),
+}
+
+
+def loops(card: Card) -> dict[str, dict[str, float]]:
+    """The rows of the table for a card, numbers as such."""
+    found = {}
+    for row in slots.read():
+        if row["arch"] == card.arch:
+            found[row["loop"]] = {name: float(value) for name, value in row.items() if value.replace(".", "").isdigit()}
+    return found
+
+
+def tile_cycles(loop: dict[str, float], card: Card) -> float:
+    """What a multiprocessor takes for a tile, memory aside."""
+    products = loop["mma"] * 4 * 2048 / card.tensor
+    warps = loop["blocks"]  # of a scheduler: each block has one on each
+    return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
+               loop["alone"] / warps)  # fmt: skip
+
+
+def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card) -> float:
+    """Seconds of a pass over an activation [rows, columns] that moves so many bytes."""
+    tiles = -(-rows // 64) * -(-columns // 64)
+    compute = tiles * tile_cycles(loops(card)[name], card) / card.multiprocessors / card.clock
+    return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
+
+
+def over_memory(moved: float, card: Card) -> float:
+    return moved / (card.bandwidth * REACHED) + 1e-6
+
+
+def product(t: int, n: int, k: int, card: Card) -> float:
+    return 2 * t * n * k / card.product + 1e-6
+
+
+def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
+    """Bytes of a pass's partial sums, written and read; as csrc/linear/cuda/rank_plan.cuh cuts it."""
+    row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
+    if work == "both":
+        row_chunks = -(-row_tiles // 4)
+        wide = -(-column_tiles // max(1, min(column_tiles, 384 // row_chunks)))
+        found = -(-column_tiles // wide) * t + row_chunks * columns
+    else:
+        across, tiles = (row_tiles, column_tiles) if work == "rows" else (column_tiles, row_tiles)
+        chunks = max(1, min(768 // across, -(-tiles // min(tiles, 2))))
+        found = -(-tiles // -(-tiles // chunks)) * (t if work == "rows" else columns)
+    return 2 * 4.0 * found * rank
+
+
+def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
+    """Seconds of each part of a layer, bf16 with float32 adapters of rank 16."""
+    x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
+    rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
+    return {
+        "product": product(t, n, k, card),
+        "S": over_tiles("S", t, k, x + rows, card),
+        "S, dropout": over_tiles("S, dropout", t, k, x + rows, card),
+        "Y0": over_tiles("Y0", t, n, y, card),
+        "P and dB": over_tiles("P and dB", t, n, y + both, card),
+        "dA": over_tiles("dA", t, k, x + columns, card),
+        "dA, dropout": over_tiles("dA, dropout", t, k, x + columns + x / 16, card),
+        "dX0": over_tiles("Y0", t, k, x, card),
+        "dX0, dropout": over_tiles("dX0, dropout", t, k, x + x / 16, card),
+        "dequantize": over_memory(0.516 * n * k + w, card),
+        "norm": over_tiles("W A and the norm", n, k, w, card) + LAUNCH * 3,
+        "column pass, g and dg": over_memory(3 * y, card),
+        "column pass, l": over_memory(2 * x, card),
+        "finish": over_memory(2 * y, card),
+        "launch": LAUNCH,
+    }
+
+
+# What a training step of a layer runs besides the frozen layer's two products.
+LAYERS: dict[str, list[str]] = {
+    "LoRA": ["S", "Y0", "P and dB", "dA", "dX0", *["launch"] * 5],
+    "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5],
+    "QLoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", "dequantize", "dequantize",
+                       *["launch"] * 5],
+    "DoRA": ["S", "Y0", "P and dB", "dA", "dX0", "norm", "finish", "column pass, g and dg", *["launch"] * 7],
+    "IA3": ["finish", "column pass, g and dg", "launch"],
+}  # fmt: skip
+
+
+def ratio(method: str, card: Card, t: int) -> float:
+    """Of the layer's time to the frozen layer's, forward and backward."""
+    found = parts(card, t)
+    frozen = 2 * found["product"]
+    return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
+
+
+def decode(card: Card, n: int, k: int, tokens: int) -> float:
+    """A forward of a few tokens against NF4: one launch, W read once; S's launch not counted."""
+    loop = loops(card)["NF4, T <= 8" if tokens <= 8 else "NF4, T <= 16"]
+    weights = n * k / card.multiprocessors / 32  # of a lane, with the lanes of a multiprocessor one after another
+    schedulers, warps = 4, 2 * loop["blocks"]
+    cycles = weights * max(loop["slots"] / schedulers, 2 * loop["alu"] / schedulers, loop["transactions"],
+                           loop["alone"] / (schedulers * warps))  # fmt: skip
+    return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
+
+
+def tables() -> str:
+    """What docs/kernels.md shows."""
+    lines = ["| 4096 x 4096, T = 8192 | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
+    by_card = {name: parts(card, 8192) for name, card in CARDS.items()}
+    for part in next(iter(by_card.values())):
+        lines.append(f"| {part} | " + " | ".join(microseconds(by_card[name][part]) for name in CARDS) + " |")
+    for tokens in (1, 16):
+        row = (microseconds(decode(card, 4096, 4096, tokens)) for card in CARDS.values())
+        lines.append(f"| NF4, T = {tokens} | " + " | ".join(row) + " |")
+    lines += ["", "| of the frozen layer's time, T = | " + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]
+    lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
+    for method in LAYERS:
+        row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- computed by tools/cuda_model.py -->", "<!-- end of what is computed -->"
+
+
+def page(text: str) -> str:
+    """The page with the tables in place."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"write them into {PAGE.relative_to(ROOT)}")
+    if parser.parse_args(arguments).write:
+        PAGE.write_text(page(PAGE.read_text()))
+    else:
+        print(tables())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The hot loops of the CUDA kernels: what each issues, per tile or per weight, on each architecture.
+
+``HOT`` names them; cuda_check.py measures them in what it has compiled and compares with docs/slots.tsv, and
+cuda_model.py computes from that table how long the kernels should take.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs/slots.tsv"
+# Of a multiprocessor: threads, kilobytes of shared memory, blocks. Each has 65,536 registers; a block takes 1 KB more
+# than it asks for.
+ARCHS = {
+    "80": (2048, 164, 32), "86": (1536, 100, 16), "89": (1536, 100, 24), "90": (2048, 228, 32), "100": (2048, 228, 32),
+    "120": (1536, 100, 24),
+}  # fmt: skip
+COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "transactions", "load to use", "alone",
+           "registers", "stack", "shared", "blocks")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hot:
+    """A kernel's hot loop.
+
+    ``kernel``: its name and template arguments, demangled. ``units``: tiles, or weights of a lane, of an iteration.
+    ``trips``: how often a loop in it runs. ``threads``: of a block.
+    """
+
+    name: str
+    file: str
+    kernel: str
+    units: int = 1
+    trips: int = 1
+    threads: int = 128
+
+
+def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int = 3, nf4: bool = False) -> Hot:
+    both = work == "kBoth"
+    return Hot(
+        name, "rank_pass_bf16_cuda",
+        f"rank_pass_kernel<bf16, {str(nf4).lower()}, true, {ranks // 8}, {terms}, {work}, {mask}>",
+        units=4 if both else 1, trips=2 if both or ranks > 16 else 1,
+    )  # fmt: skip
+
+
+def _expand(name: str, steps: int, work: str, *, terms: int = 2) -> Hot:
+    return Hot(name, "expand_bf16_cuda", f"expand_kernel<bf16, {steps}, {terms}, {work}>")
+
+
+# bf16 activations, float32 adapters of rank 16 unless the name says otherwise; a tile is 64 x 64.
+HOT = (
+    _pass("S", 16, "kRows"),
+    _pass("S, dropout", 16, "kRows", "kDrawn"),
+    _pass("S, bf16 adapter", 16, "kRows", terms=1),
+    _pass("S, dropout, bf16 adapter", 16, "kRows", "kDrawn", terms=1),
+    _pass("S, R = 32", 32, "kRows"),
+    _pass("S, R = 64", 64, "kRows"),
+    _pass("S, R = 128", 128, "kRows"),
+    _pass("S, dropout, R = 128", 128, "kRows", "kDrawn"),
+    _pass("P and dB", 16, "kBoth"),
+    _pass("P and dB, R = 32", 32, "kBoth"),
+    _pass("dA", 16, "kColumns"),
+    _pass("dA, dropout", 16, "kColumns", "kKept"),
+    _pass("dA, dropout, R = 64", 64, "kColumns", "kKept"),
+    _pass("dA, dropout, R = 128", 128, "kColumns", "kKept"),
+    _pass("W A and the norm", 16, "kRowsAndSquares"),
+    _pass("W A and the norm, NF4", 16, "kRowsAndSquares", nf4=True),
+    _expand("Y0", 1, "kBias"),
+    _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
+    _expand("Y0, R = 32", 2, "kBias"),
+    _expand("dX0, dropout", 1, "kMask"),
+    _expand("dX0, dropout, R = 32", 2, "kMask"),
+    # Of a weight: an iteration is four slabs of 16 x 64, 128 weights a lane.
+    Hot("NF4, T <= 8", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
+    Hot("NF4, T <= 16", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),
+    # An iteration is a slab of 32 x 64, 64 weights a lane.
+    Hot("NF4, T <= 32", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 4>", units=64),
+    Hot("NF4, T <= 64", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 8>", units=64),
+)
+
+
+def enumerators() -> dict[str, list[str]]:
+    """The names of the values of the kernels' enums, which compilers know by number."""
+    found = {}
+    for path in sorted((ROOT / "csrc").rglob("*.cuh")):
+        for name, values in re.findall(r"enum class (\w+)(?: : \w+)? \{([^}]*)\}", path.read_text()):
+            found[name] = re.findall(r"\bk\w+", re.sub(r"//[^\n]*", "", values))
+    return found
+
+
+def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
+    """How many blocks a multiprocessor holds."""
+    most_threads, kilobytes, most_blocks = ARCHS[arch]
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // (of_warp * (threads // 32))
+    by_shared = kilobytes * 1024 // (-(-(shared + 1024) // 128) * 128)
+    return min(by_registers, by_shared, most_threads // threads, most_blocks)
+
+
+def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
+    """A row of the table. ``used``: registers, stack and shared bytes, as ptxas says."""
+    loop = sass.hot_loop(instructions, hot.trips)
+    load_to_use = loop.load_to_use()
+    counts = {"slots": len(loop.instructions), "transactions": loop.transactions, "alone": loop.cycles_alone()}
+    counts |= {pipe: loop.count(pipe) for pipe in ("alu", "fma", "mma", "memory", "uniform")}
+    row = {name: f"{count / hot.units:.4g}" for name, count in counts.items()}
+    blocks = resident_blocks(arch, hot.threads, used["registers"], used["shared"])
+    row |= {"loop": hot.name, "arch": arch, "load to use": "-" if load_to_use is None else str(load_to_use)}
+    return row | {name: str(value) for name, value in used.items()} | {"blocks": str(blocks)}
+
+
+def table(rows: Iterable[dict[str, str]]) -> str:
+    """In the order of HOT and of the architectures."""
+    order = [hot.name for hot in HOT]
+    found = sorted(rows, key=lambda row: (order.index(row["loop"]), int(row["arch"])))
+    lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in found)]
+    return "\n".join(lines) + "\n"
+
+
+def read() -> list[dict[str, str]]:
+    """The committed table, but for its first line, which says the compiler."""
+    with TABLE.open() as file:
+        next(file)
+        return list(csv.DictReader(file, delimiter="\t"))
