@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
+from .. import __version__, _native
 from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Result, measure_layer, stock_name
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
@@ -44,8 +47,6 @@ def bench(
     cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart, output)
     need("bench", "transformers", "peft")
     quiet()
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -112,10 +113,6 @@ def _check(
 
 
 def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
-    import torch
-
-    from .. import __version__, _native
-
     return {
         "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -16,9 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
+from .. import _cpu
+from ..quantize import quantize_nf4
 from ..run.evaluate import greedy
 from ..run.progress import status
 from ..sources.json_file import first_line
+from ..sources.model import hushed, load_model
 from . import CliError
 from ._common import base_of, check_base, console, mendable, need, quiet
 
@@ -43,8 +48,6 @@ def chat(
     _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
-    import torch
-
     if threads is not None:
         torch.set_num_threads(threads)
     with status("loading"):
@@ -105,8 +108,6 @@ class _Pair:
         self, adapter: Path, model: Optional[str], base_quant: Optional[str], blocksize: Optional[int],
         max_new_tokens: int, temperature: float, seed: int,
     ) -> None:  # fmt: skip
-        import torch
-
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
@@ -152,8 +153,6 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        import torch
-
         torch.manual_seed(self.seed)  # before each of the two: the same model would say the same
         ids = inputs["input_ids"]
         with torch.no_grad():
@@ -216,12 +215,7 @@ def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str]:
     """Returns the base as the adapter was trained on it: the model, its folder, its quantization."""
-    import torch
-
-    from .._cpu import why_float32
-    from ..quantize import quantize_nf4
     from ..sources.adapter import training_options
-    from ..sources.model import hushed, load_model
 
     with mendable():
         trained = training_options(adapter)
@@ -241,7 +235,7 @@ def _base(
         blocksize = blocksize or int(trained.get("blocksize", 64))
         quantize_nf4(made, blocksize=blocksize, progress=False)
         quant = f"nf4, double quantization, blocks of {blocksize}"
-    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and why_float32():
+    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
         made.to(torch.float32)
     return made if held else made.to(device), base.folder, quant
 

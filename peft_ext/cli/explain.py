@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
+from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.plan import Preview, preview
@@ -68,8 +71,6 @@ def explain(
     """Prints it for a model or for an adapter's folder. Raises CliError for what the user can mend."""
     need("explain", "transformers", "peft")
     quiet()
-    import torch
-
     adapter = _adapter_folder(what)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
     base, configs = (_of_model if adapter is None else _of_adapter)(what, model, chosen, rank, quant, blocksize, dtype)
@@ -169,8 +170,6 @@ def _of_adapter(
     what: str, model: Optional[str], _chosen: list[str], _rank: Optional[int], quant: Optional[str],
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
-    import torch
-
     from ..sources.adapter import checked_config, training_options
     from ..sources.expressions import check_expressions
     from ..sources.model import head_labels, model_class
@@ -225,8 +224,6 @@ def _quantization(
 
 
 def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str) -> _Base:
-    import torch
-
     from ..merge import DTYPES
 
     wanted = DTYPES[dtype] or own
@@ -282,9 +279,7 @@ def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refu
 
 def _why_float32(step: dict[str, Any]) -> str:
     """Returns why a run on this machine computes in float32; "" where it does not."""
-    from .._cpu import why_float32
-
-    return why_float32() if step["device"] == "cpu" else ""
+    return _cpu.why_float32() if step["device"] == "cpu" else ""
 
 
 def _parameters(base: _Base) -> int:

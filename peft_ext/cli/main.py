@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -52,6 +54,24 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def _command(declared: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command of a function that has its options and its help.
+
+    The function of that name in the module of that name runs it, with the options by name. It returns the exit code,
+    or None for 0.
+    """
+    name = declared.__name__
+
+    @app.command()
+    @functools.wraps(declared)
+    def command(**options: Any) -> None:
+        with _errors():
+            code = getattr(importlib.import_module(f".{name}", __package__), name)(**options)
+        raise typer.Exit(code or 0)
+
+    return command
+
+
 def _version(asked: bool) -> None:
     if asked:
         with _errors():
@@ -69,17 +89,14 @@ def _common(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it tells of a kernel that is not used here
 
 
-@app.command()
+@_command
 def doctor() -> None:
     """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
-    with _errors():
-        from .doctor import doctor as report
-
-        code = report()
-    raise typer.Exit(code)
 
 
-_MODEL, _ADAPTER, _DATA, _TRAINING = "Model", "Adapter", "Data", "Training"
+_model, _adapter, _data, _training = (
+    functools.partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Adapter", "Data", "Training")
+)
 
 
 @app.command()
@@ -99,51 +116,33 @@ def finetune(
     no_stock: Annotated[bool, typer.Option("--no-stock", hidden=True)] = False,
     prompt: Annotated[Optional[str], typer.Option(help="What to ask before and after.")] = None,
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    model: Annotated[str, typer.Option(help='A folder, a hub name, or "smollm2".', rich_help_panel=_MODEL)] = _D.model,
-    quant: Annotated[
-        Optional[str],
-        typer.Option(help="Frozen weights: nf4 or none. Default: nf4 if the method can.", rich_help_panel=_MODEL),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.", rich_help_panel=_MODEL)
-    ] = _D.dtype,
-    blocksize: Annotated[int, typer.Option(help="Weights that share a scale.", rich_help_panel=_MODEL)] = _D.blocksize,
-    method: Annotated[str, typer.Option(help=" ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
-    rank: Annotated[int, typer.Option(help="Of the low-rank methods.", rich_help_panel=_ADAPTER)] = _D.rank,
-    alpha: Annotated[float, typer.Option(help="Scaling times rank.", rich_help_panel=_ADAPTER)] = _D.alpha,
-    dropout: Annotated[float, typer.Option(help="On the low-rank path.", rich_help_panel=_ADAPTER)] = _D.dropout,
+    model: Annotated[str, _model(help='A folder, a hub name, or "smollm2".')] = _D.model,
+    quant: Annotated[Optional[str], _model(help="Frozen weights: nf4 or none. Default: nf4 if the method can.")] = None,
+    dtype: Annotated[str, _model(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.")] = _D.dtype,
+    blocksize: Annotated[int, _model(help="Weights that share a scale.")] = _D.blocksize,
+    method: Annotated[str, _adapter(help=" ".join(METHODS) + ".")] = _D.method,
+    rank: Annotated[int, _adapter(help="Of the low-rank methods.")] = _D.rank,
+    alpha: Annotated[float, _adapter(help="Scaling times rank.")] = _D.alpha,
+    dropout: Annotated[float, _adapter(help="On the low-rank path.")] = _D.dropout,
     target_modules: Annotated[
-        Optional[str],
-        typer.Option(help='Names, with commas, or "all-linear". Default: the method\'s.', rich_help_panel=_ADAPTER),
+        Optional[str], _adapter(help='Names, with commas, or "all-linear". Default: the method\'s.')
     ] = _D.target_modules,
-    virtual_tokens: Annotated[
-        int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
-    ] = _D.virtual_tokens,
-    data: Annotated[str, typer.Option(help="A file, a folder, a hub name.", rich_help_panel=_DATA)] = _D.data,
-    text_column: Annotated[Optional[str], typer.Option(help="Default: text.", rich_help_panel=_DATA)] = None,
-    prompt_column: Annotated[
-        Optional[str], typer.Option(help="Default: prompt, instruction or question.", rich_help_panel=_DATA)
-    ] = None,
-    completion_column: Annotated[
-        Optional[str], typer.Option(help="Default: completion, output or answer.", rich_help_panel=_DATA)
-    ] = None,
-    eval_fraction: Annotated[
-        float, typer.Option(help="Held out of training.", rich_help_panel=_DATA)
-    ] = _D.eval_fraction,
-    block_size: Annotated[
-        int, typer.Option(help="Tokens of a training example, at most.", rich_help_panel=_DATA)
-    ] = _D.block_size,
-    max_steps: Annotated[Optional[int], typer.Option(help="Default: 60.", rich_help_panel=_TRAINING)] = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Instead of --max-steps.", rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples.", rich_help_panel=_TRAINING)] = _D.batch_size,
-    grad_accum: Annotated[int, typer.Option(help="Batches of a step.", rich_help_panel=_TRAINING)] = _D.grad_accum,
-    lr: Annotated[
-        Optional[float], typer.Option(help="Default: the method's; lora 2e-4.", rich_help_panel=_TRAINING)
-    ] = None,
-    warmup: Annotated[float, typer.Option(help="Steps, or a fraction of them.", rich_help_panel=_TRAINING)] = _D.warmup,
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = _D.seed,
+    virtual_tokens: Annotated[int, _adapter(help="Of prefix and prompt.")] = _D.virtual_tokens,
+    data: Annotated[str, _data(help="A file, a folder, a hub name.")] = _D.data,
+    text_column: Annotated[Optional[str], _data(help="Default: text.")] = None,
+    prompt_column: Annotated[Optional[str], _data(help="Default: prompt, instruction or question.")] = None,
+    completion_column: Annotated[Optional[str], _data(help="Default: completion, output or answer.")] = None,
+    eval_fraction: Annotated[float, _data(help="Held out of training.")] = _D.eval_fraction,
+    block_size: Annotated[int, _data(help="Tokens of a training example, at most.")] = _D.block_size,
+    max_steps: Annotated[Optional[int], _training(help="Default: 60.")] = None,
+    epochs: Annotated[Optional[float], _training(help="Instead of --max-steps.")] = None,
+    batch_size: Annotated[int, _training(help="Examples.")] = _D.batch_size,
+    grad_accum: Annotated[int, _training(help="Batches of a step.")] = _D.grad_accum,
+    lr: Annotated[Optional[float], _training(help="Default: the method's; lora 2e-4.")] = None,
+    warmup: Annotated[float, _training(help="Steps, or a fraction of them.")] = _D.warmup,
+    seed: Annotated[int, _training()] = _D.seed,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING)
+        bool, _training("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     no_gradient_checkpointing: Annotated[bool, typer.Option("--no-gradient-checkpointing", hidden=True)] = False,
 ) -> None:
@@ -165,16 +164,12 @@ def _given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-@app.command()
+@_command
 def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
     """Draw a run's report.html again, from its run.json."""
-    with _errors():
-        from .report import report as run
-
-        run(folder)
 
 
-@app.command()
+@_command
 def merge(
     adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
     output: Annotated[Path, typer.Option(help="The dense model's folder.")],
@@ -191,16 +186,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
 ) -> None:
     """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
-    with _errors():
-        from .merge import merge as run
-
-        run(
-            adapter, output, model=model, base_quant=base_quant, blocksize=blocksize, double_quant=double_quant,
-            dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
-        )  # fmt: skip
 
 
-@app.command()
+@_command
 def recommend(
     model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
     model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
@@ -213,17 +201,9 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
-    with _errors():
-        from .recommend import recommend as run
-
-        code = run(
-            model_size=model_size, model=model, memory=memory, task=task, examples=examples, batch_size=batch_size,
-            sequence_length=sequence_length, prefer=prefer, as_json=as_json,
-        )  # fmt: skip
-    raise typer.Exit(code)
 
 
-@app.command()
+@_command
 def explain(
     what: Annotated[
         str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
@@ -239,16 +219,9 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
-    with _errors():
-        from .explain import explain as run
-
-        run(
-            what, model=model, method=method, rank=rank, quant=quant, blocksize=blocksize, dtype=dtype,
-            batch_size=batch_size, sequence_length=sequence_length, as_json=as_json,
-        )  # fmt: skip
 
 
-@app.command()
+@_command
 def chat(
     adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
     model: Annotated[
@@ -263,16 +236,9 @@ def chat(
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
 ) -> None:
     """Ask a base model and its adapted self the same, side by side."""
-    with _errors():
-        from .chat import chat as run
-
-        run(
-            adapter, model=model, prompt=prompt, max_new_tokens=max_new_tokens, base_quant=base_quant,
-            blocksize=blocksize, temperature=temperature, seed=seed, threads=threads,
-        )  # fmt: skip
 
 
-@app.command()
+@_command
 def bench(
     method: Annotated[
         Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
@@ -288,13 +254,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
-    with _errors():
-        from .bench import bench as run
-
-        run(
-            method=method, base=base, hidden=hidden, tokens=tokens, rank=rank, seconds=seconds, threads=threads,
-            chart=chart, output=output, as_json=as_json,
-        )  # fmt: skip
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ..methods import METHODS
 from ..run import Plan
 from ..run.config import FILE as CONFIG_FILE
@@ -35,8 +37,6 @@ def show_plan(plan: Plan) -> None:
 
 
 def _summary(plan: Plan) -> Any:
-    import torch
-
     run, o = plan.run, plan.run.options
     train, held_out = run.examples.train, run.examples.held_out
     table = new_table("", "", header=False)
@@ -94,14 +94,10 @@ def _memory(plan: Plan) -> Any:
 
 
 def _where(plan: Plan) -> str:
-    import torch
-
     return torch.cuda.get_device_name() if plan.run.device.type == "cuda" else "this machine"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
-    import torch
-
     run, o, adapter = plan.run, plan.run.options, plan.adapter
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"

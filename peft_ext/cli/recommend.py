@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, Optional
 
+import torch
+
 from ..run.progress import status
 from ..sources.json_file import first_line
 from ..text import gigabytes
@@ -56,8 +58,6 @@ def recommend(
 
 def _card() -> float:
     """Returns the GiB of the first GPU here."""
-    import torch
-
     if not torch.cuda.is_available():
         raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
     return torch.cuda.get_device_properties(0).total_memory / 2**30

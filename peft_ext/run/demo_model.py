@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
+import torch
+
 from .errors import RunError
 
 __all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model", "packed_model"]
@@ -93,7 +95,6 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises: ValueError where a weight is not finite, as a scale with a wrong bit makes it; what transformers and gguf
     raise for a file that they can't read.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source, name = str(gguf.parent), gguf.name

@@ -12,19 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
+import torch
+
+from .. import _cpu
 from ..methods import METHODS, Method, make_config, method_config
 from ..sources.json_file import first_line
+from ..sources.model import check_index, check_model_config
 from . import checkpoints
 from .data import Corpus, Examples, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import RunError, Stop
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Run", "adapter_config", "compute_dtype", "needs_bitsandbytes", "prepare"]
 
@@ -95,8 +96,6 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
         completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
     )  # fmt: skip
     quiet()
-    import torch
-
     from ..integrations.transformers import keep_freed_memory
 
     if options.threads is not None:
@@ -144,10 +143,6 @@ def _check_packages(o: Options) -> None:
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns what activations and dense weights are in, and why, where that is not bfloat16 by default."""
-    import torch
-
-    from .. import _cpu
-
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -175,8 +170,6 @@ def _packed_folder(run: Run) -> str:
 def _read_config(run: Run) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from ..sources.model import check_index, check_model_config
 
     model = run.options.model
     try:
@@ -219,7 +212,6 @@ def _count_steps(o: Options, examples: int) -> int:
 
 def _count_parameters(run: Run) -> tuple[int, int]:
     """Returns how many parameters the model has, and its adapter; PEFT objects to one that does not fit."""
-    import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -12,9 +12,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
+
+from .. import __version__, _native
 from ..files import atomic_file
 from ..machine import cpu_name, versions
-from . import evaluate
+from . import evaluate, report
 from .progress import log
 
 if TYPE_CHECKING:
@@ -53,10 +56,6 @@ class Record:
 
     def document(self) -> dict[str, Any]:
         """Returns what run.json holds."""
-        import torch
-
-        from .. import __version__, _native
-
         run, o = self.run, self.run.options
         return {
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
@@ -98,8 +97,6 @@ class Record:
 
     def write(self) -> None:
         """Writes run.json, whole or not at all, and the report of it. Raises OSError."""
-        from . import report
-
         folder, document = self.run.options.output, self.document()
         with atomic_file(folder / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
@@ -167,8 +164,6 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
 
     They are of storages, each counted once. Beside the optimizer's states are the scores that AdaLoRA keeps.
     """
-    import torch
-
     seen: set[int] = set()
 
     def size(tensors: Iterable[Any]) -> int:

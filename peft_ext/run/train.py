@@ -14,12 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from ..files import save_adapter
 from ..methods import METHODS
+from ..quantize import quantize_nf4
 from ..sources.json_file import first_line
 from . import checkpoints, evaluate
 from .config import FILE as CONFIG_FILE
 from .config import write_config
+from .data import IGNORED
 from .errors import RunError, Stop, caught_signals, mendable_errors
 from .evaluate import Check
 from .options import Options
@@ -197,11 +201,8 @@ def load_base(run: Run) -> Any:
     Its weights are the files' rounded to bfloat16, whichever dtype is computed in: an adapter is trained on the same
     base on every machine. Raises RunError where a weight can't be read, or is not there.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-
-    from ..quantize import quantize_nf4
 
     o = run.options
     try:
@@ -295,7 +296,6 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
     from ..integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
-    from .data import IGNORED
 
     class GateTrainer(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:
