@@ -22,8 +22,8 @@ from .. import _cpu
 from ..quantize import quantize_nf4
 from ..run.evaluate import greedy
 from ..run.progress import status
-from ..sources.json_file import first_line
-from ..sources.model import hushed, load_model
+from ..sources.json_file import first_line, raised_as
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
 from ._common import base_of, check_base, console, mendable, need, quiet
 
@@ -138,11 +138,9 @@ class _Pair:
         tokenizer, chats = self.tokenizer, bool(getattr(self.tokenizer, "chat_template", None))
         if chats:
             turn = [{"role": "user", "content": prompt}]
-            try:
-                with _at_most(_SECONDS):
-                    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # whatever the template's own code raises
-                raise CliError(f"the tokenizer's chat template: {first_line(error)}") from None
+            # Whatever the template's own code raises.
+            with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
+                prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt", return_token_type_ids=False)
         count = inputs["input_ids"].shape[1]
         if self.room is not None and count + self.max_new_tokens > self.room:
@@ -160,14 +158,13 @@ class _Pair:
                 out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
             else:
                 draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-                try:  # one beam: a million of them would be the generation_config's to ask for
-                    out = self.model.generate(
+                kinds = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+                with raised_as(CliError, "generate, with the base's generation_config: ", *kinds):
+                    out = self.model.generate(  # one beam: a million would be the generation_config's to ask for
                         **inputs, max_new_tokens=self.max_new_tokens, use_cache=True, num_beams=1,
                         num_return_sequences=1, pad_token_id=self.tokenizer.pad_token_id,
                         **(draws if self.temperature else {"do_sample": False}),
                     )  # fmt: skip
-                except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
-                    raise CliError(f"generate, with the base's generation_config: {first_line(error)}") from None
         said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
         return self.tokenizer.decode(said, skip_special_tokens=True).strip()
 
@@ -201,14 +198,12 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _adapter_config(adapter: Path) -> Any:
     from ..sources.adapter import read_config
 
-    try:
+    with raised_as(CliError, "", OSError, ValueError):
         if not adapter.is_dir():
             raise CliError(f"--adapter {adapter}: no such folder")
         if not (adapter / "adapter_config.json").is_file():
             raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
         return read_config(adapter / "adapter_config.json")
-    except (OSError, ValueError) as error:
-        raise CliError(first_line(error)) from None
 
 
 def _base(
@@ -254,16 +249,10 @@ def _adapted(base: Any, adapter: Path) -> Any:
 
 
 def _tokenizer(adapter: Path, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    own = (adapter / "tokenizer_config.json").is_file()  # it was saved with tokens of its own
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter if own else folder), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises that class itself
-        raise CliError(f"{adapter if own else folder}: no tokenizer ({first_line(error)})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+    if (adapter / "tokenizer_config.json").is_file():  # it was saved with tokens of its own
+        folder = adapter
+    with raised_as(CliError, f"{folder}: no tokenizer (", Exception, after=")"):  # tokenizers raises that class itself
+        return load_tokenizer(str(folder))
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.plan import Preview, preview
 from ..run.progress import status
-from ..sources.json_file import first_line
+from ..sources.json_file import raised_as
+from ..sources.model import head_labels, is_nf4, model_class, task_of
 from ..text import format_bytes
 from . import CliError
 from ._common import (
@@ -40,6 +41,8 @@ from ._common import (
 
 __all__ = ["explain"]
 
+# What transformers raises for a configuration of which it can't build a model.
+_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
 
@@ -149,14 +152,11 @@ def _of_model(
     blocksize: Optional[int], dtype: str,
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     from ..memory.stand_ins import build_model
-    from ..sources.model import task_of
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    try:
+    with raised_as(CliError, f"{what}: ", *_REFUSALS):
         model, own = build_model(config)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
-        raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
@@ -172,14 +172,11 @@ def _of_adapter(
 ) -> tuple[_Base, _Configs]:  # fmt: skip
     from ..sources.adapter import checked_config, training_options
     from ..sources.expressions import check_expressions
-    from ..sources.model import head_labels, model_class
     from ..sources.weight_files import weight_shapes
 
     folder = Path(what).expanduser()
-    try:
+    with raised_as(CliError, "", OSError, ValueError):
         adapter = checked_config(folder)
-    except (OSError, ValueError) as error:
-        raise CliError(first_line(error)) from None
     name = base_of(folder, model) or adapter.base_model_name_or_path
     if not name:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
@@ -190,16 +187,12 @@ def _of_adapter(
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    try:
+    with raised_as(CliError, f"{name}: ", *_REFUSALS):
         kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
-        raise CliError(f"{name}: {first_line(error)}") from None
-    try:
+    with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
         check_expressions(adapter, built)
-    except ValueError as error:
-        raise CliError(f"{folder / 'adapter_config.json'}: {first_line(error)}") from None
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
 
@@ -208,8 +201,6 @@ def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """Returns how the base is held: quantization, block size, and what decided it."""
-    from ..sources.model import is_nf4
-
     with mendable():
         held = is_nf4(folder, config)
     dense_config(config)
@@ -244,13 +235,11 @@ def _previewed(
     quant = "nf4" if name == "qlora" else base.quant
     if quant == "nf4" and method is not None and not method.can_quantize:
         raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
-    try:
+    with raised_as(CliError, f"{name}: ", ValueError, TypeError, LookupError, AttributeError, RuntimeError):
         found = preview(
             base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
             batch_size=batch_size, sequence_length=length,
         )  # fmt: skip
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise CliError(f"{name}: {first_line(error)}") from None
     if adapter is None:
         return found
     return replace(found, adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size)

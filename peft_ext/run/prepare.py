@@ -18,8 +18,8 @@ import torch
 
 from .. import _cpu
 from ..methods import METHODS, Method, make_config, method_config
-from ..sources.json_file import first_line
-from ..sources.model import check_index, check_model_config
+from ..sources.json_file import raised_as
+from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
 from .data import Corpus, Examples, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
@@ -172,32 +172,21 @@ def _read_config(run: Run) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model = run.options.model
-    try:
+    with raised_as(RunError, f"--model {model}: ", OSError, ValueError):
         for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):
             if (file := Path(run.folder, name)).is_file():
                 check(file)
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model {model}: {first_line(error)}") from None
-    try:
+    about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
+    with raised_as(RunError, f"--model {model}: {about} (", *_REFUSALS, after=")"):
         config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
-    except _REFUSALS as error:
-        about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
-        raise RunError(f"--model {model}: {about} ({first_line(error)})") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
     return config
 
 
 def _read_tokenizer(run: Run) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
-    except _REFUSALS as error:
-        raise RunError(f"--model {run.options.model}: no tokenizer ({first_line(error)})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+    with raised_as(RunError, f"--model {run.options.model}: no tokenizer (", *_REFUSALS, after=")"):
+        return load_tokenizer(run.folder, **run.packed)
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------
@@ -218,18 +207,13 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     from ..model import freeze_ranknum
 
     o = run.options
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
-    except _REFUSALS as error:
-        raise RunError(f"--model {o.model}: config.json ({first_line(error)})") from None
+    with raised_as(RunError, f"--model {o.model}: config.json (", *_REFUSALS, after=")"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    try:
+    with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
         model = get_peft_model(model, adapter_config(run, model))
         if not o.stock:
             freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise RunError(f"--method {o.method}: {first_line(error)}") from None
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

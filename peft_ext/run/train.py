@@ -19,7 +19,7 @@ import torch
 from ..files import save_adapter
 from ..methods import METHODS
 from ..quantize import quantize_nf4
-from ..sources.json_file import first_line
+from ..sources.json_file import raised_as
 from . import checkpoints, evaluate
 from .config import FILE as CONFIG_FILE
 from .config import write_config
@@ -205,14 +205,12 @@ def load_base(run: Run) -> Any:
     from transformers import AutoModelForCausalLM
 
     o = run.options
-    try:
-        with status("loading the model"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"--model {o.model}: {first_line(error)}") from None
+    refused = raised_as(RunError, f"--model {o.model}: ", OSError, ValueError, RuntimeError, SafetensorError)
+    with refused, status("loading the model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
         raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
     model = model.to(run.device).eval().requires_grad_(False)
