@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import __version__, _cpu, _native
+from ..machine import versions
 from ..ops import library
+from ..text import dtype_name
 
 __all__ = ["doctor"]
 
@@ -45,7 +46,7 @@ def doctor() -> int:
     _row("instruction sets", ", ".join(_cpu.instruction_sets()) or "unknown")
     _row("torch's CPU path", torch.backends.cpu.get_cpu_capability())
     for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         own = "; frozen layers of an accelerated model take the package's" * (dtype in _cpu.widened_dtypes())
         _row(f"{name} products", "with instructions" if _cpu.multiplies(dtype) else f"torch has no instructions{own}")
     why = _cpu.why_float32()
@@ -56,10 +57,7 @@ def doctor() -> int:
     found = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
     _row("devices", ", ".join(devices) or "none")
-    if state.cuda_loaded:
-        _row("loaded", "yes")
-    else:
-        _row("loaded", f"no: {state.cuda_error or 'torch is a CPU build'}")
+    _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
 
     _section("operators")
     for name in library.OPS:
@@ -67,11 +65,9 @@ def doctor() -> int:
         _row(name, ", ".join(kernels) or "reference only")
 
     _section("packages")
+    installed = versions(*_PEERS)
     for name in _PEERS:
-        try:
-            _row(name, version(name))
-        except PackageNotFoundError:
-            _row(name, "not installed")
+        _row(name, installed.get(name, "not installed"))
 
     _section("environment")
     values = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}

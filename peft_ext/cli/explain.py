@@ -21,7 +21,7 @@ from ..run.plan import Preview, preview
 from ..run.progress import status
 from ..sources.json_file import raised_as
 from ..sources.model import head_labels, is_nf4, model_class, task_of
-from ..text import format_bytes
+from ..text import dtype_name, format_bytes
 from . import CliError
 from ._common import (
     base_of,
@@ -251,7 +251,7 @@ def _previewed(
 def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> dict[str, Any]:
     return {
         "model": base.name, "model_class": type(base.model).__name__, "parameters": _parameters(base),
-        "dtype": str(base.dtype).removeprefix("torch."), "quantization": base.quant,
+        "dtype": dtype_name(base.dtype), "quantization": base.quant,
         "blocksize": base.blocksize if base.quant == "nf4" else None, "step": step,
         "finetune": {"dtype": "float32" if _why_float32(step) else "bfloat16", "reason": _why_float32(step)},
         "methods": [
@@ -279,7 +279,7 @@ def _show(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused:
     from ..memory import KINDS
 
     screen, parameters = console(), _parameters(base)
-    dtype = str(base.dtype).removeprefix("torch.")
+    dtype = dtype_name(base.dtype)
     print(f"model: {base.name}, {type(base.model).__name__}, {parameters:,} parameters, {dtype}")
     print(f"quantization: {base.about_quant}")
     print("from configuration files: no weight was read")

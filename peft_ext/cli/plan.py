@@ -10,7 +10,7 @@ import torch
 from ..methods import METHODS
 from ..run import Plan
 from ..run.config import FILE as CONFIG_FILE
-from ..text import format_bytes
+from ..text import dtype_name, format_bytes
 from ._common import console, grouped_rows, mib, new_table
 
 __all__ = ["show_plan"]
@@ -41,7 +41,7 @@ def _summary(plan: Plan) -> Any:
     train, held_out = run.examples.train, run.examples.held_out
     table = new_table("", "", header=False)
     table.add_row("model", f"{o.model}, {plan.model_class}, {plan.parameters:,} parameters")
-    dtype = str(run.dtype).removeprefix("torch.")
+    dtype = dtype_name(run.dtype)
     held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype
     table.add_row("weights", f"{held}{', stock PEFT and bitsandbytes' if o.stock else ''}; on {run.device.type}")
     if run.why_dtype:

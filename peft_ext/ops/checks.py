@@ -8,6 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
 
 __all__ = [
@@ -34,10 +35,6 @@ __all__ = [
 ]
 
 _LARGEST = sys.float_info.max
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_float(op: str, argument: str, value: object) -> None:

@@ -17,17 +17,14 @@ import torch
 from .. import __version__, _native
 from ..files import atomic_file
 from ..machine import cpu_name, versions
+from ..text import dtype_name
 from . import evaluate, report
 from .progress import log
 
 if TYPE_CHECKING:
     from .prepare import Run
 
-__all__ = ["Record", "dtype_name", "recording_callback"]
-
-
-def dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+__all__ = ["Record", "recording_callback"]
 
 
 def _now() -> str:

@@ -20,6 +20,7 @@ from ..files import save_adapter
 from ..methods import METHODS
 from ..quantize import quantize_nf4
 from ..sources.json_file import raised_as
+from ..text import dtype_name
 from . import checkpoints, evaluate
 from .config import FILE as CONFIG_FILE
 from .config import write_config
@@ -29,7 +30,7 @@ from .evaluate import Check
 from .options import Options
 from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, status
-from .record import Record, dtype_name, recording_callback
+from .record import Record, recording_callback
 
 __all__ = ["Result", "finetune", "train"]
 

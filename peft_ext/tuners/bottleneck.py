@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 
 from .._imports import required
-from ..integrations.fused.base import DTYPES, short
+from ..integrations.fused.base import DTYPES
 from ..integrations.fused.reasons import kernel_reason
 from ..nn import BottleneckAdapter
+from ..text import dtype_name as short
 from .register import peft_type, register
 from .targets import TargetConfig, in_layers
 from .tuner import Tuner, read_through
