@@ -139,10 +139,10 @@ def new_table(
 
 def grouped_rows(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
     """Returns rows of :func:`peft_ext.explain` that are alike as one: kind, fused, reason, layers' names, how many."""
-    groups: dict[tuple[str, bool, str], list[str]] = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.fused, row.reason), []).append(row.name.rpartition(".")[2])
-    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in groups.items()]
+    from ..integrations.peft import alike
+
+    leaves = {key: [name.rpartition(".")[2] for name in names] for key, names in alike(rows).items()}
+    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in leaves.items()]
 
 
 def mib(size: int) -> str:

@@ -16,7 +16,7 @@ The layers are in ``fused``, and why a call takes the stock path in ``fused/reas
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -176,13 +176,11 @@ class Explanation:
         return sum(row.fused for row in self.rows) / len(self.rows) if self.rows else 0.0
 
     def __str__(self) -> str:
-        grouped: dict[Any, list[str]] = {}
-        for row in self.rows:
-            key = (row.kind, row.fused, row.reason) if len(self.rows) > self.LONGEST else row
-            grouped.setdefault(key, []).append(row.name)
+        grouped = alike(self.rows).items()
+        if len(self.rows) <= self.LONGEST:
+            grouped = [((row.kind, row.fused, row.reason), [row.name]) for row in self.rows]
         lines = [("layer", "kind", "fused", "reason")]
-        for key, names in grouped.items():
-            kind, fused, reason = (key.kind, key.fused, key.reason) if isinstance(key, Row) else key
+        for (kind, fused, reason), names in grouped:
             more = f"{len(names)} x, first {names[0]}" if len(names) > 1 else names[0]
             lines.append((more, kind, "yes" if fused else "no", reason))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -191,6 +189,14 @@ class Explanation:
         fused = sum(row.fused for row in self.rows)
         share = f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"
         return "\n".join([*table, share, *self.missing])
+
+
+def alike(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[str]]:
+    """Returns the names of the layers by kind, whether they are fused, and reason."""
+    grouped: dict[tuple[str, bool, str], list[str]] = {}
+    for row in rows:
+        grouped.setdefault((row.kind, row.fused, row.reason), []).append(row.name)
+    return grouped
 
 
 def explain(model: nn.Module) -> Explanation:

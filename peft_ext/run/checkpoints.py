@@ -71,9 +71,7 @@ def read_record(o: Options) -> dict[str, Any]:
 
 def check_output(o: Options) -> Optional[Path]:
     """Returns the checkpoint to go on from, or None where the run is to begin. Raises RunError."""
-    existing = o.output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
         raise RunError(f"--output {o.output}: {existing} is a file")
     if Path(os.path.realpath(o.output)).is_symlink():

@@ -252,18 +252,15 @@ def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
     """Returns how many layers run fused, and those that are alike in groups."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
-    from ..integrations.peft import explain
+    from ..integrations.peft import alike, explain
 
-    rows = list(explain(model).rows)
-    like: dict[tuple[str, bool, str], list[str]] = {}
-    for row in rows:
-        like.setdefault((row.kind, bool(row.fused), str(row.reason)), []).append(row.name)
+    rows = explain(model).rows
     groups = [
         {"kind": kind, "fused": fused, "reason": reason, "layers": len(names), "first": names[0]}
-        for (kind, fused, reason), names in like.items()
+        for (kind, fused, reason), names in alike(rows).items()
     ]
     reasons = sorted({group["reason"] for group in groups if not group["fused"]})
-    return {"layers": len(rows), "fused": sum(bool(row.fused) for row in rows), "reasons": reasons, "groups": groups}
+    return {"layers": len(rows), "fused": sum(row.fused for row in rows), "reasons": reasons, "groups": groups}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
