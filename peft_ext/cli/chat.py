@@ -14,9 +14,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import torch
+import typer
 
 from .. import _cpu
 from ..quantize import quantize_nf4
@@ -33,18 +34,19 @@ _SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's ma
 
 
 def chat(
-    adapter: Path,
-    *,
-    model: Optional[str],
-    prompt: Optional[str],
-    max_new_tokens: int,
-    base_quant: Optional[str],
-    blocksize: Optional[int],
-    temperature: float,
-    seed: int,
-    threads: Optional[int],
+    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    model: Annotated[
+        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
 ) -> None:
-    """Answers ``prompt``, or what is typed or piped in. Raises CliError for what the user can mend."""
+    """Ask a base model and its adapted self the same, side by side."""
     _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
     need("chat", "transformers", "peft", "safetensors")
     quiet()

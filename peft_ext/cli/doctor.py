@@ -24,7 +24,8 @@ _ENVIRONMENT = (
 
 
 def doctor() -> int:
-    """Prints the report; returns the exit code: 1 where the native CPU library is missing, else 0."""
+    """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
+    # The exit code is 1 where the native CPU library is missing.
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)

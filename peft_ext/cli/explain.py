@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import torch
+import typer
 
 from .. import _cpu
 from .._imports import MISSING
@@ -59,19 +60,20 @@ class _Base:
 
 
 def explain(
-    what: str,
-    *,
-    model: Optional[str],
-    method: Optional[Sequence[str]],
-    rank: Optional[int],
-    quant: Optional[str],
-    blocksize: Optional[int],
-    dtype: str,
-    batch_size: int,
-    sequence_length: Optional[int],
-    as_json: bool,
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
+    ],
+    model: Annotated[Optional[str], typer.Option(help="An adapter's base. Default: its own.")] = None,
+    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeat it. Default: lora.")] = None,
+    rank: Annotated[Optional[int], typer.Option(help="Of the low-rank methods. Default: 16, adalora 8.")] = None,
+    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
+    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prints it for a model or for an adapter's folder. Raises CliError for what the user can mend."""
+    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
     need("explain", "transformers", "peft")
     quiet()
     adapter = _adapter_folder(what)

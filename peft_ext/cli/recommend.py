@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import torch
+import typer
 
 from ..run.progress import status
 from ..sources.json_file import first_line
@@ -22,18 +23,17 @@ _OPTIONS = {
 
 
 def recommend(
-    *,
-    model_size: Optional[float],
-    model: Optional[str],
-    memory: Optional[float],
-    task: str,
-    examples: Optional[int],
-    batch_size: int,
-    sequence_length: Optional[int],
-    prefer: str,
-    as_json: bool,
+    model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
+    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
+    memory: Annotated[Optional[float], typer.Option(help="Of the card, in GB. Default: this machine's.")] = None,
+    task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
+    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Prints what is recommended; returns the exit code, 1 where nothing fits. Raises CliError."""
+    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
     if (model_size is None) == (model is None):
         raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
