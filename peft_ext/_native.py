@@ -25,8 +25,6 @@ import torch
 
 from ._version import __version__
 
-__all__ = ["STATE", "NativeState", "load"]
-
 # The CPU paths whose bfloat16 products are the package's own, on a bfloat16 dot product of the CPU.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 

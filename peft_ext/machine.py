@@ -11,8 +11,6 @@ from typing import Any, Optional
 
 import torch
 
-__all__ = ["cpu_name", "memory_of", "versions"]
-
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 

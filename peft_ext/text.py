@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-__all__ = ["dtype_name", "format_bytes", "gigabytes"]
-
 _BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 

@@ -21,8 +21,6 @@ from .. import ops, reference
 from ..nn import NF4Linear
 from .timer import Contender, host_clock, interleave, median_ratios, verify
 
-__all__ = ["BASES", "FROZEN", "METHODS", "OURS", "NotFused", "NotRight", "Result", "measure_layer", "stock_name"]
-
 METHODS = ("lora", "dora", "ia3")  # whose layers have operators of their own
 BASES = ("bf16", "nf4")
 OURS, FROZEN = "ours", "frozen layer"

@@ -22,23 +22,6 @@ from . import CliError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "base_of",
-    "check_base",
-    "console",
-    "dense_config",
-    "drop_output",
-    "grouped_rows",
-    "memory_document",
-    "mendable",
-    "mib",
-    "model_config",
-    "need",
-    "new_table",
-    "print_json",
-    "quiet",
-]
-
 _PLAIN_WIDTH = 120
 
 

@@ -25,8 +25,6 @@ from ..run.progress import bar
 from . import CliError
 from ._common import console, need, new_table, print_json, quiet
 
-__all__ = ["bench"]
-
 
 def bench(
     method: Annotated[

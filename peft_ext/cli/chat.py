@@ -28,8 +28,6 @@ from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
 from ._common import base_of, check_base, console, mendable, need, quiet
 
-__all__ = ["chat"]
-
 _SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
 
 

@@ -13,8 +13,6 @@ from ..machine import versions
 from ..ops import library
 from ..text import dtype_name
 
-__all__ = ["doctor"]
-
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
     "PEFT_EXT_CPU_ISA", "PEFT_EXT_REQUIRE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",

@@ -40,8 +40,6 @@ from ._common import (
     quiet,
 )
 
-__all__ = ["explain"]
-
 # What transformers raises for a configuration of which it can't build a model.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")

@@ -18,9 +18,6 @@ from ..run.config import Config, merged, read_config
 from . import CliError
 from ._common import drop_output
 
-__all__ = ["finetune"]
-
-
 _D = run.Options()  # the defaults, written once
 _model, _adapter, _data, _training = (
     functools.partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Adapter", "Data", "Training")

@@ -18,8 +18,6 @@ from ..sources.json_file import first_line
 from . import CliError
 from ._common import drop_output
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="peft-ext", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Parameter-efficient fine-tuning, fast and small.",

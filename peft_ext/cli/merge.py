@@ -11,8 +11,6 @@ from ..text import format_bytes
 from . import CliError
 from ._common import base_of, need
 
-__all__ = ["merge"]
-
 
 def merge(
     adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],

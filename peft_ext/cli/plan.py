@@ -13,8 +13,6 @@ from ..run.config import FILE as CONFIG_FILE
 from ..text import dtype_name, format_bytes
 from ._common import console, grouped_rows, mib, new_table
 
-__all__ = ["show_plan"]
-
 _KINDS = {
     "weights": "frozen weights", "quantization": "their scales", "adapters": "adapter", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits", "temporary": "temporary",

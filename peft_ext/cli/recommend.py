@@ -14,8 +14,6 @@ from ..text import gigabytes
 from . import CliError
 from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
 
-__all__ = ["recommend"]
-
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
     "batch_size": "batch-size", "sequence_length": "sequence-length", "prefer": "prefer", "headroom": "headroom",

@@ -9,8 +9,6 @@ import typer
 
 from ..run import redraw
 
-__all__ = ["report"]
-
 
 def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
     """Draw a run's report.html again, from its run.json."""

@@ -22,16 +22,6 @@ from ..nn.nf4 import empty_nf4
 from ..quantize import HEADS, linear_groups, replace_group
 from ..sources.model import AUTO_CLASSES
 
-__all__ = [
-    "Dequantized",
-    "build_model",
-    "copy_to_meta",
-    "fake",
-    "quantize_stand_ins",
-    "replace_tensors",
-    "stand_in",
-]
-
 
 def build_model(
     config: Any, task_type: Optional[str] = None, dtype: Optional[torch.dtype] = None

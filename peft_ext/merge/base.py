@@ -27,8 +27,6 @@ with required("peft", "peft_ext.merge_to_dense"):
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PreTrainedModel
 
-__all__ = ["Base", "base_of"]
-
 _Read = Callable[[], Tensor]
 
 

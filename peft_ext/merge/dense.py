@@ -31,8 +31,6 @@ with required("peft", "peft_ext.merge_to_dense"):
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PreTrainedModel
 
-__all__ = ["DTYPES", "MergeReport", "merge_to_dense"]
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
 # Initializations that change the base's weights: the adapter is one to a base that is on no disk.

@@ -7,8 +7,6 @@ from typing import NoReturn
 
 from ..sources.json_file import raised_as
 
-__all__ = ["MergeError", "as_merge_error", "fail"]
-
 
 class MergeError(ValueError):
     """What can't be merged, and why: one line that names what came and what was wanted."""

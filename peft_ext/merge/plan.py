@@ -34,8 +34,6 @@ with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
-__all__ = ["Plan"]
-
 _ADAPTER = "default"
 
 

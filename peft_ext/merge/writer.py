@@ -20,8 +20,6 @@ from .errors import as_merge_error, fail
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig
 
-__all__ = ["bar", "write_beside", "write_safetensors"]
-
 # Files beside the weights that a model is used with: tokenizer, chat template, processor.
 _BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

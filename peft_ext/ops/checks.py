@@ -11,29 +11,6 @@ from torch import Tensor
 from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
 
-__all__ = [
-    "FLOATS",
-    "any_float64",
-    "autocast_dtype",
-    "cast_for_autocast",
-    "check_bias",
-    "check_blocksize",
-    "check_bottleneck",
-    "check_count",
-    "check_dtype",
-    "check_float",
-    "check_linear",
-    "check_lora",
-    "check_low_rank",
-    "check_residual",
-    "check_scale",
-    "check_seed",
-    "check_vector",
-    "check_weight",
-    "unpack_weight",
-    "weight_args",
-]
-
 _LARGEST = sys.float_info.max
 
 

@@ -15,8 +15,6 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-__all__ = ["NAMES", "Search"]
-
 # What people call a method, over dense weights and over NF4.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")

@@ -10,8 +10,6 @@ from torch import nn
 from ..memory import Profile, profile_step
 from ..memory.stand_ins import build_model
 
-__all__ = ["Given", "Synthetic", "parameters_text"]
-
 _LARGEST_B = 1_000_000
 
 

@@ -23,21 +23,6 @@ from .errors import RunError
 from .options import SAME_ON_RESUME, Options
 from .progress import log
 
-__all__ = [
-    "PREVIOUS",
-    "check_output",
-    "checkpoints_folder",
-    "how_to_go_on",
-    "own_output",
-    "read_record",
-    "remove_unsealed",
-    "saved_checkpoints",
-    "sealing_callback",
-    "sole_writer",
-    "step_of",
-    "trainer_history",
-]
-
 PREVIOUS = ".previous"  # where --overwrite keeps the adapter that it is to replace
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"

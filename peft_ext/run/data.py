@@ -20,8 +20,6 @@ from typing import Any, Optional
 from ..sources.json_file import parse, raised_as
 from .errors import RunError
 
-__all__ = ["IGNORED", "PYTHON_DOCS", "Corpus", "Examples", "read_corpus", "read_records", "tokenize"]
-
 PYTHON_DOCS = "python-docs"
 IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
 

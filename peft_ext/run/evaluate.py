@@ -18,23 +18,6 @@ from .progress import bar, status
 if TYPE_CHECKING:
     from .prepare import Run
 
-__all__ = [
-    "HELD_OUT_POINTS",
-    "NEW_TOKENS",
-    "SAMPLES",
-    "Check",
-    "Losses",
-    "answer",
-    "curve_batches",
-    "curve_examples",
-    "greedy",
-    "held_out_losses",
-    "mean_loss",
-    "perplexity",
-    "reread",
-    "sample_prompts",
-]
-
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
 NEW_TOKENS = 48
 HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it

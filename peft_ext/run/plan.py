@@ -23,8 +23,6 @@ from .options import Options
 from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
 from .progress import status
 
-__all__ = ["Plan", "Preview", "dry_run", "make_plan", "preview"]
-
 
 @dataclass(frozen=True)
 class Preview:

@@ -27,8 +27,6 @@ from .errors import RunError, Stop
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
 
-__all__ = ["Run", "adapter_config", "compute_dtype", "needs_bitsandbytes", "prepare"]
-
 # What transformers, tokenizers and PEFT raise for files and configurations that they can't take.
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
 

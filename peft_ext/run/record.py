@@ -24,8 +24,6 @@ from .progress import log
 if TYPE_CHECKING:
     from .prepare import Run
 
-__all__ = ["Record", "recording_callback"]
-
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -32,8 +32,6 @@ from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, status
 from .record import Record, recording_callback
 
-__all__ = ["Result", "finetune", "train"]
-
 
 @dataclass(frozen=True)
 class Result:

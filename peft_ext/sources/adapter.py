@@ -32,8 +32,6 @@ with required("peft", "a saved adapter's configuration"):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-__all__ = ["checked_config", "read_config", "training_options"]
-
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["first_line", "parse", "raised_as", "read_object", "shown"]
-
 _MOST_BYTES = 16 << 20
 _DEEPEST = 32
 _SHOWN = 60  # characters of a value, in a message

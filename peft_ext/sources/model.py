@@ -21,26 +21,6 @@ from torch import nn
 
 from .json_file import first_line, raised_as, read_object, shown
 
-__all__ = [
-    "AUTO_CLASSES",
-    "LoadedModel",
-    "SourceError",
-    "base_model",
-    "check_index",
-    "check_model_config",
-    "find_folder",
-    "head_labels",
-    "hushed",
-    "is_nf4",
-    "load_model",
-    "load_tokenizer",
-    "model_class",
-    "model_folder",
-    "output_head",
-    "read_model_config",
-    "task_of",
-]
-
 # By PEFT's name of a task: the class that its adapters are trained on, where the base's own class is of another task.
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

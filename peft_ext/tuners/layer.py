@@ -28,8 +28,6 @@ with required("peft", "peft_ext.tuners"):
         check_adapters_to_merge,
     )
 
-__all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
-
 
 def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
     """Returns a module that holds ``items`` under their names; dots in a name make submodules.

@@ -14,8 +14,6 @@ from .._imports import required
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-__all__ = ["Tuner", "Wrapper"]
-
 
 class Wrapper(nn.Module, BaseTunerLayer):
     """A layer over a module, ``base_layer``: an attribute that is not its own is the module's."""
