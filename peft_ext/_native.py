@@ -50,12 +50,8 @@ class NativeState:
 STATE = NativeState()
 
 
-def _required() -> bool:
-    return os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0")
-
-
 def _fail(message: str) -> None:
-    if _required():
+    if os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0"):
         raise ImportError(f"{message} (PEFT_EXT_REQUIRE is set)")
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 

@@ -122,10 +122,8 @@ class _Pair:
             raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
         self.encodes_decodes = encodes_decodes
         room = getattr(base.config, "max_position_embeddings", None)
-        self.room = None if room is None or encodes_decodes else room - self._virtual_tokens(config)
-
-    def _virtual_tokens(self, config: Any) -> int:
-        return config.num_virtual_tokens if self.is_prompt else 0
+        virtual = config.num_virtual_tokens if self.is_prompt else 0
+        self.room = None if room is None or encodes_decodes else room - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
         """Raises CliError where the prompt is longer than the model takes."""

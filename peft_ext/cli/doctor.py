@@ -38,7 +38,7 @@ def doctor() -> int:
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():
-            _row(f"built: {name}", _text(value))
+            _row(f"built: {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         _row("usable here", ", ".join(state.module.isas()))
     _row("in use", state.isa)
     _row("threads", str(torch.get_num_threads()))
@@ -83,7 +83,3 @@ def _section(title: str) -> None:
 
 def _row(name: str, value: str) -> None:
     print(f"  {name:<26} {value}")
-
-
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -76,7 +76,10 @@ def explain(
     quiet()
     adapter = _adapter_folder(what)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
-    base, configs = (_of_model if adapter is None else _of_adapter)(what, model, chosen, rank, quant, blocksize, dtype)
+    if adapter is None:
+        base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
+    else:
+        base, configs = _of_adapter(adapter, model, quant, blocksize, dtype)
     length = _length(base.model.config, sequence_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Preview] = {}
@@ -148,9 +151,8 @@ _Configs = list[tuple[str, Any]]
 
 
 def _of_model(
-    what: str, _model: Optional[str], chosen: list[str], rank: Optional[int], quant: Optional[str],
-    blocksize: Optional[int], dtype: str,
-) -> tuple[_Base, _Configs]:  # fmt: skip
+    what: str, chosen: list[str], rank: Optional[int], quant: Optional[str], blocksize: Optional[int], dtype: str
+) -> tuple[_Base, _Configs]:
     from ..memory.stand_ins import build_model
 
     folder, config = model_config(what)
@@ -167,14 +169,12 @@ def _of_model(
 
 
 def _of_adapter(
-    what: str, model: Optional[str], _chosen: list[str], _rank: Optional[int], quant: Optional[str],
-    blocksize: Optional[int], dtype: str,
-) -> tuple[_Base, _Configs]:  # fmt: skip
+    folder: Path, model: Optional[str], quant: Optional[str], blocksize: Optional[int], dtype: str
+) -> tuple[_Base, _Configs]:
     from ..sources.adapter import checked_config, training_options
     from ..sources.expressions import check_expressions
     from ..sources.weight_files import weight_shapes
 
-    folder = Path(what).expanduser()
     with raised_as(CliError, "", OSError, ValueError):
         adapter = checked_config(folder)
     name = base_of(folder, model) or adapter.base_model_name_or_path

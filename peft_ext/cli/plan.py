@@ -86,13 +86,10 @@ def _memory(plan: Plan) -> Any:
         table.add_row("Python, the libraries and the data: this process now", "", mib(plan.held_bytes))
     table.add_row("needed, at least", "", mib(plan.needed_bytes))
     if plan.machine_bytes is not None and plan.free_bytes is not None:
-        table.add_row(f"{_where(plan)} has", "", mib(plan.machine_bytes))
+        where = torch.cuda.get_device_name() if plan.run.device.type == "cuda" else "this machine"
+        table.add_row(f"{where} has", "", mib(plan.machine_bytes))
         table.add_row("  of it free now", "", mib(plan.free_bytes))
     return table
-
-
-def _where(plan: Plan) -> str:
-    return torch.cuda.get_device_name() if plan.run.device.type == "cuda" else "this machine"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:

@@ -24,6 +24,7 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
+from ..ops.checks import check_module
 from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .fused.base import (
     FOUR_BIT,
@@ -92,7 +93,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
-    for module in without_adapters(_tree("accelerate", model)):
+    check_module("accelerate", model)
+    for module in without_adapters(model):
         if would_widen(module):
             module.__class__ = FusedLinear
     for module in model.modules():
@@ -128,7 +130,8 @@ def restore(model: nn.Module) -> nn.Module:
     Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
     into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
     """
-    for name, module in _tree("restore", model).named_modules():
+    check_module("restore", model)
+    for name, module in model.named_modules():
         if is_fully_sharded(type(module)) and any(kind in STOCK for kind in type(module).__mro__):
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
@@ -211,14 +214,9 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises: TypeError where model is no nn.Module.
     """
-    with as_in_forward(_tree("explain", model)):
+    check_module("explain", model)
+    with as_in_forward(model):
         return Explanation(list(_rows(model)), list(MISSING))
-
-
-def _tree(caller: str, model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model is {type(model).__name__}, wanted an nn.Module")
-    return model
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:

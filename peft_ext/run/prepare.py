@@ -104,7 +104,8 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
     run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
-    run.tokenizer = _read_tokenizer(run)
+    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *_REFUSALS, after=")"):
+        run.tokenizer = load_tokenizer(run.folder, **run.packed)
     room = getattr(run.config, "max_position_embeddings", None)
     if room is not None and options.block_size > room:
         raise RunError(f"--block-size {options.block_size}: the model takes at most {room} tokens")
@@ -180,11 +181,6 @@ def _read_config(run: Run) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
     return config
-
-
-def _read_tokenizer(run: Run) -> Any:
-    with raised_as(RunError, f"--model {run.options.model}: no tokenizer (", *_REFUSALS, after=")"):
-        return load_tokenizer(run.folder, **run.packed)
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------

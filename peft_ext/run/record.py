@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from .prepare import Run
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 @dataclass
 class Record:
     """What was found so far.
@@ -47,7 +43,7 @@ class Record:
     meter: Any = None
     curve: list[int] = field(default_factory=list)
     no_report: Optional[str] = None
-    started: str = field(default_factory=_now)
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
         """Returns what run.json holds."""
