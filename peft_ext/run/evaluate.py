@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from .checkpoints import trainer_history
 from .data import IGNORED, PYTHON_DOCS
+from .prepare import Run
 from .progress import bar, status
-
-if TYPE_CHECKING:
-    from .prepare import Run
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
 NEW_TOKENS = 48

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 
@@ -19,10 +19,8 @@ from ..files import atomic_file
 from ..machine import cpu_name, versions
 from ..text import dtype_name
 from . import evaluate, report
+from .prepare import Run
 from .progress import log
-
-if TYPE_CHECKING:
-    from .prepare import Run
 
 
 @dataclass
