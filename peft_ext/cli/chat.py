@@ -19,8 +19,7 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from .. import _cpu
-from ..quantize import quantize_nf4
+from .. import _cpu, quantize
 from ..run.evaluate import greedy
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
@@ -226,7 +225,7 @@ def _base(
     made = made.eval().requires_grad_(False)
     if quant == "nf4" and not held:
         blocksize = blocksize or int(trained.get("blocksize", 64))
-        quantize_nf4(made, blocksize=blocksize, progress=False)
+        quantize.quantize_nf4(made, blocksize=blocksize, progress=False)
         quant = f"nf4, double quantization, blocks of {blocksize}"
     if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
         made.to(torch.float32)
