@@ -41,31 +41,7 @@ _LAZY = {
     "PartialConfig": "tuners",
 }
 
-__all__ = [
-    "BitFitConfig",
-    "BottleneckConfig",
-    "DiffPruningConfig",
-    "MergeError",
-    "MergeReport",
-    "NF4Weight",
-    "NestedAbsmax",
-    "PartialConfig",
-    "__version__",
-    "accelerate",
-    "dequantize_nf4",
-    "estimate_memory",
-    "explain",
-    "get_peft_model",
-    "load_adapter",
-    "merge_to_dense",
-    "nn",
-    "ops",
-    "quantize_nf4",
-    "recommend_peft_method",
-    "reference",
-    "restore",
-    "save_adapter",
-]
+__all__ = [*_LAZY, "NF4Weight", "NestedAbsmax", "__version__", "nn", "ops", "reference"]
 
 
 def __getattr__(name: str) -> Any:

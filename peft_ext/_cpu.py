@@ -20,8 +20,6 @@ import torch
 
 from . import _native
 
-__all__ = ["capabilities", "compute_dtype", "instruction_sets", "multiplies", "why_float32", "widened_dtypes"]
-
 # oneDNN's names of its limits, from less to more. One that is not here, as "ALL", is no limit.
 _LIMITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
            "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")  # fmt: skip

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 
-__all__ = ["MISSING", "has", "optional", "required", "say_missing", "version"]
-
 # What was missing so far, a sentence for each name, in the order in which it was found; explain lists them.
 MISSING: list[str] = []
 

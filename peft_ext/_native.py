@@ -25,8 +25,6 @@ import torch
 
 from ._version import __version__
 
-__all__ = ["STATE", "NativeState", "load"]
-
 # The CPU paths whose bfloat16 products are the package's own, on a bfloat16 dot product of the CPU.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
@@ -52,12 +50,8 @@ class NativeState:
 STATE = NativeState()
 
 
-def _required() -> bool:
-    return os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0")
-
-
 def _fail(message: str) -> None:
-    if _required():
+    if os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0"):
         raise ImportError(f"{message} (PEFT_EXT_REQUIRE is set)")
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import Optional
 
-__all__ = ["MARKS", "Panel", "Picture", "Scale", "identifier", "path", "rows_scale", "span", "text_width"]
-
 Point = tuple[float, float]
 
 

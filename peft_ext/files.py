@@ -40,7 +40,7 @@ except ImportError:  # Windows: leftovers can't be told from what is being writt
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
 _PART, _OLD = "part", "old"
-_SEAL, LOCK_FILE = "sealed.json", ".lock"
+_SEAL = "sealed.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

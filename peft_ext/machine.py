@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Optional
 
-__all__ = ["cpu_name", "memory_of", "versions"]
+import torch
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -34,8 +34,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
     """Returns the bytes that a device has, that are free, and that this process takes of them already (0 on a GPU)."""
-    import torch
-
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0

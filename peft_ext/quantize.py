@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,16 +28,7 @@ _READ_PAST = ("dt_proj",)
 # What an NF4Linear has beside an nn.Linear's attributes.
 _NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+_HOOKS = tuple(name for name in vars(nn.Module()) if re.match("_(forward|backward|is_full_backward)_", name))
 
 
 def quantize_nf4(
@@ -76,7 +68,7 @@ def quantize_nf4(
 
     Source: QLoRA, arXiv 2305.14314.
     """
-    _check_module("quantize_nf4", model)
+    checks.check_module("quantize_nf4", model)
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
@@ -127,7 +119,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     Source: QLoRA, arXiv 2305.14314.
     """
-    _check_module("dequantize_nf4", model)
+    checks.check_module("dequantize_nf4", model)
     if type(model) is NF4Linear:
         raise TypeError("dequantize_nf4: model is an NF4Linear and can't be replaced in place, its dequantize() gives "
                         "the dense weight")  # fmt: skip
@@ -234,11 +226,6 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
             key = weight if child.weight.numel() else id(child)  # an empty weight has no address
             groups.setdefault(key, []).append(Place(name, parent, attribute, keeps_bias=True))
     return list(groups.values())
-
-
-def _check_module(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {type(model).__name__}, wanted an nn.Module")
 
 
 def _check_forward(op: str, name: str, linear: nn.Linear) -> None:

@@ -1,10 +1,8 @@
-"""Sizes as people read them."""
+"""Sizes and dtypes as people read them."""
 
 from __future__ import annotations
 
-from typing import Optional
-
-__all__ = ["format_bytes", "gigabytes"]
+from typing import Any, Optional
 
 _BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
@@ -25,3 +23,8 @@ def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
 def gigabytes(size: float) -> str:
     """Returns a size in the GB that cards are sold by, which have 2³⁰ bytes: "23.1 GB"."""
     return f"{size / 2**30:.1f} GB"
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns PyTorch's name of a dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from .timer import Contender, host_clock, interleave, median_ratios, verify
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-__all__ = ["BASES", "FROZEN", "METHODS", "OURS", "NotFused", "NotRight", "Result", "measure_layer", "stock_name"]
+from .. import ops, reference
+from ..nn import NF4Linear
+from .timer import Contender, host_clock, interleave, median_ratios, verify
 
 METHODS = ("lora", "dora", "ia3")  # whose layers have operators of their own
 BASES = ("bf16", "nf4")
@@ -55,8 +59,6 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
 
     Raises NotFused or NotRight.
     """
-    import torch.nn.functional as F
-
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)
@@ -112,10 +114,6 @@ class _Problem:
     """Inputs, the frozen weight and the adapter's values of one case; what PEFT makes of them; the float64 result."""
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
-        import torch
-
-        from .. import ops
-
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.draw = torch.Generator().manual_seed(0)
@@ -126,18 +124,12 @@ class _Problem:
         self.values: dict[str, Any] = {}
 
     def _normal(self, *shape: int) -> Any:
-        import torch
-
         return torch.randn(*shape, generator=self.draw).to(self.device)
 
     def layer(self, stock: bool) -> Any:
         """Returns PEFT's layer, training; fused unless ``stock``. NF4 is bitsandbytes' where that is installed."""
-        import torch
-        from torch import nn
-
         from ..integrations.bitsandbytes import to_linear4bit
         from ..model import get_peft_model
-        from ..nn import NF4Linear
 
         holder = nn.Module()
         if self.nf4 is None:
@@ -171,16 +163,10 @@ class _Problem:
 
     def dense(self) -> Any:
         """Returns the bfloat16 weight that a layer computes with."""
-        import torch
-
-        from .. import reference
-
         return self.weight if self.nf4 is None else reference.nf4_dequantize(self.nf4, torch.bfloat16)
 
     def exact(self) -> dict[str, Any]:
         """Returns y and the gradients in float64, by :mod:`peft_ext.reference` and autograd."""
-        from .. import reference
-
         x, weight = self.x.detach().double().requires_grad_(), self.dense().double()
         held = {name: value.double().requires_grad_() for name, value in self.values.items()}
         if self.method == "ia3":

@@ -21,18 +21,6 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-__all__ = [
-    "Clock",
-    "Contender",
-    "error_text",
-    "host_clock",
-    "interleave",
-    "median_ratios",
-    "relative_error",
-    "seconds_of",
-    "verify",
-]
-
 SEED = 0  # of each verified call and of the mask that its float64 result draws
 LONGEST_CALL_S = 5.0
 

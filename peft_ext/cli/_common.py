@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..run import progress
+from ..run.demo_model import demo_model
 from ..run.options import DEMO_MODEL, QUANTIZATIONS
+from ..sources.json_file import raised_as
+from ..sources.model import SourceError, model_folder, read_model_config
 from ..weight import BLOCKSIZES
 from . import CliError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = [
-    "base_of",
-    "check_base",
-    "console",
-    "dense_config",
-    "drop_output",
-    "grouped_rows",
-    "memory_document",
-    "mendable",
-    "mib",
-    "model_config",
-    "need",
-    "new_table",
-    "print_json",
-    "quiet",
-]
 
 _PLAIN_WIDTH = 120
 
@@ -55,15 +40,9 @@ def quiet() -> None:
     progress.quiet()
 
 
-@contextlib.contextmanager
-def mendable() -> Iterator[None]:
+def mendable() -> AbstractContextManager[None]:
     """Raises what :mod:`peft_ext.sources` raises for a folder that can't be used as a CliError."""
-    from ..sources.model import SourceError
-
-    try:
-        yield
-    except SourceError as error:
-        raise CliError(str(error)) from None
+    return raised_as(CliError, "", SourceError)
 
 
 def model_config(model: str) -> tuple[Path, Any]:
@@ -71,11 +50,7 @@ def model_config(model: str) -> tuple[Path, Any]:
 
     Of a hub name the JSON files alone are fetched. Raises CliError.
     """
-    from ..sources.model import model_folder, read_model_config
-
     if model == DEMO_MODEL:
-        from ..run.demo_model import demo_model
-
         model = str(demo_model())
     with mendable():
         folder = model_folder(model, ["*.json"])
@@ -97,8 +72,6 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
             return None
     elif model != DEMO_MODEL:
         return model
-    from ..run.demo_model import demo_model
-
     return str(demo_model())
 
 
@@ -149,10 +122,10 @@ def new_table(
 
 def grouped_rows(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
     """Returns rows of :func:`peft_ext.explain` that are alike as one: kind, fused, reason, layers' names, how many."""
-    groups: dict[tuple[str, bool, str], list[str]] = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.fused, row.reason), []).append(row.name.rpartition(".")[2])
-    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in groups.items()]
+    from ..integrations.peft import alike
+
+    leaves = {key: [name.rpartition(".")[2] for name in names] for key, names in alike(rows).items()}
+    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in leaves.items()]
 
 
 def mib(size: int) -> str:

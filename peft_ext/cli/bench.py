@@ -11,8 +11,12 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
+import torch
+import typer
+
+from .. import __version__, _native
 from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Result, measure_layer, stock_name
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
@@ -21,31 +25,25 @@ from ..run.progress import bar
 from . import CliError
 from ._common import console, need, new_table, print_json, quiet
 
-__all__ = ["bench"]
-
 
 def bench(
-    *,
-    method: Optional[Sequence[str]],
-    base: Optional[Sequence[str]],
-    hidden: int,
-    tokens: int,
-    rank: int,
-    seconds: float,
-    threads: Optional[int],
-    chart: Optional[Path],
-    as_json: bool,
-    output: Optional[Path] = None,
+    method: Annotated[
+        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
+    ] = None,
+    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeat it. Default: both.")] = None,
+    hidden: Annotated[int, typer.Option(help="The layer is hidden x hidden.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
+    rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Verifies, times, prints; draws ``chart``, and leaves numbers and pictures in the folder ``output``.
-
-    Raises CliError for what the user can mend, a layer that would not run fused among it.
-    """
+    """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
     cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart, output)
     need("bench", "transformers", "peft")
     quiet()
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -112,10 +110,6 @@ def _check(
 
 
 def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
-    import torch
-
-    from .. import __version__, _native
-
     return {
         "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

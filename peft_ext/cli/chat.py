@@ -14,37 +14,39 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
+import torch
+import typer
+
+from .. import _cpu, quantize
 from ..run.evaluate import greedy
 from ..run.progress import status
-from ..sources.json_file import first_line
+from ..sources.json_file import first_line, raised_as
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
 from ._common import base_of, check_base, console, mendable, need, quiet
-
-__all__ = ["chat"]
 
 _SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
 
 
 def chat(
-    adapter: Path,
-    *,
-    model: Optional[str],
-    prompt: Optional[str],
-    max_new_tokens: int,
-    base_quant: Optional[str],
-    blocksize: Optional[int],
-    temperature: float,
-    seed: int,
-    threads: Optional[int],
+    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    model: Annotated[
+        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
+    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
 ) -> None:
-    """Answers ``prompt``, or what is typed or piped in. Raises CliError for what the user can mend."""
+    """Ask a base model and its adapted self the same, side by side."""
     _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
-    import torch
-
     if threads is not None:
         torch.set_num_threads(threads)
     with status("loading"):
@@ -105,8 +107,6 @@ class _Pair:
         self, adapter: Path, model: Optional[str], base_quant: Optional[str], blocksize: Optional[int],
         max_new_tokens: int, temperature: float, seed: int,
     ) -> None:  # fmt: skip
-        import torch
-
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
@@ -121,10 +121,8 @@ class _Pair:
             raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
         self.encodes_decodes = encodes_decodes
         room = getattr(base.config, "max_position_embeddings", None)
-        self.room = None if room is None or encodes_decodes else room - self._virtual_tokens(config)
-
-    def _virtual_tokens(self, config: Any) -> int:
-        return config.num_virtual_tokens if self.is_prompt else 0
+        virtual = config.num_virtual_tokens if self.is_prompt else 0
+        self.room = None if room is None or encodes_decodes else room - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
         """Raises CliError where the prompt is longer than the model takes."""
@@ -137,11 +135,9 @@ class _Pair:
         tokenizer, chats = self.tokenizer, bool(getattr(self.tokenizer, "chat_template", None))
         if chats:
             turn = [{"role": "user", "content": prompt}]
-            try:
-                with _at_most(_SECONDS):
-                    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # whatever the template's own code raises
-                raise CliError(f"the tokenizer's chat template: {first_line(error)}") from None
+            # Whatever the template's own code raises.
+            with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
+                prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt", return_token_type_ids=False)
         count = inputs["input_ids"].shape[1]
         if self.room is not None and count + self.max_new_tokens > self.room:
@@ -152,8 +148,6 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        import torch
-
         torch.manual_seed(self.seed)  # before each of the two: the same model would say the same
         ids = inputs["input_ids"]
         with torch.no_grad():
@@ -161,14 +155,13 @@ class _Pair:
                 out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
             else:
                 draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-                try:  # one beam: a million of them would be the generation_config's to ask for
-                    out = self.model.generate(
+                kinds = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+                with raised_as(CliError, "generate, with the base's generation_config: ", *kinds):
+                    out = self.model.generate(  # one beam: a million would be the generation_config's to ask for
                         **inputs, max_new_tokens=self.max_new_tokens, use_cache=True, num_beams=1,
                         num_return_sequences=1, pad_token_id=self.tokenizer.pad_token_id,
                         **(draws if self.temperature else {"do_sample": False}),
                     )  # fmt: skip
-                except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
-                    raise CliError(f"generate, with the base's generation_config: {first_line(error)}") from None
         said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
         return self.tokenizer.decode(said, skip_special_tokens=True).strip()
 
@@ -202,26 +195,19 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _adapter_config(adapter: Path) -> Any:
     from ..sources.adapter import read_config
 
-    try:
+    with raised_as(CliError, "", OSError, ValueError):
         if not adapter.is_dir():
             raise CliError(f"--adapter {adapter}: no such folder")
         if not (adapter / "adapter_config.json").is_file():
             raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
         return read_config(adapter / "adapter_config.json")
-    except (OSError, ValueError) as error:
-        raise CliError(first_line(error)) from None
 
 
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str]:
     """Returns the base as the adapter was trained on it: the model, its folder, its quantization."""
-    import torch
-
-    from .._cpu import why_float32
-    from ..quantize import quantize_nf4
     from ..sources.adapter import training_options
-    from ..sources.model import hushed, load_model
 
     with mendable():
         trained = training_options(adapter)
@@ -239,9 +225,9 @@ def _base(
     made = made.eval().requires_grad_(False)
     if quant == "nf4" and not held:
         blocksize = blocksize or int(trained.get("blocksize", 64))
-        quantize_nf4(made, blocksize=blocksize, progress=False)
+        quantize.quantize_nf4(made, blocksize=blocksize, progress=False)
         quant = f"nf4, double quantization, blocks of {blocksize}"
-    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and why_float32():
+    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
         made.to(torch.float32)
     return made if held else made.to(device), base.folder, quant
 
@@ -260,16 +246,10 @@ def _adapted(base: Any, adapter: Path) -> Any:
 
 
 def _tokenizer(adapter: Path, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    own = (adapter / "tokenizer_config.json").is_file()  # it was saved with tokens of its own
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter if own else folder), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises that class itself
-        raise CliError(f"{adapter if own else folder}: no tokenizer ({first_line(error)})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+    if (adapter / "tokenizer_config.json").is_file():  # it was saved with tokens of its own
+        folder = adapter
+    with raised_as(CliError, f"{folder}: no tokenizer (", Exception, after=")"):  # tokenizers raises that class itself
+        return load_tokenizer(str(folder))
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

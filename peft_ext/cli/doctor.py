@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import __version__, _cpu, _native
+from ..machine import versions
 from ..ops import library
-
-__all__ = ["doctor"]
+from ..text import dtype_name
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
@@ -23,7 +22,8 @@ _ENVIRONMENT = (
 
 
 def doctor() -> int:
-    """Prints the report; returns the exit code: 1 where the native CPU library is missing, else 0."""
+    """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
+    # The exit code is 1 where the native CPU library is missing.
     state = _native.STATE
     _section("versions")
     _row("peft_ext", __version__)
@@ -38,14 +38,14 @@ def doctor() -> int:
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
         for name, value in state.build.items():
-            _row(f"built: {name}", _text(value))
+            _row(f"built: {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         _row("usable here", ", ".join(state.module.isas()))
     _row("in use", state.isa)
     _row("threads", str(torch.get_num_threads()))
     _row("instruction sets", ", ".join(_cpu.instruction_sets()) or "unknown")
     _row("torch's CPU path", torch.backends.cpu.get_cpu_capability())
     for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         own = "; frozen layers of an accelerated model take the package's" * (dtype in _cpu.widened_dtypes())
         _row(f"{name} products", "with instructions" if _cpu.multiplies(dtype) else f"torch has no instructions{own}")
     why = _cpu.why_float32()
@@ -56,10 +56,7 @@ def doctor() -> int:
     found = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
     _row("devices", ", ".join(devices) or "none")
-    if state.cuda_loaded:
-        _row("loaded", "yes")
-    else:
-        _row("loaded", f"no: {state.cuda_error or 'torch is a CPU build'}")
+    _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
 
     _section("operators")
     for name in library.OPS:
@@ -67,11 +64,9 @@ def doctor() -> int:
         _row(name, ", ".join(kernels) or "reference only")
 
     _section("packages")
+    installed = versions(*_PEERS)
     for name in _PEERS:
-        try:
-            _row(name, version(name))
-        except PackageNotFoundError:
-            _row(name, "not installed")
+        _row(name, installed.get(name, "not installed"))
 
     _section("environment")
     values = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -88,7 +83,3 @@ def _section(title: str) -> None:
 
 def _row(name: str, value: str) -> None:
     print(f"  {name:<26} {value}")
-
-
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
+import torch
+import typer
+
+from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.plan import Preview, preview
 from ..run.progress import status
-from ..sources.json_file import first_line
-from ..text import format_bytes
+from ..sources.json_file import raised_as
+from ..sources.model import head_labels, is_nf4, model_class, task_of
+from ..text import dtype_name, format_bytes
 from . import CliError
 from ._common import (
     base_of,
@@ -35,8 +40,8 @@ from ._common import (
     quiet,
 )
 
-__all__ = ["explain"]
-
+# What transformers raises for a configuration of which it can't build a model.
+_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
 
@@ -53,26 +58,28 @@ class _Base:
 
 
 def explain(
-    what: str,
-    *,
-    model: Optional[str],
-    method: Optional[Sequence[str]],
-    rank: Optional[int],
-    quant: Optional[str],
-    blocksize: Optional[int],
-    dtype: str,
-    batch_size: int,
-    sequence_length: Optional[int],
-    as_json: bool,
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
+    ],
+    model: Annotated[Optional[str], typer.Option(help="An adapter's base. Default: its own.")] = None,
+    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeat it. Default: lora.")] = None,
+    rank: Annotated[Optional[int], typer.Option(help="Of the low-rank methods. Default: 16, adalora 8.")] = None,
+    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
+    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prints it for a model or for an adapter's folder. Raises CliError for what the user can mend."""
+    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
     need("explain", "transformers", "peft")
     quiet()
-    import torch
-
     adapter = _adapter_folder(what)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
-    base, configs = (_of_model if adapter is None else _of_adapter)(what, model, chosen, rank, quant, blocksize, dtype)
+    if adapter is None:
+        base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
+    else:
+        base, configs = _of_adapter(adapter, model, quant, blocksize, dtype)
     length = _length(base.model.config, sequence_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Preview] = {}
@@ -144,18 +151,14 @@ _Configs = list[tuple[str, Any]]
 
 
 def _of_model(
-    what: str, _model: Optional[str], chosen: list[str], rank: Optional[int], quant: Optional[str],
-    blocksize: Optional[int], dtype: str,
-) -> tuple[_Base, _Configs]:  # fmt: skip
+    what: str, chosen: list[str], rank: Optional[int], quant: Optional[str], blocksize: Optional[int], dtype: str
+) -> tuple[_Base, _Configs]:
     from ..memory.stand_ins import build_model
-    from ..sources.model import task_of
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    try:
+    with raised_as(CliError, f"{what}: ", *_REFUSALS):
         model, own = build_model(config)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
-        raise CliError(f"{what}: {first_line(error)}") from None
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
@@ -166,21 +169,14 @@ def _of_model(
 
 
 def _of_adapter(
-    what: str, model: Optional[str], _chosen: list[str], _rank: Optional[int], quant: Optional[str],
-    blocksize: Optional[int], dtype: str,
-) -> tuple[_Base, _Configs]:  # fmt: skip
-    import torch
-
+    folder: Path, model: Optional[str], quant: Optional[str], blocksize: Optional[int], dtype: str
+) -> tuple[_Base, _Configs]:
     from ..sources.adapter import checked_config, training_options
     from ..sources.expressions import check_expressions
-    from ..sources.model import head_labels, model_class
     from ..sources.weight_files import weight_shapes
 
-    folder = Path(what).expanduser()
-    try:
+    with raised_as(CliError, "", OSError, ValueError):
         adapter = checked_config(folder)
-    except (OSError, ValueError) as error:
-        raise CliError(first_line(error)) from None
     name = base_of(folder, model) or adapter.base_model_name_or_path
     if not name:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
@@ -191,16 +187,12 @@ def _of_adapter(
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    try:
+    with raised_as(CliError, f"{name}: ", *_REFUSALS):
         kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError) as error:
-        raise CliError(f"{name}: {first_line(error)}") from None
-    try:
+    with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
         check_expressions(adapter, built)
-    except ValueError as error:
-        raise CliError(f"{folder / 'adapter_config.json'}: {first_line(error)}") from None
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, built, own, dtype, quant, blocksize, about), [(method, adapter)]
 
@@ -209,8 +201,6 @@ def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """Returns how the base is held: quantization, block size, and what decided it."""
-    from ..sources.model import is_nf4
-
     with mendable():
         held = is_nf4(folder, config)
     dense_config(config)
@@ -225,8 +215,6 @@ def _quantization(
 
 
 def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str) -> _Base:
-    import torch
-
     from ..merge import DTYPES
 
     wanted = DTYPES[dtype] or own
@@ -247,13 +235,11 @@ def _previewed(
     quant = "nf4" if name == "qlora" else base.quant
     if quant == "nf4" and method is not None and not method.can_quantize:
         raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
-    try:
+    with raised_as(CliError, f"{name}: ", ValueError, TypeError, LookupError, AttributeError, RuntimeError):
         found = preview(
             base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
             batch_size=batch_size, sequence_length=length,
         )  # fmt: skip
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise CliError(f"{name}: {first_line(error)}") from None
     if adapter is None:
         return found
     return replace(found, adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size)
@@ -265,7 +251,7 @@ def _previewed(
 def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> dict[str, Any]:
     return {
         "model": base.name, "model_class": type(base.model).__name__, "parameters": _parameters(base),
-        "dtype": str(base.dtype).removeprefix("torch."), "quantization": base.quant,
+        "dtype": dtype_name(base.dtype), "quantization": base.quant,
         "blocksize": base.blocksize if base.quant == "nf4" else None, "step": step,
         "finetune": {"dtype": "float32" if _why_float32(step) else "bfloat16", "reason": _why_float32(step)},
         "methods": [
@@ -282,9 +268,7 @@ def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refu
 
 def _why_float32(step: dict[str, Any]) -> str:
     """Returns why a run on this machine computes in float32; "" where it does not."""
-    from .._cpu import why_float32
-
-    return why_float32() if step["device"] == "cpu" else ""
+    return _cpu.why_float32() if step["device"] == "cpu" else ""
 
 
 def _parameters(base: _Base) -> int:
@@ -295,7 +279,7 @@ def _show(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused:
     from ..memory import KINDS
 
     screen, parameters = console(), _parameters(base)
-    dtype = str(base.dtype).removeprefix("torch.")
+    dtype = dtype_name(base.dtype)
     print(f"model: {base.name}, {type(base.model).__name__}, {parameters:,} parameters, {dtype}")
     print(f"quantization: {base.about_quant}")
     print("from configuration files: no weight was read")

@@ -1,32 +1,27 @@
-"""The commands. Each imports what it needs when it runs: ``doctor`` wants torch and typer alone."""
+"""The commands: each is declared in the module of its name, and imports Hugging Face's packages when it runs."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Optional
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Optional
 
 import typer
 
-from ..methods import METHODS
 from ..run.errors import Interrupted, RunError, out_of_memory
-from ..run.options import Options
 from ..sources.json_file import first_line
 from . import CliError
 from ._common import drop_output
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="peft-ext", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Parameter-efficient fine-tuning, fast and small.",
 )  # fmt: skip
-
-_D = Options()  # the defaults, written once
 
 
 @contextlib.contextmanager
@@ -69,232 +64,25 @@ def _common(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it tells of a kernel that is not used here
 
 
-@app.command()
-def doctor() -> None:
-    """Show versions, the native libraries, the CPU path in use and which operators have kernels."""
-    with _errors():
-        from .doctor import doctor as report
+def _register(name: str) -> None:
+    """Makes a command of the function of that name in the module of that name.
 
-        code = report()
-    raise typer.Exit(code)
+    It returns the exit code, or None for 0.
+    """
 
+    def declared() -> Callable[..., Optional[int]]:
+        return getattr(importlib.import_module(f".{name}", __package__), name)
 
-_MODEL, _ADAPTER, _DATA, _TRAINING = "Model", "Adapter", "Data", "Training"
-
-
-@app.command()
-def finetune(
-    ctx: typer.Context,
-    config: Annotated[
-        Optional[Path], typer.Option(help="YAML with these names; flags win; paths from the current folder.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the plan; read no weights, write nothing.")
-    ] = False,
-    output: Annotated[Path, typer.Option(help="For adapter, report, checkpoints.")] = _D.output,
-    save_steps: Annotated[int, typer.Option(help="Between checkpoints; 0: only on Ctrl-C.")] = _D.save_steps,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
-    stock: Annotated[bool, typer.Option("--stock", help="By PEFT and bitsandbytes alone, to compare.")] = False,
-    no_stock: Annotated[bool, typer.Option("--no-stock", hidden=True)] = False,
-    prompt: Annotated[Optional[str], typer.Option(help="What to ask before and after.")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    model: Annotated[str, typer.Option(help='A folder, a hub name, or "smollm2".', rich_help_panel=_MODEL)] = _D.model,
-    quant: Annotated[
-        Optional[str],
-        typer.Option(help="Frozen weights: nf4 or none. Default: nf4 if the method can.", rich_help_panel=_MODEL),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="bf16, fp32, auto: fp32 where the CPU lacks bf16.", rich_help_panel=_MODEL)
-    ] = _D.dtype,
-    blocksize: Annotated[int, typer.Option(help="Weights that share a scale.", rich_help_panel=_MODEL)] = _D.blocksize,
-    method: Annotated[str, typer.Option(help=" ".join(METHODS) + ".", rich_help_panel=_ADAPTER)] = _D.method,
-    rank: Annotated[int, typer.Option(help="Of the low-rank methods.", rich_help_panel=_ADAPTER)] = _D.rank,
-    alpha: Annotated[float, typer.Option(help="Scaling times rank.", rich_help_panel=_ADAPTER)] = _D.alpha,
-    dropout: Annotated[float, typer.Option(help="On the low-rank path.", rich_help_panel=_ADAPTER)] = _D.dropout,
-    target_modules: Annotated[
-        Optional[str],
-        typer.Option(help='Names, with commas, or "all-linear". Default: the method\'s.', rich_help_panel=_ADAPTER),
-    ] = _D.target_modules,
-    virtual_tokens: Annotated[
-        int, typer.Option(help="Of prefix and prompt.", rich_help_panel=_ADAPTER)
-    ] = _D.virtual_tokens,
-    data: Annotated[str, typer.Option(help="A file, a folder, a hub name.", rich_help_panel=_DATA)] = _D.data,
-    text_column: Annotated[Optional[str], typer.Option(help="Default: text.", rich_help_panel=_DATA)] = None,
-    prompt_column: Annotated[
-        Optional[str], typer.Option(help="Default: prompt, instruction or question.", rich_help_panel=_DATA)
-    ] = None,
-    completion_column: Annotated[
-        Optional[str], typer.Option(help="Default: completion, output or answer.", rich_help_panel=_DATA)
-    ] = None,
-    eval_fraction: Annotated[
-        float, typer.Option(help="Held out of training.", rich_help_panel=_DATA)
-    ] = _D.eval_fraction,
-    block_size: Annotated[
-        int, typer.Option(help="Tokens of a training example, at most.", rich_help_panel=_DATA)
-    ] = _D.block_size,
-    max_steps: Annotated[Optional[int], typer.Option(help="Default: 60.", rich_help_panel=_TRAINING)] = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Instead of --max-steps.", rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples.", rich_help_panel=_TRAINING)] = _D.batch_size,
-    grad_accum: Annotated[int, typer.Option(help="Batches of a step.", rich_help_panel=_TRAINING)] = _D.grad_accum,
-    lr: Annotated[
-        Optional[float], typer.Option(help="Default: the method's; lora 2e-4.", rich_help_panel=_TRAINING)
-    ] = None,
-    warmup: Annotated[float, typer.Option(help="Steps, or a fraction of them.", rich_help_panel=_TRAINING)] = _D.warmup,
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = _D.seed,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING)
-    ] = False,
-    no_gradient_checkpointing: Annotated[bool, typer.Option("--no-gradient-checkpointing", hidden=True)] = False,
-) -> None:
-    """Train an adapter and check it. Without arguments: SmolLM2-135M, NF4, LoRA, Python's reference."""
-    values = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    with _errors():
-        for name, off in (("stock", no_stock), ("gradient_checkpointing", no_gradient_checkpointing)):
-            if off and values[name]:
-                raise CliError(f"--{name.replace('_', '-')} and --no-{name.replace('_', '-')} exclude each other")
-        flags = {name: value for name, value in values.items() if _given(ctx, name) or _given(ctx, f"no_{name}")}
-        from .finetune import finetune as run
-
-        code = run(config, flags, dry_run)
-    raise typer.Exit(code)
+    @app.command()
+    @functools.wraps(declared())
+    def command(**options: Any) -> None:
+        with _errors():
+            code = declared()(**options)
+        raise typer.Exit(code or 0)
 
 
-def _given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
-    """Draw a run's report.html again, from its run.json."""
-    with _errors():
-        from .report import report as run
-
-        run(folder)
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
-    output: Annotated[Path, typer.Option(help="The dense model's folder.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
-    base_quant: Annotated[
-        Optional[str], typer.Option(help="Add to the base as nf4 or as none. Default: as the run.json has it, or none.")
-    ] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
-    double_quant: Annotated[bool, typer.Option(help="Of nf4.")] = True,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
-) -> None:
-    """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
-    with _errors():
-        from .merge import merge as run
-
-        run(
-            adapter, output, model=model, base_quant=base_quant, blocksize=blocksize, double_quant=double_quant,
-            dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
-        )  # fmt: skip
-
-
-@app.command()
-def recommend(
-    model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
-    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
-    memory: Annotated[Optional[float], typer.Option(help="Of the card, in GB. Default: this machine's.")] = None,
-    task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
-    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
-    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
-    with _errors():
-        from .recommend import recommend as run
-
-        code = run(
-            model_size=model_size, model=model, memory=memory, task=task, examples=examples, batch_size=batch_size,
-            sequence_length=sequence_length, prefer=prefer, as_json=as_json,
-        )  # fmt: skip
-    raise typer.Exit(code)
-
-
-@app.command()
-def explain(
-    what: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
-    ],
-    model: Annotated[Optional[str], typer.Option(help="An adapter's base. Default: its own.")] = None,
-    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeat it. Default: lora.")] = None,
-    rank: Annotated[Optional[int], typer.Option(help="Of the low-rank methods. Default: 16, adalora 8.")] = None,
-    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
-    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
-    with _errors():
-        from .explain import explain as run
-
-        run(
-            what, model=model, method=method, rank=rank, quant=quant, blocksize=blocksize, dtype=dtype,
-            batch_size=batch_size, sequence_length=sequence_length, as_json=as_json,
-        )  # fmt: skip
-
-
-@app.command()
-def chat(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
-    base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-) -> None:
-    """Ask a base model and its adapted self the same, side by side."""
-    with _errors():
-        from .chat import chat as run
-
-        run(
-            adapter, model=model, prompt=prompt, max_new_tokens=max_new_tokens, base_quant=base_quant,
-            blocksize=blocksize, temperature=temperature, seed=seed, threads=threads,
-        )  # fmt: skip
-
-
-@app.command()
-def bench(
-    method: Annotated[
-        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
-    ] = None,
-    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeat it. Default: both.")] = None,
-    hidden: Annotated[int, typer.Option(help="The layer is hidden x hidden.")] = 4096,
-    tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
-    rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
-    output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
-    with _errors():
-        from .bench import bench as run
-
-        run(
-            method=method, base=base, hidden=hidden, tokens=tokens, rank=rank, seconds=seconds, threads=threads,
-            chart=chart, output=output, as_json=as_json,
-        )  # fmt: skip
+for _name in ("doctor", "finetune", "report", "merge", "recommend", "explain", "chat", "bench"):
+    _register(_name)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

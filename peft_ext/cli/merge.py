@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Optional
+
+import typer
 
 from ..text import format_bytes
 from . import CliError
 from ._common import base_of, need
 
-__all__ = ["merge"]
 
-
-def merge(adapter: Path, output: Path, *, model: Optional[str] = None, **options: Any) -> None:
-    """Runs :func:`peft_ext.merge_to_dense` and prints its report. Raises CliError for what the user can mend."""
+def merge(
+    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    output: Annotated[Path, typer.Option(help="The dense model's folder.")],
+    model: Annotated[
+        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    ] = None,
+    base_quant: Annotated[
+        Optional[str], typer.Option(help="Add to the base as nf4 or as none. Default: as the run.json has it, or none.")
+    ] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    double_quant: Annotated[bool, typer.Option(help="Of nf4.")] = True,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
+) -> None:
+    """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
     need("merge", "transformers", "peft", "safetensors")
     from ..merge import MergeError, merge_to_dense
 
     try:
-        done = merge_to_dense(base_of(adapter, model), adapter, output, **options)
+        done = merge_to_dense(
+            base_of(adapter, model), adapter, output, base_quant=base_quant, blocksize=blocksize,
+            double_quant=double_quant, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
+        )  # fmt: skip
     except MergeError as error:
         raise CliError(str(error).removeprefix("merge_to_dense: ")) from None
     except OSError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ..methods import METHODS
 from ..run import Plan
 from ..run.config import FILE as CONFIG_FILE
-from ..text import format_bytes
+from ..text import dtype_name, format_bytes
 from ._common import console, grouped_rows, mib, new_table
-
-__all__ = ["show_plan"]
 
 _KINDS = {
     "weights": "frozen weights", "quantization": "their scales", "adapters": "adapter", "gradients": "gradients",
@@ -35,13 +35,11 @@ def show_plan(plan: Plan) -> None:
 
 
 def _summary(plan: Plan) -> Any:
-    import torch
-
     run, o = plan.run, plan.run.options
     train, held_out = run.examples.train, run.examples.held_out
     table = new_table("", "", header=False)
     table.add_row("model", f"{o.model}, {plan.model_class}, {plan.parameters:,} parameters")
-    dtype = str(run.dtype).removeprefix("torch.")
+    dtype = dtype_name(run.dtype)
     held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype
     table.add_row("weights", f"{held}{', stock PEFT and bitsandbytes' if o.stock else ''}; on {run.device.type}")
     if run.why_dtype:
@@ -88,20 +86,13 @@ def _memory(plan: Plan) -> Any:
         table.add_row("Python, the libraries and the data: this process now", "", mib(plan.held_bytes))
     table.add_row("needed, at least", "", mib(plan.needed_bytes))
     if plan.machine_bytes is not None and plan.free_bytes is not None:
-        table.add_row(f"{_where(plan)} has", "", mib(plan.machine_bytes))
+        where = torch.cuda.get_device_name() if plan.run.device.type == "cuda" else "this machine"
+        table.add_row(f"{where} has", "", mib(plan.machine_bytes))
         table.add_row("  of it free now", "", mib(plan.free_bytes))
     return table
 
 
-def _where(plan: Plan) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if plan.run.device.type == "cuda" else "this machine"
-
-
 def _remarks(plan: Plan) -> Iterator[str]:
-    import torch
-
     run, o, adapter = plan.run, plan.run.options, plan.adapter
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"

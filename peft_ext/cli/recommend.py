@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
 
 from ..run.progress import status
 from ..sources.json_file import first_line
 from ..text import gigabytes
 from . import CliError
 from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
-
-__all__ = ["recommend"]
 
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
@@ -20,18 +21,17 @@ _OPTIONS = {
 
 
 def recommend(
-    *,
-    model_size: Optional[float],
-    model: Optional[str],
-    memory: Optional[float],
-    task: str,
-    examples: Optional[int],
-    batch_size: int,
-    sequence_length: Optional[int],
-    prefer: str,
-    as_json: bool,
+    model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
+    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
+    memory: Annotated[Optional[float], typer.Option(help="Of the card, in GB. Default: this machine's.")] = None,
+    task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
+    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Prints what is recommended; returns the exit code, 1 where nothing fits. Raises CliError."""
+    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
     if (model_size is None) == (model is None):
         raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
@@ -56,8 +56,6 @@ def recommend(
 
 def _card() -> float:
     """Returns the GiB of the first GPU here."""
-    import torch
-
     if not torch.cuda.is_available():
         raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
     return torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ..run import redraw
 
-__all__ = ["report"]
 
-
-def report(folder: Path) -> None:
-    """Draws it from the run.json in ``folder``. Raises RunError."""
+def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
+    """Draw a run's report.html again, from its run.json."""
     print(f"report: {redraw(folder)}")

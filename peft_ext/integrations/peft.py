@@ -16,7 +16,7 @@ The layers are in ``fused``, and why a call takes the stock path in ``fused/reas
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
+from ..ops.checks import check_module
 from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .fused.base import (
     FOUR_BIT,
@@ -92,7 +93,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
-    for module in without_adapters(_tree("accelerate", model)):
+    check_module("accelerate", model)
+    for module in without_adapters(model):
         if would_widen(module):
             module.__class__ = FusedLinear
     for module in model.modules():
@@ -128,7 +130,8 @@ def restore(model: nn.Module) -> nn.Module:
     Raises: TypeError where model is no nn.Module; RuntimeError, before anything is changed, where a layer is merged
     into an NF4 weight, which only the fused layer can unmerge, or was itself wrapped by ``fully_shard``.
     """
-    for name, module in _tree("restore", model).named_modules():
+    check_module("restore", model)
+    for name, module in model.named_modules():
         if is_fully_sharded(type(module)) and any(kind in STOCK for kind in type(module).__mro__):
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
@@ -176,13 +179,11 @@ class Explanation:
         return sum(row.fused for row in self.rows) / len(self.rows) if self.rows else 0.0
 
     def __str__(self) -> str:
-        grouped: dict[Any, list[str]] = {}
-        for row in self.rows:
-            key = (row.kind, row.fused, row.reason) if len(self.rows) > self.LONGEST else row
-            grouped.setdefault(key, []).append(row.name)
+        grouped = alike(self.rows).items()
+        if len(self.rows) <= self.LONGEST:
+            grouped = [((row.kind, row.fused, row.reason), [row.name]) for row in self.rows]
         lines = [("layer", "kind", "fused", "reason")]
-        for key, names in grouped.items():
-            kind, fused, reason = (key.kind, key.fused, key.reason) if isinstance(key, Row) else key
+        for (kind, fused, reason), names in grouped:
             more = f"{len(names)} x, first {names[0]}" if len(names) > 1 else names[0]
             lines.append((more, kind, "yes" if fused else "no", reason))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -191,6 +192,14 @@ class Explanation:
         fused = sum(row.fused for row in self.rows)
         share = f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"
         return "\n".join([*table, share, *self.missing])
+
+
+def alike(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[str]]:
+    """Returns the names of the layers by kind, whether they are fused, and reason."""
+    grouped: dict[tuple[str, bool, str], list[str]] = {}
+    for row in rows:
+        grouped.setdefault((row.kind, row.fused, row.reason), []).append(row.name)
+    return grouped
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -205,14 +214,9 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises: TypeError where model is no nn.Module.
     """
-    with as_in_forward(_tree("explain", model)):
+    check_module("explain", model)
+    with as_in_forward(model):
         return Explanation(list(_rows(model)), list(MISSING))
-
-
-def _tree(caller: str, model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model is {type(model).__name__}, wanted an nn.Module")
-    return model
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:

@@ -15,8 +15,6 @@ from ..nn import NF4Linear
 from ..sources.model import task_of
 from .stand_ins import Dequantized
 
-__all__ = ["adapt_on_meta", "is_checkpointing", "name_of", "put_on_ops", "quantization_of", "set_checkpointing"]
-
 
 def adapt_on_meta(
     model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool

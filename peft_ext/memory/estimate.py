@@ -17,8 +17,6 @@ from .profile import MemoryEstimate, Profile
 from .stand_ins import build_model, copy_to_meta, quantize_stand_ins, replace_tensors, stand_in
 from .trace import VALUES_WANTED, Step
 
-__all__ = ["METHODS", "QUANTIZATIONS", "check_arguments", "check_positive", "estimate_memory", "profile_step"]
-
 METHODS = ("full", *methods.METHODS)
 QUANTIZATIONS = ("nf4", "int8")
 

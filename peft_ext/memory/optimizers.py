@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["OPTIMIZERS"]
-
 
 def _plain(states: int) -> Callable[[Tensor], list[int]]:
     """Returns torch.optim's sizes: states like the parameter."""

@@ -6,8 +6,6 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "MemoryEstimate", "Profile"]
-
 KINDS = ("weights", "quantization", "adapters", "gradients", "optimizer", "activations", "logits", "temporary")
 
 _GIB = 2**30

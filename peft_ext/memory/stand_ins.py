@@ -10,7 +10,7 @@ layers, and those that are to be quantized, become layers that hold stand-ins of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -18,19 +18,9 @@ from torch import Tensor, nn
 
 from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
 from ..nn import NF4Linear
+from ..nn.nf4 import empty_nf4
 from ..quantize import HEADS, linear_groups, replace_group
 from ..sources.model import AUTO_CLASSES
-from ..weight import NESTED_BLOCKSIZE, NestedAbsmax, NF4Weight
-
-__all__ = [
-    "Dequantized",
-    "build_model",
-    "copy_to_meta",
-    "fake",
-    "quantize_stand_ins",
-    "replace_tensors",
-    "stand_in",
-]
 
 
 def build_model(
@@ -79,7 +69,7 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
     """Returns a copy on the meta device; bitsandbytes' layers become what they hold and do."""
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
-    for t in _tensors(model):
+    for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
             if not (partly and t.requires_grad):  # an adapter keeps its own
@@ -96,11 +86,6 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
     return model
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Replaces every parameter and buffer by another of its shape and dtype; what was one stays one."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
@@ -111,25 +96,6 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
                     if id(t) not in made:
                         made[id(t)] = (t, _like(t, make))
                     held[name] = made[id(t)][1]
-
-
-def _nf4(out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> NF4Weight:
-    """Returns an NF4 weight of stand-ins."""
-
-    def held(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty((), dtype=dtype).expand(shape)
-
-    blocks = -(-out_features * in_features // blocksize)
-    nested = None
-    if double_quant:
-        nested = NestedAbsmax(
-            held(torch.float32, -(-blocks // NESTED_BLOCKSIZE)), held(torch.float32, 256), held(torch.float32)
-        )
-    return NF4Weight(
-        held(torch.uint8, -(-out_features * in_features // 2), 1),
-        held(torch.uint8 if double_quant else torch.float32, blocks),
-        torch.Size((out_features, in_features)), dtype, blocksize, nested,
-    )  # fmt: skip
 
 
 class Dequantized(nn.Module):
@@ -180,7 +146,7 @@ def _quantized(
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)
-    nf4 = _nf4(*shape, blocksize, double_quant, dtype)
+    nf4 = empty_nf4(*shape, blocksize, double_quant, dtype, lambda like, size: torch.empty((), dtype=like).expand(size))
     return NF4Linear.from_nf4(nf4, bias) if fused else Dequantized(nf4.tensors(), shape, dtype, bias)
 
 

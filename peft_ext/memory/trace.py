@@ -31,8 +31,6 @@ from .optimizers import OPTIMIZERS
 from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
 
-__all__ = ["VALUES_WANTED", "Step"]
-
 # What a forward raises here that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
 

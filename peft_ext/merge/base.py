@@ -16,8 +16,7 @@ from .._imports import required
 from ..nn import NF4Linear
 from ..quantize import HEADS, linear_groups
 from ..sources.adapter import training_options
-from ..sources.json_file import first_line
-from ..sources.model import load_model
+from ..sources.model import SourceError, load_model
 from ..weight import NF4Weight
 from .errors import as_merge_error, fail
 
@@ -27,8 +26,6 @@ with required("peft", "peft_ext.merge_to_dense"):
     from peft.utils.other import AuxiliaryTrainingWrapper
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PreTrainedModel
-
-__all__ = ["Base", "base_of"]
 
 _Read = Callable[[], Tensor]
 
@@ -62,11 +59,11 @@ def base_of(
     blocksize: Optional[int],
     double_quant: bool,
 ) -> Base:
-    with as_merge_error():
+    with as_merge_error(SourceError):
         trained = training_options(adapter)
     if isinstance(model, (str, Path)) or model is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        with as_merge_error():
+        with as_merge_error(SourceError):
             loaded = load_model(model, config, adapter, shapes, trained)
         base = Base(loaded.model, {}, loaded.name, loaded.folder, absent=loaded.absent)
     elif isinstance(model, PeftModel):
@@ -112,10 +109,8 @@ def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
         return module.nf4
     kind = type(module).__name__
     if kind == "Linear4bit":
-        try:
+        with as_merge_error(ValueError, about=f"{name}: "):
             return NF4Weight.from_bitsandbytes(module.weight)
-        except ValueError as error:
-            fail(f"{name}: {first_line(error)}", error)
     if kind == "Linear8bitLt" or (isinstance(module, nn.Linear) and not module.weight.is_floating_point()):
         fail(f"{name} is a {kind} with {module.weight.dtype} weights; wanted dense weights or NF4")
     return None

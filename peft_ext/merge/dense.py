@@ -17,8 +17,7 @@ from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
 from ..files import atomic_folder, check_free
 from ..sources.adapter import checked_config
-from ..sources.json_file import first_line
-from ..sources.model import find_folder, hushed
+from ..sources.model import SourceError, find_folder, hushed
 from ..text import format_bytes
 from ..weight import BLOCKSIZES
 from . import writer
@@ -31,8 +30,6 @@ with required("peft", "peft_ext.merge_to_dense"):
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PreTrainedModel
-
-__all__ = ["DTYPES", "MergeReport", "merge_to_dense"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
@@ -125,15 +122,13 @@ def merge_to_dense(
     started = time.perf_counter()
     dtype = _dtype(dtype)
     _check_options(base_quant, blocksize)
-    with as_merge_error():
+    with as_merge_error(SourceError):
         adapter = find_folder("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
     config = _adapter_config(adapter)
     output = Path(output).expanduser()
     with hushed():
-        try:
+        with as_merge_error(SafetensorError, about=f"{adapter / SAFETENSORS_WEIGHTS_NAME}: "):
             weights = load_peft_weights(str(adapter), device="cpu")
-        except SafetensorError as error:
-            fail(f"{adapter / SAFETENSORS_WEIGHTS_NAME}: {first_line(error)}", error)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         plan = Plan(base, config, weights, dtype)
@@ -176,10 +171,8 @@ def _adapter_config(folder: Path) -> PeftConfig:
         pickle = (folder / WEIGHTS_NAME).is_file()
         came = f"{WEIGHTS_NAME}, a pickle, which runs code as it is read, and no " if pickle else "no "
         fail(f"{folder} has {came}{SAFETENSORS_WEIGHTS_NAME}")
-    try:
+    with as_merge_error(ValueError):
         config = checked_config(folder)
-    except ValueError as error:
-        fail(str(error), error)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "ADAPTION_PROMPT":
         fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: it can't be merged")

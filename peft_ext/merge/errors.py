@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import NoReturn, Optional
+from contextlib import AbstractContextManager
+from typing import NoReturn
 
-from ..sources.model import SourceError
-
-__all__ = ["MergeError", "as_merge_error", "fail"]
+from ..sources.json_file import raised_as
 
 
 class MergeError(ValueError):
     """What can't be merged, and why: one line that names what came and what was wanted."""
 
 
-def fail(text: str, cause: Optional[BaseException] = None) -> NoReturn:
-    raise MergeError(f"merge_to_dense: {text}") from cause
+def fail(text: str) -> NoReturn:
+    raise MergeError(f"merge_to_dense: {text}")
 
 
-@contextlib.contextmanager
-def as_merge_error() -> Iterator[None]:
-    """Raises MergeError for a SourceError."""
-    try:
-        yield
-    except SourceError as error:
-        fail(str(error), error)
+def as_merge_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
+    """Raises MergeError for errors of these kinds: ``about``, and what they say."""
+    return raised_as(MergeError, f"merge_to_dense: {about}", *kinds, chained=True)

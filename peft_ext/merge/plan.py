@@ -22,7 +22,7 @@ from ..sources.model import INDEX
 from ..tuners.layer import ReplacingLayer
 from . import writer
 from .base import Base
-from .errors import fail
+from .errors import MergeError, as_merge_error, fail
 
 with required("peft", "peft_ext.merge_to_dense"):
     from peft import PeftConfig, PeftModel, get_peft_model
@@ -33,8 +33,6 @@ with required("peft", "peft_ext.merge_to_dense"):
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
-
-__all__ = ["Plan"]
 
 _ADAPTER = "default"
 
@@ -234,7 +232,7 @@ class Plan:
                 merged = target.get_base_layer()
         except (NotImplementedError, ValueError, RuntimeError) as error:
             reason = first_line(error) if str(error).strip() else f"{type(target).__name__} has no merge"
-            fail(f"{path}: {reason}", error)
+            raise MergeError(f"merge_to_dense: {path}: {reason}") from error
         found = dict(merged.state_dict())
         locals_ = {origin[1] for origin in self.origin.values() if origin[0] == path}
         if missing := sorted(locals_ - found.keys()):
@@ -277,12 +275,10 @@ class Plan:
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
         """Writes the tensors, one group at a time, and the index of several files; returns the files' names."""
-        try:
+        with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
             )
-        except ValueError as error:
-            fail(f"max_shard_size is {max_shard_size!r}: {first_line(error)}", error)
         group_of = {name: index for index, (_, outputs) in enumerate(self.groups) for name in outputs}
         ready: dict[str, Tensor] = {}
 
@@ -310,15 +306,12 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
     """Puts PEFT's layers on the base, with the adapter's tensors as they lie in its file. Raises MergeError."""
     kind = str(config.peft_type.value)
-    try:
+    with as_merge_error(ValueError, about=f"the adapter's {CONFIG_NAME}: "):
         check_expressions(config, base.model)
-    except ValueError as error:
-        fail(f"the adapter's {CONFIG_NAME}: {error}", error)
-    try:
+    unfit = f"the adapter does not fit {type(base.model).__name__}: "
+    with as_merge_error(ValueError, TypeError, KeyError, RuntimeError, AttributeError, about=unfit):
         # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
-        fail(f"the adapter does not fit {type(base.model).__name__}: {first_line(error)}", error)
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
         # Not copied: that would round to the base's dtype, and write into weights that the caller's model shares.
@@ -326,11 +319,10 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
 
     model.__dict__["load_state_dict"] = assign
     try:
-        result = set_peft_model_state_dict(model, weights, _ADAPTER)
-    except RuntimeError as error:
-        fail(f"the adapter does not fit {type(base.model).__name__}: {first_line(error)}", error)
+        with as_merge_error(RuntimeError, about=unfit):
+            result = set_peft_model_state_dict(model, weights, _ADAPTER)
     except KeyError as error:
-        fail(f"the adapter's file has no {error.args[0]}", error)
+        raise MergeError(f"merge_to_dense: the adapter's file has no {error.args[0]}") from error
     finally:
         del model.__dict__["load_state_dict"]
     # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from .._imports import required
-from ..sources.json_file import first_line
 from ..sources.weight_files import safetensors_header
 from .base import Base
-from .errors import fail
+from .errors import as_merge_error, fail
 
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig
-
-__all__ = ["bar", "write_beside", "write_safetensors"]
 
 # Files beside the weights that a model is used with: tokenizer, chat template, processor.
 _BESIDE = (
@@ -40,10 +37,8 @@ def write_safetensors(
     Wide dtypes come first, so that each tensor is aligned.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
-    try:
+    with as_merge_error(ValueError):
         header = safetensors_header({name: planned[name] for name in names})
-    except ValueError as error:
-        fail(str(error), error)
     stream.write(header)
     for name in names:
         tensor = take(name)
@@ -67,10 +62,8 @@ def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
     if about is not None and about.is_file():
         shutil.copyfile(about, folder / about.name)
     elif model.can_generate() and model.generation_config is not None:
-        try:
+        with as_merge_error(ValueError, about="the model's generation_config: "):
             model.generation_config.save_pretrained(folder)
-        except ValueError as error:
-            fail(f"the model's generation_config: {first_line(error)}", error)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
 

@@ -64,7 +64,13 @@ class NF4Linear(nn.Linear):
         super().__init__(1, 1, bias=False, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.set_nf4(_empty_nf4(out_features, in_features, blocksize, double_quant, device, dtype))
+        # Zeros: code 7 everywhere, all scales 0 (on the meta device: shapes alone).
+        nf4 = empty_nf4(
+            out_features, in_features, blocksize, double_quant, dtype or torch.get_default_dtype(),
+            lambda kind, shape: torch.zeros(shape, dtype=kind, device=device),
+        )  # fmt: skip
+        nf4.packed.fill_(0x77)
+        self.set_nf4(nf4)
         if bias and self.weight.device.type != "meta":
             nn.init.zeros_(self.bias)
 
@@ -270,20 +276,17 @@ def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
     return found, torch.where(norm == 0, 0.0, moved / norm)
 
 
-def _empty_nf4(
-    out_features: int, in_features: int, blocksize: int, double_quant: bool, device: Any, dtype: Optional[torch.dtype]
-) -> NF4Weight:
-    """Returns a weight of zeros: code 7 everywhere, all scales 0 (on the meta device: shapes alone)."""
+def empty_nf4(
+    out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype,
+    make: Callable[[torch.dtype, tuple[int, ...]], Tensor],
+) -> NF4Weight:  # fmt: skip
+    """Returns a weight of the tensors that ``make`` gives for a dtype and a shape."""
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
-    packed = torch.full(((numel + 1) // 2, 1), 0x77, dtype=torch.uint8, device=device)
-    if not double_quant:
-        absmax, nested = torch.zeros(blocks, device=device), None
-    else:
-        absmax = torch.zeros(blocks, dtype=torch.uint8, device=device)
+    nested = None
+    if double_quant:
         groups = -(-blocks // NESTED_BLOCKSIZE)
-        nested = NestedAbsmax(
-            torch.zeros(groups, device=device), torch.zeros(256, device=device), torch.zeros((), device=device)
-        )
-    return NF4Weight(packed, absmax, torch.Size((out_features, in_features)), dtype or torch.get_default_dtype(),
-                     blocksize, nested)  # fmt: skip
+        nested = NestedAbsmax(make(torch.float32, (groups,)), make(torch.float32, (256,)), make(torch.float32, ()))
+    absmax = make(torch.uint8 if double_quant else torch.float32, (blocks,))
+    packed = make(torch.uint8, ((numel + 1) // 2, 1))
+    return NF4Weight(packed, absmax, torch.Size((out_features, in_features)), dtype, blocksize, nested)

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
+from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
-
-__all__ = [
-    "FLOATS",
-    "any_float64",
-    "autocast_dtype",
-    "cast_for_autocast",
-    "check_bias",
-    "check_blocksize",
-    "check_bottleneck",
-    "check_count",
-    "check_dtype",
-    "check_float",
-    "check_linear",
-    "check_lora",
-    "check_low_rank",
-    "check_residual",
-    "check_scale",
-    "check_seed",
-    "check_vector",
-    "check_weight",
-    "unpack_weight",
-    "weight_args",
-]
 
 _LARGEST = sys.float_info.max
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def check_module(op: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}, wanted an nn.Module")
 
 
 def check_float(op: str, argument: str, value: object) -> None:
@@ -218,20 +197,12 @@ def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
     return (weight, None, None, None, None, 0, list(weight.shape))
 
 
-def unpack_weight(
-    weight: Tensor,
-    absmax: Optional[Tensor],
-    nested_absmax: Optional[Tensor],
-    nested_code: Optional[Tensor],
-    nested_offset: Optional[Tensor],
-    blocksize: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Union[Tensor, NF4Weight]:
-    """Undoes :func:`weight_args`, for the reference fallback."""
+def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union[Tensor, NF4Weight]:
+    """Undoes :func:`weight_args`, for the reference fallback; after them comes the dtype that an NF4 weight is of."""
+    *decode, blocksize, shape, dtype = args
     if absmax is None:
         return weight
-    nested = None if nested_absmax is None else NestedAbsmax(nested_absmax, nested_code, nested_offset)
+    nested = None if decode[0] is None else NestedAbsmax(*decode)
     return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested)
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY", "NAMESPACE", "WEIGHT", "define", "has_kernel", "in_float64", "tokens"]
-
 NAMESPACE = "peft_ext"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 

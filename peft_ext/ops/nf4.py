@@ -36,12 +36,8 @@ def _quantize_absmax_fake(centred, code):
     return centred.new_empty(n, dtype=torch.uint8), centred.new_empty((n + 255) // 256)
 
 
-def _dequantize_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, dtype):
-    return weight.new_empty(shape, dtype=dtype)
-
-
-def _dequantize_merged_fake(weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
-    return weight.new_empty(shape, dtype=rest[-1])
+def _dequantize_fake(weight, *args):
+    return weight.new_empty(args[5], dtype=args[-1])
 
 
 def _dense(weight, absmax, *rest):
@@ -96,7 +92,7 @@ define(
     "nf4_dequantize_merged",
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
     reference=reference.dequantize_merged,
-    fake=_dequantize_merged_fake,
+    fake=_dequantize_fake,
 )
 # W' = g ∘ (W + s·B A) quantized to Q of the same block size; error: (Σ (Q - W')², Σ W'²) float64. No gradient.
 define(

@@ -13,8 +13,6 @@ from .report import Recommendation
 from .search import Search
 from .subjects import Given, Synthetic
 
-__all__ = ["PREFERENCES", "recommend_peft_method", "task_named"]
-
 PREFERENCES = ("balanced", "quality")
 
 # What a task is called, by PEFT's name for it.

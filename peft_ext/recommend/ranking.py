@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-__all__ = ["Candidate", "ranked"]
-
 # Examples below which data is few, small, medium; from the last on it is large.
 _FEW, _SMALL, _LARGE = 100, 1_000, 50_000
 _BITFIT_EXAMPLES = 10_000

@@ -10,8 +10,6 @@ from ..memory import MemoryEstimate
 from ..methods import make_config
 from ..text import gigabytes
 
-__all__ = ["Alternative", "Recommendation"]
-
 
 @dataclass(frozen=True)
 class Alternative:

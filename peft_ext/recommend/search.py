@@ -10,12 +10,10 @@ import torch
 
 from ..memory import MemoryEstimate
 from ..methods import METHODS, make_config, method_config
-from ..text import gigabytes
+from ..text import dtype_name, gigabytes
 from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
-
-__all__ = ["NAMES", "Search"]
 
 # What people call a method, over dense weights and over NF4.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
@@ -42,7 +40,7 @@ class Search:
         dtype: torch.dtype, optimizer: str, accelerated: bool,
     ) -> None:  # fmt: skip
         self.subject, self.gpu_memory_gb, self.headroom = subject, gpu_memory_gb, headroom
-        self.dense = str(dtype).removeprefix("torch.")
+        self.dense = dtype_name(dtype)
         self.fixed = {"dtype": dtype, "optimizer": optimizer, "accelerated": accelerated}
         settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)

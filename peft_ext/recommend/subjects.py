@@ -10,8 +10,6 @@ from torch import nn
 from ..memory import Profile, profile_step
 from ..memory.stand_ins import build_model
 
-__all__ = ["Given", "Synthetic", "parameters_text"]
-
 _LARGEST_B = 1_000_000
 
 
@@ -38,10 +36,11 @@ class Given:
         encodes_decodes = bool(getattr(config, "is_encoder_decoder", False))
         self.task = "SEQ_2_SEQ_LM" if encodes_decodes and task == "CAUSAL_LM" else task
         self.model = model
-        built = self._built()
+        built = model if isinstance(model, nn.Module) else build_model(model, self.task)[0]
         self.size_b = sum(p.numel() for p in built.parameters()) / 1e9
         self.has_biases = any(name.rpartition(".")[2] == "bias" for name, _ in built.named_parameters())
-        self.is_encoder = not encodes_decodes and not _is_causal(built)
+        is_causal = any(getattr(module, "is_causal", False) is True for module in built.modules())
+        self.is_encoder = not encodes_decodes and not is_causal
         positions = getattr(config, "max_position_embeddings", None)
         usual = 512 if self.is_encoder else 1024
         self.sequence_length = sequence_length or min(positions or usual, usual)
@@ -50,15 +49,8 @@ class Given:
                              f"{positions} positions")  # fmt: skip
         self.about = f"{type(built).__name__}, {parameters_text(self.size_b)}"
 
-    def _built(self) -> nn.Module:
-        return self.model if isinstance(self.model, nn.Module) else build_model(self.model, self.task)[0]
-
     def profile(self, **kwargs: Any) -> Profile:
         return profile_step(self.model, device="cuda", task_type=self.task, **kwargs)[0]
-
-
-def _is_causal(model: nn.Module) -> bool:
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 class Synthetic:

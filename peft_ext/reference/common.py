@@ -11,8 +11,6 @@ from ..weight import NF4Weight
 from .nf4 import nf4_dequantize
 from .philox import dropout_keep_mask
 
-__all__ = ["SMALLEST_SCALE", "dense", "dropout_seed", "dropped", "rows", "sum_dtype"]
-
 # Where an output's scale is smaller, the output holds too little of what was scaled (in float16 it may be subnormal,
 # or 0): the backward computes that from x again.
 SMALLEST_SCALE = 2.0**-6

@@ -9,7 +9,7 @@ Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), AdaLoRA (arXiv 2303.
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +33,10 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 
 
 def lora_linear_forward(
-    x: Tensor,
-    weight: Union[Tensor, NF4Weight],
-    bias: Optional[Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    rank_scale: Optional[Tensor],
-    scaling: float,
-    dropout_p: float,
-    seed: Optional[Tensor],
+    x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(Y [..., N], S [T, R])``; S is what the backward needs beside x and the seed."""
-    wide = sum_dtype(x.dtype)
-    s = dropped(x.to(wide), dropout_p, seed) @ lora_A.to(wide).t()
-    y = F.linear(x, dense(weight, x.dtype), bias)
-    y = (y.to(wide) + s @ (_rho(rank_scale, scaling, wide) * lora_B.to(wide)).t()).to(x.dtype)
-    return y, s.reshape(-1, lora_A.shape[0])
+    return lora_residual_forward(x, F.linear(x, dense(weight, x.dtype), bias), *adapter)
 
 
 def lora_linear_backward(
@@ -105,18 +93,9 @@ def lora_residual_backward(
     return low_rank.to(x.dtype), *grads
 
 
-def _low_rank_backward(
-    grad: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    rank_scale: Optional[Tensor],
-    s: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+def _low_rank_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
     """dX's term of the low rank, as it is summed, and the adapter's gradients."""
+    lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed = args
     wide = sum_dtype(x.dtype)
     rho, flat, b = _rho(rank_scale, scaling, wide), rows(grad).to(wide), lora_B.to(wide)
     p, gs = flat @ (rho * b), flat.t() @ s.to(wide)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -127,46 +127,22 @@ def dequantize(
     return (nf4_code(packed.device)[nibbles.int()] * scale).to(dtype).view(shape)
 
 
-def dequantize_merged(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Optional[Tensor],
-    nested_code: Optional[Tensor],
-    nested_offset: Optional[Tensor],
-    blocksize: int,
-    shape: list[int],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    row_scale: Optional[Tensor],
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize_merged(*args: Any) -> Tensor:
     """``g ∘ (W + s · B A)``, in float32 in this order: ``B A``, times s, plus the dequantized W, times g; then rounded
     once to ``dtype``. ``lora_A [R, K]``, ``lora_B [N, R]``, ``row_scale`` g ``[N]`` or None for ones.
     """
-    merged = dequantize(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, torch.float32)
+    *weight, lora_A, lora_B, row_scale, scaling, dtype = args
+    merged = dequantize(*weight, torch.float32)
     merged += scaling * (lora_B.float() @ lora_A.float())
     if row_scale is not None:
         merged *= row_scale.float()[:, None]
     return merged.to(dtype)
 
 
-def merge(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Optional[Tensor],
-    nested_code: Optional[Tensor],
-    nested_offset: Optional[Tensor],
-    blocksize: int,
-    shape: list[int],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    row_scale: Optional[Tensor],
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
-    args = (packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape)
-    merged = dequantize_merged(*args, lora_A, lora_B, row_scale, scaling, torch.float32)
+    *_, blocksize, shape, _lora_A, _lora_B, _row_scale, _scaling = args
+    merged = dequantize_merged(*args, torch.float32)
     codes, scales = quantize(merged, blocksize)
     moved = dequantize(codes, scales, None, None, None, blocksize, shape, torch.float32) - merged
     return codes, scales, torch.stack([moved.double().square().sum(), merged.double().square().sum()])

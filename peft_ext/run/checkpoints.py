@@ -23,21 +23,6 @@ from .errors import RunError
 from .options import SAME_ON_RESUME, Options
 from .progress import log
 
-__all__ = [
-    "PREVIOUS",
-    "check_output",
-    "checkpoints_folder",
-    "how_to_go_on",
-    "own_output",
-    "read_record",
-    "remove_unsealed",
-    "saved_checkpoints",
-    "sealing_callback",
-    "sole_writer",
-    "step_of",
-    "trainer_history",
-]
-
 PREVIOUS = ".previous"  # where --overwrite keeps the adapter that it is to replace
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
@@ -71,9 +56,7 @@ def read_record(o: Options) -> dict[str, Any]:
 
 def check_output(o: Options) -> Optional[Path]:
     """Returns the checkpoint to go on from, or None where the run is to begin. Raises RunError."""
-    existing = o.output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
         raise RunError(f"--output {o.output}: {existing} is a file")
     if Path(os.path.realpath(o.output)).is_symlink():

@@ -30,8 +30,6 @@ from typing import Any, NoReturn, Optional, Union
 from ..files import atomic_file
 from .errors import RunError
 
-__all__ = ["FILE", "Config", "merged", "read_config", "write_config"]
-
 FILE = "finetune.yaml"  # in the folder of a run: the options that it used
 
 _MOST_BYTES, _MOST_DEEP = 1_000_000, 3

@@ -11,16 +11,14 @@ Three kinds of record, told apart by their columns:
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from ..sources.json_file import parse, raised_as
 from .errors import RunError
-
-__all__ = ["IGNORED", "PYTHON_DOCS", "Corpus", "Examples", "read_corpus", "read_records", "tokenize"]
 
 PYTHON_DOCS = "python-docs"
 IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
@@ -152,20 +150,8 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise RunError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
     if not text.strip():
         raise RunError(f"--data {path}: the file is empty")
-    yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
-
-
-def _parse(where: str, text: str, first_line: Optional[int] = None) -> Any:
-    """Returns the value of JSON. ``first_line``: of the text in its file, where that is one value."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if first_line is None else f":{first_line + error.lineno - 1}"
-        raise RunError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RunError(f"{where}: not JSON: {error}".partition(";")[0]) from None
-    except RecursionError:
-        raise RunError(f"{where}: not JSON that can be read: nested too deep") from None
+    with raised_as(RunError, "", ValueError):
+        yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
 
 
 def _row(where: str, value: Any) -> Row:
@@ -179,11 +165,11 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
-            yield _row(where, _parse(where, line))
+            yield _row(where, parse(where, line, has_lines=False))
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
-    value = _parse(str(path), text, first_line=1)
+    value = parse(str(path), text)
     if not isinstance(value, list):
         raise RunError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
     for number, item in enumerate(value, 1):

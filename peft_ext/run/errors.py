@@ -12,8 +12,6 @@ from typing import Any
 
 from ..sources.json_file import first_line
 
-__all__ = ["Interrupted", "RunError", "Stop", "caught_signals", "mendable_errors", "out_of_memory"]
-
 
 class RunError(Exception):
     """Says, on one line, what is to be mended in the options, the data, the model or the machine.

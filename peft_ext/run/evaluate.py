@@ -5,33 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .checkpoints import trainer_history
 from .data import IGNORED, PYTHON_DOCS
+from .prepare import Run
 from .progress import bar, status
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .prepare import Run
-
-__all__ = [
-    "HELD_OUT_POINTS",
-    "NEW_TOKENS",
-    "SAMPLES",
-    "Check",
-    "Losses",
-    "answer",
-    "curve_batches",
-    "curve_examples",
-    "greedy",
-    "held_out_losses",
-    "mean_loss",
-    "perplexity",
-    "reread",
-    "sample_prompts",
-]
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
 NEW_TOKENS = 48
@@ -56,8 +39,6 @@ def collate(run: Run, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Returns the logits of the given tokens; those of virtual tokens, which prompt methods put first, are left out."""
-    import torch
-
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits[:, -batch["input_ids"].shape[1] :]
@@ -65,8 +46,6 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of each batch of held-out examples, or of the chosen ones."""
-    from torch.nn.functional import cross_entropy
-
     model.eval()
     sums = []
     batches = bar(range(_held_out_batches(run)), "held-out loss", "batch") if chosen is None else chosen
@@ -160,8 +139,6 @@ def _encode(run: Run, messages: list[dict[str, str]]) -> dict[str, Tensor]:
 
 def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
     """Returns the greedy answer."""
-    import torch
-
     inputs = {name: tensor.to(run.device) for name, tensor in _encode(run, messages).items()}
     model.eval()
     with torch.no_grad(), status("answering a prompt"):
@@ -179,8 +156,6 @@ def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> 
     Each is the likeliest token, or drawn where there is a ``temperature``. This is for PEFT's prompt methods, whose
     ``generate`` loses the virtual tokens with transformers 5.
     """
-    import torch
-
     stop = model.generation_config.eos_token_id
     stop = stop if isinstance(stop, list) else [stop]
     for _ in range(count):
@@ -218,7 +193,6 @@ class Check:
 
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it."""
-    import torch
     from peft import PeftModel
 
     batch = collate(run, run.examples.held_out[:BATCH])

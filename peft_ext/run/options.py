@@ -13,8 +13,6 @@ from ..weight import BLOCKSIZES
 from .data import PYTHON_DOCS
 from .errors import RunError
 
-__all__ = ["DEFAULT_STEPS", "DEMO_MODEL", "DTYPES", "Options", "QUANTIZATIONS", "SAME_ON_RESUME", "check_options"]
-
 DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")

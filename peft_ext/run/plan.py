@@ -13,6 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
+
 from ..machine import memory_of
 from ..sources.json_file import first_line
 from .checkpoints import how_to_go_on, step_of
@@ -20,8 +22,6 @@ from .errors import Stop, caught_signals, mendable_errors
 from .options import Options
 from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
 from .progress import status
-
-__all__ = ["Plan", "Preview", "dry_run", "make_plan", "preview"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,6 @@ def dry_run(options: Options) -> Plan:
 
 def make_plan(run: Run) -> Plan:
     """Returns the plan of a prepared run."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     o = run.options
@@ -151,8 +150,6 @@ def preview(
 
     Raises: what PEFT raises for a configuration that does not fit.
     """
-    import torch
-
     from ..integrations.peft import accelerate, explain
     from ..memory import adapt_on_meta, estimate_memory
     from ..memory.stand_ins import quantize_stand_ins, replace_tensors, stand_in

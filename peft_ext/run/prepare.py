@@ -12,21 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
+import torch
+
+from .. import _cpu
 from ..methods import METHODS, Method, make_config, method_config
-from ..sources.json_file import first_line
+from ..sources.json_file import raised_as
+from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
 from .data import Corpus, Examples, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import RunError, Stop
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Run", "adapter_config", "compute_dtype", "needs_bitsandbytes", "prepare"]
 
 # What transformers, tokenizers and PEFT raise for files and configurations that they can't take.
 _REFUSALS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
@@ -95,8 +94,6 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
         completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
     )  # fmt: skip
     quiet()
-    import torch
-
     from ..integrations.transformers import keep_freed_memory
 
     if options.threads is not None:
@@ -107,7 +104,8 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
     run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
-    run.tokenizer = _read_tokenizer(run)
+    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *_REFUSALS, after=")"):
+        run.tokenizer = load_tokenizer(run.folder, **run.packed)
     room = getattr(run.config, "max_position_embeddings", None)
     if room is not None and options.block_size > room:
         raise RunError(f"--block-size {options.block_size}: the model takes at most {room} tokens")
@@ -144,10 +142,6 @@ def _check_packages(o: Options) -> None:
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns what activations and dense weights are in, and why, where that is not bfloat16 by default."""
-    import torch
-
-    from .. import _cpu
-
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -176,35 +170,17 @@ def _read_config(run: Run) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from ..sources.model import check_index, check_model_config
-
     model = run.options.model
-    try:
+    with raised_as(RunError, f"--model {model}: ", OSError, ValueError):
         for name, check in (("config.json", check_model_config), ("model.safetensors.index.json", check_index)):
             if (file := Path(run.folder, name)).is_file():
                 check(file)
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model {model}: {first_line(error)}") from None
-    try:
+    about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
+    with raised_as(RunError, f"--model {model}: {about} (", *_REFUSALS, after=")"):
         config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
-    except _REFUSALS as error:
-        about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
-        raise RunError(f"--model {model}: {about} ({first_line(error)})") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
     return config
-
-
-def _read_tokenizer(run: Run) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
-    except _REFUSALS as error:
-        raise RunError(f"--model {run.options.model}: no tokenizer ({first_line(error)})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------
@@ -219,25 +195,19 @@ def _count_steps(o: Options, examples: int) -> int:
 
 def _count_parameters(run: Run) -> tuple[int, int]:
     """Returns how many parameters the model has, and its adapter; PEFT objects to one that does not fit."""
-    import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from ..model import freeze_ranknum
 
     o = run.options
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
-    except _REFUSALS as error:
-        raise RunError(f"--model {o.model}: config.json ({first_line(error)})") from None
+    with raised_as(RunError, f"--model {o.model}: config.json (", *_REFUSALS, after=")"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    try:
+    with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
         model = get_peft_model(model, adapter_config(run, model))
         if not o.stock:
             freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise RunError(f"--method {o.method}: {first_line(error)}") from None
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -16,8 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["bar", "log", "progress_callback", "quiet", "status"]
-
 _Item = TypeVar("_Item")
 
 log = logging.getLogger("peft_ext.run")

@@ -10,25 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
+import torch
+
+from .. import __version__, _native
 from ..files import atomic_file
 from ..machine import cpu_name, versions
-from . import evaluate
+from ..text import dtype_name
+from . import evaluate, report
+from .prepare import Run
 from .progress import log
-
-if TYPE_CHECKING:
-    from .prepare import Run
-
-__all__ = ["Record", "dtype_name", "recording_callback"]
-
-
-def dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass
@@ -49,14 +41,10 @@ class Record:
     meter: Any = None
     curve: list[int] = field(default_factory=list)
     no_report: Optional[str] = None
-    started: str = field(default_factory=_now)
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
         """Returns what run.json holds."""
-        import torch
-
-        from .. import __version__, _native
-
         run, o = self.run, self.run.options
         return {
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
@@ -98,8 +86,6 @@ class Record:
 
     def write(self) -> None:
         """Writes run.json, whole or not at all, and the report of it. Raises OSError."""
-        from . import report
-
         folder, document = self.run.options.output, self.document()
         with atomic_file(folder / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
@@ -167,8 +153,6 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
 
     They are of storages, each counted once. Beside the optimizer's states are the scores that AdaLoRA keeps.
     """
-    import torch
-
     seen: set[int] = set()
 
     def size(tensors: Iterable[Any]) -> int:

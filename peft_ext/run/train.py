@@ -14,20 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from ..files import save_adapter
 from ..methods import METHODS
-from ..sources.json_file import first_line
+from ..quantize import quantize_nf4
+from ..sources.json_file import raised_as
+from ..text import dtype_name
 from . import checkpoints, evaluate
 from .config import FILE as CONFIG_FILE
 from .config import write_config
+from .data import IGNORED
 from .errors import RunError, Stop, caught_signals, mendable_errors
 from .evaluate import Check
 from .options import Options
 from .prepare import Run, adapter_config, needs_bitsandbytes, prepare
 from .progress import log, progress_callback, status
-from .record import Record, dtype_name, recording_callback
-
-__all__ = ["Result", "finetune", "train"]
+from .record import Record, recording_callback
 
 
 @dataclass(frozen=True)
@@ -197,21 +200,16 @@ def load_base(run: Run) -> Any:
     Its weights are the files' rounded to bfloat16, whichever dtype is computed in: an adapter is trained on the same
     base on every machine. Raises RunError where a weight can't be read, or is not there.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from ..quantize import quantize_nf4
-
     o = run.options
-    try:
-        with status("loading the model"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"--model {o.model}: {first_line(error)}") from None
+    refused = raised_as(RunError, f"--model {o.model}: ", OSError, ValueError, RuntimeError, SafetensorError)
+    with refused, status("loading the model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
         raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
     model = model.to(run.device).eval().requires_grad_(False)
@@ -252,18 +250,15 @@ def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
     """Returns how many layers run fused, and those that are alike in groups."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
-    from ..integrations.peft import explain
+    from ..integrations.peft import alike, explain
 
-    rows = list(explain(model).rows)
-    like: dict[tuple[str, bool, str], list[str]] = {}
-    for row in rows:
-        like.setdefault((row.kind, bool(row.fused), str(row.reason)), []).append(row.name)
+    rows = explain(model).rows
     groups = [
         {"kind": kind, "fused": fused, "reason": reason, "layers": len(names), "first": names[0]}
-        for (kind, fused, reason), names in like.items()
+        for (kind, fused, reason), names in alike(rows).items()
     ]
     reasons = sorted({group["reason"] for group in groups if not group["fused"]})
-    return {"layers": len(rows), "fused": sum(bool(row.fused) for row in rows), "reasons": reasons, "groups": groups}
+    return {"layers": len(rows), "fused": sum(row.fused for row in rows), "reasons": reasons, "groups": groups}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -295,7 +290,6 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
     from ..integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
-    from .data import IGNORED
 
     class GateTrainer(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:

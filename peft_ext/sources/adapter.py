@@ -23,7 +23,7 @@ import torch
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
 from ..weight import BLOCKSIZES
-from .json_file import first_line, read_object, shown
+from .json_file import raised_as, read_object, shown
 from .model import MOST_LAYERS, SourceError
 from .weight_files import check_floats, weight_shapes
 
@@ -31,8 +31,6 @@ with required("peft", "a saved adapter's configuration"):
     from peft import PeftConfig, TaskType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-
-__all__ = ["checked_config", "read_config", "training_options"]
 
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
@@ -71,10 +69,9 @@ def read_config(file: Path) -> PeftConfig:
         path = values.get(name)
         if isinstance(path, str) and not path.endswith(".safetensors"):
             raise ValueError(f"{file}: {name} is {shown(path)}, a pickle, which runs code as it is read")
-    try:
+    kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError)
+    with raised_as(ValueError, f"{file}: ", *kinds, chained=True):
         return PeftConfig.from_pretrained(str(file.parent))
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError) as error:
-        raise ValueError(f"{file}: {first_line(error)}") from error
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
@@ -195,10 +192,8 @@ def training_options(adapter: Path) -> dict[str, Any]:
         file = folder / "run.json"
         if not file.is_file():
             continue
-        try:
+        with raised_as(SourceError, "", OSError, ValueError, chained=True):
             options = read_object(file).get("options")
-        except (OSError, ValueError) as error:
-            raise SourceError(first_line(error)) from error
         if not isinstance(options, dict) or "quant" not in options:
             continue
         quant, blocksize = options["quant"], options.get("blocksize", 64)

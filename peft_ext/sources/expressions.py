@@ -21,8 +21,6 @@ from .json_file import shown
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["check_expressions"]
-
 _SECONDS = 10.0
 _BYTES = 1 << 30
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-__all__ = ["first_line", "read_object", "shown"]
 
 _MOST_BYTES = 16 << 20
 _DEEPEST = 32
@@ -18,15 +18,10 @@ def read_object(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{file}: {size} bytes, wanted at most {_MOST_BYTES}")
     try:
-        values = json.loads(file.read_bytes().decode())
+        text = file.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{file}: not JSON: {first_line(error).partition(';')[0]}") from None
-    except RecursionError:
-        raise ValueError(f"{file}: not JSON that can be read: nested too deep") from None
+    values = parse(str(file), text)
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
@@ -42,6 +37,19 @@ def read_object(file: Path) -> dict[str, Any]:
     return values
 
 
+def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
+    """Returns the value of JSON. Raises ValueError, one line: ``where``, with ``has_lines`` the line in it, and why."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if has_lines else ""
+        raise ValueError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where}: not JSON: {first_line(error).partition(';')[0]}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read: nested too deep") from None
+
+
 def first_line(error: BaseException) -> str:
     """Returns what an error says, on one line; its class's name where it says nothing.
 
@@ -50,6 +58,17 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if line.startswith("size mismatch")] or lines
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def raised_as(
+    kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "", chained: bool = False
+) -> Iterator[None]:
+    """Raises errors of these kinds as one of ``kind``: :func:`first_line` between ``about`` and ``after``."""
+    try:
+        yield
+    except kinds as error:
+        raise kind(f"{about}{first_line(error)}{after}") from (error if chained else None)
 
 
 def shown(value: object) -> str:

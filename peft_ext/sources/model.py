@@ -19,26 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from .json_file import first_line, read_object, shown
-
-__all__ = [
-    "AUTO_CLASSES",
-    "LoadedModel",
-    "SourceError",
-    "base_model",
-    "check_index",
-    "check_model_config",
-    "find_folder",
-    "head_labels",
-    "hushed",
-    "is_nf4",
-    "load_model",
-    "model_class",
-    "model_folder",
-    "output_head",
-    "read_model_config",
-    "task_of",
-]
+from .json_file import first_line, raised_as, read_object, shown
 
 # By PEFT's name of a task: the class that its adapters are trained on, where the base's own class is of another task.
 AUTO_CLASSES = {
@@ -84,12 +65,10 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         raise SourceError(f"{what} is {text}, no such folder")
     from huggingface_hub import snapshot_download
 
-    try:
+    # Whatever the hub raises, only the name can be mended.
+    about = f"{what} is {text}: no such folder, and not what the hub gives ("
+    with raised_as(SourceError, about, Exception, after=")", chained=True):
         return Path(snapshot_download(text, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub raises, only the name can be mended
-        raise SourceError(
-            f"{what} is {text}: no such folder, and not what the hub gives ({first_line(error)})"
-        ) from error
 
 
 def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
@@ -104,14 +83,11 @@ def read_model_config(folder: Path) -> Any:
     """Returns the transformers configuration in ``folder``, checked. Raises SourceError."""
     from transformers import AutoConfig
 
-    try:
+    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
         check_model_config(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise SourceError(f"model {first_line(error)}") from error
-    try:
+    # Whatever a file of others makes transformers raise.
+    with raised_as(SourceError, f"model {folder}: ", Exception, chained=True):
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None: it would ask on the terminal
-    except Exception as error:  # whatever a file of others makes transformers raise
-        raise SourceError(f"model {folder}: {first_line(error)}") from error
 
 
 def check_model_config(file: Path) -> None:
@@ -232,11 +208,9 @@ def load_model(
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
     about = read_model_config(folder)
-    try:
+    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
         if (folder / INDEX).is_file():
             check_index(folder / INDEX)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"model {first_line(error)}") from error
     try:
         quantized, labels = is_nf4(folder, about), head_labels(about, config, shapes)
         loaded, info = model_class(about, config).from_pretrained(
@@ -251,6 +225,16 @@ def load_model(
     if wrong := sorted(map(str, info["mismatched_keys"])):
         raise SourceError(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
     return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])))
+
+
+def load_tokenizer(folder: str, **kwargs: Any) -> Any:
+    """Returns the tokenizer in a folder, which has a token to pad with. Raises what transformers does."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def base_model(model: nn.Module) -> nn.Module:

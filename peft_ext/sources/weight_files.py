@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .json_file import first_line, shown
 
-__all__ = ["check_finite", "check_floats", "safetensors_header", "weight_shapes"]
-
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

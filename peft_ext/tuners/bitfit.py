@@ -153,11 +153,10 @@ class BitFitModel(ReplacingTuner):
     def make(self, layer: BitFitLayer, key: str, names: list[str], config: BitFitConfig) -> nn.Module:
         base = layer.base_layer
         bias = base._parameters["bias"]
-        if bias is not None:
-            return tree({name: nn.Parameter(bias.detach().clone()) for name in names})
-        dtype = base.weight.dtype if base.weight.is_floating_point() else _quantized_from(base)
-        zeros = torch.zeros(base.out_features, dtype=dtype, device=base.weight.device)
-        return tree({name: nn.Parameter(zeros) for name in names})
+        if bias is None:
+            dtype = base.weight.dtype if base.weight.is_floating_point() else _quantized_from(base)
+            bias = torch.zeros(base.out_features, dtype=dtype, device=base.weight.device)
+        return tree({name: nn.Parameter(bias.detach().clone()) for name in names})
 
 
 def _quantized_from(base: nn.Module) -> torch.dtype:

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 
 from .._imports import required
-from ..integrations.fused.base import DTYPES, short
+from ..integrations.fused.base import DTYPES
 from ..integrations.fused.reasons import kernel_reason
 from ..nn import BottleneckAdapter
+from ..text import dtype_name as short
 from .register import peft_type, register
 from .targets import TargetConfig, in_layers
-from .tuner import Tuner, read_through
+from .tuner import Tuner, Wrapper
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,7 +118,7 @@ class BottleneckConfig(TargetConfig):
         )  # fmt: skip
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(Wrapper):
     """``base_layer``, whose output goes through the active adapters in turn, or has the parallel ones added to it.
 
     In the state dict: ``bottleneck_adapters.{down,up}.{weight,bias}``. A base layer that returns a tuple has its first
@@ -206,14 +207,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if not read_through(name):
-                raise
-        return getattr(self.base_layer, name)
 
 
 # The width of what a whole sublayer returns, in a transformers config.

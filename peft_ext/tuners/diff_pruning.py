@@ -109,12 +109,15 @@ class DenseDiff(nn.Module):
             z = self.gate(self.group, sample) * z
         return z * self.w
 
+    def alphas(self) -> list[nn.Parameter]:
+        """Returns α of the gates."""
+        return [self.alpha] if self.group is None else [self.alpha, self.group]
+
     def open_gates(self) -> Tensor:
         """Σ σ(α − log(−l/r)): the expected number of gates above 0. 0-d, float32 or more."""
         low, high = self.stretch
         wide = torch.promote_types(self.alpha.dtype, torch.float32)
-        gates = [self.alpha] if self.group is None else [self.alpha, self.group]
-        return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in gates)
+        return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
         """θ, summed in float32 or more and rounded to θ₀'s dtype once."""
@@ -242,7 +245,7 @@ class DiffPruningModel(ReplacingTuner):
         α starts at 5 and has to fall below 0 for a gate to close, which takes an Adam at a usual learning rate some
         hundred thousand steps; the authors' own rate for α is 0.1.
         """
-        gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in _alphas(diff)}
+        gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return [
             {"params": [p for p in trained if id(p) not in gates], "lr": lr, "weight_decay": weight_decay},
@@ -380,10 +383,6 @@ def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor,
     return chosen
 
 
-def _alphas(diff: DenseDiff) -> list[nn.Parameter]:
-    return [diff.alpha] if diff.group is None else [diff.alpha, diff.group]
-
-
 def _check_trains(optimizer: torch.optim.Optimizer, dense: dict[str, DenseDiff]) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, diff in dense.items():
@@ -396,7 +395,7 @@ def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[
     heirs: dict[nn.Parameter, Optional[nn.Parameter]] = {}
     for dense, sparse in diffs.items():
         heirs[dense.w] = None if sparse is None else sparse.values
-        heirs.update(dict.fromkeys(_alphas(dense)))
+        heirs.update(dict.fromkeys(dense.alphas()))
     for group in optimizer.param_groups:
         group["params"] = [heirs.get(p, p) for p in group["params"] if heirs.get(p, p) is not None]
     for parameter in heirs:

@@ -20,16 +20,13 @@ from torch import Tensor, nn
 
 from .._imports import required
 from .targets import Plan, TargetConfig, expand_all_linear
-from .tuner import Tuner, read_through
+from .tuner import Tuner, Wrapper
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import (
-        BaseTunerLayer,
         _ExcludedModule,  # noqa: PLC2701  what PEFT's own lookup returns
         check_adapters_to_merge,
     )
-
-__all__ = ["ReplacingLayer", "ReplacingTuner", "tree"]
 
 
 def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
@@ -54,7 +51,7 @@ def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
     return root
 
 
-class ReplacingLayer(nn.Module, BaseTunerLayer):
+class ReplacingLayer(Wrapper):
     """Runs ``base_layer`` with tensors of the active adapter in place of its own.
 
     A method gives ``adapter_layer_names``, the one attribute that holds its adapters, and :meth:`own`.
@@ -164,14 +161,6 @@ class ReplacingLayer(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Optional[Tensor]:
         return self._read("bias")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if not read_through(name):
-                raise
-        return self._read(name)
 
     # --- merging ------------------------------------------------------------------------------------------------------
 

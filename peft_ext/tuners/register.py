@@ -15,8 +15,6 @@ with required("peft", "peft_ext.tuners"):
     from peft.utils import register_peft_method
     from peft.utils.peft_types import PeftType
 
-__all__ = ["LAYER_HOOKS", "MODEL_HOOKS", "peft_type", "register"]
-
 _OLDEST = "0.21"  # the first with hooks for a method's own keys in the state dict
 
 # What the classes here override in PEFT's: under another name there, theirs would run in place of ours.

@@ -21,21 +21,6 @@ with required("peft", "peft_ext.tuners"):
 with required("transformers", "peft_ext.tuners"):
     from transformers.pytorch_utils import Conv1D
 
-__all__ = [
-    "ALL_LINEAR",
-    "Plan",
-    "TargetConfig",
-    "base_modules",
-    "excluded",
-    "expand_all_linear",
-    "in_layers",
-    "last_layers",
-    "matches",
-    "own_units",
-    "plan",
-    "targeted",
-]
-
 ALL_LINEAR = "all-linear"
 
 _Names = Optional[Union[list[str], str]]

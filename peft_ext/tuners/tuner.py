@@ -12,17 +12,23 @@ from torch import nn
 from .._imports import required
 
 with required("peft", "peft_ext.tuners"):
-    from peft.tuners.tuners_utils import BaseTuner
-
-__all__ = ["Tuner", "read_through"]
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 
-def read_through(name: str) -> bool:
-    """Returns whether a layer's attribute that is not its own is its base module's.
+class Wrapper(nn.Module, BaseTunerLayer):
+    """A layer over a module, ``base_layer``: an attribute that is not its own is the module's."""
 
-    Not what copying looks for, nor the marks of accelerate's hooks: those are the base module's own.
-    """
-    return not (name == "base_layer" or name.startswith(("__", "_hf_")) or name == "_old_forward")
+    def _read(self, name: str) -> Any:
+        return getattr(self.base_layer, name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Not what copying looks for, nor the marks of accelerate's hooks: those are the base module's own.
+            if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
+                raise
+        return self._read(name)
 
 
 class Tuner(BaseTuner):

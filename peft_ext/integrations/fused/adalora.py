@@ -10,7 +10,7 @@ from ..._imports import optional
 from ...weight import NF4Weight
 from .base import FOUR_BIT, Linear8bitLt, fuses
 from .lora import LowRank
-from .merging import MergesNF4
+from .merging import Merged, MergesNF4
 from .reasons import adalora_adapter
 
 SVDLinear = SVDLinear8bitLt = SVDLinear4bit = None
@@ -50,9 +50,7 @@ if SVDLinear is not None:
         def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:
             return self._side_by_side(names)
 
-        def _merged(
-            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
-        ) -> tuple[Tensor, Optional[Tensor]]:
+        def _merged(self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor) -> Merged:
             return weight + self.get_delta_weight(name).float(), bias
 
 

@@ -70,11 +70,16 @@ class Fused:
 
     def stock_reason(self) -> Optional[str]:
         """Returns why the next call takes the stock path; None: it is fused."""
-        raise NotImplementedError
+        return self._reasons()[0]
 
     def part_reason(self) -> Optional[str]:
         """Returns why the adapter's part alone is fused, over the base layer's own forward, where that is so."""
-        return None
+        reason, alone = self._reasons()
+        return alone if reason is None else None
+
+    def _reasons(self) -> tuple[Optional[str], Optional[str]]:
+        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+        raise NotImplementedError
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """Returns what the op computes; None: the stock class's own forward has to run."""
@@ -83,10 +88,6 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = None if args or kwargs else self._fused(x)
         return super().forward(x, *args, **kwargs) if y is None else y
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def class_name(kind: type) -> str:

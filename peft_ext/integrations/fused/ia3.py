@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import ops
 from ..._imports import optional
 from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
-from .merging import MergesNF4
+from .merging import Merged, MergesNF4
 from .reasons import accepts_input, alone_reason, base_reason, kernel_reason, layer_reason, vectors_reason
 
 IA3Linear = IA3Linear4bit = None
@@ -37,15 +37,7 @@ class IA3Layer(Fused):
     # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
     _scales_any_base = False
 
-    def stock_reason(self) -> Optional[str]:
-        return self._reasons()[0]
-
-    def part_reason(self) -> Optional[str]:
-        reason, alone = self._reasons()
-        return alone if reason is None else None
-
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
-        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
         vectors = self._vectors()
         if reason := layer_reason(self) or vectors_reason(vectors):
             return reason, None
@@ -91,9 +83,7 @@ if IA3Linear is not None:
 
         _scales_any_base = True
 
-        def _merged(
-            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
-        ) -> tuple[Tensor, Optional[Tensor]]:
+        def _merged(self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor) -> Merged:
             vector = self.ia3_l[name].float()
             if bias is not None and not self.is_feedforward:
                 bias = bias * vector.flatten()

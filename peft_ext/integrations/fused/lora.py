@@ -20,7 +20,7 @@ from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from . import dora
 from .base import FOUR_BIT, Fused, Linear8bitLt, fuses, operands, sums_wider
-from .merging import MergesNF4
+from .merging import Merged, MergesNF4
 from .reasons import (
     accepts_input,
     adapters_reason,
@@ -53,15 +53,10 @@ class LowRank(Fused):
         held = self._modules["lora_A"]
         return [name for name in self.active_adapters if name in held]
 
-    def stock_reason(self) -> Optional[str]:
-        return self._reasons(self._names())[0]
+    def _reasons(self) -> tuple[Optional[str], Optional[str]]:
+        return self._reasons_of(self._names())
 
-    def part_reason(self) -> Optional[str]:
-        reason, alone = self._reasons(self._names())
-        return alone if reason is None else None
-
-    def _reasons(self, names: list[str]) -> tuple[Optional[str], Optional[str]]:
-        """Returns why PEFT's own forward has to run; and else why the base layer has to run on its own."""
+    def _reasons_of(self, names: list[str]) -> tuple[Optional[str], Optional[str]]:
         if reason := layer_reason(self) or adapters_reason(self, names, len(names) > 1):
             return reason, None
         is_dora, device = names[0] in self.lora_variant, self._device(names[0])
@@ -86,7 +81,7 @@ class LowRank(Fused):
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in PEFT's dtype; None: its own forward has to run."""
         names, modules = self._names(), self._modules
-        reason, alone = self._reasons(names)
+        reason, alone = self._reasons_of(names)
         if reason is not None or not accepts_input(x):
             return None
         base, name = modules["base_layer"], names[0]
@@ -259,9 +254,7 @@ if LoraLinear is not None:
             norm = ops.dora_weight_norm(nf4, lora_A, lora_B, dtype=torch.float32)
             return lora_A, lora_B, output_scale(self.lora_magnitude_vector[names[0]].weight, norm)
 
-        def _merged(
-            self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor
-        ) -> tuple[Tensor, Optional[Tensor]]:
+        def _merged(self, name: str, weight: Tensor, bias: Optional[Tensor], unmerged: Tensor) -> Merged:
             variant = self.lora_variant.get(name)
             delta = self.get_delta_weight(name).float()
             merged = weight + delta

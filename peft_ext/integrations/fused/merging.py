@@ -20,6 +20,8 @@ check_adapters_to_merge = None
 with optional("peft", "an adapter over an NF4Linear can't be merged"):
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
+Merged = tuple[Tensor, Optional[Tensor]]  # weight and bias with an adapter in them
+
 _MERGE_LOSES = (
     "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
     "moves it. peft_ext.dequantize_nf4(model) before merging, or peft-ext merge, keeps it"

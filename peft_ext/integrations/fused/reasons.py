@@ -22,6 +22,7 @@ from ...nn import NF4Linear
 from ...nn.nf4 import is_dtensor
 from ...ops.checks import autocast_dtype
 from ...ops.library import has_kernel
+from ...text import dtype_name as short
 from ...weight import why_not_nf4
 from . import dora
 from .base import (
@@ -33,7 +34,6 @@ from .base import (
     class_name,
     is_fully_sharded,
     quant_state_of,
-    short,
 )
 
 # The operators that a layer on one of the public ops calls, in its forward and backward.

@@ -15,8 +15,6 @@ from typing import Any, Optional
 from ...chart import Scale, path, span
 from .figures import short
 
-__all__ = ["HEIGHT", "MOST_POINTS", "WIDTH", "Series", "draw_chart", "smoothed"]
-
 MOST_POINTS = 1000  # of a curve that is drawn point by point
 _BINS = 400
 WIDTH, HEIGHT = 1000, 300  # of a plot

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
-__all__ = ["clip", "count", "duration", "items", "mapping", "number", "percent", "short"]
-
 _MOST_TEXT = 4000  # characters of one text
 NONE = "–"
 

@@ -17,8 +17,6 @@ from ..errors import RunError
 from .curves import HEIGHT, WIDTH, Series, draw_chart, smoothed
 from .figures import clip, count, duration, items, mapping, number, percent, short
 
-__all__ = ["redraw", "render", "write_report"]
-
 _FOLDER = Path(__file__).parent
 _ROWS = 21  # of the table of figures
 _KINDS = (
