@@ -1,7 +1,5 @@
 """accelerate on DoRA: where its dropout acts, PEFT's cache of the norm, and over NF4, which stock PEFT can't adapt."""
 
-from __future__ import annotations
-
 import copy
 import functools
 
@@ -9,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 from peft import LoraConfig, get_peft_model

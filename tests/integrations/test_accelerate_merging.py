@@ -1,14 +1,11 @@
 """Merging adapters of accelerated models: as PEFT's, and into NF4, which stock PEFT can't."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 from peft import LoraConfig

@@ -1,7 +1,5 @@
 """accelerate on live PEFT models: output and gradients are as good as PEFT's, of PEFT's dtypes, under its dropout."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 from peft import IA3Config, LoraConfig, get_peft_model

@@ -1,7 +1,5 @@
 """accelerate on live PEFT models: what is not fused is PEFT's own to the bit, and explain has the reason."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 
@@ -10,7 +8,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 from peft import LoraConfig, get_peft_model
@@ -75,21 +72,11 @@ def _patch_base(model):
 
 
 def _parametrize(held, name):
-    def prepare(model):
-        nn.utils.parametrize.register_parametrization(held(first(model)), name, Negated())
-
-    return prepare
-
-
-def _swap_dropout(model):
-    first(model).lora_dropout["default"] = nn.AlphaDropout(0.3)
+    return lambda model: nn.utils.parametrize.register_parametrization(held(first(model)), name, Negated())
 
 
 def _scale(value):
-    def prepare(model):
-        first(model).scaling["default"] = value
-
-    return prepare
+    return lambda model: first(model).scaling.update(default=value)
 
 
 def _other_base(model):
@@ -100,10 +87,6 @@ def _other_base(model):
 def _second(model):
     model.add_adapter("second", LoraConfig(target_modules=["up"], r=3, lora_bias=True, init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-
-
-def _ds_id(model):
-    first(model).base_layer.weight.ds_id = 0
 
 
 def _adapter_float64(model):
@@ -174,10 +157,11 @@ STOCK = {
     "LoRA: no active adapter": ("LoRA", lambda m: m.base_model.set_adapter([]), {}, "no active adapter"),
     "LoRA: parametrized": ("LoRA", _parametrize(lambda layer: layer.lora_A["default"], "weight"), {},
                            "wanted plain nn.Linear"),
-    "LoRA: another dropout": ("LoRA", _swap_dropout, {}, "AlphaDropout"),
+    "LoRA: another dropout": ("LoRA", lambda m: first(m).lora_dropout.update({"default": nn.AlphaDropout(0.3)}), {},
+                              "AlphaDropout"),
     "LoRA: scaling is infinite": ("LoRA", _scale(float("inf")), {}, "finite"),
     "LoRA: float64 adapters": ("LoRA", _adapter_float64, {}, "lora_A is float64"),
-    "LoRA: ZeRO-3": ("LoRA", _ds_id, {}, "shard"),
+    "LoRA: ZeRO-3": ("LoRA", lambda m: setattr(first(m).base_layer.weight, "ds_id", 0), {}, "shard"),
     **{f"LoRA: {name}": ("LoRA", prepare, {}, "hooks on lora_A, lora_B") for name, prepare in HOOKS.items()
        if "base" not in name},
     **{f"{method}: dropout of 1": (method, None, {"lora_dropout": 1.0}, "Dropout(p=1.0") for method in METHODS
