@@ -1,7 +1,5 @@
 """Small PEFT models over every kind of base layer, and how accelerated ones are compared with PEFT's own."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
