@@ -31,7 +31,7 @@ pytest.importorskip("aenum")
 import bitsandbytes as bnb
 import peft
 import transformers as hf
-from method_rows import BATCH, INPUTS, LLAMA, METHODS, STEPS
+from method_rows import BATCH, INPUTS, LLAMA, METHODS, STEPS, moved_away
 from methods_table import Cell, Table, split
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,7 +114,7 @@ def adapted(
     for key, parameter in model.named_parameters():
         if "ranknum" in key:  # over a base that is not float32 PEFT leaves this count to the optimizer
             parameter.requires_grad_(False)
-    return (moved(model) if moved else model).eval()
+    return (moved_away(model) if moved else model).eval()
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:

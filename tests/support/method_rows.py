@@ -72,7 +72,7 @@ def _weight(module: nn.Module) -> Tensor:
     return base.nf4.dequantize(torch.float32).double() if isinstance(base, NF4Linear) else base.weight
 
 
-def moved(module: nn.Module) -> nn.Module:
+def moved_away(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -85,7 +85,7 @@ def _tokens(*shape: int) -> Tensor:
 
 
 def _linear_alone(kind: type[nn.Module], oracle: Callable[..., Tensor], nf4: bool = False, **arguments: Any) -> Alone:
-    return Alone(moved(kind.from_linear(_linear(nf4), **arguments)), (_tokens(21),), oracle)
+    return Alone(moved_away(kind.from_linear(_linear(nf4), **arguments)), (_tokens(21),), oracle)
 
 
 def _lora(nf4: bool = False, **arguments: Any) -> Alone:
@@ -124,14 +124,14 @@ def _bottleneck(parallel: bool) -> Alone:
         return (x if residual is None else residual) + m.scale * m.up(nn.functional.gelu(m.down(x)))
 
     inputs = (_tokens(21), _tokens(21)) if parallel else (_tokens(21),)
-    return Alone(moved(BottleneckAdapter(HIDDEN, scale=2.0)), inputs, oracle)
+    return Alone(moved_away(BottleneckAdapter(HIDDEN, scale=2.0)), inputs, oracle)
 
 
 def _prompt() -> Alone:
     def oracle(m: Any, x: Tensor) -> Tensor:
         return torch.stack([torch.cat((m.embedding.weight, row)) for row in x])
 
-    return Alone(moved(PromptEmbedding(4, HIDDEN)), (_tokens(3, 5),), oracle)
+    return Alone(moved_away(PromptEmbedding(4, HIDDEN)), (_tokens(3, 5),), oracle)
 
 
 def _prefix() -> Alone:
@@ -150,7 +150,7 @@ def _prefix() -> Alone:
         cache = hf.DynamicCache(list(zip(halves[::2], halves[1::2], strict=True)))
         return copy.deepcopy(model).double()(ids, past_key_values=cache).logits
 
-    return Alone(moved(PrefixEncoder.from_config(model.config, 4)), (), oracle, call)
+    return Alone(moved_away(PrefixEncoder.from_config(model.config, 4)), (), oracle, call)
 
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
