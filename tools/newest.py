@@ -20,8 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-TESTS = tuple(f"tests/integrations/test_{name}.py" for name in
-              ("integrations_peft", "integrations_methods", "architectures"))  # fmt: skip
+TESTS = tuple(
+    str(path.relative_to(ROOT))
+    for kind in ("accelerate_*", "architectures")
+    for path in sorted((ROOT / "tests/integrations").glob(f"test_{kind}.py"))
+)
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
 

@@ -7,20 +7,17 @@ gives another loss.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import transformers as hf
@@ -36,15 +33,13 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import both, dense_twin, tuners
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, OperatorCalls, Step, assert_close, error_of, logits, step
 
 import peft_ext
 
-METHODS = ("LoRA", "DoRA", "IA3")
+pytestmark = pytest.mark.filterwarnings("ignore")
 
-# What differs is the order of float32 sums over at most 128 terms, through two layers and back: up to 5e-6 of a
-# gradient's norm is seen. A bfloat16 rounding somewhere is 2e-3, a term left out of any layer is above 1e-2.
-TOLERANCE = 2e-5
+METHODS = ("LoRA", "DoRA", "IA3")
 
 # By architecture: how many layers each method adapts, and how many of them run fused.
 LAYERS = {
@@ -84,62 +79,6 @@ REASONS = {
 }
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
-
-# Logits, loss and gradients by name.
-Step = dict[str, Optional[Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class OperatorCalls(TorchDispatchMode):
-    """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict[str, Any]] = None
-    ) -> Any:
-        if func.namespace == "peft_ext":
-            self.calls[func._schema.name.partition("::")[2]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model.eval()(**batch).logits
-
-
-def step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
-    """Logits, loss and the gradient of each trainable parameter of a training step from a fixed seed."""
-    model.train().zero_grad()
-    torch.manual_seed(4)
-    output = model(**batch)
-    output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"logits": output.logits.detach(), "loss": output.loss.detach(), **gradients}
-
-
-def error_of(actual: Tensor, wanted: Tensor) -> float:
-    return ((actual.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-def assert_close(actual: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
-    """Every tensor that ``wanted`` has is there and within ``tolerance`` of its norm, which is not zero."""
-    if isinstance(wanted, Tensor):
-        actual, wanted = {"logits": actual}, {"logits": wanted}
-    assert actual.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert value is not None and actual[key] is not None, f"{key} has no gradient"
-        assert value.norm() > 0, f"{key} is zero: nothing was compared"
-        assert actual[key].dtype is value.dtype, key
-        assert error_of(actual[key], value) < tolerance, f"{key}: {error_of(actual[key], value):.1e} off"
 
 
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
@@ -367,20 +306,12 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
+# What a configuration does not say is as of the model named: transformers' defaults are Llama-7B, GPT-2 and BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
-    "Llama-7B": (
-        hf.LlamaForCausalLM,
-        lambda: hf.LlamaConfig(
-            hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000
-        ),
-        "CAUSAL_LM",
-    ),
+    "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (
         hf.LlamaForCausalLM,
-        lambda: hf.LlamaConfig(
-            hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-            intermediate_size=14336, vocab_size=128256,
-        ),
+        lambda: hf.LlamaConfig(num_key_value_heads=8, intermediate_size=14336, vocab_size=128256),
         "CAUSAL_LM",
     ),
     "Qwen2.5-0.5B": (

@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,207 +25,33 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("peft")
-pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("aenum")
 
 import bitsandbytes as bnb
 import peft
 import transformers as hf
+from method_rows import BATCH, INPUTS, LLAMA, METHODS, STEPS, moved_away
 from methods_table import Cell, Table, split
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import tuners
-from test_architectures import OperatorCalls, assert_close, error_of, logits, step
-from tiny_models import ARCHITECTURES, HIDDEN, LAYERS
+from tiny_models import HIDDEN, LAYERS, OperatorCalls, assert_close, error_of, logits, step
 
 import peft_ext
-from peft_ext import BitFitConfig, BottleneckConfig, DiffPruningConfig, PartialConfig, reference
 from peft_ext.integrations.transformers import AdaLoraCallback, DiffPruningCallback
-from peft_ext.nn import (
-    AdaLoRALinear,
-    BottleneckAdapter,
-    DoRALinear,
-    IA3Linear,
-    LoRALinear,
-    NF4Linear,
-    PrefixEncoder,
-    PromptEmbedding,
-)
+from peft_ext.nn import NF4Linear
 from peft_ext.ops.library import has_kernel
 from peft_ext.tuners.layer import ReplacingLayer
 
-pytestmark = pytest.mark.cpu_only("the table has a column for each device, and its steps run on the CPU")
+pytestmark = [
+    pytest.mark.cpu_only("the table has a column for each device, and its steps run on the CPU"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "methods.md"
 REDRAW = "PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py"
-
-LLAMA = ARCHITECTURES["Llama"]
-BATCH = LLAMA.batch()
-INPUTS = LLAMA.inputs()  # without labels: of an AdaLoRA that is loaded to infer, PEFT's own loss raises
-STEPS = 4  # of a Trainer's run
-
-
-# --- the methods ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A module of peft_ext.nn, moved away from where it starts, and how it is run and what it has to give.
-
-    ``oracle`` is given a float64 copy of the module and of the inputs, and calls none of the operators.
-    """
-
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    oracle: Callable[..., Tensor]
-    call: Callable[..., Tensor] = lambda module, *inputs: module(*inputs)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row: how a Llama is adapted, over which base, and the module of peft_ext.nn, where there is one."""
-
-    config: Callable[[], PeftConfig]
-    alone: tuple[Callable[[], Alone], ...] = ()
-    base: str = "dense"
-    callback: Callable[[], hf.TrainerCallback] = hf.TrainerCallback
-
-    @property
-    def in_peft(self) -> bool:
-        """Whether the method is one of PEFT's own."""
-        return type(self.config()).__module__.partition(".")[0] == "peft"
-
-
-def _linear(nf4: bool) -> nn.Linear:
-    linear = nn.Linear(HIDDEN, 2 * HIDDEN)
-    return NF4Linear.from_linear(linear, double_quant=True) if nf4 else linear
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """The frozen weight in float64."""
-    base = module.base_layer
-    return base.nf4.dequantize(torch.float32).double() if isinstance(base, NF4Linear) else base.weight
-
-
-def _moved(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return module
-
-
-def _tokens(*shape: int) -> Tensor:
-    return torch.randn(*shape, HIDDEN)
-
-
-def _lora(nf4: bool = False, **arguments: Any) -> Alone:
-    def oracle(m: Any, x: Tensor) -> Tensor:
-        return reference.lora_linear(x, _weight(m), m.lora_A, m.lora_B, m.base_layer.bias, scaling=m.scaling)
-
-    return Alone(_moved(LoRALinear.from_linear(_linear(nf4), r=4, **arguments)), (_tokens(21),), oracle)
-
-
-def _dora() -> Alone:
-    def oracle(m: Any, x: Tensor) -> Tensor:
-        return reference.dora_linear(
-            x, _weight(m), m.lora_A, m.lora_B, m.lora_magnitude_vector, m.base_layer.bias, scaling=m.scaling
-        )
-
-    return Alone(_moved(DoRALinear.from_linear(_linear(False), r=4)), (_tokens(21),), oracle)
-
-
-def _adalora() -> Alone:
-    def oracle(m: Any, x: Tensor) -> Tensor:
-        delta = m.lora_B @ torch.diag(m.lora_E[:, 0] / (m.ranknum + 1e-5)) @ m.lora_A
-        return nn.functional.linear(x, _weight(m) + m.scaling * delta, m.base_layer.bias)
-
-    return Alone(_moved(AdaLoRALinear.from_linear(_linear(False), r=4)), (_tokens(21),), oracle)
-
-
-def _ia3(feedforward: bool) -> Alone:
-    def oracle(m: Any, x: Tensor) -> Tensor:
-        return reference.ia3_linear(x, _weight(m), m.ia3_l, m.base_layer.bias, feedforward=feedforward)
-
-    return Alone(_moved(IA3Linear.from_linear(_linear(False), feedforward=feedforward)), (_tokens(21),), oracle)
-
-
-def _bottleneck(parallel: bool) -> Alone:
-    def oracle(m: Any, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        return (x if residual is None else residual) + m.scale * m.up(nn.functional.gelu(m.down(x)))
-
-    inputs = (_tokens(21), _tokens(21)) if parallel else (_tokens(21),)
-    return Alone(_moved(BottleneckAdapter(HIDDEN, scale=2.0)), inputs, oracle)
-
-
-def _prompt() -> Alone:
-    def oracle(m: Any, x: Tensor) -> Tensor:
-        return torch.stack([torch.cat((m.embedding.weight, row)) for row in x])
-
-    return Alone(_moved(PromptEmbedding(4, HIDDEN)), (_tokens(3, 5),), oracle)
-
-
-def _prefix() -> Alone:
-    """Behind a Llama, whose logits say whether keys and values are where it looks for them."""
-    model = LLAMA.build().requires_grad_(False)
-    ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
-
-    def call(m: PrefixEncoder) -> Tensor:
-        return model(ids, past_key_values=m.past_key_values(size, model.config)).logits
-
-    def oracle(m: Any) -> Tensor:
-        # A row of the embedding: layer by layer the keys, then the values, head by head.
-        heads, width = m.num_kv_heads, m.head_dim
-        pieces = m.embedding.weight.split(width, dim=1)
-        halves = [torch.stack(pieces[i : i + heads]).expand(size, -1, -1, -1) for i in range(0, len(pieces), heads)]
-        cache = hf.DynamicCache(list(zip(halves[::2], halves[1::2], strict=True)))
-        return copy.deepcopy(model).double()(ids, past_key_values=cache).logits
-
-    return Alone(_moved(PrefixEncoder.from_config(model.config, 4)), (), oracle, call)
-
-
-_CAUSAL = {"task_type": "CAUSAL_LM"}
-_ALL_LINEAR = {**_CAUSAL, "target_modules": "all-linear"}
-_SCHEDULE = {"init_r": 4, "target_r": 2, "total_step": STEPS, "tinit": 1, "tfinal": 1, "deltaT": 1}
-_VIRTUAL = {**_CAUSAL, "num_virtual_tokens": 4}
-
-METHODS = {
-    "LoRA": Method(lambda: LoraConfig(r=4, **_ALL_LINEAR), (_lora,)),
-    "rsLoRA": Method(
-        lambda: LoraConfig(r=4, use_rslora=True, **_ALL_LINEAR), (functools.partial(_lora, use_rslora=True),)
-    ),
-    "QLoRA": Method(lambda: LoraConfig(r=4, **_ALL_LINEAR), (functools.partial(_lora, nf4=True),), base="nf4"),
-    "DoRA": Method(lambda: LoraConfig(r=4, use_dora=True, **_ALL_LINEAR), (_dora,)),
-    "AdaLoRA": Method(lambda: AdaLoraConfig(**_SCHEDULE, **_ALL_LINEAR), (_adalora,), callback=AdaLoraCallback),
-    "IA3": Method(lambda: IA3Config(**_CAUSAL), (functools.partial(_ia3, False), functools.partial(_ia3, True))),
-    "bottleneck, Houlsby": Method(lambda: BottleneckConfig(**_CAUSAL), (functools.partial(_bottleneck, False),)),
-    "bottleneck, Pfeiffer": Method(
-        lambda: BottleneckConfig(placement="pfeiffer", **_CAUSAL), (functools.partial(_bottleneck, False),)
-    ),
-    "bottleneck, parallel": Method(
-        lambda: BottleneckConfig(placement="parallel", **_CAUSAL), (functools.partial(_bottleneck, True),)
-    ),
-    "prefix tuning": Method(lambda: PrefixTuningConfig(**_VIRTUAL), (_prefix,)),
-    "prompt tuning": Method(lambda: PromptTuningConfig(**_VIRTUAL), (_prompt,)),
-    "BitFit": Method(lambda: BitFitConfig(add_bias="all-linear", **_CAUSAL)),
-    "Diff Pruning": Method(
-        lambda: DiffPruningConfig(target_modules=["mlp"], **_CAUSAL),
-        callback=functools.partial(DiffPruningCallback, target=0.02),
-    ),
-    "partial fine-tuning": Method(lambda: PartialConfig(num_last_layers=1, **_CAUSAL)),
-}
 
 TABLE = Table(
     f"Each cell is one test of `tests/integrations/test_methods.py` on a Llama of {LAYERS} layers, and says what the "
@@ -254,13 +79,6 @@ def column(title: str) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +114,7 @@ def adapted(
     for key, parameter in model.named_parameters():
         if "ranknum" in key:  # over a base that is not float32 PEFT leaves this count to the optimizer
             parameter.requires_grad_(False)
-    return (_moved(model) if moved else model).eval()
+    return (moved_away(model) if moved else model).eval()
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
@@ -498,12 +316,10 @@ class StockReader:
 def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
     """Started at once: it takes seconds to import what it needs, beside the tests of other columns."""
     folder, wanted = tmp_path_factory.mktemp("read"), {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in METHODS:
-            model = adapted(name, exchange_base(name, llama))
-            model.save_pretrained(folder / name)
-            wanted[name] = logits(model, INPUTS)
+    for name in METHODS:
+        model = adapted(name, exchange_base(name, llama))
+        model.save_pretrained(folder / name)
+        wanted[name] = logits(model, INPUTS)
     four_bit = [name for name, method in METHODS.items() if method.base != "dense"]
     torch.save({"inputs": INPUTS, "names": list(METHODS), "4-bit": four_bit}, folder / "job.pt")
     command = [sys.executable, "-c", _READER, str(llama), str(folder)]

@@ -13,6 +13,8 @@ import torch
 from op_db import Case, Sample, randn, wide
 from torch import Tensor
 
+Parts = dict[str, Tensor]  # of a result: the value, "y", and the gradients by name
+
 
 def run(function: Any, sample: Sample, grad: Tensor | None = None, *, keep_strides: bool = False) -> dict[str, Tensor]:
     """Value, and gradients for a given output gradient, of ``function``; back on the CPU.
@@ -43,25 +45,14 @@ def to_wide(sample: Sample) -> Sample:
     return Sample({k: wide(v) for k, v in sample.inputs.items()}, sample.grads)
 
 
-def assert_close(
-    got: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    terms: int,
-    from_product: Sequence[str] = (),
-) -> None:
+def assert_close(got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = ()) -> None:
     """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
     for name in got:
         assert_part_close(name, got, plain, exact, terms, from_product)
 
 
 def assert_part_close(
-    name: str,
-    got: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    terms: int,
-    from_product: Sequence[str] = (),
+    name: str, got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = ()
 ) -> None:
     """``assert_close`` of one part: the value, "y", or a gradient."""
     value, want = got[name], exact[name]

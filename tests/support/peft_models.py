@@ -1,10 +1,10 @@
 """Small PEFT models over every kind of base layer, and how accelerated ones are compared with PEFT's own."""
 
-from __future__ import annotations
-
 import copy
+import pickle
 
 import bitsandbytes as bnb
+import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from peft.tuners import ia3
@@ -18,6 +18,11 @@ from peft_ext.reference import lora as reference
 
 K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
 BASES = ("float32", "bfloat16", "nf4", "nf4 bfloat16", "bnb", "bnb nested", "bnb bfloat16")
+METHODS = ("LoRA", "DoRA", "IA3", "AdaLoRA")
+
+every_base = pytest.mark.parametrize("base", BASES)
+every_method = pytest.mark.parametrize("method", METHODS)
+every_clone = pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 
 
 class MLP(nn.Module):
@@ -66,13 +71,15 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
     return model
 
 
-def make(base="float32", **config):
-    config = {"target_modules": ["up", "down"], "r": 8, "lora_alpha": 12, "init_lora_weights": False, **config}
-    return get_peft_model(quantize(MLP(), base), LoraConfig(**config))
+def eight_bit(linear):
+    """A layer of bitsandbytes with the linear's weight, which its first call quantizes."""
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
 
 
 def config_of(method, **config):
-    """A PEFT configuration of "DoRA", "IA3" (one layer of each kind) or "AdaLoRA" for MLP's two layers."""
+    """A PEFT configuration of one of METHODS for MLP's two layers, of which IA3 takes one as feedforward."""
     config = {"target_modules": ["up", "down"], **config}
     if method == "IA3":
         return IA3Config(**{"feedforward_modules": ["down"], "init_ia3_weights": False, **config})
@@ -83,13 +90,22 @@ def config_of(method, **config):
 
 
 def make_method(method, base="float32", **config):
-    """As :func:`make`. A DoRA over NF4 starts dense: stock PEFT can't take the norm of an NF4Linear."""
+    """A DoRA over NF4 starts dense: stock PEFT can't take the norm of an NF4Linear."""
     late = method == "DoRA" and base.startswith("nf4")
     model = get_peft_model(quantize(MLP(), str(dtype_of(base)) if late else base), config_of(method, **config))
     if late:
         peft_ext.quantize_nf4(model, progress=False)
     spread(model)
     return model
+
+
+def make(base="float32", **config):
+    return make_method("LoRA", base, **config)
+
+
+def dropout_of(method, p):
+    """The argument of :func:`make_method` that drops out; IA3 has none."""
+    return {} if method == "IA3" else {"lora_dropout": p}
 
 
 def spread(model, name="default"):
@@ -214,13 +230,8 @@ def assert_as_good(actual, stock, exact):
 
 
 def assert_identical(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (actual[name] is None) == (value is None), name
-        if value is not None:
-            torch.testing.assert_close(
-                actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    """Of dictionaries of tensors, None where there is no gradient."""
+    torch.testing.assert_close(dict(actual), dict(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 def state_of(model):
@@ -228,3 +239,46 @@ def state_of(model):
         name: (type(module), {key: id(value) for key, value in vars(module).items()})
         for name, module in model.named_modules()
     }
+
+
+def assert_restored(model, before):
+    """The classes of all modules, and what they hold, are those of ``before``, a :func:`state_of`."""
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    for name, (kind, held) in before.items():
+        assert after[name][0] is kind and after[name][1].keys() == held.keys(), name
+
+
+def activate(model, names):
+    """Several adapters active and trainable, which AdaLoRA's model itself refuses."""
+    for layer in tuners(model).values():
+        layer.set_adapter(names)
+
+
+def make_several(method="LoRA", base="float32", names=("default", "other"), **other):
+    """A model with two adapters of one method, both active."""
+    model = make_method(method, base)
+    sizes = {"LoRA": {"r": 3, "lora_alpha": 5}, "AdaLoRA": {"init_r": 5, "inference_mode": True}, "IA3": {}}[method]
+    torch.manual_seed(2)
+    model.add_adapter("other", config_of(method, **{**sizes, **other}))
+    spread(model, "other")
+    activate(model, list(names))
+    return model
+
+
+def stock_of(model):
+    """What PEFT computes, on its own path: over NF4Linear, where DoRA has none, over the dequantized weight."""
+    has_dora = any(getattr(layer, "lora_variant", None) for layer in tuners(model).values())
+    model = peft_ext.restore(copy.deepcopy(model))
+    return dense_twin(model) if has_dora else model
+
+
+def compare(model, x):
+    """Accelerates the model, all of whose layers have to be fused, and returns what it computes, as good as PEFT's."""
+    fused = peft_ext.accelerate(model)
+    stock, exact = stock_of(model), in_float64(peft_ext.restore(copy.deepcopy(model)))
+    assert peft_ext.explain(fused).fused_share == 1.0, peft_ext.explain(fused)
+    with_philox(stock)
+    found = run(fused, x)
+    assert_as_good(found, run(stock, x), run(with_philox(exact), x.double()))
+    return found

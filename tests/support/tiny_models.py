@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -11,7 +12,8 @@ import torch
 import transformers as hf
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft_models import spread
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CLASSES = 3
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -63,6 +65,43 @@ class Sizes:
     @property
     def grouped(self) -> dict[str, Any]:
         return {**self.decoder, "num_key_value_heads": self.kv_heads}
+
+    @property
+    def headed(self) -> dict[str, Any]:
+        return {**self.grouped, "head_dim": self.head_dim}
+
+    @property
+    def gpt(self) -> dict[str, Any]:
+        return {
+            "n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "vocab_size": self.vocab,
+            "n_positions": 32, "initializer_range": self.spread, **_SPECIAL,
+        }  # fmt: skip
+
+    @property
+    def all_experts(self) -> dict[str, Any]:
+        return {"num_experts": self.experts, "num_experts_per_tok": self.active}
+
+    @property
+    def local_experts(self) -> dict[str, Any]:
+        return {"num_local_experts": self.experts, "num_experts_per_tok": self.active}
+
+    @property
+    def deepseek(self) -> dict[str, Any]:
+        return {
+            **self.decoder, "num_key_value_heads": self.heads, "kv_lora_rank": 16, "q_lora_rank": 24,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": self.inner,
+            "n_routed_experts": self.experts, "num_experts_per_tok": self.active, "n_shared_experts": 1,
+            "first_k_dense_replace": self.layers - 1,
+        }  # fmt: skip
+
+    @property
+    def bart(self) -> dict[str, Any]:
+        return {
+            "d_model": self.hidden, "encoder_layers": self.layers, "decoder_layers": self.layers,
+            "encoder_attention_heads": self.heads, "decoder_attention_heads": self.heads, "encoder_ffn_dim": self.inner,
+            "decoder_ffn_dim": self.inner, "vocab_size": self.vocab, "decoder_start_token_id": 1,
+            "init_std": self.spread, **_SPECIAL,
+        }  # fmt: skip
 
     @property
     def vision(self) -> dict[str, Any]:
@@ -146,20 +185,27 @@ class Architecture:
         return model.eval()
 
 
-def _decoder(s: Sizes, model: type, config: hf.PretrainedConfig, **options: Any) -> Architecture:
-    return Architecture(model, config, **{"inputs": s.text, "labels": s.tokens, **options})
+def _of(stem: str, head: str, sizes: dict[str, Any]) -> tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]:
+    """transformers' class of a model and its configuration, by their names."""
+    return getattr(hf, f"{stem}{head}"), getattr(hf, f"{stem}Config")(**sizes)
 
 
-def _classifier(s: Sizes, model: type, config: hf.PretrainedConfig, **options: Any) -> Architecture:
+def _decoder(s: Sizes, stem: str, sizes: dict[str, Any], head: str = "ForCausalLM", **options: Any) -> Architecture:
+    return Architecture(*_of(stem, head, sizes), **{"inputs": s.text, "labels": s.tokens, **options})
+
+
+def _classifier(s: Sizes, stem: str, sizes: dict[str, Any]) -> Architecture:
+    model, config = _of(stem, "ForSequenceClassification", sizes)
     config.num_labels = CLASSES
-    return Architecture(model, config, s.text, s.classes, TaskType.SEQ_CLS, **options)
+    return Architecture(model, config, s.text, s.classes, TaskType.SEQ_CLS)
 
 
-def _seq2seq(s: Sizes, model: type, config: hf.PretrainedConfig, **options: Any) -> Architecture:
-    return Architecture(model, config, s.text, s.fewer_tokens, TaskType.SEQ_2_SEQ_LM, **options)
+def _seq2seq(s: Sizes, stem: str, sizes: dict[str, Any], head: str = "ForConditionalGeneration") -> Architecture:
+    return Architecture(*_of(stem, head, sizes), s.text, s.fewer_tokens, TaskType.SEQ_2_SEQ_LM)
 
 
-def _vision(s: Sizes, model: type, config: hf.PretrainedConfig, **options: Any) -> Architecture:
+def _vision(s: Sizes, stem: str, sizes: dict[str, Any], **options: Any) -> Architecture:
+    model, config = _of(stem, "ForImageClassification", sizes)
     config.num_labels = CLASSES
     return Architecture(model, config, s.images, s.classes, None, **options)
 
@@ -172,93 +218,75 @@ _LLAMA_IA3 = _ia3(["k_proj", "v_proj"], ["down_proj"])
 _FC_IA3 = _ia3(["k_proj", "v_proj"], ["fc2"])
 
 
-def _falcon(s: Sizes, ia3: Optional[dict[str, Any]] = None, **options: Any) -> Architecture:
-    config = hf.FalconConfig(**s.body, **_SPECIAL, vocab_size=s.vocab, **options)
-    return _decoder(s, hf.FalconForCausalLM, config, ia3=ia3 or {})
-
-
-def _bart(s: Sizes) -> dict[str, Any]:
-    return {
-        "d_model": s.hidden, "encoder_layers": s.layers, "decoder_layers": s.layers, "encoder_attention_heads": s.heads,
-        "decoder_attention_heads": s.heads, "encoder_ffn_dim": s.inner, "decoder_ffn_dim": s.inner,
-        "vocab_size": s.vocab, "decoder_start_token_id": 1, "init_std": s.spread, **_SPECIAL,
-    }  # fmt: skip
+def _falcon(s: Sizes, ia3: Optional[dict[str, Any]] = None, **sizes: Any) -> Architecture:
+    return _decoder(s, "Falcon", {**s.body, **_SPECIAL, "vocab_size": s.vocab, **sizes}, ia3=ia3 or {})
 
 
 # What is tested one by one.
 _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
-    "Llama": lambda s: _decoder(s, hf.LlamaForCausalLM, hf.LlamaConfig(**s.grouped)),
-    "Qwen2": lambda s: _decoder(s, hf.Qwen2ForCausalLM, hf.Qwen2Config(**s.grouped)),
-    "Qwen3": lambda s: _decoder(s, hf.Qwen3ForCausalLM, hf.Qwen3Config(**s.grouped, head_dim=s.head_dim)),
-    "Mistral": lambda s: _decoder(s, hf.MistralForCausalLM, hf.MistralConfig(**s.grouped, sliding_window=4)),
-    "Gemma2": lambda s: _decoder(s, hf.Gemma2ForCausalLM, hf.Gemma2Config(**s.grouped, head_dim=s.head_dim)),
-    "Gemma3": lambda s: _decoder(s, hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**s.grouped, head_dim=s.head_dim)),
-    "Phi": lambda s: _decoder(s, hf.PhiForCausalLM, hf.PhiConfig(**s.decoder, resid_pdrop=0.1)),
-    "Phi3": lambda s: _decoder(
-        s, hf.Phi3ForCausalLM, hf.Phi3Config(**s.grouped, resid_pdrop=0.1), **_ia3(["qkv_proj"], ["down_proj"])
-    ),
-    "GPT-2": lambda s: _decoder(
-        s, hf.GPT2LMHeadModel,
-        hf.GPT2Config(
-            n_embd=s.hidden, n_layer=s.layers, n_head=s.heads, vocab_size=s.vocab, n_positions=32,
-            initializer_range=s.spread, **_SPECIAL,
-        ),
-    ),
+    "Llama": lambda s: _decoder(s, "Llama", s.grouped),
+    "Qwen2": lambda s: _decoder(s, "Qwen2", s.grouped),
+    "Qwen3": lambda s: _decoder(s, "Qwen3", s.headed),
+    "Mistral": lambda s: _decoder(s, "Mistral", {**s.grouped, "sliding_window": 4}),
+    "Gemma2": lambda s: _decoder(s, "Gemma2", s.headed),
+    "Gemma3": lambda s: Architecture(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**s.headed), s.text, s.tokens),
+    "Phi": lambda s: _decoder(s, "Phi", {**s.decoder, "resid_pdrop": 0.1}),
+    "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
+    "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
     # Without a bias and without dropout nothing stands between a layer and the sum, which Falcon makes in place; IA3
     # scales what goes into it.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
-        s, hf.OPTForCausalLM,
-        hf.OPTConfig(
-            hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, **_SPECIAL, ffn_dim=s.inner,
-            word_embed_proj_dim=32, vocab_size=s.vocab, max_position_embeddings=32, init_std=s.spread,
-            activation_function=s.activation,
-        ),
+        s, "OPT",
+        {
+            "hidden_size": s.hidden, "num_hidden_layers": s.layers, "num_attention_heads": s.heads, **_SPECIAL,
+            "ffn_dim": s.inner, "word_embed_proj_dim": 32, "vocab_size": s.vocab, "max_position_embeddings": 32,
+            "init_std": s.spread, "activation_function": s.activation,
+        },
     ),
-    "GPT-NeoX": lambda s: _decoder(s, hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**s.decoder)),
-    "Cohere": lambda s: _decoder(s, hf.CohereForCausalLM, hf.CohereConfig(**s.grouped), **_LLAMA_IA3),
-    "Cohere2": lambda s: _decoder(
-        s, hf.Cohere2ForCausalLM, hf.Cohere2Config(**s.grouped, sliding_window=4), **_LLAMA_IA3
-    ),
+    "GPT-NeoX": lambda s: _decoder(s, "GPTNeoX", s.decoder),
+    "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
+    "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
     # A token goes to one expert of two, whose choice a rounding may flip, or to the one that there is; the second layer
     # is dense, and the routed sum is added in place to what the shared expert returns.
-    "Llama4": lambda s: _decoder(
-        s, hf.Llama4ForCausalLM,
+    "Llama4": lambda s: Architecture(
+        hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
-            **s.grouped, intermediate_size_mlp=s.inner, head_dim=s.head_dim, moe_layers=[0], attention_chunk_size=4,
+            **s.headed, intermediate_size_mlp=s.inner, moe_layers=[0], attention_chunk_size=4,
             num_local_experts=1 if s.experts == s.active else s.experts, num_experts_per_tok=1,
         ),
+        s.text, s.tokens,
         lora={"target_modules": [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]},
         **_ia3(["k_proj", "v_proj", "down_proj"], []),
     ),
-    "BERT": lambda s: _classifier(s, hf.BertForSequenceClassification, hf.BertConfig(**s.encoder)),
-    "RoBERTa": lambda s: _classifier(s, hf.RobertaForSequenceClassification, hf.RobertaConfig(**s.encoder)),
+    "BERT": lambda s: _classifier(s, "Bert", s.encoder),
+    "RoBERTa": lambda s: _classifier(s, "Roberta", s.encoder),
     "T5": lambda s: _seq2seq(
-        s, hf.T5ForConditionalGeneration,
-        hf.T5Config(
-            d_model=s.hidden, d_kv=16, d_ff=s.inner, num_layers=s.layers, num_heads=s.heads, vocab_size=s.vocab,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, feed_forward_proj=s.activation,
-        ),
+        s, "T5",
+        {
+            "d_model": s.hidden, "d_kv": 16, "d_ff": s.inner, "num_layers": s.layers, "num_heads": s.heads,
+            "vocab_size": s.vocab, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+            "feed_forward_proj": s.activation,
+        },
     ),
     "ViT": lambda s: _vision(
-        s, hf.ViTForImageClassification, hf.ViTConfig(**s.vision, hidden_dropout_prob=0.1),
+        s, "ViT", {**s.vision, "hidden_dropout_prob": 0.1},
         lora={"target_modules": [*_ATTENTION, "fc1", "fc2"], "modules_to_save": ["classifier"]},
         **_FC_IA3,
     ),
     "Whisper": lambda s: Architecture(
         hf.WhisperForConditionalGeneration,
         hf.WhisperConfig(
-            **_bart(s), num_mel_bins=8, max_source_positions=12, max_target_positions=32, dropout=0.1,
+            **s.bart, num_mel_bins=8, max_source_positions=12, max_target_positions=32, dropout=0.1,
             suppress_tokens=None, begin_suppress_tokens=None,
         ),
         inputs=lambda: {"input_features": s.numbers(8, 24)}, labels=s.fewer_tokens, task=None,
         **_FC_IA3,
     ),
     "Mixtral": lambda s: _decoder(
-        s, hf.MixtralForCausalLM,
-        hf.MixtralConfig(**s.grouped, num_local_experts=s.experts, num_experts_per_tok=s.active),
+        s, "Mixtral", {**s.grouped, **s.local_experts},
         lora={
             "target_modules": _ATTENTION,
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -267,162 +295,108 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     ),
 }  # fmt: skip
 
-
-def _positions(s: Sizes) -> dict[str, Any]:
-    return {"max_position_embeddings": 32}
-
+_POSITIONS = {"max_position_embeddings": 32}
 
 # What the model fuzzer draws from beside them; its target modules are its own.
 _MORE: dict[str, Callable[[Sizes], Architecture]] = {
-    "Gemma": lambda s: _decoder(s, hf.GemmaForCausalLM, hf.GemmaConfig(**s.grouped, head_dim=s.head_dim)),
-    "GPT-J": lambda s: _decoder(
-        s, hf.GPTJForCausalLM,
-        hf.GPTJConfig(n_embd=s.hidden, n_layer=s.layers, n_head=s.heads, rotary_dim=4, vocab_size=s.vocab,
-                      n_positions=32, initializer_range=s.spread, **_SPECIAL),
-    ),
+    "Gemma": lambda s: _decoder(s, "Gemma", s.headed),
+    "GPT-J": lambda s: _decoder(s, "GPTJ", {**s.gpt, "rotary_dim": 4}),
     "GPT-Neo": lambda s: _decoder(
-        s, hf.GPTNeoForCausalLM,
-        hf.GPTNeoConfig(hidden_size=s.hidden, num_layers=s.layers, num_heads=s.heads, intermediate_size=s.inner,
-                        attention_types=[[["global", "local"][: s.layers], 1]], vocab_size=s.vocab, window_size=4,
-                        max_position_embeddings=32, initializer_range=s.spread, **_SPECIAL),
+        s, "GPTNeo",
+        {
+            "hidden_size": s.hidden, "num_layers": s.layers, "num_heads": s.heads, "intermediate_size": s.inner,
+            "attention_types": [[["global", "local"][: s.layers], 1]], "vocab_size": s.vocab, "window_size": 4,
+            **_POSITIONS, "initializer_range": s.spread, **_SPECIAL,
+        },
     ),
-    "CodeGen": lambda s: _decoder(
-        s, hf.CodeGenForCausalLM,
-        hf.CodeGenConfig(n_embd=s.hidden, n_layer=s.layers, n_head=s.heads, rotary_dim=4, vocab_size=s.vocab,
-                         n_positions=32, initializer_range=s.spread, **_SPECIAL),
-    ),
-    "GPTBigCode": lambda s: _decoder(
-        s, hf.GPTBigCodeForCausalLM,
-        hf.GPTBigCodeConfig(n_embd=s.hidden, n_layer=s.layers, n_head=s.heads, n_inner=s.inner, vocab_size=s.vocab,
-                            n_positions=32, initializer_range=s.spread, **_SPECIAL),
-    ),
+    "CodeGen": lambda s: _decoder(s, "CodeGen", {**s.gpt, "rotary_dim": 4}),
+    "GPTBigCode": lambda s: _decoder(s, "GPTBigCode", {**s.gpt, "n_inner": s.inner}),
     "BLOOM": lambda s: _decoder(
-        s, hf.BloomForCausalLM,
-        hf.BloomConfig(hidden_size=s.hidden, n_layer=s.layers, n_head=s.heads, vocab_size=s.vocab,
-                       initializer_range=s.spread, **_SPECIAL),
+        s, "Bloom",
+        {"hidden_size": s.hidden, "n_layer": s.layers, "n_head": s.heads, "vocab_size": s.vocab,
+         "initializer_range": s.spread, **_SPECIAL},
     ),
     "MPT": lambda s: _decoder(
-        s, hf.MptForCausalLM,
-        hf.MptConfig(d_model=s.hidden, n_layers=s.layers, n_heads=s.heads, expansion_ratio=2, vocab_size=s.vocab,
-                     max_seq_len=32, initializer_range=s.spread, **_SPECIAL),
+        s, "Mpt",
+        {"d_model": s.hidden, "n_layers": s.layers, "n_heads": s.heads, "expansion_ratio": 2, "vocab_size": s.vocab,
+         "max_seq_len": 32, "initializer_range": s.spread, **_SPECIAL},
     ),
-    "DeepSeek-V2": lambda s: _decoder(
-        s, hf.DeepseekV2ForCausalLM,
-        hf.DeepseekV2Config(**s.decoder, num_key_value_heads=s.heads, kv_lora_rank=16, q_lora_rank=24, head_dim=8,
-                            qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, moe_intermediate_size=s.inner,
-                            n_routed_experts=s.experts, num_experts_per_tok=s.active, n_shared_experts=1,
-                            first_k_dense_replace=s.layers - 1),
-    ),
-    "DeepSeek-V3": lambda s: _decoder(
-        s, hf.DeepseekV3ForCausalLM,
-        hf.DeepseekV3Config(**s.decoder, num_key_value_heads=s.heads, kv_lora_rank=16, q_lora_rank=24,
-                            qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, moe_intermediate_size=s.inner,
-                            n_routed_experts=s.experts, num_experts_per_tok=s.active, n_group=1, topk_group=1,
-                            first_k_dense_replace=s.layers - 1),
-    ),
-    "OLMo": lambda s: _decoder(s, hf.OlmoForCausalLM, hf.OlmoConfig(**s.grouped, clip_qkv=2.0)),
-    "OLMo2": lambda s: _decoder(s, hf.Olmo2ForCausalLM, hf.Olmo2Config(**s.grouped)),
-    "OLMoE": lambda s: _decoder(
-        s, hf.OlmoeForCausalLM, hf.OlmoeConfig(**s.grouped, num_experts=s.experts, num_experts_per_tok=s.active)
-    ),
+    "DeepSeek-V2": lambda s: _decoder(s, "DeepseekV2", {**s.deepseek, "head_dim": 8}),
+    "DeepSeek-V3": lambda s: _decoder(s, "DeepseekV3", {**s.deepseek, "n_group": 1, "topk_group": 1}),
+    "OLMo": lambda s: _decoder(s, "Olmo", {**s.grouped, "clip_qkv": 2.0}),
+    "OLMo2": lambda s: _decoder(s, "Olmo2", s.grouped),
+    "OLMoE": lambda s: _decoder(s, "Olmoe", {**s.grouped, **s.all_experts}),
     "StableLM": lambda s: _decoder(
-        s, hf.StableLmForCausalLM, hf.StableLmConfig(**s.grouped, use_parallel_residual=True, qk_layernorm=True)
+        s, "StableLm", {**s.grouped, "use_parallel_residual": True, "qk_layernorm": True}
     ),
-    "gpt-oss": lambda s: _decoder(
-        s, hf.GptOssForCausalLM,
-        hf.GptOssConfig(**s.grouped, head_dim=s.head_dim, num_local_experts=s.experts, num_experts_per_tok=s.active,
-                        sliding_window=4),
-    ),
-    "Granite": lambda s: _decoder(
-        s, hf.GraniteForCausalLM, hf.GraniteConfig(**s.grouped, residual_multiplier=0.5, logits_scaling=2.0)
-    ),
-    "GraniteMoE": lambda s: _decoder(
-        s, hf.GraniteMoeForCausalLM,
-        hf.GraniteMoeConfig(**s.grouped, num_local_experts=s.experts, num_experts_per_tok=s.active),
-    ),
-    "Starcoder2": lambda s: _decoder(s, hf.Starcoder2ForCausalLM, hf.Starcoder2Config(**s.grouped)),
-    "GLM": lambda s: _decoder(s, hf.GlmForCausalLM, hf.GlmConfig(**s.grouped, head_dim=s.head_dim)),
-    "GLM4": lambda s: _decoder(s, hf.Glm4ForCausalLM, hf.Glm4Config(**s.grouped, head_dim=s.head_dim)),
-    "Nemotron": lambda s: _decoder(s, hf.NemotronForCausalLM, hf.NemotronConfig(**s.grouped)),
-    "Persimmon": lambda s: _decoder(s, hf.PersimmonForCausalLM, hf.PersimmonConfig(**s.decoder)),
-    "SmolLM3": lambda s: _decoder(s, hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**s.grouped)),
+    "gpt-oss": lambda s: _decoder(s, "GptOss", {**s.headed, **s.local_experts, "sliding_window": 4}),
+    "Granite": lambda s: _decoder(s, "Granite", {**s.grouped, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "GraniteMoE": lambda s: _decoder(s, "GraniteMoe", {**s.grouped, **s.local_experts}),
+    "Starcoder2": lambda s: _decoder(s, "Starcoder2", s.grouped),
+    "GLM": lambda s: _decoder(s, "Glm", s.headed),
+    "GLM4": lambda s: _decoder(s, "Glm4", s.headed),
+    "Nemotron": lambda s: _decoder(s, "Nemotron", s.grouped),
+    "Persimmon": lambda s: _decoder(s, "Persimmon", s.decoder),
+    "SmolLM3": lambda s: _decoder(s, "SmolLM3", s.grouped),
     "Qwen2-MoE": lambda s: _decoder(
-        s, hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig(**s.grouped, moe_intermediate_size=s.inner, shared_expert_intermediate_size=s.inner,
-                          num_experts=s.experts, num_experts_per_tok=s.active),
+        s, "Qwen2Moe",
+        {**s.grouped, **s.all_experts, "moe_intermediate_size": s.inner, "shared_expert_intermediate_size": s.inner},
     ),
-    "Qwen3-MoE": lambda s: _decoder(
-        s, hf.Qwen3MoeForCausalLM,
-        hf.Qwen3MoeConfig(**s.grouped, head_dim=s.head_dim, moe_intermediate_size=s.inner, num_experts=s.experts,
-                          num_experts_per_tok=s.active),
-    ),
-    "Exaone4": lambda s: _decoder(s, hf.Exaone4ForCausalLM, hf.Exaone4Config(**s.grouped, sliding_window=4)),
-    "Helium": lambda s: _decoder(s, hf.HeliumForCausalLM, hf.HeliumConfig(**s.grouped, head_dim=s.hidden // s.heads)),
+    "Qwen3-MoE": lambda s: _decoder(s, "Qwen3Moe", {**s.headed, **s.all_experts, "moe_intermediate_size": s.inner}),
+    "Exaone4": lambda s: _decoder(s, "Exaone4", {**s.grouped, "sliding_window": 4}),
+    "Helium": lambda s: _decoder(s, "Helium", {**s.grouped, "head_dim": s.hidden // s.heads}),
     "XGLM": lambda s: _decoder(
-        s, hf.XGLMForCausalLM,
-        hf.XGLMConfig(d_model=s.hidden, num_layers=s.layers, attention_heads=s.heads, ffn_dim=s.inner,
-                      vocab_size=s.vocab, max_position_embeddings=32, init_std=s.spread, **_SPECIAL),
+        s, "XGLM",
+        {"d_model": s.hidden, "num_layers": s.layers, "attention_heads": s.heads, "ffn_dim": s.inner,
+         "vocab_size": s.vocab, **_POSITIONS, "init_std": s.spread, **_SPECIAL},
     ),
     "Mamba": lambda s: _decoder(
-        s, hf.MambaForCausalLM,
-        hf.MambaConfig(hidden_size=s.hidden, state_size=4, num_hidden_layers=s.layers, vocab_size=s.vocab,
-                       time_step_rank=4, **_SPECIAL),
+        s, "Mamba",
+        {"hidden_size": s.hidden, "state_size": 4, "num_hidden_layers": s.layers, "vocab_size": s.vocab,
+         "time_step_rank": 4, **_SPECIAL},
         inputs=s.unpadded,
     ),
     "DistilBERT": lambda s: _classifier(
-        s, hf.DistilBertForSequenceClassification,
-        hf.DistilBertConfig(vocab_size=s.vocab, max_position_embeddings=32, n_layers=s.layers, n_heads=s.heads,
-                            dim=s.hidden, hidden_dim=s.inner, initializer_range=s.spread, pad_token_id=0),
+        s, "DistilBert",
+        {"vocab_size": s.vocab, **_POSITIONS, "n_layers": s.layers, "n_heads": s.heads, "dim": s.hidden,
+         "hidden_dim": s.inner, "initializer_range": s.spread, "pad_token_id": 0},
     ),
-    "ELECTRA": lambda s: _classifier(
-        s, hf.ElectraForSequenceClassification, hf.ElectraConfig(**s.encoder, embedding_size=24)
-    ),
-    "ALBERT": lambda s: _classifier(  # its layers are one, called again and again
-        s, hf.AlbertForSequenceClassification, hf.AlbertConfig(**s.encoder, embedding_size=24)
-    ),
+    "ELECTRA": lambda s: _classifier(s, "Electra", {**s.encoder, "embedding_size": 24}),
+    # Its layers are one, called again and again.
+    "ALBERT": lambda s: _classifier(s, "Albert", {**s.encoder, "embedding_size": 24}),
     "DeBERTa-v2": lambda s: _classifier(
-        s, hf.DebertaV2ForSequenceClassification,
-        hf.DebertaV2Config(**s.encoder, max_position_embeddings=32, relative_attention=True, position_buckets=8,
-                           pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", share_att_key=True),
+        s, "DebertaV2",
+        {**s.encoder, **_POSITIONS, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"],
+         "norm_rel_ebd": "layer_norm", "share_att_key": True},
     ),
-    "MPNet": lambda s: _classifier(s, hf.MPNetForSequenceClassification, hf.MPNetConfig(**s.encoder)),
+    "MPNet": lambda s: _classifier(s, "MPNet", s.encoder),
     "ModernBERT": lambda s: _classifier(
-        s, hf.ModernBertForSequenceClassification,
-        hf.ModernBertConfig(**s.decoder, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1,
-                            sep_token_id=2),
+        s, "ModernBert",
+        {**s.decoder, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
-    "BART": lambda s: _seq2seq(s, hf.BartForConditionalGeneration, hf.BartConfig(**_bart(s), **_positions(s))),
-    "mBART": lambda s: _seq2seq(s, hf.MBartForConditionalGeneration, hf.MBartConfig(**_bart(s), **_positions(s))),
-    "Pegasus": lambda s: _seq2seq(
-        s, hf.PegasusForConditionalGeneration,
-        hf.PegasusConfig(**_bart(s), **_positions(s), activation_function=s.activation),
-    ),
-    "Marian": lambda s: _seq2seq(s, hf.MarianMTModel, hf.MarianConfig(**_bart(s), **_positions(s))),
-    "DeiT": lambda s: _vision(s, hf.DeiTForImageClassification, hf.DeiTConfig(**s.vision)),
-    "BEiT": lambda s: _vision(
-        s, hf.BeitForImageClassification, hf.BeitConfig(**s.vision, use_relative_position_bias=True)
-    ),
-    "DINOv2": lambda s: _vision(
-        s, hf.Dinov2ForImageClassification,
-        hf.Dinov2Config(**{**s.vision, "mlp_ratio": 2}),
-    ),
+    "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
+    "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
+    "Pegasus": lambda s: _seq2seq(s, "Pegasus", {**s.bart, **_POSITIONS, "activation_function": s.activation}),
+    "Marian": lambda s: _seq2seq(s, "Marian", {**s.bart, **_POSITIONS}, "MTModel"),
+    "DeiT": lambda s: _vision(s, "DeiT", s.vision),
+    "BEiT": lambda s: _vision(s, "Beit", {**s.vision, "use_relative_position_bias": True}),
+    "DINOv2": lambda s: _vision(s, "Dinov2", {**s.vision, "mlp_ratio": 2}),
     "Swin": lambda s: _vision(
-        s, hf.SwinForImageClassification,
-        hf.SwinConfig(image_size=8, patch_size=2, embed_dim=s.hidden // 2, depths=[1, 1], num_heads=[2, 2],
-                      window_size=2, initializer_range=s.spread),
+        s, "Swin",
+        {"image_size": 8, "patch_size": 2, "embed_dim": s.hidden // 2, "depths": [1, 1], "num_heads": [2, 2],
+         "window_size": 2, "initializer_range": s.spread},
     ),
     "CLIP": lambda s: Architecture(
         hf.CLIPModel,
         hf.CLIPConfig(
-            text_config={**s.decoder, "max_position_embeddings": 32, "projection_dim": 24},
+            text_config={**s.decoder, **_POSITIONS, "projection_dim": 24},
             vision_config={**s.vision, "projection_dim": 24}, projection_dim=24,
         ),
         inputs=lambda: {**s.text(), **s.images(), "return_loss": True}, labels=None, task=None,
     ),
     "SigLIP": lambda s: Architecture(
         hf.SiglipModel,
-        hf.SiglipConfig(text_config={**s.decoder, "max_position_embeddings": 32, "projection_size": s.hidden},
-                        vision_config=s.vision),
+        hf.SiglipConfig(text_config={**s.decoder, **_POSITIONS, "projection_size": s.hidden}, vision_config=s.vision),
         inputs=lambda: {"input_ids": s.tokens(), **s.images(), "return_loss": True}, labels=None, task=None,
     ),
 }  # fmt: skip
@@ -439,3 +413,58 @@ def architecture(name: str, sizes: Optional[Sizes] = None) -> Architecture:
 _DEFAULT = Sizes()
 BATCH, HIDDEN, LAYERS = _DEFAULT.batch, _DEFAULT.hidden, _DEFAULT.layers
 ARCHITECTURES = {name: architecture(name) for name in _TESTED}
+
+
+# --- a step of a model, and what is compared --------------------------------------------------------------------------
+
+# Logits, loss and gradients by name.
+Step = dict[str, Optional[Tensor]]
+# What differs is the order of float32 sums over at most 128 terms, through two layers and back: up to 5e-6 of a
+# gradient's norm is seen. A bfloat16 rounding somewhere is 2e-3, a term left out of any layer is above 1e-2.
+TOLERANCE = 2e-5
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict[str, Any]] = None
+    ) -> Any:
+        if func.namespace == "peft_ext":
+            self.calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model.eval()(**batch).logits
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    """Logits, loss and the gradient of each trainable parameter of a training step from a fixed seed."""
+    model.train().zero_grad()
+    torch.manual_seed(4)
+    output = model(**batch)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": output.logits.detach(), "loss": output.loss.detach(), **gradients}
+
+
+def error_of(actual: Tensor, wanted: Tensor) -> float:
+    return ((actual.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def assert_close(actual: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
+    """Every tensor that ``wanted`` has is there and within ``tolerance`` of its norm, which is not zero."""
+    if isinstance(wanted, Tensor):
+        actual, wanted = {"logits": actual}, {"logits": wanted}
+    assert actual.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert value is not None and actual[key] is not None, f"{key} has no gradient"
+        assert value.norm() > 0, f"{key} is zero: nothing was compared"
+        assert actual[key].dtype is value.dtype, key
+        assert error_of(actual[key], value) < tolerance, f"{key}: {error_of(actual[key], value):.1e} off"

@@ -10,6 +10,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("aenum")
 
+from safetensors.torch import load_file  # noqa: E402
 from tiny_models import ARCHITECTURES  # noqa: E402
 
 import peft_ext  # noqa: E402
@@ -24,6 +25,12 @@ def llama(seed=0):
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )).eval()  # fmt: skip
+
+
+def adapted(base=None, **config):
+    """A Llama, or ``base``, under bottleneck adapters."""
+    config = BottleneckConfig(task_type="CAUSAL_LM", **config)
+    return peft_ext.get_peft_model(llama() if base is None else base, config)
 
 
 def tokens():
@@ -48,22 +55,15 @@ def logits(model):
     return model.eval()(input_ids=tokens()).logits
 
 
-@pytest.mark.parametrize(
-    ("placement", "places"),
-    [
-        ("houlsby", ("o_proj", "down_proj")),
-        ("pfeiffer", ("0", "1")),
-        ("after_ffn", ("down_proj",)),
-        ("parallel", ("mlp",)),
-    ],
-)
-def test_trains_saves_and_loads(placement, places, tmp_path):
+PLACES = {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": {"0", "1"}, "after_ffn": {"down_proj"}, "parallel": {"mlp"}}
+
+
+@pytest.mark.parametrize("placement", PLACES)
+def test_trains_saves_and_loads(placement, tmp_path):
     base = logits(llama())
-    model = peft_ext.get_peft_model(
-        llama(), BottleneckConfig(placement=placement, bottleneck_dim=8, task_type="CAUSAL_LM")
-    )
-    adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_place")}
-    assert adapted == set(places)
+    model = adapted(placement=placement, bottleneck_dim=8)
+    found = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "bottleneck_place")}
+    assert found == PLACES[placement]
     rows = peft_ext.explain(model).rows
     assert rows and all(row.fused and row.kind.startswith("bottleneck adapter over ") for row in rows)
     assert (logits(model) - base).abs().max() < 1e-3
@@ -79,8 +79,6 @@ def test_trains_saves_and_loads(placement, places, tmp_path):
     model.save_pretrained(tmp_path)
     for loaded in (peft_ext.load_adapter(llama(), tmp_path), peft.PeftModel.from_pretrained(llama(), tmp_path)):
         assert torch.equal(logits(loaded), wanted)
-    from safetensors.torch import load_file
-
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert all(".bottleneck_adapters.down." in key or ".bottleneck_adapters.up." in key for key in keys)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)
@@ -88,12 +86,10 @@ def test_trains_saves_and_loads(placement, places, tmp_path):
     assert torch.equal(logits(model.unload()), base)
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "after_ffn", "parallel"])
+@pytest.mark.parametrize("placement", PLACES)
 def test_gradients_are_those_of_plain_modules(placement):
-    config = BottleneckConfig(
-        placement=placement, bottleneck_dim=8, init_weights="bert", scale=2.0, task_type="CAUSAL_LM"
-    )
-    model, batch = peft_ext.get_peft_model(llama(), config), tokens()
+    model = adapted(placement=placement, bottleneck_dim=8, init_weights="bert", scale=2.0)
+    batch = tokens()
     plain = llama()
     adapters = {}
     for name, layer in list(model.base_model.model.named_modules()):
@@ -117,9 +113,7 @@ def test_gradients_are_those_of_plain_modules(placement):
 
 
 def test_two_adapters_are_held_switched_and_deleted():
-    model = peft_ext.get_peft_model(
-        llama(), BottleneckConfig(bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM")
-    )
+    model = adapted(bottleneck_dim=4, init_weights="bert")
     first = logits(model)
     model.add_adapter("other", BottleneckConfig(bottleneck_dim=6, init_weights="bert", task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), first)
@@ -144,9 +138,7 @@ def test_counts_of_bert_base():
 
 
 def test_over_an_nf4_base():
-    model = peft_ext.quantize_nf4(llama(), progress=False)
-    model = peft_ext.get_peft_model(model, BottleneckConfig(bottleneck_dim=8, task_type="CAUSAL_LM"))
-    losses = trained(model)
+    losses = trained(adapted(peft_ext.quantize_nf4(llama(), progress=False), bottleneck_dim=8))
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -163,7 +155,7 @@ def test_errors():
     bert = transformers.BertModel(config)
     with pytest.raises(ValueError, match="placement 'parallel' has no default for model type 'bert'"):
         peft.get_peft_model(bert, BottleneckConfig(placement="parallel"))
-    model = peft_ext.get_peft_model(llama(), BottleneckConfig(task_type="CAUSAL_LM"))
+    model = adapted()
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="not linear and can't be merged"):
             merge()
@@ -217,8 +209,7 @@ def test_opt_with_its_norms_behind_has_the_adapter_around_the_last():
 
 
 def test_the_hidden_states_of_an_adapted_block_are_what_the_next_one_takes():
-    config = BottleneckConfig(placement="pfeiffer", bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM")
-    model, taken = peft_ext.get_peft_model(llama(), config).eval(), []
+    model, taken = adapted(placement="pfeiffer", bottleneck_dim=4, init_weights="bert").eval(), []
     layers = model.base_model.model.model.layers
     layers[1].base_layer.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
     states = model(input_ids=tokens(), output_hidden_states=True).hidden_states
@@ -237,7 +228,7 @@ def test_layers_to_transform_and_a_sublayer_called_by_keywords():
 
 
 def test_what_can_not_be_run_is_refused():
-    model = peft_ext.get_peft_model(llama(), BottleneckConfig(bottleneck_dim=4, task_type="CAUSAL_LM"))
+    model = adapted(bottleneck_dim=4)
     with pytest.raises(ValueError, match="adapter_names is given, but a batch of several adapters"):
         model(input_ids=tokens(), adapter_names=["default", "default"])
     config = BottleneckConfig(placement="parallel", target_modules=["down_proj"], task_type="CAUSAL_LM")
@@ -253,7 +244,7 @@ def test_what_can_not_be_run_is_refused():
 def test_accelerate_can_take_its_hooks_off():
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-    model = peft_ext.get_peft_model(llama(), BottleneckConfig(bottleneck_dim=4, task_type="CAUSAL_LM"))
+    model = adapted(bottleneck_dim=4)
     wanted = logits(model)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     add_hook_to_module(layer.base_layer, ModelHook())

@@ -1,0 +1,168 @@
+"""peft_ext.get_peft_model and load_adapter: as PEFT's, accelerated; AdaLoRA over bfloat16; files that are refused."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("aenum")
+pytest.importorskip("bitsandbytes")
+
+import peft
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tuner_models import assert_same, batch, logits, make_base
+
+import peft_ext
+from peft_ext.model import get_peft_model, load_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_get_peft_model_accelerates_what_peft_makes():
+    config = peft.LoraConfig(target_modules="all-linear", r=4)
+    model = get_peft_model(make_base("llama"), config, "mine")
+    assert model.active_adapters == ["mine"] and peft_ext.explain(model).fused_share == 1
+    stock = get_peft_model(make_base("llama"), config, accelerate=False, autocast_adapter_dtype=False)
+    assert peft_ext.explain(stock).fused_share == 0
+    with pytest.raises(TypeError, match="config is dict, wanted a PeftConfig"):
+        get_peft_model(make_base("llama"), {"r": 4})
+    with pytest.raises(ValueError, match="dora_dropout is 'x'"):
+        get_peft_model(make_base("llama"), config, dora_dropout="x")
+
+
+def test_load_adapter(tmp_path):
+    base = make_base("llama")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    saved = get_peft_model(copy.deepcopy(base), config)
+    saved.save_pretrained(tmp_path / "a")
+    first = logits(saved.eval())
+    model = load_adapter(copy.deepcopy(base), tmp_path / "a")
+    assert torch.equal(logits(model), first) and peft_ext.explain(model).fused_share == 1
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert load_adapter(model, str(tmp_path / "a"), "b", is_trainable=True) is model
+    assert model.active_adapters == ["b"] and torch.equal(logits(model), first)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"b"}
+    assert peft_ext.explain(model).fused_share == 1
+    load_adapter(model, tmp_path / "a", "c")
+    assert model.active_adapters == ["c"] and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="has an adapter 'b' already"):
+        load_adapter(model, tmp_path / "a", "b")
+    with pytest.raises(TypeError, match="model is dict, wanted a model"):
+        load_adapter({}, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        load_adapter(base, tmp_path / "nope")
+
+    other = tmp_path / "pickled"
+    saved.save_pretrained(other, safe_serialization=False)
+    with pytest.raises(ValueError, match="has adapter_model.bin, a pickle, and no adapter_model.safetensors"):
+        load_adapter(copy.deepcopy(base), other)
+    (other / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
+        load_adapter(copy.deepcopy(base), other)
+    save_file(load_file(tmp_path / "a" / "adapter_model.safetensors"), other / "adapter_model.safetensors")
+    loaded = load_adapter(copy.deepcopy(base), tmp_path, subfolder="pickled", accelerate=False)
+    assert peft_ext.explain(loaded).fused_share == 0
+    torch.testing.assert_close(logits(loaded), first)
+
+
+# --- AdaLoRA ----------------------------------------------------------------------------------------------------------
+
+
+def ada_lora(**changes):
+    return peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_r=6, target_r=3, tinit=2,
+                              tfinal=4, total_step=16, **changes)  # fmt: skip
+
+
+def ranknums(model):
+    return {name: p for name, p in model.named_parameters() if ".ranknum." in name}
+
+
+def ada_lora_s(model):
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def train_ada_lora(model, steps=16):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(steps):
+        model(**batch(model.get_base_model())).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+
+
+def without_loss(model):
+    """PEFT adds a term to an AdaLoRA model's loss for the adapter that trains, and fails where none does."""
+    with torch.no_grad():
+        return model.eval()(input_ids=batch(model.get_base_model())["input_ids"]).logits
+
+
+def without_lost_ranks(model):
+    """A copy whose tensors are cut to the ranks that are left, as they are on disk: sums of as many terms."""
+    model = copy.deepcopy(model)
+    ranks = {name.removesuffix(".default"): kept for name, kept in model.peft_config["default"].rank_pattern.items()}
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "ranknum"):
+            kept = torch.tensor(ranks[f"{name}.lora_E"])
+            lora_A, lora_B, lora_E = layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"]
+            lora_A.data, lora_B.data, lora_E.data = lora_A.data[kept], lora_B.data[:, kept], lora_E.data[kept]
+    return model
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ada_lora_s_divisor_is_not_trained(dtype, autocast):
+    model = get_peft_model(make_base("llama").to(dtype), ada_lora(), autocast_adapter_dtype=autocast)
+    train_ada_lora(model)
+    assert len(ranknums(model)) == 14
+    assert all(p.item() == 6 and not p.requires_grad for p in ranknums(model).values())
+    assert {p.dtype for p in ada_lora_s(model).values()} == {torch.float32 if autocast else dtype}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["fresh", "beside another"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_ada_lora_over_bfloat16_is_read_as_it_was_saved(tmp_path, is_trainable, beside):
+    base = make_base("llama").bfloat16()
+    model = get_peft_model(copy.deepcopy(base), ada_lora())
+    train_ada_lora(model)
+    kept = [sum(ranks) for ranks in model.peft_config["default"].rank_pattern.values()]
+    assert 0 < sum(kept) < 6 * len(kept)
+    wanted = without_loss(without_lost_ranks(model))
+    torch.testing.assert_close(without_loss(model), wanted)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+
+    fresh = copy.deepcopy(base)
+    if beside:
+        fresh = get_peft_model(fresh, ada_lora(inference_mode=True), "first")
+    loaded = load_adapter(fresh, tmp_path, "mine", is_trainable=is_trainable)
+    assert torch.equal(without_loss(loaded), wanted)
+    assert_same(get_peft_model_state_dict(loaded, adapter_name="mine"), saved)
+    assert loaded.peft_config["mine"].rank_pattern is not None
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert bool(trained) is is_trainable and not any("ranknum" in name for name in trained)
+    if is_trainable:
+        assert {name.rpartition(".")[2] for name in trained} == {"mine"}
+
+
+def test_ada_lora_without_autocast_stays_in_the_base_s_dtype(tmp_path):
+    base = make_base("llama").bfloat16()
+    model = get_peft_model(copy.deepcopy(base), ada_lora())
+    train_ada_lora(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
+    assert {p.dtype for p in ada_lora_s(loaded).values()} == {torch.bfloat16}
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
+    assert_same(get_peft_model_state_dict(loaded), get_peft_model_state_dict(stock))
+
+
+def test_what_is_not_to_train_is_frozen_over_bfloat16_too(tmp_path):
+    base = make_base("llama").bfloat16()
+    get_peft_model(copy.deepcopy(base), peft.IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded = load_adapter(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert {name.split(".")[-2] for name, p in loaded.named_parameters() if p.requires_grad} == {"ia3_l"}
