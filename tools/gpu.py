@@ -114,7 +114,7 @@ def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> 
     # Values first; what torch.compile traces takes longest and says least of a kernel. Each launch is waited for, so
     # that a fault is the fault of the test that it stands at.
     slow = "test_compiles or test_opcheck"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py"]
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py", "tests/ops/test_op_edges.py"]
     end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
     wrong = runner.run([*tests, "tests/nn/test_nn.py", *own, "-k", f"not ({slow})"], limit, environment)
     return wrong or runner.run([*tests, "-k", slow], end - runner.clock())

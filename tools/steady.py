@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOAD = ("tests/ops/test_ops.py",)
+LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
 # Those that take some seconds; so many repetitions fit in one process, whose imports they share.
 SHORT = (
