@@ -135,7 +135,7 @@ clang-check aarch64-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
 kills: setup
-	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_faults.py -k killed
+	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
 NIGHTLY = sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
