@@ -180,17 +180,9 @@ def make_venv(runner: Runner) -> str:
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
         [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=9"],
-        [
-            *pip,
-            "typer",
-            "rich",
-            "transformers>=5.0",
-            "peft>=0.21",
-            "aenum>=3.1.15",
-            "accelerate>=1.0",
-            "bitsandbytes>=0.47",
-        ],
-    ):
+        [*pip, "typer", "rich", "transformers>=5.0", "peft>=0.21", "aenum>=3.1.15", "accelerate>=1.0",
+         "bitsandbytes>=0.47"],
+    ):  # fmt: skip
         if wrong := runner.run(command, runner.left()):
             sys.exit(f"gpu: making {VENV} failed: {wrong}")
     return python
