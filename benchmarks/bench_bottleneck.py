@@ -17,29 +17,26 @@ from peft_ext import ops
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import Problem, compiled, functional, gather
+from .peers import Problem, weightless_comparison
 
 
 def _adapter(problem: Problem, compile: bool) -> Comparison:
     problem = Problem(problem.tokens, problem.k, problem.k, rank=64, device=problem.device)
-    names = ("lora_A", "lora_B")
-    exact = problem.exact("bf16", lambda linear, x, mask, lora_A, lora_B: x + F.gelu(x @ lora_A.T) @ lora_B.T, names)
+    tokens, k, size = problem.tokens, problem.k, problem.rank
 
     def eager(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x + F.linear(F.gelu(F.linear(x.float(), lora_A)), lora_B).to(torch.bfloat16)
 
-    def contender(forward: Any) -> Any:
-        return functional(problem, "bf16", forward, names, exact)
-
-    makers = {
-        "ours": lambda: contender(lambda x, weight, a, b: ops.bottleneck_adapter(x, a, None, b, None)),
-        "torch eager": lambda: contender(eager),
-    }
-    if compile:
-        makers["torch.compile"] = lambda: contender(compiled(eager))
-    contenders, absent = gather(makers)
-    tokens, k, size = problem.tokens, problem.k, problem.rank
-    return Comparison(contenders, 6 * 2 * tokens * k, absent=absent, flops=12 * tokens * k * size)
+    return weightless_comparison(
+        problem,
+        compile,
+        ours=lambda x, weight, a, b: ops.bottleneck_adapter(x, a, None, b, None),
+        eager=eager,
+        formula=lambda linear, x, mask, lora_A, lora_B: x + F.gelu(x @ lora_A.T) @ lora_B.T,
+        names=("lora_A", "lora_B"),
+        bytes_moved=6 * 2 * tokens * k,
+        flops=12 * tokens * k * size,
+    )
 
 
 VARIANTS = (Variant("bottleneck_adapter", "float32 parameters", _adapter),)

@@ -32,6 +32,7 @@ from .peers import (
     layer_comparison,
     low_rank_bytes,
     low_rank_flops,
+    peft_config,
 )
 
 
@@ -65,12 +66,6 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
         low_rank = SCALING * (dropped @ lora_A.t() @ lora_B.t())
         return linear(x) + (scale - 1) * linear(dropped) + scale * low_rank
 
-    def config() -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout, target_modules=["proj"],
-                          use_dora=True)  # fmt: skip
-
     drops_base = bool(dropout) and mode == "peft"
     theirs = peft_formula if dropout else formula
     return layer_comparison(
@@ -81,12 +76,13 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
         eager=eager,
         formula=theirs if mode == "peft" else formula,
         peft_formula=theirs,
-        names=("lora_A", "lora_B", "magnitude"),
-        config=config,
+        config=lambda: peft_config(
+            "LoraConfig", r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout, use_dora=True
+        ),
         where={
-            "lora_A": lambda layer: layer.lora_A["default"].weight,
-            "lora_B": lambda layer: layer.lora_B["default"].weight,
-            "magnitude": lambda layer: layer.lora_magnitude_vector["default"].weight,
+            "lora_A": "lora_A.default.weight",
+            "lora_B": "lora_B.default.weight",
+            "magnitude": "lora_magnitude_vector.default.weight",
         },
         # The magnitude and its gradient, and Z once more for that gradient.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,

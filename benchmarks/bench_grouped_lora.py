@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_ext import ops
 
 from .grid import Variant
 from .harness import Comparison, Contender
-from .peers import RANK, SCALING, Problem, Turns, bitsandbytes_linear, dense, entered_once, frozen, gather, peft_name
+from .peers import RANK, SCALING, Problem, Turns, dense, frozen, gather, peft_config, peft_name, stock_linear
 
 ADAPTERS = 8
 SETS = 4  # of eight adapters, in turn: together with the weights they do not stay in the cache
@@ -90,30 +90,20 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
     """PEFT's layer with eight adapters, called with the name of each sample's."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    weights = problem.weights(base)
-    if base == "bf16":
-        linear: nn.Module = nn.Linear(problem.k, problem.n, bias=False, device="meta", dtype=torch.bfloat16)
-        linear.weight = nn.Parameter(weights.items[0], requires_grad=False)
-    else:
-        linear = bitsandbytes_linear(weights.items[0])
-    config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["proj"])
+    model, set_next_weight = stock_linear(problem, base)
+    config = peft_config("LoraConfig", r=RANK, lora_alpha=SCALING * RANK)
     names = [f"adapter{i}" for i in range(len(samples))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(nn.ModuleDict({"proj": linear}), config, names[0])
+        model = get_peft_model(model, config, names[0])
         for name in names[1:]:
             model.add_adapter(name, config)
     layer = model.base_model.model.proj.eval()
-    entered = entered_once(weights, lambda weight: weight if base == "bf16" else weight.to_bitsandbytes())
 
     def take() -> None:
-        weight = entered(weights.next())
-        if base == "bf16":
-            layer.base_layer.weight.data = weight
-        else:
-            layer.base_layer.weight, layer.base_layer.quant_state = weight, weight.quant_state
+        set_next_weight(layer.base_layer)
         for name, a, b in zip(names, *sets.next(), strict=True):
             layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a, b
 

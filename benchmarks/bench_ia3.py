@@ -18,7 +18,7 @@ from peft_ext import ops
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import Problem, compiled, dense, functional, gather, layer_bytes, layer_comparison
+from .peers import Problem, dense, layer_bytes, layer_comparison, peft_config, weightless_comparison
 
 
 def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Comparison:
@@ -35,11 +35,6 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
     def formula(linear: Any, x: Tensor, mask: Any, **held: Tensor) -> Tensor:
         return linear(x * held[name]) if feedforward else linear(x) * held[name]
 
-    def config() -> Any:
-        from peft import IA3Config
-
-        return IA3Config(target_modules=["proj"], feedforward_modules=["proj"] if feedforward else [])
-
     tokens, k, n = problem.tokens, problem.k, problem.n
     return layer_comparison(
         problem,
@@ -48,9 +43,8 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
         ours=ours,
         eager=eager,
         formula=formula,
-        names=(name,),
-        config=config,
-        where={name: lambda layer: layer.ia3_l["default"]},
+        config=lambda: peft_config("IA3Config", feedforward_modules=["proj"] if feedforward else []),
+        where={name: "ia3_l.default"},
         bytes_moved=layer_bytes(problem, base) + (2 * tokens + 2 * 4) * (k if feedforward else n),
         flops=4 * tokens * n * k,
     )
@@ -63,20 +57,15 @@ def _scale(problem: Problem, compile: bool) -> Comparison:
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:
         return (x * ia3_l).to(torch.bfloat16)
 
-    tokens, k = problem.tokens, problem.k
-    exact = problem.exact("bf16", lambda linear, x, mask, ia3_in: x * ia3_in, ("ia3_in",))
-
-    def contender(forward: Any) -> Any:
-        return functional(problem, "bf16", forward, ("ia3_in",), exact)
-
-    makers = {
-        "ours": lambda: contender(lambda x, weight, ia3_l: ops.ia3_scale(x, ia3_l)),
-        "torch eager": lambda: contender(eager),
-    }
-    if compile:
-        makers["torch.compile"] = lambda: contender(compiled(eager))
-    contenders, absent = gather(makers)
-    return Comparison(contenders, 5 * 2 * tokens * k + 2 * 4 * k, absent=absent)
+    return weightless_comparison(
+        problem,
+        compile,
+        ours=lambda x, weight, ia3_l: ops.ia3_scale(x, ia3_l),
+        eager=eager,
+        formula=lambda linear, x, mask, ia3_in: x * ia3_in,
+        names=("ia3_in",),
+        bytes_moved=5 * 2 * problem.tokens * problem.k + 2 * 4 * problem.k,
+    )
 
 
 VARIANTS = (

@@ -29,6 +29,7 @@ from .peers import (
     layer_comparison,
     low_rank_bytes,
     low_rank_flops,
+    peft_config,
 )
 
 _ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's: alpha over the rank that is left
@@ -45,11 +46,6 @@ def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Compar
 
     def formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return linear(x) + SCALING * ((x * mask) @ lora_A.t() @ lora_B.t())
-
-    def config() -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout, target_modules=["proj"])
 
     def unsloth(exact: Exact) -> Contender:
         from unsloth.kernels.fast_lora import LoRA_W
@@ -68,12 +64,8 @@ def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Compar
         ours=ours,
         eager=eager,
         formula=formula,
-        names=("lora_A", "lora_B"),
-        config=config,
-        where={
-            "lora_A": lambda layer: layer.lora_A["default"].weight,
-            "lora_B": lambda layer: layer.lora_B["default"].weight,
-        },
+        config=lambda: peft_config("LoraConfig", r=RANK, lora_alpha=SCALING * RANK, lora_dropout=dropout),
+        where={"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"},
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem),
         flops=4 * problem.tokens * problem.n * problem.k + low_rank_flops(problem),
         dropout=dropout,
@@ -92,12 +84,6 @@ def _adalora(problem: Problem, compile: bool) -> Comparison:
     def formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor) -> Tensor:
         return linear(x) + _ADALORA_SCALING * ((x @ lora_A.t() * lora_E) @ lora_B.t())
 
-    def config() -> Any:
-        from peft import AdaLoraConfig
-
-        return AdaLoraConfig(init_r=RANK, lora_alpha=SCALING * RANK, lora_dropout=0.0, target_modules=["proj"],
-                             total_step=1000)  # fmt: skip
-
     return layer_comparison(
         problem,
         "bf16",
@@ -105,13 +91,8 @@ def _adalora(problem: Problem, compile: bool) -> Comparison:
         ours=ours,
         eager=eager,
         formula=formula,
-        names=("lora_A", "lora_B", "lora_E"),
-        config=config,
-        where={
-            "lora_A": lambda layer: layer.lora_A["default"],
-            "lora_B": lambda layer: layer.lora_B["default"],
-            "lora_E": lambda layer: layer.lora_E["default"],
-        },
+        config=lambda: peft_config("AdaLoraConfig", init_r=RANK, lora_alpha=SCALING * RANK, total_step=1000),
+        where={name: f"{name}.default" for name in ("lora_A", "lora_B", "lora_E")},
         bytes_moved=layer_bytes(problem, "bf16") + low_rank_bytes(problem),
         flops=4 * problem.tokens * problem.n * problem.k + low_rank_flops(problem),
     )

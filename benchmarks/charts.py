@@ -26,7 +26,7 @@ from peft_ext.files import atomic_file
 
 from . import tables
 from .convergence import PATTERN as LOSSES
-from .convergence import TWINS
+from .convergence_methods import TWINS
 from .cuda import slug
 from .grid import MAIN, Options, cases
 from .tables import KERNELS, METHODS, Result, about, about_gpu, is_of_a_gpu, newest, newest_by_gpu

@@ -178,13 +178,7 @@ def compare(
     ratios = median_ratios(times)
     floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings)
     return Row(
-        op=case.op,
-        case=case.case,
-        tokens=case.tokens,
-        k=case.k,
-        n=case.n,
-        weights=case.weights,
-        summary=case.summary,
+        **{name: value for name, value in vars(case).items() if name != "build"},
         milliseconds={name: round(value, 4) for name, value in medians.items()},
         speedup={name: round(value, 3) for name, value in ratios.items()},
         errors=errors,

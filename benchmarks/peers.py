@@ -40,11 +40,14 @@ __all__ = [
     "layer_comparison",
     "low_rank_bytes",
     "low_rank_flops",
+    "peft_config",
     "peft_layer",
     "peft_name",
     "philox_mask",
+    "stock_linear",
     "torch_mask",
     "value_of",
+    "weightless_comparison",
 ]
 
 RANK, SCALING = 16, 2.0
@@ -360,15 +363,8 @@ def peft_name(base: str) -> str:
     return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
 
 
-def peft_layer(
-    problem: Problem, base: str, config: Any, parameters: dict[str, Callable[[Any], Tensor]], exact: Exact
-) -> Contender:
-    """PEFT's own layer, training.
-
-    ``config``: a PeftConfig whose target is "proj". ``parameters``: by the adapter's name, where the layer keeps it.
-    """
-    from peft import get_peft_model
-
+def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
+    """A model of one linear layer "proj", as PEFT adapts it, and what gives such a layer the problem's next weight."""
     weights = problem.weights(base)
     first = weights.items[0]
     if base == "bf16":
@@ -376,23 +372,32 @@ def peft_layer(
         linear.weight = nn.Parameter(first, requires_grad=False)
     else:
         linear = bitsandbytes_linear(first)
+    entered = entered_once(weights, lambda weight: weight if base == "bf16" else weight.to_bitsandbytes())
+    return nn.ModuleDict({"proj": linear}), lambda layer: _set_weight(layer, entered(weights.next()))
 
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = linear
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(x)
+def peft_config(name: str, **fields: Any) -> Any:
+    """PEFT's configuration of that name, for the layer of :func:`stock_linear`."""
+    import peft
 
+    return getattr(peft, name)(target_modules=["proj"], **fields)
+
+
+def peft_layer(problem: Problem, base: str, config: Any, parameters: dict[str, str], exact: Exact) -> Contender:
+    """PEFT's own layer, training.
+
+    ``config``: see :func:`peft_config`. ``parameters``: by the adapter's name, what the layer calls it.
+    """
+    from peft import get_peft_model
+
+    model, set_next_weight = stock_linear(problem, base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layer = get_peft_model(Holder(), config).base_model.model.proj.train()
-    found = {name: where(layer) for name, where in parameters.items()}
-    entered = entered_once(weights, lambda weight: weight if base == "bf16" else weight.to_bitsandbytes())
+        layer = get_peft_model(model, config).base_model.model.proj.train()
+    found = {name: layer.get_parameter(where) for name, where in parameters.items()}
 
     def take() -> None:
-        _set_weight(layer.base_layer, entered(weights.next()))
+        set_next_weight(layer.base_layer)
         adapters = problem.adapters.next()
         for name, parameter in found.items():
             parameter.data = adapters[name].data.view(parameter.shape)
@@ -408,9 +413,8 @@ def layer_comparison(
     ours: Callable[..., Tensor],
     eager: Callable[..., Tensor],
     formula: Callable[..., Tensor],
-    names: tuple[str, ...],
     config: Callable[[], Any],
-    where: dict[str, Callable[[Any], Tensor]],
+    where: dict[str, str],
     bytes_moved: int,
     flops: int,
     dropout: float = 0.0,
@@ -422,10 +426,10 @@ def layer_comparison(
     Args:
         ours, eager: ``(x, weight, *adapters)``; the compiled contender is ``eager`` compiled.
         formula: in float64, see :meth:`Problem.exact`; ``peft_formula``: PEFT's and eager's, where it is another one.
-        names: of the adapters. config: makes PEFT's configuration. where: the adapters in PEFT's layer.
+        config: makes PEFT's configuration. where: by the adapter's name, what PEFT's layer calls it.
         more: other peers that compute ``formula``, without dropout.
     """
-    theirs = peft_formula or formula
+    theirs, names = peft_formula or formula, tuple(where)
 
     def mask(draw: Callable[..., Any], *args: Any) -> Any:
         return draw(problem, dropout, *args) if dropout else None
@@ -446,6 +450,30 @@ def layer_comparison(
     for name, make in (more or {}).items():
         makers[name] = partial(make, exact)
     makers["frozen"] = lambda: frozen(problem)
+    contenders, absent = gather(makers)
+    return Comparison(contenders, bytes_moved, flops, absent=absent)
+
+
+def weightless_comparison(
+    problem: Problem,
+    compile: bool,
+    *,
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    names: tuple[str, ...],
+    bytes_moved: int,
+    flops: int = 0,
+) -> Comparison:
+    """The training step of an operator that has no frozen weight: ours, PyTorch eager and compiled."""
+    exact = problem.exact("bf16", formula, names)
+
+    def contender(forward: Callable[..., Tensor]) -> Contender:
+        return functional(problem, "bf16", forward, names, exact)
+
+    makers = {"ours": lambda: contender(ours), "torch eager": lambda: contender(eager)}
+    if compile:
+        makers["torch.compile"] = lambda: contender(compiled(eager))
     contenders, absent = gather(makers)
     return Comparison(contenders, bytes_moved, flops, absent=absent)
 

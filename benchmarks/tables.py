@@ -92,20 +92,27 @@ def ratios(row: Result) -> str:
     return ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["speedup"].items())
 
 
+def by_operator(rows: list[Result]) -> list[Result]:
+    """Those of an operator together, in the order in which they ran."""
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    return sorted(rows, key=lambda row: ops.index(row["op"]))
+
+
+def absent_text(rows: list[Result]) -> str:
+    absent = {f"{name} ({reason})" for row in rows for name, reason in row.get("absent", {}).items()}
+    return f"Absent where no ratio is shown: {'; '.join(sorted(absent))}." if absent else ""
+
+
 def kernel_table(result: Result, keep: Callable[[Result], bool]) -> str:
-    """The rows of an operator together, in the order in which they ran."""
     rows = [row for row in result["rows"] if keep(row)]
     if not rows:
         return NOTHING
     lines = ["| operator | case | weights | faster than | % of roofline |", "|---|---|---|---|---|"]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        for row in rows:
-            if row["op"] == op:
-                lines.append(f"| `{op}` | {row['case']} | {row.get('weights', 'hot')} | {ratios(row)} | "
-                             f"{roofline(row, result):.0f} |")  # fmt: skip
-    absent = {f"{name} ({reason})" for row in rows for name, reason in row.get("absent", {}).items()}
-    if absent:
-        lines += ["", f"Absent where no ratio is shown: {'; '.join(sorted(absent))}."]
+    for row in by_operator(rows):
+        lines.append(f"| `{row['op']}` | {row['case']} | {row.get('weights', 'hot')} | {ratios(row)} | "
+                     f"{roofline(row, result):.0f} |")  # fmt: skip
+    if absent := absent_text(rows):
+        lines += ["", absent]
     return "\n".join(lines)
 
 
@@ -184,13 +191,11 @@ def gpu_kernel_table(result: Result) -> str:
         "| operator | case | weights | ms | faster than | reached | % of roofline |",
         "|---|---|---|---|---|---|---|",
     ]
-    for op in dict.fromkeys(row["op"] for row in result["rows"]):
-        for row in result["rows"]:
-            if row["op"] == op:
-                ours = row["milliseconds"]["ours"]
-                reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"])
-                lines.append(f"| `{op}` | {row['case']} | {row['weights']} | {ours:.3f} | {ratios(row)} | {reached} | "
-                             f"{roofline(row, result):.0f} |")  # fmt: skip
+    for row in by_operator(result["rows"]):
+        ours = row["milliseconds"]["ours"]
+        reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"])
+        lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {ours:.3f} | {ratios(row)} | {reached} | "
+                     f"{roofline(row, result):.0f} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -200,9 +205,8 @@ def gpu_tables() -> str:
     for result in newest_by_gpu():
         parts += [f"### {result['machine']['gpu']['name']}", about_gpu(result), goals_table(result),
                   gpu_kernel_table(result)]  # fmt: skip
-        absent = {f"{name} ({reason})" for row in result["rows"] for name, reason in row["absent"].items()}
-        if absent:
-            parts.append(f"Absent where no ratio is shown: {'; '.join(sorted(absent))}.")
+        if absent := absent_text(result["rows"]):
+            parts.append(absent)
         if unfinished := [*result["left_out"], *result.get("failed", ())]:
             parts.append(f"Not measured: {'; '.join(unfinished)}.")
     return "\n\n".join(parts) or "No GPU has been measured."

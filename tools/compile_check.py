@@ -23,7 +23,8 @@ DEBIAN = {"clang": "clang", "aarch64": "g++-aarch64-linux-gnu"}
 # As setup.py has them. The other machine's code is not run: it is not optimized either.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0"}
-TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16", "tests/ops/test_ops.py")
+TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
+         "tests/ops/test_ops.py", "tests/ops/test_op_edges.py")  # fmt: skip
 
 
 def main() -> int:

@@ -114,7 +114,7 @@ def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> 
     # Values first; what torch.compile traces takes longest and says least of a kernel. Each launch is waited for, so
     # that a fault is the fault of the test that it stands at.
     slow = "test_compiles or test_opcheck"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py"]
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py", "tests/ops/test_op_edges.py"]
     end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
     wrong = runner.run([*tests, "tests/nn/test_nn.py", *own, "-k", f"not ({slow})"], limit, environment)
     return wrong or runner.run([*tests, "-k", slow], end - runner.clock())
@@ -180,17 +180,9 @@ def make_venv(runner: Runner) -> str:
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
         [*pip, "torch>=2.11", "setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy", "pytest>=9"],
-        [
-            *pip,
-            "typer",
-            "rich",
-            "transformers>=5.0",
-            "peft>=0.21",
-            "aenum>=3.1.15",
-            "accelerate>=1.0",
-            "bitsandbytes>=0.47",
-        ],
-    ):
+        [*pip, "typer", "rich", "transformers>=5.0", "peft>=0.21", "aenum>=3.1.15", "accelerate>=1.0",
+         "bitsandbytes>=0.47"],
+    ):  # fmt: skip
         if wrong := runner.run(command, runner.left()):
             sys.exit(f"gpu: making {VENV} failed: {wrong}")
     return python

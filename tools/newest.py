@@ -60,19 +60,8 @@ def main() -> int:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
     # As many processes as `make test` has; this checkout's package is the first on the path.
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "auto",
-        "--maxprocesses",
-        "4",
-        *(rest or TESTS),
-    ]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
+               *(rest or TESTS)]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PEFT_EXT_REQUIRE": "1", **os.environ}
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"newest: {'PASSED' if code == 0 else 'FAILED FAILED FAILED'} on {said}")

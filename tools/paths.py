@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -78,19 +77,11 @@ def run(path: str, steps: int, seconds: float, dtype: str, python: str = sys.exe
                    "--eval-fraction", str(EVAL_FRACTION), "--dtype", dtype]  # fmt: skip
         child = subprocess.Popen(command, cwd=ROOT, env=environment(path), text=True, start_new_session=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            os.killpg(child.pid, signal.SIGKILL)
-
-        timer = threading.Timer(seconds, end)
-        timer.start()
         try:
-            output = child.communicate()[0]
-        finally:
-            timer.cancel()
-        if late.is_set():
+            output = child.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
             return Result(path, failed=f"took more than {seconds:g} s")
         if child.returncode != 0:
             last = (output.strip().splitlines() or ["no output"])[-1]

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOAD = ("tests/ops/test_ops.py",)
+LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
 # Those that take some seconds; so many repetitions fit in one process, whose imports they share.
 SHORT = (
@@ -33,13 +33,13 @@ SHORT = (
     "tests/ops/test_determinism.py::test_a_leak_is_found",
     "tests/ops/test_determinism.py::test_what_is_allocated_once_is_no_leak",
     "tests/files/test_files.py::test_killed_at_any_moment_the_folder_is_the_old_or_the_new",
-    "tests/merge/test_merge.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
-    "tests/faults/test_faults.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",
-    "tests/faults/test_faults.py::test_a_second_signal_ends_a_run_at_once",
-    "tests/files/test_untrusted.py::test_an_expression_that_does_not_end",
-    "tests/files/test_untrusted.py::test_expressions_that_are_none_and_such_as_end",
-    "tests/files/test_untrusted.py::test_chat_refuses_tokenizers_templates_and_generation",
-    "tests/files/test_untrusted.py::test_the_commands_refuse_adapters",
+    "tests/merge/test_merge_refusals.py::test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up",
+    "tests/faults/test_signals.py::test_a_signal_that_ends_a_run_saves_a_checkpoint",
+    "tests/faults/test_signals.py::test_a_second_signal_ends_a_run_at_once",
+    "tests/files/test_untrusted_adapters.py::test_an_expression_that_does_not_end",
+    "tests/files/test_untrusted_adapters.py::test_expressions_that_are_none_and_such_as_end",
+    "tests/files/test_untrusted_commands.py::test_chat_refuses_tokenizers_templates_and_generation",
+    "tests/files/test_untrusted_commands.py::test_the_commands_refuse_adapters",
     "tests/benchmarks/test_benchmarks.py::test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept",
     "tests/cli/test_cli.py::test_ctrl_c_saves_a_checkpoint",
 )
@@ -48,7 +48,9 @@ LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with
     "tests/faults/test_limits.py",
     "tests/run/test_report.py",
     "tests/fuzz/test_fuzz.py",
-    "tests/faults/test_faults.py",
+    "tests/faults/test_kills.py",
+    "tests/faults/test_no_room.py",
+    "tests/faults/test_signals.py",
     "tests/distributed/test_distributed.py",
     "tests/ops/test_threads.py",
     "tests/fuzz/test_sweep.py",
@@ -58,6 +60,7 @@ LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with
     "tests/cli/test_cli_commands.py",
     "tests/integrations/test_methods.py",
     "tests/merge/test_merge.py",
+    "tests/merge/test_merge_refusals.py",
     "tests/quantize/test_quantize.py",
     "tests/native/test_build.py",
     "tests/docs/test_examples.py",

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from tiny_run import TEMPLATE, finetune, needs_bnb, needs_hf, report
 
 from peft_ext import _native, ops
 from peft_ext.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -201,16 +203,6 @@ def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refused(capsys, tmp_path: Path, arguments: list[str]) -> str:
-    before = sorted(tmp_path.rglob("*"))
-    code = main(["finetune", *arguments])
-    out, err = capsys.readouterr()
-    assert code == 2 and out == ""
-    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err[len("error: ") : -1]
-
-
 OPTIONS = [
     (["--method", "full"],
      "--method full: there is no such method; there are: lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
@@ -232,7 +224,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("arguments, message", OPTIONS, ids=[" ".join(a) for a, _ in OPTIONS])
 def test_refuses_options(capsys, tmp_path, arguments, message):
-    assert refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), *arguments]) == message
+    assert refused(capsys, "finetune", "--output", tmp_path / "out", *arguments, unchanged=tmp_path) == message
 
 
 def test_refuses_unknown_commands_and_shows_the_help_without_one(capsys):
@@ -244,7 +236,8 @@ def test_refuses_unknown_commands_and_shows_the_help_without_one(capsys):
 
 
 def test_refuses_what_is_no_number(capsys, tmp_path):
-    assert "--rank" in refused(capsys, tmp_path, ["--output", str(tmp_path / "out"), "--rank", "many"])
+    arguments = ("finetune", "--output", tmp_path / "out", "--rank", "many")
+    assert "--rank" in refused(capsys, *arguments, unchanged=tmp_path)
 
 
 DATA = [
@@ -272,24 +265,25 @@ def test_refuses_data(tiny, capsys, tmp_path, name, text, message):
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    arguments = ["--model", str(tiny / "model"), "--data", str(path), "--output", str(tmp_path / "out")]
-    assert refused(capsys, tmp_path, arguments) == message.format(path=path)
+    arguments = ("finetune", "--model", tiny / "model", "--data", path, "--output", tmp_path / "out")
+    assert refused(capsys, *arguments, unchanged=tmp_path) == message.format(path=path)
 
 
 @needs_hf
 def test_refuses_a_column_that_is_not_there(tiny, capsys, tmp_path):
     path = tiny / "pairs.jsonl"
-    arguments = ["--model", str(tiny / "model"), "--data", str(path), "--output", str(tmp_path / "out")]
-    found = refused(capsys, tmp_path, [*arguments, "--text-column", "body"])
+    arguments = ("finetune", "--model", tiny / "model", "--data", path, "--output", tmp_path / "out")
+    found = refused(capsys, *arguments, "--text-column", "body", unchanged=tmp_path)
     assert found == f"--data {path}: no column 'body' (--text-column); there are: prompt, completion"
 
 
 @needs_hf
 def test_refuses_models_and_outputs(tiny, capsys, tmp_path):
-    model, data, out = str(tiny / "model"), str(tiny / "pairs.jsonl"), tmp_path / "out"
+    out = tmp_path / "out"
 
     def message(*arguments: str) -> str:
-        return refused(capsys, tmp_path, ["--model", model, "--data", data, "--output", str(out), *arguments])
+        asked = ("finetune", "--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--output", out)
+        return refused(capsys, *asked, *arguments, unchanged=tmp_path)
 
     assert message("--model", "./nowhere") == "--model ./nowhere: no such folder"
     assert message("--model", str(tmp_path)) == (
@@ -319,7 +313,7 @@ def test_refuses_models_and_outputs(tiny, capsys, tmp_path):
 def test_refuses_an_output_that_cannot_be_written(tiny, capsys, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     out = tmp_path / "closed/out"
-    found = refused(capsys, tmp_path, ["--data", str(tiny / "pairs.jsonl"), "--output", str(out)])
+    found = refused(capsys, "finetune", "--data", tiny / "pairs.jsonl", "--output", out, unchanged=tmp_path)
     assert found == f"--output {out}: {tmp_path}/closed can't be written to"
 
 

@@ -14,6 +14,7 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from commands import refused, said  # noqa: E402
 from tiny_run import TEMPLATE, needs_bnb  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -31,26 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("recommend", "explain", "chat", "bench")
 
 
-def said(capsys, *arguments: object) -> str:
-    """What a command prints, all of it on standard output."""
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert code == 0 and err == "", err
-    return out
-
-
 def document(capsys, *arguments: object):
     return json.loads(said(capsys, *arguments, "--json"))
-
-
-def refused(capsys, *arguments: object) -> str:
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err[len("error: ") : -1]
 
 
 @pytest.fixture(scope="module")

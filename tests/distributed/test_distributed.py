@@ -1,7 +1,7 @@
 """Several processes over gloo, on the CPU: what DDP, FSDP2, tensor parallelism and accelerate make of fused layers.
 
-The checks are those of distributed/checks.py. ``torchrun`` starts two processes once for all of them, and four once for
-those that depend on the number; a test here reports one check.
+The checks are those of distributed/checks*.py. ``torchrun`` starts two processes once for all of them, and four once
+for those that depend on the number; a test here reports one check.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checks.py")
 SECONDS = 720  # a run takes 50 on two cores, and what runs beside it may slow it down; what hangs is ended
 
-CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
+CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
+          for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
 OF_FOUR = ("hybrid_sharding",)  # a mesh of two by two
 ALSO_OF_FOUR = (
     "ddp_gradients_are_the_same_everywhere",

@@ -74,9 +74,11 @@ def adapted(**config: Any) -> PeftModel:
     return get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config))
 
 
-def trainer_of(model: nn.Module, folder: Path, *callbacks: hf.TrainerCallback, **arguments: Any) -> hf.Trainer:
-    """Over the tiny batch's rows, two to a batch and two batches to a step; every step is logged."""
-    batch = LLAMA.batch()
+def trainer_of(
+    model: nn.Module, folder: Path, *callbacks: hf.TrainerCallback, batch: Any = None, **arguments: Any
+) -> hf.Trainer:
+    """Over the rows of the tiny batch or another, two to a batch and two batches to a step; every step is logged."""
+    batch = LLAMA.batch() if batch is None else batch
     rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     arguments = {
         "max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01,
@@ -192,15 +194,15 @@ def test_it_trains_what_the_stock_classes_train(tmp_path: Path, checkpointing: b
         trainer = trainer_of(model, tmp_path, meter, gradient_checkpointing=checkpointing)
         trainer.train()
         curves.append(losses(trainer))
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+        weights.append(trained_weights(model))
         assert fused(model) == (LAYERS if accelerated else 0) and meter.fused_share == accelerated
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][-1] < curves[0][0]
     # Adam divides by a gradient's own size, so that a rounding of a tiny one may move its entry by a part of a step.
-    assert (weights[0] - weights[1]).abs().max() < 0.01 * (weights[0] - adapted_weights()).abs().max()
+    assert (weights[0] - weights[1]).abs().max() < 0.01 * (weights[0] - trained_weights(adapted())).abs().max()
 
 
-def adapted_weights() -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in adapted().parameters() if p.requires_grad])
+def trained_weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
 def test_restore_leaves_the_stock_classes_and_no_hook(tmp_path: Path) -> None:
@@ -259,13 +261,12 @@ def test_a_model_without_tokens_has_no_speed_and_a_share(tmp_path: Path, kind: s
     else:
         model = get_peft_model(Regression(), LoraConfig(r=4, target_modules=["linear"]))
         batch = {"x": torch.randn(BATCH, 64), "labels": torch.randn(BATCH, 8)}
-    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     meter = PeftExtCallback()
-    arguments = hf.TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=BATCH, logging_steps=1, save_strategy="no",
-        report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+    trainer = trainer_of(
+        model, tmp_path, meter, batch=batch, max_steps=1, per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=1, remove_unused_columns=False,
     )  # fmt: skip
-    metrics = hf.Trainer(model, arguments, train_dataset=rows, callbacks=[meter]).train().metrics
+    metrics = trainer.train().metrics
     assert meter.tokens_per_s is None and "tokens_per_s" not in metrics
     assert metrics["fused_share"] == 1 and meter.median_step_s > 0
 

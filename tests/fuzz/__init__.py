@@ -288,12 +288,12 @@ def _load(files: dict[str, bytes], folder: Path) -> None:
             _finite(y)  # else it may well be too large for its dtype
 
 
-def _config_of(method: str) -> Callable[[bytes, Path], None]:
-    return lambda data, folder: _load({**_adapter_files()[method], "adapter_config.json": data}, folder)
-
-
-def _weights_of(method: str) -> Callable[[bytes, Path], None]:
-    return lambda data, folder: _load({**_adapter_files()[method], "adapter_model.safetensors": data}, folder)
+def _adapter_target(method: str, part: str, format: str, file: str) -> Target:
+    """One of an adapter's two files mutated, the other as it is."""
+    # PEFT's own refusals: a size that does not fit is PyTorch's RuntimeError, layers that are not there KeyErrors.
+    refusals = (ValueError, TypeError, OSError, RuntimeError, LookupError, AttributeError)
+    return Target(f"{method}-{part}", format, lambda: [_adapter_files()[method][file]],
+                  lambda data, folder: _load({**_adapter_files()[method], file: data}, folder), refusals)  # fmt: skip
 
 
 # A model's config.json, the index of its files, a run.json, data, the options of a run.
@@ -360,15 +360,10 @@ def _targets() -> Iterator[Target]:
     from peft_ext.cli import CliError
     from peft_ext.run import RunError
 
-    refused = (ValueError, TypeError)
-    yield Target("nf4-state", "safetensors", _nf4_seeds, _nf4, refused)
+    yield Target("nf4-state", "safetensors", _nf4_seeds, _nf4, (ValueError, TypeError))
     for method in ("lora", "dora", "ia3", "adalora", "bitfit"):
-        # PEFT's own refusals: a size that does not fit is PyTorch's RuntimeError, layers that are not there KeyErrors.
-        own = (*refused, OSError, RuntimeError, LookupError, AttributeError)
-        config = [lambda method=method: [_adapter_files()[method]["adapter_config.json"]]][0]
-        weights = [lambda method=method: [_adapter_files()[method]["adapter_model.safetensors"]]][0]
-        yield Target(f"{method}-config", "json", config, _config_of(method), own)
-        yield Target(f"{method}-weights", "safetensors", weights, _weights_of(method), own)
+        yield _adapter_target(method, "config", "json", "adapter_config.json")
+        yield _adapter_target(method, "weights", "safetensors", "adapter_model.safetensors")
     yield Target("model-config", "json", _model_seeds, _model_config, (CliError,))
     names = {"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     yield Target("index", "json", lambda: [json.dumps(names).encode()], _index, (ValueError,))

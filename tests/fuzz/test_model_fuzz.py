@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import model_fuzz
+from model_life import ACTIONS, Case
+from model_pair import BASES, MANY, METHODS, Statistics
 from peft.tuners import lora
 from tiny_models import FAMILIES
 
@@ -27,32 +29,32 @@ CASES = 300
 
 
 @pytest.fixture(scope="module")
-def ran() -> tuple[model_fuzz.Statistics, list[str]]:
+def ran() -> tuple[Statistics, list[str]]:
     return model_fuzz.fuzz(range(CASES))
 
 
-def test_random_models_do_what_they_do_under_peft(ran: tuple[model_fuzz.Statistics, list[str]]) -> None:
+def test_random_models_do_what_they_do_under_peft(ran: tuple[Statistics, list[str]]) -> None:
     seen, failures = ran
     assert seen.counts["cases"] == CASES
     assert not failures, "\n".join(failures)
 
 
-def test_the_cases_draw_what_there_is(ran: tuple[model_fuzz.Statistics, list[str]]) -> None:
+def test_the_cases_draw_what_there_is(ran: tuple[Statistics, list[str]]) -> None:
     counts = ran[0].counts
     drawn = {kind: {key.removeprefix(f"{kind} ") for key in counts if key.startswith(f"{kind} ")}
              for kind in ("family", "method", "base", "action")}  # fmt: skip
     assert len(drawn["family"]) >= 0.95 * len(FAMILIES)
-    assert drawn["method"] == set(model_fuzz.METHODS)
-    assert drawn["base"] == set(model_fuzz.BASES)
-    assert drawn["action"] == set(model_fuzz.ACTIONS)
+    assert drawn["method"] == set(METHODS)
+    assert drawn["base"] == set(BASES)
+    assert drawn["action"] == set(ACTIONS)
 
 
-def test_the_cases_compare_much_and_most_of_it_is_fused(ran: tuple[model_fuzz.Statistics, list[str]]) -> None:
+def test_the_cases_compare_much_and_most_of_it_is_fused(ran: tuple[Statistics, list[str]]) -> None:
     counts = ran[0].counts
     assert counts["calls compared"] > 4 * CASES
     assert counts["fused layers"] > 0.75 * counts["layers"]
     assert counts["refused by PEFT"] < 0.15 * counts["calls compared"]  # 0.11
-    assert len(ran[0].rounded) > model_fuzz.MANY
+    assert len(ran[0].rounded) > MANY
 
 
 # --- that it can fail -------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ for line in sys.stdin:
 def test_a_case_is_its_seed() -> None:
     told = []
     for _ in range(2):
-        case = model_fuzz.Case(7)
+        case = Case(7)
         case.draw()
         told.append((case.told, [(name, value.sum().item()) for name, value in case.stock.state_dict().items()]))
     assert told[0] == told[1]

@@ -532,22 +532,26 @@ def test_refuses_what_is_wrong(arguments, message):
         estimate_memory(LLAMA, **{**TOKENS, **arguments})
 
 
-def test_refuses_what_it_can_not_trace():
-    with pytest.raises(TypeError, match="model is str, wanted an nn.Module or a transformers configuration"):
-        estimate_memory("gpt2", **TOKENS)
-    with pytest.raises(TypeError, match="config is dict, wanted a PEFT configuration"):
-        estimate_memory(LLAMA, {"r": 8}, **TOKENS)
-    with pytest.raises(TypeError, match="dtype is torch.int8"):
-        estimate_memory(LLAMA, lora(), dtype=torch.int8, **TOKENS)
-    with pytest.raises(TypeError, match="inputs is list, wanted a mapping"):
-        estimate_memory(nn.Linear(4, 4), inputs=[torch.empty(4)])
-    with pytest.raises(ValueError, match="Linear takes no input_ids, wanted inputs"):
-        estimate_memory(nn.Linear(4, 4), **TOKENS)
-    with pytest.raises(ValueError, match="no parameter of Linear requires a gradient"):
-        estimate_memory(nn.Linear(4, 4).requires_grad_(False), inputs={"input": torch.empty(4)})
-    with pytest.raises(ValueError, match="Linear has no gradient_checkpointing_enable"):
-        estimate_memory(nn.Linear(4, 4), gradient_checkpointing=True, inputs={"input": torch.empty(4)})
-    with pytest.raises(ValueError, match="model is a PeftModel already"):
-        estimate_memory(adapted(LLAMA, lora()), "dora", **TOKENS)
-    with pytest.raises(ValueError, match="the forward of Branches depends on the values of its tensors"):
-        estimate_memory(Branches(), inputs={"x": torch.empty(3)})
+LINEAR = {"input": torch.empty(4)}
+
+
+@pytest.mark.parametrize(
+    "kind, message, make, arguments",
+    [
+        (TypeError, "model is str, wanted an nn.Module or a transformers configuration", lambda: "gpt2", TOKENS),
+        (TypeError, "config is dict, wanted a PEFT configuration", lambda: LLAMA, {"config": {"r": 8}, **TOKENS}),
+        (TypeError, "dtype is torch.int8", lambda: LLAMA, {"config": lora(), "dtype": torch.int8, **TOKENS}),
+        (TypeError, "inputs is list, wanted a mapping", lambda: nn.Linear(4, 4), {"inputs": [torch.empty(4)]}),
+        (ValueError, "Linear takes no input_ids, wanted inputs", lambda: nn.Linear(4, 4), TOKENS),
+        (ValueError, "no parameter of Linear requires a gradient", lambda: nn.Linear(4, 4).requires_grad_(False),
+         {"inputs": LINEAR}),
+        (ValueError, "Linear has no gradient_checkpointing_enable", lambda: nn.Linear(4, 4),
+         {"inputs": LINEAR, "gradient_checkpointing": True}),
+        (ValueError, "model is a PeftModel already", lambda: adapted(LLAMA, lora()), {"config": "dora", **TOKENS}),
+        (ValueError, "the forward of Branches depends on the values of its tensors", Branches,
+         {"inputs": {"x": torch.empty(3)}}),
+    ],
+)  # fmt: skip
+def test_refuses_what_it_can_not_trace(kind, message, make, arguments):
+    with pytest.raises(kind, match=message):
+        estimate_memory(make(), **arguments)

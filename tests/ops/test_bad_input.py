@@ -5,6 +5,7 @@ The tables say what comes of each; errors of an operator's own arguments that ar
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,11 +101,18 @@ def _tensors(wanted: type = Tensor) -> Iterator[Any]:
                 yield pytest.param(op, name, id=f"{op}-{name}")
 
 
+@contextlib.contextmanager
+def exactly(kind: type[Exception], message: str) -> Iterator[None]:
+    """An error of this very type with this very message is raised."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert type(caught.value) is kind and str(caught.value) == message
+
+
 def _refused(op: str, wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
     function, arguments = CALLS[op]
-    with pytest.raises(kind) as caught:
+    with exactly(kind, f"{op}: {message}"):
         function(**{**arguments, **wrong})
-    assert type(caught.value) is kind and str(caught.value) == f"{op}: {message}"
 
 
 @pytest.mark.parametrize(("op", "name"), list(_tensors()))
@@ -377,9 +385,8 @@ _WEIGHTS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
 @pytest.mark.parametrize(("wrong", "kind", "message"), _WEIGHTS)
 def test_nf4_weight(wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
     held = {name: getattr(_NF4, name) for name in ("packed", "absmax", "shape", "dtype", "blocksize", "nested")}
-    with pytest.raises(kind) as caught:
+    with exactly(kind, f"NF4Weight: {message}"):
         NF4Weight(**{**held, **wrong})
-    assert type(caught.value) is kind and str(caught.value) == f"NF4Weight: {message}"
 
 
 def test_an_offset_on_the_cpu_goes_where_the_codes_are() -> None:
@@ -398,17 +405,15 @@ def test_scales_that_no_quantizing_gives(name: str) -> None:
     before = scales[-1].item()
     for wrong in (float("nan"), float("inf"), -float("inf")):
         scales[-1] = wrong
-        with pytest.raises(ValueError) as caught:
+        with exactly(ValueError, f"NF4Weight: {name} has values that are not finite"):
             nf4.check_scales()
-        assert str(caught.value) == f"NF4Weight: {name} has values that are not finite"
     scales[-1] = -abs(before) - 2
     if name == "nested_offset":
         nf4.check_scales()
         return
-    with pytest.raises(ValueError) as caught:
-        nf4.check_scales()
     wanted = "nested_code does not ascend" if name == "nested_code" else f"{name} has values below 0"
-    assert str(caught.value) == f"NF4Weight: {wanted}"
+    with exactly(ValueError, f"NF4Weight: {wanted}"):
+        nf4.check_scales()
 
 
 # - counts -
@@ -417,46 +422,33 @@ def test_scales_that_no_quantizing_gives(name: str) -> None:
 def test_counts() -> None:
     checks.check_count("op", "r", 1)
     for wrong in (True, 2.0, "8", None, torch.ones(())):
-        with pytest.raises(TypeError) as caught:
+        with exactly(TypeError, f"op: r is {wrong!r}, wanted an integer"):
             checks.check_count("op", "r", wrong)
-        assert str(caught.value) == f"op: r is {wrong!r}, wanted an integer"
     for wrong, wanted in ((0, "at least 1"), (-1, "at least 1"), (2**63, "less than 2**63")):
-        with pytest.raises(ValueError) as caught:
+        with exactly(ValueError, f"op: r is {wrong}, wanted {wanted}"):
             checks.check_count("op", "r", wrong)
-        assert str(caught.value) == f"op: r is {wrong}, wanted {wanted}"
 
 
 # - modules -
 
-_MODULES: tuple[tuple[Callable[[], Any], str], ...] = (
-    *((lambda kind=kind, r=r: kind(K, N, r), f"{kind.__name__}: r is {r}, wanted at least 1")
-      for kind in (peft_ext.nn.LoRALinear, peft_ext.nn.DoRALinear, peft_ext.nn.AdaLoRALinear) for r in (0, -1)),
-    *((lambda kind=kind, p=p: kind(K, N, lora_dropout=p), f"{kind.__name__}: lora_dropout is {p}, wanted 0 <= p < 1")
-      for kind in (peft_ext.nn.LoRALinear, peft_ext.nn.DoRALinear, peft_ext.nn.AdaLoRALinear)
-      for p in (-0.1, 1, 1.0, float("nan"))),
-    *((lambda size=size: peft_ext.nn.BottleneckAdapter(K, size), f"BottleneckAdapter: bottleneck is {size}, wanted at "
-       "least 1") for size in (0, -1)),
-    *((lambda factor=factor: peft_ext.nn.BottleneckAdapter(K, reduction_factor=factor),
-       f"BottleneckAdapter: reduction_factor is {factor}, wanted more than 0") for factor in (0, -1, float("nan"))),
-    *((lambda size=size: peft_ext.nn.PromptEmbedding(size, K),
-       f"PromptEmbedding: num_virtual_tokens is {size!r}, wanted an integer of at least 1")
-      for size in (0, -1, 2.5, "4", None)),
-    *((lambda size=size: peft_ext.nn.PrefixEncoder(2, 2, 8, size),
-       f"PrefixEncoder: num_virtual_tokens is {size!r}, wanted an integer of at least 1")
-      for size in (0, -1, 2.5, "4", None)),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "message"), _MODULES)
-def test_modules(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        make()
-    assert str(caught.value) == message
-
-
 _LOW_RANK = (peft_ext.nn.LoRALinear, peft_ext.nn.DoRALinear, peft_ext.nn.AdaLoRALinear)
 _FLOAT_DTYPES = "wanted one of torch.float32, torch.bfloat16, torch.float16, torch.float64"
-_TYPED: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
+_VIRTUAL_TOKENS = (0, -1, 2.5, "4", None, True)
+_MODULES: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
+    *((lambda kind=kind, r=r: kind(K, N, r), ValueError, f"{kind.__name__}: r is {r}, wanted at least 1")
+      for kind in _LOW_RANK for r in (0, -1)),
+    *((lambda kind=kind, p=p: kind(K, N, lora_dropout=p), ValueError,
+       f"{kind.__name__}: lora_dropout is {p}, wanted 0 <= p < 1")
+      for kind in _LOW_RANK for p in (-0.1, 1, 1.0, float("nan"))),
+    *((lambda size=size: peft_ext.nn.BottleneckAdapter(K, size), ValueError,
+       f"BottleneckAdapter: bottleneck is {size}, wanted at least 1") for size in (0, -1)),
+    *((lambda factor=factor: peft_ext.nn.BottleneckAdapter(K, reduction_factor=factor), ValueError,
+       f"BottleneckAdapter: reduction_factor is {factor}, wanted more than 0") for factor in (0, -1, float("nan"))),
+    *((lambda make=make, size=size: make(size), ValueError,
+       f"{name}: num_virtual_tokens is {size!r}, wanted an integer of at least 1")
+      for name, make in (("PromptEmbedding", lambda size: peft_ext.nn.PromptEmbedding(size, K)),
+                         ("PrefixEncoder", lambda size: peft_ext.nn.PrefixEncoder(2, 2, 8, size)))
+      for size in _VIRTUAL_TOKENS),
     *((lambda kind=kind, r=r: kind(K, N, r), TypeError, f"{kind.__name__}: r is {r!r}, wanted an integer")
       for kind in _LOW_RANK for r in (True, 2.5, "8", None)),
     *((lambda kind=kind: kind(K, N, 10**30), ValueError, f"{kind.__name__}: r is {10**30}, wanted less than 2**63")
@@ -474,8 +466,6 @@ _TYPED: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
     *((lambda scale=scale: peft_ext.nn.BottleneckAdapter(K, scale=scale), ValueError,
        f"BottleneckAdapter: scale is {scale!r}, wanted a finite number") for scale in (float("nan"), "1", True)),
     (lambda: peft_ext.nn.BottleneckAdapter(0), ValueError, "BottleneckAdapter: features is 0, wanted at least 1"),
-    (lambda: peft_ext.nn.PromptEmbedding(True, K), ValueError,
-     "PromptEmbedding: num_virtual_tokens is True, wanted an integer of at least 1"),
     *((lambda size=size: peft_ext.nn.NF4Linear(size, N), ValueError,
        f"NF4Linear: in_features is {size!r}, wanted an integer of 0 or more") for size in (-1, True, 2.5, "64", None)),
     (lambda: peft_ext.nn.NF4Linear(2**32, 2**32), ValueError,
@@ -489,11 +479,10 @@ _TYPED: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "kind", "message"), _TYPED)
-def test_modules_arguments_by_type(make: Callable[[], Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as caught:
+@pytest.mark.parametrize(("make", "kind", "message"), _MODULES)
+def test_modules(make: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    with exactly(kind, message):
         make()
-    assert type(caught.value) is kind and str(caught.value) == message
 
 
 @pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear", "AdaLoRALinear", "IA3Linear"])
@@ -512,49 +501,38 @@ def test_a_module_names_the_operator_that_its_input_is_wrong_for(kind: str) -> N
 
 # - models -
 
-_TREE = (peft_ext.accelerate, peft_ext.restore, peft_ext.explain)
+_TREE = (peft_ext.accelerate, peft_ext.restore, peft_ext.explain, peft_ext.quantize_nf4, peft_ext.dequantize_nf4)
 
 
 @pytest.mark.parametrize("function", _TREE, ids=lambda function: function.__name__)
 def test_what_is_no_module(function: Callable) -> None:
     for wrong in (None, torch.zeros(3), {}, nn.Linear):
-        with pytest.raises(TypeError) as caught:
+        with exactly(TypeError, f"{function.__name__}: model is {type(wrong).__name__}, wanted an nn.Module"):
             function(wrong)
-        assert str(caught.value) == f"{function.__name__}: model is {type(wrong).__name__}, wanted an nn.Module"
 
 
-@pytest.mark.parametrize("name", ["quantize_nf4", "dequantize_nf4"])
-def test_quantizing_what_is_no_module(name: str) -> None:
-    for wrong in (None, torch.zeros(3)):
-        with pytest.raises(TypeError) as caught:
-            getattr(peft_ext, name)(wrong)
-        assert str(caught.value) == f"{name}: model is {type(wrong).__name__}, wanted an nn.Module"
-
-
-_HINT = "recommend_peft_method: "
-_RECOMMENDED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
-    *(({"model_size_b": size}, ValueError, f"model_size_b is {size!r}, wanted a number above 0")
+_RECOMMENDED: tuple[tuple[dict[str, Any], str], ...] = (
+    *(({"model_size_b": size}, f"model_size_b is {size!r}, wanted a number above 0")
       for size in (0, -1, float("nan"))),
-    *(({"model_size_b": size}, ValueError, f"model_size_b is {size!r:.60}, wanted at most 1000000 billion parameters")
+    *(({"model_size_b": size}, f"model_size_b is {size!r:.60}, wanted at most 1000000 billion parameters")
       for size in (10**400, 1e300)),
-    *(({"gpu_memory_gb": size}, ValueError, f"gpu_memory_gb is {size!r}, wanted a number above 0")
+    *(({"gpu_memory_gb": size}, f"gpu_memory_gb is {size!r}, wanted a number above 0")
       for size in (0, -1, float("nan"), float("inf"), True, "24", None, 10**400)),
-    ({"batch_size": 2**62}, ValueError,
+    ({"batch_size": 2**62},
      f"batch_size times sequence_length is {2**62}, wanted at most {2**40}"),
-    ({"batch_size": 2**20, "sequence_length": 2**21}, ValueError,
+    ({"batch_size": 2**20, "sequence_length": 2**21},
      f"batch_size times sequence_length is {2**41}, wanted at most {2**40}"),
-    ({"sequence_length": True}, ValueError, "sequence_length is True, wanted a positive integer"),
-    ({"headroom": float("nan")}, ValueError, "headroom is nan, wanted 0 <= headroom < 1"),
-    ({"prefer": ["quality"]}, ValueError, "prefer is ['quality'], wanted one of ('balanced', 'quality')"),
+    ({"sequence_length": True}, "sequence_length is True, wanted a positive integer"),
+    ({"headroom": float("nan")}, "headroom is nan, wanted 0 <= headroom < 1"),
+    ({"prefer": ["quality"]}, "prefer is ['quality'], wanted one of ('balanced', 'quality')"),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrong", "kind", "message"), _RECOMMENDED)
-def test_recommendations(wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), _RECOMMENDED)
+def test_recommendations(wrong: dict[str, Any], message: str) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(kind) as caught:
+    with exactly(ValueError, f"recommend_peft_method: {message}"):
         peft_ext.recommend_peft_method(**{"model_size_b": 0.5, "gpu_memory_gb": 24, **wrong})
-    assert str(caught.value) == _HINT + message
 
 
 def test_estimates() -> None:

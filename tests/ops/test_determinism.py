@@ -24,7 +24,7 @@ from battery import output_grad, run
 from faults import steps, trainings
 from growth import WINDOWS, assert_flat
 from op_db import CASES, Case
-from test_ops import TILES
+from op_params import TILES
 
 from peft_ext import get_peft_model, quantize_nf4
 

@@ -90,21 +90,23 @@ def test_subclasses_are_left():
         quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
 
 
-def test_dense_weights_are_freed_one_by_one(monkeypatch):
+@pytest.mark.parametrize("convert, name", [(quantize_nf4, "from_linear"), (dequantize_nf4, "dequantize")])
+def test_weights_are_freed_one_by_one(monkeypatch, convert, name):
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
-    dense = [weakref.ref(layer.weight) for layer in model]
-    alive = []
-    convert = NF4Linear.from_linear.__func__
+    if convert is dequantize_nf4:
+        quantize_nf4(model)
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive, make = [], getattr(NF4Linear, name)
 
-    def watched(cls, linear, *args):
+    def watched(*args, **kwargs):
         gc.collect()
-        alive.append(sum(ref() is not None for ref in dense))
-        return convert(cls, linear, *args)
+        alive.append(sum(ref() is not None for ref in weights))
+        return make(*args, **kwargs)
 
-    monkeypatch.setattr(NF4Linear, "from_linear", classmethod(watched))
-    quantize_nf4(model)
+    monkeypatch.setattr(NF4Linear, name, watched)
+    convert(model)
     assert alive == [6, 5, 4, 3, 2, 1]
-    assert all(ref() is None for ref in dense)
+    assert all(ref() is None for ref in weights)
 
 
 def test_hooks_marks_and_mode_are_kept():
@@ -230,22 +232,6 @@ def test_dequantized_layers_share_what_the_quantized_ones_did():
     other[1].quant_dtype = torch.bfloat16
     dequantize_nf4(other)
     assert [layer.weight.dtype for layer in other] == [torch.float32, torch.bfloat16]
-
-
-def test_nf4_weights_are_freed_one_by_one(monkeypatch):
-    model = quantize_nf4(nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))))
-    packed = [weakref.ref(layer.weight) for layer in model]
-    alive, dequantize = [], NF4Linear.dequantize
-
-    def watched(layer, dtype=None):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in packed))
-        return dequantize(layer, dtype)
-
-    monkeypatch.setattr(NF4Linear, "dequantize", watched)
-    dequantize_nf4(model)
-    assert alive == [6, 5, 4, 3, 2, 1]
-    assert all(ref() is None for ref in packed)
 
 
 def test_hooks_and_marks_survive_the_way_back():

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
+from commands import refused, said  # noqa: E402
 
 from peft_ext import quantize_nf4  # noqa: E402
 from peft_ext import run as library  # noqa: E402
@@ -41,15 +42,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX terminals and signa
 def wide(monkeypatch) -> None:
     """No path of a test's folder is folded in a table."""
     monkeypatch.setenv("COLUMNS", "400")
-
-
-def refused(capsys, *arguments: object) -> str:
-    capsys.readouterr()
-    code = main(["finetune", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err[len("error: ") : -1]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -169,7 +161,7 @@ BAD = [
 @pytest.mark.parametrize("text, message", BAD, ids=range(len(BAD)))
 def test_refuses_files(capsys, written, text, message):
     path = written(text.replace("{{", "{").replace("}}", "}") if isinstance(text, str) else text)
-    found = refused(capsys, "--config", path)
+    found = refused(capsys, "finetune", "--config", path)
     if message is None:
         assert found.startswith(f"{path}:") and "not YAML" in found
     else:
@@ -177,26 +169,26 @@ def test_refuses_files(capsys, written, text, message):
 
 
 def test_refuses_what_is_no_file(capsys, tmp_path, monkeypatch):
-    assert refused(capsys, "--config", tmp_path / "no.yaml") == f"--config {tmp_path}/no.yaml: no such file"
-    assert refused(capsys, "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
+    assert refused(capsys, "finetune", "--config", tmp_path / "no.yaml") == f"--config {tmp_path}/no.yaml: no such file"
+    assert refused(capsys, "finetune", "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
     there = importlib.util.find_spec
     monkeypatch.setattr("peft_ext.run.config.find_spec", lambda name: None if name == "yaml" else there(name))
-    assert refused(capsys, "--config", "a") == "--config needs PyYAML: pip install 'peft_ext[hf]'"
+    assert refused(capsys, "finetune", "--config", "a") == "--config needs PyYAML: pip install 'peft_ext[hf]'"
 
 
 def test_nothing_of_a_file_is_run(capsys, written, tmp_path):
     mark = tmp_path / "mark"
-    refused(capsys, "--config", written(f"model: !!python/object/apply:os.mkdir [{mark}]\n"))
+    refused(capsys, "finetune", "--config", written(f"model: !!python/object/apply:os.mkdir [{mark}]\n"))
     assert not mark.exists()
 
 
 def test_a_value_that_is_out_of_range_is_named_with_its_line(capsys, written):
     path = written("method: lora\nrank: 0\n")
-    assert refused(capsys, "--config", path) == f"--rank 0: wanted at least 1 ({path}:2)"
-    assert refused(capsys, "--config", path, "--rank", -1) == "--rank -1: wanted at least 1"
+    assert refused(capsys, "finetune", "--config", path) == f"--rank 0: wanted at least 1 ({path}:2)"
+    assert refused(capsys, "finetune", "--config", path, "--rank", -1) == "--rank -1: wanted at least 1"
     path = written("max_steps: 3\nepochs: 1\n")
-    assert refused(capsys, "--config", path) == f"--max-steps and --epochs exclude each other ({path}:1)"
-    assert refused(capsys, "--stock", "--no-stock") == "--stock and --no-stock exclude each other"
+    assert refused(capsys, "finetune", "--config", path) == f"--max-steps and --epochs exclude each other ({path}:1)"
+    assert refused(capsys, "finetune", "--stock", "--no-stock") == "--stock and --no-stock exclude each other"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +201,7 @@ def test_a_value_that_is_out_of_range_is_named_with_its_line(capsys, written):
     ],
 )
 def test_refuses_numbers_that_no_run_takes(capsys, arguments, message):
-    assert refused(capsys, *arguments) == message
+    assert refused(capsys, "finetune", *arguments) == message
 
 
 @pytest.mark.parametrize(
@@ -264,10 +256,7 @@ def weightless(tiny, tmp_path) -> Path:
 
 
 def dry(capsys, *command: object) -> str:
-    capsys.readouterr()
-    code = main([*map(str, command), "--dry-run"])
-    out, err = capsys.readouterr()
-    assert code == 0 and err == "", err
+    out = said(capsys, *command, "--dry-run")
     assert "\x1b" not in out
     return out
 
@@ -367,7 +356,7 @@ def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):
 
 def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):
     def message(*options: object, output: Path = tmp_path / "out") -> str:
-        asked = small(tiny, output, *options)[1:]
+        asked = small(tiny, output, *options)
         found = refused(capsys, *asked, "--dry-run")
         assert found == refused(capsys, *asked) and not (tmp_path / "out").exists()
         return found
@@ -533,7 +522,9 @@ def same_run(first: Path, again: Path) -> None:
 
 
 def test_the_file_of_a_run_does_not_replace_it(capsys, done):
-    assert refused(capsys, "--config", done / FILE).startswith(f"--output {done}: not empty; --resume goes on")
+    assert refused(capsys, "finetune", "--config", done / FILE).startswith(
+        f"--output {done}: not empty; --resume goes on"
+    )
 
 
 def test_no_bar_without_a_terminal(capsys):

@@ -1,0 +1,220 @@
+"""What the checks of distributed/ share: a model, steps of it in one process and in several, and what must be equal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft_models import quantize, spread
+from safetensors.torch import load_file
+from tiny_models import ARCHITECTURES
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import peft_ext
+from peft_ext.integrations.fused.ia3 import IA3Layer
+from peft_ext.integrations.fused.lora import LowRank
+from peft_ext.nn import NF4Linear
+
+LLAMA = ARCHITECTURES["Llama"]
+LAYERS = 14  # that LoRA adapts of it
+STEPS = 3
+METHODS = ("LoRA", "DoRA", "IA3", "AdaLoRA")
+
+# Sums of a batch in two or four parts round otherwise than whole ones: a few units in the last place of a loss near 5,
+# and of the largest entry of a gradient, in float32, in which adapters, losses and gradients are whatever the base.
+LOSS = 4e-6
+GRADIENT = 2e-5
+
+CHECKS: dict[str, Callable[[Path], None]] = {}
+
+
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+# --- models and steps -------------------------------------------------------------------------------------------------
+
+
+def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, **config: Any) -> PeftModel:
+    """The same model in every process: Llama with an adapter as after some training, in training mode."""
+    model = quantize(LLAMA.build(), base)
+    if method == "AdaLoRA":
+        chosen = AdaLoraConfig(
+            init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules="all-linear", init_lora_weights=False,
+            task_type="CAUSAL_LM", **config,
+        )  # fmt: skip
+    elif method == "IA3":
+        chosen = LLAMA.peft_config("IA3")
+    else:
+        chosen = LoraConfig(
+            r=config.pop("r", 4), lora_alpha=6, use_dora=method == "DoRA", init_lora_weights=False,
+            target_modules="all-linear", task_type="CAUSAL_LM", **config,
+        )  # fmt: skip
+    torch.manual_seed(3)
+    model = peft_ext.get_peft_model(model, chosen)
+    spread(model)
+    return (model if accelerated else peft_ext.restore(model)).train()
+
+
+def batch(rank: Optional[int] = None) -> dict[str, Tensor]:
+    """The whole batch, or one process's part of it: as many tokens as any other's."""
+    whole = LLAMA.batch()
+    return whole if rank is None else {name: part.chunk(dist.get_world_size())[rank] for name, part in whole.items()}
+
+
+def mine() -> dict[str, Tensor]:
+    return batch(dist.get_rank())
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # Not Adam, which makes steps of one size out of gradients that are rounding alone.
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor], optimizer: Optional[torch.optim.Optimizer] = None) -> Tensor:
+    loss = model(**inputs).loss
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def mean(loss: Tensor) -> float:
+    total = loss.clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def train(model: nn.Module, steps: int = STEPS, optimizer: Optional[torch.optim.Optimizer] = None) -> list[float]:
+    """The losses over the whole batch, of which each process sees its part."""
+    optimizer = optimizer_of(model) if optimizer is None else optimizer
+    return [mean(step(model, mine(), optimizer)) for _ in range(steps)]
+
+
+def train_alone(model: nn.Module, steps: int = STEPS) -> list[float]:
+    """The same of one process with the whole batch."""
+    optimizer = optimizer_of(model)
+    return [step(model, batch(), optimizer).item() for _ in range(steps)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unwrapped(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {unwrapped(name): whole(grad).clone() for name, grad in found.items() if grad is not None}
+
+
+def adapter(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {unwrapped(name): whole(parameter.detach()).clone() for name, parameter in found.items()}
+
+
+def shard(model: PeftModel, **options: Any) -> PeftModel:
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def assert_close(came: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = GRADIENT) -> None:
+    assert came.keys() == wanted.keys() and came
+    for name, tensor in came.items():
+        assert tensor.shape == wanted[name].shape and tensor.dtype == wanted[name].dtype, name
+        moved = (tensor - wanted[name]).abs().max().item()
+        assert moved <= bound * wanted[name].abs().max().item(), (name, moved, wanted[name].abs().max().item())
+
+
+def assert_losses(came: list[float], wanted: list[float], bound: float = LOSS) -> None:
+    assert len(came) == len(wanted)
+    assert max(abs(a - b) for a, b in zip(came, wanted, strict=True)) <= bound, (came, wanted)
+    assert max(wanted) - min(wanted) > 100 * bound, wanted  # the steps did something
+
+
+def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
+    """To the bit."""
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors.values()])
+    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, flat)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+
+
+@contextlib.contextmanager
+def counted_calls() -> Iterator[dict[str, int]]:
+    """How many calls of adapter layers ran on the op, "fused", and on PEFT's own path, "stock"."""
+    counts = {"fused": 0, "stock": 0}
+    kinds = (LowRank, IA3Layer)
+    before = [kind._fused for kind in kinds]
+
+    def counting(inner: Callable) -> Callable:
+        def run(layer: Any, x: Tensor) -> Optional[Tensor]:
+            y = inner(layer, x)
+            counts["stock" if y is None else "fused"] += 1
+            return y
+
+        return run
+
+    for kind, inner in zip(kinds, before, strict=True):
+        kind._fused = counting(inner)
+    try:
+        yield counts
+    finally:
+        for kind, inner in zip(kinds, before, strict=True):
+            kind._fused = inner
+
+
+def assert_same_gradients(model: nn.Module, alone: nn.Module, bound: float = GRADIENT) -> None:
+    """In every process, and those of one process with the whole batch."""
+    found = gradients(model)
+    assert_same_everywhere(found)
+    assert_close(found, gradients(alone), bound)
+
+
+def assert_trains(model: nn.Module, wanted: list[float], fused: int = STEPS * LAYERS, stock: int = 0) -> None:
+    """With these losses, and so many calls of adapter layers on each path."""
+    with counted_calls() as calls:
+        assert_losses(train(model), wanted)
+    assert calls == {"fused": fused, "stock": stock}, calls
+
+
+@contextlib.contextmanager
+def raises(kind: type[BaseException], text: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert text in str(error), str(error)
+        return
+    raise AssertionError(f"no {kind.__name__} about {text!r} was raised")
+
+
+def assert_all_fused(model: nn.Module) -> None:
+    rows = peft_ext.explain(model).rows
+    assert rows and all(row.fused and not row.reason for row in rows), rows
+
+
+def assert_same_files(one: Path, several: Path) -> None:
+    """Two adapters of one format, equal to rounding."""
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in several.iterdir())
+    assert (one / "adapter_config.json").read_bytes() == (several / "adapter_config.json").read_bytes()
+    assert_close(*(load_file(path / "adapter_model.safetensors") for path in (several, one)))
+
+
+def nf4_layers(model: nn.Module) -> list[tuple[str, NF4Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]

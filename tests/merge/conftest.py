@@ -1,0 +1,18 @@
+import pytest
+import torch
+
+
+@pytest.fixture
+def made(tmp_path):
+    """``made(model, config)``: folders base and adapter."""
+    from merged_models import MODELS, trained
+
+    def make(name, config, dtype=torch.float32):
+        model = MODELS[name].build().to(dtype)
+        model.save_pretrained(tmp_path / "base")
+        trained(type(model).from_pretrained(tmp_path / "base", dtype=dtype), config).save_pretrained(
+            tmp_path / "adapter"
+        )
+        return tmp_path / "base", tmp_path / "adapter"
+
+    return make

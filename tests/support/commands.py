@@ -1,0 +1,32 @@
+"""The command line run in this process: what it prints, and the one line with which it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import pytest
+
+from peft_ext.cli.main import main
+
+
+def _run(capsys: pytest.CaptureFixture, arguments: tuple[object, ...]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What a command prints, all of it on standard output."""
+    code, out, err = _run(capsys, arguments)
+    assert code == 0 and err == "", err
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object, unchanged: Optional[Path] = None) -> str:
+    """The one line that a command ends with; in the folder ``unchanged`` it has written nothing."""
+    before = sorted(unchanged.rglob("*")) if unchanged else []
+    code, out, err = _run(capsys, arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, (arguments, code, out, err)
+    assert (sorted(unchanged.rglob("*")) if unchanged else []) == before
+    return err[len("error: ") : -1]

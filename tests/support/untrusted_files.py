@@ -1,0 +1,61 @@
+"""A tiny model and adapter in folders, and copies of them that are broken, absurd or meant to do harm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_ext import NestedAbsmax, NF4Weight
+from peft_ext.weight import read_quant_state
+
+# Backtracks for longer than the universe is old on the name of a layer.
+EVIL = "([a-z_.0-9]+)+!"
+
+
+@contextmanager
+def one_line(start: str, within: str = "", kind: type[Exception] = ValueError, most: int = 10**6) -> Iterator[None]:
+    """What is run raises an error of one line of less than ``most`` characters, which begins so and has ``within``."""
+    with pytest.raises(kind) as caught:
+        yield
+    text = str(caught.value)
+    assert text.startswith(start) and within in text and "\n" not in text and len(text) < most, text
+
+
+def read_nf4(state: dict[str, Any]) -> NF4Weight:
+    """The weight of a state dict, as NF4Linear reads it; raises where it is none."""
+    shape, dtype, blocksize, offset = read_quant_state(state)
+    nested = None
+    if offset is not None:
+        nested = NestedAbsmax(state["weight.nested_absmax"], state["weight.nested_quant_map"], torch.tensor(offset))
+    nf4 = NF4Weight(state["weight"], state["weight.absmax"], shape, dtype, blocksize, nested)
+    nf4.check_scales()
+    return nf4
+
+
+def edited(folder: Path, out: Path, name: str = "adapter_config.json", **changes: Any) -> Path:
+    """A copy of ``folder`` with fields of a JSON file changed."""
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    (out / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+    return out
+
+
+def rewritten(folder: Path, out: Path, name: str, data: bytes) -> Path:
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    (out / name).write_bytes(data)
+    return out
+
+
+def changed_tensors(adapter: Path, out: Path, change: Callable[[dict[str, torch.Tensor], str], Any]) -> Path:
+    shutil.copytree(adapter, out, dirs_exist_ok=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors, min(tensors))
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    return out
