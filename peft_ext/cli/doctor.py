@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__, _cpu, _native
 from ..machine import versions
-from ..ops import library
+from ..ops import library, prove
 from ..text import dtype_name
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
@@ -57,6 +57,10 @@ def doctor() -> int:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if found else []
     _row("devices", ", ".join(devices) or "none")
     _row("loaded", "yes" if state.cuda_loaded else f"no: {state.cuda_error or 'torch is a CPU build'}")
+    prove.first_use()
+    for card, families in prove.report().items():
+        for family, why in families.items():
+            _row(f"{family} on {card}", f"dropped: {why}" if why else "agrees with the reference")
 
     _section("operators")
     for name in library.OPS:

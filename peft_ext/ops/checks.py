@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
+from .prove import first_use
 
 _LARGEST = sys.float_info.max
 
@@ -27,6 +28,8 @@ def check_float(op: str, argument: str, value: object) -> None:
     if value.layout is not torch.strided or value.is_nested:
         came = "is a nested tensor" if value.is_nested else f"has layout {value.layout}"
         raise TypeError(f"{op}: {argument} {came}, wanted torch.strided")
+    if value.is_cuda:
+        first_use()
 
 
 def check_dtype(op: str, dtype: object) -> None:

@@ -23,11 +23,15 @@ WEIGHT = (
 
 OPS: list[str] = []
 
+# What runs where no kernel is registered, by operator.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
 
 def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> None:
     """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _outside_autocast(reference), "CompositeExplicitAutograd")
+    REFERENCES[name] = _outside_autocast(reference)
+    LIBRARY.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     OPS.append(name)
 

@@ -16,6 +16,15 @@ from peft_ext import _native
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
+def emulated_ops() -> Any:
+    """The CUDA kernels under the emulator, as operators on CPU tensors. Skips where it can't be built."""
+    emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
+    if why := emulated_cuda.missing():
+        pytest.skip(why)
+    emulated_cuda.load()
+    return torch.ops.peft_ext_emulated
+
+
 def kernels(where: str) -> Callable[..., Any]:
     """``call(name, *args)``: the op's kernel on CPU tensors, moved where it runs; results on the CPU. Skips without."""
     if where == "cuda":
@@ -23,11 +32,7 @@ def kernels(where: str) -> Callable[..., Any]:
             pytest.skip(f"no GPU, or no CUDA library: {_native.STATE.cuda_error}")
         namespace, device = torch.ops.peft_ext, "cuda"
     else:
-        emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
-        if why := emulated_cuda.missing():
-            pytest.skip(why)
-        emulated_cuda.load()
-        namespace, device = torch.ops.peft_ext_emulated, "cpu"
+        namespace, device = emulated_ops(), "cpu"
 
     def call(name: str, *args: Any) -> Any:
         moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]

@@ -22,6 +22,7 @@ from ...nn import NF4Linear
 from ...nn.nf4 import is_dtensor
 from ...ops.checks import autocast_dtype
 from ...ops.library import has_kernel
+from ...ops.prove import proved
 from ...text import dtype_name as short
 from ...weight import why_not_nf4
 from . import dora
@@ -163,7 +164,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 def kernel_reason(op: str, device: str) -> Optional[str]:
     """Returns why the public op ``op`` would run the reference on ``device``."""
     if KERNELS[op].get(device):
-        return None
+        return proved(*_CALLED[op]) if device == "cuda" else None
     if device == "cuda" and not STATE.cuda_loaded:
         why = STATE.cuda_error or "torch is a CPU build"
         return f"it is on a GPU, and the CUDA library is not loaded ({why})"

@@ -1,0 +1,279 @@
+"""The CUDA kernels' first use on a kind of card: each family is tried against the plain way, and left where it differs.
+
+Before the first operator that runs on a GPU, or the first layer that is accelerated there, small inputs go through
+each family's operators twice, forward and backward: through the kernels, and through the reference, which is plain
+PyTorch. A family that disagrees by more than rounding, raises, or is slower is dropped: its operators run the
+reference from then on, a warning says so, and so do ``peft-ext explain`` and ``peft-ext doctor``.
+
+Environment:
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a kind of card once for a build of peft_ext, of torch and its CUDA,
+        and remembers it in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that); ``always`` proves in
+        every process; ``0`` never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._version import __version__
+from ..files import atomic_file
+from ..reference import nf4_quantize
+from .library import NAMESPACE, REFERENCES
+
+__all__ = ["DROPPED", "FAMILIES", "first_use", "prove", "proved", "report"]
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "nf4": ("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_dequantize_merged", "nf4_merge", "nf4_linear",
+            "nf4_linear_backward"),
+    "lora": ("lora_linear", "lora_linear_backward", "lora_residual", "lora_residual_backward"),
+    "grouped_lora": ("grouped_lora_linear",),
+    "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
+    "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
+    "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+}  # fmt: skip
+
+# Operators whose kernels were dropped, and why.
+DROPPED: dict[str, str] = {}
+
+SLOWER = 1.25  # times the plain way's time: a family is dropped
+# ‖kernel - plain‖ / ‖plain‖ that rounding explains, an intermediate's of 16 bits among it.
+WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
+
+_found: dict[str, dict[str, str]] = {}  # by card, by family: "" where it agrees
+_overriding: list[torch.library.Library] = []  # what drops kernels, as long as it lives
+_done = False
+_lock = threading.Lock()
+
+_Call = tuple[str, tuple]
+
+
+def first_use() -> None:
+    """Proves the kernels of the cards that are here, once in a process; not under a compiler or a captured graph."""
+    if _done or torch.compiler.is_compiling():
+        return
+    _prove_here()
+
+
+def proved(*names: str) -> Optional[str]:
+    """Returns why one of these operators runs the reference on a GPU, or None."""
+    first_use()
+    return next((DROPPED[name] for name in names if name in DROPPED), None) if DROPPED else None
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Returns what is known, by card and family: "" where the kernels agree, else why they were dropped."""
+    return {card: dict(families) for card, families in _found.items()}
+
+
+def _prove_here() -> None:
+    global _done
+    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()) or os.environ.get("PEFT_EXT_PROVE") == "0":
+        _done = True
+        return
+    if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
+        return  # fake tensors, or a graph that would hold the proof
+    with _lock:
+        if _done:
+            return
+        _done = True  # what is proved calls no public operator, and another thread goes on meanwhile
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_name(index)
+            if card not in _found:
+                with torch.cuda.device(index):
+                    _found[card] = _recall(card) or _remember(card, prove(torch.device("cuda", index)))
+                _drop_all(card, "CUDA")
+
+
+def _drop_all(card: str, key: str) -> None:
+    for family, why in _found[card].items():
+        if why:
+            drop(family, f"its {key} kernels were dropped on {card}: {why}", key)
+
+
+def drop(family: str, why: str, key: str = "CUDA") -> None:
+    """Lets the operators of a family run the reference on tensors of a dispatch key."""
+    warnings.warn(f"peft_ext: {family}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
+        for name in FAMILIES[family]:
+            DROPPED[name] = why
+            library.impl(name, REFERENCES[name], key, allow_override=True)
+    _overriding.append(library)
+
+
+# --- what is remembered -----------------------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft_ext", "proved.json")
+
+
+def _held() -> dict[str, Any]:
+    try:
+        held = json.loads(_cache().read_text())
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _key(card: str) -> str:
+    library = Path(_native.__file__).parent.glob("_C_cuda*")
+    built = [f"{path.stat().st_size}.{path.stat().st_mtime_ns}" for path in sorted(library)]
+    capability = torch.cuda.get_device_capability()
+    return " | ".join([card, str(capability), f"peft_ext {__version__}", f"torch {torch.__version__}",
+                       f"CUDA {torch.version.cuda}", *built])  # fmt: skip
+
+
+def _recall(card: str) -> Optional[dict[str, str]]:
+    if os.environ.get("PEFT_EXT_PROVE") == "always":
+        return None
+    found = _held().get(_key(card))
+    known = isinstance(found, dict) and set(found) == set(FAMILIES)
+    return found if known and all(isinstance(why, str) for why in found.values()) else None
+
+
+def _remember(card: str, found: dict[str, str]) -> dict[str, str]:
+    try:
+        _cache().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(_cache()) as file:
+            json.dump(_held() | {_key(card): found}, file, indent=1)
+    except (OSError, RuntimeError):
+        pass  # a home that can't be written: the next process proves again
+    return found
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def prove(device: torch.device, *, timed: bool = True) -> dict[str, str]:
+    """Tries every family on a device; returns by family "", or what is wrong. ``timed``: what is slow is wrong."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return {family: _prove_family(family, device, timed) for family in FAMILIES}
+
+
+def _prove_family(family: str, device: torch.device, timed: bool) -> str:
+    try:
+        for dtype in WITHIN:
+            for name, arguments in _calls(family, device, dtype, (130, 192, 136)):
+                if why := _differs(_native_op(name)(*arguments), REFERENCES[name](*arguments), dtype):
+                    return f"{name} in {str(dtype).removeprefix('torch.')} {why}"
+        if timed:
+            name, arguments = next(_calls(family, device, torch.bfloat16, (1024, 1024, 1024)))
+            ours, plain = (_seconds(of, arguments, device) for of in (_native_op(name), REFERENCES[name]))
+            if ours > SLOWER * plain:
+                return f"{name} takes {ours / plain:.1f} times the reference's time"
+    except Exception as error:  # whatever a kernel raises on a card that it does not fit
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return ""
+
+
+def _native_op(name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _differs(found: Any, plain: Any, dtype: torch.dtype) -> str:
+    found, plain = ([value] if isinstance(value, Tensor) else list(value) for value in (found, plain))
+    for index, (got, want) in enumerate(zip(found, plain, strict=True)):
+        if got.shape != want.shape or got.dtype != want.dtype:
+            return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
+        if not want.is_floating_point():
+            if (got != want).any():
+                return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
+            continue
+        error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+        if not error <= WITHIN[dtype] * size + 1e-30:
+            return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"
+    return ""
+
+
+def _seconds(call: Callable[..., Any], arguments: tuple, device: torch.device) -> float:
+    """The median of some calls, after two that warm up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(9):
+        wait()
+        start = time.perf_counter()
+        call(*arguments)
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[_Call]:
+    """The operators of a family with arguments, the main one first. What a backward takes of the forward is the
+    reference's."""
+    t, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu") * scale).to(device, of)
+
+    x, grad, bias = draw(t, k), draw(t, n), draw(n)
+    dense = (draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
+    nf4 = nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True).op_args()
+    a, b = draw(16, k, of=torch.float32, scale=k**-0.5), draw(n, 16, of=torch.float32, scale=0.25)
+    seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
+    if family == "nf4":
+        few = draw(3, k)
+        yield "nf4_linear", (x, *nf4, bias)
+        yield "nf4_linear", (few, *nf4, bias)
+        yield "nf4_linear_backward", (grad, *nf4)
+        yield "nf4_dequantize", (*nf4, dtype)
+        yield "nf4_dequantize_merged", (*nf4, a, b, None, 0.5, dtype)
+        yield "nf4_merge", (*nf4, a, b, None, 0.5)
+        yield "nf4_quantize", (draw(n, k), 64)
+    elif family == "lora":
+        for weight, p in ((dense, 0.1), (nf4, 0.0)):
+            scale = (0.5, p, seed if p else None)
+            yield "lora_linear", (x, *weight, bias, a, b, None, *scale)
+            s = REFERENCES["lora_linear"](x, *weight, bias, a, b, None, *scale)[1]
+            yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
+        yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
+        yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
+    elif family == "grouped_lora":
+        a2, b2 = draw(40, k, of=torch.float32, scale=k**-0.5), draw(n, 40, of=torch.float32, scale=0.25)
+        batch = x.view(2, t // 2, k)
+        yield "grouped_lora_linear", (batch, *dense, bias, [a, a2], [b, b2], [0.5, 2.0], [1, 0])
+    elif family == "dora":
+        g = 1 + draw(n, of=torch.float32, scale=0.1)
+        forward = (x, *dense, bias, a, b, g, 0.5, 0.0, None, False, True)
+        yield "dora_linear", forward
+        _, s, z = REFERENCES["dora_linear"](*forward)
+        yield "dora_linear_backward", (grad, x, *dense, a, b, g, s, z, False, 0.5, 0.0, None, False, True, True)
+        for weight in (dense, nf4):
+            norm = (*weight, a, b, 0.5, dtype)
+            yield "dora_weight_norm", norm
+            of_norm, u = REFERENCES["dora_weight_norm"](*norm)
+            to_norm = draw(n, of=torch.float32)
+            yield "dora_weight_norm_backward", (to_norm, *weight, a, b, of_norm, u, 0.5, dtype)
+    elif family == "ia3":
+        l_out, l_in = 1 + draw(n, of=torch.float32, scale=0.1), 1 + draw(k, of=torch.float32, scale=0.1)
+        yield "ia3_linear", (x, *dense, bias, l_out, False, True)
+        z = REFERENCES["ia3_linear"](x, *dense, bias, l_out, False, True)[1]
+        yield "ia3_linear_backward", (grad, x, *dense, bias, l_out, z, False, False, True, True)
+        yield "ia3_scale", (x, l_in)
+        yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
+    else:
+        down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
+        down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)
+        forward = (x, x, down, down_bias, up, up_bias, 0.5, 0)
+        yield "bottleneck_adapter", forward
+        u = REFERENCES["bottleneck_adapter"](*forward)[1]
+        yield "bottleneck_adapter_backward", (draw(t, k), x, u, down, up, 0.5, 0, True, True)

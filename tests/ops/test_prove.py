@@ -1,0 +1,165 @@
+"""Kernels are proved at their first use on a card, and dropped where they are wrong: the emulator is the card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_kernels import emulated_ops
+
+from peft_ext import _native, ops
+from peft_ext.integrations.fused import reasons
+from peft_ext.ops import prove
+
+CARD = "a card"
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+    """What replaces an operator's kernel, by name; all others are the CUDA kernels, emulated."""
+    kernels, planted = emulated_ops(), {}
+    monkeypatch.setattr(prove, "_native_op", lambda name: planted.get(name) or getattr(kernels, name))
+    return planted
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """As in a process that has proved nothing, with a card and a cache of its own; what is dropped comes back."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("PEFT_EXT_PROVE", raising=False)
+    for name, value in {"_done": False, "_found": {}, "_overriding": []}.items():
+        monkeypatch.setattr(prove, name, value)
+    monkeypatch.setattr(_native.STATE, "cuda_loaded", True)
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_name": CARD, "get_device_capability": (9, 0),
+        "is_current_stream_capturing": False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    before = dict(prove.DROPPED)
+    yield
+    for library in prove._overriding:
+        library._destroy()
+    prove.DROPPED.clear()
+    prove.DROPPED.update(before)
+
+
+def test_the_kernels_agree(emulated: dict) -> None:
+    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(prove.FAMILIES, "")
+
+
+def test_so_do_the_cpu_s() -> None:
+    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(prove.FAMILIES, "")
+
+
+def test_every_operator_is_in_a_family_and_is_called() -> None:
+    from peft_ext.ops.library import OPS
+
+    assert sorted(name for names in prove.FAMILIES.values() for name in names) == sorted(OPS)
+    called = {
+        name
+        for family in prove.FAMILIES
+        for name, _ in prove._calls(family, torch.device("cpu"), torch.float32, (130, 192, 136))
+    }
+    # Double quantization is nf4_quantize_absmax's, which the quantized weight of every family comes from on the device.
+    assert called | {"nf4_quantize_absmax"} == set(OPS)
+
+
+def no_mask(*arguments: Any) -> Any:
+    """lora_linear_backward without the mask."""
+    *rest, p, _seed, needs = arguments
+    return torch.ops.peft_ext.lora_linear_backward(*rest, p, None, needs)
+
+
+def other_codes(weight: torch.Tensor, blocksize: int) -> Any:
+    packed, absmax = torch.ops.peft_ext.nf4_quantize(weight, blocksize)
+    return packed ^ 1, absmax
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "fault", "says"),
+    [
+        ("lora", "lora_linear_backward", no_mask, "lora_linear_backward in float32 is off by .* of result 0"),
+        ("nf4", "nf4_quantize", other_codes, "nf4_quantize .*differs"),
+        ("ia3", "ia3_scale", lambda x, scale: x * float("nan"), "ia3_scale .* is off by nan"),
+        ("dora", "dora_linear", lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+        ("bottleneck", "bottleneck_adapter", lambda x, *_: (x[:1], x[:1]), r"gives .* \(1, 192\) as result 0"),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_found_in_its_family_alone(
+    emulated: dict, family: str, name: str, fault: Callable, says: str
+) -> None:
+    emulated[name] = fault
+    found = prove.prove(torch.device("cpu"), timed=False)
+    wrong = {family: why for family, why in found.items() if why}
+    assert list(wrong) == [family]
+    assert re.search(says, wrong[family])
+
+
+def test_a_slow_family_is_dropped(emulated: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = prove.REFERENCES["ia3_linear"]
+    monkeypatch.setattr(prove, "_seconds", lambda call, *_: 1.0 if call is plain else 1.3)
+    assert prove._prove_family("ia3", torch.device("cpu"), True) == "ia3_linear takes 1.3 times the reference's time"
+    assert prove._prove_family("ia3", torch.device("cpu"), False) == ""
+
+
+def test_what_is_wrong_is_dropped_once_and_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    wrong = dict.fromkeys(prove.FAMILIES, "") | {"lora": "it is off"}
+    monkeypatch.setattr(prove, "prove", lambda device: asked.append(device) or wrong)
+    monkeypatch.setattr(reasons, "KERNELS", {op: {"cuda": True, "cpu": True} for op in reasons.KERNELS})
+    with pytest.warns(RuntimeWarning, match="lora: its CUDA kernels were dropped on a card: it is off. The reference"):
+        assert reasons.kernel_reason("lora_linear", "cuda") == "its CUDA kernels were dropped on a card: it is off"
+    assert reasons.kernel_reason("ia3_linear", "cuda") is None
+    assert reasons.kernel_reason("lora_linear", "cpu") is None
+    assert reasons.kernel_reason("grouped_lora_linear", "cuda")  # its backward is lora_linear's
+    assert len(asked) == 1 and prove.report() == {CARD: wrong}
+    # The next process remembers, unless it is told not to.
+    monkeypatch.setattr(prove, "_done", False)
+    monkeypatch.setattr(prove, "_found", {})
+    with pytest.warns(RuntimeWarning, match="it is off"):
+        prove.first_use()
+    assert len(asked) == 1 and prove.report() == {CARD: wrong}
+    for value, times in (("0", 1), ("always", 2)):
+        monkeypatch.setenv("PEFT_EXT_PROVE", value)
+        monkeypatch.setattr(prove, "_done", False)
+        monkeypatch.setattr(prove, "_found", {})
+        if value == "0":
+            prove.first_use()
+        else:
+            with pytest.warns(RuntimeWarning, match="it is off"):
+                prove.first_use()
+        assert len(asked) == times
+
+
+def test_a_dropped_family_runs_the_reference(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    plain = prove.REFERENCES["lora_linear"]
+    monkeypatch.setitem(prove.REFERENCES, "lora_linear", lambda *a: called.append(1) or plain(*a))
+    x, weight, a, b = torch.randn(5, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    ours = ops.lora_linear(x, weight, a, b)
+    assert not called
+    with pytest.warns(RuntimeWarning, match="lora: for a test"):
+        prove.drop("lora", "for a test", "CPU")
+    torch.testing.assert_close(ops.lora_linear(x, weight, a, b), ours)
+    assert called == [1]
+
+
+def test_nothing_is_proved_with_fake_tensors_or_under_capture(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "prove", lambda device: pytest.fail("proved"))
+    with torch._subclasses.FakeTensorMode():
+        prove.first_use()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    prove.first_use()
+    assert not prove._done
+
+
+def test_a_home_that_cannot_be_written_is_no_error(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(prove, "prove", lambda device: dict.fromkeys(prove.FAMILIES, ""))
+    prove.first_use()
+    assert prove._done and not prove.DROPPED
