@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 # Which pipe issues an instruction, by what its name starts with; the first match counts. U...: the uniform datapath.
@@ -53,10 +54,12 @@ class Instruction:
             return 4
         return 2 if re.search(r"\.64|\.WIDE", self.name) else 1
 
+    @cached_property
     def writes(self) -> set[int]:
         found = [int(r) for part in self._operands()[0] for r in re.findall(r"\bR(\d+)\b", part)]
         return {register + k for register in found for k in range(self._width)}
 
+    @cached_property
     def reads(self) -> set[int]:
         found: set[int] = set()
         for position, part in enumerate(self._operands()[1]):
@@ -97,9 +100,11 @@ class Loop:
         """The fewest instructions between a load from global memory and the first use of what it brings."""
         distances = []
         for i, load in enumerate(self.instructions):
-            held = load.writes() if load.name.startswith("LDG.") else set()
+            if not load.name.startswith("LDG."):
+                continue
+            held = load.writes
             for distance, after in enumerate(self.instructions[i + 1 :] + self.instructions[:i], 1):
-                if held & after.reads():
+                if held & after.reads:
                     distances.append(distance)
                     break
         return min(distances, default=None)
@@ -111,10 +116,10 @@ class Loop:
         for _ in range(2):  # the second iteration meets what the first has left
             start = time
             for instruction in self.instructions:
-                waits = [ready.get(register, 0) for register in instruction.reads()]
+                waits = [ready.get(register, 0) for register in instruction.reads]
                 time = max([time + 1, *waits])
                 kind = "global" if instruction.name.startswith("LDG.") else instruction.pipe
-                for register in instruction.writes():
+                for register in instruction.writes:
                     ready[register] = time + LATENCY.get(kind, ARITHMETIC)
         return time - start
 

@@ -37,22 +37,28 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x);
 
   RankGradients grads;
-  if (low_rank) grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, &out);
+  std::optional<Tensor> other;
+  if (z.has_value()) other = torch::stable::contiguous(*z);
+  if (low_rank)
+    grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, other.has_value() ? &*other : nullptr,
+                           &out);
+  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // dg is there
 
-  // G = g ∘ dY (with drop_base G - dY), and dg's sums in the same pass.
+  // dX's product is of G = g ∘ dY (with drop_base G - dY) and W, or of dY and g ∘ W, whichever is less to make; dg's
+  // sums come with G.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
+  const bool folds = product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, size.tokens);
   Tensor scaled = flat_grad;
-  if (adapter.out_scale.has_value() && (product || z.has_value())) {
-    const std::optional<Tensor> other =
-        z.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*z)) : std::nullopt;
-    const ColumnPartials found =
-        column_partials(flat_grad, product ? adapter.out_scale : std::nullopt, drop_base ? -1.0f : 0.0f, other);
-    if (product) scaled = found.scaled;
-    if (z.has_value()) out.grad_out_scale = reduced_columns(found.partial);
+  if (adapter.out_scale.has_value() && ((product && !folds) || other.has_value())) {
+    const ColumnPartials found = column_partials(flat_grad, product && !folds ? adapter.out_scale : std::nullopt,
+                                                 drop_base ? -1.0f : 0.0f, other);
+    if (product && !folds) scaled = found.scaled;
+    if (other.has_value()) out.grad_out_scale = reduced_columns(found.partial);
   }
   if (!product) return out;
 
-  const Tensor w = dense_weight(weight, x.scalar_type());
+  const Tensor w =
+      folds ? scaled_weight(weight, x.scalar_type(), *adapter.out_scale) : dense_weight(weight, x.scalar_type());
   Tensor grad_x = needs_grad_x ? torch::stable::view(out.grad_x, {size.tokens, size.inputs})
                                : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
   if (drop_base) {

@@ -35,9 +35,10 @@ struct RankGradients {
   std::optional<Tensor> kept;  // the mask's bits, which the pass over x drew
 };
 
-// grad_A, grad_B and grad_rank_scale of flat dY and x, and the terms where dX is wanted.
+// grad_A, grad_B and grad_rank_scale of flat dY and x, and the terms where dX is wanted; and grad_out_scale, if z is
+// given and the pass over dY has room for it.
 RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
                              const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
-                             bool needs_grad_x, DeviceBackward* out);
+                             bool needs_grad_x, const Tensor* z, DeviceBackward* out);
 
 }  // namespace peft_ext

@@ -2,6 +2,7 @@
 //
 //   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; dY's g ∘ dY and dg)
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (DoRA's and IA3's outputs)
+//   scale_rows:    out = g ∘ w, by rows                                             (DoRA's scale in W)
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x
 //
 // A thread moves eight columns at a time, 16 bytes of 16-bit types; float32 arithmetic, one rounding. A block of
@@ -104,6 +105,21 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
     for (int i = 0; i < kVector; ++i) z[i] = scale[i] * (z[i] + before[i]) + after[i];
     save_columns(static_cast<T*>(work.out) + at, column, work.columns, work.whole, z);
   }
+}
+
+// out = g ∘ w, row n times g[n], of a whole matrix. Grid: x: tiles of kColumnThreads · 8 columns; y: rows.
+template <typename T>
+__global__ void __launch_bounds__(kColumnThreads)
+    scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kVector;
+  if (column >= columns) return;
+  const int64_t at = blockIdx.y * columns + column;
+  const float g = scale[blockIdx.y];
+  float values[kVector];
+  load_vector(w + at, values);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] *= g;
+  save_vector(out + at, values);
 }
 
 struct Drop {

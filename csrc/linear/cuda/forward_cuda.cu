@@ -78,6 +78,10 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;
   const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
   const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
+  const bool drop_base = adapter.drop_base && adapter.seed.has_value();
+  // Where nobody wants Z, and g costs less in W: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.
+  const bool folds = adapter.out_scale.has_value() && !skinny && !want_z && !drop_base &&
+                     !(bias_inside && held_bias.has_value()) && folds_scale(weight, size.tokens);
 
   HeldTerms s_terms, b_terms;
   const DeviceGroups* groups = adapter.groups;
@@ -89,7 +93,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     const HeldTerms a_terms = splitter.right_of_pass(a, false);
     if (!skinny) {
       if (groups == nullptr) s_terms = left_terms(x, size.tokens, size.padded, type);
-      b_terms = splitter.right_of_expand(b, false);
+      b_terms = splitter.right_of_expand(b, false, folds ? &*adapter.out_scale : nullptr);
     }
     splitter.run();
     shrink(held, adapter, size, a_terms, out.s, skinny || groups != nullptr ? nullptr : &s_terms);
@@ -111,8 +115,9 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
 
   if (groups != nullptr) out.s = kept;
 
-  const Tensor product = transposed(dense_weight(weight, type));
-  if (!adapter.out_scale.has_value()) {
+  const Tensor product =
+      transposed(folds ? scaled_weight(weight, type, *adapter.out_scale) : dense_weight(weight, type));
+  if (!adapter.out_scale.has_value() || folds) {
     if (low_rank || held_bias.has_value()) {
       expand(y, low_rank ? &s_terms : nullptr, &b_terms, nullptr, held_bias);
       addmm_(y, held, product, 1.0);
@@ -127,7 +132,6 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
-  const bool drop_base = adapter.drop_base && adapter.seed.has_value();
   const Tensor z = want_z ? out.z : drop_base ? torch::stable::empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
   // Where Z + b₀ is kept the product finds b₀ there.

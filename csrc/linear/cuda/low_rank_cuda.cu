@@ -37,7 +37,7 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 
 RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Tensor& flat_x,
                              const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
-                             bool needs_grad_x, DeviceBackward* out) {
+                             bool needs_grad_x, const Tensor* z, DeviceBackward* out) {
   RankGradients grads;
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
   const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
@@ -46,7 +46,13 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
   const HeldTerms left = splitter.left_of_pass(held_s, true);
   if (needs_grad_x) grads.a = splitter.right_of_expand(a, true);
   splitter.run();
-  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left);
+  PassWants dots;
+  dots.beside = z;
+  const PassSums sums = rank_pass(dense_input(flat_grad), &right, &left, dots);
+  if (sums.dots.has_value()) {
+    Tensor dots = reduced_columns(*sums.dots);
+    out->grad_out_scale = torch::stable::narrow(dots, 0, 0, size.outputs);
+  }
 
   const HeldTerms p_transposed = pass_terms(x, size.padded, size.tokens);
   const Tensor* rank_scale = adapter.rank_scale.has_value() ? &*adapter.rank_scale : nullptr;
@@ -90,7 +96,9 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
   grad_a.out = &out->grad_A;
   grad_a.row_stride = 1;
   grad_a.rank_stride = size.inputs;
-  const PassSums over_x = rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed, false, needs_grad_x);
+  PassWants mask;
+  mask.mask = needs_grad_x;
+  const PassSums over_x = rank_pass(dense_input(flat_x, &adapter), nullptr, &p_transposed, mask);
   reduce(over_x.columns, size.rank, grad_a);
   grads.kept = over_x.kept;
   return grads;
@@ -151,7 +159,8 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
     if (adapter.rank_scale.has_value()) out.grad_rank_scale = device_zeros(x, {size.rank}, ScalarType::Float);
     return out;
   }
-  const RankGradients grads = rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, &out);
+  const RankGradients grads =
+      rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, nullptr, &out);
   if (!needs_grad_x) return out;
   const Tensor grad_x = torch::stable::view(out.grad_x, {size.tokens, size.inputs});
   if (adapter.seed.has_value()) {

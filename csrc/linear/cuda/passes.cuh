@@ -41,13 +41,14 @@ class Splitter {
   // F [ranks, columns of D] of a rank pass, or L [ranks, rows of D]. inner_scale, of D's side, may be null.
   HeldTerms right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale = nullptr);
   HeldTerms left_of_pass(const Tensor& matrix, bool transpose);
-  // F [columns of the result, ranks] of `expand`, or L [rows, ranks].
-  HeldTerms right_of_expand(const Tensor& matrix, bool transpose);
+  // F [columns of the result, ranks] of `expand`, or L [rows, ranks]. outer_scale, of the columns, may be null.
+  HeldTerms right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale = nullptr);
   HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
   void run() const;
 
  private:
-  HeldTerms add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* inner_scale = nullptr);
+  HeldTerms add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* outer_scale = nullptr,
+                const Tensor* inner_scale = nullptr);
 
   Launcher launcher_;
   const Tensor& like_;
@@ -85,12 +86,16 @@ struct PassSums {
   PartialSums rows, columns;
   Tensor squares;              // [chunks, padded rows]
   std::optional<Tensor> kept;  // the mask's bits
+  std::optional<Tensor> dots;  // [chunks, padded columns]
 };
 
 // P = D F where F is given (right: [ranks][columns]), Q = Dᵀ L where L is (left: [ranks][rows]); each in partial sums.
-// keep_mask, with L alone: the mask's bits, if D is dropped and has a shape that has them.
-PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares = false,
-                   bool keep_mask = false);
+struct PassWants {
+  bool squares = false;            // of D's rows, with F alone
+  bool mask = false;               // its bits, with L alone, if D is dropped and has a shape that has them
+  const Tensor* beside = nullptr;  // E: the dots, with both, if the shape and the ranks are such that they fit the pass
+};
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
 
 // Which rank_pass_kernel.
 struct RankVariant {
@@ -147,6 +152,12 @@ Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optiona
 // y = g ∘ (z + b₀) + b₁; y may be z.
 void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::optional<Tensor>& bias_before,
             const std::optional<Tensor>& bias_after);
+
+// g ∘ W [N, K], row n times g[n], in `type`, rounded once.
+Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
+
+// Whether that costs less than to scale an activation [tokens, N]: always where W is decoded anyway.
+bool folds_scale(const DeviceWeight& weight, int64_t tokens);
 
 // The sums of column_pass, added in order.
 Tensor reduced_columns(const Tensor& partial);

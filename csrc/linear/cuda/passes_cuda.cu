@@ -58,23 +58,24 @@ TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
 HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
   // A kernel of its own for what a bfloat16 adapter over a bfloat16 base is: one term.
   const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
-  return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, inner_scale);
+  return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, nullptr, inner_scale);
 }
 
 HeldTerms Splitter::left_of_pass(const Tensor& matrix, bool transpose) {
   return add(TermsOrder::kPass, matrix, transpose, kMaxTerms);
 }
 
-HeldTerms Splitter::right_of_expand(const Tensor& matrix, bool transpose) {
-  const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_;
-  return add(TermsOrder::kRight, matrix, transpose, one ? 1 : expand_terms(type_));
+HeldTerms Splitter::right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale) {
+  const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && outer_scale == nullptr;
+  return add(TermsOrder::kRight, matrix, transpose, one ? 1 : expand_terms(type_), outer_scale);
 }
 
 HeldTerms Splitter::left_of_expand(const Tensor& matrix, bool transpose) {
   return add(TermsOrder::kLeft, matrix, transpose, expand_terms(type_));
 }
 
-HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* inner_scale) {
+HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, int count, const Tensor* outer_scale,
+                        const Tensor* inner_scale) {
   const int64_t outer = matrix.size(transpose ? 1 : 0), inner = matrix.size(transpose ? 0 : 1);
   const bool pass = order == TermsOrder::kPass;
   const HeldTerms held = empty_terms(like_, order, count, pass ? padded_rank(outer) : round_up(outer, kExpandTile),
@@ -87,6 +88,7 @@ HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, 
   work.inner = inner;
   work.outer_stride = transpose ? 1 : matrix.size(1);
   work.inner_stride = transpose ? matrix.size(1) : 1;
+  work.outer_scale = outer_scale == nullptr ? nullptr : launcher_.in<float>(*outer_scale);
   work.inner_scale = inner_scale == nullptr ? nullptr : launcher_.in<float>(*inner_scale);
   work.out = write_terms(launcher_, held);
   blocks_ = std::max(blocks_, ceil_div(held.terms.outer * held.terms.inner / 2, kSplitThreads));
@@ -110,12 +112,11 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
           nullptr};
 }
 
-PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, bool want_squares,
-                   bool keep_mask) {
+PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
   // Two passes where P's and Q's sums do not both fit registers, or are not of the same ranks.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
-    PassSums both = rank_pass(input, right, nullptr, want_squares);
+    PassSums both = rank_pass(input, right, nullptr);
     both.columns = rank_pass(input, nullptr, left).columns;
     return both;
   }
@@ -141,10 +142,17 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
       input.columns % kVector == 0 && aligned(input.tensor(), variant.nf4 ? 4 : 16) && input.columns < kMaxRankColumns;
   variant.work = right == nullptr  ? RankWork::kColumns
                  : left != nullptr ? RankWork::kBoth
-                 : want_squares    ? RankWork::kRowsAndSquares
+                 : wants.squares   ? RankWork::kRowsAndSquares
                                    : RankWork::kRows;
-  const bool drops = pass.dropout.seed != nullptr, keeps = keep_mask && drops && variant.whole;
+  const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
   variant.mask = keeps ? RankMask::kKept : drops ? RankMask::kDrawn : RankMask::kNone;
+
+  const bool dots = wants.beside != nullptr && variant.work == RankWork::kBoth && variant.whole && !drops &&
+                    aligned(*wants.beside, 16);
+  if (dots) {
+    variant.work = RankWork::kBothAndDots;
+    pass.beside = launcher.in<void>(*wants.beside);
+  }
 
   const RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   pass.row_tiles = plan.row_tiles;
@@ -156,7 +164,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     found.rows = {device_empty(like, {plan.column_chunks, pass.padded_rows, rank}, ScalarType::Float),
                   plan.column_chunks, pass.padded_rows, input.rows};
     pass.row_sums = launcher.scratch<float>(found.rows.sums);
-    if (want_squares) {
+    if (wants.squares) {
       found.squares = device_empty(like, {plan.column_chunks, pass.padded_rows}, ScalarType::Float);
       pass.squares = launcher.scratch<float>(found.squares);
     }
@@ -165,6 +173,10 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     found.columns = {device_empty(like, {plan.row_chunks, pass.padded_columns, rank}, ScalarType::Float),
                      plan.row_chunks, pass.padded_columns, input.columns};
     pass.column_sums = launcher.scratch<float>(found.columns.sums);
+  }
+  if (dots) {
+    found.dots = device_empty(like, {plan.row_chunks, pass.padded_columns}, ScalarType::Float);
+    pass.dots = launcher.scratch<float>(*found.dots);
   }
   if (keeps) {
     const int64_t tiles = pass.padded_rows / kRankTile * (pass.padded_columns / kRankTile);
@@ -312,6 +324,26 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
     launcher(finish_kernel<decltype(zero)>, {ceil_div(work.rows, kColumnRows), ceil_div(work.columns, kColumnTile)},
              kColumnThreads, work);
   });
+}
+
+Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g) {
+  if (weight.is_nf4()) return dense_weight(weight, type, &g);
+  const Tensor out = device_empty(weight.weight, {weight.outputs, weight.inputs}, type);
+  Launcher launcher(out);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    launcher(scale_rows_kernel<T>, {ceil_div(weight.inputs, kColumnThreads * kVector), weight.outputs}, kColumnThreads,
+             launcher.in<T>(weight.weight), launcher.in<float>(g), launcher.scratch<T>(out), weight.inputs);
+  });
+  return out;
+}
+
+bool folds_scale(const DeviceWeight& weight, int64_t tokens) {
+  constexpr int64_t kMostRows = 65535;  // of a grid
+  if (weight.inputs % kVector != 0) return false;
+  if (weight.is_nf4()) return weight.outputs * weight.inputs < int64_t{1} << 32;
+  return tokens > weight.inputs && weight.outputs <= kMostRows && whole_columns(weight.weight, weight.inputs) &&
+         weight.weight.is_contiguous();
 }
 
 Tensor reduced_columns(const Tensor& partial) {

@@ -2,6 +2,7 @@
 //
 //   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the rows' sums of squares)
 //   columns:  Q [C, R] = Dᵀ L,  L [T, R]     (dB = dYᵀ S;  dA = x̃ᵀ P)
+//   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, of dY and Z)
 //
 // D is dense, float32, bfloat16 or float16, x̃ = dropout(x) made on the way, or it is an NF4 weight, decoded on the way.
 // F and L come in bfloat16 terms (linear/cuda/terms.cuh), so sums have float32 precision whatever their type.
@@ -15,7 +16,7 @@
 // which spreads ldmatrix over all banks; rows of float32 are padded to 72.
 // Sums: float32, a fresh one per tile and then added, since a tensor core's own sum rounds toward zero. Blocks write
 // partial sums, [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
-// Bytes moved: D once, plus the partial sums twice.
+// Bytes moved: D once, E once, plus the partial sums twice.
 #pragma once
 
 #include "linear/cuda/terms.cuh"
@@ -27,7 +28,7 @@ constexpr int kRankTile = 64;  // of D, both ways
 constexpr int kRankThreads = 128;
 
 // What a pass makes.
-enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth };
+enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots };
 
 // What is dropped: nothing; what the generator says; or that, and its bits are kept for who needs the mask next.
 enum class RankMask { kNone, kDrawn, kKept };
@@ -43,6 +44,7 @@ struct RankPass {
   const void* dense = nullptr;  // D, contiguous, or
   Nf4View nf4{};                // D as an NF4 weight, rounded to T
   int64_t rows = 0, columns = 0;
+  const void* beside = nullptr;  // E, as D lies
   DeviceDropout dropout;
   Terms right;                   // F: outer = rank, inner = columns, padded to tiles
   Terms left;                    // L: outer = rank, inner = rows, padded to tiles
@@ -53,6 +55,7 @@ struct RankPass {
   float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
   float* squares = nullptr;      // [column chunks][padded rows]
   float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
+  float* dots = nullptr;         // [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
   uint32_t* kept = nullptr;  // the mask: [row tiles][column tiles][kRankThreads], see kept_word
 };
@@ -62,8 +65,16 @@ struct RankPass {
 // 2 w + 1 of row j are kept.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
-template <typename T, bool kNf4>
-struct RankStages {
+// Where the warps' dots meet.
+template <bool kDots>
+struct RankDots {};
+template <>
+struct RankDots<true> {
+  float sums[kRankThreads / kWarpSize][kRankTile];
+};
+
+template <typename T, bool kNf4, bool kDots>
+struct RankStages : RankDots<kDots> {
   unsigned char tile[kRankStages<T, kNf4>][kRankTile * kRankRow<T>];
 };
 
@@ -348,13 +359,38 @@ __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typen
     }
 }
 
+// dots += eight columns of D's and E's rows 16 j …, of what this thread has copied.
+template <typename T>
+__device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)[4][sizeof(T) / 2],
+                                          float (&dots)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int half = 0; half < static_cast<int>(sizeof(T) / 2); ++half) {
+      const uint4 a = load_shared_16(copied + (j * 16 * kRankRow<T> + half * 16)), b = beside[j][half];
+      const uint32_t of_d[4] = {a.x, a.y, a.z, a.w}, of_e[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          dots[4 * half + i] += __uint_as_float(of_d[i]) * __uint_as_float(of_e[i]);
+        } else {
+          const float2 d = unpack2<T>(of_d[i]), e = unpack2<T>(of_e[i]);
+          dots[2 * i] += d.x * e.x;
+          dots[2 * i + 1] += d.y * e.y;
+        }
+      }
+    }
+}
+
 // Row tiles of a block that makes both: their sums are in registers, and the more there are the fewer are Q's partial
 // sums.
 constexpr int kRankTilesOfBoth = 4;
 
 // Blocks that a multiprocessor must hold: what the compiler may take registers for.
 template <typename T, RankWork kWork, bool kWhole, int kRanks>
-constexpr int kRankBlocks = !kWhole || (kTermsOf<T> > 1 && kRanks == 16) || (kWork == RankWork::kBoth && kRanks > 2) ? 2
+constexpr int kRankBlocks = !kWhole || kWork == RankWork::kBothAndDots || (kWork == RankWork::kBoth && kRanks > 2) ||
+                                    (kTermsOf<T> > 1 && kRanks == 16)
+                                ? 2
                             : kWork == RankWork::kBoth || kRanks > 4 ? 3
                                                                      : 4;
 
@@ -365,14 +401,15 @@ template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork k
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
   constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
-  constexpr int kAround = kWork == RankWork::kBoth ? kRankTilesOfBoth : 1;
+  constexpr bool kDots = kWork == RankWork::kBothAndDots, kBoth = kWork == RankWork::kBoth || kDots;
+  constexpr int kAround = kBoth ? kRankTilesOfBoth : 1;
   constexpr int kStages = kRankStages<T, kNf4>, kStage = kRankTile * kRankRow<T>, kOnTheWay = kStages - 1;
-  using Stages = RankStages<T, kNf4>;
+  using Stages = RankStages<T, kNf4, kDots>;
   PEFT_EXT_SHARED(Stages, shared);
   [[maybe_unused]] const int lane = threadIdx.x % kWarpSize;
   const int copy_row = threadIdx.x / 8, copy_group = threadIdx.x % 8;
   [[maybe_unused]] const Philox philox = kMask == RankMask::kNone && kWhole ? Philox{} : load_philox(pass.dropout);
-  const SharedAt base = shared_at(&shared), copy_at = base + rank_offset<T>(copy_row, copy_group);
+  const SharedAt base = shared_at(shared.tile), copy_at = base + rank_offset<T>(copy_row, copy_group);
   const SharedAt rows_at = base + ldmatrix_offset<false, kRanks>(), columns_at = base + ldmatrix_offset<true, kRanks>();
 
   const int64_t row_tile = blockIdx.x * pass.row_tiles, column_tile = blockIdx.y * pass.column_tiles;
@@ -386,6 +423,9 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
   const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // from a tile to the next
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               ((row + copy_row) * pass.columns + column + copy_group * kVector) * sizeof(T);
+  [[maybe_unused]] const unsigned char* beside = nullptr;
+  if constexpr (kDots)
+    beside = static_cast<const unsigned char*>(pass.beside) + (from - static_cast<const unsigned char*>(pass.dense));
   int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30)) - copy_row;
   int columns_left = static_cast<int>(min_of(pass.columns - column, 1 << 30)) - copy_group * kVector;
   uint64_t drawn = static_cast<uint64_t>((row + copy_row) * pass.columns + column) / kPhiloxGroup + copy_group;
@@ -400,7 +440,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
   using Share = RankShare<kRanks>;
   constexpr bool kRoomy = kRanks == 2;  // sums take few registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
-  using Left = RankFactor<kRanks, kMaxTerms, kRoomy && kWork != RankWork::kBoth>;
+  using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;
   const int64_t left_halves = pass.padded_rows / kRankTile * Left::kTile;
   const uint4* right =
@@ -441,12 +481,13 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};
   float squares[Share::kRuns][2] = {};
+  [[maybe_unused]] float dots[kVector] = {};
 #pragma unroll
   for (int step = 0; step < kOnTheWay; ++step) issue(0, step / kAround, step % kAround, step * kStage);
 
   [[maybe_unused]] Right right_factor;
   [[maybe_unused]] Left left_factor;
-  if constexpr (!kRoomy && kWork != RankWork::kBoth) {
+  if constexpr (!kRoomy && !kBoth) {
     if constexpr (kRows) right_factor.start(right);
     if constexpr (!kRows) left_factor.start(left);
   }
@@ -456,7 +497,20 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
     for (int held = 0; held < kAround; ++held) {
       if constexpr (kRoomy && kRows) right_factor.start(right);
       if constexpr (kRoomy && !kRows) left_factor.start(left);
+      [[maybe_unused]] uint4 other[4][sizeof(T) / 2];
+      if constexpr (kDots) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int half = 0; half < static_cast<int>(sizeof(T) / 2); ++half) {
+            const bool take = j * 16 < rows_left - held * kRankTile && columns_left > 0;
+            const uint32_t offset = (held * kRankTile + j * 16) * row_bytes + half * 16;
+            other[j][half] =
+                take ? load_streaming(reinterpret_cast<const uint4*>(beside + offset)) : make_uint4(0, 0, 0, 0);
+          }
+      }
       cp_async_wait<kOnTheWay - 1>();
+      if constexpr (kDots) rank_dots<T>(copy_at + stage, other, dots);
       if constexpr (kWhole && kMask != RankMask::kNone) {
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
         if constexpr (kMask == RankMask::kKept) *kept = bits;
@@ -464,8 +518,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
       sync_threads();  // the stage is there for all, and nobody reads the one before it any more
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
-      const unsigned char* tile = reinterpret_cast<const unsigned char*>(&shared) + stage;
-      if constexpr (kWork == RankWork::kBoth) {
+      const unsigned char* tile = &shared.tile[0][0] + stage;
+      if constexpr (kBoth) {
         if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {  // the last block's tiles may be fewer
           const uint4* held_left = left + held * Left::kTile;
           if constexpr (!kRoomy) right_factor.start(right);
@@ -486,6 +540,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
       stage = stage == kOnTheWay * kStage ? 0 : stage + kStage;
     }
     from += tile_bytes;
+    if constexpr (kDots) beside += tile_bytes;
     drawn += drawn_tile;
     if constexpr (kRows) {
       columns_left -= kRankTile;
@@ -495,7 +550,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
       left += Left::kTile;
     }
     if constexpr (kMask == RankMask::kKept) kept += kept_tile;
-    if constexpr (kWork == RankWork::kBoth) {
+    if constexpr (kBoth) {
       const int64_t at = blockIdx.x * pass.padded_columns + column + outer * kRankTile;
       rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
 #pragma unroll
@@ -504,6 +559,24 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, k
         for (int n = 0; n < Share::kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
+    }
+    if constexpr (kDots) {
+      // Four rows of a warp have the same columns, and so have the warps; their sums' place is free again by the next
+      // tile's barrier.
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        dots[i] += shuffle_xor(dots[i], 8);
+        dots[i] += shuffle_xor(dots[i], 16);
+        if (lane < 8) shared.sums[threadIdx.x / kWarpSize][lane * kVector + i] = dots[i];
+        dots[i] = 0.0f;
+      }
+      sync_threads();
+      if (threadIdx.x < kRankTile) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kRankThreads / kWarpSize; ++w) sum += shared.sums[w][threadIdx.x];
+        pass.dots[blockIdx.x * pass.padded_columns + column + outer * kRankTile + threadIdx.x] = sum;
+      }
     }
   }
   if constexpr (kWork == RankWork::kColumns) {

@@ -15,7 +15,7 @@ template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMa
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
   if (pass.padded_rank == 32) return launch_pass<T, kNf4, kWhole, 4, kTerms, kWork, kMask>(launcher, grid, pass);
-  if constexpr (kWork != RankWork::kBoth) {
+  if constexpr (kWork != RankWork::kBoth && kWork != RankWork::kBothAndDots) {
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
       // Squares are of D alone: the first launch's stand.
       if (kWhole && pass.first_rank + 128 <= pass.padded_rank) {
@@ -51,6 +51,10 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
       return launch_terms<T, kNf4, kWhole, RankWork::kRowsAndSquares, RankMask::kNone>(launcher, grid, pass);
     case RankWork::kBoth:
       if constexpr (!kNf4) launch_terms<T, kNf4, kWhole, RankWork::kBoth, RankMask::kNone>(launcher, grid, pass);
+      return;
+    case RankWork::kBothAndDots:
+      if constexpr (!kNf4 && kWhole)
+        launch_terms<T, kNf4, kWhole, RankWork::kBothAndDots, RankMask::kNone>(launcher, grid, pass);
       return;
     case RankWork::kColumns:
       if constexpr (!kNf4 && kWhole) {

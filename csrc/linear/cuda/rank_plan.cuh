@@ -27,7 +27,7 @@ struct RankPlan {
 inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_tiles) {
   const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   RankPlan plan{1, 1, row_tiles, column_tiles};
-  if (work == RankWork::kBoth) {
+  if (work == RankWork::kBoth || work == RankWork::kBothAndDots) {
     plan.row_tiles = kRankTilesOfBoth;
     plan.row_chunks = divide(row_tiles, plan.row_tiles);
     plan.column_tiles = divide(column_tiles, std::clamp(kRankBlocksOfBoth / plan.row_chunks, int64_t{1}, column_tiles));

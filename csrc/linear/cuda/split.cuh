@@ -19,6 +19,7 @@ static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits spli
   for (int e = 0; e < 2; ++e) {
     if (o >= work.outer || i + e >= work.inner) continue;
     float value = load_value(work.in, work.type, o * work.outer_stride + (i + e) * work.inner_stride);
+    if (work.outer_scale != nullptr) value *= work.outer_scale[o];
     if (work.inner_scale != nullptr) value *= work.inner_scale[i + e];
     values[e] = value;
   }

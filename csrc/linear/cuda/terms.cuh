@@ -123,11 +123,12 @@ __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t 
   }
 }
 
-// The terms of in[o, i] · inner_scale[i], for a matrix of any strides.
+// The terms of in[o, i] · outer_scale[o] · inner_scale[i], for a matrix of any strides.
 struct Split {
   const void* in;
   DType type;
   int64_t outer, inner, outer_stride, inner_stride;
+  const float* outer_scale;  // null: 1
   const float* inner_scale;  // null: 1
   TermsOut out;
 };

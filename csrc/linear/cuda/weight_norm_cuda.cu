@@ -43,7 +43,7 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   const DeviceWeight held = contiguous_weight(weight);
   const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
   const HeldTerms terms = split_right(a, type);
-  const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, true);
+  const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, PassWants{true});
   Reduced wanted;
   wanted.plain = &out.u;
   reduce(sums.rows, rank, wanted);

@@ -1,4 +1,4 @@
-// NF4 dequantize:  w_i = round(code[q_i] · s_b),  b = i / blocksize,  s_b = absmax_b, or, double-quantized,
+// NF4 dequantize:  w_i = round(code[q_i] · s_b [· g_row]),  b = i / blocksize,  s_b = absmax_b, or, double-quantized,
 //                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
 // packed [ceil(n/2)] uint8, the high nibble the even element; n = the flat size of any shape; out [n] float32, bfloat16
 // or float16. blocksize is a power of two >= 32, so 32 aligned elements share one scale.
@@ -75,10 +75,17 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
+// g of each row, and a row's length in vectors of Nf4Vector, of which a weight has less than 2^32.
+struct Nf4RowScale {
+  const float* scale;
+  uint32_t vectors;
+};
+
 // This warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight; otherwise
 // every access is checked. All lanes take part either way, as each holds a part of the tables.
-template <typename T, bool kWhole>
-__device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first) {
+template <typename T, bool kWhole, bool kScaled>
+__device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
+                                                    const Nf4RowScale& rows) {
   using Codes = typename Nf4Vector<T>::Codes;
   constexpr int kSize = Nf4Vector<T>::kSize;
   constexpr int kSteps = kNf4Group / kSize;
@@ -120,6 +127,13 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       // Nibble i ^ 1: the high one of a byte comes first. The shuffle itself drops the bits above it.
       values[i] = fmul_rn(shuffle(code, codes[step] >> (4 * (i ^ 1)), 16), step_scale);
     }
+    if constexpr (kScaled) {
+      if (kWhole || element < weight.numel) {
+        const float g = load_cached(rows.scale + static_cast<uint32_t>(element / kSize) / rows.vectors);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) values[i] = fmul_rn(values[i], g);
+      }
+    }
     if (kWhole || element + kSize <= weight.numel) {
       store_vector(out + element, values);  // not streaming: a GEMM reads it next
     } else {
@@ -132,15 +146,15 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
 }
 
 // Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads; out is aligned to 16 bytes.
-template <typename T>
+template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor)
-    nf4_dequantize_kernel(Nf4View weight, T* out) {
+    nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
   // The choice is by block, not by warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {
-    nf4_dequantize_tile<T, true>(weight, out, first);
+    nf4_dequantize_tile<T, true, kScaled>(weight, out, first, rows);
   } else {
-    nf4_dequantize_tile<T, false>(weight, out, first);
+    nf4_dequantize_tile<T, false, kScaled>(weight, out, first, rows);
   }
 }
 

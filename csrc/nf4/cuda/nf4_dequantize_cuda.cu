@@ -15,14 +15,18 @@ Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight) {
   return view;
 }
 
-Tensor dense_weight(const DeviceWeight& weight, ScalarType type) {
+Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale) {
   if (!weight.is_nf4()) return weight.weight;
   const Tensor out = device_empty(weight.weight, {weight.outputs, weight.inputs}, type);
   Launcher launcher(out);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    launcher(nf4_dequantize_kernel<T>, ceil_div(out.numel(), kNf4BlockTile), kNf4Threads, nf4_view(launcher, weight),
-             launcher.scratch<T>(out));
+    Nf4RowScale scale{};
+    if (row_scale != nullptr)
+      scale = {launcher.in<float>(*row_scale), static_cast<uint32_t>(weight.inputs / Nf4Vector<T>::kSize)};
+    launcher(row_scale != nullptr ? nf4_dequantize_kernel<T, true> : nf4_dequantize_kernel<T, false>,
+             ceil_div(out.numel(), kNf4BlockTile), kNf4Threads, nf4_view(launcher, weight), launcher.scratch<T>(out),
+             scale);
   });
   return out;
 }
