@@ -58,6 +58,10 @@ GOALS = (
     Goal("DoRA's norm, faster than the dense way", "dora_weight_norm", "", "graph", (None,), 3.0, _ratio("dense")),
     Goal("LoRA with dropout, of the frozen layer's time", "lora_linear", ", bf16 base, dropout 0.05", "rotating",
          (8192,), 1.12, _share_of_frozen, at_most=True),
+    Goal("DoRA, of the frozen layer's time", "dora_linear", " 4096->4096, bf16 base", "rotating", (8192,), 1.30,
+         _share_of_frozen, at_most=True),
+    Goal("IA3, of the frozen layer's time", "ia3_linear", ", bf16 base, output", "rotating", (8192,), 1.10,
+         _share_of_frozen, at_most=True),
 )  # fmt: skip
 
 

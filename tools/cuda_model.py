@@ -145,6 +145,28 @@ def decode(card: Card, n: int, k: int, tokens: int) -> float:
     return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
 
 
+# Rows of a result file that are a layer of LAYERS at 4096 x 4096: the operator, and how its case ends.
+MEASURED = {
+    "LoRA": ("lora_linear", " 4096->4096, bf16 base"),
+    "LoRA, dropout": ("lora_linear", " 4096->4096, bf16 base, dropout 0.05"),
+    "DoRA": ("dora_linear", " 4096->4096, bf16 base"),
+    "IA3": ("ia3_linear", " 4096->4096, bf16 base, output"),
+}
+
+
+def beside(result: dict, name: str) -> str:
+    """The rows of a result file that the model has, measured and computed; ``name``: the card's."""
+    card = next((card for known, card in CARDS.items() if known in name), None)
+    lines = ["| of the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
+    for method, (op, case) in MEASURED.items():
+        for row in result["rows"]:
+            frozen = row["speedup"].get("frozen")
+            if row["op"] == op and row["case"].endswith(case) and row["weights"] == "rotating" and frozen:
+                computed = f"{ratio(method, card, row['tokens']):.2f}" if card is not None else "no such card"
+                lines.append(f"| {method} | {row['tokens']} | {1 / frozen:.2f} | {computed} |")
+    return "\n".join(lines)
+
+
 def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
 

@@ -1,6 +1,7 @@
-"""Everything that needs an NVIDIA GPU, in one go: build, tests on the device, sanitizer, training, benchmarks.
+"""Everything that needs an NVIDIA GPU, in one go: build, proof, tests on the device, sanitizer, training, benchmarks.
 
-    python tools/gpu.py [--seconds 570] [--steps build,battery,sanitizer,training,bench] [--out benchmarks/results]
+    python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
+                        [--out benchmarks/results]
 
 Standard library alone. The python that runs it is used where its torch is a CUDA build; else .venv is made, with the
 torch of pip's default index. Each step has a limit of its own, a share of the time that is left; a step that fails or
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Optional, TextIO
 
 import cuda_check
+import cuda_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 # Each step's share of the time that it and those after it have.
-SHARES = {"build": 30, "battery": 25, "sanitizer": 20, "training": 8, "bench": 40}
+SHARES = {"build": 30, "proof": 3, "battery": 25, "sanitizer": 20, "training": 8, "bench": 40}
 PROBE = """
 import json, torch
 found = {"cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}
@@ -35,6 +37,16 @@ if found["gpu"]:
     found |= {"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}
 print(json.dumps(found))
 """
+PROOF = """
+import sys, torch
+from peft_ext.ops import prove
+found = prove.prove(torch.device("cuda"))
+for family, why in found.items():
+    print(f"{family:<14} {why or 'agrees with the reference, and is no slower'}")
+sys.exit(any(found.values()))
+"""
+# In what follows the kernels run whatever the proof has found.
+UNPROVED = {"PEFT_EXT_PROVE": "0"}
 NOT_RUN = "not run"  # what a step says that can't run here, and did not fail
 # A case of every operator in one dtype, of odd sizes that no tile divides, and of sizes that the copies by 16 bytes and
 # the kernels for few tokens take.
@@ -69,7 +81,7 @@ class Runner:
         self.say(f"$ {' '.join(command)}")
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **UNPROVED, **(environment or {})},
         )  # fmt: skip
 
         def copy() -> None:
@@ -107,6 +119,11 @@ def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
     # Without it there is nothing to run: it may take all the time but a little.
     wrong = runner.run([python, "setup.py", "build_ext", "--inplace"], max(limit, runner.left() - 60), environment)
     return wrong or runner.run([python, "-m", "peft_ext", "doctor"], 60, {"PEFT_EXT_REQUIRE": "1"})
+
+
+def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+    """What a user's first call there finds: each family of kernels against the plain way, and timed."""
+    return runner.run([python, "-c", PROOF], limit, {"PEFT_EXT_REQUIRE": "1"})
 
 
 def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
@@ -149,7 +166,14 @@ def bench(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
                       limit)  # fmt: skip
 
 
-STEPS = {"build": build, "battery": battery, "sanitizer": sanitizer, "training": training, "bench": bench}
+STEPS = {
+    "build": build,
+    "proof": proof,
+    "battery": battery,
+    "sanitizer": sanitizer,
+    "training": training,
+    "bench": bench,
+}
 
 
 def run_steps(runner: Runner, names: list[str], python: str, gpu: dict, out: Path) -> dict[str, str]:
@@ -188,8 +212,8 @@ def make_venv(runner: Runner) -> str:
     return python
 
 
-def summary(runner: Runner, found: dict[str, str], result: Optional[Path]) -> None:
-    """The steps, and the goals last."""
+def summary(runner: Runner, found: dict[str, str], result: Optional[Path], card: str) -> None:
+    """The steps, the goals, and what the model of the kernels says of the same rows last."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.goals import goals_table
 
@@ -197,7 +221,9 @@ def summary(runner: Runner, found: dict[str, str], result: Optional[Path]) -> No
     for name, wrong in found.items():
         runner.say(f"gpu: {name:<10} {wrong or 'passed'}")
     if result is not None:
-        runner.say(f"gpu: results   {result}\n\n{goals_table(json.loads(result.read_text()))}")
+        measured = json.loads(result.read_text())
+        runner.say(f"gpu: results   {result}\n\n{goals_table(measured)}")
+        runner.say(f"\n{cuda_model.beside(measured, card)}")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -234,7 +260,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         runner.say(f"gpu: {gpu['name']}, sm_{gpu['arch'].replace('.', '')}, torch's CUDA {gpu['cuda']}, {python}")
         found = run_steps(runner, names, python, gpu, args.out)
         written = [path for path in args.out.glob("*.json") if path.stat().st_mtime >= started]
-        summary(runner, found, max(written, key=lambda path: path.stat().st_mtime, default=None))
+        summary(runner, found, max(written, key=lambda path: path.stat().st_mtime, default=None), gpu["name"])
     return 1 if any(wrong and not wrong.startswith(NOT_RUN) for wrong in found.values()) else 0
 
 

@@ -411,7 +411,7 @@ def test_without_a_gpu_the_commands_say_so(monkeypatch, capsys):
     assert capsys.readouterr().err == "gpu: no NVIDIA GPU is here\n"
     with pytest.raises(SystemExit):
         gpu.main(["--steps", "build,tests"])
-    assert "no step tests; there are build, battery, sanitizer, training, bench" in capsys.readouterr().err
+    assert "no step tests; there are build, proof, battery, sanitizer, training, bench" in capsys.readouterr().err
 
 
 def test_every_step_has_its_share_of_the_time_and_a_failure_stops_none(monkeypatch, tmp_path):

@@ -1,0 +1,136 @@
+"""What is said of the CUDA kernels' machine code: how it is counted, and that the documents say what is computed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+sass = pytest.importorskip("sass", reason="tools/ is not here: not a checkout")
+
+import cuda_model  # noqa: E402
+import slots  # noqa: E402
+
+LISTING = """
+	.section	.text.first,"ax",@progbits
+.text.first:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   MOV R9, RZ ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 LDGSTS.E.BYPASS.128.ZFILL [R10], desc[UR4][R12.64], P1 ;
+        /*0040*/                   LOP3.LUT R8, R9, 0x7f80, R0, 0xf8, !PT ;
+.L_x_2:
+        /*0050*/                   LDS R16, [R8+UR5] ;
+        /*0060*/                   HMMA.16816.F32.BF16 R20, R16, R4, R20 ;
+        /*0070*/               @P2 BRA `(.L_x_2) ;
+        /*0080*/                   IADD3 R9, R9, 0x1, RZ ;
+        /*0090*/               @P0 BRA `(.L_x_1) ;
+        /*00a0*/                   STG.E desc[UR4][R2.64], R20 ;
+        /*00b0*/                   EXIT ;
+.L_x_3:
+        /*00c0*/                   BRA `(.L_x_3) ;
+        /*00d0*/                   NOP ;
+	.section	.text.second,"ax",@progbits
+.text.second:
+        /*0000*/                   IMAD.WIDE.U32 R2, R0, 0x4, R4 ;
+        /*0010*/                   FFMA R6, R2, R3, R6 ;
+        /*0020*/                   EXIT ;
+.L_x_1:
+        /*0030*/                   BRA `(.L_x_1) ;
+        /*0040*/                   NOP ;
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> dict[str, list[sass.Instruction]]:
+    (tmp_path / "listing").write_text(LISTING)
+    program = tmp_path / "nvdisasm"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/listing\n")
+    program.chmod(0o755)
+    return sass.disassemble(tmp_path / "cubin", str(program))
+
+
+def test_a_loop_counts_with_the_loops_in_it_as_often_as_they_run(kernels: dict) -> None:
+    names = [i.name.split(".")[0] for i in sass.hot_loop(kernels["first"]).instructions]
+    assert names == ["LDG", "LDGSTS", "LOP3", "LDS", "HMMA", "BRA", "IADD3", "BRA"]
+    twice = sass.hot_loop(kernels["first"], trips=2)
+    assert len(twice.instructions) == 11
+    counts = {pipe: twice.count(pipe) for pipe in ("mma", "memory", "alu", "fma", "control", "uniform")}
+    assert counts == {"mma": 2, "memory": 4, "alu": 2, "fma": 0, "control": 3, "uniform": 0}
+    assert twice.transactions == 4 + 4 + 1 + 1
+
+
+def test_a_load_s_first_use_is_a_product_s_operand(kernels: dict) -> None:
+    loop = sass.hot_loop(kernels["first"])
+    load, product = loop.instructions[0], loop.instructions[4]
+    assert load.writes == {4, 5, 6, 7} and load.reads == {2, 3}
+    assert product.writes == {20, 21, 22, 23} and product.reads == {16, 17, 18, 19, 4, 5, 20, 21, 22, 23}
+    assert loop.load_to_use() == 4
+    # The product waits for the load; all but it and what follows is done meanwhile.
+    assert sass.LATENCY["global"] < loop.cycles_alone() < sass.LATENCY["global"] + 20
+
+
+def test_a_kernel_without_products_is_counted_whole(kernels: dict) -> None:
+    loop = sass.hot_loop(kernels["second"])
+    assert [i.name for i in loop.instructions] == ["IMAD.WIDE.U32", "FFMA", "EXIT"]
+    assert loop.instructions[0].writes == {2, 3} and loop.load_to_use() is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "blocks"),
+    [("90", 128, 128, 32768, 4), ("86", 128, 64, 32768, 3), ("80", 128, 128, 32768, 4), ("90", 256, 40, 0, 6),
+     ("89", 256, 32, 0, 6), ("90", 128, 168, 1024, 3)],
+)  # fmt: skip
+def test_resident_blocks(arch: str, threads: int, registers: int, shared: int, blocks: int) -> None:
+    assert slots.resident_blocks(arch, threads, registers, shared) == blocks
+
+
+def test_the_table_has_every_hot_loop_on_every_architecture() -> None:
+    rows = slots.read()
+    assert [(row["loop"], row["arch"]) for row in rows] == list(
+        itertools.product((hot.name for hot in slots.HOT), slots.ARCHS)
+    )
+    assert all(row["stack"] == "0" for row in rows)
+
+
+# Slots a tile (a weight) that the loops are to stay below on sm_90.
+GOALS = {
+    "S": 140, "S, dropout": 380, "Y0": 350, "P and dB": 450, "dA, dropout": 390, "dX0, dropout": 500,
+    "NF4, T <= 8": 3.5, "NF4, T <= 16": 3.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", GOALS)
+def test_the_loops_are_as_short_as_they_were_meant_to_be(loop: str) -> None:
+    (found,) = [float(row["slots"]) for row in slots.read() if (row["loop"], row["arch"]) == (loop, "90")]
+    assert found <= GOALS[loop]
+
+
+def test_the_page_has_what_is_computed() -> None:
+    text = cuda_model.PAGE.read_text()
+    assert cuda_model.page(text) == text, "python tools/cuda_model.py --write"
+
+
+def test_the_model_knows_how_a_pass_is_cut() -> None:
+    """Its partial sums are those of csrc/linear/cuda/rank_plan.cuh, whose numbers are read there."""
+    plan = (ROOT / "csrc/linear/cuda/rank_plan.cuh").read_text() + (ROOT / "csrc/linear/cuda/rank_pass.cuh").read_text()
+    number = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = (\d+);", plan)}
+    assert number["kRankBlocksWanted"] == 768 and number["kRankBlocksOfBoth"] == 384
+    assert number["kRankTilesAtLeast"] == 2 and number["kRankTilesOfBoth"] == 4
+    # 8192 x 4096, rank 16: 128 row tiles share 768 blocks, six each; of both, 32 chunks of rows and 11 of columns.
+    assert cuda_model.partial_sums(8192, 4096, 16, "rows") == 2 * 4 * 16 * 6 * 8192
+    assert cuda_model.partial_sums(8192, 4096, 16, "columns") == 2 * 4 * 16 * 12 * 4096
+    assert cuda_model.partial_sums(8192, 4096, 16, "both") == 2 * 4 * 16 * (11 * 8192 + 32 * 4096)
+
+
+def test_rows_of_a_result_stand_beside_the_model() -> None:
+    row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "weights": "rotating",
+           "speedup": {"frozen": 0.8}}  # fmt: skip
+    assert "| LoRA | 8192 | 1.25 | 1." in cuda_model.beside({"rows": [row]}, "NVIDIA H100 80GB HBM3")
+    assert "| LoRA | 8192 | 1.25 | no such card |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
