@@ -112,8 +112,8 @@ sanitize: setup
 	$(LIMIT) 7200 $(BIN)/python tools/sanitize.py thread
 
 cuda-check: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check nvidia-cuda-nvdisasm
-	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm
+	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 cuda-emulated: setup
 	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated $(BATTERY) tests/fuzz/test_sweep.py
@@ -139,7 +139,7 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
+NIGHTLY = cuda-check sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

@@ -4,7 +4,7 @@ Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120, those with a hot
 where one does not compile without a warning, a kernel spills registers or keeps an array in memory, an object needs a
 symbol outside torch's stable ABI, or a kernel's registers or shared memory (docs/ptxas.tsv) or its hot loop's
 instructions (docs/slots.tsv, see slots.py) are not those of the committed tables: what a change costs is part of its
-review. --write takes them over.
+review. --write takes them over; --archs compiles for some alone, and compares what the tables say of those.
 """
 
 from __future__ import annotations
@@ -115,7 +115,16 @@ def release(nvcc: str) -> str:
     return found[1] if found else "unknown"
 
 
-def compare(path: Path, table: str, nvcc: str, write: bool) -> list[str]:
+def of_archs(table: str, archs: list[str]) -> str:
+    """What a table says of some architectures: in columns of their own (ptxas.tsv), or in rows (slots.tsv)."""
+    header, *rows = [line.split("\t") for line in table.splitlines()]
+    if "arch" in header:
+        rows = [row for row in rows if row[header.index("arch")] in archs]
+    columns = [i for i, name in enumerate(header) if not name.startswith("sm_") or name[3:] in archs]
+    return "".join("\t".join(row[i] for i in columns) + "\n" for row in [header, *rows])
+
+
+def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str]) -> list[str]:
     """What differs from a committed table, which says what compiler it was made with; another's is not compared."""
     wanted = f"# nvcc {release(nvcc)}\n{table}"
     if write:
@@ -127,7 +136,8 @@ def compare(path: Path, table: str, nvcc: str, write: bool) -> list[str]:
     if held.splitlines()[:1] != wanted.splitlines()[:1]:
         print(f"cuda-check: {path.name} is of {held.splitlines()[0][2:]}, this is nvcc {release(nvcc)}: not compared")
         return []
-    changed = difflib.unified_diff(held.splitlines(), wanted.splitlines(), "committed", "compiled", lineterm="", n=0)
+    known = of_archs(held.split("\n", 1)[1], archs).splitlines()
+    changed = difflib.unified_diff(known, table.splitlines(), "committed", "compiled", lineterm="", n=0)
     lines = [line for line in changed if line[0] in "+-" and line[:3] not in ("+++", "---")]
     return [f"{path.relative_to(ROOT)}: {line}" for line in lines] + (["--write takes them over"] if lines else [])
 
@@ -135,8 +145,14 @@ def compare(path: Path, table: str, nvcc: str, write: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables instead of comparing")
+    parser.add_argument("--archs", default=",".join(slots.ARCHS), help="comma-separated; default: all")
     parser.add_argument("--require", action="store_true", help="without nvcc or torch, fail rather than skip")
     options = parser.parse_args()
+    archs = options.archs.split(",")
+    if unknown := set(archs) - set(slots.ARCHS):
+        parser.error(f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(slots.ARCHS)}")
+    if options.write and set(archs) != set(slots.ARCHS):
+        parser.error("--write takes the tables over as a whole, not for some architectures")
 
     nvcc, include, nvdisasm = find("nvcc"), stable_abi.torch_include(), sass.find_nvdisasm()
     if nvcc is None or include is None:
@@ -156,7 +172,7 @@ def main() -> int:
     work_list = [
         (source, arch)
         for source in sources
-        for arch in slots.ARCHS
+        for arch in archs
         if arch in ARCHS or (source.stem in with_hot and nvdisasm is not None)
     ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=jobs) as pool:
@@ -195,11 +211,11 @@ def main() -> int:
         if row["spilled"]:
             failures.append(f"{row['file']}: {kernel} spills {row['spilled']} bytes on sm_{row['arch']}")
     if not failures:
-        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write)
+        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write, archs)
     if not failures and nvdisasm is not None:
         missing = {entry.name for entry in slots.HOT} - {row["loop"] for row in hot}
         failures += [f"{name}: no such kernel, see slots.py" for name in sorted(missing)]
-        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write) if not missing else []
+        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write, archs) if not missing else []
     for failure in failures:
         print(f"cuda-check: {failure}", file=sys.stderr)
     print(f"cuda-check: {len(sources)} files, {len(rows)} kernels, {len(failures)} failures")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -129,8 +132,35 @@ def test_the_model_knows_how_a_pass_is_cut() -> None:
     assert cuda_model.partial_sums(8192, 4096, 16, "both") == 2 * 4 * 16 * (11 * 8192 + 32 * 4096)
 
 
+def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path: Path) -> None:
+    """By enumeration in C++, see tests/native/rank_plan.cpp; what it includes asks no device for anything."""
+    compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    command = [compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", "-DPEFT_EXT_EMULATE_CUDA",
+               "-include", "emulator/device.h", str(ROOT / "tests/native/rank_plan.cpp"), "-o",
+               str(tmp_path / "plan")]  # fmt: skip
+    subprocess.run(command, check=True)
+    found = subprocess.run([tmp_path / "plan"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout
+    assert "plans" in found.stdout
+    sources = [path for kind in ("*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
+    asks = re.compile(r"MultiProcessorCount|multiprocessors\(\)|cudaGetDeviceProperties")
+    assert not [path for path in sources if asks.search(path.read_text())]
+
+
 def test_rows_of_a_result_stand_beside_the_model() -> None:
     row = {"op": "lora_linear", "case": "T=8192 4096->4096, bf16 base", "tokens": 8192, "weights": "rotating",
            "speedup": {"frozen": 0.8}}  # fmt: skip
     assert "| LoRA | 8192 | 1.25 | 1." in cuda_model.beside({"rows": [row]}, "NVIDIA H100 80GB HBM3")
     assert "| LoRA | 8192 | 1.25 | no such card |" in cuda_model.beside({"rows": [row]}, "NVIDIA T4")
+
+
+def test_a_table_of_some_architectures() -> None:
+    import cuda_check
+
+    ptxas = "file\tkernel\tshared bytes\tsm_80\tsm_90\na.cu\tk\t0\t1\t2\n"
+    assert cuda_check.of_archs(ptxas, ["90"]) == "file\tkernel\tshared bytes\tsm_90\na.cu\tk\t0\t2\n"
+    of_slots = "loop\tarch\tslots\nS\t80\t1\nS\t90\t2\n"
+    assert cuda_check.of_archs(of_slots, ["80"]) == "loop\tarch\tslots\nS\t80\t1\n"
+    assert cuda_check.of_archs(of_slots, list(slots.ARCHS)) == of_slots
