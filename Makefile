@@ -116,7 +116,8 @@ cuda-check: setup
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 cuda-emulated: setup
-	$(LIMIT) 7200 $(BIN)/python -m pytest --device emulated $(BATTERY) tests/fuzz/test_sweep.py
+	$(BIN)/python tools/emulated_cuda.py
+	$(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(BATTERY) tests/fuzz/test_sweep.py
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
