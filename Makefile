@@ -117,7 +117,7 @@ cuda-check: setup
 
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	$(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(BATTERY) tests/fuzz/test_sweep.py
+	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(BATTERY) tests/fuzz/test_sweep.py
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup

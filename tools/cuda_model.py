@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # a small kernel, all launch
 REACHED = 0.92  # of the bandwidth
-SIZES = (512, 2048, 8192)
+SIZES = (512, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
         "dX0, dropout": over_tiles("dX0, dropout", t, k, x + x / 16, card),
         "dequantize": over_memory(0.516 * n * k + w, card),
         "norm": over_tiles("W A and the norm", n, k, w, card) + LAUNCH * 3,
-        "column pass, g and dg": over_memory(3 * y, card),
-        "column pass, l": over_memory(2 * x, card),
+        "P, dB and dg": over_tiles("P and dB", t, n, 2 * y + both, card),
+        "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
+        "column pass, g and dg": over_memory(2 * y + 2 * w if t > k else 3 * y, card),
         "finish": over_memory(2 * y, card),
         "launch": LAUNCH,
     }
@@ -123,7 +124,7 @@ LAYERS: dict[str, list[str]] = {
     "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5],
     "QLoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", "dequantize", "dequantize",
                        *["launch"] * 5],
-    "DoRA": ["S", "Y0", "P and dB", "dA", "dX0", "norm", "finish", "column pass, g and dg", *["launch"] * 7],
+    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 7],
     "IA3": ["finish", "column pass, g and dg", "launch"],
 }  # fmt: skip
 

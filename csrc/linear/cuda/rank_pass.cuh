@@ -387,18 +387,18 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 constexpr int kRankTilesOfBoth = 4;
 
 // Blocks that a multiprocessor must hold: what the compiler may take registers for.
-template <typename T, RankWork kWork, bool kWhole, int kRanks>
-constexpr int kRankBlocks = !kWhole || kWork == RankWork::kBothAndDots || (kWork == RankWork::kBoth && kRanks > 2) ||
-                                    (kTermsOf<T> > 1 && kRanks == 16)
+template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
+constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
+                                    (kWork == RankWork::kBoth && kRanks > 2)
                                 ? 2
-                            : kWork == RankWork::kBoth || kRanks > 4 ? 3
-                                                                     : 4;
+                            : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
+                                                                                               : 4;
 
 // kWhole: columns is a multiple of 8, a tile's bytes are counted in 32 bits, and D lies on 16 bytes (NF4: on 4).
 // kRanks: tiles of 8 ranks. kTerms: F's; L has three.
 // Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
-__global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kWork, kWhole, kRanks>))
+__global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
   constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
   constexpr bool kDots = kWork == RankWork::kBothAndDots, kBoth = kWork == RankWork::kBoth || kDots;

@@ -10,16 +10,17 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
   launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
 }
 
-// Of 16, 32, or as many times 128 and then 64 ranks as there are.
+// Of 16, 32, or as many times 128 (64 of float32, whose terms take registers) and then 64 ranks as there are.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
   if (pass.padded_rank == 32) return launch_pass<T, kNf4, kWhole, 4, kTerms, kWork, kMask>(launcher, grid, pass);
   if constexpr (kWork != RankWork::kBoth && kWork != RankWork::kBothAndDots) {
+    constexpr bool kTwice = kWhole && sizeof(T) == 2;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
       // Squares are of D alone: the first launch's stand.
-      if (kWhole && pass.first_rank + 128 <= pass.padded_rank) {
-        if constexpr (kWhole) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
+      if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
+        if constexpr (kTwice) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
         pass.first_rank += 64;
       } else {
         launch_pass<T, kNf4, kWhole, 8, kTerms, kWork, kMask>(launcher, grid, pass);

@@ -147,7 +147,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
 
 // Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads; out is aligned to 16 bytes.
 template <typename T, bool kScaled>
-__global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
   // The choice is by block, not by warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;

@@ -93,11 +93,12 @@ struct FewScales {
     for (int i = 0; i < 2; ++i) stored[i] = load_cached(static_cast<const Stored*>(weight.absmax) + block[i]);
   }
   __device__ __forceinline__ void look_up(const Nf4View& weight, const uint32_t (&block)[2]) {
-    if constexpr (!kNested) return;
+    if constexpr (kNested) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      code[i] = load_cached(weight.nested_code + static_cast<uint32_t>(stored[i]));
-      nested[i] = load_cached(weight.nested_absmax + (block[i] >> kLog2NestedBlock));
+      for (int i = 0; i < 2; ++i) {
+        code[i] = load_cached(weight.nested_code + static_cast<uint32_t>(stored[i]));
+        nested[i] = load_cached(weight.nested_absmax + (block[i] >> kLog2NestedBlock));
+      }
     }
   }
   __device__ __forceinline__ void get(float offset, float (&scales)[2]) const {
