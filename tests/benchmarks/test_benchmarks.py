@@ -381,8 +381,10 @@ def test_goals_are_drawn_beside_what_was_measured():
         ("DoRA's norm, faster than the dense way", "", "at least 3.00x", "not measured", ""),
         ("LoRA with dropout, of the frozen layer's time", "T=8192 4096->4096, bf16 base, dropout 0.05", "at most 1.12x",
          "1.25x", "no"),
+        ("DoRA, of the frozen layer's time", "", "at most 1.30x", "not measured", ""),
+        ("IA3, of the frozen layer's time", "", "at most 1.10x", "not measured", ""),
     ]  # fmt: skip
-    assert goals.goals_table(gpu_result()).count("\n") == 6
+    assert goals.goals_table(gpu_result()).count("\n") == 8
 
 
 def test_a_gpu_has_tables_of_its_own(monkeypatch, tmp_path):
