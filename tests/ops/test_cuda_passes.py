@@ -148,3 +148,9 @@ def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: 
     y = cuda_call("nf4_linear", torch.randn(4, 256).bfloat16(), packed, absmax, *rest, None)
     nan = y.isnan()
     assert nan[:, 17].all() and nan.sum() == 4
+
+
+@pytest.mark.parametrize(("rank", "p"), [(16, 0.1), (40, 0.0)])
+def test_blocks_of_more_tiles_than_are_on_their_way(cuda_call: Callable[..., Any], rank: int, p: float) -> None:
+    """So many row tiles that a block has seven of columns, and four of rows: stages come round, the last tile ends."""
+    check(cuda_call, (25570, 440, 24), rank, p, torch.bfloat16, torch.float32)
