@@ -34,6 +34,7 @@ __all__ = [
     "nf4_code",
     "nf4_from_params4bit",
     "params4bit_from_nf4",
+    "read_nf4",
     "read_quant_state",
     "why_not_nf4",
 ]
@@ -299,6 +300,21 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
         if name not in found:
             raise ValueError(f"there is a nested_offset and no {name}")
     return shape, _DTYPES[dtype], blocksize, float(offset)
+
+
+def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
+    """Returns the weight of a state dict in bitsandbytes' format, without prefix; nothing is copied.
+
+    Raises: as :func:`read_quant_state` does, and ValueError where sizes or scales do not fit.
+    """
+    shape, dtype, blocksize, offset = read_quant_state(found)
+    nested = None
+    if offset is not None:
+        held = torch.tensor(offset, dtype=torch.float32)
+        nested = NestedAbsmax(found["weight.nested_absmax"], found["weight.nested_quant_map"], held)
+    nf4 = NF4Weight(found["weight"], found["weight.absmax"], shape, dtype, blocksize, nested)
+    nf4.check_scales()
+    return nf4
 
 
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:

@@ -81,9 +81,4 @@ __device__ __forceinline__ uint32_t kept_of_group(const Philox& philox, uint64_t
   return kept;
 }
 
-// Whether one flat element is kept; for the few that no whole group serves.
-__device__ __forceinline__ bool kept_element(const Philox& philox, uint64_t element) {
-  return (kept_of_group(philox, element / kPhiloxGroup) >> (element % kPhiloxGroup)) & 1u;
-}
-
 }  // namespace peft_ext

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..ops import checks
-from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_quant_state
+from ..weight import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_nf4, read_quant_state
 
 __all__ = ["NF4Linear"]
 
@@ -223,18 +223,13 @@ class NF4Linear(nn.Linear):
 
     def _hold_state(self, found: dict[str, Tensor]) -> None:
         """Copies a state dict's tensors in, on this module's device, once all of them are known to fit."""
-        shape, dtype, blocksize, offset = read_quant_state(found)
-        nested = None
-        if offset is not None:
-            nested = NestedAbsmax(found["weight.nested_absmax"], found["weight.nested_quant_map"], torch.tensor(offset))
+        read_quant_state(found)  # these are tensors, before one is reshaped
         packed, weight = found["weight"].data, self.weight
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")
         if not is_dtensor(packed):
             packed = packed.reshape(-1, 1)
-        nf4 = NF4Weight(packed, found["weight.absmax"], shape, dtype, blocksize, nested)
-        nf4.check_scales()
-        nf4 = nf4.map(lambda t: t.detach().to(weight.device, copy=True))
+        nf4 = read_nf4({**found, "weight": packed}).map(lambda t: t.detach().to(weight.device, copy=True))
         if not is_dtensor(weight):
             self.set_nf4(nf4)
             return

@@ -7,8 +7,8 @@ reference from then on, a warning says so, and so do ``peft-ext explain`` and ``
 
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a kind of card once for a build of peft_ext, of torch and its CUDA,
-        and remembers it in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that); ``always`` proves in
-        every process; ``0`` never.
+        and remembers in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that) that all agreed; what did
+        not is tried again in the next process. ``always`` proves in every process; ``0`` never; else a ValueError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import _native
 from .._version import __version__
 from ..files import atomic_file
-from ..reference import nf4_quantize
+from ..reference import nf4 as reference
 from .library import NAMESPACE, REFERENCES
 
 __all__ = ["DROPPED", "FAMILIES", "first_use", "prove", "proved", "report"]
@@ -61,7 +61,7 @@ _Call = tuple[str, tuple]
 
 def first_use() -> None:
     """Proves the kernels of the cards that are here, once in a process; not under a compiler or a captured graph."""
-    if _done or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _done:  # in this order: compiled code does not watch _done
         return
     _prove_here()
 
@@ -79,7 +79,7 @@ def report() -> dict[str, dict[str, str]]:
 
 def _prove_here() -> None:
     global _done
-    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()) or os.environ.get("PEFT_EXT_PROVE") == "0":
+    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()) or _asked() == "0":
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
@@ -92,8 +92,18 @@ def _prove_here() -> None:
             card = torch.cuda.get_device_name(index)
             if card not in _found:
                 with torch.cuda.device(index):
-                    _found[card] = _recall(card) or _remember(card, prove(torch.device("cuda", index)))
+                    try:
+                        _found[card] = _recall(card) or _remember(card, prove(torch.device("cuda", index)))
+                    except torch.OutOfMemoryError:
+                        _found[card] = {}  # another process proves it
                 _drop_all(card, "CUDA")
+
+
+def _asked() -> str:
+    asked = os.environ.get("PEFT_EXT_PROVE") or "1"
+    if asked not in ("0", "1", "always"):
+        raise ValueError(f"PEFT_EXT_PROVE is {asked!r}, wanted 0, 1 or always")
+    return asked
 
 
 def _drop_all(card: str, key: str) -> None:
@@ -138,18 +148,17 @@ def _key(card: str) -> str:
 
 
 def _recall(card: str) -> Optional[dict[str, str]]:
-    if os.environ.get("PEFT_EXT_PROVE") == "always":
-        return None
-    found = _held().get(_key(card))
-    known = isinstance(found, dict) and set(found) == set(FAMILIES)
-    return found if known and all(isinstance(why, str) for why in found.values()) else None
+    known = _asked() != "always" and _held().get(_key(card)) == sorted(FAMILIES)
+    return dict.fromkeys(FAMILIES, "") if known else None
 
 
 def _remember(card: str, found: dict[str, str]) -> dict[str, str]:
+    if any(found.values()):
+        return found  # a card that others use may be slow today
     try:
         _cache().parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(_cache()) as file:
-            json.dump(_held() | {_key(card): found}, file, indent=1)
+            json.dump(_held() | {_key(card): sorted(FAMILIES)}, file, indent=1)
     except (OSError, RuntimeError):
         pass  # a home that can't be written: the next process proves again
     return found
@@ -172,9 +181,11 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
                     return f"{name} in {str(dtype).removeprefix('torch.')} {why}"
         if timed:
             name, arguments = next(_calls(family, device, torch.bfloat16, (1024, 1024, 1024)))
-            ours, plain = (_seconds(of, arguments, device) for of in (_native_op(name), REFERENCES[name]))
+            ours, plain = _seconds([_native_op(name), REFERENCES[name]], arguments, device)
             if ours > SLOWER * plain:
                 return f"{name} takes {ours / plain:.1f} times the reference's time"
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernels
     except Exception as error:  # whatever a kernel raises on a card that it does not fit
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     return ""
@@ -199,21 +210,22 @@ def _differs(found: Any, plain: Any, dtype: torch.dtype) -> str:
     return ""
 
 
-def _seconds(call: Callable[..., Any], arguments: tuple, device: torch.device) -> float:
-    """The median of some calls, after two that warm up."""
+def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
+    """The median of some calls of each, in turn, after two that warm up: who else uses the card slows both."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    times = []
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(9):
-        wait()
-        start = time.perf_counter()
-        call(*arguments)
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+        for call, taken in zip(calls, times, strict=True):
+            wait()
+            start = time.perf_counter()
+            call(*arguments)
+            wait()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[2:]) for taken in times]
 
 
 def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[_Call]:
@@ -227,7 +239,7 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
 
     x, grad, bias = draw(t, k), draw(t, n), draw(n)
     dense = (draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
-    nf4 = nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True).op_args()
+    nf4 = reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True).op_args()
     a, b = draw(16, k, of=torch.float32, scale=k**-0.5), draw(n, 16, of=torch.float32, scale=0.25)
     seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
     if family == "nf4":
@@ -239,6 +251,7 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         yield "nf4_dequantize_merged", (*nf4, a, b, None, 0.5, dtype)
         yield "nf4_merge", (*nf4, a, b, None, 0.5)
         yield "nf4_quantize", (draw(n, k), 64)
+        yield "nf4_quantize_absmax", (draw(n * k // 64, of=torch.float32), reference.dynamic_code().to(device))
     elif family == "lora":
         for weight, p in ((dense, 0.1), (nf4, 0.0)):
             scale = (0.5, p, seed if p else None)

@@ -17,11 +17,10 @@ import torch
 pytest.importorskip("safetensors")
 
 from torch import nn
-from untrusted_files import read_nf4
 
 import peft_ext
 from peft_ext import NF4Weight
-from peft_ext.weight import QUANT_STATE
+from peft_ext.weight import QUANT_STATE, read_nf4
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("files are read on the CPU")]
 

@@ -220,7 +220,7 @@ def _nf4(data: bytes, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from peft_ext.weight import QUANT_STATE, NestedAbsmax, NF4Weight, read_quant_state
+    from peft_ext.weight import QUANT_STATE, read_nf4, read_quant_state
 
     try:
         found = load(data)
@@ -228,12 +228,8 @@ def _nf4(data: bytes, folder: Path) -> None:
         raise ValueError(str(error)) from error
     if not {"weight", "weight.absmax", QUANT_STATE} <= found.keys():
         raise ValueError("a key is missing")
-    shape, dtype, blocksize, offset = read_quant_state(found)
-    nested = None
-    if offset is not None:
-        nested = NestedAbsmax(found["weight.nested_absmax"], found["weight.nested_quant_map"], torch.tensor(offset))
-    nf4 = NF4Weight(found["weight"], found["weight.absmax"], shape, dtype, blocksize, nested)
-    nf4.check_scales()
+    nf4 = read_nf4(found)
+    shape = read_quant_state(found)[0]
     y = nf4.dequantize(torch.float64)
     _finite(y)
     if y.shape != torch.Size(shape):

@@ -13,9 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_ext import NestedAbsmax, NF4Weight
-from peft_ext.weight import read_quant_state
-
 # Backtracks for longer than the universe is old on the name of a layer.
 EVIL = "([a-z_.0-9]+)+!"
 
@@ -27,17 +24,6 @@ def one_line(start: str, within: str = "", kind: type[Exception] = ValueError, m
         yield
     text = str(caught.value)
     assert text.startswith(start) and within in text and "\n" not in text and len(text) < most, text
-
-
-def read_nf4(state: dict[str, Any]) -> NF4Weight:
-    """The weight of a state dict, as NF4Linear reads it; raises where it is none."""
-    shape, dtype, blocksize, offset = read_quant_state(state)
-    nested = None
-    if offset is not None:
-        nested = NestedAbsmax(state["weight.nested_absmax"], state["weight.nested_quant_map"], torch.tensor(offset))
-    nf4 = NF4Weight(state["weight"], state["weight.absmax"], shape, dtype, blocksize, nested)
-    nf4.check_scales()
-    return nf4
 
 
 def edited(folder: Path, out: Path, name: str = "adapter_config.json", **changes: Any) -> Path:

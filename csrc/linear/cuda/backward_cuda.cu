@@ -47,7 +47,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   // dX's product is of G = g ∘ dY (with drop_base G - dY) and W, or of dY and g ∘ W, whichever is less to make; dg's
   // sums come with G.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
-  const bool folds = product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, size.tokens);
+  const bool folds =
+      product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);
   Tensor scaled = flat_grad;
   if (adapter.out_scale.has_value() && ((product && !folds) || other.has_value())) {
     const ColumnPartials found = column_partials(flat_grad, product && !folds ? adapter.out_scale : std::nullopt,
@@ -74,11 +75,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     return out;
   }
   if (low_rank) {
-    if (adapter.seed.has_value()) {
-      expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
-    } else {
-      expand(grad_x, &grads.p, &grads.a, nullptr, std::nullopt);
-    }
+    expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
     addmm_(grad_x, scaled, w, 1.0);
   } else {
     mm_out(grad_x, scaled, w);

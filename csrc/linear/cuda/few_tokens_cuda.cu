@@ -106,7 +106,9 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   const void* data = launcher.in<void>(held);
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
-  const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize % kFewSlab == 0;
+  // Its rows' slabs are counted in 32 bits.
+  const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize % kFewSlab == 0 &&
+                   size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {

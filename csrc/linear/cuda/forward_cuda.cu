@@ -81,7 +81,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
   // Where nobody wants Z, and g costs less in W: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.
   const bool folds = adapter.out_scale.has_value() && !skinny && !want_z && !drop_base &&
-                     !(bias_inside && held_bias.has_value()) && folds_scale(weight, size.tokens);
+                     !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
   HeldTerms s_terms, b_terms;
   const DeviceGroups* groups = adapter.groups;

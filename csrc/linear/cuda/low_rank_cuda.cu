@@ -161,13 +161,8 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
   }
   const RankGradients grads =
       rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, nullptr, &out);
-  if (!needs_grad_x) return out;
-  const Tensor grad_x = torch::stable::view(out.grad_x, {size.tokens, size.inputs});
-  if (adapter.seed.has_value()) {
-    expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
-  } else {
-    expand(grad_x, &grads.p, &grads.a, nullptr, std::nullopt);
-  }
+  if (needs_grad_x)
+    expand_dropped(torch::stable::view(out.grad_x, {size.tokens, size.inputs}), grads.p, grads.a, adapter, grads.kept);
   return out;
 }
 

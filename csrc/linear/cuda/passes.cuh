@@ -136,7 +136,7 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
 
-// out = mask ∘ (left rightᵀ), where the adapter drops; `kept` are the mask's bits, if they are known.
+// out = left rightᵀ, and where the adapter drops, mask ∘ of it; `kept` are the mask's bits, if they are known.
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 
@@ -156,8 +156,9 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 // g ∘ W [N, K], row n times g[n], in `type`, rounded once.
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
-// Whether that costs less than to scale an activation [tokens, N]: always where W is decoded anyway.
-bool folds_scale(const DeviceWeight& weight, int64_t tokens);
+// Whether that costs less than to scale an activation [tokens, N], always where W is decoded anyway, and no digits: a
+// float16 has no small numbers to hold a small scale's.
+bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
 // The sums of column_pass, added in order.
 Tensor reduced_columns(const Tensor& partial);

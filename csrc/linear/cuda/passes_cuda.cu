@@ -279,6 +279,7 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
 
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept) {
+  if (!adapter.seed.has_value()) return expand(out, &left, &right, nullptr, std::nullopt);
   Launcher launcher(out);
   ExpandTerms work = expand_work(launcher, out, &left, &right);
   const bool whole = kept.has_value() && whole_columns(out, work.columns);
@@ -338,9 +339,9 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
   return out;
 }
 
-bool folds_scale(const DeviceWeight& weight, int64_t tokens) {
+bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens) {
   constexpr int64_t kMostRows = 65535;  // of a grid
-  if (weight.inputs % kVector != 0) return false;
+  if (weight.inputs % kVector != 0 || type == ScalarType::Half) return false;
   if (weight.is_nf4()) return weight.outputs * weight.inputs < int64_t{1} << 32;
   return tokens > weight.inputs && weight.outputs <= kMostRows && whole_columns(weight.weight, weight.inputs) &&
          weight.weight.is_contiguous();

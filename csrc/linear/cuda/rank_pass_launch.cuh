@@ -18,7 +18,7 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if constexpr (kWork != RankWork::kBoth && kWork != RankWork::kBothAndDots) {
     constexpr bool kTwice = kWhole && sizeof(T) == 2;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
-      // Squares are of D alone: the first launch's stand.
+      // Squares are of D alone: each launch finds the same.
       if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
         if constexpr (kTwice) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
         pass.first_rank += 64;
