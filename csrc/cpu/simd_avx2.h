@@ -41,13 +41,42 @@ struct Vec {
   static Vec load(const float* x) { return {_mm256_loadu_ps(x)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  // b where one of them is NaN.
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // a 2^n of an integral n from -126 to 127.
+  static Vec scale2(Vec a, Vec n) {
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
+  }
+  // 0 where at < bound.
+  static Vec zero_below(Vec a, Vec at, Vec bound) {
+    return {_mm256_and_ps(a.v, _mm256_cmp_ps(at.v, bound.v, _CMP_NLT_UQ))};
+  }
   float sum() const {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  float largest() const {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 };
+
+template <typename T>
+inline Vec load_vec(const T* x) {
+  return {load8(x)};
+}
+template <typename T>
+inline void store_vec(T* out, Vec value) {
+  store8(out, value.v);
+}
 
 // Four 32-bit words in 64-bit lanes: see philox_impl.h.
 struct Lanes {

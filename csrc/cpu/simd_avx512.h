@@ -43,9 +43,31 @@ struct Vec {
   static Vec load(const float* x) { return {_mm512_loadu_ps(x)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  // b where one of them is NaN.
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // a 2^n of an integral n from -126 to 127.
+  static Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  // 0 where at < bound.
+  static Vec zero_below(Vec a, Vec at, Vec bound) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(at.v, bound.v, _CMP_NLT_UQ), a.v)};
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
+  float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 };
+
+template <typename T>
+inline Vec load_vec(const T* x) {
+  return {load16(x)};
+}
+template <typename T>
+inline void store_vec(T* out, Vec value) {
+  store16(out, value.v);
+}
 
 // Eight 32-bit words in 64-bit lanes: see philox_impl.h.
 struct Lanes {

@@ -1,6 +1,7 @@
 // The vector of one value: the portable path.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include "common/dtype.h"
@@ -17,9 +18,29 @@ struct Vec {
   static Vec load(const float* x) { return {*x}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+  static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+  static Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+  // b where one of them is NaN.
+  static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static Vec round(Vec a) { return {nearbyintf(a.v)}; }
+  // a 2^n of an integral n from -126 to 127.
+  static Vec scale2(Vec a, Vec n) { return {ldexpf(a.v, n.v == n.v ? static_cast<int>(n.v) : 0)}; }
+  // 0 where at < bound.
+  static Vec zero_below(Vec a, Vec at, Vec bound) { return {at.v < bound.v ? 0.0f : a.v}; }
   float sum() const { return v; }
+  float largest() const { return v; }
   void store(float* x) const { *x = v; }
 };
+
+template <typename T>
+inline Vec load_vec(const T* x) {
+  return {to_float(*x)};
+}
+template <typename T>
+inline void store_vec(T* out, Vec value) {
+  *out = from_float<T>(value.v);
+}
 
 // One 32-bit word in a 64-bit lane: see philox_impl.h.
 struct Lanes {

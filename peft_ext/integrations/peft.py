@@ -38,6 +38,7 @@ from .fused.base import (
     without_adapters,
 )
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .fused.head import DefersLoss, compute_losses, defer_losses, heads, no_head_reason
 from .fused.linear import FusedLinear, linear_dtype, would_widen
 from .fused.lora import Lora
 from .fused.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
@@ -64,7 +65,7 @@ _DORA_DROPOUTS = ("peft", "lora")
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
+def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> nn.Module:
     """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
@@ -78,6 +79,11 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
             ``Linear8bitLt``, one with hooks) the part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A
             layer that can't be fused goes on as it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
+        blocks: more than layers, each tried on random numbers first, and left as it is, with a warning, where it gives
+            other ones: the loss of a language model, which in training takes the hidden states and the frozen head
+            instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever computes it with
+            ``F.cross_entropy``. The logits that such a model returns in training are computed where something reads
+            them. False: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
@@ -94,6 +100,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     check_module("accelerate", model)
+    if not blocks:
+        compute_losses(model)
     for module in without_adapters(model):
         if would_widen(module):
             module.__class__ = FusedLinear
@@ -107,6 +115,8 @@ def accelerate(model: nn.Module, *, dora_dropout: str = "peft") -> nn.Module:
         if isinstance(module, Lora):
             prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
+    if blocks:
+        defer_losses(model)
     repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
     if repacked:
         warnings.warn(
@@ -163,12 +173,15 @@ class Explanation:
     """A row for each PEFT layer, and for each linear that is not the base of one and is quantized, or computes in a
     16-bit dtype for whose products the CPU has no instructions. Prints as a table.
 
+    ``blocks``: a row for each loss of a language model; ``fused_share`` is of the layers alone.
+
     ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers does not have where this
     package looks for it, and what is not fused for want of it.
     """
 
     rows: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    blocks: list[Row] = field(default_factory=list)
 
     # A table of more rows than this shows like rows as one, with their count and the first one's name.
     LONGEST = 20
@@ -191,7 +204,8 @@ class Explanation:
         table = ["  ".join(line).rstrip() for line in cells]
         fused = sum(row.fused for row in self.rows)
         share = f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"
-        return "\n".join([*table, share, *self.missing])
+        blocks = [f"{row.kind}: {'fused' if row.fused else 'stock'}, {row.name}: {row.reason}" for row in self.blocks]
+        return "\n".join([*table, share, *blocks, *self.missing])
 
 
 def alike(rows: Iterable[Row]) -> dict[tuple[str, bool, str], list[str]]:
@@ -216,7 +230,15 @@ def explain(model: nn.Module) -> Explanation:
     """
     check_module("explain", model)
     with as_in_forward(model):
-        return Explanation(list(_rows(model)), list(MISSING))
+        return Explanation(list(_rows(model)), list(MISSING), list(_blocks(model)))
+
+
+def _blocks(model: nn.Module) -> Iterator[Row]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in heads(model):
+        reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
+        how = "the logits are computed a chunk of tokens at a time, and not under torch.compile"
+        yield Row(names.get(id(layer), ""), "loss", reason is None, reason or how)
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:

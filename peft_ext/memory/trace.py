@@ -25,11 +25,14 @@ from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as ab
 from .._native import STATE, TILE_PATHS
 from ..integrations.fused.reasons import accepting
 from ..nn import NF4Linear
+from ..ops.cross_entropy import CHUNK_BYTES
 from ..ops.library import NAMESPACE
 from ..sources.model import base_model, output_head
 from .optimizers import OPTIMIZERS
 from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
+
+_LOSS = torch.ops.peft_ext.linear_cross_entropy.default
 
 # What a forward raises here that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
@@ -63,7 +66,8 @@ class _Storages(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.note(t)
         if func.namespace == NAMESPACE:
-            workspace = self.add(_workspace_bytes(func, args, self.device), "temporary")
+            kind = "logits" if func is _LOSS else "temporary"
+            workspace = self.add(_workspace_bytes(func, args, self.device), kind)
             workspace.died = self.mark()
         return out
 
@@ -97,9 +101,16 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     On CUDA, and on the CPU in float32, an NF4 weight in the dtype of what it is multiplied with. On the CPU in 16 bits
     the activations as they are multiplied: packed into strips where the package's own tiles multiply, which read the
     weight as it lies; else they, the product and a panel of the weight in float32. In the backward of a layer that
-    scales its output, or its input, the scaled gradient.
+    scales its output, or its input, the scaled gradient. Of a loss the logits of a chunk, twice where an adapter adds
+    to them, and on the CPU in 16 bits the weight as PyTorch packs it.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    if func is _LOSS:
+        tokens = given["labels"].numel() if device == "cuda" else given["chunk"]
+        size = given["hidden"].element_size()
+        chunk = min(tokens * given["shape"][0] * size, CHUNK_BYTES[device]) * (1 if given["lora_A"] is None else 2)
+        # PyTorch's product of 16 bits packs the weight on a CPU.
+        return chunk + (given["weight"].numel() * size if device == "cpu" and size == 2 else 0)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0

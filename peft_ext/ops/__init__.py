@@ -4,6 +4,7 @@ A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywh
 """
 
 from .bottleneck import bottleneck_adapter
+from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
@@ -18,6 +19,7 @@ __all__ = [
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_residual",
     "nf4_dequantize",

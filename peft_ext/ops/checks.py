@@ -66,12 +66,13 @@ def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tupl
         raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
 
 
-def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int) -> None:
+def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, name: str = "x") -> None:
+    """Checks a bias ``[N]`` of the dtype of x, the argument ``name``."""
     if bias is None:
         return
     check_vector(op, "bias", bias, x, (out_features,))
     if bias.dtype != x.dtype:
-        raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+        raise TypeError(f"{op}: bias is {_name(bias.dtype)}, {name} is {_name(x.dtype)}")
 
 
 def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
@@ -84,18 +85,18 @@ def check_weight(op: str, weight: Union[Tensor, NF4Weight]) -> None:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [N, K]")
 
 
-def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight]) -> None:
-    """Checks x ``[..., K]`` against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
-    check_float(op, "x", x)
+def check_linear(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], name: str = "x") -> None:
+    """Checks x ``[..., K]``, the argument ``name``, against a frozen weight ``[N, K]``, dense of x's dtype or NF4."""
+    check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, NF4Weight):
-        _check_device(op, "weight", weight.packed, x)
+        _check_device(op, "weight", weight.packed, x, name)
     else:
-        _check_device(op, "weight", weight, x)
+        _check_device(op, "weight", weight, x, name)
         if weight.dtype != x.dtype:
-            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
+            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, {name} is {_name(x.dtype)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}] for weight "
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, wanted [..., {weight.shape[1]}] for weight "
                          f"{tuple(weight.shape)}")  # fmt: skip
 
 

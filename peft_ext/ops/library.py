@@ -23,16 +23,23 @@ WEIGHT = (
 
 OPS: list[str] = []
 
+# Operators that are a composition of others, and so have no kernel of their own on any device.
+COMPOSED: list[str] = []
+
 # What runs where no kernel is registered, by operator.
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
-def define(name: str, schema: str, *, reference: Callable, fake: Callable) -> None:
-    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered."""
+def define(name: str, schema: str, *, reference: Callable, fake: Callable, composed: bool = False) -> None:
+    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered: of a composed one everywhere."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    REFERENCES[name] = _outside_autocast(reference)
-    LIBRARY.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
+    reference = _outside_autocast(reference)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if composed:
+        COMPOSED.append(name)
+        return
+    REFERENCES[name] = reference
     OPS.append(name)
 
 

@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+    "cross_entropy": ("cross_entropy_rows",),
 }  # fmt: skip
 
 # Operators whose kernels were dropped, and why.
@@ -51,6 +52,7 @@ SLOWER = 1.25  # times the plain way's time: a family is dropped
 # ‖kernel - plain‖ / ‖plain‖ that rounding explains, an intermediate's of 16 bits among it.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
+_ops = getattr(torch.ops, NAMESPACE)
 _found: dict[str, dict[str, str]] = {}  # by card, by family: "" where it agrees
 _overriding: list[torch.library.Library] = []  # what drops kernels, as long as it lives
 _done = False
@@ -177,7 +179,8 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
     try:
         for dtype in WITHIN:
             for name, arguments in _calls(family, device, dtype, (130, 192, 136)):
-                if why := _differs(_native_op(name)(*arguments), REFERENCES[name](*arguments), dtype):
+                ours, plain = (_called(function, name, arguments) for function in (_native_op(name), REFERENCES[name]))
+                if why := _differs(ours, plain, dtype):
                     return f"{name} in {str(dtype).removeprefix('torch.')} {why}"
         if timed:
             name, arguments = next(_calls(family, device, torch.bfloat16, (1024, 1024, 1024)))
@@ -192,11 +195,19 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
 
 
 def _native_op(name: str) -> Callable[..., Any]:
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return getattr(_ops, name).default
 
 
-def _differs(found: Any, plain: Any, dtype: torch.dtype) -> str:
-    found, plain = ([value] if isinstance(value, Tensor) else list(value) for value in (found, plain))
+def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
+    """Returns the results, and what the operator wrote in place: in copies of those arguments."""
+    written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
+    arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
+    found = function(*arguments)
+    found = [found] if isinstance(found, Tensor) else list(found)
+    return found + [value for value, write in zip(arguments, written, strict=True) if write]
+
+
+def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> str:
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.dtype != want.dtype:
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
@@ -283,6 +294,12 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         yield "ia3_linear_backward", (grad, x, *dense, bias, l_out, z, False, False, True, True)
         yield "ia3_scale", (x, l_in)
         yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
+    elif family == "cross_entropy":
+        labels = torch.randint(0, n, (t,), generator=generator).to(device)
+        labels[::7] = -100
+        row_weight = draw(t, of=torch.float32)
+        for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
+            yield "cross_entropy_rows", (grad, labels, row_weight, *loss, -100, True)
     else:
         down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
         down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)

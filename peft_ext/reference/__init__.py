@@ -4,6 +4,7 @@ In float64 these are the oracle that every kernel is tested against. Nothing her
 """
 
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
+from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
@@ -26,6 +27,7 @@ __all__ = [
     "ia3_linear_backward",
     "ia3_scale",
     "ia3_scale_backward",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_backward",
     "lora_residual",

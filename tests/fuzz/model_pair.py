@@ -334,13 +334,15 @@ class Pair:
         Of a DoRA in float32 over 4-bit layers that compute in 16 bits the parts are fused, and the dropout is torch's.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
-            fused = {row.name: row.fused for row in peft_ext.explain(self.fused).rows}
+            explained = peft_ext.explain(self.fused)
+        fused = {row.name: row.fused for row in explained.rows}
+        heads = {row.name for row in explained.blocks if row.fused}  # their dropout is PEFT's
         for name, layer in tuners(self.stock).items():
             parts = self.kbit and not probe.autocast and isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
             for adapter, dropout in getattr(layer, "lora_dropout", {}).items():
                 if not isinstance(dropout, nn.Identity):
                     alike = fused.get(name) and not (parts and adapter in layer.lora_variant)
-                    kind = PhiloxDropout if alike else nn.Dropout
+                    kind = PhiloxDropout if alike and name not in heads else nn.Dropout
                     layer.lora_dropout[adapter] = kind(dropout.p).train(dropout.training)
 
     def call(self, probe: Probe) -> Optional[list[Parts]]:

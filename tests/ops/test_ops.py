@@ -33,7 +33,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple, devi
     grad = output_grad(case, dtype, shape)
     exact = run(case.oracle, to_wide(sample), grad)
     found, plain = run(case.call, moved, grad), run(case.plain, sample, grad)
-    assert_close(found, plain, exact, max(shape[1], shape[2]), case.from_product)
+    assert_close(found, plain, exact, max(shape[1], shape[2]), case.from_product, dtype)
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
@@ -296,6 +296,12 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
         return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
     adapter = i.get("lora_A"), i.get("lora_B")
+    if name == "linear_cross_entropy":
+        summed = "none" not in case.name
+        labels, loss = i["labels"].view(-1), (0.5, 3.0, 0.1, -100, 20)
+        needs = (summed, summed and adapter[0] is not None, summed and i["bias"] is not None)
+        args = (i["bias"], i["lora_input"], *adapter, 0.75, labels, None, *loss, summed, *needs)
+        return name, (i["hidden"], *weight, *args)
     if name == "dora_weight_norm":
         return name, (*weight, *adapter, 0.75, i["compute"])
     if name == "ia3_linear":

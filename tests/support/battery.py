@@ -45,23 +45,30 @@ def to_wide(sample: Sample) -> Sample:
     return Sample({k: wide(v) for k, v in sample.inputs.items()}, sample.grads)
 
 
-def assert_close(got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = ()) -> None:
-    """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element."""
+def assert_close(
+    got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
+    product: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element.
+
+    ``product``: the dtype of the product that ``from_product`` is computed from; default: y's.
+    """
     for name in got:
-        assert_part_close(name, got, plain, exact, terms, from_product)
+        assert_part_close(name, got, plain, exact, terms, from_product, product)
 
 
 def assert_part_close(
-    name: str, got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = ()
-) -> None:
+    name: str, got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
+    product: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """``assert_close`` of one part: the value, "y", or a gradient."""
     value, want = got[name], exact[name]
     assert value.shape == want.shape, name
     if value.numel() == 0:
         return
     ulp = torch.finfo(value.dtype).eps
-    if name in from_product:  # what it is computed from was rounded to y's dtype
-        ulp = max(ulp, torch.finfo(got["y"].dtype).eps)
+    if name in from_product:  # what it is computed from was rounded
+        ulp = max(ulp, torch.finfo(product or got["y"].dtype).eps)
     error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
     # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
     # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.

@@ -89,7 +89,7 @@ class Case:
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
 
 
 def wide(value: Any) -> Any:
@@ -469,6 +469,57 @@ def _grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any
     return Case(name, "grouped_lora", make, call, plain, shapes=[shape for shape in SHAPES if shape[0]])
 
 
+# --- cross entropy ----------------------------------------------------------------------------------------------------
+
+
+def _cross_entropy_case(
+    base: str, *, with_bias: bool = False, adapter_dtype: Any = None, own_input: bool = False, reduction: str = "sum",
+    **options: float,
+) -> Case:  # fmt: skip
+    """N is the vocabulary. Some labels are ignored; ``own_input``: the adapter has an input of its own."""
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, _ = shape
+        inputs = _low_rank_inputs(base, dtype, shape, adapter_dtype or dtype, with_bias)
+        inputs["hidden"] = inputs.pop("x")
+        inputs["labels"] = torch.randint(0, n, tokens)
+        if inputs["labels"].numel() > 1:
+            inputs["labels"].view(-1)[::5] = -100
+        inputs["lora_input"] = randn(*tokens, k, dtype=dtype) if own_input else None
+        if adapter_dtype is None:
+            inputs["lora_A"] = inputs["lora_B"] = None
+        trained = ("hidden", "bias", "lora_A", "lora_B", "lora_input")
+        return Sample(inputs, [name for name in trained if inputs[name] is not None])
+
+    def call(hidden, weight, labels, bias, lora_A, lora_B, lora_input, compute, chunk=100, **more):
+        return ops.linear_cross_entropy(
+            hidden, weight, labels, bias, lora_A=lora_A, lora_B=lora_B, lora_input=lora_input, scaling=0.75,
+            reduction=reduction, chunk=chunk, **{**options, **more},
+        )  # fmt: skip
+
+    def plain(hidden, weight, labels, bias, lora_A, lora_B, lora_input, compute):
+        # As transformers does it: a linear layer in hidden's dtype, PEFT's adapter on it, all in float32 from there on.
+        logits = F.linear(hidden, _dequantized(weight, compute).to(hidden.dtype), bias)
+        if lora_A is not None:
+            low = hidden if lora_input is None else lora_input
+            logits = logits + F.linear(F.linear(low, lora_A.to(low.dtype)), lora_B.to(low.dtype)) * 0.75
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.get("logit_scale", 1.0)
+        if cap := options.get("softcap"):
+            z = cap * torch.tanh(z / cap)
+        found = F.cross_entropy(z.reshape(-1, z.shape[-1]), labels.reshape(-1), reduction=reduction,
+                                label_smoothing=options.get("label_smoothing", 0.0))  # fmt: skip
+        return found.view(labels.shape) if reduction == "none" else found
+
+    name = _case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
+                      **dict.fromkeys([reduction, *options], True))  # fmt: skip
+    # The mean of no labels is not a number, and the gradient of one token's adapter is a sum that may cancel.
+    shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]
+    return Case(
+        name, "cross_entropy", make, call, plain, shapes=shapes, from_product=("y", "bias", "lora_A", "lora_B"),
+        result=lambda dtype, shape: (torch.float32, shape[0] if reduction == "none" else ()),
+    )  # fmt: skip
+
+
 CASES: tuple[Case, ...] = (
     _quantize_case(64, False),
     _quantize_case(32, False),
@@ -517,6 +568,10 @@ CASES: tuple[Case, ...] = (
     _bottleneck_case("gelu_tanh", own=True),
     _bottleneck_case("relu", biases=False),
     _bottleneck_case("silu", own=True, adapter_dtype=torch.float32, biases=False),
+    _cross_entropy_case("dense"),
+    _cross_entropy_case("dense", with_bias=True, adapter_dtype=torch.float32, reduction="mean", label_smoothing=0.1),
+    _cross_entropy_case("nested", reduction="none", softcap=3.0, logit_scale=0.5),
+    _cross_entropy_case("dense", adapter_dtype=torch.bfloat16, own_input=True, reduction="none"),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

@@ -24,7 +24,9 @@ def names(dtype: torch.dtype) -> str:
 
 
 def strided(value: Tensor) -> Tensor:
-    """The same values, not contiguous."""
+    """The same values, not contiguous; a number has no other way to lie."""
+    if value.dim() == 0:
+        return value
     if value.dim() > 1 and 1 not in value.shape:
         value = value.transpose(0, -1).contiguous().transpose(0, -1)
     else:

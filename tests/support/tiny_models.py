@@ -15,6 +15,8 @@ from peft_models import spread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_ext.ops.library import COMPOSED
+
 CLASSES = 3
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -425,7 +427,10 @@ TOLERANCE = 2e-5
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs."""
+    """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs.
+
+    Those of one that is a composition of others are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -434,8 +439,9 @@ class OperatorCalls(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
-        if func.namespace == "peft_ext":
-            self.calls[func._schema.name.partition("::")[2]] += 1
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "peft_ext" and name not in COMPOSED:
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 

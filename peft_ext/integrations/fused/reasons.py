@@ -41,6 +41,7 @@ from .base import (
 _CALLED = {
     "bottleneck_adapter": ("bottleneck_adapter", "bottleneck_adapter_backward"),
     "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
+    "linear_cross_entropy": ("cross_entropy_rows",),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "lora_residual": ("lora_residual", "lora_residual_backward"),
     "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
@@ -138,13 +139,18 @@ def _is_shard(parameter: Any) -> bool:
 # --- an input, a tensor, a module -------------------------------------------------------------------------------------
 
 
+def is_plain(tensor: Any) -> bool:
+    """Returns whether ``tensor`` is one of the classes that the fused layers take for a tensor."""
+    return type(tensor) in _plain
+
+
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the ops take: plain, dense, of a float dtype; no transform under way.
 
     The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
     see PEFT's own path.
     """
-    if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+    if not is_plain(x) or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
     return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 

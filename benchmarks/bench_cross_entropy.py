@@ -1,0 +1,64 @@
+"""The loss of a language model from its last hidden states, bf16: without the logits, and as transformers computes it.
+
+    loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
+
+The floor multiplies twice, z and dh, reads W twice and h once, and writes dh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison, Contender
+from .peers import Problem, compiled, gather
+
+VOCABULARY = 49_152
+
+
+def _loss(problem: Problem, compile: bool) -> Comparison:
+    generator = torch.Generator(problem.device).manual_seed(0)
+    tokens, k = problem.tokens, problem.k
+    draw = {"generator": generator, "device": problem.device}
+    weight = torch.randn(VOCABULARY, k, **draw).to(torch.bfloat16) * k**-0.5
+    hidden = torch.randn(tokens, k, **draw).to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (tokens,), **draw)
+
+    def contender(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
+        def run() -> Tensor:
+            hidden.grad = None
+            loss = loss_of(hidden, weight, labels)
+            loss.backward()
+            return loss.detach()
+
+        return Contender(run, lambda loss: {"loss": loss, "grad": hidden.grad}, exact)
+
+    def exact() -> dict[str, Tensor]:
+        # Float64 logits of a few tokens at a time; the gradient by its formula.
+        wide, loss, grads = weight.double(), 0.0, []
+        for part, label in zip(hidden.detach().double().split(128), labels.split(128), strict=True):
+            z = part @ wide.T
+            loss = loss + F.cross_entropy(z, label, reduction="sum")
+            p = z.softmax(-1)
+            p[torch.arange(len(label), device=p.device), label] -= 1
+            grads.append(p @ wide)
+        return {"loss": loss / tokens, "grad": torch.cat(grads) / tokens}
+
+    def stock(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    makers = {"ours": lambda: contender(ops.linear_cross_entropy), "torch eager": lambda: contender(stock)}
+    if compile:
+        makers["torch.compile"] = lambda: contender(compiled(stock))
+    contenders, absent = gather(makers)
+    moved = 2 * (2 * VOCABULARY * k + 2 * tokens * k)
+    return Comparison(contenders, moved, 4 * tokens * k * VOCABULARY, absent=absent)
+
+
+VARIANTS = (Variant("linear_cross_entropy", "V=49152", _loss, tokens=(512,), summary_tokens=(512,)),)

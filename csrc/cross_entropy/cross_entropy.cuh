@@ -1,0 +1,119 @@
+// Cross entropy of the rows of a chunk of logits, which become the gradient:
+//
+//   z = c tanh(a x / c), or a x where c is 0     lse = log Σ_v exp z_v     ε: smoothing
+//   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
+//   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
+//
+// A block owns a row, a thread every 512th group of eight columns. One reading gives each thread its largest z and the
+// sum under it, which are joined over lanes and then warps in a fixed order; a second one, from the second-level cache,
+// gives the gradient. Float32 arithmetic, one rounding. Bytes moved: the row twice in, once out.
+#pragma once
+
+#include <math.h>
+
+#include "cuda/block_sum.cuh"
+#include "cuda/vector.cuh"
+
+namespace peft_ext {
+
+struct CrossEntropyWork {
+  void* logits;              // [T, V], overwritten where needs_grad
+  const int64_t* labels;     // [T]; of one that is ignored loss and gradient are 0, of one out of range NaN
+  const float* row_weight;   // w [T], or null: ones
+  float* losses;             // [T], without w
+  int64_t columns, ignored;  // V
+  float scale, softcap, smoothing;
+  bool needs_grad, whole;
+};
+
+constexpr int kCrossEntropyThreads = 512;
+constexpr int kCrossEntropyWarps = kCrossEntropyThreads / kWarpSize;
+
+// A sum of exp(z - most), and the sum of z.
+struct SoftmaxSum {
+  float most, sum, total;
+};
+
+// Lower than any logit's but -inf, whose exponential it leaves at 0.
+constexpr float kLowest = -3.0e38f;
+
+__device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxSum& b) {
+  const float most = fmaxf(a.most, b.most);
+  return {most, a.sum * expf(a.most - most) + b.sum * expf(b.most - most), a.total + b.total};
+}
+
+using SoftmaxShared = float[3][kCrossEntropyWarps];
+
+// At every thread; all take part.
+__device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared& shared) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    const SoftmaxSum other{shuffle_xor(mine.most, mask), shuffle_xor(mine.sum, mask), shuffle_xor(mine.total, mask)};
+    mine = joined(mine, other);
+  }
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0)
+    shared[0][warp] = mine.most, shared[1][warp] = mine.sum, shared[2][warp] = mine.total;
+  sync_threads();
+  SoftmaxSum all{shared[0][0], shared[1][0], shared[2][0]};
+  for (int w = 1; w < kCrossEntropyWarps; ++w) all = joined(all, {shared[0][w], shared[1][w], shared[2][w]});
+  return all;
+}
+
+// Grid: rows.
+template <typename T, bool kSoftcap>
+__global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(CrossEntropyWork work) {
+  PEFT_EXT_SHARED(SoftmaxShared, shared);
+  const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
+  T* row = static_cast<T*>(work.logits) + at * columns;
+  const bool ignored = label == work.ignored, inside = label >= 0 && label < columns;
+  const float inner = kSoftcap ? work.scale / work.softcap : work.scale, over = kSoftcap ? 1.0f / work.softcap : 0.0f;
+  const auto z_of = [&](float x) { return kSoftcap ? work.softcap * tanhf(x * inner) : x * inner; };
+
+  SoftmaxSum mine{kLowest, 0.0f, 0.0f};
+  if (!ignored) {
+    for (int64_t column = threadIdx.x * kVector; column < columns; column += kCrossEntropyThreads * kVector) {
+      float z[kVector];
+      load_columns(row, column, columns, work.whole, z);
+      const int count = static_cast<int>(min_of(kVector, columns - column));
+      float most = mine.most;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        z[i] = z_of(z[i]);
+        if (i < count) most = fmaxf(most, z[i]), mine.total += z[i];
+      }
+      if (most > mine.most) mine.sum *= expf(mine.most - most), mine.most = most;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (i < count) mine.sum += expf(z[i] - mine.most);
+    }
+  }
+  const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
+  const SoftmaxSum all = block_joined(mine, shared);  // what is read of the row lies before it, what is written behind
+  const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
+  if (threadIdx.x == 0) {
+    float loss = rest * (log_sum - (z_label - all.most));
+    if (work.smoothing != 0.0f)
+      loss += work.smoothing * (log_sum - (all.total / static_cast<float>(columns) - all.most));
+    work.losses[at] = ignored ? 0.0f : loss;
+  }
+  if (!work.needs_grad) return;
+
+  const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]) * (inside ? 1.0f : NAN);
+  const float share = 1.0f / all.sum, even = work.smoothing / static_cast<float>(columns);
+  for (int64_t column = threadIdx.x * kVector; column < columns; column += kCrossEntropyThreads * kVector) {
+    float out[kVector] = {};
+    if (!ignored) {
+      load_columns(row, column, columns, work.whole, out);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float z = z_of(out[i]), t = z * over;
+        const float d = by * (expf(z - all.most) * share - even - (column + i == label ? rest : 0.0f));
+        out[i] = kSoftcap ? d * (1.0f - t * t) : d;
+      }
+    }
+    save_columns(row, column, columns, work.whole, out);
+  }
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,14 @@
+// Cross entropy of rows with AVX-512. See cross_entropy.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx512.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx512.h"
+#include "cross_entropy/cross_entropy_impl.h"
+
+namespace peft_ext {
+
+const CrossEntropyKernels kCrossEntropyAvx512 = {rows};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,401 @@
+"""Logits that are not computed before something reads them, so that a loss of them never has them whole.
+
+A head (:mod:`.head`) returns :class:`DeferredLogits` while a model trains. What losses do to logits on their way, a
+change of dtype, of shape, a choice of positions, a scale, a soft cap, is recorded; ``F.cross_entropy`` of what is left
+runs as :func:`peft_ext.ops.linear_cross_entropy` of the hidden states. Whatever else is asked of them, from Python or
+below it, gets the real logits, that the layer's own forward computes then, with all that was recorded done to them:
+reading, printing, metrics, another loss, other gradients. They are a tensor to every caller.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map  # noqa: PLC2701  torch has no public name for it
+
+from ... import ops
+from ...weight import FLOATS
+from .reasons import is_plain
+
+__all__ = ["DeferredLogits", "Head"]
+
+_NO_GRADIENT = (
+    "{what} of a model's logits after its loss was computed: the loss did not go through the logits, which are not "
+    "computed in training. Ask before the loss, or call peft_ext.accelerate(model, blocks=False)"
+)
+
+
+class Head:
+    """One call of a head: its hidden states, how to compute its logits, and what its loss takes instead.
+
+    Args:
+        inputs: what the logits of a position are computed from, ``[..., K]`` each: the hidden states, as the head got
+            them, and, of an adapter with dropout, what that left of them.
+        outputs: V. dtype: of the logits.
+        forward: ``*inputs -> logits``, the layer's own.
+        operands: what :func:`peft_ext.ops.linear_cross_entropy` takes beside inputs and labels.
+        parameters: the tensors of the head that train.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Tensor], outputs: int, dtype: torch.dtype, forward: Callable[..., Tensor],
+        operands: dict[str, Any], parameters: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        self.inputs, self.outputs, self.dtype = tuple(inputs), outputs, dtype
+        self.operands, self.parameters = operands, tuple(parameters)
+        self.lost = False  # a loss was computed without the logits
+        device = inputs[0].device.type
+        self._forward = forward
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._versions = self._versions_now()
+        self._logits: Optional[Tensor] = None
+        self._derived: list[weakref.ref[DeferredLogits]] = []
+
+    def _versions_now(self) -> list[int]:
+        return [tensor._version for tensor in (*self.inputs, *self.parameters) if not tensor.is_inference()]
+
+    def autocast(self) -> torch.autocast:
+        """Returns the autocast that the head was called in."""
+        device, dtype, enabled = self._autocast
+        return torch.autocast(device, dtype, enabled=enabled)
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """Returns the logits by the layer's own forward."""
+        self.check()
+        with self.autocast():
+            return self._forward(*inputs)
+
+    def check(self) -> None:
+        if self._versions != self._versions_now():
+            raise RuntimeError(
+                "peft_ext: the logits are read after their hidden states, or the head's adapter, were changed in place "
+                "(by an optimizer's step?), and were not computed before. Read them earlier, or call "
+                "peft_ext.accelerate(model, blocks=False)"
+            )
+
+    def logits(self) -> Tensor:
+        """Returns the real logits, computed once: anew where they now need a graph that they lack."""
+        held = self._logits
+        if held is None or (torch.is_grad_enabled() and not held.requires_grad):
+            self._logits = self.compute(*self.inputs)
+        return self._logits
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the logits were computed with their graph: a loss then goes through them."""
+        return self._logits is not None and self._logits.requires_grad
+
+    def defer(self) -> DeferredLogits:
+        """Returns the logits, not computed yet."""
+        deferred = _Defer.apply(self, *self.inputs, *self.parameters)
+        deferred._begin(self, self.inputs, ())
+        return deferred
+
+    def derive(
+        self, parent: DeferredLogits, step: Step, inputs: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> DeferredLogits:
+        """Returns what ``step`` makes of ``parent``, not computed either."""
+        with torch._C.DisableTorchFunctionSubclass():
+            deferred = _Derive.apply(parent, step, (*inputs[0].shape[:-1], self.outputs), dtype)
+        deferred._begin(self, inputs, (*parent._steps, step))
+        self._derived.append(weakref.ref(deferred))
+        return deferred
+
+    def make_real(self) -> None:
+        """Computes all that was recorded so far: something is about to be changed in place."""
+        for deferred in [held() for held in self._derived]:
+            if deferred is not None:
+                deferred.real()
+        self.logits()
+
+
+class Step:
+    """A recorded call: a function of the logits, and what it was given beside them."""
+
+    def __init__(self, function: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.function(logits, *self.args, **self.kwargs)
+
+
+class _Defer(torch.autograd.Function):
+    """The graph of deferred logits, for what reads them below Python: a gradient through the layer's own forward."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, *tensors: Tensor) -> Tensor:
+        ctx.head = head
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return _empty((*tensors[0].shape[:-1], head.outputs), head.dtype, tensors[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if grad is None:
+            return (None,) * (1 + len(tensors))
+        count = len(ctx.head.inputs)
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_(need) for value, need in zip(tensors[:count], needs, strict=False)]
+            logits = ctx.head.compute(*inputs)
+        wanted = [value for value, need in zip((*inputs, *tensors[count:]), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(logits, wanted, grad))
+        return None, *(next(found) if need else None for need in needs)
+
+
+class _Derive(torch.autograd.Function):
+    """The graph of what was recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, parent: Tensor, step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        ctx.step, ctx.shape, ctx.dtype = step, parent.shape, parent.dtype
+        ctx.linear = step.function not in _TANH
+        ctx.set_materialize_grads(False)
+        if not ctx.linear:
+            ctx.parent = parent
+        return _empty(shape, dtype, parent.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        if grad is None:
+            return (None,) * 4
+        with torch.enable_grad():
+            # A linear step's gradient does not depend on where it is taken.
+            at = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device) if ctx.linear else _value(ctx.parent)
+            at = at.detach().requires_grad_()
+            return torch.autograd.grad(ctx.step(at), at, grad)[0], None, None, None
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DeferredLogits:
+    return Tensor._make_wrapper_subclass(DeferredLogits, shape, dtype=dtype, device=device)
+
+
+class DeferredLogits(Tensor):
+    """Logits ``[..., V]`` that are computed where something reads them."""
+
+    _head: Head
+    _inputs: tuple[Tensor, ...]
+    _steps: tuple[Step, ...]
+
+    def _begin(self, head: Head, inputs: tuple[Tensor, ...], steps: tuple[Step, ...]) -> None:
+        # What a cross entropy of these takes: inputs [..., K] of the positions that are left, z = c tanh(a x / c).
+        self._head, self._inputs, self._steps = head, inputs, steps
+        self._scale, self._softcap, self._in_tanh = 1.0, 0.0, False
+        self._real: Optional[Tensor] = None
+
+    def real(self) -> Tensor:
+        """Returns the logits with all steps done to them, with their graph where one is recorded now."""
+        if not self._steps:
+            return self._head.logits()
+        held = self._real
+        if held is None or (torch.is_grad_enabled() and not held.requires_grad):
+            value = self._head.logits()
+            for step in self._steps:
+                value = step(value)
+            self._real = value
+        return self._real
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (record := _RECORDS.get(func)) is not None and isinstance(args[0], cls):
+            if (found := record(func, *args, **kwargs)) is not None:
+                return found
+        if func is F.cross_entropy and (found := _cross_entropy(*args, **kwargs)) is not None:
+            return found
+        if func in _OF_THE_GRAPH:
+            return _of_the_graph(func, args, kwargs)
+        if func == Tensor.grad.__get__ and not args[0]._head.is_real:
+            return None  # as of any tensor that is not to retain it
+        name = getattr(func, "__name__", "")
+        if "out" in kwargs or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE:
+            for value in _deferred_in((args, kwargs)):
+                value._head.make_real()
+        args, kwargs = tree_map(lambda value: value.real() if isinstance(value, cls) else value, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        # Below autograd, which has recorded the call on these logits: the values alone are wanted.
+        args, kwargs = tree_map(lambda value: _value(value) if isinstance(value, cls) else value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _value(deferred: DeferredLogits) -> Tensor:
+    with torch.no_grad():
+        return deferred.real().detach()
+
+
+def _deferred_in(values: Any) -> list[DeferredLogits]:
+    found: list[DeferredLogits] = []
+    tree_map(lambda value: found.append(value) if isinstance(value, DeferredLogits) else None, values)
+    return found
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _derive(
+    logits: DeferredLogits, step: Step, of_inputs: Callable[[Tensor], Tensor] = _same, dtype: Any = None
+) -> Optional[DeferredLogits]:
+    # Without a graph something computes values: an autograd.Function, say, whose backward is its own. Where somebody has
+    # the logits already, a loss is to go through them.
+    if logits._head.is_real or not torch.is_grad_enabled():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = dtype or logits.dtype
+    derived = logits._head.derive(logits, step, tuple(map(of_inputs, logits._inputs)), dtype)
+    derived._scale, derived._softcap, derived._in_tanh = logits._scale, logits._softcap, logits._in_tanh
+    return derived
+
+
+def _record_float(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+    return None if args or kwargs else _derive(logits, Step(func, (), {}), dtype=torch.float32)
+
+
+def _record_to(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+    """Of ``to(dtype)`` and ``to(device)`` of the device where they are."""
+    wanted = [*args, *kwargs.values()]
+    if len(wanted) != 1 or set(kwargs) - {"dtype", "device"}:
+        return None
+    if isinstance(wanted[0], torch.dtype):
+        wide = wanted[0] in FLOATS and torch.promote_types(wanted[0], logits.dtype) is wanted[0]
+        return _derive(logits, Step(func, args, kwargs), dtype=wanted[0]) if wide else None
+    if isinstance(wanted[0], (str, torch.device)) and torch.device(wanted[0]) == logits.device:
+        return logits
+    return None
+
+
+def _record_contiguous(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+    return None if args or kwargs else logits
+
+
+def _record_view(func: Any, logits: DeferredLogits, *shape: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+    """Of a shape whose last dimension is V still."""
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if kwargs or not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    if sizes[-1] == -1 and -1 not in sizes[:-1]:
+        whole = logits.numel() == logits.shape[-1] * torch.Size(sizes[:-1]).numel()
+        sizes = (*sizes[:-1], logits.shape[-1]) if whole else sizes
+    if sizes[-1] != logits.shape[-1]:
+        return None
+    return _derive(logits, Step(func, shape, {}), lambda value: value.reshape(*sizes[:-1], value.shape[-1]))
+
+
+def _record_index(func: Any, logits: DeferredLogits, index: Any) -> Optional[DeferredLogits]:
+    """Of slices of the dimensions before the last."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is Ellipsis or isinstance(part, slice) for part in parts) or parts.count(Ellipsis) > 1:
+        return None
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts = (*parts[:at], *[slice(None)] * (logits.dim() - len(parts) + 1), *parts[at + 1 :])
+    if len(parts) > logits.dim() or (len(parts) == logits.dim() and parts[-1] != slice(None)):
+        return None
+    kept = parts[: logits.dim() - 1]
+    return _derive(logits, Step(func, (index,), {}), lambda value: value[kept])
+
+
+def _record_scale(func: Any, logits: DeferredLogits, factor: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+    """Of a product with a number, or a quotient by one: of the cap's tanh once, by the cap itself."""
+    if kwargs or not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor:
+        return None
+    times = 1.0 / factor if func in _DIVISIONS else float(factor)
+    if logits._softcap or (logits._in_tanh and times <= 0):
+        return None
+    if (derived := _derive(logits, Step(func, (factor,), {}))) is None:
+        return None
+    derived._scale = logits._scale * times
+    derived._softcap = times if logits._in_tanh else 0.0
+    return derived
+
+
+def _record_tanh(func: Any, logits: DeferredLogits, **kwargs: Any) -> Optional[DeferredLogits]:
+    if kwargs or logits._in_tanh or (derived := _derive(logits, Step(func, (), {}))) is None:
+        return None
+    derived._in_tanh = True
+    return derived
+
+
+def _cross_entropy(
+    logits: Any, labels: Any, weight: Optional[Tensor] = None, size_average: Optional[bool] = None,
+    ignore_index: int = -100, reduce: Optional[bool] = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Optional[Tensor]:  # fmt: skip
+    """Returns the loss of deferred logits ``[T, V]``; None: PyTorch's own of the real ones."""
+    known = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+    if not known or not isinstance(logits, DeferredLogits) or isinstance(labels, DeferredLogits):
+        return None
+    head, (hidden, *low) = logits._head, logits._inputs
+    if head.is_real or (logits._in_tanh and not logits._softcap) or not torch.is_grad_enabled():
+        return None
+    if not is_plain(labels) or labels.dtype is not torch.int64 or labels.shape != hidden.shape[:-1]:
+        return None
+    if hidden.dim() != 2 or labels.device != hidden.device:
+        return None
+    head.check()
+    with head.autocast():
+        loss = ops.linear_cross_entropy(
+            hidden, labels=labels, lora_input=low[0] if low else None, **head.operands, logit_scale=logits._scale,
+            softcap=logits._softcap or None, label_smoothing=label_smoothing, ignore_index=ignore_index,
+            reduction=reduction,
+        )  # fmt: skip
+    head.lost = True
+    # Autocast takes a loss in float32.
+    return loss if torch.is_autocast_enabled(hidden.device.type) else loss.to(logits.dtype)
+
+
+def _of_the_graph(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A hook on the logits, or their gradient: they are computed for it, so that the loss goes through them."""
+    for value in _deferred_in((args, kwargs)):
+        hook = args[1] if len(args) > 1 else None
+        if value._head.lost and not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+            raise RuntimeError("peft_ext: " + _NO_GRADIENT.format(what=getattr(func, "__name__", "a gradient")))
+        if value._head.lost:  # FSDP's, on all that a module returns: the loss has one as well
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+    args, kwargs = tree_map(lambda value: value.real() if isinstance(value, DeferredLogits) else value, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+_DIVISIONS = {Tensor.div, Tensor.true_divide, Tensor.__truediv__, torch.div, torch.true_divide}
+_PRODUCTS = {Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply}
+_TANH = {Tensor.tanh, torch.tanh}
+_RECORDS: dict[Any, Callable[..., Union[DeferredLogits, None]]] = {
+    Tensor.float: _record_float,
+    Tensor.to: _record_to,
+    Tensor.contiguous: _record_contiguous,
+    Tensor.view: _record_view,
+    Tensor.reshape: _record_view,
+    torch.reshape: _record_view,
+    Tensor.__getitem__: _record_index,
+    **dict.fromkeys(_DIVISIONS | _PRODUCTS, _record_scale),
+    **dict.fromkeys(_TANH, _record_tanh),
+}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
+             "__set__"}  # fmt: skip
+_OF_THE_GRAPH = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda",
+                 "is_cpu", "is_meta", "is_mps", "is_xla", "is_xpu", "is_sparse", "is_quantized", "is_nested", "names",
+                 "_version", "output_nr", "itemsize", "nbytes", "is_mkldnn")
+    if hasattr(getattr(Tensor, name, None), "__get__")
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, torch.numel,
+    Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.__hash__, Tensor.is_inference,
+    Tensor.storage_offset,
+}  # fmt: skip

@@ -1,0 +1,188 @@
+"""Heads of language models that leave their logits to the loss: see :mod:`.deferred`."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ...ops.checks import autocast_dtype
+from . import lora
+from .base import LINEAR, STOCK, class_name, operands, sums_wider
+from .deferred import Head
+from .linear import FusedLinear
+from .reasons import accepts_input, kernel_reason, weight_reason
+
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
+
+
+class DefersLoss:
+    """A layer whose outputs are a model's logits. A subclass gives ``head_reason`` and ``_head``."""
+
+    def head_reason(self) -> Optional[str]:
+        """Returns why the logits are computed whole in training."""
+        raise NotImplementedError
+
+    def _head(self, x: Tensor) -> Optional[Head]:
+        """Returns this call, for the loss; None: the logits have to be computed."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or args or kwargs or not (self.training and accepts_input(x)):
+            return super().forward(x, *args, **kwargs)
+        if x.dim() < 2 or self.head_reason() is not None or (head := self._head(x)) is None:
+            return super().forward(x)
+        if torch.is_grad_enabled() and (x.requires_grad or head.parameters):
+            return head.defer()
+        return head.compute(*head.inputs)
+
+
+class LinearHead(DefersLoss, FusedLinear):
+    """A frozen ``nn.Linear`` whose outputs are a model's logits."""
+
+    def head_reason(self) -> Optional[str]:
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance (accelerate's device hooks do that)"
+        return weight_reason(self) or _loss_reason(self._parameters["weight"])
+
+    def _head(self, x: Tensor) -> Optional[Head]:
+        if (found := operands(self, x)) is None:
+            return None
+        _, weight, bias, dtype = found
+        whole = super(DefersLoss, self).forward
+        return Head((x,), self.out_features, dtype, whole, {"weight": weight, "bias": bias})
+
+
+LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
+STOCK[LinearHead] = nn.Linear
+LINEAR.append(LinearHead)
+
+# Head by the class of a layer, stock or fused; and the classes of heads, with the class of the layer alone.
+HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead}
+LAYERS: dict[type, type] = {LinearHead: nn.Linear}
+
+if FusedLoraLinear is not None:
+
+    class LoraHead(DefersLoss, FusedLoraLinear):
+        """A head with one LoRA adapter over a frozen weight. Its dropout is PEFT's own, of PyTorch's mask."""
+
+        def head_reason(self) -> Optional[str]:
+            reason, alone = self._reasons()
+            if reason or alone:
+                return reason or alone
+            names = self._names()
+            if len(names) > 1:
+                return "several adapters are active on the head"
+            if names[0] in self.lora_variant:
+                return "the head's adapter is not plain LoRA"
+            if self._bias(names[0]) is not None or isinstance(self.scaling[names[0]], Tensor):
+                return "the head's adapter has a bias, or a scale that is a tensor"
+            return _loss_reason(self.pair(names[0])[0])
+
+        def _head(self, x: Tensor) -> Optional[Head]:
+            (name,), base = self._names(), self._modules["base_layer"]
+            if sums_wider(base, x) or (found := operands(base, x)) is None:
+                return None
+            _, weight, bias, dtype = found
+            if dtype is not (autocast_dtype(x) or x.dtype):
+                return None
+            (lora_A, lora_B), scaling = self.pair(name), self.scaling[name]
+            dropout = self._modules["lora_dropout"]._modules[name]
+            drops = type(dropout) is nn.Dropout and dropout.training and dropout.p > 0
+
+            def forward(x: Tensor, low: Optional[Tensor] = None) -> Tensor:
+                return ops.lora_residual(x if low is None else low, base(x), lora_A, lora_B, scaling=scaling)
+
+            given = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
+            trained = [value for value in (lora_A, lora_B) if value.requires_grad]
+            return Head((x, dropout(x)) if drops else (x,), weight.shape[0], dtype, forward, given, trained)
+
+    LoraHead.__name__, LoraHead.stock_class = FusedLoraLinear.__name__, STOCK[FusedLoraLinear]
+    STOCK[LoraHead] = STOCK[FusedLoraLinear]
+    HEADS[FusedLoraLinear], LAYERS[LoraHead] = LoraHead, FusedLoraLinear
+
+# ‖ours - stock's‖ / ‖stock's‖ that rounding explains.
+_WITHIN = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 6e-3}
+
+
+def _loss_reason(tensor: Tensor) -> Optional[str]:
+    return kernel_reason("linear_cross_entropy", tensor.device.type)
+
+
+def heads(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the output embeddings of the language models in ``model``."""
+    for module in model.modules():
+        get = getattr(type(module), "get_output_embeddings", None)
+        if get is None or isinstance(module, nn.ModuleList):
+            continue
+        try:
+            found = module.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(found, nn.Module):
+            yield found
+
+
+def no_head_reason(layer: nn.Module) -> str:
+    """Returns why ``layer``, a model's output embeddings, is no head of ours."""
+    if type(layer) not in HEADS:
+        return f"its head is a {class_name(type(layer))}, wanted a Linear, or LoRA over one"
+    return FAILED.get(layer) or "accelerate(model) was not called on it, or with blocks=False"
+
+
+# Why the loss of a layer was found to differ.
+FAILED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def defer_losses(model: nn.Module) -> None:
+    """Gives each head that can leave its logits to the loss, and gave the same loss on a trial, the class that does."""
+    for layer in list(heads(model)):
+        if type(layer) not in HEADS:
+            continue
+        before, layer.__class__ = layer.__class__, HEADS[type(layer)]
+        if layer.head_reason() is None and (why := _differs(layer)) is not None:
+            layer.__class__, FAILED[layer] = before, why
+            warnings.warn(f"accelerate: the loss stays PyTorch's: {why}", stacklevel=3)
+
+
+def compute_losses(model: nn.Module) -> None:
+    """Undoes :func:`defer_losses`."""
+    for layer in model.modules():
+        if (kind := LAYERS.get(type(layer))) is not None:
+            layer.__class__ = kind
+
+
+def _differs(layer: Any) -> Optional[str]:
+    """Tries the loss of a few random hidden states both ways; returns what differs, None where nothing does."""
+    base = getattr(layer, "base_layer", layer)
+    weight = base._parameters["weight"]
+    if 0 in weight.stride() and weight.numel():
+        return None  # one element seen as the whole: a model without its data
+    device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, base.in_features, generator=generator).to(device, dtype)
+    labels = torch.randint(0, base.out_features, (6,), generator=generator).to(device)
+    labels[2] = -100
+    found = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(_devices(device)):
+        head = layer._head(hidden.requires_grad_())
+        if head is None:
+            return None
+        for logits in (head.defer(), head.compute(*head.inputs)):
+            loss = F.cross_entropy(logits.float(), labels)
+            found.append((loss.detach(), *torch.autograd.grad(loss, hidden, retain_graph=True)))
+    for what, ours, stock in zip(("the loss", "its gradient"), *found, strict=True):
+        error = ((ours.double() - stock.double()).norm() / stock.double().norm()).item()
+        if not error <= _WITHIN[dtype]:
+            return f"{what} is off by {error:.2g} on {device}"
+    return None
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

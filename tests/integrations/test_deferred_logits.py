@@ -1,0 +1,330 @@
+"""Losses that take the hidden states and the head instead of the logits, and everything else that reads logits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any, Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import peft_ext
+from peft_ext.integrations.fused import deferred, head
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 99,
+      "decoder_start_token_id": 0}  # fmt: skip
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+    "Llama, tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "Gemma 2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)),
+    "Cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.25)),
+    "Granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SMALL, logits_scaling=2.0)),
+    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    "T5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, dropout_rate=0.0)),
+    "BERT": lambda: hf.BertForMaskedLM(
+        hf.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ),
+}
+
+
+def build(name: str, targets: Any = "all-linear", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **config)).train()
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 99, (3, 17))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(model: nn.Module, loss_of: Callable[[Any, Tensor], Tensor] = lambda out, labels: out.loss, **more: Any) -> Any:
+    torch.manual_seed(2)
+    inputs = batch()
+    out = model(**inputs, **more)
+    loss = loss_of(out, inputs["labels"])
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), grads, out
+
+
+def is_deferred(value: Any) -> bool:
+    return type(value) is deferred.DeferredLogits
+
+
+def computed(value: Tensor) -> bool:
+    return value._head._logits is not None
+
+
+def assert_same_step(ours: Any, stock: Any, rtol: float = 5e-5) -> None:
+    torch.testing.assert_close(ours[0], stock[0], rtol=rtol, atol=1e-6)
+    assert ours[1].keys() == stock[1].keys()
+    for name, grad in stock[1].items():
+        torch.testing.assert_close(ours[1][name], grad, rtol=rtol, atol=rtol * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("items", [None, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_without_logits_is_the_stock_step(name: str, items: Optional[int]) -> None:
+    more = {} if items is None or name in ("BERT", "T5") else {"num_items_in_batch": torch.tensor(items)}
+    stock = step(build(name), **more)
+    model = peft_ext.accelerate(build(name))
+    (row,) = peft_ext.explain(model).blocks
+    assert row.fused and row.kind == "loss", row
+    ours = step(model, **more)
+    assert is_deferred(ours[2].logits) and not computed(ours[2].logits)
+    assert_same_step(ours, stock)
+    torch.testing.assert_close(ours[2].logits.detach(), stock[2].logits.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_on_the_head(dropout: float) -> None:
+    """The head's dropout is PEFT's own, so that the masks are the same from the same seed."""
+    for targets in (["lm_head"], ["lm_head", "q_proj"]):
+        if dropout and "q_proj" in targets:
+            continue  # whose mask is the operator's
+        stock = step(build("Llama", targets, lora_dropout=dropout))
+        ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))
+        assert is_deferred(ours[2].logits) and not computed(ours[2].logits)
+        assert_same_step(ours, stock)
+        torch.testing.assert_close(ours[2].logits.detach(), stock[2].logits.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_and_16_bits_are_as_good_as_stock() -> None:
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        exact = step(build("Llama"))
+        found = []
+        for model in (build("Llama", dtype=dtype), peft_ext.accelerate(build("Llama", dtype=dtype))):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(step(model))
+        assert is_deferred(found[1][2].logits) and found[1][0].dtype is found[0][0].dtype
+        errors = [sum((grads[n].double() - g).norm() ** 2 for n, g in exact[1].items()) for _, grads, _ in found]
+        assert errors[1] <= 1.5**2 * errors[0]
+
+
+LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "own shift": lambda out, y: F.cross_entropy(out.logits[..., :-1, :].contiguous().view(-1, 99),
+                                                y[:, 1:].reshape(-1)),
+    "module": lambda out, y: nn.CrossEntropyLoss()(out.logits[:, :-1].reshape(-1, out.logits.size(-1)),
+                                                   y[:, 1:].reshape(-1)),
+    "smoothing, sum": lambda out, y: F.cross_entropy(out.logits.float().view(-1, 99), y.view(-1), reduction="sum",
+                                                     label_smoothing=0.1),
+    "no reduction": lambda out, y: (F.cross_entropy(out.logits.view(-1, 99), y.view(-1), reduction="none")
+                                    * torch.linspace(0, 1, y.numel())).sum(),
+    "cap": lambda out, y: F.cross_entropy((torch.tanh(out.logits / 5.0) * 5.0).view(-1, 99), y.view(-1)),
+}  # fmt: skip
+OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "class weights": lambda out, y: F.cross_entropy(out.logits.view(-1, 99), y.view(-1), torch.linspace(0, 1, 99)),
+    "probabilities": lambda out, y: F.cross_entropy(out.logits.view(-1, 99), torch.full((y.numel(), 99), 1 / 99)),
+    "classes second": lambda out, y: F.cross_entropy(out.logits.transpose(1, 2), y),
+    "log_softmax": lambda out, y: -F.log_softmax(out.logits, -1).gather(-1, y.clamp(min=0)[..., None]).mean(),
+    "tanh alone": lambda out, y: F.cross_entropy(out.logits.tanh().view(-1, 99), y.view(-1)),
+    "a view changed in place": lambda out, y: _changed_in_place(out.logits, y),
+    "two losses": lambda out, y: out.loss + out.logits.logsumexp(-1).square().mean(),
+    "below Python": lambda out, y: F.cross_entropy(_Doubled.apply(out.logits).view(-1, 99), y.view(-1)),
+    "of a derived one, below Python": lambda out, y: F.cross_entropy(
+        _Doubled.apply((out.logits.float() / 3.0).tanh()[:, 2:]).reshape(-1, 99), y[:, 2:].reshape(-1)),
+}  # fmt: skip
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3  # not its gradient
+
+
+def _changed_in_place(logits: Tensor, labels: Tensor) -> Tensor:
+    flat = logits.view(-1, 99)
+    copied = logits.float().clone() if logits.dtype is not torch.float32 else logits * 1.0
+    logits.mul_(0.5)
+    logits[:, 0] = 0.0
+    return F.cross_entropy(flat, labels.view(-1)) + F.cross_entropy(copied.view(-1, 99), labels.view(-1))
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *OTHERS])
+def test_a_loss_of_ones_own(name: str) -> None:
+    loss_of = {**LOSSES, **OTHERS}[name]
+    ours = step(peft_ext.accelerate(build("Llama")), loss_of)
+    assert_same_step(ours, step(build("Llama"), loss_of))
+    assert computed(ours[2].logits) == (name in OTHERS)
+
+
+def test_whatever_reads_them_gets_the_logits() -> None:
+    stock, model = step(build("Llama"))[2].logits.detach(), peft_ext.accelerate(build("Llama"))
+    reads: list[Callable[[Tensor], Any]] = [
+        lambda x: x.argmax(-1),
+        lambda x: x[:, -1],
+        lambda x: x[0, 1, 2],
+        lambda x: x.softmax(-1),
+        lambda x: x.detach(),
+        lambda x: torch.cat([x, x]),
+        lambda x: x.detach().numpy(),
+        lambda x: x.view(3, 17, 33, 3),
+        lambda x: x.tolist(),
+        lambda x: x == x,
+        lambda x: x.half(),
+        lambda x: x.shape,
+        lambda x: x.size(),
+        lambda x: len(x),
+        lambda x: x.dtype,
+        lambda x: x.split(2, dim=0),
+        lambda x: x.to("cpu", torch.float64),
+        lambda x: -x,
+        lambda x: 2 * x,
+        lambda x: 1 - x,
+        lambda x: x @ x.mT,
+        lambda x: next(iter(x)),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.requires_grad,
+        lambda x: x.is_leaf,
+        lambda x: x.nelement(),
+        lambda x: x.grad,
+        lambda x: copy.deepcopy(x.detach()),
+        lambda x: pickle.loads(pickle.dumps(x.detach())),
+        lambda x: x.unsqueeze(0).shape,
+        lambda x: x.mean().item(),
+    ]
+    wanted = stock.clone().requires_grad_() * 1.0
+    for index, read in enumerate(reads):
+        logits = model(**batch()).logits
+        assert is_deferred(logits)
+        ours, theirs = read(logits), read(wanted)
+        assert type(ours) is type(theirs) or is_deferred(ours), index
+        if isinstance(theirs, Tensor):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+        elif not isinstance(theirs, tuple) or not isinstance(theirs[0], Tensor):
+            assert str(ours)[:4] == str(theirs)[:4], index
+    assert "tensor(" in repr(model(**batch()).logits)
+
+
+def test_evaluation_and_generation_have_logits() -> None:
+    model = peft_ext.accelerate(build("Llama"))
+    with torch.no_grad():
+        assert type(model(**batch()).logits) is Tensor
+    assert type(model.eval()(**batch()).logits) is Tensor
+    assert model.generate(batch()["input_ids"], max_new_tokens=3).shape == (3, 20)
+
+
+def test_gradients_of_the_logits() -> None:
+    for ask in (lambda x: x.retain_grad(), lambda x: x.register_hook(lambda grad: grad * 2)):
+        found = []
+        for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+            kept: list[Tensor] = []
+
+            def asks(_layer: nn.Module, _args: Any, out: Tensor, kept: list = kept, ask: Callable = ask) -> None:
+                ask(out)
+                kept.append(out)
+
+            model.get_base_model().lm_head.register_forward_hook(asks)
+            found.append((*step(model)[:2], None))
+            if ask(kept[0]) is None:
+                found[-1] = (kept[0].grad, *found[-1][1:])
+        assert_same_step(found[1], found[0])
+    model = peft_ext.accelerate(build("Llama"))
+    out = model(**batch())
+    for ask in (lambda: out.logits.retain_grad(), lambda: torch.autograd.grad(out.loss, out.logits)):
+        with pytest.raises(RuntimeError, match=r"blocks=False"):
+            ask()
+
+
+def test_logits_that_are_no_longer_what_they_were() -> None:
+    model = peft_ext.accelerate(build("Llama", ["lm_head"]))
+    out = model(**batch())
+    out.loss.backward()
+    with torch.no_grad():
+        model.get_base_model().lm_head.lora_B["default"].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="were changed in place"):
+        out.logits.sum()
+
+
+def test_what_takes_it_back() -> None:
+    model = build("Llama", ["lm_head", "q_proj"])
+    kinds = [type(module) for module in model.modules()]
+    peft_ext.accelerate(model)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert is_deferred(again(**batch()).logits)
+    peft_ext.accelerate(model, blocks=False)
+    assert type(model(**batch()).logits) is Tensor and peft_ext.explain(model).fused_share == 1.0
+    assert "blocks=False" in peft_ext.explain(model).blocks[0].reason
+    peft_ext.restore(peft_ext.accelerate(model))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_head_that_trains_has_logits() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft_ext.accelerate(get_peft_model(MODELS["Llama"](), config)).train()
+    assert not peft_ext.explain(model).blocks[0].fused
+    assert type(model(**batch()).logits) is Tensor
+
+
+def test_a_loss_that_differs_on_a_trial_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("Llama")
+    real = deferred.ops.linear_cross_entropy
+    monkeypatch.setattr(deferred.ops, "linear_cross_entropy", lambda *args, **kwargs: 1.1 * real(*args, **kwargs))
+    with pytest.warns(UserWarning, match="the loss stays PyTorch's: the loss is off by 0.1 on cpu"):
+        peft_ext.accelerate(model)
+    assert "off by" in peft_ext.explain(model).blocks[0].reason
+    assert type(model(**batch()).logits) is Tensor
+
+
+def test_a_trial_takes_nothing_from_the_generator() -> None:
+    model = build("Llama", ["lm_head"], lora_dropout=0.5)
+    state = torch.get_rng_state()
+    peft_ext.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiled_models_compute_logits() -> None:
+    torch._dynamo.reset()
+    model = peft_ext.accelerate(build("Llama"))
+    eager = step(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    found = step(compiled)
+    torch.testing.assert_close(found[0], eager[0])
+    assert not is_deferred(found[2].logits)
+
+
+def test_memory_of_a_step_is_without_logits() -> None:
+    """What autograd saves of the loss: hidden states and their gradient, nothing of the vocabulary."""
+    largest = []
+    for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.extend(t.shape[-1:]) or t, lambda t: t
+        ):
+            model(**batch())
+        largest.append(sizes.count(99))
+    assert largest[0] > 0 == largest[1]
+
+
+def test_the_model_s_own_loss_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is broken is seen by these tests: the loss does go through it."""
+    model = peft_ext.accelerate(build("Llama"))
+    called: list[Any] = []
+    real = deferred.ops.linear_cross_entropy
+    monkeypatch.setattr(deferred.ops, "linear_cross_entropy", lambda *a, **k: called.append(k) or real(*a, **k))
+    step(model)
+    assert len(called) == 1 and isinstance(model.get_base_model().lm_head, head.LinearHead)
