@@ -84,7 +84,7 @@ void run_few(const Launcher& launcher, const FewWork& work) {
 
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
-                        const DeviceForward& out, const Tensor& y, bool want_z) {
+                        const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors) {
   Launcher launcher(x);
   const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);
   const Tensor b = size.rank > 0 ? matrix(adapter.lora_B) : Tensor();
@@ -96,6 +96,11 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
     finish.lora_B = launcher.in<void>(b);
     finish.lora_B_type = dtype_of(b.scalar_type());
     finish.rank_scale = launcher.in<float>(adapter.rank_scale);
+  }
+  if (factors != nullptr) {
+    finish.factors = read_factors(launcher, *factors);
+    finish.rank = out.s.size(1);
+    finish.s = launcher.in<float>(out.s);
   }
   finish.scale = launcher.in<float>(adapter.out_scale);
   finish.bias_before = bias_inside ? launcher.in<void>(bias) : nullptr;

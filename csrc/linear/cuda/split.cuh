@@ -5,11 +5,9 @@
 
 namespace peft_ext {
 
-// Grid: x: ceil(outer · inner / 2 / kSplitThreads) blocks of the largest, padded; y: which matrix. A thread makes one
-// pair of each term; a warp's lie along what is contiguous in the matrix.
-static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
-  const Split& work = splits.work[blockIdx.y];
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x, pairs = work.out.inner / 2;
+// One pair of each term, the pair-th along what is contiguous in the matrix.
+__device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
+  const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;
   const bool along_inner = work.inner_stride == 1;
   const int64_t o = along_inner ? pair / pairs : pair % work.out.outer;
@@ -24,6 +22,11 @@ static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits spli
     values[e] = value;
   }
   save_terms(work.out, o, i, values[0], values[1]);
+}
+
+// Grid: x: ceil(outer · inner / 2 / kSplitThreads) blocks of the largest, padded; y: which matrix.
+static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
+  split_pair_of(splits.work[blockIdx.y], static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
 }  // namespace peft_ext
