@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
 
   // Where the rows g and g + 8 of this warp's 16 go.
   constexpr bool kTabled = kWork == ExpandWork::kGrouped || kWork == ExpandWork::kGroupedAny;
-  [[maybe_unused]] int64_t named[2];
+  [[maybe_unused]] int32_t named[2];
   const uint4* factor = work.right.data;
   bool product = true;
   if constexpr (kTabled) {
@@ -121,6 +121,11 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   constexpr bool kWhole = kWork != ExpandWork::kAny && kWork != ExpandWork::kGroupedAny;
   [[maybe_unused]] const Philox philox = kWhole ? Philox{} : load_philox(work.dropout);
   T* const out = static_cast<T*>(work.out) + row * work.columns;
+  [[maybe_unused]] T* of_row[2];
+  if constexpr (kTabled) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) of_row[half] = static_cast<T*>(work.out) + named[half] * work.columns;
+  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t first = column + 32 * h;
@@ -147,7 +152,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
         values[2 * j] = sums[h][j][2 * half];
         values[2 * j + 1] = sums[h][j][2 * half + 1];
       }
-      T* const to = kTabled ? static_cast<T*>(work.out) + at * work.columns : out + 8 * half * work.columns;
+      T* const to = kTabled ? of_row[half] : out + 8 * half * work.columns;
       if constexpr (kWork == ExpandWork::kMask) {
         const int64_t tile = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
         const uint32_t kept = work.kept[tile * kRankThreads + (g + 8 * half) * 8 + h * 4 + t] << (4 * warp);

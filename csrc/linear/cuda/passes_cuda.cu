@@ -231,7 +231,8 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
   if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
   if (wanted.plain != nullptr) {
-    work.plain = launcher.scratch<float>(*wanted.plain);
+    // What is not of the ranks that a mixed batch's samples have is there already.
+    work.plain = wanted.tiles != nullptr ? launcher.out<float>(*wanted.plain) : launcher.scratch<float>(*wanted.plain);
     work.plain_stride = wanted.plain->size(1);
   }
   if (wanted.terms != nullptr) work.terms = write_terms(launcher, *wanted.terms);

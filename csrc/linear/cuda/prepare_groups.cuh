@@ -7,7 +7,7 @@
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
-#include "linear/cuda/split.cuh"
+#include "linear/cuda/terms.cuh"
 
 namespace peft_ext {
 
