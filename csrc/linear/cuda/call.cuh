@@ -46,6 +46,9 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
                         const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors = nullptr);
 
+// y = s Bᵀ + bias of few tokens of a mixed batch, each with its own adapter's ranks of s.
+void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
+
 // Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
 struct RankGradients {
   HeldTerms p, a;

@@ -1,6 +1,7 @@
 // Few tokens against an NF4 weight, in 16-bit types: what generation runs, where each launch counts. Up to kFewTokens
 // take one launch for the low-rank S and one for all the rest (nf4_few_tokens.cuh), or, up to kSkinnyTokens and for
-// weights whose blocks and rows are not of 64 inputs, two (nf4_skinny.cuh).
+// weights whose blocks and rows are not of 64 inputs, two (nf4_skinny.cuh). A mixed batch over another weight takes the
+// last of these, for what its product is added to.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
@@ -123,6 +124,24 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
         run_skinny<T>(launcher, x, size, Skinny{data, view, size.outputs, size.inputs, tokens, 0, nullptr, 0}, finish);
       }
     }
+  });
+}
+
+void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias) {
+  Launcher launcher(y);
+  SkinnySums none{};
+  none.tokens = static_cast<int>(y.size(0));
+  none.outputs = y.size(1);
+  TokensFinish finish{};
+  finish.factors = read_factors(launcher, factors);
+  finish.rank = s.size(1);
+  finish.s = launcher.in<float>(s);
+  finish.bias_after = launcher.in<void>(bias);
+  finish.y = launcher.scratch<void>(y);
+  with_type(y.scalar_type(), [&](auto zero) {
+    launcher(skinny_finish_kernel<decltype(zero)>,
+             {ceil_div(none.outputs, kSkinnyThreads), ceil_div(none.tokens, kFinishTokens)}, kSkinnyThreads, none,
+             finish);
   });
 }
 

@@ -1,21 +1,20 @@
 // The forward of a mixed batch, an adapter for each sample. What runs, beside PyTorch's product and with launches that
 // do not depend on how many adapters there are:
 //
-//   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = S (s B)ᵀ + b (expand)
+//   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
 //
 // and, of few tokens, where launches count and each adapter's matrices are read once or twice, two launches, of plain
 // FMAs: S (shrink_few), and Y₀, or over an NF4 weight all the rest (few_tokens_cuda.cu).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"
-#include "nf4/cuda/nf4_skinny.cuh"
 
 namespace peft_ext {
 namespace {
 
 // What a call has to say more than once.
 struct Batch {
-  const Tensor& x;  // [T, K]
+  Tensor x;  // [T, K]
   const DeviceGroups& groups;
   int64_t tokens, length, inputs, outputs;  // length: of a sample
   std::vector<Tensor> lora_A, lora_B;       // contiguous
@@ -74,25 +73,6 @@ HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
     launcher(shrink_grouped_kernel<decltype(zero)>, {work.few.rank, count}, kShrinkThreads, work);
   });
   return {factors, batch.lora_B};
-}
-
-// Y₀ of few tokens: what comes after a product, of none.
-void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias) {
-  Launcher launcher(y);
-  SkinnySums none{};
-  none.tokens = static_cast<int>(y.size(0));
-  none.outputs = y.size(1);
-  TokensFinish finish{};
-  finish.factors = read_factors(launcher, factors);
-  finish.rank = s.size(1);
-  finish.s = launcher.in<float>(s);
-  finish.bias_after = launcher.in<void>(bias);
-  finish.y = launcher.scratch<void>(y);
-  with_type(y.scalar_type(), [&](auto zero) {
-    launcher(skinny_finish_kernel<decltype(zero)>,
-             {ceil_div(none.outputs, kSkinnyThreads), ceil_div(none.tokens, kFinishTokens)}, kSkinnyThreads, none,
-             finish);
-  });
 }
 
 // --- tiles of rows
