@@ -151,7 +151,10 @@ FEW = 64  # tokens of a mixed batch that take launches of plain FMAs; kGroupedFe
 
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
-    """A mixed batch's forward, float32 adapters, as many tokens of each; of one: lora_linear's, or it is the same."""
+    """A mixed batch's forward, float32 adapters, as many tokens of each; of one: lora_linear's, or it is the same.
+
+    Adapters come from memory; their terms, which the passes read right after, from L2, as those of one do.
+    """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
         # A and B are read once, in launches that hide nothing behind.
@@ -164,9 +167,9 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)  # read, and three or two terms written
     low_rank = [
         terms,
-        over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows") + a * 1.5, card),
+        over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows"), card),
         LAUNCH,
-        over_tiles(f"Y0{name}", rows, n, 2.0 * t * n + b, card),
+        over_tiles(f"Y0{name}", rows, n, 2.0 * t * n, card),
     ]
     dequantized = over_memory(0.516 * n * k + 2.0 * n * k, card) if base == "NF4" else 0.0
     return product(t, n, k, card) + dequantized + sum(low_rank)

@@ -147,7 +147,8 @@ def grouped_lora_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         lora_A: G of them, ``[R_g, K]``; lora_B: ``[N, R_g]``; each of any float dtype. Ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for none. Samples of one adapter that lie beside
-            each other are one product, on a GPU all of one adapter. ``torch.compile`` takes them for constants: other ones are another graph.
+            each other are one product, on a GPU all of an adapter's. ``torch.compile`` takes them for constants:
+            other ones are another graph.
         bias: ``[N]`` of x's dtype.
         scaling: a finite number for each adapter; default: ones.
 
