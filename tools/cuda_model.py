@@ -26,6 +26,7 @@ PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # a small kernel, all launch
 REACHED = 0.92  # of the bandwidth
 SIZES = (512, 2048, 4096, 8192)
+MIXED_SIZES = (8, 512, 2048, 8192)  # of a mixed batch
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,38 @@ def decode(card: Card, n: int, k: int, tokens: int) -> float:
     return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
 
 
+FEW = 64  # tokens of a mixed batch that take launches of plain FMAs; kGroupedFewTokens
+
+
+def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
+    """A mixed batch's forward, float32 adapters, as many tokens of each; of one: lora_linear's, or it is the same.
+
+    Adapters come from memory; their terms, which the passes read right after, from L2, as those of one do.
+    """
+    a, b = (4.0 * adapters * rank * size for size in (k, n))
+    if t <= FEW:
+        # A and B are read once, in launches that hide nothing behind.
+        adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
+        if base == "NF4":
+            return decode(card, n, k, t) + adapter - LAUNCH  # which has no launch for what it adds to
+        return product_of_few(t, n, k, card) + adapter
+    tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
+    rows = tiles * 64
+    terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)  # read, and three or two terms written
+    low_rank = [
+        terms,
+        over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows"), card),
+        LAUNCH,
+        over_tiles(f"Y0{name}", rows, n, 2.0 * t * n, card),
+    ]
+    dequantized = over_memory(0.516 * n * k + 2.0 * n * k, card) if base == "NF4" else 0.0
+    return product(t, n, k, card) + dequantized + sum(low_rank)
+
+
+def product_of_few(t: int, n: int, k: int, card: Card) -> float:
+    return max(product(t, n, k, card), over_memory(2.0 * n * k, card))
+
+
 # Rows of a result file that are a layer of LAYERS at 4096 x 4096: the operator, and how its case ends.
 MEASURED = {
     "LoRA": ("lora_linear", " 4096->4096, bf16 base"),
@@ -186,6 +219,12 @@ def tables() -> str:
     for method in LAYERS:
         row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
         lines.append(f"| {method} | " + " | ".join(row) + " |")
+    columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
+    lines += ["", "| eight adapters, of one's time, T = | " + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for base in ("bf16", "NF4"):
+        row = (f"{mixed(CARDS[c], t, 8, base) / mixed(CARDS[c], t, 1, base):.2f}" for c, t in columns)
+        lines.append(f"| over {base} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

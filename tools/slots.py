@@ -65,6 +65,9 @@ HOT = (
     _pass("S, R = 64", 64, "kRows"),
     _pass("S, R = 128", 128, "kRows"),
     _pass("S, dropout, R = 128", 128, "kRows", "kDrawn"),
+    _pass("S, mixed batch", 16, "kGroupedRows"),
+    _pass("S, mixed batch, bf16 adapters", 16, "kGroupedRows", terms=1),
+    _pass("S, mixed batch, R = 64", 64, "kGroupedRows"),
     _pass("P and dB", 16, "kBoth"),
     _pass("P and dB, R = 32", 32, "kBoth"),
     _pass("dA", 16, "kColumns"),
@@ -76,6 +79,8 @@ HOT = (
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
     _expand("Y0, R = 32", 2, "kBias"),
+    _expand("Y0, mixed batch", 1, "kGrouped"),
+    _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
     # Of a weight: an iteration is four slabs of 16 x 64, 128 weights a lane.

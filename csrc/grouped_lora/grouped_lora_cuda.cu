@@ -1,4 +1,4 @@
-// The adapted linear layer with an adapter for each sample, for CUDA. See linear/cuda/select_ranks.cuh.
+// The adapted linear layer with an adapter for each sample, for CUDA. See linear/cuda/grouped_cuda.cu.
 #include <algorithm>
 #include <tuple>
 
@@ -6,26 +6,6 @@
 
 namespace peft_ext {
 namespace {
-
-// The matrices along `dim`, in one; float32 where their types differ.
-Tensor side_by_side(const std::vector<Tensor>& matrices, int64_t dim) {
-  ScalarType type = matrices[0].scalar_type();
-  std::vector<int64_t> shape{matrices[0].size(0), matrices[0].size(1)};
-  shape[static_cast<size_t>(dim)] = 0;
-  for (const Tensor& matrix : matrices) {
-    if (matrix.scalar_type() != type) type = ScalarType::Float;
-    shape[static_cast<size_t>(dim)] += matrix.size(dim);
-  }
-  if (matrices.size() == 1) return matrices[0];
-  Tensor all = device_empty(matrices[0], shape, type);
-  int64_t from = 0;
-  for (const Tensor& matrix : matrices) {
-    Tensor part = torch::stable::narrow(all, dim, from, matrix.size(dim));
-    torch::stable::copy_(part, matrix);
-    from += matrix.size(dim);
-  }
-  return all;
-}
 
 std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
@@ -58,25 +38,21 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
                     ", wanted -1 to ", static_cast<int64_t>(lora_A.size()) - 1);
   // Those that a sample has: what no sample asked for costs nothing, and may hold anything.
   std::vector<int64_t> place(lora_A.size(), -1);
-  std::vector<Tensor> used_A, used_B;
-  const auto use = [&](size_t g) {
-    if (place[g] >= 0) return;
-    place[g] = static_cast<int64_t>(used_A.size());
-    used_A.push_back(lora_A[g]);
-    used_B.push_back(lora_B[g]);
-    groups.ranks.push_back(lora_A[g].size(0));
-    groups.scaling.push_back(static_cast<float>(scaling[g]));
-  };
   for (const int64_t group : adapters) {
-    if (group >= 0) use(static_cast<size_t>(group));
-    groups.adapters.push_back(group < 0 ? -1 : place[static_cast<size_t>(group)]);
+    if (group < 0 || lora_A[static_cast<size_t>(group)].size(0) == 0) {
+      groups.adapters.push_back(-1);
+      continue;
+    }
+    const auto g = static_cast<size_t>(group);
+    if (place[g] < 0) {
+      place[g] = static_cast<int64_t>(groups.lora_A.size());
+      groups.lora_A.push_back(lora_A[g]);
+      groups.lora_B.push_back(lora_B[g]);
+      groups.scaling.push_back(scaling[g]);
+    }
+    groups.adapters.push_back(place[g]);
   }
-  if (used_A.empty()) use(0);
-  DeviceAdapter adapter;
-  adapter.lora_A = side_by_side(used_A, 0);
-  adapter.lora_B = side_by_side(used_B, 1);
-  adapter.groups = &groups;
-  const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
+  const DeviceForward out = grouped_forward(kOp, x, held, bias, groups);
   return {out.y, out.s};
 }
 

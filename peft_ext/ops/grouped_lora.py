@@ -85,20 +85,20 @@ def _backward(ctx, grad, _grad_s):
         wanted = group >= 0 and (needs[9][group] or needs[10][group])
         if not (needs[0] or wanted):
             continue
-        index = torch.tensor(reference.samples_of(adapters, group), device=x.device)
-        part = grad.index_select(0, index)
+        index = _index(reference.samples_of(adapters, group), x.device)
+        part = grad[index]
         if group < 0:
             part_x = _frozen_backward(part, weight)
         else:
             a, b = lora_A[group], lora_B[group]
-            rank_s = s.index_select(0, index)[..., : a.shape[0]].reshape(-1, a.shape[0])
+            rank_s = s[index][..., : a.shape[0]].reshape(-1, a.shape[0])
             part_x, found_a, found_b, _ = _ops.lora_linear_backward(
-                part, x.index_select(0, index), *weight, a, b, None, rank_s, ctx.scaling[group], 0.0, None, needs[0]
+                part, x[index], *weight, a, b, None, rank_s, ctx.scaling[group], 0.0, None, needs[0]
             )
             grad_a[group] = found_a if needs[9][group] else None
             grad_b[group] = found_b if needs[10][group] else None
         if needs[0]:
-            grad_x.index_copy_(0, index, part_x)
+            grad_x[index] = part_x
     for group in range(count):  # no sample has it
         if needs[9][group] and grad_a[group] is None:
             grad_a[group] = torch.zeros_like(lora_A[group])
@@ -107,6 +107,13 @@ def _backward(ctx, grad, _grad_s):
     if needs[8]:
         grad_bias = sum_rows(grad)
     return (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, *rest)
+
+
+def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
+    """Of these samples: neighbours are a view, and nothing comes from the host for them."""
+    if samples[-1] - samples[0] + 1 == len(samples):
+        return slice(samples[0], samples[-1] + 1)
+    return torch.tensor(samples, device=device)
 
 
 def _frozen_backward(grad: Tensor, weight: tuple) -> Tensor:
@@ -140,7 +147,8 @@ def grouped_lora_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or an NF4Weight.
         lora_A: G of them, ``[R_g, K]``; lora_B: ``[N, R_g]``; each of any float dtype. Ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for none. Samples of one adapter that lie beside
-            each other are one product. ``torch.compile`` takes them for constants: other ones are another graph.
+            each other are one product, on a GPU all of an adapter's. ``torch.compile`` takes them for constants:
+            other ones are another graph.
         bias: ``[N]`` of x's dtype.
         scaling: a finite number for each adapter; default: ones.
 
@@ -148,8 +156,7 @@ def grouped_lora_linear(
     bias, in their own dtypes; saved for backward: x and S ``[T, max R]`` float32. Under autocast x, bias and a dense
     weight are cast to the autocast dtype; the adapters keep theirs.
 
-    A value of an adapter that is not finite stays with its samples on the CPU; on a GPU one of a lora_B that is in use
-    makes the whole batch NaN.
+    A value of an adapter that is not finite stays with its own samples.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -274,7 +274,11 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
     elif family == "grouped_lora":
         a2, b2 = draw(40, k, of=torch.float32, scale=k**-0.5), draw(n, 40, of=torch.float32, scale=0.25)
         batch = x.view(2, t // 2, k)
-        yield "grouped_lora_linear", (batch, *dense, bias, [a, a2], [b, b2], [0.5, 2.0], [1, 0])
+        groups = [a, a2], [b, b2], [0.5, 2.0]
+        yield "grouped_lora_linear", (batch, *dense, bias, *groups, [1, 0])
+        few = draw(3, 1, k)
+        for weight in (dense, nf4):
+            yield "grouped_lora_linear", (few, *weight, bias, *groups, [1, 0, -1])
     elif family == "dora":
         g = 1 + draw(n, of=torch.float32, scale=0.1)
         forward = (x, *dense, bias, a, b, g, 0.5, 0.0, None, False, True)

@@ -34,8 +34,8 @@ int main() {
   int64_t plans = 0;
   bool right = true;
   const auto all = [&](int64_t rows, int64_t columns) {
-    for (const RankWork work :
-         {RankWork::kRows, RankWork::kRowsAndSquares, RankWork::kColumns, RankWork::kBoth, RankWork::kBothAndDots}) {
+    for (const RankWork work : {RankWork::kRows, RankWork::kRowsAndSquares, RankWork::kColumns, RankWork::kBoth,
+                                RankWork::kBothAndDots, RankWork::kGroupedRows}) {
       right = check(work, rows, columns) && right;
       ++plans;
     }

@@ -115,6 +115,16 @@ def test_the_loops_are_as_short_as_they_were_meant_to_be(loop: str) -> None:
     assert found <= GOALS[loop]
 
 
+@pytest.mark.parametrize("base", ["bf16", "NF4"])
+@pytest.mark.parametrize("card", cuda_model.CARDS)
+def test_eight_adapters_cost_at_most_a_tenth_more_than_one(card: str, base: str) -> None:
+    for tokens in (512, 2048, 8192):
+        eight, one = (cuda_model.mixed(cuda_model.CARDS[card], tokens, count, base) for count in (8, 1))
+        assert one < eight <= 1.1 * one
+    text = (ROOT / "csrc/linear/cuda/shrink_few.cuh").read_text()
+    assert f"constexpr int kGroupedFewTokens = {cuda_model.FEW};" in text
+
+
 def test_the_page_has_what_is_computed() -> None:
     text = cuda_model.PAGE.read_text()
     assert cuda_model.page(text) == text, "python tools/cuda_model.py --write"

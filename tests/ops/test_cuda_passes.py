@@ -1,7 +1,7 @@
 """The passes of the CUDA kernels over activations: every rank, mask, number of tiles and chunk, one call after another.
 
 The operators' battery has small shapes. Here a pass is cut into chunks of several tiles, rows and columns end in the
-middle of a tile, and ranks go past what one launch makes.
+middle of a tile, and ranks go past what one launch makes; and mixed batches have every kind of row and adapter.
 """
 
 from __future__ import annotations
@@ -154,3 +154,148 @@ def test_few_tokens_of_a_weight_with_a_nan_leave_other_outputs_alone(cuda_call: 
 def test_blocks_of_more_tiles_than_are_on_their_way(cuda_call: Callable[..., Any], rank: int, p: float) -> None:
     """So many row tiles that a block has seven of columns, and four of rows: stages come round, the last tile ends."""
     check(cuda_call, (25570, 440, 24), rank, p, torch.bfloat16, torch.float32)
+
+
+# --- mixed batches ----------------------------------------------------------------------------------------------------
+
+
+def mixed_batch(
+    samples: int, length: int, inputs: int, outputs: int, ranks: list[int], dtype: torch.dtype, kinds: list[torch.dtype]
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[float], list[int]]:
+    """x, W, A and B of each adapter, their scaling, and each sample's: all of them in turn, none among them."""
+    generator = torch.Generator().manual_seed(samples + 7 * length + inputs)
+    draw = functools.partial(torch.randn, generator=generator)
+    lora_A = [(draw(rank, inputs) / 8).to(kinds[g % len(kinds)]) for g, rank in enumerate(ranks)]
+    lora_B = [(draw(outputs, rank) / (rank or 1) ** 0.5).to(kinds[g % len(kinds)]) for g, rank in enumerate(ranks)]
+    adapters = [(5 * i + i // 3 + 1) % (len(ranks) + 1) - 1 for i in range(samples)]
+    scaling = [0.5 + 0.25 * (g % 5) for g in range(len(ranks))]
+    return (
+        draw(samples, length, inputs).to(dtype), (draw(outputs, inputs) / 8).to(dtype), lora_A, lora_B, scaling,
+        adapters,
+    )  # fmt: skip
+
+
+def mixed_expected(
+    x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float], adapters: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: Y, what the adapters add, and S."""
+    x = x.double()
+    s = torch.zeros(*x.shape[:-1], max(a.shape[0] for a in lora_A), dtype=torch.float64)
+    added = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float64)
+    for i, g in enumerate(adapters):
+        if g >= 0:
+            part = x[i] @ lora_A[g].double().T
+            s[i, :, : part.shape[1]] = part
+            added[i] = scaling[g] * part @ lora_B[g].double().T
+    return F.linear(x, weight.double()) + added, added, s.flatten(0, 1)
+
+
+def check_mixed(cuda_call: Callable[..., Any], batch: tuple, weight: Any, bias: Any, note: str) -> Tensor:
+    x, dense, *adapters = batch
+    nf4 = not isinstance(weight, Tensor)
+    exact = weight.dequantize(torch.float64) if nf4 else weight.double()
+    args = weight.op_args() if nf4 else (weight, None, None, None, None, 0, list(weight.shape))
+    y, s = cuda_call("grouped_lora_linear", x, *args, bias, *adapters)
+    want, added, want_s = mixed_expected(x, exact, *adapters)
+    offset = bias.double() if bias is not None else torch.zeros(exact.shape[0], dtype=torch.float64)
+    want = want + offset
+    assert s.shape == want_s.shape and torch.equal(s == 0, want_s == 0), note
+    close(s, want_s, f"s, {note}", x.shape[-1])
+    # The product's own rounding, and that of what it is added to: as plain PyTorch has it, half as much again.
+    held = weight.dequantize(x.dtype) if nf4 else weight
+    plain = F.linear(x, held, bias).double() - F.linear(x.double(), exact) - offset
+    rounding = torch.finfo(x.dtype).eps / 2 * (want.abs() + (added + offset).abs())
+    sums = 2.0**-24 * (8 + x.shape[-1] ** 0.5) * want.abs().max()
+    error = (y.double() - want).abs()
+    assert error.norm() <= 1.5 * plain.norm() + rounding.norm() + sums * error.numel() ** 0.5, note
+    assert error.max() <= 1.5 * plain.abs().max() + 2 * rounding.max() + sums, note
+    return y
+
+
+# (samples, tokens of each, K, N, ranks): generation, tiles that end anywhere, more adapters and runs than a launch's
+# arguments hold, ranks of every kind of pass, one adapter, and one without ranks.
+MIXED = [
+    (8, 1, 72, 40, [16, 16, 4]), (64, 1, 64, 96, [8, 3, 20]), (65, 1, 136, 72, [1, 16, 8]), (7, 9, 99, 33, [5, 2]),
+    (9, 64, 64, 64, [16, 16, 16, 16]), (5, 129, 72, 136, [8, 16]), (6, 70, 99, 333, [4, 24, 16]),
+    (150, 1, 64, 24, list(range(1, 61))), (12, 40, 200, 72, [32, 17]), (4, 100, 136, 80, [64, 8, 33]),
+    (5, 70, 72, 64, [128, 130, 7]), (3, 65, 40, 200, [200]), (6, 33, 72, 40, [0, 8]), (1, 200, 8, 8, [2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", MIXED, ids=lambda shape: f"{shape[0]}x{shape[1]}-{shape[2]}-{shape[3]}")
+def test_mixed_batches(cuda_call: Callable[..., Any], shape: tuple, dtype: torch.dtype) -> None:
+    kinds = [torch.float32, torch.bfloat16, torch.float16]
+    for note, of in (("as x", [dtype]), ("float32", kinds[:1]), ("of each type", kinds)):
+        batch = mixed_batch(*shape, dtype, of)
+        bias = torch.linspace(-1, 1, shape[3]).to(dtype) if note != "float32" else None
+        check_mixed(cuda_call, batch, batch[1], bias, note)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("samples", "length", "inputs"), [(8, 1, 640), (16, 1, 128), (5, 7, 128), (64, 1, 96),
+                                                           (3, 50, 128)])  # fmt: skip
+def test_mixed_batches_over_nf4(
+    cuda_call: Callable[..., Any], samples: int, length: int, inputs: int, dtype: torch.dtype, nested: bool
+) -> None:
+    batch = mixed_batch(samples, length, inputs, 72, [16, 5, 40], dtype, [torch.float32, torch.bfloat16])
+    weight = nf4_quantize(batch[1].float(), 64 if inputs % 64 == 0 else 32, nested)
+    check_mixed(cuda_call, batch, weight, torch.linspace(-1, 1, 72).to(dtype), "NF4")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("samples", "length"), [(7, 1), (10, 33), (200, 1)])
+def test_where_a_sample_is_in_a_batch_is_none_of_its_bits(
+    cuda_call: Callable[..., Any], samples: int, length: int, dtype: torch.dtype
+) -> None:
+    x, weight, *lora, adapters = mixed_batch(samples, length, 136, 72, [16, 5, 20], dtype, [torch.float32])
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(1))
+    args = (weight, None, None, None, None, 0, list(weight.shape), None, *lora)
+    s = cuda_call("grouped_lora_linear", x, *args, adapters)[1]
+    moved = cuda_call("grouped_lora_linear", x[order], *args, [adapters[i] for i in order])[1]
+    assert torch.equal(moved.view(samples, length, -1), s.view(samples, length, -1)[order])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "NF4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("samples", "length"), [(4, 1), (6, 5), (20, 9), (5, 65)])
+def test_what_is_not_finite_stays_with_its_own_samples(
+    cuda_call: Callable[..., Any], samples: int, length: int, dtype: torch.dtype, nf4: bool, value: float
+) -> None:
+    x, weight, lora_A, lora_B, scaling, adapters = mixed_batch(
+        samples, length, 128, 72, [8, 20, 8, 4], dtype, [torch.float32, dtype]
+    )
+    adapters = [g if g != 3 else -1 for g in adapters]  # nobody's
+    held = nf4_quantize(weight.float(), 64).op_args() if nf4 else (weight, *[None] * 4, 0, list(weight.shape))
+
+    def call() -> tuple[Tensor, Tensor]:
+        return cuda_call("grouped_lora_linear", x, *held, None, lora_A, lora_B, scaling, adapters)
+
+    clean_y, clean_s = call()
+    assert clean_y.isfinite().all()
+    lora_A[3][1, 2] = lora_B[3][1, 2] = value
+    assert all(torch.equal(found, clean) for found, clean in zip(call(), (clean_y, clean_s), strict=True))
+    spoilt = torch.tensor([g == 0 for g in adapters])
+    for matrix in (lora_B[0], lora_A[0]):
+        kept = matrix[3, 5].clone()
+        matrix[3, 5] = value
+        y, s = call()
+        assert torch.equal(y[~spoilt], clean_y[~spoilt])
+        assert torch.equal(s.view(samples, length, -1)[~spoilt], clean_s.view(samples, length, -1)[~spoilt])
+        assert not y[spoilt].isfinite().all(-1).any()
+        matrix[3, 5] = kept
+
+
+def test_a_mixed_batch_without_adapters(cuda_call: Callable[..., Any]) -> None:
+    """Nobody has one, or there are no samples: what there is of adapters says how wide S is."""
+    x, weight, lora_A, lora_B, scaling, _ = mixed_batch(3, 40, 72, 40, [3, 8], torch.bfloat16, [torch.float32])
+    lora_B[0][:] = float("nan")
+    args = (weight, *[None] * 4, 0, list(weight.shape))
+    for bias in (None, torch.linspace(-1, 1, 40).bfloat16()):
+        y, s = cuda_call("grouped_lora_linear", x, *args, bias, lora_A, lora_B, scaling, [-1, -1, -1])
+        assert s.shape == (120, 8) and not s.any()
+        torch.testing.assert_close(y, F.linear(x, weight, bias))
+    y, s = cuda_call("grouped_lora_linear", x[:0], *args, None, lora_A, lora_B, scaling, [])
+    assert y.shape == (0, 40, 40) and s.shape == (0, 8)

@@ -482,7 +482,6 @@ def test_the_residual_alone_takes_the_gradient_as_it_comes(device: torch.device)
     assert y.data_ptr() != residual.data_ptr()
 
 
-@pytest.mark.cpu_only("a tensor core multiplies what is masked, too: documented")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("length", [1, 8, 40])
 def test_an_adapter_that_is_not_finite_stays_with_its_samples(

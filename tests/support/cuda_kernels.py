@@ -34,8 +34,11 @@ def kernels(where: str) -> Callable[..., Any]:
     else:
         namespace, device = emulated_ops(), "cpu"
 
+    def to_device(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     def call(name: str, *args: Any) -> Any:
-        moved = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+        moved = [[to_device(part) for part in arg] if isinstance(arg, list) else to_device(arg) for arg in args]
         found = getattr(namespace, name)(*moved)
         return found.cpu() if isinstance(found, Tensor) else tuple(part.cpu() for part in found)
 

@@ -12,14 +12,6 @@
 
 namespace peft_ext {
 
-// Several adapters in one batch, which lie side by side as one.
-struct DeviceGroups {
-  std::vector<int64_t> ranks;     // of each
-  std::vector<float> scaling;     // of each
-  std::vector<int64_t> adapters;  // of each sample: which, or -1 for none
-  int64_t rank = 0;               // the largest, of those that no sample has too
-};
-
 // What rides on the frozen product. The vectors are float32 and contiguous; ρ is scaling times rank_scale.
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // [R, K], [N, R], each of its own type
@@ -28,14 +20,13 @@ struct DeviceAdapter {
   double dropout_p = 0.0;
   std::optional<Tensor> seed;  // int64 [2]; none: no dropout
   bool drop_base = false;
-  std::optional<Tensor> out_scale;       // g [N]
-  std::optional<Tensor> in_scale;        // l [K]
-  const DeviceGroups* groups = nullptr;  // with lora_A and lora_B alone; forward only
+  std::optional<Tensor> out_scale;  // g [N]
+  std::optional<Tensor> in_scale;   // l [K]
 };
 
 struct DeviceForward {
   Tensor y;  // [..., N] of x's type
-  Tensor s;  // [T, R] float32, R the largest of groups; [0] without a low-rank term
+  Tensor s;  // [T, R] float32; [0] without a low-rank term
   Tensor z;  // Z + b₀ [T, N] of x's type; [0] where not asked for
 };
 
@@ -43,6 +34,19 @@ struct DeviceForward {
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z);
+
+// Several adapters in one batch.
+struct DeviceGroups {
+  std::vector<Tensor> lora_A, lora_B;  // those that a sample has, of at least one rank
+  std::vector<double> scaling;         // of each
+  std::vector<int64_t> adapters;       // of each sample: which, or -1 for none
+  int64_t rank = 0;                    // the largest, of those that no sample has too
+};
+
+// Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b and S_i = x_i A_gᵀ, g sample i's adapter; S is [T, groups.rank], zeros beyond a
+// token's own ranks.
+DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
+                              const std::optional<Tensor>& bias, const DeviceGroups& groups);
 
 struct DeviceBackward {
   Tensor grad_x;           // x's shape; [0] where not asked for

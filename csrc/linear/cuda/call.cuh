@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear/cuda/passes.cuh"
+#include "nf4/cuda/nf4_few_tokens.cuh"
 
 namespace peft_ext {
 
@@ -23,11 +24,30 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 constexpr int64_t kMaxShrinkTokens = 16;
 void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
 
+// A bias as kernels take it.
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t outputs);
+
+// A TokenFactor for each token of a mixed batch, and what they point to.
+struct HeldFactors {
+  Tensor table;
+  std::vector<Tensor> lora_B;
+};
+
+// For a kernel that reads them.
+inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFactors& held) {
+  for (const Tensor& b : held.lora_B) launcher.in<void>(b);
+  return static_cast<const TokenFactor*>(launcher.in<void>(held.table));
+}
+
 // Whether few_tokens_forward takes a call, and all of it but S, which is in `out`: y, and z where it is wanted.
+// factors: of a mixed batch.
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
-                        const DeviceForward& out, const Tensor& y, bool want_z);
+                        const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors = nullptr);
+
+// y = s Bᵀ + bias of few tokens of a mixed batch, each with its own adapter's ranks of s.
+void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
 // Of dX behind the dropout, mask/(1-p) ∘ (P A): the terms of P and A.
 struct RankGradients {

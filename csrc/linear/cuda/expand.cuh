@@ -20,8 +20,9 @@ namespace peft_ext {
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
-// What is added to or dropped from the product; kAny: all of it, whatever the shapes and alignments.
-enum class ExpandWork { kBias, kMask, kOnto, kAny };
+// What is added to or dropped from the product; kAny: all of it, whatever the shapes and alignments. kGrouped: kBias of
+// the rows that a RowTable names, each tile with a factor F of its own or none; kGroupedAny: in any shape.
+enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
   void* out;
@@ -36,19 +37,23 @@ struct ExpandTerms {
   const float* scale;     // g [columns], with z
   const uint32_t* kept;   // kMask: the mask's bits, as a rank pass leaves them
   DeviceDropout dropout;  // kAny: what draws the mask again
+  RowTable table;         // kGrouped, kGroupedAny: which rows; left is in its order
+  int64_t tiles;          // of rows
+  int64_t right_stride;   // from a factor's terms to the next's, in 16 bytes
 };
 
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// C += the 16 x 64 product of a warp, of 16 ranks from 16 `step` on.
+// C += the 16 x 64 product of a warp, of 16 ranks from 16 `step` on; `factor`: where this tile's F starts.
 template <typename T, int kRightTerms>
-__device__ __forceinline__ void expand_product(const ExpandTerms& work, int64_t step, float (&c)[2][4][4]) {
+__device__ __forceinline__ void expand_product(const ExpandTerms& work, const uint4* factor, int64_t step,
+                                               float (&c)[2][4][4]) {
   constexpr int kLeftTerms = kExpandLeftTerms<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t steps = work.left.inner / 16;
   const uint4* left = work.left.data + ((blockIdx.x * 4 + warp) * steps + step) * kLeftTerms * kWarpSize + lane;
-  const uint4* right = work.right.data + (blockIdx.y * steps + step) * kRightTerms * 4 * kWarpSize + lane;
+  const uint4* right = factor + (blockIdx.y * steps + step) * kRightTerms * 4 * kWarpSize + lane;
   uint32_t a[kLeftTerms][4];
   uint4 held[kRightTerms][4];
 #pragma unroll
@@ -78,17 +83,32 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
 
-  float sums[2][4][4] = {};
-  if constexpr (kSteps > 0) {
+  // Where the rows g and g + 8 of this warp's 16 go.
+  constexpr bool kTabled = kWork == ExpandWork::kGrouped || kWork == ExpandWork::kGroupedAny;
+  [[maybe_unused]] int32_t named[2];
+  const uint4* factor = work.right.data;
+  bool product = true;
+  if constexpr (kTabled) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work, step, sums);
+    for (int half = 0; half < 2; ++half) named[half] = work.table.rows[row + 8 * half];
+    const int32_t index = work.table.tiles[blockIdx.x].factor;
+    factor += index * work.right_stride;
+    product = index >= 0;
+  }
+
+  float sums[2][4][4] = {};
+  if (!product) {
+    // Nothing of an adapter's.
+  } else if constexpr (kSteps > 0) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work, factor, step, sums);
   } else {
     // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
     const int64_t steps = work.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
       const int64_t last = min_of(first + 4, steps);
-      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work, step, fresh);
+      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work, factor, step, fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -98,16 +118,21 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
     }
   }
 
-  constexpr bool kWhole = kWork != ExpandWork::kAny;
+  constexpr bool kWhole = kWork != ExpandWork::kAny && kWork != ExpandWork::kGroupedAny;
   [[maybe_unused]] const Philox philox = kWhole ? Philox{} : load_philox(work.dropout);
   T* const out = static_cast<T*>(work.out) + row * work.columns;
+  [[maybe_unused]] T* of_row[2];
+  if constexpr (kTabled) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) of_row[half] = static_cast<T*>(work.out) + named[half] * work.columns;
+  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t first = column + 32 * h;
     if (first >= work.columns) continue;
     float bias[kVector] = {};
     if (kWork != ExpandWork::kMask && work.bias != nullptr) {
-      if constexpr (kWork == ExpandWork::kBias) {
+      if constexpr (kWork == ExpandWork::kBias || kWork == ExpandWork::kGrouped) {
         load_vector(static_cast<const T*>(work.bias) + first, bias);
       } else if constexpr (kWork == ExpandWork::kOnto) {
         load_vector(static_cast<const float*>(work.bias) + first, bias);
@@ -119,15 +144,15 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = row + 8 * half;
-      if (at >= work.rows) continue;
+      const int64_t at = kTabled ? named[half] : row + 8 * half;
+      if (kTabled ? at < 0 : at >= work.rows) continue;
       float values[kVector];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         values[2 * j] = sums[h][j][2 * half];
         values[2 * j + 1] = sums[h][j][2 * half + 1];
       }
-      T* const to = out + 8 * half * work.columns;
+      T* const to = kTabled ? of_row[half] : out + 8 * half * work.columns;
       if constexpr (kWork == ExpandWork::kMask) {
         const int64_t tile = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
         const uint32_t kept = work.kept[tile * kRankThreads + (g + 8 * half) * 8 + h * 4 + t] << (4 * warp);
@@ -136,7 +161,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
         for (int i = 0; i < 4; ++i) masks[i] = kept << i;
         save_masked(to + first, values, masks);
       } else {
-        if constexpr (!kWhole) {
+        if constexpr (kWork == ExpandWork::kAny) {
           if (work.dropout.seed != nullptr) {
             const uint32_t kept = kept_elements(philox, at * work.columns + first, false);
 #pragma unroll

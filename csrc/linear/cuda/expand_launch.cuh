@@ -7,8 +7,8 @@ namespace peft_ext {
 
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work) {
-  launcher(expand_kernel<T, kSteps, kRightTerms, kWork>,
-           {ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile)}, kExpandThreads, work);
+  launcher(expand_kernel<T, kSteps, kRightTerms, kWork>, {work.tiles, ceil_div(work.columns, kExpandTile)},
+           kExpandThreads, work);
 }
 
 template <typename T, int kRightTerms>
@@ -17,6 +17,12 @@ void launch_expand_terms(const Launcher& launcher, const ExpandTerms& work, bool
     const int64_t steps = work.left.inner / 16;
     steps == 1 ? launch_one(launcher, work) : steps == 2 ? launch_two(launcher, work) : launch_any(launcher, work);
   };
+  if (work.table.tiles != nullptr) {
+    if (!whole) return launch_expand<T, 0, kRightTerms, ExpandWork::kGroupedAny>(launcher, work);
+    return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kGrouped>,
+                      launch_expand<T, 2, kRightTerms, ExpandWork::kGrouped>,
+                      launch_expand<T, 0, kRightTerms, ExpandWork::kGrouped>);
+  }
   if (!whole) return launch_expand<T, 0, kRightTerms, ExpandWork::kAny>(launcher, work);
   if (work.kept != nullptr)
     return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kMask>,

@@ -1,6 +1,7 @@
 // Few tokens against an NF4 weight, in 16-bit types: what generation runs, where each launch counts. Up to kFewTokens
 // take one launch for the low-rank S and one for all the rest (nf4_few_tokens.cuh), or, up to kSkinnyTokens and for
-// weights whose blocks and rows are not of 64 inputs, two (nf4_skinny.cuh).
+// weights whose blocks and rows are not of 64 inputs, two (nf4_skinny.cuh). A mixed batch over another weight takes the
+// last of these, for what its product is added to.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"
@@ -84,7 +85,7 @@ void run_few(const Launcher& launcher, const FewWork& work) {
 
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
-                        const DeviceForward& out, const Tensor& y, bool want_z) {
+                        const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors) {
   Launcher launcher(x);
   const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);
   const Tensor b = size.rank > 0 ? matrix(adapter.lora_B) : Tensor();
@@ -96,6 +97,11 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
     finish.lora_B = launcher.in<void>(b);
     finish.lora_B_type = dtype_of(b.scalar_type());
     finish.rank_scale = launcher.in<float>(adapter.rank_scale);
+  }
+  if (factors != nullptr) {
+    finish.factors = read_factors(launcher, *factors);
+    finish.rank = out.s.size(1);
+    finish.s = launcher.in<float>(out.s);
   }
   finish.scale = launcher.in<float>(adapter.out_scale);
   finish.bias_before = bias_inside ? launcher.in<void>(bias) : nullptr;
@@ -118,6 +124,24 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
         run_skinny<T>(launcher, x, size, Skinny{data, view, size.outputs, size.inputs, tokens, 0, nullptr, 0}, finish);
       }
     }
+  });
+}
+
+void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias) {
+  Launcher launcher(y);
+  SkinnySums none{};
+  none.tokens = static_cast<int>(y.size(0));
+  none.outputs = y.size(1);
+  TokensFinish finish{};
+  finish.factors = read_factors(launcher, factors);
+  finish.rank = s.size(1);
+  finish.s = launcher.in<float>(s);
+  finish.bias_after = launcher.in<void>(bias);
+  finish.y = launcher.scratch<void>(y);
+  with_type(y.scalar_type(), [&](auto zero) {
+    launcher(skinny_finish_kernel<decltype(zero)>,
+             {ceil_div(none.outputs, kSkinnyThreads), ceil_div(none.tokens, kFinishTokens)}, kSkinnyThreads, none,
+             finish);
   });
 }
 

@@ -4,12 +4,8 @@
 //
 // An NF4 weight is dequantized for the product, but for few tokens of 16-bit types: see few_tokens_cuda.cu.
 #include "linear/cuda/call.cuh"
-#include "linear/cuda/select_ranks.cuh"
 
 namespace peft_ext {
-namespace {
-
-// A bias as kernels take it.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x,
                                    int64_t outputs) {
   if (!bias.has_value()) return std::nullopt;
@@ -20,40 +16,6 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
                   " on x's device");
   return torch::stable::contiguous(*bias);
 }
-
-// Of S [T, R], each token's own adapter's ranks, scaled; and those alone, as they were: [T, the largest rank].
-Tensor select_ranks(const DeviceGroups& groups, const Tensor& s) {
-  const int64_t tokens = s.size(0), rank = s.size(1), samples = static_cast<int64_t>(groups.adapters.size());
-  std::vector<RankRange> of_adapter;
-  int64_t first = 0;
-  for (size_t g = 0; g < groups.ranks.size(); ++g) {
-    of_adapter.push_back({static_cast<int32_t>(first), static_cast<int32_t>(groups.ranks[g]), groups.scaling[g]});
-    first += groups.ranks[g];
-  }
-  // The kernel's threads reach the columns that S has.
-  const Tensor kept = groups.rank > rank ? device_zeros(s, {tokens, groups.rank}, ScalarType::Float)
-                                         : device_empty(s, {tokens, groups.rank}, ScalarType::Float);
-  Launcher launcher(s);
-  SelectRanks work{};
-  work.s = launcher.out<float>(s);
-  work.kept = launcher.out<float>(kept);
-  work.length = tokens / samples;
-  work.rank = rank;
-  work.kept_rank = groups.rank;
-  for (int64_t from = 0; from < samples; from += kSelectSamples) {
-    const int64_t count = std::min<int64_t>(kSelectSamples, samples - from);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t group = groups.adapters[static_cast<size_t>(from + i)];
-      work.ranges[i] = group < 0 ? RankRange{} : of_adapter[static_cast<size_t>(group)];
-    }
-    work.begin = from * work.length;
-    work.tokens = count * work.length;
-    launcher(select_ranks_kernel, ceil_div(work.tokens * rank, kSelectThreads), kSelectThreads, work);
-  }
-  return kept;
-}
-
-}  // namespace
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
@@ -66,10 +28,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
       x, adapter.lora_A.has_value() ? std::vector<int64_t>{size.tokens, size.rank} : std::vector<int64_t>{0},
       ScalarType::Float);
   out.z = device_empty(x, want_z ? std::vector<int64_t>{size.tokens, size.outputs} : std::vector<int64_t>{0}, type);
-  if (size.tokens == 0) {
-    if (adapter.groups != nullptr) out.s = device_empty(x, {0, adapter.groups->rank}, ScalarType::Float);
-    return out;
-  }
+  if (size.tokens == 0) return out;
   STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
                   "], wanted at least one output and one input");
   check_kernel_dtype(op, "x", type);
@@ -84,7 +43,6 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
                      !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
   HeldTerms s_terms, b_terms;
-  const DeviceGroups* groups = adapter.groups;
   if (low_rank && skinny && size.tokens <= kMaxShrinkTokens) {
     shrink_few(held, adapter, size, out.s);
   } else if (low_rank) {
@@ -92,28 +50,16 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     Splitter splitter(x, type);
     const HeldTerms a_terms = splitter.right_of_pass(a, false);
     if (!skinny) {
-      if (groups == nullptr) s_terms = left_terms(x, size.tokens, size.padded, type);
+      s_terms = left_terms(x, size.tokens, size.padded, type);
       b_terms = splitter.right_of_expand(b, false, folds ? &*adapter.out_scale : nullptr);
     }
     splitter.run();
-    shrink(held, adapter, size, a_terms, out.s, skinny || groups != nullptr ? nullptr : &s_terms);
-  }
-  Tensor kept;
-  if (groups != nullptr) {
-    kept = select_ranks(*groups, out.s);
-    if (!skinny) {
-      Splitter splitter(x, type);
-      s_terms = splitter.left_of_expand(out.s, false);
-      splitter.run();
-    }
+    shrink(held, adapter, size, a_terms, out.s, skinny ? nullptr : &s_terms);
   }
   if (skinny) {
     few_tokens_forward(held, weight, held_bias, adapter, size, bias_inside, out, y, want_z);
-    if (groups != nullptr) out.s = kept;
     return out;
   }
-
-  if (groups != nullptr) out.s = kept;
 
   const Tensor product =
       transposed(folds ? scaled_weight(weight, type, *adapter.out_scale) : dense_weight(weight, type));

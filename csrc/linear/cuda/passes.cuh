@@ -24,6 +24,16 @@ struct HeldTerms {
 // Of activations [rows, rank], padded, as `expand` takes its left side; `type` is that of its result.
 HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type);
 
+// Of a mixed batch's A or B, F of a rank pass and of `expand`, for each adapter. one: they are bfloat16 over bfloat16.
+HeldTerms grouped_A_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t inputs, bool one);
+HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t outputs, bool one,
+                          ScalarType type);
+
+// From a matrix's terms to the next's, in 16 bytes.
+inline int64_t terms_stride(const HeldTerms& held) {
+  return held.terms.count * held.terms.outer * held.terms.inner / 8;
+}
+
 // Of activations' transpose [rank, rows], padded, as a rank pass takes L.
 HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows);
 
@@ -58,6 +68,17 @@ class Splitter {
   int64_t blocks_ = 0;
 };
 
+// --- a mixed batch's rows
+
+// A RowTable, and the memory that it lies in.
+struct RowTiles {
+  Tensor rows, tiles;
+  int64_t adapted = 0;  // tiles with a factor, the first ones
+  int64_t count = 0;    // all
+};
+
+RowTable row_table(const Launcher& launcher, const RowTiles& held);
+
 // --- rank passes
 
 // Ranks come in tiles of 8, two, four or eight at a time.
@@ -70,6 +91,7 @@ struct PassInput {
   int64_t rows = 0, columns = 0;
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
+  const RowTiles* tiles = nullptr;  // with `right` alone, which then holds a factor after the other
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };
@@ -119,6 +141,7 @@ struct Reduced {
   const HeldTerms* transposed = nullptr;
   const Tensor* out = nullptr;
   int64_t row_stride = 0, rank_stride = 0;
+  const RowTiles* tiles = nullptr;  // of the pass; rank_scale and after are theirs then
 };
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted);
@@ -130,6 +153,10 @@ void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduc
 struct Scaled {
   Tensor z, scale;
 };
+
+// out = left rightᵀ + bias of a mixed batch: left in the table's order, right a factor after the other.
+void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& left, const HeldTerms& right,
+                    const std::optional<Tensor>& bias);
 
 // out = before + left rightᵀ + bias_scale bias; each may be none, before may be out, the bias is of any type.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,

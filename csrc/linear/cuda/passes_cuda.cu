@@ -22,9 +22,10 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
 
 namespace {
 
-HeldTerms empty_terms(const Tensor& like, TermsOrder order, int count, int64_t outer, int64_t inner) {
+HeldTerms empty_terms(const Tensor& like, TermsOrder order, int count, int64_t outer, int64_t inner,
+                      int64_t matrices = 1) {
   HeldTerms held;
-  held.storage = device_empty(like, {count, outer, inner}, ScalarType::BFloat16);
+  held.storage = device_empty(like, {matrices, count, outer, inner}, ScalarType::BFloat16);
   held.terms = Terms{nullptr, count, outer, inner, order};
   return held;
 }
@@ -41,6 +42,16 @@ HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, Scal
 
 HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows) {
   return empty_terms(like, TermsOrder::kPass, kMaxTerms, padded_rank, round_up(rows, kRankTile));
+}
+
+HeldTerms grouped_A_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t inputs, bool one) {
+  return empty_terms(like, TermsOrder::kPass, one ? 1 : kMaxTerms, padded_rank, round_up(inputs, kRankTile), adapters);
+}
+
+HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t outputs, bool one,
+                          ScalarType type) {
+  return empty_terms(like, TermsOrder::kRight, one ? 1 : expand_terms(type), round_up(outputs, kExpandTile),
+                     padded_rank, adapters);
 }
 
 Terms read_terms(const Launcher& launcher, const HeldTerms& held) {
@@ -97,10 +108,14 @@ HeldTerms Splitter::add(TermsOrder order, const Tensor& matrix, bool transpose, 
 
 void Splitter::run() const { launcher_(split_kernel, {blocks_, count_}, kSplitThreads, splits_); }
 
+RowTable row_table(const Launcher& launcher, const RowTiles& held) {
+  return {launcher.in<int32_t>(held.rows), static_cast<const RowTile*>(launcher.in<void>(held.tiles))};
+}
+
 // --- rank passes
 
 PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout) {
-  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout};
+  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout, nullptr};
 }
 
 PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
@@ -109,6 +124,7 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
           weight.outputs,
           weight.inputs,
           type,
+          nullptr,
           nullptr};
 }
 
@@ -125,7 +141,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   pass.rows = input.rows;
   pass.columns = input.columns;
   pass.padded_rank = rank;
-  pass.padded_rows = round_up(input.rows, kRankTile);
+  pass.padded_rows = input.tiles != nullptr ? input.tiles->adapted * kRankTile : round_up(input.rows, kRankTile);
   pass.padded_columns = round_up(input.columns, kRankTile);
   if (input.dense != nullptr) {
     pass.dense = launcher.in<void>(*input.dense);
@@ -135,15 +151,23 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   if (input.dropout != nullptr) pass.dropout = device_dropout(launcher, *input.dropout);
   if (right != nullptr) pass.right = read_terms(launcher, *right);
   if (left != nullptr) pass.left = read_terms(launcher, *left);
+  if (input.tiles != nullptr) {
+    pass.table = row_table(launcher, *input.tiles);
+    pass.right_stride = terms_stride(*right);
+  }
 
   RankVariant variant{};
   variant.nf4 = input.nf4 != nullptr;
   variant.whole =
       input.columns % kVector == 0 && aligned(input.tensor(), variant.nf4 ? 4 : 16) && input.columns < kMaxRankColumns;
-  variant.work = right == nullptr  ? RankWork::kColumns
-                 : left != nullptr ? RankWork::kBoth
-                 : wants.squares   ? RankWork::kRowsAndSquares
-                                   : RankWork::kRows;
+  variant.work = right == nullptr         ? RankWork::kColumns
+                 : left != nullptr        ? RankWork::kBoth
+                 : wants.squares          ? RankWork::kRowsAndSquares
+                 : input.tiles != nullptr ? RankWork::kGroupedRows
+                                          : RankWork::kRows;
+  // Where a row of a table starts is counted in 32 bits, of 16 bytes.
+  if (input.tiles != nullptr)
+    variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
   const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
   variant.mask = keeps ? RankMask::kKept : drops ? RankMask::kDrawn : RankMask::kNone;
 
@@ -198,11 +222,19 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   work.padded_rows = partial.padded_rows;
   work.rank = rank;
   work.padded_rank = partial.sums.size(2);
+  if (wanted.tiles != nullptr) {
+    work.table = row_table(launcher, *wanted.tiles);
+    work.table_rows = wanted.tiles->count * kTileRows;
+  }
   work.scale = static_cast<float>(wanted.scale);
   work.after = static_cast<float>(wanted.after);
   if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
   if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
-  if (wanted.plain != nullptr) work.plain = launcher.scratch<float>(*wanted.plain);
+  if (wanted.plain != nullptr) {
+    // What is not of the ranks that a mixed batch's samples have is there already.
+    work.plain = wanted.tiles != nullptr ? launcher.out<float>(*wanted.plain) : launcher.scratch<float>(*wanted.plain);
+    work.plain_stride = wanted.plain->size(1);
+  }
   if (wanted.terms != nullptr) work.terms = write_terms(launcher, *wanted.terms);
   if (wanted.transposed != nullptr) work.transposed = write_terms(launcher, *wanted.transposed);
   if (wanted.out != nullptr) {
@@ -215,7 +247,7 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
 }
 
 static int64_t reduce_blocks(const RankReduce& work) {
-  return ceil_div(work.padded_rows * work.padded_rank / 2, kReduceThreads);
+  return ceil_div(std::max(work.padded_rows, work.table_rows) * work.padded_rank / 2, kReduceThreads);
 }
 
 void reduce(const PartialSums& partial, int64_t rank, const Reduced& wanted) {
@@ -240,6 +272,7 @@ ExpandTerms expand_work(const Launcher& launcher, const Tensor& out, const HeldT
   work.out = launcher.out<void>(out);
   work.rows = out.size(0);
   work.columns = out.size(1);
+  work.tiles = ceil_div(work.rows, kExpandTile);
   if (left != nullptr) {
     work.left = read_terms(launcher, *left);
     work.right = read_terms(launcher, *right);
@@ -274,6 +307,22 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.scale = launcher.in<float>(scaled->scale);
     whole = whole && aligned(scaled->z, 16) && aligned(scaled->scale, 16);
   }
+  with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, whole); });
+}
+
+void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& left, const HeldTerms& right,
+                    const std::optional<Tensor>& bias) {
+  Launcher launcher(out);
+  ExpandTerms work = expand_work(launcher, out, &left, &right);
+  work.table = row_table(launcher, tiles);
+  work.tiles = tiles.count;
+  work.right_stride = terms_stride(right);
+  if (bias.has_value()) {
+    work.bias = launcher.in<void>(*bias);
+    work.bias_type = dtype_of(bias->scalar_type());
+    work.bias_scale = 1.0f;
+  }
+  const bool whole = whole_columns(out, work.columns) && (!bias.has_value() || aligned(*bias, 16));
   with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, whole); });
 }
 

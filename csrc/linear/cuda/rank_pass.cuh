@@ -3,6 +3,8 @@
 //   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the rows' sums of squares)
 //   columns:  Q [C, R] = Dᵀ L,  L [T, R]     (dB = dYᵀ S;  dA = x̃ᵀ P)
 //   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, of dY and Z)
+//   grouped:  P_i = D[rows_i] F_i, of tiles of 64 rows that a table names, each with a factor of its own
+//   (row_tiles.cuh)
 //
 // D is dense, float32, bfloat16 or float16, x̃ = dropout(x) made on the way, or it is an NF4 weight, decoded on the way.
 // F and L come in bfloat16 terms (linear/cuda/terms.cuh), so sums have float32 precision whatever their type.
@@ -19,176 +21,9 @@
 // Bytes moved: D once, E once, plus the partial sums twice.
 #pragma once
 
-#include "linear/cuda/terms.cuh"
-#include "nf4/cuda/nf4.cuh"
+#include "linear/cuda/rank_copy.cuh"
 
 namespace peft_ext {
-
-constexpr int kRankTile = 64;  // of D, both ways
-constexpr int kRankThreads = 128;
-
-// What a pass makes.
-enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots };
-
-// What is dropped: nothing; what the generator says; or that, and its bits are kept for who needs the mask next.
-enum class RankMask { kNone, kDrawn, kKept };
-
-// How many tiles are there or on their way: 48 KiB hold no more of float32, and NF4's wait in registers.
-template <typename T, bool kNf4>
-constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
-
-template <typename T>
-constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes of a stage's row
-
-struct RankPass {
-  const void* dense = nullptr;  // D, contiguous, or
-  Nf4View nf4{};                // D as an NF4 weight, rounded to T
-  int64_t rows = 0, columns = 0;
-  const void* beside = nullptr;  // E, as D lies
-  DeviceDropout dropout;
-  Terms right;                   // F: outer = rank, inner = columns, padded to tiles
-  Terms left;                    // L: outer = rank, inner = rows, padded to tiles
-  int64_t row_tiles = 1;         // of a block
-  int64_t column_tiles = 1;      // of a block
-  int64_t padded_rank = 0;       // of the partial sums
-  int64_t first_rank = 0;        // of those that this launch makes
-  float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
-  float* squares = nullptr;      // [column chunks][padded rows]
-  float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
-  float* dots = nullptr;         // [row chunks][padded columns]
-  int64_t padded_rows = 0, padded_columns = 0;
-  uint32_t* kept = nullptr;  // the mask: [row tiles][column tiles][kRankThreads], see kept_word
-};
-
-// A mask's bits lie as the threads of a rank pass draw them. Thread i of a tile has rows 16 j + i / 8, j < 4, and
-// columns i % 8 · 8 … + 7 of it. Bits 15 and 31 of its word, shifted left by 4 j + w, say whether the elements 2 w and
-// 2 w + 1 of row j are kept.
-constexpr uint32_t kKeptBits = 0x80008000u;
-
-// Where the warps' dots meet.
-template <bool kDots>
-struct RankDots {};
-template <>
-struct RankDots<true> {
-  float sums[kRankThreads / kWarpSize][kRankTile];
-};
-
-template <typename T, bool kNf4, bool kDots>
-struct RankStages : RankDots<kDots> {
-  unsigned char tile[kRankStages<T, kNf4>][kRankTile * kRankRow<T>];
-};
-
-// Where in a stage eight elements lie.
-template <typename T>
-__device__ __forceinline__ uint32_t rank_offset(int row, int group) {
-  if constexpr (sizeof(T) == 4) return row * kRankRow<T> + group * 32;
-  return row * kRankRow<T> + (group ^ row % 8) * 16;
-}
-
-template <typename T>
-__device__ __forceinline__ void save_stage(SharedAt to, const float (&values)[kVector]) {
-  store_shared_16(to, make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
-                                 pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7])));
-}
-
-template <>
-__device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&values)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector; i += 4)
-    store_shared_16(to + i * 4, make_uint4(__float_as_uint(values[i]), __float_as_uint(values[i + 1]),
-                                           __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
-}
-
-// A tile of any shape and alignment at (row, column), element by element, dropped already.
-template <typename T, bool kNf4>
-__device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
-                                              int64_t column) {
-  const int group = threadIdx.x % 8 * kVector;
-  column += group;
-  for (int j = 0; j < 4; ++j) {
-    const int64_t at = row + j * 16 + threadIdx.x / 8, element = at * pass.columns + column;
-    const bool inside = at < pass.rows && column < pass.columns;
-    float values[kVector] = {};
-    if constexpr (kNf4) {
-      const float code = kNf4DeviceCode[threadIdx.x % 16];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const bool there = inside && column + i < pass.columns;
-        const uint32_t byte = there ? pass.nf4.packed[(element + i) / 2] : 0;
-        const float scale = there ? nf4_scale(pass.nf4, (element + i) >> pass.nf4.log2_blocksize) : 0.0f;
-        values[i] = fmul_rn(shuffle(code, (element + i) % 2 == 0 ? byte >> 4 : byte, 16), scale);
-      }
-    } else if (inside) {
-      load_columns(static_cast<const T*>(pass.dense) + at * pass.columns, column, pass.columns, false, values);
-      if (pass.dropout.seed != nullptr) {
-        const uint32_t kept = kept_elements(philox, element, false);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;
-      }
-    }
-    save_stage<T>(to + j * 16 * kRankRow<T>, values);
-  }
-}
-
-// An NF4 tile's codes and scales, loaded while the tile before it is multiplied, and put into a stage decoded: its
-// scales are a chain of up to three loads.
-struct RankCodes {
-  uint32_t codes[4];
-  float scales[4];
-};
-
-__device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead, int64_t row, int64_t column) {
-  column += threadIdx.x % 8 * kVector;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int64_t at = row + j * 16 + threadIdx.x / 8, element = at * pass.columns + column;
-    const bool inside = at < pass.rows && column < pass.columns;
-    ahead.codes[j] = inside ? load_streaming(reinterpret_cast<const uint32_t*>(pass.nf4.packed + element / 2)) : 0;
-    ahead.scales[j] = inside ? nf4_scale(pass.nf4, element >> pass.nf4.log2_blocksize) : 0.0f;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to) {
-  const float code = kNf4DeviceCode[threadIdx.x % 16];  // a lane's share of the table
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    float values[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      values[i] = fmul_rn(shuffle(code, ahead.codes[j] >> (4 * (i ^ 1)), 16), ahead.scales[j]);
-    save_stage<T>(to + j * 16 * kRankRow<T>, values);
-  }
-}
-
-// Drops, in the stage, what this thread copied: groups drawn, drawn + step, … of the generator. Returns the mask.
-template <typename T, bool kKept>
-__device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
-  uint32_t kept = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const SharedAt group = at + j * 16 * kRankRow<T>;
-    const uint4 words = kept_of_words(philox, drawn + j * step), value = load_shared_16(group);
-    if constexpr (sizeof(T) == 4) {
-      const uint4 upper = load_shared_16(group + 16);
-      store_shared_16(group, make_uint4(value.x & spread_sign<false>(words.x), value.y & spread_sign<true>(words.x),
-                                        value.z & spread_sign<false>(words.y), value.w & spread_sign<true>(words.y)));
-      store_shared_16(group + 16,
-                      make_uint4(upper.x & spread_sign<false>(words.z), upper.y & spread_sign<true>(words.z),
-                                 upper.z & spread_sign<false>(words.w), upper.w & spread_sign<true>(words.w)));
-    } else {
-      store_shared_16(group, make_uint4(value.x & spread_signs(words.x), value.y & spread_signs(words.y),
-                                        value.z & spread_signs(words.z), value.w & spread_signs(words.w)));
-    }
-    if constexpr (kKept) {
-      kept |= words.x >> (4 * j) & kKeptBits >> (4 * j);
-      kept |= words.y >> (4 * j + 1) & kKeptBits >> (4 * j + 1);
-      kept |= words.z >> (4 * j + 2) & kKeptBits >> (4 * j + 2);
-      kept |= words.w >> (4 * j + 3) & kKeptBits >> (4 * j + 3);
-    }
-  }
-  return kept;
-}
 
 // How a block's warps share a tile of D and kRanks tiles of 8 ranks: a warp has at most four of them, 32 ranks, and so
 // many rows (columns, for Q) more; it then reads fewer of F's fragments, each for more products.
@@ -402,6 +237,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
     rank_pass_kernel(RankPass pass) {
   constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
   constexpr bool kDots = kWork == RankWork::kBothAndDots, kBoth = kWork == RankWork::kBoth || kDots;
+  constexpr bool kTabled = kWork == RankWork::kGroupedRows;
   constexpr int kAround = kBoth ? kRankTilesOfBoth : 1;
   constexpr int kStages = kRankStages<T, kNf4>, kStage = kRankTile * kRankRow<T>, kOnTheWay = kStages - 1;
   using Stages = RankStages<T, kNf4, kDots>;
@@ -421,8 +257,18 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   // Of a whole, dense D: where this thread's next tile of the block lies, and what of D is left from there on.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
   const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // from a tile to the next
+  const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
-                              ((row + copy_row) * pass.columns + column + copy_group * kVector) * sizeof(T);
+                              (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
+  // kTabled: where this thread's four rows start, in 16 bytes; all ones where there is none.
+  [[maybe_unused]] uint32_t tabled[4];
+  if constexpr (kTabled && kWhole) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int32_t named = pass.table.rows[row + copy_row + j * 16];
+      tabled[j] = named < 0 ? ~0u : static_cast<uint32_t>(static_cast<int64_t>(named) * pass.columns * sizeof(T) / 16);
+    }
+  }
   [[maybe_unused]] const unsigned char* beside = nullptr;
   if constexpr (kDots)
     beside = static_cast<const unsigned char*>(pass.beside) + (from - static_cast<const unsigned char*>(pass.dense));
@@ -445,6 +291,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t left_halves = pass.padded_rows / kRankTile * Left::kTile;
   const uint4* right =
       pass.right.data + pass.first_rank / 64 * right_halves + column_tile * Right::kTile + Right::share(right_halves);
+  if constexpr (kTabled) right += pass.table.tiles[blockIdx.x].factor * pass.right_stride;
   const uint4* left =
       pass.left.data + pass.first_rank / 64 * left_halves + row_tile * Left::kTile + Left::share(left_halves);
 
@@ -457,8 +304,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
-        rank_copy_any<T, kNf4>(pass, philox, copy_at + stage, row_of(outer + further, held),
-                               column_of(outer + further));
+        rank_copy_any<T, kNf4, kTabled>(pass, philox, copy_at + stage, row_of(outer + further, held),
+                                        column_of(outer + further));
       } else if constexpr (kNf4) {
         rank_decode<T>(ahead, copy_at + stage);
         rank_load(pass, ahead, row_of(outer + further + 1, 0), column_of(outer + further + 1));
@@ -470,7 +317,11 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         for (int j = 0; j < 4; ++j) {
           const SharedAt to = copy_at + (stage + j * 16 * kRankRow<T>);
           const unsigned char* group = from + (offset + j * 16 * row_bytes);
-          const bool take = j * 16 < down && along > 0;
+          bool take = j * 16 < down && along > 0;
+          if constexpr (kTabled) {
+            group = from + (static_cast<uint64_t>(tabled[j]) * 16 + further * tile_bytes);
+            take = tabled[j] != ~0u && along > 0;
+          }
           cp_async_16(to, group, take);
           if constexpr (sizeof(T) == 4) cp_async_16(to + 16, group + 16, take);
         }

@@ -57,6 +57,9 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
       if constexpr (!kNf4 && kWhole)
         launch_terms<T, kNf4, kWhole, RankWork::kBothAndDots, RankMask::kNone>(launcher, grid, pass);
       return;
+    case RankWork::kGroupedRows:
+      if constexpr (!kNf4) launch_terms<T, kNf4, kWhole, RankWork::kGroupedRows, RankMask::kNone>(launcher, grid, pass);
+      return;
     case RankWork::kColumns:
       if constexpr (!kNf4 && kWhole) {
         if (variant.mask == RankMask::kKept)

@@ -1,24 +1,29 @@
 // The second half of a rank pass: the partial sums of its chunks, added in order, and what is made of them.
 #pragma once
 
+#include "linear/cuda/row_tiles.cuh"
 #include "linear/cuda/terms.cuh"
 
 namespace peft_ext {
 
 // What becomes of partial sums: value[row][r] = scale · row_scale[row] · Σ_chunks partial, and times rank_scale[r]
-// where that is said. Each output may be null.
+// where that is said. Each output may be null. With a table, `row` is its, each tile has its own rank and, for
+// rank_scale, its own scaling, and tiles without a factor, of which there are no sums, are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
   int64_t rank, padded_rank;
+  RowTable table;      // tiles null: rows are in order
+  int64_t table_rows;  // of all tiles, padded_rows or more
   float scale;
   const float* row_scale;   // null: 1
   const float* rank_scale;  // null: 1
   float after;              // one more factor, with rank_scale
-  float* plain;             // [rows][rank], without rank_scale
-  TermsOut terms;           // [padded rows, padded rank], with it
-  TermsOut transposed;      // [padded rank, padded rows], with it
-  void* out;                // with it, of these type and strides
+  float* plain;             // [rows][plain_stride], without rank_scale
+  int64_t plain_stride;
+  TermsOut terms;       // [padded rows, padded rank], with it
+  TermsOut transposed;  // [padded rank, padded rows], with it
+  void* out;            // with it, of these type and strides
   DType type;
   int64_t row_stride, rank_stride;
 };
@@ -30,15 +35,27 @@ struct RankReduces {
 
 constexpr int kReduceThreads = 256;
 
-// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger; y: which. A thread makes two
-// neighbouring ranks.
+// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger, table_rows with a table; y: which. A
+// thread makes two neighbouring ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
   const RankReduce& work = reduces.work[blockIdx.y];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, row = pair / pairs, r = pair % pairs * 2;
-  if (row >= work.padded_rows) return;
+  int64_t to = row, rank = work.rank;
+  float after = work.after;
+  bool made = row < work.rows;  // there are sums of it
+  if (work.table.tiles != nullptr) {
+    if (row >= work.table_rows) return;
+    const RowTile tile = work.table.tiles[row / kTileRows];
+    to = work.table.rows[row];
+    rank = tile.rank;
+    after = tile.scaling;
+    made = to >= 0 && row < work.padded_rows;
+  } else if (row >= work.padded_rows) {
+    return;
+  }
   float2 sum = make_float2(0.0f, 0.0f);
-  if (row < work.rows) {
+  if (made) {
     const float2* from = reinterpret_cast<const float2*>(work.partial) + pair;
 #pragma unroll 8
     for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
@@ -50,15 +67,18 @@ static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(Rank
     sum.x *= scale;
     sum.y *= scale;
   }
+  const bool kept = to >= 0 && to < work.rows;
   float values[2] = {sum.x, sum.y};
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const bool there = row < work.rows && r + e < work.rank;
-    if (there && work.plain != nullptr) work.plain[row * work.rank + r + e] = values[e];
-    values[e] = there ? values[e] * work.after * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r + e]) : 0.0f;
+    const bool there = made && r + e < rank;
+    if (kept && r + e < work.rank && work.plain != nullptr)
+      work.plain[to * work.plain_stride + r + e] = there ? values[e] : 0.0f;
+    values[e] = there ? values[e] * after * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r + e]) : 0.0f;
     if (there && work.out != nullptr)
       store_value(work.out, work.type, row * work.row_stride + (r + e) * work.rank_stride, values[e]);
   }
+  if (row >= work.padded_rows) return;
   if (work.terms.data != nullptr) save_terms(work.terms, row, r, values[0], values[1]);
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, row, values[0], values[1]);
 }

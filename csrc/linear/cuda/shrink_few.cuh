@@ -2,16 +2,18 @@
 //
 // A block owns one rank and kShrinkTokens tokens; its threads share K, eight inputs at a time, and read A's row once
 // for all its tokens. float32 FMAs; a warp's sums meet by shuffles, the warps' in shared memory, always in the same
-// order. Bytes moved: A once a group of tokens, x once a rank (from L2 but for the first).
+// order. In a mixed batch a block's tokens are of one adapter. Bytes moved: A once a group of tokens, x once a rank
+// (from L2 but for the first).
 #pragma once
 
-#include "cuda/vector.cuh"
+#include "nf4/cuda/nf4_few_tokens.cuh"
 
 namespace peft_ext {
 
 constexpr int kShrinkThreads = 128;
 constexpr int kShrinkWarps = kShrinkThreads / kWarpSize;
 constexpr int kShrinkTokens = 4;
+constexpr int kShrinkBlocks = 6;  // of a multiprocessor, so that the compiler takes the registers that it needs
 
 struct ShrinkFew {
   const void* x;       // T [tokens, inputs]
@@ -25,20 +27,20 @@ struct ShrinkFew {
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// Grid: x: rank; y: ceil(tokens / kShrinkTokens).
-template <typename T>
-__global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew work) {
+// x̃ A[r] of `count` tokens, the t-th being token_of(t): thread t's is the t-th's.
+template <typename T, typename TokenOf>
+__device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
+                                               int64_t r, int count, TokenOf token_of) {
   PEFT_EXT_SHARED(ShrinkShared, shared);
-  const int64_t r = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kShrinkTokens;
   const Philox philox = load_philox(work.dropout);
   float sums[kShrinkTokens] = {};
   for (int64_t k = threadIdx.x * kVector; k < work.inputs; k += kShrinkThreads * kVector) {
     float a[kVector];
-    load_columns(work.lora_A, work.type, r * work.inputs, k, work.inputs, work.whole_A, a);
+    load_columns(lora_A, type, r * work.inputs, k, work.inputs, whole_A, a);
 #pragma unroll
     for (int t = 0; t < kShrinkTokens; ++t) {
-      if (first + t >= work.tokens) continue;
-      const int64_t row = (first + t) * work.inputs;
+      if (t >= count) continue;
+      const int64_t row = token_of(t) * work.inputs;
       float x[kVector];
       load_columns(static_cast<const T*>(work.x) + row, k, work.inputs, work.whole, x);
       if (work.dropout.seed != nullptr) {
@@ -57,11 +59,60 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
     if (threadIdx.x % kWarpSize == 0) shared[t][threadIdx.x / kWarpSize] = sums[t];
   }
   sync_threads();
-  if (threadIdx.x >= kShrinkTokens || first + threadIdx.x >= work.tokens) return;
   float sum = 0.0f;
+  if (threadIdx.x < kShrinkTokens) {
 #pragma unroll
-  for (int w = 0; w < kShrinkWarps; ++w) sum += shared[threadIdx.x][w];
-  work.s[(first + threadIdx.x) * work.rank + r] = sum * work.dropout.scale;
+    for (int w = 0; w < kShrinkWarps; ++w) sum += shared[threadIdx.x][w];
+  }
+  return sum * work.dropout.scale;
+}
+
+// Grid: x: rank; y: ceil(tokens / kShrinkTokens).
+template <typename T>
+__global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) shrink_few_kernel(ShrinkFew work) {
+  const int64_t r = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kShrinkTokens;
+  const int count = static_cast<int>(min_of(kShrinkTokens, work.tokens - first));
+  const float sum =
+      shrink_tokens<T>(work, work.lora_A, work.type, work.whole_A, r, count, [&](int t) { return first + t; });
+  if (threadIdx.x < count) work.s[(first + threadIdx.x) * work.rank + r] = sum;
+}
+
+// Tokens of one adapter in a mixed batch.
+struct TokenGroup {
+  const void* lora_A;  // [factor.rank, inputs]
+  DType type_A;
+  bool whole_A;
+  TokenFactor factor;
+  int count;
+  int8_t tokens[kShrinkTokens];
+};
+
+constexpr int kGroupedFewTokens = 64;
+
+// A launch's arguments, so that nothing is copied from the host. s: [tokens, rank], zeros beyond a token's own.
+struct ShrinkGrouped {
+  ShrinkFew few;         // x, inputs, whole, rank and s
+  TokenFactor* factors;  // [tokens], for what comes after the product
+  TokenGroup groups[kGroupedFewTokens];
+};
+static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");
+
+// Grid: x: rank; y: groups.
+template <typename T>
+__global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) shrink_grouped_kernel(ShrinkGrouped work) {
+  const TokenGroup& group = work.groups[blockIdx.y];
+  const int64_t r = blockIdx.x;
+  int64_t tokens[kShrinkTokens];
+#pragma unroll
+  for (int t = 0; t < kShrinkTokens; ++t) tokens[t] = group.tokens[t];
+  const bool mine = threadIdx.x < group.count;
+  const int64_t token = mine ? group.tokens[threadIdx.x % kShrinkTokens] : 0;
+  if (mine && r == 0) work.factors[token] = group.factor;
+  float sum = 0.0f;
+  if (r < group.factor.rank)
+    sum = shrink_tokens<T>(work.few, group.lora_A, group.type_A, group.whole_A, r, group.count,
+                           [&](int t) { return tokens[t]; });
+  if (mine) work.few.s[token * work.few.rank + r] = sum;
 }
 
 }  // namespace peft_ext

@@ -5,25 +5,9 @@
 
 namespace peft_ext {
 
-// Grid: x: ceil(outer · inner / 2 / kSplitThreads) blocks of the largest, padded; y: which matrix. A thread makes one
-// pair of each term; a warp's lie along what is contiguous in the matrix.
+// Grid: x: ceil(outer · inner / 2 / kSplitThreads) blocks of the largest, padded; y: which matrix.
 static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
-  const Split& work = splits.work[blockIdx.y];
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x, pairs = work.out.inner / 2;
-  if (pair >= work.out.outer * pairs) return;
-  const bool along_inner = work.inner_stride == 1;
-  const int64_t o = along_inner ? pair / pairs : pair % work.out.outer;
-  const int64_t i = 2 * (along_inner ? pair % pairs : pair / work.out.outer);
-  float values[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (o >= work.outer || i + e >= work.inner) continue;
-    float value = load_value(work.in, work.type, o * work.outer_stride + (i + e) * work.inner_stride);
-    if (work.outer_scale != nullptr) value *= work.outer_scale[o];
-    if (work.inner_scale != nullptr) value *= work.inner_scale[i + e];
-    values[e] = value;
-  }
-  save_terms(work.out, o, i, values[0], values[1]);
+  split_pair_of(splits.work[blockIdx.y], static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
 }  // namespace peft_ext

@@ -133,6 +133,25 @@ struct Split {
   TermsOut out;
 };
 
+// One pair of each term, the pair-th along what is contiguous in the matrix.
+__device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
+  const int64_t pairs = work.out.inner / 2;
+  if (pair >= work.out.outer * pairs) return;
+  const bool along_inner = work.inner_stride == 1;
+  const int64_t o = along_inner ? pair / pairs : pair % work.out.outer;
+  const int64_t i = 2 * (along_inner ? pair % pairs : pair / work.out.outer);
+  float values[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (o >= work.outer || i + e >= work.inner) continue;
+    float value = load_value(work.in, work.type, o * work.outer_stride + (i + e) * work.inner_stride);
+    if (work.outer_scale != nullptr) value *= work.outer_scale[o];
+    if (work.inner_scale != nullptr) value *= work.inner_scale[i + e];
+    values[e] = value;
+  }
+  save_terms(work.out, o, i, values[0], values[1]);
+}
+
 constexpr int kMaxSplits = 3;
 constexpr int kSplitThreads = 256;
 

@@ -28,8 +28,17 @@ constexpr int kFewSlab = 1 << kLog2FewSlab;  // inputs that share a scale
 constexpr int kFewAhead = 4;                 // slabs of a warp on their way
 constexpr int kFewTokens = 16;
 
+// What a token of a mixed batch finds its adapter's B by.
+struct TokenFactor {
+  const void* lora_B;  // [outputs, rank]
+  DType type;
+  int32_t rank;  // 0: none
+  float scaling;
+};
+
 // What comes after a product of few tokens.
 struct TokensFinish {
+  const TokenFactor* factors;  // [tokens], instead of lora_B, its type, rank_scale and scaling, or null
   int64_t rank;
   const float* s;      // [tokens, rank]
   const void* lora_B;  // [outputs, rank] of lora_B_type
@@ -60,8 +69,21 @@ template <typename T, int kTokens>
 __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t outputs, int64_t n, int first,
                                               int tokens, const float (&sums)[kTokens]) {
   float low_rank[kTokens] = {};
+  if (work.factors != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (first + i >= tokens) continue;
+      const TokenFactor factor = work.factors[first + i];
 #pragma unroll 2
-  for (int64_t r = 0; r < work.rank; ++r) {
+      for (int64_t r = 0; r < factor.rank; ++r) {
+        const float b = factor.scaling * load_value(factor.lora_B, factor.type, n * factor.rank + r);
+        low_rank[i] += work.s[(first + i) * work.rank + r] * b;
+      }
+    }
+  }
+  const int64_t common = work.factors != nullptr ? 0 : work.rank;
+#pragma unroll 2
+  for (int64_t r = 0; r < common; ++r) {
     const float rho = work.scaling * (work.rank_scale == nullptr ? 1.0f : work.rank_scale[r]);
     const float b = rho * load_value(work.lora_B, work.lora_B_type, n * work.rank + r);
 #pragma unroll

@@ -1,0 +1,222 @@
+// The forward of a mixed batch, an adapter for each sample. What runs, beside PyTorch's product and with launches that
+// do not depend on how many adapters there are:
+//
+//   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
+//
+// and, of few tokens, where launches count and each adapter's matrices are read once or twice, two launches, of plain
+// FMAs: S (shrink_few), and Y₀, or over an NF4 weight all the rest (few_tokens_cuda.cu).
+#include "linear/cuda/call.cuh"
+#include "linear/cuda/prepare_groups.cuh"
+#include "linear/cuda/shrink_few.cuh"
+
+namespace peft_ext {
+namespace {
+
+// What a call has to say more than once.
+struct Batch {
+  Tensor x;  // [T, K]
+  const DeviceGroups& groups;
+  int64_t tokens, length, inputs, outputs;  // length: of a sample
+  std::vector<Tensor> lora_A, lora_B;       // contiguous
+  int64_t rank = 0;                         // the largest that a sample has
+};
+
+// The samples of each adapter in turn, and at last those of none.
+template <typename F>
+void each_group(const Batch& batch, F f) {
+  const auto adapters = static_cast<int64_t>(batch.lora_A.size());
+  std::vector<std::vector<int64_t>> samples(static_cast<size_t>(adapters) + 1);
+  for (size_t i = 0; i < batch.groups.adapters.size(); ++i) {
+    const int64_t group = batch.groups.adapters[i];
+    samples[static_cast<size_t>(group < 0 ? adapters : group)].push_back(static_cast<int64_t>(i));
+  }
+  for (int64_t g = 0; g <= adapters; ++g)
+    if (!samples[static_cast<size_t>(g)].empty()) f(g < adapters ? g : -1, samples[static_cast<size_t>(g)]);
+}
+
+// --- few tokens
+
+// S, and what comes after it finds the adapters' B by.
+HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
+  const Tensor factors =
+      device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);
+  Launcher launcher(batch.x);
+  ShrinkGrouped work{};
+  work.few.x = launcher.in<void>(batch.x);
+  work.few.tokens = batch.tokens;
+  work.few.inputs = batch.inputs;
+  work.few.rank = s.size(1);
+  work.few.whole = whole_columns(batch.x, batch.inputs);
+  work.few.s = launcher.scratch<float>(s);
+  work.factors = static_cast<TokenFactor*>(launcher.scratch<void>(factors));
+  int64_t count = 0;
+  each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
+    TokenGroup all{};
+    if (group >= 0) {
+      const auto g = static_cast<size_t>(group);
+      const Tensor &a = batch.lora_A[g], &b = batch.lora_B[g];
+      all.lora_A = launcher.in<void>(a);
+      all.type_A = dtype_of(a.scalar_type());
+      all.whole_A = whole_columns(a, batch.inputs);
+      all.factor = {launcher.in<void>(b), dtype_of(b.scalar_type()), static_cast<int32_t>(a.size(0)),
+                    static_cast<float>(batch.groups.scaling[g])};
+    }
+    const auto tokens = static_cast<int64_t>(samples.size()) * batch.length;
+    for (int64_t first = 0; first < tokens; first += kShrinkTokens) {
+      TokenGroup& part = work.groups[count++] = all;
+      for (int64_t at = first; at < std::min<int64_t>(first + kShrinkTokens, tokens); ++at)
+        part.tokens[part.count++] =
+            static_cast<int8_t>(samples[static_cast<size_t>(at / batch.length)] * batch.length + at % batch.length);
+    }
+  });
+  with_type(batch.x.scalar_type(), [&](auto zero) {
+    launcher(shrink_grouped_kernel<decltype(zero)>, {work.few.rank, count}, kShrinkThreads, work);
+  });
+  return {factors, batch.lora_B};
+}
+
+// --- tiles of rows
+
+struct Prepared {
+  RowTiles tiles;
+  HeldTerms a, b;
+};
+
+// Which token is where in the table, in runs of neighbours.
+std::vector<TokenRun> place_tokens(const Batch& batch, RowTiles* tiles) {
+  std::vector<TokenRun> runs;
+  each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
+    RowTile tile{-1, 0, 0.0f};
+    if (group >= 0) {
+      const auto g = static_cast<size_t>(group);
+      tile = {static_cast<int32_t>(group), static_cast<int32_t>(batch.lora_A[g].size(0)),
+              static_cast<float>(batch.groups.scaling[g])};
+    }
+    int64_t place = tiles->count * kTileRows;
+    for (size_t i = 0; i < samples.size(); ++i) {
+      if (i > 0 && samples[i] == samples[i - 1] + 1) {
+        runs.back().count += static_cast<int32_t>(batch.length);
+      } else {
+        runs.push_back({static_cast<int32_t>(samples[i] * batch.length), static_cast<int32_t>(batch.length),
+                        static_cast<int32_t>(place), 0, tile});
+      }
+      runs.back().filled = runs.back().count;
+      place += batch.length;
+    }
+    tiles->count = ceil_div(place, kTileRows);
+    runs.back().filled += static_cast<int32_t>(tiles->count * kTileRows - place);
+    if (group >= 0) tiles->adapted = tiles->count;
+  });
+  return runs;
+}
+
+Prepared prepare(const char* op, const Batch& batch) {
+  const auto adapters = static_cast<int64_t>(batch.lora_A.size());
+  STD_TORCH_CHECK(batch.tokens + adapters * kTileRows < INT32_MAX - kTileRows, op, ": x has ", batch.tokens,
+                  " tokens, wanted fewer than 2^31 with 64 for each adapter");
+  const ScalarType type = batch.x.scalar_type();
+  const auto bfloat16 = [&](const std::vector<Tensor>& matrices) {
+    return type == ScalarType::BFloat16 && std::all_of(matrices.begin(), matrices.end(), [&](const Tensor& matrix) {
+             return matrix.scalar_type() == type;
+           });
+  };
+  Prepared found;
+  const std::vector<TokenRun> runs = place_tokens(batch, &found.tiles);
+  constexpr int64_t kTileWords = sizeof(RowTile) / 4;
+  found.tiles.rows = device_empty(batch.x, {found.tiles.count * kTileRows}, ScalarType::Int);
+  found.tiles.tiles = device_empty(batch.x, {found.tiles.count, kTileWords}, ScalarType::Int);
+  const int64_t padded = padded_rank(batch.rank);
+  found.a = grouped_A_terms(batch.x, adapters, padded, batch.inputs, bfloat16(batch.lora_A));
+  found.b = grouped_B_terms(batch.x, adapters, padded, batch.outputs, bfloat16(batch.lora_B), type);
+
+  Launcher launcher(batch.x);
+  PrepareGroups work{};
+  work.inputs = batch.inputs;
+  work.outputs = batch.outputs;
+  work.lora_A = write_terms(launcher, found.a);
+  work.lora_B = write_terms(launcher, found.b);
+  work.stride_A = terms_stride(found.a) * 4;
+  work.stride_B = terms_stride(found.b) * 4;
+  work.rows = launcher.scratch<int32_t>(found.tiles.rows);
+  work.tiles = static_cast<RowTile*>(launcher.scratch<void>(found.tiles.tiles));
+  const int64_t blocks =
+      ceil_div(std::max(found.a.terms.outer * found.a.terms.inner, found.b.terms.outer * found.b.terms.inner) / 2,
+               kSplitThreads);
+  const auto placed = static_cast<int64_t>(runs.size());
+  for (int64_t g = 0, r = 0; g < adapters || r < placed; g += kPreparedAdapters, r += kPreparedRuns) {
+    work.adapters = static_cast<int>(std::clamp<int64_t>(adapters - g, 0, kPreparedAdapters));
+    work.runs = static_cast<int>(std::clamp<int64_t>(placed - r, 0, kPreparedRuns));
+    for (int64_t i = 0; i < work.adapters; ++i) {
+      const Tensor &a = batch.lora_A[static_cast<size_t>(g + i)], &b = batch.lora_B[static_cast<size_t>(g + i)];
+      work.factors[i] = {launcher.in<void>(a), launcher.in<void>(b), dtype_of(a.scalar_type()),
+                         dtype_of(b.scalar_type()), static_cast<int32_t>(a.size(0))};
+    }
+    for (int64_t i = 0; i < work.runs; ++i) work.run[i] = runs[static_cast<size_t>(r + i)];
+    launcher(prepare_groups_kernel, {blocks, 2 * work.adapters + (work.runs > 0 ? 1 : 0)}, kSplitThreads, work);
+    work.lora_A.data += work.adapters * work.stride_A;
+    work.lora_B.data += work.adapters * work.stride_B;
+  }
+  return found;
+}
+
+}  // namespace
+
+DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
+                              const std::optional<Tensor>& bias, const DeviceGroups& groups) {
+  const LinearSizes size = checked_sizes(op, x, weight, DeviceAdapter{});
+  const ScalarType type = x.scalar_type();
+  DeviceForward out;
+  out.y = device_empty(x, shape_with_last(x, size.outputs), type);
+  out.z = device_empty(x, {0}, type);
+  Batch batch{flat_rows(x), groups, size.tokens, 0, size.inputs, size.outputs, {}, {}};
+  for (const Tensor& a : groups.lora_A) {
+    batch.lora_A.push_back(torch::stable::contiguous(a));
+    batch.rank = std::max(batch.rank, a.size(0));
+  }
+  for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(torch::stable::contiguous(b));
+  const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
+  // Few tokens' kernel makes all of S, the others as many columns as an adapter of a sample has ranks.
+  out.s = low_rank && (few || batch.rank == groups.rank)
+              ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
+              : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);
+  if (size.tokens == 0) return out;
+  STD_TORCH_CHECK(size.inputs > 0 && size.outputs > 0, op, ": weight is [", size.outputs, ", ", size.inputs,
+                  "], wanted at least one output and one input");
+  check_kernel_dtype(op, "x", type);
+  batch.length = size.tokens / static_cast<int64_t>(groups.adapters.size());
+  const std::optional<Tensor> held_bias = checked_bias(op, bias, x, size.outputs);
+  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+
+  std::optional<HeldFactors> factors;
+  if (few && low_rank) factors = shrink_grouped(batch, out.s);
+  if (few_tokens_accept(weight, type, size.tokens, DeviceAdapter{}) && few) {
+    few_tokens_forward(batch.x, weight, held_bias, DeviceAdapter{}, size, false, out, y, false,
+                       factors.has_value() ? &*factors : nullptr);
+    return out;
+  }
+  const Tensor product = transposed(dense_weight(weight, type));
+  if (factors.has_value()) {
+    expand_few(y, out.s, *factors, held_bias);
+  } else if (low_rank) {
+    const Prepared prepared = prepare(op, batch);
+    const HeldTerms s_terms = left_terms(x, prepared.tiles.adapted * kTileRows, padded_rank(batch.rank), type);
+    PassInput input = dense_input(batch.x);
+    input.tiles = &prepared.tiles;
+    const PassSums sums = rank_pass(input, &prepared.a, nullptr);
+    Reduced wanted;
+    wanted.plain = &out.s;
+    wanted.terms = &s_terms;
+    wanted.tiles = &prepared.tiles;
+    reduce(sums.rows, batch.rank, wanted);
+    expand_grouped(y, prepared.tiles, s_terms, prepared.b, held_bias);
+  } else if (held_bias.has_value()) {
+    expand(y, nullptr, nullptr, nullptr, held_bias);
+  } else {
+    mm_out(y, batch.x, product);
+    return out;
+  }
+  addmm_(y, batch.x, product, 1.0);
+  return out;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,73 @@
+// What the passes over a mixed batch start from, in one launch: the table of its rows (row_tiles.cuh) and the terms of
+// each adapter's A and B (terms.cuh), padded to the largest rank among them, one after the other.
+//
+// Which tokens and matrices comes with the launch's arguments: nothing is copied from the host, and a CUDA graph can
+// hold it. More adapters or runs of tokens than the arguments hold take more launches. Bytes moved: A and B once, their
+// terms, 4 T.
+#pragma once
+
+#include "linear/cuda/row_tiles.cuh"
+#include "linear/cuda/terms.cuh"
+
+namespace peft_ext {
+
+struct AdapterFactors {
+  const void* lora_A;  // [rank, inputs]
+  const void* lora_B;  // [outputs, rank]
+  DType type_A, type_B;
+  int32_t rank;
+};
+
+// Tokens that are neighbours in the batch and of one adapter, and so in the table.
+struct TokenRun {
+  int32_t first, count;  // tokens
+  int32_t place;         // in the table
+  int32_t filled;        // of the table from there on: count, or, of an adapter's last, to the end of its tile
+  RowTile tile;
+};
+
+constexpr int kPreparedAdapters = 48;
+constexpr int kPreparedRuns = 64;
+
+struct PrepareGroups {
+  int64_t inputs, outputs;
+  TermsOut lora_A, lora_B;     // of the launch's first adapter
+  int64_t stride_A, stride_B;  // to the next, in words of 4 bytes
+  int32_t* rows;               // of the table
+  RowTile* tiles;
+  int adapters, runs;  // of this launch
+  AdapterFactors factors[kPreparedAdapters];
+  TokenRun run[kPreparedRuns];
+};
+static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
+
+// Grid: x: as split_kernel's; y: each A, each B, the table.
+static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
+  const int which = static_cast<int>(blockIdx.y);
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
+  if (which < 2 * work.adapters) {
+    const bool second = which >= work.adapters;
+    const int index = second ? which - work.adapters : which;
+    const AdapterFactors& factors = work.factors[index];
+    Split split{};
+    split.in = second ? factors.lora_B : factors.lora_A;
+    split.type = second ? factors.type_B : factors.type_A;
+    split.outer = second ? work.outputs : factors.rank;
+    split.inner = second ? factors.rank : work.inputs;
+    split.outer_stride = split.inner;
+    split.inner_stride = 1;
+    split.out = second ? work.lora_B : work.lora_A;
+    split.out.data += index * (second ? work.stride_B : work.stride_A);
+    return split_pair_of(split, at);
+  }
+  for (int r = 0; r < work.runs; ++r) {
+    const TokenRun& run = work.run[r];
+    for (int64_t i = at; i < run.filled; i += static_cast<int64_t>(gridDim.x) * kSplitThreads) {
+      const int64_t place = run.place + i;
+      work.rows[place] = i < run.count ? static_cast<int32_t>(run.first + i) : -1;
+      if (place % kTileRows == 0) work.tiles[place / kTileRows] = run.tile;
+    }
+  }
+}
+
+}  // namespace peft_ext
