@@ -17,8 +17,46 @@ struct Vec {
   static Vec load(const float* x) { return {*x}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+  static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+  static Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+  // b where one is a NaN.
+  static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  // a > 0 ? b : c
+  static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
+  Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
+  // Of less than 2^22: what is added leaves no bits for a fraction.
+  Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
+  // 2^v of a whole v from -126 to 127; of a NaN anything.
+  Vec exp2() const {
+    const int32_t whole = v == v ? static_cast<int32_t>(v) : 0;
+    return {bits_to_float(static_cast<uint32_t>(whole + 127) << 23)};
+  }
   float sum() const { return v; }
   void store(float* x) const { *x = v; }
+
+  // Of any element type; with a count the first so many, and zeros behind them: of one lane there is never a rest.
+  template <typename T>
+  static Vec load_as(const T* x) {
+    return {to_float(*x)};
+  }
+  template <typename T>
+  static Vec load_as(const T*, int64_t) {
+    return zero();
+  }
+  template <typename T>
+  void store_as(T* x) const {
+    *x = from_float<T>(v);
+  }
+  template <typename T>
+  void store_as(T*, int64_t) const {}
+  // As a T holds it.
+  template <typename T>
+  Vec rounded() const {
+    return {to_float(from_float<T>(v))};
+  }
+  Vec first(int64_t) const { return zero(); }
 };
 
 // One 32-bit word in a 64-bit lane: see philox_impl.h.

@@ -9,6 +9,7 @@ from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
 from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
+from .norm import layer_norm, rms_norm
 
 __all__ = [
     "bottleneck_adapter",
@@ -18,10 +19,12 @@ __all__ = [
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",
+    "layer_norm",
     "lora_linear",
     "lora_residual",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_merge",
     "nf4_quantize",
+    "rms_norm",
 ]

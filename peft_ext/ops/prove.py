@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+    "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
 }  # fmt: skip
 
 # Operators whose kernels were dropped, and why.
@@ -283,6 +284,14 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         yield "ia3_linear_backward", (grad, x, *dense, bias, l_out, z, False, False, True, True)
         yield "ia3_scale", (x, l_in)
         yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
+    elif family == "norm":
+        w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
+        yield "rms_norm", (x, w, 1e-6, 0.0, True)
+        rstd = REFERENCES["rms_norm"](x, w, 1e-6, 0.0, True)[1]
+        yield "rms_norm_backward", (draw(t, k, of=torch.float32), x, w, rstd, 0.0, True, True)
+        yield "layer_norm", (x, w, b, 1e-5)
+        mean, rstd = REFERENCES["layer_norm"](x, w, b, 1e-5)[1:]
+        yield "layer_norm_backward", (draw(t, k), x, w, mean, rstd, True, True, True)
     else:
         down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
         down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)
