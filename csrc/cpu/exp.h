@@ -12,7 +12,7 @@ inline Vec exp(Vec x) {
   // max takes its second argument where one is NaN; min(x, h) = -max(-h, -x).
   const Vec at =
       Vec::sub(Vec::zero(), Vec::max(Vec::sub(Vec::zero(), highest), Vec::sub(Vec::zero(), Vec::max(lowest, x))));
-  const Vec n = Vec::round(Vec::mul(at, Vec::broadcast(1.44269504088896341f)));
+  const Vec n = Vec::mul(at, Vec::broadcast(1.44269504088896341f)).round();
   // ln 2 in two terms, the first of so few bits that n times it is exact.
   Vec r = Vec::fma(n, Vec::broadcast(-0.693359375f), at);
   r = Vec::fma(n, Vec::broadcast(2.12194440e-4f), r);
@@ -23,7 +23,7 @@ inline Vec exp(Vec x) {
   sum = Vec::fma(sum, r, Vec::broadcast(0.5f));
   sum = Vec::fma(sum, r, Vec::broadcast(1.0f));
   sum = Vec::fma(sum, r, Vec::broadcast(1.0f));
-  return Vec::zero_below(Vec::scale2(sum, n), x, lowest);
+  return Vec::positive(Vec::sub(lowest, x), Vec::zero(), Vec::mul(sum, n.exp2()));
 }
 
 // 1 - 2 / (e^2x + 1): within 2^-23 of tanh x, absolutely; of NaN, NaN.

@@ -44,17 +44,19 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-  // b where one of them is NaN.
+  // b where one is a NaN.
+  static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  static Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a 2^n of an integral n from -126 to 127.
-  static Vec scale2(Vec a, Vec n) {
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(power))};
+  // a > 0 ? b : c
+  static Vec positive(Vec a, Vec b, Vec c) {
+    return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
   }
-  // 0 where at < bound.
-  static Vec zero_below(Vec a, Vec at, Vec bound) {
-    return {_mm256_and_ps(a.v, _mm256_cmp_ps(at.v, bound.v, _CMP_NLT_UQ))};
+  Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
+  Vec round() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // 2^v of a whole v from -126 to 127.
+  Vec exp2() const {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
   }
   float sum() const {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -67,15 +69,55 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
+
+  // Of any element type; with a count the first so many, and zeros behind them.
+  template <typename T>
+  static Vec load_as(const T* x) {
+    return {load8(x)};
+  }
+  static Vec load_as(const float* x, int64_t count) { return {_mm256_maskload_ps(x, first_lanes(count))}; }
+  template <typename T>
+  static Vec load_as(const T* x, int64_t count) {
+    T lanes[kWidth] = {};  // no masked load of 16 bits
+    memcpy(lanes, x, static_cast<size_t>(count) * sizeof(T));
+    return {load8(lanes)};
+  }
+  template <typename T>
+  void store_as(T* x) const {
+    store8(x, v);
+  }
+  void store_as(float* x, int64_t count) const { _mm256_maskstore_ps(x, first_lanes(count), v); }
+  template <typename T>
+  void store_as(T* x, int64_t count) const {
+    T lanes[kWidth];
+    store8(lanes, v);
+    memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
+  }
+  // As a T holds them.
+  template <typename T>
+  Vec rounded() const;
+  // Zeros behind the first so many.
+  Vec first(int64_t count) const { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v)}; }
+
+ private:
+  static __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
 };
 
-template <typename T>
-inline Vec load_vec(const T* x) {
-  return {load8(x)};
+template <>
+inline Vec Vec::rounded<float>() const {
+  return *this;
 }
-template <typename T>
-inline void store_vec(T* out, Vec value) {
-  store8(out, value.v);
+template <>
+inline Vec Vec::rounded<bf16>() const {
+  const __m128i bits = round_bf16(v);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+template <>
+inline Vec Vec::rounded<f16>() const {
+  return {_mm256_cvtph_ps(round_f16(v))};
 }
 
 // Four 32-bit words in 64-bit lanes: see philox_impl.h.

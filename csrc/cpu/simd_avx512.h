@@ -46,27 +46,65 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-  // b where one of them is NaN.
+  // b where one is a NaN.
+  static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // a 2^n of an integral n from -126 to 127.
-  static Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-  // 0 where at < bound.
-  static Vec zero_below(Vec a, Vec at, Vec bound) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(at.v, bound.v, _CMP_NLT_UQ), a.v)};
+  // a > 0 ? b : c
+  static Vec positive(Vec a, Vec b, Vec c) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), c.v, b.v)};
+  }
+  Vec abs() const { return {_mm512_abs_ps(v)}; }
+  Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  // 2^v of a whole v from -126 to 127.
+  Vec exp2() const {
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
+
+  // Of any element type; with a count the first so many, and zeros behind them.
+  template <typename T>
+  static Vec load_as(const T* x) {
+    return {load16(x)};
+  }
+  static Vec load_as(const float* x, int64_t count) { return {_mm512_maskz_loadu_ps(first_lanes(count), x)}; }
+  static Vec load_as(const bf16* x, int64_t count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), x);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load_as(const f16* x, int64_t count) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), x))};
+  }
+  template <typename T>
+  void store_as(T* x) const {
+    store16(x, v);
+  }
+  void store_as(float* x, int64_t count) const { _mm512_mask_storeu_ps(x, first_lanes(count), v); }
+  void store_as(bf16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_bf16(v)); }
+  void store_as(f16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_f16(v)); }
+  // As a T holds them.
+  template <typename T>
+  Vec rounded() const;
+  // Zeros behind the first so many.
+  Vec first(int64_t count) const { return {_mm512_maskz_mov_ps(first_lanes(count), v)}; }
+
+ private:
+  static __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 };
 
-template <typename T>
-inline Vec load_vec(const T* x) {
-  return {load16(x)};
+template <>
+inline Vec Vec::rounded<float>() const {
+  return *this;
 }
-template <typename T>
-inline void store_vec(T* out, Vec value) {
-  store16(out, value.v);
+template <>
+inline Vec Vec::rounded<bf16>() const {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(v)), 16))};
+}
+template <>
+inline Vec Vec::rounded<f16>() const {
+  return {_mm512_cvtph_ps(round_f16(v))};
 }
 
 // Eight 32-bit words in 64-bit lanes: see philox_impl.h.

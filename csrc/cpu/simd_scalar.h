@@ -21,26 +21,45 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
   static Vec div(Vec a, Vec b) { return {a.v / b.v}; }
-  // b where one of them is NaN.
+  // b where one is a NaN.
+  static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-  static Vec round(Vec a) { return {nearbyintf(a.v)}; }
-  // a 2^n of an integral n from -126 to 127.
-  static Vec scale2(Vec a, Vec n) { return {ldexpf(a.v, n.v == n.v ? static_cast<int>(n.v) : 0)}; }
-  // 0 where at < bound.
-  static Vec zero_below(Vec a, Vec at, Vec bound) { return {at.v < bound.v ? 0.0f : a.v}; }
+  // a > 0 ? b : c
+  static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
+  Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
+  // Of less than 2^22: what is added leaves no bits for a fraction.
+  Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
+  // 2^v of a whole v from -126 to 127; of a NaN anything.
+  Vec exp2() const {
+    const int32_t whole = v == v ? static_cast<int32_t>(v) : 0;
+    return {bits_to_float(static_cast<uint32_t>(whole + 127) << 23)};
+  }
   float sum() const { return v; }
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
-};
 
-template <typename T>
-inline Vec load_vec(const T* x) {
-  return {to_float(*x)};
-}
-template <typename T>
-inline void store_vec(T* out, Vec value) {
-  *out = from_float<T>(value.v);
-}
+  // Of any element type; with a count the first so many, and zeros behind them: of one lane there is never a rest.
+  template <typename T>
+  static Vec load_as(const T* x) {
+    return {to_float(*x)};
+  }
+  template <typename T>
+  static Vec load_as(const T*, int64_t) {
+    return zero();
+  }
+  template <typename T>
+  void store_as(T* x) const {
+    *x = from_float<T>(v);
+  }
+  template <typename T>
+  void store_as(T*, int64_t) const {}
+  // As a T holds it.
+  template <typename T>
+  Vec rounded() const {
+    return {to_float(from_float<T>(v))};
+  }
+  Vec first(int64_t) const { return zero(); }
+};
 
 // One 32-bit word in a 64-bit lane: see philox_impl.h.
 struct Lanes {

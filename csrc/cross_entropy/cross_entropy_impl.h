@@ -13,23 +13,19 @@ namespace {
 constexpr int64_t kLanes = Vec::kWidth;
 constexpr int64_t kSumBlock = 512;  // elements: a sum of few, and then a sum of those, loses few bits
 
-// f(values, index of the first) for each whole vector of [begin, end), and f(values, index) for what is left, filled up
-// with `filler`.
+// f(values, how many of them are there) for each vector of a run; behind the last one zeros are loaded.
 template <typename T, typename F>
-inline void for_vectors(const T* row, int64_t begin, int64_t end, float filler, const F& f) {
-  int64_t v = begin;
-  for (; v + kLanes <= end; v += kLanes) f(load_vec(row + v), v);
-  if (v == end) return;
-  T rest[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) rest[i] = v + i < end ? row[v + i] : from_float<T>(filler);
-  f(load_vec(rest), v);
+inline void for_vectors(const T* run, int64_t count, const F& f) {
+  int64_t v = 0;
+  for (; v + kLanes <= count; v += kLanes) f(Vec::load_as(run + v), kLanes);
+  if (v < count) f(Vec::load_as(run + v, count - v), count - v);
 }
 
-// The first `count` lanes, zeros behind them.
-inline Vec first_lanes(Vec value, int64_t count) {
+// The first `count` lanes, the first one behind them.
+inline Vec filled(Vec value, int64_t count) {
   float lanes[kLanes];
   value.store(lanes);
-  for (int64_t i = count; i < kLanes; ++i) lanes[i] = 0.0f;
+  for (int64_t i = count; i < kLanes; ++i) lanes[i] = lanes[0];
   return Vec::load(lanes);
 }
 
@@ -55,9 +51,12 @@ template <typename T, bool kSoftcap>
 void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float weight, float& loss) {
   const Logits<kSoftcap> logits(work);
   const int64_t columns = work.columns;
-  // An element of the row as filler changes no maximum.
   Vec largest = Vec::broadcast(-INFINITY);
-  for_vectors(row, 0, columns, to_float(row[0]), [&](Vec x, int64_t) { largest = Vec::max(largest, logits.z(x)); });
+  for_vectors(row, columns, [&](Vec x, int64_t count) {
+    const Vec z = logits.z(x);
+    // Of a rest the lanes behind it stand for its first element, which changes no maximum.
+    largest = Vec::max(largest, count == kLanes ? z : filled(z, count));
+  });
   const float most = largest.largest();
   const Vec shift = Vec::broadcast(most);
 
@@ -65,11 +64,10 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   for (int64_t block = 0; block < columns; block += kSumBlock) {
     const int64_t end = min_i64(columns, block + kSumBlock);
     Vec some = Vec::zero(), total = Vec::zero();
-    for_vectors(row, block, end, 0.0f, [&](Vec x, int64_t v) {
+    for_vectors(row + block, end - block, [&](Vec x, int64_t count) {
       const Vec z = logits.z(x), e = exp(Vec::sub(z, shift));
-      const bool whole = v + kLanes <= end;
-      some = Vec::add(some, whole ? e : first_lanes(e, end - v));
-      total = Vec::add(total, whole ? z : first_lanes(z, end - v));
+      some = Vec::add(some, count == kLanes ? e : e.first(count));
+      total = Vec::add(total, count == kLanes ? z : z.first(count));
     });
     sums = Vec::add(sums, some), totals = Vec::add(totals, total);
   }
@@ -91,14 +89,8 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   };
   gradient(z_label, Vec::add(even, Vec::broadcast(rest))).store(at_label);
   int64_t v = 0;
-  for (; v + kLanes <= columns; v += kLanes) store_vec(row + v, gradient(logits.z(load_vec(row + v)), even));
-  if (v < columns) {
-    T tail[kLanes] = {};
-    const auto bytes = static_cast<size_t>(columns - v) * sizeof(T);
-    memcpy(tail, row + v, bytes);
-    store_vec(tail, gradient(logits.z(load_vec(tail)), even));
-    memcpy(row + v, tail, bytes);
-  }
+  for (; v + kLanes <= columns; v += kLanes) gradient(logits.z(Vec::load_as(row + v)), even).store_as(row + v);
+  if (v < columns) gradient(logits.z(Vec::load_as(row + v, columns - v)), even).store_as(row + v, columns - v);
   row[label] = from_float<T>(at_label[0]);
 }
 

@@ -10,6 +10,7 @@ from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
 from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
+from .norm import layer_norm, rms_norm
 
 __all__ = [
     "bottleneck_adapter",
@@ -19,6 +20,7 @@ __all__ = [
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "lora_residual",
@@ -26,4 +28,5 @@ __all__ = [
     "nf4_linear",
     "nf4_merge",
     "nf4_quantize",
+    "rms_norm",
 ]

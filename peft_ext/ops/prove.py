@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
     "cross_entropy": ("cross_entropy_rows",),
+    "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
 }  # fmt: skip
 
 # Operators whose kernels were dropped, and why.
@@ -304,6 +305,14 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         row_weight = draw(t, of=torch.float32)
         for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
             yield "cross_entropy_rows", (grad, labels, row_weight, *loss, -100, True)
+    elif family == "norm":
+        w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
+        yield "rms_norm", (x, w, 1e-6, 0.0, True)
+        rstd = REFERENCES["rms_norm"](x, w, 1e-6, 0.0, True)[1]
+        yield "rms_norm_backward", (draw(t, k, of=torch.float32), x, w, rstd, 0.0, True, True)
+        yield "layer_norm", (x, w, b, 1e-5)
+        mean, rstd = REFERENCES["layer_norm"](x, w, b, 1e-5)[1:]
+        yield "layer_norm_backward", (draw(t, k), x, w, mean, rstd, True, True, True)
     else:
         down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
         down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)

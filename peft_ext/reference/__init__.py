@@ -10,6 +10,7 @@ from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
 from .nf4 import dynamic_code, frozen_linear, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
+from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from .philox import dropout_keep_mask
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "ia3_linear_backward",
     "ia3_scale",
     "ia3_scale_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_backward",
@@ -36,4 +39,6 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "rms_norm",
+    "rms_norm_backward",
 ]

@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of 128 threads that spin 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import op_db
+import row_cases
 import torch
 from battery import assert_part_close, output_grad, run, to_wide
 from op_db import DTYPES, Case, Sample
@@ -139,6 +140,10 @@ def _case(rng: random.Random) -> Case:
         "bottleneck": lambda: op_db._bottleneck_case(
             rng.choice(ACTIVATIONS), own=maybe(), biases=maybe(), adapter_dtype=adapters, scale=rng.choice((0.75, -2.0))
         ),
+        "rms_norm": lambda: row_cases.rms_norm_case(
+            rng.choice(("llama", "gemma")), weight_dtype=adapters
+        ),
+        "layer_norm": lambda: row_cases.layer_norm_case(rng.choice(("weight bias", "weight", "bias", "")), adapters),
     }  # fmt: skip
     weights = {"lora_linear": 4, "dora_linear": 4, "nf4_linear": 2, "grouped_lora_linear": 2}
     return makers[rng.choices(list(makers), [weights.get(name, 1) for name in makers])[0]]()
@@ -167,7 +172,7 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
         shape = ((1,), *shape[1:])
     # Of few columns W and s B A may cancel in a row, and then its norm, from the sum of their products, has few digits
     # left; of one column the bottleneck's whole gradient may cancel, and has no yardstick (see the shapes in op_db).
-    few = {"dora": 8, "bottleneck": 2}.get(case.op, 1)
+    few = {"dora": 8, "bottleneck": 2, "norm": 8}.get(case.op, 1)
     shape = (shape[0], max(shape[1], few), *shape[2:])
     if case.name.startswith("bottleneck-relu"):
         case, shape = _away_from_zero(case), ((min(torch.Size(shape[0]).numel(), 4096 // shape[3]),), *shape[1:])

@@ -52,6 +52,8 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
             {"x": x, "down_weight": down, "down_bias": torch.zeros(M), "up_weight": up, "up_bias": torch.zeros(K),
              "residual": x},
         ),
+        "rms_norm": (ops.rms_norm, {"x": x, "weight": torch.ones(K), "eps": 1e-6}),
+        "layer_norm": (ops.layer_norm, {"x": x, "weight": torch.ones(K), "bias": torch.zeros(K), "eps": 1e-5}),
         "grouped_lora_linear": (
             ops.grouped_lora_linear,
             {"x": x.expand(2, T, K), "weight": weight, "lora_A": [a, a], "lora_B": [b, b], "bias": bias,
@@ -62,6 +64,7 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 CALLS = _calls()
 _OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_bias", "residual")
+_NORMS = ("rms_norm", "layer_norm")  # their weight may be None, and may train
 
 # The argument that a device is compared with, and of x's own device the first that is compared with it.
 _BESIDE = {"lora_A": "weight", "lora_B": "weight"}
@@ -120,6 +123,8 @@ def test_what_is_no_tensor_that_the_operators_take(op: str, name: str) -> None:
     value = CALLS[op][1][name]
     for about, (make, kind, text) in _KINDS.items():
         if (about == "None" and name in _OPTIONAL) or (about == "meta" and op == "nf4_quantize"):
+            continue
+        if about == "None" and name == "weight" and op in _NORMS:
             continue
         if about == "jagged" and value[0].dim() == 0:
             continue
@@ -240,7 +245,9 @@ def test_other_arguments(op: str, wrong: dict[str, Any], kind: type[Exception], 
     _refused(op, wrong, kind, message)
 
 
-@pytest.mark.parametrize("op", [op for op, (_, arguments) in CALLS.items() if "weight" in arguments])
+@pytest.mark.parametrize(
+    "op", [op for op, (_, arguments) in CALLS.items() if "weight" in arguments and op not in _NORMS]
+)
 def test_a_weight_that_trains(op: str) -> None:
     function, arguments = CALLS[op]
     wrong = {"weight": nn.Parameter(arguments["weight"].clone())}
@@ -313,6 +320,8 @@ _TOO_LARGE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ia3_linear", {"weight": _HUGE.expand(2**56, K), "ia3_l": _HUGE.expand(2**56), "bias": None}),
     ("ia3_scale", {"x": _HUGE.expand(2**55, K)}),
     ("bottleneck_adapter", {"x": _HUGE.expand(2**55, K), "residual": None}),
+    ("rms_norm", {"x": _HUGE.expand(2**55, K)}),
+    ("layer_norm", {"x": _HUGE.expand(2**55, K)}),
 )
 
 

@@ -148,11 +148,11 @@ def saved_bytes(case: Case, sample: Sample) -> int:
     return sum(new.values())
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3")], ids=ids)
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm")], ids=ids)
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
     """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
 
-    No mask, no dropped x, no copy of x, no weight.
+    No mask, no dropped x, no copy of x, no weight. Of a norm one float32 number a row, or two.
     """
     t, k, n, r = 40, 128, 96, 8
     name, about = case.name.partition("-")[::2]
@@ -165,6 +165,8 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
         "ia3_linear": 0 if "feedforward" in about else y,
         "ia3_scale": 0,
+        "rms_norm": t * 4,
+        "layer_norm": 2 * t * 4,
     }[name]
     if "norm_grad" in about:  # U, and of the quotient: the norm itself, where it is 0, and magnitude in float32
         wanted += n * r * 4 + n * 4 + n * 1 + (n * 4 if sample.inputs["magnitude"].dtype != torch.float32 else 0)
@@ -278,6 +280,15 @@ def test_reference_ia3_backward_is_the_gradient_of_its_forward(base: str, feedfo
         assert_gradients(y, inputs, backward)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_reference_norm_backwards_are_the_gradients_of_their_forwards(offset: float) -> None:
+    x, weight, bias = inputs = leaves((2, 3, 5), (5,), (5,))
+    y, rstd = reference.norm.rms_norm_forward(x, weight, 1e-3, offset, True)
+    assert_gradients(y, inputs[:2], lambda grad: reference.rms_norm_backward(grad, x, weight, rstd, offset))
+    y, mean, rstd = reference.norm.layer_norm_forward(x, weight, bias, 1e-3)
+    assert_gradients(y, inputs, lambda grad: reference.layer_norm_backward(grad, x, weight, mean, rstd))
+
+
 def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     """The private operator behind a case and its arguments."""
     name, i = case.name.split("-")[0], sample.inputs
@@ -291,6 +302,10 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
+    if name == "rms_norm":
+        return name, (i["x"], i["weight"], 1e-6, float("gemma" in case.name), "gemma" not in case.name)
+    if name == "layer_norm":
+        return name, (i["x"], i["weight"], i["bias"], 1e-5)
     weight = ops.checks.weight_args(i["weight"])
     if name == "grouped_lora_linear":
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]

@@ -6,97 +6,18 @@ the same inputs. ``test_ops.py`` runs the whole battery over every case; adding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from op_errors import ERRORS, Error
+from op_case import DTYPES, SHAPES, Case, Sample, case_name, randn, wide
+from row_cases import layer_norm_case, rms_norm_case
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# (tokens shape, K, N, R): odd, prime, one, empty, wider than a panel, and a multiple of everything.
-SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
-    ((4, 8), 64, 96, 16),
-    ((3, 7), 65, 33, 5),
-    ((1,), 1, 1, 1),
-    ((), 48, 40, 3),
-    ((0,), 32, 16, 4),
-    ((2, 0, 3), 32, 16, 4),
-    ((131,), 515, 70, 8),
-    ((17,), 36, 1031, 33),
-    ((300,), 96, 64, 17),
-    ((5,), 192, 70, 8),
-    ((16,), 128, 33, 4),
-    ((1,), 4160, 130, 2),
-)
-
-
-@dataclass
-class Sample:
-    """Inputs of one call. ``grads`` names those that get a gradient; ``call`` takes the inputs and nothing else."""
-
-    inputs: dict[str, Any]
-    grads: Sequence[str] = ()
-
-    def to(self, device: torch.device) -> Sample:
-        """The same values on ``device``."""
-        return Sample({name: _moved(value, device) for name, value in self.inputs.items()}, self.grads)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, (Tensor, NF4Weight)) else value
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operator in one configuration.
-
-    Attributes:
-        name: test id. op: stem of the operator's files. make: draws a sample for (dtype, shape).
-        call: the public op. plain: the same in eager PyTorch, in the dtype a user would run it in; the yardstick.
-        oracle: the same in float64, differentiable by autograd. exact: the result must have the oracle's bits.
-        result: dtype and shape of the result, for (dtype, shape). held: inputs of the oracle that its gradient takes
-        for constants although they depend on the sample. from_product: gradients that are computed from the base
-        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on.
-    """
-
-    name: str
-    op: str
-    make: Callable[[torch.dtype, tuple], Sample]
-    call: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    oracle: Callable[..., Tensor] = None  # by default the code of plain
-    exact: bool = False
-    result: Callable[[torch.dtype, tuple], tuple[torch.dtype, tuple]] = lambda dtype, shape: (
-        dtype, (*shape[0], shape[2]))  # fmt: skip
-    held: Callable[[Sample], dict[str, Any]] = lambda sample: {}
-    from_product: Sequence[str] = ()
-    shapes: Sequence[tuple] = SHAPES
-
-    def __post_init__(self) -> None:
-        if self.oracle is None:
-            object.__setattr__(self, "oracle", self.plain)
-
-    @property
-    def errors(self) -> tuple[Error, ...]:
-        """Of this case, or of every case of its operator."""
-        return ERRORS.get(self.name, ERRORS.get(self.name.partition("-")[0], ()))
-
-
-def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
-
-
-def wide(value: Any) -> Any:
-    """An input as the oracle takes it: float64 of the very same value."""
-    if isinstance(value, NF4Weight):
-        return value
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+__all__ = ["CASES", "DTYPES", "SAVED_OUTPUT", "SEED", "SHAPES", "Case", "Sample", "randn", "wide"]
 
 
 # --- nf4 --------------------------------------------------------------------------------------------------------------
@@ -187,13 +108,6 @@ def _dropped(x: Tensor, p: float) -> Tensor:
     return torch.where(reference.dropout_keep_mask(SEED, p, x.shape), x / (1 - p), 0.0) if p else x
 
 
-def _case_name(op: str, base: str, dropout_p: float, adapter_dtype: Any, **traits: bool) -> str:
-    parts = [base, *(name for name, present in traits.items() if present)]
-    parts += [f"dropout{dropout_p}"] if dropout_p else []
-    parts += [f"adapters_{str(adapter_dtype).removeprefix('torch.')}"] if adapter_dtype is not None else []
-    return f"{op}-" + "-".join(parts)
-
-
 def _low_rank_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch.dtype, with_bias: bool) -> dict:
     tokens, k, n, r = shape
     return {
@@ -228,7 +142,7 @@ def _lora_case(
         lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
         return y + F.linear(F.linear(_dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
 
-    name = _case_name("lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
+    name = case_name("lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
     return Case(name, "lora", make, call, plain)
 
 
@@ -251,7 +165,7 @@ def _dora_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
     def plain(weight, lora_A, lora_B, compute):
         return _plain_norm(_dequantized(weight, compute).to(torch.promote_types(compute, lora_A.dtype)), lora_A, lora_B)
 
-    name = _case_name("dora_weight_norm", base, 0.0, adapter_dtype)
+    name = case_name("dora_weight_norm", base, 0.0, adapter_dtype)
     return Case(name, "dora", make, call, plain, result=lambda dtype, shape: (torch.float32, (shape[2],)))
 
 
@@ -293,7 +207,7 @@ def _dora_case(
         unbiased = y if bias is None else y - bias
         return y + ((g - 1) * unbiased + g * low_rank)
 
-    name = _case_name("dora_linear", base, dropout_p, adapter_dtype, bias=with_bias, peft=dropout_mode == "peft",
+    name = case_name("dora_linear", base, dropout_p, adapter_dtype, bias=with_bias, peft=dropout_mode == "peft",
                       norm_grad=norm_grad, save_output=save_output)  # fmt: skip
     return Case(
         name, "dora", make, call, plain,
@@ -342,7 +256,7 @@ def _ia3_case(
         dense, ia3_l = _dequantized(weight, compute).to(x.dtype), ia3_l.to(x.dtype).flatten()
         return F.linear(x * ia3_l, dense, bias) if feedforward else F.linear(x, dense, bias) * ia3_l
 
-    name = _case_name("ia3_linear", base, 0.0, adapter_dtype, bias=with_bias, feedforward=feedforward, matrix=matrix,
+    name = case_name("ia3_linear", base, 0.0, adapter_dtype, bias=with_bias, feedforward=feedforward, matrix=matrix,
                       save_output=save_output)  # fmt: skip
     return Case(name, "ia3", make, call, plain, from_product=("ia3_l",))
 
@@ -356,7 +270,7 @@ def _ia3_scale_case(adapter_dtype: Any = None) -> Case:
     def plain(x, ia3_l):
         return x * ia3_l.to(x.dtype).flatten()
 
-    return Case(_case_name("ia3_scale", "x", 0.0, adapter_dtype), "ia3", make, ops.ia3_scale, plain)
+    return Case(case_name("ia3_scale", "x", 0.0, adapter_dtype), "ia3", make, ops.ia3_scale, plain)
 
 
 # --- bottleneck -------------------------------------------------------------------------------------------------------
@@ -426,7 +340,7 @@ def _lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, ra
         lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
         return residual + F.linear(F.linear(_dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
 
-    name = _case_name("lora_residual", "any", dropout_p, adapter_dtype, rank_scale=rank_scale)
+    name = case_name("lora_residual", "any", dropout_p, adapter_dtype, rank_scale=rank_scale)
     return Case(name, "lora", make, call, plain)
 
 
@@ -465,7 +379,7 @@ def _grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any
             y = y.index_add(0, index, part)
         return y
 
-    name = _case_name("grouped_lora_linear", base, 0.0, adapter_dtype, bias=with_bias)
+    name = case_name("grouped_lora_linear", base, 0.0, adapter_dtype, bias=with_bias)
     return Case(name, "grouped_lora", make, call, plain, shapes=[shape for shape in SHAPES if shape[0]])
 
 
@@ -572,6 +486,16 @@ CASES: tuple[Case, ...] = (
     _cross_entropy_case("dense", with_bias=True, adapter_dtype=torch.float32, reduction="mean", label_smoothing=0.1),
     _cross_entropy_case("nested", reduction="none", softcap=3.0, logit_scale=0.5),
     _cross_entropy_case("dense", adapter_dtype=torch.bfloat16, own_input=True, reduction="none"),
+    rms_norm_case(),
+    rms_norm_case(weight_dtype=torch.float32),
+    rms_norm_case("gemma"),
+    rms_norm_case("gemma", weight_dtype=torch.float16),
+    rms_norm_case(weighted=False),
+    layer_norm_case(),
+    layer_norm_case(vector_dtype=torch.float32),
+    layer_norm_case("weight"),
+    layer_norm_case("bias"),
+    layer_norm_case(""),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

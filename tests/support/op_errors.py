@@ -114,6 +114,22 @@ ERRORS: dict[str, tuple[Error, ...]] = {
                 r"ia3_l has shape \(95,\), wanted \(96,\) or \(1, 96\) or \(96, 1\)"),
         number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
     ),
+    "rms_norm-llama": _errors(
+        "rms_norm",
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
+        weight_size=({"weight": torch.ones(1, 64)}, ValueError, r"weight has shape \(1, 64\), wanted \(64,\)"),
+        weight_of_integers=({"weight": torch.ones(64, dtype=torch.int64)}, TypeError, "weight is int64, wanted one of"),
+        negative_eps=({"eps": -1e-6}, ValueError, "eps is -1e-06, wanted 0 or more"),
+        eps=({"eps": None}, ValueError, "eps is None, wanted a finite number"),
+        offset=({"offset": float("nan")}, ValueError, "offset is nan, wanted a finite number"),
+    ),
+    "layer_norm-weight_bias": _errors(
+        "layer_norm",
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
+        weight_size=({"weight": torch.ones(65)}, ValueError, r"weight has shape \(65,\), wanted \(64,\)"),
+        bias_size=({"bias": torch.ones(64, 1)}, ValueError, r"bias has shape \(64, 1\), wanted \(64,\)"),
+        negative_eps=({"eps": -1.0}, ValueError, "eps is -1.0, wanted 0 or more"),
+    ),
     "bottleneck-gelu": _errors(
         "bottleneck_adapter", "residual shape", "residual dtype",
         activation=({"activation": "tanh"}, ValueError,

@@ -1,0 +1,54 @@
+// RMSNorm and LayerNorm of rows on the CPU: what each instruction set provides. One pass over a row: it is read from
+// memory once, and again from L1. Sums are float32, in an order that depends on the row's length and the path alone.
+//
+//   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ factor + bias      RMSNorm: μ is 0
+//   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ factor     dw = Σ_t dY ∘ x̂    db = Σ_t dY     RMSNorm: no mean g
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace peft_ext {
+
+struct NormRows {
+  DType dtype, out_dtype;  // of x; of y: x's or float32
+  int64_t columns;
+  bool centered;     // LayerNorm
+  bool round_first;  // x̂ is rounded to x's type before the factor
+  float eps;
+  const void* x;                  // [T, columns]
+  const float* factor = nullptr;  // [columns]; null: 1
+  const float* bias = nullptr;    // [columns]; null: 0
+  void* y;                        // [T, columns]
+  float* mean = nullptr;          // [T], where centered
+  float* rstd;                    // [T]
+};
+
+struct NormGradient {
+  DType dtype, grad_dtype;  // of x and dX; of dY: x's or float32
+  int64_t columns;
+  bool centered;
+  const void* grad;               // [T, columns]
+  const void* x;                  // [T, columns]
+  const float* factor = nullptr;  // [columns]; null: 1
+  const float* mean = nullptr;    // [T], where centered
+  const float* rstd;              // [T]
+  void* grad_x = nullptr;         // [T, columns], if wanted
+  float* grad_weight = nullptr;   // [columns], added to, if wanted
+  float* grad_bias = nullptr;     // [columns], added to, if wanted
+};
+
+// Of the rows [begin, end).
+struct NormKernels {
+  void (*rows)(const NormRows& work, int64_t begin, int64_t end);
+  void (*gradient)(const NormGradient& work, int64_t begin, int64_t end);
+};
+
+extern const NormKernels kNormKernelsScalar;
+#if defined(__x86_64__)
+extern const NormKernels kNormKernelsAvx2;
+extern const NormKernels kNormKernelsAvx512;
+#endif
+
+}  // namespace peft_ext

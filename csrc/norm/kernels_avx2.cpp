@@ -1,0 +1,14 @@
+// The norms with AVX2. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx2.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx2.h"
+#include "norm/kernels_impl.h"
+
+namespace peft_ext {
+
+const NormKernels kNormKernelsAvx2 = {norm_rows, norm_gradient};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

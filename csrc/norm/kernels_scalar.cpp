@@ -1,0 +1,9 @@
+// The norms on any CPU. See kernels.h for the contract.
+#include "cpu/simd_scalar.h"
+#include "norm/kernels_impl.h"
+
+namespace peft_ext {
+
+const NormKernels kNormKernelsScalar = {norm_rows, norm_gradient};
+
+}  // namespace peft_ext

@@ -1,0 +1,203 @@
+"""RMSNorm and LayerNorm over the last dimension, in float32 and in one pass over each row.
+
+    x̂ = (x - μ) r      r = 1/√(mean (x - μ)² + eps)      y = x̂ ∘ (w + offset) + b       RMSNorm: μ is 0, no b
+
+Backward: ``g = dY ∘ (w + offset)``, ``dX = r (g - mean g - x̂ mean (g ∘ x̂))`` (RMSNorm: without mean g),
+``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``, these only where weight or bias is trained.
+Saved: x, weight, and one float32 number a row, r; LayerNorm two, μ and r. No float32 copy of x.
+
+Sources: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import norm as reference
+from ..reference.common import sum_dtype
+from . import checks
+from .library import NAMESPACE, define, in_float64, tokens
+from .nf4 import refuse_double_backward
+
+__all__ = ["layer_norm", "rms_norm"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _of_rows(x):
+    return x.new_empty(tokens(x), dtype=sum_dtype(x.dtype))
+
+
+def _rms_fake(x, weight, eps, offset, round_before_weight):
+    return x.new_empty(x.shape, dtype=reference.rms_norm_dtype(x, weight, round_before_weight)), _of_rows(x)
+
+
+def _like_weight(x, weight, needed):
+    return (x.new_empty(0, dtype=sum_dtype(x.dtype)) if weight is None
+            else weight.new_empty(weight.shape if needed else 0))  # fmt: skip
+
+
+def _rms_backward_reference(grad, x, weight, rstd, offset, needs_x, needs_weight):
+    grad_x, grad_weight = reference.rms_norm_backward(grad, x, weight, rstd, offset)
+    return grad_x if needs_x else x.new_empty(0), grad_weight if needs_weight else _like_weight(x, weight, False)
+
+
+def _rms_backward_fake(grad, x, weight, rstd, offset, needs_x, needs_weight):
+    return x.new_empty(x.shape if needs_x else 0), _like_weight(x, weight, needs_weight)
+
+
+def _layer_fake(x, weight, bias, eps):
+    return x.new_empty(x.shape), _of_rows(x), _of_rows(x)
+
+
+def _layer_backward_reference(grad, x, weight, mean, rstd, needs_x, needs_weight, needs_bias):
+    grad_x, grad_weight, grad_bias = reference.layer_norm_backward(grad, x, weight, mean, rstd)
+    return (
+        grad_x if needs_x else x.new_empty(0),
+        grad_weight if needs_weight else _like_weight(x, weight, False),
+        grad_bias if needs_bias else grad_bias.new_empty(0),
+    )
+
+
+def _layer_backward_fake(grad, x, weight, mean, rstd, needs_x, needs_weight, needs_bias):
+    grad_bias = rstd.new_empty(x.shape[-1] if needs_bias else 0)
+    return x.new_empty(x.shape if needs_x else 0), _like_weight(x, weight, needs_weight), grad_bias
+
+
+define(
+    "rms_norm",
+    "(Tensor x, Tensor? weight, float eps, float offset, bool round_before_weight) -> (Tensor y, Tensor rstd)",
+    reference=reference.rms_norm_forward,
+    fake=_rms_fake,
+)
+define(
+    "rms_norm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, float offset, bool needs_grad_x, bool needs_grad_weight)"
+    " -> (Tensor grad_x, Tensor grad_weight)",
+    reference=_rms_backward_reference,
+    fake=_rms_backward_fake,
+)
+define(
+    "layer_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    reference=reference.layer_norm_forward,
+    fake=_layer_fake,
+)
+define(
+    "layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool needs_grad_x, bool needs_grad_weight, "
+    "bool needs_grad_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    reference=_layer_backward_reference,
+    fake=_layer_backward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _rms_setup_context(ctx, inputs, output):
+    x, weight, _eps, ctx.offset, _round = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _rms_backward(ctx, grad, _grad_rstd):
+    refuse_double_backward("rms_norm")
+    needs = ctx.needs_input_grad
+    grad_x, grad_weight = _ops.rms_norm_backward(grad, *ctx.saved_tensors, ctx.offset, needs[0], needs[1])
+    return grad_x if needs[0] else None, grad_weight if needs[1] else None, None, None, None
+
+
+def _layer_setup_context(ctx, inputs, output):
+    x, weight, bias, _eps = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, mean, rstd)
+
+
+def _layer_backward(ctx, grad, _grad_mean, _grad_rstd):
+    refuse_double_backward("layer_norm")
+    needs = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = _ops.layer_norm_backward(grad, *ctx.saved_tensors, *needs[:3])
+    return (grad_x if needs[0] else None, grad_weight if needs[1] else None,
+            grad_bias.to(ctx.bias_dtype) if needs[2] else None, None)  # fmt: skip
+
+
+torch.library.register_autograd(f"{NAMESPACE}::rms_norm", _rms_backward, setup_context=_rms_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::layer_norm", _layer_backward, setup_context=_layer_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, x: Tensor, eps: float, **vectors: Optional[Tensor]) -> None:
+    checks.check_float(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., K]")
+    for argument, value in vectors.items():
+        if value is not None:
+            checks.check_vector(op, argument, value, x, (x.shape[-1],))
+    checks.check_scale(op, eps, argument="eps")
+    if eps < 0:
+        raise ValueError(f"{op}: eps is {eps!r}, wanted 0 or more")
+
+
+def rms_norm(
+    x: Tensor, weight: Optional[Tensor], eps: float, *, offset: float = 0.0, round_before_weight: bool = True
+) -> Tensor:
+    """``y = x / √(mean x² + eps) ∘ (w + offset)``, the mean over the last dimension.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` of any float dtype, or None: 1.
+        offset: 0 as in Llama, 1 as in Gemma, whose weight is what is added to 1.
+        round_before_weight: x̂ is rounded to x's dtype before the weight, as in transformers' Llama:
+            ``weight * x̂.to(x.dtype)``. Else the product is rounded alone, as in Gemma: ``(x̂ * (1 + w)).to(x.dtype)``.
+
+    Returns: ``[..., K]`` of x's dtype; where ``round_before_weight`` of PyTorch's for a product of w and x: float32
+    for a float32 weight over 16-bit x, as PEFT's ``prepare_model_for_kbit_training`` makes. Sums in float32: on the
+    CPU four vectors of the path's width in turn, on a GPU eight columns a thread, then the threads. Where the sums
+    have transformers' bits, so has the result. Gradients flow to x and weight, in their own dtypes; saved for
+    backward: x, weight and one float32 number a row. Autocast changes nothing.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: RMSNorm (arXiv 1910.07467).
+    """
+    op = "rms_norm"
+    _check(op, x, eps, weight=weight)
+    checks.check_scale(op, offset, argument="offset")
+    if checks.any_float64(x, weight):
+        return in_float64(reference.rms_norm, x, weight, eps, offset=offset, round_before_weight=round_before_weight)
+    return _ops.rms_norm(x, weight, float(eps), float(offset), bool(round_before_weight))[0]
+
+
+def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> Tensor:
+    """``y = (x - μ) / √(mean (x - μ)² + eps) ∘ w + b``, means over the last dimension: ``F.layer_norm`` over it.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` or None: 1. bias: b ``[K]`` or None: 0. Each of
+            any float dtype.
+
+    Returns: ``[..., K]`` of x's dtype. In float32, the sum of squares about the mean, one rounding at the end.
+    Gradients flow to x, weight and bias, in their own dtypes; saved for backward: x, weight and two float32 numbers a
+    row. Autocast, under which ``F.layer_norm`` may compute and return float32, changes nothing.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: LayerNorm (arXiv 1607.06450).
+    """
+    op = "layer_norm"
+    _check(op, x, eps, weight=weight, bias=bias)
+    if checks.any_float64(x, weight, bias):
+        return in_float64(reference.layer_norm, x, weight, bias, eps)
+    return _ops.layer_norm(x, weight, bias, float(eps))[0]
