@@ -37,6 +37,7 @@ from .fused.base import (
     is_repacked,
     without_adapters,
 )
+from .fused.blocks import Block, fuse_blocks, no_block_reason, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
 from .fused.head import DefersLoss, compute_losses, defer_losses, heads, no_head_reason
 from .fused.linear import FusedLinear, linear_dtype, would_widen
@@ -79,8 +80,8 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
             ``Linear8bitLt``, one with hooks) the part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A
             layer that can't be fused goes on as it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
-        blocks: more than layers, each tried on random numbers first, and left as it is, with a warning, where it gives
-            other ones: the loss of a language model, which in training takes the hidden states and the frozen head
+        blocks: more than layers, each tried on random numbers first, and left as it is where it gives other ones: norms
+            (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row; the loss of a language model, which in training takes the hidden states and the frozen head
             instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever computes it with
             ``F.cross_entropy``. The logits that such a model returns in training are computed where something reads
             them. False: the layers alone.
@@ -102,6 +103,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
     check_module("accelerate", model)
     if not blocks:
         compute_losses(model)
+        plain_blocks(model)
     for module in without_adapters(model):
         if would_widen(module):
             module.__class__ = FusedLinear
@@ -116,6 +118,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
             prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
     if blocks:
+        fuse_blocks(model)
         defer_losses(model)
     repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
     if repacked:
@@ -173,7 +176,8 @@ class Explanation:
     """A row for each PEFT layer, and for each linear that is not the base of one and is quantized, or computes in a
     16-bit dtype for whose products the CPU has no instructions. Prints as a table.
 
-    ``blocks``: a row for each loss of a language model; ``fused_share`` is of the layers alone.
+    ``blocks``: a row for each norm and MLP that is known, and for each loss of a language model; ``fused_share`` is of
+    the layers alone.
 
     ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers does not have where this
     package looks for it, and what is not fused for want of it.
@@ -204,7 +208,11 @@ class Explanation:
         table = ["  ".join(line).rstrip() for line in cells]
         fused = sum(row.fused for row in self.rows)
         share = f"{fused} of {len(self.rows)} layers fused ({self.fused_share:.0%})"
-        blocks = [f"{row.kind}: {'fused' if row.fused else 'stock'}, {row.name}: {row.reason}" for row in self.blocks]
+        blocks = [
+            f"{kind}: {'fused' if fused else 'stock'}, {f'{len(names)} x, first {names[0]}' if names[1:] else names[0]}"
+            f"{f': {reason}' if reason else ''}"
+            for (kind, fused, reason), names in alike(self.blocks).items()
+        ]
         return "\n".join([*table, share, *blocks, *self.missing])
 
 
@@ -235,6 +243,12 @@ def explain(model: nn.Module) -> Explanation:
 
 def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            reason = module.block_reason()
+            yield Row(name, module.kind, reason is None, reason or "")
+        elif (found := no_block_reason(module)) is not None:
+            yield Row(name, found[0], False, found[1])
     for layer in heads(model):
         reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
         how = "the logits are computed a chunk of tokens at a time, and not under torch.compile"

@@ -1,0 +1,392 @@
+"""Norms and MLPs of transformers on fused operators: known by their structure, and tried before they are used.
+
+    RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
+    MLP                  down(act(gate x) ∘ up x), down(act(up x)): the activation in one pass; saved: gate and up. What
+                         ``down`` saves, act(gate) ∘ up, is computed again in the backward
+
+A block's class is a subclass of the model's own, made once for what a trial of that class found: its formula, tried on
+random numbers with weights of the trial's own. A class whose forward computes anything else keeps it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ...ops.checks import autocast_dtype
+from .base import STOCK
+from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
+
+__all__ = ["Block", "fuse_blocks", "plain_blocks"]
+
+# By class of the model's: the fused one, None where a trial said no.
+_FOUND: dict[tuple, Optional[type]] = {}
+_TOLERANCE = 1e-5  # of a trial in float32, of the largest value
+
+
+class Block:
+    """A module of a model on fused operators. A subclass gives ``formula``, ``block_reason`` and ``_fused``."""
+
+    stock_class: type
+    formula: tuple = ()
+    kind = ""
+
+    def block_reason(self) -> Optional[str]:
+        """Returns why the module's own forward runs."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or torch.compiler.is_compiling() or not accepts_input(x) or self.block_reason() is not None:
+            return super().forward(x, *args, **kwargs)
+        return self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class was made at run time: it is made again from the model's.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[1], self.stock_class, self.formula), *state
+
+
+def _new(mixin: type, stock: type, formula: tuple) -> Block:
+    kind = _class(mixin, stock, formula)
+    return kind.__new__(kind)
+
+
+def _class(mixin: type, stock: type, formula: tuple) -> type:
+    """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
+    key = (mixin, stock, formula)
+    if _FOUND.get(key) is None:
+        made = type(
+            stock.__name__, (mixin, stock), {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__}
+        )
+        made.__module__ = stock.__module__
+        _FOUND[key] = made
+        STOCK[made] = stock
+    return _FOUND[key]
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+class Norm(Block):
+    """A norm over the last dimension."""
+
+    def block_reason(self) -> Optional[str]:
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance"
+        for name, value in self._parameters.items():
+            if value is not None and (reason := tensor_reason(f"its {name}", value, 1)):
+                return reason
+        weight = self._parameters["weight"]
+        return None if weight is None else kernel_reason(type(self).operator, weight.device.type)
+
+
+class RMSNorm(Norm):
+    """``formula``: the attribute that eps is in, the operator's offset and round_before_weight."""
+
+    kind, operator = "RMSNorm", "rms_norm"
+
+    def _fused(self, x: Tensor) -> Tensor:
+        eps, offset, rounds = self.formula
+        return ops.rms_norm(
+            x, self._parameters["weight"], getattr(self, eps), offset=offset, round_before_weight=rounds
+        )
+
+
+class LayerNorm(Norm):
+    """nn.LayerNorm over the last dimension; autocast, which takes it in float32, is PyTorch's."""
+
+    kind, operator = "LayerNorm", "layer_norm"
+
+    def block_reason(self) -> Optional[str]:
+        weight = self._parameters["weight"]
+        if weight is None or len(self.normalized_shape) != 1:
+            return "it has no weight, or is over several dimensions"
+        return "autocast takes it in float32" if autocast_dtype(weight) else super().block_reason()
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if x.dtype is not self._parameters["weight"].dtype:
+            return nn.LayerNorm.forward(self, x)  # PyTorch's error, or what it makes of the two
+        return ops.layer_norm(x, self._parameters["weight"], self._parameters["bias"], self.eps)
+
+
+def _rms_formula(module: nn.Module) -> Optional[tuple]:
+    """Returns the formula of a module that looks like an RMSNorm, by trial; None: it is another function."""
+    weight = module._parameters.get("weight")
+    names = [name for name in ("variance_epsilon", "eps", "epsilon") if isinstance(getattr(module, name, None), float)]
+    if list(module._parameters) != ["weight"] or module._modules or len(names) != 1 or weight is None:
+        return None
+    if weight.dim() != 1 or module._buffers or len(inspect.signature(type(module).forward).parameters) != 2:
+        return None
+    k, generator = 24, torch.Generator().manual_seed(0)
+    x, w = torch.randn(3, 5, k, generator=generator), torch.randn(k, generator=generator)
+    x[0, 0] *= 1e-3  # where eps counts
+    trial = _stub(module)
+    for offset in (0.0, 1.0):
+        for rounds in (True, False):
+            alike = True
+            for dtype in (torch.float32, torch.bfloat16):
+                trial._parameters["weight"] = nn.Parameter(w.to(dtype))
+                try:
+                    wanted = _with_gradients(lambda x: type(module).forward(trial, x), x.to(dtype), trial)
+                except Exception:  # whatever another function raises
+                    return None
+                formula = (names[0], offset, rounds)
+                found = _with_gradients(lambda x: _class(RMSNorm, type(module), formula)._fused(_as(trial, formula), x),
+                                        x.to(dtype), trial)  # fmt: skip
+                # In 16 bits where it rounds is the formula: the bits of most results have to be the same.
+                alike = alike and (_alike(found, wanted) if dtype is torch.float32
+                                   else (found[0] == wanted[0]).double().mean() > 0.97)  # fmt: skip
+            if alike:
+                return formula
+    return None
+
+
+# --- MLPs -------------------------------------------------------------------------------------------------------------
+
+# Names of the layers into the inner dimension, the one out of it, and the activation, as transformers' models have them.
+_MLPS = (
+    (("gate_proj", "up_proj"), "down_proj", "act_fn"),
+    (("gate_up_proj",), "down_proj", "activation_fn"),
+    (("gate_up_proj",), "down_proj", "act_fn"),
+    (("up_proj",), "down_proj", "act_fn"),
+    (("w1", "w3"), "w2", "act_fn"),
+    (("fc1",), "fc2", "activation_fn"),
+    (("fc1",), "fc2", "act"),
+    (("c_fc",), "c_proj", "act"),
+    (("dense_h_to_4h",), "dense_4h_to_h", "act"),
+)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class Mlp(Block):
+    """``formula``: names of the layers in and out, and of the activation; whether a product; whether a dropout ends it."""
+
+    kind = "MLP"
+
+    def block_reason(self) -> Optional[str]:
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance"
+        _, _, act, function, gated, _ = self.formula
+        if isinstance(getattr(self, act), nn.Module) and hooked(getattr(self, act)):
+            return "hooks on the activation would not run"
+        if _is(getattr(self, act)) != function:
+            return "its activation is another one than when it was tried"
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        return kernel_reason("gated_activation" if gated else "activation", device)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        into, out, act, function, gated, drops = self.formula
+        modules = self._modules
+        inner = [modules[name](x) for name in into]
+        if gated and len(inner) == 1:
+            inner = list(inner[0].chunk(2, dim=-1))
+        if not all(map(accepts_input, inner)) or len({value.dtype for value in inner}) > 1:
+            h = getattr(self, act)(inner[0])
+            y = modules[out](h * inner[1] if gated else h)
+        else:
+            operator = ops.gated_activation if gated else ops.activation
+            h = operator(*inner, function)
+            with computed_again(h, operator, *inner, function):
+                y = modules[out](h)
+        return modules["dropout"](y) if drops else y
+
+
+@contextmanager
+def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> Iterator[None]:
+    """Has what is saved of ``h`` within computed again in the backward: ``operator(*args)``.
+
+    Not where somebody else's hooks see to what is saved, as checkpointing's do.
+    """
+    if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
+        yield
+        return
+    at, held = h.data_ptr(), [weakref.ref(h)]
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    versions = [value._version for value in tensors]
+    args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+
+    def pack(value: Tensor) -> Any:
+        if value.data_ptr() != at or value.numel() != h_numel or value.dtype is not h_dtype:
+            return value
+        return _Again(tuple(value.shape), value.stride())
+
+    def unpack(value: Any) -> Tensor:
+        if not isinstance(value, _Again):
+            return value
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError("peft_ext: the inputs of an MLP's activation were changed in place before the backward; "
+                               "call peft_ext.accelerate(model, blocks=False)")  # fmt: skip
+        if (found := held[0]()) is None:
+            with torch.no_grad():
+                found = operator(*args)
+            held[0] = weakref.ref(found)
+        return found.as_strided(value.shape, value.stride)
+
+    h_numel, h_dtype = h.numel(), h.dtype
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _Again(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _hooks_are_set() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _is(act: Any) -> Optional[str]:
+    """Returns which activation a function or a module is, by its values; None: another one."""
+    key = ("activation", type(act), repr(act)) if isinstance(act, nn.Module) else ("activation", act)
+    if key not in _FOUND:
+        x = torch.linspace(-8, 8, 321)
+        try:
+            y = act(x.clone())
+        except Exception:  # whatever another function raises
+            y = None
+        alike = [name for name, function in _ACTIVATIONS.items()
+                 if isinstance(y, Tensor) and y.shape == x.shape and (y - function(x)).abs().max() < 3e-6]  # fmt: skip
+        _FOUND[key] = alike[0] if alike else None
+    return _FOUND[key]
+
+
+def _mlp_formula(module: nn.Module) -> Optional[tuple]:
+    """Returns the formula of a module that looks like an MLP, by trial; None: it is another function."""
+    for into, out, act in _MLPS:
+        children = [name for name, child in module._modules.items() if child is not None]
+        if not all(name in children for name in (*into, out)) or not hasattr(module, act):
+            continue
+        others = set(children) - {*into, out, act}
+        if others - {"dropout"} or module._parameters or (function := _is(getattr(module, act))) is None:
+            continue
+        drops = "dropout" in others
+        for gated in (True, False) if into == ("gate_up_proj",) else (len(into) == 2,):
+            formula = (into, out, act, function, gated, drops)
+            if _mlp_is(module, formula):
+                return formula
+    return None
+
+
+def _mlp_is(module: nn.Module, formula: tuple) -> bool:
+    into, out, _, _, gated, drops = formula
+    generator = torch.Generator().manual_seed(0)
+    trial = _stub(module)
+    trial._modules = dict(module._modules)
+    wide = 24 if gated and len(into) == 1 else 12
+    for name in (*into, out):
+        layer = nn.Linear(8 if name != out else 12, 8 if name == out else wide)
+        with torch.no_grad():
+            for value in layer.parameters():
+                value.copy_(torch.randn(value.shape, generator=generator))
+        trial._modules[name] = layer
+    if drops:
+        trial._modules["dropout"] = nn.Dropout(0.5)
+    x = torch.randn(2, 5, 8, generator=generator)
+    try:
+        wanted = _with_gradients(lambda x: type(module).forward(trial, x), x, trial)
+    except Exception:  # whatever another function raises
+        return False
+    return _alike(_with_gradients(lambda x: Mlp._fused(_as(trial, formula, Mlp), x), x, trial), wanted)
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def _stub(module: nn.Module) -> Any:
+    """Returns an object with what ``module`` has, whose parameters and layers can be others."""
+    trial = copy.copy(module)
+    trial.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_modules": dict(module._modules)}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        trial.__dict__[hooks] = {}
+    return trial
+
+
+def _as(trial: nn.Module, formula: tuple, mixin: type = RMSNorm) -> Any:
+    """Returns the trial as an instance of the fused class."""
+    fused = copy.copy(trial)
+    fused.__dict__ = trial.__dict__
+    fused.__class__ = _class(mixin, STOCK.get(type(trial), type(trial)), formula)
+    return fused
+
+
+def _with_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> list[Tensor]:
+    """Returns what ``forward`` gives and the gradients of x and of what the module holds, under a seed of its own."""
+    held = [*module._parameters.values(), *(p for child in module._modules.values() if child is not None
+                                            for p in child.parameters())]  # fmt: skip
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        x = x.detach().clone().requires_grad_()
+        y = forward(x)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        grads = torch.autograd.grad((y * weights).sum(), [x, *held], allow_unused=True)
+        return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def _alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return len(found) == len(wanted) and all(
+        a.shape == b.shape and a.dtype is b.dtype
+        and bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp(min=1e-3))
+        for a, b in zip(found, wanted, strict=True)
+    )  # fmt: skip
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def _fused_class(module: nn.Module) -> Optional[type]:
+    """Returns the fused class of a module, by trial, once for each class; None: its own forward stays."""
+    stock = type(module)
+    if stock is nn.LayerNorm:
+        return _class(LayerNorm, stock, ())
+    if stock.__module__.startswith(("torch.", "peft.", "peft_ext.", "bitsandbytes.")) or stock in STOCK:
+        return None
+    act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
+    key = (stock, act, tuple(module._modules), tuple(module._parameters))
+    if key not in _FOUND:
+        found = None
+        if (formula := _rms_formula(module)) is not None:
+            found = _class(RMSNorm, stock, formula)
+        elif hasattr(ops, "gated_activation") and (formula := _mlp_formula(module)) is not None:
+            found = _class(Mlp, stock, formula)
+        _FOUND[key] = found
+    return _FOUND[key]
+
+
+def no_block_reason(module: nn.Module) -> Optional[tuple[str, str]]:
+    """Returns of a norm or MLP that is not fused what it is, and why; None of any other module."""
+    if isinstance(module, Block) or (kind := _fused_class(module)) is None:
+        return None
+    return kind.kind, "accelerate(model) was not called on it, or with blocks=False"
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Gives the norms and MLPs of ``model`` that are known, and were tried, their fused classes."""
+    for module in model.modules():
+        if (kind := _fused_class(module)) is not None:
+            module.__class__ = kind
+
+
+def plain_blocks(model: nn.Module) -> None:
+    """Undoes :func:`fuse_blocks`."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.__class__ = module.stock_class
