@@ -4,7 +4,8 @@ Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120, those with a hot
 where one does not compile without a warning, a kernel spills registers or keeps an array in memory, an object needs a
 symbol outside torch's stable ABI, or a kernel's registers or shared memory (docs/ptxas.tsv) or its hot loop's
 instructions (docs/slots.tsv, see slots.py) are not those of the committed tables: what a change costs is part of its
-review. --write takes them over; --archs compiles for some alone, and compares what the tables say of those.
+review. --write takes them over; --archs compiles for some alone, and --only some files alone, and both compare, or take
+over, what the tables say of those.
 """
 
 from __future__ import annotations
@@ -124,11 +125,31 @@ def of_archs(table: str, archs: list[str]) -> str:
     return "".join("\t".join(row[i] for i in columns) + "\n" for row in [header, *rows])
 
 
-def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str]) -> list[str]:
+def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
+    """A table's rows of the files ``only`` (by stem; none: all), and those of others, without the header."""
+    loops = {entry.name: entry.file for entry in slots.HOT}
+
+    def asked(row: str) -> bool:
+        first = row.split("\t")[0]
+        return not only or (Path(first).stem if first.endswith(".cu") else loops.get(first)) in only
+
+    rows = table.splitlines()[1:]
+    return [row for row in rows if asked(row)], [row for row in rows if not asked(row)]
+
+
+def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
     """What differs from a committed table, which says what compiler it was made with; another's is not compared."""
     wanted = f"# nvcc {release(nvcc)}\n{table}"
     if write:
-        path.write_text(wanted)
+        header = wanted.splitlines()[:2]
+        rows = wanted.splitlines()[2:]
+        if only:
+            rows += split(path.read_text().split("\n", 1)[1], only)[1]
+            order = {entry.name: index for index, entry in enumerate(slots.HOT)}
+            rows.sort(
+                key=lambda row: (order.get(row.split("\t")[0], -1), row.split("\t")[0], row.split("\t")[1].zfill(4))
+            )
+        path.write_text("\n".join([*header, *rows]) + "\n")
         return []
     if not path.exists():
         return [f"{path.relative_to(ROOT)} is missing; --write makes it"]
@@ -136,7 +157,8 @@ def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str]) ->
     if held.splitlines()[:1] != wanted.splitlines()[:1]:
         print(f"cuda-check: {path.name} is of {held.splitlines()[0][2:]}, this is nvcc {release(nvcc)}: not compared")
         return []
-    known = of_archs(held.split("\n", 1)[1], archs).splitlines()
+    known = of_archs(held.split("\n", 1)[1], archs)
+    known = [known.splitlines()[0], *split(known, only)[0]]
     changed = difflib.unified_diff(known, table.splitlines(), "committed", "compiled", lineterm="", n=0)
     lines = [line for line in changed if line[0] in "+-" and line[:3] not in ("+++", "---")]
     return [f"{path.relative_to(ROOT)}: {line}" for line in lines] + (["--write takes them over"] if lines else [])
@@ -146,9 +168,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables instead of comparing")
     parser.add_argument("--archs", default=",".join(slots.ARCHS), help="comma-separated; default: all")
+    parser.add_argument("--only", default="", help="comma-separated stems of files; default: all")
     parser.add_argument("--require", action="store_true", help="without nvcc or torch, fail rather than skip")
     options = parser.parse_args()
-    archs = options.archs.split(",")
+    archs, only = options.archs.split(","), set(options.only.split(",")) - {""}
     if unknown := set(archs) - set(slots.ARCHS):
         parser.error(f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(slots.ARCHS)}")
     if options.write and set(archs) != set(slots.ARCHS):
@@ -169,6 +192,9 @@ def main() -> int:
     sources = sorted(
         (ROOT / "csrc").rglob("*_cuda.cu"), key=lambda path: (path.stat().st_size > 500, -path.stat().st_size)
     )
+    if unknown := only - {path.stem for path in sources}:
+        parser.error(f"no file {', '.join(sorted(unknown))} in csrc/")
+    sources = [path for path in sources if not only or path.stem in only]
     asked: dict[str, list[str]] = {}  # what each object needs from elsewhere
     offered: set[str] = set()
     jobs = os.cpu_count() or 2
@@ -207,18 +233,20 @@ def main() -> int:
             offered |= stable_abi.defined_symbols(output)
     for name, symbols in asked.items():
         found = stable_abi.violations([symbol for symbol in symbols if symbol not in offered], include)
-        failures += [f"{name}: {line}" for line in found]
+        # Of some files alone the package's own functions are in others.
+        failures += [f"{name}: {line}" for line in found if not (only and line.startswith("peft_ext::"))]
 
     for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows]), strict=True):
         row["kernel"] = kernel
         if row["spilled"]:
             failures.append(f"{row['file']}: {kernel} spills {row['spilled']} bytes on sm_{row['arch']}")
     if not failures:
-        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write, archs)
+        failures += compare(TABLE, ptxas_table(rows), nvcc, options.write, archs, only)
     if not failures and nvdisasm is not None:
-        missing = {entry.name for entry in slots.HOT} - {row["loop"] for row in hot}
+        wanted = {entry.name for entry in slots.HOT if not only or entry.file in only}
+        missing = wanted - {row["loop"] for row in hot}
         failures += [f"{name}: no such kernel, see slots.py" for name in sorted(missing)]
-        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write, archs) if not missing else []
+        failures += compare(slots.TABLE, slots.table(hot), nvcc, options.write, archs, only) if not missing else []
     for failure in failures:
         print(f"cuda-check: {failure}", file=sys.stderr)
     print(f"cuda-check: {len(sources)} files, {len(rows)} kernels, {len(failures)} failures")

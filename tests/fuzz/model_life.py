@@ -392,7 +392,7 @@ class Case(Pair):
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # What an adapter was never on stays fused until restore: norms, and a head that leaves its logits to the loss.
+            # What an adapter was never on stays fused until restore: norms, and a head without its logits.
             left = [name for name, module in self.fused.named_modules()
                     if type(module) in STOCK and not isinstance(module, (Block, LinearHead))]  # fmt: skip
             if left and not self.base.startswith("bnb"):

@@ -424,7 +424,7 @@ def _cross_entropy_case(
                                 label_smoothing=options.get("label_smoothing", 0.0))  # fmt: skip
         return found.view(labels.shape) if reduction == "none" else found
 
-    name = _case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
+    name = case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
                       **dict.fromkeys([reduction, *options], True))  # fmt: skip
     # The mean of no labels is not a number, and the gradient of one token's adapter is a sum that may cancel.
     shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]

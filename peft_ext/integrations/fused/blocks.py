@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,10 +68,8 @@ def _class(mixin: type, stock: type, formula: tuple) -> type:
     """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
     key = (mixin, stock, formula)
     if _FOUND.get(key) is None:
-        made = type(
-            stock.__name__, (mixin, stock), {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__}
-        )
-        made.__module__ = stock.__module__
+        held = {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__, "__module__": stock.__module__}
+        made = type(stock.__name__, (mixin, stock), held)
         _FOUND[key] = made
         STOCK[made] = stock
     return _FOUND[key]
@@ -99,9 +98,8 @@ class RMSNorm(Norm):
 
     def _fused(self, x: Tensor) -> Tensor:
         eps, offset, rounds = self.formula
-        return ops.rms_norm(
-            x, self._parameters["weight"], getattr(self, eps), offset=offset, round_before_weight=rounds
-        )
+        weight = self._parameters["weight"]
+        return ops.rms_norm(x, weight, getattr(self, eps), offset=offset, round_before_weight=rounds)
 
 
 class LayerNorm(Norm):
@@ -116,7 +114,7 @@ class LayerNorm(Norm):
         return "autocast takes it in float32" if autocast_dtype(weight) else super().block_reason()
 
     def _fused(self, x: Tensor) -> Tensor:
-        if x.dtype is not self._parameters["weight"].dtype:
+        if x.dtype is not self._parameters["weight"].dtype or x.shape[-1:] != self.normalized_shape:
             return nn.LayerNorm.forward(self, x)  # PyTorch's error, or what it makes of the two
         return ops.layer_norm(x, self._parameters["weight"], self._parameters["bias"], self.eps)
 
@@ -133,29 +131,30 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
     x, w = torch.randn(3, 5, k, generator=generator), torch.randn(k, generator=generator)
     x[0, 0] *= 1e-3  # where eps counts
     trial = _stub(module)
-    for offset in (0.0, 1.0):
-        for rounds in (True, False):
-            alike = True
-            for dtype in (torch.float32, torch.bfloat16):
-                trial._parameters["weight"] = nn.Parameter(w.to(dtype))
-                try:
-                    wanted = _with_gradients(lambda x: type(module).forward(trial, x), x.to(dtype), trial)
-                except Exception:  # whatever another function raises
-                    return None
-                formula = (names[0], offset, rounds)
-                found = _with_gradients(lambda x: _class(RMSNorm, type(module), formula)._fused(_as(trial, formula), x),
-                                        x.to(dtype), trial)  # fmt: skip
-                # In 16 bits where it rounds is the formula: the bits of most results have to be the same.
-                alike = alike and (_alike(found, wanted) if dtype is torch.float32
-                                   else (found[0] == wanted[0]).double().mean() > 0.97)  # fmt: skip
-            if alike:
-                return formula
+    wanted = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trial._parameters["weight"] = nn.Parameter(w.to(dtype))
+        try:
+            wanted[dtype] = _with_gradients(type(module).forward, trial, x.to(dtype))
+        except Exception:  # whatever another function raises
+            return None
+    for offset, rounds in itertools.product((0.0, 1.0), (True, False)):
+        formula, alike = (names[0], offset, rounds), []
+        fused = _as(trial, RMSNorm, formula)
+        for dtype, values in wanted.items():
+            trial._parameters["weight"] = nn.Parameter(w.to(dtype))
+            found = _with_gradients(type(fused)._fused, fused, x.to(dtype))
+            # In 16 bits where it rounds is the formula: the bits of most results have to be the same.
+            same = (found[0] == values[0]).double().mean() > 0.97 if dtype is torch.bfloat16 else _alike(found, values)
+            alike.append(bool(same))
+        if all(alike):
+            return formula
     return None
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
-# Names of the layers into the inner dimension, the one out of it, and the activation, as transformers' models have them.
+# Names of the layers into the inner dimension, of the one out of it, and of the activation, in transformers' models.
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj", "act_fn"),
     (("gate_up_proj",), "down_proj", "activation_fn"),
@@ -177,7 +176,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(Block):
-    """``formula``: names of the layers in and out, and of the activation; whether a product; whether a dropout ends it."""
+    """``formula``: names of the layers in and out and of the activation, which one, gated or not, a dropout or none."""
 
     kind = "MLP"
 
@@ -302,10 +301,10 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
         trial._modules["dropout"] = nn.Dropout(0.5)
     x = torch.randn(2, 5, 8, generator=generator)
     try:
-        wanted = _with_gradients(lambda x: type(module).forward(trial, x), x, trial)
+        wanted = _with_gradients(type(module).forward, trial, x)
     except Exception:  # whatever another function raises
         return False
-    return _alike(_with_gradients(lambda x: Mlp._fused(_as(trial, formula, Mlp), x), x, trial), wanted)
+    return _alike(_with_gradients(Mlp._fused, _as(trial, Mlp, formula), x), wanted)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -320,22 +319,23 @@ def _stub(module: nn.Module) -> Any:
     return trial
 
 
-def _as(trial: nn.Module, formula: tuple, mixin: type = RMSNorm) -> Any:
-    """Returns the trial as an instance of the fused class."""
+def _as(trial: nn.Module, mixin: type, formula: tuple) -> Any:
+    """Returns the trial as an instance of the fused class, with the same parameters and layers."""
     fused = copy.copy(trial)
+    fused.__class__ = _class(mixin, type(trial), formula)
     fused.__dict__ = trial.__dict__
-    fused.__class__ = _class(mixin, STOCK.get(type(trial), type(trial)), formula)
     return fused
 
 
-def _with_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> list[Tensor]:
-    """Returns what ``forward`` gives and the gradients of x and of what the module holds, under a seed of its own."""
-    held = [*module._parameters.values(), *(p for child in module._modules.values() if child is not None
-                                            for p in child.parameters())]  # fmt: skip
+def _with_gradients(forward: Callable[[Any, Tensor], Tensor], trial: Any, x: Tensor) -> list[Tensor]:
+    """Returns what ``forward`` gives and the gradients of x and of what the trial holds, under a seed of its own."""
+    layers = [child for child in trial._modules.values() if child is not None]
+    held = [p for p in (*trial._parameters.values(), *(p for child in layers for p in child.parameters()))
+            if p is not None]  # fmt: skip
     with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
         torch.manual_seed(0)
         x = x.detach().clone().requires_grad_()
-        y = forward(x)
+        y = forward(trial, x)
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         grads = torch.autograd.grad((y * weights).sum(), [x, *held], allow_unused=True)
         return [y.detach(), *(grad for grad in grads if grad is not None)]

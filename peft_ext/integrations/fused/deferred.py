@@ -250,8 +250,8 @@ def _same(value: Tensor) -> Tensor:
 def _derive(
     logits: DeferredLogits, step: Step, of_inputs: Callable[[Tensor], Tensor] = _same, dtype: Any = None
 ) -> Optional[DeferredLogits]:
-    # Without a graph something computes values: an autograd.Function, say, whose backward is its own. Where somebody has
-    # the logits already, a loss is to go through them.
+    # Without a graph something computes values: an autograd.Function, say, whose backward is its own. Where somebody
+    # has the logits already, a loss is to go through them.
     if logits._head.is_real or not torch.is_grad_enabled():
         return None
     with torch._C.DisableTorchFunctionSubclass():

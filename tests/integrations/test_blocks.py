@@ -1,0 +1,166 @@
+"""Norms on fused operators: known by their structure, tried before they are used, and like the model's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import peft_ext
+from peft_ext.integrations.fused import blocks
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+MODELS = {
+    "Llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)), "RMSNorm", 5),
+    "Gemma": (lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**SMALL, head_dim=8)), "RMSNorm", 5),
+    "Gemma 2": (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, head_dim=8)), "RMSNorm", 9),
+    "Qwen 3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, head_dim=8)), "RMSNorm", 9),
+    "GPT-2": (
+        lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        ),
+        "LayerNorm",
+        5,
+    ),
+}
+IDS = {"input_ids": torch.arange(3, 37).view(2, 17), "labels": torch.arange(3, 37).view(2, 17)}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, trained: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name][0]()
+    with torch.no_grad():
+        for module in model.modules():
+            if "Norm" in type(module).__name__:
+                module.weight.add_(torch.randn_like(module.weight), alpha=0.3)
+    model = get_peft_model(model.to(dtype), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or (trained and "norm" in parameter_name.lower()))
+    return model.train()
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(**IDS).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def norms(model: nn.Module) -> list[Any]:
+    return [row for row in peft_ext.explain(model).blocks if "Norm" in row.kind]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
+    stock, model = step(build(name, trained=trained)), peft_ext.accelerate(build(name, trained=trained))
+    _, kind, count = MODELS[name]
+    assert [(row.kind, row.fused) for row in norms(model)] == [(kind, True)] * count
+    found = step(model)
+    assert found.keys() == stock.keys()
+    for key, value in stock.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_as_good_as_stock(name: str) -> None:
+    exact = step(build(name))
+    errors = []
+    for model in (build(name, torch.bfloat16), peft_ext.accelerate(build(name, torch.bfloat16))):
+        found = step(model)
+        errors.append(sum((found[key].double() - value).norm() ** 2 for key, value in exact.items()))
+    assert errors[1] <= 1.5**2 * errors[0]
+
+
+def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
+    found = {}
+    for name in ("Llama", "Gemma"):
+        (formula,) = {
+            type(m).formula for m in peft_ext.accelerate(build(name)).modules() if isinstance(m, blocks.Block)
+        }
+        found[name] = formula[1:]
+    assert found == {"Llama": (0.0, True), "Gemma": (1.0, False)}
+
+
+class Odd(nn.Module):
+    """Looks like an RMSNorm, and is another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps)
+
+
+class Cubed(Odd):
+    """The values of an RMSNorm, and another gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps).detach()
+
+
+class Raises(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("not for a trial")
+
+
+@pytest.mark.parametrize("kind", [Odd, Cubed, Raises])
+def test_another_function_keeps_its_own(kind: type) -> None:
+    model = build("Llama")
+    model.get_base_model().model.norm = kind()
+    peft_ext.accelerate(model)
+    assert type(model.get_base_model().model.norm) is kind
+    assert len(norms(model)) == 4
+
+
+def test_what_takes_it_back() -> None:
+    for name in MODELS:
+        model = build(name)
+        kinds, wanted = [type(module) for module in model.modules()], step(model)
+        peft_ext.accelerate(model)
+        for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+            torch.testing.assert_close(step(other)["loss"], wanted["loss"])
+        assert model.state_dict().keys() == build(name).state_dict().keys()
+        peft_ext.accelerate(model, blocks=False)
+        assert not any(row.fused for row in peft_ext.explain(model).blocks)
+        peft_ext.restore(peft_ext.accelerate(model))
+        assert [type(module) for module in model.modules()] == kinds
+
+
+def test_nothing_wide_is_saved() -> None:
+    """Of a bfloat16 model a norm keeps x and float32 numbers of rows; stock keeps float32 activations."""
+    saved = []
+    for model in (build("Llama", torch.bfloat16), peft_ext.accelerate(build("Llama", torch.bfloat16))):
+        norm, wide = model.get_base_model().model.norm, []
+        x = torch.randn(2, 17, 32, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, wide=wide: wide.append(t.numel() if t.dtype is torch.float32 else 0) or t, lambda t: t
+        ):
+            norm(x)
+        saved.append(max(wide))
+    assert saved == [2 * 17 * 32, 2 * 17]
+
+
+def test_who_asks_for_more_gets_the_own_forward() -> None:
+    model = peft_ext.accelerate(build("GPT-2"))
+    norm = model.get_base_model().transformer.ln_f
+    x = torch.randn(2, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype is nn.LayerNorm(32)(x.bfloat16()).dtype
+        assert "autocast" in norms(model)[0].reason
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(x[..., :5])
+    norm.forward = lambda x: x + 1
+    assert torch.equal(norm(x), x + 1)
+    compiled = torch.compile(peft_ext.accelerate(build("Llama")), backend="aot_eager")
+    torch.testing.assert_close(step(compiled)["loss"], step(build("Llama"))["loss"])
