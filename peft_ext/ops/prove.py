@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
+    "activations": ("gated_activation", "gated_activation_backward", "activation", "activation_backward"),
     "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
 }  # fmt: skip
 
@@ -284,6 +285,13 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         yield "ia3_linear_backward", (grad, x, *dense, bias, l_out, z, False, False, True, True)
         yield "ia3_scale", (x, l_in)
         yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
+    elif family == "activations":
+        gate, up = draw(t, 2 * k).chunk(2, -1)
+        yield "gated_activation", (gate, up, 3)
+        yield "gated_activation_backward", (draw(t, k), gate, up, 3)
+        for kind in range(5):
+            yield "activation", (x, kind)
+            yield "activation_backward", (draw(t, k), x, kind)
     elif family == "norm":
         w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
         yield "rms_norm", (x, w, 1e-6, 0.0, True)
