@@ -2,12 +2,15 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include "bottleneck/activation.h"
+#include "common/activation.h"
 
 namespace peft_ext {
 
+// Those that a bottleneck adapter may have: the first of them.
+constexpr int64_t kBottleneckActivations = 4;
+
 inline Activation checked_activation(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
+  STD_TORCH_CHECK(activation >= 0 && activation < kBottleneckActivations, op, ": activation is ", activation,
                   ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu) or 3 (silu)");
   return static_cast<Activation>(activation);
 }

@@ -3,6 +3,7 @@
 A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywhere.
 """
 
+from .activations import activation, gated_activation
 from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
@@ -13,10 +14,12 @@ from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quant
 from .norm import layer_norm, rms_norm
 
 __all__ = [
+    "activation",
     "bottleneck_adapter",
     "dora_linear",
     "dora_weight_norm",
     "frozen_linear",
+    "gated_activation",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",

@@ -176,6 +176,23 @@ def check_residual(op: str, x: Tensor, residual: Tensor, out: Tensor, name: str)
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, wanted {wanted}")
 
 
+def check_gated(op: str, gate: Tensor, up: Optional[Tensor]) -> None:
+    """Checks gate and up ``[..., F]``, or gate ``[..., 2F]`` without up."""
+    check_float(op, "gate", gate)
+    if gate.dim() < 1:
+        raise ValueError(f"{op}: gate has shape (), wanted [..., F]")
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(f"{op}: gate has shape {tuple(gate.shape)}, wanted [..., 2F] where up is None")
+        return
+    check_float(op, "up", up)
+    _check_device(op, "up", up, gate, "gate")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"{op}: up is {_name(up.dtype)}, gate is {_name(gate.dtype)}")
+    if up.shape != gate.shape:
+        raise ValueError(f"{op}: up has shape {tuple(up.shape)}, wanted {tuple(gate.shape)}")
+
+
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
     if not isinstance(scaling, (int, float)) or not -_LARGEST <= scaling <= _LARGEST or scaling is True:
         raise ValueError(f"{op}: {argument} is {scaling!r}, wanted a finite number")

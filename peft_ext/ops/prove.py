@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
     "cross_entropy": ("cross_entropy_rows",),
+    "activations": ("gated_activation", "gated_activation_backward", "activation", "activation_backward"),
     "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
 }  # fmt: skip
 
@@ -305,6 +306,13 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         row_weight = draw(t, of=torch.float32)
         for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
             yield "cross_entropy_rows", (grad, labels, row_weight, *loss, -100, True)
+    elif family == "activations":
+        gate, up = draw(t, 2 * k).chunk(2, -1)
+        yield "gated_activation", (gate, up, 3)
+        yield "gated_activation_backward", (draw(t, k), gate, up, 3)
+        for kind in range(5):
+            yield "activation", (x, kind)
+            yield "activation_backward", (draw(t, k), x, kind)
     elif family == "norm":
         w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
         yield "rms_norm", (x, w, 1e-6, 0.0, True)

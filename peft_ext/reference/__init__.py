@@ -3,6 +3,7 @@
 In float64 these are the oracle that every kernel is tested against. Nothing here calls ``peft_ext.ops``.
 """
 
+from .activations import activation, activation_backward, gated_activation, gated_activation_backward
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
@@ -14,6 +15,8 @@ from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from .philox import dropout_keep_mask
 
 __all__ = [
+    "activation",
+    "activation_backward",
     "bottleneck_adapter",
     "bottleneck_adapter_backward",
     "dora_linear",
@@ -23,6 +26,8 @@ __all__ = [
     "dropout_keep_mask",
     "dynamic_code",
     "frozen_linear",
+    "gated_activation",
+    "gated_activation_backward",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_linear_backward",

@@ -12,31 +12,16 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS as GATES
+from .activations import activated, slope_times
 from .common import rows, sum_dtype
 
 __all__ = ["ACTIVATIONS", "bottleneck_adapter", "bottleneck_adapter_backward", "bottleneck_adapter_forward"]
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
-
-def _activated(u: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.relu(u)
-    if activation == "silu":
-        return F.silu(u)
-    return F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _activation_backward(grad: Tensor, u: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.where(u > 0, grad, 0.0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, u)
-    return torch.ops.aten.gelu_backward(grad, u, approximate="tanh" if activation == "gelu_tanh" else "none")
+ACTIVATIONS = GATES[:4]  # "gelu", "gelu_tanh", "relu", "silu"
 
 
 def bottleneck_adapter_forward(
@@ -52,7 +37,7 @@ def bottleneck_adapter_forward(
     """Returns ``(Y [..., N], U [T, M])``; U is what the backward needs beside x."""
     wide = sum_dtype(x.dtype)
     u = F.linear(rows(x).to(wide), down_weight.to(wide), None if down_bias is None else down_bias.to(wide))
-    v = F.linear(_activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))
+    v = F.linear(activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))
     residual = x if residual is None else residual
     return (residual.to(wide) + scale * v.view(residual.shape)).to(x.dtype), u
 
@@ -67,8 +52,8 @@ def bottleneck_adapter_backward(
     """
     wide = sum_dtype(x.dtype)
     flat, u = rows(grad).to(wide), u.to(wide)
-    grad_u = _activation_backward(scale * flat @ up_weight.to(wide), u, activation)
-    grad_v = scale * flat.t() @ _activated(u, activation)
+    grad_u = slope_times(scale * flat @ up_weight.to(wide), u, activation)
+    grad_v = scale * flat.t() @ activated(u, activation)
     grad_x = grad_u @ down_weight.to(wide)
     grad_x = (grad_x + flat if own else grad_x).view(x.shape).to(x.dtype)
     grad_d = grad_u.t() @ rows(x).to(wide)

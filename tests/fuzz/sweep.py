@@ -140,6 +140,10 @@ def _case(rng: random.Random) -> Case:
         "bottleneck": lambda: op_db._bottleneck_case(
             rng.choice(ACTIVATIONS), own=maybe(), biases=maybe(), adapter_dtype=adapters, scale=rng.choice((0.75, -2.0))
         ),
+        "gated_activation": lambda: row_cases.gated_activation_case(
+            rng.choice((*ACTIVATIONS, "relu2")), rng.choice(("two", "halves", "views"))
+        ),
+        "activation": lambda: row_cases.activation_case(rng.choice((*ACTIVATIONS, "relu2"))),
         "rms_norm": lambda: row_cases.rms_norm_case(
             rng.choice(("llama", "gemma")), weight_dtype=adapters
         ),

@@ -38,7 +38,16 @@ def test_random_calls_agree_with_float64(chunk: int, pytestconfig: pytest.Config
 
 def test_the_sweep_draws_every_operator_and_path() -> None:
     drawn = [sweep.draw(seed) for seed in range(CHUNKS * CHUNK)]
-    assert {case.case.op for case in drawn} == {"nf4", "lora", "grouped_lora", "dora", "ia3", "bottleneck", "norm"}
+    assert {case.case.op for case in drawn} == {
+        "nf4",
+        "lora",
+        "grouped_lora",
+        "dora",
+        "ia3",
+        "bottleneck",
+        "activations",
+        "norm",
+    }
     assert {case.isa for case in drawn} == set(sweep._native.STATE.module.isas())
     threads = {case.threads for case in drawn}
     assert {1, 2, 3, 4, 5, 7} <= threads and 100 < max(threads) <= sweep.MANY and len(threads) > 50

@@ -52,6 +52,8 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
             {"x": x, "down_weight": down, "down_bias": torch.zeros(M), "up_weight": up, "up_bias": torch.zeros(K),
              "residual": x},
         ),
+        "gated_activation": (ops.gated_activation, {"gate": x, "up": x, "activation": "silu"}),
+        "activation": (ops.activation, {"x": x, "activation": "silu"}),
         "rms_norm": (ops.rms_norm, {"x": x, "weight": torch.ones(K), "eps": 1e-6}),
         "layer_norm": (ops.layer_norm, {"x": x, "weight": torch.ones(K), "bias": torch.zeros(K), "eps": 1e-5}),
         "grouped_lora_linear": (
@@ -63,11 +65,12 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 
 CALLS = _calls()
-_OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_bias", "residual")
+_OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_bias", "residual", "up")
 _NORMS = ("rms_norm", "layer_norm")  # their weight may be None, and may train
 
 # The argument that a device is compared with, and of x's own device the first that is compared with it.
-_BESIDE = {"lora_A": "weight", "lora_B": "weight"}
+_BESIDE = {"lora_A": "weight", "lora_B": "weight", "up": "gate"}
+_ALONE = ("nf4_quantize", "activation")  # no other tensor to be compared with
 _FIRST = {"lora_residual": "residual", "ia3_scale": "ia3_l", "bottleneck_adapter": "down_weight"}
 
 
@@ -122,7 +125,7 @@ def _refused(op: str, wrong: dict[str, Any], kind: type[Exception], message: str
 def test_what_is_no_tensor_that_the_operators_take(op: str, name: str) -> None:
     value = CALLS[op][1][name]
     for about, (make, kind, text) in _KINDS.items():
-        if (about == "None" and name in _OPTIONAL) or (about == "meta" and op == "nf4_quantize"):
+        if (about == "None" and name in _OPTIONAL) or (about == "meta" and op in _ALONE):
             continue
         if about == "None" and name == "weight" and op in _NORMS:
             continue
@@ -133,7 +136,9 @@ def test_what_is_no_tensor_that_the_operators_take(op: str, name: str) -> None:
         if about == "meta":
             beside = _BESIDE.get(name, "x") if op != "lora_residual" else "x"
             message = f"{name} is on meta, {beside} is on cpu"
-            if name == "x" or (op == "dora_weight_norm" and name == "weight"):
+            if name == "gate":
+                message = "up is on cpu, gate is on meta"
+            elif name == "x" or (op == "dora_weight_norm" and name == "weight"):
                 message = f"{_FIRST.get(op, 'lora_A' if name == 'weight' else 'weight')} is on cpu, {name} is on meta"
         _refused(op, {name: wrong}, kind, message)
 
@@ -321,6 +326,8 @@ _TOO_LARGE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ia3_scale", {"x": _HUGE.expand(2**55, K)}),
     ("bottleneck_adapter", {"x": _HUGE.expand(2**55, K), "residual": None}),
     ("rms_norm", {"x": _HUGE.expand(2**55, K)}),
+    ("activation", {"x": _HUGE.expand(2**55, K)}),
+    ("gated_activation", {"gate": _HUGE.expand(2**55, K), "up": _HUGE.expand(2**55, K)}),
     ("layer_norm", {"x": _HUGE.expand(2**55, K)}),
 )
 

@@ -138,17 +138,20 @@ def test_the_output_may_be_changed_in_place(save_output: bool, device: torch.dev
 def saved_bytes(case: Case, sample: Sample) -> int:
     """What one call keeps for the backward beside its inputs."""
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
-    held = {t.data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
+    held = {t.untyped_storage().data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
     if isinstance(inputs.get("weight"), NF4Weight):
-        held |= {t.data_ptr() for t in inputs["weight"].tensors().values()}
+        held |= {t.untyped_storage().data_ptr() for t in inputs["weight"].tensors().values()}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         case.call(**inputs)
-    new = {t.data_ptr(): t.numel() * t.element_size() for t in saved if t.data_ptr() not in held}
+    new = {t.data_ptr(): t.numel() * t.element_size()
+           for t in saved if t.untyped_storage().data_ptr() not in held}  # fmt: skip
     return sum(new.values())
 
 
-@pytest.mark.parametrize("case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm")], ids=ids)
+@pytest.mark.parametrize(
+    "case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations")], ids=ids
+)
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
     """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
 
@@ -165,6 +168,8 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
         "ia3_linear": 0 if "feedforward" in about else y,
         "ia3_scale": 0,
+        "gated_activation": 0,
+        "activation": 0,
         "rms_norm": t * 4,
         "layer_norm": 2 * t * 4,
     }[name]
@@ -289,6 +294,17 @@ def test_reference_norm_backwards_are_the_gradients_of_their_forwards(offset: fl
     assert_gradients(y, inputs, lambda grad: reference.layer_norm_backward(grad, x, weight, mean, rstd))
 
 
+@pytest.mark.parametrize("activation", reference.activations.ACTIVATIONS)
+def test_reference_activation_backwards_are_the_gradients_of_their_forwards(activation: str) -> None:
+    gate, up = inputs = leaves((3, 6), (3, 6))
+    y = reference.gated_activation(gate, up, activation)
+    assert_gradients(y, inputs, lambda grad: reference.gated_activation_backward(grad, gate, up, activation))
+    y = reference.gated_activation(gate, None, activation)
+    assert_gradients(y, [gate], lambda grad: reference.gated_activation_backward(grad, gate, None, activation)[:1])
+    y = reference.activation(gate, activation)
+    assert_gradients(y, [gate], lambda grad: [reference.activation_backward(grad, gate, activation)])
+
+
 def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     """The private operator behind a case and its arguments."""
     name, i = case.name.split("-")[0], sample.inputs
@@ -302,6 +318,10 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
+    if case.op == "activations":
+        kind = reference.activations.ACTIVATIONS.index(case.name.split("-")[1])
+        gated = i["gate_up"].chunk(2, -1) if "gate_up" in i else (i.get("gate"), i.get("up"))
+        return name, (i["x"], kind) if name == "activation" else (*gated, kind)
     if name == "rms_norm":
         return name, (i["x"], i["weight"], 1e-6, float("gemma" in case.name), "gemma" not in case.name)
     if name == "layer_norm":

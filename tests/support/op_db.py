@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from op_case import DTYPES, SHAPES, Case, Sample, case_name, randn, wide
-from row_cases import layer_norm_case, rms_norm_case
+from row_cases import activation_case, gated_activation_case, layer_norm_case, rms_norm_case
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
@@ -496,6 +496,18 @@ CASES: tuple[Case, ...] = (
     layer_norm_case("weight"),
     layer_norm_case("bias"),
     layer_norm_case(""),
+    gated_activation_case("silu"),
+    gated_activation_case("silu", "views"),
+    gated_activation_case("silu", "halves"),
+    gated_activation_case("gelu", "halves"),
+    gated_activation_case("gelu_tanh"),
+    gated_activation_case("relu"),
+    gated_activation_case("relu2"),
+    activation_case("gelu"),
+    activation_case("gelu_tanh"),
+    activation_case("relu"),
+    activation_case("silu"),
+    activation_case("relu2"),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

@@ -114,6 +114,21 @@ ERRORS: dict[str, tuple[Error, ...]] = {
                 r"ia3_l has shape \(95,\), wanted \(96,\) or \(1, 96\) or \(96, 1\)"),
         number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
     ),
+    "gated_activation-silu": _errors(
+        "gated_activation",
+        activation=({"activation": "tanh"}, ValueError,
+                    r"activation is 'tanh', wanted one of \('gelu', 'gelu_tanh', 'relu', 'silu', 'relu2'\)"),
+        up_shape=({"up": torch.zeros(4, 8, 95)}, ValueError, r"up has shape \(4, 8, 95\), wanted \(4, 8, 96\)"),
+        up_dtype=({"up": torch.zeros(4, 8, 96, dtype=torch.bfloat16)}, TypeError, "up is bfloat16, gate is float32"),
+        odd=({"gate": torch.zeros(4, 7), "up": None}, ValueError,
+             r"gate has shape \(4, 7\), wanted \[\.\.\., 2F\] where up is None"),
+        number=({"gate": torch.tensor(1.0)}, ValueError, r"gate has shape \(\), wanted \[\.\.\., F\]"),
+    ),
+    "activation-gelu": _errors(
+        "activation",
+        activation=({"activation": None}, ValueError, "activation is None, wanted one of"),
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., F\]"),
+    ),
     "rms_norm-llama": _errors(
         "rms_norm",
         number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),

@@ -1,4 +1,4 @@
-"""Cases of the operators that have no product: norms."""
+"""Cases of the operators that have no product: norms, activations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from op_case import SHAPES, Case, Sample, case_name, randn
+from torch import Tensor
 
 from peft_ext import ops
 
@@ -68,3 +69,62 @@ def layer_norm_case(vectors: str = "weight bias", vector_dtype: Any = None) -> C
 
     name = case_name("layer_norm", vectors.replace(" ", "_") or "alone", 0.0, vector_dtype)
     return Case(name, "norm", make, call, plain, result=_of_x, shapes=_ROWS)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _plain_activation(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return F.relu(x).square()
+    if activation in ("relu", "silu"):
+        return getattr(F, activation)(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _off_zero(x: Tensor) -> Tensor:
+    """ReLU's slope jumps there, and plain PyTorch's finite differences with it."""
+    return x.masked_fill(x.abs() < 1e-3, 0.5)
+
+
+def _of_n(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
+    return dtype, (*shape[0], shape[2])
+
+
+def gated_activation_case(activation: str, form: str = "two") -> Case:
+    """``form``: "two" tensors, "halves" of one that is given, or "views" of one."""
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, n = shape[0], shape[2]
+        if form == "halves":
+            return Sample({"gate": _off_zero(randn(*tokens, 2 * n, dtype=dtype, scale=2.0)), "up": None}, ("gate",))
+        if form == "views":
+            return Sample({"gate_up": _off_zero(randn(*tokens, 2 * n, dtype=dtype, scale=2.0))}, ("gate_up",))
+        gate = _off_zero(randn(*tokens, n, dtype=dtype, scale=2.0))
+        return Sample({"gate": gate, "up": randn(*tokens, n, dtype=dtype)}, ("gate", "up"))
+
+    def call(gate=None, up=None, gate_up=None, activation=activation):
+        if form == "views":
+            gate, up = gate_up.chunk(2, -1)
+        return ops.gated_activation(gate, up, activation)
+
+    def plain(gate=None, up=None, gate_up=None):
+        if form != "two":
+            gate, up = (gate if gate_up is None else gate_up).chunk(2, -1)
+        return _plain_activation(gate, activation) * up
+
+    name = f"gated_activation-{activation}" + ("" if form == "two" else f"-{form}")
+    return Case(name, "activations", make, call, plain, result=_of_n)
+
+
+def activation_case(activation: str) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        return Sample({"x": _off_zero(randn(*shape[0], shape[2], dtype=dtype, scale=2.0))}, ("x",))
+
+    def call(x, activation=activation):
+        return ops.activation(x, activation)
+
+    def plain(x):
+        return _plain_activation(x, activation)
+
+    return Case(f"activation-{activation}", "activations", make, call, plain, result=_of_n)

@@ -365,7 +365,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         found = None
         if (formula := _rms_formula(module)) is not None:
             found = _class(RMSNorm, stock, formula)
-        elif hasattr(ops, "gated_activation") and (formula := _mlp_formula(module)) is not None:
+        elif (formula := _mlp_formula(module)) is not None:
             found = _class(Mlp, stock, formula)
         _FOUND[key] = found
     return _FOUND[key]

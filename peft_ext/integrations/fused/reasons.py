@@ -45,6 +45,8 @@ _CALLED = {
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "lora_residual": ("lora_residual", "lora_residual_backward"),
     "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
+    "activation": ("activation", "activation_backward"),
+    "gated_activation": ("gated_activation", "gated_activation_backward"),
     "layer_norm": ("layer_norm", "layer_norm_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
     "nf4_linear": ("nf4_linear", "nf4_linear_backward"),

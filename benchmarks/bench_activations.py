@@ -1,0 +1,45 @@
+"""A gated activation's training step in bf16, gate and up in one tensor as Phi-3 has them, against plain PyTorch.
+
+    y = act(gate) ∘ up
+
+The floor reads gate and up and writes y, and reads them and dY and writes their gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import Problem, weightless_comparison
+
+STOCK = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def _gated(activation: str, problem: Problem, compile: bool) -> Comparison:
+    width = problem.k
+    problem = Problem(problem.tokens, 2 * width, width, device=problem.device)
+    act = STOCK[activation]
+
+    def eager(gate_up: Tensor, weight: Any) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return act(gate) * up
+
+    return weightless_comparison(
+        problem,
+        compile,
+        ours=lambda gate_up, weight: ops.gated_activation(gate_up, None, activation),
+        eager=eager,
+        formula=lambda linear, gate_up, mask: eager(gate_up, None),
+        names=(),
+        bytes_moved=8 * 2 * problem.tokens * width,
+    )
+
+
+VARIANTS = tuple(Variant("gated_activation", f"bf16, {name}", partial(_gated, name)) for name in STOCK)

@@ -1,0 +1,44 @@
+// What the CPU's glue and the GPU's share: the checked activation, and rows as they lie.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/activation.h"
+
+namespace peft_ext {
+
+inline Activation checked_gate(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation,
+                  ", wanted 0 (gelu), 1 (gelu_tanh), 2 (relu), 3 (silu) or 4 (relu2)");
+  return static_cast<Activation>(activation);
+}
+
+// A tensor [..., columns] as rows that are all `stride` elements apart, each in one piece: a half of a wider tensor is
+// taken where it lies, anything else is copied.
+struct RowsApart {
+  torch::stable::Tensor held;
+  int64_t stride;
+};
+
+inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
+  int64_t stride = 0, rows = 1;  // of the dimensions behind
+  bool regular = columns <= 1 || tensor.stride(last) == 1;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (tensor.size(d) == 1) continue;
+    if (rows == 1)
+      stride = tensor.stride(d);
+    else
+      regular = regular && tensor.stride(d) == stride * rows;
+    rows *= tensor.size(d);
+  }
+  if (regular && (rows == 1 || stride >= columns)) return {tensor, rows == 1 ? columns : stride};
+  return {torch::stable::contiguous(tensor), columns};
+}
+
+}  // namespace peft_ext

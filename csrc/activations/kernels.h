@@ -1,0 +1,47 @@
+// Gated activations on the CPU: what each instruction set provides. Each matrix is read or written once.
+//
+//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         up may be absent: 1
+//
+// float32, one rounding. Rows lie `stride` elements apart.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/activation.h"
+#include "common/dtype.h"
+
+namespace peft_ext {
+
+struct StridedRows {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct WrittenRows {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct GatedRows {
+  Activation activation;
+  DType dtype;  // of all
+  int64_t columns;
+  StridedRows gate, up;  // up: or no data
+  StridedRows grad;      // of the gradient
+  WrittenRows out;       // y, or d gate
+  WrittenRows out_up;    // d up, where there is one
+};
+
+// Of the rows [begin, end).
+struct ActivationKernels {
+  void (*rows)(const GatedRows& work, int64_t begin, int64_t end);
+  void (*gradient)(const GatedRows& work, int64_t begin, int64_t end);
+};
+
+extern const ActivationKernels kActivationKernelsScalar;
+#if defined(__x86_64__)
+extern const ActivationKernels kActivationKernelsAvx2;
+extern const ActivationKernels kActivationKernelsAvx512;
+#endif
+
+}  // namespace peft_ext

@@ -1,0 +1,9 @@
+// Gated activations on any CPU. See kernels.h for the contract.
+#include "cpu/simd_scalar.h"
+#include "activations/kernels_impl.h"
+
+namespace peft_ext {
+
+const ActivationKernels kActivationKernelsScalar = {gated_rows, gated_gradient};
+
+}  // namespace peft_ext

@@ -1,0 +1,167 @@
+"""An activation, alone or times a gate's other half, in one pass and in float32.
+
+    y = act(gate) ∘ up        y = act(x)
+
+Backward: ``d gate = dY ∘ up ∘ act'(gate)``, ``d up = dY ∘ act(gate)``. Saved: the inputs alone; act(gate) is computed
+again.
+
+Sources: gated units (arXiv 2002.05202), GELU (arXiv 1606.08415), squared ReLU (arXiv 2109.08668).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import activations as reference
+from . import checks
+from .library import NAMESPACE, define, in_float64
+from .nf4 import refuse_double_backward
+
+__all__ = ["activation", "gated_activation"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _gated_reference(gate, up, activation):
+    return reference.gated_activation_forward(gate, up, reference.ACTIVATIONS[activation]).contiguous()
+
+
+def _gated_fake(gate, up, activation):
+    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
+
+
+def _gated_backward_reference(grad, gate, up, activation):
+    grad_gate, grad_up = reference.gated_activation_backward(grad, gate, up, reference.ACTIVATIONS[activation])
+    return grad_gate.contiguous(), gate.new_empty(0) if grad_up is None else grad_up.contiguous()
+
+
+def _gated_backward_fake(grad, gate, up, activation):
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+
+
+def _reference(x, activation):
+    return reference.activation(x, reference.ACTIVATIONS[activation]).contiguous()
+
+
+def _fake(x, activation):
+    return x.new_empty(x.shape)
+
+
+def _backward_reference(grad, x, activation):
+    return reference.activation_backward(grad, x, reference.ACTIVATIONS[activation]).contiguous()
+
+
+def _backward_fake(grad, x, activation):
+    return x.new_empty(x.shape)
+
+
+define(
+    "gated_activation",
+    "(Tensor gate, Tensor? up, int activation) -> Tensor",
+    reference=_gated_reference,
+    fake=_gated_fake,
+)
+define(
+    "gated_activation_backward",
+    "(Tensor grad, Tensor gate, Tensor? up, int activation) -> (Tensor grad_gate, Tensor grad_up)",
+    reference=_gated_backward_reference,
+    fake=_gated_backward_fake,
+)
+define("activation", "(Tensor x, int activation) -> Tensor", reference=_reference, fake=_fake)
+define(
+    "activation_backward",
+    "(Tensor grad, Tensor x, int activation) -> Tensor",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _gated_setup_context(ctx, inputs, output):
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_backward(ctx, grad):
+    refuse_double_backward("gated_activation")
+    needs = ctx.needs_input_grad
+    grad_gate, grad_up = _ops.gated_activation_backward(grad, *ctx.saved_tensors, ctx.activation)
+    return grad_gate if needs[0] else None, grad_up if needs[1] else None, None
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.activation = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):
+    refuse_double_backward("activation")
+    return _ops.activation_backward(grad, *ctx.saved_tensors, ctx.activation), None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::gated_activation", _gated_backward, setup_context=_gated_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::activation", _backward, setup_context=_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def _number(op: str, activation: str) -> int:
+    """A number: PyTorch's stable ABI leaks each string that an operator takes."""
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
+    return reference.ACTIVATIONS.index(activation)
+
+
+def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Tensor:
+    """``y = act(gate) ∘ up`` in float32, rounded once.
+
+    Args:
+        gate: ``[..., F]``, float32, bfloat16 or float16. up: the same. Both are read where they lie if the last
+            dimension is in one piece, as the halves of one ``[..., 2F]`` tensor are (``gate_up.chunk(2, -1)``). With up
+            None gate is that tensor itself, gate first: its gradient is then written in one piece, where PyTorch would
+            put the halves' gradients together.
+        activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
+
+    Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to both; saved for backward: gate and up alone.
+    PyTorch rounds act(gate) before the product, this does not. Autocast changes nothing.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: gated units (arXiv 2002.05202).
+    """
+    op = "gated_activation"
+    checks.check_gated(op, gate, up)
+    kind = _number(op, activation)
+    if checks.any_float64(gate):
+        return in_float64(reference.gated_activation, gate, up, activation)
+    return _ops.gated_activation(gate, up, kind)
+
+
+def activation(x: Tensor, activation: str) -> Tensor:
+    """``y = act(x)`` in float32, rounded once.
+
+    Args:
+        x: ``[..., F]``, float32, bfloat16 or float16.
+        activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
+
+    Returns: ``[..., F]`` of x's dtype, contiguous. The gradient flows to x, which is all that is saved for backward.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    """
+    op = "activation"
+    checks.check_float(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (), wanted [..., F]")
+    kind = _number(op, activation)
+    if checks.any_float64(x):
+        return in_float64(reference.activation, x, activation)
+    return _ops.activation(x, kind)
