@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "cpu/exp.h"
+#include "cpu/vec_math.h"
 #include "cross_entropy/cross_entropy.h"
 
 namespace peft_ext {
@@ -38,7 +38,7 @@ struct Logits {
         over_softcap(Vec::broadcast(kSoftcap ? 1.0f / work.softcap : 0.0f)) {}
   Vec z(Vec x) const {
     const Vec scaled = Vec::mul(x, scale);
-    return kSoftcap ? Vec::mul(softcap, tanh(scaled)) : scaled;
+    return kSoftcap ? Vec::mul(softcap, vec_tanh(scaled)) : scaled;
   }
   // 1 - (z/c)²
   Vec slope(Vec z) const {
@@ -65,7 +65,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
     const int64_t end = min_i64(columns, block + kSumBlock);
     Vec some = Vec::zero(), total = Vec::zero();
     for_vectors(row + block, end - block, [&](Vec x, int64_t count) {
-      const Vec z = logits.z(x), e = exp(Vec::sub(z, shift));
+      const Vec z = logits.z(x), e = vec_exp(Vec::sub(z, shift));
       some = Vec::add(some, count == kLanes ? e : e.first(count));
       total = Vec::add(total, count == kLanes ? z : z.first(count));
     });
@@ -84,7 +84,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   const Vec share = Vec::broadcast(1.0f / sum), even = Vec::broadcast(smooth / static_cast<float>(columns));
   const Vec by = Vec::broadcast(weight * work.scale);
   const auto gradient = [&](Vec z, Vec less) {
-    const Vec d = Vec::mul(by, Vec::sub(Vec::mul(exp(Vec::sub(z, shift)), share), less));
+    const Vec d = Vec::mul(by, Vec::sub(Vec::mul(vec_exp(Vec::sub(z, shift)), share), less));
     return kSoftcap ? Vec::mul(d, logits.slope(z)) : d;
   };
   gradient(z_label, Vec::add(even, Vec::broadcast(rest))).store(at_label);

@@ -1,9 +1,10 @@
-"""Norms on fused operators: known by their structure, tried before they are used, and like the model's own."""
+"""Norms and MLPs on fused operators: known by their structure, tried before they are used, and like the model's own."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -83,10 +84,8 @@ def test_bfloat16_is_as_good_as_stock(name: str) -> None:
 def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
     found = {}
     for name in ("Llama", "Gemma"):
-        (formula,) = {
-            type(m).formula for m in peft_ext.accelerate(build(name)).modules() if isinstance(m, blocks.Block)
-        }
-        found[name] = formula[1:]
+        model = peft_ext.accelerate(build(name))
+        (found[name],) = {type(module).formula[1:] for module in model.modules() if isinstance(module, blocks.Norm)}
     assert found == {"Llama": (0.0, True), "Gemma": (1.0, False)}
 
 
@@ -164,3 +163,113 @@ def test_who_asks_for_more_gets_the_own_forward() -> None:
     assert torch.equal(norm(x), x + 1)
     compiled = torch.compile(peft_ext.accelerate(build("Llama")), backend="aot_eager")
     torch.testing.assert_close(step(compiled)["loss"], step(build("Llama"))["loss"])
+
+
+MLPS = {
+    "gate and up": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+    "GELU by tanh, of GELU": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**SMALL, head_dim=8)),
+    "gate and up in one": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SMALL)),
+    "squared ReLU": lambda: hf.NemotronForCausalLM(hf.NemotronConfig(**SMALL)),
+    "two layers": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SMALL, resid_pdrop=0.0)),
+    "two layers and a dropout": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0.3, embd_pdrop=0, attn_pdrop=0)
+    ),
+}
+
+
+def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        MLPS[name]().to(dtype), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", MLPS)
+def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool) -> None:
+    stock = adapted(name, checkpointing)
+    torch.manual_seed(3)
+    stock = step(stock)
+    model = peft_ext.accelerate(adapted(name, checkpointing))
+    assert [row.fused for row in peft_ext.explain(model).blocks if row.kind == "MLP"] == [True, True]
+    torch.manual_seed(3)
+    found = step(model)
+    for key, value in stock.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16)), []
+    for operator in ("gated_activation", "activation"):
+        real = getattr(blocks.ops, operator)
+
+        def note(*args: Any, real: Any = real) -> Tensor:
+            result = real(*args)
+            made.append(weakref.ref(result))
+            return result
+
+        monkeypatch.setattr(blocks.ops, operator, note)
+    loss = model(**IDS).loss
+    assert len(made) == 2 and all(held() is None for held in made)
+    loss.backward()
+    assert len(made) == 4
+
+
+def test_a_gate_changed_before_the_backward_is_found() -> None:
+    model = peft_ext.accelerate(adapted("gate and up"))
+    kept: list[Tensor] = []
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.gate_proj.register_forward_hook(lambda _layer, _args, out: kept.append(out))
+    loss = model(**IDS).loss
+    kept[0].data.mul_(1.0)  # autograd does not see it
+    with torch.no_grad():
+        kept[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place|modified by an inplace"):
+        loss.backward()
+
+
+class Shifted(nn.Module):
+    """Looks like an MLP, and is another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1.0))
+
+
+class Unknown(Shifted):
+    """An activation that no operator has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.Mish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("kind", [Shifted, Unknown])
+def test_another_mlp_keeps_its_own(kind: type) -> None:
+    model = adapted("gate and up")
+    model.get_base_model().model.layers[0].mlp = kind()
+    peft_ext.accelerate(model)
+    assert type(model.get_base_model().model.layers[0].mlp) is kind
+    step(model)
+
+
+def test_an_activation_that_was_replaced_is_used() -> None:
+    model = peft_ext.accelerate(adapted("gate and up"))
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.act_fn = nn.Mish()
+    assert "another one" in mlp.block_reason()
+    x = torch.randn(3, 32)
+    wanted = mlp.down_proj(nn.Mish()(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), wanted)

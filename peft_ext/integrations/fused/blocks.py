@@ -195,15 +195,15 @@ class Mlp(Block):
         into, out, act, function, gated, drops = self.formula
         modules = self._modules
         inner = [modules[name](x) for name in into]
-        if gated and len(inner) == 1:
-            inner = list(inner[0].chunk(2, dim=-1))
         if not all(map(accepts_input, inner)) or len({value.dtype for value in inner}) > 1:
-            h = getattr(self, act)(inner[0])
-            y = modules[out](h * inner[1] if gated else h)
+            halves = inner[0].chunk(2, dim=-1) if gated and len(inner) == 1 else inner
+            h = getattr(self, act)(halves[0])
+            y = modules[out](h * halves[1] if gated else h)
         else:
             operator = ops.gated_activation if gated else ops.activation
-            h = operator(*inner, function)
-            with computed_again(h, operator, *inner, function):
+            args = (*inner, *([None] if gated and len(inner) == 1 else []), function)
+            h = operator(*args)
+            with computed_again(h, operator, *args):
                 y = modules[out](h)
         return modules["dropout"](y) if drops else y
 
