@@ -252,8 +252,7 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
             yield Row(name, found[0], False, found[1])
     for layer in heads(model):
         reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
-        how = "the logits are computed a chunk of tokens at a time, and not under torch.compile"
-        yield Row(names.get(id(layer), ""), "loss", reason is None, reason or how)
+        yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
