@@ -13,7 +13,6 @@ namespace peft_ext {
 constexpr int kShrinkThreads = 128;
 constexpr int kShrinkWarps = kShrinkThreads / kWarpSize;
 constexpr int kShrinkTokens = 4;
-constexpr int kShrinkBlocks = 6;  // of a multiprocessor, so that the compiler takes the registers that it needs
 
 struct ShrinkFew {
   const void* x;       // T [tokens, inputs]
@@ -27,10 +26,10 @@ struct ShrinkFew {
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// x̃ A[r] of `count` tokens, the t-th being token_of(t): thread t's is the t-th's.
+// x̃ A[r] of kShrinkTokens tokens, token_of(t) of thread t; -1: none.
 template <typename T, typename TokenOf>
 __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
-                                               int64_t r, int count, TokenOf token_of) {
+                                               int64_t r, TokenOf token_of) {
   PEFT_EXT_SHARED(ShrinkShared, shared);
   const Philox philox = load_philox(work.dropout);
   float sums[kShrinkTokens] = {};
@@ -39,7 +38,7 @@ __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void
     load_columns(lora_A, type, r * work.inputs, k, work.inputs, whole_A, a);
 #pragma unroll
     for (int t = 0; t < kShrinkTokens; ++t) {
-      if (t >= count) continue;
+      if (token_of(t) < 0) continue;
       const int64_t row = token_of(t) * work.inputs;
       float x[kVector];
       load_columns(static_cast<const T*>(work.x) + row, k, work.inputs, work.whole, x);
@@ -69,12 +68,12 @@ __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void
 
 // Grid: x: rank; y: ceil(tokens / kShrinkTokens).
 template <typename T>
-__global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) shrink_few_kernel(ShrinkFew work) {
+__global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew work) {
   const int64_t r = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * kShrinkTokens;
-  const int count = static_cast<int>(min_of(kShrinkTokens, work.tokens - first));
-  const float sum =
-      shrink_tokens<T>(work, work.lora_A, work.type, work.whole_A, r, count, [&](int t) { return first + t; });
-  if (threadIdx.x < count) work.s[(first + threadIdx.x) * work.rank + r] = sum;
+  const auto token_of = [&](int t) { return first + t < work.tokens ? first + t : -1; };
+  const float sum = shrink_tokens<T>(work, work.lora_A, work.type, work.whole_A, r, token_of);
+  if (threadIdx.x < kShrinkTokens && first + threadIdx.x < work.tokens)
+    work.s[(first + threadIdx.x) * work.rank + r] = sum;
 }
 
 // Tokens of one adapter in a mixed batch.
@@ -99,7 +98,7 @@ static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");
 
 // Grid: x: rank; y: groups.
 template <typename T>
-__global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) shrink_grouped_kernel(ShrinkGrouped work) {
+__global__ void __launch_bounds__(kShrinkThreads) shrink_grouped_kernel(ShrinkGrouped work) {
   const TokenGroup& group = work.groups[blockIdx.y];
   const int64_t r = blockIdx.x;
   int64_t tokens[kShrinkTokens];
@@ -110,8 +109,8 @@ __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks) shrink_grouped_
   if (mine && r == 0) work.factors[token] = group.factor;
   float sum = 0.0f;
   if (r < group.factor.rank)
-    sum = shrink_tokens<T>(work.few, group.lora_A, group.type_A, group.whole_A, r, group.count,
-                           [&](int t) { return tokens[t]; });
+    sum = shrink_tokens<T>(work.few, group.lora_A, group.type_A, group.whole_A, r,
+                           [&](int t) { return t < group.count ? tokens[t] : -1; });
   if (mine) work.few.s[token * work.few.rank + r] = sum;
 }
 
