@@ -3,7 +3,7 @@
     efficiency = time of one core / (cores x time of so many)
 
 LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase of the step takes as long as its busiest thread: the
-tiles' by csrc/linear/cpu/tiles/plan.h itself, the passes' by the chunks of csrc/linear/cpu/passes.cpp. Work is in FLOP,
+tiles' by csrc/linear/cpu/tiles/plan.h itself, the passes' by the chunks of passes.cpp and chunk_sums.h. Work is in FLOP,
 at the rates of one core in the committed result file; a barrier, memory that all cores share and a clock that falls
 under load are not in it, so that a machine does worse. ``python tools/many_cores.py --write`` puts the table into
 docs/performance.md.
@@ -37,8 +37,8 @@ def ceil_div(a: int, b: int) -> int:
 
 @cache
 def constants() -> dict[str, int]:
-    """The numbers by which passes.cpp cuts tokens."""
-    source = (ROOT / "csrc/linear/cpu/passes.cpp").read_text()
+    """The numbers by which the passes cut tokens."""
+    source = "".join((ROOT / "csrc/linear/cpu" / name).read_text() for name in ("passes.cpp", "chunk_sums.h"))
     names = ("kTokenGrain", "kMinChunkTokens", "kMaxChunks")
     return {name: int(re.search(rf"{name} = (\d+)", source)[1]) for name in names}
 

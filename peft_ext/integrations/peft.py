@@ -66,7 +66,7 @@ _DORA_DROPOUTS = ("peft", "lora")
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> nn.Module:
+def accelerate(model: nn.Module, *, blocks: bool = False, dora_dropout: str = "peft") -> nn.Module:
     """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
@@ -85,7 +85,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
             activation is computed again in the backward; and the loss of a language model, which in training takes the
             hidden states and the frozen head instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever
             computes it with ``F.cross_entropy``. The logits that such a model returns in training are computed where
-            something reads them. False: the layers alone.
+            something reads them. False, the default: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
@@ -214,6 +214,7 @@ class Explanation:
             f"{f': {reason}' if reason else ''}"
             for (kind, fused, reason), names in alike(self.blocks).items()
         ]
+        blocks = blocks if any(row.fused for row in self.blocks) else []
         return "\n".join([*table, share, *blocks, *self.missing])
 
 

@@ -138,8 +138,8 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
     return estimate_memory(config, adapter, gradient_checkpointing=checkpointing, **changes)
 
 
-def assert_near(estimate, wanted, within=0.03):
-    """3 per cent: what the kernels take for themselves is bounded, not traced; on real sizes it is 0.1 per cent."""
+def assert_near(estimate, wanted, within=0.02):
+    """2 per cent: what the kernels take for themselves is bounded, not traced; on real sizes it is 0.1 per cent."""
     assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"
 
 
@@ -272,14 +272,14 @@ def test_logits_in_float32_and_their_gradient():
     assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4  # the loss
 
 
-def test_of_an_accelerated_model_a_chunk_of_logits():
+def test_of_a_model_with_blocks_a_chunk_of_logits():
     config = copy.deepcopy(LLAMA)
     config.vocab_size = 32768
     tokens = {"batch_size": 4, "sequence_length": 1024, "device": "cpu"}
-    whole = 4 * 1024 * config.vocab_size * 2
-    stock = estimate_memory(config, lora(), accelerated=False, **BF16, **tokens).logits
-    fused = estimate_memory(config, lora(), **BF16, **tokens).logits
-    chunk = 64 * 2**20
+    model = adapted(config, lora(), dtype=torch.bfloat16)
+    stock = estimate_memory(model, **tokens).logits
+    fused = estimate_memory(peft_ext.accelerate(model, blocks=True), **tokens).logits
+    whole, chunk = 4 * 1024 * config.vocab_size * 2, 64 * 2**20
     assert stock > 4 * whole >= 16 * chunk
     assert chunk < fused < 1.3 * chunk
 
@@ -367,8 +367,7 @@ def test_dtype_is_of_the_frozen_weights():
 
 def test_a_layer_that_is_not_fused_is_estimated_as_peft_runs_it():
     config = lora(lora_bias=True)
-    fused, stock = estimated(LLAMA, config), estimated(LLAMA, config, accelerated=False)
-    assert fused.activations == stock.activations and fused.logits < stock.logits
+    assert estimated(LLAMA, config).total == estimated(LLAMA, config, accelerated=False).total
 
 
 def test_several_adapters():

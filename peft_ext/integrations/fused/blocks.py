@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from .base import STOCK
+from .base import STOCK, is_fully_sharded
 from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
 
 __all__ = ["Block", "fuse_blocks", "plain_blocks"]
@@ -359,6 +359,8 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         return _class(LayerNorm, stock, ())
     if stock.__module__.startswith(("torch.", "peft.", "peft_ext.", "bitsandbytes.")) or stock in STOCK:
         return None
+    if is_fully_sharded(stock):
+        return None  # whose forward gathers parameters first
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
     key = (stock, act, tuple(module._modules), tuple(module._parameters))
     if key not in _FOUND:
