@@ -3,7 +3,7 @@
     efficiency = time of one core / (cores x time of so many)
 
 LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase of the step takes as long as its busiest thread: the
-tiles' by csrc/linear/cpu/tiles/plan.h itself, the passes' by the chunks of passes.cpp and chunk_sums.h. Work is in FLOP,
+tiles' by tiles/plan.h itself, the passes' by the chunks of passes.cpp and chunk_sums.h. Work is in FLOP,
 at the rates of one core in the committed result file; a barrier, memory that all cores share and a clock that falls
 under load are not in it, so that a machine does worse. ``python tools/many_cores.py --write`` puts the table into
 docs/performance.md.
