@@ -15,7 +15,7 @@ struct Activated {
 };
 
 template <Activation kActivation>
-inline Activated activated(Vec u) {
+PEFT_EXT_INLINE Activated activated(Vec u) {
   const Vec one = Vec::broadcast(1.0f);
   if constexpr (kActivation == Activation::kGelu) {
     const Vec gate = vec_normal(u);

@@ -1,11 +1,14 @@
 // Functions of a Vec (cpu/simd_<isa>.h), to a few ulp of float32. Included after the target pragma. A NaN stays one.
 #pragma once
 
+// A call for each vector would cost as much as what it computes.
+#define PEFT_EXT_INLINE inline __attribute__((always_inline))
+
 namespace peft_ext {
 namespace {
 
 // e^x, where x is held between -87.3 and 88.3: beside 1 what is left out is nothing.
-inline Vec vec_exp(Vec x) {
+PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(88.3f), Vec::max(Vec::broadcast(-87.3f), x));
   const Vec whole = Vec::mul(x, Vec::broadcast(1.44269504f)).round();
   // x - whole ln 2, ln 2 in two parts: products with the first are exact.
@@ -19,14 +22,14 @@ inline Vec vec_exp(Vec x) {
 }
 
 // 1 / (1 + e^-x)
-inline Vec vec_sigmoid(Vec x) {
+PEFT_EXT_INLINE Vec vec_sigmoid(Vec x) {
   const Vec one = Vec::broadcast(1.0f);
   return Vec::div(one, Vec::add(one, vec_exp(Vec::sub(Vec::zero(), x))));
 }
 
 // The normal distribution, 0.5 (1 + erf(x / √2)) = 0.5 erfc(-x / √2): with z = |x| / √2 and t = 1 / (1 + z / 2)
 // erfc(z) = t e^(-z² + P(t)), to 1.2e-7 of itself for every z (Press et al., Numerical Recipes, erfcc).
-inline Vec vec_normal(Vec x) {
+PEFT_EXT_INLINE Vec vec_normal(Vec x) {
   const Vec z = Vec::mul(x.abs(), Vec::broadcast(0.70710678f)), one = Vec::broadcast(1.0f);
   const Vec t = Vec::div(one, Vec::fma(z, Vec::broadcast(0.5f), one));
   Vec p = Vec::broadcast(0.17087277f);
