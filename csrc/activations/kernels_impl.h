@@ -15,12 +15,11 @@ struct Activated {
 };
 
 template <Activation kActivation>
-inline Activated activated(Vec u) {
+PEFT_EXT_INLINE Activated activated(Vec u) {
   const Vec one = Vec::broadcast(1.0f);
   if constexpr (kActivation == Activation::kGelu) {
-    const Vec gate = vec_normal(u);
-    const Vec bell = vec_exp(Vec::mul(Vec::mul(u, u), Vec::broadcast(-0.5f)));
-    return {Vec::mul(u, gate), Vec::fma(Vec::mul(u, Vec::broadcast(0.39894228f)), bell, gate)};
+    const Normal gate = vec_normal(u);
+    return {Vec::mul(u, gate.below), Vec::fma(Vec::mul(u, Vec::broadcast(0.39894228f)), gate.bell, gate.below)};
   }
   if constexpr (kActivation == Activation::kGeluTanh) {
     // 0.5 (1 + tanh z) = 1 / (1 + e^-2z),  2z = 2 √(2/π) (u + 0.044715 u³)

@@ -45,7 +45,11 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  // 1 / v of a finite v, to an ulp, and of 1 exactly: a third of a division's time.
+  Vec reciprocal() const {
+    const __m512 r = _mm512_rcp14_ps(v);
+    return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(1.0f)), r)};
+  }
   // b where one is a NaN.
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }

@@ -20,7 +20,7 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
   static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
-  static Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+  Vec reciprocal() const { return {1.0f / v}; }
   // b where one is a NaN.
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }

@@ -28,13 +28,16 @@ void norm_row(const NormRows& work, int64_t row) {
   const float rstd = 1.0f / __builtin_sqrtf(sum[0] / count + work.eps);
   work.rstd[row] = rstd;
   const Vec scale = Vec::broadcast(rstd);
-  for_vectors(columns, [&](auto lanes, int64_t k) {
+  // In registers: a store through y could change what lies in `work`.
+  const float *factor = work.factor, *bias = work.bias;
+  const bool round_first = work.round_first;
+  for_vectors(columns, [=](auto lanes, int64_t k) {
     Vec value = lanes.load(x + k);
     if (kCentered) value = Vec::sub(value, center);
     value = Vec::mul(value, scale);
-    if (work.round_first) value = value.template rounded<T>();
-    if (work.factor != nullptr) value = Vec::mul(value, lanes.load(work.factor + k));
-    if (work.bias != nullptr) value = Vec::add(value, lanes.load(work.bias + k));
+    if (round_first) value = value.template rounded<T>();
+    if (factor != nullptr) value = Vec::mul(value, lanes.load(factor + k));
+    if (bias != nullptr) value = Vec::add(value, lanes.load(bias + k));
     lanes.store(y + k, value);
   });
 }
@@ -46,12 +49,13 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   const T* x = static_cast<const T*>(work.x) + row * columns;
   const Grad* grad = static_cast<const Grad*>(work.grad) + row * columns;
   const Vec scale = Vec::broadcast(rstd), center = Vec::broadcast(kCentered ? work.mean[row] : 0.0f);
-  const auto normed = [&](auto lanes, int64_t k) {
+  const auto normed = [=](auto lanes, int64_t k) {
     const Vec value = lanes.load(x + k);
     return Vec::mul(kCentered ? Vec::sub(value, center) : value, scale);
   };
-  const auto weighted = [&](auto lanes, int64_t k, Vec value) {
-    return work.factor == nullptr ? value : Vec::mul(value, lanes.load(work.factor + k));
+  const float* factor = work.factor;
+  const auto weighted = [=](auto lanes, int64_t k, Vec value) {
+    return factor == nullptr ? value : Vec::mul(value, lanes.load(factor + k));
   };
   float sum[2] = {0.0f, 0.0f};  // of g ∘ x̂, and of g
   if (work.grad_x != nullptr) {
@@ -62,17 +66,18 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
     });
   }
   const Vec along = Vec::broadcast(sum[0] / count), shift = Vec::broadcast(sum[1] / count);
-  for_vectors(columns, [&](auto lanes, int64_t k) {
+  T* grad_x = static_cast<T*>(work.grad_x);
+  if (grad_x != nullptr) grad_x += row * columns;
+  float *grad_weight = work.grad_weight, *grad_bias = work.grad_bias;
+  for_vectors(columns, [=](auto lanes, int64_t k) {
     const Vec dy = lanes.load(grad + k), x_hat = normed(lanes, k);
-    if (work.grad_x != nullptr) {
+    if (grad_x != nullptr) {
       Vec dx = weighted(lanes, k, dy);
       if (kCentered) dx = Vec::sub(dx, shift);
-      dx = Vec::mul(Vec::sub(dx, Vec::mul(x_hat, along)), scale);
-      lanes.store(static_cast<T*>(work.grad_x) + row * columns + k, dx);
+      lanes.store(grad_x + k, Vec::mul(Vec::sub(dx, Vec::mul(x_hat, along)), scale));
     }
-    if (work.grad_weight != nullptr)
-      lanes.store(work.grad_weight + k, Vec::fma(dy, x_hat, lanes.load(work.grad_weight + k)));
-    if (work.grad_bias != nullptr) lanes.store(work.grad_bias + k, Vec::add(dy, lanes.load(work.grad_bias + k)));
+    if (grad_weight != nullptr) lanes.store(grad_weight + k, Vec::fma(dy, x_hat, lanes.load(grad_weight + k)));
+    if (grad_bias != nullptr) lanes.store(grad_bias + k, Vec::add(dy, lanes.load(grad_bias + k)));
   });
 }
 

@@ -12,6 +12,7 @@ from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
 from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
 from .norm import layer_norm, rms_norm
+from .rotary import rotary_embedding
 
 __all__ = [
     "activation",
@@ -32,4 +33,5 @@ __all__ = [
     "nf4_merge",
     "nf4_quantize",
     "rms_norm",
+    "rotary_embedding",
 ]

@@ -193,6 +193,29 @@ def check_gated(op: str, gate: Tensor, up: Optional[Tensor]) -> None:
         raise ValueError(f"{op}: up has shape {tuple(up.shape)}, wanted {tuple(gate.shape)}")
 
 
+def check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Checks q ``[B, H, T, D]``, k ``[B, Hkv, T, D]``, cos and sin ``[B, T, D]`` or ``[1, T, D]``, all of one dtype."""
+    check_float(op, "q", q)
+    if q.dim() != 4 or q.shape[3] % 2:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wanted [B, H, T, D] with an even D")
+    batch, _, tokens, size = q.shape
+    for argument, value in (("k", k), ("cos", cos), ("sin", sin)):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, q, "q")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{op}: {argument} is {_name(value.dtype)}, q is {_name(q.dtype)}")
+    if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, tokens, size):
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, wanted [{batch}, Hkv, {tokens}, {size}]")
+    for argument, value in (("cos", cos), ("sin", sin)):
+        if tuple(value.shape) not in ((batch, tokens, size), (1, tokens, size)):
+            wanted = f"({batch}, {tokens}, {size}) or (1, {tokens}, {size})"
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {argument} requires grad, wanted a constant")
+    if sin.shape != cos.shape:
+        raise ValueError(f"{op}: sin has shape {tuple(sin.shape)}, cos has {tuple(cos.shape)}")
+
+
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
     if not isinstance(scaling, (int, float)) or not -_LARGEST <= scaling <= _LARGEST or scaling is True:
         raise ValueError(f"{op}: {argument} is {scaling!r}, wanted a finite number")

@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
     "cross_entropy": ("cross_entropy_rows",),
     "activations": ("gated_activation", "gated_activation_backward", "activation", "activation_backward"),
+    "rotary": ("rotary_embedding", "rotary_embedding_backward"),
     "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
 }  # fmt: skip
 
@@ -313,6 +314,13 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         for kind in range(5):
             yield "activation", (x, kind)
             yield "activation_backward", (draw(t, k), x, kind)
+    elif family == "rotary":
+        size = k // 3
+        heads = [draw(2, t // 2, 3, size).transpose(1, 2), draw(2, t // 2, 1, size).transpose(1, 2)]
+        angles = draw(1, t // 2, size, of=torch.float32)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        yield "rotary_embedding", (*heads, cos, sin)
+        yield "rotary_embedding_backward", (*heads, cos, sin)
     elif family == "norm":
         w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
         yield "rms_norm", (x, w, 1e-6, 0.0, True)

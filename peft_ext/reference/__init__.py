@@ -13,6 +13,7 @@ from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residua
 from .nf4 import dynamic_code, frozen_linear, nf4_code, nf4_dequantize, nf4_linear, nf4_quantize
 from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from .philox import dropout_keep_mask
+from .rotary import rotary_embedding, rotary_embedding_backward
 
 __all__ = [
     "activation",
@@ -46,4 +47,6 @@ __all__ = [
     "nf4_quantize",
     "rms_norm",
     "rms_norm_backward",
+    "rotary_embedding",
+    "rotary_embedding_backward",
 ]

@@ -140,6 +140,9 @@ def _case(rng: random.Random) -> Case:
         "bottleneck": lambda: op_db._bottleneck_case(
             rng.choice(ACTIVATIONS), own=maybe(), biases=maybe(), adapter_dtype=adapters, scale=rng.choice((0.75, -2.0))
         ),
+        "rotary_embedding": lambda: row_cases.rotary_case(
+            rng.choice((1, 3, 8)), rng.choice((1, 2)), one_cos=maybe(), contiguous=maybe(0.3)
+        ),
         "gated_activation": lambda: row_cases.gated_activation_case(
             rng.choice((*ACTIVATIONS, "relu2")), rng.choice(("two", "halves", "views"))
         ),

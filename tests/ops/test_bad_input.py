@@ -30,6 +30,7 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
     down, up = torch.randn(M, K, generator=generator), torch.randn(K, M, generator=generator)
     nf4, norm, bias = reference.nf4_quantize(weight), weight.norm(dim=1), torch.zeros(N)
     lora = {"lora_A": a, "lora_B": b}
+    heads = torch.randn(2, 3, T, 8, generator=generator)
     return {
         "nf4_quantize": (ops.nf4_quantize, {"weight": weight}),
         "nf4_dequantize": (ops.nf4_dequantize, {"nf4": nf4}),
@@ -52,6 +53,7 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
             {"x": x, "down_weight": down, "down_bias": torch.zeros(M), "up_weight": up, "up_bias": torch.zeros(K),
              "residual": x},
         ),
+        "rotary_embedding": (ops.rotary_embedding, {"q": heads, "k": heads, "cos": heads[:, 0], "sin": heads[:, 0]}),
         "gated_activation": (ops.gated_activation, {"gate": x, "up": x, "activation": "silu"}),
         "activation": (ops.activation, {"x": x, "activation": "silu"}),
         "rms_norm": (ops.rms_norm, {"x": x, "weight": torch.ones(K), "eps": 1e-6}),
@@ -69,7 +71,7 @@ _OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_
 _NORMS = ("rms_norm", "layer_norm")  # their weight may be None, and may train
 
 # The argument that a device is compared with, and of x's own device the first that is compared with it.
-_BESIDE = {"lora_A": "weight", "lora_B": "weight", "up": "gate"}
+_BESIDE = {"lora_A": "weight", "lora_B": "weight", "up": "gate", "k": "q", "cos": "q", "sin": "q"}
 _ALONE = ("nf4_quantize", "activation")  # no other tensor to be compared with
 _FIRST = {"lora_residual": "residual", "ia3_scale": "ia3_l", "bottleneck_adapter": "down_weight"}
 
@@ -136,8 +138,8 @@ def test_what_is_no_tensor_that_the_operators_take(op: str, name: str) -> None:
         if about == "meta":
             beside = _BESIDE.get(name, "x") if op != "lora_residual" else "x"
             message = f"{name} is on meta, {beside} is on cpu"
-            if name == "gate":
-                message = "up is on cpu, gate is on meta"
+            if name in ("gate", "q"):
+                message = f"{'up' if name == 'gate' else 'k'} is on cpu, {name} is on meta"
             elif name == "x" or (op == "dora_weight_norm" and name == "weight"):
                 message = f"{_FIRST.get(op, 'lora_A' if name == 'weight' else 'weight')} is on cpu, {name} is on meta"
         _refused(op, {name: wrong}, kind, message)

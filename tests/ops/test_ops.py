@@ -150,7 +150,7 @@ def saved_bytes(case: Case, sample: Sample) -> int:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations")], ids=ids
+    "case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations", "rotary")], ids=ids
 )
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
     """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
@@ -169,6 +169,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "ia3_linear": 0 if "feedforward" in about else y,
         "ia3_scale": 0,
         "gated_activation": 0,
+        "rotary_embedding": 0,
         "activation": 0,
         "rms_norm": t * 4,
         "layer_norm": 2 * t * 4,
@@ -294,6 +295,20 @@ def test_reference_norm_backwards_are_the_gradients_of_their_forwards(offset: fl
     assert_gradients(y, inputs, lambda grad: reference.layer_norm_backward(grad, x, weight, mean, rstd))
 
 
+def test_reference_rotary_backward_is_the_gradient_of_its_forward() -> None:
+    q, k, cos, sin = leaves((2, 3, 5, 6), (2, 1, 5, 6), (2, 5, 6), (2, 5, 6))
+    y, of_k = reference.rotary_embedding(q, k, cos.detach(), sin.detach())
+    grad_k = torch.randn_like(of_k)
+    wanted = torch.autograd.grad(of_k, k, grad_k, retain_graph=True)[0]
+
+    def backward(grad: Tensor) -> list[Tensor]:
+        grad_q, back_k = reference.rotary_embedding_backward(grad, grad_k, cos, sin)
+        torch.testing.assert_close(back_k, wanted)
+        return [grad_q]
+
+    assert_gradients(y, [q], backward)
+
+
 @pytest.mark.parametrize("activation", reference.activations.ACTIVATIONS)
 def test_reference_activation_backwards_are_the_gradients_of_their_forwards(activation: str) -> None:
     gate, up = inputs = leaves((3, 6), (3, 6))
@@ -318,6 +333,8 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
+    if name == "rotary_embedding":
+        return name, (i["q"], i["k"], i["cos"], i["sin"])
     if case.op == "activations":
         kind = reference.activations.ACTIVATIONS.index(case.name.split("-")[1])
         gated = i["gate_up"].chunk(2, -1) if "gate_up" in i else (i.get("gate"), i.get("up"))

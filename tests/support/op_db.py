@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from op_case import DTYPES, SHAPES, Case, Sample, case_name, randn, wide
-from row_cases import activation_case, gated_activation_case, layer_norm_case, rms_norm_case
+from row_cases import activation_case, gated_activation_case, layer_norm_case, rms_norm_case, rotary_case
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
@@ -508,6 +508,9 @@ CASES: tuple[Case, ...] = (
     activation_case("relu"),
     activation_case("silu"),
     activation_case("relu2"),
+    rotary_case(),
+    rotary_case(2, 2, one_cos=True),
+    rotary_case(5, 2, contiguous=True),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

@@ -1,4 +1,4 @@
-"""Cases of the operators that have no product: norms, activations."""
+"""Cases of the operators that have no product: norms, activations, positions."""
 
 from __future__ import annotations
 
@@ -128,3 +128,42 @@ def activation_case(activation: str) -> Case:
         return _plain_activation(x, activation)
 
     return Case(f"activation-{activation}", "activations", make, call, plain, result=_of_n)
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, contiguous: bool = False) -> Case:
+    """q and k are transposed views; ``one_cos``: for the whole batch. The result is both, one after the other."""
+
+    def sizes(shape: tuple) -> tuple[int, int, int]:
+        """(B, T, D): of a shape's tokens and its rank, as even as a head must be."""
+        tokens = shape[0]
+        count = torch.Size(tokens[1:]).numel()
+        return (tokens[0] if tokens else 1), count, 2 * shape[3]
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        b, t, d = sizes(shape)
+        # Halves that differ, which no model's angles have.
+        inputs = {name: randn(1 if one_cos else b, t, d, dtype=dtype) for name in ("cos", "sin")}
+        for name, count in (("q", heads), ("k", kv_heads)):
+            values = randn(b, t, count, d, dtype=dtype).transpose(1, 2)
+            inputs[name] = values.contiguous() if contiguous else values
+        return Sample(inputs, ("q", "k"))
+
+    def call(q, k, cos, sin):
+        return torch.cat([y.reshape(-1) for y in ops.rotary_embedding(q, k, cos, sin)])
+
+    def plain(q, k, cos, sin):
+        def half(x: Tensor) -> Tensor:
+            return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.cat([((x * cos) + (half(x) * sin)).reshape(-1) for x in (q, k)])
+
+    def result(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
+        b, t, d = sizes(shape)
+        return dtype, (b * t * d * (heads + kv_heads),)
+
+    traits = "-one_cos" * one_cos + "-contiguous" * contiguous
+    return Case(f"rotary_embedding-{heads}_{kv_heads}{traits}", "rotary", make, call, plain, result=result)

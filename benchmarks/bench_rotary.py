@@ -1,0 +1,58 @@
+"""Rotary positions of q and k in bf16, heads of 128 and a fourth as many for k, against transformers' form.
+
+    y = x ∘ cos + rotate_half(x) ∘ sin
+
+The floor reads q and k and writes them, forward and backward. q is of K columns, k of K / 4; they are views of one x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_ext import ops
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import Problem, weightless_comparison
+
+HEAD, GROUPS = 128, 4
+
+
+def _half(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., HEAD // 2 :], x[..., : HEAD // 2]), -1)
+
+
+def _rotary(problem: Problem, compile: bool) -> Comparison:
+    tokens, heads = problem.tokens, problem.k // HEAD
+    width = problem.k + problem.k // GROUPS
+    problem = Problem(tokens, width, width, device=problem.device)
+    turns = torch.arange(HEAD // 2, device=problem.device) * (-2.0 / HEAD)
+    angles = torch.arange(tokens, device=problem.device)[:, None] * 10000.0**turns
+    angles = torch.cat((angles, angles), -1)[None]
+    cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = x.view(1, tokens, -1, HEAD).transpose(1, 2).split((heads, heads // GROUPS), 1)
+        return q, k
+
+    def joined(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat((q, k), 1).transpose(1, 2).reshape(tokens, width)
+
+    def stock(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = ((part * cos) + (_half(part) * sin) for part in split(x))
+        return joined(q, k)
+
+    return weightless_comparison(
+        problem,
+        compile,
+        ours=lambda x, weight: joined(*ops.rotary_embedding(*split(x), cos, sin)),
+        eager=lambda x, weight: stock(x, cos, sin),
+        formula=lambda linear, x, mask: stock(x, cos.double(), sin.double()),
+        names=(),
+        bytes_moved=4 * 2 * tokens * width,
+    )
+
+
+VARIANTS = (Variant("rotary_embedding", "bf16, heads of 128", _rotary),)

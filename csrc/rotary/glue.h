@@ -1,0 +1,37 @@
+// What the CPU's glue and the GPU's share: which shapes there are, and tensors as they lie.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace peft_ext {
+
+// q [B, H, T, D], k [B, Hkv, T, D], cos and sin [B or 1, T, D], all of one type.
+inline void check_rotary(const char* op, const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+                         const torch::stable::Tensor& cos, const torch::stable::Tensor& sin) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(2) == q.size(2) &&
+                      k.size(3) == q.size(3) && q.size(3) % 2 == 0,
+                  op, ": q and k are not [B, H, T, D] and [B, Hkv, T, D] with an even D");
+  for (const torch::stable::Tensor* of : {&cos, &sin})
+    STD_TORCH_CHECK(of->dim() == 3 && (of->size(0) == 1 || of->size(0) == q.size(0)) && of->size(1) == q.size(2) &&
+                        of->size(2) == q.size(3) && of->size(0) == cos.size(0),
+                    op, ": cos and sin are not [B, T, D] or [1, T, D]");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && cos.scalar_type() == q.scalar_type() &&
+                      sin.scalar_type() == q.scalar_type(),
+                  op, ": k, cos or sin is not of q's type");
+}
+
+// Where it lies if its last dimension is in one piece.
+inline torch::stable::Tensor with_whole_heads(const torch::stable::Tensor& x) {
+  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Of x's shape, its dimensions in x's order, as PyTorch's own product has them; heads lie in one piece.
+inline torch::stable::Tensor rotated_like(const torch::stable::Tensor& x) {
+  const torch::stable::Tensor y = torch::stable::empty_like(x);
+  if (y.stride(3) == 1) return y;
+  return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,14 @@
+// Rotary position embedding with AVX2. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx2.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx2.h"
+#include "rotary/kernels_impl.h"
+
+namespace peft_ext {
+
+const RotaryKernels kRotaryKernelsAvx2 = {rotate};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,14 @@
+// Rotary position embedding with AVX-512. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include "cpu/target_avx512.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx512.h"
+#include "rotary/kernels_impl.h"
+
+namespace peft_ext {
+
+const RotaryKernels kRotaryKernelsAvx512 = {rotate};
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

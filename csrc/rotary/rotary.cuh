@@ -1,0 +1,67 @@
+// Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With x = (x₁, x₂), cos = (c₁, c₂), sin = (s₁, s₂),
+// halves of a head:
+//
+//   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
+//
+// A block owns a token, all heads of q and k: cos and sin come from memory once. A thread moves eight columns of both
+// halves at a time. Tensors lie anywhere, heads in one piece. float32, one rounding. Bytes moved: q and k once each
+// way, cos and sin once.
+#pragma once
+
+#include "cuda/vector.cuh"
+
+namespace peft_ext {
+
+struct DeviceHeads {
+  const void* x;
+  void* y;
+  int heads;
+  int64_t x_batch, x_head, x_token;  // strides
+  int64_t y_batch, y_head, y_token;
+};
+
+struct DeviceRotary {
+  DeviceHeads q, k;
+  const void *cos, *sin;  // [B or 1, T, D]
+  int64_t cos_batch;      // stride: 0 where one serves all
+  int64_t tokens;
+  int half;    // D / 2
+  bool whole;  // eight columns at a time lie on 16 bytes, everywhere
+};
+
+constexpr int kRotaryThreads = 256;
+
+// Grid: B T.
+template <typename T, bool kBack>
+__global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(DeviceRotary work) {
+  const int64_t batch = blockIdx.x / work.tokens, token = blockIdx.x % work.tokens;
+  const int64_t at = batch * work.cos_batch + token * 2 * work.half;
+  const T *cos = static_cast<const T*>(work.cos) + at, *sin = static_cast<const T*>(work.sin) + at;
+  const int vectors = (work.half + kVector - 1) / kVector, all = (work.q.heads + work.k.heads) * vectors;
+  for (int i = threadIdx.x; i < all; i += kRotaryThreads) {
+    const int head = i / vectors, column = i % vectors * kVector;
+    const bool of_q = head < work.q.heads;
+    const DeviceHeads& part = of_q ? work.q : work.k;
+    const int64_t h = of_q ? head : head - work.q.heads;
+    const T* x = static_cast<const T*>(part.x) + batch * part.x_batch + h * part.x_head + token * part.x_token;
+    T* y = static_cast<T*>(part.y) + batch * part.y_batch + h * part.y_head + token * part.y_token;
+    float x1[kVector], x2[kVector], c1[kVector], c2[kVector], s1[kVector], s2[kVector];
+    load_columns(x, column, work.half, work.whole, x1);
+    load_columns(x + work.half, column, work.half, work.whole, x2);
+    load_columns(cos, column, work.half, work.whole, c1);
+    load_columns(cos + work.half, column, work.half, work.whole, c2);
+    load_columns(sin, column, work.half, work.whole, s1);
+    load_columns(sin + work.half, column, work.half, work.whole, s2);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const float first = x1[e] * c1[e], second = x2[e] * c2[e];
+      const float y1 = kBack ? first + x2[e] * s2[e] : first - x2[e] * s1[e];
+      x2[e] = kBack ? second - x1[e] * s1[e] : second + x1[e] * s2[e];
+      x1[e] = y1;
+    }
+    save_columns(y, column, work.half, work.whole, x1);
+    save_columns(y + work.half, column, work.half, work.whole, x2);
+  }
+}
+
+}  // namespace peft_ext

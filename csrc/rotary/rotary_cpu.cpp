@@ -1,0 +1,63 @@
+// Rotary position embedding on the CPU; the arithmetic is in kernels_impl.h. A token is one thread's: the same bits for
+// any number of threads.
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "linear/cpu/packing.h"
+#include "rotary/glue.h"
+#include "rotary/kernels.h"
+
+namespace peft_ext {
+namespace {
+
+const RotaryKernels& rotary_kernels() {
+#if defined(__x86_64__)
+  return select_kernels(&kRotaryKernelsScalar, &kRotaryKernelsAvx2, &kRotaryKernelsAvx512);
+#else
+  return kRotaryKernelsScalar;
+#endif
+}
+
+Heads heads_of(const Tensor& x, const Tensor& y) {
+  return {x.const_data_ptr(), y.mutable_data_ptr(), x.size(1),   x.stride(0), x.stride(1),
+          x.stride(2),        y.stride(0),          y.stride(1), y.stride(2)};
+}
+
+std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
+                                   const Tensor& sin, bool back) {
+  check_rotary(op, q, k, cos, sin);
+  const Tensor held_q = with_whole_heads(q), held_k = with_whole_heads(k);
+  const Tensor held_cos = torch::stable::contiguous(cos), held_sin = torch::stable::contiguous(sin);
+  const Tensor y_q = rotated_like(q), y_k = rotated_like(k);
+  Rotary work;
+  work.dtype = dtype_of(op, "q", q);
+  work.back = back;
+  work.tokens = q.size(2);
+  work.size = q.size(3);
+  work.parts[0] = heads_of(held_q, y_q);
+  work.parts[1] = heads_of(held_k, y_k);
+  work.cos = held_cos.const_data_ptr();
+  work.sin = held_sin.const_data_ptr();
+  work.cos_batch = cos.size(0) == 1 ? 0 : work.tokens * work.size;
+  const int64_t of_token = (q.size(1) + k.size(1)) * work.size;
+  const RotaryKernels& isa = rotary_kernels();
+  torch::stable::parallel_for(0, q.size(0) * work.tokens, ceil_div(kPackGrain, of_token + 1),
+                              [&](int64_t begin, int64_t end) { isa.rotate(work, begin, end); });
+  return {y_q, y_k};
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_cpu(Tensor q, Tensor k, Tensor cos, Tensor sin) {
+  return rotated("rotary_embedding", q, k, cos, sin, false);
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding_backward_cpu(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) {
+  return rotated("rotary_embedding_backward", grad_q, grad_k, cos, sin, true);
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("rotary_embedding", TORCH_BOX(&peft_ext::rotary_embedding_cpu));
+  m.impl("rotary_embedding_backward", TORCH_BOX(&peft_ext::rotary_embedding_backward_cpu));
+}

@@ -1,0 +1,98 @@
+"""Rotary position embedding of queries and keys, in one call, without temporaries.
+
+    y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), halves of a head
+
+Backward: ``dX = dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``; the halves of cos, and of sin, need not be the same.
+Saved: cos and sin.
+
+Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import rotary as reference
+from . import checks
+from .library import NAMESPACE, define, in_float64
+from .nf4 import refuse_double_backward
+
+__all__ = ["rotary_embedding"]
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
+
+
+def _laid_out(values, like):
+    return tuple(reference.rotated_like(x).copy_(value) for value, x in zip(values, like, strict=True))
+
+
+def _reference(q, k, cos, sin):
+    return _laid_out(reference.rotary_embedding(q, k, cos, sin), (q, k))
+
+
+def _backward_reference(grad_q, grad_k, cos, sin):
+    return _laid_out(reference.rotary_embedding_backward(grad_q, grad_k, cos, sin), (grad_q, grad_k))
+
+
+def _fake(q, k, cos, sin):
+    return reference.rotated_like(q), reference.rotated_like(k)
+
+
+define(
+    "rotary_embedding",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_embed, Tensor k_embed)",
+    reference=_reference,
+    fake=_fake,
+)
+define(
+    "rotary_embedding_backward",
+    "(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)",
+    reference=_backward_reference,
+    fake=_fake,
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    _q, _k, cos, sin = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, grad_q, grad_k):
+    refuse_double_backward("rotary_embedding")
+    needs = ctx.needs_input_grad
+    grads = _ops.rotary_embedding_backward(grad_q, grad_k, *ctx.saved_tensors)
+    return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::rotary_embedding", _backward, setup_context=_setup_context)
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``x ∘ cos + rotate_half(x) ∘ sin`` of queries and keys, as transformers' ``apply_rotary_pos_emb`` of Llama.
+
+    Args:
+        q: ``[B, H, T, D]``, float32, bfloat16 or float16, D even. k: ``[B, Hkv, T, D]`` of q's dtype. They are read
+            where they lie if each head is in one piece, as in ``[B, T, H, D].transpose(1, 2)``.
+        cos: ``[B, T, D]`` or ``[1, T, D]`` of q's dtype. sin: the same. They are constants.
+
+    Returns: ``(q, k)``, of the arguments' shapes and dtype, their dimensions in memory in the arguments' order. In
+    float32, rounded once, where PyTorch rounds both products. Gradients flow to q and k; saved for backward: cos, sin.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
+    """
+    checks.check_rotary("rotary_embedding", q, k, cos, sin)
+    if checks.any_float64(q):
+        return in_float64(reference.rotary_embedding, q, k, cos, sin)
+    return _ops.rotary_embedding(q, k, cos, sin)
