@@ -9,13 +9,6 @@
 namespace peft_ext {
 namespace {
 
-struct Parts {
-  RowsApart gate;
-  std::optional<RowsApart> up;
-  std::vector<int64_t> shape;  // of y
-  int64_t rows, columns;
-};
-
 // gate [..., F] with up [..., F], or the two in one tensor [..., 2F], or no up at all.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");

@@ -41,4 +41,12 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   return {torch::stable::contiguous(tensor), columns};
 }
 
+// gate and up as rows, and the result.
+struct Parts {
+  RowsApart gate;
+  std::optional<RowsApart> up;
+  std::vector<int64_t> shape;  // of y
+  int64_t rows, columns;
+};
+
 }  // namespace peft_ext

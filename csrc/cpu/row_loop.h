@@ -17,9 +17,10 @@ struct WholeVec {
     value.store_as(x);
   }
   Vec only(Vec value) const { return value; }
+  Vec filled(Vec value) const { return value; }
 };
 
-// The first `count` lanes: the others load as 0 and are not stored, and `only` makes them 0.
+// The first `count` lanes: the others load as 0 and are not stored; `only` makes them 0, `filled` the first one again.
 struct PartVec {
   int64_t count;
   template <typename T>
@@ -31,6 +32,12 @@ struct PartVec {
     value.store_as(x, count);
   }
   Vec only(Vec value) const { return value.first(count); }
+  Vec filled(Vec value) const {
+    float lanes[Vec::kWidth];
+    value.store(lanes);
+    for (int64_t i = count; i < Vec::kWidth; ++i) lanes[i] = lanes[0];
+    return Vec::load(lanes);
+  }
 };
 
 // f(WholeVec or PartVec, first column) over [0, columns).

@@ -4,30 +4,14 @@
 #include <math.h>
 #include <string.h>
 
+#include "cpu/row_loop.h"
 #include "cpu/vec_math.h"
 #include "cross_entropy/cross_entropy.h"
 
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kLanes = Vec::kWidth;
-constexpr int64_t kSumBlock = 512;  // elements: a sum of few, and then a sum of those, loses few bits
-
-// f(values, how many of them are there) for each vector of a run; behind the last one zeros are loaded.
-template <typename T, typename F>
-inline void for_vectors(const T* run, int64_t count, const F& f) {
-  int64_t v = 0;
-  for (; v + kLanes <= count; v += kLanes) f(Vec::load_as(run + v), kLanes);
-  if (v < count) f(Vec::load_as(run + v, count - v), count - v);
-}
-
-// The first `count` lanes, the first one behind them.
-inline Vec filled(Vec value, int64_t count) {
-  float lanes[kLanes];
-  value.store(lanes);
-  for (int64_t i = count; i < kLanes; ++i) lanes[i] = lanes[0];
-  return Vec::load(lanes);
-}
+constexpr int64_t kSumBlock = 2048;  // elements: a sum of few, and then a sum of those, loses few bits
 
 template <bool kSoftcap>
 struct Logits {
@@ -52,33 +36,30 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   const Logits<kSoftcap> logits(work);
   const int64_t columns = work.columns;
   Vec largest = Vec::broadcast(-INFINITY);
-  for_vectors(row, columns, [&](Vec x, int64_t count) {
-    const Vec z = logits.z(x);
-    // Of a rest the lanes behind it stand for its first element, which changes no maximum.
-    largest = Vec::max(largest, count == kLanes ? z : filled(z, count));
+  for_vectors(columns, [&](auto lanes, int64_t v) {
+    largest = Vec::max(largest, lanes.filled(logits.z(lanes.load(row + v))));  // an element twice changes no maximum
   });
   const float most = largest.largest();
   const Vec shift = Vec::broadcast(most);
 
-  Vec sums = Vec::zero(), totals = Vec::zero();
+  float sum = 0.0f, total = 0.0f;  // of e^(z - most), and of z
   for (int64_t block = 0; block < columns; block += kSumBlock) {
-    const int64_t end = min_i64(columns, block + kSumBlock);
-    Vec some = Vec::zero(), total = Vec::zero();
-    for_vectors(row + block, end - block, [&](Vec x, int64_t count) {
-      const Vec z = logits.z(x), e = vec_exp(Vec::sub(z, shift));
-      some = Vec::add(some, count == kLanes ? e : e.first(count));
-      total = Vec::add(total, count == kLanes ? z : z.first(count));
+    float some[2];
+    sum_vectors(min_i64(kSumBlock, columns - block), some, [&](auto lanes, int64_t v, Vec(&sums)[2]) {
+      const Vec z = logits.z(lanes.load(row + block + v));
+      sums[0] = Vec::add(lanes.only(vec_exp(Vec::sub(z, shift))), sums[0]);
+      sums[1] = Vec::add(lanes.only(z), sums[1]);
     });
-    sums = Vec::add(sums, some), totals = Vec::add(totals, total);
+    sum += some[0], total += some[1];
   }
-  const float sum = sums.sum(), smooth = work.smoothing, rest = 1.0f - smooth;
+  const float smooth = work.smoothing, rest = 1.0f - smooth;
 
-  float at_label[kLanes];
+  float at_label[Vec::kWidth];
   const Vec z_label = logits.z(Vec::broadcast(to_float(row[label])));
   z_label.store(at_label);
   // Differences to the largest: of lse = most + log Σ itself, a large one would leave few bits of the logarithm.
   loss = rest * (logf(sum) - (at_label[0] - most));
-  if (smooth != 0.0f) loss += smooth * (logf(sum) - (totals.sum() / static_cast<float>(columns) - most));
+  if (smooth != 0.0f) loss += smooth * (logf(sum) - (total / static_cast<float>(columns) - most));
   if (!work.needs_grad) return;
 
   const Vec share = Vec::broadcast(1.0f / sum), even = Vec::broadcast(smooth / static_cast<float>(columns));
@@ -88,9 +69,8 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
     return kSoftcap ? Vec::mul(d, logits.slope(z)) : d;
   };
   gradient(z_label, Vec::add(even, Vec::broadcast(rest))).store(at_label);
-  int64_t v = 0;
-  for (; v + kLanes <= columns; v += kLanes) gradient(logits.z(Vec::load_as(row + v)), even).store_as(row + v);
-  if (v < columns) gradient(logits.z(Vec::load_as(row + v, columns - v)), even).store_as(row + v, columns - v);
+  for_vectors(columns,
+              [&](auto lanes, int64_t v) { lanes.store(row + v, gradient(logits.z(lanes.load(row + v)), even)); });
   row[label] = from_float<T>(at_label[0]);
 }
 
@@ -110,17 +90,11 @@ void cross_entropy_rows(const CrossEntropy& work, int64_t begin, int64_t end) {
 }
 
 void rows(const CrossEntropy& work, int64_t begin, int64_t end) {
-  const bool caps = work.softcap > 0.0f;
-  switch (work.dtype) {
-    case DType::kF32:
-      return caps ? cross_entropy_rows<float, true>(work, begin, end)
-                  : cross_entropy_rows<float, false>(work, begin, end);
-    case DType::kBF16:
-      return caps ? cross_entropy_rows<bf16, true>(work, begin, end)
-                  : cross_entropy_rows<bf16, false>(work, begin, end);
-    case DType::kF16:
-      return caps ? cross_entropy_rows<f16, true>(work, begin, end) : cross_entropy_rows<f16, false>(work, begin, end);
-  }
+  with_dtype(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    work.softcap > 0.0f ? cross_entropy_rows<T, true>(work, begin, end)
+                        : cross_entropy_rows<T, false>(work, begin, end);
+  });
 }
 
 }  // namespace

@@ -162,24 +162,6 @@ struct NormColumns {
   bool whole;
 };
 
-// Σ of the warps' sums, to partial sums. All threads of the block.
-__device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
-                                                 ColumnSumsShared& shared) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i)  // lanes in a row: no conflicts
-    shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
-  sync_threads();
-  const int mine = threadIdx.x;  // which column of the tile
-  const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
-  if (to < columns) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kColumnWarps; ++w) sum += shared[w][mine % kVector * kWarpSize + mine / kVector];
-    out[blockIdx.x * columns + to] = sum;
-  }
-  sync_threads();
-}
-
 // Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
 template <typename T, typename Grad>
 __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumns work) {
@@ -202,6 +184,7 @@ __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumn
     }
   }
   if (work.weight_sums != nullptr) save_column_sums(weight, work.columns, work.weight_sums, shared);
+  sync_threads();  // until all have read the first sums
   if (work.bias_sums != nullptr) save_column_sums(bias, work.columns, work.bias_sums, shared);
 }
 

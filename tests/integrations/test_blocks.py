@@ -233,6 +233,21 @@ def test_a_gate_changed_before_the_backward_is_found() -> None:
         loss.backward()
 
 
+def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
+    """A hook before the last layer that changes its input: that is no longer what the activation gives."""
+    found = []
+
+    def shift(_layer: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].add_(0.5)
+
+    for model in (adapted("gate and up"), peft_ext.accelerate(adapted("gate and up"), blocks=True)):
+        for layer in model.get_base_model().model.layers:
+            layer.mlp.down_proj.register_forward_pre_hook(shift)
+        found.append(step(model))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
 class Shifted(nn.Module):
     """Looks like an MLP, and is another function."""
 

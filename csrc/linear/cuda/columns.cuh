@@ -33,6 +33,23 @@ struct ColumnWork {
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
+// Σ of the warps' sums, to partial sums. All threads of the block.
+__device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
+                                                 ColumnSumsShared& shared) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i)  // lanes in a row: no conflicts
+    shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
+  sync_threads();
+  const int mine = threadIdx.x;  // which column of the tile
+  const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
+  if (to < columns) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kColumnWarps; ++w) sum += shared[w][mine % kVector * kWarpSize + mine / kVector];
+    out[blockIdx.x * columns + to] = sum;
+  }
+}
+
 // Grid: x: chunks of kColumnRows rows; y: tiles of kColumnTile columns.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork work) {
@@ -63,16 +80,7 @@ __global__ void __launch_bounds__(kColumnThreads) column_pass_kernel(ColumnWork 
     }
   }
   if (work.other == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) shared[warp][i * kWarpSize + lane] = sums[i];  // lanes in a row: no conflicts
-  sync_threads();
-  const int mine = threadIdx.x;  // which column of the tile
-  const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
-  if (to >= work.columns) return;
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kColumnWarps; ++w) sum += shared[w][mine % kVector * kWarpSize + mine / kVector];
-  work.sums[blockIdx.x * work.columns + to] = sum;
+  save_column_sums(sums, work.columns, work.sums, shared);
 }
 
 struct Finish {

@@ -11,10 +11,11 @@ random numbers with weights of the trial's own. A class whose forward computes a
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
@@ -29,8 +30,8 @@ from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
 
 __all__ = ["Block", "fuse_blocks", "plain_blocks"]
 
-# By class of the model's: the fused one, None where a trial said no.
-_FOUND: dict[tuple, Optional[type]] = {}
+# What a trial of a class of the model's gave: its fused class, None where it is another function.
+_TRIED: dict[tuple, Optional[type]] = {}
 _TOLERANCE = 1e-5  # of a trial in float32, of the largest value
 
 
@@ -64,15 +65,13 @@ def _new(mixin: type, stock: type, formula: tuple) -> Block:
     return kind.__new__(kind)
 
 
+@functools.cache
 def _class(mixin: type, stock: type, formula: tuple) -> type:
     """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
-    key = (mixin, stock, formula)
-    if _FOUND.get(key) is None:
-        held = {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__, "__module__": stock.__module__}
-        made = type(stock.__name__, (mixin, stock), held)
-        _FOUND[key] = made
-        STOCK[made] = stock
-    return _FOUND[key]
+    held = {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__, "__module__": stock.__module__}
+    made = type(stock.__name__, (mixin, stock), held)
+    STOCK[made] = stock
+    return made
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -174,6 +173,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
+_ACTS: dict[Hashable, Optional[str]] = {}  # what was tried
+
 
 class Mlp(Block):
     """``formula``: names of the layers in and out and of the activation, which one, gated or not, a dropout or none."""
@@ -217,13 +218,14 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    at, held = h.data_ptr(), [weakref.ref(h)]
+    at, version, numel, dtype, held = h.data_ptr(), h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
     args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
 
     def pack(value: Tensor) -> Any:
-        if value.data_ptr() != at or value.numel() != h_numel or value.dtype is not h_dtype:
+        # What somebody changed in place is no longer what the operator gives.
+        if value.numel() != numel or value.dtype is not dtype or value.data_ptr() != at or value._version != version:
             return value
         return _Again(tuple(value.shape), value.stride())
 
@@ -239,9 +241,12 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
             held[0] = weakref.ref(found)
         return found.as_strided(value.shape, value.stride)
 
-    h_numel, h_dtype = h.numel(), h.dtype
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _nothing() -> None:
+    """A reference to what was not computed again yet."""
 
 
 class _Again(NamedTuple):
@@ -255,8 +260,10 @@ def _hooks_are_set() -> bool:
 
 def _is(act: Any) -> Optional[str]:
     """Returns which activation a function or a module is, by its values; None: another one."""
-    key = ("activation", type(act), repr(act)) if isinstance(act, nn.Module) else ("activation", act)
-    if key not in _FOUND:
+    if not isinstance(act, Hashable):
+        return None
+    key = (type(act), repr(act)) if isinstance(act, nn.Module) else act  # a module's settings may change
+    if key not in _ACTS:
         x = torch.linspace(-8, 8, 321)
         try:
             y = act(x.clone())
@@ -264,8 +271,8 @@ def _is(act: Any) -> Optional[str]:
             y = None
         alike = [name for name, function in _ACTIVATIONS.items()
                  if isinstance(y, Tensor) and y.shape == x.shape and (y - function(x)).abs().max() < 3e-6]  # fmt: skip
-        _FOUND[key] = alike[0] if alike else None
-    return _FOUND[key]
+        _ACTS[key] = alike[0] if alike else None
+    return _ACTS[key]
 
 
 def _mlp_formula(module: nn.Module) -> Optional[tuple]:
@@ -363,21 +370,21 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         return None  # whose forward gathers parameters first
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
     key = (stock, act, tuple(module._modules), tuple(module._parameters))
-    if key not in _FOUND:
+    if key not in _TRIED:
         found = None
         if (formula := _rms_formula(module)) is not None:
             found = _class(RMSNorm, stock, formula)
         elif (formula := _mlp_formula(module)) is not None:
             found = _class(Mlp, stock, formula)
-        _FOUND[key] = found
-    return _FOUND[key]
+        _TRIED[key] = found
+    return _TRIED[key]
 
 
 def no_block_reason(module: nn.Module) -> Optional[tuple[str, str]]:
     """Returns of a norm or MLP that is not fused what it is, and why; None of any other module."""
     if isinstance(module, Block) or (kind := _fused_class(module)) is None:
         return None
-    return kind.kind, "accelerate(model) was not called on it, or with blocks=False"
+    return kind.kind, "accelerate(model, blocks=True) was not called on it"
 
 
 def fuse_blocks(model: nn.Module) -> None:

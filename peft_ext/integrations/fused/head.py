@@ -117,15 +117,16 @@ def _loss_reason(tensor: Tensor) -> Optional[str]:
 
 def heads(model: nn.Module) -> Iterator[nn.Module]:
     """Yields the output embeddings of the language models in ``model``."""
+    seen: set[int] = set()  # a model and the one around it may name the same
     for module in model.modules():
-        get = getattr(type(module), "get_output_embeddings", None)
-        if get is None or isinstance(module, nn.ModuleList):
+        if not hasattr(type(module), "get_output_embeddings"):
             continue
         try:
             found = module.get_output_embeddings()
         except (AttributeError, NotImplementedError):
             continue
-        if isinstance(found, nn.Module):
+        if isinstance(found, nn.Module) and id(found) not in seen:
+            seen.add(id(found))
             yield found
 
 
@@ -133,7 +134,7 @@ def no_head_reason(layer: nn.Module) -> str:
     """Returns why ``layer``, a model's output embeddings, is no head of ours."""
     if type(layer) not in HEADS:
         return f"its head is a {class_name(type(layer))}, wanted a Linear, or LoRA over one"
-    return FAILED.get(layer) or "accelerate(model) was not called on it, or with blocks=False"
+    return FAILED.get(layer) or "accelerate(model, blocks=True) was not called on it"
 
 
 # Why the loss of a layer was found to differ.
