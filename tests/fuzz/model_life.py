@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import peft_ext
 from peft_ext.integrations.fused.base import STOCK
 from peft_ext.integrations.fused.blocks import Block
-from peft_ext.integrations.fused.head import LinearHead
+from peft_ext.integrations.fused.linear import FusedLinear
 from peft_ext.nn import NF4Linear
 
 
@@ -392,9 +392,10 @@ class Case(Pair):
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # What an adapter was never on stays fused until restore: norms, and a head without its logits.
+            # What is no adapter's stays fused until restore: norms, a head without its logits, and where this CPU has
+            # no product in the dtype the frozen linear layers, an adapter's base among them.
             left = [name for name, module in self.fused.named_modules()
-                    if type(module) in STOCK and not isinstance(module, (Block, LinearHead))]  # fmt: skip
+                    if type(module) in STOCK and not isinstance(module, (Block, FusedLinear))]  # fmt: skip
             if left and not self.base.startswith("bnb"):
                 raise Failed(f"leave: {left} are still fused")
             self.drops = False
