@@ -43,6 +43,7 @@ def get_peft_model(
     adapter_name: str = "default",
     *,
     accelerate: bool = True,
+    blocks: bool = True,
     dora_dropout: str = "peft",
     **kwargs: Any,
 ) -> PeftModel:
@@ -56,7 +57,7 @@ def get_peft_model(
         config: of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or DiffPruningConfig.
         adapter_name: the new adapter's name.
         accelerate: put the layers on the fused ops; what can't be fused stays stock. False: PEFT's model as it is.
-        dora_dropout: see :func:`peft_ext.accelerate`.
+        blocks, dora_dropout: see :func:`peft_ext.accelerate`.
         kwargs: PEFT's others: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
 
     Returns: the PeftModel, around the same model.
@@ -68,7 +69,7 @@ def get_peft_model(
     _register_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
-    return _accelerate(adapted, dora_dropout=dora_dropout) if accelerate else adapted
+    return _accelerate(adapted, blocks=blocks, dora_dropout=dora_dropout) if accelerate else adapted
 
 
 def load_adapter(
@@ -78,6 +79,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     accelerate: bool = True,
+    blocks: bool = True,
     dora_dropout: str = "peft",
     **kwargs: Any,
 ) -> PeftModel:
@@ -91,7 +93,7 @@ def load_adapter(
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
         adapter_name: the name it gets here; the one it was saved under is not on disk.
         is_trainable: train it on; otherwise it is frozen and the model is put in eval mode.
-        accelerate, dora_dropout: see :func:`get_peft_model`.
+        accelerate, blocks, dora_dropout: see :func:`get_peft_model`.
         kwargs: PEFT's others: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``, ``key_mapping``,
             ``subfolder``, ``revision``, ``token`` and the like.
 
@@ -117,7 +119,7 @@ def load_adapter(
         raise type(error)(f"load_adapter: {error}") from error
     if loaded:
         if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
-            _accelerate(model, dora_dropout=dora_dropout)
+            _accelerate(model, blocks=False, dora_dropout=dora_dropout)
         result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
         # PEFT lists those of other adapters too, whose names have this one in them.
         missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
@@ -147,7 +149,7 @@ def load_adapter(
     if not key_mapping:
         _warn_of_extra(model, adapter_name, folder / SAFETENSORS_WEIGHTS_NAME)
     freeze_ranknum(model)
-    return _accelerate(model, dora_dropout=dora_dropout) if accelerate else model
+    return _accelerate(model, blocks=blocks, dora_dropout=dora_dropout) if accelerate else model
 
 
 def _holds_nf4(model: nn.Module) -> bool:

@@ -37,7 +37,8 @@ inline void* scratch(Scratch use, size_t bytes) {
   if (block.size < bytes) {
     block.release();
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    STD_TORCH_CHECK(posix_memalign(&block.data, 4096, rounded) == 0, "peft_ext: no memory for ", rounded, " bytes");
+    STD_TORCH_CHECK(posix_memalign(&block.data, 4096, rounded) == 0,
+                    "DefaultCPUAllocator: can't allocate memory: peft_ext wanted ", rounded, " bytes");
     block.size = rounded;
     advise_huge_pages(block.data, rounded);
   }

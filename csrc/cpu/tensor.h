@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -65,14 +66,19 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
+// The stable ABI loses what an allocator said, by which trainers know that a smaller batch would do.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   int64_t bytes = width;
   for (const int64_t size : shape) bytes = checked_product(bytes, size);
-  Tensor tensor =
-      torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
-  return tensor;
+  try {
+    Tensor tensor =
+        torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
+    return tensor;
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "DefaultCPUAllocator: can't allocate memory: peft_ext wanted ", bytes, " bytes");
+  }
 }
 
 // Product over all but the last dimension.

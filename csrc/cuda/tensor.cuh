@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -29,12 +30,26 @@ Tensor device_vector(const char* op, const char* argument, const Tensor& vector,
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
+// What `allocate` gives. The stable ABI loses what an allocator said, by which trainers know that a smaller batch would
+// do.
+template <typename Allocate>
+Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    int64_t elements = 1;
+    for (const int64_t size : shape) elements *= size;
+    STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", elements,
+                    " elements more (or a kernel before this call failed)");
+  }
+}
+
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  return allocated(shape, [&] { return torch::stable::new_empty(like, shape, type); });
 }
 
 inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_zeros(like, shape, type);
+  return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
 }
 
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {

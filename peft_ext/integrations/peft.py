@@ -66,7 +66,7 @@ _DORA_DROPOUTS = ("peft", "lora")
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, blocks: bool = False, dora_dropout: str = "peft") -> nn.Module:
+def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> nn.Module:
     """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
@@ -85,7 +85,7 @@ def accelerate(model: nn.Module, *, blocks: bool = False, dora_dropout: str = "p
             activation is computed again in the backward; and the loss of a language model, which in training takes the
             hidden states and the frozen head instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever
             computes it with ``F.cross_entropy``. The logits that such a model returns in training are computed where
-            something reads them. False, the default: the layers alone.
+            something reads them. False: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
@@ -102,8 +102,8 @@ def accelerate(model: nn.Module, *, blocks: bool = False, dora_dropout: str = "p
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     check_module("accelerate", model)
+    compute_losses(model)  # a head of before may be an adapter's base now
     if not blocks:
-        compute_losses(model)
         plain_blocks(model)
     for module in without_adapters(model):
         if would_widen(module):
@@ -258,7 +258,8 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     bases = set()
-    linears = {id(module) for module in without_adapters(model) if type(module) is FusedLinear or would_widen(module)}
+    frozen = (module for module in without_adapters(model) if isinstance(module, FusedLinear) or would_widen(module))
+    linears = {id(module) for module in frozen}
     for name, module in model.named_modules():
         kind = reason = None
         if BaseTunerLayer is not None and isinstance(module, BaseTunerLayer):

@@ -28,10 +28,16 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
 
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # as PyTorch says it, and the operators here
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Returns whether an allocation failed, of Python's or of PyTorch's."""
+    """Returns whether an allocation failed, of Python's or of PyTorch's, or is behind another error, a tokenizer's."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    if kinds & {"MemoryError", "OutOfMemoryError"} or any(text in str(error) for text in _NO_MEMORY):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and out_of_memory(before)
 
 
 @contextlib.contextmanager
@@ -52,7 +58,7 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         if "I/O error" not in str(error):
             raise
         raise RunError(f"{output}: {first_line(error)}{hint()}") from None
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         text = str(error)
         if "PytorchStreamWriter" in text or "inline_container" in text:
             raise RunError(f"{output}: a checkpoint could not be written, is the disk full?{hint()}") from None

@@ -74,9 +74,7 @@ def test_every_method_learns_and_is_read_again(name):
     difference = row["reload_difference"]
     # AdaLoRA is saved without the ranks it gave up, other sums, and PEFT reads it into the base's bfloat16.
     assert difference["max"] <= (2**-5 * difference["largest"] if name == "AdaLoRA" else 0.0)
-    if name in ("prefix", "prompt"):
-        assert c.max_difference(row) == 0.0
-    elif row["twin"]:
+    if row["twin"]:
         assert c.max_difference(row) <= 0.05  # of losses of about 5, each of bfloat16 logits
 
 

@@ -330,3 +330,23 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
     line = refused(finetune(tmp_path / "out", "--overwrite", before=before))
     assert line.startswith("error: out of memory: a smaller --batch-size or --block-size, or --gradient-checkpointing")
     assert_readable(tmp_path / "out", runs[0])
+
+
+def test_an_operator_without_memory_says_it_as_pytorch_does():
+    """Trainer's auto_find_batch_size goes on with a smaller batch where an error says so."""
+    accelerate_memory = pytest.importorskip("accelerate.utils.memory")
+
+    def work() -> int:
+        x, weight = torch.zeros(4096, 64), torch.zeros(4096, 64)
+        lora_A, lora_B = torch.zeros(8, 64), torch.zeros(4096, 8)
+        limit_memory(16)  # the result takes 64
+        try:
+            with pytest.raises(RuntimeError) as caught:
+                ops.lora_linear(x, weight, lora_A, lora_B)
+        finally:
+            unlimit_memory()
+        assert "can't allocate memory: peft_ext wanted 67108864 bytes" in str(caught.value), caught.value
+        assert accelerate_memory.should_reduce_batch_size(caught.value)
+        return 0
+
+    assert forked(work) == (0, "")

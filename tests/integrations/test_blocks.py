@@ -12,6 +12,9 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
 from peft_ext.integrations.fused import blocks
@@ -62,7 +65,7 @@ def norms(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
-    stock, model = step(build(name, trained=trained)), peft_ext.accelerate(build(name, trained=trained), blocks=True)
+    stock, model = step(build(name, trained=trained)), peft_ext.accelerate(build(name, trained=trained))
     _, kind, count = MODELS[name]
     assert [(row.kind, row.fused) for row in norms(model)] == [(kind, True)] * count
     found = step(model)
@@ -75,7 +78,7 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     exact = step(build(name))
     errors = []
-    for model in (build(name, torch.bfloat16), peft_ext.accelerate(build(name, torch.bfloat16), blocks=True)):
+    for model in (build(name, torch.bfloat16), peft_ext.accelerate(build(name, torch.bfloat16))):
         found = step(model)
         errors.append(sum((found[key].double() - value).norm() ** 2 for key, value in exact.items()))
     assert errors[1] <= 1.5**2 * errors[0]
@@ -84,9 +87,32 @@ def test_bfloat16_is_as_good_as_stock(name: str) -> None:
 def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
     found = {}
     for name in ("Llama", "Gemma"):
-        model = peft_ext.accelerate(build(name), blocks=True)
+        model = peft_ext.accelerate(build(name))
         (found[name],) = {type(module).formula[1:] for module in model.modules() if isinstance(module, blocks.Norm)}
-    assert found == {"Llama": (0.0, True), "Gemma": (1.0, False)}
+    assert found == {"Llama": (0.0, True, True), "Gemma": (1.0, False, True)}
+
+
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, T5LayerNorm, GemmaRMSNorm])
+def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of_x) -> None:
+    """T5's norm returns its weight's dtype, Llama's what PyTorch gives the product, Gemma's x's."""
+    torch.manual_seed(0)
+    norm = kind(32).to(of_weight)
+    x, found = torch.randn(3, 32).to(of_x), []
+    for one in (norm, copy.deepcopy(norm)):
+        if found:
+            one = nn.Sequential(one)
+            with pytest.warns(UserWarning, match="no adapter layer"):
+                peft_ext.accelerate(one)
+            assert isinstance(one[0], blocks.Norm)
+        y = one(leaf := x.clone().requires_grad_())
+        y.float().square().sum().backward()
+        found.append((y.detach(), leaf.grad))
+    for ours, stock in zip(found[1], found[0], strict=True):
+        assert ours.dtype is stock.dtype
+        narrow = torch.bfloat16 in (of_x, of_weight)  # where stock rounds on its way back, too
+        torch.testing.assert_close(ours, stock, rtol=2**-6 if narrow else 1e-5, atol=0.05 if narrow else 1e-4)
 
 
 class Odd(nn.Module):
@@ -116,7 +142,7 @@ class Raises(Odd):
 def test_another_function_keeps_its_own(kind: type) -> None:
     model = build("Llama")
     model.get_base_model().model.norm = kind()
-    peft_ext.accelerate(model, blocks=True)
+    peft_ext.accelerate(model)
     assert type(model.get_base_model().model.norm) is kind
     assert len(norms(model)) == 4
 
@@ -125,21 +151,21 @@ def test_what_takes_it_back() -> None:
     for name in MODELS:
         model = build(name)
         kinds, wanted = [type(module) for module in model.modules()], step(model)
-        peft_ext.accelerate(model, blocks=True)
+        peft_ext.accelerate(model)
         for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
             assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
             torch.testing.assert_close(step(other)["loss"], wanted["loss"])
         assert model.state_dict().keys() == build(name).state_dict().keys()
         peft_ext.accelerate(model, blocks=False)
         assert not any(row.fused for row in peft_ext.explain(model).blocks)
-        peft_ext.restore(peft_ext.accelerate(model, blocks=True))
+        peft_ext.restore(peft_ext.accelerate(model))
         assert [type(module) for module in model.modules()] == kinds
 
 
 def test_nothing_wide_is_saved() -> None:
     """Of a bfloat16 model a norm keeps x and float32 numbers of rows; stock keeps float32 activations."""
     saved = []
-    for model in (build("Llama", torch.bfloat16), peft_ext.accelerate(build("Llama", torch.bfloat16), blocks=True)):
+    for model in (build("Llama", torch.bfloat16), peft_ext.accelerate(build("Llama", torch.bfloat16))):
         norm, wide = model.get_base_model().model.norm, []
         x = torch.randn(2, 17, 32, dtype=torch.bfloat16, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(
@@ -151,7 +177,7 @@ def test_nothing_wide_is_saved() -> None:
 
 
 def test_who_asks_for_more_gets_the_own_forward() -> None:
-    model = peft_ext.accelerate(build("GPT-2"), blocks=True)
+    model = peft_ext.accelerate(build("GPT-2"))
     norm = model.get_base_model().transformer.ln_f
     x = torch.randn(2, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +187,7 @@ def test_who_asks_for_more_gets_the_own_forward() -> None:
         norm(x[..., :5])
     norm.forward = lambda x: x + 1
     assert torch.equal(norm(x), x + 1)
-    compiled = torch.compile(peft_ext.accelerate(build("Llama"), blocks=True), backend="aot_eager")
+    compiled = torch.compile(peft_ext.accelerate(build("Llama")), backend="aot_eager")
     torch.testing.assert_close(step(compiled)["loss"], step(build("Llama"))["loss"])
 
 
@@ -194,7 +220,7 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool) ->
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
-    model = peft_ext.accelerate(adapted(name, checkpointing), blocks=True)
+    model = peft_ext.accelerate(adapted(name, checkpointing))
     assert [row.fused for row in peft_ext.explain(model).blocks if row.kind == "MLP"] == [True, True]
     torch.manual_seed(3)
     found = step(model)
@@ -204,7 +230,7 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool) ->
 
 @pytest.mark.parametrize("name", MLPS)
 def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16), blocks=True), []
+    model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16)), []
     for operator in ("gated_activation", "activation"):
         real = getattr(blocks.ops, operator)
 
@@ -221,7 +247,7 @@ def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytes
 
 
 def test_a_gate_changed_before_the_backward_is_found() -> None:
-    model = peft_ext.accelerate(adapted("gate and up"), blocks=True)
+    model = peft_ext.accelerate(adapted("gate and up"))
     kept: list[Tensor] = []
     mlp = model.get_base_model().model.layers[1].mlp
     mlp.gate_proj.register_forward_hook(lambda _layer, _args, out: kept.append(out))
@@ -240,7 +266,7 @@ def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
     def shift(_layer: nn.Module, args: tuple[Tensor]) -> None:
         args[0].add_(0.5)
 
-    for model in (adapted("gate and up"), peft_ext.accelerate(adapted("gate and up"), blocks=True)):
+    for model in (adapted("gate and up"), peft_ext.accelerate(adapted("gate and up"))):
         for layer in model.get_base_model().model.layers:
             layer.mlp.down_proj.register_forward_pre_hook(shift)
         found.append(step(model))
@@ -275,13 +301,13 @@ class Unknown(Shifted):
 def test_another_mlp_keeps_its_own(kind: type) -> None:
     model = adapted("gate and up")
     model.get_base_model().model.layers[0].mlp = kind()
-    peft_ext.accelerate(model, blocks=True)
+    peft_ext.accelerate(model)
     assert type(model.get_base_model().model.layers[0].mlp) is kind
     step(model)
 
 
 def test_an_activation_that_was_replaced_is_used() -> None:
-    model = peft_ext.accelerate(adapted("gate and up"), blocks=True)
+    model = peft_ext.accelerate(adapted("gate and up"))
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.act_fn = nn.Mish()
     assert "another one" in mlp.block_reason()

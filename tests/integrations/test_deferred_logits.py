@@ -90,7 +90,7 @@ def assert_same_step(ours: Any, stock: Any, rtol: float = 5e-5) -> None:
 def test_a_step_without_logits_is_the_stock_step(name: str, items: Optional[int]) -> None:
     more = {} if items is None or name in ("BERT", "T5") else {"num_items_in_batch": torch.tensor(items)}
     stock = step(build(name), **more)
-    model = peft_ext.accelerate(build(name), blocks=True)
+    model = peft_ext.accelerate(build(name))
     (row,) = losses(model)
     assert row.fused, row
     ours = step(model, **more)
@@ -106,7 +106,7 @@ def test_lora_on_the_head(dropout: float) -> None:
         if dropout and "q_proj" in targets:
             continue  # whose mask is the operator's
         stock = step(build("Llama", targets, lora_dropout=dropout))
-        ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout), blocks=True))
+        ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))
         assert is_deferred(ours[2].logits) and not computed(ours[2].logits)
         assert_same_step(ours, stock)
         torch.testing.assert_close(ours[2].logits.detach(), stock[2].logits.detach(), rtol=1e-5, atol=1e-5)
@@ -116,7 +116,7 @@ def test_autocast_and_16_bits_are_as_good_as_stock() -> None:
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         exact = step(build("Llama"))
         found = []
-        for model in (build("Llama", dtype=dtype), peft_ext.accelerate(build("Llama", dtype=dtype), blocks=True)):
+        for model in (build("Llama", dtype=dtype), peft_ext.accelerate(build("Llama", dtype=dtype))):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found.append(step(model))
         assert is_deferred(found[1][2].logits) and found[1][0].dtype is found[0][0].dtype
@@ -170,13 +170,13 @@ def _changed_in_place(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*LOSSES, *OTHERS])
 def test_a_loss_of_ones_own(name: str) -> None:
     loss_of = {**LOSSES, **OTHERS}[name]
-    ours = step(peft_ext.accelerate(build("Llama"), blocks=True), loss_of)
+    ours = step(peft_ext.accelerate(build("Llama")), loss_of)
     assert_same_step(ours, step(build("Llama"), loss_of))
     assert computed(ours[2].logits) == (name in OTHERS)
 
 
 def test_whatever_reads_them_gets_the_logits() -> None:
-    stock, model = step(build("Llama"))[2].logits.detach(), peft_ext.accelerate(build("Llama"), blocks=True)
+    stock, model = step(build("Llama"))[2].logits.detach(), peft_ext.accelerate(build("Llama"))
     reads: list[Callable[[Tensor], Any]] = [
         lambda x: x.argmax(-1),
         lambda x: x[:, -1],
@@ -224,7 +224,7 @@ def test_whatever_reads_them_gets_the_logits() -> None:
 
 
 def test_evaluation_and_generation_have_logits() -> None:
-    model = peft_ext.accelerate(build("Llama"), blocks=True)
+    model = peft_ext.accelerate(build("Llama"))
     with torch.no_grad():
         assert type(model(**batch()).logits) is Tensor
     assert type(model.eval()(**batch()).logits) is Tensor
@@ -234,7 +234,7 @@ def test_evaluation_and_generation_have_logits() -> None:
 def test_gradients_of_the_logits() -> None:
     for ask in (lambda x: x.retain_grad(), lambda x: x.register_hook(lambda grad: grad * 2)):
         found = []
-        for model in (build("Llama"), peft_ext.accelerate(build("Llama"), blocks=True)):
+        for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
             kept: list[Tensor] = []
 
             def asks(_layer: nn.Module, _args: Any, out: Tensor, kept: list = kept, ask: Callable = ask) -> None:
@@ -246,7 +246,7 @@ def test_gradients_of_the_logits() -> None:
             if ask(kept[0]) is None:
                 found[-1] = (kept[0].grad, *found[-1][1:])
         assert_same_step(found[1], found[0])
-    model = peft_ext.accelerate(build("Llama"), blocks=True)
+    model = peft_ext.accelerate(build("Llama"))
     out = model(**batch())
     for ask in (lambda: out.logits.retain_grad(), lambda: torch.autograd.grad(out.loss, out.logits)):
         with pytest.raises(RuntimeError, match=r"blocks=False"):
@@ -254,7 +254,7 @@ def test_gradients_of_the_logits() -> None:
 
 
 def test_logits_that_are_no_longer_what_they_were() -> None:
-    model = peft_ext.accelerate(build("Llama", ["lm_head"]), blocks=True)
+    model = peft_ext.accelerate(build("Llama", ["lm_head"]))
     out = model(**batch())
     out.loss.backward()
     with torch.no_grad():
@@ -266,20 +266,20 @@ def test_logits_that_are_no_longer_what_they_were() -> None:
 def test_what_takes_it_back() -> None:
     model = build("Llama", ["lm_head", "q_proj"])
     kinds = [type(module) for module in model.modules()]
-    peft_ext.accelerate(model, blocks=True)
+    peft_ext.accelerate(model)
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert is_deferred(again(**batch()).logits)
     peft_ext.accelerate(model, blocks=False)
     assert type(model(**batch()).logits) is Tensor and peft_ext.explain(model).fused_share == 1.0
     assert "was not called" in losses(model)[0].reason
-    peft_ext.restore(peft_ext.accelerate(model, blocks=True))
+    peft_ext.restore(peft_ext.accelerate(model))
     assert [type(module) for module in model.modules()] == kinds
 
 
 def test_a_head_that_trains_has_logits() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft_ext.accelerate(get_peft_model(MODELS["Llama"](), config), blocks=True).train()
+    model = peft_ext.accelerate(get_peft_model(MODELS["Llama"](), config)).train()
     assert not losses(model)[0].fused
     assert type(model(**batch()).logits) is Tensor
 
@@ -289,7 +289,7 @@ def test_a_loss_that_differs_on_a_trial_stays(monkeypatch: pytest.MonkeyPatch) -
     real = deferred.ops.linear_cross_entropy
     monkeypatch.setattr(deferred.ops, "linear_cross_entropy", lambda *args, **kwargs: 1.1 * real(*args, **kwargs))
     with pytest.warns(UserWarning, match="the loss stays PyTorch's: the loss is off by 0.1 on cpu"):
-        peft_ext.accelerate(model, blocks=True)
+        peft_ext.accelerate(model)
     assert "off by" in losses(model)[0].reason
     assert type(model(**batch()).logits) is Tensor
 
@@ -297,13 +297,13 @@ def test_a_loss_that_differs_on_a_trial_stays(monkeypatch: pytest.MonkeyPatch) -
 def test_a_trial_takes_nothing_from_the_generator() -> None:
     model = build("Llama", ["lm_head"], lora_dropout=0.5)
     state = torch.get_rng_state()
-    peft_ext.accelerate(model, blocks=True)
+    peft_ext.accelerate(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_compiled_models_compute_logits() -> None:
     torch._dynamo.reset()
-    model = peft_ext.accelerate(build("Llama"), blocks=True)
+    model = peft_ext.accelerate(build("Llama"))
     eager = step(model)
     compiled = torch.compile(model, backend="aot_eager")
     found = step(compiled)
@@ -314,7 +314,7 @@ def test_compiled_models_compute_logits() -> None:
 def test_memory_of_a_step_is_without_logits() -> None:
     """What autograd saves of the loss: hidden states and their gradient, nothing of the vocabulary."""
     largest = []
-    for model in (build("Llama"), peft_ext.accelerate(build("Llama"), blocks=True)):
+    for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: sizes.extend(t.shape[-1:]) or t, lambda t: t
@@ -326,7 +326,7 @@ def test_memory_of_a_step_is_without_logits() -> None:
 
 def test_the_model_s_own_loss_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is broken is seen by these tests: the loss does go through it."""
-    model = peft_ext.accelerate(build("Llama"), blocks=True)
+    model = peft_ext.accelerate(build("Llama"))
     called: list[Any] = []
     real = deferred.ops.linear_cross_entropy
     monkeypatch.setattr(deferred.ops, "linear_cross_entropy", lambda *a, **k: called.append(k) or real(*a, **k))

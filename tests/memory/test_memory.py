@@ -55,6 +55,15 @@ def held(model, optimizer):
     return sum(storages.values())
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """PyTorch's products in 16 bits take memory for each thread, which on these sizes would count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def measured(model, autocast=None, padding=False):
     """Peak bytes of a training step after the first, as PyTorch's profiler sees the allocator."""
     model.train()
@@ -157,7 +166,8 @@ def test_autocast_and_padding_too(how):
     value = torch.bfloat16 if how == "autocast" else True
     config = LLAMA if how == "padding" else GPT2
     estimate = estimated(config, peft.IA3Config(task_type="CAUSAL_LM"), **{how: value})
-    assert_near(estimate, measured(adapted(config, peft.IA3Config(task_type="CAUSAL_LM")), **{how: value}))
+    # PyTorch's product in 16 bits takes up to 0.1 MiB for itself, on some CPUs.
+    assert_near(estimate, measured(adapted(config, peft.IA3Config(task_type="CAUSAL_LM")), **{how: value}), 0.03)
     assert estimate.total != estimated(config, peft.IA3Config(task_type="CAUSAL_LM")).total
 
 
@@ -276,9 +286,9 @@ def test_of_a_model_with_blocks_a_chunk_of_logits():
     config = copy.deepcopy(LLAMA)
     config.vocab_size = 32768
     tokens = {"batch_size": 4, "sequence_length": 1024, "device": "cpu"}
-    model = adapted(config, lora(), dtype=torch.bfloat16)
-    stock = estimate_memory(model, **tokens).logits
-    fused = estimate_memory(peft_ext.accelerate(model, blocks=True), **tokens).logits
+    model = adapted(config, lora(), dtype=torch.bfloat16, accelerated=False)
+    stock = estimate_memory(peft_ext.accelerate(model, blocks=False), **tokens).logits
+    fused = estimate_memory(peft_ext.accelerate(model), **tokens).logits
     whole, chunk = 4 * 1024 * config.vocab_size * 2, 64 * 2**20
     assert stock > 4 * whole >= 16 * chunk
     assert chunk < fused < 1.3 * chunk
@@ -366,8 +376,8 @@ def test_dtype_is_of_the_frozen_weights():
 
 
 def test_a_layer_that_is_not_fused_is_estimated_as_peft_runs_it():
-    config = lora(lora_bias=True)
-    assert estimated(LLAMA, config).total == estimated(LLAMA, config, accelerated=False).total
+    model = peft_ext.accelerate(adapted(LLAMA, lora(lora_bias=True), accelerated=False), blocks=False)
+    assert estimate_memory(model, **TOKENS).total == estimate_memory(model, accelerated=False, **TOKENS).total
 
 
 def test_several_adapters():
@@ -499,7 +509,9 @@ def test_extrapolates_to_another_moment():
 
     def of(layers):
         config.num_hidden_layers = layers
-        return memory.profile_step(config, method="full", optimizer=None, batch_size=1, sequence_length=96)[0]
+        return memory.profile_step(
+            config, method="full", optimizer=None, batch_size=1, sequence_length=96, accelerated=False
+        )[0]
 
     few, many = of(2), of(12)
     assert few.estimate("").peak["gradients"] > 0 == many.estimate("").peak["gradients"]

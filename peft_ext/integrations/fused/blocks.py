@@ -91,13 +91,16 @@ class Norm(Block):
 
 
 class RMSNorm(Norm):
-    """``formula``: the attribute that eps is in, the operator's offset and round_before_weight."""
+    """``formula``: the attribute that eps is in, the operator's offset and round_before_weight, and whether it is the
+    operator's formula for a weight of another dtype than x's, too."""
 
     kind, operator = "RMSNorm", "rms_norm"
 
     def _fused(self, x: Tensor) -> Tensor:
-        eps, offset, rounds = self.formula
+        eps, offset, rounds, mixes = self.formula
         weight = self._parameters["weight"]
+        if not mixes and x.dtype is not weight.dtype:
+            return self.stock_class.forward(self, x)
         return ops.rms_norm(x, weight, getattr(self, eps), offset=offset, round_before_weight=rounds)
 
 
@@ -130,24 +133,32 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
     x, w = torch.randn(3, 5, k, generator=generator), torch.randn(k, generator=generator)
     x[0, 0] *= 1e-3  # where eps counts
     trial = _stub(module)
-    wanted = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        trial._parameters["weight"] = nn.Parameter(w.to(dtype))
+    wide, narrow = torch.float32, torch.bfloat16
+
+    def tried(forward: Callable, norm: Any, of_x: torch.dtype, of_weight: torch.dtype) -> list[Tensor]:
+        trial._parameters["weight"] = nn.Parameter(w.to(of_weight))
+        return _with_gradients(forward, norm, x.to(of_x))
+
+    wanted: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
+    for dtypes in itertools.product((wide, narrow), repeat=2):
         try:
-            wanted[dtype] = _with_gradients(type(module).forward, trial, x.to(dtype))
+            wanted[dtypes] = tried(type(module).forward, trial, *dtypes)
         except Exception:  # whatever another function raises
             return None
     for offset, rounds in itertools.product((0.0, 1.0), (True, False)):
-        formula, alike = (names[0], offset, rounds), []
-        fused = _as(trial, RMSNorm, formula)
-        for dtype, values in wanted.items():
-            trial._parameters["weight"] = nn.Parameter(w.to(dtype))
-            found = _with_gradients(type(fused)._fused, fused, x.to(dtype))
-            # In 16 bits where it rounds is the formula: the bits of most results have to be the same.
-            same = (found[0] == values[0]).double().mean() > 0.97 if dtype is torch.bfloat16 else _alike(found, values)
-            alike.append(bool(same))
-        if all(alike):
-            return formula
+        fused = _as(trial, RMSNorm, (names[0], offset, rounds, True))
+        alike = {}
+        for dtypes, values in wanted.items():
+            found = tried(type(fused)._fused, fused, *dtypes)
+            if narrow not in dtypes:
+                alike[dtypes] = _alike(found, values)
+            elif dtypes[0] is narrow:  # where it rounds is the formula: the bits of most results have to be the same
+                same = (found[0] == values[0]).double().mean() > 0.97
+                alike[dtypes] = found[0].dtype is values[0].dtype and bool(same)
+            else:
+                alike[dtypes] = _alike(found[:1], values[:1])
+        if alike[wide, wide] and alike[narrow, narrow]:
+            return names[0], offset, rounds, all(alike.values())
     return None
 
 
@@ -218,14 +229,17 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
         yield
         return
-    at, version, numel, dtype, held = h.data_ptr(), h._version, h.numel(), h.dtype, [_nothing]
+    # The storage and not its address, which a tensor without data, as the estimate of memory has, does not have.
+    storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
     args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
 
     def pack(value: Tensor) -> Any:
         # What somebody changed in place is no longer what the operator gives.
-        if value.numel() != numel or value.dtype is not dtype or value.data_ptr() != at or value._version != version:
+        if value.numel() != numel or value.dtype is not dtype or value._version != version:
+            return value
+        if value.storage_offset() or value.untyped_storage()._cdata != storage:
             return value
         return _Again(tuple(value.shape), value.stride())
 
@@ -384,7 +398,7 @@ def no_block_reason(module: nn.Module) -> Optional[tuple[str, str]]:
     """Returns of a norm or MLP that is not fused what it is, and why; None of any other module."""
     if isinstance(module, Block) or (kind := _fused_class(module)) is None:
         return None
-    return kind.kind, "accelerate(model, blocks=True) was not called on it"
+    return kind.kind, "accelerate(model) was not called on it, or with blocks=False"
 
 
 def fuse_blocks(model: nn.Module) -> None:

@@ -134,7 +134,7 @@ def no_head_reason(layer: nn.Module) -> str:
     """Returns why ``layer``, a model's output embeddings, is no head of ours."""
     if type(layer) not in HEADS:
         return f"its head is a {class_name(type(layer))}, wanted a Linear, or LoRA over one"
-    return FAILED.get(layer) or "accelerate(model, blocks=True) was not called on it"
+    return FAILED.get(layer) or "accelerate(model) was not called on it, or with blocks=False"
 
 
 # Why the loss of a layer was found to differ.
