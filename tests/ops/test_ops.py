@@ -139,8 +139,9 @@ def saved_bytes(case: Case, sample: Sample) -> int:
     """What one call keeps for the backward beside its inputs."""
     inputs = {k: v.requires_grad_() if k in sample.grads else v for k, v in sample.inputs.items()}
     held = {t.untyped_storage().data_ptr() for t in inputs.values() if isinstance(t, Tensor)}
-    if isinstance(inputs.get("weight"), NF4Weight):
-        held |= {t.untyped_storage().data_ptr() for t in inputs["weight"].tensors().values()}
+    for weight in inputs.values():
+        if isinstance(weight, NF4Weight):
+            held |= {t.untyped_storage().data_ptr() for t in weight.tensors().values()}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         case.call(**inputs)
@@ -163,6 +164,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
     wanted = {
         "lora_linear": s + seed,
+        "lora_linears": 2 * seed + s + t * (r // 2 + 1) * 4,
         "lora_residual": s + seed,
         "dora_weight_norm": n * 4 + n * r * 4,  # the norm and U
         "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
@@ -348,6 +350,16 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
         return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
     adapter = i.get("lora_A"), i.get("lora_B")
+    if name == "lora_linears":
+        seed, tensors, sizes = SEED.to(i["x"].device), [], []
+        for *layer, blocksize, shape in (
+            (*weight[:5], i["bias"], *adapter, i["rank_scale"], seed, *weight[5:]),
+            (*(second := ops.checks.weight_args(i["weight2"]))[:5], None, i["A2"], i["B2"], None, None, *second[5:]),
+            (*(third := ops.checks.weight_args(i["weight3"]))[:5], i["bias3"], *[None] * 4, *third[5:]),
+        ):
+            tensors += [value for value in layer if value is not None]
+            sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
+        return name, (i["x"], tensors, sizes, [0.75, 0.1, -0.5, 0.0, 1.0, 0.0])
     if name == "linear_cross_entropy":
         summed = "none" not in case.name
         labels, loss = i["labels"].view(-1), (0.5, 3.0, 0.1, -100, 20)

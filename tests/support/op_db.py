@@ -146,6 +146,49 @@ def _lora_case(
     return Case(name, "lora", make, call, plain)
 
 
+_OTHER_SEED = SEED + 1
+
+
+def _lora_linears_case(
+    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False
+) -> Case:
+    """Two adapters of other ranks, the second one's mask another, and a layer without; the results side by side."""
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, r = shape
+        adapters, second = adapter_dtype or dtype, r // 2 + 1
+        inputs = _low_rank_inputs(base, dtype, shape, adapters, with_bias)
+        inputs["rank_scale"] = randn(r, dtype=adapters) if rank_scale else None
+        inputs |= {"weight2": _base_weight(base, n, k, dtype), "weight3": _base_weight(base, n, k, dtype),
+                   "A2": randn(second, k, dtype=adapters, scale=0.1), "B2": randn(n, second, dtype=adapters, scale=0.1),
+                   "bias3": randn(n, dtype=dtype) if with_bias else None}  # fmt: skip
+        optional = (("bias", "bias3") if with_bias else ()) + (("rank_scale",) if rank_scale else ())
+        return Sample(inputs, ("x", "lora_A", "lora_B", "A2", "B2", *optional))
+
+    def call(x, weight, lora_A, lora_B, bias, compute, rank_scale, weight2, weight3, A2, B2, bias3):
+        seeds = [_seed_beside(x), _seed_beside(x) + 1, None]
+        ys = ops.lora_linears(
+            x, [weight, weight2, weight3], [lora_A, A2, None], [lora_B, B2, None], [bias, None, bias3],
+            rank_scales=[rank_scale, None, None], scalings=[0.75, -0.5, 1.0], dropout_ps=dropout_p, training=True,
+            seeds=seeds,
+        )  # fmt: skip
+        return torch.cat(ys, dim=-1)
+
+    def plain(x, weight, lora_A, lora_B, bias, compute, rank_scale, weight2, weight3, A2, B2, bias3):
+        a = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
+        first, second, third = (_dequantized(w, compute).to(x.dtype) for w in (weight, weight2, weight3))
+        kept = torch.where(reference.dropout_keep_mask(_OTHER_SEED, dropout_p, x.shape), x / (1 - dropout_p), 0.0)
+        other = kept if dropout_p else x
+        return torch.cat([
+            F.linear(x, first, bias) + F.linear(F.linear(_dropped(x, dropout_p), a), lora_B.to(x.dtype)) * 0.75,
+            F.linear(x, second) + F.linear(F.linear(other, A2.to(x.dtype)), B2.to(x.dtype)) * -0.5,
+            F.linear(x, third, bias3),
+        ], dim=-1)  # fmt: skip
+
+    name = case_name("lora_linears", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
+    return Case(name, "lora", make, call, plain, result=lambda dtype, shape: (dtype, (*shape[0], 3 * shape[2])))
+
+
 # --- dora -------------------------------------------------------------------------------------------------------------
 
 
@@ -450,6 +493,10 @@ CASES: tuple[Case, ...] = (
     _lora_case("nf4", adapter_dtype=torch.bfloat16),
     _lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
     _lora_case("dense", rank_scale=True),
+    _lora_linears_case("dense", with_bias=True, dropout_p=0.1, rank_scale=True),
+    _lora_linears_case("dense", adapter_dtype=torch.float32),
+    _lora_linears_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    _lora_linears_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
     _lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
     _lora_residual_case(),
     _lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "weight/frozen_weight.h"
 #include "common/philox.h"
@@ -43,6 +44,17 @@ struct AdaptedForward {
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z);
 
+// A layer among those of one input.
+struct Layer {
+  FrozenWeight weight;
+  std::optional<Tensor> bias;  // b₁
+  Adapter adapter;             // without drop_base, in_scale and groups
+};
+
+// The forward of each, as adapted_forward has it, bit for bit. Where the tiles take them all, x is packed once, and the
+// panels of all W are one work for the threads.
+std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
+
 struct AdaptedBackward {
   Tensor grad_x;           // x's shape; [0] where not asked for
   Tensor grad_A, grad_B;   // of lora_A's and lora_B's types
@@ -59,6 +71,15 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
 // s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x);
+
+// dX of all layers together, summed before it is rounded where their panels of W fit the cache, else added to what the
+// layers before left; and each one's own gradients. Of a layer without a gradient there is none.
+struct SiblingsBackward {
+  Tensor grad_x;  // x's shape; [0] where not asked for
+  std::vector<AdaptedBackward> layers;
+};
+SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,
+                                   const std::vector<Layer>& layers, const std::vector<Tensor>& s, bool needs_grad_x);
 
 // Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
 AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual, const Adapter& adapter);

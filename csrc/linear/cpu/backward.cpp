@@ -1,5 +1,7 @@
 // The backward: see adapted_linear.h for the formula. The adapter's gradients come first (low_rank.cpp), then dX, by
 // the tiles or by PyTorch's product as in forward.cpp.
+#include <vector>
+
 #include "cpu/scratch.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
@@ -9,14 +11,20 @@
 namespace peft_ext {
 namespace {
 
-void backward_on_tiles(const BackwardCall& b, AdaptedBackward* out) {
+// What a TileBackward refers to.
+struct TileOperands {
+  Tensor strips, rows;
+};
+
+// room: for the strips of the gradient.
+TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, TileOperands* held) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
   TileBackward work;
-  work.weight = tile_weight(b.weight);
+  work.weight = weight;
   work.tokens = size.tokens;
   const float* scale = b.drop_base() ? nullptr : b.g();
-  work.grad = token_strips(Scratch::kTokens, true, b.grad, size.tokens, size.out, scale, nullptr);
+  work.grad = token_strips(room, true, b.grad, size.tokens, size.out, scale, nullptr);
   work.more = nullptr;
   if (b.drop_base() && b.g() != nullptr) {
     Tensor shifted = empty({size.out}, ScalarType::Float);
@@ -25,7 +33,7 @@ void backward_on_tiles(const BackwardCall& b, AdaptedBackward* out) {
     work.more = token_strips(Scratch::kMoreTokens, true, b.grad, size.tokens, size.out, values, nullptr);
   }
   work.rank = 0;
-  Tensor strips, rows;
+  Tensor &strips = held->strips, &rows = held->rows;
   if (adapter.low_rank() && ranks_on_tiles()) {
     const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, true, size.in, size.rank);
     work.rank_depth = 3 * size.rank;
@@ -47,26 +55,50 @@ void backward_on_tiles(const BackwardCall& b, AdaptedBackward* out) {
   work.keep_scale = adapter.dropout.scale;
   work.in_scale = floats(adapter.in_scale);
   work.x = static_cast<const bf16*>(b.x.const_data_ptr());
-  const int64_t parts = adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
+  return work;
+}
+
+// dX of layers of one input, by one block of sums, with its own in_scale where there is but one; onto: dX is added to.
+void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
+  const LinearSizes& size = calls[0]->size;
+  std::vector<const FrozenWeight*> weights;
+  int64_t elements = 0, panel = 0, depth = 0;
+  for (const BackwardCall* b : calls) {
+    weights.push_back(&b->weight);
+    elements += strips_elements(size.tokens, b->size.out);
+    panel += strips_elements(kPanelStep, b->size.out);
+    depth += b->size.out;
+  }
+  const std::vector<TileWeight> tiles = tile_weights(weights);
+  auto* room = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
+  const int64_t parts = calls[0]->adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
   Tensor sums = zeros({parts, size.in});
-  work.grad_in_scale = sums.mutable_data_ptr<float>();
-  work.grad_x = static_cast<bf16*>(out->grad_x.mutable_data_ptr());
+  std::vector<TileOperands> held(calls.size());
+  std::vector<TileBackward> works;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    works.push_back(tile_backward(*calls[i], tiles[i], room, &held[i]));
+    room += strips_elements(size.tokens, calls[i]->size.out);
+    works[i].grad_in_scale = sums.mutable_data_ptr<float>();
+    works[i].grad_x = static_cast<bf16*>(out->grad_x.mutable_data_ptr());
+    works[i].onto = onto;
+  }
   const TileKernels& isa = *tile_kernels();
-  run_panels(size.in, size.out, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2,
-             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
-               isa.backward(work, begin, end, first, last, panel);
+  run_panels(size.in, depth, size.tokens, parts > 0 ? kReduceTokens / kStrip : 2, panel,
+             [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* at) {
+               isa.backward(works.data(), static_cast<int>(works.size()), begin, end, first, last, at);
              });
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < size.in; ++i)
       out->grad_in_scale.mutable_data_ptr<float>()[i] += sums.const_data_ptr<float>()[part * size.in + i];
 }
 
-void backward_by_products(const BackwardCall& b, AdaptedBackward* out) {
+void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
   const ScalarType type = b.type();
   Expand finish;
   const Tensor right = behind_dropout(b, &finish, out);
+  if (onto) finish.residual = out->grad_x.const_data_ptr();
   const bool in_place = !adapter.in_scale.has_value() && !b.drop_base() && multiplies_in(type, b.g() == nullptr);
   // Where the product is float32's anyhow, g ∘ dY is not rounded before it.
   const bool widens = b.g() != nullptr && !multiplies_in(type, false);
@@ -75,11 +107,11 @@ void backward_by_products(const BackwardCall& b, AdaptedBackward* out) {
   const Tensor scaled = b.g() == nullptr || b.drop_base() ? b.grad : times(0.0f);
   if (in_place) {
     const Tensor grad_x = torch::stable::view(out->grad_x, {size.tokens, size.in});
-    const bool terms = adapter.low_rank() || size.out == 0;
-    if (terms) run_expand(finish, size.tokens);
+    const bool written = onto && !adapter.low_rank(), terms = adapter.low_rank() || size.out == 0;
+    if (terms && !written) run_expand(finish, size.tokens);
     if (size.out == 0) return;
     const Tensor dense = dense_weight(b.op, b.weight, type);
-    terms ? addmm_(grad_x, scaled, dense, 1.0) : mm_out(grad_x, scaled, dense);
+    terms || written ? addmm_(grad_x, scaled, dense, 1.0) : mm_out(grad_x, scaled, dense);
     return;
   }
   const Tensor product = product_backward(b.op, scaled, b.weight, type);
@@ -98,6 +130,13 @@ void backward_by_products(const BackwardCall& b, AdaptedBackward* out) {
   }
   run_expand(finish, size.tokens);
 }
+
+bool tiles_accept(const BackwardCall& b) {
+  return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, false);
+}
+
+// Of the panels of layers whose dX is made together: what a core's second cache holds.
+constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
 
@@ -120,8 +159,57 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;
-  const bool tiles = size.out > 0 && tiles_accept(weight, type, size.tokens, false);
-  tiles ? backward_on_tiles(call, &out) : backward_by_products(call, &out);
+  tiles_accept(call) ? backward_on_tiles({&call}, false, &out) : backward_by_products(call, false, &out);
+  return out;
+}
+
+SiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads, Tensor x,
+                                   const std::vector<Layer>& layers, const std::vector<Tensor>& s, bool needs_grad_x) {
+  const ScratchOfCall scratch_of_call;
+  STD_TORCH_CHECK(grads.size() == layers.size() && s.size() == layers.size(), op, ": ", grads.size(), " gradients and ",
+                  s.size(), " S of ", layers.size(), " layers");
+  const Tensor held_x = torch::stable::contiguous(x);
+  const ScalarType type = held_x.scalar_type();
+  SiblingsBackward out;
+  out.grad_x = none(type);
+  std::vector<BackwardCall> calls;
+  calls.reserve(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    out.layers.emplace_back();
+    AdaptedBackward& own = out.layers.back();
+    own.grad_x = own.grad_A = own.grad_B = own.grad_rank_scale = own.grad_in_scale = none();
+    if (!grads[i].has_value()) continue;
+    check_matrix_weight(op, layers[i].weight, type);
+    calls.push_back(checked_backward(op, layers[i].weight, layers[i].adapter, *grads[i], held_x));
+    if (layers[i].adapter.low_rank()) rank_gradients(&calls.back(), s[i], needs_grad_x, &own);
+  }
+  if (!needs_grad_x) return out;
+  AdaptedBackward sum;
+  sum.grad_x = out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
+  if (sum.grad_x.numel() == 0) return out;
+  if (calls.empty()) torch::stable::fill_(sum.grad_x, 0.0);
+  bool onto = false;
+  std::vector<const BackwardCall*> together;
+  int64_t panel = 0;
+  const auto run = [&] {
+    if (!together.empty()) backward_on_tiles(together, onto, &sum);
+    onto = onto || !together.empty();
+    together.clear();
+    panel = 0;
+  };
+  for (const BackwardCall& call : calls) {
+    if (!tiles_accept(call)) {
+      run();
+      backward_by_products(call, onto, &sum);
+      onto = true;
+      continue;
+    }
+    const int64_t bytes = strips_elements(kPanelStep, call.size.out) * static_cast<int64_t>(sizeof(bf16));
+    if (panel + bytes > kPanelBytes || together.size() == kMostLayers) run();
+    together.push_back(&call);
+    panel += bytes;
+  }
+  run();
   return out;
 }
 

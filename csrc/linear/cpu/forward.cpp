@@ -61,24 +61,30 @@ void forward_few_tokens(const ForwardCall& f) {
   run_expand(finish, f.size.tokens);
 }
 
-void forward_on_tiles(const ForwardCall& f, const Shrunk& shrunk) {
+// What a TileForward refers to.
+struct TileOperands {
+  Tensor strips, rows;
+  GroupedTerms grouped;
+};
+
+TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
+                         TileOperands* held) {
   const LinearSizes& size = f.size;
   const Adapter& adapter = f.adapter;
   TileForward work;
-  work.weight = tile_weight(f.weight);
+  work.weight = weight;
   work.tokens = size.tokens;
-  work.x = token_strips(Scratch::kTokens, false, f.x, size.tokens, size.in, floats(adapter.in_scale), nullptr);
+  work.x = x;
   work.dropped = nullptr;
   if (f.drop_base())
     work.dropped = token_strips(Scratch::kMoreTokens, false, f.x, size.tokens, size.in, nullptr, &shrunk.keep);
   work.dropped_scale = adapter.dropout.scale;
   work.rank = 0;
-  Tensor strips, rows;
-  GroupedTerms grouped;
+  Tensor &strips = held->strips, &rows = held->rows;
   if (adapter.groups != nullptr) {
-    grouped = grouped_terms(f.op, *adapter.groups, shrunk.grouped, size.tokens, size.out);
-    work.terms = grouped.terms.data();
-    work.first_term = grouped.first.data();
+    held->grouped = grouped_terms(f.op, *adapter.groups, shrunk.grouped, size.tokens, size.out);
+    work.terms = held->grouped.terms.data();
+    work.first_term = held->grouped.first.data();
   } else if (adapter.low_rank()) {
     const Tensor rho = rank_scales(f.op, adapter, size.padded);
     const float* s = shrunk.s.const_data_ptr<float>();
@@ -105,10 +111,33 @@ void forward_on_tiles(const ForwardCall& f, const Shrunk& shrunk) {
   work.bias = f.bias_inside ? nullptr : floats(f.bias);
   work.y = static_cast<bf16*>(f.out.y.mutable_data_ptr());
   work.z = f.want_z ? static_cast<bf16*>(f.out.z.mutable_data_ptr()) : nullptr;
+  return work;
+}
+
+// Calls with the same x, their panels one after the other.
+void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<Shrunk>& shrunk) {
+  const LinearSizes& size = calls[0].size;
+  std::vector<const FrozenWeight*> weights;
+  for (const ForwardCall& f : calls) weights.push_back(&f.weight);
+  const std::vector<TileWeight> tiles = tile_weights(weights);
+  const bf16* x = token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
+                               floats(calls[0].adapter.in_scale), nullptr);
+  std::vector<TileOperands> held(calls.size());
+  std::vector<TileForward> works;
+  std::vector<int64_t> ends;  // of the rows, each W's but the last rounded up to whole panels
+  int64_t rows = 0;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    works.push_back(tile_forward(calls[i], shrunk[i], tiles[i], x, &held[i]));
+    rows = round_up(rows, kPanelStep) + calls[i].size.out;
+    ends.push_back(rows);
+  }
   const TileKernels& isa = *tile_kernels();
-  run_panels(size.out, size.in, size.tokens, 2,
+  run_panels(rows, size.in, size.tokens, 2, strips_elements(kPanelStep, size.in),
              [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
-               isa.forward(work, begin, end, first, last, panel);
+               size_t i = 0;
+               while (begin >= ends[i]) ++i;
+               const int64_t base = i == 0 ? 0 : round_up(ends[i - 1], kPanelStep);
+               isa.forward(works[i], begin - base, min_i64(end, ends[i]) - base, first, last, panel);
              });
 }
 
@@ -160,9 +189,11 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
 
 }  // namespace
 
-AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
-                               const Adapter& adapter, bool bias_inside, bool want_z) {
-  const ScratchOfCall scratch_of_call;
+namespace {
+
+// The call, checked, with room for its results; x is [..., K], contiguous.
+ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
+                            const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z) {
   check_matrix_weight(op, weight, x.scalar_type());
   const LinearSizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
@@ -173,19 +204,64 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
   out.y = empty(with_last(x, size.out), type);
   out.s = adapter.low_rank() ? empty({size.tokens, size.rank}, ScalarType::Float) : none();
   out.z = want_z ? empty({size.tokens, size.out}, type) : none(type);
-  if (size.tokens == 0) return out;
-  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {size.tokens, size.in});
+  const Tensor flat_x = torch::stable::view(x, {size.tokens, size.in});
   const int64_t padded = round_up(size.out, kColumnStep);
   ForwardCall call{op, weight, adapter, size, flat_x, bias_inside, want_z, std::nullopt, std::nullopt, out};
+  if (size.tokens == 0) return call;
   if (bias.has_value()) call.bias = padded_vector(op, "bias", *bias, padded);
   if (adapter.out_scale.has_value()) call.scale = padded_vector(op, "out_scale", *adapter.out_scale, padded);
-  if (size.out > 0 && few_tokens_accept(weight, type, size.tokens, adapter)) {
-    forward_few_tokens(call);
-    return out;
+  return call;
+}
+
+bool few_tokens_accept(const ForwardCall& f) {
+  return f.size.out > 0 && few_tokens_accept(f.weight, f.type(), f.size.tokens, f.adapter);
+}
+
+bool tiles_accept(const ForwardCall& f) {
+  return f.size.in > 0 && f.size.out > 0 && tiles_accept(f.weight, f.type(), f.size.tokens, true);
+}
+
+Shrunk shrunk_tokens(const ForwardCall& f, bool tiles) {
+  return f.adapter.low_rank() ? shrink_tokens(f, tiles) : Shrunk();
+}
+
+void run_forward(const ForwardCall& call) {
+  if (call.size.tokens == 0) return;
+  if (few_tokens_accept(call)) return forward_few_tokens(call);
+  const bool tiles = tiles_accept(call);
+  const Shrunk shrunk = shrunk_tokens(call, tiles);
+  if (call.size.out > 0) tiles ? forward_on_tiles({call}, {shrunk}) : forward_by_products(call, shrunk);
+}
+
+}  // namespace
+
+AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
+                               const Adapter& adapter, bool bias_inside, bool want_z) {
+  const ScratchOfCall scratch_of_call;
+  const ForwardCall call =
+      checked_forward(op, torch::stable::contiguous(x), weight, bias, adapter, bias_inside, want_z);
+  run_forward(call);
+  return call.out;
+}
+
+std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers) {
+  const ScratchOfCall scratch_of_call;
+  const Tensor held_x = torch::stable::contiguous(x);
+  std::vector<ForwardCall> calls, on_tiles;
+  std::vector<Shrunk> shrunk;
+  for (const Layer& layer : layers) {
+    calls.push_back(checked_forward(op, held_x, layer.weight, layer.bias, layer.adapter, false, false));
+    const ForwardCall& call = calls.back();
+    if (call.size.tokens == 0 || few_tokens_accept(call) || !tiles_accept(call)) {
+      run_forward(call);
+    } else {
+      shrunk.push_back(shrunk_tokens(call, true));
+      on_tiles.push_back(call);
+    }
   }
-  const bool tiles = size.in > 0 && size.out > 0 && tiles_accept(weight, type, size.tokens, true);
-  const Shrunk shrunk = adapter.low_rank() ? shrink_tokens(call, tiles) : Shrunk();
-  if (size.out > 0) tiles ? forward_on_tiles(call, shrunk) : forward_by_products(call, shrunk);
+  if (!on_tiles.empty()) forward_on_tiles(on_tiles, shrunk);
+  std::vector<AdaptedForward> out;
+  for (const ForwardCall& call : calls) out.push_back(call.out);
   return out;
 }
 

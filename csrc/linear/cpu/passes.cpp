@@ -145,7 +145,7 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
   if (n == 0 || k == 0) return facts;
   const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
   if (type == ScalarType::BFloat16 && ranks_on_tiles() && (weight.is_nf4() || weight.weight.is_contiguous())) {
-    tile_shrink(tile_weight(weight), right, kTerms, 1.0f, facts.product.mutable_data_ptr<float>(),
+    tile_shrink(tile_weights({&weight})[0], right, kTerms, 1.0f, facts.product.mutable_data_ptr<float>(),
                 facts.squares.mutable_data_ptr<float>());
     return facts;
   }

@@ -72,14 +72,17 @@ Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type)
   return dense;
 }
 
-const float* all_scales(const FrozenWeight& weight) {
+int64_t nested_scales(const FrozenWeight& weight) {
+  return weight.nested_absmax.has_value() ? weight.absmax->numel() : 0;
+}
+
+const float* all_scales(const FrozenWeight& weight, float* room) {
   const int64_t blocks = weight.absmax->numel();
   const Scales scales(weight);
   if (!weight.nested_absmax.has_value()) return scales.decode(0, blocks, nullptr);
-  auto* buffer = static_cast<float*>(scratch(Scratch::kScales, static_cast<size_t>(blocks) * sizeof(float)));
   parallel_for(0, blocks, kDecodeGrain / 64,
-               [&](int64_t begin, int64_t end) { scales.decode(begin, end, buffer + begin); });
-  return buffer;
+               [&](int64_t begin, int64_t end) { scales.decode(begin, end, room + begin); });
+  return room;
 }
 
 const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room) {

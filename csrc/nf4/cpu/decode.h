@@ -28,8 +28,11 @@ class Scales {
 // [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// The scales of all blocks of an NF4 weight in float32: its own, or decoded into a scratch of the calling thread.
-const float* all_scales(const FrozenWeight& weight);
+// How many scales of a weight have to be decoded: those of an NF4 weight with double quantization.
+int64_t nested_scales(const FrozenWeight& weight);
+
+// The scales of all blocks of an NF4 weight in float32: its own, or decoded into `room`, which has room for them.
+const float* all_scales(const FrozenWeight& weight, float* room);
 
 // Elements [begin, end) of an NF4 weight's flat tensor, decoded by the calling thread into `room`, which holds the
 // blocks that they touch; returns where element `begin` lies in it.

@@ -7,20 +7,22 @@
 namespace peft_ext {
 namespace {
 
-inline void backward_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block,
-                           Ahead* ahead) {
-  const int64_t k = work.weight.columns, tiles = tiles_of(work.weight.rows), length = tiles * kTile;
+inline bool masks(const TileBackward& work) {
+  return work.keep != nullptr && (work.rank > 0 || work.rank_depth > 0 || work.more != nullptr);
+}
+
+// block += P A + H W; the whole block is masked then, and has to be clear before, where the layer has a mask.
+inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
+  const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
   const int64_t depth = tiles_of(work.rank_depth);
-  const bool low = work.rank > 0 || depth > 0 || work.more != nullptr;
-  block->clear();
   if (depth > 0)
     multiply(work.p_strips + strip * depth * kTile, block->left, work.a_strips + column / kStrip * depth * kTile,
              block->right, depth, block->c);
   if (work.rank > 0)
     add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
   if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);
-  if (low && work.keep != nullptr) {
+  if (masks(work)) {
     const __m512 by = _mm512_set1_ps(work.keep_scale);
     block->each([&](__m512 v, int r, int j) {
       if (token + r >= work.tokens) return v;
@@ -29,7 +31,40 @@ inline void backward_block(const TileBackward& work, int64_t column, int64_t str
       return _mm512_maskz_mul_ps(bits, v, by);
     });
   }
-  multiply(work.grad + strip * length, block->left, lanes, block->right, tiles, block->c, ahead);
+}
+
+// The block as it is in dX.
+inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
+  block->each([&](__m512 v, int r, int j) {
+    const int64_t k = work.weight.columns, at = column + j * kStrip;
+    if (token + r >= work.tokens || at >= k) return v;
+    const auto inside = static_cast<__mmask16>(k - at >= kStrip ? 0xffff : (1u << (k - at)) - 1);
+    const __m256i words = _mm256_maskz_loadu_epi16(inside, work.grad_x + (token + r) * k + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  });
+}
+
+// dX of `count` layers, each with the lanes of its W; term: room.
+inline void backward_block(const TileBackward* works, int count, int64_t column, int64_t strip,
+                           const bf16* const* lanes, Block* block, Block* term, Ahead* ahead) {
+  const TileBackward& work = works[0];
+  const int64_t k = work.weight.columns, token = strip * kStrip;
+  block->clear();
+  if (work.onto) load_sums(work, column, token, block);
+  for (int i = 0; i < count; ++i) {
+    const int64_t tiles = tiles_of(works[i].weight.rows);
+    if ((i > 0 || work.onto) && masks(works[i])) {
+      term->left = block->left;
+      term->right = block->right;
+      term->clear();
+      add_masked(works[i], column, strip, lanes[i], term);
+      for (int at = 0; at < kBlockElements; at += kStrip)
+        _mm512_store_ps(block->c + at, _mm512_add_ps(_mm512_load_ps(block->c + at), _mm512_load_ps(term->c + at)));
+    } else {
+      add_masked(works[i], column, strip, lanes[i], block);
+    }
+    multiply(works[i].grad + strip * tiles * kTile, block->left, lanes[i], block->right, tiles, block->c, ahead + i);
+  }
   if (work.in_scale != nullptr) {
     float* sums = work.grad_in_scale + token / kReduceTokens * k;
     block->each([&](__m512 v, int r, int j) {
@@ -51,19 +86,29 @@ inline void backward_block(const TileBackward& work, int64_t column, int64_t str
     }
 }
 
-void backward(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
+void backward(const TileBackward* works, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
+              bf16* panel) {
   const TileUnit unit;
-  const int64_t length = tiles_of(work.weight.rows) * kTile;
-  weight_lanes(work.weight, begin, end, panel);
-  Block block;
+  Block block, term;
   const int64_t pairs = ceil_div(end - begin, kBlockStrips * kStrip);
-  Ahead ahead =
-      columns_ahead(work.weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * length / kTile);
+  const bf16* panels[kMostLayers];
+  const bf16* lanes[kMostLayers];
+  Ahead ahead[kMostLayers];
+  for (int i = 0; i < count; ++i) {
+    const TileWeight& weight = works[i].weight;
+    const int64_t tiles = tiles_of(weight.rows);
+    weight_lanes(weight, begin, end, panel);
+    panels[i] = panel;
+    panel += ceil_div(end - begin, kStrip) * tiles * kTile;
+    ahead[i] = columns_ahead(weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * tiles);
+  }
   for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
     for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
       block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
-      backward_block(work, column, strip, panel + (column - begin) / kStrip * length, &block, &ahead);
+      for (int i = 0; i < count; ++i)
+        lanes[i] = panels[i] + (column - begin) / kStrip * tiles_of(works[i].weight.rows) * kTile;
+      backward_block(works, count, column, strip, lanes, &block, &term, ahead);
     }
   }
 }

@@ -77,14 +77,30 @@ bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, b
   return weight.weight.is_contiguous() && tokens >= kDenseTileTokens;
 }
 
-TileWeight tile_weight(const FrozenWeight& weight) {
+namespace {
+
+TileWeight tile_weight(const FrozenWeight& weight, float* room) {
   TileWeight out;
   out.rows = weight.out_features();
   out.columns = weight.in_features();
   out.block_shift = weight.is_nf4() ? __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize)) : 0;
   out.dense = weight.is_nf4() ? nullptr : static_cast<const bf16*>(weight.weight.const_data_ptr());
   out.packed = weight.is_nf4() ? weight.weight.const_data_ptr<uint8_t>() : nullptr;
-  out.absmax = weight.is_nf4() ? all_scales(weight) : nullptr;
+  out.absmax = weight.is_nf4() ? all_scales(weight, room) : nullptr;
+  return out;
+}
+
+}  // namespace
+
+std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights) {
+  int64_t nested = 0;
+  for (const FrozenWeight* weight : weights) nested += nested_scales(*weight);
+  auto* room = static_cast<float*>(scratch(Scratch::kScales, static_cast<size_t>(nested) * sizeof(float)));
+  std::vector<TileWeight> out;
+  for (const FrozenWeight* weight : weights) {
+    out.push_back(tile_weight(*weight, room));
+    room += nested_scales(*weight);
+  }
   return out;
 }
 
@@ -101,9 +117,8 @@ TileWeight tile_tokens(const Tensor& m, int64_t rows, int64_t columns, const Kee
   return out;
 }
 
-bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep) {
-  const size_t bytes = static_cast<size_t>(strips_elements(tokens, depth)) * sizeof(bf16);
   TokenStrips work;
   work.m = static_cast<const bf16*>(m.const_data_ptr());
   work.tokens = tokens;
@@ -111,16 +126,21 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
   work.scale = scale;
   work.keep = keep != nullptr ? keep->data : nullptr;
   work.keep_words = keep != nullptr ? keep->per_row : 0;
-  work.strips = static_cast<bf16*>(scratch(use, bytes));
+  work.strips = room;
   const TileKernels& isa = *tile_kernels();
   parallel_for(0, ceil_div(tokens, kStrip), 1,
                [&](int64_t begin, int64_t end) { (left ? isa.left_strips : isa.right_strips)(work, begin, end); });
-  return work.strips;
+  return room;
 }
 
-bf16* panel_scratch(int64_t depth) {
-  const size_t elements = static_cast<size_t>(strips_elements(kPanelStep, depth));
-  return static_cast<bf16*>(scratch(Scratch::kPanel, elements * sizeof(bf16)));
+bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                   const KeepBits* keep) {
+  const size_t bytes = static_cast<size_t>(strips_elements(tokens, depth)) * sizeof(bf16);
+  return token_strips(static_cast<bf16*>(scratch(use, bytes)), left, m, tokens, depth, scale, keep);
+}
+
+bf16* panel_scratch(int64_t elements) {
+  return static_cast<bf16*>(scratch(Scratch::kPanel, static_cast<size_t>(elements) * sizeof(bf16)));
 }
 
 bool ranks_on_tiles() { return current_isa() >= Isa::kAmx; }
@@ -162,7 +182,7 @@ void tile_shrink(const TileWeight& m, const Tensor& a, int terms, float scale, f
                         out, squares};
   const TileKernels& isa = *tile_kernels();
   parallel_for(0, ceil_div(m.rows, kPanelStep), 1, [&](int64_t begin, int64_t end) {
-    bf16* panel = panel_scratch(m.columns);
+    bf16* panel = panel_scratch(strips_elements(kPanelStep, m.columns));
     for (int64_t i = begin; i < end; ++i)
       isa.shrink(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.rows), panel);
   });
@@ -179,7 +199,7 @@ Tensor tile_outer(const TileWeight& m, const float* left, int64_t padded, float 
                        out.mutable_data_ptr<float>()};
   const TileKernels& isa = *tile_kernels();
   parallel_for(0, ceil_div(m.columns, kPanelStep), 1, [&](int64_t begin, int64_t end) {
-    bf16* panel = panel_scratch(m.rows);
+    bf16* panel = panel_scratch(strips_elements(kPanelStep, m.rows));
     for (int64_t i = begin; i < end; ++i)
       isa.outer(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.columns), panel);
   });

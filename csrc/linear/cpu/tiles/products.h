@@ -2,6 +2,8 @@
 #pragma once
 
 #include "linear/cpu/passes.h"
+#include <vector>
+
 #include "cpu/scratch.h"
 #include "linear/cpu/tiles/plan.h"
 #include "linear/cpu/tiles/tiles.h"
@@ -17,24 +19,27 @@ constexpr int64_t kDenseTileTokens = 33;
 // Whether the tiles accept this many tokens of this type against the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward);
 
-TileWeight tile_weight(const FrozenWeight& weight);
+// As the tiles take them, in order; what is decoded of their scales is in a scratch of the calling thread.
+std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
-// [tokens, depth] as strips, into a scratch of the calling thread.
+// [tokens, depth] as strips, into `room` for strips_elements(tokens, depth), or into a scratch of the calling thread.
+bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
+                   const KeepBits* keep);
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Of a panel of W, of the calling thread.
-bf16* panel_scratch(int64_t depth);
+// Of a panel of W with so many elements, of the calling thread.
+bf16* panel_scratch(int64_t elements);
 
 // run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, over all threads.
-// strip_step: strips that stay together.
+// strip_step: strips that stay together. panel: elements that a panel takes.
 template <typename Run>
-void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const Run& run) {
+void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t panel, const Run& run) {
   static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);
   const TilePlan plan =
       plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
-    bf16* room = panel_scratch(depth);
+    bf16* room = panel_scratch(panel);
     for (int64_t part = begin; part < end; ++part)
       plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });
   });

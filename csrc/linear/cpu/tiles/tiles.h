@@ -2,6 +2,7 @@
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
+//             and of several layers of one input the sum of their dX, in one block of sums
 //
 // One microkernel serves both: C [rows, lanes] += left [rows, depth] right [depth, lanes], depth summed in float32 from
 // first to last. Operands lie in tiles of 1 KiB, those of a strip in order of depth, zeros where the matrix ends:
@@ -111,7 +112,10 @@ struct TileBackward {
   const bf16* x;          // [tokens, columns], with in_scale
   float* grad_in_scale;   // [ceil(tokens / kReduceTokens), columns], zeroed: sums of x ∘ (dX / l)
   bf16* grad_x;           // [tokens, columns]
+  bool onto = false;      // grad_x is added to
 };
+
+constexpr int kMostLayers = 8;  // of one input, whose dX is made together
 
 // out[row, r] = scale sum_k m[row, k] a[r, k]; squares[row] = sum_k m[row, k]², where given.
 struct TileShrink {
@@ -152,7 +156,9 @@ struct TileKernels {
   // Rows [begin, end) of W against the token strips [first, last); panel: scratch of panel_elements.
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
   // Columns [begin, end) of W, likewise; first is a multiple of kReduceTokens where grad_in_scale is given.
-  void (*backward)(const TileBackward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
+  // Of `count` layers with the same tokens, columns and grad_x: one with in_scale is alone.
+  void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
+                   bf16* panel);
   // Rows [begin, end) of w.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // x [tokens, columns] as TileFewTokens takes it.
