@@ -33,6 +33,7 @@ from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
 
 _LOSS = torch.ops.peft_ext.linear_cross_entropy.default
+_SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_linears_backward.default)
 
 # What a forward raises here that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
@@ -111,6 +112,8 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
         chunk = min(tokens * given["shape"][0] * size, CHUNK_BYTES[device]) * (1 if given["lora_A"] is None else 2)
         # PyTorch's product of 16 bits packs the weight on a CPU.
         return chunk + (given["weight"].numel() * size if device == "cpu" and size == 2 else 0)
+    if func in _SIBLINGS:
+        return _workspace_of_siblings(given, device)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0
@@ -128,6 +131,20 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
         size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
     return size
+
+
+def _workspace_of_siblings(given: dict[str, Any], device: str) -> int:
+    """Returns the same of layers that are computed together: on the CPU's tiles x once, or the gradients of all; else
+    what the largest of them takes."""
+    x, sizes = given["x"], given["sizes"]
+    packed = [grad for grad in given.get("grads", [x]) if grad is not None]
+    if device == "cpu" and x.dtype is torch.bfloat16 and STATE.isa in TILE_PATHS:
+        return sum(2 * value.numel() for value in packed)
+    largest, inputs = max(sizes[2::4]), sizes[3]
+    if device == "cpu" and x.element_size() == 2:
+        rows = x.numel() // max(1, inputs)
+        return 4 * (rows * (largest + inputs) + 1024 * inputs)
+    return largest * inputs * x.element_size() if any(sizes[1::4]) else 0
 
 
 def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import peft_ext
+from peft_ext.integrations.fused import siblings
 from peft_ext.integrations.fused.ia3 import IA3Layer
 from peft_ext.integrations.fused.lora import LowRank
 from peft_ext.nn import NF4Linear
@@ -171,11 +172,19 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
         return run
 
+    def counting_joint(layer: Any, x: Tensor) -> Optional[Tensor]:
+        y = joint(layer, x)
+        counts["fused"] += y is not None
+        return y
+
+    joint = siblings.output_of
     for kind, inner in zip(kinds, before, strict=True):
         kind._fused = counting(inner)
+    siblings.output_of = counting_joint
     try:
         yield counts
     finally:
+        siblings.output_of = joint
         for kind, inner in zip(kinds, before, strict=True):
             kind._fused = inner
 

@@ -429,7 +429,7 @@ TOLERANCE = 2e-5
 class OperatorCalls(TorchDispatchMode):
     """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs.
 
-    Those of one that is a composition of others are not counted.
+    Those of one that is a composition of others are not counted. Layers that are computed together count one by one.
     """
 
     def __init__(self) -> None:
@@ -440,6 +440,9 @@ class OperatorCalls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict[str, Any]] = None
     ) -> Any:
         name = func._schema.name.partition("::")[2]
+        if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
+            layers = args[0] if name.endswith("_backward") else args[3][::2]  # gradients, and a scaling of each
+            self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         if func.namespace == "peft_ext" and name not in COMPOSED:
             self.calls[name] += 1
         return func(*args, **(kwargs or {}))

@@ -35,6 +35,9 @@ class AdaLora(LowRank):
 
     checked_adapter = adalora_adapter
 
+    def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
+        return self._modules["lora_E"]._parameters[name], self._modules["ranknum"]._parameters[name]
+
     def _rank_scale(self, name: str, scaling: float) -> Tensor:
         modules = self._modules
         rank_scale = modules["lora_E"]._parameters[name].flatten() / (modules["ranknum"]._parameters[name] + 1e-5)

@@ -1,4 +1,4 @@
-"""Norms and MLPs of transformers on fused operators: known by their structure, and tried before they are used.
+"""Norms, MLPs and projections of one input on fused operators: known by their structure, tried before they are used.
 
     RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
     MLP                  down(act(gate x) ∘ up x), down(act(up x)): the activation in one pass; saved: gate and up. What
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
+from . import siblings
 from .base import STOCK, is_fully_sharded
+from .lora import LowRank
 from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
 
 __all__ = ["Block", "fuse_blocks", "plain_blocks"]
@@ -206,7 +208,8 @@ class Mlp(Block):
     def _fused(self, x: Tensor) -> Tensor:
         into, out, act, function, gated, drops = self.formula
         modules = self._modules
-        inner = [modules[name](x) for name in into]
+        with siblings.together(self, (into,)):
+            inner = [modules[name](x) for name in into]
         if not all(map(accepts_input, inner)) or len({value.dtype for value in inner}) > 1:
             halves = inner[0].chunk(2, dim=-1) if gated and len(inner) == 1 else inner
             h = getattr(self, act)(halves[0])
@@ -328,6 +331,41 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
     return _alike(_with_gradients(Mlp._fused, _as(trial, Mlp, formula), x), wanted)
 
 
+# --- projections of one input -----------------------------------------------------------------------------------------
+
+
+class Projections(Block):
+    """A module whose children are adapter layers that get the same tensor: see :mod:`.siblings`. ``formula``: groups of
+    their names."""
+
+    kind = "projections of one input"
+
+    def block_reason(self) -> Optional[str]:
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance"
+        for names in self.formula:
+            layers = [self._modules.get(name) for name in names]
+            joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
+            if len(joint) > 1:
+                return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
+        return f"no two of {', '.join(self.formula[0])} have an adapter that can be computed with another's"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super(Block, self).forward(*args, **kwargs)
+        with siblings.together(self, self.formula):
+            return super(Block, self).forward(*args, **kwargs)
+
+
+def _projections(module: nn.Module) -> Optional[type]:
+    """Returns the class of a module with two adapter layers or more that get the same tensor; None: it has none."""
+    groups = []
+    for names in siblings.groups_in(type(module).forward):
+        if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1:
+            groups.append(names)
+    return _class(Projections, type(module), tuple(groups)) if groups else None
+
+
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +429,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         elif (formula := _mlp_formula(module)) is not None:
             found = _class(Mlp, stock, formula)
         _TRIED[key] = found
-    return _TRIED[key]
+    return _TRIED[key] or _projections(module)
 
 
 def no_block_reason(module: nn.Module) -> Optional[tuple[str, str]]:

@@ -18,7 +18,7 @@ from ..._imports import optional
 from ...nn import NF4Linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
-from . import dora
+from . import dora, siblings
 from .base import FOUR_BIT, Fused, Linear8bitLt, fuses, operands, sums_wider
 from .merging import Merged, MergesNF4
 from .reasons import (
@@ -69,6 +69,42 @@ class LowRank(Fused):
 
     def _device(self, name: str) -> str:
         return self.pair(name)[0].device.type
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and (y := siblings.output_of(self, x)) is not None:
+            return y
+        return super().forward(x, *args, **kwargs)
+
+    def joint_state(self) -> Optional[tuple]:
+        """Returns what the output depends on beside x, to be compared; None: it can't be computed with others'."""
+        names, modules = self._names(), self._modules
+        reason, alone = self._reasons_of(names)
+        if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
+            return None
+        name, base, dropout = names[0], modules["base_layer"], modules["lora_dropout"]._modules[names[0]]
+        if self._bias(name) is not None or isinstance(self.scaling[name], Tensor):
+            return None
+        held = (*base._parameters.values(), *base._buffers.values(), *self.pair(name), *self._scale_tensors(name))
+        held = [tensor for tensor in held if tensor is not None]
+        if any(tensor.is_inference() for tensor in held):
+            return None
+        versions = tuple((id(tensor), tensor._version) for tensor in held)
+        return name, self.scaling[name], getattr(dropout, "p", 0.0), dropout.training, versions
+
+    def joint_call(self, x: Tensor) -> Optional[tuple]:
+        """Returns weight, bias, lora_A, lora_B, rank_scale, scaling, p and the dtype of the output, where x is what the
+        layer multiplies; of a layer that has a ``joint_state``."""
+        (name,), base = self._names(), self._modules["base_layer"]
+        if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
+            return None
+        _, weight, bias, dtype = found
+        dropout = self._modules["lora_dropout"]._modules[name]
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
+
+    def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
+        """Returns what :meth:`_rank_scale` is made of."""
+        return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
         """Returns ``scaling`` times the adapter's own scale per rank ``[R]``, or None where it has none."""
