@@ -254,7 +254,7 @@ def linear_cross_entropy(
     # In the gradient's own rounding, but for float16's, whose range it would leave.
     inside = divides and hidden.dtype is not torch.float16
     if inside:
-        row_weight = torch.ones(labels.numel(), device=hidden.device) / items
+        row_weight = torch.ones(labels.numel(), dtype=torch.float32, device=hidden.device) / items
     losses = _ops.linear_cross_entropy(
         hidden, *checks.weight_args(weight), bias, lora_input, lora_A, lora_B, float(scaling), labels.view(-1),
         row_weight, float(logit_scale), float(softcap), float(label_smoothing), ignore_index, chunk, summed, *needs,

@@ -115,6 +115,29 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
         torch.testing.assert_close(ours, stock, rtol=2**-6 if narrow else 1e-5, atol=0.05 if narrow else 1e-4)
 
 
+@pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
+def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> None:
+    """The first model of a class may be made on the meta device, or in another default dtype."""
+    model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
+    blocks._TRIED.clear()
+    blocks._ACTS.clear()
+    if under == "meta":
+        with torch.device("meta"):
+            peft_ext.accelerate(model)
+    elif under == "inference":
+        with torch.inference_mode():
+            peft_ext.accelerate(model)
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            peft_ext.accelerate(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    rows = peft_ext.explain(model).blocks
+    assert {row.kind for row in rows} == {"RMSNorm", "MLP", "loss", "projections of one input"}
+    assert all(row.fused for row in rows), rows
+
+
 class Odd(nn.Module):
     """Looks like an RMSNorm, and is another function."""
 

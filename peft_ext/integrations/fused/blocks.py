@@ -132,7 +132,7 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
     if weight.dim() != 1 or module._buffers or len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     k, generator = 24, torch.Generator().manual_seed(0)
-    x, w = torch.randn(3, 5, k, generator=generator), torch.randn(k, generator=generator)
+    x, w = (torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in ((3, 5, k), (k,)))
     x[0, 0] *= 1e-3  # where eps counts
     trial = _stub(module)
     wide, narrow = torch.float32, torch.bfloat16
@@ -281,7 +281,7 @@ def _is(act: Any) -> Optional[str]:
         return None
     key = (type(act), repr(act)) if isinstance(act, nn.Module) else act  # a module's settings may change
     if key not in _ACTS:
-        x = torch.linspace(-8, 8, 321)
+        x = torch.linspace(-8, 8, 321, dtype=torch.float32)
         try:
             y = act(x.clone())
         except Exception:  # whatever another function raises
@@ -316,14 +316,14 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
     trial._modules = dict(module._modules)
     wide = 24 if gated and len(into) == 1 else 12
     for name in (*into, out):
-        layer = nn.Linear(8 if name != out else 12, 8 if name == out else wide)
+        layer = nn.Linear(8 if name != out else 12, 8 if name == out else wide, dtype=torch.float32)
         with torch.no_grad():
             for value in layer.parameters():
-                value.copy_(torch.randn(value.shape, generator=generator))
+                value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.float32))
         trial._modules[name] = layer
     if drops:
         trial._modules["dropout"] = nn.Dropout(0.5)
-    x = torch.randn(2, 5, 8, generator=generator)
+    x = torch.randn(2, 5, 8, generator=generator, dtype=torch.float32)
     try:
         wanted = _with_gradients(type(module).forward, trial, x)
     except Exception:  # whatever another function raises
@@ -424,10 +424,12 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     key = (stock, act, tuple(module._modules), tuple(module._parameters))
     if key not in _TRIED:
         found = None
-        if (formula := _rms_formula(module)) is not None:
-            found = _class(RMSNorm, stock, formula)
-        elif (formula := _mlp_formula(module)) is not None:
-            found = _class(Mlp, stock, formula)
+        # Whatever device and mode the model is accelerated under.
+        with torch.device("cpu"), torch.inference_mode(False):
+            if (formula := _rms_formula(module)) is not None:
+                found = _class(RMSNorm, stock, formula)
+            elif (formula := _mlp_formula(module)) is not None:
+                found = _class(Mlp, stock, formula)
         _TRIED[key] = found
     return _TRIED[key] or _projections(module)
 

@@ -167,11 +167,15 @@ def _differs(layer: Any) -> Optional[str]:
         return None  # one element seen as the whole: a model without its data
     device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(6, base.in_features, generator=generator).to(device, dtype)
-    labels = torch.randint(0, base.out_features, (6,), generator=generator).to(device)
-    labels[2] = -100
     found = []
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(_devices(device)):
+    # Whatever device and mode the model is accelerated under.
+    with (
+        torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(),
+        torch.autocast(device.type, enabled=False), torch.random.fork_rng(_devices(device)),
+    ):  # fmt: skip
+        hidden = torch.randn(6, base.in_features, generator=generator, dtype=torch.float32).to(device, dtype)
+        labels = torch.randint(0, base.out_features, (6,), generator=generator).to(device)
+        labels[2] = -100
         head = layer._head(hidden.requires_grad_())
         if head is None:
             return None
