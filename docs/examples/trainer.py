@@ -2,6 +2,7 @@
 
 python docs/examples/trainer.py --max-steps 20            then    tensorboard --logdir outputs/trainer
 python docs/examples/trainer.py --max-steps 40 --resume   goes on from the last checkpoint
+python docs/examples/trainer.py --packed                  a batch is one row of texts of any length, without padding
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from _inputs import blocks, figures, load, options_of, summary
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
@@ -42,12 +44,17 @@ def main() -> None:
     parser.add_argument("--save-steps", type=int, default=10, help="steps between two checkpoints, and evaluations")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations a second time")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--packed", action="store_true", help="no padding: the texts of a batch one after the other")
     options = parser.parse_args()
 
     model, tokenizer = load(options)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     data = blocks(tokenizer, 72)
+    collator = DataCollatorWithPadding(tokenizer)
+    if options.packed:  # position_ids say where a text begins, to attention and to the loss
+        data = [{"input_ids": row["input_ids"][: 16 + 7 * i % 48]} for i, row in enumerate(data)]
+        collator = DataCollatorWithFlattening()
     tensorboard = importlib.util.find_spec("tensorboard") is not None
     trainer = Trainer(
         model,
@@ -57,7 +64,7 @@ def main() -> None:
             save_steps=options.save_steps, eval_strategy="steps", eval_steps=options.save_steps,
             gradient_checkpointing=options.gradient_checkpointing, report_to="tensorboard" if tensorboard else "none",
         ),
-        DataCollatorWithPadding(tokenizer),
+        collator,
         train_dataset=data[8:],
         eval_dataset=data[:8],
         processing_class=tokenizer,

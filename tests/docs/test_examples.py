@@ -5,6 +5,7 @@ The scripts run in this process, which has imported what they need; one runs as 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -385,6 +386,34 @@ def test_resumed_trainer_goes_where_the_unbroken_one_goes(
     assert curves[0] == curves[1] and len(curves[0]) == 6
     for name in ("adapter_model.safetensors", "checkpoint-4/adapter_model.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_packed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Loss and gradients of texts in one row, without padding, are those of each text on its own, and stock's."""
+    options = ("--packed", "--max-steps", str(STEPS), "--output", str(tmp_path))
+    run_example(EXAMPLES / "trainer.py", monkeypatch, *options)
+    first, last, count = loss_of(capsys.readouterr().out)
+    assert math.isfinite(first) and math.isfinite(last) and count == STEPS
+
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 99, (length,), generator=generator).tolist() for length in (17, 9, 22)]
+    packed = hf.DataCollatorWithFlattening()([{"input_ids": text} for text in texts])
+    stock = adapted()
+    fused = peft_ext.accelerate(copy.deepcopy(stock))
+    alone = [{"input_ids": torch.tensor([text]), "labels": torch.tensor([text])} for text in texts]
+    weights = torch.tensor([len(text) - 1.0 for text in texts])
+    found = []
+    for model, batches, shares in ((fused, [packed], [1.0]), (stock, [packed], [1.0]),
+                                   (fused, alone, weights / weights.sum())):  # fmt: skip
+        model.train().zero_grad()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        loss = sum(share * model(**batch, use_cache=False).loss for batch, share in zip(batches, shares, strict=True))
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
 
 
 def test_tensorboard_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,3 +337,29 @@ def test_an_activation_that_was_replaced_is_used() -> None:
     x = torch.randn(3, 32)
     wanted = mlp.down_proj(nn.Mish()(mlp.gate_proj(x)) * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), wanted)
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["model", "each layer"])
+def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
+    """PEFT's issue 3020: what its dropout draws was another in the backward, of layers compiled with dynamic shapes."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", lora_dropout=0.25, init_lora_weights=False)
+    model = peft_ext.accelerate(get_peft_model(MODELS["Llama"][0](), config)).train()
+    eager = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    if regional:
+        for layer in model.get_base_model().model.layers:
+            layer.compile(dynamic=True, backend="aot_eager")
+    compiled = model if regional else torch.compile(model, dynamic=True, backend="aot_eager")
+    for length in (17, 12):
+        ids, found = IDS["input_ids"][:, :length], []
+        for one, call in ((eager, eager), (model, compiled)):
+            one.zero_grad()
+            torch.manual_seed(1)
+            loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            found.append((loss.detach(), *(p.grad for p in one.parameters() if p.grad is not None)))
+        for value, wanted in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
