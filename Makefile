@@ -116,9 +116,10 @@ cuda-check: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
+# EMULATED="--share 2" for CI's part.
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(BATTERY) tests/fuzz/test_sweep.py
+	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py
 
 # STEADY="--times 200 tests/files/test_files.py" for some alone.
 steady: setup
@@ -141,7 +142,7 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
+NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

@@ -370,6 +370,15 @@ def test_hooks_run_and_what_they_change_counts() -> None:
     assert all(map(torch.equal, outputs(joint, draw()), outputs(alone, draw())))
 
 
+def test_the_first_layer_that_can_join_computes_the_others() -> None:
+    alone, joint = both(config=RSLORA)
+    for model in (alone, joint):
+        attention(model).q_proj.enable_adapters(False)
+    with Together() as seen:
+        assert all(map(torch.equal, outputs(joint, draw()), outputs(alone, draw())))
+    assert seen.layers == [2]
+
+
 def test_few_tokens_and_one_layer_are_computed_alone() -> None:
     alone, joint = both()
     joint.eval(), alone.eval()
