@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import activations as reference
 from . import checks
-from .library import NAMESPACE, define, in_float64
+from .library import NAMESPACE, define, in_float64, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["activation", "gated_activation"]
@@ -107,8 +107,8 @@ def _backward(ctx, grad):
     return _ops.activation_backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::gated_activation", _gated_backward, setup_context=_gated_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::activation", _backward, setup_context=_setup_context)
+_gated_activation = register_autograd("gated_activation", _gated_backward, setup_context=_gated_setup_context)
+_activation = register_autograd("activation", _backward, setup_context=_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     kind = _number(op, activation)
     if checks.any_float64(gate):
         return in_float64(reference.gated_activation, gate, up, activation)
-    return _ops.gated_activation(gate, up, kind)
+    return _gated_activation(gate, up, kind)
 
 
 def activation(x: Tensor, activation: str) -> Tensor:
@@ -164,4 +164,4 @@ def activation(x: Tensor, activation: str) -> Tensor:
     kind = _number(op, activation)
     if checks.any_float64(x):
         return in_float64(reference.activation, x, activation)
-    return _ops.activation(x, kind)
+    return _activation(x, kind)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference import bottleneck as reference
 from ..reference import common
 from . import checks
-from .library import NAMESPACE, define, in_float64, tokens
+from .library import NAMESPACE, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["bottleneck_adapter"]
@@ -101,7 +101,7 @@ def _backward(ctx, grad, _grad_u):
             up if needs[4] else None, up_bias, None, None)  # fmt: skip
 
 
-torch.library.register_autograd(f"{NAMESPACE}::bottleneck_adapter", _backward, setup_context=_setup_context)
+_bottleneck_adapter = register_autograd("bottleneck_adapter", _backward, setup_context=_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -152,4 +152,4 @@ def bottleneck_adapter(
         )  # fmt: skip
     # A number: PyTorch's stable ABI leaks each string that an operator takes.
     kind = reference.ACTIVATIONS.index(activation)
-    return _ops.bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), kind)[0]
+    return _bottleneck_adapter(x, residual, down_weight, down_bias, up_weight, up_bias, float(scale), kind)[0]

@@ -24,7 +24,7 @@ from ..reference import common
 from ..reference import cross_entropy as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["linear_cross_entropy"]
@@ -165,7 +165,7 @@ def _scaled(value: Tensor, grad: Tensor) -> Tensor:
     return (value.to(grad.dtype) * grad).to(value.dtype)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::linear_cross_entropy", _backward, setup_context=_setup_context)
+_linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, setup_context=_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def linear_cross_entropy(
     inside = divides and hidden.dtype is not torch.float16
     if inside:
         row_weight = torch.ones(labels.numel(), dtype=torch.float32, device=hidden.device) / items
-    losses = _ops.linear_cross_entropy(
+    losses = _linear_cross_entropy(
         hidden, *checks.weight_args(weight), bias, lora_input, lora_A, lora_B, float(scaling), labels.view(-1),
         row_weight, float(logit_scale), float(softcap), float(label_smoothing), ignore_index, chunk, summed, *needs,
     )[0]  # fmt: skip

@@ -23,7 +23,7 @@ from ..reference import common
 from ..reference import dora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["dora_linear", "dora_weight_norm"]
@@ -181,8 +181,8 @@ def _backward(ctx, grad, _grad_s, _grad_z):
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
-torch.library.register_autograd(f"{NAMESPACE}::dora_weight_norm", _norm_backward, setup_context=_norm_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::dora_linear", _backward, setup_context=_setup_context)
+_dora_weight_norm = register_autograd("dora_weight_norm", _norm_backward, setup_context=_norm_setup_context)
+_dora_linear = register_autograd("dora_linear", _backward, setup_context=_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def dora_weight_norm(
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
     if dtype is torch.float64 or checks.any_float64(lora_A, lora_B):
         return in_float64(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
-    return _ops.dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)[0]
+    return _dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)[0]
 
 
 def dora_linear(
@@ -284,7 +284,7 @@ def dora_linear(
     held = checks.weight_args(weight)
     if weight_norm is None:
         adapter = (lora_A, lora_B) if norm_grad else (lora_A.detach(), lora_B.detach())
-        weight_norm, _ = _ops.dora_weight_norm(*held, *adapter, float(scaling), x.dtype)
+        weight_norm, _ = _dora_weight_norm(*held, *adapter, float(scaling), x.dtype)
     else:
         weight_norm = (weight_norm if norm_grad else weight_norm.detach()).to(common.sum_dtype(x.dtype))
     out_scale = reference.output_scale(magnitude, weight_norm)
@@ -293,4 +293,4 @@ def dora_linear(
     y_gives_z = save_output and bias is None and not drop_base and x.device.type == "cpu"
     want_z = torch.is_grad_enabled() and out_scale.requires_grad and not y_gives_z
     args = (bias, lora_A, lora_B, out_scale, float(scaling), float(dropout_p), seed, drop_base, want_z)
-    return _ops.dora_linear(x, *held, *args)[0]
+    return _dora_linear(x, *held, *args)[0]

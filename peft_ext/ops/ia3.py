@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import ia3 as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["ia3_linear", "ia3_scale"]
@@ -137,8 +137,8 @@ def _scale_backward(ctx, grad):
     return grad_x if needs[0] else None, grad_l if needs[1] else None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::ia3_linear", _linear_backward, setup_context=_linear_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::ia3_scale", _scale_backward, setup_context=_scale_setup_context)
+_ia3_linear = register_autograd("ia3_linear", _linear_backward, setup_context=_linear_setup_context)
+_ia3_scale = register_autograd("ia3_scale", _scale_backward, setup_context=_scale_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def ia3_linear(
     trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward
     want_z = trains and not (save_output and x.device.type == "cpu")
     args = (bias, ia3_l.reshape(-1), bool(feedforward), want_z)
-    return _ops.ia3_linear(x, *checks.weight_args(weight), *args)[0]
+    return _ia3_linear(x, *checks.weight_args(weight), *args)[0]
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
@@ -209,4 +209,4 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     checks.check_vector(op, "ia3_l", ia3_l, x, (features,), (1, features), (features, 1))
     if checks.any_float64(x, ia3_l):
         return in_float64(reference.ia3_scale, x, ia3_l)
-    return _ops.ia3_scale(x, ia3_l.reshape(-1))
+    return _ia3_scale(x, ia3_l.reshape(-1))

@@ -43,6 +43,37 @@ def define(name: str, schema: str, *, reference: Callable, fake: Callable, compo
     OPS.append(name)
 
 
+def register_autograd(name: str, backward: Callable, *, setup_context: Callable) -> Callable[..., Any]:
+    """Registers an operator's backward, and returns the operator, to be called with all its arguments.
+
+    Eager calls with gradients go through a Function of their own: what torch.library registers, which the compilers
+    see, reads the schema anew in each call, and that takes as long as all the rest of Python on the way to a kernel.
+    Not for operators that take lists of tensors.
+    """
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = op(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    made = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def call(*args: Any) -> Any:
+        return made.apply(*args) if records_graph(args[0]) else op(*args)
+
+    return call
+
+
+def records_graph(x: torch.Tensor) -> bool:
+    """Returns whether an eager call on x is one that autograd may record; of a subclass the dispatcher decides."""
+    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _outside_autocast(reference: Callable) -> Callable:
     """Gives a reference's products the dtypes it says; autocast would make those in float32 16-bit ones."""
 

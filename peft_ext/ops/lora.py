@@ -21,7 +21,7 @@ from ..reference import common
 from ..reference import lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear", "lora_residual"]
@@ -157,10 +157,8 @@ def _residual_backward(ctx, grad, _grad_s):
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
-torch.library.register_autograd(f"{NAMESPACE}::lora_linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    f"{NAMESPACE}::lora_residual", _residual_backward, setup_context=_residual_setup_context
-)
+_lora_linear = register_autograd("lora_linear", _backward, setup_context=_setup_context)
+_lora_residual = register_autograd("lora_residual", _residual_backward, setup_context=_residual_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def lora_linear(
                           scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
     args = (bias, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)
-    return _ops.lora_linear(x, *checks.weight_args(weight), *args)[0]
+    return _lora_linear(x, *checks.weight_args(weight), *args)[0]
 
 
 def lora_residual(
@@ -262,4 +260,4 @@ def lora_residual(
         return in_float64(reference.lora_residual, x, residual, lora_A, lora_B, rank_scale=rank_scale, scaling=scaling,
                           dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
-    return _ops.lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)[0]
+    return _lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)[0]

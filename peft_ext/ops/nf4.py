@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import nf4 as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64
+from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd
 
 __all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
@@ -147,7 +147,7 @@ def sum_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::nf4_linear", _linear_backward, setup_context=_linear_setup_context)
+_nf4_linear = register_autograd("nf4_linear", _linear_backward, setup_context=_linear_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     checks.check_bias("nf4_linear", bias, x, nf4.shape[0])
     if checks.any_float64(x):
         return in_float64(reference.nf4_linear, x, nf4, bias)
-    return _ops.nf4_linear(x, *nf4.op_args(), bias)
+    return _nf4_linear(x, *nf4.op_args(), bias)
 
 
 def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
@@ -280,4 +280,4 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Te
     checks.check_bias(op, bias, x, weight.shape[0])
     if checks.any_float64(x):
         return in_float64(reference.frozen_linear, x, weight, bias)
-    return _ops.nf4_linear(x, *checks.weight_args(weight), bias)
+    return _nf4_linear(x, *checks.weight_args(weight), bias)

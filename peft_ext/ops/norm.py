@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import norm as reference
 from ..reference.common import sum_dtype
 from . import checks
-from .library import NAMESPACE, define, in_float64, tokens
+from .library import NAMESPACE, define, in_float64, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -133,8 +133,8 @@ def _layer_backward(ctx, grad, _grad_mean, _grad_rstd):
             grad_bias.to(ctx.bias_dtype) if needs[2] else None, None)  # fmt: skip
 
 
-torch.library.register_autograd(f"{NAMESPACE}::rms_norm", _rms_backward, setup_context=_rms_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::layer_norm", _layer_backward, setup_context=_layer_setup_context)
+_rms_norm = register_autograd("rms_norm", _rms_backward, setup_context=_rms_setup_context)
+_layer_norm = register_autograd("layer_norm", _layer_backward, setup_context=_layer_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def rms_norm(
     checks.check_scale(op, offset, argument="offset")
     if checks.any_float64(x, weight):
         return in_float64(reference.rms_norm, x, weight, eps, offset=offset, round_before_weight=round_before_weight)
-    return _ops.rms_norm(x, weight, float(eps), float(offset), bool(round_before_weight))[0]
+    return _rms_norm(x, weight, float(eps), float(offset), bool(round_before_weight))[0]
 
 
 def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> Tensor:
@@ -200,4 +200,4 @@ def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps:
     _check(op, x, eps, weight=weight, bias=bias)
     if checks.any_float64(x, weight, bias):
         return in_float64(reference.layer_norm, x, weight, bias, eps)
-    return _ops.layer_norm(x, weight, bias, float(eps))[0]
+    return _layer_norm(x, weight, bias, float(eps))[0]

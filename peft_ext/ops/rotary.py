@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import rotary as reference
 from . import checks
-from .library import NAMESPACE, define, in_float64
+from .library import NAMESPACE, define, in_float64, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["rotary_embedding"]
@@ -71,7 +71,7 @@ def _backward(ctx, grad_q, grad_k):
     return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::rotary_embedding", _backward, setup_context=_setup_context)
+_rotary_embedding = register_autograd("rotary_embedding", _backward, setup_context=_setup_context)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -95,4 +95,4 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     checks.check_rotary("rotary_embedding", q, k, cos, sin)
     if checks.any_float64(q):
         return in_float64(reference.rotary_embedding, q, k, cos, sin)
-    return _ops.rotary_embedding(q, k, cos, sin)
+    return _rotary_embedding(q, k, cos, sin)

@@ -24,7 +24,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, define, in_float64, tokens
+from .library import NAMESPACE, define, in_float64, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -146,12 +146,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, *tensors, *s)
 
 
-def _backward(ctx, grads):
+def _gradients(ctx, grads, needs_x, needs):
+    """Returns the gradients of x and of the tensors."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // _NUMBERS
     x, *saved = ctx.saved_tensors
     tensors, s = saved[:-count], saved[-count:]
-    needs_x, needs, *_ = ctx.needs_input_grad
     grads, found, places = grads[:count], [None] * len(tensors), _places(ctx.sizes)
     adapters = [[at for at in layer[_LORA_A : _LORA_A + 3] if at is not None] for layer in places]
     wanted = [needs_x or any(needs[at] for at in own) for own in adapters]
@@ -165,7 +165,27 @@ def _backward(ctx, grads):
     for grad, layer in zip(grads, places, strict=True):
         if (at := layer[_BIAS]) is not None and needs[at] and grad is not None:
             found[at] = sum_rows(grad)
-    return grad_x if needs_x else None, found, None, None
+    return grad_x if needs_x else None, found
+
+
+def _backward(ctx, grads):
+    return *_gradients(ctx, grads, *ctx.needs_input_grad[:2]), None, None
+
+
+class _LoraLinears(torch.autograd.Function):
+    """The same of eager calls, see :func:`.library.register_autograd`."""
+
+    @staticmethod
+    def forward(ctx, sizes, numbers, x, *tensors):
+        output = _ops.lora_linears.default(x, list(tensors), sizes, numbers)
+        _setup_context(ctx, (x, tensors, sizes, numbers), output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs_x, *needs = ctx.needs_input_grad[2:]
+        grad_x, found = _gradients(ctx, grads, needs_x, needs)
+        return None, None, grad_x, *found
 
 
 torch.library.register_autograd(f"{NAMESPACE}::lora_linears", _backward, setup_context=_setup_context)
@@ -252,4 +272,6 @@ def lora_linears(
     if wide:
         return in_float64(reference.lora_linears, x, weights, lora_As, lora_Bs, biases, rank_scales=rank_scales,
                           scalings=scalings, dropout_ps=dropout_ps, training=training, seeds=seeds)  # fmt: skip
+    if records_graph(x):
+        return _LoraLinears.apply(sizes, numbers, x, *tensors)[:count]
     return tuple(_ops.lora_linears(x, tensors, sizes, numbers)[:count])
