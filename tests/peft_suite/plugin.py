@@ -38,7 +38,7 @@ def _accelerated(inject: Callable) -> Callable:
     @functools.wraps(inject)
     def inject_adapter(self: BaseTuner, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        peft_ext.accelerate(model)
+        peft_ext.accelerate(model, blocks=False)
         return result
 
     return inject_adapter
