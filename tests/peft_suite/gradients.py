@@ -124,7 +124,7 @@ def compare(make: Callable[[], nn.Module]) -> bool:
     torch.manual_seed(0)
     made = _without_dropout(make())
     # Both are copies: what a method hooks to its parameters' gradients is lost in one (OSF's).
-    stock, fused = copy.deepcopy(made), peft_ext.accelerate(copy.deepcopy(made))
+    stock, fused = copy.deepcopy(made), peft_ext.accelerate(copy.deepcopy(made), blocks=False)
     inputs = suite.TestMultipleActiveAdapters().prepare_inputs_for_testing()
     before = plugin.FUSED.total()
     for training in (True, False):
