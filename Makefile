@@ -19,13 +19,13 @@ export MAX_JOBS
 
 # The operators' tests and the modules', which run on whatever path, build or device.
 BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross_entropy.py tests/ops/test_norm.py \
-  tests/ops/test_activations.py tests/ops/test_rotary.py tests/nn/test_nn.py
+  tests/ops/test_activations.py tests/ops/test_rotary.py tests/ops/test_lora_linears.py tests/nn/test_nn.py
 
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery battery-paths
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery battery battery-paths
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -147,6 +147,10 @@ nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
 	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
+
+# Names the battery's files, for what runs them in its own way.
+battery:
+	@echo $(BATTERY)
 
 # The operators' and modules' tests, forced to each CPU path of the build.
 battery-paths: setup

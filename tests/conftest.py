@@ -56,7 +56,7 @@ def _emulated_kernels() -> torch.library.Library:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import emulated_cuda
 
-    from peft_ext.ops.library import NAMESPACE, OPS
+    from peft_ext.ops.library import COMPOSED, NAMESPACE, OPS
 
     if why := emulated_cuda.missing():
         raise pytest.UsageError(f"--device emulated: {why}")
@@ -65,6 +65,8 @@ def _emulated_kernels() -> torch.library.Library:
     for name in OPS:
         op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
         kernels.impl(name, op, "CPU", allow_override=True)
+    for name, composition in COMPOSED.items():  # as on a GPU, where the CPU's own kernels of them are not
+        kernels.impl(name, composition, "CPU", allow_override=True)
     return kernels
 
 

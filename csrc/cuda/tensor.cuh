@@ -48,6 +48,10 @@ inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape
   return allocated(shape, [&] { return torch::stable::new_empty(like, shape, type); });
 }
 
+inline Tensor device_empty_like(const Tensor& like) {
+  return device_empty(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
+}
+
 inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
 }

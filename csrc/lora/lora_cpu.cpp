@@ -6,18 +6,6 @@
 namespace peft_ext {
 namespace {
 
-Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
-                     const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
-                     const std::optional<Tensor>& seed) {
-  Adapter adapter;
-  adapter.lora_A = lora_A;
-  adapter.lora_B = lora_B;
-  adapter.rank_scale = rank_scale;
-  adapter.scaling = scaling;
-  adapter.dropout = make_dropout(op, dropout_p, seed);
-  return adapter;
-}
-
 std::tuple<Tensor, Tensor> lora_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                                            std::optional<Tensor> nested_offset, int64_t blocksize,

@@ -29,13 +29,8 @@ std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensor
     STD_TORCH_CHECK(t[0].has_value() && t[6].has_value() == t[7].has_value(), op, ": layer ", i,
                     " has no weight, or one of lora_A and lora_B");
     Layer layer{checked_weight(op, *t[0], t[1], t[2], t[3], t[4], size[1], {size[2], size[3]}), t[5], Adapter()};
-    if (t[6].has_value()) {
-      layer.adapter.lora_A = t[6];
-      layer.adapter.lora_B = t[7];
-      layer.adapter.rank_scale = t[8];
-      layer.adapter.scaling = numbers[i * kNumbers];
-      layer.adapter.dropout = make_dropout(op, numbers[i * kNumbers + 1], t[9]);
-    }
+    if (t[6].has_value())
+      layer.adapter = lora_adapter(op, *t[6], *t[7], t[8], numbers[i * kNumbers], numbers[i * kNumbers + 1], t[9]);
     layers.push_back(layer);
   }
   return layers;

@@ -7,6 +7,7 @@ device without a kernel) the dispatcher takes the reference, registered for ever
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,8 @@ WEIGHT = (
 
 OPS: list[str] = []
 
-# Operators that are a composition of others, and so have no kernel of their own on any device.
-COMPOSED: list[str] = []
+# Operators that are a composition of others where no device has a kernel of their own, with it.
+COMPOSED: dict[str, Callable[..., Any]] = {}
 
 # What runs where no kernel is registered, by operator.
 REFERENCES: dict[str, Callable[..., Any]] = {}
@@ -35,12 +36,30 @@ def define(name: str, schema: str, *, reference: Callable, fake: Callable, compo
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     reference = _outside_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _with_finite_numbers(name, schema, fake), lib=LIBRARY)
     if composed:
-        COMPOSED.append(name)
+        COMPOSED[name] = reference
         return
     REFERENCES[name] = reference
     OPS.append(name)
+
+
+def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[..., Any]:
+    """Has a fake check the numbers that a compiler knows, which :func:`.checks.check_scale` can't where it traces."""
+    parts = [part.split() for part in schema.split(" -> ")[0].strip("()").split(", ")]
+    numbers = [(at, part[-1]) for at, part in enumerate(parts) if part[0] in ("float", "float[]")]
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        for at, argument in numbers:
+            for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
+                known, is_p = isinstance(value, float), argument == "dropout_p"  # a symbol is not
+                if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
+                    wanted = "0 <= p < 1" if is_p else "a finite number"
+                    raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")
+        return fake(*args)
+
+    return run
 
 
 def register_autograd(name: str, backward: Callable, *, setup_context: Callable) -> Callable[..., Any]:

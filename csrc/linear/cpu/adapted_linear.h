@@ -34,6 +34,10 @@ struct Adapter {
   int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }
 };
 
+Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
+                     const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
+                     const std::optional<Tensor>& seed);
+
 struct AdaptedForward {
   Tensor y;  // [..., N] of x's type
   Tensor s;  // [T, R] float32; [0] without a low-rank term

@@ -65,4 +65,16 @@ Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed
   return dropout;
 }
 
+Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
+                     const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
+                     const std::optional<Tensor>& seed) {
+  Adapter adapter;
+  adapter.lora_A = lora_A;
+  adapter.lora_B = lora_B;
+  adapter.rank_scale = rank_scale;
+  adapter.scaling = scaling;
+  adapter.dropout = make_dropout(op, dropout_p, seed);
+  return adapter;
+}
+
 }  // namespace peft_ext

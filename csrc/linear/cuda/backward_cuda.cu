@@ -63,7 +63,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   Tensor grad_x = needs_grad_x ? torch::stable::view(out.grad_x, {size.tokens, size.inputs})
                                : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
   if (drop_base) {
-    const Tensor through = torch::stable::empty_like(grad_x), direct = torch::stable::empty_like(grad_x);
+    const Tensor through = device_empty_like(grad_x), direct = device_empty_like(grad_x);
     if (low_rank) {
       expand(through, &grads.p, &grads.a, nullptr, std::nullopt);
       addmm_(through, scaled, w, 1.0);

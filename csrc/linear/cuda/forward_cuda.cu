@@ -78,7 +78,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   const std::optional<Tensor> before = bias_inside ? held_bias : std::nullopt;
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
-  const Tensor z = want_z ? out.z : drop_base ? torch::stable::empty_like(y) : y;
+  const Tensor z = want_z ? out.z : drop_base ? device_empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
   // Where Z + b₀ is kept the product finds b₀ there.
   const bool bias_first = want_z && before.has_value();

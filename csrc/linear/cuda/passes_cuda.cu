@@ -343,7 +343,7 @@ void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& r
 // --- elementwise
 
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor out = device_empty_like(x);
   Launcher launcher(out);
   Drop work{};
   work.x = launcher.in<void>(x);
@@ -419,7 +419,7 @@ ColumnPartials column_partials(const Tensor& m, const std::optional<Tensor>& sca
   work.columns = columns;
   work.whole = whole_columns(m, columns) && (!other.has_value() || aligned(*other, 16));
   if (scale.has_value()) {
-    found.scaled = torch::stable::empty_like(m);
+    found.scaled = device_empty_like(m);
     work.out = launcher.scratch<void>(found.scaled);
   }
   if (other.has_value()) {

@@ -134,20 +134,20 @@ class _Group:
         if (held := self._held.pop(id(layer), None)) is not None:
             y, state = held
             return y if x is self._x and x._version == self._version and state == _state(layer, x) else None
-        # The first one that can join computes all.
-        first = next((one for one in self._layers if one.joint_state() is not None), None)
-        return self._compute(layer, x) if first is layer else None
+        return self._compute(layer, x)
 
     def _compute(self, leader: Any, x: Tensor) -> Optional[Tensor]:
-        """Returns the leader's output, and holds the others'; None: there are none."""
-        self._held = {}
+        """Returns the leader's output, and holds the others'; None: it is not the first that can join, or is alone."""
         if kernel_reason("lora_linears", x.device.type) is not None:
             return None
         found = []
         for layer in self._layers:
-            if (state := _state(layer, x)) is not None and (call := layer.joint_call(x)) is not None:
-                found.append((layer, state, call))
-        if len(found) < 2 or found[0][0] is not leader:
+            if (state := _state(layer, x)) is None or (call := layer.joint_call(x)) is None:
+                continue
+            if not found and layer is not leader:
+                return None
+            found.append((layer, state, call))
+        if len(found) < 2:
             return None
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True

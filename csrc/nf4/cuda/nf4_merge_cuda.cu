@@ -1,6 +1,6 @@
 // peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel; and peft_ext::nf4_merge, which
 // quantizes its result.
-#include "nf4_merge/nf4_merge.cuh"
+#include "nf4/cuda/nf4_merge.cuh"
 
 #include <algorithm>
 #include <string>
