@@ -147,6 +147,36 @@ def decode(card: Card, n: int, k: int, tokens: int) -> float:
     return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
 
 
+# The adapted layers of a layer of Llama 3 8B, by what they get: outputs of each, and inputs.
+LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
+
+
+def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
+    """Of the time of LLAMA_LAYER with adapters to that of the frozen one, forward and backward; no attention, no norm.
+
+    Both add the gradients that layers of one input bring to it, in passes of their own. ``together``: not where they
+    have adapters; one pass writes the terms of all, and the products add to it.
+    """
+    frozen, adapted = 0.0, 0.0
+    for outputs, k in LLAMA_LAYER:
+        x, count = 2.0 * t * k, len(outputs)
+        adds = (count - 1) * over_memory(3 * x, card)
+        layers = [parts(card, t, n, k) for n in outputs]
+        products = sum(2 * layer["product"] for layer in layers)
+        frozen += products + adds
+        low_rank = sum(layer[part] for layer in layers for part in LAYERS[method])
+        if together and count > 1:
+            dropped = "dX0, dropout" if "dX0, dropout" in LAYERS[method] else "dX0"
+            low_rank -= sum(layer[dropped] for layer in layers)
+            mask = x / 16 * count if dropped != "dX0" else 0.0
+            tiles = -(-t // 64) * -(-k // 64) * count
+            cycles = tile_cycles(loops(card)["dX0 of a layer among several"], card)
+            low_rank += max(tiles * cycles / card.multiprocessors / card.clock, over_memory(x + mask, card)) + 1e-6
+            adds = 0.0
+        adapted += products + adds + low_rank
+    return adapted / frozen
+
+
 FEW = 64  # tokens of a mixed batch that take launches of plain FMAs; kGroupedFewTokens
 
 
@@ -219,6 +249,13 @@ def tables() -> str:
     for method in LAYERS:
         row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
         lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += ["", "| a layer of Llama 3 8B, of the frozen one's time, T = |"
+              + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
+    lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
+    for method in ("LoRA", "LoRA, dropout", "QLoRA, dropout"):
+        for how, together in (("alone", False), ("those of one input together", True)):
+            row = (f"{llama_layer(card, t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
+            lines.append(f"| {method}: {how} | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
     lines += ["", "| eight adapters, of one's time, T = | " + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")

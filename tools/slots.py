@@ -83,6 +83,8 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
+    # An iteration is one of the layers of one input.
+    Hot("dX0 of a layer among several", "expand_bf16_cuda", "expand_sum_kernel<bf16, 2>"),
     # Of a weight: an iteration is four slabs of 16 x 64, 128 weights a lane.
     Hot("NF4, T <= 8", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
     Hot("NF4, T <= 16", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),

@@ -6,19 +6,6 @@
 namespace peft_ext {
 namespace {
 
-DeviceAdapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
-                           const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
-                           const std::optional<Tensor>& seed) {
-  DeviceAdapter adapter;
-  adapter.lora_A = lora_A;
-  adapter.lora_B = lora_B;
-  if (rank_scale.has_value()) adapter.rank_scale = device_vector(op, "rank_scale", *rank_scale, lora_A.size(0), lora_A);
-  adapter.scaling = scaling;
-  adapter.dropout_p = dropout_p;
-  adapter.seed = device_seed(op, dropout_p, seed, lora_A);
-  return adapter;
-}
-
 std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
                                             const std::optional<Tensor>& nested_absmax,
                                             const std::optional<Tensor>& nested_code,
@@ -30,7 +17,7 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(const Tensor& x, const Tensor& weigh
   constexpr const char* kOp = "lora_linear";
   const DeviceWeight held =
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
-  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const DeviceForward out = adapted_forward(kOp, x, held, bias, adapter, false, false);
   return {out.y, out.s};
 }
@@ -44,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   constexpr const char* kOp = "lora_linear_backward";
   const DeviceWeight held =
       device_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, x.scalar_type());
-  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x, std::nullopt);
   if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
@@ -54,7 +41,7 @@ std::tuple<Tensor, Tensor> lora_residual_cuda(const Tensor& x, const Tensor& res
                                               const Tensor& lora_B, const std::optional<Tensor>& rank_scale,
                                               double scaling, double dropout_p, const std::optional<Tensor>& seed) {
   constexpr const char* kOp = "lora_residual";
-  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const DeviceForward out = low_rank_forward(kOp, x, residual, adapter);
   return {out.y, out.s};
 }
@@ -64,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cuda(
     const std::optional<Tensor>& rank_scale, const Tensor& s, double scaling, double dropout_p,
     const std::optional<Tensor>& seed, bool needs_grad_x) {
   constexpr const char* kOp = "lora_residual_backward";
-  const DeviceAdapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
+  const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
   if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};

@@ -2,35 +2,21 @@
 #include <vector>
 
 #include "linear/cpu/adapted_linear.h"
+#include "siblings/layer_list.h"
 
 namespace peft_ext {
 namespace {
 
-// Layers of one input, of each those of ten tensors (weight, absmax, nested_absmax, nested_code, nested_offset, bias,
-// lora_A, lora_B, rank_scale, seed) that it has, four sizes (which these are, as bits; blocksize, N, K) and two numbers
-// (scaling, dropout_p).
-constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;
-
 std::vector<Layer> lora_layers(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
                                const std::vector<double>& numbers) {
-  const size_t count = sizes.size() / kSizes;
-  STD_TORCH_CHECK(sizes.size() == count * kSizes && numbers.size() == count * kNumbers, op, ": ", sizes.size(),
-                  " sizes and ", numbers.size(), " numbers, wanted ", kSizes, " and ", kNumbers, " of each layer");
   std::vector<Layer> layers;
-  size_t at = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t* size = sizes.data() + i * kSizes;
-    std::optional<Tensor> t[kTensors];
-    for (size_t j = 0; j < kTensors; ++j) {
-      if ((size[0] >> j & 1) == 0) continue;
-      STD_TORCH_CHECK(at < tensors.size(), op, ": ", tensors.size(), " tensors are too few");
-      t[j] = tensors[at++];
-    }
-    STD_TORCH_CHECK(t[0].has_value() && t[6].has_value() == t[7].has_value(), op, ": layer ", i,
-                    " has no weight, or one of lora_A and lora_B");
-    Layer layer{checked_weight(op, *t[0], t[1], t[2], t[3], t[4], size[1], {size[2], size[3]}), t[5], Adapter()};
-    if (t[6].has_value())
-      layer.adapter = lora_adapter(op, *t[6], *t[7], t[8], numbers[i * kNumbers], numbers[i * kNumbers + 1], t[9]);
+  for (const ListedLayer& from : listed_layers(op, tensors, sizes, numbers)) {
+    Layer layer{checked_weight(op, from.weight, from.absmax, from.nested_absmax, from.nested_code, from.nested_offset,
+                               from.blocksize, from.shape),
+                from.bias, Adapter()};
+    if (from.lora_A.has_value())
+      layer.adapter =
+          lora_adapter(op, *from.lora_A, *from.lora_B, from.rank_scale, from.scaling, from.dropout_p, from.seed);
     layers.push_back(layer);
   }
   return layers;

@@ -5,8 +5,9 @@
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, written once, and each layer's own gradients as in
 :mod:`.lora`. Saved: x, each S and seed.
 
-On the CPU x is packed once for all W, and the sum of dX is in float32 as far as the panels of all W fit a core's cache;
-on a GPU each layer is computed as :func:`lora_linear` does.
+On the CPU x is packed once for all W, and the sum of dX is in float32 as far as the panels of all W fit a core's cache.
+On a GPU the forward is that of :func:`lora_linear` layer by layer, and the terms behind all dropouts are written once,
+onto which the products go.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
@@ -63,7 +64,7 @@ def _layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple
     return found
 
 
-# --- schema, composition, fake ----------------------------------------------------------------------------------------
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
 
 
 def _no_rank(x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def _forward_fake(x, tensors, sizes, numbers):
     return [*ys, *ss]
 
 
-def _backward_composed(grads, x, tensors, sizes, numbers, s, needs_grad_x):
+def _backward_reference(grads, x, tensors, sizes, numbers, s, needs_grad_x):
     sum_x, own = None, []
     for grad, (weight, _, lora_A, lora_B, rank_scale, seed, scaling, p), low in zip(
         grads, _layers(tensors, sizes, numbers), s, strict=True
@@ -124,14 +125,12 @@ define(
     f"(Tensor x, {_LAYERS}) -> Tensor[]",
     reference=_forward,
     fake=_forward_fake,
-    composed=True,
 )
 define(
     "lora_linears_backward",
     f"(Tensor?[] grads, Tensor x, {_LAYERS}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
-    reference=_backward_composed,
+    reference=_backward_reference,
     fake=_backward_fake,
-    composed=True,
 )
 
 

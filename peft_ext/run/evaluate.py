@@ -21,9 +21,10 @@ NEW_TOKENS = 48
 HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it
 HELD_OUT_SHARE = 1 / 4  # what those evaluations read, at most, of the tokens that are trained on: a forward of them
 SAMPLES = 3  # held-out prompts that are asked beside the user's
-BATCH = 2  # held-out examples: logits [2, T, V] are the peak
+REREAD = 2  # held-out examples that a re-read adapter is compared on
+CHUNK = 64  # tokens whose logits are in float32 at a time
 
-Losses = list[tuple[float, int]]  # of each batch: the sum of the losses, and of how many tokens
+Losses = list[tuple[float, int]]  # of each example: the sum of the losses, and of how many tokens
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -45,17 +46,16 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of each batch of held-out examples, or of the chosen ones."""
+    """Returns the losses of each held-out example, or of the chosen ones."""
     model.eval()
-    sums = []
-    batches = bar(range(_held_out_batches(run)), "held-out loss", "batch") if chosen is None else chosen
-    for index in batches:
-        batch = collate(run, run.examples.held_out[BATCH * index : BATCH * (index + 1)])
-        total, count = 0.0, 0
-        for logits, labels in zip(logits_of(model, batch), batch["labels"], strict=True):
-            total += cross_entropy(logits[:-1].float(), labels[1:], reduction="sum", ignore_index=IGNORED).item()
-            count += int((labels[1:] != IGNORED).sum())
-        sums.append((total, count))
+    examples, sums = run.examples.held_out, []
+    for index in bar(range(len(examples)), "held-out loss", "example") if chosen is None else chosen:
+        batch = collate(run, [examples[index]])
+        logits, labels = logits_of(model, batch)[0, :-1], batch["labels"][0, 1:]
+        total = 0.0
+        for part, wanted in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+            total += cross_entropy(part.float(), wanted, reduction="sum", ignore_index=IGNORED).item()
+        sums.append((total, int((labels != IGNORED).sum())))
     return sums
 
 
@@ -69,12 +69,8 @@ def perplexity(losses: Losses) -> float:
     return math.exp(min(mean_loss(losses), 700.0))
 
 
-def _held_out_batches(run: Run) -> int:
-    return math.ceil(len(run.examples.held_out) / BATCH)
-
-
-def curve_batches(run: Run) -> list[int]:
-    """Returns the batches that each point of the held-out curve is of.
+def curve_examples(run: Run) -> list[int]:
+    """Returns the held-out examples that each point of the curve is of.
 
     They are as many as HELD_OUT_SHARE allows, evenly spread. A resumed run takes the ones that it began with.
     """
@@ -82,18 +78,13 @@ def curve_batches(run: Run) -> list[int]:
     def tokens(examples: list[Any]) -> float:
         return sum(len(e["input_ids"]) for e in examples) / len(examples)
 
-    o, there = run.options, _held_out_batches(run)
+    o, there = run.options, len(run.examples.held_out)
     trained = run.steps * o.batch_size * o.grad_accum * tokens(run.examples.train)
-    count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / (BATCH * tokens(run.examples.held_out)))
+    count = int(HELD_OUT_SHARE * trained / HELD_OUT_POINTS / tokens(run.examples.held_out))
     earlier = trainer_history(run.checkpoint)
-    count = next((entry["held_out_batches"] for entry in earlier if "held_out_batches" in entry), count)
-    count = min(max(count, 2), there)
+    count = next((entry["held_out_examples"] for entry in earlier if "held_out_examples" in entry), count)
+    count = min(max(count, 4), there)
     return [index * there // count for index in range(count)]
-
-
-def curve_examples(run: Run, batches: list[int]) -> int:
-    """Returns how many examples these batches have."""
-    return sum(len(run.examples.held_out[BATCH * i : BATCH * (i + 1)]) for i in batches)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -195,21 +186,28 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it."""
     from peft import PeftModel
 
-    batch = collate(run, run.examples.held_out[:BATCH])
+    batch = collate(run, run.examples.held_out[:REREAD])
     keep = batch["attention_mask"].bool()  # what is computed at padding is nobody's business
     model.eval()
     accelerated = None
     if not run.options.stock:
         from ..integrations.peft import restore
 
-        accelerated = logits_of(model, batch)[keep].float()
+        accelerated = logits_of(model, batch)[keep]
         restore(model)
-    live = logits_of(model, batch)[keep].float()
+    live = logits_of(model, batch)[keep]
+    differs = None if accelerated is None else _largest_difference(accelerated, live)
+    del accelerated
     fresh = PeftModel.from_pretrained(fresh_base(), str(run.options.output), torch_device=str(run.device)).eval()
-    difference = (live - logits_of(fresh, batch)[keep].float()).abs().max().item()
+    difference = _largest_difference(live, logits_of(fresh, batch)[keep])
     largest = live.abs().max().item()
     bound = 4 * torch.finfo(run.dtype).eps * largest
     return Check(
-        max_difference=difference, bound=bound, ok=difference <= bound, largest=largest,
-        accelerated_difference=None if accelerated is None else (accelerated - live).abs().max().item(),
-    )  # fmt: skip
+        max_difference=difference, bound=bound, ok=difference <= bound, largest=largest, accelerated_difference=differs
+    )
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Returns it in float32; NaN where there is one."""
+    parts = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    return torch.stack([(x.float() - y.float()).abs().max() for x, y in parts]).max().item()

@@ -133,7 +133,7 @@ def recording_callback(record: Record) -> Any:
                     losses = evaluate.held_out_losses(run, model, chosen)
                 model.train()
                 if len(losses) == len(record.curve):
-                    self.entry |= {"held_out_loss": evaluate.mean_loss(losses), "held_out_batches": len(losses)}
+                    self.entry |= {"held_out_loss": evaluate.mean_loss(losses), "held_out_examples": len(losses)}
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" not in (logs or {}) or not state.log_history:

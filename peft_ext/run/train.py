@@ -116,12 +116,12 @@ def train(run: Run) -> Result:
     record = Record(run)
     with checkpoints.own_output(run.options, run.checkpoint):
         write_config(run.options.output / CONFIG_FILE, run.options)
-        record.curve = evaluate.curve_batches(run)
+        record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
         first = evaluate.mean_loss([losses[i] for i in record.curve])
         record.results |= {
             "perplexity": {"before": before}, "samples": samples,
-            "held_out": {"examples": evaluate.curve_examples(run, record.curve), "first": [0, first]},
+            "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": _resumed_after(run),
         }  # fmt: skip
         try:
@@ -216,6 +216,8 @@ def load_base(run: Run) -> Any:
     model.config.use_cache = False  # in training it would only hold memory; generation asks for it
     if o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
+        for tensor in (*model.parameters(), *model.buffers()):  # what stays dense would keep the whole file mapped
+            tensor.data = tensor.data.clone()
     if run.dtype != torch.bfloat16:  # a parameter at a time; codes and scales keep their bits
         model.to(run.dtype).config.dtype = run.dtype
     if needs_bitsandbytes(o):

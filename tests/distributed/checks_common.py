@@ -69,14 +69,25 @@ def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, 
     return (model if accelerated else peft_ext.restore(model)).train()
 
 
-def batch(rank: Optional[int] = None) -> dict[str, Tensor]:
-    """The whole batch, or one process's part of it: as many tokens as any other's."""
-    whole = LLAMA.batch()
-    return whole if rank is None else {name: part.chunk(dist.get_world_size())[rank] for name, part in whole.items()}
+def batch() -> dict[str, Tensor]:
+    """The whole batch, of which each process gets a part of as many tokens as any other's."""
+    return LLAMA.batch()
+
+
+def long_batch() -> dict[str, Tensor]:
+    """So many tokens in each process that layers of one input are computed together; whole, or one's part of it."""
+    ids = torch.arange(160).reshape(4, 40) % LLAMA.batch()["input_ids"].max()
+    return {"input_ids": ids, "labels": ids}
+
+
+def part(whole: dict[str, Tensor], rank: Optional[int] = None) -> dict[str, Tensor]:
+    """A process's part: this one's."""
+    rank = dist.get_rank() if rank is None else rank
+    return {name: tensor.chunk(dist.get_world_size())[rank] for name, tensor in whole.items()}
 
 
 def mine() -> dict[str, Tensor]:
-    return batch(dist.get_rank())
+    return part(batch())
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -159,8 +170,9 @@ def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[dict[str, int]]:
-    """How many calls of adapter layers ran on the op, "fused", and on PEFT's own path, "stock"."""
-    counts = {"fused": 0, "stock": 0}
+    """How many calls of adapter layers ran on the op, "fused", of those in a group, "joint", and on PEFT's own path,
+    "stock"."""
+    counts = {"fused": 0, "joint": 0, "stock": 0}
     kinds = (LowRank, IA3Layer)
     before = [kind._fused for kind in kinds]
 
@@ -175,6 +187,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
     def counting_joint(layer: Any, x: Tensor) -> Optional[Tensor]:
         y = joint(layer, x)
         counts["fused"] += y is not None
+        counts["joint"] += y is not None
         return y
 
     joint = siblings.output_of
@@ -196,11 +209,20 @@ def assert_same_gradients(model: nn.Module, alone: nn.Module, bound: float = GRA
     assert_close(found, gradients(alone), bound)
 
 
+def assert_joins(model: nn.Module, alone: nn.Module) -> None:
+    """q, k, v and gate, up of each of two layers are computed together; their gradients are those of one process."""
+    step(alone, long_batch())
+    with counted_calls() as calls:
+        step(model, part(long_batch()))
+    assert calls["joint"] == 10 and not calls["stock"], calls
+    assert_same_gradients(model, alone)
+
+
 def assert_trains(model: nn.Module, wanted: list[float], fused: int = STEPS * LAYERS, stock: int = 0) -> None:
     """With these losses, and so many calls of adapter layers on each path."""
     with counted_calls() as calls:
         assert_losses(train(model), wanted)
-    assert calls == {"fused": fused, "stock": stock}, calls
+    assert (calls["fused"], calls["stock"]) == (fused, stock), calls
 
 
 @contextlib.contextmanager

@@ -311,7 +311,7 @@ def test_memory_is_the_bytes_of_the_tensors(run):
 @needs_hf
 def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "HELD_OUT_POINTS", 0)
-    monkeypatch.setattr(evaluate, "curve_batches", lambda run: [0])
+    monkeypatch.setattr(evaluate, "curve_examples", lambda run: [0])
     assert finetune(tiny, tmp_path / "run", "--eval-fraction", "0.4", steps=10) == 0
     assert not any(read(tmp_path / "run")["history"]["held_out_loss"])
     assert read(tmp_path / "run")["losses"] == read(run)["losses"]

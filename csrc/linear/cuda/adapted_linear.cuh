@@ -24,6 +24,10 @@ struct DeviceAdapter {
   std::optional<Tensor> in_scale;   // l [K]
 };
 
+DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
+                                  const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
+                                  const std::optional<Tensor>& seed);
+
 struct DeviceForward {
   Tensor y;  // [..., N] of x's type
   Tensor s;  // [T, R] float32; [0] without a low-rank term
@@ -60,6 +64,23 @@ struct DeviceBackward {
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<Tensor>& z);
+
+// A layer among those of one input.
+struct DeviceLayer {
+  DeviceWeight weight;
+  std::optional<Tensor> bias;  // b₁
+  DeviceAdapter adapter;       // without drop_base, out_scale and in_scale
+};
+
+// dX of all layers together: their terms behind the dropout in one write, then each layer's product onto it; and each
+// one's own gradients, each [0] where it has none. Of a layer without a gradient there is none.
+struct DeviceSiblingsBackward {
+  Tensor grad_x;  // x's shape; [0] where not asked for
+  std::vector<DeviceBackward> layers;
+};
+DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads,
+                                         const Tensor& x, const std::vector<DeviceLayer>& layers,
+                                         const std::vector<Tensor>& s, bool needs_grad_x);
 
 // Y = residual + S (ρB)ᵀ alone, over a base product that was made elsewhere; residual is of x's type.
 DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter);

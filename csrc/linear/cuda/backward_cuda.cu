@@ -5,16 +5,35 @@
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
+namespace {
 
-DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
-                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
-                                const std::optional<Tensor>& z) {
-  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
                       grad.size(grad.dim() - 1) == size.outputs,
                   op, ": grad is ", torch::headeronly::toString(grad.scalar_type()), " with ", grad.numel(),
                   " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ",
                   size.tokens * size.outputs);
+}
+
+// x's gradient, or [0].
+Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
+  return needs_grad_x ? device_empty_like(x) : device_empty(x, {0}, x.scalar_type());
+}
+
+// grad_A and grad_B where there is no token.
+void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
+  if (size.rank == 0) return;
+  out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
+  out->grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
+}
+
+}  // namespace
+
+DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
+                                const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                const std::optional<Tensor>& z) {
+  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+  check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
   // Zeros without a token; otherwise what is asked for is written whole below.
@@ -25,13 +44,9 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   out.grad_rank_scale = sums(adapter.rank_scale.has_value(), size.rank);
   out.grad_in_scale = sums(adapter.in_scale.has_value(), size.inputs);
   out.grad_out_scale = sums(z.has_value(), size.outputs);
-  out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())
-                            : device_empty(x, {0}, x.scalar_type());
+  out.grad_x = empty_grad_x(x, needs_grad_x);
   if (size.tokens == 0) {
-    if (low_rank) {
-      out.grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
-      out.grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
-    }
+    no_tokens(x, adapter, size, &out);
     return out;
   }
   const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x);
@@ -85,6 +100,46 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     out.grad_in_scale = reduced_columns(found.partial);
     if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
   }
+  return out;
+}
+
+DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::optional<Tensor>>& grads,
+                                         const Tensor& x, const std::vector<DeviceLayer>& layers,
+                                         const std::vector<Tensor>& s, bool needs_grad_x) {
+  STD_TORCH_CHECK(grads.size() == layers.size() && s.size() == layers.size(), op, ": ", grads.size(), " gradients and ",
+                  s.size(), " S of ", layers.size(), " layers");
+  DeviceSiblingsBackward out;
+  out.grad_x = empty_grad_x(x, needs_grad_x);
+  std::vector<RankGradients> found(layers.size());
+  std::vector<DroppedProduct> terms;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const DeviceAdapter& adapter = layers[i].adapter;
+    out.layers.emplace_back();
+    DeviceBackward& own = out.layers.back();
+    own.grad_A = own.grad_B = own.grad_rank_scale = device_empty(x, {0}, ScalarType::Float);
+    if (!grads[i].has_value()) continue;
+    const LinearSizes size = checked_sizes(op, x, layers[i].weight, adapter);
+    check_grad(op, *grads[i], x, size);
+    if (size.tokens == 0) {
+      no_tokens(x, adapter, size, &own);
+      if (adapter.rank_scale.has_value()) own.grad_rank_scale = device_zeros(x, {size.rank}, ScalarType::Float);
+    } else if (size.rank > 0) {
+      found[i] =
+          rank_gradients(x, flat_rows(*grads[i]), flat_rows(x), adapter, size, s[i], needs_grad_x, nullptr, &own);
+      terms.push_back({&found[i].p, &found[i].a, &adapter, &found[i].kept});
+    }
+  }
+  if (out.grad_x.numel() == 0) return out;
+  const Tensor grad_x = torch::stable::view(out.grad_x, {device_rows(x), x.size(x.dim() - 1)});
+  bool written = !terms.empty();
+  if (written) expand_dropped(grad_x, terms);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (!grads[i].has_value()) continue;
+    const Tensor grad = flat_rows(*grads[i]), w = dense_weight(layers[i].weight, x.scalar_type());
+    written ? addmm_(grad_x, grad, w, 1.0) : mm_out(grad_x, grad, w);
+    written = true;
+  }
+  if (!written) torch::stable::fill_(out.grad_x, 0.0);
   return out;
 }
 

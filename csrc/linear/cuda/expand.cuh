@@ -42,17 +42,30 @@ struct ExpandTerms {
   int64_t right_stride;   // from a factor's terms to the next's, in 16 bytes
 };
 
+// The dropped terms that layers of one input bring to its gradient, in one write: out = Σ_i mask_i ∘ (L_i F_iᵀ).
+constexpr int kMostExpandParts = 8;
+struct ExpandPart {
+  Terms left, right;
+  const uint32_t* kept;  // null: nothing is dropped
+};
+struct ExpandSum {
+  void* out;
+  int64_t rows, columns;  // of vectors of eight
+  int count;
+  ExpandPart parts[kMostExpandParts];
+};
+
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
 // C += the 16 x 64 product of a warp, of 16 ranks from 16 `step` on; `factor`: where this tile's F starts.
 template <typename T, int kRightTerms>
-__device__ __forceinline__ void expand_product(const ExpandTerms& work, const uint4* factor, int64_t step,
+__device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, int64_t step,
                                                float (&c)[2][4][4]) {
   constexpr int kLeftTerms = kExpandLeftTerms<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t steps = work.left.inner / 16;
-  const uint4* left = work.left.data + ((blockIdx.x * 4 + warp) * steps + step) * kLeftTerms * kWarpSize + lane;
+  const int64_t steps = outer.inner / 16;
+  const uint4* left = outer.data + ((blockIdx.x * 4 + warp) * steps + step) * kLeftTerms * kWarpSize + lane;
   const uint4* right = factor + (blockIdx.y * steps + step) * kRightTerms * 4 * kWarpSize + lane;
   uint32_t a[kLeftTerms][4];
   uint4 held[kRightTerms][4];
@@ -101,14 +114,14 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
     // Nothing of an adapter's.
   } else if constexpr (kSteps > 0) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work, factor, step, sums);
+    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work.left, factor, step, sums);
   } else {
     // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
     const int64_t steps = work.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
       const int64_t last = min_of(first + 4, steps);
-      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work, factor, step, fresh);
+      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work.left, factor, step, fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -189,6 +202,60 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
       }
     }
   }
+}
+
+// Grid: x: tiles of rows; y: tiles of columns.
+template <typename T, int kRightTerms>
+__global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum work) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
+  const int64_t kept_at = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kRankThreads + g * 8 + t;
+
+  float sums[2][4][4] = {};
+  for (int i = 0; i < work.count; ++i) {
+    const ExpandPart& part = work.parts[i];
+    uint32_t kept[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        kept[h][half] = part.kept == nullptr ? ~0u : part.kept[kept_at + half * 64 + h * 4] << (4 * warp);
+    // A fresh accumulator per 64 ranks, as in expand_kernel.
+    const int64_t steps = part.left.inner / 16;
+    for (int64_t first = 0; first < steps; first += 4) {
+      float fresh[2][4][4] = {};
+      const int64_t last = min_of(first + 4, steps);
+#pragma unroll 1
+      for (int64_t step = first; step < last; ++step)
+        expand_product<T, kRightTerms>(part.left, part.right.data, step, fresh);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t mask = part.kept == nullptr ? ~0u : kept[h][half] << j;
+            const uint32_t low = __float_as_uint(fresh[h][j][2 * half]) & spread_sign<false>(mask);
+            const uint32_t high = __float_as_uint(fresh[h][j][2 * half + 1]) & spread_sign<true>(mask);
+            sums[h][j][2 * half] += __uint_as_float(low);
+            sums[h][j][2 * half + 1] += __uint_as_float(high);
+          }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (column + 32 * h >= work.columns || row + 8 * half >= work.rows) continue;
+      float values[kVector];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[2 * j] = sums[h][j][2 * half];
+        values[2 * j + 1] = sums[h][j][2 * half + 1];
+      }
+      save_vector(static_cast<T*>(work.out) + (row + 8 * half) * work.columns + column + 32 * h, values);
+    }
 }
 
 }  // namespace peft_ext

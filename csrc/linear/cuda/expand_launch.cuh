@@ -45,4 +45,14 @@ void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole
   }
 }
 
+template <typename T>
+void launch_expand_sum(const Launcher& launcher, const ExpandSum& work) {
+  const Grid grid(ceil_div(work.rows, kExpandTile), ceil_div(work.columns, kExpandTile));
+  if (std::is_same_v<T, bf16> && work.parts[0].right.count == 1) {
+    if constexpr (std::is_same_v<T, bf16>) launcher(expand_sum_kernel<T, 1>, grid, kExpandThreads, work);
+  } else {
+    launcher(expand_sum_kernel<T, kExpandLeftTerms<T>>, grid, kExpandThreads, work);
+  }
+}
+
 }  // namespace peft_ext

@@ -4,6 +4,19 @@
 
 namespace peft_ext {
 
+DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
+                                  const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
+                                  const std::optional<Tensor>& seed) {
+  DeviceAdapter adapter;
+  adapter.lora_A = lora_A;
+  adapter.lora_B = lora_B;
+  if (rank_scale.has_value()) adapter.rank_scale = device_vector(op, "rank_scale", *rank_scale, lora_A.size(0), lora_A);
+  adapter.scaling = scaling;
+  adapter.dropout_p = dropout_p;
+  adapter.seed = device_seed(op, dropout_p, seed, lora_A);
+  return adapter;
+}
+
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
   STD_TORCH_CHECK(on_device(x) && x.get_device_index() == weight.weight.get_device_index(), op,
                   ": x is on another device than weight, wanted cuda:", weight.weight.get_device_index());

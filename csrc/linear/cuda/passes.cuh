@@ -167,9 +167,21 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 
+// One of several such terms; all of it must live as long.
+struct DroppedProduct {
+  const HeldTerms *left, *right;
+  const DeviceAdapter* adapter;
+  const std::optional<Tensor>* kept;
+};
+
+// out = their sum, each with its own mask: one write of out, where all have vectors of eight and factors of one kind.
+void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
+
 // One element type's launches of expand_kernel, each in a translation unit of its own. `whole`: vectors of eight.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
+template <typename T>
+void launch_expand_sum(const Launcher& launcher, const ExpandSum& work);
 
 // --- elementwise
 

@@ -340,6 +340,37 @@ void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& r
   with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, whole); });
 }
 
+void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms) {
+  if (terms.size() == 1) return expand_dropped(out, *terms[0].left, *terms[0].right, *terms[0].adapter, *terms[0].kept);
+  bool whole = whole_columns(out, out.size(1)) && terms.size() <= kMostExpandParts;
+  for (const DroppedProduct& term : terms)
+    whole = whole && (!term.adapter->seed.has_value() || term.kept->has_value()) &&
+            term.right->terms.count == terms[0].right->terms.count;
+  if (whole) {
+    Launcher launcher(out);
+    ExpandSum work{};
+    work.out = launcher.out<void>(out);
+    work.rows = out.size(0);
+    work.columns = out.size(1);
+    for (const DroppedProduct& term : terms) {
+      ExpandPart& part = work.parts[work.count++];
+      part.left = read_terms(launcher, *term.left);
+      part.right = read_terms(launcher, *term.right);
+      if (term.adapter->seed.has_value()) part.kept = static_cast<const uint32_t*>(launcher.in<void>(**term.kept));
+    }
+    with_type(out.scalar_type(), [&](auto zero) { launch_expand_sum<decltype(zero)>(launcher, work); });
+    return;
+  }
+  expand_dropped(out, *terms[0].left, *terms[0].right, *terms[0].adapter, *terms[0].kept);
+  for (size_t i = 1; i < terms.size(); ++i) {
+    Launcher launcher(out);
+    ExpandTerms work = expand_work(launcher, out, terms[i].left, terms[i].right);
+    work.before = work.out;
+    work.dropout = device_dropout(launcher, *terms[i].adapter);
+    with_type(out.scalar_type(), [&](auto zero) { launch_expand<decltype(zero)>(launcher, work, false); });
+  }
+}
+
 // --- elementwise
 
 Tensor dropped(const Tensor& x, const DeviceAdapter& adapter, const std::optional<Tensor>& add) {

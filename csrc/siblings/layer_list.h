@@ -1,0 +1,57 @@
+// Layers of one input as the operator's lists have them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <stdint.h>
+
+#include <optional>
+#include <vector>
+
+namespace peft_ext {
+
+// What the lists say of a layer; without lora_A it has no adapter.
+struct ListedLayer {
+  torch::stable::Tensor weight;
+  std::optional<torch::stable::Tensor> absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
+      rank_scale, seed;
+  int64_t blocksize = 0;
+  std::vector<int64_t> shape;  // [N, K]
+  double scaling = 1.0, dropout_p = 0.0;
+};
+
+// Of each layer those of the ten tensors above that it has, in that order; four sizes (which these are, as bits;
+// blocksize, N, K); two numbers (scaling, dropout_p).
+inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
+                                              const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
+  constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;
+  const size_t count = sizes.size() / kSizes;
+  STD_TORCH_CHECK(sizes.size() == count * kSizes && numbers.size() == count * kNumbers, op, ": ", sizes.size(),
+                  " sizes and ", numbers.size(), " numbers, wanted ", kSizes, " and ", kNumbers, " of each layer");
+  std::vector<ListedLayer> layers(count);
+  size_t at = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* size = sizes.data() + i * kSizes;
+    ListedLayer& layer = layers[i];
+    std::optional<torch::stable::Tensor> weight;
+    std::optional<torch::stable::Tensor>* const held[kTensors] = {
+        &weight,     &layer.absmax, &layer.nested_absmax, &layer.nested_code, &layer.nested_offset,
+        &layer.bias, &layer.lora_A, &layer.lora_B,        &layer.rank_scale,  &layer.seed};
+    for (size_t j = 0; j < kTensors; ++j) {
+      if ((size[0] >> j & 1) == 0) continue;
+      STD_TORCH_CHECK(at < tensors.size(), op, ": ", tensors.size(), " tensors are too few");
+      *held[j] = tensors[at++];
+    }
+    STD_TORCH_CHECK(weight.has_value() && layer.lora_A.has_value() == layer.lora_B.has_value(), op, ": layer ", i,
+                    " has no weight, or one of lora_A and lora_B");
+    layer.weight = *weight;
+    layer.blocksize = size[1];
+    layer.shape = {size[2], size[3]};
+    layer.scaling = numbers[i * kNumbers];
+    layer.dropout_p = numbers[i * kNumbers + 1];
+  }
+  return layers;
+}
+
+}  // namespace peft_ext
