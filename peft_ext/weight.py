@@ -4,7 +4,8 @@ Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
 * ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major, the high nibble holds the even element;
 * ``absmax``: float32 ``[ceil(N*K/blocksize)]``, one scale per block of the *flat* tensor;
-* double quantization: ``absmax`` is uint8 and ``nested`` holds what decodes it.
+* double quantization: ``absmax`` is uint8 and ``nested`` holds what decodes it;
+* the weights of experts ``[E, N, K]``: each packed for itself, the tensors of all one after the other.
 
 The 16 codes are here (source: bitsandbytes' ``get_4bit_type("nf4")``), and the way from and to its ``Params4bit``.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Optional
 
@@ -92,6 +93,7 @@ class NF4Weight:
         dtype: the dtype the weight was quantized from, and dequantizes to by default.
         blocksize: elements that share one absmax.
         nested: state of the double quantization, or None.
+        stacked: whether ``shape`` is ``(E, N, K)`` of weights that are packed each for itself, see :meth:`stack`.
 
     Raises:
         TypeError: what is no tensor, no integer size or no float dtype.
@@ -104,6 +106,7 @@ class NF4Weight:
     dtype: torch.dtype
     blocksize: int = 64
     nested: Optional[NestedAbsmax] = None
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if type(self.shape) is not torch.Size:
@@ -116,17 +119,20 @@ class NF4Weight:
         n = math.prod(shape)  # torch.Size.numel() is of 64 bits, and wraps
         if n < 0 or (n and min(shape, default=1) < 0):
             raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
-        blocks = -(-n // self.blocksize)
+        if self.stacked and len(shape) != 3:
+            raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted (E, N, K) of stacked weights")
+        count, each = (shape[0], n // max(1, shape[0])) if self.stacked else (1, n)
+        blocks = -(-each // self.blocksize)
         nested, packed = self.nested, self.packed
-        held = [("packed", packed, torch.uint8, (n + 1) // 2)]
+        held = [("packed", packed, torch.uint8, count * ((each + 1) // 2))]
         if nested is None:
-            held.append(("absmax", self.absmax, torch.float32, blocks))
+            held.append(("absmax", self.absmax, torch.float32, count * blocks))
         elif isinstance(nested, NestedAbsmax):
             held += (
-                ("absmax", self.absmax, torch.uint8, blocks),
-                ("nested.absmax", nested.absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE)),
+                ("absmax", self.absmax, torch.uint8, count * blocks),
+                ("nested.absmax", nested.absmax, torch.float32, count * -(-blocks // NESTED_BLOCKSIZE)),
                 ("nested.code", nested.code, torch.float32, 256),
-                ("nested.offset", nested.offset, torch.float32, 1),
+                ("nested.offset", nested.offset, torch.float32, count),
             )
         else:
             raise TypeError(f"NF4Weight: nested is {type(nested).__name__}, wanted a NestedAbsmax or None")
@@ -145,6 +151,52 @@ class NF4Weight:
                 and tensor.device == device
             ):
                 self._refuse(name, tensor, dtype, count)
+
+    @staticmethod
+    def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
+        """Returns weights ``(N, K)`` of one kind as one ``(E, N, K)``: the tensors of each, one after the other.
+
+        So each expert keeps bitsandbytes' layout of a weight of its own, the offset of the double quantization too; the
+        table of its codes is one for all.
+
+        Raises: TypeError or ValueError where they are none, not alike, or not 2-D.
+        """
+        if not weights or not all(isinstance(weight, NF4Weight) for weight in weights):
+            raise TypeError("NF4Weight.stack: weights is empty or not of NF4Weights, wanted one for each expert")
+        first = weights[0]
+        kind = (first.shape, first.dtype, first.blocksize, first.nested is None, first.device)
+        for weight in weights:
+            if (weight.shape, weight.dtype, weight.blocksize, weight.nested is None, weight.device) != kind:
+                raise ValueError("NF4Weight.stack: weights differ in shape, dtype, blocksize, nesting or device")
+        if len(first.shape) != 2:
+            raise ValueError(f"NF4Weight.stack: weights have shape {tuple(first.shape)}, wanted [N, K]")
+        nested = None
+        if first.nested is not None:
+            held = [weight.nested for weight in weights if weight.nested is not None]
+            nested = NestedAbsmax(
+                torch.cat([one.absmax for one in held]), first.nested.code,
+                torch.stack([one.offset.reshape(()) for one in held]),
+            )  # fmt: skip
+        return NF4Weight(
+            torch.cat([weight.packed for weight in weights]), torch.cat([weight.absmax for weight in weights]),
+            torch.Size((len(weights), *first.shape)), first.dtype, first.blocksize, nested, True,
+        )  # fmt: skip
+
+    def expert(self, index: int) -> NF4Weight:
+        """Returns one weight ``(N, K)`` of a stack, of the same memory."""
+        if not self.stacked:
+            raise ValueError(f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted one of NF4Weight.stack")
+        experts = self.shape[0]
+
+        def part(tensor: Tensor) -> Tensor:
+            size = tensor.shape[0] // experts
+            return tensor[index * size : (index + 1) * size]
+
+        nested = self.nested
+        if nested is not None:
+            nested = NestedAbsmax(part(nested.absmax), nested.code, nested.offset.reshape(-1)[index])
+        return replace(self, packed=part(self.packed), absmax=part(self.absmax), shape=self.shape[1:], nested=nested,
+                       stacked=False)  # fmt: skip
 
     def _refuse(self, name: str, tensor: object, dtype: torch.dtype, count: int) -> NoReturn:
         if not isinstance(tensor, Tensor):
@@ -219,6 +271,8 @@ class NF4Weight:
         dtype = self.dtype if dtype is None else dtype
         if dtype not in FLOATS:
             raise TypeError(f"nf4_dequantize: dtype is {dtype}, wanted one of {', '.join(map(str, FLOATS))}")
+        if self.stacked:
+            return torch.stack([self.expert(i).dequantize(dtype) for i in range(self.shape[0])])
         return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:

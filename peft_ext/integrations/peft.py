@@ -25,7 +25,7 @@ from torch import nn
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
 from ..ops.checks import check_module
-from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
+from .fused import adalora, experts, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .fused.base import (
     FOUR_BIT,
     FUSED,

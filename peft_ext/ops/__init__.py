@@ -13,6 +13,7 @@ from .lora import lora_linear, lora_residual
 from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
 from .norm import layer_norm, rms_norm
 from .rotary import rotary_embedding
+from .experts import experts_linear, lora_experts
 from .siblings import lora_linears
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_experts",
     "lora_linears",
     "lora_residual",
     "nf4_dequantize",

@@ -124,6 +124,55 @@ def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, l
         raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
 
 
+def check_experts(
+    op: str, x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor]
+) -> None:
+    """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or NF4."""
+    if not isinstance(weight, NF4Weight):
+        check_float(op, "weight", weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
+    if len(weight.shape) != 3:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [E, N, K]")
+    if isinstance(weight, NF4Weight) and not weight.stacked:
+        raise ValueError(f"{op}: weight is NF4 of one flat tensor, wanted that of NF4Weight.stack")
+    _check_device(op, "weight", weight.packed if isinstance(weight, NF4Weight) else weight, x)
+    experts, out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [S, {in_features}] for weight "
+                         f"{tuple(weight.shape)}")  # fmt: skip
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        came = _name(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"{op}: offsets is {came}, wanted int32 or int64")
+    if tuple(offsets.shape) != (experts,):
+        raise ValueError(f"{op}: offsets has shape {tuple(offsets.shape)}, wanted ({experts},)")
+    _check_device(op, "offsets", offsets, x)
+    if bias is not None:
+        check_vector(op, "bias", bias, x, (experts, out_features))
+        if bias.dtype != x.dtype:
+            raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+
+
+def check_experts_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:
+    """Checks lora_A ``[E, R, K]`` and lora_B ``[E, N, R]``, each of its own float dtype, on x's device."""
+    experts, out_features, in_features = weight.shape
+    for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_float(op, argument, value)
+        _check_device(op, argument, value, x)
+        if value.dim() != 3:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted 3 dimensions")
+    rank = lora_A.shape[1]
+    for argument, value, wanted in (
+        ("lora_A", lora_A, (experts, rank, in_features)), ("lora_B", lora_B, (experts, out_features, rank))
+    ):  # fmt: skip
+        if tuple(value.shape) != wanted:
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
+    if rank == 0:
+        raise ValueError(f"{op}: lora_A has rank 0, wanted at least 1")
+
+
 def check_bottleneck(
     op: str,
     x: Tensor,
@@ -245,12 +294,15 @@ def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
 
 
 def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union[Tensor, NF4Weight]:
-    """Undoes :func:`weight_args`, for the reference fallback; after them comes the dtype that an NF4 weight is of."""
+    """Undoes :func:`weight_args`, for the reference fallback; after them comes the dtype that an NF4 weight is of.
+
+    The layers' weights alone: one of three dimensions is that of experts.
+    """
     *decode, blocksize, shape, dtype = args
     if absmax is None:
         return weight
     nested = None if decode[0] is None else NestedAbsmax(*decode)
-    return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested)
+    return NF4Weight(weight, absmax, torch.Size(shape), dtype, blocksize, nested, stacked=len(shape) == 3)
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:

@@ -14,6 +14,7 @@ from .nf4 import dynamic_code, frozen_linear, nf4_code, nf4_dequantize, nf4_line
 from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from .philox import dropout_keep_mask
 from .rotary import rotary_embedding, rotary_embedding_backward
+from .experts import lora_experts
 from .siblings import lora_linears
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_backward",
+    "lora_experts",
     "lora_linears",
     "lora_residual",
     "lora_residual_backward",

@@ -164,6 +164,8 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
     wanted = {
         "lora_linear": s + seed,
+        "lora_experts": s + seed,
+        "experts_linear": 0,
         "lora_linears": 2 * seed + s + t * (r // 2 + 1) * 4,
         "lora_residual": s + seed,
         "dora_weight_norm": n * 4 + n * r * 4,  # the norm and U
@@ -350,6 +352,9 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
         return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
     adapter = i.get("lora_A"), i.get("lora_B")
+    if name in ("lora_experts", "experts_linear"):
+        seed = SEED.to(i["x"].device) if name == "lora_experts" else None
+        return "lora_experts", (i["x"], *weight, i["bias"], i["offsets"], *adapter, 0.75, 0.1, seed)
     if name == "lora_linears":
         seed, tensors, sizes = SEED.to(i["x"].device), [], []
         for *layer, blocksize, shape in (

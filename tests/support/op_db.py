@@ -6,6 +6,7 @@ the same inputs. ``test_ops.py`` runs the whole battery over every case; adding 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -187,6 +188,73 @@ def _lora_linears_case(
 
     name = case_name("lora_linears", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
     return Case(name, "lora", make, call, plain, result=lambda dtype, shape: (dtype, (*shape[0], 3 * shape[2])))
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+_EXPERTS = 5  # of which the second and the last get nothing
+
+
+def _ends(rows: int) -> list[int]:
+    """Where each expert's rows end; some are no expert's."""
+    first, third = rows // 4, rows // 4 + (rows + 1) // 2
+    last = max(third, rows - rows // 8)
+    return [first, first, third, last, last]
+
+
+def _experts_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
+    if base == "dense":
+        return randn(_EXPERTS, n, k, dtype=dtype, scale=0.05)
+    if base == "transposed":
+        return randn(_EXPERTS, k, n, dtype=dtype, scale=0.05).transpose(1, 2)
+    return NF4Weight.stack([nf4_weight(n, k, dtype, 64, base == "nested") for _ in range(_EXPERTS)])
+
+
+def _lora_experts_case(
+    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, lora: bool = True
+) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        tokens, k, n, r = shape
+        rows, adapters = math.prod(tokens), adapter_dtype or dtype
+        inputs = {
+            "x": randn(rows, k, dtype=dtype),
+            "weight": _experts_weight(base, n, k, dtype),
+            "offsets": torch.tensor(_ends(rows)),
+            "bias": randn(_EXPERTS, n, dtype=dtype) if with_bias else None,
+            "compute": dtype,
+        }
+        if lora:
+            inputs["lora_A"] = randn(_EXPERTS, r, k, dtype=adapters, scale=0.1)
+            # As PEFT keeps it: the ranks before the experts.
+            inputs["lora_B"] = randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1)
+        return Sample(inputs, ("x", *(("lora_A", "lora_B") if lora else ()), *(("bias",) if with_bias else ())))
+
+    def call(x, weight, offsets, bias, compute, lora_A=None, lora_B=None, scaling=0.75, dropout_p=dropout_p,
+             training=True, seed=None):  # fmt: skip
+        if not lora:
+            return ops.experts_linear(x, weight, offsets, bias)
+        seed = _seed_beside(x) if seed is None else seed
+        return ops.lora_experts(x, weight, offsets, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p,
+                                training=training, seed=seed)  # fmt: skip
+
+    def plain(x, weight, offsets, bias, compute, lora_A=None, lora_B=None):
+        parts, begin = [], 0
+        for expert, end in enumerate(offsets.tolist()):
+            own, rows, begin = weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert], x[begin:end], end
+            y = F.linear(rows, _dequantized(own, compute).to(x.dtype), None if bias is None else bias[expert])
+            if lora_A is not None:
+                seed = SEED + torch.tensor([0, expert])
+                kept = torch.where(reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0)
+                low = F.linear(kept if dropout_p else rows, lora_A[expert].to(x.dtype))
+                y = y + F.linear(low, lora_B[expert].to(x.dtype)) * 0.75
+            parts.append(y)
+        return torch.cat([*parts, x.new_zeros(x.shape[0] - begin, weight.shape[1])])
+
+    name = case_name("lora_experts" if lora else "experts_linear", base, dropout_p, adapter_dtype, bias=with_bias)
+    return Case(
+        name, "lora", make, call, plain,
+        result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
+    )  # fmt: skip
 
 
 # --- dora -------------------------------------------------------------------------------------------------------------
@@ -497,6 +565,11 @@ CASES: tuple[Case, ...] = (
     _lora_linears_case("dense", adapter_dtype=torch.float32),
     _lora_linears_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
     _lora_linears_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
+    _lora_experts_case("dense", with_bias=True, dropout_p=0.1),
+    _lora_experts_case("transposed", adapter_dtype=torch.float32),
+    _lora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    _lora_experts_case("nested", adapter_dtype=torch.float32),
+    _lora_experts_case("dense", with_bias=True, lora=False),
     _lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
     _lora_residual_case(),
     _lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),

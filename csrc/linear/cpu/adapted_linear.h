@@ -44,9 +44,10 @@ struct AdaptedForward {
   Tensor z;  // Z + b₀ [T, N] of x's type; [0] where not asked for
 };
 
-// bias_inside: the bias is b₀, and b₁ otherwise.
+// bias_inside: the bias is b₀, and b₁ otherwise. room: where the results go, contiguous, if not into memory of theirs.
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
-                               const Adapter& adapter, bool bias_inside, bool want_z);
+                               const Adapter& adapter, bool bias_inside, bool want_z,
+                               const AdaptedForward* room = nullptr);
 
 // A layer among those of one input.
 struct Layer {
@@ -72,9 +73,11 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);
 
-// s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale.
+// s as the forward gave it; x may be absent where there is neither a low-rank term nor in_scale. room: where dX goes,
+// contiguous, if not into memory of its own.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
-                                 const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x);
+                                 const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                 const std::optional<Tensor>& room = std::nullopt);
 
 // dX of all layers together, summed before it is rounded where their panels of W fit the cache, else added to what the
 // layers before left; and each one's own gradients. Of a layer without a gradient there is none.

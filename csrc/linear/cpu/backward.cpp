@@ -141,7 +141,8 @@ constexpr int64_t kPanelBytes = int64_t{1} << 20;
 }  // namespace
 
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
-                                 const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x) {
+                                 const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
+                                 const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
   // Only the adapters' gradients are made of x.
@@ -157,7 +158,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   if (adapter.low_rank()) rank_gradients(&call, s, needs_grad_x, &out);
   // The input scale's gradient comes with dX.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
-  out.grad_x = empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
+  out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;
   tiles_accept(call) ? backward_on_tiles({&call}, false, &out) : backward_by_products(call, false, &out);
   return out;

@@ -193,7 +193,8 @@ namespace {
 
 // The call, checked, with room for its results; x is [..., K], contiguous.
 ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
-                            const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z) {
+                            const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z,
+                            const AdaptedForward* room = nullptr) {
   check_matrix_weight(op, weight, x.scalar_type());
   const LinearSizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
@@ -201,9 +202,13 @@ ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight&
   if (bias.has_value())
     STD_TORCH_CHECK(bias->numel() == size.out, op, ": bias has ", bias->numel(), " elements, wanted ", size.out);
   AdaptedForward out;
-  out.y = empty(with_last(x, size.out), type);
-  out.s = adapter.low_rank() ? empty({size.tokens, size.rank}, ScalarType::Float) : none();
-  out.z = want_z ? empty({size.tokens, size.out}, type) : none(type);
+  if (room != nullptr) {
+    out = *room;
+  } else {
+    out.y = empty(with_last(x, size.out), type);
+    out.s = adapter.low_rank() ? empty({size.tokens, size.rank}, ScalarType::Float) : none();
+    out.z = want_z ? empty({size.tokens, size.out}, type) : none(type);
+  }
   const Tensor flat_x = torch::stable::view(x, {size.tokens, size.in});
   const int64_t padded = round_up(size.out, kColumnStep);
   ForwardCall call{op, weight, adapter, size, flat_x, bias_inside, want_z, std::nullopt, std::nullopt, out};
@@ -236,10 +241,10 @@ void run_forward(const ForwardCall& call) {
 }  // namespace
 
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
-                               const Adapter& adapter, bool bias_inside, bool want_z) {
+                               const Adapter& adapter, bool bias_inside, bool want_z, const AdaptedForward* room) {
   const ScratchOfCall scratch_of_call;
   const ForwardCall call =
-      checked_forward(op, torch::stable::contiguous(x), weight, bias, adapter, bias_inside, want_z);
+      checked_forward(op, torch::stable::contiguous(x), weight, bias, adapter, bias_inside, want_z, room);
   run_forward(call);
   return call.out;
 }

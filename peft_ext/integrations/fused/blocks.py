@@ -200,7 +200,7 @@ class Mlp(Block):
         _, _, act, function, gated, _ = self.formula
         if isinstance(getattr(self, act), nn.Module) and hooked(getattr(self, act)):
             return "hooks on the activation would not run"
-        if _is(getattr(self, act)) != function:
+        if activation_name(getattr(self, act)) != function:
             return "its activation is another one than when it was tried"
         device = next((p.device.type for p in self.parameters()), "cpu")
         return kernel_reason("gated_activation" if gated else "activation", device)
@@ -275,7 +275,7 @@ def _hooks_are_set() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _is(act: Any) -> Optional[str]:
+def activation_name(act: Any) -> Optional[str]:
     """Returns which activation a function or a module is, by its values; None: another one."""
     if not isinstance(act, Hashable):
         return None
@@ -299,7 +299,7 @@ def _mlp_formula(module: nn.Module) -> Optional[tuple]:
         if not all(name in children for name in (*into, out)) or not hasattr(module, act):
             continue
         others = set(children) - {*into, out, act}
-        if others - {"dropout"} or module._parameters or (function := _is(getattr(module, act))) is None:
+        if others - {"dropout"} or module._parameters or (function := activation_name(getattr(module, act))) is None:
             continue
         drops = "dropout" in others
         for gated in (True, False) if into == ("gate_up_proj",) else (len(into) == 2,):

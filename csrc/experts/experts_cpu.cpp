@@ -1,0 +1,279 @@
+// A mixture's linear layers on the CPU: rows sorted by expert, each run of them against its own expert's weight and
+// adapter. An expert's run is a call of the adapted layer (linear/cpu/adapted_linear.h): a run that is more than a
+// thread's share has all threads, the others one each. So no count of threads changes a bit.
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "linear/cpu/adapted_linear.h"
+
+namespace peft_ext {
+namespace {
+
+// Rows [begin, end) of one expert.
+struct Run {
+  int64_t expert, begin, end;
+  int64_t rows() const { return end - begin; }
+};
+
+std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t experts, int64_t rows) {
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.numel() == experts, op,
+                  ": offsets is ", torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(),
+                  " elements, wanted Long [", experts, "]");
+  const Tensor held = torch::stable::contiguous(offsets);
+  const int64_t* ends = held.const_data_ptr<int64_t>();
+  std::vector<Run> runs;
+  int64_t begin = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t end = ends[expert];
+    STD_TORCH_CHECK(end >= begin && end <= rows, op, ": offsets has ", end, " at ", expert, ", wanted ", begin, " to ",
+                    rows);
+    if (end > begin) runs.push_back({expert, begin, end});
+    begin = end;
+  }
+  return runs;
+}
+
+// run(Run) of each. Their order is not told, and nothing may depend on it.
+template <typename Call>
+void each_run(std::vector<Run> runs, const Call& call) {
+  std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
+  int64_t rows = 0;
+  for (const Run& run : runs) rows += run.rows();
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  size_t shared = 0;
+  while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
+  std::atomic<size_t> next{shared};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
+  });
+}
+
+// Part of a tensor's memory as a tensor that no autograd knows: a thread of a loop does not know that it is off.
+Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_t>& sizes,
+               const std::vector<int64_t>& strides) {
+  auto* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  return torch::stable::from_blob(data + at * static_cast<int64_t>(tensor.element_size()), sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
+}
+
+// Rows [begin, end) of a contiguous matrix.
+Tensor rows_of_run(const Tensor& matrix, const Run& run) {
+  const int64_t columns = matrix.size(1);
+  return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
+}
+
+// One expert's matrix of a stack of any strides.
+Tensor of_stack(const Tensor& stack, int64_t expert) {
+  return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
+}
+
+// The experts' weights: dense [E, N, K], or NF4, each expert's packed for itself, one after the other.
+struct Weights {
+  Tensor weight;
+  std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
+  int64_t blocksize, experts, out, in;
+
+  FrozenWeight of(const char* op, int64_t expert) const {
+    if (!absmax.has_value())
+      return checked_weight(op, of_stack(weight, expert), std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0,
+                            {out, in});
+    const int64_t codes = ceil_div(out * in, 2), blocks = ceil_div(out * in, blocksize);
+    const auto piece = [&](const Tensor& tensor, int64_t count) {
+      return part_of(tensor, expert * count, {count}, {1});
+    };
+    std::optional<Tensor> scales, code, offset;
+    if (nested_absmax.has_value()) {
+      scales = piece(*nested_absmax, ceil_div(blocks, kNestedBlock));
+      code = part_of(*nested_code, 0, {kNestedCodes}, {1});
+      offset = piece(*nested_offset, 1);
+    }
+    return checked_weight(op, piece(weight, codes), piece(*absmax, blocks), scales, code, offset, blocksize, {out, in});
+  }
+};
+
+Weights checked_weights(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                        const std::vector<int64_t>& shape, ScalarType type) {
+  STD_TORCH_CHECK(shape.size() == 3, op, ": weight has ", shape.size(), " dimensions, wanted [E, N, K]");
+  checked_numel(shape);
+  Weights held{weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1], shape[2]};
+  if (!absmax.has_value()) {
+    STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
+                        weight.size(2) == shape[2] && weight.scalar_type() == type,
+                    op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
+                    " elements, wanted ", torch::headeronly::toString(type), " [", shape[0], ", ", shape[1], ", ",
+                    shape[2], "] on the CPU");
+    return held;
+  }
+  check_blocksize(op, blocksize);
+  const int64_t codes = ceil_div(shape[1] * shape[2], 2), blocks = ceil_div(shape[1] * shape[2], blocksize);
+  held.weight = checked_part(op, "weight", weight, ScalarType::Byte, shape[0] * codes);
+  const bool nested = nested_absmax.has_value();
+  held.absmax =
+      checked_part(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, shape[0] * blocks);
+  if (nested) {
+    STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(), op,
+                    ": nested_absmax is given without nested_code and nested_offset");
+    held.nested_absmax = checked_part(op, "nested_absmax", *nested_absmax, ScalarType::Float,
+                                      shape[0] * ceil_div(blocks, kNestedBlock));
+    held.nested_code = checked_part(op, "nested_code", *nested_code, ScalarType::Float, kNestedCodes);
+    held.nested_offset = checked_part(op, "nested_offset", *nested_offset, ScalarType::Float, shape[0]);
+  }
+  return held;
+}
+
+// The experts' adapters [E, R, K] and [E, N, R], of any strides; without them there is none.
+struct Adapters {
+  std::optional<Tensor> lora_A, lora_B;
+  double scaling, dropout_p;
+  Dropout dropout;
+
+  int64_t rank() const { return lora_A.has_value() ? lora_A->size(1) : 0; }
+
+  // An expert's mask is of its own run, with its number added to the offset.
+  Adapter of(int64_t expert) const {
+    Adapter adapter;
+    if (!lora_A.has_value()) return adapter;
+    adapter.lora_A = of_stack(*lora_A, expert);
+    adapter.lora_B = of_stack(*lora_B, expert);
+    adapter.scaling = scaling;
+    adapter.dropout = dropout;
+    adapter.dropout.offset += static_cast<uint64_t>(expert);
+    return adapter;
+  }
+};
+
+Adapters checked_adapters(const char* op, const Weights& weights, const std::optional<Tensor>& lora_A,
+                          const std::optional<Tensor>& lora_B, double scaling, double dropout_p,
+                          const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), op, ": one of lora_A and lora_B is missing");
+  if (lora_A.has_value()) {
+    const Tensor &a = *lora_A, &b = *lora_B;
+    STD_TORCH_CHECK(a.is_cpu() && a.dim() == 3 && a.size(0) == weights.experts && a.size(2) == weights.in, op,
+                    ": lora_A has ", a.numel(), " elements, wanted [", weights.experts, ", R, ", weights.in,
+                    "] on the CPU");
+    STD_TORCH_CHECK(b.is_cpu() && b.dim() == 3 && b.size(0) == weights.experts && b.size(1) == weights.out &&
+                        b.size(2) == a.size(1),
+                    op, ": lora_B has ", b.numel(), " elements, wanted [", weights.experts, ", ", weights.out, ", ",
+                    a.size(1), "] on the CPU");
+    dtype_of(op, "lora_A", a);
+    dtype_of(op, "lora_B", b);
+  }
+  return {lora_A, lora_B, scaling, dropout_p, make_dropout(op, dropout_p, seed)};
+}
+
+// x [S, K], contiguous.
+Tensor checked_rows(const char* op, const char* argument, const Tensor& x, int64_t columns) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == columns, op, ": ", argument, " has ", x.numel(),
+                  " elements in ", x.dim(), " dimensions, wanted [S, ", columns, "] on the CPU");
+  dtype_of(op, argument, x);
+  return torch::stable::contiguous(x);
+}
+
+// Zeros in the rows behind the last expert's.
+void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
+  const int64_t first = runs.empty() ? 0 : runs.back().end, left = matrix.size(0) - first;
+  if (left == 0 || matrix.size(1) == 0) return;
+  const int64_t bytes = matrix.size(1) * static_cast<int64_t>(matrix.element_size());
+  memset(static_cast<char*>(matrix.mutable_data_ptr()) + first * bytes, 0, static_cast<size_t>(left * bytes));
+}
+
+std::tuple<Tensor, Tensor> lora_experts_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
+                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                                            std::optional<Tensor> nested_offset, int64_t blocksize,
+                                            std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor offsets,
+                                            std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
+                                            double dropout_p, std::optional<Tensor> seed) {
+  constexpr const char* kOp = "lora_experts";
+  const ScalarType type = x.scalar_type();
+  const Weights weights =
+      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, scaling, dropout_p, seed);
+  const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
+  std::optional<Tensor> held_bias;
+  if (bias.has_value()) held_bias = checked_part(kOp, "bias", *bias, type, weights.experts * weights.out);
+  const Tensor y = empty({held_x.size(0), weights.out}, type);
+  const Tensor s =
+      lora_A.has_value() ? empty({held_x.size(0), adapters.rank()}, ScalarType::Float) : none(ScalarType::Float);
+  clear_rest(y, runs);
+  if (lora_A.has_value()) clear_rest(s, runs);
+  each_run(runs, [&](const Run& run) {
+    AdaptedForward room;
+    room.y = rows_of_run(y, run);
+    room.s = lora_A.has_value() ? rows_of_run(s, run) : none();
+    room.z = none(type);
+    std::optional<Tensor> own_bias;
+    if (held_bias.has_value()) own_bias = part_of(*held_bias, run.expert * weights.out, {weights.out}, {1});
+    adapted_forward(kOp, rows_of_run(held_x, run), weights.of(kOp, run.expert), own_bias, adapters.of(run.expert),
+                    false, false, &room);
+  });
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+    std::vector<int64_t> shape, Tensor offsets, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, Tensor s,
+    double scaling, double dropout_p, std::optional<Tensor> seed, bool needs_grad_x) {
+  constexpr const char* kOp = "lora_experts_backward";
+  const ScalarType type = x.scalar_type();
+  const Weights weights =
+      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Tensor held_x = checked_rows(kOp, "x", x, weights.in), held_grad = checked_rows(kOp, "grad", grad, weights.out);
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, scaling, dropout_p, seed);
+  const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
+  STD_TORCH_CHECK(held_grad.scalar_type() == type && held_grad.size(0) == held_x.size(0), kOp, ": grad has ",
+                  held_grad.size(0), " rows of ", torch::headeronly::toString(held_grad.scalar_type()), ", wanted ",
+                  held_x.size(0), " of ", torch::headeronly::toString(type));
+  const int64_t rank = adapters.rank();
+  Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
+  if (lora_A.has_value()) {
+    held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
+    held_s = torch::stable::view(held_s, {held_x.size(0), rank});
+    grad_A = empty({weights.experts, rank, weights.in}, lora_A->scalar_type());
+    grad_B = empty({weights.experts, weights.out, rank}, lora_B->scalar_type());
+    std::vector<bool> has(static_cast<size_t>(weights.experts));
+    for (const Run& run : runs) has[static_cast<size_t>(run.expert)] = true;
+    for (int64_t expert = 0; expert < weights.experts; ++expert) {
+      if (has[static_cast<size_t>(expert)]) continue;
+      for (const Tensor* stack : {&grad_A, &grad_B}) {
+        const int64_t bytes = stack->size(1) * stack->size(2) * static_cast<int64_t>(stack->element_size());
+        memset(static_cast<char*>(stack->mutable_data_ptr()) + expert * bytes, 0, static_cast<size_t>(bytes));
+      }
+    }
+  }
+  if (needs_grad_x) {
+    grad_x = empty({held_x.size(0), weights.in}, type);
+    clear_rest(grad_x, runs);
+  }
+  each_run(runs, [&](const Run& run) {
+    const Adapter adapter = adapters.of(run.expert);
+    std::optional<Tensor> own_s, room;
+    if (rank > 0) own_s = rows_of_run(held_s, run);
+    if (needs_grad_x) room = rows_of_run(grad_x, run);
+    const AdaptedBackward own = adapted_backward(kOp, rows_of_run(held_grad, run), rows_of_run(held_x, run),
+                                                 weights.of(kOp, run.expert), adapter, own_s, needs_grad_x, room);
+    if (!lora_A.has_value()) return;
+    for (const auto& [stack, one] : {std::pair(&grad_A, &own.grad_A), std::pair(&grad_B, &own.grad_B)}) {
+      const int64_t bytes = one->numel() * static_cast<int64_t>(one->element_size());
+      memcpy(static_cast<char*>(stack->mutable_data_ptr()) + run.expert * bytes, one->const_data_ptr(),
+             static_cast<size_t>(bytes));
+    }
+  });
+  return {grad_x, grad_A, grad_B};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cpu));
+  m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cpu));
+}

@@ -1,0 +1,131 @@
+"""The linear layers of a mixture of experts over sorted rows, each with LoRA or without, in plain PyTorch.
+
+    Y_t = x_t W_eᵀ + s · (dropout(x_t) A_eᵀ) B_eᵀ + b_e        for every row t of expert e
+
+Source: LoRA (arXiv 2106.09685); mixtures of experts (arXiv 1701.06538).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..weight import NF4Weight
+from .common import dense, dropout_seed, sum_dtype
+from .lora import lora_linear, lora_linear_backward, lora_linear_forward
+
+__all__ = [
+    "lora_experts",
+    "lora_experts_backward",
+    "lora_experts_forward",
+    "runs",
+    "seed_of",
+    "weight_of",
+]
+
+
+def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields each expert that has rows, and which."""
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
+
+
+def weight_of(weight: Union[Tensor, NF4Weight], expert: int) -> Union[Tensor, NF4Weight]:
+    """Returns an expert's ``[N, K]``, of the same memory."""
+    return weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert]
+
+
+def _of(values: Optional[Tensor], expert: int) -> Optional[Tensor]:
+    return None if values is None else values[expert]
+
+
+def seed_of(seed: Optional[Tensor], expert: int) -> Optional[Tensor]:
+    """An expert's mask is of its own rows, with its number added to the offset."""
+    return None if seed is None else seed + torch.tensor([0, expert], device=seed.device)
+
+
+def lora_experts_forward(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    bias: Optional[Tensor],
+    offsets: Tensor,
+    lora_A: Optional[Tensor],
+    lora_B: Optional[Tensor],
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns ``(Y [S, N], S [S, R])``, zeros in the rows of no expert; S is ``[0]`` without adapters."""
+    wide = sum_dtype(x.dtype)
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    s = x.new_zeros(0 if lora_A is None else (x.shape[0], lora_A.shape[1]), dtype=wide)
+    for expert, rows in runs(offsets):
+        own, b = weight_of(weight, expert), _of(bias, expert)
+        if lora_A is None or lora_B is None:
+            y[rows] = F.linear(x[rows], dense(own, x.dtype), b)
+        else:
+            y[rows], s[rows] = lora_linear_forward(
+                x[rows], own, b, lora_A[expert], lora_B[expert], None, scaling, dropout_p, seed_of(seed, expert)
+            )
+    return y, s
+
+
+def lora_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    offsets: Tensor,
+    lora_A: Optional[Tensor],
+    lora_B: Optional[Tensor],
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, lora_A and lora_B, zeros for what has no rows; ``[0]`` without adapters."""
+    grad_x = torch.zeros_like(x)
+    grads = [x.new_zeros(0) if value is None else torch.zeros_like(value) for value in (lora_A, lora_B)]
+    for expert, rows in runs(offsets):
+        own = weight_of(weight, expert)
+        if lora_A is None or lora_B is None:
+            grad_x[rows] = grad[rows] @ dense(own, x.dtype)
+        else:
+            grad_x[rows], grads[0][expert], grads[1][expert], _ = lora_linear_backward(
+                grad[rows], x[rows], own, lora_A[expert], lora_B[expert], None, s[rows], scaling, dropout_p,
+                seed_of(seed, expert),
+            )  # fmt: skip
+    return grad_x, grads[0], grads[1]
+
+
+def lora_experts(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    offsets: Tensor,
+    lora_A: Optional[Tensor] = None,
+    lora_B: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """See :func:`peft_ext.ops.lora_experts`; gradients come from PyTorch's autograd."""
+    seed = dropout_seed(seed, dropout_p, training, x.device)
+    parts, end = [], 0
+    for expert, rows in runs(offsets):
+        own, b, end = weight_of(weight, expert), _of(bias, expert), rows.stop
+        if lora_A is None or lora_B is None:
+            parts.append(F.linear(x[rows], dense(own, x.dtype), b))
+        else:
+            parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
+                                     dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
+    # Without a row the result hangs together with x all the same.
+    return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
