@@ -72,6 +72,38 @@ Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
+// Copies between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at a time over all threads:
+// PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of memory for each element.
+template <typename T, bool kToStack>
+void copy_stack(const Tensor& stack, T* whole) {
+  auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
+  const int64_t experts = stack.size(0), rows = stack.size(1), columns = stack.size(2);
+  const int64_t by_expert = stack.stride(0), by_row = stack.stride(1), by_column = stack.stride(2);
+  torch::stable::parallel_for(0, rows, ceil_div(kPackGrain, experts * columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t expert = 0; expert < experts; ++expert) {
+        T* from = strided + expert * by_expert + row * by_row;
+        T* to = whole + (expert * rows + row) * columns;
+        for (int64_t column = 0; column < columns; ++column)
+          kToStack ? from[column * by_column] = to[column] : to[column] = from[column * by_column];
+      }
+  });
+}
+
+template <bool kToStack>
+void copy_stack(const Tensor& stack, const Tensor& whole) {
+  void* data = const_cast<void*>(whole.const_data_ptr());
+  stack.element_size() == 4 ? copy_stack<uint32_t, kToStack>(stack, static_cast<uint32_t*>(data))
+                            : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data));
+}
+
+Tensor in_one_piece(const Tensor& stack) {
+  if (stack.is_contiguous()) return stack;
+  const Tensor whole = empty({stack.size(0), stack.size(1), stack.size(2)}, stack.scalar_type());
+  copy_stack<false>(stack, whole);
+  return whole;
+}
+
 // The experts' weights: dense [E, N, K], or NF4, each expert's packed for itself, one after the other.
 struct Weights {
   Tensor weight;
@@ -128,10 +160,10 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   return held;
 }
 
-// The experts' adapters [E, R, K] and [E, N, R], of any strides; without them there is none.
+// The experts' adapters [E, R, K] and [E, N, R], contiguous; without them there is none.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B;
-  double scaling, dropout_p;
+  double scaling;
   Dropout dropout;
 
   int64_t rank() const { return lora_A.has_value() ? lora_A->size(1) : 0; }
@@ -165,7 +197,12 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
     dtype_of(op, "lora_A", a);
     dtype_of(op, "lora_B", b);
   }
-  return {lora_A, lora_B, scaling, dropout_p, make_dropout(op, dropout_p, seed)};
+  Adapters held{std::nullopt, std::nullopt, scaling, make_dropout(op, dropout_p, seed)};
+  if (lora_A.has_value()) {
+    held.lora_A = in_one_piece(*lora_A);
+    held.lora_B = in_one_piece(*lora_B);
+  }
+  return held;
 }
 
 // x [S, K], contiguous.
@@ -234,11 +271,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
                   held_x.size(0), " of ", torch::headeronly::toString(type));
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
+  Tensor out_A = grad_A, out_B = grad_B;  // in the adapters' own strides
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
     held_s = torch::stable::view(held_s, {held_x.size(0), rank});
-    grad_A = empty({weights.experts, rank, weights.in}, lora_A->scalar_type());
-    grad_B = empty({weights.experts, weights.out, rank}, lora_B->scalar_type());
+    out_A = torch::stable::empty_like(*lora_A);
+    out_B = torch::stable::empty_like(*lora_B);
+    grad_A = out_A.is_contiguous() ? out_A : empty({weights.experts, rank, weights.in}, lora_A->scalar_type());
+    grad_B = out_B.is_contiguous() ? out_B : empty({weights.experts, weights.out, rank}, lora_B->scalar_type());
     std::vector<bool> has(static_cast<size_t>(weights.experts));
     for (const Run& run : runs) has[static_cast<size_t>(run.expert)] = true;
     for (int64_t expert = 0; expert < weights.experts; ++expert) {
@@ -267,7 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
              static_cast<size_t>(bytes));
     }
   });
-  return {grad_x, grad_A, grad_B};
+  if (!out_A.is_contiguous()) copy_stack<true>(out_A, grad_A);
+  if (!out_B.is_contiguous()) copy_stack<true>(out_B, grad_B);
+  return {grad_x, out_A, out_B};
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ def _backward_composed(grad, x, *args):
     held = checks.unpack_weight(*weight, x.dtype)
     grad_x = torch.zeros_like(x) if needs_grad_x else x.new_empty(0)
     none = x.new_empty(0, dtype=torch.float32)
-    grads = [none.clone() if value is None else value.new_zeros(value.shape) for value in (lora_A, lora_B)]
+    grads = [none.clone() if value is None else torch.zeros_like(value) for value in (lora_A, lora_B)]
     for expert, rows in reference.runs(offsets):
         own = reference.weight_of(held, expert)
         if lora_A is not None:
@@ -88,7 +88,7 @@ def _backward_composed(grad, x, *args):
 def _backward_fake(_grad, x, *args):
     *_weight, _offsets, lora_A, lora_B, _s, _scaling, _dropout_p, _seed, needs_grad_x = args
     none = x.new_empty(0, dtype=torch.float32)
-    grads = [none.new_empty(0) if value is None else value.new_empty(value.shape) for value in (lora_A, lora_B)]
+    grads = [none.new_empty(0) if value is None else torch.empty_like(value) for value in (lora_A, lora_B)]
     return x.new_empty(x.shape) if needs_grad_x else x.new_empty(0), *grads
 
 

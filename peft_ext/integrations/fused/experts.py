@@ -71,7 +71,8 @@ class _Order(torch.autograd.Function):
 class Experts(Fused):
     """A wrapper of one parameter of an experts' module."""
 
-    reads = (*Fused.reads, "parameter_name", "num_experts", "lora_A", "lora_B", "scaling")
+    reads = (*Fused.reads, "parameter_name", "num_experts", "lora_A", "lora_B", "scaling",
+             "_did_swap_in_out_features")  # fmt: skip
 
     def _wrappers(self) -> list[Any]:
         """Returns this wrapper and those within it, of the same module."""
@@ -190,7 +191,8 @@ def _routes(x: Tensor, index: Any, weights: Any) -> bool:
 def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns a parameter's product with the rows, its adapter and its bias."""
     weight = experts._parameters[name]
-    weight = weight.transpose(1, 2) if getattr(experts, "is_transposed", True) else weight  # Llama 4's is
+    transposed = getattr(experts, "is_transposed", True)  # Llama 4's are
+    weight = weight.transpose(1, 2) if transposed else weight
     bias = experts._parameters[f"{name}_bias"] if getattr(experts, "has_bias", False) else None
     if rows.dtype is not weight.dtype and not torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(weight.dtype)
@@ -199,10 +201,11 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
     (adapter,) = (a for a in wrapper.active_adapters if a in wrapper._modules["lora_A"])
     a, b = (wrapper._modules[kind]._modules[adapter]._parameters["weight"] for kind in ("lora_A", "lora_B"))
     count = weight.shape[0]
-    return ops.lora_experts(
-        rows, weight, offsets, a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1), bias,
-        scaling=float(wrapper.scaling[adapter]),
-    )  # fmt: skip
+    a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
+    if transposed is wrapper._did_swap_in_out_features:
+        # PEFT takes the parameter, as it is stored, for [E, out, in]; here it is the other way round, and so are A and B.
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ops.lora_experts(rows, weight, offsets, a, b, bias, scaling=float(wrapper.scaling[adapter]))
 
 
 def _down(experts: Any, adapters: dict[str, Any], rows: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,289 @@
+"""LoRA on the experts of mixtures: PEFT's target_parameters, accelerated, against PEFT alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+hf = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_ext
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+LOCAL = {"intermediate_size": 16, "num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN = {"intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
+SHARED = {"shared_expert_intermediate_size": 16}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, **LOCAL)),
+    "Qwen2-MoE": lambda: hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**SIZES, **QWEN, **SHARED)),
+    "Qwen3-MoE": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8)),
+    "Qwen3-Next": lambda: hf.Qwen3NextForCausalLM(
+        hf.Qwen3NextConfig(
+            **SIZES, **QWEN, **SHARED, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
+            linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+        )
+    ),
+    "DeepSeek-V3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4}, intermediate_size=16, moe_intermediate_size=16, n_routed_experts=8,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        )
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**SIZES, **LOCAL, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    ),
+    "OLMoE": lambda: hf.OlmoeForCausalLM(
+        hf.OlmoeConfig(**SIZES, intermediate_size=16, num_experts=6, num_experts_per_tok=2)
+    ),
+    "Granite-MoE": lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**SIZES, **LOCAL)),
+    "Phi-MoE": lambda: hf.PhimoeForCausalLM(
+        hf.PhimoeConfig(**SIZES, **LOCAL, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    ),
+    "Llama 4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **SIZES, head_dim=8, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=4,
+            num_experts_per_tok=1,
+        )
+    ),
+}  # fmt: skip
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def base(
+    name: str = "Qwen3-MoE", dtype: torch.dtype = torch.float32, implementation: str | None = None, seed: int = 0
+) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model.to(dtype)
+
+
+def targets(model: nn.Module) -> list[str]:
+    found = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    return sorted({".".join(name.split(".")[-3:]) for name in found if name.endswith("_proj")})
+
+
+def adapt(model: nn.Module, **config: Any) -> PeftModel:
+    torch.manual_seed(1)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": targets(model),
+              "init_lora_weights": False, **config}  # fmt: skip
+    return get_peft_model(model, LoraConfig(**config))
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    """The logits and the gradients of a training step."""
+    model.train().zero_grad()
+    torch.manual_seed(3)
+    out = model(**batch())
+    out.loss.backward()
+    return {"logits": out.logits.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 1e-5) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype is value.dtype, name
+        assert (found[name] - value).norm() <= bound * value.norm() + 1e-9, name
+
+
+def experts_rows(model: nn.Module) -> list[peft_ext.Row]:
+    return [row for row in peft_ext.explain(model).rows if row.name.endswith(("experts", "experts.base_layer"))]
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_logits_and_gradients_are_pefts(name: str) -> None:
+    wanted = step(adapt(base(name)))
+    model = peft_ext.accelerate(adapt(base(name)))
+    rows = experts_rows(model)
+    assert rows and all(row.fused for row in rows), rows
+    assert_alike(step(model), wanted)
+    assert_alike(step(peft_ext.restore(model)), wanted, 0.0)
+
+
+@every_model
+def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
+    """In the median of three: in 16 bits a token may go to another expert, in the one model or in the other."""
+    eager = None if name == "Llama 4" else "eager"  # the others' own multiply no float64
+    ratios = []
+    for seed in range(3):
+        truth = step(adapt(base(name, torch.bfloat16, eager, seed)).double())
+        stock = step(adapt(base(name, torch.bfloat16, seed=seed)))
+        fused = step(peft_ext.accelerate(adapt(base(name, torch.bfloat16, seed=seed)), blocks=False))
+        assert fused.keys() == truth.keys()
+        names = [n for n in truth if "experts" in n]
+        mine, pefts = (sum((found[n].double() - truth[n]).norm().item() ** 2 for n in names) for found in (fused, stock))
+        ratios.append((mine / pefts) ** 0.5)
+    assert sorted(ratios)[1] <= 1.2, ratios
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_implementation_of_transformers(implementation: str) -> None:
+    wanted = step(adapt(base(implementation=implementation)))
+    assert_alike(step(peft_ext.accelerate(adapt(base(implementation=implementation)))), wanted)
+
+
+def test_gradients_reach_every_expert_that_saw_a_token_and_no_other() -> None:
+    model, seen = peft_ext.accelerate(adapt(base())), {}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: seen.update({name: torch.unique(args[1]).tolist()})
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp"):
+            module.gate.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out[-1].unique().tolist()}))
+    grads = step(model)
+    assert seen
+    for name, experts in seen.items():
+        for where in ("experts.base_layer", "experts"):
+            grad = grads[f"{name}.{where}.lora_A.default.weight"].view(6, 4, -1)
+            assert [e for e in range(6) if grad[e].any()] == experts
+
+
+@pytest.mark.parametrize("only", ["gate_up_proj", "down_proj"])
+def test_one_of_the_two_parameters(only: str) -> None:
+    parameters = [f"mlp.experts.{only}"]
+    wanted = step(adapt(base(), target_parameters=parameters))
+    model = peft_ext.accelerate(adapt(base(), target_parameters=parameters))
+    assert all(row.fused for row in experts_rows(model))
+    assert_alike(step(model), wanted)
+
+
+def test_ranks_by_parameter_and_rslora() -> None:
+    config = {"rank_pattern": {"experts.gate_up_proj": 6}, "use_rslora": True}
+    assert_alike(step(peft_ext.accelerate(adapt(base(), **config))), step(adapt(base(), **config)))
+
+
+def test_under_autocast_and_checkpointing() -> None:
+    found = []
+    for accelerated in (False, True):
+        model = adapt(base())
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = peft_ext.accelerate(model) if accelerated else model
+        found.append(step(model))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(model))
+    assert_alike(found[2], found[0])
+    wanted = torch.cat([found[1][n].flatten() for n in found[1] if "experts" in n])
+    came = torch.cat([found[3][n].flatten() for n in found[1] if "experts" in n])
+    assert (came - wanted).norm() <= 0.1 * wanted.norm()
+
+
+# --- what is done to a model ------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_files_go_both_ways_and_merging_gives_the_same(name: str, tmp_path: Path) -> None:
+    model = peft_ext.accelerate(adapt(base(name))).eval()
+    with torch.no_grad():
+        wanted = model(**batch()).logits
+        model.save_pretrained(tmp_path)
+        stock = PeftModel.from_pretrained(base(name), tmp_path).eval()
+        assert (stock(**batch()).logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        fused = peft_ext.accelerate(stock)
+        assert all(row.fused for row in experts_rows(fused))
+        assert (fused(**batch()).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        merged = model.merge_and_unload()
+        assert not any(isinstance(module, peft.tuners.lora.layer.ParamWrapper) for module in merged.modules())
+        assert (merged(**batch()).logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "gpt-oss", "Mixtral"])
+def test_generates_what_peft_does(name: str) -> None:
+    ids = batch()["input_ids"][:1, :5]
+    found = [
+        model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        for model in (adapt(base(name)), peft_ext.accelerate(adapt(base(name))))
+    ]
+    assert torch.equal(*found)
+
+
+def test_disabled_merged_and_switched() -> None:
+    model, stock = peft_ext.accelerate(adapt(base())), adapt(base())
+    for m in (model, stock):
+        m.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"], target_parameters=targets(base()),
+                                          init_lora_weights=False))  # fmt: skip
+    with torch.no_grad():
+        for one, two in zip(model.parameters(), stock.parameters(), strict=True):
+            two.copy_(one)
+    peft_ext.accelerate(model)
+    with model.disable_adapter(), stock.disable_adapter():
+        assert "disabled" in experts_rows(model)[0].reason
+        torch.testing.assert_close(model.eval()(**batch()).logits, stock.eval()(**batch()).logits)
+    for m in (model, stock):
+        m.set_adapter("other")
+    assert_alike(step(model), step(stock))
+    for m in (model, stock):
+        m.base_model.set_adapter(["default", "other"])
+    assert "several" in experts_rows(model)[0].reason
+    assert_alike(step(model), step(stock))
+    for m in (model, stock):
+        m.set_adapter("default")
+        m.merge_adapter()
+    assert "merged" in experts_rows(model)[0].reason
+    torch.testing.assert_close(model.eval()(**batch()).logits, stock.eval()(**batch()).logits)
+
+
+def test_copies_pickles_and_state_dict() -> None:
+    model = peft_ext.accelerate(adapt(base()))
+    wanted = step(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(row.fused for row in experts_rows(other))
+        assert_alike(step(other), wanted, 0.0)
+    assert model.state_dict().keys() == adapt(base()).state_dict().keys()
+
+
+def test_what_is_not_fused_says_why_and_is_pefts() -> None:
+    model = peft_ext.accelerate(adapt(base()))
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    experts.get_base_layer().gate_up_proj.requires_grad_(True)
+    assert any("gate_up_proj requires grad" in row.reason for row in experts_rows(model))
+    assert experts.get_base_layer().gate_up_proj.grad is None
+    step(model)
+    assert experts.get_base_layer().gate_up_proj.grad is not None
+    model = peft_ext.accelerate(adapt(base()))
+    called = []
+    model.get_base_model().model.layers[0].mlp.experts.get_base_layer().register_forward_hook(
+        lambda *_: called.append(1)
+    )
+    assert any("hooks" in row.reason for row in experts_rows(model))
+    step(model)
+    assert called
+
+
+def test_a_token_without_an_expert_gets_nothing() -> None:
+    """As expert parallelism marks it: with a number behind the last."""
+    model = peft_ext.accelerate(adapt(base())).eval()
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    x, index = torch.randn(5, 32), torch.tensor([[0, 1], [6, 2], [6, 6], [3, 4], [5, 0]])
+    weights = torch.rand(5, 2)
+    y = experts(x, index, weights)
+    assert not y[2].any()
+    alone = experts(x[1:2], torch.tensor([[2]]), weights[1:2, 1:])
+    torch.testing.assert_close(y[1:2], alone)
