@@ -11,7 +11,8 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch import nn
 
-from .nn import NF4Linear
+from .nn import NF4Experts, NF4Linear
+from .nn.experts import dense_experts, expert_parameters, nf4_experts
 from .ops import checks
 
 __all__ = ["dequantize_nf4", "quantize_nf4"]
@@ -40,6 +41,9 @@ def quantize_nf4(
     progress: bool = True,
 ) -> _Model:
     """Replaces every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
+
+    The experts of a mixture, which transformers keeps as parameters of three dimensions in one module, become
+    :class:`peft_ext.nn.NF4Experts`, each expert quantized for itself; the router stays as it is.
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
@@ -72,7 +76,8 @@ def quantize_nf4(
     if type(model) is nn.Linear:
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
-    places = linear_groups(model, {skip} if isinstance(skip, str) else set(skip))
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    places, experts = linear_groups(model, skip), _dense_experts(model, skip)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
@@ -82,7 +87,10 @@ def quantize_nf4(
         _carry_over(linear, module)
         return module
 
-    _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress)
+    if places or not experts:
+        _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress)
+    for _, module in _progress(experts) if progress else experts:
+        nf4_experts(module, blocksize, double_quant)
     return model
 
 
@@ -136,7 +144,11 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         _carry_over(layer, module)
         return module
 
-    _replace_all("dequantize_nf4", "NF4Linear", model, _nf4_places(model), make, progress)
+    places, experts = _nf4_places(model), [module for module in model.modules() if isinstance(module, NF4Experts)]
+    if places or not experts:
+        _replace_all("dequantize_nf4", "NF4Linear", model, places, make, progress)
+    for module in experts:
+        dense_experts(module, dtype)
     return model
 
 
@@ -228,20 +240,37 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
     return list(groups.values())
 
 
-def _check_forward(op: str, name: str, linear: nn.Linear) -> None:
+def _dense_experts(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
+    """Returns the mixtures' experts to quantize, by name, checked."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):
+            continue
+        if not skip.isdisjoint(name.split(".")):
+            continue
+        for parameter in parameters:
+            _check_weight(f"{name}.{parameter}", module._parameters.get(parameter))
+        _check_forward("quantize_nf4", name, module)
+        found.append((name, module))
+    return found
+
+
+def _check_forward(op: str, name: str, linear: nn.Module) -> None:
     if "forward" in linear.__dict__:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
 def _check_linear(name: str, linear: nn.Linear) -> None:
-    weight = linear._parameters.get("weight")
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
-        came = type(getattr(linear, "weight", None)).__name__
-        raise TypeError(f"quantize_nf4: {name}.weight is a {came}, wanted a plain parameter")
-    if weight.is_meta:
-        raise ValueError(f"quantize_nf4: {name}.weight is on the meta device, load the model's weights first")
-    checks.check_float("quantize_nf4", f"{name}.weight", weight)
+    _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
     _check_forward("quantize_nf4", name, linear)
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        raise TypeError(f"quantize_nf4: {name} is a {type(weight).__name__}, wanted a plain parameter")
+    if weight.is_meta:
+        raise ValueError(f"quantize_nf4: {name} is on the meta device, load the model's weights first")
+    checks.check_float("quantize_nf4", name, weight)
 
 
 def _replace_all(

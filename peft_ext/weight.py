@@ -185,7 +185,9 @@ class NF4Weight:
     def expert(self, index: int) -> NF4Weight:
         """Returns one weight ``(N, K)`` of a stack, of the same memory."""
         if not self.stacked:
-            raise ValueError(f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted one of NF4Weight.stack")
+            raise ValueError(
+                f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted one of NF4Weight.stack"
+            )
         experts = self.shape[0]
 
         def part(tensor: Tensor) -> Tensor:

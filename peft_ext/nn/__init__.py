@@ -3,6 +3,7 @@
 from .adalora import AdaLoRALinear
 from .bottleneck import BottleneckAdapter
 from .dora import DoRALinear
+from .experts import NF4Experts
 from .ia3 import IA3Linear
 from .lora import LoRALinear
 from .nf4 import NF4Linear
@@ -15,6 +16,7 @@ __all__ = [
     "DoRALinear",
     "IA3Linear",
     "LoRALinear",
+    "NF4Experts",
     "NF4Linear",
     "PrefixEncoder",
     "PromptEmbedding",

@@ -137,7 +137,9 @@ def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> N
         fused = step(peft_ext.accelerate(adapt(base(name, torch.bfloat16, seed=seed)), blocks=False))
         assert fused.keys() == truth.keys()
         names = [n for n in truth if "experts" in n]
-        mine, pefts = (sum((found[n].double() - truth[n]).norm().item() ** 2 for n in names) for found in (fused, stock))
+        mine, pefts = (
+            sum((found[n].double() - truth[n]).norm().item() ** 2 for n in names) for found in (fused, stock)
+        )
         ratios.append((mine / pefts) ** 0.5)
     assert sorted(ratios)[1] <= 1.2, ratios
 
@@ -156,7 +158,9 @@ def test_gradients_reach_every_expert_that_saw_a_token_and_no_other() -> None:
 
     for name, module in model.named_modules():
         if name.endswith("mlp"):
-            module.gate.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out[-1].unique().tolist()}))
+            module.gate.register_forward_hook(
+                lambda m, a, out, name=name: seen.update({name: out[-1].unique().tolist()})
+            )
     grads = step(model)
     assert seen
     for name, experts in seen.items():
@@ -241,7 +245,7 @@ def test_disabled_merged_and_switched() -> None:
     assert_alike(step(model), step(stock))
     for m in (model, stock):
         m.base_model.set_adapter(["default", "other"])
-    assert "several" in experts_rows(model)[0].reason
+    assert experts_rows(model)[0].fused
     assert_alike(step(model), step(stock))
     for m in (model, stock):
         m.set_adapter("default")
@@ -287,3 +291,103 @@ def test_a_token_without_an_expert_gets_nothing() -> None:
     assert not y[2].any()
     alone = experts(x[1:2], torch.tensor([[2]]), weights[1:2, 1:])
     torch.testing.assert_close(y[1:2], alone)
+
+
+# --- over NF4 ---------------------------------------------------------------------------------------------------------
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """Of the very weights that a quantized model multiplies with."""
+    return peft_ext.dequantize_nf4(peft_ext.quantize_nf4(model))
+
+
+@every_model
+def test_nf4_experts_are_the_dense_ones_of_their_weights(name: str) -> None:
+    wanted = step(adapt(dequantized(base(name))))
+    quantized = peft_ext.quantize_nf4(base(name))
+    assert any(isinstance(module, peft_ext.nn.NF4Experts) for module in quantized.modules())
+    frozen = dequantized(base(name)).eval()(**batch()).logits
+    torch.testing.assert_close(quantized.eval()(**batch()).logits, frozen, rtol=1e-4, atol=1e-5)
+    model = adapt(quantized, target_parameters=targets(base(name)))
+    shapes = {n: p.shape for n, p in adapt(base(name)).named_parameters() if "lora" in n}
+    assert {n: p.shape for n, p in model.named_parameters() if "lora" in n} == shapes
+    model = peft_ext.accelerate(model)
+    assert all(row.fused for row in experts_rows(model))
+    found = step(model)
+    assert_alike({n: v for n, v in found.items() if n in wanted}, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "gpt-oss"])
+def test_each_expert_has_the_bits_of_a_weight_of_its_own(name: str, double_quant: bool) -> None:
+    dense = base(name)
+    wanted = {n: p.detach().clone() for n, p in dense.named_parameters() if p.dim() == 3 and n.endswith("_proj")}
+    peft_ext.quantize_nf4(dense, double_quant=double_quant)
+    for full, parameter in wanted.items():
+        module, _, short = full.rpartition(".")
+        nf4 = dense.get_submodule(module).nf4(short)
+        for e, one in enumerate(parameter):
+            alone = peft_ext.ops.nf4_quantize((one.T if name == "gpt-oss" else one).contiguous(), 64, double_quant)
+            for key, tensor in alone.tensors().items():
+                assert torch.equal(nf4.expert(e).tensors()[key].reshape(-1), tensor.reshape(-1)), key
+
+
+def test_nf4_experts_state_files_and_copies(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = peft_ext.quantize_nf4(base()).eval()
+    wanted = model(**batch()).logits
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other = peft_ext.quantize_nf4(base(seed=1)).eval()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(**batch()).logits, wanted)
+    coarse = peft_ext.quantize_nf4(base(), blocksize=32)
+    with pytest.raises((ValueError, RuntimeError), match="blocksize|size mismatch"):
+        coarse.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(**batch()).logits, wanted)
+        adapted = peft_ext.accelerate(adapt(copied, target_parameters=targets(base())))
+        assert all(row.fused for row in experts_rows(adapted))
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    experts = half.model.layers[0].mlp.experts
+    assert torch.equal(experts.nf4("down_proj").dequantize(torch.float32),
+                       model.model.layers[0].mlp.experts.nf4("down_proj").dequantize(torch.float32))  # fmt: skip
+    held = sum(t.numel() * t.element_size() for t in (*experts._parameters.values(), *experts._buffers.values())
+               if t is not None)  # fmt: skip
+    dense = base(dtype=torch.bfloat16).model.layers[0].mlp.experts
+    # A table of 1 KiB for each of two parameters, of few weights here.
+    assert held - 2 * 1024 <= 0.28 * sum(p.numel() * p.element_size() for p in dense.parameters())
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "gpt-oss", "Llama 4"])
+def test_merging_into_nf4_experts_and_back(name: str, tmp_path: Path) -> None:
+    model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base(name)), target_parameters=targets(base(name)))).eval()
+    wanted = model(**batch()).logits
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="rounds the merged weight"):
+        model.merge_adapter()
+    moved = (model(**batch()).logits - wanted).norm() / wanted.norm()
+    assert 0 < moved < 0.3
+    merged = adapt(dequantized(base(name))).eval().merge_and_unload()
+    experts = [m for m in model.modules() if isinstance(m, peft_ext.nn.NF4Experts)]
+    dense = [m for n, m in merged.named_modules() if n.endswith("experts")]
+    for one, other in zip(experts, dense, strict=True):
+        found, exact = one.nf4("down_proj").dequantize(torch.float32), other.down_proj
+        exact = exact.transpose(1, 2) if found.shape != exact.shape else exact
+        assert (found - exact).norm() <= 0.1 * exact.norm()
+    model.unmerge_adapter()
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = peft_ext.accelerate(PeftModel.from_pretrained(peft_ext.quantize_nf4(base(name)), tmp_path)).eval()
+    torch.testing.assert_close(again(**batch()).logits, wanted)
+    exact = peft_ext.dequantize_nf4(model).merge_and_unload().eval()
+    torch.testing.assert_close(exact(**batch()).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
+    hooked = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base())))
+    hooked.get_base_model().model.layers[0].mlp.experts.lora_A["default"].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="hooks on lora_A"):
+        hooked(**batch())
+    with hooked.disable_adapter():
+        hooked(**batch())

@@ -240,11 +240,17 @@ def _lora_experts_case(
     def plain(x, weight, offsets, bias, compute, lora_A=None, lora_B=None):
         parts, begin = [], 0
         for expert, end in enumerate(offsets.tolist()):
-            own, rows, begin = weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert], x[begin:end], end
+            own, rows, begin = (
+                weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert],
+                x[begin:end],
+                end,
+            )
             y = F.linear(rows, _dequantized(own, compute).to(x.dtype), None if bias is None else bias[expert])
             if lora_A is not None:
                 seed = SEED + torch.tensor([0, expert])
-                kept = torch.where(reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0)
+                kept = torch.where(
+                    reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0
+                )
                 low = F.linear(kept if dropout_p else rows, lora_A[expert].to(x.dtype))
                 y = y + F.linear(low, lora_B[expert].to(x.dtype)) * 0.75
             parts.append(y)

@@ -22,7 +22,7 @@ with optional("peft", "an adapter over an NF4Linear can't be merged"):
 
 Merged = tuple[Tensor, Optional[Tensor]]  # weight and bias with an adapter in them
 
-_MERGE_LOSES = (
+MERGE_LOSES = (
     "merging into an NF4 weight rounds the merged weight to 4 bits again; peft_ext.explain(model) says how far that "
     "moves it. peft_ext.dequantize_nf4(model) before merging, or peft-ext merge, keeps it"
 )
@@ -90,4 +90,4 @@ def _merge_nf4(layer: Any, base: NF4Linear, names: list[str], safe_merge: bool) 
         base.bias.data = merged_bias.to(base.bias)
     layer.__dict__[KEPT] = (nf4, bias)
     layer.merged_adapters.extend(names)
-    warnings.warn(_MERGE_LOSES, stacklevel=3)
+    warnings.warn(MERGE_LOSES, stacklevel=3)
