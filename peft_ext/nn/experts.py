@@ -107,7 +107,8 @@ def route(experts: Any, x: Tensor, given: tuple, run: Callable[[Tensor, Tensor],
     order = chosen.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
-    offsets = torch.bincount(chosen, minlength=count + 1)[:count].cumsum(0)
+    counts = chosen.new_zeros(count + 1, dtype=torch.int64).scatter_add_(0, chosen.long(), torch.ones_like(order))
+    offsets = counts[:count].cumsum(0)
     rows = run(_Gather.apply(x, order, inverse), offsets)
     if experts.has_post_expert_norm:
         rows = experts.post_expert_norm(rows)
@@ -170,8 +171,10 @@ class NF4Experts:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = (*args, *kwargs.values())
         if not routes(self, x, given):
-            raise ValueError(f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and came with {len(given)} "
-                             "arguments more, wanted tokens [T, H], their experts [T, k] and weights [T, k]")  # fmt: skip
+            raise ValueError(
+                f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and came with {len(given)} arguments more, "
+                "wanted tokens [T, H], their experts [T, k] and weights [T, k]"
+            )
         first, second = expert_parameters(self)
 
         def run(rows: Tensor, offsets: Tensor) -> Tensor:

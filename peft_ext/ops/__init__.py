@@ -7,13 +7,13 @@ from .activations import activation, gated_activation
 from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
+from .experts import experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
 from .nf4 import frozen_linear, nf4_dequantize, nf4_linear, nf4_merge, nf4_quantize
 from .norm import layer_norm, rms_norm
 from .rotary import rotary_embedding
-from .experts import experts_linear, lora_experts
 from .siblings import lora_linears
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "nf4_quantize",
     "rms_norm",
     "rotary_embedding",
+    "experts_linear",
 ]

@@ -3,11 +3,11 @@
     x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Y_t = x_t W_eᵀ + s · S_t B_eᵀ + b_e        t a row of expert e
 
 Backward, over the rows of each expert: ``P = s · dY B_e``; ``dX = dY W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``;
-``dB_e = s · dYᵀ S``; ``db_e = Σ dY``. Saved: x, S and the seed. No weight but its own is read for a row, no sum W + s B A
-is made, and an expert without rows costs nothing.
+``dB_e = s · dYᵀ S``; ``db_e = Σ dY``. Saved: x, S and the seed. No weight but its own is read for a row, no sum
+W + s B A is made, and an expert without rows costs nothing.
 
-On the CPU one loop over the experts, on all threads; on a GPU each expert is computed as :func:`lora_linear` does, which
-waits for the offsets.
+On the CPU one loop over the experts, on all threads; on a GPU each expert is computed as :func:`lora_linear` does,
+which waits for the offsets.
 
 Sources: LoRA (arXiv 2106.09685); mixtures of experts (arXiv 1701.06538).
 """

@@ -7,6 +7,7 @@ from .activations import activation, activation_backward, gated_activation, gate
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
+from .experts import lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
@@ -14,7 +15,6 @@ from .nf4 import dynamic_code, frozen_linear, nf4_code, nf4_dequantize, nf4_line
 from .norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from .philox import dropout_keep_mask
 from .rotary import rotary_embedding, rotary_embedding_backward
-from .experts import lora_experts
 from .siblings import lora_linears
 
 __all__ = [

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peft_ext
+
 hf = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-
-from peft import LoraConfig, PeftModel, get_peft_model
-
-import peft_ext
+LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,

@@ -1,7 +1,7 @@
 """PEFT's LoRA on the experts of a mixture (``target_parameters``) on :func:`peft_ext.ops.lora_experts`.
 
-PEFT adds W + s B A of all experts on each forward, and lets the experts' own forward run over the sums. Here the rows of
-each expert meet its own weight, dense or NF4, and adapter, and no sum is made:
+PEFT adds W + s B A of all experts on each forward, and lets the experts' own forward run over the sums. Here the rows
+of each expert meet its own weight, dense or NF4, and adapter, and no sum is made:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -33,11 +33,11 @@ from .blocks import activation_name, computed_again
 from .merging import MERGE_LOSES, check_adapters_to_merge
 from .reasons import accepts_input, hooked, kernel_reason, layer_reason, tensor_reason
 
-ParamWrapper = apply_gate = None
+ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
     from peft.tuners.lora.layer import ParamWrapper
-with optional("transformers", "the gate of a mixture's experts is not fused"):
-    from transformers.integrations.moe import _default_apply_gate as apply_gate
+
+_GATES: dict[tuple, bool] = {}  # what was tried
 
 
 class Experts(Fused):
@@ -180,16 +180,30 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
 
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns the second layer's output of the first one's; a gate that is known is computed again in the backward."""
-    gated = getattr(experts, "has_gate", True)
-    own = gated and getattr(type(experts), "_apply_gate", apply_gate) is not apply_gate  # gpt-oss has one
-    act = None if own or _has_hooks(experts.act_fn) else activation_name(experts.act_fn)
-    if act is None:
+    gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
+    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn)
+    if act is None or (gated and not _is_plain_gate(experts, act)):
         return _linear(experts, adapters, name, gate(experts, rows), offsets)
     operator = ops.gated_activation if gated else ops.activation
     args = (rows, None, act) if gated else (rows, act)
     h = operator(*args)
     with computed_again(h, operator, *args):
         return _linear(experts, adapters, name, h, offsets)
+
+
+def _is_plain_gate(experts: Any, act: str) -> bool:
+    """Returns whether the experts' gate is act(first half) times the second, by trial, once for each class."""
+    key = (type(experts), act)
+    if key not in _GATES:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            rows = torch.linspace(-4, 4, 2 * 3 * 8, dtype=torch.float32).view(3, 16)
+            try:
+                found = gate(experts, rows)
+            except Exception:  # whatever another function raises
+                found = rows
+            wanted = ops.gated_activation(rows, None, act)
+        _GATES[key] = found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-5)
+    return _GATES[key]
 
 
 def _has_hooks(act: Any) -> bool:
