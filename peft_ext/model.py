@@ -45,6 +45,7 @@ def get_peft_model(
     accelerate: bool = True,
     blocks: bool = True,
     dora_dropout: str = "peft",
+    experts_dropout: float = 0.0,
     **kwargs: Any,
 ) -> PeftModel:
     """Calls ``peft.get_peft_model``, then :func:`peft_ext.accelerate`: a new adapter on ``model``, in place.
@@ -57,7 +58,7 @@ def get_peft_model(
         config: of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or DiffPruningConfig.
         adapter_name: the new adapter's name.
         accelerate: put the layers on the fused ops; what can't be fused stays stock. False: PEFT's model as it is.
-        blocks, dora_dropout: see :func:`peft_ext.accelerate`.
+        blocks, dora_dropout, experts_dropout: see :func:`peft_ext.accelerate`.
         kwargs: PEFT's others: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
 
     Returns: the PeftModel, around the same model.
@@ -69,7 +70,9 @@ def get_peft_model(
     _register_nf4(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
-    return _accelerate(adapted, blocks=blocks, dora_dropout=dora_dropout) if accelerate else adapted
+    if not accelerate:
+        return adapted
+    return _accelerate(adapted, blocks=blocks, dora_dropout=dora_dropout, experts_dropout=experts_dropout)
 
 
 def load_adapter(
@@ -81,6 +84,7 @@ def load_adapter(
     accelerate: bool = True,
     blocks: bool = True,
     dora_dropout: str = "peft",
+    experts_dropout: float = 0.0,
     **kwargs: Any,
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, active, then calls :func:`peft_ext.accelerate`.
@@ -93,7 +97,7 @@ def load_adapter(
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
         adapter_name: the name it gets here; the one it was saved under is not on disk.
         is_trainable: train it on; otherwise it is frozen and the model is put in eval mode.
-        accelerate, blocks, dora_dropout: see :func:`get_peft_model`.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`.
         kwargs: PEFT's others: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``, ``key_mapping``,
             ``subfolder``, ``revision``, ``token`` and the like.
 
@@ -149,7 +153,9 @@ def load_adapter(
     if not key_mapping:
         _warn_of_extra(model, adapter_name, folder / SAFETENSORS_WEIGHTS_NAME)
     freeze_ranknum(model)
-    return _accelerate(model, blocks=blocks, dora_dropout=dora_dropout) if accelerate else model
+    if not accelerate:
+        return model
+    return _accelerate(model, blocks=blocks, dora_dropout=dora_dropout, experts_dropout=experts_dropout)
 
 
 def _holds_nf4(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Linear
 from ..ops.checks import check_module
-from .fused import adalora, experts, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
+from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .fused.base import (
     FOUR_BIT,
     FUSED,
@@ -39,6 +39,7 @@ from .fused.base import (
 )
 from .fused.blocks import Block, fuse_blocks, no_block_reason, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
 from .fused.head import DefersLoss, compute_losses, defer_losses, heads, no_head_reason
 from .fused.linear import FusedLinear, linear_dtype, would_widen
 from .fused.lora import Lora
@@ -66,7 +67,9 @@ _DORA_DROPOUTS = ("peft", "lora")
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> nn.Module:
+def accelerate(
+    model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft", experts_dropout: float = 0.0
+) -> nn.Module:
     """Puts the adapter layers and 4-bit linears of a live model on the fused ops, in place.
 
     Where the CPU has no instructions for products in a 16-bit dtype, which PyTorch then multiplies in a plain loop, the
@@ -89,16 +92,21 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
+        experts_dropout: in training, the probability to drop an element of what a mixture's experts get, on the
+            low-rank path of their LoRA (``target_parameters``), a mask for each row. PEFT, which adds W + s B A, has
+            none, and refuses a ``lora_dropout`` there; its files don't say it. Kept like dora_dropout.
 
     Returns: the same model. Calling again is harmless. Outputs and gradients agree with PEFT's to rounding; dropout
     draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient, and
     forward-mode derivatives.
 
-    Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two. Warns where model
-    has no adapter and no 4-bit layer, and where bitsandbytes has repacked a 4-bit weight, which it then can't train.
+    Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two, or experts_dropout
+    no probability below 1. Warns where model has no adapter and no 4-bit layer, and where bitsandbytes has repacked a 4-bit weight, which it then can't train.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
+    if not isinstance(experts_dropout, (int, float)) or not 0.0 <= experts_dropout < 1.0:
+        raise ValueError(f"accelerate: experts_dropout is {experts_dropout!r}, wanted 0 <= p < 1")
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     check_module("accelerate", model)
@@ -118,6 +126,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
         if isinstance(module, Lora):
             prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
+    prepare_experts(model, float(experts_dropout))
     if blocks:
         fuse_blocks(model)
         defer_losses(model)
@@ -150,6 +159,7 @@ def restore(model: nn.Module) -> nn.Module:
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
+    clear_experts(model)
     for module in model.modules():
         if isinstance(module, Lora):
             clear_dora(module)
@@ -266,6 +276,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}"
+            if parameter := getattr(module, "parameter_name", None):  # of one or several nested around the experts
+                kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched_reason(module, method, kind)
         elif module in bases:
@@ -321,6 +333,8 @@ def _method(module: Any) -> str:
                 method = variant_name(variant)
                 own = method == "DoRA" and getattr(module, DORA_DROPOUT, "peft") == "lora"
                 return f"{method} (dropout on the low-rank path)" if own else method
+        if p := module.__dict__.get(EXPERTS_DROPOUT):
+            return f"LoRA with dropout {p:g}"
     return _METHODS.get(package, package.replace("_", " ").upper())
 
 

@@ -78,7 +78,7 @@ class PeftExtCallback(TrainerCallback):
         warmup_steps: steps that the speed leaves out: the first ones allocate.
         restore: call :func:`peft_ext.restore` on the model as training ends: all of it, also what was accelerated
             before. A run that ends with an exception leaves the model accelerated.
-        blocks, dora_dropout: of :func:`peft_ext.accelerate`.
+        blocks, dora_dropout, experts_dropout: of :func:`peft_ext.accelerate`.
 
     Of the run that began last:
 
@@ -100,12 +100,13 @@ class PeftExtCallback(TrainerCallback):
 
     def __init__(
         self, accelerate: bool = True, warmup_steps: int = 2, *, restore: bool = False, blocks: bool = True,
-        dora_dropout: str = "peft",
+        dora_dropout: str = "peft", experts_dropout: float = 0.0,
     ) -> None:  # fmt: skip
         if warmup_steps < 0:
             raise ValueError(f"PeftExtCallback: warmup_steps is {warmup_steps}, wanted at least 0")
         self.accelerate, self.warmup_steps = accelerate, warmup_steps
-        self.restore, self.blocks, self.dora_dropout = restore, blocks, dora_dropout
+        self.restore, self.blocks = restore, blocks
+        self.dora_dropout, self.experts_dropout = dora_dropout, experts_dropout
         self.step_seconds: list[float] = []
         self.step_tokens: list[int] = []
         self.explanation: Optional[Explanation] = None
@@ -136,7 +137,8 @@ class PeftExtCallback(TrainerCallback):
         if self.accelerate:
             from .peft import accelerate
 
-            accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout)
+            accelerate(kwargs["model"], blocks=self.blocks, dora_dropout=self.dora_dropout,
+                       experts_dropout=self.experts_dropout)  # fmt: skip
         self._watch(kwargs["model"])
 
     def on_step_begin(

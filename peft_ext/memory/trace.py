@@ -34,6 +34,7 @@ from .stand_ins import Dequantized, fake, replace_tensors
 
 _LOSS = torch.ops.peft_ext.linear_cross_entropy.default
 _SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_linears_backward.default)
+_EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_experts_backward.default)
 
 # What a forward raises here that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
@@ -114,6 +115,11 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
         return chunk + (given["weight"].numel() * size if device == "cpu" and size == 2 else 0)
     if func in _SIBLINGS:
         return _workspace_of_siblings(given, device)
+    if func in _EXPERTS:
+        # The adapters in one piece, and their gradients; an expert's own part is small beside them.
+        held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
+        size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())
+        return size * (2 if "grad" in given else 1)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0

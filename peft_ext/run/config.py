@@ -221,7 +221,7 @@ def _convert(path: Path, name: str, kind: Any, node: Any) -> Any:
     """Returns the option's value, of the type ``kind``; None for its default."""
     if optional := type(None) in typing.get_args(kind):
         (kind,) = (t for t in typing.get_args(kind) if t is not type(None))
-    if node.id == "sequence" and name == "target_modules":
+    if node.id == "sequence" and name in ("target_modules", "target_parameters"):
         if nested := next((item for item in node.value if item.id != "scalar"), None):
             _fail(path, nested.start_mark, f"{name} has a list or a mapping in its list, wanted names")
         if not node.value:

@@ -183,14 +183,19 @@ class Check:
 
 
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
-    """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it."""
+    """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it.
+
+    Experts over NF4 have an adapter where they are accelerated alone, and are so in both.
+    """
     from peft import PeftModel
+
+    from ..nn import NF4Experts
 
     batch = collate(run, run.examples.held_out[:REREAD])
     keep = batch["attention_mask"].bool()  # what is computed at padding is nobody's business
     model.eval()
-    accelerated = None
-    if not run.options.stock:
+    accelerated, stays = None, any(isinstance(module, NF4Experts) for module in model.modules())
+    if not run.options.stock and not stays:
         from ..integrations.peft import restore
 
         accelerated = logits_of(model, batch)[keep]
@@ -199,6 +204,10 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     differs = None if accelerated is None else _largest_difference(accelerated, live)
     del accelerated
     fresh = PeftModel.from_pretrained(fresh_base(), str(run.options.output), torch_device=str(run.device)).eval()
+    if stays:
+        from ..integrations.peft import accelerate
+
+        accelerate(fresh)
     difference = _largest_difference(live, logits_of(fresh, batch)[keep])
     largest = live.abs().max().item()
     bound = 4 * torch.finfo(run.dtype).eps * largest

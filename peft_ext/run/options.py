@@ -31,6 +31,9 @@ class Options:
         method: one of :data:`peft_ext.methods.METHODS`.
         rank, alpha, dropout: of the low-rank methods.
         target_modules: names with commas between them, or "all-linear"; None: the method's own.
+        target_parameters: names with commas between them of parameters that LoRA adapts beside the layers, or "experts":
+            those of a mixture's experts; None: these, where the model has some and ``target_modules`` is None.
+            ``dropout`` is then theirs alone, since PEFT's configuration has none beside them.
         virtual_tokens: of prefix and prompt tuning.
         quant: the frozen weights: "nf4", double-quantized in blocks of ``blocksize``, or "none"; None: "nf4", and
             "none" for the methods that train the weights themselves.
@@ -58,6 +61,7 @@ class Options:
     alpha: float = 32.0
     dropout: float = 0.05
     target_modules: Optional[str] = None
+    target_parameters: Optional[str] = None
     virtual_tokens: int = 20
     quant: Optional[str] = None
     dtype: str = "auto"
@@ -102,8 +106,8 @@ class Options:
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 SAME_ON_RESUME = (
-    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "quant", "dtype",
-    "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size",
+    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "target_parameters", "virtual_tokens", "quant",
+    "dtype", "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size",
     "grad_accum", "lr", "warmup", "seed", "stock",
 )  # fmt: skip
 
@@ -155,6 +159,8 @@ def check_options(o: Options) -> None:
         )
     if o.target_modules is not None and method.kind == "prompt":
         raise RunError(f"--target-modules with --method {o.method}: it adapts no layers")
+    if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora"):
+        raise RunError(f"--target-parameters with --method {o.method}: LoRA alone adapts parameters")
     if o.method == "qlora" and o.quant == "none":
         raise RunError("--quant none with --method qlora: that is --method lora")
     if o.quant == "nf4" and not method.can_quantize:

@@ -234,7 +234,8 @@ def adapt(run: Run, model: Any) -> Any:
     from transformers import set_seed
 
     set_seed(run.options.seed)
-    model = get_peft_model(model, adapter_config(run, model))
+    config = adapter_config(run, model)
+    model = get_peft_model(model, config)
     # PEFT's layer over a bitsandbytes base draws other random numbers on the way: start every base alike, so that
     # a run and its --stock twin differ in arithmetic alone.
     set_seed(run.options.seed)
@@ -244,7 +245,8 @@ def adapt(run: Run, model: Any) -> Any:
     if not run.options.stock:
         from ..integrations.peft import accelerate
 
-        accelerate(model)
+        on_experts = getattr(config, "target_parameters", None)
+        accelerate(model, experts_dropout=run.options.dropout if on_experts else 0.0)
     return model
 
 

@@ -198,6 +198,42 @@ def test_under_autocast_and_checkpointing() -> None:
     assert (came - wanted).norm() <= 0.1 * wanted.norm()
 
 
+def test_dropout_on_the_low_rank_path() -> None:
+    """Against a float64 step of the same masks; without training, and in files, nothing of it."""
+    model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
+    assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
+    assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
+    first, again, other = step(model), step(model), step(plain)
+    assert all(torch.equal(first[n], again[n]) for n in first)  # one seed
+    assert (first["logits"] - other["logits"]).abs().max() > 1e-3
+    rows, weight, a, b = torch.randn(40, 32), torch.randn(6, 16, 32), torch.randn(6, 4, 32), torch.randn(6, 16, 4)
+    offsets, means = torch.tensor([10, 10, 25, 30, 40, 40]), []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        means.append(peft_ext.ops.lora_experts(rows, weight, offsets, a, b, dropout_p=0.4, training=True))
+    wanted = peft_ext.ops.lora_experts(rows, weight, offsets, a, b)
+    assert (torch.stack(means).mean(0) - wanted).norm() <= 0.1 * wanted.norm()
+    copied = copy.deepcopy(model)
+    assert experts_rows(copied)[0].kind.startswith("LoRA with dropout")
+    assert not any("dropout" in row.kind for row in experts_rows(peft_ext.accelerate(model)))
+    with pytest.raises(ValueError, match="experts_dropout is 1.0, wanted"):
+        peft_ext.accelerate(model, experts_dropout=1.0)
+
+
+def test_memory_is_estimated_with_experts() -> None:
+    size = {"batch_size": 2, "sequence_length": 24}
+    stock, fused = (peft_ext.estimate_memory(adapt(base(dtype=torch.bfloat16)), accelerated=accelerated, **size)
+                    for accelerated in (False, True))  # fmt: skip
+    assert 0 < fused.activations < stock.activations
+    quantized = adapt(peft_ext.quantize_nf4(base(dtype=torch.bfloat16)), target_parameters=targets(base()))
+    assert peft_ext.estimate_memory(quantized, **size).weights < fused.weights
+
+
+def test_explain_names_the_parameters() -> None:
+    kinds = {row.kind for row in experts_rows(peft_ext.accelerate(adapt(base())))}
+    assert kinds == {"LoRA over Qwen3MoeExperts.down_proj", "LoRA over Qwen3MoeExperts.gate_up_proj"}
+
+
 # --- what is done to a model ------------------------------------------------------------------------------------------
 
 

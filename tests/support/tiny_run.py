@@ -32,10 +32,11 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def write_tiny_model(folder: Path) -> None:
-    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes."""
+def write_tiny_model(folder: Path, experts: int = 0) -> None:
+    """Writes a random Llama of two layers, in bfloat16, with a tokenizer of bytes; with experts a Qwen3-MoE."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
@@ -43,11 +44,15 @@ def write_tiny_model(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0,
+        "eos_token_id": 1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    kind = "Qwen3Moe" if experts else "Llama"
+    own = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **(own if experts else {}))
+    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
 
 

@@ -37,6 +37,9 @@ ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
     from peft.tuners.lora.layer import ParamWrapper
 
+# accelerate's experts_dropout: the attribute of a wrapper that has one, which PEFT's configuration can't say.
+EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
+
 _GATES: dict[tuple, bool] = {}  # what was tried
 
 
@@ -175,15 +178,41 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
     if (wrapper := adapters.get(name)) is None:
         return ops.experts_linear(rows, weight, offsets, bias)
     lora_A, lora_B, scaling = _adapter(wrapper, _names(wrapper), weight.shape[0], transposed)
-    return ops.lora_experts(rows, weight, offsets, lora_A, lora_B, bias, scaling=scaling)
+    return ops.lora_experts(
+        rows, weight, offsets, lora_A, lora_B, bias, scaling=scaling,
+        dropout_p=wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), training=wrapper.training,
+    )  # fmt: skip
+
+
+def _known_gate(experts: Any) -> Optional[str]:
+    """Returns the activation of experts that compute act(rows), or act(first half) times the second; None: others."""
+    gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
+    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn)
+    return act if act is None or not gated or _is_plain_gate(experts, act) else None
+
+
+def prepare_experts(model: nn.Module, dropout: float) -> None:
+    """Leaves on the wrappers of a model's experts what :func:`peft_ext.accelerate` was told, and tries the experts'
+    gates, which a trace without data could not."""
+    clear_experts(model)
+    for module in model.modules():
+        if isinstance(module, Experts) and dropout:
+            module.__dict__[EXPERTS_DROPOUT] = dropout
+        elif expert_parameters(module):
+            _known_gate(module)
+
+
+def clear_experts(model: nn.Module) -> None:
+    """Undoes :func:`prepare_experts`."""
+    for module in model.modules():
+        module.__dict__.pop(EXPERTS_DROPOUT, None)
 
 
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns the second layer's output of the first one's; a gate that is known is computed again in the backward."""
-    gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
-    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn)
-    if act is None or (gated and not _is_plain_gate(experts, act)):
+    if (act := _known_gate(experts)) is None:
         return _linear(experts, adapters, name, gate(experts, rows), offsets)
+    gated = getattr(experts, "has_gate", True)
     operator = ops.gated_activation if gated else ops.activation
     args = (rows, None, act) if gated else (rows, act)
     h = operator(*args)
