@@ -426,3 +426,17 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
         hooked(**batch())
     with hooked.disable_adapter():
         hooked(**batch())
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
+def test_all_linear_as_peft_reads_it(name: str) -> None:
+    """Which are the experts, with other ranks, and the router, which PEFT computes."""
+    found = []
+    for accelerated in (False, True):
+        model = adapt(base(name), target_modules="all-linear", target_parameters=None)
+        found.append(step(peft_ext.accelerate(model) if accelerated else model))
+    assert any("gate.lora_A" in key for key in found[0])
+    assert all(row.fused for row in experts_rows(model))
+    router = [row for row in peft_ext.explain(model).rows if row.name.endswith("gate")]
+    assert router and all("wanted a mixture's experts" in row.reason for row in router)
+    assert_alike(found[1], found[0])

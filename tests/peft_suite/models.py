@@ -35,6 +35,12 @@ MODELS = {
         hf.RobertaForSequenceClassification, lambda: hf.RobertaConfig(**_BERT)),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         hf.LlamaForSequenceClassification, lambda: hf.LlamaConfig(**_LLAMA, pad_token_id=0)),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (hf.Llama4ForCausalLM, lambda: hf.Llama4TextConfig(
+        **{**_LLAMA, "intermediate_size": 32}, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1,
+        head_dim=8, pad_token_id=0, interleave_moe_layer_step=1)),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (hf.GptOssForCausalLM, lambda: hf.GptOssConfig(
+        **{**_LLAMA, "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ comparison of float32 that is off by at most 2e-6 of the largest value is taken 
 rounding, counted, and the largest one is told.
 
 Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners,
-LoRA's variants, and LoRA in a Llama; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of
+LoRA's variants, and LoRA in a Llama; ``experts``, those of ``target_parameters``; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of
 the files OTHERS; ``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s)
 are of all configurations.
 """
@@ -46,6 +46,8 @@ _QUICK = (
     f"((mlp and lora) or {_CLASSES}) and not dora and not velora and not timing and not Parameter{_OTHERS}"
     f" or {_METHODS}"
 )
+# Those that count how often PEFT's own sum W + s B A is made, which no fused layer makes.
+_EXPERTS = "not multiple_parameters_on_same_module and not forward_under_autocast and not result_caching_works"
 # What to run, in turn: files, and of their tests those that pytest's -k selects.
 MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "quick": [
@@ -57,15 +59,16 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         ),
     ],
     "lora": [((TESTS,), f"(lora or {_CLASSES} or MultipleActive) and not timing{_OTHERS}")],
+    "experts": [(("tests/test_target_parameters.py",), _EXPERTS)],
     "others": [(OTHERS, "")],
-    "full": [((TESTS,), "not timing"), (OTHERS, "")],
+    "full": [((TESTS,), "not timing"), (OTHERS, ""), (("tests/test_target_parameters.py",), _EXPERTS)],
 }
 # What has to be fused at least once; "quick" and "full" meet all of it.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
 SECONDS = 900  # for one test
 # So many layers, each counted once, have to run fused, in PEFT's tests and where gradients are compared.
-LEAST_LAYERS = {"quick": 500, "lora": 400, "others": 100, "full": 500}
+LEAST_LAYERS = {"quick": 500, "lora": 400, "experts": 100, "others": 100, "full": 500}
 # The shared test code imports this class; the tests of this file never use it.
 _DIFFUSERS = "class StableDiffusionPipeline:\n    pass\n"
 
@@ -189,7 +192,7 @@ def main() -> int:
     print(f"differ by rounding: {len(rounds)} tests, by at most {largest:.2g} of the largest value")
     for name in worse:
         print(f"passes only without: {name}")
-    wanted = {"lora": LORA_METHODS, "others": ("LoRA", "DoRA")}.get(options.mode, METHODS)
+    wanted = {"lora": LORA_METHODS, "others": ("LoRA", "DoRA"), "experts": ("LoRA",)}.get(options.mode, METHODS)
     untested = [f"in PEFT's tests: {name}" for name in wanted if not fused.get(name)]
     untested += [f"with gradients compared: {name}" for name in METHODS if not in_gradients["forwards"].get(name)]
     for name in untested:

@@ -103,7 +103,7 @@ class Experts(Fused):
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
     """Returns why the experts' own forward has to run."""
     if not (held := expert_parameters(experts)):
-        return f"its experts are a {class_name(type(experts))}, wanted a module of transformers' experts interface"
+        return f"it is over a {class_name(type(experts))}, wanted a mixture's experts, as transformers keeps them"
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed"
     if hooked(experts):
