@@ -275,10 +275,12 @@ def _trained(
 def functional(
     problem: Problem, weights: Union[str, Turns[Any]], forward: Callable[..., Tensor], names: tuple[str, ...],
     exact: Union[Exact, str], *, training: bool = True, enter: Callable[[Any], Any] = lambda weight: weight,
+    adapters: Optional[Turns[dict[str, Tensor]]] = None,
 ) -> Contender:  # fmt: skip
     """``forward(x, enter(weight), *adapters)`` with the named adapters; with its backward, or without autograd.
 
     ``weights``: a base of the problem, or weights of the contender's own. ``enter`` runs once for each, not timed.
+    ``adapters``: others than the problem's.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -286,7 +288,7 @@ def functional(
     args: list[Any] = []
 
     def take() -> None:
-        found = problem.adapters.next() if names else {}
+        found = (adapters or problem.adapters).next() if names else {}
         held.update({name: found[name] for name in names})
         args[:] = (entered(turns.next()), *held.values())
 

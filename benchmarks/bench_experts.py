@@ -1,0 +1,124 @@
+"""64 experts with LoRA of rank 16 each in a training step: bf16 or NF4 weights, float32 adapters, rows by chance.
+
+    Y_t = x_t W_eᵀ + s · (x_t A_eᵀ) B_eᵀ        for every row t of expert e
+
+The layer's weight [N, K] is that of 64 experts [N / 8, K / 8], and each of T tokens has eight rows. "PEFT" is its
+formula: W + s B A of all experts is made, and multiplied by PyTorch's grouped product. "frozen" is that product alone,
+of the bf16 weights. The floor: the weights, x and dY read, Y and dX written, and the products of W and of the ranks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import NF4Weight, ops, reference
+
+from .grid import Variant
+from .harness import Comparison, Contender
+from .peers import RANK, SCALING, Problem, Turns, draw_seed, functional, gather, layer_bytes
+
+EXPERTS, PARTS = 64, 8  # PARTS² experts' weights are one layer's
+
+
+@lru_cache(maxsize=1)
+def _routing(rows: int, device: str) -> Tensor:
+    """Where each expert's rows end, where each row goes to any of them alike."""
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
+    return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=1)
+def _adapters(k: int, n: int, device: str) -> dict[str, Tensor]:
+    draw = torch.Generator(device).manual_seed(0)
+    a = torch.randn(EXPERTS, RANK, k, generator=draw, device=device) * (3 * k) ** -0.5
+    b = torch.randn(EXPERTS, n, RANK, generator=draw, device=device) * 0.02
+    return {"lora_A": a.requires_grad_(), "lora_B": b.requires_grad_()}
+
+
+def _stack(weight: Any) -> Any:
+    """A layer's weight as that of the experts."""
+    n, k = weight.shape
+    shape = (EXPERTS, n // PARTS, k // PARTS)
+    if isinstance(weight, NF4Weight):
+        dense = weight.dequantize(torch.bfloat16).view(shape)
+        return NF4Weight.stack([ops.nf4_quantize(one, weight.blocksize, weight.nested is not None) for one in dense])
+    return weight.view(shape)
+
+
+def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:
+    tokens, k, n = problem.tokens, problem.k // PARTS, problem.n // PARTS
+    offsets, held = _routing(tokens * PARTS, problem.device), _adapters(k, n, problem.device)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.view(-1, k)
+
+    def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        seed = draw_seed(problem) if dropout else None
+        y = ops.lora_experts(rows(x), weight, offsets, lora_A, lora_B, scaling=SCALING, dropout_p=dropout,
+                             training=True, seed=seed)  # fmt: skip
+        return y.view(tokens, -1)
+
+    def peft(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        summed = torch.baddbmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=SCALING)
+        return F.grouped_mm(rows(x), summed.transpose(1, 2), offs=offsets).view(tokens, -1)
+
+    def eager(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        parts = rows(x).split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        found = [F.linear(part, w) + SCALING * F.linear(F.linear(part, a.to(w.dtype)), b.to(w.dtype))
+                 for part, w, a, b in zip(parts, weight, lora_A, lora_B, strict=True)]  # fmt: skip
+        return torch.cat(found).view(tokens, -1)
+
+    def alone(x: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(rows(x), weight.transpose(1, 2), offs=offsets).view(tokens, -1)
+
+    def exact(adapted: bool) -> dict[str, Tensor]:
+        x = problem.x.detach().double().requires_grad_()
+        a, b = (held[name].detach().double().requires_grad_() for name in ("lora_A", "lora_B"))
+        weight = _stack(problem.weights(base).items[0])
+        wide = (weight.dequantize(torch.bfloat16) if isinstance(weight, NF4Weight) else weight).double()
+        parts = rows(x).split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        seed = draw_seed(problem) if dropout else None
+
+        def low_rank(part: Tensor, expert: int) -> Tensor:
+            if seed is not None:
+                own = seed + torch.tensor([0, expert], device=seed.device)
+                part = part * reference.dropout_keep_mask(own, dropout, part.shape) / (1 - dropout)
+            return SCALING * part @ a[expert].t() @ b[expert].t()
+
+        y = torch.cat([part @ w.t() + (low_rank(part, e) if adapted else 0.0)
+                       for e, (part, w) in enumerate(zip(parts, wide, strict=True))]).view(tokens, -1)  # fmt: skip
+        y.backward(problem.grad.double())
+        grads = {"grad_lora_A": a.grad, "grad_lora_B": b.grad} if adapted else {}
+        return {"y": y.detach(), "grad_x": x.grad, **grads}
+
+    names = ("lora_A", "lora_B")
+
+    def make(forward: Any, base: str = "bf16", names: tuple[str, ...] = names) -> Contender:
+        return functional(problem, base, forward, names, partial(exact, bool(names)), enter=_stack,
+                          adapters=Turns([held]))  # fmt: skip
+
+    makers = {"ours": partial(make, ours, base)}
+    if not dropout:
+        makers["PEFT"] = partial(make, peft)
+        makers["torch eager"] = partial(make, eager)
+    makers["frozen"] = partial(make, alone, "bf16", ())
+    contenders, absent = gather(makers)
+    count = tokens * PARTS
+    adapters = sum(value.numel() * 4 for value in held.values())
+    return Comparison(
+        contenders, layer_bytes(problem, base) + 5 * adapters, 4 * count * n * k + 6 * count * RANK * (n + k),
+        absent=absent,
+    )  # fmt: skip
+
+
+VARIANTS = (
+    Variant("lora_experts", "bf16 base, 64 experts", partial(_experts, "bf16", 0.0)),
+    Variant("lora_experts", "bf16 base, 64 experts, dropout 0.05", partial(_experts, "bf16", 0.05)),
+    Variant("lora_experts", "NF4 base, 64 experts", partial(_experts, "nf4", 0.0)),
+)

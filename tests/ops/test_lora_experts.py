@@ -1,0 +1,136 @@
+"""Experts beyond the battery's: routings, threads, what each expert alone gives, offsets that are none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_db import SEED, nf4_weight
+from torch import Tensor
+
+from peft_ext import NF4Weight, ops
+
+K, N, R = 96, 80, 8
+
+ROUTINGS = {
+    "one expert has all": [0, 0, 200, 200],
+    "the last has all": [0, 0, 0, 200],
+    "none has any": [0, 0, 0, 0],
+    "one row each": [1, 2, 3, 4],
+    "uneven": [130, 131, 131, 200],
+    "some rows are nobody's": [20, 33, 70, 120],
+}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(*shape) * 0.1).to(dtype)
+
+
+def operands(dtype: torch.dtype, kind: str, experts: int = 4, rows: int = 200) -> dict:
+    torch.manual_seed(0)
+    weight = draw(experts, N, K, dtype=dtype)
+    if kind == "nf4":
+        weight = NF4Weight.stack([nf4_weight(N, K, dtype, 64, True) for _ in range(experts)])
+    return {"x": draw(rows, K, dtype=dtype), "weight": weight, "lora_A": draw(experts, R, K),
+            "lora_B": draw(N, R, experts).permute(2, 0, 1), "bias": draw(experts, N, dtype=dtype)}  # fmt: skip
+
+
+def step(held: dict, offsets: Tensor, p: float = 0.25) -> dict[str, Tensor]:
+    leaves = {name: held[name].detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B", "bias")}
+    weight = held["weight"]
+    y = ops.lora_experts(leaves["x"], weight, offsets, leaves["lora_A"], leaves["lora_B"], leaves["bias"], scaling=0.5,
+                         dropout_p=p, training=True, seed=SEED.to(offsets.device))  # fmt: skip
+    torch.manual_seed(1)
+    y.backward(draw(*y.shape, dtype=y.dtype).to(y.device))
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def moved(held: dict, device: torch.device) -> dict:
+    return {name: value.to(device) for name, value in held.items()}
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_each_expert_is_a_layer_of_its_own(routing: str, dtype: torch.dtype, kind: str, device: torch.device) -> None:
+    """Bit for bit: the rows of an expert, its mask among them, and what has no rows is zeros."""
+    held, ends = moved(operands(dtype, kind), device), ROUTINGS[routing]
+    found = step(held, torch.tensor(ends, device=device))
+    torch.manual_seed(1)
+    grad, begin = draw(200, N, dtype=dtype).to(device), 0
+    for e, end in enumerate(ends):
+        rows, begin = slice(begin, end), end
+        if rows.start == rows.stop:
+            assert not any(found[name][e].any() for name in ("lora_A", "lora_B", "bias"))
+            continue
+        x, a, b = (t.detach().clone().requires_grad_() for t in
+                   (held["x"][rows], held["lora_A"][e], held["lora_B"][e].contiguous()))  # fmt: skip
+        weight = held["weight"].expert(e) if kind == "nf4" else held["weight"][e]
+        seed = (SEED + torch.tensor([0, e])).to(device)
+        y = ops.lora_linear(x, weight, a, b, held["bias"][e], scaling=0.5, dropout_p=0.25, training=True, seed=seed)
+        y.backward(grad[rows])
+        for name, wanted in (("y", y), ("x", x.grad)):
+            assert torch.equal(found[name][rows], wanted.detach()), name
+        assert torch.equal(found["lora_A"][e], a.grad) and torch.equal(found["lora_B"][e], b.grad)
+    assert not found["y"][begin:].any() and not found["x"][begin:].any()
+
+
+@pytest.mark.cpu_only("it is about CPU threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype) -> None:
+    held = operands(dtype, "nf4" if dtype is torch.bfloat16 else "dense", experts=40, rows=700)
+    counts = torch.randint(0, 20, (40,), generator=torch.Generator().manual_seed(0))
+    counts[7] = 700 - int(counts.sum()) + int(counts[7])  # more than a thread's share
+    offsets, before, found = counts.cumsum(0), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16, 64):
+            torch.set_num_threads(threads)
+            found.append(step(held, offsets))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name, wanted in found[0].items():
+            assert torch.equal(other[name], wanted) or (dtype is torch.float32 and name in ("y", "x")), name
+            torch.testing.assert_close(other[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_offsets_of_any_kind(device: torch.device) -> None:
+    held = moved(operands(torch.float32, "dense"), device)
+    wanted = step(held, torch.tensor([20, 33, 70, 120], device=device))
+    strided = torch.tensor([20, 0, 33, 0, 70, 0, 120, 0], device=device)[::2]
+    for offsets in (torch.tensor([20, 33, 70, 120], dtype=torch.int32, device=device), strided):
+        for name, value in step(held, offsets).items():
+            assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.cpu_only("a GPU's composition takes the rows that offsets say")
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [([20, 10, 70, 120], "offsets has 10 at 1, wanted 20 to 200"), ([0, 0, 0, 201], "offsets has 201 at 3"),
+     ([-1, 0, 0, 0], "offsets has -1 at 0")],
+)  # fmt: skip
+def test_offsets_that_are_none(ends: list[int], text: str) -> None:
+    held = operands(torch.float32, "dense")
+    with pytest.raises(RuntimeError, match=text):
+        step(held, torch.tensor(ends))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_stack_is_its_weights(double_quant: bool) -> None:
+    weights = [nf4_weight(24, 40, torch.bfloat16, 32, double_quant) for _ in range(3)]
+    stack = NF4Weight.stack(weights)
+    assert tuple(stack.shape) == (3, 24, 40) and stack.stacked
+    for e, weight in enumerate(weights):
+        for name, tensor in weight.tensors().items():
+            assert torch.equal(stack.expert(e).tensors()[name].reshape(-1), tensor.reshape(-1)), name
+    assert torch.equal(stack.dequantize(), torch.stack([weight.dequantize() for weight in weights]))
+    assert stack.nbytes <= sum(weight.nbytes for weight in weights)
+    with pytest.raises(ValueError, match="differ"):
+        NF4Weight.stack([weights[0], nf4_weight(24, 40, torch.bfloat16, 64, double_quant)])
+    with pytest.raises(TypeError, match="empty"):
+        NF4Weight.stack([])
+    with pytest.raises(ValueError, match="wanted one of"):
+        weights[0].expert(0)
+    with pytest.raises(ValueError, match=r"wanted \(E, N, K\)"):
+        replace(weights[0], stacked=True)
