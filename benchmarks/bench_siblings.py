@@ -30,12 +30,16 @@ from .peers import (
     layer_bytes,
     low_rank_bytes,
     low_rank_flops,
+    philox_mask,
 )
 
 
+def _sizes(problem: Problem) -> list[int]:
+    return [problem.n // 2, problem.n // 4, problem.n - problem.n // 2 - problem.n // 4]
+
+
 def _parts(problem: Problem, weight: Tensor, lora_B: Tensor) -> list[tuple[Tensor, Tensor]]:
-    sizes = [problem.n // 2, problem.n // 4, problem.n - problem.n // 2 - problem.n // 4]
-    return list(zip(weight.split(sizes), lora_B.split(sizes), strict=True))
+    return list(zip(weight.split(_sizes(problem)), lora_B.split(_sizes(problem)), strict=True))
 
 
 def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
@@ -57,20 +61,25 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
 
         return torch.cat([F.linear(x, w) + SCALING * low_rank(b) for w, b in _parts(problem, weight, lora_B)], dim=-1)
 
-    def formula(linear: Any, x: Tensor, mask: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return linear(x) + SCALING * (x @ lora_A.t() @ lora_B.t())
+    def masks() -> list[Any]:
+        """Each layer's, in the order in which the operators draw their seeds."""
+        return [philox_mask(problem, dropout)() for _ in range(3)] if dropout else [1.0] * 3
+
+    def formula(linear: Any, x: Tensor, masks: list[Any], lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        low = [(x * mask) @ lora_A.t() @ b.t() for mask, b in zip(masks, lora_B.split(_sizes(problem)), strict=True)]
+        return linear(x) + SCALING * torch.cat(low, dim=-1)
 
     names = ("lora_A", "lora_B")
-    # Each layer has a mask of its own, which no formula here has: with dropout nothing is compared.
-    exact = COMPILE_RANDOM if dropout else problem.exact("bf16", formula, names)
+    exact = problem.exact("bf16", formula, names, masks)
     contend = {"ours": ours, "ours, each alone": each, "torch eager": eager}
     if compile:
         contend["torch.compile"] = compiled(eager)
 
-    def make(forward: Any) -> Contender:
-        return functional(problem, "bf16", forward, names, exact)
+    def make(name: str, forward: Any) -> Contender:
+        drawn = COMPILE_RANDOM if dropout and name.startswith("torch") else exact
+        return functional(problem, "bf16", forward, names, drawn)
 
-    makers = {name: partial(make, forward) for name, forward in contend.items()}
+    makers = {name: partial(make, name, forward) for name, forward in contend.items()}
     makers["frozen"] = partial(frozen, problem)
     contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k

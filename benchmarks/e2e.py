@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.e2e speed``                   tokens/s and peak memory, runs in turn, and the loss curves
 ``python -m benchmarks.e2e methods``                 the same for steps of every method, on random weights
+``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv), over seeds
 
 Each run is a process of its own, so that peak memory is its own. All write a result file.
@@ -169,6 +170,17 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
+# Llama 3.2 1B's width, in four layers of its sixteen.
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"smollm2": (SMOLLM2, "SmolLM2-135M's shape"), "1b": (LLAMA_1B, "Llama-3.2-1B's width and 4 layers")}
 KINDS = ("ours", "stock")
 
 
@@ -219,8 +231,9 @@ def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
 
 
 def train(
-    method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2
-) -> dict[str, Any]:
+    method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
+    checkpointing: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """``steps`` measured steps after one to warm up: forward, backward, AdamW over the adapters, zero_grad."""
     import torch
 
@@ -229,6 +242,9 @@ def train(
 
     keep_freed_memory()  # in both: it is a setting of the process, not of a kernel
     model = build_model(method, steps, sizes)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind == "ours":
         peft_ext.accelerate(model)
     explained = peft_ext.explain(model)
@@ -265,7 +281,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.repeats):
             for kind in KINDS:
                 command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
-                           "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
+                           "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
+                           *["--checkpointing"] * args.checkpointing]  # fmt: skip
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
                 run = runs[kind][-1]
@@ -273,10 +290,11 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
                       f"{run['fused']} of {run['layers']} layers fused", flush=True)  # fmt: skip
         rows.append(method_row(name, runs))
         print(f"{name}: tokens/s {rows[-1]['speedup']:.2f}x stock; peak memory {rows[-1]['memory']:.2f} of stock")
-    sizes = ", ".join(f"{key} {value}" for key, value in SMOLLM2.items())
+    sizes, shape = SHAPES[args.shape]
+    sizes = ", ".join(f"{key} {value}" for key, value in sizes.items())
     return {
-        "what": f"a Llama of SmolLM2-135M's shape with random weights, rank 16 on all linears, {args.batch} x "
-        f"{args.length} tokens, {args.steps} steps",
+        "what": f"a Llama of {shape} with random weights, rank 16 on all linears, {args.batch} x {args.length} tokens, "
+        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}",
         "model": sizes,
         "rows": rows,
     }
@@ -298,6 +316,101 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         # With dropout the masks are not the same, and the losses are not compared.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
+
+
+# --- a mixture's experts ----------------------------------------------------------------------------------------------
+
+# Of Qwen3-MoE: 4 layers of 64 experts of 512 and 256, of which a token has 4.
+MIXTURE = {
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "vocab_size": 1000,
+}
+EXPERT_KINDS = {
+    "frozen": "the frozen model, its input's gradient wanted",
+    "stock": "PEFT",
+    "ours": "peft_ext",
+    "dropout": "peft_ext, dropout 0.05 on the experts",
+    "nf4": "peft_ext over NF4",
+}
+
+
+def train_experts(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
+    """``steps`` measured forwards and backwards of one of EXPERT_KINDS after one to warm up; no optimizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    import peft_ext
+    from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, use_cache=False)).to(torch.bfloat16).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+    if kind == "nf4":
+        peft_ext.quantize_nf4(model, progress=False)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    embeddings = model.get_input_embeddings()
+    if kind != "frozen":
+        config = LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False,
+        )  # fmt: skip
+        model = get_peft_model(model, config)
+        if kind != "stock":
+            peft_ext.accelerate(model, experts_dropout=0.05 if kind == "dropout" else 0.0)
+    model.train()
+    tokens = torch.randint(0, sizes["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+    seconds, losses = [], []
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        x = embeddings(tokens).detach().requires_grad_(kind == "frozen")
+        loss = model(inputs_embeds=x, labels=tokens).loss
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad()
+        losses.append(loss.item())
+    return {
+        "step_ms": round(1000 * statistics.median(seconds[1:]), 2), "peak_mib": round(peak_memory_mib() or 0),
+        "weights_mib": round(weights / 2**20, 1), "loss": round(losses[0], 5),
+    }  # fmt: skip
+
+
+def experts(args: argparse.Namespace) -> dict[str, Any]:
+    """Each kind in turn, each run a process of its own; ratios are of runs that follow each other."""
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in EXPERT_KINDS}
+    for _ in range(args.repeats):
+        for kind in EXPERT_KINDS:
+            command = [sys.executable, "-m", "benchmarks.e2e", "mixture", kind, "--steps", str(args.steps),
+                       "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{kind}: {runs[kind][-1]}", flush=True)
+
+    def ratio(kind: str, of: str, key: str) -> float:
+        return round(statistics.median(a[key] / b[key] for a, b in zip(runs[kind], runs[of], strict=True)), 3)
+
+    return {
+        "what": f"a Qwen3-MoE of 4 layers of 64 experts (512, 256, top 4) with random bf16 weights, LoRA of rank 16 on "
+        f"attention and experts, {args.batch} x {args.length} tokens",
+        "model": ", ".join(f"{key} {value}" for key, value in MIXTURE.items()),
+        "runs": runs,
+        "rows": [
+            {"kind": kind, "name": name, "time": ratio(kind, "frozen", "step_ms"),
+             "over_stock": round(1 / ratio(kind, "stock", "step_ms"), 3), "memory": ratio(kind, "frozen", "peak_mib"),
+             "weights": ratio(kind, "frozen", "weights_mib")} for kind, name in EXPERT_KINDS.items()
+        ],
+    }  # fmt: skip
 
 
 def _names(text: str) -> list[str]:
@@ -330,18 +443,36 @@ def main() -> None:
     for command in (three, four):
         command.add_argument("--steps", type=int, default=5)
         command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--shape", choices=SHAPES, default="smollm2")
+        command.add_argument("--checkpointing", action="store_true")
+    five = commands.add_parser("experts")
+    five.add_argument("--repeats", type=int, default=3)
+    six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
+    six.add_argument("kind", choices=EXPERT_KINDS)
+    for command in (five, six):
+        command.add_argument("--steps", type=int, default=15)
+        command.add_argument("--batch", type=int, default=2)
+    for command in (three, four, five, six):
         command.add_argument("--length", type=int, default=256)
-    for command in (one, two, three):
+    for command in (one, two, three, five):
         command.add_argument(
             "--out", type=Path, help="result file; default: benchmarks/results/e2e-<command>-<isa>-<date>.json"
         )
     args = parser.parse_args()
     if args.command == "method":
-        print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length)))
+        print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
+                               SHAPES[args.shape][0], args.checkpointing)))  # fmt: skip
         return
-    result = {"machine": machine(), **{"speed": speed, "intents": intents, "methods": methods}[args.command](args)}
+    if args.command == "mixture":
+        print(json.dumps(train_experts(args.kind, args.steps, args.batch, args.length)))
+        return
+    measure = {"speed": speed, "intents": intents, "methods": methods, "experts": experts}[args.command]
+    result = {"machine": machine(), **measure(args)}
     about = result["machine"]
-    out = args.out or RESULTS / f"e2e-{args.command}-{about['isa']}-{about['date']}.json"
+    shape, checkpointing = getattr(args, "shape", "smollm2"), getattr(args, "checkpointing", False)
+    other = [shape] * (shape != "smollm2") + ["checkpointing"] * checkpointing
+    name = "-".join(["steps", *other]) if other else args.command
+    out = args.out or RESULTS / f"e2e-{name}-{about['isa']}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written: {out}")

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -261,8 +262,28 @@ def intents_table(result: Result) -> str:
 {listed("stock")}."""
 
 
+def experts_table(result: Result) -> str:
+    lines = [f"**A mixture of experts**: a step (forward and backward) of {result['what']}; ratios to the frozen model.",
+             "", "| | time | peak memory | weights | tokens/s, of PEFT's |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {row['name']} | {row['time']:.2f} | {row['memory']:.2f} | {row['weights']:.2f} | {row['over_stock']:.2f}x |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", f"{about(result)}."])
+
+
+def experts_text() -> str:
+    result = newest("e2e-experts-*.json")
+    return NOTHING if result is None else experts_table(result)
+
+
 def methods_text() -> str:
     result = newest(METHODS)
+    return NOTHING if result is None else methods_table(result)
+
+
+def _methods_of(pattern: str) -> str:
+    result = newest(pattern)
     return NOTHING if result is None else methods_table(result)
 
 
@@ -285,6 +306,9 @@ DRAWN: dict[str, Callable[[], str]] = {
     "dora": operator("dora_linear", "dora_weight_norm"),
     "ia3": operator("ia3_linear", "ia3_scale"),
     "methods": methods_text,
+    "experts": experts_text,
+    "1b": partial(_methods_of, "e2e-steps-1b-*.json"),
+    "checkpointing": partial(_methods_of, "e2e-steps-checkpointing-*.json"),
     "paths": isa_tables,
     "gpu": gpu_tables,
 }

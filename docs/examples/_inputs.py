@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 
@@ -36,29 +38,33 @@ def options_of(script: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, in bfloat16 (the tiny one in float32), and its tokenizer."""
+def load(options: argparse.Namespace, experts: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, in bfloat16 (the tiny one in float32), and its tokenizer. ``experts``: of the tiny one."""
     torch.manual_seed(0)
     if options.tiny:
-        return _tiny()
+        return _tiny(experts)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16), tokenizer
 
 
-def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama, and a tokenizer whose tokens are bytes."""
+def _tiny(experts: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama, or a Qwen3-MoE, and a tokenizer whose tokens are bytes."""
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config), tokenizer
+    sizes = {
+        "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if experts:
+        own = {"head_dim": 16, "moe_intermediate_size": 64, "num_experts": experts, "num_experts_per_tok": 2}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **own)), tokenizer
+    return LlamaForCausalLM(LlamaConfig(**sizes)), tokenizer
 
 
 def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> list[dict[str, list[int]]]:

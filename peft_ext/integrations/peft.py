@@ -79,9 +79,10 @@ def accelerate(
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's linear layers of LoRA (several active adapters
             included, and mixed batches by ``adapter_names``), DoRA, AdaLoRA or (IA)³ over nn.Linear, Conv1D, NF4Linear
-            or bitsandbytes ``Linear4bit``, or with ``Linear4bit`` layers alone. Over another base layer (bitsandbytes
-            ``Linear8bitLt``, one with hooks) the part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A
-            layer that can't be fused goes on as it was; :func:`explain` tells why.
+            or bitsandbytes ``Linear4bit``, with its LoRA on the experts of a mixture (``target_parameters``), or with
+            ``Linear4bit`` layers alone. Over another base layer (bitsandbytes ``Linear8bitLt``, one with hooks) the
+            part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A layer that can't be fused goes on as
+            it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
         blocks: more than layers, each tried on random numbers first, and left as it is where it gives other ones: norms
             (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row; MLPs, gated or not, whose inner
@@ -101,7 +102,8 @@ def accelerate(
     forward-mode derivatives.
 
     Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two, or experts_dropout
-    no probability below 1. Warns where model has no adapter and no 4-bit layer, and where bitsandbytes has repacked a 4-bit weight, which it then can't train.
+    no probability below 1. Warns where model has no adapter and no 4-bit layer, and where bitsandbytes has repacked a
+    4-bit weight, which it then can't train.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")

@@ -21,6 +21,7 @@ __all__ = [
     "bottleneck_adapter",
     "dora_linear",
     "dora_weight_norm",
+    "experts_linear",
     "frozen_linear",
     "gated_activation",
     "grouped_lora_linear",

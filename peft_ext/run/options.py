@@ -31,9 +31,9 @@ class Options:
         method: one of :data:`peft_ext.methods.METHODS`.
         rank, alpha, dropout: of the low-rank methods.
         target_modules: names with commas between them, or "all-linear"; None: the method's own.
-        target_parameters: names with commas between them of parameters that LoRA adapts beside the layers, or "experts":
-            those of a mixture's experts; None: these, where the model has some and ``target_modules`` is None.
-            ``dropout`` is then theirs alone, since PEFT's configuration has none beside them.
+        target_parameters: names with commas between them of parameters that LoRA adapts beside the layers, or
+            "experts": those of a mixture's experts; None: these, where the model has some and ``target_modules`` is
+            None. ``dropout`` is then theirs alone, since PEFT's configuration has none beside them.
         virtual_tokens: of prefix and prompt tuning.
         quant: the frozen weights: "nf4", double-quantized in blocks of ``blocksize``, or "none"; None: "nf4", and
             "none" for the methods that train the weights themselves.
@@ -106,9 +106,9 @@ class Options:
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 SAME_ON_RESUME = (
-    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "target_parameters", "virtual_tokens", "quant",
-    "dtype", "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size", "batch_size",
-    "grad_accum", "lr", "warmup", "seed", "stock",
+    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "target_parameters", "virtual_tokens",
+    "quant", "dtype", "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size",
+    "batch_size", "grad_accum", "lr", "warmup", "seed", "stock",
 )  # fmt: skip
 
 _LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,

@@ -301,8 +301,8 @@ def marked(name: str) -> list[tuple[int, str]]:
 
 
 def run_example(script: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    if importlib.util.find_spec(NEEDS[script.stem]) is None:
-        pytest.skip(f"needs {NEEDS[script.stem]}, of peft_ext[examples]")
+    if importlib.util.find_spec(needed := NEEDS.get(script.stem, "torch")) is None:
+        pytest.skip(f"needs {needed}, of peft_ext[examples]")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", [str(script), "--tiny", *options])
     runpy.run_path(str(script), run_name="__main__")
@@ -315,7 +315,7 @@ def loss_of(out: str) -> tuple[float, float, int]:
 
 
 def test_every_script_is_listed() -> None:
-    assert {path.stem for path in EXAMPLES.glob("[!_]*.py")} == set(NEEDS)
+    assert {path.stem for path in EXAMPLES.glob("[!_]*.py")} == {*NEEDS, "mixture"}
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -330,6 +330,17 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # they start at 0
     assert len(moved) == LAYERS and all(moved)
+
+
+def test_the_example_of_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run_example(EXAMPLES / "mixture.py", monkeypatch, "--max-steps", str(STEPS), "--output", str(tmp_path))
+    out = capsys.readouterr().out
+    assert loss_of(out)[2] == STEPS and "12 of 12 layers fused (100%)" in out
+    assert "LoRA with dropout 0.05 over Qwen3MoeExperts.down_proj" in out
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)
 
 
 @pytest.mark.parametrize("name", NEEDS)

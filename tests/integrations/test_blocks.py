@@ -12,6 +12,8 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -197,6 +199,40 @@ def test_nothing_wide_is_saved() -> None:
             norm(x)
         saved.append(max(wide))
     assert saved == [2 * 17 * 32, 2 * 17]
+
+
+class Alive(TorchDispatchMode):
+    """Knows the memory that was made within, and how much of it is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return found
+
+    def bytes(self) -> int:
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_mlp_keeps_gate_and_up_and_the_ranks(dropout: float) -> None:
+    """Beside x and y: of a token 2 I numbers in bfloat16 and three S in float32, and with dropout the seeds."""
+    inner, r, tokens = 64, 4, 80
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "intermediate_size": inner})).bfloat16()
+    config = LoraConfig(r=r, target_modules="all-linear", lora_dropout=dropout)
+    mlp = peft_ext.accelerate(get_peft_model(model, config)).train().get_base_model().model.layers[0].mlp
+    x = torch.randn(2, tokens // 2, 32, dtype=torch.bfloat16, requires_grad=True)
+    mlp(x)  # what is made once for all calls
+    with Alive() as alive:
+        y = mlp(x)
+    kept = alive.bytes() - y.numel() * 2
+    assert kept == tokens * (2 * 2 * inner + 3 * 4 * r) + (3 * 16 if dropout else 0)
 
 
 def test_who_asks_for_more_gets_the_own_forward() -> None:

@@ -10,9 +10,9 @@ comparison of float32 that is off by at most 2e-6 of the largest value is taken 
 rounding, counted, and the largest one is told.
 
 Modes: ``quick``, plain LoRA, DoRA, AdaLoRA and (IA)³ over linear layers and several adapters of them, mixed tuners,
-LoRA's variants, and LoRA in a Llama; ``experts``, those of ``target_parameters``; ``lora``, of test_custom_models.py all that LoRA touches; ``others``, all tests of
-the files OTHERS; ``full``, these and every test of test_custom_models.py. In each the gradients (gradients.py, 15 s)
-are of all configurations.
+LoRA's variants, and LoRA in a Llama; ``experts``, those of ``target_parameters``; ``lora``, of test_custom_models.py
+all that LoRA touches; ``others``, all tests of the files OTHERS; ``full``, all these. In each the gradients
+(gradients.py, 15 s) are of all configurations.
 """
 
 from __future__ import annotations
