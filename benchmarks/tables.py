@@ -263,8 +263,8 @@ def intents_table(result: Result) -> str:
 
 
 def experts_table(result: Result) -> str:
-    lines = [f"**A mixture of experts**: a step (forward and backward) of {result['what']}; ratios to the frozen model.",
-             "", "| | time | peak memory | weights | tokens/s, of PEFT's |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"**A mixture of experts**: forward and backward of {result['what']}; ratios to the frozen model.", "",
+             "| | time | peak memory | weights | tokens/s, of PEFT's |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
         f"| {row['name']} | {row['time']:.2f} | {row['memory']:.2f} | {row['weights']:.2f} | {row['over_stock']:.2f}x |"
         for row in result["rows"]

@@ -23,7 +23,7 @@ from typing import Any, Optional
 from torch import nn
 
 from .._imports import MISSING, optional, say_missing
-from ..nn import NF4Linear
+from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
 from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
 from .fused.base import (
@@ -290,6 +290,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             if not reason and module.merge_error is not None:
                 yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {module.merge_error:.2%}")
                 continue
+        elif isinstance(module, NF4Experts):
+            device = next(iter(module._parameters.values())).device.type
+            kind, reason = f"{class_name(type(module))} over NF4", kernel_reason("lora_experts", device) or ""
         elif isinstance(module, QUANTIZED):
             kind = class_name(type(module))
             if type(module) not in FOUR_BIT:

@@ -11,7 +11,7 @@ from torch import nn
 from ..integrations import peft as integration
 from ..integrations.fused.base import STOCK
 from ..methods import METHODS, make_config, method_config
-from ..nn import NF4Linear
+from ..nn import NF4Experts, NF4Linear
 from ..sources.model import task_of
 from .stand_ins import Dequantized
 
@@ -86,5 +86,5 @@ def name_of(model: nn.Module, method: Optional[str]) -> str:
 
 
 def quantization_of(model: nn.Module) -> Optional[str]:
-    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, Dequantized))]
+    layers = [module for module in model.modules() if isinstance(module, (NF4Linear, NF4Experts, Dequantized))]
     return None if not layers else "int8" if "CB" in layers[0]._buffers else "nf4"

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
-from ..nn import NF4Linear
+from ..nn import NF4Experts, NF4Linear
+from ..nn.experts import expert_parameters, hold_nf4, is_stored_transposed
 from ..nn.nf4 import empty_nf4
 from ..quantize import HEADS, linear_groups, replace_group
 from ..sources.model import AUTO_CLASSES
+from ..weight import NF4Weight
 
 
 def build_model(
@@ -183,3 +185,16 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
     for same in linear_groups(model, set(HEADS)):
         replace_group(same, make)
+    if kind == "nf4" and fused:  # bitsandbytes leaves a mixture's experts dense
+        for module in model.modules():
+            if not isinstance(module, NF4Experts) and (names := expert_parameters(module)):
+                hold_nf4(module, {name: _experts(module, name, blocksize, double_quant) for name in names})
+
+
+def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:
+    """Returns NF4 weights of no data in place of a parameter."""
+    dense = module._parameters[name]
+    count, n, k = dense.transpose(1, 2).shape if is_stored_transposed(module) else dense.shape
+    one = empty_nf4(n, k, blocksize, double_quant, dense.dtype,
+                    lambda dtype, shape: torch.empty(shape, dtype=dtype, device="meta"))  # fmt: skip
+    return NF4Weight.stack([one] * count)

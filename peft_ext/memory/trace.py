@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as ab
 
 from .._native import STATE, TILE_PATHS
 from ..integrations.fused.reasons import accepting
-from ..nn import NF4Linear
+from ..nn import NF4Experts, NF4Linear
 from ..ops.cross_entropy import CHUNK_BYTES
 from ..ops.library import NAMESPACE
 from ..sources.model import base_model, output_head
@@ -193,7 +193,7 @@ class Step:
     def _note_resident(self) -> None:
         adapters = self._adapters()
         for module in self.model.modules():
-            quantized = isinstance(module, (NF4Linear, Dequantized))
+            quantized = isinstance(module, (NF4Linear, NF4Experts, Dequantized))
             for name, t in (*module._parameters.items(), *module._buffers.items()):
                 if t is not None:
                     state = quantized and name in module._buffers and name not in ("packed", "CB")
@@ -287,6 +287,9 @@ class Step:
         packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
         count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
         count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
+        for m in self.model.modules():
+            if isinstance(m, NF4Experts):
+                count += sum(shape.numel() - m._parameters[name].numel() for name, shape in m.nf4_shapes.items())
         return Profile(peaks, most, count, sum(p.numel() for p in parameters if p.requires_grad))
 
 

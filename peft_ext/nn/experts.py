@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -19,7 +20,19 @@ from .. import ops
 from ..ops import checks
 from ..weight import NestedAbsmax, NF4Weight
 
-__all__ = ["NF4Experts", "dense_experts", "expert_parameters", "first_parameter", "nf4_experts", "route"]
+__all__ = [
+    "NF4Experts",
+    "adapter_fields",
+    "dense_experts",
+    "expert_parameters",
+    "first_parameter",
+    "gate",
+    "hold_nf4",
+    "is_stored_transposed",
+    "nf4_experts",
+    "route",
+    "routes",
+]
 
 # What transformers' decorator for experts leaves on their module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
@@ -31,6 +44,29 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     if is_llama4(module) or all(name in module.__dict__ for name in _DECLARED):
         return first_parameter(module), "down_proj"
     return ()
+
+
+# What PEFT takes in a model with experts for the experts' own names, or the router's, wherever else they stand.
+_NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
+    """Returns what a low-rank method's configuration says for a model with experts, by a name of
+    :data:`peft_ext.methods.METHODS`; {} for any other model or method.
+
+    LoRA adapts the experts, and each method the linear layers that have no name of theirs; the router, which PEFT
+    would adapt by "all-linear" in some models, stays as it is. Beside parameters PEFT has no dropout.
+    """
+    held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
+    if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
+        return {}
+    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fields: dict[str, Any] = {"target_modules": sorted(linears - _NAMES_OF_EXPERTS - {"lm_head"})}
+    if method in ("lora", "rslora", "qlora"):
+        # What follows the number of the layer is the same in all.
+        fields["target_parameters"] = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in held})
+        fields["lora_dropout"] = 0.0
+    return fields
 
 
 def is_llama4(module: nn.Module) -> bool:
@@ -142,6 +178,7 @@ class NF4Experts:
     stock_class: type
     blocksize: int
     quant_dtype: torch.dtype
+    nf4_shapes: dict[str, torch.Size]  # (E, N, K), by parameter
 
     def nf4(self, name: str) -> NF4Weight:
         """Returns a parameter as the weight ``(E, N, K)``, of the same memory."""
@@ -149,12 +186,12 @@ class NF4Experts:
         nested = None
         if held["nested_absmax"] is not None:
             nested = NestedAbsmax(held["nested_absmax"], held["nested_code"], held["nested_offset"])
-        return NF4Weight(self._parameters[name].data, held["absmax"], self._nf4_shapes[name], self.quant_dtype,
+        return NF4Weight(self._parameters[name].data, held["absmax"], self.nf4_shapes[name], self.quant_dtype,
                          self.blocksize, nested, stacked=True)  # fmt: skip
 
     def set_nf4(self, name: str, weight: NF4Weight) -> None:
         """Holds a stacked weight as the parameter ``name``, without a copy."""
-        self.__dict__.setdefault("_nf4_shapes", {})[name] = weight.shape
+        self.__dict__.setdefault("nf4_shapes", {})[name] = weight.shape
         self._parameters[name] = nn.Parameter(weight.packed.view(weight.shape[0], -1), requires_grad=False)
         held = weight.tensors()
         for scale in _SCALES:
@@ -162,9 +199,9 @@ class NF4Experts:
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name in self.__dict__.get("_nf4_shapes", ()):
+        if name in self.__dict__.get("nf4_shapes", ()):
             # What PEFT reads the sizes of a parameter from where it does not lie as it is: that of the dense one.
-            experts, n, k = self._nf4_shapes[name]
+            experts, n, k = self.nf4_shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value
 
@@ -200,7 +237,7 @@ class NF4Experts:
 
     def get_extra_state(self) -> Tensor:
         """The bytes of JSON that say what the codes are."""
-        shapes = {name: list(shape) for name, shape in self._nf4_shapes.items()}
+        shapes = {name: list(shape) for name, shape in self.nf4_shapes.items()}
         dtype = str(self.quant_dtype).removeprefix("torch.")
         about = {"quant_type": "nf4", "blocksize": self.blocksize, "dtype": dtype, "shapes": shapes}
         return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
@@ -230,26 +267,31 @@ def _class(stock: type) -> type:
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
     """Quantizes a mixture's experts in place, expert by expert; the peak is the module and its NF4 weights."""
     checks.check_blocksize("quantize_nf4", blocksize)
-    names = expert_parameters(experts)
     found = {}
-    for name in names:
+    for name in expert_parameters(experts):
         dense = experts._parameters[name].detach()
         dense = dense.transpose(1, 2) if is_stored_transposed(experts) else dense
         found[name] = NF4Weight.stack([ops.nf4_quantize(one.contiguous(), blocksize, double_quant) for one in dense])
+    hold_nf4(experts, found)
+
+
+def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
+    """Makes dense experts :class:`NF4Experts` of these weights ``(E, N, K)``, by the parameters' names."""
+    first = next(iter(weights.values()))
     experts.__class__ = _class(type(experts))
-    experts.blocksize, experts.quant_dtype = blocksize, found[names[0]].dtype
-    for name in names:
-        experts.set_nf4(name, found[name])
+    experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype
+    for name, weight in weights.items():
+        experts.set_nf4(name, weight)
 
 
 def dense_experts(experts: Any, dtype: Optional[torch.dtype] = None) -> None:
     """Undoes :func:`nf4_experts`, but for what quantizing moved."""
-    for name in list(experts._nf4_shapes):
+    for name in list(experts.nf4_shapes):
         dense = experts.nf4(name).dequantize(dtype)
         dense = dense.transpose(1, 2).contiguous() if is_stored_transposed(experts) else dense
         experts._parameters[name] = nn.Parameter(dense, requires_grad=False)
         for scale in _SCALES:
             del experts._buffers[f"{name}_{scale}"]
-    for name in ("_nf4_shapes", "blocksize", "quant_dtype"):
+    for name in ("nf4_shapes", "blocksize", "quant_dtype"):
         del experts.__dict__[name]
     experts.__class__ = experts.stock_class

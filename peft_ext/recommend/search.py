@@ -53,7 +53,7 @@ class Search:
 
     def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
         path, fields = method_config(candidate.method, self.subject.task)
-        return path, fields | dict(candidate.changes)
+        return path, fields | dict(candidate.changes) | self.subject.fields(candidate.method)
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
         """Returns None where the method does not work in this setting."""

@@ -9,6 +9,8 @@ from torch import nn
 
 from ..memory import Profile, profile_step
 from ..memory.stand_ins import build_model
+from ..methods import METHODS
+from ..nn.experts import adapter_fields
 
 _LARGEST_B = 1_000_000
 
@@ -48,6 +50,11 @@ class Given:
             raise ValueError(f"recommend_peft_method: sequence_length is {sequence_length}, {type(built).__name__} has "
                              f"{positions} positions")  # fmt: skip
         self.about = f"{type(built).__name__}, {parameters_text(self.size_b)}"
+        self._fields = {method: adapter_fields(built, method) for method in METHODS}
+
+    def fields(self, method: str) -> dict[str, Any]:
+        """Returns what a method's configuration has to say for this model: where it has experts."""
+        return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
         return profile_step(self.model, device="cuda", task_type=self.task, **kwargs)[0]
@@ -73,6 +80,9 @@ class Synthetic:
         self.layers, self.make = _FAMILIES[family](size_b * 1e9, task, self.sequence_length)
         config = self.make(self.layers)
         self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
+
+    def fields(self, method: str) -> dict[str, Any]:
+        return {}
 
     def profile(self, **kwargs: Any) -> Profile:
         def of(layers: int) -> Profile:

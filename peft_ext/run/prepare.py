@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -212,36 +211,22 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# What PEFT takes in a model with experts for the experts' own names, or the router's, wherever else they stand.
-_NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-
-
 def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
-    """Returns what the configuration says of a mixture's experts, which are adapted beside the default layers; {}: it
-    says nothing. The router is not adapted, as it would be by "all-linear" for some models."""
-    from torch import nn
+    """Returns what the configuration says of a mixture's experts; {}: nothing."""
+    from ..nn.experts import adapter_fields
 
-    from ..nn.experts import expert_parameters
-
-    wanted = o.target_parameters
-    if o.method not in ("lora", "rslora", "qlora") or (wanted is None and targets is not None):
+    if o.target_parameters is None and targets is not None:
         return {}
-    held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
-    if wanted is None and not held:
-        return {}
-    if wanted in (None, "experts"):
-        # What follows the number of the layer is the same in all.
-        names = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in held})
-    else:
-        names = [name.strip() for name in str(wanted).split(",") if name.strip()]
-    if not names:
+    fields = adapter_fields(model, o.method)
+    if targets is not None:
+        fields.pop("target_modules", None)
+    if o.target_parameters not in (None, "experts"):
+        names = [name.strip() for name in str(o.target_parameters).split(",") if name.strip()]
+        fields |= {"target_parameters": names, "lora_dropout": 0.0}
+    elif o.target_parameters == "experts" and "target_parameters" not in fields:
         raise RunError(f"--target-parameters experts: {type(model).__name__} has no experts that are known here")
-    if o.stock and o.quant == "nf4":
+    if "target_parameters" in fields and o.stock and o.quant == "nf4":
         raise RunError("--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none")
-    fields: dict[str, Any] = {"target_parameters": names, "lora_dropout": 0.0}
-    if targets is None:
-        linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        fields["target_modules"] = sorted(linears - _NAMES_OF_EXPERTS - {"lm_head"})
     return fields
 
 

@@ -190,7 +190,7 @@ def test_rotation_takes_every_weight_and_leaves_none_to_the_next_contender(small
     assert all(torch.equal(nf4.dequantize(), first.dequantize()) for nf4 in others)
 
 
-@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3", "siblings", "experts"])
 def test_every_comparison_runs_and_agrees_with_float64(small, name):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
@@ -201,12 +201,14 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
     for one in cases:
         comparison = one.build()
         errors, absent = harness.verify(one.op, comparison)
-        assert set(absent) <= {"bitsandbytes, repacked"}
+        # PyTorch's grouped product takes no experts as small as these.
+        assert set(absent) <= ({"PEFT", "frozen"} if name == "experts" else {"bitsandbytes, repacked"})
         # Peers within a few roundings of bf16: the float64 result is theirs too, their dropout's mask included.
         # bitsandbytes finds some nested scales by a coarser table.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
-            assert max(found.values()) < limit, (one.op, one.case, peer, found)
+            known = isinstance(found, dict) or peer.startswith("torch")  # else why there is nothing to compare with
+            assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
 
 
 def test_the_command_writes_a_result_file_that_draws(small, monkeypatch, tmp_path):
@@ -469,6 +471,16 @@ def test_a_method_trains(name, monkeypatch):
     assert row["layers"] == 7 and row["tokens_per_s"]["ours"][0] > 0
     ours, stock = row["losses"]["ours"], row["losses"]["stock"]
     assert len(ours) == 2 and abs(ours[0] - stock[0]) < 0.05
+
+
+def test_a_mixture_trains(monkeypatch):
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    sizes = {**e2e.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
+             "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
+    runs = {kind: e2e.train_experts(kind, 1, 2, 16, sizes) for kind in e2e.EXPERT_KINDS}
+    assert all(run["step_ms"] > 0 for run in runs.values())
+    assert abs(runs["ours"]["loss"] - runs["stock"]["loss"]) < 0.01
+    assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
 
 
 def test_methods_are_named_by_their_beginnings():

@@ -80,11 +80,15 @@ def targets(model: nn.Module) -> list[str]:
     return sorted({".".join(name.split(".")[-3:]) for name in found if name.endswith("_proj")})
 
 
+def adapt_config(**config: Any) -> Any:
+    parameters = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": parameters,
+                         "init_lora_weights": False, **config})  # fmt: skip
+
+
 def adapt(model: nn.Module, **config: Any) -> PeftModel:
     torch.manual_seed(1)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": targets(model),
-              "init_lora_weights": False, **config}  # fmt: skip
-    return get_peft_model(model, LoraConfig(**config))
+    return get_peft_model(model, adapt_config(**{"target_parameters": targets(model), **config}))
 
 
 def batch() -> dict[str, Tensor]:
@@ -227,11 +231,34 @@ def test_memory_is_estimated_with_experts() -> None:
     assert 0 < fused.activations < stock.activations
     quantized = adapt(peft_ext.quantize_nf4(base(dtype=torch.bfloat16)), target_parameters=targets(base()))
     assert peft_ext.estimate_memory(quantized, **size).weights < fused.weights
+    planned = peft_ext.estimate_memory(base(dtype=torch.bfloat16), adapt_config(), quantization="nf4", **size)
+    there = peft_ext.estimate_memory(quantized, **size)
+    assert (planned.weights, planned.quantization, planned.parameters) == (
+        there.weights, there.quantization, there.parameters)  # fmt: skip
 
 
 def test_explain_names_the_parameters() -> None:
     kinds = {row.kind for row in experts_rows(peft_ext.accelerate(adapt(base())))}
     assert kinds == {"LoRA over Qwen3MoeExperts.down_proj", "LoRA over Qwen3MoeExperts.gate_up_proj"}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_under_torch_compile(quantized: bool) -> None:
+    torch._dynamo.reset()
+
+    def make() -> nn.Module:
+        model = peft_ext.quantize_nf4(base()) if quantized else base()
+        return peft_ext.accelerate(adapt(model, target_parameters=targets(base())))
+
+    wanted, model = step(make()), make()
+    compiled = torch.compile(model, backend="aot_eager")
+    model.train()
+    out = compiled(**batch())
+    out.loss.backward()
+    torch.testing.assert_close(out.logits, wanted["logits"], rtol=1e-4, atol=1e-5)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_alike(found, {n: v for n, v in wanted.items() if n != "logits"}, 1e-4)
+    torch._dynamo.reset()
 
 
 # --- what is done to a model ------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ class Fixed:
         self.need, self.task, self.asked = need, task, []
         vars(self).update(changes)
 
+    def fields(self, method):
+        return {}
+
     def profile(self, config=None, method=None, **setting):
         method = method or recommend_name(config)
         self.asked.append((method, setting["quantization"], setting["gradient_checkpointing"], setting["batch_size"]))
@@ -350,3 +353,19 @@ def test_a_given_model_has_a_configuration_and_positions_enough():
 def test_bitfit_is_for_what_has_a_head():
     assert recommend_peft_method(0.1, 24, "classification", 5_000).method == "bitfit"
     assert recommend_peft_method(0.1, 24, "FEATURE_EXTRACTION", 5_000).method != "bitfit"
+
+
+def test_a_model_with_experts_gets_lora_on_them_and_no_router():
+    hf = pytest.importorskip("transformers")
+    config = hf.Qwen3MoeConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=32, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    found = recommend_peft_method(config, 1.0)
+    assert found.method == "lora"
+    assert found.config_kwargs["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert found.config_kwargs["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert found.config_kwargs["lora_dropout"] == 0.0
+    small = recommend_peft_method(config, 0.0012)
+    assert small.quantization == "nf4" and small.memory.total < found.memory.total

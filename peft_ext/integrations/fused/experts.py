@@ -83,7 +83,7 @@ class Experts(Fused):
 
     def _routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Optional[Tensor]:
         """Returns what the op computes of tokens [T, H], their experts [T, k] and their weights [T, k]; or None."""
-        if torch.compiler.is_compiling() or not accepts_input(x) or self._reasons()[0] is not None:
+        if not accepts_input(x) or self._reasons()[0] is not None:
             return None
         wrappers = self._wrappers()
         experts = wrappers[-1]._modules["base_layer"]
@@ -210,7 +210,7 @@ def clear_experts(model: nn.Module) -> None:
 
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns the second layer's output of the first one's; a gate that is known is computed again in the backward."""
-    if (act := _known_gate(experts)) is None:
+    if torch.compiler.is_compiling() or (act := _known_gate(experts)) is None:
         return _linear(experts, adapters, name, gate(experts, rows), offsets)
     gated = getattr(experts, "has_gate", True)
     operator = ops.gated_activation if gated else ops.activation
