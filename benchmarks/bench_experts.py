@@ -77,7 +77,7 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
     def alone(x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(rows(x), weight.transpose(1, 2), offs=offsets).view(tokens, -1)
 
-    def exact(adapted: bool) -> dict[str, Tensor]:
+    def exact(adapted: bool, base: str) -> dict[str, Tensor]:
         x = problem.x.detach().double().requires_grad_()
         a, b = (held[name].detach().double().requires_grad_() for name in ("lora_A", "lora_B"))
         weight = _stack(problem.weights(base).items[0])
@@ -100,7 +100,7 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
     names = ("lora_A", "lora_B")
 
     def make(forward: Any, base: str = "bf16", names: tuple[str, ...] = names) -> Contender:
-        return functional(problem, base, forward, names, partial(exact, bool(names)), enter=_stack,
+        return functional(problem, base, forward, names, partial(exact, bool(names), base), enter=_stack,
                           adapters=Turns([held]))  # fmt: skip
 
     makers = {"ours": partial(make, ours, base)}

@@ -52,7 +52,7 @@ def finetune(
         Optional[str], _adapter(help='Names, with commas, or "all-linear". Default: the method\'s.')
     ] = _D.target_modules,
     target_parameters: Annotated[
-        Optional[str], _adapter(help='Names, with commas, or "experts". LoRA on a mixture\'s experts.')
+        Optional[str], _adapter(help='Names, with commas, or "experts", of a mixture.')
     ] = _D.target_parameters,
     virtual_tokens: Annotated[int, _adapter(help="Of prefix and prompt.")] = _D.virtual_tokens,
     data: Annotated[str, _data(help="A file, a folder, a hub name.")] = _D.data,

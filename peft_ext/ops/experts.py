@@ -198,7 +198,8 @@ def experts_linear(
 ) -> Tensor:
     """``Y_t = x_t W_eᵀ + b_e`` for every row t of expert e, over frozen weights: :func:`lora_experts` without adapters.
 
-    Args, gradients and errors as there.
+    Args, gradients and sources as there. Raises: TypeError or ValueError that names the argument, what came and what
+    was wanted.
     """
     return _call("experts_linear", x, weight, offsets, None, None, bias, 1.0, 0.0, False, None)
 

@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "nf4": ("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_dequantize_merged", "nf4_merge", "nf4_linear",
             "nf4_linear_backward"),
     "lora": ("lora_linear", "lora_linear_backward", "lora_residual", "lora_residual_backward"),
+    "siblings": ("lora_linears", "lora_linears_backward"),
     "grouped_lora": ("grouped_lora_linear",),
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
@@ -274,6 +275,15 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
             yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
         yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
         yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
+    elif family == "siblings":
+        (w, *_), (packed, absmax, nested, code, offset, blocksize, shape) = dense, nf4
+        held = [w, bias, a, b, seed, *(t for t in (packed, absmax, nested, code, offset) if t is not None), a, b, w]
+        sizes = [0b1011100001, 0, *shape, 0b11000011 | (0b11100 if nested is not None else 0), blocksize, *shape, 1,
+                 0, *shape]  # fmt: skip
+        layers = (held, sizes, [0.5, 0.1, 0.5, 0.0, 1.0, 0.0])
+        yield "lora_linears", (x, *layers)
+        s = REFERENCES["lora_linears"](x, *layers)[3:]
+        yield "lora_linears_backward", ([grad, grad, grad], x, *layers, s, True)
     elif family == "grouped_lora":
         a2, b2 = draw(40, k, of=torch.float32, scale=k**-0.5), draw(n, 40, of=torch.float32, scale=0.25)
         batch = x.view(2, t // 2, k)

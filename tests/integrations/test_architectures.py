@@ -66,17 +66,11 @@ LAYERS = {
     "T5":      ((32, 32), (32, 32), (16, 16)),
     "ViT":     ((12, 12), (12, 12), (6, 6)),
     "Whisper": ((32, 32), (32, 32), (16, 16)),
-    "Mixtral": ((12, 8),  (8, 8),   (4, 4)),
+    "Mixtral": ((12, 12), (8, 8),   (4, 4)),
 }  # fmt: skip
 
 # The reasons of the layers that are not.
-REASONS = {
-    # An expert's two stacks of weights: PEFT wraps the module that holds them twice.
-    ("Mixtral", "LoRA"): {
-        "LoRA over MixtralExperts is not fused yet": 2,
-        "LoRA over ParamWrapper is not fused yet": 2,
-    },
-}
+REASONS: dict[tuple[str, str], dict[str, int]] = {}
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
 

@@ -54,6 +54,7 @@ OPTIONAL = {
     "peft.tuners.lora.dora.ENABLE_DORA_CACHING": (word("ENABLE_DORA_CACHING"), [], _DORA),
     "peft.tuners.lora.dora.DoraLinearLayer": (word("DoraLinearLayer"), [], _DORA),
     "peft.tuners.lora.variants.DoraLinearVariant": (word("DoraLinearVariant"), [], _DORA),
+    "peft.tuners.lora.layer.ParamWrapper": (word("ParamWrapper"), [], set()),
     "peft.tuners.adalora.SVDLinear": (word("SVDLinear"), [], {"AdaLoRA"}),
     "peft.tuners.adalora.SVDLinear4bit": (word("SVDLinear4bit"), [], {"AdaLoRA 4bit"}),
     "peft.tuners.adalora.SVDLinear8bitLt": (word("SVDLinear8bitLt"), [], {"AdaLoRA 8bit"}),

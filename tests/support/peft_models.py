@@ -13,7 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_ext
-from peft_ext.nn import NF4Linear
+from peft_ext.nn import NF4Experts, NF4Linear
+from peft_ext.nn.experts import dense_experts
 from peft_ext.reference import lora as reference
 
 K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
@@ -123,7 +124,7 @@ def spread(model, name="default"):
 
 
 def dense_twin(model, dtype=None):
-    """A copy with each NF4Linear dequantized, to its own dtype, for what stock PEFT can't run over one."""
+    """A copy with each NF4Linear, and a mixture's experts, dequantized, to its own dtype, for what stock PEFT can't run over one."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -131,6 +132,9 @@ def dense_twin(model, dtype=None):
             layer.base_layer = nn.Linear(base.in_features, base.out_features)
             layer.base_layer.weight = nn.Parameter(base.dequantize(dtype), requires_grad=False)
             layer.base_layer.bias = base.bias
+    for module in model.modules():
+        if isinstance(module, NF4Experts):
+            dense_experts(module, dtype)
     return model
 
 

@@ -443,6 +443,8 @@ class OperatorCalls(TorchDispatchMode):
         if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
             layers = args[0] if name.endswith("_backward") else args[3][::2]  # gradients, and a scaling of each
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
+        elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
+            self.calls[name.replace("experts", "linear")] += 1
         elif func.namespace == "peft_ext" and name not in COMPOSED:
             self.calls[name] += 1
         return func(*args, **(kwargs or {}))
