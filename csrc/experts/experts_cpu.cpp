@@ -72,8 +72,9 @@ Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
-// Copies between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at a time over all threads:
-// PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of memory for each element.
+// Copies between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at a time over all
+// threads: PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of memory for each
+// element.
 template <typename T, bool kToStack>
 void copy_stack(const Tensor& stack, T* whole) {
   auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
@@ -147,13 +148,12 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   const int64_t codes = ceil_div(shape[1] * shape[2], 2), blocks = ceil_div(shape[1] * shape[2], blocksize);
   held.weight = checked_part(op, "weight", weight, ScalarType::Byte, shape[0] * codes);
   const bool nested = nested_absmax.has_value();
-  held.absmax =
-      checked_part(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, shape[0] * blocks);
+  held.absmax = checked_part(op, "absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, shape[0] * blocks);
   if (nested) {
     STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(), op,
                     ": nested_absmax is given without nested_code and nested_offset");
-    held.nested_absmax = checked_part(op, "nested_absmax", *nested_absmax, ScalarType::Float,
-                                      shape[0] * ceil_div(blocks, kNestedBlock));
+    held.nested_absmax =
+        checked_part(op, "nested_absmax", *nested_absmax, ScalarType::Float, shape[0] * ceil_div(blocks, kNestedBlock));
     held.nested_code = checked_part(op, "nested_code", *nested_code, ScalarType::Float, kNestedCodes);
     held.nested_offset = checked_part(op, "nested_offset", *nested_offset, ScalarType::Float, shape[0]);
   }

@@ -124,7 +124,7 @@ def spread(model, name="default"):
 
 
 def dense_twin(model, dtype=None):
-    """A copy with each NF4Linear, and a mixture's experts, dequantized, to its own dtype, for what stock PEFT can't run over one."""
+    """A copy with each NF4Linear and a mixture's experts dequantized, to its own dtype: what stock PEFT can run."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
