@@ -18,6 +18,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import slots
 
@@ -177,6 +178,56 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     return adapted / frozen
 
 
+MANY_ROWS = 128  # of an expert in the mean, from which on a dense product is PyTorch's; kManyRows
+
+
+def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
+    """Rows [rows, k] against as many experts' weights as have rows; each weight meets a tile of up to 64 rows."""
+    moved = (2.0 if base == "bf16" else 0.516) * active * n * k + 2.0 * rows * (n + k)
+    if base == "bf16" and rows >= MANY_ROWS * active:
+        onto = over_memory(4.0 * rows * n, card)
+        return max(2.0 * rows * n * k / card.product, moved / (card.bandwidth * REACHED)) + onto + 1e-6
+    loop = loops(card)["experts, Y" if base == "bf16" else "experts, NF4, Y"]
+    tiles = active * -(-rows // active // 64)
+    blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
+    # A slab of 64 x 128 weights is 32 of a lane; a block has two warps on each scheduler, one alone waits for itself.
+    # The warps of 32 rows that a tile does not have make no products, and load nothing for them: per product half an
+    # ldmatrix of four rows of 128 bytes, and three instructions in four.
+    less = 0.5 if -(-rows // tiles) <= 32 else 1.0
+    products = loop["mma"] * less
+    slots, transactions = loop["slots"] - 1.75 * (1 - less), loop["transactions"] - 2 * (1 - less)
+    slab = 32 * max(2 * slots, 4 * loop["alu"], 4 * loop["fma"], 2 * products * 4 * 2048 / card.tensor,
+                    8 * transactions) * min(loop["blocks"], blocks / card.multiprocessors)  # fmt: skip
+    waves = -(-blocks // resident)
+    cycles = waves * -(-k // 64) * max(slab, 32 * loop["alone"])
+    return max(cycles / card.clock, moved / (card.bandwidth * REACHED)) + 2e-6
+
+
+def experts(
+    card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16
+) -> tuple[float, float]:
+    """Forward and backward of LoRA, in float32, on so many experts [n, k] that have as many rows each."""
+    bandwidth, padded = card.bandwidth * REACHED, active * -(-rows // active // 64) * 64
+    a, b = (4.0 * active * rank * size for size in (k, n))
+    sums = 2 * 4.0 * padded * rank * max(1, min(768 // (padded // 64), -(-k // 64 // 2)))
+    drawn = ", dropout" if dropout else ""
+
+    def over(loop: str, columns: int, moved: float) -> float:
+        return over_tiles(loop + drawn if loop + drawn in loops(card) else loop, padded, columns, moved, card)
+
+    # Terms are three for a rank pass and two for a product, of two bytes each.
+    forward = 2 * LAUNCH + (a * 2.5 + b * 2) / bandwidth + LAUNCH
+    forward += over("S of experts", k, 2.0 * rows * k + a * 1.5 + sums) + experts_product(
+        card, rows, active, n, k, base
+    )
+    backward = 2 * LAUNCH + (b * 2.5 + a * 2) / bandwidth + 3 * LAUNCH
+    backward += over_tiles("S of experts", padded, n, 2.0 * rows * n + b * 1.5 + sums, card)
+    backward += over_tiles("dA of experts", padded, n, 2.0 * rows * n + b, card)
+    backward += over("dA of experts", k, 2.0 * rows * k + a)
+    backward += (2 * a + 2 * b) / bandwidth + experts_product(card, rows, active, k, n, base)
+    return forward, backward
+
+
 FEW = 64  # tokens of a mixed batch that take launches of plain FMAs; kGroupedFewTokens
 
 
@@ -256,6 +307,25 @@ def tables() -> str:
         for how, together in (("alone", False), ("those of one input together", True)):
             row = (f"{llama_layer(card, t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
             lines.append(f"| {method}: {how} | " + " | ".join(row) + " |")
+    sizes = (4096, 32768)
+    lines += ["", "| a step of 128 experts 2048 -> 768, rows = | "
+              + " | ".join(f"{c}, {rows}" for c in CARDS for rows in sizes) + " |"]  # fmt: skip
+    lines.append("|---" * (len(CARDS) * len(sizes) + 1) + "|")
+    kinds: dict[str, dict[str, Any]] = {"LoRA": {}, "LoRA, dropout": {"dropout": True}, "QLoRA": {"base": "NF4"}}
+    for kind, how in (("frozen, bf16", None), *kinds.items()):
+        row = []
+        for card in CARDS.values():
+            for rows in sizes:
+                frozen = sum(experts_product(card, rows, 128, *of, "bf16") for of in ((768, 2048), (2048, 768)))
+                row.append(frozen if how is None else sum(experts(card, rows, 128, 768, 2048, **how)))
+        lines.append(f"| {kind} | " + " | ".join(map(microseconds, row)) + " |")
+    few = (1, 8, 64)
+    lines += ["", "| a forward of QLoRA, eight of 128 experts 2048 -> 1536, T = | "
+              + " | ".join(f"{c}, {t}" for c in CARDS for t in few) + " |"]  # fmt: skip
+    lines.append("|---" * (len(CARDS) * len(few) + 1) + "|")
+    active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # that have a row
+    row = [microseconds(experts(card, 8 * t, active[t], 1536, 2048, "NF4")[0]) for card in CARDS.values() for t in few]
+    lines.append("| LoRA over NF4 | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
     lines += ["", "| eight adapters, of one's time, T = | " + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")

@@ -155,7 +155,7 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
 
 def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
     """See the top of this file. ``trips``: how often loops with products in it run."""
-    spans = [(i.target, i.address) for i in instructions if i.name == "BRA" and i.target is not None]
+    spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
 
     def body(span: tuple[int, int]) -> list[Instruction]:

@@ -51,6 +51,16 @@ def _pass(name: str, ranks: int, work: str, mask: str = "kNone", *, terms: int =
     )  # fmt: skip
 
 
+def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
+    return Hot(name, "rank_runs_bf16_cuda", f"rank_pass_kernel<bf16, false, true, 2, {terms}, {work}, {mask}>")
+
+
+def _product(name: str, nf4: bool, order: str) -> Hot:
+    # Of a weight: an iteration is two slabs of 64 x 128, 64 weights a lane, against 64 rows.
+    return Hot(name, "experts_product_bf16_cuda",
+               f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)  # fmt: skip
+
+
 def _expand(name: str, steps: int, work: str, *, terms: int = 2) -> Hot:
     return Hot(name, "expand_bf16_cuda", f"expand_kernel<bf16, {steps}, {terms}, {work}>")
 
@@ -76,6 +86,15 @@ HOT = (
     _pass("dA, dropout, R = 128", 128, "kColumns", "kKept"),
     _pass("W A and the norm", 16, "kRowsAndSquares"),
     _pass("W A and the norm, NF4", 16, "kRowsAndSquares", nf4=True),
+    _runs("S of experts", "kRunRows"),
+    _runs("S of experts, dropout", "kRunRows", "kDrawn"),
+    _runs("S of experts, bf16 adapter", "kRunRows", terms=1),
+    _runs("dA of experts", "kRunColumns"),
+    _runs("dA of experts, dropout", "kRunColumns", "kKept"),
+    _product("experts, Y", False, "kAlong"),
+    _product("experts, dX", False, "kAcross"),
+    _product("experts, NF4, Y", True, "kAlong"),
+    _product("experts, NF4, dX", True, "kAcross"),
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
     _expand("Y0, R = 32", 2, "kBias"),

@@ -23,9 +23,10 @@ struct Philox {
   uint32_t key0, key1, offset0, offset1, lower, either;
 };
 
-__device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout) {
+// later: added to the offset.
+__device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
   if (dropout.seed == nullptr) return Philox{};
-  const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]);
+  const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
   // No draw is at least 2^16: in 15 bits there is none that 2^15 keeps.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
   return Philox{static_cast<uint32_t>(seed),

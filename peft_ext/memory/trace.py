@@ -116,10 +116,7 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     if func in _SIBLINGS:
         return _workspace_of_siblings(given, device)
     if func in _EXPERTS:
-        # The adapters in one piece, and their gradients; an expert's own part is small beside them.
-        held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
-        size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())
-        return size * (2 if "grad" in given else 1)
+        return _workspace_of_experts(given, device)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0
@@ -137,6 +134,18 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
         size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
     return size
+
+
+def _workspace_of_experts(given: dict[str, Any], device: str) -> int:
+    """Returns the same of experts: the adapters in one piece, and their gradients; on a GPU the adapters' terms, of up
+    to six bytes an element, and the partial sums of their gradients."""
+    held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
+    if device == "cuda":
+        size = sum(6 * value.numel() for value in held)
+        return size + sum(4 * value.numel() for value in held) if "grad" in given else size
+    # An expert's own part is small beside them.
+    size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())
+    return size * (2 if "grad" in given else 1)
 
 
 def _workspace_of_siblings(given: dict[str, Any], device: str) -> int:

@@ -6,8 +6,9 @@ Backward, over the rows of each expert: ``P = s · dY B_e``; ``dX = dY W_e + mas
 ``dB_e = s · dYᵀ S``; ``db_e = Σ dY``. Saved: x, S and the seed. No weight but its own is read for a row, no sum
 W + s B A is made, and an expert without rows costs nothing.
 
-On the CPU one loop over the experts, on all threads; on a GPU each expert is computed as :func:`lora_linear` does,
-which waits for the offsets.
+On the CPU one loop over the experts, on all threads. On a GPU one product for all experts, which decodes an NF4 weight
+on its way and takes the low-rank term and the bias before its one rounding; how many rows an expert has is read on the
+device alone, so that nothing waits for it.
 
 Sources: LoRA (arXiv 2106.09685); mixtures of experts (arXiv 1701.06538).
 """
@@ -34,7 +35,7 @@ _ADAPTERS = "Tensor offsets, Tensor? lora_A, Tensor? lora_B"
 _SCALE = "float scaling, float dropout_p, Tensor? seed"
 
 
-# --- schema, composition, fake ----------------------------------------------------------------------------------------
+# --- schema, reference, fake ------------------------------------------------------------------------------------------
 
 
 def _forward(x, *args):
@@ -62,7 +63,7 @@ def _forward_fake(x, *args):
     return x.new_empty(x.shape[0], weight[-1][1]), s
 
 
-def _backward_composed(grad, x, *args):
+def _backward_reference(grad, x, *args):
     *weight, offsets, lora_A, lora_B, s, scaling, dropout_p, seed, needs_grad_x = args
     held = checks.unpack_weight(*weight, x.dtype)
     grad_x = torch.zeros_like(x) if needs_grad_x else x.new_empty(0)
@@ -97,15 +98,13 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SCALE}) -> (Tensor y, Tensor s)",
     reference=_forward,
     fake=_forward_fake,
-    composed=True,
 )
 define(
     "lora_experts_backward",
     f"(Tensor grad, Tensor x, {WEIGHT}, {_ADAPTERS}, Tensor s, {_SCALE}, bool needs_grad_x)"
     " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
-    reference=_backward_composed,
+    reference=_backward_reference,
     fake=_backward_fake,
-    composed=True,
 )
 
 

@@ -30,6 +30,7 @@ from .. import _native
 from .._version import __version__
 from ..files import atomic_file
 from ..reference import nf4 as reference
+from ..weight import NF4Weight
 from .library import NAMESPACE, REFERENCES
 
 __all__ = ["DROPPED", "FAMILIES", "first_use", "prove", "proved", "report"]
@@ -40,6 +41,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "lora": ("lora_linear", "lora_linear_backward", "lora_residual", "lora_residual_backward"),
     "siblings": ("lora_linears", "lora_linears_backward"),
     "grouped_lora": ("grouped_lora_linear",),
+    "experts": ("lora_experts", "lora_experts_backward"),
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
@@ -292,6 +294,16 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         few = draw(3, 1, k)
         for weight in (dense, nf4):
             yield "grouped_lora_linear", (few, *weight, bias, *groups, [1, 0, -1])
+    elif family == "experts":
+        stack = [reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True) for _ in range(3)]
+        several = (draw(3, n, k, scale=k**-0.5), None, None, None, None, 0, [3, n, k])
+        a, b = draw(3, 16, k, of=torch.float32, scale=k**-0.5), draw(3, n, 16, of=torch.float32, scale=0.25)
+        ends = torch.tensor([t // 2, t // 2, t - 3], device=device)
+        for weight, p in ((several, 0.1), (NF4Weight.stack(stack).op_args(), 0.0)):
+            scale = (0.5, p, seed if p else None)
+            yield "lora_experts", (x, *weight, draw(3, n), ends, a, b, *scale)
+            s = REFERENCES["lora_experts"](x, *weight, None, ends, a, b, *scale)[1]
+            yield "lora_experts_backward", (grad, x, *weight, ends, a, b, s, *scale, True)
     elif family == "dora":
         g = 1 + draw(n, of=torch.float32, scale=0.1)
         forward = (x, *dense, bias, a, b, g, 0.5, 0.0, None, False, True)

@@ -58,15 +58,16 @@ struct ExpandSum {
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// C += the 16 x 64 product of a warp, of 16 ranks from 16 `step` on; `factor`: where this tile's F starts.
+// C += the 16 x 64 product of a warp, of the `rows`-th 16 rows and a tile of columns, of 16 ranks from 16 `step` on;
+// `factor`: where this tile's F starts.
 template <typename T, int kRightTerms>
-__device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, int64_t step,
-                                               float (&c)[2][4][4]) {
+__device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
+                                               uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {
   constexpr int kLeftTerms = kExpandLeftTerms<T>;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
   const int64_t steps = outer.inner / 16;
-  const uint4* left = outer.data + ((blockIdx.x * 4 + warp) * steps + step) * kLeftTerms * kWarpSize + lane;
-  const uint4* right = factor + (blockIdx.y * steps + step) * kRightTerms * 4 * kWarpSize + lane;
+  const uint4* left = outer.data + (rows * steps + step) * kLeftTerms * kWarpSize + lane;
+  const uint4* right = factor + (column_tile * steps + step) * kRightTerms * 4 * kWarpSize + lane;
   uint32_t a[kLeftTerms][4];
   uint4 held[kRightTerms][4];
 #pragma unroll
@@ -114,14 +115,18 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
     // Nothing of an adapter's.
   } else if constexpr (kSteps > 0) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) expand_product<T, kRightTerms>(work.left, factor, step, sums);
+    for (int step = 0; step < kSteps; ++step)
+      expand_product<T, kRightTerms>(work.left, factor, blockIdx.x * 4 + threadIdx.x / kWarpSize, blockIdx.y, step,
+                                     sums);
   } else {
     // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
     const int64_t steps = work.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
       const int64_t last = min_of(first + 4, steps);
-      for (int64_t step = first; step < last; ++step) expand_product<T, kRightTerms>(work.left, factor, step, fresh);
+      for (int64_t step = first; step < last; ++step)
+        expand_product<T, kRightTerms>(work.left, factor, blockIdx.x * 4 + threadIdx.x / kWarpSize, blockIdx.y, step,
+                                       fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -228,7 +233,8 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_sum_kernel(ExpandSum
       const int64_t last = min_of(first + 4, steps);
 #pragma unroll 1
       for (int64_t step = first; step < last; ++step)
-        expand_product<T, kRightTerms>(part.left, part.right.data, step, fresh);
+        expand_product<T, kRightTerms>(part.left, part.right.data, blockIdx.x * 4 + threadIdx.x / kWarpSize, blockIdx.y,
+                                       step, fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll

@@ -79,6 +79,23 @@ struct RowTiles {
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held);
 
+// --- a mixture's rows
+
+// RunTables, and the memory that they lie in.
+struct RowRuns {
+  Tensor first_row, first_tile, first_chunk, tiles, chunks;
+  int64_t experts = 0, rows = 0, tile_room = 0, chunk_room = 0;
+
+  int64_t padded_rows() const { return tile_room * kTileRows; }
+};
+
+// Of rows [rows, ...] of `like`'s device that end, by expert, at `ends`: int64 [experts].
+RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows);
+
+inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
+  return static_cast<const RowRun*>(launcher.in<void>(held.tiles));
+}
+
 // --- rank passes
 
 // Ranks come in tiles of 8, two, four or eight at a time.
@@ -92,6 +109,7 @@ struct PassInput {
   ScalarType type = ScalarType::Float;
   const DeviceAdapter* dropout = nullptr;
   const RowTiles* tiles = nullptr;  // with `right` alone, which then holds a factor after the other
+  const RowRuns* runs = nullptr;    // with one of both; `right` then holds a factor for each expert
 
   const Tensor& tensor() const { return dense != nullptr ? *dense : nf4->weight; }
 };
@@ -100,7 +118,7 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  Tensor sums;  // [chunks, padded rows, padded rank]
+  Tensor sums;  // [chunks, padded rows, padded rank]; of runs the chunks are a run's each
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
 
@@ -129,6 +147,10 @@ struct RankVariant {
 // rank_pass_kernel's launches over a D of one element type, each in a translation unit of its own.
 template <typename T>
 void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
+
+// The same of the passes over each expert's rows.
+template <typename T>
+void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
 // What is wanted of partial sums; see RankReduce.
 struct Reduced {

@@ -5,6 +5,7 @@
 #include "linear/cuda/column_reduce.cuh"
 #include "linear/cuda/rank_plan.cuh"
 #include "linear/cuda/rank_reduce.cuh"
+#include "linear/cuda/run_tables.cuh"
 #include "linear/cuda/split.cuh"
 
 namespace peft_ext {
@@ -112,10 +113,33 @@ RowTable row_table(const Launcher& launcher, const RowTiles& held) {
   return {launcher.in<int32_t>(held.rows), static_cast<const RowTile*>(launcher.in<void>(held.tiles))};
 }
 
+RowRuns row_runs(const char* op, const Tensor& ends, int64_t rows) {
+  RowRuns held;
+  held.experts = ends.numel();
+  held.rows = rows;
+  STD_TORCH_CHECK(rows + (held.experts + 1) * kTileRows < INT32_MAX - kChunkRows, op, ": x has ", rows, " rows of ",
+                  held.experts, " experts, wanted fewer than 2^31 with 64 for each expert");
+  held.tile_room = rows / kTileRows + std::min(held.experts + 1, rows);
+  held.chunk_room = rows / kChunkRows + std::min(held.experts, rows);
+  constexpr int64_t kWords = sizeof(RowRun) / 4;
+  held.first_row = device_empty(ends, {held.experts + 2}, ScalarType::Int);
+  held.first_tile = device_empty(ends, {held.experts + 2}, ScalarType::Int);
+  held.first_chunk = device_empty(ends, {held.experts + 1}, ScalarType::Int);
+  held.tiles = device_empty(ends, {held.tile_room, kWords}, ScalarType::Int);
+  held.chunks = device_empty(ends, {held.chunk_room, kWords}, ScalarType::Int);
+  Launcher launcher(ends);
+  launcher(row_runs_kernel, 1, kRunThreads,
+           RunTables{launcher.in<int64_t>(ends), held.experts, rows, launcher.scratch<int32_t>(held.first_row),
+                     launcher.scratch<int32_t>(held.first_tile), launcher.scratch<int32_t>(held.first_chunk),
+                     static_cast<RowRun*>(launcher.scratch<void>(held.tiles)),
+                     static_cast<RowRun*>(launcher.scratch<void>(held.chunks)), held.tile_room, held.chunk_room});
+  return held;
+}
+
 // --- rank passes
 
 PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout) {
-  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout, nullptr};
+  return {&matrix, nullptr, matrix.size(0), matrix.size(1), matrix.scalar_type(), dropout, nullptr, nullptr};
 }
 
 PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
@@ -124,6 +148,7 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
           weight.outputs,
           weight.inputs,
           type,
+          nullptr,
           nullptr,
           nullptr};
 }
@@ -141,7 +166,9 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   pass.rows = input.rows;
   pass.columns = input.columns;
   pass.padded_rank = rank;
-  pass.padded_rows = input.tiles != nullptr ? input.tiles->adapted * kRankTile : round_up(input.rows, kRankTile);
+  pass.padded_rows = input.runs != nullptr    ? input.runs->padded_rows()
+                     : input.tiles != nullptr ? input.tiles->adapted * kRankTile
+                                              : round_up(input.rows, kRankTile);
   pass.padded_columns = round_up(input.columns, kRankTile);
   if (input.dense != nullptr) {
     pass.dense = launcher.in<void>(*input.dense);
@@ -156,11 +183,18 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.right_stride = terms_stride(*right);
   }
 
+  if (input.runs != nullptr) {
+    pass.runs =
+        static_cast<const RowRun*>(launcher.in<void>(right != nullptr ? input.runs->tiles : input.runs->chunks));
+    if (right != nullptr) pass.right_stride = terms_stride(*right);
+  }
+
   RankVariant variant{};
   variant.nf4 = input.nf4 != nullptr;
   variant.whole =
       input.columns % kVector == 0 && aligned(input.tensor(), variant.nf4 ? 4 : 16) && input.columns < kMaxRankColumns;
-  variant.work = right == nullptr         ? RankWork::kColumns
+  variant.work = input.runs != nullptr    ? right != nullptr ? RankWork::kRunRows : RankWork::kRunColumns
+                 : right == nullptr       ? RankWork::kColumns
                  : left != nullptr        ? RankWork::kBoth
                  : wants.squares          ? RankWork::kRowsAndSquares
                  : input.tiles != nullptr ? RankWork::kGroupedRows
@@ -178,7 +212,9 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.beside = launcher.in<void>(*wants.beside);
   }
 
-  const RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
+  RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
+  if (variant.work == RankWork::kRunColumns)
+    plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};  // each chunk goes down its own rows
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
 
@@ -208,7 +244,9 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.kept = static_cast<uint32_t*>(launcher.scratch<void>(*found.kept));
   }
   with_type(input.type, [&](auto zero) {
-    launch_rank_pass<decltype(zero)>(launcher, Grid(plan.row_chunks, plan.column_chunks), pass, variant);
+    const Grid grid(plan.row_chunks, plan.column_chunks);
+    input.runs != nullptr ? launch_rank_runs<decltype(zero)>(launcher, grid, pass, variant)
+                          : launch_rank_pass<decltype(zero)>(launcher, grid, pass, variant);
   });
   return found;
 }

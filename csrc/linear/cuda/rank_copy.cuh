@@ -2,7 +2,7 @@
 // memory that are not cp.async's own. See rank_pass.cuh for the whole.
 #pragma once
 
-#include "linear/cuda/row_tiles.cuh"
+#include "linear/cuda/row_runs.cuh"
 #include "linear/cuda/terms.cuh"
 #include "nf4/cuda/nf4.cuh"
 
@@ -11,8 +11,9 @@ namespace peft_ext {
 constexpr int kRankTile = kTileRows;  // of D, both ways
 constexpr int kRankThreads = 128;
 
-// What a pass makes. kGroupedRows: P, of the rows that a RowTable names, each tile with a factor of its own.
-enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows };
+// What a pass makes. kGroupedRows: P, of the rows that a RowTable names, each tile with a factor of its own. kRunRows,
+// kRunColumns: P, each expert's rows with a factor of its own, and Q of each expert's rows (row_runs.cuh).
+enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
 // What is dropped: nothing; what the generator says; or that, and its bits are kept for who needs the mask next.
 enum class RankMask { kNone, kDrawn, kKept };
@@ -41,9 +42,10 @@ struct RankPass {
   float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
   float* dots = nullptr;         // [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
-  uint32_t* kept = nullptr;  // the mask: [row tiles][column tiles][kRankThreads], see kKeptBits
-  RowTable table;            // kGroupedRows: which rows
-  int64_t right_stride = 0;  // and from a tile's F to the next in `right`, in 16 bytes
+  uint32_t* kept = nullptr;      // the mask: [row tiles][column tiles][kRankThreads], see kKeptBits
+  RowTable table;                // kGroupedRows: which rows
+  int64_t right_stride = 0;      // and from a tile's F, or an expert's, to the next in `right`, in 16 bytes
+  const RowRun* runs = nullptr;  // kRunRows: tiles, kRunColumns: chunks, of which column_sums then are
 };
 
 // A mask's bits lie as the threads of a rank pass draw them. Thread i of a tile has rows 16 j + i / 8, j < 4, and
@@ -85,18 +87,18 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
                                            __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
 }
 
-// A tile of any shape and alignment at (row, column), element by element, dropped already. kTabled: `row` is the
-// table's.
+// A tile of any shape and alignment at (row, column), element by element, dropped already; rows end at `rows`, and the
+// generator counts them from `drawn` rows later. kTabled: `row` is the table's.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
-                                              int64_t column) {
+                                              int64_t column, int64_t rows, int64_t drawn) {
   const int group = threadIdx.x % 8 * kVector;
   column += group;
   for (int j = 0; j < 4; ++j) {
     int64_t at = row + j * 16 + threadIdx.x / 8;
     if constexpr (kTabled) at = pass.table.rows[at];
     const int64_t element = at * pass.columns + column;
-    const bool inside = at >= 0 && at < pass.rows && column < pass.columns;
+    const bool inside = at >= 0 && at < rows && column < pass.columns;
     float values[kVector] = {};
     if constexpr (kNf4) {
       const float code = kNf4DeviceCode[threadIdx.x % 16];
@@ -110,7 +112,7 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
     } else if (inside) {
       load_columns(static_cast<const T*>(pass.dense) + at * pass.columns, column, pass.columns, false, values);
       if (pass.dropout.seed != nullptr) {
-        const uint32_t kept = kept_elements(philox, element, false);
+        const uint32_t kept = kept_elements(philox, element + drawn * pass.columns, false);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;
       }

@@ -5,6 +5,7 @@
 //   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, of dY and Z)
 //   grouped:  P_i = D[rows_i] F_i, of tiles of 64 rows that a table names, each with a factor of its own
 //   (row_tiles.cuh)
+//   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], of the rows of each expert (row_runs.cuh)
 //
 // D is dense, float32, bfloat16 or float16, x̃ = dropout(x) made on the way, or it is an NF4 weight, decoded on the way.
 // F and L come in bfloat16 terms (linear/cuda/terms.cuh), so sums have float32 precision whatever their type.
@@ -235,7 +236,9 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
-  constexpr bool kRows = kWork != RankWork::kColumns, kSquares = kWork == RankWork::kRowsAndSquares;
+  constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
+  constexpr bool kRows = kWork != RankWork::kColumns && kWork != RankWork::kRunColumns;
+  constexpr bool kSquares = kWork == RankWork::kRowsAndSquares;
   constexpr bool kDots = kWork == RankWork::kBothAndDots, kBoth = kWork == RankWork::kBoth || kDots;
   constexpr bool kTabled = kWork == RankWork::kGroupedRows;
   constexpr int kAround = kBoth ? kRankTilesOfBoth : 1;
@@ -244,15 +247,23 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   PEFT_EXT_SHARED(Stages, shared);
   [[maybe_unused]] const int lane = threadIdx.x % kWarpSize;
   const int copy_row = threadIdx.x / 8, copy_group = threadIdx.x % 8;
-  [[maybe_unused]] const Philox philox = kMask == RankMask::kNone && kWhole ? Philox{} : load_philox(pass.dropout);
+  [[maybe_unused]] RowRun run{};
+  if constexpr (kRuns) {
+    run = pass.runs[blockIdx.x];
+    if (run.rows == 0 || run.expert < 0) return;
+  }
+  [[maybe_unused]] const Philox philox =
+      kMask == RankMask::kNone && kWhole ? Philox{} : load_philox(pass.dropout, run.expert);
   const SharedAt base = shared_at(shared.tile), copy_at = base + rank_offset<T>(copy_row, copy_group);
   const SharedAt rows_at = base + ldmatrix_offset<false, kRanks>(), columns_at = base + ldmatrix_offset<true, kRanks>();
 
-  const int64_t row_tile = blockIdx.x * pass.row_tiles, column_tile = blockIdx.y * pass.column_tiles;
-  const int64_t row = row_tile * kRankTile, column = column_tile * kRankTile;
+  const int64_t row_tile = kRuns ? run.tile : blockIdx.x * pass.row_tiles;
+  const int64_t column_tile = blockIdx.y * pass.column_tiles;
+  const int64_t row = kRuns ? run.first : row_tile * kRankTile, column = column_tile * kRankTile;
   // A block goes along its columns, or, for columns alone, down its rows, of one tile of columns.
-  const int tiles = static_cast<int>(kRows ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
-                                           : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
+  const int tiles = static_cast<int>(kRows   ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
+                                     : kRuns ? (run.rows + kRankTile - 1) / kRankTile
+                                             : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
 
   // Of a whole, dense D: where this thread's next tile of the block lies, and what of D is left from there on.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
@@ -272,9 +283,10 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   [[maybe_unused]] const unsigned char* beside = nullptr;
   if constexpr (kDots)
     beside = static_cast<const unsigned char*>(pass.beside) + (from - static_cast<const unsigned char*>(pass.dense));
-  int rows_left = static_cast<int>(min_of(pass.rows - row, 1 << 30)) - copy_row;
+  int rows_left = (kRuns ? run.rows : static_cast<int>(min_of(pass.rows - row, 1 << 30))) - copy_row;
   int columns_left = static_cast<int>(min_of(pass.columns - column, 1 << 30)) - copy_group * kVector;
-  uint64_t drawn = static_cast<uint64_t>((row + copy_row) * pass.columns + column) / kPhiloxGroup + copy_group;
+  const int64_t drawn_row = kRuns ? run.before : row;
+  uint64_t drawn = static_cast<uint64_t>((drawn_row + copy_row) * pass.columns + column) / kPhiloxGroup + copy_group;
   const uint32_t drawn_step = static_cast<uint32_t>(pass.columns * 16 / kPhiloxGroup);
   const uint32_t drawn_tile = kRows ? kRankTile / kPhiloxGroup : 4 * drawn_step;
   uint32_t* kept = nullptr;
@@ -292,6 +304,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const uint4* right =
       pass.right.data + pass.first_rank / 64 * right_halves + column_tile * Right::kTile + Right::share(right_halves);
   if constexpr (kTabled) right += pass.table.tiles[blockIdx.x].factor * pass.right_stride;
+  if constexpr (kRuns) right += run.expert * pass.right_stride;
   const uint4* left =
       pass.left.data + pass.first_rank / 64 * left_halves + row_tile * Left::kTile + Left::share(left_halves);
 
@@ -305,7 +318,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
         rank_copy_any<T, kNf4, kTabled>(pass, philox, copy_at + stage, row_of(outer + further, held),
-                                        column_of(outer + further));
+                                        column_of(outer + further), kRuns ? row + run.rows : pass.rows,
+                                        kRuns ? run.before - row : 0);
       } else if constexpr (kNf4) {
         rank_decode<T>(ahead, copy_at + stage);
         rank_load(pass, ahead, row_of(outer + further + 1, 0), column_of(outer + further + 1));
@@ -430,14 +444,14 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       }
     }
   }
-  if constexpr (kWork == RankWork::kColumns) {
+  if constexpr (!kRows) {
     const int64_t at = blockIdx.x * pass.padded_columns + column;
     rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
   }
   if constexpr (kRows) {
 #pragma unroll
     for (int held = 0; held < kAround; ++held) {
-      const int64_t mine = row + held * kRankTile;
+      const int64_t mine = (kRuns ? row_tile * kRankTile : row) + held * kRankTile;
       if (mine >= pass.padded_rows) break;
       const int64_t at = blockIdx.y * pass.padded_rows + mine;
       rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);

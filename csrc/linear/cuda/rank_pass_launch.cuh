@@ -16,7 +16,8 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
   if (pass.padded_rank == 32) return launch_pass<T, kNf4, kWhole, 4, kTerms, kWork, kMask>(launcher, grid, pass);
   if constexpr (kWork != RankWork::kBoth && kWork != RankWork::kBothAndDots) {
-    constexpr bool kTwice = kWhole && sizeof(T) == 2;
+    constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
+    constexpr bool kTwice = kWhole && sizeof(T) == 2 && !kRuns;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
       // Squares are of D alone: each launch finds the same.
       if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
@@ -31,7 +32,7 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
 
 template <typename T, bool kNf4, bool kWhole, RankWork kWork, RankMask kMask>
 void launch_terms(const Launcher& launcher, const Grid& grid, const RankPass& pass) {
-  if constexpr (std::is_same_v<T, bf16> && kWork != RankWork::kColumns) {
+  if constexpr (std::is_same_v<T, bf16> && kWork != RankWork::kColumns && kWork != RankWork::kRunColumns) {
     if (pass.right.count == 1) return launch_ranks<T, kNf4, kWhole, 1, kWork, kMask>(launcher, grid, pass);
   }
   launch_ranks<T, kNf4, kWhole, kMaxTerms, kWork, kMask>(launcher, grid, pass);
@@ -68,7 +69,25 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
           return launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kDrawn>(launcher, grid, pass);
       }
       launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kNone>(launcher, grid, pass);
+      return;
+    default:  // launch_rank_runs'
+      return;
   }
+}
+
+// Over each expert's rows. In shapes that are not whole, a mask is known to the copy alone.
+template <typename T>
+void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
+  constexpr RankMask kNone = RankMask::kNone, kDrawn = RankMask::kDrawn, kKept = RankMask::kKept;
+  const bool masked = variant.mask != kNone;
+  if (variant.work == RankWork::kRunRows) {
+    if (!variant.whole) return launch_terms<T, false, false, RankWork::kRunRows, kNone>(launcher, grid, pass);
+    if (masked) return launch_terms<T, false, true, RankWork::kRunRows, kDrawn>(launcher, grid, pass);
+    return launch_terms<T, false, true, RankWork::kRunRows, kNone>(launcher, grid, pass);
+  }
+  if (!variant.whole) return launch_terms<T, false, false, RankWork::kRunColumns, kNone>(launcher, grid, pass);
+  if (masked) return launch_terms<T, false, true, RankWork::kRunColumns, kKept>(launcher, grid, pass);
+  launch_terms<T, false, true, RankWork::kRunColumns, kNone>(launcher, grid, pass);
 }
 
 template <typename T>

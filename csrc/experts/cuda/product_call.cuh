@@ -1,0 +1,22 @@
+// The experts' kernels as the glue calls them; each element type's are in a translation unit of its own.
+#pragma once
+
+#include "cuda/tensor.cuh"
+#include "experts/cuda/product.cuh"
+
+namespace peft_ext {
+
+struct ProductVariant {
+  bool nf4;
+  StackOrder order;
+  int64_t row_tiles;
+};
+
+template <typename T>
+void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work, const ProductVariant& variant);
+
+// onto: a product that is there.
+template <typename T>
+void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
+
+}  // namespace peft_ext

@@ -1,0 +1,129 @@
+// What lies between the passes over a mixture's rows: the terms of each expert's small matrices, and what is made of
+// the passes' partial sums.
+#pragma once
+
+#include "linear/cuda/row_runs.cuh"
+#include "linear/cuda/terms.cuh"
+
+namespace peft_ext {
+
+// The terms of each expert's matrix [outer, inner] in a stack of any strides, one after the other; of experts without
+// rows there are none.
+struct StackSplit {
+  const void* in;
+  DType type;
+  int64_t outer, inner, by_expert, outer_stride, inner_stride;
+  TermsOut out;        // of the first expert
+  int64_t out_stride;  // to the next, in words of 4 bytes
+};
+
+constexpr int kMaxStackSplits = 2;
+struct StackSplits {
+  StackSplit work[kMaxStackSplits];
+  const int32_t* first_tile;  // of RunTables
+};
+
+// Grid: x: as split_kernel's; y: experts; z: which.
+static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
+  const StackSplit& work = splits.work[blockIdx.z];
+  const int64_t expert = blockIdx.y;
+  if (splits.first_tile[expert] == splits.first_tile[expert + 1]) return;
+  Split own{};
+  own.in = static_cast<const unsigned char*>(work.in) + expert * work.by_expert * (work.type == DType::kF32 ? 4 : 2);
+  own.type = work.type;
+  own.outer = work.outer;
+  own.inner = work.inner;
+  own.outer_stride = work.outer_stride;
+  own.inner_stride = work.inner_stride;
+  own.out = work.out;
+  own.out.data += expert * work.out_stride;
+  split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
+}
+
+// What becomes of small rows: value[row][r] = scale · Σ_chunks partial[row of the tiles][r], or those that are there.
+struct RunRows {
+  const float* partial;  // [chunks][padded rows][padded rank], or null:
+  const float* given;    // [rows][rank]
+  int64_t chunks, padded_rows, rank, padded_rank;
+  const RowRun* tiles;
+  float scale;
+  float after;          // one more factor, of the terms
+  float* plain;         // [rows][rank], zeros for no expert's; or null
+  TermsOut terms;       // [padded rows, padded rank]
+  TermsOut transposed;  // [padded rank, padded rows]
+};
+
+constexpr int kStackThreads = 256;
+
+// Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads). A thread makes two neighbouring ranks.
+static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows work) {
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
+  const int64_t pairs = work.padded_rank / 2, padded_row = pair / pairs, r = pair % pairs * 2;
+  if (padded_row >= work.padded_rows) return;
+  const RowRun run = work.tiles[padded_row / kTileRows];
+  if (run.rows == 0) return;
+  const int64_t within = padded_row % kTileRows, row = run.first + within;
+  float values[2] = {0.0f, 0.0f};
+  if (within < run.rows && run.expert >= 0) {
+    if (work.partial != nullptr) {
+      const float2* from = reinterpret_cast<const float2*>(work.partial) + pair;
+#pragma unroll 4
+      for (int64_t chunk = 0; chunk < work.chunks; ++chunk) {
+        const float2 part = from[chunk * work.padded_rows * pairs];
+        values[0] += part.x;
+        values[1] += part.y;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (r + e < work.rank) values[e] = work.given[row * work.rank + r + e];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    values[e] *= work.scale;
+    if (within < run.rows && r + e < work.rank && work.plain != nullptr)
+      work.plain[row * work.rank + r + e] = values[e];
+    values[e] = r + e < work.rank ? values[e] * work.after : 0.0f;
+  }
+  if (run.expert < 0) return;
+  if (work.terms.data != nullptr) save_terms(work.terms, padded_row, r, values[0], values[1]);
+  if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, padded_row, values[0], values[1]);
+}
+
+// The gradient of each expert's small matrix: out[e][column][r] = scale · Σ_chunks of e partial[chunk][column][r].
+struct StackReduce {
+  const float* partial;        // [chunks][padded columns][padded rank]
+  const int32_t* first_chunk;  // of RunTables
+  int64_t columns, padded_columns, rank, padded_rank;
+  float scale;
+  void* out;
+  DType type;
+  int64_t by_expert, by_column, by_rank;
+};
+
+struct StackReduces {
+  StackReduce work[2];
+};
+
+// Grid: x: ceil(columns · padded_rank / 2 / kStackThreads) of the larger; y: experts; z: which. A thread makes two
+// neighbouring ranks.
+static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
+  const StackReduce& work = reduces.work[blockIdx.z];
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
+  const int64_t pairs = work.padded_rank / 2, column = pair / pairs, r = pair % pairs * 2, expert = blockIdx.y;
+  if (column >= work.columns) return;
+  float sums[2] = {0.0f, 0.0f};
+  for (int32_t chunk = work.first_chunk[expert]; chunk < work.first_chunk[expert + 1]; ++chunk) {
+    const float2 part = reinterpret_cast<const float2*>(work.partial)[chunk * work.padded_columns * pairs + pair];
+    sums[0] += part.x;
+    sums[1] += part.y;
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e)
+    if (r + e < work.rank)
+      store_value(work.out, work.type, expert * work.by_expert + column * work.by_column + (r + e) * work.by_rank,
+                  work.scale * sums[e]);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,5 @@
+#include "experts/cuda/product_launch.cuh"
+
+template void peft_ext::launch_experts_product<peft_ext::f16>(const Launcher&, const ExpertsProduct&,
+                                                              const ProductVariant&);
+template void peft_ext::launch_experts_onto<peft_ext::f16>(const Launcher&, const ExpertsProduct&, bool, int64_t);

@@ -1,0 +1,4 @@
+#include "experts/cuda/product_launch.cuh"
+
+template void peft_ext::launch_experts_product<float>(const Launcher&, const ExpertsProduct&, const ProductVariant&);
+template void peft_ext::launch_experts_onto<float>(const Launcher&, const ExpertsProduct&, bool, int64_t);

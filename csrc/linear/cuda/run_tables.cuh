@@ -1,0 +1,93 @@
+// The tables of a mixture's rows (row_runs.cuh), made on the device from where each expert's rows end, in one launch of
+// one block: a few sums over the experts, and a search in them for each tile.
+#pragma once
+
+#include "cuda/vector.cuh"
+#include "linear/cuda/row_runs.cuh"
+
+namespace peft_ext {
+
+// Tables of the runs, made from where each expert's rows end. Ends that are below the one before, or beyond the rows,
+// are taken as that one, or the rows' end.
+struct RunTables {
+  const int64_t* ends;  // [experts]
+  int64_t experts, rows;
+  int32_t* first_row;    // [experts + 2]: of each expert, of no expert's, and the end
+  int32_t* first_tile;   // [experts + 2]
+  int32_t* first_chunk;  // [experts + 1], without no expert's
+  RowRun* tiles;         // [tile_room]
+  RowRun* chunks;        // [chunk_room]
+  int64_t tile_room, chunk_room;
+};
+
+constexpr int kRunThreads = 512;
+
+// The sum, or the largest, of what the threads up to this one give; all threads call it.
+template <bool kSum>
+__device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRunThreads]) {
+  sync_threads();
+  shared[threadIdx.x] = value;
+  for (int step = 1; step < kRunThreads; step *= 2) {
+    sync_threads();
+    const int32_t other = static_cast<int>(threadIdx.x) >= step ? shared[threadIdx.x - step] : 0;
+    sync_threads();
+    shared[threadIdx.x] = kSum                          ? shared[threadIdx.x] + other
+                          : other > shared[threadIdx.x] ? other
+                                                        : shared[threadIdx.x];
+  }
+  sync_threads();
+  return shared[threadIdx.x];
+}
+
+// Run i of those that start, by expert, at `first`, [experts + 1] with their count at last, of up to kEach rows.
+template <int kEach>
+__device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* first, int64_t experts, int32_t i) {
+  if (i >= first[experts]) return RowRun{0, 0, 0, -1, 0};
+  int64_t low = 0, high = experts;  // first[low] <= i < first[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first[middle] <= i ? low : high) = middle;
+  }
+  const int32_t before = (i - first[low]) * kEach, begin = work.first_row[low] + before;
+  const int32_t left = work.first_row[low + 1] - begin;
+  return RowRun{begin, left < kEach ? left : kEach, work.first_tile[low] + before / kTileRows,
+                low < work.experts ? static_cast<int32_t>(low) : -1, before};
+}
+
+// Grid: one block.
+static __global__ void __launch_bounds__(kRunThreads) row_runs_kernel(RunTables work) {
+  PEFT_EXT_SHARED(int32_t[kRunThreads], shared);
+  int32_t row = 0, tiles = 0, chunks = 0;
+  for (int64_t base = 0; base <= work.experts; base += kRunThreads) {
+    const int64_t e = base + threadIdx.x;
+    const int64_t asked = e < work.experts ? work.ends[e] : work.rows;
+    const auto own_end = static_cast<int32_t>(asked < 0 ? 0 : min_of(asked, work.rows));
+    // Ends only ascend; what those before this round's say comes with `row`.
+    running<false>(own_end > row ? own_end : row, shared);
+    const int32_t end = shared[threadIdx.x], begin = threadIdx.x == 0 ? row : shared[threadIdx.x - 1];
+    const int32_t last_end = shared[kRunThreads - 1], rows = end - begin;
+    const int32_t own_tiles = (rows + kTileRows - 1) / kTileRows;
+    const int32_t own_chunks = e < work.experts ? (rows + kChunkRows - 1) / kChunkRows : 0;
+    const int32_t tiles_to = running<true>(own_tiles, shared), all_tiles = shared[kRunThreads - 1];
+    const int32_t chunks_to = running<true>(own_chunks, shared), all_chunks = shared[kRunThreads - 1];
+    if (e <= work.experts) {
+      work.first_row[e] = begin;
+      work.first_tile[e] = tiles + tiles_to - own_tiles;
+      work.first_chunk[e] = chunks + chunks_to - own_chunks;
+    }
+    if (e == work.experts) {
+      work.first_row[e + 1] = end;
+      work.first_tile[e + 1] = tiles + tiles_to;
+    }
+    row = last_end;
+    tiles += all_tiles;
+    chunks += all_chunks;
+  }
+  sync_threads();
+  for (int64_t i = threadIdx.x; i < work.tile_room; i += kRunThreads)
+    work.tiles[i] = run_of<kTileRows>(work, work.first_tile, work.experts + 1, static_cast<int32_t>(i));
+  for (int64_t i = threadIdx.x; i < work.chunk_room; i += kRunThreads)
+    work.chunks[i] = run_of<kChunkRows>(work, work.first_chunk, work.experts, static_cast<int32_t>(i));
+}
+
+}  // namespace peft_ext
