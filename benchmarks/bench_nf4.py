@@ -163,6 +163,7 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
         contenders,
         layer_bytes(problem, "nf4") if training else forward_bytes,
         (4 if training else 2) * tokens * n * k,
+        reads=not training and tokens <= 16,
         absent=absent,
     )
 

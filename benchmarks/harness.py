@@ -1,7 +1,7 @@
 """Comparisons of operators, by the timer of :mod:`peft_ext.bench`: verified first, then timed in turn, in one process.
 
-The ceilings are measured in the same run: the copy bandwidth of memory and PyTorch's own products. A :data:`Clock`
-takes the time: the host's here, a GPU's in :mod:`.cuda`.
+The ceilings are measured in the same run: the bandwidth of memory, of a copy and of reading, and PyTorch's own
+products. A :data:`Clock` takes the time: the host's here, a GPU's in :mod:`.cuda`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 import torch
 
 import peft_ext
-from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, timer
+from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, quartile_ratios, timer
 from peft_ext.bench.timer import error_text, seconds_of
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import COMPOSED, OPS, has_kernel
@@ -37,6 +37,7 @@ __all__ = [
     "measured_ceilings",
     "print_table",
     "rate",
+    "ratio_text",
     "run",
     "save",
 ]
@@ -53,13 +54,15 @@ class Comparison:
 
     Attributes:
         absent: peers that are not here, and why.
-        bytes_moved, flops: of the floor; tolerance: the largest relative error that ours may have, 0: the very bits.
+        bytes_moved, flops: of the floor; reads: hardly a byte of them is written, so that the floor is that of reading;
+            tolerance: the largest relative error that ours may have, 0: the very bits.
     """
 
     contenders: dict[str, Contender]
     bytes_moved: int
     flops: int = 0
     tolerance: float = 1e-2
+    reads: bool = False
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,7 +85,8 @@ class Row:
     """What came out.
 
     Attributes:
-        milliseconds: median by contender. speedup: each one's ratio to ours (above 1: ours is faster).
+        milliseconds: median by contender. speedup: each one's ratio to ours (above 1: ours is faster), the median over
+            rounds; quartiles: the first and the third of these. reads: the floor is that of reading.
         errors: by contender, by output: relative to float64, as Frobenius norms; or why there is none.
         absent: peers that could not run, and why. roofline: by contender, the floor in percent of the time.
     """
@@ -96,11 +100,13 @@ class Row:
     summary: bool
     milliseconds: dict[str, float]
     speedup: dict[str, float]
+    quartiles: dict[str, tuple[float, float]]
     errors: dict[str, Union[dict[str, float], str]]
     absent: dict[str, str]
     rounds: int
     bytes_moved: int
     flops: int
+    reads: bool
     roofline: dict[str, float]
 
 
@@ -108,7 +114,7 @@ class Row:
 
 
 def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
-    """GB/s of a 512 MB copy, and TFLOP/s of PyTorch's square product in bf16 and float32; the best of ``repeats``."""
+    """GB/s of a 256 MB copy and of reading, TFLOP/s of PyTorch's square product in bf16 and float32; the best ones."""
     source, target = torch.ones(size << 15), torch.empty(size << 15)
 
     def best(run: Callable[[], Any]) -> float:
@@ -121,23 +127,29 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 
     return {
         "copy_gb_s": 2 * source.numel() * 4 / best(lambda: target.copy_(source)) / 1e9,
+        "read_gb_s": source.numel() * 4 / best(source.sum) / 1e9,
         "matmul_bf16_tflop_s": product(torch.bfloat16),
         "matmul_f32_tflop_s": product(torch.float32),
     }
 
 
-def floor_ms(bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float]) -> float:
-    """The longer of the bytes at the copy's bandwidth and the products at the faster of the measured products.
+def floor_ms(
+    bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
+) -> float:
+    """The longer of the bytes, at the bandwidth of a copy or of reading, and the products, at the faster measured one.
 
-    That is bf16's, but where a path without bf16 instructions is forced, PyTorch's float32 is the faster one.
+    That one is bf16's, but where a path without bf16 instructions is forced, PyTorch's float32 is the faster one.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
-    return 1e3 * max((bytes_moved or 0) / (ceilings["copy_gb_s"] * 1e9), (flops or 0) / (peak * 1e12))
+    bandwidth = ceilings["copy_gb_s"]
+    if reads:  # of which the first result files have no ceiling
+        bandwidth = max(bandwidth, ceilings.get("read_gb_s", 0.0))
+    return 1e3 * max((bytes_moved or 0) / (bandwidth * 1e9), (flops or 0) / (peak * 1e12))
 
 
-def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float]) -> str:
+def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float], reads: bool = False) -> str:
     """What was reached of the ceiling that the floor is of: "812 GB/s" or "0.41 TFLOP/s"."""
-    if floor_ms(bytes_moved, 0, ceilings) >= floor_ms(0, flops, ceilings):
+    if floor_ms(bytes_moved, 0, ceilings, reads) >= floor_ms(0, flops, ceilings):
         return f"{bytes_moved / milliseconds / 1e6:.3g} GB/s"
     return f"{flops / milliseconds / 1e9:.3g} TFLOP/s"
 
@@ -176,16 +188,18 @@ def compare(
     times = interleave(samples, budget_s, least=MIN_ROUNDS, most=MAX_ROUNDS)
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     ratios = median_ratios(times)
-    floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings)
+    floor = floor_ms(comparison.bytes_moved, comparison.flops, ceilings, comparison.reads)
     return Row(
         **{name: value for name, value in vars(case).items() if name != "build"},
         milliseconds={name: round(value, 4) for name, value in medians.items()},
         speedup={name: round(value, 3) for name, value in ratios.items()},
+        quartiles={name: (round(low, 3), round(high, 3)) for name, (low, high) in quartile_ratios(times).items()},
         errors=errors,
         absent=absent,
         rounds=len(next(iter(times.values()))),
         bytes_moved=comparison.bytes_moved,
         flops=comparison.flops,
+        reads=comparison.reads,
         roofline={name: round(100 * floor / value, 1) for name, value in medians.items()},
     )
 
@@ -223,7 +237,8 @@ def run(
             continue
         try:
             comparison = case.build()
-            least = 2 * MIN_ROUNDS * 5 * floor_ms(comparison.bytes_moved, comparison.flops, ceilings) / 1e3
+            least_ms = max(floor_ms(comparison.bytes_moved, comparison.flops, ceilings), 1e3 * timer.SHORT_CALLS_S)
+            least = 2 * MIN_ROUNDS * 5 * least_ms / 1e3
             if time.perf_counter() + least > end:
                 left_out.append(name)
                 continue
@@ -283,6 +298,17 @@ def save(
     return result
 
 
+def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[float]]) -> str:
+    """Each contender's ratio, and its quartiles where they are known and tell more than the ratio."""
+    return ", ".join(f"{name} {ratio:.2f}x{spread_text(quartiles.get(name))}" for name, ratio in speedup.items())
+
+
+def spread_text(quartiles: Optional[Sequence[float]]) -> str:
+    """ " (1.02 to 1.10)"; nothing where there are none, or where both are printed alike."""
+    low, high = (f"{value:.2f}" for value in quartiles or (0.0, 0.0))
+    return "" if low == high else f" ({low} to {high})"
+
+
 def print_table(rows: list[Row], ceilings: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -290,9 +316,9 @@ def print_table(rows: list[Row], ceilings: dict[str, float]) -> None:
     table = Table("op", "case", "weights", "ours ms", "ours is faster than", "rate", "% of roofline", "error")
     for row in rows:
         ours = next(iter(row.milliseconds))
-        ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.speedup.items())
+        ratios = ratio_text(row.speedup, row.quartiles)
         error = max(row.errors[ours].values())
-        reached = rate(row.bytes_moved, row.flops, row.milliseconds[ours], ceilings)
+        reached = rate(row.bytes_moved, row.flops, row.milliseconds[ours], ceilings, row.reads)
         table.add_row(row.op, row.case, row.weights, f"{row.milliseconds[ours]:.3f}", ratios, reached,
                       f"{row.roofline[ours]:.0f}", f"{error:.1e}")  # fmt: skip
     Console(width=180).print(table)

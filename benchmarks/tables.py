@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .goals import goals_table
-from .harness import floor_ms, rate
+from .harness import floor_ms, rate, ratio_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -75,8 +75,9 @@ def about(result: Result) -> str:
 def about_ceilings(result: Result) -> str:
     ceilings = result["ceilings"]
     f32 = ceilings.get("matmul_f32_tflop_s")
-    return (f"a copy of {ceilings['copy_gb_s']:.0f} GB/s, a bf16 product of "
-            f"{1e3 * ceilings['matmul_bf16_tflop_s']:.0f} GFLOP/s"
+    read = ceilings.get("read_gb_s")
+    return (f"a copy of {ceilings['copy_gb_s']:.0f} GB/s{'' if read is None else f', reading at {read:.0f} GB/s'}, "
+            f"a bf16 product of {1e3 * ceilings['matmul_bf16_tflop_s']:.0f} GFLOP/s"
             f"{'' if f32 is None else f', a float32 one of {1e3 * f32:.0f} GFLOP/s'}")  # fmt: skip
 
 
@@ -85,12 +86,12 @@ def about_ceilings(result: Result) -> str:
 
 def roofline(row: Result, result: Result) -> float:
     """The floor in percent of our time."""
-    floor = floor_ms(row["bytes_moved"], row["flops"], result["ceilings"])
+    floor = floor_ms(row["bytes_moved"], row["flops"], result["ceilings"], row.get("reads", False))
     return 100 * floor / next(iter(row["milliseconds"].values()))
 
 
 def ratios(row: Result) -> str:
-    return ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["speedup"].items())
+    return ratio_text(row["speedup"], row.get("quartiles", {}))
 
 
 def by_operator(rows: list[Result]) -> list[Result]:
@@ -194,7 +195,7 @@ def gpu_kernel_table(result: Result) -> str:
     ]
     for row in by_operator(result["rows"]):
         ours = row["milliseconds"]["ours"]
-        reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"])
+        reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"], row.get("reads", False))
         lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {ours:.3f} | {ratios(row)} | {reached} | "
                      f"{roofline(row, result):.0f} |")  # fmt: skip
     return "\n".join(lines)

@@ -15,6 +15,8 @@ using torch::stable::parallel_for;
 const ActivationKernels& activation_kernels() {
 #if defined(__x86_64__)
   return select_kernels(&kActivationKernelsScalar, &kActivationKernelsAvx2, &kActivationKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kActivationKernelsScalar, &kActivationKernelsNeon);
 #else
   return kActivationKernelsScalar;
 #endif

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "common/tensor_calls.h"
 
 namespace peft_ext {
 
@@ -38,7 +39,7 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
     rows *= tensor.size(d);
   }
   if (regular && (rows == 1 || stride >= columns)) return {tensor, rows == 1 ? columns : stride};
-  return {torch::stable::contiguous(tensor), columns};
+  return {as_contiguous(tensor), columns};
 }
 
 // gate and up as rows, and the result.

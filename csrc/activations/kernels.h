@@ -42,6 +42,8 @@ extern const ActivationKernels kActivationKernelsScalar;
 #if defined(__x86_64__)
 extern const ActivationKernels kActivationKernelsAvx2;
 extern const ActivationKernels kActivationKernelsAvx512;
+#elif defined(__aarch64__)
+extern const ActivationKernels kActivationKernelsNeon;
 #endif
 
 }  // namespace peft_ext

@@ -29,9 +29,7 @@ Bottleneck checked_sizes(const char* op, const Tensor& x, const Tensor& down, co
   return {rows_of(x), down.size(1), up.size(0), down.size(0), round_up(down.size(0), kRankStep)};
 }
 
-Tensor flat(const Tensor& m) {
-  return torch::stable::view(torch::stable::contiguous(m), {rows_of(m), m.size(m.dim() - 1)});
-}
+Tensor flat(const Tensor& m) { return as_shape(as_contiguous(m), {rows_of(m), m.size(m.dim() - 1)}); }
 
 Tensor dispatched(const char* name, std::vector<StableIValue> stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
@@ -177,11 +175,11 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
     // D and V as they lie, each row read once for all tokens.
-    run_few_tokens(kOp, torch::stable::contiguous(down_weight), torch::stable::to(held, ScalarType::Float), u, false);
+    run_few_tokens(kOp, as_contiguous(down_weight), as_type(held, ScalarType::Float), u, false);
   } else if (products.has_value()) {
     Tensor rounded = empty({size.tokens, size.size}, *products);
     if (!biased && down_bias->scalar_type() == *products) {
-      torch::stable::copy_(rounded, torch::stable::view(torch::stable::contiguous(*down_bias), {1, size.size}));
+      torch::stable::copy_(rounded, as_shape(as_contiguous(*down_bias), {1, size.size}));
       addmm_(rounded, held, transposed(down_weight), 1.0);
       biased = true;
     } else {
@@ -214,13 +212,12 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
     run_expand(work, size.tokens);
   } else if (*products == ScalarType::Float) {
     sums = empty({size.tokens, size.out}, ScalarType::Float);
-    run_few_tokens(kOp, torch::stable::contiguous(up_weight), h, sums, false);
+    run_few_tokens(kOp, as_contiguous(up_weight), h, sums, false);
     work.before = sums.const_data_ptr<float>();
     run_expand(work, size.tokens);
   } else {
     run_expand(work, size.tokens);
-    addmm_(torch::stable::view(y, {size.tokens, size.out}), torch::stable::to(h, *products), transposed(up_weight),
-           1.0);
+    addmm_(as_shape(y, {size.tokens, size.out}), as_type(h, *products), transposed(up_weight), 1.0);
   }
   return {y, u};
 }
@@ -235,16 +232,16 @@ UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const 
   const ScalarType type = grad.scalar_type();
   UpGradients out{empty({size.out, size.size}, type), empty({1, size.out}, type),
                   empty({size.tokens, size.size}, type)};
-  mm_out(out.p, grad, torch::stable::to(up, type));
-  out.p = torch::stable::to(out.p, ScalarType::Float);
+  mm_out(out.p, grad, as_type(up, type));
+  out.p = as_type(out.p, ScalarType::Float);
   scale_by(out.p, scale);
   scale_by(h, scale);
-  mm_out(out.weight, transposed(grad), torch::stable::to(h, type));
-  out.weight = torch::stable::to(out.weight, up.scalar_type());
+  mm_out(out.weight, transposed(grad), as_type(h, type));
+  out.weight = as_type(out.weight, up.scalar_type());
   const Tensor ones = empty({1, size.tokens}, ScalarType::Float);
   fill(ones, 1.0f);
-  mm_out(out.bias, torch::stable::to(ones, type), grad);
-  out.bias = torch::stable::view(torch::stable::to(out.bias, ScalarType::Float), {size.out});
+  mm_out(out.bias, as_type(ones, type), grad);
+  out.bias = as_shape(as_type(out.bias, ScalarType::Float), {size.out});
   scale_by(out.bias, scale);
   return out;
 }
@@ -266,7 +263,7 @@ UpGradients up_gradients(const char* op, const Tensor& grad, const Tensor& h, co
   pass.left = left.const_data_ptr<float>();
   const Tensor sums = run_outer_pass(pass, size.tokens);
   UpGradients out{unpacked(op, "up_weight", sums, nullptr, by_rank, false, up), empty({size.out}, ScalarType::Float),
-                  torch::stable::contiguous(torch::stable::narrow(p, 1, 0, size.size))};
+                  as_contiguous(torch::stable::narrow(p, 1, 0, size.size))};
   for (int64_t n = 0; n < size.out; ++n)
     out.bias.mutable_data_ptr<float>()[n] = scale * sums.const_data_ptr<float>()[n * padded + size.size];
   return out;
@@ -287,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   constexpr const char* kOp = "bottleneck_adapter_backward";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
   Tensor flat_grad = flat(grad), flat_x = flat(x);
-  const Tensor flat_u = torch::stable::contiguous(u);
+  const Tensor flat_u = as_contiguous(u);
   STD_TORCH_CHECK(flat_grad.size(0) == size.tokens && flat_grad.size(1) == size.out, kOp, ": grad is not [..., ",
                   size.out, "]");
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
@@ -295,8 +292,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const ScalarType type = x.scalar_type();
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
   if (products.has_value()) {
-    flat_grad = torch::stable::to(flat_grad, *products);
-    flat_x = torch::stable::to(flat_x, *products);
+    flat_grad = as_type(flat_grad, *products);
+    flat_x = as_type(flat_x, *products);
   }
   const float factor = static_cast<float>(scale);
 
@@ -310,22 +307,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
 
   Tensor grad_down, rounded;
   if (products.has_value()) {
-    rounded = torch::stable::to(grad_u, *products);
+    rounded = as_type(grad_u, *products);
     grad_down = empty({size.size, size.in}, *products);
     mm_out(grad_down, transposed(rounded), flat_x);
-    grad_down = torch::stable::to(grad_down, down_weight.scalar_type());
+    grad_down = as_type(grad_down, down_weight.scalar_type());
   } else {
     grad_down = down_gradient(kOp, grad_u, flat_x, down_weight, size);
   }
   Tensor grad_x = empty({0}, type);
   if (!needs_grad_x) return {grad_x, grad_down, grad_down_bias, over_grad.weight, over_grad.bias};
   if (products.has_value()) {
-    const Tensor down = torch::stable::to(down_weight, *products);
+    const Tensor down = as_type(down_weight, *products);
     Tensor sum = empty({size.tokens, size.in}, *products);
     if (own) torch::stable::copy_(sum, flat_grad);
     own ? addmm_(sum, rounded, down, 1.0) : mm_out(sum, rounded, down);
-    return {torch::stable::view(torch::stable::to(sum, type), {x.sizes().begin(), x.sizes().end()}), grad_down,
-            grad_down_bias, over_grad.weight, over_grad.bias};
+    return {as_shape(as_type(sum, type), {x.sizes().begin(), x.sizes().end()}), grad_down, grad_down_bias,
+            over_grad.weight, over_grad.bias};
   }
   grad_x = empty({x.sizes().begin(), x.sizes().end()}, type);
   const Tensor left = framed(kOp, grad_u, size.padded);

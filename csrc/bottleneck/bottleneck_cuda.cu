@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   STD_TORCH_CHECK(
       on_device(onto) && onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == type, kOp,
       ": residual is not [..., ", size.out, "] of x's type on its device");
-  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
+  const Tensor down = as_contiguous(down_weight), up = as_contiguous(up_weight);
   const int64_t padded = padded_rank(size.size);
   Splitter splitter(x, type);
   const HeldTerms right = splitter.right_of_pass(down, false), up_terms = splitter.right_of_expand(up, false);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   }
   std::optional<Tensor> bias;
   if (up_bias.has_value()) bias = device_vector(kOp, "up_bias", *up_bias, size.out, x);
-  expand(torch::stable::view(y, {size.tokens, size.out}), &h, &up_terms, &onto, bias, std::nullopt, scale);
+  expand(as_shape(y, {size.tokens, size.out}), &h, &up_terms, &onto, bias, std::nullopt, scale);
   return {y, u};
 }
 
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
             device_zeros(x, {size.out, size.size}, up_weight.scalar_type()),
             device_zeros(x, {size.out}, ScalarType::Float)};
   }
-  const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x), held_u = torch::stable::contiguous(u);
-  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
+  const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x), held_u = as_contiguous(u);
+  const Tensor down = as_contiguous(down_weight), up = as_contiguous(up_weight);
   // L has a row more than F, the ones.
   const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
   Splitter splitter(x, type);
@@ -134,9 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   wanted.plain = &products;
   reduce(sums.columns, size.size + 1, wanted);
   const Tensor grad_up =
-      torch::stable::contiguous(as_type(torch::stable::narrow(products, 1, 0, size.size), up_weight.scalar_type()));
-  const Tensor grad_up_bias =
-      torch::stable::view(torch::stable::contiguous(torch::stable::narrow(products, 1, size.size, 1)), {size.out});
+      as_contiguous(as_type(torch::stable::narrow(products, 1, 0, size.size), up_weight.scalar_type()));
+  const Tensor grad_up_bias = as_shape(as_contiguous(torch::stable::narrow(products, 1, size.size, 1)), {size.out});
 
   const Tensor grad_u = device_empty(x, {size.tokens, size.size}, ScalarType::Float);
   const Tensor grad_down_bias = device_empty(x, {size.size}, ScalarType::Float);
@@ -161,8 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   grad_d.rank_stride = size.in;
   reduce(rank_pass(dense_input(flat_x), nullptr, &transposed).columns, size.size, grad_d);
   if (needs_grad_x) {
-    expand(torch::stable::view(grad_x, {size.tokens, size.in}), &terms, &down_terms, own ? &flat_grad : nullptr,
-           std::nullopt);
+    expand(as_shape(grad_x, {size.tokens, size.in}), &terms, &down_terms, own ? &flat_grad : nullptr, std::nullopt);
   }
   return {grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias};
 }

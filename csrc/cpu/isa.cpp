@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,10 +16,11 @@
 namespace peft_ext {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2",         "avx512", "avx512_bf16",
+                                           "amx",    "amx_emulated", "neon",   "neon_bf16"};
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
+  for (const Isa isa : {Isa::kNeonBf16, Isa::kNeon, Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
     if (isa_available(isa)) return isa;
   return Isa::kScalar;
 }
@@ -34,6 +36,18 @@ bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kF16c = 1u << 29;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c) != 0;
+}
+#endif
+
+#if defined(__aarch64__)
+// The bfloat16 extension, of which Linux tells in the second word of the hardware's capabilities.
+bool has_arm_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -72,8 +86,13 @@ bool isa_available(Isa isa) {
       static const bool granted = isa_available(Isa::kAvx512Bf16) && amx_granted();
       return granted;
     }
+    case Isa::kNeon:
+    case Isa::kNeonBf16:
+      return false;
   }
   return false;
+#elif defined(__aarch64__)
+  return isa == Isa::kScalar || isa == Isa::kNeon || (isa == Isa::kNeonBf16 && has_arm_bf16());
 #else
   return isa == Isa::kScalar;
 #endif

@@ -4,10 +4,10 @@
 
 namespace peft_ext {
 
-// In ascending order: each has what the ones before it have. kAmxEmulated, AMX's kernels over tiles in plain code, is
-// for tests and is never chosen by itself.
-enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
-constexpr int kIsaCount = 6;
+// In ascending order on either machine: each has what the ones before it have. kAmxEmulated, AMX's kernels over tiles
+// in plain code, is for tests and is never chosen by itself.
+enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated, kNeon, kNeonBf16 };
+constexpr int kIsaCount = 8;
 
 const char* isa_name(Isa isa);
 // Compiled into this library and supported by this CPU (and, for AMX's registers, granted by the system).
@@ -23,6 +23,10 @@ const Table& select_kernels(const Table* scalar, const Table* avx2, const Table*
   if (isa >= Isa::kAvx512 && avx512 != nullptr) return *avx512;
   if (isa >= Isa::kAvx2 && avx2 != nullptr) return *avx2;
   return *scalar;
+}
+template <typename Table>
+const Table& select_kernels(const Table* scalar, const Table* neon) {
+  return current_isa() >= Isa::kNeon ? *neon : *scalar;
 }
 
 }  // namespace peft_ext

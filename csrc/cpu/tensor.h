@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/tensor_calls.h"
 
 namespace peft_ext {
 
@@ -72,8 +73,7 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   int64_t bytes = width;
   for (const int64_t size : shape) bytes = checked_product(bytes, size);
   try {
-    Tensor tensor =
-        torch::stable::empty(shape, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    Tensor tensor = empty_on(aoti_torch_device_type_cpu(), 0, shape, type);
     advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(bytes));
     return tensor;
   } catch (const std::exception&) {

@@ -1,4 +1,4 @@
-// Splits tokens into groups of 8, 4, 2 and 1, each a template's constant.
+// Splits tokens into groups of 8, 4, 3, 2 and 1, each a template's constant.
 #pragma once
 
 #include <stdint.h>
@@ -22,7 +22,10 @@ inline void for_token_groups(int64_t tokens, const Run& run) {
     } else if (left >= 4) {
       run(TokenGroup<4>(), t);
       t += 4;
-    } else if (left >= 2) {
+    } else if (left == 3) {
+      run(TokenGroup<3>(), t);
+      t += 3;
+    } else if (left == 2) {
       run(TokenGroup<2>(), t);
       t += 2;
     } else {

@@ -34,6 +34,8 @@ extern const CrossEntropyKernels kCrossEntropyScalar;
 #if defined(__x86_64__)
 extern const CrossEntropyKernels kCrossEntropyAvx2;
 extern const CrossEntropyKernels kCrossEntropyAvx512;
+#elif defined(__aarch64__)
+extern const CrossEntropyKernels kCrossEntropyNeon;
 #endif
 
 }  // namespace peft_ext

@@ -38,6 +38,8 @@ Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& labels, const std::op
   work.needs_grad = needs_grad;
 #if defined(__x86_64__)
   const CrossEntropyKernels& kernels = select_kernels(&kCrossEntropyScalar, &kCrossEntropyAvx2, &kCrossEntropyAvx512);
+#elif defined(__aarch64__)
+  const CrossEntropyKernels& kernels = select_kernels(&kCrossEntropyScalar, &kCrossEntropyNeon);
 #else
   const CrossEntropyKernels& kernels = kCrossEntropyScalar;
 #endif

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/tensor_calls.h"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 
@@ -45,7 +46,11 @@ Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
 }
 
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return allocated(shape, [&] { return torch::stable::new_empty(like, shape, type); });
+  return allocated(shape, [&] {
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    return empty_on(device_type, like.get_device_index(), shape, type);
+  });
 }
 
 inline Tensor device_empty_like(const Tensor& like) {
@@ -54,10 +59,6 @@ inline Tensor device_empty_like(const Tensor& like) {
 
 inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
-}
-
-inline Tensor as_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
 // Product over all but the last dimension.
@@ -97,7 +98,7 @@ inline bool whole_columns(const Tensor& matrix, int64_t columns) {
 }
 
 inline Tensor flat_rows(const Tensor& tensor) {
-  return torch::stable::view(torch::stable::contiguous(tensor), {device_rows(tensor), tensor.size(tensor.dim() - 1)});
+  return as_shape(as_contiguous(tensor), {device_rows(tensor), tensor.size(tensor.dim() - 1)});
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }

@@ -23,7 +23,7 @@ Tensor device_vector(const char* op, const char* argument, const Tensor& vector,
   STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
                   " is on another device than x, wanted cuda:", like.get_device_index());
   STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
-  return as_type(torch::stable::contiguous(vector), ScalarType::Float);
+  return as_type(as_contiguous(vector), ScalarType::Float);
 }
 
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
@@ -35,7 +35,7 @@ std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::o
                   torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
                   " elements, wanted Long with 2");
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, ": dropout_p is ", dropout_p, ", wanted 0 <= p < 1");
-  return torch::stable::contiguous(*seed);
+  return as_contiguous(*seed);
 }
 
 }  // namespace peft_ext

@@ -12,9 +12,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-Tensor wide_matrix(const Tensor& matrix) {
-  return torch::stable::contiguous(torch::stable::to(matrix, ScalarType::Float));
-}
+Tensor wide_matrix(const Tensor& matrix) { return as_contiguous(as_type(matrix, ScalarType::Float)); }
 
 // A Aᵀ [R, padded].
 Tensor gram(const char* op, const Tensor& lora_A) {
@@ -115,7 +113,7 @@ std::tuple<Tensor, Tensor> dora_weight_norm_backward_cpu(Tensor grad, Tensor wei
         out[r * k + i] = s * out[r * k + i] + s * s * sum;
       }
   });
-  return {torch::stable::to(grad_a, lora_A.scalar_type()), torch::stable::to(grad_b, lora_B.scalar_type())};
+  return {as_type(grad_a, lora_A.scalar_type()), as_type(grad_b, lora_B.scalar_type())};
 }
 
 Adapter dora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B, const Tensor& out_scale, int64_t n,

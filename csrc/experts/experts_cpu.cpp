@@ -23,7 +23,7 @@ std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t expert
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.numel() == experts, op,
                   ": offsets is ", torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(),
                   " elements, wanted Long [", experts, "]");
-  const Tensor held = torch::stable::contiguous(offsets);
+  const Tensor held = as_contiguous(offsets);
   const int64_t* ends = held.const_data_ptr<int64_t>();
   std::vector<Run> runs;
   int64_t begin = 0;
@@ -210,7 +210,7 @@ Tensor checked_rows(const char* op, const char* argument, const Tensor& x, int64
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == columns, op, ": ", argument, " has ", x.numel(),
                   " elements in ", x.dim(), " dimensions, wanted [S, ", columns, "] on the CPU");
   dtype_of(op, argument, x);
-  return torch::stable::contiguous(x);
+  return as_contiguous(x);
 }
 
 // Zeros in the rows behind the last expert's.
@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   Tensor out_A = grad_A, out_B = grad_B;  // in the adapters' own strides
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
-    held_s = torch::stable::view(held_s, {held_x.size(0), rank});
+    held_s = as_shape(held_s, {held_x.size(0), rank});
     out_A = torch::stable::empty_like(*lora_A);
     out_B = torch::stable::empty_like(*lora_B);
     grad_A = out_A.is_contiguous() ? out_A : empty({weights.experts, rank, weights.in}, lora_A->scalar_type());

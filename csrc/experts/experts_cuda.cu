@@ -64,7 +64,7 @@ DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optio
     STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
                     torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
                     torch::headeronly::toString(wanted), " with ", count);
-    return torch::stable::contiguous(tensor);
+    return as_contiguous(tensor);
   };
   held.weight = checked("weight", weight, ScalarType::Byte, held.experts * held.codes());
   held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, held.experts * held.scales());
@@ -116,7 +116,7 @@ Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, in
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == columns, op, ": ", argument, " has ", rows.numel(),
                   " elements in ", rows.dim(), " dimensions, wanted [S, ", columns, "]");
   check_kernel_dtype(op, argument, rows.scalar_type());
-  return torch::stable::contiguous(rows);
+  return as_contiguous(rows);
 }
 
 Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& stack) {
@@ -124,7 +124,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
                       offsets.scalar_type() == ScalarType::Long && offsets.numel() == stack.experts,
                   op, ": offsets is ", torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(),
                   " elements, wanted Long with ", stack.experts, " on weight's device");
-  return torch::stable::contiguous(offsets);
+  return as_contiguous(offsets);
 }
 
 // --- terms of stacks
@@ -373,7 +373,7 @@ std::tuple<Tensor, Tensor> lora_experts_cuda(const Tensor& x, const Tensor& weig
     STD_TORCH_CHECK(bias->numel() == stack.experts * stack.outputs && bias->scalar_type() == type, kOp, ": bias is ",
                     torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(), " elements, wanted ",
                     torch::headeronly::toString(type), " [", stack.experts, ", ", stack.outputs, "]");
-    held_bias = torch::stable::contiguous(*bias);
+    held_bias = as_contiguous(*bias);
   }
   const int64_t rows = held.size(0);
   const Tensor s = adapters.rank > 0 ? device_empty(held, {rows, adapters.rank}, ScalarType::Float)
@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
     of_p.terms = &p_terms;
   }
   make_rows(runs, adapters, of_p);
-  const Tensor held_s = torch::stable::contiguous(s);
+  const Tensor held_s = as_contiguous(s);
   const HeldTerms s_transposed = pass_terms(held, adapters.padded, runs.padded_rows());
   RowsWanted of_s;
   of_s.given = &held_s;

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
       checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x);
-  if (rank_scale.has_value()) out.grad_rank_scale = torch::stable::to(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cpu(Tensor gra
   constexpr const char* kOp = "lora_residual_backward";
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
-  if (rank_scale.has_value()) out.grad_rank_scale = torch::stable::to(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 

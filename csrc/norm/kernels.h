@@ -49,6 +49,8 @@ extern const NormKernels kNormKernelsScalar;
 #if defined(__x86_64__)
 extern const NormKernels kNormKernelsAvx2;
 extern const NormKernels kNormKernelsAvx512;
+#elif defined(__aarch64__)
+extern const NormKernels kNormKernelsNeon;
 #endif
 
 }  // namespace peft_ext

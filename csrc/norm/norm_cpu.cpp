@@ -14,6 +14,8 @@ using torch::stable::parallel_for;
 const NormKernels& norm_kernels() {
 #if defined(__x86_64__)
   return select_kernels(&kNormKernelsScalar, &kNormKernelsAvx2, &kNormKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kNormKernelsScalar, &kNormKernelsNeon);
 #else
   return kNormKernelsScalar;
 #endif
@@ -48,7 +50,7 @@ struct Normed {
 Normed norm(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
             double eps, double offset, bool centered, bool round_first, ScalarType out) {
   const int64_t columns = columns_of(op, x), tokens = rows_of(x);
-  const Tensor held = torch::stable::contiguous(x);
+  const Tensor held = as_contiguous(x);
   const std::optional<Tensor> factor = factor_of(op, weight, offset, columns);
   std::optional<Tensor> shift;
   if (bias.has_value()) shift = float_vector(op, "bias", *bias, columns);
@@ -84,7 +86,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() || grad.scalar_type() == ScalarType::Float, op, ": grad is ",
                   torch::headeronly::toString(grad.scalar_type()), ", wanted x's type or Float");
   STD_TORCH_CHECK(!needs_weight || weight.has_value(), op, ": weight is None, wanted the one that is trained");
-  const Tensor held_x = torch::stable::contiguous(x), held_grad = torch::stable::contiguous(grad);
+  const Tensor held_x = as_contiguous(x), held_grad = as_contiguous(grad);
   const Tensor held_rstd = float_vector(op, "rstd", rstd, tokens);
   const std::optional<Tensor> factor = needs_x ? factor_of(op, weight, offset, columns) : std::nullopt;
   std::optional<Tensor> held_mean;

@@ -26,8 +26,8 @@ int64_t checked_columns(const char* op, const Tensor& x, const std::optional<Ten
   return columns;
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
 // What a row's kernels share. The weight must live as long as the launches.
@@ -66,8 +66,8 @@ Normed norm(const char* op, const Tensor& x, const std::optional<Tensor>& weight
   const Tensor mean = device_empty(x, {centered ? rows : 0}, ScalarType::Float);
   const Tensor rstd = device_empty(x, {rows}, ScalarType::Float);
   if (rows == 0) return {y, mean, rstd};
-  const Tensor held = torch::stable::contiguous(x);
-  const std::optional<Tensor> held_weight = contiguous(weight), held_bias = contiguous(bias);
+  const Tensor held = as_contiguous(x);
+  const std::optional<Tensor> held_weight = contiguous_or_none(weight), held_bias = contiguous_or_none(bias);
   Launcher launcher(x);
   NormWork work = norm_work(launcher, held_weight, offset, rows, columns);
   work.x = launcher.in<void>(held);
@@ -120,9 +120,9 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
                       device_zeros(x, {needs_weight ? columns : 0}, of_weight),
                       device_zeros(x, {needs_bias ? columns : 0}, ScalarType::Float)};
   if (rows == 0 || columns == 0) return found;
-  const Tensor held_x = torch::stable::contiguous(x), held_grad = torch::stable::contiguous(grad);
+  const Tensor held_x = as_contiguous(x), held_grad = as_contiguous(grad);
   const Tensor held_rstd = device_vector(op, "rstd", rstd, rows, x);
-  const std::optional<Tensor> held_weight = contiguous(weight);
+  const std::optional<Tensor> held_weight = contiguous_or_none(weight);
   std::optional<Tensor> held_mean;
   if (mean != nullptr) held_mean = device_vector(op, "mean", *mean, rows, x);
   const bool whole = whole_columns(held_x, columns) && whole_columns(held_grad, columns);

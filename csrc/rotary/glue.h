@@ -24,7 +24,7 @@ inline void check_rotary(const char* op, const torch::stable::Tensor& q, const t
 
 // Where it lies if its last dimension is in one piece.
 inline torch::stable::Tensor with_whole_heads(const torch::stable::Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  return x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x);
 }
 
 // Of x's shape, its dimensions in x's order, as PyTorch's own product has them; heads lie in one piece.

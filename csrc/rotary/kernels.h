@@ -39,6 +39,8 @@ extern const RotaryKernels kRotaryKernelsScalar;
 #if defined(__x86_64__)
 extern const RotaryKernels kRotaryKernelsAvx2;
 extern const RotaryKernels kRotaryKernelsAvx512;
+#elif defined(__aarch64__)
+extern const RotaryKernels kRotaryKernelsNeon;
 #endif
 
 }  // namespace peft_ext

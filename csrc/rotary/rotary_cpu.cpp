@@ -13,6 +13,8 @@ namespace {
 const RotaryKernels& rotary_kernels() {
 #if defined(__x86_64__)
   return select_kernels(&kRotaryKernelsScalar, &kRotaryKernelsAvx2, &kRotaryKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kRotaryKernelsScalar, &kRotaryKernelsNeon);
 #else
   return kRotaryKernelsScalar;
 #endif
@@ -27,7 +29,7 @@ std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor
                                    const Tensor& sin, bool back) {
   check_rotary(op, q, k, cos, sin);
   const Tensor held_q = with_whole_heads(q), held_k = with_whole_heads(k);
-  const Tensor held_cos = torch::stable::contiguous(cos), held_sin = torch::stable::contiguous(sin);
+  const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
   const Tensor y_q = rotated_like(q), y_k = rotated_like(k);
   Rotary work;
   work.dtype = dtype_of(op, "q", q);

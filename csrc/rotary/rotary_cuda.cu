@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor
   const int64_t half = q.size(3) / 2, rows = q.size(0) * q.size(2);
   if (rows == 0 || half == 0) return {y_q, y_k};
   const Tensor held_q = with_whole_heads(q), held_k = with_whole_heads(k);
-  const Tensor held_cos = torch::stable::contiguous(cos), held_sin = torch::stable::contiguous(sin);
+  const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
   Launcher launcher(q);
   DeviceRotary work;
   work.q = heads_of(launcher, held_q, y_q);

@@ -44,8 +44,7 @@ std::vector<Tensor> lora_linears_backward_cpu(std::vector<std::optional<Tensor>>
     const std::optional<Tensor>& scale = layers[i].adapter.rank_scale;
     out.push_back(own.grad_A);
     out.push_back(own.grad_B);
-    out.push_back(scale.has_value() ? torch::stable::to(own.grad_rank_scale, scale->scalar_type())
-                                    : own.grad_rank_scale);
+    out.push_back(scale.has_value() ? as_type(own.grad_rank_scale, scale->scalar_type()) : own.grad_rank_scale);
   }
   return out;
 }

@@ -23,7 +23,7 @@ DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optiona
     STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
                     torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
                     torch::headeronly::toString(wanted), " with ", count);
-    return torch::stable::contiguous(tensor);
+    return as_contiguous(tensor);
   };
   held.blocksize = blocksize;
   held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));

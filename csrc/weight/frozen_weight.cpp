@@ -20,7 +20,7 @@ Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, 
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.numel() == numel, op, ": ", argument, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
                   torch::headeronly::toString(type), " with ", numel);
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,

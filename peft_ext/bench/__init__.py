@@ -4,6 +4,24 @@ timer.py verifies contenders against float64, then times all of them in turn; la
 against PEFT's and bitsandbytes'.
 """
 
-from .timer import Clock, Contender, host_clock, interleave, median_ratios, relative_error, verify
+from .timer import (
+    Clock,
+    Contender,
+    host_clock,
+    interleave,
+    median_ratios,
+    quartile_ratios,
+    relative_error,
+    verify,
+)
 
-__all__ = ["Clock", "Contender", "host_clock", "interleave", "median_ratios", "relative_error", "verify"]
+__all__ = [
+    "Clock",
+    "Contender",
+    "host_clock",
+    "interleave",
+    "median_ratios",
+    "quartile_ratios",
+    "relative_error",
+    "verify",
+]

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import ops, reference
 from ..nn import NF4Linear
-from .timer import Contender, host_clock, interleave, median_ratios, verify
+from .timer import Contender, host_clock, interleave, median_ratios, quartile_ratios, verify
 
 METHODS = ("lora", "dora", "ia3")  # whose layers have operators of their own
 BASES = ("bf16", "nf4")
@@ -42,6 +42,7 @@ class NotRight(Exception):
 class Result:
     """One layer. By contender: the median of ``milliseconds``, ``ratio`` to ours (above 1: ours is faster), ``error``.
 
+    ``quartiles``: the first and the third of the rounds' ratios, whose median ``ratio`` is.
     ``error``: the largest over y and all gradients, relative to float64, as Frobenius norms. ``absent``: why.
     """
 
@@ -49,6 +50,7 @@ class Result:
     base: str
     milliseconds: dict[str, float]
     ratio: dict[str, float]
+    quartiles: dict[str, tuple[float, float]]
     error: dict[str, float]
     absent: dict[str, str]
     rounds: int
@@ -91,7 +93,8 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
                        most=_MAX_ROUNDS)  # fmt: skip
     return Result(
         method=method, base=base, milliseconds={name: 1e3 * statistics.median(taken) for name, taken in times.items()},
-        ratio=median_ratios(times), error=error, absent={**missing, **absent}, rounds=len(times[OURS]),
+        ratio=median_ratios(times), quartiles=quartile_ratios(times), error=error, absent={**missing, **absent},
+        rounds=len(times[OURS]),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 Machines are shared and clocks drift, so a lone time says little: every round runs each contender once, in rotating
 order, and a ratio is the median over rounds of the two times of the same round. Before each call, outside the timed
 part, a contender takes its weights: the same ones again ("hot"), or the next of so many that no cache holds them
-("rotating").
+("rotating"). A short call is timed as one of several in a row, as a generation runs them: alone it would pay for what
+the contender before it left in the caches and for threads that had gone to sleep.
 
 A comparison without a float64 result is not possible: :class:`Contender` asks for it.
 """
@@ -23,6 +24,8 @@ from ..sources.json_file import first_line
 
 SEED = 0  # of each verified call and of the mask that its float64 result draws
 LONGEST_CALL_S = 5.0
+# A call below the first is repeated until the calls take the second together.
+SHORT_CALL_S, SHORT_CALLS_S = 5e-3, 20e-3
 
 
 @dataclass
@@ -57,11 +60,20 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def host_clock(contender: Contender) -> Callable[[], float]:
-    """Returns what takes the host's time of a call."""
+    """Returns what takes the host's time of a call: of a short one, the mean of several, a first one not counted."""
 
-    def sample() -> float:
+    def once() -> float:
         contender.take()
         return seconds_of(contender.run)
+
+    def sample() -> float:
+        first = once()
+        if first >= SHORT_CALL_S:
+            return first
+        times = [once()]
+        while sum(times) < SHORT_CALLS_S:
+            times.append(once())
+        return statistics.fmean(times)
 
     return sample
 
@@ -141,5 +153,21 @@ def interleave(
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns each one's time over the first one's, the median over rounds (above 1: the first is faster)."""
+    return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
+
+
+def quartile_ratios(times: Mapping[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Returns the first and the third quartile of what :func:`median_ratios` has the median of."""
+
+    def quartiles(ratios: list[float]) -> tuple[float, float]:
+        if len(ratios) == 1:
+            return ratios[0], ratios[0]
+        first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+        return first, third
+
+    return {name: quartiles(ratios) for name, ratios in _ratios(times).items()}
+
+
+def _ratios(times: Mapping[str, list[float]]) -> dict[str, list[float]]:
     ours, *others = times
-    return {name: statistics.median(t / o for t, o in zip(times[name], times[ours], strict=False)) for name in others}
+    return {name: [t / o for t, o in zip(times[name], times[ours], strict=False)] for name in others}

@@ -25,6 +25,9 @@ from ..run.progress import bar
 from . import CliError
 from ._common import console, need, new_table, print_json, quiet
 
+# Quartiles of a ratio further apart than this part of it tell of other work on the machine.
+_BUSY = 0.25
+
 
 def bench(
     method: Annotated[
@@ -130,20 +133,30 @@ def _label(result: Result) -> str:
 
 
 def _show(results: list[Result]) -> None:
-    numbers = ("ours ms", "theirs ms", "ours is faster by", "frozen ms", "error: ours", "theirs")
+    numbers = ("ours ms", "theirs ms", "ours is faster by", "quartiles", "frozen ms", "error: ours", "theirs")
     table = new_table("layer", "against", *numbers, right=numbers, unfolded=("layer",))
     for result in results:
         stock, ms = stock_name(result.base), result.milliseconds
         there = stock in ms
         table.add_row(
             _label(result), stock, f"{ms[OURS]:.2f}", f"{ms[stock]:.2f}" if there else "-",
-            f"{result.ratio[stock]:.2f}x" if there else "-", f"{ms[FROZEN]:.2f}", f"{result.error[OURS]:.1e}",
-            f"{result.error[stock]:.1e}" if there else "-",
+            f"{result.ratio[stock]:.2f}x" if there else "-",
+            "{:.2f} - {:.2f}".format(*result.quartiles[stock]) if there else "-", f"{ms[FROZEN]:.2f}",
+            f"{result.error[OURS]:.1e}", f"{result.error[stock]:.1e}" if there else "-",
         )  # fmt: skip
     console().print(table)
-    print("frozen: PyTorch's bf16 layer without an adapter; error: the largest of y and gradients, against float64")
+    print("quartiles: half of the rounds are between them; frozen: PyTorch's bf16 layer without an adapter; error: the "
+          "largest of y and gradients, against float64")  # fmt: skip
+    if busy := [_label(result) for result in results if _spread(result) > _BUSY]:
+        print(f"the machine is too busy to judge {', '.join(busy)}: the quartiles are more than {_BUSY:.0%} apart; try "
+              "again when it is quiet, or with more --seconds")  # fmt: skip
     for name, reason in {pair: None for result in results for pair in result.absent.items()}:
         print(f"not compared: {name}: {reason}")
+
+
+def _spread(result: Result) -> float:
+    """Returns how far the quartiles of a ratio are apart, of the ratio: the widest of the contenders'."""
+    return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:

@@ -65,15 +65,16 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
 def register_autograd(name: str, backward: Callable, *, setup_context: Callable) -> Callable[..., Any]:
     """Registers an operator's backward, and returns the operator, to be called with all its arguments.
 
-    Eager calls with gradients go through a Function of their own: what torch.library registers, which the compilers
-    see, reads the schema anew in each call, and that takes as long as all the rest of Python on the way to a kernel.
+    Eager calls go past what torch.library registers, which the compilers see and which takes as long as all the rest of
+    Python on the way to a kernel: with gradients through a Function of their own, without them to the kernel at once.
     Not for operators that take lists of tensors.
     """
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    kernel = below_autograd(op)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = op(*args)
+        output = kernel(*args)
         setup_context(ctx, args, output)
         return output
 
@@ -82,15 +83,31 @@ def register_autograd(name: str, backward: Callable, *, setup_context: Callable)
     )
 
     def call(*args: Any) -> Any:
-        return made.apply(*args) if records_graph(args[0]) else op(*args)
+        if not is_eager(args[0]):
+            return op(*args)
+        return made.apply(*args) if torch.is_grad_enabled() else kernel(*args)
 
     return call
 
 
+def below_autograd(op: Callable) -> Callable[..., Any]:
+    """Returns the operator, called past what is registered for autograd: for where nothing is to be recorded."""
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def is_eager(x: torch.Tensor) -> bool:
+    """Returns whether a call on x is an eager one on a plain tensor; of a subclass the dispatcher decides."""
+    return (type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def records_graph(x: torch.Tensor) -> bool:
-    """Returns whether an eager call on x is one that autograd may record; of a subclass the dispatcher decides."""
-    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
-    return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Returns whether a call on x is an eager one that autograd may record."""
+    return is_eager(x) and torch.is_grad_enabled()
 
 
 def _outside_autocast(reference: Callable) -> Callable:

@@ -25,7 +25,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, define, in_float64, records_graph, tokens
+from .library import NAMESPACE, below_autograd, define, in_float64, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -171,12 +171,15 @@ def _backward(ctx, grads):
     return *_gradients(ctx, grads, *ctx.needs_input_grad[:2]), None, None
 
 
+_kernel = below_autograd(_ops.lora_linears.default)
+
+
 class _LoraLinears(torch.autograd.Function):
     """The same of eager calls, see :func:`.library.register_autograd`."""
 
     @staticmethod
     def forward(ctx, sizes, numbers, x, *tensors):
-        output = _ops.lora_linears.default(x, list(tensors), sizes, numbers)
+        output = _kernel(x, list(tensors), sizes, numbers)
         _setup_context(ctx, (x, tensors, sizes, numbers), output)
         return tuple(output)
 

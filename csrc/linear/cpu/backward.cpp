@@ -102,11 +102,11 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   const bool in_place = !adapter.in_scale.has_value() && !b.drop_base() && multiplies_in(type, b.g() == nullptr);
   // Where the product is float32's anyhow, g ∘ dY is not rounded before it.
   const bool widens = b.g() != nullptr && !multiplies_in(type, false);
-  const Tensor grad = widens ? torch::stable::to(b.grad, ScalarType::Float) : b.grad;
+  const Tensor grad = widens ? as_type(b.grad, ScalarType::Float) : b.grad;
   const auto times = [&](float shift) { return column_pass(b.op, grad, &*adapter.out_scale, shift, nullptr).scaled; };
   const Tensor scaled = b.g() == nullptr || b.drop_base() ? b.grad : times(0.0f);
   if (in_place) {
-    const Tensor grad_x = torch::stable::view(out->grad_x, {size.tokens, size.in});
+    const Tensor grad_x = as_shape(out->grad_x, {size.tokens, size.in});
     const bool written = onto && !adapter.low_rank(), terms = adapter.low_rank() || size.out == 0;
     if (terms && !written) run_expand(finish, size.tokens);
     if (size.out == 0) return;
@@ -121,7 +121,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
     finish.before = before.const_data_ptr<float>();
     finish.after = product.const_data_ptr<float>();
   } else if (adapter.in_scale.has_value()) {
-    out->grad_in_scale = torch::stable::view(column_pass(b.op, b.x, nullptr, 0.0f, &product).sums, {size.in});
+    out->grad_in_scale = as_shape(column_pass(b.op, b.x, nullptr, 0.0f, &product).sums, {size.in});
     scale = padded_vector(b.op, "in_scale", *adapter.in_scale, finish.stride);
     finish.before = product.const_data_ptr<float>();
     finish.scale = scale.const_data_ptr<float>();
@@ -147,7 +147,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   check_matrix_weight(op, weight, grad.scalar_type());
   // Only the adapters' gradients are made of x.
   const Tensor held_x =
-      x.has_value() ? torch::stable::contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
+      x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
   const LinearSizes& size = call.size;
   const ScalarType type = call.type();
@@ -169,7 +169,7 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
   const ScratchOfCall scratch_of_call;
   STD_TORCH_CHECK(grads.size() == layers.size() && s.size() == layers.size(), op, ": ", grads.size(), " gradients and ",
                   s.size(), " S of ", layers.size(), " layers");
-  const Tensor held_x = torch::stable::contiguous(x);
+  const Tensor held_x = as_contiguous(x);
   const ScalarType type = held_x.scalar_type();
   SiblingsBackward out;
   out.grad_x = none(type);

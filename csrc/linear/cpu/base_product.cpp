@@ -20,26 +20,27 @@ Tensor wide_rows(const char* op, const FrozenWeight& weight, int64_t begin, int6
   Tensor dense = weight.weight;
   const Tensor rows = weight.is_nf4() ? dequantized_rows(op, weight, begin, end, type)
                                       : torch::stable::narrow(dense, 0, begin, end - begin);
-  return torch::stable::to(rows, ScalarType::Float);
+  return as_type(rows, ScalarType::Float);
 }
 
 }  // namespace
 
 bool multiplies_in(ScalarType type, bool plain) {
-  if (type == ScalarType::Float || (type == ScalarType::BFloat16 && tile_kernels() != nullptr)) return true;
+  if (type == ScalarType::Float) return true;
+  if (type == ScalarType::BFloat16 && (tile_kernels() != nullptr || current_isa() == Isa::kNeonBf16)) return true;
   return plain && current_isa() == Isa::kScalar;
 }
 
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type) {
   const int64_t tokens = x.size(0), n = weight.out_features();
-  if (skinny_accepts(weight, type, tokens)) return skinny_product(op, torch::stable::to(x, type), weight);
+  if (skinny_accepts(weight, type, tokens)) return skinny_product(op, as_type(x, type), weight);
   if (weight.in_features() == 0) return zeros({tokens, n});
   if (multiplies_in(type, false)) {
     Tensor y = empty({tokens, n}, type);
-    mm_out(y, torch::stable::to(x, type), transposed(dense_weight(op, weight, type)));
-    return torch::stable::to(y, ScalarType::Float);
+    mm_out(y, as_type(x, type), transposed(dense_weight(op, weight, type)));
+    return as_type(y, ScalarType::Float);
   }
-  const Tensor wide = torch::stable::to(x, ScalarType::Float);
+  const Tensor wide = as_type(x, ScalarType::Float);
   Tensor y = empty({tokens, n}, ScalarType::Float);
   for (int64_t row = 0; row < n; row += kWidePanel) {
     const int64_t rows = min_i64(kWidePanel, n - row);
@@ -53,15 +54,15 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
   if (n == 0) return zeros({tokens, k});
   if (multiplies_in(type, false)) {
     Tensor y = empty({tokens, k}, type);
-    mm_out(y, torch::stable::to(g, type), dense_weight(op, weight, type));
-    return torch::stable::to(y, ScalarType::Float);
+    mm_out(y, as_type(g, type), dense_weight(op, weight, type));
+    return as_type(y, ScalarType::Float);
   }
-  Tensor wide = torch::stable::to(g, ScalarType::Float);
+  Tensor wide = as_type(g, ScalarType::Float);
   Tensor y = zeros({tokens, k});
   for (int64_t row = 0; row < n; row += kWidePanel) {
     const int64_t rows = min_i64(kWidePanel, n - row);
-    addmm_(y, torch::stable::contiguous(torch::stable::narrow(wide, 1, row, rows)),
-           wide_rows(op, weight, row, row + rows, type), 1.0);
+    addmm_(y, as_contiguous(torch::stable::narrow(wide, 1, row, rows)), wide_rows(op, weight, row, row + rows, type),
+           1.0);
   }
   return y;
 }

@@ -42,8 +42,8 @@ BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const 
           weight,
           adapter,
           size,
-          torch::stable::view(torch::stable::contiguous(grad), {size.tokens, size.out}),
-          torch::stable::view(held_x, {size.tokens, size.in}),
+          as_shape(as_contiguous(grad), {size.tokens, size.out}),
+          as_shape(held_x, {size.tokens, size.in}),
           Tensor(),
           KeepBits()};
 }
@@ -55,7 +55,7 @@ Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed
                   torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
                   " elements, wanted Long with 2");
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p is ", p, ", wanted 0 <= p < 1");
-  const Tensor held = torch::stable::contiguous(*seed);
+  const Tensor held = as_contiguous(*seed);
   const int64_t* words = held.const_data_ptr<int64_t>();
   dropout.active = true;
   dropout.seed = static_cast<uint64_t>(words[0]);

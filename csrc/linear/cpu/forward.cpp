@@ -45,12 +45,13 @@ Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
 
 void forward_few_tokens(const ForwardCall& f) {
   const Adapter& adapter = f.adapter;
-  const Tensor wide = torch::stable::to(f.x, ScalarType::Float);
-  Tensor scaled = wide;
-  if (adapter.in_scale.has_value()) scaled = column_pass(f.op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled;
+  const bool scales = adapter.in_scale.has_value();
+  Tensor wide;
+  if (scales || adapter.low_rank() || !f.weight.is_nf4()) wide = as_type(f.x, ScalarType::Float);
+  const Tensor scaled = scales ? column_pass(f.op, wide, &*adapter.in_scale, 0.0f, nullptr).scaled : wide;
   Tensor base;
   if (f.weight.is_nf4()) {
-    base = skinny_product(f.op, torch::stable::to(scaled, f.type()), f.weight);
+    base = skinny_product(f.op, scales ? as_type(scaled, f.type()) : f.x, f.weight);
   } else {
     base = few_tokens_product(f, scaled);
   }
@@ -163,12 +164,12 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   Tensor x = f.x;
   if (adapter.in_scale.has_value()) {
     // Where the product is float32's anyhow, l ∘ x is not rounded before it.
-    if (!in_place && !multiplies_in(type, false)) x = torch::stable::to(x, ScalarType::Float);
+    if (!in_place && !multiplies_in(type, false)) x = as_type(x, ScalarType::Float);
     x = column_pass(f.op, x, &*adapter.in_scale, 0.0f, nullptr).scaled;
   }
   if (in_place) {
     // The product accumulates onto the other terms, so that nothing of size T x N is read or written but Y.
-    const Tensor y = torch::stable::view(f.out.y, {size.tokens, size.out});
+    const Tensor y = as_shape(f.out.y, {size.tokens, size.out});
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
     if (terms) run_finish();
     if (size.in == 0) return;
@@ -209,7 +210,7 @@ ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight&
     out.s = adapter.low_rank() ? empty({size.tokens, size.rank}, ScalarType::Float) : none();
     out.z = want_z ? empty({size.tokens, size.out}, type) : none(type);
   }
-  const Tensor flat_x = torch::stable::view(x, {size.tokens, size.in});
+  const Tensor flat_x = as_shape(x, {size.tokens, size.in});
   const int64_t padded = round_up(size.out, kColumnStep);
   ForwardCall call{op, weight, adapter, size, flat_x, bias_inside, want_z, std::nullopt, std::nullopt, out};
   if (size.tokens == 0) return call;
@@ -243,15 +244,14 @@ void run_forward(const ForwardCall& call) {
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z, const AdaptedForward* room) {
   const ScratchOfCall scratch_of_call;
-  const ForwardCall call =
-      checked_forward(op, torch::stable::contiguous(x), weight, bias, adapter, bias_inside, want_z, room);
+  const ForwardCall call = checked_forward(op, as_contiguous(x), weight, bias, adapter, bias_inside, want_z, room);
   run_forward(call);
   return call.out;
 }
 
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers) {
   const ScratchOfCall scratch_of_call;
-  const Tensor held_x = torch::stable::contiguous(x);
+  const Tensor held_x = as_contiguous(x);
   std::vector<ForwardCall> calls, on_tiles;
   std::vector<Shrunk> shrunk;
   for (const Layer& layer : layers) {

@@ -103,8 +103,8 @@ Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std:
                     " is not [", out, ", ", a.size(0), "] on the CPU");
     dtype_of(op, "lora_A", a);
     dtype_of(op, "lora_B", b);
-    groups.lora_A.push_back(torch::stable::contiguous(a));
-    groups.lora_B.push_back(torch::stable::contiguous(b));
+    groups.lora_A.push_back(as_contiguous(a));
+    groups.lora_B.push_back(as_contiguous(b));
     groups.scaling.push_back(static_cast<float>(scaling[g]));
     groups.rank = std::max(groups.rank, a.size(0));
   }

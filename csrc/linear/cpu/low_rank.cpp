@@ -28,10 +28,10 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
   Tensor dropped = x;
   if (adapter.dropout.active)
     dropped = dropped_tokens(f.op, x, kept(adapter.dropout, f.size.tokens, f.size.in), adapter.dropout.scale);
-  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_A), dropped, f.out.s, false);
+  run_few_tokens(f.op, as_contiguous(*adapter.lora_A), dropped, f.out.s, false);
   const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
   const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;
-  run_few_tokens(f.op, torch::stable::contiguous(*adapter.lora_B), left, y, accumulate);
+  run_few_tokens(f.op, as_contiguous(*adapter.lora_B), left, y, accumulate);
 }
 
 Shrunk shrink_tokens(const ForwardCall& f, bool tiles) {
@@ -90,7 +90,7 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
                   ": s has ", s.has_value() ? s->numel() : 0, " elements, wanted ", size.tokens * size.rank);
   const Tensor rho = rank_scales(b.op, adapter, size.padded);
   const float* by_rank = rho.const_data_ptr<float>();
-  const Tensor flat_s = torch::stable::view(torch::stable::contiguous(*s), {size.tokens, size.rank});
+  const Tensor flat_s = as_shape(as_contiguous(*s), {size.tokens, size.rank});
   const Tensor left =
       size.rank == size.padded ? flat_s : packed(b.op, "s", flat_s, nullptr, nullptr, false, size.tokens, size.padded);
   const Tensor right = packed(b.op, "lora_B", *adapter.lora_B, b.g(), by_rank, false, size.out, size.padded);
@@ -164,8 +164,8 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
   out.s = empty({size.tokens, size.rank}, ScalarType::Float);
   out.z = none(type);
   if (size.tokens == 0) return out;
-  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {size.tokens, size.in});
-  const Tensor onto = torch::stable::contiguous(residual);
+  const Tensor flat_x = as_shape(as_contiguous(x), {size.tokens, size.in});
+  const Tensor onto = as_contiguous(residual);
   const ForwardCall call{op, weight, adapter, size, flat_x, false, false, std::nullopt, std::nullopt, out};
   Expand finish = finishing(call);
   finish.residual = onto.const_data_ptr();
@@ -173,7 +173,7 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
   Shrunk shrunk;
   if (size.tokens <= kFewTokens && size.in > 0) {
     term = empty({size.tokens, size.out}, ScalarType::Float);
-    few_tokens_low_rank(call, torch::stable::to(flat_x, ScalarType::Float), term, false);
+    few_tokens_low_rank(call, as_type(flat_x, ScalarType::Float), term, false);
     finish.before = term.const_data_ptr<float>();
     finish.rank = 0;
   } else {
@@ -191,7 +191,7 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
 AdaptedBackward low_rank_backward(const char* op, Tensor grad, Tensor x, const Adapter& adapter, const Tensor& s,
                                   bool needs_grad_x) {
   const FrozenWeight weight = no_weight(adapter);
-  const Tensor held_x = torch::stable::contiguous(x);
+  const Tensor held_x = as_contiguous(x);
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
   AdaptedBackward out;
   out.grad_x = none(call.type());

@@ -51,7 +51,7 @@ void transpose_columns(const float* in, int64_t rows, int64_t columns, int64_t b
 
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns) {
-  const Tensor source = torch::stable::contiguous(matrix);
+  const Tensor source = as_contiguous(matrix);
   const int64_t rows = source.size(0), columns = source.size(1);
   const int64_t filled_rows = transpose ? columns : rows, filled_columns = transpose ? rows : columns;
   Tensor frame = filled_rows == frame_rows && filled_columns == frame_columns
@@ -104,7 +104,7 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
 }
 
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length) {
-  const Tensor row = torch::stable::view(torch::stable::contiguous(values), {1, values.numel()});
+  const Tensor row = as_shape(as_contiguous(values), {1, values.numel()});
   return packed(op, argument, row, nullptr, nullptr, false, 1, length);
 }
 
@@ -140,7 +140,7 @@ Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t
 
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel) {
   STD_TORCH_CHECK(values.numel() == numel, op, ": ", argument, " has ", values.numel(), " elements, wanted ", numel);
-  return torch::stable::view(padded_vector(op, argument, values, numel), {numel});
+  return as_shape(padded_vector(op, argument, values, numel), {numel});
 }
 
 }  // namespace peft_ext

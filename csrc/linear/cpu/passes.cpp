@@ -38,6 +38,8 @@ RowPass weight_pass(const char* op, const FrozenWeight& weight, ScalarType type,
 const PassKernels& pass_kernels() {
 #if defined(__x86_64__)
   return select_kernels(&kPassKernelsScalar, &kPassKernelsAvx2, &kPassKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kPassKernelsScalar, &kPassKernelsNeon);
 #else
   return kPassKernelsScalar;
 #endif
@@ -65,7 +67,7 @@ Tensor run_outer_pass(const RowPass& pass, int64_t tokens) {
     part.acc = out;
     isa.row_pass(part, first, last);
   });
-  return torch::stable::view(sums, {pass.columns, pass.rank});
+  return as_shape(sums, {pass.columns, pass.rank});
 }
 
 void run_expand(const Expand& work, int64_t tokens) {
@@ -91,7 +93,7 @@ KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns) {
 
 ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other) {
   const int64_t columns = m.size(m.dim() - 1), tokens = rows_of(m);
-  const Tensor held = torch::stable::contiguous(m);
+  const Tensor held = as_contiguous(m);
   Tensor held_other;
   ColumnPass pass;
   pass.m = held.const_data_ptr();
@@ -111,7 +113,7 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
     return result;
   }
   STD_TORCH_CHECK(other->numel() == m.numel(), op, ": sizes ", m.numel(), " and ", other->numel(), " differ");
-  held_other = torch::stable::contiguous(*other);
+  held_other = as_contiguous(*other);
   pass.other = held_other.const_data_ptr();
   pass.other_dtype = dtype_of(op, "x", held_other);
   result.sums = sum_chunks(tokens, columns, [&](int64_t first, int64_t last, float* sums) {
@@ -149,7 +151,7 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
                 facts.squares.mutable_data_ptr<float>());
     return facts;
   }
-  const Tensor dense = weight.is_nf4() ? Tensor() : torch::stable::contiguous(weight.weight);
+  const Tensor dense = weight.is_nf4() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kRowChunk; first < min_i64(end * kRowChunk, n); first += kRowChunk) {
@@ -171,7 +173,7 @@ Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& le
   const int64_t padded = round_up(rank, kRankStep);
   if (n == 0 || k == 0) return zeros({rank, k});
   const Tensor framed = packed(op, "left", left, nullptr, nullptr, false, n, padded);
-  const Tensor dense = weight.is_nf4() ? Tensor() : torch::stable::contiguous(weight.weight);
+  const Tensor dense = weight.is_nf4() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   const Tensor sums = sum_chunks(n, k * padded, [&](int64_t begin, int64_t end, float* out) {
     for (int64_t first = begin; first < end; first += kRowChunk) {
@@ -184,7 +186,7 @@ Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& le
     }
   });
   const Tensor like = empty({rank, k}, ScalarType::Float);
-  return unpacked(op, "left", torch::stable::view(sums, {k, padded}), nullptr, nullptr, true, like);
+  return unpacked(op, "left", as_shape(sums, {k, padded}), nullptr, nullptr, true, like);
 }
 
 }  // namespace peft_ext

@@ -20,7 +20,7 @@ float smallest_scale(ScalarType type) { return type == ScalarType::Half ? 0x1p-6
 // Rows of a matrix of any type, contiguous.
 Tensor gathered_rows(const Tensor& matrix, const std::vector<int64_t>& rows) {
   const int64_t k = matrix.size(1), width = static_cast<int64_t>(matrix.element_size());
-  const Tensor held = torch::stable::contiguous(matrix);
+  const Tensor held = as_contiguous(matrix);
   const Tensor out = empty({static_cast<int64_t>(rows.size()), k}, matrix.scalar_type());
   const auto* from = static_cast<const char*>(held.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
@@ -62,7 +62,7 @@ Tensor z_again(const char* op, const Tensor& x, const FrozenWeight& weight, cons
     const std::vector<float> rho(static_cast<size_t>(adapter.rank()), static_cast<float>(adapter.scaling));
     const Tensor b = packed(op, "lora_B", gathered_rows(*adapter.lora_B, outputs), nullptr, rho.data(), false, count,
                             adapter.rank());
-    addmm_(z, torch::stable::view(torch::stable::contiguous(*s), {tokens, adapter.rank()}), transposed(b), 1.0);
+    addmm_(z, as_shape(as_contiguous(*s), {tokens, adapter.rank()}), transposed(b), 1.0);
   }
   if (!bias.has_value()) return z;
   const Tensor wide_bias = float_vector(op, "bias", *bias, weight.out_features());
@@ -97,7 +97,7 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before) {
   const int64_t n = weight.out_features(), tokens = rows_of(x);
-  const Tensor flat_grad = torch::stable::view(torch::stable::contiguous(grad), {tokens, n});
+  const Tensor flat_grad = as_shape(as_contiguous(grad), {tokens, n});
   const Tensor sums = column_pass(op, flat_grad, nullptr, 0.0f, &z).sums;
   if (!z_is_scaled) return sums;
   const float* g = adapter.out_scale->const_data_ptr<float>();
@@ -109,7 +109,7 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
     to[i] /= g[i];
   }
   if (small.empty()) return sums;
-  const Tensor flat_x = torch::stable::view(torch::stable::contiguous(x), {tokens, weight.in_features()});
+  const Tensor flat_x = as_shape(as_contiguous(x), {tokens, weight.in_features()});
   const Tensor again = z_again(op, flat_x, weight, adapter, s, bias_before, small);
   const Tensor found = column_pass(op, gathered_columns(op, flat_grad, small), nullptr, 0.0f, &again).sums;
   for (size_t i = 0; i < small.size(); ++i) to[small[i]] = found.const_data_ptr<float>()[i];

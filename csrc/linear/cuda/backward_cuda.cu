@@ -53,7 +53,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 
   RankGradients grads;
   std::optional<Tensor> other;
-  if (z.has_value()) other = torch::stable::contiguous(*z);
+  if (z.has_value()) other = as_contiguous(*z);
   if (low_rank)
     grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, other.has_value() ? &*other : nullptr,
                            &out);
@@ -75,7 +75,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 
   const Tensor w =
       folds ? scaled_weight(weight, x.scalar_type(), *adapter.out_scale) : dense_weight(weight, x.scalar_type());
-  Tensor grad_x = needs_grad_x ? torch::stable::view(out.grad_x, {size.tokens, size.inputs})
+  Tensor grad_x = needs_grad_x ? as_shape(out.grad_x, {size.tokens, size.inputs})
                                : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
   if (drop_base) {
     const Tensor through = device_empty_like(grad_x), direct = device_empty_like(grad_x);
@@ -86,7 +86,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
       mm_out(through, scaled, w);
     }
     mm_out(direct, flat_grad, w);
-    out.grad_x = torch::stable::view(dropped(through, adapter, direct), {x.sizes().begin(), x.sizes().end()});
+    out.grad_x = as_shape(dropped(through, adapter, direct), {x.sizes().begin(), x.sizes().end()});
     return out;
   }
   if (low_rank) {
@@ -98,7 +98,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (adapter.in_scale.has_value()) {
     const ColumnPartials found = column_partials(grad_x, adapter.in_scale, 0.0f, flat_x);
     out.grad_in_scale = reduced_columns(found.partial);
-    if (needs_grad_x) out.grad_x = torch::stable::view(found.scaled, {x.sizes().begin(), x.sizes().end()});
+    if (needs_grad_x) out.grad_x = as_shape(found.scaled, {x.sizes().begin(), x.sizes().end()});
   }
   return out;
 }
@@ -130,7 +130,7 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
     }
   }
   if (out.grad_x.numel() == 0) return out;
-  const Tensor grad_x = torch::stable::view(out.grad_x, {device_rows(x), x.size(x.dim() - 1)});
+  const Tensor grad_x = as_shape(out.grad_x, {device_rows(x), x.size(x.dim() - 1)});
   bool written = !terms.empty();
   if (written) expand_dropped(grad_x, terms);
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -148,8 +148,7 @@ Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& w
                   grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0, " columns, wanted ", weight.outputs);
   const Tensor out = device_empty(grad, shape_with_last(grad, weight.inputs), grad.scalar_type());
   if (out.numel() == 0) return out;
-  mm_out(torch::stable::view(out, {device_rows(grad), weight.inputs}), flat_rows(grad),
-         dense_weight(weight, grad.scalar_type()));
+  mm_out(as_shape(out, {device_rows(grad), weight.inputs}), flat_rows(grad), dense_weight(weight, grad.scalar_type()));
   return out;
 }
 
@@ -165,7 +164,7 @@ ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale
   }
   const std::optional<Tensor> flat_other = other.has_value() ? std::optional<Tensor>(flat_rows(*other)) : std::nullopt;
   const ColumnPartials found = column_partials(flat_rows(m), scale, 0.0f, flat_other);
-  if (scale.has_value()) out.scaled = torch::stable::view(found.scaled, shape);
+  if (scale.has_value()) out.scaled = as_shape(found.scaled, shape);
   if (other.has_value()) out.sums = reduced_columns(found.partial);
   return out;
 }

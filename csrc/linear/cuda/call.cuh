@@ -14,7 +14,7 @@ struct LinearSizes {
 // The sizes of a call; an error where x, lora_A or lora_B do not have those of the weight, or lie elsewhere.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
 
-inline Tensor matrix(const std::optional<Tensor>& tensor) { return torch::stable::contiguous(*tensor); }
+inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
 // S [T, R], and its terms with ρ where they are asked for: [T][R].
 void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,

@@ -14,7 +14,7 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
                   op, ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
                   " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ", outputs,
                   " on x's device");
-  return torch::stable::contiguous(*bias);
+  return as_contiguous(*bias);
 }
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
@@ -35,7 +35,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> held_bias = checked_bias(op, bias, x, size.outputs);
   Tensor held = flat_rows(x);
   if (adapter.in_scale.has_value()) held = column_partials(held, adapter.in_scale, 0.0f, std::nullopt).scaled;
-  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
   const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
   // Where nobody wants Z, and g costs less in W: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.

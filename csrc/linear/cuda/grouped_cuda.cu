@@ -170,10 +170,10 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   out.z = device_empty(x, {0}, type);
   Batch batch{flat_rows(x), groups, size.tokens, 0, size.inputs, size.outputs, {}, {}};
   for (const Tensor& a : groups.lora_A) {
-    batch.lora_A.push_back(torch::stable::contiguous(a));
+    batch.lora_A.push_back(as_contiguous(a));
     batch.rank = std::max(batch.rank, a.size(0));
   }
-  for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(torch::stable::contiguous(b));
+  for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
   // Few tokens' kernel makes all of S, the others as many columns as an adapter of a sample has ranks.
   out.s = low_rank && (few || batch.rank == groups.rank)
@@ -185,7 +185,7 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   check_kernel_dtype(op, "x", type);
   batch.length = size.tokens / static_cast<int64_t>(groups.adapters.size());
   const std::optional<Tensor> held_bias = checked_bias(op, bias, x, size.outputs);
-  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
 
   std::optional<HeldFactors> factors;
   if (few && low_rank) factors = shrink_grouped(batch, out.s);

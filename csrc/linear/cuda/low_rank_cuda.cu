@@ -52,7 +52,7 @@ RankGradients rank_gradients(const Tensor& x, const Tensor& flat_grad, const Ten
                              const DeviceAdapter& adapter, const LinearSizes& size, const std::optional<Tensor>& s,
                              bool needs_grad_x, const Tensor* z, DeviceBackward* out) {
   RankGradients grads;
-  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = torch::stable::contiguous(*s);
+  const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B), held_s = as_contiguous(*s);
   const Tensor* g = adapter.out_scale.has_value() ? &*adapter.out_scale : nullptr;
   Splitter splitter(x, x.scalar_type());
   const HeldTerms right = splitter.right_of_pass(b, true, g);
@@ -146,7 +146,7 @@ DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& re
                   size.inputs, "] and lora_B has ", size.outputs, " rows, wanted at least one of each");
   check_kernel_dtype(op, "x", type);
   const Tensor held = flat_rows(x), onto = flat_rows(residual);
-  const Tensor y = torch::stable::view(out.y, {size.tokens, size.outputs});
+  const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
   Splitter splitter(x, type);
   const HeldTerms a_terms = splitter.right_of_pass(a, false), b_terms = splitter.right_of_expand(b, false);
@@ -175,7 +175,7 @@ DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tenso
   const RankGradients grads =
       rank_gradients(x, flat_rows(grad), flat_rows(x), adapter, size, s, needs_grad_x, nullptr, &out);
   if (needs_grad_x)
-    expand_dropped(torch::stable::view(out.grad_x, {size.tokens, size.inputs}), grads.p, grads.a, adapter, grads.kept);
+    expand_dropped(as_shape(out.grad_x, {size.tokens, size.inputs}), grads.p, grads.a, adapter, grads.kept);
   return out;
 }
 

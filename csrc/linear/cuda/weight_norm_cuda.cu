@@ -26,7 +26,7 @@ Tensor gram(const Tensor& a) {
 
 DeviceWeight contiguous_weight(const DeviceWeight& weight) {
   DeviceWeight held = weight;
-  held.weight = torch::stable::contiguous(weight.weight);
+  held.weight = as_contiguous(weight.weight);
   return held;
 }
 
@@ -41,7 +41,7 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   out.u = device_empty(weight.weight, {rows, rank}, ScalarType::Float);
   if (rows == 0) return out;
   const DeviceWeight held = contiguous_weight(weight);
-  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
   const HeldTerms terms = split_right(a, type);
   const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, PassWants{true});
   Reduced wanted;
@@ -72,10 +72,10 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
     return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
             device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
   const DeviceWeight held = contiguous_weight(weight);
-  const Tensor a = torch::stable::contiguous(lora_A), b = as_type(torch::stable::contiguous(lora_B), ScalarType::Float);
+  const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
   const Tensor wide_a = as_type(a, ScalarType::Float);
   const Tensor held_grad = device_vector(op, "grad", grad, rows, weight.weight);
-  const Tensor held_norm = device_vector(op, "norm", norm, rows, weight.weight), held_u = torch::stable::contiguous(u);
+  const Tensor held_norm = device_vector(op, "norm", norm, rows, weight.weight), held_u = as_contiguous(u);
   const Tensor products = gram(a);
   const Tensor left = device_empty(b, {rows, rank}, ScalarType::Float);
   const Tensor grad_b = device_empty(b, {rows, rank}, ScalarType::Float);

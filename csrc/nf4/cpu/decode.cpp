@@ -10,6 +10,8 @@ using torch::stable::parallel_for;
 const Nf4Kernels& nf4_kernels() {
 #if defined(__x86_64__)
   return select_kernels(&kNf4KernelsScalar, &kNf4KernelsAvx2, &kNf4KernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kNf4KernelsScalar, &kNf4KernelsNeon);
 #else
   return kNf4KernelsScalar;
 #endif
@@ -97,7 +99,7 @@ Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begi
   Tensor blocks = empty({(last - first) * weight.blocksize}, type);
   if (last > first) dequantize_into(weight, first, last, blocks.mutable_data_ptr(), dtype_of(op, "dtype", type));
   const Tensor rows = torch::stable::narrow(blocks, 0, begin * k - first * weight.blocksize, (end - begin) * k);
-  return torch::stable::view(rows, {end - begin, k});
+  return as_shape(rows, {end - begin, k});
 }
 
 }  // namespace peft_ext

@@ -119,16 +119,50 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   });
 }
 
+// One half of each of 256 floats: a word of 16 bits, 64 of which a vpermi2w looks up.
+struct ScaleHalves {
+  __m512i words[8];
+
+  ScaleHalves(const float* code, int half) {
+    for (int i = 0; i < 8; ++i) {
+      const auto half_of = [&](int at) {
+        const __m512i bits = _mm512_loadu_si512(code + at);
+        return _mm512_cvtepi32_epi16(half == 0 ? bits : _mm512_srli_epi32(bits, 16));
+      };
+      words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half_of(32 * i)), half_of(32 * i + 16), 1);
+    }
+  }
+
+  // Of 32 codes, one a word.
+  __m512i at(__m512i codes) const {
+    const __mmask32 second = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
+    const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
+    const auto among = [&](int i) {
+      return _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(words[i], codes, words[i + 1]), second,
+                                   _mm512_permutex2var_epi16(words[i + 2], codes, words[i + 3]));
+    };
+    return _mm512_mask_mov_epi16(among(0), upper, among(4));
+  }
+};
+
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
+  const ScaleHalves low(scales.code, 0), high(scales.code, 1);
+  // Halves are put together within lanes of 128 bits: four codes of the first 16 and four of the others lie in each.
+  const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {
     const int64_t stop = min_i64((i / kNestedBlock + 1) * kNestedBlock, end);
     const __m512 group = _mm512_set1_ps(scales.absmax[i / kNestedBlock]);
-    for (; i + 16 <= stop; i += 16) {
-      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales.codes + i)));
-      const __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(index, scales.code, 4), group);
-      _mm512_storeu_ps(out + (i - begin), _mm512_add_ps(product, offset));
+    const auto finish = [&](__m512i bits, int64_t at) {
+      _mm512_storeu_ps(out + (at - begin), _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(bits), group), offset));
+    };
+    for (; i + 32 <= stop; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales.codes + i));
+      const __m512i codes = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, lanes));
+      const __m512i lower = low.at(codes), upper = high.at(codes);
+      finish(_mm512_unpacklo_epi16(lower, upper), i);
+      finish(_mm512_unpackhi_epi16(lower, upper), i + 16);
     }
     for (; i < stop; ++i) out[i - begin] = decode_scale(scales, i);
   }

@@ -1,13 +1,16 @@
 // The skinny NF4 product for bfloat16 with AVX512-BF16.
 //
-//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax)
+//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, of up to kScaledSums tokens,
+//   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
 // 64 bytes of W are 128 elements, taken as 32 words of four codes each: shifted by 0, 4, 8 and 12 bits, their low bits
 // are the indices of four registers of weights. So no code is moved to a lane of its own; x lies in the same order,
-// permuted once for all rows. A register holds the tables of two blocks, 16 products each, rounded to bfloat16 once
-// (vcvtne2ps2bf16, which takes subnormals for zero); bit 4 of an index says which. vpermw looks up, vdpbf16ps
-// multiplies and adds pairs in float32. The weight is read once, 0.53 bytes an element, and never written. One thread
-// owns rows.
+// permuted once for all rows. vpermw looks up, vdpbf16ps multiplies and adds pairs in float32.
+// Of few tokens the table holds the codes, and is the same for all: a group's sums, whose lower lanes are one block's
+// and whose upper ones the next's, are multiplied by the scales. Of more tokens that multiplication would be one for
+// each of them, and the table holds the products instead: of two blocks, 16 each, rounded to bfloat16 once
+// (vcvtne2ps2bf16, which takes subnormals for zero); bit 4 of an index says which. Either rounding is 2^-9 of a weight
+// at most. The weight is read once, 0.53 bytes an element, and never written. One thread owns rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The target must be set before these headers are read.
@@ -23,6 +26,61 @@ namespace {
 // Register j of a group of kNibbleGroup holds, in lane i, the element 4 i + kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
+// Tokens up to which sums are scaled, and not the table.
+constexpr int kScaledSums = 4;
+
+// The codes in bfloat16, twice: vpermw takes five bits of an index, of which a shifted word's fifth is another code's.
+__m512i code_table() {
+  const __m512 code = _mm512_loadu_ps(kNf4Code);
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code));
+}
+
+// Rows [n, n + kRows) with kTokens <= kScaledSums tokens.
+template <int kTokens, int kRows>
+inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
+  const int64_t k = work.columns, stride = nibble_columns(k);
+  const bf16* x = work.x_ordered + first_token * stride;
+  const __m512i table = code_table();
+  __m512 sums[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < k; j += kNibbleGroup) {
+    const bool whole = j + kNibbleGroup <= k;
+    __m512i words[kRows];
+    __m512 scale[kRows], fresh[kRows][kTokens];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t flat = (n + r) * k + j;
+      const auto block = [&](int64_t at) { return (at >> work.block_shift) - first_block; };
+      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
+      scale[r] = _mm512_set1_ps(work.absmax[block(flat)]);
+      if (whole) {
+        words[r] = _mm512_loadu_si512(work.packed + flat / 2);
+        scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, _mm512_set1_ps(work.absmax[block(flat + kSkinnyStep)]));
+      } else {  // half a group; x is zero where there is no weight
+        words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
+      }
+      for (int t = 0; t < kTokens; ++t) fresh[r][t] = _mm512_setzero_ps();
+    }
+    for (int v = 0; v < 4; ++v) {
+      __m512bh w[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i index = v == 0 ? words[r] : _mm512_srli_epi16(words[r], 4 * v);
+        w[r] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + t * stride + j + 32 * v));
+        for (int r = 0; r < kRows; ++r) fresh[r][t] = _mm512_dpbf16_ps(fresh[r][t], values, w[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_fmadd_ps(fresh[r][t], scale[r], sums[r][t]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) work.y[(first_token + t) * work.rows + n + r] = _mm512_reduce_add_ps(sums[r][t]);
+}
+
 // Rows [n, n + kRows) with kTokens tokens: a register of x serves kRows products.
 template <int kTokens, int kRows>
 inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
@@ -30,7 +88,7 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
   // kRows, so that a row has the same bits beside others and alone.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
-  const bf16* x = work.x_nibbles + first_token * stride;
+  const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
   // The first 16 words belong to the first block of a group.
@@ -84,22 +142,37 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
 
 template <int kTokens>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
-  constexpr int kRows = kTokens >= 8 ? 2 : 1;
+  constexpr int kRows = kTokens <= 2 ? 4 : kTokens <= kScaledSums || kTokens >= 8 ? 2 : 1;
   const int64_t first_block = begin * work.columns >> work.block_shift;
   int64_t n = begin;
-  for (; n + kRows <= end; n += kRows) skinny_block<kTokens, kRows>(work, n, first_block, first_token);
-  for (; n < end; ++n) skinny_block<kTokens, 1>(work, n, first_block, first_token);
+  if constexpr (kTokens <= kScaledSums) {
+    for (; n + kRows <= end; n += kRows) scaled_block<kTokens, kRows>(work, n, first_block, first_token);
+    for (; n < end; ++n) scaled_block<kTokens, 1>(work, n, first_block, first_token);
+  } else {
+    for (; n + kRows <= end; n += kRows) skinny_block<kTokens, kRows>(work, n, first_block, first_token);
+    for (; n < end; ++n) skinny_block<kTokens, 1>(work, n, first_block, first_token);
+  }
 }
 
 }  // namespace
 
 void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out) {
-  for (int64_t j = 0; j < columns; j += kNibbleGroup)
-    for (int v = 0; v < 4; ++v)
-      for (int i = 0; i < 32; ++i) {
-        const int64_t from = j + 4 * i + kNibble[v];
-        out[j + 32 * v + i] = from < columns ? x[from] : bf16{0};
-      }
+  alignas(64) uint16_t order[4][32] = {};
+  for (int v = 0; v < 4; ++v)
+    for (int i = 0; i < 16; ++i) order[v][i] = static_cast<uint16_t>(4 * i + kNibble[v]);
+  for (int64_t j = 0; j < columns; j += kNibbleGroup) {
+    __m512i values[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t from = j + 32 * i;  // columns is a multiple of kSkinnyStep
+      values[i] = from < columns ? _mm512_loadu_si512(x + from) : _mm512_setzero_si512();
+    }
+    for (int v = 0; v < 4; ++v) {
+      const __m512i index = _mm512_load_si512(order[v]);
+      const __m512i low = _mm512_permutex2var_epi16(values[0], index, values[1]);
+      const __m512i high = _mm512_permutex2var_epi16(values[2], index, values[3]);
+      _mm512_storeu_si512(out + j + 32 * v, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+    }
+  }
 }
 
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end) {

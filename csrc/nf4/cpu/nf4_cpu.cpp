@@ -11,8 +11,8 @@ using torch::stable::parallel_for;
 std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   constexpr const char* kOp = "nf4_quantize";
   check_blocksize(kOp, blocksize);
-  if (weight.scalar_type() == ScalarType::Double) weight = torch::stable::to(weight, ScalarType::Float);
-  weight = torch::stable::contiguous(weight);
+  if (weight.scalar_type() == ScalarType::Double) weight = as_type(weight, ScalarType::Float);
+  weight = as_contiguous(weight);
   const DType dtype = dtype_of(kOp, "weight", weight);
   const int64_t n = weight.numel();
   Tensor packed = empty({ceil_div(n, 2), 1}, ScalarType::Byte);
@@ -71,7 +71,7 @@ Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::opti
   STD_TORCH_CHECK(absmax.has_value(), kOp, ": absmax is None, wanted the scales of an NF4 weight");
   const FrozenWeight held =
       checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
-  if (type == ScalarType::Double) return torch::stable::to(dense_weight(kOp, held, ScalarType::Float), type);
+  if (type == ScalarType::Double) return as_type(dense_weight(kOp, held, ScalarType::Float), type);
   return dense_weight(kOp, held, type);
 }
 

@@ -24,7 +24,7 @@ struct Nf4Skinny {
   DType dtype;  // that each weight is rounded to, as dequantize does
   int64_t tokens;
   const float* x;         // [tokens, columns]
-  const bf16* x_nibbles;  // [tokens, nibble_columns(columns)] in nf4_nibble_order's order, for the bfloat16 kernel
+  const bf16* x_ordered;  // [tokens, columns rounded up] in the order of a bfloat16 kernel
   float* y;               // [tokens, rows]
 };
 
@@ -60,11 +60,17 @@ extern const Nf4Kernels kNf4KernelsAvx2;
 extern const Nf4Kernels kNf4KernelsAvx512;
 // The skinny product for bfloat16 by AVX512-BF16's dot product; for other types, see kNf4KernelsAvx512.
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end);
-constexpr int64_t kSkinnyTokensBf16 = 10;
+constexpr int64_t kSkinnyTokensBf16 = 12;
 // A row of x in the order that it reads W's codes, zeros up to a whole group.
 constexpr int64_t kNibbleGroup = 128;
 inline int64_t nibble_columns(int64_t columns) { return ceil_div(columns, kNibbleGroup) * kNibbleGroup; }
 void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out);
+#elif defined(__aarch64__)
+extern const Nf4Kernels kNf4KernelsNeon;
+// The skinny product for bfloat16 by its dot product; for other types, see kNf4KernelsNeon.
+void nf4_skinny_bf16_neon(const Nf4Skinny& work, int64_t begin, int64_t end);
+// A row of x in the order that it reads W's codes.
+void nf4_order_bf16_neon(const bf16* x, int64_t columns, bf16* out);
 #endif
 
 }  // namespace peft_ext

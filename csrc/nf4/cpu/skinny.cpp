@@ -12,13 +12,29 @@ namespace {
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
   int64_t tokens;  // at most; 0: there is none
+  // Of the kernels that take bfloat16: a row of x in their order, `group` columns at a time. Others take float32.
+  void (*order)(const bf16* x, int64_t columns, bf16* out) = nullptr;
+  int64_t group = 1;
 };
 
 SkinnyKernel skinny_kernel(bool bf16_x) {
 #if defined(__x86_64__)
-  if (bf16_x && current_isa() >= Isa::kAvx512Bf16) return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16};
+  if (bf16_x && current_isa() >= Isa::kAvx512Bf16)
+    return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16, nf4_nibble_order, kNibbleGroup};
+#elif defined(__aarch64__)
+  if (bf16_x && current_isa() == Isa::kNeonBf16)
+    return {nf4_skinny_bf16_neon, nf4_kernels().skinny_tokens, nf4_order_bf16_neon, kSkinnyStep};
 #endif
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
+}
+
+// Rows that a kernel takes at once, at most: a chunk of rows is a multiple, or its last rows go one by one.
+constexpr int64_t kRowsTogether = 4;
+
+// Rows whose scales are decoded together.
+int64_t skinny_chunk(const FrozenWeight& weight) {
+  const int64_t rows = kScaleChunk * weight.blocksize / weight.in_features();
+  return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
 }  // namespace
@@ -40,27 +56,25 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
   work.dtype = dtype_of(op, "x", x);
   work.tokens = tokens;
   work.x = nullptr;
-  work.x_nibbles = nullptr;
+  work.x_ordered = nullptr;
   Tensor held;
-#if defined(__x86_64__)
-  if (kernel.run == nf4_skinny_bf16_avx512) {
-    held = empty({tokens, nibble_columns(k)}, ScalarType::BFloat16);
+  if (kernel.order != nullptr) {
+    const int64_t columns = ceil_div(k, kernel.group) * kernel.group;
+    held = empty({tokens, columns}, ScalarType::BFloat16);
     auto* out = static_cast<bf16*>(held.mutable_data_ptr());
     const auto* in = static_cast<const bf16*>(x.const_data_ptr());
-    for (int64_t t = 0; t < tokens; ++t) nf4_nibble_order(in + t * k, k, out + t * nibble_columns(k));
-    work.x_nibbles = out;
-  }
-#endif
-  if (work.x_nibbles == nullptr) {
-    held = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+    for (int64_t t = 0; t < tokens; ++t) kernel.order(in + t * k, k, out + t * columns);
+    work.x_ordered = out;
+  } else {
+    held = as_contiguous(as_type(x, ScalarType::Float));
     work.x = held.const_data_ptr<float>();
   }
   work.y = y.mutable_data_ptr<float>();
   const Scales scales(weight);
   torch::stable::parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
-    // Rows whose scales are decoded together: about kScaleChunk blocks, at least one row.
-    const int64_t rows = std::max<int64_t>(1, (kScaleChunk - 1) * weight.blocksize / k);
-    std::vector<float> buffer(static_cast<size_t>(rows * k / weight.blocksize + 2));
+    // Rows whose scales are decoded together: about kScaleChunk blocks, and whole kernel calls; all, where nothing is.
+    const int64_t rows = nested_scales(weight) == 0 ? end - begin : skinny_chunk(weight);
+    std::vector<float> buffer(nested_scales(weight) == 0 ? 0 : static_cast<size_t>(rows * k / weight.blocksize + 2));
     for (int64_t first = begin; first < end; first += rows) {
       const int64_t last = min_i64(first + rows, end);
       Nf4Skinny part = work;

@@ -44,8 +44,8 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& ab
   for (const int64_t size : shape) numel *= size;
   const DeviceWeight held =
       nf4_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, numel, 1);
-  const Tensor out = torch::stable::view(dense_weight(held, wide ? ScalarType::Float : dtype), shape);
-  return wide ? torch::stable::to(out, dtype) : out;
+  const Tensor out = as_shape(dense_weight(held, wide ? ScalarType::Float : dtype), shape);
+  return wide ? as_type(out, dtype) : out;
 }
 
 }  // namespace

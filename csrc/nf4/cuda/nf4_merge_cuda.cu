@@ -30,7 +30,7 @@ Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
   STD_TORCH_CHECK(is_float(tensor.scalar_type()), kOp, ": ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), ", wanted Float, BFloat16, Half or Double");
-  const Tensor wide = torch::stable::contiguous(as_type(tensor, ScalarType::Float));
+  const Tensor wide = as_contiguous(as_type(tensor, ScalarType::Float));
   return aligned(wide, 16) ? wide : torch::stable::clone(wide);
 }
 
@@ -91,7 +91,7 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
       launch<float>(launcher, merge, out);
     }
   }
-  return wide ? torch::stable::to(out, dtype) : out;
+  return wide ? as_type(out, dtype) : out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,

@@ -7,7 +7,7 @@ namespace {
 
 // `tensor` as kernels read it: dense, and aligned to 16 bytes. It nearly always is; a copy otherwise.
 Tensor dense_and_aligned(const Tensor& tensor) {
-  const Tensor dense = torch::stable::contiguous(tensor);
+  const Tensor dense = as_contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
 }
 
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cuda(const Tensor& centred, const
   const Tensor absmax = torch::stable::new_empty(centred, {groups}, ScalarType::Float);
   if (numel == 0) return {codes, absmax};
 
-  const Tensor x = dense_and_aligned(centred), table = torch::stable::contiguous(code);
+  const Tensor x = dense_and_aligned(centred), table = as_contiguous(code);
   Launcher launcher(x);
   launcher(nf4_quantize_absmax_kernel, ceil_div(groups, kQuantizeWarps), kQuantizeThreads, launcher.in<float>(x),
            launcher.in<float>(table), numel, launcher.out<uint8_t>(codes), launcher.out<float>(absmax));
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize
   int log2_blocksize = 5;
   while ((int64_t{1} << log2_blocksize) < blocksize) ++log2_blocksize;
   const bool wide = dtype == ScalarType::Double;
-  const Tensor w = dense_and_aligned(wide ? torch::stable::to(weight, ScalarType::Float) : weight);
+  const Tensor w = dense_and_aligned(wide ? as_type(weight, ScalarType::Float) : weight);
   if (dtype == ScalarType::BFloat16) {
     launch<bf16>(w, log2_blocksize, packed, absmax);
   } else if (dtype == ScalarType::Half) {

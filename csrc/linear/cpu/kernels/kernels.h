@@ -101,6 +101,8 @@ extern const PassKernels kPassKernelsScalar;
 #if defined(__x86_64__)
 extern const PassKernels kPassKernelsAvx2;
 extern const PassKernels kPassKernelsAvx512;
+#elif defined(__aarch64__)
+extern const PassKernels kPassKernelsNeon;
 #endif
 
 }  // namespace peft_ext

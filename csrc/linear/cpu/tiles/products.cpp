@@ -143,7 +143,7 @@ bf16* panel_scratch(int64_t elements) {
   return static_cast<bf16*>(scratch(Scratch::kPanel, static_cast<size_t>(elements) * sizeof(bf16)));
 }
 
-bool ranks_on_tiles() { return current_isa() >= Isa::kAmx; }
+bool ranks_on_tiles() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxEmulated; }
 
 Tensor split_depth(const float* m, int64_t rows, int64_t rank, int64_t stride, bool left) {
   Tensor out = empty({rows, 3 * rank}, ScalarType::BFloat16);

@@ -1,0 +1,11 @@
+// The low-rank path with NEON. See kernels.h for the contract.
+#if defined(__aarch64__)
+#include "cpu/simd_neon.h"
+#include "linear/cpu/kernels/kernels_impl.h"
+
+namespace peft_ext {
+
+const PassKernels kPassKernelsNeon = {row_pass, expand, keep_mask, few_tokens, column_pass};
+
+}  // namespace peft_ext
+#endif

@@ -1,0 +1,77 @@
+// The skinny NF4 product for bfloat16 with bfloat16's dot product (BFDOT).
+//
+//   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
+//
+// 16 bytes of W are 32 elements: the high halves of the bytes are the even ones' codes, the low halves the odd ones'.
+// Looked up by byte, low and high bytes put together, they are four registers of weights; x lies in that order,
+// permuted once for all rows. BFDOT multiplies and adds pairs in float32; a step's sums are multiplied by its block's
+// scale. The rounding of the codes is 2^-9 of a weight at most, as a rounded product's is. The weight is read once,
+// 0.53 bytes an element, and never written. One thread owns rows.
+#if defined(__aarch64__)
+#include "cpu/target_bf16_neon.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_neon.h"
+#include "cpu/token_groups.h"
+#include "nf4/cpu/nf4_codes_neon.h"
+#include "nf4/cpu/nf4_kernels.h"
+#include "nf4/nf4_code.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int kHalfStep = 32;
+
+inline bfloat16x8_t load_bf16(const bf16* x) { return vreinterpretq_bf16_u16(vld1q_u16(words_of(x))); }
+
+template <int kTokens>
+void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
+  const int64_t k = work.columns, first_block = begin * k >> work.block_shift;
+  const bf16* x = work.x_ordered + first_token * k;
+  bf16 code[16];
+  for (int i = 0; i < 16; i += 4) store4(code + i, vld1q_f32(kNf4Code + i));
+  const WordPlanes table = planes_of(code);
+  for (int64_t n = begin; n < end; ++n) {
+    float32x4_t sums[kTokens];
+    for (int t = 0; t < kTokens; ++t) sums[t] = vdupq_n_f32(0.0f);
+    for (int64_t j = 0; j < k; j += kSkinnyStep) {
+      const int64_t flat = n * k + j;
+      float32x4_t fresh[kTokens];
+      for (int t = 0; t < kTokens; ++t) fresh[t] = vdupq_n_f32(0.0f);
+      for (int half = 0; half < kSkinnyStep; half += kHalfStep) {
+        const Nibbles codes = nibbles(work.packed + (flat + half) / 2);
+        bfloat16x8_t w[4];
+        for (int i = 0; i < 2; ++i) {
+          const uint8x16_t index = i == 0 ? codes.even : codes.odd;
+          const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
+          w[2 * i] = vreinterpretq_bf16_u8(vzip1q_u8(low, high));
+          w[2 * i + 1] = vreinterpretq_bf16_u8(vzip2q_u8(low, high));
+        }
+        for (int t = 0; t < kTokens; ++t)
+          for (int i = 0; i < 4; ++i) fresh[t] = vbfdotq_f32(fresh[t], w[i], load_bf16(x + t * k + j + half + 8 * i));
+      }
+      const float scale = work.absmax[(flat >> work.block_shift) - first_block];
+      for (int t = 0; t < kTokens; ++t) sums[t] = vfmaq_n_f32(sums[t], fresh[t], scale);
+    }
+    for (int t = 0; t < kTokens; ++t) work.y[(first_token + t) * work.rows + n] = vaddvq_f32(sums[t]);
+  }
+}
+
+}  // namespace
+
+void nf4_order_bf16_neon(const bf16* x, int64_t columns, bf16* out) {
+  for (int64_t j = 0; j < columns; j += kHalfStep)
+    for (int i = 0; i < 2; ++i) {
+      const uint16x8x2_t pairs = vld2q_u16(words_of(x + j + 16 * i));
+      vst1q_u16(words_of(out + j + 8 * i), pairs.val[0]);
+      vst1q_u16(words_of(out + j + 16 + 8 * i), pairs.val[1]);
+    }
+}
+
+void nf4_skinny_bf16_neon(const Nf4Skinny& work, int64_t begin, int64_t end) {
+  for_token_groups(work.tokens,
+                   [&](auto tokens, int64_t first) { skinny_rows<decltype(tokens)::kCount>(work, begin, end, first); });
+}
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

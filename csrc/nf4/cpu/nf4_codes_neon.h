@@ -1,0 +1,34 @@
+// Codes and their tables in NEON registers.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "common/dtype.h"
+
+namespace peft_ext {
+namespace {
+
+// The codes of 32 elements: the first of each byte is its high half.
+struct Nibbles {
+  uint8x16_t even, odd;
+};
+
+inline Nibbles nibbles(const uint8_t* packed) {
+  const uint8x16_t bytes = vld1q_u8(packed);
+  return {vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15))};
+}
+
+// A table of 16 values as planes of bytes, the lowest first.
+using WordPlanes = uint8x16x2_t;
+using FloatPlanes = uint8x16x4_t;
+
+inline WordPlanes planes_of(const bf16* values) { return vld2q_u8(reinterpret_cast<const uint8_t*>(values)); }
+inline WordPlanes planes_of(const f16* values) { return vld2q_u8(reinterpret_cast<const uint8_t*>(values)); }
+inline FloatPlanes planes_of(const float* values) { return vld4q_u8(reinterpret_cast<const uint8_t*>(values)); }
+
+inline uint16_t* lanes_of(bf16* out) { return reinterpret_cast<uint16_t*>(out); }
+inline uint16_t* lanes_of(f16* out) { return reinterpret_cast<uint16_t*>(out); }
+inline float* lanes_of(float* out) { return out; }
+
+}  // namespace
+}  // namespace peft_ext
