@@ -25,7 +25,7 @@ BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check kills nightly sanitize-battery battery battery-paths
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -44,6 +44,7 @@ help:
 	@echo "make peft-suite  PEFT's own tests, accelerated"
 	@echo "make newest      the integrations' tests on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
+	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with nvcc, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -138,11 +139,15 @@ newest: setup
 clang-check aarch64-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
+# AARCH64="--share 6" for less.
+aarch64-tests: setup
+	$(LIMIT) 28800 $(BIN)/python tools/aarch64_tests.py $(AARCH64)
+
 kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills newest
+NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills aarch64-tests newest
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

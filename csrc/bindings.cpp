@@ -25,11 +25,9 @@ py::dict build_info() {
   info["compiler"] = "unknown";
 #endif
   std::vector<std::string> compiled;
-#if defined(__x86_64__)
-  for (int i = 0; i < peft_ext::kIsaCount; ++i) compiled.push_back(peft_ext::isa_name(static_cast<peft_ext::Isa>(i)));
-#else
-  compiled.push_back("scalar");
-#endif
+  for (int i = 0; i < peft_ext::kIsaCount; ++i)
+    if (const auto isa = static_cast<peft_ext::Isa>(i); peft_ext::isa_compiled(isa))
+      compiled.push_back(peft_ext::isa_name(isa));
   info["isas"] = compiled;
   info["cuda"] = PEFT_EXT_CUDA;
   return info;

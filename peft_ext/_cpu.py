@@ -29,7 +29,8 @@ _WANTED = {
     torch.bfloat16: ("_is_mkldnn_bf16_supported", "AVX512_CORE_BF16", ("avx512_bf16", "amx_bf16"), ("bf16",)),
     torch.float16: ("_is_mkldnn_fp16_supported", "AVX512_CORE_FP16", ("avx512_fp16", "amx_fp16"), ("fp16_arith",)),
 }
-_WIDENS = ("avx2", "avx512")  # the paths on which it widens a panel of the weight at a time to float32
+# The paths on which it widens a panel of the weight at a time to float32, of dtypes that they do not multiply.
+_WIDENS = ("avx2", "avx512", "neon", "neon_bf16")
 
 
 def capabilities() -> Mapping[str, Any]:
@@ -96,7 +97,7 @@ def why_float32() -> str:
         by = "the environment forbids the" if _forbidden() else "this CPU has no"
         return f"{by} instructions for bfloat16 products"
     isa = _native.STATE.isa
-    if is_x86() and isa not in (*_native.TILE_PATHS, "reference"):
+    if isa == "neon" or (is_x86() and isa not in (*_native.TILE_PATHS, "reference")):
         return f"the CPU path in use, {isa}, has no instructions for bfloat16 products"
     return ""
 

@@ -5,8 +5,8 @@ build). Both register kernels for the operators declared in ``peft_ext.ops``; wi
 reference, correct and slow.
 
 Environment:
-    ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests); an unknown
-        or unsupported one is an error.
+    ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
+        Arm scalar, neon, neon_bf16); an unknown or unsupported one is an error.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error, not a warning.
 """
 

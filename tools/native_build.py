@@ -61,8 +61,11 @@ def torch_flags() -> tuple[str, str]:
     )
 
 
-def module_flags() -> str:
-    """For the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, what setup.py defines."""
+def module_flags(python: Path | None = None) -> str:
+    """For the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, what setup.py defines.
+
+    ``python``: the folder of Python's headers; default: this one's.
+    """
     import pybind11
     import torch
 
@@ -70,7 +73,7 @@ def module_flags() -> str:
     from peft_ext._version import __version__
 
     return (
-        f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')} -I{ROOT / 'csrc'} "
+        f"-I{pybind11.get_include()} -I{python or sysconfig.get_path('include')} -I{ROOT / 'csrc'} "
         f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
         """-DPEFT_EXT_TORCH_TARGET='"2.11"' -DPEFT_EXT_CUDA=false -DTORCH_EXTENSION_NAME=_C"""
     )
@@ -81,8 +84,11 @@ def module_sources() -> list[Path]:
     return sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
 
 
-def package(folder: Path, library: Path) -> Path:
-    """``folder``, to be put on PYTHONPATH, with the package in it: this checkout's Python, linked, and ``library``."""
+def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
+    """``folder``, to be put on PYTHONPATH, with the package in it: this checkout's Python, linked, and ``library``.
+
+    ``suffix``: of an extension module of the Python that imports it; default: this one's.
+    """
     inside = folder / "peft_ext"
     inside.mkdir(parents=True, exist_ok=True)
     for path in inside.iterdir():
@@ -90,7 +96,7 @@ def package(folder: Path, library: Path) -> Path:
     for path in (ROOT / "peft_ext").iterdir():
         if path.suffix != ".so" and path.name != "__pycache__":
             (inside / path.name).symlink_to(path)
-    (inside / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
+    (inside / f"_C{suffix or sysconfig.get_config_var('EXT_SUFFIX')}").symlink_to(library)
     return folder
 
 

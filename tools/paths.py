@@ -33,6 +33,9 @@ LIMITS = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
                     "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "amx": {},
+    # On 64-bit Arm nothing is forced but this package's own path.
+    "neon": {},
+    "neon_bf16": {},
 }  # fmt: skip
 AT_MOST = 4.0  # of AVX512-BF16's time
 APART = 0.01  # held-out losses of few steps: bfloat16's rounding moves them by some 1e-3 of themselves

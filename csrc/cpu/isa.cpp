@@ -92,7 +92,7 @@ bool isa_available(Isa isa) {
   }
   return false;
 #elif defined(__aarch64__)
-  return isa == Isa::kScalar || isa == Isa::kNeon || (isa == Isa::kNeonBf16 && has_arm_bf16());
+  return isa_compiled(isa) && (isa != Isa::kNeonBf16 || has_arm_bf16());
 #else
   return isa == Isa::kScalar;
 #endif

@@ -10,6 +10,16 @@ enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmula
 constexpr int kIsaCount = 8;
 
 const char* isa_name(Isa isa);
+// Of the machine that this library was compiled for.
+constexpr bool isa_compiled(Isa isa) {
+#if defined(__x86_64__)
+  return isa < Isa::kNeon;
+#elif defined(__aarch64__)
+  return isa == Isa::kScalar || isa >= Isa::kNeon;
+#else
+  return isa == Isa::kScalar;
+#endif
+}
 // Compiled into this library and supported by this CPU (and, for AMX's registers, granted by the system).
 bool isa_available(Isa isa);
 Isa current_isa();

@@ -75,9 +75,12 @@ CPUS = {
                                    "the CPU path in use, avx2, has no instructions for bfloat16 products", set()),
     "no native library": (dict(has=("avx512_bf16",), onednn=("bf16",), isa="reference"), "", set()),
     "portable": (dict(isa="scalar"), NO, set()),
-    "Arm with bfloat16": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="scalar", machine="aarch64"),
+    "Arm with bfloat16": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="neon_bf16", machine="aarch64"),
                           "", set()),
-    "Arm without": (dict(isa="scalar", machine="aarch64"), NO, set()),
+    "its bfloat16 forced off": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="neon", machine="aarch64"),
+                                "the CPU path in use, neon, has no instructions for bfloat16 products", set()),
+    "Arm without": (dict(isa="neon", machine="aarch64"), NO, {BF16, FP16}),
+    "Arm, portable": (dict(isa="scalar", machine="aarch64"), NO, set()),
 }  # fmt: skip
 
 

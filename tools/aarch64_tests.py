@@ -1,0 +1,139 @@
+"""Runs the operators' tests on 64-bit Arm, emulated by qemu-user, on each of its CPU paths.
+
+    python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
+
+The library is cross-compiled; Debian's Python for Arm, PyTorch and what the tests import come from the registries into
+build/aarch64, 5 GB once, and nothing outside of it changes. Needed: Debian, aarch64-linux-gnu-g++ and qemu-aarch64.
+The emulated CPU has bfloat16's instructions. It tells what is right and nothing about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import native_build
+import stable_abi
+from native_build import ROOT, Group
+
+BUILD = ROOT / "build/aarch64"
+SYSTEM, SITE = BUILD / "system", BUILD / "site"
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+DEBIAN = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}
+PATHS = ("neon_bf16", "neon", "scalar")
+PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
+# Of tests' imports; torch is the oldest that is supported.
+WHEELS = (f"torch=={'.'.join(map(str, stable_abi.TARGET))}.*", "transformers>=5.1", "peft>=0.21", "accelerate>=1.7",
+          "bitsandbytes>=0.50", "aenum>=3.1.15", "typer>=0.12", "rich>=13", "filelock>=3.21", "psutil", "pyyaml", "tqdm",
+          "numpy", "pytest>=9", "pytest-repeat>=0.9.4", "pytest-xdist>=3.5", "parameterized", "attrs")  # fmt: skip
+NEWEST_MANYLINUX = 40
+# As setup.py has them, but for the optimization: the emulator's time goes elsewhere.
+FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
+TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
+# Compilers for the emulated machine, and threads that share one core.
+NOT_THESE = "not compile and not opcheck and not two_threads"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--paths", default=",".join(PATHS))
+    options, arguments = parser.parse_known_args()
+    for tool, package in DEBIAN.items():
+        if shutil.which(tool) is None:
+            sys.exit(f"aarch64-tests: {tool} not found: apt-get install {package}")
+    make_system()
+    version = (SYSTEM / "usr/bin/python3").readlink().name.removeprefix("python")
+    make_site(version)
+    start = time.monotonic()
+    library = build(version)
+    print(f"aarch64-tests: compiled in {time.monotonic() - start:.0f} s", flush=True)
+    package = native_build.package(BUILD / "package", library, ".so")
+    failed = [path for path in options.paths.split(",") if run(path, package, arguments) != 0]
+    print(f"aarch64-tests: {', '.join(failed) + ' failed' if failed else 'all paths passed'}")
+    return 1 if failed else 0
+
+
+def make_system() -> None:
+    """Unpacks Debian's Python for Arm, and what it needs, into SYSTEM."""
+    if (SYSTEM / "usr/bin/python3").is_symlink():
+        return
+    apt = BUILD / "apt"
+    for folder in ("state", "lists/partial", "cache/archives/partial", "packages"):
+        (apt / folder).mkdir(parents=True, exist_ok=True)
+    settings = {"APT::Architecture": "arm64", "Dir::State": apt / "state", "Dir::State::lists": apt / "lists",
+                "Dir::State::status": "/dev/null", "Dir::Cache": apt / "cache", "APT::Sandbox::User": ""}  # fmt: skip
+    text = "".join(f'{name} "{value}";\n' for name, value in settings.items())
+    (apt / "apt.conf").write_text(text + 'APT::Architectures { "arm64"; };\n')
+    environment = {**os.environ, "APT_CONFIG": str(apt / "apt.conf")}
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, env=environment, cwd=apt / "packages", capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"aarch64-tests: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    call("apt-get", "update", "-qq")
+    hard = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
+    needed = call("apt-cache", "depends", "--recurse", *hard, *PACKAGES)
+    names = sorted(set(re.findall(r"^([a-z0-9][\w.+-]*)$", needed, re.MULTILINE)))
+    call("apt-get", "download", "-qq", *names)
+    partial = BUILD / "system.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for file in sorted((apt / "packages").glob("*.deb")):
+        call("dpkg-deb", "-x", str(file), str(partial))
+    if not (partial / "lib").exists():
+        (partial / "lib").symlink_to("usr/lib")
+    partial.rename(SYSTEM)
+    shutil.rmtree(apt)
+
+
+def make_site(version: str) -> None:
+    """Installs WHEELS into SITE. The packages that pip is set to here may be of this machine: PyPI's are taken."""
+    if SITE.exists():
+        return
+    partial = BUILD / "site.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tags = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(5, NEWEST_MANYLINUX + 1))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
+               "--target", str(partial), "--python-version", version, "--only-binary=:all:",
+               *(word for tag in tags for word in ("--platform", tag)), *WHEELS]  # fmt: skip
+    if subprocess.run(command, env={**os.environ, "PIP_CONFIG_FILE": os.devnull}).returncode != 0:
+        sys.exit("aarch64-tests: pip found no packages for Arm")
+    partial.rename(SITE)
+
+
+def build(version: str) -> Path:
+    include, libraries = SITE / "torch/include", SITE / "torch/lib"
+    target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
+    headers = (
+        f"-isystem {include} -isystem {include}/torch/csrc/api/include -DTORCH_TARGET_VERSION=0x{target:016x} "
+        f"-isystem {SYSTEM}/usr/include {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
+    )
+    group = Group(f"{FLAGS} {headers}", native_build.module_sources())
+    # The interpreter brings Python's symbols.
+    link = f"-L{libraries} -Wl,-rpath,{libraries} -Wl,--unresolved-symbols=ignore-all -ltorch_cpu"
+    try:
+        return native_build.build(BUILD / "libpeft_ext.so", [group], link, COMPILER)
+    except RuntimeError as error:
+        sys.exit(f"aarch64-tests: {error}")
+
+
+def run(path: str, package: Path, arguments: list[str]) -> int:
+    print(f"aarch64-tests: {path}", flush=True)
+    environment = {**os.environ, "PYTHONPATH": f"{package}:{SITE}", "PEFT_EXT_REQUIRE": "1", "HF_HUB_OFFLINE": "1",
+                   "OMP_NUM_THREADS": "1", "PEFT_EXT_CPU_ISA": path}  # fmt: skip
+    tests = () if any(word.startswith("tests/") for word in arguments) else ("-k", NOT_THESE, *TESTS)
+    command = [EMULATOR, "-cpu", "max", "-L", str(SYSTEM), str(SYSTEM / "usr/bin/python3"), "-c", native_build.PYTEST,
+               "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", *arguments, *tests]  # fmt: skip
+    return subprocess.run(command, env=environment, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
