@@ -141,7 +141,7 @@ clang-check aarch64-check: setup
 
 # AARCH64="--share 6" for less.
 aarch64-tests: setup
-	$(LIMIT) 28800 $(BIN)/python tools/aarch64_tests.py $(AARCH64)
+	$(LIMIT) 28800 $(BIN)/python tools/aarch64_tests.py $(AARCH64) $(BATTERY)
 
 kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed

@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 
+import extra
 import native_build
 import stable_abi
 from native_build import ROOT, Group
@@ -28,10 +30,8 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DEBIAN = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}
 PATHS = ("neon_bf16", "neon", "scalar")
 PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
-# Of tests' imports; torch is the oldest that is supported.
-WHEELS = (f"torch=={'.'.join(map(str, stable_abi.TARGET))}.*", "transformers>=5.1", "peft>=0.21", "accelerate>=1.7",
-          "bitsandbytes>=0.50", "aenum>=3.1.15", "typer>=0.12", "rich>=13", "filelock>=3.21", "psutil", "pyyaml", "tqdm",
-          "numpy", "pytest>=9", "pytest-repeat>=0.9.4", "pytest-xdist>=3.5", "parameterized", "attrs")  # fmt: skip
+# What tests import beside the package's own requirements.
+OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
 # As setup.py has them, but for the optimization: the emulator's time goes elsewhere.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
@@ -95,15 +95,20 @@ def make_system() -> None:
 
 
 def make_site(version: str) -> None:
-    """Installs WHEELS into SITE. The packages that pip is set to here may be of this machine: PyPI's are taken."""
+    """Installs what tests import into SITE, with the oldest torch that is supported.
+
+    From PyPI: what pip is set to here may have packages for this machine alone.
+    """
     if SITE.exists():
         return
     partial = BUILD / "site.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    own = [line for line in requires(extra.PACKAGE) or () if ";" not in line and not line.startswith("torch")]
+    wheels = [f"torch=={'.'.join(map(str, stable_abi.TARGET))}.*", *own, *extra.requirements("hf"), *OF_TESTS]
     tags = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(5, NEWEST_MANYLINUX + 1))]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
                "--target", str(partial), "--python-version", version, "--only-binary=:all:",
-               *(word for tag in tags for word in ("--platform", tag)), *WHEELS]  # fmt: skip
+               *(word for tag in tags for word in ("--platform", tag)), *wheels]  # fmt: skip
     if subprocess.run(command, env={**os.environ, "PIP_CONFIG_FILE": os.devnull}).returncode != 0:
         sys.exit("aarch64-tests: pip found no packages for Arm")
     partial.rename(SITE)
@@ -129,9 +134,10 @@ def run(path: str, package: Path, arguments: list[str]) -> int:
     print(f"aarch64-tests: {path}", flush=True)
     environment = {**os.environ, "PYTHONPATH": f"{package}:{SITE}", "PEFT_EXT_REQUIRE": "1", "HF_HUB_OFFLINE": "1",
                    "OMP_NUM_THREADS": "1", "PEFT_EXT_CPU_ISA": path}  # fmt: skip
-    tests = () if any(word.startswith("tests/") for word in arguments) else ("-k", NOT_THESE, *TESTS)
+    kept = () if "-k" in arguments else ("-k", NOT_THESE)
+    tests = () if any(word.startswith("tests/") for word in arguments) else TESTS
     command = [EMULATOR, "-cpu", "max", "-L", str(SYSTEM), str(SYSTEM / "usr/bin/python3"), "-c", native_build.PYTEST,
-               "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", *arguments, *tests]  # fmt: skip
+               "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", *kept, *arguments, *tests]  # fmt: skip
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 

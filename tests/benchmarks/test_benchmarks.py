@@ -105,6 +105,28 @@ def test_a_peer_that_takes_long_is_timed_once(monkeypatch):
     assert row.milliseconds["slow"] >= 20 and row.speedup["slow"] > 1 and row.rounds >= harness.MIN_ROUNDS
 
 
+def test_a_short_call_is_timed_as_one_of_several(monkeypatch):
+    now, takes = [0.0], iter([4e-3, 1e-3, 2e-3, 30e-3, 6e-3])
+
+    def runs():
+        now[0] += next(takes)
+
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    taken = []
+    sample = timer.host_clock(timer.Contender(runs, lambda y: {}, "no reason", lambda: taken.append(0)))
+    assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first is not counted
+    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer one is timed alone
+
+
+def test_quartiles_are_of_the_rounds_ratios():
+    times = {"ours": [1.0, 2.0, 1.0, 4.0, 1.0], "peer": [2.0, 2.0, 3.0, 16.0, 5.0], "slow": [7.0]}
+    assert timer.median_ratios(times) == {"peer": 3.0, "slow": 7.0}
+    assert timer.quartile_ratios(times) == {"peer": (2.0, 4.0), "slow": (7.0, 7.0)}
+    assert harness.ratio_text({"peer": 3.0, "slow": 7.0, "old": 1.0}, timer.quartile_ratios(times)) == (
+        "peer 3.00x (2.00 to 4.00), slow 7.00x, old 1.00x"
+    )
+
+
 def test_a_clock_is_asked_in_turn_and_a_peer_that_it_cannot_time_is_absent():
     asked = []
 
@@ -142,6 +164,11 @@ def test_a_row_that_fails_ends_a_run_or_is_named(monkeypatch):
 def test_floor_is_the_longer_of_bytes_and_products():
     assert harness.floor_ms(10**7, 0, CEILINGS) == pytest.approx(1.0)
     assert harness.floor_ms(10**7, 10**9, CEILINGS) == pytest.approx(10.0)
+    read = {**CEILINGS, "read_gb_s": 20.0}
+    assert harness.floor_ms(10**7, 0, read) == pytest.approx(1.0)
+    assert harness.floor_ms(10**7, 0, read, reads=True) == pytest.approx(0.5)
+    assert harness.floor_ms(10**7, 0, CEILINGS, reads=True) == pytest.approx(1.0)  # of a file without that ceiling
+    assert harness.rate(10**6, 10**6, 1.0, read, reads=True) == "1 GB/s"
 
 
 def test_a_run_keeps_its_limit_and_names_what_it_left_out(monkeypatch):

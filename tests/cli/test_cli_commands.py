@@ -430,7 +430,8 @@ def test_bench_verifies_and_times_every_layer(capsys):
         assert set(row["milliseconds"]) == {"ours", stock, "frozen layer"} and row["rounds"] >= 3
         assert all(value > 0 for value in (*row["milliseconds"].values(), *row["ratio"].values()))
         assert set(row["error"]) == {"ours", stock} and all(1e-4 < error < 1e-2 for error in row["error"].values())
-        assert row["absent"] == {}
+        assert row["absent"] == {} and row["quartiles"].keys() == row["ratio"].keys()
+        assert all(low <= row["ratio"][name] <= high for name, (low, high) in row["quartiles"].items())
     assert found["machine"]["isa"] == peft_ext._native.STATE.isa and found["machine"]["threads"] == 1
     assert found["machine"]["versions"]["torch"] == torch.__version__
 
@@ -440,6 +441,17 @@ def test_bench_prints_a_table(capsys):
     assert "layer: 64 x 64, 8 tokens, rank 4; forward and backward\n" in out
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["LoRA"])
     assert row[1] == "PEFT" and row[4].endswith("x") and "\x1b" not in out
+    low, dash, high = row[5:8]
+    assert dash == "-" and float(low) <= float(row[4][:-1]) <= float(high)
+
+
+def test_bench_says_when_the_machine_is_too_busy_to_judge(capsys, monkeypatch):
+    for apart, told in ((0.1, False), (0.6, True)):
+        ends = lambda times, apart=apart: {name: (1.0 - apart, 1.0) for name in (*times,)[1:]}  # noqa: E731
+        monkeypatch.setattr(layer, "quartile_ratios", ends)
+        monkeypatch.setattr(layer, "median_ratios", lambda times: dict.fromkeys((*times,)[1:], 1.0))
+        out = said(capsys, *SMALL, "--method", "lora", "--method", "ia3", "--base", "bf16")
+        assert ("the machine is too busy to judge LoRA, IA3: the quartiles are more than 25% apart" in out) == told
 
 
 @needs_bnb

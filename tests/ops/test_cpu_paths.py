@@ -77,8 +77,8 @@ CPUS = {
     "portable": (dict(isa="scalar"), NO, set()),
     "Arm with bfloat16": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="neon_bf16", machine="aarch64"),
                           "", set()),
-    "its bfloat16 forced off": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="neon", machine="aarch64"),
-                                "the CPU path in use, neon, has no instructions for bfloat16 products", set()),
+    "without it forced": (dict(has=("bf16", "fp16_arith"), onednn=("bf16", "fp16"), isa="neon", machine="aarch64"),
+                          "the CPU path in use, neon, has no instructions for bfloat16 products", set()),
     "Arm without": (dict(isa="neon", machine="aarch64"), NO, {BF16, FP16}),
     "Arm, portable": (dict(isa="scalar", machine="aarch64"), NO, set()),
 }  # fmt: skip
