@@ -148,9 +148,11 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
+        from peft.helpers import DoraCaching
+
         torch.manual_seed(self.seed)  # before each of the two: the same model would say the same
         ids = inputs["input_ids"]
-        with torch.no_grad():
+        with torch.no_grad(), DoraCaching():  # no weight changes: DoRA's norm is computed in the first token's forward
             if self.is_prompt:
                 out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,10 +92,14 @@ def register_autograd(name: str, backward: Callable, *, setup_context: Callable)
 
 
 def below_autograd(op: Callable) -> Callable[..., Any]:
-    """Returns the operator, called past what is registered for autograd: for where nothing is to be recorded."""
+    """Returns the operator, called past what is registered for autograd: for where nothing is to be recorded.
+
+    By what torch.library does it with itself; of a torch that has it by another name the longer way is taken.
+    """
+    guard = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
     def kernel(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with guard():
             return op(*args)
 
     return kernel

@@ -130,9 +130,11 @@ def _encode(run: Run, messages: list[dict[str, str]]) -> dict[str, Tensor]:
 
 def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
     """Returns the greedy answer."""
+    from peft.helpers import DoraCaching
+
     inputs = {name: tensor.to(run.device) for name, tensor in _encode(run, messages).items()}
     model.eval()
-    with torch.no_grad(), status("answering a prompt"):
+    with torch.no_grad(), DoraCaching(), status("answering a prompt"):  # no weight changes within an answer
         if run.is_prompt_method:
             out = greedy(model, inputs["input_ids"], NEW_TOKENS)
         else:

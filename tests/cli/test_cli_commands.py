@@ -325,6 +325,17 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
+def test_chat_computes_the_norm_of_dora_once(capsys, base, adapters, monkeypatch):
+    from peft_ext import ops
+
+    right, layers = ops.dora_weight_norm, []
+    monkeypatch.setattr(ops, "dora_weight_norm", lambda *args, **kwargs: layers.append(0) or right(*args, **kwargs))
+    asked = ("chat", "--adapter", adapters("dora"), "--model", base, "--max-new-tokens", 6)
+    said(capsys, *asked, "--prompt", "Hello there")
+    model = peft.PeftModel.from_pretrained(base_of(base), adapters("dora"))
+    assert len(layers) == sum(bool(getattr(module, "lora_A", None)) for module in model.modules()) > 0
+
+
 def test_chat_takes_base_and_quantization_from_the_run(capsys, base, adapters, tmp_path, monkeypatch):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((adapters("lora") / name).read_bytes())

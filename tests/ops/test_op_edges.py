@@ -12,6 +12,7 @@ from battery import assert_close, run, to_wide
 from op_db import DTYPES, SEED, SHAPES, Case, Sample, randn
 from op_params import LINEAR, SAVES, TILES, ids, names, strided
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_ext
 from peft_ext import NF4Weight, _native, ops, reference
@@ -499,3 +500,33 @@ def test_an_adapter_that_no_sample_has_may_hold_anything(device: torch.device) -
     b = [randn(96, 8, dtype=torch.float32).to(device), torch.full((96, 8), float("nan")).to(device)]
     assert ops.grouped_lora_linear(x, weight, [a, a], b, [0, -1, 0]).isfinite().all()
     assert ops.grouped_lora_linear(x, weight, [a, a], b, [-1, -1, -1]).isfinite().all()
+
+
+class Seen(TorchDispatchMode):
+    """What reaches the dispatcher: profilers, counters of FLOPs and selective checkpointing look there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+def test_the_way_past_autograd_is_seen_by_dispatch_modes(grad: bool, device: torch.device) -> None:
+    x, weight = torch.randn(3, 64, device=device), torch.randn(32, 64, device=device)
+    lora_A, lora_B = torch.randn(4, 64, device=device), torch.randn(32, 4, device=device)
+    with torch.set_grad_enabled(grad), Seen() as seen:
+        y = ops.lora_linear(x, weight, lora_A.requires_grad_(), lora_B)
+    assert y.requires_grad == grad and "peft_ext::lora_linear" in seen.names
+
+
+def test_a_torch_without_that_guard_takes_the_longer_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_AutoDispatchBelowAutograd")
+    longer = library.below_autograd(torch.ops.peft_ext.nf4_linear.default)
+    x, weight = torch.randn(3, 64), torch.randn(32, 64)
+    with torch.inference_mode():  # torch.library's own way has the guard too
+        y = longer(x, weight, None, None, None, None, 0, [], None)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
