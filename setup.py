@@ -53,7 +53,7 @@ def find_cudart(torch, nvcc):
     major = (torch.version.cuda or "").split(".")[0]  # those of two CUDA releases may lie side by side
     found.sort(key=lambda path: path.suffix != f".{major}")
     for home in (CUDA_HOME, nvcc and Path(nvcc).resolve().parents[1]):
-        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
             found += [path for path in [Path(home or "", folder, "libcudart.so")] if home and path.exists()]
     return found[0] if found else None
 
