@@ -24,13 +24,8 @@ constexpr int64_t kManyRows = 128;
 
 // The experts' weights: dense [E, N, K] of any strides, or NF4, each expert's packed for itself, one after the other.
 struct DeviceStack {
-  Tensor weight;
-  std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
-  int64_t blocksize = 0, experts = 0, outputs = 0, inputs = 0;
-
-  bool is_nf4() const { return absmax.has_value(); }
-  int64_t codes() const { return ceil_div(outputs * inputs, 2); }
-  int64_t scales() const { return ceil_div(outputs * inputs, blocksize); }
+  DeviceWeight all;  // the sizes of one; a dense weight is [E, N, K]
+  int64_t experts = 0;
 };
 
 DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
@@ -39,41 +34,21 @@ DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optio
                           const std::vector<int64_t>& shape, ScalarType type) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   STD_TORCH_CHECK(shape.size() == 3, op, ": weight has ", shape.size(), " dimensions, wanted [E, N, K]");
+  if (absmax.has_value()) {
+    return {nf4_weights(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1],
+                        shape[2]),
+            shape[0]};
+  }
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
+                      weight.size(2) == shape[2] && weight.scalar_type() == type,
+                  op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
+                  " elements, wanted ", torch::headeronly::toString(type), " [", shape[0], ", ", shape[1], ", ",
+                  shape[2], "]");
   DeviceStack held;
+  held.all.weight = weight;
+  held.all.outputs = shape[1];
+  held.all.inputs = shape[2];
   held.experts = shape[0];
-  held.outputs = shape[1];
-  held.inputs = shape[2];
-  if (!absmax.has_value()) {
-    STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
-                        weight.size(2) == shape[2] && weight.scalar_type() == type,
-                    op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
-                    " elements, wanted ", torch::headeronly::toString(type), " [", shape[0], ", ", shape[1], ", ",
-                    shape[2], "]");
-    held.weight = weight;
-    return held;
-  }
-  STD_TORCH_CHECK(is_blocksize(blocksize), op, ": blocksize is ", blocksize, ", wanted a power of two from ",
-                  kSmallestBlock, " to ", kLargestBlock);
-  held.blocksize = blocksize;
-  const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(nested == nested_code.has_value() && nested == nested_offset.has_value(), op,
-                  ": of nested_absmax, nested_code and nested_offset some are None, wanted all or none");
-  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
-    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
-                    " is on another device than weight, wanted cuda:", weight.get_device_index());
-    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
-                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
-                    torch::headeronly::toString(wanted), " with ", count);
-    return as_contiguous(tensor);
-  };
-  held.weight = checked("weight", weight, ScalarType::Byte, held.experts * held.codes());
-  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, held.experts * held.scales());
-  if (nested) {
-    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float,
-                                 held.experts * ceil_div(held.scales(), kNestedBlock));
-    held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, kNestedCodes);
-    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, held.experts);
-  }
   return held;
 }
 
@@ -93,19 +68,19 @@ StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const s
   STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), op, ": of lora_A and lora_B one is None");
   if (!lora_A.has_value()) return held;
   const Tensor &a = *lora_A, &b = *lora_B;
-  check_matrix(op, "lora_A", a, stack.weight);
-  check_matrix(op, "lora_B", b, stack.weight);
-  STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == stack.experts && a.size(1) > 0 && a.size(2) == stack.inputs, op,
-                  ": lora_A has ", a.numel(), " elements, wanted [", stack.experts, ", R, ", stack.inputs, "]");
-  STD_TORCH_CHECK(b.dim() == 3 && b.size(0) == stack.experts && b.size(1) == stack.outputs && b.size(2) == a.size(1),
-                  op, ": lora_B has ", b.numel(), " elements, wanted [", stack.experts, ", ", stack.outputs, ", ",
-                  a.size(1), "]");
+  check_matrix(op, "lora_A", a, stack.all.weight);
+  check_matrix(op, "lora_B", b, stack.all.weight);
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == stack.experts && a.size(1) > 0 && a.size(2) == stack.all.inputs, op,
+                  ": lora_A has ", a.numel(), " elements, wanted [", stack.experts, ", R, ", stack.all.inputs, "]");
+  STD_TORCH_CHECK(
+      b.dim() == 3 && b.size(0) == stack.experts && b.size(1) == stack.all.outputs && b.size(2) == a.size(1), op,
+      ": lora_B has ", b.numel(), " elements, wanted [", stack.experts, ", ", stack.all.outputs, ", ", a.size(1), "]");
   held.lora_A = a;
   held.lora_B = b;
   held.rank = a.size(1);
   held.padded = padded_rank(held.rank);
   held.scale.dropout_p = dropout_p;
-  held.scale.seed = device_seed(op, dropout_p, seed, stack.weight);
+  held.scale.seed = device_seed(op, dropout_p, seed, stack.all.weight);
   return held;
 }
 
@@ -120,7 +95,7 @@ Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, in
 }
 
 Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& stack) {
-  STD_TORCH_CHECK(on_device(offsets) && offsets.get_device_index() == stack.weight.get_device_index() &&
+  STD_TORCH_CHECK(on_device(offsets) && offsets.get_device_index() == stack.all.weight.get_device_index() &&
                       offsets.scalar_type() == ScalarType::Long && offsets.numel() == stack.experts,
                   op, ": offsets is ", torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(),
                   " elements, wanted Long with ", stack.experts, " on weight's device");
@@ -252,23 +227,23 @@ bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 
 // Whether PyTorch has one product for all experts that takes less than experts_product_kernel does.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
-  if (stack.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
+  if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
 #ifndef PEFT_EXT_EMULATE_CUDA
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, left.get_device_index()));
   if (major < 9) return false;
 #endif
-  const Tensor& weight = stack.weight;
+  const Tensor& weight = stack.all.weight;
   const bool along = weight.stride(2) == 1, across = weight.stride(1) == 1;
   return (along || across) && multiple(weight.stride(along ? 1 : 2), kVector) && multiple(weight.stride(0), kVector) &&
-         multiple(stack.outputs, kVector) && multiple(stack.inputs, kVector) && aligned(weight, 16) &&
+         multiple(stack.all.outputs, kVector) && multiple(stack.all.inputs, kVector) && aligned(weight, 16) &&
          aligned(left, 16);
 }
 
 // [rows, N or K] = left W_eᵀ, or left W_e.
 Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const Tensor& ends, bool transpose) {
-  const Tensor right = transpose ? torch::stable::transpose(stack.weight, 1, 2) : stack.weight;
+  const Tensor right = transpose ? torch::stable::transpose(stack.all.weight, 1, 2) : stack.all.weight;
   const Tensor ends_32 = as_type(ends, ScalarType::Int);
   std::array<StableIValue, 5> arguments{torch::stable::detail::from(left), torch::stable::detail::from(right),
                                         torch::stable::detail::from(std::optional<Tensor>(ends_32)),
@@ -281,7 +256,7 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const Tensor& en
 // left W_eᵀ, or left W_e, and the low-rank term and the bias, where there are.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
                        bool transpose, const LowRank* low_rank, const std::optional<Tensor>& bias) {
-  const int64_t rows = left.size(0), columns = transpose ? stack.outputs : stack.inputs;
+  const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
   const ScalarType type = left.scalar_type();
   const bool grouped = takes_grouped_mm(left, stack);
   const Tensor out = grouped ? grouped_mm(left, stack, ends, transpose) : device_empty(left, {rows, columns}, type);
@@ -314,33 +289,24 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
 
   work.left = launcher.in<void>(left);
   work.column_tiles = ceil_div(columns, kProductColumns);
-  ProductVariant variant{stack.is_nf4(), StackOrder::kAny, runs.tile_room};
+  ProductVariant variant{stack.all.is_nf4(), StackOrder::kAny, runs.tile_room};
   StackView& view = work.weight;
   whole = whole && multiple(work.inner, kVector) && work.inner < kMaxRankColumns && aligned(left, 16) &&
-          aligned(stack.weight, 16);
-  if (stack.is_nf4()) {
-    DeviceWeight first;
-    first.weight = stack.weight;
-    first.absmax = stack.absmax;
-    first.nested_absmax = stack.nested_absmax;
-    first.nested_code = stack.nested_code;
-    first.nested_offset = stack.nested_offset;
-    first.blocksize = stack.blocksize;
-    first.outputs = stack.outputs;
-    first.inputs = stack.inputs;
-    view.nf4 = nf4_view(launcher, first);
-    view.codes = stack.codes();
-    view.scales = stack.scales();
+          aligned(stack.all.weight, 16);
+  if (stack.all.is_nf4()) {
+    view.nf4 = nf4_view(launcher, stack.all);
+    view.codes = stack.all.codes();
+    view.scales = stack.all.scales();
     view.groups = ceil_div(view.scales, kNestedBlock);
-    view.by_column = transpose ? stack.inputs : 1;
-    view.by_inner = transpose ? 1 : stack.inputs;
+    view.by_column = transpose ? stack.all.inputs : 1;
+    view.by_inner = transpose ? 1 : stack.all.inputs;
     // A thread's 32 elements have one scale, and lie on 16 bytes.
-    whole = whole && multiple(stack.inputs, kSmallestBlock);
+    whole = whole && multiple(stack.all.inputs, kSmallestBlock);
   } else {
-    view.dense = launcher.in<void>(stack.weight);
-    view.by_expert = stack.weight.stride(0);
-    view.by_column = stack.weight.stride(transpose ? 1 : 2);
-    view.by_inner = stack.weight.stride(transpose ? 2 : 1);
+    view.dense = launcher.in<void>(stack.all.weight);
+    view.by_expert = stack.all.weight.stride(0);
+    view.by_column = stack.all.weight.stride(transpose ? 1 : 2);
+    view.by_inner = stack.all.weight.stride(transpose ? 2 : 1);
     const bool one = view.by_column == 1 || view.by_inner == 1;
     whole = whole && one && multiple(view.by_expert, kVector) &&
             multiple(view.by_inner == 1 ? view.by_column : view.by_inner, kVector);
@@ -364,21 +330,22 @@ std::tuple<Tensor, Tensor> lora_experts_cuda(const Tensor& x, const Tensor& weig
   const ScalarType type = x.scalar_type();
   const DeviceStack stack =
       checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  const Tensor held = checked_rows(kOp, "x", x, stack.inputs, stack.weight);
+  const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
   const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, scaling, dropout_p, seed);
   const Tensor ends = checked_ends(kOp, offsets, stack);
   std::optional<Tensor> held_bias;
   if (bias.has_value()) {
     check_matrix(kOp, "bias", *bias, x);
-    STD_TORCH_CHECK(bias->numel() == stack.experts * stack.outputs && bias->scalar_type() == type, kOp, ": bias is ",
-                    torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(), " elements, wanted ",
-                    torch::headeronly::toString(type), " [", stack.experts, ", ", stack.outputs, "]");
+    STD_TORCH_CHECK(bias->numel() == stack.experts * stack.all.outputs && bias->scalar_type() == type, kOp,
+                    ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
+                    " elements, wanted ", torch::headeronly::toString(type), " [", stack.experts, ", ",
+                    stack.all.outputs, "]");
     held_bias = as_contiguous(*bias);
   }
   const int64_t rows = held.size(0);
   const Tensor s = adapters.rank > 0 ? device_empty(held, {rows, adapters.rank}, ScalarType::Float)
                                      : device_empty(held, {0}, ScalarType::Float);
-  if (rows == 0 || stack.outputs == 0) return {device_empty(held, {rows, stack.outputs}, type), s};
+  if (rows == 0 || stack.all.outputs == 0) return {device_empty(held, {rows, stack.all.outputs}, type), s};
   const RowRuns runs = row_runs(kOp, ends, rows);
   if (adapters.rank == 0) return {experts_product(held, stack, ends, runs, true, nullptr, held_bias), s};
 
@@ -411,8 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   const ScalarType type = x.scalar_type();
   const DeviceStack stack =
       checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  const Tensor held = checked_rows(kOp, "x", x, stack.inputs, stack.weight);
-  const Tensor held_grad = checked_rows(kOp, "grad", grad, stack.outputs, stack.weight);
+  const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
+  const Tensor held_grad = checked_rows(kOp, "grad", grad, stack.all.outputs, stack.all.weight);
   const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, scaling, dropout_p, seed);
   const Tensor ends = checked_ends(kOp, offsets, stack);
   const int64_t rows = held.size(0), rank = adapters.rank;
@@ -426,12 +393,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
     grad_A = torch::stable::empty_like(*lora_A);
     grad_B = torch::stable::empty_like(*lora_B);
   }
-  if (rows == 0 || stack.outputs == 0 || stack.inputs == 0) {
+  if (rows == 0 || stack.all.outputs == 0 || stack.all.inputs == 0) {
     if (rank > 0) {
       torch::stable::fill_(grad_A, 0.0);
       torch::stable::fill_(grad_B, 0.0);
     }
-    if (needs_grad_x) grad_x = device_zeros(held, {rows, stack.inputs}, type);
+    if (needs_grad_x) grad_x = device_zeros(held, {rows, stack.all.inputs}, type);
     return {grad_x, grad_A, grad_B};
   }
   const RowRuns runs = row_runs(kOp, ends, rows);

@@ -13,6 +13,9 @@ struct DeviceWeight {
   int64_t blocksize = 0, outputs = 0, inputs = 0;
 
   bool is_nf4() const { return absmax.has_value(); }
+  // Of an NF4 weight: bytes, and scales.
+  int64_t codes() const { return ceil_div(outputs * inputs, 2); }
+  int64_t scales() const { return ceil_div(outputs * inputs, blocksize); }
 };
 
 // The weight, of the device and the sizes and types that its shape asks for, aligned; an error that names op and
@@ -26,5 +29,12 @@ DeviceWeight device_weight(const char* op, const Tensor& weight, const std::opti
 DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                         const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs, int64_t inputs);
+
+// The same of `count` NF4 weights of one shape, each packed for itself, the parts of all one after the other: what is
+// returned has the sizes of one, and points to the first's.
+DeviceWeight nf4_weights(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                         const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t count, int64_t outputs,
+                         int64_t inputs);
 
 }  // namespace peft_ext

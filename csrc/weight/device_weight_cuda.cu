@@ -2,10 +2,10 @@
 
 namespace peft_ext {
 
-DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs,
-                        int64_t inputs) {
+DeviceWeight nf4_weights(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                         const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t count, int64_t outputs,
+                         int64_t inputs) {
   STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
   STD_TORCH_CHECK(absmax.has_value(), op, ": absmax is None, wanted the scales of an NF4 weight");
   STD_TORCH_CHECK(is_blocksize(blocksize), op, ": blocksize is ", blocksize, ", wanted a power of two from ",
@@ -16,25 +16,34 @@ DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optiona
   DeviceWeight held;
   held.outputs = outputs;
   held.inputs = inputs;
-  const int64_t numel = outputs * inputs, scales = ceil_div(numel, blocksize);
-  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t count) {
+  held.blocksize = blocksize;
+  const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t elements) {
     STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
                     " is on another device than weight, wanted cuda:", weight.get_device_index());
-    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count, op, ": ", name, " is ",
+    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == elements, op, ": ", name, " is ",
                     torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
-                    torch::headeronly::toString(wanted), " with ", count);
+                    torch::headeronly::toString(wanted), " with ", elements);
     return as_contiguous(tensor);
   };
-  held.blocksize = blocksize;
-  held.weight = checked("weight", weight, ScalarType::Byte, ceil_div(numel, 2));
-  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
-  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, scales);
+  const int64_t scales = held.scales();
+  held.weight = checked("weight", weight, ScalarType::Byte, count * held.codes());
+  held.absmax = checked("absmax", *absmax, nested ? ScalarType::Byte : ScalarType::Float, count * scales);
   if (nested) {
-    const int64_t groups = ceil_div(scales, kNestedBlock);
-    held.nested_absmax = checked("nested_absmax", *nested_absmax, ScalarType::Float, groups);
+    held.nested_absmax =
+        checked("nested_absmax", *nested_absmax, ScalarType::Float, count * ceil_div(scales, kNestedBlock));
     held.nested_code = checked("nested_code", *nested_code, ScalarType::Float, kNestedCodes);
-    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, 1);
+    held.nested_offset = checked("nested_offset", *nested_offset, ScalarType::Float, count);
   }
+  return held;
+}
+
+DeviceWeight nf4_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t outputs,
+                        int64_t inputs) {
+  DeviceWeight held =
+      nf4_weights(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, 1, outputs, inputs);
+  if (!aligned(held.weight, 8)) held.weight = torch::stable::clone(held.weight);
   return held;
 }
 

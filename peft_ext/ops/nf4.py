@@ -237,6 +237,9 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen NF4 weight, W rounded to x's dtype as :func:`nf4_dequantize` does.
 
+    For few tokens in 16 bits a kernel may round the codes instead, and multiply their sums by the scales: a weight is
+    off from code * scale by half a unit in the last place at most either way.
+
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
 

@@ -36,39 +36,23 @@ inline void store_codes(uint8_t* packed, __m256i codes) {
 }
 
 template <typename T>
-void quantize_range(const T* x, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                    float* absmax) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const T* in = x + start;
-    uint8_t* out = packed + start / 2;
-    if (n - start < blocksize) {
-      quantize_tail(in, n - start, out, absmax + block);
-      continue;
-    }
-    // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
-    const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
-    __m256i most = _mm256_setzero_si256();
-    for (int64_t i = 0; i < blocksize; i += 8)
-      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load8(in + i)), sign_free));
-    int32_t lanes[8];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
-    int32_t largest_bits = lanes[0];
-    for (int i = 1; i < 8; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
-    const float largest = bits_to_float(static_cast<uint32_t>(largest_bits));
-    absmax[block] = largest;
-    const float inverse = 1.0f / (largest < kSmallestAbsmax ? kSmallestAbsmax : largest);
-    for (int64_t i = 0; i < blocksize; i += 8)
-      store_codes(out + i / 2, encode8(_mm256_mul_ps(load8(in + i), _mm256_set1_ps(inverse))));
-  }
+inline float largest_of(const T* in, int64_t blocksize) {
+  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+  const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_setzero_si256();
+  for (int64_t i = 0; i < blocksize; i += 8)
+    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load8(in + i)), sign_free));
+  int32_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
+  int32_t largest_bits = lanes[0];
+  for (int i = 1; i < 8; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
+  return bits_to_float(static_cast<uint32_t>(largest_bits));
 }
 
-void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-              float* absmax) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    quantize_range(static_cast<const T*>(x), n, blocksize, begin, end, packed, absmax);
-  });
+template <typename T>
+inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
+  for (int64_t i = 0; i < blocksize; i += 8)
+    store_codes(packed + i / 2, encode8(_mm256_mul_ps(load8(in + i), _mm256_set1_ps(inverse))));
 }
 
 // The low and high bytes of a block's 16 two-byte products, each as a pshufb table in both lanes.
@@ -110,41 +94,29 @@ inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) 
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(out + i, expand_floats(packed + i / 2, first8, last8));
+// A block's 16 products.
+struct Products {
+  __m256 first8, last8;
+
+  explicit Products(float scale)
+      : first8(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code), _mm256_set1_ps(scale))),
+        last8(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code + 8), _mm256_set1_ps(scale))) {}
+};
+
+inline void expand(const uint8_t* packed, float scale, int64_t count, float* out) {
+  const Products products(scale);
+  for (int64_t i = 0; i < count; i += 8)
+    _mm256_storeu_ps(out + i, expand_floats(packed + i / 2, products.first8, products.last8));
 }
-inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, bf16* out) {
-  const BytePlanes planes = byte_planes(round_bf16(first8), round_bf16(last8));
+inline void expand(const uint8_t* packed, float scale, int64_t count, bf16* out) {
+  const Products products(scale);
+  const BytePlanes planes = byte_planes(round_bf16(products.first8), round_bf16(products.last8));
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, planes, out + i);
 }
-inline void expand_block(const uint8_t* packed, __m256 first8, __m256 last8, int64_t count, f16* out) {
-  const BytePlanes planes = byte_planes(round_f16(first8), round_f16(last8));
+inline void expand(const uint8_t* packed, float scale, int64_t count, f16* out) {
+  const Products products(scale);
+  const BytePlanes planes = byte_planes(round_f16(products.first8), round_f16(products.last8));
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, planes, out + i);
-}
-
-template <typename T>
-void dequantize_range(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
-                      int64_t end, T* out) {
-  const __m256 code_first8 = _mm256_loadu_ps(kNf4Code);
-  const __m256 code_last8 = _mm256_loadu_ps(kNf4Code + 8);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const int64_t count = min_i64(blocksize, n - start);
-    const int64_t vectors = count / 32 * 32;
-    const float scale = absmax[block - begin];
-    const __m256 wide = _mm256_set1_ps(scale);
-    expand_block(packed + start / 2, _mm256_mul_ps(code_first8, wide), _mm256_mul_ps(code_last8, wide), vectors,
-                 out + start);
-    if (vectors < count) dequantize_block(packed + start / 2, scale, vectors, count - vectors, out + start);
-  }
-}
-
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
-                void* out, DType dtype) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    dequantize_range(packed, absmax, n, blocksize, begin, end, static_cast<T*>(out));
-  });
 }
 
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
@@ -173,9 +145,8 @@ inline __m256 rounded(__m256 value, DType dtype) {
 }
 
 inline Table make_table(float absmax, DType dtype) {
-  const __m256 wide = _mm256_set1_ps(absmax);
-  return {rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code), wide), dtype),
-          rounded(_mm256_mul_ps(_mm256_loadu_ps(kNf4Code + 8), wide), dtype)};
+  const Products products(absmax);
+  return {rounded(products.first8, dtype), rounded(products.last8, dtype)};
 }
 
 inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
@@ -185,6 +156,7 @@ inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
 }  // namespace
 }  // namespace peft_ext
 
+#include "nf4/cpu/nf4_blocks_impl.h"
 #include "nf4/cpu/nf4_skinny_impl.h"
 
 namespace peft_ext {

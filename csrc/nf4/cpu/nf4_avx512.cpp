@@ -32,42 +32,32 @@ inline void store_codes(uint8_t* packed, __m512i codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
-template <typename T>
-void quantize_range(const T* x, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                    float* absmax) {
-  float table[16];
-  for (int i = 0; i < 15; ++i) table[i] = nf4_threshold(i);
-  table[15] = 0.0f;  // never a pivot
-  const __m512 thresholds = _mm512_loadu_ps(table);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const T* in = x + start;
-    uint8_t* out = packed + start / 2;
-    if (n - start < blocksize) {
-      quantize_tail(in, n - start, out, absmax + block);
-      continue;
-    }
-    // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
-    const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t i = 0; i < blocksize; i += 16)
-      most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load16(in + i)), sign_free));
-    const float largest = bits_to_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
-    absmax[block] = largest;
-    const float inverse = 1.0f / (largest < kSmallestAbsmax ? kSmallestAbsmax : largest);
-    for (int64_t i = 0; i < blocksize; i += 16) {
-      const __m512 scaled = _mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse));
-      store_codes(out + i / 2, encode16(scaled, thresholds));
-    }
+struct Thresholds {
+  alignas(64) float values[16] = {};  // the last is never a pivot
+
+  constexpr Thresholds() {
+    for (int i = 0; i < 15; ++i) values[i] = nf4_threshold(i);
   }
+};
+constexpr Thresholds kThresholds;
+
+template <typename T>
+inline float largest_of(const T* in, int64_t blocksize) {
+  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+  const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < blocksize; i += 16)
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load16(in + i)), sign_free));
+  return bits_to_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
 }
 
-void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-              float* absmax) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    quantize_range(static_cast<const T*>(x), n, blocksize, begin, end, packed, absmax);
-  });
+template <typename T>
+inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
+  const __m512 thresholds = _mm512_load_ps(kThresholds.values);
+  for (int64_t i = 0; i < blocksize; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse));
+    store_codes(packed + i / 2, encode16(scaled, thresholds));
+  }
 }
 
 // 16 bytes -> 32 elements. The index of an even word is the byte's high nibble, of an odd word its low one; vpermw
@@ -85,38 +75,19 @@ inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   return _mm512_permutexvar_ps(index, table);
 }
 
-inline void expand_block(const uint8_t* packed, __m512 products, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(out + i, expand_floats(packed + i / 2, products));
+inline __m512 products_of(float scale) { return _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(scale)); }
+
+inline void expand(const uint8_t* packed, float scale, int64_t count, float* out) {
+  const __m512 table = products_of(scale);
+  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(out + i, expand_floats(packed + i / 2, table));
 }
-inline void expand_block(const uint8_t* packed, __m512 products, int64_t count, bf16* out) {
-  const __m512i table = _mm512_broadcast_i64x4(round_bf16(products));
+inline void expand(const uint8_t* packed, float scale, int64_t count, bf16* out) {
+  const __m512i table = _mm512_broadcast_i64x4(round_bf16(products_of(scale)));
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, table, out + i);
 }
-inline void expand_block(const uint8_t* packed, __m512 products, int64_t count, f16* out) {
-  const __m512i table = _mm512_broadcast_i64x4(round_f16(products));
+inline void expand(const uint8_t* packed, float scale, int64_t count, f16* out) {
+  const __m512i table = _mm512_broadcast_i64x4(round_f16(products_of(scale)));
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, table, out + i);
-}
-
-template <typename T>
-void dequantize_range(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
-                      int64_t end, T* out) {
-  const __m512 code = _mm512_loadu_ps(kNf4Code);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const int64_t count = min_i64(blocksize, n - start);
-    const int64_t vectors = count / 32 * 32;
-    const float scale = absmax[block - begin];
-    expand_block(packed + start / 2, _mm512_mul_ps(code, _mm512_set1_ps(scale)), vectors, out + start);
-    if (vectors < count) dequantize_block(packed + start / 2, scale, vectors, count - vectors, out + start);
-  }
-}
-
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
-                void* out, DType dtype) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    dequantize_range(packed, absmax, n, blocksize, begin, end, static_cast<T*>(out));
-  });
 }
 
 // One half of each of 256 floats: a word of 16 bits, 64 of which a vpermi2w looks up.
@@ -187,6 +158,7 @@ inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
 }  // namespace
 }  // namespace peft_ext
 
+#include "nf4/cpu/nf4_blocks_impl.h"
 #include "nf4/cpu/nf4_skinny_impl.h"
 
 namespace peft_ext {

@@ -27,27 +27,23 @@ inline int nf4_encode(float scaled) {
   return code;
 }
 
-// A full block is multiplied by the reciprocal of its absmax; a tail block is divided by it (bitsandbytes' rule).
-template <typename T>
-inline void quantize_block(const T* x, int64_t count, bool full, float absmax, uint8_t* packed) {
-  const float divisor = absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;
-  const float inverse = 1.0f / divisor;
+// The codes of scaled(value) of each value.
+template <typename T, typename Scaled>
+inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_t* packed) {
   for (int64_t i = 0; i < count; i += 2) {
     int codes[2] = {7, 7};
-    for (int j = 0; j < 2 && i + j < count; ++j) {
-      const float value = to_float(x[i + j]);
-      codes[j] = nf4_encode(full ? value * inverse : value / divisor);
-    }
+    for (int j = 0; j < 2 && i + j < count; ++j) codes[j] = nf4_encode(scaled(to_float(x[i + j])));
     packed[i / 2] = static_cast<uint8_t>(codes[0] << 4 | codes[1]);
   }
 }
 
-// The tail block of a tensor: its absmax is stored clamped.
+// The tail block of a tensor: it is divided by its absmax, which is stored clamped, where a full block is multiplied by
+// the reciprocal (bitsandbytes' rule).
 template <typename T>
 inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* absmax) {
   const float largest = block_absmax(x, count);
   *absmax = largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
-  quantize_block(x, count, false, *absmax, packed);
+  encode_block(x, count, [&](float value) { return value / *absmax; }, packed);
 }
 
 // Elements [first, first + count) of the block that starts at packed; first is even.

@@ -26,9 +26,5 @@ inline WordPlanes planes_of(const bf16* values) { return vld2q_u8(reinterpret_ca
 inline WordPlanes planes_of(const f16* values) { return vld2q_u8(reinterpret_cast<const uint8_t*>(values)); }
 inline FloatPlanes planes_of(const float* values) { return vld4q_u8(reinterpret_cast<const uint8_t*>(values)); }
 
-inline uint16_t* lanes_of(bf16* out) { return reinterpret_cast<uint16_t*>(out); }
-inline uint16_t* lanes_of(f16* out) { return reinterpret_cast<uint16_t*>(out); }
-inline float* lanes_of(float* out) { return out; }
-
 }  // namespace
 }  // namespace peft_ext

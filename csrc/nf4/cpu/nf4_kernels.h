@@ -21,7 +21,7 @@ struct Nf4Skinny {
   int block_shift;      // blocksize is 1 << block_shift: a division costs more than decoding a step
                         // blocksize and columns are multiples of kSkinnyStep: a step lies in one block and one row
   int64_t columns, rows;
-  DType dtype;  // that each weight is rounded to, as dequantize does
+  DType dtype;  // that each weight, or in the bfloat16 kernels its code, is rounded to
   int64_t tokens;
   const float* x;         // [tokens, columns]
   const bf16* x_ordered;  // [tokens, columns rounded up] in the order of a bfloat16 kernel

@@ -20,80 +20,45 @@ inline uint32x4_t encode4(float32x4_t scaled) {
 }
 
 template <typename T>
-void quantize_range(const T* x, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                    float* absmax) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const T* in = x + start;
-    uint8_t* out = packed + start / 2;
-    if (n - start < blocksize) {
-      quantize_tail(in, n - start, out, absmax + block);
-      continue;
-    }
-    // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
-    const uint32x4_t sign_free = vdupq_n_u32(0x7fffffff);
-    uint32x4_t most = vdupq_n_u32(0);
-    for (int64_t i = 0; i < blocksize; i += 4)
-      most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(load4(in + i)), sign_free));
-    const float largest = bits_to_float(vmaxvq_u32(most));
-    absmax[block] = largest;
-    const float inverse = 1.0f / (largest < kSmallestAbsmax ? kSmallestAbsmax : largest);
-    const auto codes4 = [&](int64_t i) { return vmovn_u32(encode4(vmulq_n_f32(load4(in + i), inverse))); };
-    for (int64_t i = 0; i < blocksize; i += 16) {
-      const uint8x8_t first = vmovn_u16(vcombine_u16(codes4(i), codes4(i + 4)));
-      const uint8x8_t last = vmovn_u16(vcombine_u16(codes4(i + 8), codes4(i + 12)));
-      vst1_u8(out + i / 2, vsli_n_u8(vuzp2_u8(first, last), vuzp1_u8(first, last), 4));
-    }
-  }
-}
-
-void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-              float* absmax) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    quantize_range(static_cast<const T*>(x), n, blocksize, begin, end, packed, absmax);
-  });
-}
-
-// 16 bytes -> 32 elements.
-inline void expand(const uint8_t* packed, const WordPlanes& planes, uint16_t* out) {
-  const Nibbles codes = nibbles(packed);
-  const uint8x16_t first = vzip1q_u8(codes.even, codes.odd), last = vzip2q_u8(codes.even, codes.odd);
-  vst2q_u8(reinterpret_cast<uint8_t*>(out), {{vqtbl1q_u8(planes.val[0], first), vqtbl1q_u8(planes.val[1], first)}});
-  vst2q_u8(reinterpret_cast<uint8_t*>(out + 16), {{vqtbl1q_u8(planes.val[0], last), vqtbl1q_u8(planes.val[1], last)}});
-}
-inline void expand(const uint8_t* packed, const FloatPlanes& planes, float* out) {
-  const Nibbles codes = nibbles(packed);
-  for (int half = 0; half < 2; ++half) {
-    const uint8x16_t index = half == 0 ? vzip1q_u8(codes.even, codes.odd) : vzip2q_u8(codes.even, codes.odd);
-    uint8x16x4_t bytes;
-    for (int i = 0; i < 4; ++i) bytes.val[i] = vqtbl1q_u8(planes.val[i], index);
-    vst4q_u8(reinterpret_cast<uint8_t*>(out + 16 * half), bytes);
-  }
+inline float largest_of(const T* in, int64_t blocksize) {
+  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+  const uint32x4_t sign_free = vdupq_n_u32(0x7fffffff);
+  uint32x4_t most = vdupq_n_u32(0);
+  for (int64_t i = 0; i < blocksize; i += 4)
+    most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(load4(in + i)), sign_free));
+  return bits_to_float(vmaxvq_u32(most));
 }
 
 template <typename T>
-void dequantize_range(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
-                      int64_t end, T* out) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * blocksize;
-    const int64_t count = min_i64(blocksize, n - start);
-    const int64_t vectors = count / 32 * 32;
-    const float scale = absmax[block - begin];
-    T products[16];
-    for (int i = 0; i < 16; i += 4) store4(products + i, vmulq_n_f32(vld1q_f32(kNf4Code + i), scale));
-    const auto planes = planes_of(products);
-    for (int64_t i = 0; i < vectors; i += 32) expand(packed + (start + i) / 2, planes, lanes_of(out + start + i));
-    if (vectors < count) dequantize_block(packed + start / 2, scale, vectors, count - vectors, out + start);
+inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
+  const auto codes4 = [&](int64_t i) { return vmovn_u32(encode4(vmulq_n_f32(load4(in + i), inverse))); };
+  for (int64_t i = 0; i < blocksize; i += 16) {
+    const uint8x8_t first = vmovn_u16(vcombine_u16(codes4(i), codes4(i + 4)));
+    const uint8x8_t last = vmovn_u16(vcombine_u16(codes4(i + 8), codes4(i + 12)));
+    vst1_u8(packed + i / 2, vsli_n_u8(vuzp2_u8(first, last), vuzp1_u8(first, last), 4));
   }
 }
 
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
-                void* out, DType dtype) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    dequantize_range(packed, absmax, n, blocksize, begin, end, static_cast<T*>(out));
-  });
+// The codes of 16 elements, in their order, to bytes of words or of floats in memory.
+inline void store_looked_up(uint8x16_t index, const WordPlanes& planes, uint8_t* out) {
+  vst2q_u8(out, {{vqtbl1q_u8(planes.val[0], index), vqtbl1q_u8(planes.val[1], index)}});
+}
+inline void store_looked_up(uint8x16_t index, const FloatPlanes& planes, uint8_t* out) {
+  uint8x16x4_t bytes;
+  for (int i = 0; i < 4; ++i) bytes.val[i] = vqtbl1q_u8(planes.val[i], index);
+  vst4q_u8(out, bytes);
+}
+
+template <typename T>
+inline void expand(const uint8_t* packed, float scale, int64_t count, T* out) {
+  T products[16];
+  for (int i = 0; i < 16; i += 4) store4(products + i, vmulq_n_f32(vld1q_f32(kNf4Code + i), scale));
+  const auto planes = planes_of(products);
+  for (int64_t i = 0; i < count; i += 32) {
+    const Nibbles codes = nibbles(packed + i / 2);
+    store_looked_up(vzip1q_u8(codes.even, codes.odd), planes, reinterpret_cast<uint8_t*>(out + i));
+    store_looked_up(vzip2q_u8(codes.even, codes.odd), planes, reinterpret_cast<uint8_t*>(out + i + 16));
+  }
 }
 
 // 256 values are four times what one tbl of four registers takes: the portable loop has no worse way.
@@ -137,6 +102,7 @@ inline void decode(const uint8_t* packed, const Table& table, Vec* w) {
 }  // namespace
 }  // namespace peft_ext
 
+#include "nf4/cpu/nf4_blocks_impl.h"
 #include "nf4/cpu/nf4_skinny_impl.h"
 
 namespace peft_ext {

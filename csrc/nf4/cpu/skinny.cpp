@@ -71,10 +71,11 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
   }
   work.y = y.mutable_data_ptr<float>();
   const Scales scales(weight);
+  const bool nested = nested_scales(weight) > 0;
   torch::stable::parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
     // Rows whose scales are decoded together: about kScaleChunk blocks, and whole kernel calls; all, where nothing is.
-    const int64_t rows = nested_scales(weight) == 0 ? end - begin : skinny_chunk(weight);
-    std::vector<float> buffer(nested_scales(weight) == 0 ? 0 : static_cast<size_t>(rows * k / weight.blocksize + 2));
+    const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
+    std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize + 2) : 0);
     for (int64_t first = begin; first < end; first += rows) {
       const int64_t last = min_i64(first + rows, end);
       Nf4Skinny part = work;
