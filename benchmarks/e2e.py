@@ -339,13 +339,16 @@ EXPERT_KINDS = {
     "ours": "peft_ext",
     "dropout": "peft_ext, dropout 0.05 on the experts",
     "nf4": "peft_ext over NF4",
+    "dora sums": "DoRA, by the sums of weights",
+    "dora": "peft_ext, DoRA",
+    "dora nf4": "peft_ext, DoRA over NF4",
 }
 
 
 def train_experts(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
     """``steps`` measured forwards and backwards of one of EXPERT_KINDS after one to warm up; no optimizer."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     import peft_ext
@@ -357,7 +360,7 @@ def train_experts(kind: str, steps: int, batch: int, length: int, sizes: dict[st
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
-    if kind == "nf4":
+    if kind.endswith("nf4"):
         peft_ext.quantize_nf4(model, progress=False)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     embeddings = model.get_input_embeddings()
@@ -365,10 +368,12 @@ def train_experts(kind: str, steps: int, batch: int, length: int, sizes: dict[st
         config = LoraConfig(
             r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False,
+            use_dora=kind.startswith("dora"),
         )  # fmt: skip
-        model = get_peft_model(model, config)
-        if kind != "stock":
-            peft_ext.accelerate(model, experts_dropout=0.05 if kind == "dropout" else 0.0)
+        # PEFT has no DoRA on experts: its other layers are PEFT's, and those of the experts ours, not accelerated.
+        accelerate = kind not in ("stock", "dora sums")
+        model = peft_ext.get_peft_model(model, config, accelerate=accelerate,
+                                        experts_dropout=0.05 if kind == "dropout" else 0.0)  # fmt: skip
     model.train()
     tokens = torch.randint(0, sizes["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
     seconds, losses = [], []

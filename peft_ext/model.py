@@ -14,6 +14,7 @@ from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
+from .integrations.fused import dora_experts
 from .integrations.fused.base import FUSED
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
@@ -67,7 +68,7 @@ def get_peft_model(
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
-    _register_nf4(config, model)
+    register_layers(config, model)
     adapted = peft.get_peft_model(model, config, adapter_name, **kwargs)
     freeze_ranknum(adapted)
     if not accelerate:
@@ -124,6 +125,7 @@ def load_adapter(
     if loaded:
         if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
             _accelerate(model, blocks=False, dora_dropout=dora_dropout)
+        dora_experts.register(config, model)
         result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
         # PEFT lists those of other adapters too, whose names have this one in them.
         missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
@@ -132,10 +134,10 @@ def load_adapter(
             raise ValueError(_missing(folder, missing))
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
-        if "config" not in kwargs and _holds_nf4(model):
+        if "config" not in kwargs and getattr(config, "use_dora", False):
             kwargs["config"] = config
         if "config" in kwargs:
-            _register_nf4(kwargs["config"], model)
+            register_layers(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
@@ -158,14 +160,14 @@ def load_adapter(
     return _accelerate(model, blocks=blocks, dora_dropout=dora_dropout, experts_dropout=experts_dropout)
 
 
-def _holds_nf4(model: nn.Module) -> bool:
-    return any(isinstance(module, NF4Linear) for module in model.modules())
-
-
-def _register_nf4(config: PeftConfig, model: nn.Module) -> None:
-    """Registers the fused layer for DoRA over NF4: PEFT takes the norm of the weight, which its own layer can't."""
-    if getattr(config, "use_dora", False) and _holds_nf4(model):
+def register_layers(config: PeftConfig, model: nn.Module) -> None:
+    """Registers, with a configuration of DoRA, the layers for what PEFT can't adapt by it: NF4Linear, since PEFT takes
+    the norm of the weight, and the experts of a mixture."""
+    if not getattr(config, "use_dora", False):
+        return
+    if any(isinstance(module, NF4Linear) for module in model.modules()):
         config._register_custom_module({NF4Linear: FUSED[lora.Linear]})
+    dora_experts.register(config, model)
 
 
 def freeze_ranknum(model: nn.Module) -> None:

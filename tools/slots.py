@@ -95,6 +95,11 @@ HOT = (
     _product("experts, dX", False, "kAcross"),
     _product("experts, NF4, Y", True, "kAlong"),
     _product("experts, NF4, dX", True, "kAcross"),
+    # An iteration is a tile of 64 x 64 of a W.
+    Hot("the norm of experts", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, false, true>"),
+    Hot("the norm of experts, NF4", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, true, true>"),
+    # Two rows of a warp, eight columns of a lane.
+    Hot("g dY and dg of experts", "experts_product_bf16_cuda", "scale_runs_kernel<bf16, true>", units=2, threads=256),
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
     _expand("Y0, R = 32", 2, "kBias"),

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "linear/cpu/adapted_linear.h"
+#include "linear/cpu/weight_norm.h"
 
 namespace peft_ext {
 namespace {
@@ -160,9 +161,10 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   return held;
 }
 
-// The experts' adapters [E, R, K] and [E, N, R], contiguous; without them there is none.
+// The experts' adapters [E, R, K] and [E, N, R], contiguous; without them there is none. out_scale [E, N] float32 makes
+// them DoRA's.
 struct Adapters {
-  std::optional<Tensor> lora_A, lora_B;
+  std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;
   Dropout dropout;
 
@@ -174,6 +176,10 @@ struct Adapters {
     if (!lora_A.has_value()) return adapter;
     adapter.lora_A = of_stack(*lora_A, expert);
     adapter.lora_B = of_stack(*lora_B, expert);
+    if (out_scale.has_value()) {
+      const int64_t outputs = lora_B->size(1);
+      adapter.out_scale = part_of(*out_scale, expert * outputs, {outputs}, {1});
+    }
     adapter.scaling = scaling;
     adapter.dropout = dropout;
     adapter.dropout.offset += static_cast<uint64_t>(expert);
@@ -182,8 +188,8 @@ struct Adapters {
 };
 
 Adapters checked_adapters(const char* op, const Weights& weights, const std::optional<Tensor>& lora_A,
-                          const std::optional<Tensor>& lora_B, double scaling, double dropout_p,
-                          const std::optional<Tensor>& seed) {
+                          const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale, double scaling,
+                          double dropout_p, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), op, ": one of lora_A and lora_B is missing");
   if (lora_A.has_value()) {
     const Tensor &a = *lora_A, &b = *lora_B;
@@ -197,7 +203,9 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
     dtype_of(op, "lora_A", a);
     dtype_of(op, "lora_B", b);
   }
-  Adapters held{std::nullopt, std::nullopt, scaling, make_dropout(op, dropout_p, seed)};
+  Adapters held{std::nullopt, std::nullopt, std::nullopt, scaling, make_dropout(op, dropout_p, seed)};
+  STD_TORCH_CHECK(!out_scale.has_value() || lora_A.has_value(), op, ": out_scale is given without lora_A");
+  if (out_scale.has_value()) held.out_scale = float_vector(op, "out_scale", *out_scale, weights.experts * weights.out);
   if (lora_A.has_value()) {
     held.lora_A = in_one_piece(*lora_A);
     held.lora_B = in_one_piece(*lora_B);
@@ -213,6 +221,21 @@ Tensor checked_rows(const char* op, const char* argument, const Tensor& x, int64
   return as_contiguous(x);
 }
 
+// Zeros of each expert without rows in a contiguous stack.
+void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
+  const int64_t experts = stack.size(0);
+  if (stack.numel() == 0) return;
+  const int64_t bytes = stack.numel() / experts * static_cast<int64_t>(stack.element_size());
+  auto* data = static_cast<char*>(stack.mutable_data_ptr());
+  int64_t next = 0;  // expert
+  const auto clear_to = [&](int64_t expert) {
+    if (expert > next) memset(data + next * bytes, 0, static_cast<size_t>((expert - next) * bytes));
+    next = expert + 1;
+  };
+  for (const Run& run : runs) clear_to(run.expert);
+  clear_to(experts);
+}
+
 // Zeros in the rows behind the last expert's.
 void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
   const int64_t first = runs.empty() ? 0 : runs.back().end, left = matrix.size(0) - first;
@@ -221,50 +244,53 @@ void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
   memset(static_cast<char*>(matrix.mutable_data_ptr()) + first * bytes, 0, static_cast<size_t>(left * bytes));
 }
 
-std::tuple<Tensor, Tensor> lora_experts_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
-                                            std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                            std::optional<Tensor> nested_offset, int64_t blocksize,
-                                            std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor offsets,
-                                            std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
-                                            double dropout_p, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor, Tensor> lora_experts_cpu(
+    Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+    std::vector<int64_t> shape, std::optional<Tensor> bias, Tensor offsets, std::optional<Tensor> lora_A,
+    std::optional<Tensor> lora_B, std::optional<Tensor> out_scale, double scaling, double dropout_p,
+    std::optional<Tensor> seed, bool want_z) {
   constexpr const char* kOp = "lora_experts";
   const ScalarType type = x.scalar_type();
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
-  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, scaling, dropout_p, seed);
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
   std::optional<Tensor> held_bias;
   if (bias.has_value()) held_bias = checked_part(kOp, "bias", *bias, type, weights.experts * weights.out);
   const Tensor y = empty({held_x.size(0), weights.out}, type);
   const Tensor s =
       lora_A.has_value() ? empty({held_x.size(0), adapters.rank()}, ScalarType::Float) : none(ScalarType::Float);
+  const Tensor z = want_z ? empty({held_x.size(0), weights.out}, type) : none(type);
   clear_rest(y, runs);
   if (lora_A.has_value()) clear_rest(s, runs);
+  if (want_z) clear_rest(z, runs);
   each_run(runs, [&](const Run& run) {
     AdaptedForward room;
     room.y = rows_of_run(y, run);
     room.s = lora_A.has_value() ? rows_of_run(s, run) : none();
-    room.z = none(type);
+    room.z = want_z ? rows_of_run(z, run) : none(type);
     std::optional<Tensor> own_bias;
     if (held_bias.has_value()) own_bias = part_of(*held_bias, run.expert * weights.out, {weights.out}, {1});
     adapted_forward(kOp, rows_of_run(held_x, run), weights.of(kOp, run.expert), own_bias, adapters.of(run.expert),
-                    false, false, &room);
+                    false, want_z, &room);
   });
-  return {y, s};
+  return {y, s, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
     Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
     std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
-    std::vector<int64_t> shape, Tensor offsets, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, Tensor s,
-    double scaling, double dropout_p, std::optional<Tensor> seed, bool needs_grad_x) {
+    std::vector<int64_t> shape, Tensor offsets, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
+    std::optional<Tensor> out_scale, Tensor s, Tensor z, double scaling, double dropout_p, std::optional<Tensor> seed,
+    bool needs_grad_x, bool needs_grad_scale) {
   constexpr const char* kOp = "lora_experts_backward";
   const ScalarType type = x.scalar_type();
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in), held_grad = checked_rows(kOp, "grad", grad, weights.out);
-  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, scaling, dropout_p, seed);
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
   STD_TORCH_CHECK(held_grad.scalar_type() == type && held_grad.size(0) == held_x.size(0), kOp, ": grad has ",
                   held_grad.size(0), " rows of ", torch::headeronly::toString(held_grad.scalar_type()), ", wanted ",
@@ -279,15 +305,18 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
     out_B = torch::stable::empty_like(*lora_B);
     grad_A = out_A.is_contiguous() ? out_A : empty({weights.experts, rank, weights.in}, lora_A->scalar_type());
     grad_B = out_B.is_contiguous() ? out_B : empty({weights.experts, weights.out, rank}, lora_B->scalar_type());
-    std::vector<bool> has(static_cast<size_t>(weights.experts));
-    for (const Run& run : runs) has[static_cast<size_t>(run.expert)] = true;
-    for (int64_t expert = 0; expert < weights.experts; ++expert) {
-      if (has[static_cast<size_t>(expert)]) continue;
-      for (const Tensor* stack : {&grad_A, &grad_B}) {
-        const int64_t bytes = stack->size(1) * stack->size(2) * static_cast<int64_t>(stack->element_size());
-        memset(static_cast<char*>(stack->mutable_data_ptr()) + expert * bytes, 0, static_cast<size_t>(bytes));
-      }
-    }
+    clear_others(grad_A, runs);
+    clear_others(grad_B, runs);
+  }
+  Tensor grad_scale = none(), held_z;
+  if (needs_grad_scale) {
+    STD_TORCH_CHECK(out_scale.has_value(), kOp, ": the gradient of out_scale is asked for, and it is None");
+    held_z = checked_rows(kOp, "z", z, weights.out);
+    STD_TORCH_CHECK(held_z.scalar_type() == type && held_z.size(0) == held_x.size(0), kOp, ": z has ", held_z.size(0),
+                    " rows of ", torch::headeronly::toString(held_z.scalar_type()), ", wanted ", held_x.size(0), " of ",
+                    torch::headeronly::toString(type));
+    grad_scale = empty({weights.experts, weights.out}, ScalarType::Float);
+    clear_others(grad_scale, runs);
   }
   if (needs_grad_x) {
     grad_x = empty({held_x.size(0), weights.in}, type);
@@ -301,6 +330,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
     const AdaptedBackward own = adapted_backward(kOp, rows_of_run(held_grad, run), rows_of_run(held_x, run),
                                                  weights.of(kOp, run.expert), adapter, own_s, needs_grad_x, room);
     if (!lora_A.has_value()) return;
+    if (needs_grad_scale) {
+      const Tensor sums =
+          scale_gradient(kOp, rows_of_run(held_grad, run), rows_of_run(held_x, run), weights.of(kOp, run.expert),
+                         adapter, own_s, rows_of_run(held_z, run), false, std::nullopt);
+      memcpy(grad_scale.mutable_data_ptr<float>() + run.expert * weights.out, sums.const_data_ptr<float>(),
+             static_cast<size_t>(weights.out) * sizeof(float));
+    }
     for (const auto& [stack, one] : {std::pair(&grad_A, &own.grad_A), std::pair(&grad_B, &own.grad_B)}) {
       const int64_t bytes = one->numel() * static_cast<int64_t>(one->element_size());
       memcpy(static_cast<char*>(stack->mutable_data_ptr()) + run.expert * bytes, one->const_data_ptr(),
@@ -309,7 +345,35 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   });
   if (!out_A.is_contiguous()) copy_stack<true>(out_A, grad_A);
   if (!out_B.is_contiguous()) copy_stack<true>(out_B, grad_B);
-  return {grad_x, out_A, out_B};
+  return {grad_x, out_A, out_B, grad_scale};
+}
+
+Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                                    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
+                                    int64_t blocksize, std::vector<int64_t> shape, std::optional<Tensor> offsets,
+                                    Tensor lora_A, Tensor lora_B, double scaling, ScalarType type) {
+  constexpr const char* kOp = "dora_experts_weight_norm";
+  const Weights weights =
+      checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt);
+  // A run here is the rows of an expert's W.
+  std::vector<Run> runs;
+  if (offsets.has_value()) {
+    runs = make_runs(kOp, *offsets, weights.experts, INT64_MAX);
+    for (Run& run : runs) run = {run.expert, 0, weights.out};
+  } else {
+    for (int64_t expert = 0; expert < weights.experts; ++expert) runs.push_back({expert, 0, weights.out});
+  }
+  const Tensor norm = empty({weights.experts, weights.out}, ScalarType::Float);
+  clear_others(norm, runs);
+  each_run(runs, [&](const Run& run) {
+    const Adapter adapter = adapters.of(run.expert);
+    const Tensor own =
+        weight_norm(kOp, weights.of(kOp, run.expert), *adapter.lora_A, *adapter.lora_B, scaling, type).norm;
+    memcpy(norm.mutable_data_ptr<float>() + run.expert * weights.out, own.const_data_ptr<float>(),
+           static_cast<size_t>(weights.out) * sizeof(float));
+  });
+  return norm;
 }
 
 }  // namespace
@@ -318,4 +382,5 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cpu(
 STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
   m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cpu));
   m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cpu));
+  m.impl("dora_experts_weight_norm", TORCH_BOX(&peft_ext::dora_experts_weight_norm_cpu));
 }

@@ -2,8 +2,11 @@
 // runs, each in launches that do not depend on how many experts there are, and none that waits for the offsets:
 //
 //   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, which
-//              S B_eᵀ and b_e join in shared memory (product)
-//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, which mask ∘ (P A_e) joins
+//              S B_eᵀ, DoRA's g and b_e join in shared memory (product)
+//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, which mask ∘ (P A_e) joins.
+//              Of DoRA g is in the terms of B_e for P, and in dB_e's sum; G = g ∘ dY for dX, and dg: a pass of their
+//              own
+//   DoRA's norm: terms; one pass over W (dora)
 //
 // Of many rows an expert and dense bfloat16 weights the product is PyTorch's own, where it has one for all experts, and
 // the rest comes onto it.
@@ -11,7 +14,7 @@
 #include <tuple>
 
 #include "experts/cuda/product_call.cuh"
-#include "experts/cuda/stacks.cuh"
+#include "experts/cuda/stack_call.cuh"
 #include "linear/cuda/passes.cuh"
 #include "linear/cuda/rank_plan.cuh"
 
@@ -21,68 +24,6 @@ namespace {
 // Rows an expert, in the mean, from which on the product is bound by arithmetic, and PyTorch's reads each operand less
 // often than tiles of 64 x 128 do.
 constexpr int64_t kManyRows = 128;
-
-// The experts' weights: dense [E, N, K] of any strides, or NF4, each expert's packed for itself, one after the other.
-struct DeviceStack {
-  DeviceWeight all;  // the sizes of one; a dense weight is [E, N, K]
-  int64_t experts = 0;
-};
-
-DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optional<Tensor>& absmax,
-                          const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                          const std::optional<Tensor>& nested_offset, int64_t blocksize,
-                          const std::vector<int64_t>& shape, ScalarType type) {
-  STD_TORCH_CHECK(on_device(weight), op, ": weight is not on a CUDA device");
-  STD_TORCH_CHECK(shape.size() == 3, op, ": weight has ", shape.size(), " dimensions, wanted [E, N, K]");
-  if (absmax.has_value()) {
-    return {nf4_weights(op, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape[0], shape[1],
-                        shape[2]),
-            shape[0]};
-  }
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == shape[0] && weight.size(1) == shape[1] &&
-                      weight.size(2) == shape[2] && weight.scalar_type() == type,
-                  op, ": weight is ", torch::headeronly::toString(weight.scalar_type()), " with ", weight.numel(),
-                  " elements, wanted ", torch::headeronly::toString(type), " [", shape[0], ", ", shape[1], ", ",
-                  shape[2], "]");
-  DeviceStack held;
-  held.all.weight = weight;
-  held.all.outputs = shape[1];
-  held.all.inputs = shape[2];
-  held.experts = shape[0];
-  return held;
-}
-
-struct StackAdapters {
-  std::optional<Tensor> lora_A, lora_B;  // [E, R, K], [E, N, R], of any strides
-  DeviceAdapter scale;                   // scaling, dropout_p and the seed alone
-  int64_t rank = 0, padded = 0;
-
-  double divided() const { return scale.seed.has_value() ? 1.0 / (1.0 - scale.dropout_p) : 1.0; }
-};
-
-StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const std::optional<Tensor>& lora_A,
-                               const std::optional<Tensor>& lora_B, double scaling, double dropout_p,
-                               const std::optional<Tensor>& seed) {
-  StackAdapters held;
-  held.scale.scaling = scaling;
-  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), op, ": of lora_A and lora_B one is None");
-  if (!lora_A.has_value()) return held;
-  const Tensor &a = *lora_A, &b = *lora_B;
-  check_matrix(op, "lora_A", a, stack.all.weight);
-  check_matrix(op, "lora_B", b, stack.all.weight);
-  STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == stack.experts && a.size(1) > 0 && a.size(2) == stack.all.inputs, op,
-                  ": lora_A has ", a.numel(), " elements, wanted [", stack.experts, ", R, ", stack.all.inputs, "]");
-  STD_TORCH_CHECK(
-      b.dim() == 3 && b.size(0) == stack.experts && b.size(1) == stack.all.outputs && b.size(2) == a.size(1), op,
-      ": lora_B has ", b.numel(), " elements, wanted [", stack.experts, ", ", stack.all.outputs, ", ", a.size(1), "]");
-  held.lora_A = a;
-  held.lora_B = b;
-  held.rank = a.size(1);
-  held.padded = padded_rank(held.rank);
-  held.scale.dropout_p = dropout_p;
-  held.scale.seed = device_seed(op, dropout_p, seed, stack.all.weight);
-  return held;
-}
 
 // Rows [S, columns] in one piece.
 Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, int64_t columns, const Tensor& like) {
@@ -101,53 +42,6 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
                   " elements, wanted Long with ", stack.experts, " on weight's device");
   return as_contiguous(offsets);
 }
-
-// --- terms of stacks
-
-// The stacks of a call that become terms, in one launch.
-class StackSplitter {
- public:
-  StackSplitter(const Tensor& like, ScalarType type, const RowRuns& runs)
-      : launcher_(like), like_(like), type_(type), runs_(runs) {
-    splits_.first_tile = launcher_.in<int32_t>(runs.first_tile);
-  }
-
-  // F of a rank pass, [ranks, columns of D], or of the product, [columns of the result, ranks], of each expert: its
-  // matrix or (transpose) that matrix's transpose.
-  HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded) {
-    const int64_t inner = stack.size(transpose ? 1 : 2);
-    const bool one = type_ == ScalarType::BFloat16 && stack.scalar_type() == type_;
-    return add(grouped_A_terms(like_, runs_.experts, padded, inner, one), stack, transpose);
-  }
-  HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded) {
-    const int64_t outer = stack.size(transpose ? 2 : 1);
-    return add(grouped_B_terms(like_, runs_.experts, padded, outer, false, type_), stack, transpose);
-  }
-  void run() const { launcher_(split_stacks_kernel, {blocks_, runs_.experts, count_}, kSplitThreads, splits_); }
-
- private:
-  HeldTerms add(const HeldTerms& held, const Tensor& stack, bool transpose) {
-    StackSplit& work = splits_.work[count_++];
-    work.in = launcher_.in<void>(stack);
-    work.type = dtype_of(stack.scalar_type());
-    work.outer = stack.size(transpose ? 2 : 1);
-    work.inner = stack.size(transpose ? 1 : 2);
-    work.by_expert = stack.stride(0);
-    work.outer_stride = stack.stride(transpose ? 2 : 1);
-    work.inner_stride = stack.stride(transpose ? 1 : 2);
-    work.out = write_terms(launcher_, held);
-    work.out_stride = terms_stride(held) * 4;
-    blocks_ = std::max(blocks_, ceil_div(held.terms.outer * held.terms.inner / 2, kSplitThreads));
-    return held;
-  }
-
-  Launcher launcher_;
-  const Tensor& like_;
-  ScalarType type_;
-  const RowRuns& runs_;
-  StackSplits splits_{};
-  int64_t count_ = 0, blocks_ = 0;
-};
 
 // --- rows
 
@@ -186,6 +80,7 @@ struct StackGradient {
   const Tensor* out;
   int column_dim;
   double scale;
+  const Tensor* column_scale;  // [E, columns], may be null
 };
 
 void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const StackGradient (&gradients)[2]) {
@@ -203,6 +98,7 @@ void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const Sta
     to.rank = adapters.rank;
     to.padded_rank = adapters.padded;
     to.scale = static_cast<float>(from.scale);
+    if (from.column_scale != nullptr) to.column_scale = launcher.in<float>(*from.column_scale);
     to.out = launcher.scratch<void>(out);
     to.type = dtype_of(out.scalar_type());
     to.by_expert = out.stride(0);
@@ -222,8 +118,6 @@ struct LowRank {
   const std::optional<Tensor>* kept = nullptr;
   const DeviceAdapter* dropout = nullptr;  // where the term is dropped
 };
-
-bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 
 // Whether PyTorch has one product for all experts that takes less than experts_product_kernel does.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
@@ -253,9 +147,14 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const Tensor& en
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-// left W_eᵀ, or left W_e, and the low-rank term and the bias, where there are.
+// What comes to a product at its end.
+struct Finish {
+  std::optional<Tensor> bias, scale, z;  // z: where what is scaled goes
+};
+
+// left W_eᵀ, or left W_e, and the low-rank term and what comes at the end, where there are.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
-                       bool transpose, const LowRank* low_rank, const std::optional<Tensor>& bias) {
+                       bool transpose, const LowRank* low_rank, const Finish& finish = {}) {
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
   const ScalarType type = left.scalar_type();
   const bool grouped = takes_grouped_mm(left, stack);
@@ -267,10 +166,11 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   work.inner = left.size(1);
   work.tiles = read_tiles(launcher, runs);
   bool whole = multiple(columns, kVector) && aligned(out, 16);
-  if (bias.has_value()) {
-    work.bias = launcher.in<void>(*bias);
-    whole = whole && aligned(*bias, 16);
-  }
+  for (const std::optional<Tensor>* given : {&finish.bias, &finish.scale, &finish.z})
+    whole = whole && (!given->has_value() || aligned(**given, 16));
+  work.bias = launcher.in<void>(finish.bias);
+  work.scale = launcher.in<float>(finish.scale);
+  if (finish.z.has_value()) work.z = launcher.scratch<void>(*finish.z);
   if (low_rank != nullptr) {
     work.low_left = read_terms(launcher, *low_rank->left);
     work.low_right = read_terms(launcher, *low_rank->right);
@@ -290,23 +190,14 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   work.left = launcher.in<void>(left);
   work.column_tiles = ceil_div(columns, kProductColumns);
   ProductVariant variant{stack.all.is_nf4(), StackOrder::kAny, runs.tile_room};
-  StackView& view = work.weight;
+  work.weight = stack_view(launcher, stack, transpose);
+  const StackView& view = work.weight;
   whole = whole && multiple(work.inner, kVector) && work.inner < kMaxRankColumns && aligned(left, 16) &&
           aligned(stack.all.weight, 16);
   if (stack.all.is_nf4()) {
-    view.nf4 = nf4_view(launcher, stack.all);
-    view.codes = stack.all.codes();
-    view.scales = stack.all.scales();
-    view.groups = ceil_div(view.scales, kNestedBlock);
-    view.by_column = transpose ? stack.all.inputs : 1;
-    view.by_inner = transpose ? 1 : stack.all.inputs;
     // A thread's 32 elements have one scale, and lie on 16 bytes.
     whole = whole && multiple(stack.all.inputs, kSmallestBlock);
   } else {
-    view.dense = launcher.in<void>(stack.all.weight);
-    view.by_expert = stack.all.weight.stride(0);
-    view.by_column = stack.all.weight.stride(transpose ? 1 : 2);
-    view.by_inner = stack.all.weight.stride(transpose ? 2 : 1);
     const bool one = view.by_column == 1 || view.by_inner == 1;
     whole = whole && one && multiple(view.by_expert, kVector) &&
             multiple(view.by_inner == 1 ? view.by_column : view.by_inner, kVector);
@@ -316,40 +207,78 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   return out;
 }
 
+// --- DoRA
+
+// G = g_e ∘ dY, if it is wanted, and with z the gradient of g into grad_scale.
+Tensor scaled_rows(const Tensor& grad, const Tensor* z, const Tensor& scale, const RowRuns& runs, bool wanted,
+                   const Tensor& grad_scale) {
+  const ScalarType type = grad.scalar_type();
+  const int64_t columns = grad.size(1);
+  const Tensor out = device_empty(grad, {wanted ? grad.size(0) : 0, columns}, type);
+  if (!wanted && z == nullptr) return out;
+  Launcher launcher(grad);
+  ScaleRuns work{};
+  work.grad = launcher.in<void>(grad);
+  work.scale = launcher.in<float>(scale);
+  work.tiles = read_tiles(launcher, runs);
+  work.columns = columns;
+  if (wanted) work.out = launcher.scratch<void>(out);
+  bool whole = multiple(columns, kVector) && aligned(grad, 16) && aligned(scale, 16);
+  Tensor partial;
+  if (z != nullptr) {
+    whole = whole && aligned(*z, 16);
+    work.z = launcher.in<void>(*z);
+    partial = device_empty(grad, {runs.tile_room, columns}, ScalarType::Float);
+    work.partial = launcher.scratch<float>(partial);
+  }
+  with_type(type, [&](auto zero) { launch_scale_runs<decltype(zero)>(launcher, work, whole, runs.tile_room); });
+  if (z == nullptr) return out;
+  ScaleReduce sums{};
+  sums.partial = launcher.in<float>(partial);
+  sums.first_tile = launcher.in<int32_t>(runs.first_tile);
+  sums.columns = columns;
+  sums.out = launcher.scratch<float>(grad_scale);
+  launcher(scale_reduce_kernel, {ceil_div(columns, kStackThreads), runs.experts}, kStackThreads, sums);
+  return out;
+}
+
 // --- operators
 
-std::tuple<Tensor, Tensor> lora_experts_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-                                             const std::optional<Tensor>& nested_absmax,
-                                             const std::optional<Tensor>& nested_code,
-                                             const std::optional<Tensor>& nested_offset, int64_t blocksize,
-                                             const std::vector<int64_t>& shape, const std::optional<Tensor>& bias,
-                                             const Tensor& offsets, const std::optional<Tensor>& lora_A,
-                                             const std::optional<Tensor>& lora_B, double scaling, double dropout_p,
-                                             const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor, Tensor> lora_experts_cuda(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
+    const std::optional<Tensor>& bias, const Tensor& offsets, const std::optional<Tensor>& lora_A,
+    const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, bool want_z) {
   constexpr const char* kOp = "lora_experts";
   const ScalarType type = x.scalar_type();
   const DeviceStack stack =
       checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
-  const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, scaling, dropout_p, seed);
+  const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const Tensor ends = checked_ends(kOp, offsets, stack);
-  std::optional<Tensor> held_bias;
+  Finish finish;
   if (bias.has_value()) {
     check_matrix(kOp, "bias", *bias, x);
     STD_TORCH_CHECK(bias->numel() == stack.experts * stack.all.outputs && bias->scalar_type() == type, kOp,
                     ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
                     " elements, wanted ", torch::headeronly::toString(type), " [", stack.experts, ", ",
                     stack.all.outputs, "]");
-    held_bias = as_contiguous(*bias);
+    finish.bias = as_contiguous(*bias);
   }
   const int64_t rows = held.size(0);
   const Tensor s = adapters.rank > 0 ? device_empty(held, {rows, adapters.rank}, ScalarType::Float)
                                      : device_empty(held, {0}, ScalarType::Float);
-  if (rows == 0 || stack.all.outputs == 0) return {device_empty(held, {rows, stack.all.outputs}, type), s};
+  const Tensor none = device_empty(held, {0}, type);
+  finish.scale = adapters.out_scale;
+  if (want_z) finish.z = device_empty(held, {rows, stack.all.outputs}, type);
+  if (rows == 0 || stack.all.outputs == 0)
+    return {device_empty(held, {rows, stack.all.outputs}, type), s, want_z ? *finish.z : none};
   const RowRuns runs = row_runs(kOp, ends, rows);
-  if (adapters.rank == 0) return {experts_product(held, stack, ends, runs, true, nullptr, held_bias), s};
+  if (adapters.rank == 0) return {experts_product(held, stack, ends, runs, true, nullptr, finish), s, none};
 
-  StackSplitter splitter(held, type, runs);
+  StackSplitter splitter(held, type, stack.experts, &ends);
   const HeldTerms a = splitter.right_of_pass(*adapters.lora_A, false, adapters.padded);
   const HeldTerms b = splitter.right_of_product(*adapters.lora_B, false, adapters.padded);
   splitter.run();
@@ -365,22 +294,23 @@ std::tuple<Tensor, Tensor> lora_experts_cuda(const Tensor& x, const Tensor& weig
   wanted.terms = &s_terms;
   make_rows(runs, adapters, wanted);
   const LowRank low_rank{&s_terms, &b};
-  return {experts_product(held, stack, ends, runs, true, &low_rank, held_bias), s};
+  return {experts_product(held, stack, ends, runs, true, &low_rank, finish), s, want_z ? *finish.z : none};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
     const std::optional<Tensor>& nested_offset, int64_t blocksize, const std::vector<int64_t>& shape,
-    const Tensor& offsets, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, const Tensor& s,
-    double scaling, double dropout_p, const std::optional<Tensor>& seed, bool needs_grad_x) {
+    const Tensor& offsets, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
+    const std::optional<Tensor>& out_scale, const Tensor& s, const Tensor& z, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, bool needs_grad_x, bool needs_grad_scale) {
   constexpr const char* kOp = "lora_experts_backward";
   const ScalarType type = x.scalar_type();
   const DeviceStack stack =
       checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held = checked_rows(kOp, "x", x, stack.all.inputs, stack.all.weight);
-  const Tensor held_grad = checked_rows(kOp, "grad", grad, stack.all.outputs, stack.all.weight);
-  const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, scaling, dropout_p, seed);
+  Tensor held_grad = checked_rows(kOp, "grad", grad, stack.all.outputs, stack.all.weight);
+  const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const Tensor ends = checked_ends(kOp, offsets, stack);
   const int64_t rows = held.size(0), rank = adapters.rank;
   STD_TORCH_CHECK(held_grad.size(0) == rows && held_grad.scalar_type() == type, kOp, ": grad has ", held_grad.size(0),
@@ -393,22 +323,33 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
     grad_A = torch::stable::empty_like(*lora_A);
     grad_B = torch::stable::empty_like(*lora_B);
   }
+  Tensor grad_scale = device_empty(held, {0}, ScalarType::Float), held_z;
+  if (needs_grad_scale) {
+    STD_TORCH_CHECK(out_scale.has_value(), kOp, ": the gradient of out_scale is asked for, and it is None");
+    held_z = checked_rows(kOp, "z", z, stack.all.outputs, stack.all.weight);
+    STD_TORCH_CHECK(held_z.size(0) == rows && held_z.scalar_type() == type, kOp, ": z has ", held_z.size(0),
+                    " rows of ", torch::headeronly::toString(held_z.scalar_type()), ", wanted ", rows, " of ",
+                    torch::headeronly::toString(type));
+    grad_scale = device_empty(held, {stack.experts, stack.all.outputs}, ScalarType::Float);
+  }
   if (rows == 0 || stack.all.outputs == 0 || stack.all.inputs == 0) {
     if (rank > 0) {
       torch::stable::fill_(grad_A, 0.0);
       torch::stable::fill_(grad_B, 0.0);
+      torch::stable::fill_(grad_scale, 0.0);
     }
     if (needs_grad_x) grad_x = device_zeros(held, {rows, stack.all.inputs}, type);
-    return {grad_x, grad_A, grad_B};
+    return {grad_x, grad_A, grad_B, grad_scale};
   }
   const RowRuns runs = row_runs(kOp, ends, rows);
   if (rank == 0) {
-    if (needs_grad_x) grad_x = experts_product(held_grad, stack, ends, runs, false, nullptr, std::nullopt);
-    return {grad_x, grad_A, grad_B};
+    if (needs_grad_x) grad_x = experts_product(held_grad, stack, ends, runs, false, nullptr);
+    return {grad_x, grad_A, grad_B, grad_scale};
   }
 
-  StackSplitter splitter(held, type, runs);
-  const HeldTerms b = splitter.right_of_pass(*adapters.lora_B, true, adapters.padded);
+  StackSplitter splitter(held, type, stack.experts, &ends);
+  const Tensor* g = adapters.out_scale.has_value() ? &*adapters.out_scale : nullptr;
+  const HeldTerms b = splitter.right_of_pass(*adapters.lora_B, true, adapters.padded, g);
   HeldTerms a;
   if (needs_grad_x) a = splitter.right_of_product(*adapters.lora_A, true, adapters.padded);
   splitter.run();
@@ -438,12 +379,55 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   PassWants mask;
   mask.mask = true;
   const PassSums for_a = rank_pass(over_x, nullptr, &p_transposed, mask);
-  reduce_stacks(runs, adapters, {{&for_a.columns, &grad_A, 2, 1.0}, {&for_b.columns, &grad_B, 1, scaling}});
+  reduce_stacks(runs, adapters, {{&for_a.columns, &grad_A, 2, 1.0, nullptr}, {&for_b.columns, &grad_B, 1, scaling, g}});
+  if (g != nullptr)
+    held_grad = scaled_rows(held_grad, needs_grad_scale ? &held_z : nullptr, *g, runs, needs_grad_x, grad_scale);
   if (needs_grad_x) {
     const LowRank low_rank{&p_terms, &a, &for_a.kept, &adapters.scale};
-    grad_x = experts_product(held_grad, stack, ends, runs, false, &low_rank, std::nullopt);
+    grad_x = experts_product(held_grad, stack, ends, runs, false, &low_rank);
   }
-  return {grad_x, grad_A, grad_B};
+  return {grad_x, grad_A, grad_B, grad_scale};
+}
+
+Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<Tensor>& absmax,
+                                     const std::optional<Tensor>& nested_absmax,
+                                     const std::optional<Tensor>& nested_code,
+                                     const std::optional<Tensor>& nested_offset, int64_t blocksize,
+                                     const std::vector<int64_t>& shape, const std::optional<Tensor>& offsets,
+                                     const Tensor& lora_A, const Tensor& lora_B, double scaling, ScalarType type) {
+  constexpr const char* kOp = "dora_experts_weight_norm";
+  const DeviceStack stack =
+      checked_stack(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
+  const StackAdapters adapters = checked_adapters(kOp, stack, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt);
+  const Tensor& held = stack.all.weight;
+  const Tensor norm = device_empty(held, {stack.experts, stack.all.outputs}, ScalarType::Float);
+  if (norm.numel() == 0) return norm;
+  std::optional<Tensor> ends;
+  if (offsets.has_value()) ends = checked_ends(kOp, *offsets, stack);
+  StackSplitter splitter(held, type, stack.experts, ends.has_value() ? &*ends : nullptr);
+  const HeldTerms b = splitter.left_of_product(*adapters.lora_B, adapters.padded);
+  const HeldTerms a = splitter.right_of_product(*adapters.lora_A, true, adapters.padded);
+  splitter.run();
+  Launcher launcher(held);
+  StackNorm work{};
+  work.weight = stack_view(launcher, stack, true);
+  work.left = read_terms(launcher, b);
+  work.right = read_terms(launcher, a);
+  work.left_stride = terms_stride(b);
+  work.right_stride = terms_stride(a);
+  work.ends = launcher.in<int64_t>(ends);
+  work.scaling = static_cast<float>(scaling);
+  work.outputs = stack.all.outputs;
+  work.inputs = stack.all.inputs;
+  work.norm = launcher.scratch<float>(norm);
+  const StackView& view = work.weight;
+  const bool whole = multiple(work.inputs, kVector) && aligned(held, 16) &&
+                     (stack.all.is_nf4() ||
+                      (view.by_inner == 1 && multiple(view.by_column, kVector) && multiple(view.by_expert, kVector)));
+  with_type(type, [&](auto zero) {
+    launch_experts_norm<decltype(zero)>(launcher, work, stack.all.is_nf4(), whole, stack.experts);
+  });
+  return norm;
 }
 
 }  // namespace
@@ -452,4 +436,5 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_backward_cuda(
 PEFT_EXT_CUDA_LIBRARY(m) {
   m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cuda));
   m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cuda));
+  m.impl("dora_experts_weight_norm", TORCH_BOX(&peft_ext::dora_experts_weight_norm_cuda));
 }

@@ -3,3 +3,5 @@
 template void peft_ext::launch_experts_product<peft_ext::bf16>(const Launcher&, const ExpertsProduct&,
                                                                const ProductVariant&);
 template void peft_ext::launch_experts_onto<peft_ext::bf16>(const Launcher&, const ExpertsProduct&, bool, int64_t);
+template void peft_ext::launch_experts_norm<peft_ext::bf16>(const Launcher&, const StackNorm&, bool, bool, int64_t);
+template void peft_ext::launch_scale_runs<peft_ext::bf16>(const Launcher&, const ScaleRuns&, bool, int64_t);

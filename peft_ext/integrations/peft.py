@@ -39,6 +39,7 @@ from .fused.base import (
 )
 from .fused.blocks import Block, fuse_blocks, no_block_reason, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .fused.dora_experts import is_dora
 from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
 from .fused.head import DefersLoss, compute_losses, defer_losses, heads, no_head_reason
 from .fused.linear import FusedLinear, linear_dtype, would_widen
@@ -338,8 +339,9 @@ def _method(module: Any) -> str:
                 method = variant_name(variant)
                 own = method == "DoRA" and getattr(module, DORA_DROPOUT, "peft") == "lora"
                 return f"{method} (dropout on the low-rank path)" if own else method
-        if p := module.__dict__.get(EXPERTS_DROPOUT):
-            return f"LoRA with dropout {p:g}"
+        if hasattr(module, "parameter_name"):
+            method = "DoRA" if is_dora(module, module.active_adapters) else "LoRA"
+            return f"{method} with dropout {p:g}" if (p := module.__dict__.get(EXPERTS_DROPOUT)) else method
     return _METHODS.get(package, package.replace("_", " ").upper())
 
 

@@ -24,7 +24,7 @@ def adapt_on_meta(
         return model.requires_grad_(True) if method else model
     import peft
 
-    from ..model import freeze_ranknum
+    from ..model import freeze_ranknum, register_layers
 
     if isinstance(model, peft.PeftModel):
         raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
@@ -41,6 +41,7 @@ def adapt_on_meta(
         config.init_lora_weights = True  # another start, of the same shapes
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
+    register_layers(config, model)
     with torch.device("meta"):
         adapted = peft.get_peft_model(model, config)
     freeze_ranknum(adapted)

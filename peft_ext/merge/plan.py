@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..files import atomic_file
+from ..model import register_layers
 from ..sources.expressions import check_expressions
 from ..sources.json_file import first_line
 from ..sources.model import INDEX
@@ -310,6 +311,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
         check_expressions(config, base.model)
     unfit = f"the adapter does not fit {type(base.model).__name__}: "
     with as_merge_error(ValueError, TypeError, KeyError, RuntimeError, AttributeError, about=unfit):
+        register_layers(config, base.model)
         # AdaLoRA has a parameter that is in no file, which must not be left on the meta device.
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
 

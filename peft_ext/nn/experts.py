@@ -54,15 +54,15 @@ def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
     """Returns what a low-rank method's configuration says for a model with experts, by a name of
     :data:`peft_ext.methods.METHODS`; {} for any other model or method.
 
-    LoRA adapts the experts, and each method the linear layers that have no name of theirs; the router, which PEFT
-    would adapt by "all-linear" in some models, stays as it is. Beside parameters PEFT has no dropout.
+    LoRA and DoRA adapt the experts, and each method the linear layers that have no name of theirs; the router, which
+    PEFT would adapt by "all-linear" in some models, stays as it is. Beside parameters PEFT has no dropout.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
         return {}
     linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fields: dict[str, Any] = {"target_modules": sorted(linears - _NAMES_OF_EXPERTS - {"lm_head"})}
-    if method in ("lora", "rslora", "qlora"):
+    if method != "adalora":
         # What follows the number of the layer is the same in all.
         fields["target_parameters"] = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in held})
         fields["lora_dropout"] = 0.0

@@ -7,7 +7,7 @@ from .activations import activation, gated_activation
 from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
-from .experts import experts_linear, lora_experts
+from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
@@ -19,6 +19,8 @@ from .siblings import lora_linears
 __all__ = [
     "activation",
     "bottleneck_adapter",
+    "dora_experts",
+    "dora_experts_weight_norm",
     "dora_linear",
     "dora_weight_norm",
     "experts_linear",

@@ -128,31 +128,41 @@ def check_experts(
     op: str, x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor]
 ) -> None:
     """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or NF4."""
-    if not isinstance(weight, NF4Weight):
-        check_float(op, "weight", weight)
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(x.dtype)}")
-    if len(weight.shape) != 3:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [E, N, K]")
-    if isinstance(weight, NF4Weight) and not weight.stacked:
-        raise ValueError(f"{op}: weight is NF4 of one flat tensor, wanted that of NF4Weight.stack")
+    check_experts_weight(op, weight, x.dtype)
     _check_device(op, "weight", weight.packed if isinstance(weight, NF4Weight) else weight, x)
     experts, out_features, in_features = weight.shape
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted [S, {in_features}] for weight "
                          f"{tuple(weight.shape)}")  # fmt: skip
+    check_offsets(op, offsets, x, experts)
+    if bias is not None:
+        check_vector(op, "bias", bias, x, (experts, out_features))
+        if bias.dtype != x.dtype:
+            raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+
+
+def check_experts_weight(op: str, weight: Union[Tensor, NF4Weight], dtype: Optional[torch.dtype] = None) -> None:
+    """Checks frozen weights ``[E, N, K]``: NF4 of a stack, or dense of this dtype, if one is given."""
+    if not isinstance(weight, NF4Weight):
+        check_float(op, "weight", weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight requires grad, wanted a frozen weight (call weight.requires_grad_(False))")
+        if dtype is not None and weight.dtype != dtype:
+            raise TypeError(f"{op}: weight is {_name(weight.dtype)}, x is {_name(dtype)}")
+    if len(weight.shape) != 3:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wanted [E, N, K]")
+    if isinstance(weight, NF4Weight) and not weight.stacked:
+        raise ValueError(f"{op}: weight is NF4 of one flat tensor, wanted that of NF4Weight.stack")
+
+
+def check_offsets(op: str, offsets: Tensor, like: Tensor, experts: int) -> None:
+    """Checks offsets ``[E]``, int32 or int64, on another tensor's device."""
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         came = _name(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__
         raise TypeError(f"{op}: offsets is {came}, wanted int32 or int64")
     if tuple(offsets.shape) != (experts,):
         raise ValueError(f"{op}: offsets has shape {tuple(offsets.shape)}, wanted ({experts},)")
-    _check_device(op, "offsets", offsets, x)
-    if bias is not None:
-        check_vector(op, "bias", bias, x, (experts, out_features))
-        if bias.dtype != x.dtype:
-            raise TypeError(f"{op}: bias is {_name(bias.dtype)}, x is {_name(x.dtype)}")
+    _check_device(op, "offsets", offsets, like)
 
 
 def check_experts_lora(op: str, x: Tensor, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor) -> None:

@@ -1,21 +1,24 @@
-"""The linear layers of a mixture of experts over rows that are sorted by expert, with LoRA for each expert or without.
+"""The linear layers of a mixture of experts over rows that are sorted by expert, with LoRA or DoRA for each expert or
+without.
 
-    x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Y_t = x_t W_eᵀ + s · S_t B_eᵀ + b_e        t a row of expert e
+    x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Z_t = x_t W_eᵀ + s · S_t B_eᵀ        t a row of expert e
+    Y_t = Z_t + b_e,  or of DoRA  Y_t = g_e ∘ Z_t + b_e,  g_e = magnitude_e / ‖W_e + s · B_e A_e‖  per row
 
-Backward, over the rows of each expert: ``P = s · dY B_e``; ``dX = dY W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``;
-``dB_e = s · dYᵀ S``; ``db_e = Σ dY``. Saved: x, S and the seed. No weight but its own is read for a row, no sum
-W + s B A is made, and an expert without rows costs nothing.
+Backward, over the rows of each expert, with ``G = dY``, of DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
+``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
+Saved: x, S, the seed and, for dg, Z. No weight but its own is read for a row, no sum W + s B A is made, and an expert
+without rows costs nothing, its norm included.
 
 On the CPU one loop over the experts, on all threads. On a GPU one product for all experts, which decodes an NF4 weight
 on its way and takes the low-rank term and the bias before its one rounding; how many rows an expert has is read on the
 device alone, so that nothing waits for it.
 
-Sources: LoRA (arXiv 2106.09685); mixtures of experts (arXiv 1701.06538).
+Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +26,16 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import experts as reference
+from ..reference.dora import output_scale
 from ..weight import NF4Weight
 from . import checks
 from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd
 from .nf4 import refuse_double_backward
 
-__all__ = ["experts_linear", "lora_experts"]
+__all__ = ["dora_experts", "dora_experts_weight_norm", "experts_linear", "lora_experts"]
 
 _ops = getattr(torch.ops, NAMESPACE)
-_ADAPTERS = "Tensor offsets, Tensor? lora_A, Tensor? lora_B"
+_ADAPTERS = "Tensor offsets, Tensor? lora_A, Tensor? lora_B, Tensor? out_scale"
 _SCALE = "float scaling, float dropout_p, Tensor? seed"
 
 
@@ -39,72 +43,110 @@ _SCALE = "float scaling, float dropout_p, Tensor? seed"
 
 
 def _forward(x, *args):
-    *weight, bias, offsets, lora_A, lora_B, scaling, dropout_p, seed = args
+    *weight, bias, offsets, lora_A, lora_B, out_scale, scaling, dropout_p, seed, want_z = args
     held = checks.unpack_weight(*weight, x.dtype)
     y = x.new_zeros(x.shape[0], weight[-1][1])
     s = x.new_zeros(0 if lora_A is None else (x.shape[0], lora_A.shape[1]), dtype=common.sum_dtype(x.dtype))
+    z = torch.zeros_like(y) if want_z else x.new_empty(0)
     for expert, rows in reference.runs(offsets):
         own, b = reference.weight_of(held, expert), None if bias is None else bias[expert]
-        if lora_A is not None:
-            y[rows], s[rows] = _ops.lora_linear(
-                x[rows], *checks.weight_args(own), b, lora_A[expert].contiguous(), lora_B[expert].contiguous(), None,
-                scaling, dropout_p, reference.seed_of(seed, expert),
-            )  # fmt: skip
+        own_args = () if lora_A is None else (*checks.weight_args(own), b, lora_A[expert].contiguous(),
+                                              lora_B[expert].contiguous())  # fmt: skip
+        scale = (scaling, dropout_p, reference.seed_of(seed, expert))
+        if out_scale is not None:
+            y[rows], s[rows], own_z = _ops.dora_linear(x[rows], *own_args, out_scale[expert], *scale, False, want_z)
+            if want_z:
+                z[rows] = own_z
+        elif lora_A is not None:
+            y[rows], s[rows] = _ops.lora_linear(x[rows], *own_args, None, *scale)
         elif isinstance(own, NF4Weight):
             y[rows] = _ops.nf4_linear(x[rows], *own.op_args(), b)
         else:
             y[rows] = F.linear(x[rows], own, b)
-    return y, s
+    return y, s, z
 
 
 def _forward_fake(x, *args):
-    *weight, _bias, _offsets, lora_A, _lora_B, _scaling, _dropout_p, _seed = args
+    *weight, _bias, _offsets, lora_A, _lora_B, _out_scale, _scaling, _dropout_p, _seed, want_z = args
     s = x.new_empty(0 if lora_A is None else (x.shape[0], lora_A.shape[1]), dtype=common.sum_dtype(x.dtype))
-    return x.new_empty(x.shape[0], weight[-1][1]), s
+    y = x.new_empty(x.shape[0], weight[-1][1])
+    return y, s, torch.empty_like(y) if want_z else x.new_empty(0)
 
 
 def _backward_reference(grad, x, *args):
-    *weight, offsets, lora_A, lora_B, s, scaling, dropout_p, seed, needs_grad_x = args
+    *weight, offsets, lora_A, lora_B, out_scale, s, z, scaling, dropout_p, seed, needs_grad_x, needs_grad_scale = args
     held = checks.unpack_weight(*weight, x.dtype)
     grad_x = torch.zeros_like(x) if needs_grad_x else x.new_empty(0)
     none = x.new_empty(0, dtype=torch.float32)
     grads = [none.clone() if value is None else torch.zeros_like(value) for value in (lora_A, lora_B)]
+    grad_scale = torch.zeros_like(out_scale) if needs_grad_scale else none.clone()
     for expert, rows in reference.runs(offsets):
         own = reference.weight_of(held, expert)
-        if lora_A is not None:
+        own_args = () if lora_A is None else (grad[rows], x[rows], *checks.weight_args(own),
+                                              lora_A[expert].contiguous(), lora_B[expert].contiguous())  # fmt: skip
+        scale = (scaling, dropout_p, reference.seed_of(seed, expert))
+        if out_scale is not None:
+            own_z = z[rows] if needs_grad_scale else z
+            found, grads[0][expert], grads[1][expert], of_scale = _ops.dora_linear_backward(
+                *own_args, out_scale[expert], s[rows], own_z, False, *scale, False, needs_grad_x, needs_grad_scale
+            )
+            if needs_grad_scale:
+                grad_scale[expert] = of_scale
+        elif lora_A is not None:
             found, grads[0][expert], grads[1][expert], _ = _ops.lora_linear_backward(
-                grad[rows], x[rows], *checks.weight_args(own), lora_A[expert].contiguous(),
-                lora_B[expert].contiguous(), None, s[rows], scaling, dropout_p, reference.seed_of(seed, expert),
-                needs_grad_x,
-            )  # fmt: skip
+                *own_args, None, s[rows], *scale, needs_grad_x
+            )
         elif isinstance(own, NF4Weight):
             found = _ops.nf4_linear_backward(grad[rows], *own.op_args())
         else:
             found = grad[rows] @ own
         if needs_grad_x:
             grad_x[rows] = found
-    return grad_x, *grads
+    return grad_x, *grads, grad_scale
 
 
 def _backward_fake(_grad, x, *args):
-    *_weight, _offsets, lora_A, lora_B, _s, _scaling, _dropout_p, _seed, needs_grad_x = args
+    *_weight, _offsets, lora_A, lora_B, out_scale, _s, _z, _scaling, _p, _seed, needs_grad_x, needs_grad_scale = args
     none = x.new_empty(0, dtype=torch.float32)
     grads = [none.new_empty(0) if value is None else torch.empty_like(value) for value in (lora_A, lora_B)]
-    return x.new_empty(x.shape) if needs_grad_x else x.new_empty(0), *grads
+    grad_scale = torch.empty_like(out_scale) if needs_grad_scale else none.new_empty(0)
+    return x.new_empty(x.shape) if needs_grad_x else x.new_empty(0), *grads, grad_scale
+
+
+def _norm_reference(*args):
+    *weight, offsets, lora_A, lora_B, scaling, dtype = args
+    held = checks.unpack_weight(*weight, dtype)
+    norm = lora_A.new_zeros(weight[-1][:2], dtype=common.sum_dtype(dtype))
+    for expert in reference.wanted_experts(offsets, weight[-1][0]):
+        own = reference.weight_of(held, expert)
+        adapter = lora_A[expert].contiguous(), lora_B[expert].contiguous()
+        norm[expert] = _ops.dora_weight_norm(*checks.weight_args(own), *adapter, scaling, dtype)[0]
+    return norm
+
+
+def _norm_fake(*args):
+    *weight, _offsets, lora_A, _lora_B, _scaling, dtype = args
+    return lora_A.new_empty(weight[-1][:2], dtype=common.sum_dtype(dtype))
 
 
 define(
     "lora_experts",
-    f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SCALE}) -> (Tensor y, Tensor s)",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SCALE}, bool want_z) -> (Tensor y, Tensor s, Tensor z)",
     reference=_forward,
     fake=_forward_fake,
 )
 define(
     "lora_experts_backward",
-    f"(Tensor grad, Tensor x, {WEIGHT}, {_ADAPTERS}, Tensor s, {_SCALE}, bool needs_grad_x)"
-    " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
+    f"(Tensor grad, Tensor x, {WEIGHT}, {_ADAPTERS}, Tensor s, Tensor z, {_SCALE}, bool needs_grad_x,"
+    " bool needs_grad_scale) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
+)
+define(
+    "dora_experts_weight_norm",
+    f"({WEIGHT}, Tensor? offsets, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
+    reference=_norm_reference,
+    fake=_norm_fake,
 )
 
 
@@ -112,29 +154,31 @@ define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *weight, bias, offsets, lora_A, lora_B, scaling, dropout_p, seed = inputs
-    _, s = output
-    ctx.mark_non_differentiable(s)
+    x, *weight, bias, offsets, lora_A, lora_B, out_scale, scaling, dropout_p, seed, want_z = inputs
+    _, s, z = output
+    ctx.mark_non_differentiable(s, z)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dropout_p)
-    ctx.save_for_backward(x, *weight[:5], offsets, lora_A, lora_B, s, seed)
+    ctx.save_for_backward(x, *weight[:5], offsets, lora_A, lora_B, out_scale, s, z if want_z else None, seed)
 
 
-def _backward(ctx, grad, _grad_s):
+def _backward(ctx, grad, _grad_s, _grad_z):
     refuse_double_backward("lora_experts")
     if grad is None:
-        return (None,) * 15
-    x, *weight, offsets, lora_A, lora_B, s, seed = ctx.saved_tensors
+        return (None,) * 17
+    x, *weight, offsets, lora_A, lora_B, out_scale, s, z, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_x = grad_a = grad_b = grad_bias = None
-    if needs[0] or any(needs[10:12]):
-        grad_x, grad_a, grad_b = _ops.lora_experts_backward(
-            grad, x, *weight, *ctx.blocksize_shape, offsets, lora_A, lora_B, s, *ctx.scale, seed, needs[0]
-        )
+    grad_x = grad_a = grad_b = grad_g = grad_bias = None
+    if needs[0] or any(needs[10:13]):
+        z = x.new_empty(0) if z is None else z
+        grad_x, grad_a, grad_b, grad_g = _ops.lora_experts_backward(
+            grad, x, *weight, *ctx.blocksize_shape, offsets, lora_A, lora_B, out_scale, s, z, *ctx.scale, seed,
+            needs[0], needs[12],
+        )  # fmt: skip
     if needs[8]:
         grad_bias = _sums(grad, offsets)
-    found = (grad_x, *(None,) * 7, grad_bias, None, grad_a, grad_b, None, None, None)
+    found = (grad_x, *(None,) * 7, grad_bias, None, grad_a, grad_b, grad_g, *(None,) * 4)
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
@@ -189,7 +233,89 @@ def lora_experts(
 
     Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); mixtures of experts (arXiv 1701.06538).
     """
-    return _call("lora_experts", x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
+    adapter = _Adapter(lora_A, lora_B, scaling, dropout_p, training, seed)
+    return _call("lora_experts", x, weight, offsets, bias, adapter)
+
+
+def dora_experts(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    weight_norm: Optional[Tensor] = None,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """``Y_t = g_e ∘ (x_t W_eᵀ + scaling · (dropout(x_t) A_eᵀ) B_eᵀ) + b_e`` for every row t of expert e, with
+    ``g_e = magnitude_e / ‖W_e + scaling · B_e A_e‖`` per output.
+
+    Args:
+        x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
+            dropout acts on the low-rank path alone.
+        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, g is 0, and so are its gradients.
+        weight_norm: ``[E, N]``, of any float dtype: the norm, where it is known already
+            (:func:`dora_experts_weight_norm` in x's dtype); default: computed, of the experts that have rows.
+
+    Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
+    bias, in their own dtypes, zeros for an expert without rows; the norm is a constant of the gradient. Saved for
+    backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]`` of x's dtype. Under
+    autocast as :func:`lora_experts`.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Sources: DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
+    """
+    adapter = _Adapter(lora_A, lora_B, scaling, dropout_p, training, seed, magnitude, weight_norm)
+    return _call("dora_experts", x, weight, offsets, bias, adapter)
+
+
+def dora_experts_weight_norm(
+    weight: Union[Tensor, NF4Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    offsets: Optional[Tensor] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert, without forming the sum.
+
+    Args:
+        weight: frozen ``[E, N, K]``, as :func:`lora_experts` takes it. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``;
+            each of any float dtype and of any strides. scaling: a finite number.
+        offsets: int32 or int64 ``[E]``: the norms of experts without rows are not wanted, and are 0; default: all are.
+        dtype: what an NF4 weight is dequantized to; default: its own. A dense weight has no other than its own.
+
+    Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows: DoRA holds the
+    norm constant.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: DoRA (arXiv 2402.09353).
+    """
+    op = "dora_experts_weight_norm"
+    checks.check_experts_weight(op, weight)
+    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    checks.check_experts_lora(op, held, weight, lora_A, lora_B)
+    checks.check_scale(op, scaling)
+    if offsets is not None:
+        checks.check_offsets(op, offsets, held, weight.shape[0])
+        offsets = offsets.long()
+    dtype = weight.dtype if dtype is None else dtype
+    checks.check_dtype(op, dtype)
+    if dtype != weight.dtype and not isinstance(weight, NF4Weight):
+        raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
+    lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    if dtype is torch.float64 or checks.any_float64(lora_A, lora_B):
+        return in_float64(reference.dora_experts_weight_norm, weight, lora_A, lora_B, scaling, offsets=offsets,
+                          dtype=dtype)  # fmt: skip
+    return _ops.dora_experts_weight_norm(*checks.weight_args(weight), offsets, lora_A, lora_B, float(scaling), dtype)
 
 
 def experts_linear(
@@ -200,21 +326,49 @@ def experts_linear(
     Args, gradients and sources as there. Raises: TypeError or ValueError that names the argument, what came and what
     was wanted.
     """
-    return _call("experts_linear", x, weight, offsets, None, None, bias, 1.0, 0.0, False, None)
+    return _call("experts_linear", x, weight, offsets, bias, _Adapter())
 
 
-def _call(op, x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed):
+class _Adapter(NamedTuple):
+    """What a call says of the experts' adapters."""
+
+    lora_A: Any = None
+    lora_B: Any = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    training: bool = False
+    seed: Optional[Tensor] = None
+    magnitude: Any = None
+    weight_norm: Optional[Tensor] = None
+
+
+def _call(op: str, x: Any, weight: Any, offsets: Any, bias: Any, adapter: _Adapter) -> Tensor:
+    lora_A, lora_B, scaling, dropout_p, training, seed, magnitude, weight_norm = adapter
     checks.check_float(op, "x", x)
     x, weight, bias = checks.cast_for_autocast(x, weight, bias)
     checks.check_experts(op, x, weight, offsets, bias)
-    if op == "lora_experts":
+    if op != "experts_linear":
         checks.check_experts_lora(op, x, weight, lora_A, lora_B)
+    if op == "dora_experts":
+        checks.check_vector(op, "magnitude", magnitude, x, tuple(weight.shape[:2]))
+        if weight_norm is not None:
+            checks.check_vector(op, "weight_norm", weight_norm, x, tuple(weight.shape[:2]))
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
-    offsets = offsets.long()
-    if checks.any_float64(x, lora_A, lora_B):
-        return in_float64(reference.lora_experts, x, weight, offsets, lora_A, lora_B, bias, scaling=scaling,
-                          dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+    offsets, scaling = offsets.long(), float(scaling)
+    if checks.any_float64(x, lora_A, lora_B, magnitude, weight_norm):
+        scale = {"scaling": scaling, "dropout_p": dropout_p, "training": training, "seed": seed}
+        if op == "dora_experts":
+            return in_float64(reference.dora_experts, x, weight, offsets, lora_A, lora_B, magnitude, bias,
+                              weight_norm=weight_norm, **scale)  # fmt: skip
+        return in_float64(reference.lora_experts, x, weight, offsets, lora_A, lora_B, bias, **scale)
+    held, out_scale, want_z = checks.weight_args(weight), None, False
+    if op == "dora_experts":
+        if weight_norm is None:
+            factors = (lora_A.detach(), lora_B.detach())
+            weight_norm = _ops.dora_experts_weight_norm(*held, offsets, *factors, scaling, x.dtype)
+        out_scale = output_scale(magnitude, weight_norm.detach().to(common.sum_dtype(x.dtype)))
+        want_z = torch.is_grad_enabled() and out_scale.requires_grad
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
-    args = (bias, offsets, lora_A, lora_B, float(scaling), float(dropout_p), seed)
-    return _lora_experts(x, *checks.weight_args(weight), *args)[0]
+    args = (bias, offsets, lora_A, lora_B, out_scale, scaling, float(dropout_p), seed, want_z)
+    return _lora_experts(x, *held, *args)[0]

@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "lora": ("lora_linear", "lora_linear_backward", "lora_residual", "lora_residual_backward"),
     "siblings": ("lora_linears", "lora_linears_backward"),
     "grouped_lora": ("grouped_lora_linear",),
-    "experts": ("lora_experts", "lora_experts_backward"),
+    "experts": ("lora_experts", "lora_experts_backward", "dora_experts_weight_norm"),
     "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
     "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
     "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
@@ -300,10 +300,12 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         a, b = draw(3, 16, k, of=torch.float32, scale=k**-0.5), draw(3, n, 16, of=torch.float32, scale=0.25)
         ends = torch.tensor([t // 2, t // 2, t - 3], device=device)
         for weight, p in ((several, 0.1), (NF4Weight.stack(stack).op_args(), 0.0)):
-            scale = (0.5, p, seed if p else None)
-            yield "lora_experts", (x, *weight, draw(3, n), ends, a, b, *scale)
-            s = REFERENCES["lora_experts"](x, *weight, None, ends, a, b, *scale)[1]
-            yield "lora_experts_backward", (grad, x, *weight, ends, a, b, s, *scale, True)
+            for g in (None, 1 + draw(3, n, of=torch.float32, scale=0.1)):
+                adapter, scale, trains = (ends, a, b, g), (0.5, p, seed if p else None), g is not None
+                yield "lora_experts", (x, *weight, draw(3, n), *adapter, *scale, trains)
+                _, s, z = REFERENCES["lora_experts"](x, *weight, None, *adapter, *scale, trains)
+                yield "lora_experts_backward", (grad, x, *weight, *adapter, s, z, *scale, True, trains)
+            yield "dora_experts_weight_norm", (*weight, ends, a, b, 0.5, dtype)
     elif family == "dora":
         g = 1 + draw(n, of=torch.float32, scale=0.1)
         forward = (x, *dense, bias, a, b, g, 0.5, 0.0, None, False, True)

@@ -7,7 +7,7 @@ from .activations import activation, activation_backward, gated_activation, gate
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
-from .experts import lora_experts
+from .experts import dora_experts, dora_experts_weight_norm, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
@@ -22,6 +22,8 @@ __all__ = [
     "activation_backward",
     "bottleneck_adapter",
     "bottleneck_adapter_backward",
+    "dora_experts",
+    "dora_experts_weight_norm",
     "dora_linear",
     "dora_linear_backward",
     "dora_weight_norm",

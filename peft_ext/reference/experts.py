@@ -1,13 +1,14 @@
-"""The linear layers of a mixture of experts over sorted rows, each with LoRA or without, in plain PyTorch.
+"""The linear layers of a mixture of experts over sorted rows, each with LoRA, with DoRA or without, in plain PyTorch.
 
     Y_t = x_t W_eᵀ + s · (dropout(x_t) A_eᵀ) B_eᵀ + b_e        for every row t of expert e
+    of DoRA, all but b_e times g_e = magnitude_e / ‖W_e + s · B_e A_e‖
 
-Source: LoRA (arXiv 2106.09685); mixtures of experts (arXiv 1701.06538).
+Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Optional, Union
 
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from ..weight import NF4Weight
 from .common import dense, dropout_seed, sum_dtype
+from .dora import dora_linear, dora_linear_backward, dora_linear_forward, dora_weight_norm
 from .lora import lora_linear, lora_linear_backward, lora_linear_forward
 
 __all__ = [
+    "dora_experts",
+    "dora_experts_weight_norm",
     "lora_experts",
     "lora_experts_backward",
     "lora_experts_forward",
     "runs",
     "seed_of",
+    "wanted_experts",
     "weight_of",
 ]
 
@@ -37,12 +42,17 @@ def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
+def wanted_experts(offsets: Optional[Tensor], count: int) -> Iterable[int]:
+    """Returns the experts that have rows; all of them where it is not said which do."""
+    return range(count) if offsets is None else (expert for expert, _ in runs(offsets))
+
+
 def weight_of(weight: Union[Tensor, NF4Weight], expert: int) -> Union[Tensor, NF4Weight]:
     """Returns an expert's ``[N, K]``, of the same memory."""
     return weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert]
 
 
-def _of(values: Optional[Tensor], expert: int) -> Optional[Tensor]:
+def _of(values: Optional[Tensor], expert: Union[int, slice]) -> Optional[Tensor]:
     return None if values is None else values[expert]
 
 
@@ -61,20 +71,26 @@ def lora_experts_forward(
     scaling: float,
     dropout_p: float,
     seed: Optional[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [S, N], S [S, R])``, zeros in the rows of no expert; S is ``[0]`` without adapters."""
+    out_scale: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``(Y [S, N], S [S, R], Z [S, N])``, zeros in the rows of no expert; S is ``[0]`` without adapters, and Z
+    without out_scale g ``[E, N]``, which makes them DoRA's."""
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])
     s = x.new_zeros(0 if lora_A is None else (x.shape[0], lora_A.shape[1]), dtype=wide)
+    z = x.new_zeros(0 if out_scale is None else y.shape)
     for expert, rows in runs(offsets):
         own, b = weight_of(weight, expert), _of(bias, expert)
+        scale = (scaling, dropout_p, seed_of(seed, expert))
         if lora_A is None or lora_B is None:
             y[rows] = F.linear(x[rows], dense(own, x.dtype), b)
+        elif out_scale is None:
+            y[rows], s[rows] = lora_linear_forward(x[rows], own, b, lora_A[expert], lora_B[expert], None, *scale)
         else:
-            y[rows], s[rows] = lora_linear_forward(
-                x[rows], own, b, lora_A[expert], lora_B[expert], None, scaling, dropout_p, seed_of(seed, expert)
+            y[rows], s[rows], z[rows] = dora_linear_forward(
+                x[rows], own, b, lora_A[expert], lora_B[expert], out_scale[expert], *scale, False
             )
-    return y, s
+    return y, s, z
 
 
 def lora_experts_backward(
@@ -88,20 +104,28 @@ def lora_experts_backward(
     scaling: float,
     dropout_p: float,
     seed: Optional[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, lora_A and lora_B, zeros for what has no rows; ``[0]`` without adapters."""
+    out_scale: Optional[Tensor] = None,
+    z: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, lora_A, lora_B and g, zeros for what has no rows; ``[0]`` of what is not given."""
     grad_x = torch.zeros_like(x)
-    grads = [x.new_zeros(0) if value is None else torch.zeros_like(value) for value in (lora_A, lora_B)]
+    grads = [x.new_zeros(0) if value is None else torch.zeros_like(value) for value in (lora_A, lora_B, out_scale)]
     for expert, rows in runs(offsets):
         own = weight_of(weight, expert)
+        scale = (scaling, dropout_p, seed_of(seed, expert))
         if lora_A is None or lora_B is None:
             grad_x[rows] = grad[rows] @ dense(own, x.dtype)
+            continue
+        adapter = (lora_A[expert], lora_B[expert])
+        if out_scale is None:
+            found = lora_linear_backward(grad[rows], x[rows], own, *adapter, None, s[rows], *scale)
         else:
-            grad_x[rows], grads[0][expert], grads[1][expert], _ = lora_linear_backward(
-                grad[rows], x[rows], own, lora_A[expert], lora_B[expert], None, s[rows], scaling, dropout_p,
-                seed_of(seed, expert),
-            )  # fmt: skip
-    return grad_x, grads[0], grads[1]
+            found = dora_linear_backward(grad[rows], x[rows], own, *adapter, out_scale[expert], s[rows],
+                                         _of(z, rows), False, *scale, False)  # fmt: skip
+            if z is not None:
+                grads[2][expert] = found[3]
+        grad_x[rows], grads[0][expert], grads[1][expert] = found[:3]
+    return grad_x, grads[0], grads[1], grads[2]
 
 
 def lora_experts(
@@ -128,4 +152,49 @@ def lora_experts(
             parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
                                      dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
     # Without a row the result hangs together with x all the same.
+    return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
+
+
+def dora_experts_weight_norm(
+    weight: Union[Tensor, NF4Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    offsets: Optional[Tensor] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """See :func:`peft_ext.ops.dora_experts_weight_norm`."""
+    dtype = dtype or weight.dtype
+    norm = lora_A.new_zeros(weight.shape[:2], dtype=sum_dtype(dtype))
+    with torch.no_grad():
+        for expert in wanted_experts(offsets, weight.shape[0]):
+            own = weight_of(weight, expert)
+            norm[expert] = dora_weight_norm(own, lora_A[expert], lora_B[expert], scaling, dtype=dtype)
+    return norm
+
+
+def dora_experts(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    weight_norm: Optional[Tensor] = None,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """See :func:`peft_ext.ops.dora_experts`; gradients come from PyTorch's autograd."""
+    seed = dropout_seed(seed, dropout_p, training, x.device)
+    parts, end = [], 0
+    for expert, rows in runs(offsets):
+        own, b, end = weight_of(weight, expert), _of(bias, expert), rows.stop
+        parts.append(dora_linear(x[rows], own, lora_A[expert], lora_B[expert], magnitude[expert], b, scaling=scaling,
+                                 dropout_p=dropout_p, training=training, weight_norm=_of(weight_norm, expert),
+                                 seed=seed_of(seed, expert)))  # fmt: skip
     return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])

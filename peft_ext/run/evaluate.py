@@ -189,8 +189,9 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
 
     Experts over NF4 have an adapter where they are accelerated alone, and are so in both.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    from ..model import register_layers
     from ..nn import NF4Experts
 
     batch = collate(run, run.examples.held_out[:REREAD])
@@ -205,7 +206,11 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     live = logits_of(model, batch)[keep]
     differs = None if accelerated is None else _largest_difference(accelerated, live)
     del accelerated
-    fresh = PeftModel.from_pretrained(fresh_base(), str(run.options.output), torch_device=str(run.device)).eval()
+    base, folder = fresh_base(), str(run.options.output)
+    config = PeftConfig.from_pretrained(folder)
+    register_layers(config, base)
+    fresh = PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device)).eval()
+    del base
     if stays:
         from ..integrations.peft import accelerate
 

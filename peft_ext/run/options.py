@@ -31,7 +31,7 @@ class Options:
         method: one of :data:`peft_ext.methods.METHODS`.
         rank, alpha, dropout: of the low-rank methods.
         target_modules: names with commas between them, or "all-linear"; None: the method's own.
-        target_parameters: names with commas between them of parameters that LoRA adapts beside the layers, or
+        target_parameters: names with commas between them of parameters that LoRA or DoRA adapts beside the layers, or
             "experts": those of a mixture's experts; None: these, where the model has some and ``target_modules`` is
             None. ``dropout`` is then theirs alone, since PEFT's configuration has none beside them.
         virtual_tokens: of prefix and prompt tuning.
@@ -159,8 +159,8 @@ def check_options(o: Options) -> None:
         )
     if o.target_modules is not None and method.kind == "prompt":
         raise RunError(f"--target-modules with --method {o.method}: it adapts no layers")
-    if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora"):
-        raise RunError(f"--target-parameters with --method {o.method}: LoRA alone adapts parameters")
+    if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora", "dora"):
+        raise RunError(f"--target-parameters with --method {o.method}: LoRA and DoRA alone adapt parameters")
     if o.method == "qlora" and o.quant == "none":
         raise RunError("--quant none with --method qlora: that is --method lora")
     if o.quant == "nf4" and not method.can_quantize:

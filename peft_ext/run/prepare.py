@@ -198,14 +198,16 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from ..model import freeze_ranknum
+    from ..model import freeze_ranknum, register_layers
 
     o = run.options
     with raised_as(RunError, f"--model {o.model}: config.json (", *_REFUSALS, after=")"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
     with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
-        model = get_peft_model(model, adapter_config(run, model))
+        config = adapter_config(run, model)
+        register_layers(config, model)
+        model = get_peft_model(model, config)
         if not o.stock:
             freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -227,6 +229,8 @@ def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
         raise RunError(f"--target-parameters experts: {type(model).__name__} has no experts that are known here")
     if "target_parameters" in fields and o.stock and o.quant == "nf4":
         raise RunError("--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none")
+    if "target_parameters" in fields and o.stock and o.method == "dora":
+        raise RunError("--stock with DoRA and experts: PEFT has none there, give --target-modules")
     return fields
 
 

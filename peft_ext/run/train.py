@@ -233,8 +233,11 @@ def adapt(run: Run, model: Any) -> Any:
     from peft.tuners.lora import LoraLayer
     from transformers import set_seed
 
+    from ..model import register_layers
+
     set_seed(run.options.seed)
     config = adapter_config(run, model)
+    register_layers(config, model)
     model = get_peft_model(model, config)
     # PEFT's layer over a bitsandbytes base draws other random numbers on the way: start every base alike, so that
     # a run and its --stock twin differ in arithmetic alone.

@@ -37,11 +37,17 @@ def operands(dtype: torch.dtype, kind: str, experts: int = 4, rows: int = 200) -
             "lora_B": draw(N, R, experts).permute(2, 0, 1), "bias": draw(experts, N, dtype=dtype)}  # fmt: skip
 
 
+def with_magnitude(held: dict) -> dict:
+    """As they are, and what makes them DoRA's."""
+    norm = ops.dora_experts_weight_norm(held["weight"], held["lora_A"], held["lora_B"], 0.5)
+    return held | {"magnitude": norm * (1 + 0.1 * torch.sin(torch.arange(norm.numel())).view(norm.shape))}
+
+
 def step(held: dict, offsets: Tensor, p: float = 0.25) -> dict[str, Tensor]:
-    leaves = {name: held[name].detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B", "bias")}
-    weight = held["weight"]
-    y = ops.lora_experts(leaves["x"], weight, offsets, leaves["lora_A"], leaves["lora_B"], leaves["bias"], scaling=0.5,
-                         dropout_p=p, training=True, seed=SEED.to(offsets.device))  # fmt: skip
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in held.items() if name != "weight"}
+    function = ops.dora_experts if "magnitude" in held else ops.lora_experts
+    y = function(weight=held["weight"], offsets=offsets, **leaves, scaling=0.5, dropout_p=p, training=True,
+                 seed=SEED.to(offsets.device))  # fmt: skip
     torch.manual_seed(1)
     y.backward(draw(*y.shape, dtype=y.dtype).to(y.device))
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
@@ -51,38 +57,44 @@ def moved(held: dict, device: torch.device) -> dict:
     return {name: value.to(device) for name, value in held.items()}
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_each_expert_is_a_layer_of_its_own(
-    routing: str, dtype: torch.dtype, kind: str, device: torch.device, pytestconfig: pytest.Config
+    routing: str, dtype: torch.dtype, kind: str, method: str, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
     """The rows of an expert, its mask among them, and what has no rows is zeros. On the CPU bit for bit; on a GPU Y and
     dX are rounded once there, and twice by the layer."""
     exact = pytestconfig.getoption("--device") == "cpu"
 
-    def same(got: Tensor, wanted: Tensor) -> bool:
-        bound = 2.0**-7 if got.dtype is torch.bfloat16 else 2.0**-20
+    def same(got: Tensor, wanted: Tensor, made_of: torch.dtype = torch.float32) -> bool:
+        bound = 2.0**-7 if torch.bfloat16 in (got.dtype, made_of) else 2.0**-20
         return torch.equal(got, wanted) if exact else ((got - wanted).norm() <= bound * wanted.norm()).item()
 
-    held, ends = moved(operands(dtype, kind), device), ROUTINGS[routing]
+    held, ends = operands(dtype, kind), ROUTINGS[routing]
+    held = moved(with_magnitude(held) if method == "dora" else held, device)
+    trained = ("lora_A", "lora_B", "magnitude") if method == "dora" else ("lora_A", "lora_B")
     found = step(held, torch.tensor(ends, device=device))
     torch.manual_seed(1)
     grad, begin = draw(200, N, dtype=dtype).to(device), 0
     for e, end in enumerate(ends):
         rows, begin = slice(begin, end), end
         if rows.start == rows.stop:
-            assert not any(found[name][e].any() for name in ("lora_A", "lora_B", "bias"))
+            assert not any(found[name][e].any() for name in (*trained, "bias"))
             continue
-        x, a, b = (t.detach().clone().requires_grad_() for t in
-                   (held["x"][rows], held["lora_A"][e], held["lora_B"][e].contiguous()))  # fmt: skip
+        x, *adapter = (t.detach().clone().contiguous().requires_grad_()
+                       for t in (held["x"][rows], *(held[name][e] for name in trained)))  # fmt: skip
         weight = held["weight"].expert(e) if kind == "nf4" else held["weight"][e]
         seed = (SEED + torch.tensor([0, e])).to(device)
-        y = ops.lora_linear(x, weight, a, b, held["bias"][e], scaling=0.5, dropout_p=0.25, training=True, seed=seed)
+        layer = ops.dora_linear if method == "dora" else ops.lora_linear
+        y = layer(x, weight, *adapter, held["bias"][e], scaling=0.5, dropout_p=0.25, training=True, seed=seed)
         y.backward(grad[rows])
         for name, wanted in (("y", y), ("x", x.grad)):
             assert same(found[name][rows], wanted.detach()), name
-        assert same(found["lora_A"][e], a.grad) and same(found["lora_B"][e], b.grad)
+        for name, value in zip(trained, adapter, strict=True):
+            # The magnitude's gradient is made of Z as it is kept.
+            assert same(found[name][e], value.grad, dtype if name == "magnitude" else torch.float32), name
     assert not found["y"][begin:].any() and not found["x"][begin:].any()
 
 
@@ -102,14 +114,15 @@ SHAPES = {
 }
 
 
-DROPPED = {"NK", "KN", "nested"}
-KINDS = (*DROPPED, "strided", "nf4", "bf16 adapters", "frozen", "NK, nothing dropped")
+DROPPED = {"NK", "KN", "nested", "DoRA"}
+DORA = {"DoRA", "DoRA, KN", "DoRA, nested", "DoRA, strided, bf16 adapters"}
+KINDS = (*DROPPED, *DORA, "strided", "nf4", "bf16 adapters", "frozen", "NK, nothing dropped")
 
 
 @pytest.mark.parametrize(
     ("dtype", "kind"),
-    [(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in sorted(KINDS)]
-    + [(torch.float16, "NK"), (torch.float16, "nf4")],
+    [(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in sorted(set(KINDS))]
+    + [(torch.float16, "NK"), (torch.float16, "nf4"), (torch.float16, "DoRA")],
     ids=str,
 )
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,17 +131,21 @@ def test_every_shape_against_float64(shape: str, dtype: torch.dtype, kind: str, 
     e, rows, p = len(counts), sum(counts) + 3, 0.25 if kind in DROPPED else 0.0
     torch.manual_seed(0)
     weight: Tensor | NF4Weight = draw(e, n, k, dtype=dtype)
-    if kind == "KN":
+    if "KN" in kind:
         weight = draw(e, k, n, dtype=dtype).transpose(1, 2)
-    elif kind == "strided":
+    elif "strided" in kind:
         weight = draw(e, n, 2, k + 3, dtype=dtype)[:, :, 1, :k]
-    elif kind in ("nf4", "nested"):
-        weight = NF4Weight.stack([nf4_weight(n, k, dtype, 64, kind == "nested") for _ in range(e)])
-    of_adapters = torch.bfloat16 if kind == "bf16 adapters" else torch.float32
+    elif kind == "nf4" or "nested" in kind:
+        weight = NF4Weight.stack([nf4_weight(n, k, dtype, 64, "nested" in kind) for _ in range(e)])
+    of_adapters = torch.bfloat16 if "bf16 adapters" in kind else torch.float32
     a, b = draw(e, r, k, dtype=of_adapters), draw(n, r, e, dtype=of_adapters).permute(2, 0, 1)
     held = {"x": draw(rows, k, dtype=dtype), "bias": draw(e, n, dtype=dtype)}
     if kind != "frozen":
         held |= {"lora_A": a, "lora_B": b}
+    wide = weight.dequantize().double() if isinstance(weight, NF4Weight) else weight.double()
+    if kind in DORA:
+        norm = reference.dora_experts_weight_norm(wide, a, b, 0.5)
+        held["magnitude"] = (norm * (1 + torch.randn(norm.shape) / 8)).to(of_adapters)
     ends, grad = torch.tensor(counts).cumsum(0), draw(rows, n, dtype=dtype)
     scale = {"scaling": 0.5, "dropout_p": p, "training": True} if kind != "frozen" else {}
 
@@ -139,19 +156,41 @@ def test_every_shape_against_float64(shape: str, dtype: torch.dtype, kind: str, 
         y.backward(of(grad))
         return [y, *(leaf.grad for leaf in leaves.values())]
 
-    wide = weight.dequantize().double() if isinstance(weight, NF4Weight) else weight.double()
-    function = ops.experts_linear if kind == "frozen" else ops.lora_experts
-    found = run(lambda value: value.to(device), function, weight.to(device))
+    ours, plain = (ops.dora_experts, reference.dora_experts) if kind in DORA else (
+        ops.experts_linear if kind == "frozen" else ops.lora_experts, reference.lora_experts)  # fmt: skip
+    found = run(lambda value: value.to(device), ours, weight.to(device))
     bound = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
-    for got, want in zip(found, run(Tensor.double, reference.lora_experts, wide), strict=True):
+    for got, want in zip(found, run(Tensor.double, plain, wide), strict=True):
         assert (got.cpu().double() - want).norm() <= max(bound[got.dtype], bound[dtype]) * want.norm()
     assert found[2 if kind == "frozen" else 3].stride() == held["bias" if kind == "frozen" else "lora_A"].stride()
 
 
+@pytest.mark.parametrize("kind", ["dense", "nested"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_of_the_experts_that_have_rows(shape: str, kind: str, device: torch.device) -> None:
+    counts, k, n, r = SHAPES[shape]
+    torch.manual_seed(0)
+    weight: Tensor | NF4Weight = draw(len(counts), n, k, dtype=torch.bfloat16)
+    if kind == "nested":
+        weight = NF4Weight.stack([nf4_weight(n, k, torch.bfloat16, 64, True) for _ in counts])
+    a, b = draw(len(counts), r, k), draw(n, r, len(counts)).permute(2, 0, 1)
+    wanted = reference.dora_experts_weight_norm(weight.dequantize().double() if kind == "nested" else weight.double(),
+                                                a.double(), b.double(), 2.0)  # fmt: skip
+    has = torch.tensor(counts) > 0
+    for offsets in (None, torch.tensor(counts, device=device).cumsum(0)):
+        found = ops.dora_experts_weight_norm(weight.to(device), a.to(device), b.to(device), 2.0, offsets=offsets).cpu()
+        assert found.dtype is torch.float32
+        asked = wanted if offsets is None else wanted * has[:, None]
+        # A GPU takes the factors in two bfloat16 terms.
+        torch.testing.assert_close(found, asked.float(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.cpu_only("it is about CPU threads")
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype) -> None:
+def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype, method: str) -> None:
     held = operands(dtype, "nf4" if dtype is torch.bfloat16 else "dense", experts=40, rows=700)
+    held = with_magnitude(held) if method == "dora" else held
     counts = torch.randint(0, 20, (40,), generator=torch.Generator().manual_seed(0))
     counts[7] = 700 - int(counts.sum()) + int(counts[7])  # more than a thread's share
     offsets, before, found = counts.cumsum(0), torch.get_num_threads(), []
@@ -163,7 +202,7 @@ def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         for name, wanted in found[0].items():
-            assert torch.equal(other[name], wanted) or (dtype is torch.float32 and name in ("y", "x")), name
+            assert torch.equal(other[name], wanted) or (dtype is torch.float32 and name in ("y", "x", "magnitude")), name
             torch.testing.assert_close(other[name], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -196,8 +235,20 @@ def test_a_gpu_stays_within_its_memory(
     """Whatever the offsets say; the emulator checks each access."""
     if pytestconfig.getoption("--device") == "cpu":
         pytest.skip("the CPU refuses them")
-    found = step(moved(operands(torch.bfloat16, kind), device), torch.tensor(ends, device=device))
-    assert all(value.shape for value in found.values())
+    held = operands(torch.bfloat16, kind)
+    for each in (held, with_magnitude(held)):
+        found = step(moved(each, device), torch.tensor(ends, device=device))
+        assert all(value.shape for value in found.values())
+
+
+def test_what_nobody_has_is_not_touched(device: torch.device) -> None:
+    """Rows behind the last expert's may hold anything; neither it nor an expert without rows reaches a result."""
+    held, ends = with_magnitude(operands(torch.bfloat16, "dense")), torch.tensor([20, 20, 70, 120])
+    clean = step(moved(held, device), ends.to(device))
+    held["x"][120:] = float("nan")
+    held["magnitude"][1] = float("nan")
+    for name, value in step(moved(held, device), ends.to(device)).items():
+        assert torch.equal(value, clean[name]), name
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

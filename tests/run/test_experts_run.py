@@ -42,6 +42,20 @@ def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path
     assert len(experts) == 4 and all(tensor.any() for tensor in experts)
 
 
+def test_a_run_of_dora_on_experts(mixture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert finetune(mixture, out, "--method", "dora", "--quant", "none", "--lr", "0.02", steps=12) == 0
+    found = report(out)
+    assert found["check"]["ok"] and found["fused"]["fused"] == found["fused"]["layers"]
+    assert {g["kind"] for g in found["fused"]["groups"]} >= {
+        "DoRA with dropout 0.05 over Qwen3MoeExperts.gate_up_proj",
+        "DoRA with dropout 0.05 over Qwen3MoeExperts.down_proj",
+    }
+    assert found["losses"][-1] < found["losses"][0]
+    assert finetune(mixture, tmp_path / "nf4", "--method", "dora", steps=2) == 0
+    assert report(tmp_path / "nf4")["check"]["ok"]
+
+
 def test_names_instead_of_all(mixture: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--target-parameters", "mlp.experts.down_proj", "--quant", "none", "--gradient-checkpointing")
@@ -61,7 +75,9 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--method", "ia3"), "--target-parameters with --method ia3: LoRA alone adapts parameters"),
+        (("--method", "ia3"), "--target-parameters with --method ia3: LoRA and DoRA alone adapt parameters"),
+        (("--stock", "--quant", "none", "--method", "dora"),
+         "--stock with DoRA and experts: PEFT has none there, give --target-modules"),
         (("--stock",), "--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none"),
     ],
 )

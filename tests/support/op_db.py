@@ -210,23 +210,48 @@ def _experts_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
     return NF4Weight.stack([nf4_weight(n, k, dtype, 64, base == "nested") for _ in range(_EXPERTS)])
 
 
+def _experts_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch.dtype) -> dict[str, Any]:
+    tokens, k, n, r = shape
+    rows = math.prod(tokens)
+    return {
+        "x": randn(rows, k, dtype=dtype),
+        "weight": _experts_weight(base, n, k, dtype),
+        "offsets": torch.tensor(_ends(rows)),
+        "compute": dtype,
+        "lora_A": randn(_EXPERTS, r, k, dtype=adapters, scale=0.1),
+        # As PEFT keeps it: the ranks before the experts.
+        "lora_B": randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1),
+    }
+
+
+def _dropped_rows(rows: Tensor, expert: int, dropout_p: float) -> Tensor:
+    """The rows of an expert, which has a mask of its own."""
+    seed = SEED + torch.tensor([0, expert])
+    kept = torch.where(reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0)
+    return kept if dropout_p else rows
+
+
+def _by_expert(x: Tensor, weight: Any, offsets: Tensor, run: Any) -> Tensor:
+    """run(its weight, its rows, its number) of each expert, and zeros in the rows of none."""
+    parts, begin = [], 0
+    for expert, end in enumerate(offsets.tolist()):
+        own, rows, begin = (
+            weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert],
+            x[begin:end],
+            end,
+        )
+        parts.append(run(own, rows, expert))
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - begin, weight.shape[1])])
+
+
 def _lora_experts_case(
     base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, lora: bool = True
 ) -> Case:
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        tokens, k, n, r = shape
-        rows, adapters = math.prod(tokens), adapter_dtype or dtype
-        inputs = {
-            "x": randn(rows, k, dtype=dtype),
-            "weight": _experts_weight(base, n, k, dtype),
-            "offsets": torch.tensor(_ends(rows)),
-            "bias": randn(_EXPERTS, n, dtype=dtype) if with_bias else None,
-            "compute": dtype,
-        }
-        if lora:
-            inputs["lora_A"] = randn(_EXPERTS, r, k, dtype=adapters, scale=0.1)
-            # As PEFT keeps it: the ranks before the experts.
-            inputs["lora_B"] = randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1)
+        inputs = _experts_inputs(base, dtype, shape, adapter_dtype or dtype)
+        inputs["bias"] = randn(_EXPERTS, shape[2], dtype=dtype) if with_bias else None
+        if not lora:
+            del inputs["lora_A"], inputs["lora_B"]
         return Sample(inputs, ("x", *(("lora_A", "lora_B") if lora else ()), *(("bias",) if with_bias else ())))
 
     def call(x, weight, offsets, bias, compute, lora_A=None, lora_B=None, scaling=0.75, dropout_p=dropout_p,
@@ -238,28 +263,83 @@ def _lora_experts_case(
                                 training=training, seed=seed)  # fmt: skip
 
     def plain(x, weight, offsets, bias, compute, lora_A=None, lora_B=None):
-        parts, begin = [], 0
-        for expert, end in enumerate(offsets.tolist()):
-            own, rows, begin = (
-                weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert],
-                x[begin:end],
-                end,
-            )
+        def run(own: Any, rows: Tensor, expert: int) -> Tensor:
             y = F.linear(rows, _dequantized(own, compute).to(x.dtype), None if bias is None else bias[expert])
-            if lora_A is not None:
-                seed = SEED + torch.tensor([0, expert])
-                kept = torch.where(
-                    reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0
-                )
-                low = F.linear(kept if dropout_p else rows, lora_A[expert].to(x.dtype))
-                y = y + F.linear(low, lora_B[expert].to(x.dtype)) * 0.75
-            parts.append(y)
-        return torch.cat([*parts, x.new_zeros(x.shape[0] - begin, weight.shape[1])])
+            if lora_A is None:
+                return y
+            low = F.linear(_dropped_rows(rows, expert, dropout_p), lora_A[expert].to(x.dtype))
+            return y + F.linear(low, lora_B[expert].to(x.dtype)) * 0.75
+
+        return _by_expert(x, weight, offsets, run)
 
     name = case_name("lora_experts" if lora else "experts_linear", base, dropout_p, adapter_dtype, bias=with_bias)
     return Case(
         name, "lora", make, call, plain,
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
+    )  # fmt: skip
+
+
+def _plain_experts_norm(weight: Any, lora_A: Tensor, lora_B: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
+    own = [weight.expert(e) if isinstance(weight, NF4Weight) else weight[e] for e in range(_EXPERTS)]
+    return torch.stack([_plain_norm(_dequantized(one, compute).to(dtype), a, b)
+                        for one, a, b in zip(own, lora_A, lora_B, strict=True)])  # fmt: skip
+
+
+def _dora_experts_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        inputs = _experts_inputs(base, dtype, shape, adapter_dtype or dtype)
+        return Sample({k: v for k, v in inputs.items() if k not in ("x", "offsets")}, ())
+
+    def call(weight, lora_A, lora_B, compute, scaling=0.75, dtype=None, offsets=None):
+        return ops.dora_experts_weight_norm(weight, lora_A, lora_B, scaling, dtype=dtype, offsets=offsets)
+
+    def plain(weight, lora_A, lora_B, compute):
+        return _plain_experts_norm(weight, lora_A, lora_B, compute, torch.promote_types(compute, lora_A.dtype))
+
+    name = case_name("dora_experts_weight_norm", base, 0.0, adapter_dtype)
+    return Case(name, "dora", make, call, plain, result=lambda dtype, shape: (torch.float32, (_EXPERTS, shape[2])))
+
+
+def _dora_experts_case(
+    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None
+) -> Case:
+    def norm(inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
+        return _plain_experts_norm(*(inputs[key] for key in ("weight", "lora_A", "lora_B", "compute")), dtype)
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        adapters = adapter_dtype or dtype
+        inputs = _experts_inputs(base, dtype, shape, adapters)
+        inputs["bias"] = randn(_EXPERTS, shape[2], dtype=dtype) if with_bias else None
+        scale = 1.0 + randn(_EXPERTS, shape[2], dtype=torch.float64, scale=0.2)
+        _shrink_some(scale[0])
+        inputs["magnitude"] = (norm(inputs, torch.float64) * scale).to(adapters)
+        return Sample(inputs, ("x", "lora_A", "lora_B", "magnitude", *(("bias",) if with_bias else ())))
+
+    def call(x, weight, offsets, bias, compute, lora_A, lora_B, magnitude, scaling=0.75, dropout_p=dropout_p,
+             training=True, seed=None, weight_norm=None):  # fmt: skip
+        seed = _seed_beside(x) if seed is None else seed
+        return ops.dora_experts(x, weight, offsets, lora_A, lora_B, magnitude, bias, scaling=scaling,
+                                dropout_p=dropout_p, training=training, weight_norm=weight_norm, seed=seed)  # fmt: skip
+
+    def plain(x, weight, offsets, bias, compute, lora_A, lora_B, magnitude, weight_norm=None):
+        if weight_norm is None:
+            weight_norm = _plain_experts_norm(weight, lora_A, lora_B, compute, x.dtype).detach()
+        g = magnitude.to(x.dtype) / weight_norm.to(x.dtype)
+
+        def run(own: Any, rows: Tensor, expert: int) -> Tensor:
+            z = F.linear(rows, _dequantized(own, compute).to(x.dtype))
+            low = F.linear(_dropped_rows(rows, expert, dropout_p), lora_A[expert].to(x.dtype))
+            y = g[expert] * (z + F.linear(low, lora_B[expert].to(x.dtype)) * 0.75)
+            return y if bias is None else y + bias[expert]
+
+        return _by_expert(x, weight, offsets, run)
+
+    name = case_name("dora_experts", base, dropout_p, adapter_dtype, bias=with_bias)
+    return Case(
+        name, "dora", make, call, plain,
+        from_product=("magnitude",),
+        result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
+        held=lambda sample: {"weight_norm": norm(sample.inputs, torch.float64).detach()},
     )  # fmt: skip
 
 
@@ -576,6 +656,13 @@ CASES: tuple[Case, ...] = (
     _lora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
     _lora_experts_case("nested", adapter_dtype=torch.float32),
     _lora_experts_case("dense", with_bias=True, lora=False),
+    _dora_experts_norm_case("dense"),
+    _dora_experts_norm_case("transposed", adapter_dtype=torch.float32),
+    _dora_experts_norm_case("nested", adapter_dtype=torch.float32),
+    _dora_experts_case("dense", with_bias=True, dropout_p=0.1),
+    _dora_experts_case("transposed", adapter_dtype=torch.float32),
+    _dora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    _dora_experts_case("nested", adapter_dtype=torch.float32),
     _lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
     _lora_residual_case(),
     _lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),

@@ -1,11 +1,11 @@
 // A mixture's product, each row against its expert's own weight, with all that comes to it, in one launch:
 //
-//   out [rows, C] = D W_eᵀ + mask ∘ (L F_eᵀ) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
+//   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// forward D is x, W_e as it is, L is s S, F_e is B_e; for dX D is dY, W_e's transpose, L is P, F_e is A_e's transpose,
-// behind the dropout's mask. W is dense, in either order of storage, or NF4, decoded on the way: what is contiguous is
-// what is summed over (kAlong) or the columns (kAcross); of other strides and sizes the elements come one by one
-// (kAny). Rows of no expert are zeros.
+// g is DoRA's, or not there, and what it scales may be kept beside. Forward D is x, W_e as it is, L is s S, F_e is B_e;
+// for dX D is dY, W_e's transpose, L is P, F_e is A_e's transpose, behind the dropout's mask. W is dense, in either
+// order of storage, or NF4, decoded on the way: what is contiguous is what is summed over (kAlong) or the columns
+// (kAcross); of other strides and sizes the elements come one by one (kAny). Rows of no expert are zeros.
 //
 // A block of 8 warps owns a tile of 64 rows of one expert and 128 columns; warp w rows 32 (w % 2) …, columns 32 (w / 2)
 // …, and what a tile lacks of 64 rows costs no products. Blocks of one tile of rows are neighbours: D comes from memory
@@ -18,6 +18,7 @@
 // Bytes moved: D, W of the experts that have rows and out, once; D comes C / 128 times from L2, W once for 64 rows.
 #pragma once
 
+#include "experts/cuda/stack_view.cuh"
 #include "linear/cuda/expand.cuh"
 
 namespace peft_ext {
@@ -33,15 +34,6 @@ constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 // What lies in one piece in W.
 enum class StackOrder { kAlong, kAcross, kAny };
 
-// Frozen weights of all experts: element (column, inner) of expert e is by_expert e + by_column column + by_inner
-// inner.
-struct StackView {
-  const void* dense;                       // or null:
-  Nf4View nf4;                             // the first expert's
-  int64_t codes, scales, groups;           // from an expert's to the next's: packed bytes, absmax, nested_absmax
-  int64_t by_expert, by_column, by_inner;  // elements; of NF4 by_expert is 0
-};
-
 struct ExpertsProduct {
   void* out;         // T [rows, columns]
   const void* left;  // D, contiguous
@@ -49,6 +41,8 @@ struct ExpertsProduct {
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
   const void* bias;       // T [experts, columns], or null
+  const float* scale;     // g [experts, columns], or null
+  void* z;                // T [rows, columns], what g scales: or null
   Terms low_left;         // L, in the tiles' order; data null: none
   Terms low_right;        // F of the first expert
   int64_t right_stride;   // to the next, in 16 bytes
@@ -78,19 +72,6 @@ __device__ __forceinline__ void store_group(SharedAt to, const float* values) {
     store_shared_16(to, make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
                                    pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7])));
   }
-}
-
-__device__ __forceinline__ Nf4View nf4_of_expert(const StackView& weight, int64_t expert) {
-  Nf4View own = weight.nf4;
-  own.packed += expert * weight.codes;
-  if (own.nested_absmax != nullptr) {
-    own.absmax = static_cast<const uint8_t*>(own.absmax) + expert * weight.scales;
-    own.nested_absmax += expert * weight.groups;
-    own.nested_offset += expert;
-  } else {
-    own.absmax = static_cast<const float*>(own.absmax) + expert * weight.scales;
-  }
-  return own;
 }
 
 // The codes of a slab that a thread decodes, half a slab's elements in a row, and what says their scale.
@@ -224,6 +205,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
     float bias[kVector] = {};
     if (work.bias != nullptr && run.expert >= 0)
       load_columns(static_cast<const T*>(work.bias) + run.expert * work.columns, first, work.columns, kWhole, bias);
+    const bool scaled = work.scale != nullptr && run.expert >= 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp * 16 + g + 8 * half;
@@ -251,7 +233,17 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
       }
       before(row, first, product);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = values[i] + product[i] + bias[i];
+      for (int i = 0; i < kVector; ++i) values[i] += product[i];
+      if (work.z != nullptr)
+        save_columns(static_cast<T*>(work.z) + (run.first + row) * work.columns, first, work.columns, kWhole, values);
+      if (scaled) {
+        float scale[kVector];
+        load_columns(work.scale + run.expert * work.columns, first, work.columns, kWhole, scale);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] *= scale[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] += bias[i];
       save_columns(static_cast<T*>(work.out) + (run.first + row) * work.columns, first, work.columns, kWhole, values);
     }
   }
@@ -461,10 +453,10 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
                             });
 }
 
-// The same onto a product that PyTorch has made: out += mask ∘ (L F_eᵀ) + b_e, and zeros in the rows of no expert.
+// The same onto a product that PyTorch has made and left in out, and zeros in the rows of no expert.
 // Grid: as above, of 64 columns.
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kExpandThreads) experts_onto_kernel(ExpertsProduct work) {
+__global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
   const int64_t row_tile = blockIdx.x / work.column_tiles, column_tile = blockIdx.x % work.column_tiles;
   const RowRun run = work.tiles[row_tile];
   if (run.rows == 0) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/tensor.cuh"
+#include "experts/cuda/dora.cuh"
 #include "experts/cuda/product.cuh"
 
 namespace peft_ext {
@@ -18,5 +19,11 @@ void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work
 // onto: a product that is there.
 template <typename T>
 void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
+
+template <typename T>
+void launch_experts_norm(const Launcher& launcher, const StackNorm& work, bool nf4, bool whole, int64_t experts);
+
+template <typename T>
+void launch_scale_runs(const Launcher& launcher, const ScaleRuns& work, bool whole, int64_t row_tiles);
 
 }  // namespace peft_ext

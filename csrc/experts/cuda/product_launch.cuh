@@ -25,4 +25,17 @@ void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, b
            kExpandThreads, work);
 }
 
+template <typename T>
+void launch_experts_norm(const Launcher& launcher, const StackNorm& work, bool nf4, bool whole, int64_t experts) {
+  const auto kernel = nf4 ? (whole ? experts_norm_kernel<T, true, true> : experts_norm_kernel<T, true, false>)
+                          : (whole ? experts_norm_kernel<T, false, true> : experts_norm_kernel<T, false, false>);
+  launcher(kernel, {ceil_div(work.outputs, kExpandTile), experts}, kExpandThreads, work);
+}
+
+template <typename T>
+void launch_scale_runs(const Launcher& launcher, const ScaleRuns& work, bool whole, int64_t row_tiles) {
+  launcher(whole ? scale_runs_kernel<T, true> : scale_runs_kernel<T, false>,
+           {row_tiles, ceil_div(work.columns, kScaleColumns)}, kScaleThreads, work);
+}
+
 }  // namespace peft_ext

@@ -13,21 +13,27 @@ struct StackSplit {
   const void* in;
   DType type;
   int64_t outer, inner, by_expert, outer_stride, inner_stride;
-  TermsOut out;        // of the first expert
-  int64_t out_stride;  // to the next, in words of 4 bytes
+  const float* inner_scale;  // [experts, inner], or null: 1
+  TermsOut out;              // of the first expert
+  int64_t out_stride;        // to the next, in words of 4 bytes
 };
 
 constexpr int kMaxStackSplits = 2;
 struct StackSplits {
   StackSplit work[kMaxStackSplits];
-  const int32_t* first_tile;  // of RunTables
+  const int64_t* ends;  // see has_rows
 };
+
+// Whether an expert may have rows, by where each one's end; where there are no ends it counts as one that has.
+__device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
+  return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
+}
 
 // Grid: x: as split_kernel's; y: experts; z: which.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   const StackSplit& work = splits.work[blockIdx.z];
   const int64_t expert = blockIdx.y;
-  if (splits.first_tile[expert] == splits.first_tile[expert + 1]) return;
+  if (!has_rows(splits.ends, expert)) return;
   Split own{};
   own.in = static_cast<const unsigned char*>(work.in) + expert * work.by_expert * (work.type == DType::kF32 ? 4 : 2);
   own.type = work.type;
@@ -35,6 +41,7 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
   own.inner = work.inner;
   own.outer_stride = work.outer_stride;
   own.inner_stride = work.inner_stride;
+  if (work.inner_scale != nullptr) own.inner_scale = work.inner_scale + expert * work.inner;
   own.out = work.out;
   own.out.data += expert * work.out_stride;
   split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
@@ -91,12 +98,14 @@ static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows 
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, padded_row, values[0], values[1]);
 }
 
-// The gradient of each expert's small matrix: out[e][column][r] = scale · Σ_chunks of e partial[chunk][column][r].
+// The gradient of each expert's small matrix:
+// out[e][column][r] = scale · column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
 struct StackReduce {
   const float* partial;        // [chunks][padded columns][padded rank]
   const int32_t* first_chunk;  // of RunTables
   int64_t columns, padded_columns, rank, padded_rank;
   float scale;
+  const float* column_scale;  // [experts, columns], or null: 1
   void* out;
   DType type;
   int64_t by_expert, by_column, by_rank;
@@ -119,11 +128,15 @@ static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(Stac
     sums[0] += part.x;
     sums[1] += part.y;
   }
+  float scale = work.scale;
+  // Of an expert without rows nothing is read: the sum is 0, whatever its scale.
+  if (work.column_scale != nullptr && work.first_chunk[expert] != work.first_chunk[expert + 1])
+    scale *= work.column_scale[expert * work.columns + column];
 #pragma unroll
   for (int e = 0; e < 2; ++e)
     if (r + e < work.rank)
       store_value(work.out, work.type, expert * work.by_expert + column * work.by_column + (r + e) * work.by_rank,
-                  work.scale * sums[e]);
+                  scale * sums[e]);
 }
 
 }  // namespace peft_ext

@@ -28,6 +28,8 @@ HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, Scal
 HeldTerms grouped_A_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t inputs, bool one);
 HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_rank, int64_t outputs, bool one,
                           ScalarType type);
+// Of several matrices [rows, rank], each as left_terms.
+HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type);
 
 // From a matrix's terms to the next's, in 16 bytes.
 inline int64_t terms_stride(const HeldTerms& held) {

@@ -41,6 +41,10 @@ HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, Scal
   return empty_terms(like, TermsOrder::kLeft, expand_terms(type), round_up(rows, kExpandTile), padded_rank);
 }
 
+HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type) {
+  return empty_terms(like, TermsOrder::kLeft, expand_terms(type), round_up(rows, kExpandTile), padded_rank, matrices);
+}
+
 HeldTerms pass_terms(const Tensor& like, int64_t padded_rank, int64_t rows) {
   return empty_terms(like, TermsOrder::kPass, kMaxTerms, padded_rank, round_up(rows, kRankTile));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -102,7 +103,7 @@ def forward(layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor
     y = ops.dora_linear(
         x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
         training=drops and dropout.training and layer.training, dropout_mode=layer.__dict__.get(DORA_DROPOUT, "peft"),
-        weight_norm=_cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
+        weight_norm=cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
     )  # fmt: skip
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
@@ -114,7 +115,7 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
     module, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
     (lora_A, lora_B), scaling, bias = layer.pair(name), layer.scaling[name], base._parameters["bias"]
     weight = nf4_from_params4bit(base._parameters["weight"], quant_state_of(base))
-    norm = _cached_norm(module, name, weight.dtype, weight, lora_A, lora_B, scaling)
+    norm = cached_norm(module, name, weight.dtype, weight, lora_A, lora_B, scaling)
     if norm is None:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
@@ -131,9 +132,10 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _cached_norm(
-    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Optional[Tensor]:
+def cached_norm(
+    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    norm_of: Callable[..., Tensor] = ops.dora_weight_norm,
+) -> Optional[Tensor]:  # fmt: skip
     """Returns the norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None."""
     if not dora.ENABLE_DORA_CACHING or module.training:
         if module._dora_cache:  # as in PEFT: what was cached may be of other adapters by the next time
@@ -144,6 +146,6 @@ def _cached_norm(
     if norm is None:
         with torch.no_grad():
             dtype = dtype if isinstance(weight, NF4Weight) else None
-            norm = ops.dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=dtype)
+            norm = norm_of(weight, lora_A, lora_B, scaling, dtype=dtype)
         module._cache_store(key, norm)
     return norm

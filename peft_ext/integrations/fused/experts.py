@@ -1,4 +1,4 @@
-"""PEFT's LoRA on the experts of a mixture (``target_parameters``) on :func:`peft_ext.ops.lora_experts`.
+"""PEFT's LoRA on the experts of a mixture (``target_parameters``) on :func:`peft_ext.ops.lora_experts`, and DoRA there.
 
 PEFT adds W + s B A of all experts on each forward, and lets the experts' own forward run over the sums. Here the rows
 of each expert meet its own weight, dense or NF4, and adapter, and no sum is made:
@@ -8,7 +8,7 @@ of each expert meet its own weight, dense or NF4, and adapter, and no sum is mad
 
 as transformers' "grouped_mm" experts compute it, whichever implementation the model is set to. The router is untouched.
 Llama 4 gives every token to every expert, times a routing weight that may be 0: there the rows come in order. Several
-active adapters are one of the sum of their ranks.
+active adapters are one of the sum of their ranks; with DoRA there is one.
 
 PEFT nests a wrapper for each parameter around the experts' module: the outermost computes, those within it run where it
 leaves the call to PEFT.
@@ -27,11 +27,15 @@ from torch import Tensor, nn
 from ... import ops
 from ..._imports import optional, version
 from ...nn.experts import NF4Experts, expert_parameters, gate, is_stored_transposed, route, routes
+from ...ops.checks import autocast_dtype
+from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from .base import DTYPES, KEPT, Fused, class_name, fuses
 from .blocks import activation_name, computed_again
+from .dora import cached_norm
+from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
-from .reasons import accepts_input, hooked, kernel_reason, layer_reason, tensor_reason
+from .reasons import accepts_input, hooked, kernel_reason, layer_reason, magnitude_reason, tensor_reason
 
 ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
@@ -132,6 +136,8 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
     """Returns why a wrapper's adapters are not fused."""
     if not (names := _names(wrapper)):
         return "no active adapter on this layer"
+    if len(names) > 1 and is_dora(wrapper, names):
+        return "several active adapters, one of them DoRA"
     for name in names:
         for kind in ("lora_A", "lora_B"):
             linear = wrapper._modules[kind]._modules[name]
@@ -144,20 +150,15 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
                 return f"{kind} is {str(weight.dtype).removeprefix('torch.')}, wanted float32, bfloat16 or float16"
         if not isinstance(wrapper.scaling[name], (int, float)):
             return "its scaling is a tensor"
+        module = wrapper._modules["lora_magnitude_vector"]._modules.get(name)
+        if module is not None and (reason := magnitude_reason(module, dim=2)):
+            return reason
     return None
 
 
-def _adapter(wrapper: Any, names: list[str], count: int, transposed: bool) -> tuple[Tensor, Tensor, float]:
-    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of a wrapper's adapters."""
-    found = []
-    for name in names:
-        a, b = (wrapper._modules[kind]._modules[name]._parameters["weight"] for kind in ("lora_A", "lora_B"))
-        a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
-        if transposed is wrapper._did_swap_in_out_features:
-            # PEFT takes the parameter, as it is stored, for [E, out, in]; here it is the other way round, and so are
-            # A and B.
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        found.append((a, b, float(wrapper.scaling[name])))
+def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
+    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of a wrapper's adapters together."""
+    found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
     return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
@@ -177,11 +178,15 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
             rows = rows.to(weight.dtype)
     if (wrapper := adapters.get(name)) is None:
         return ops.experts_linear(rows, weight, offsets, bias)
-    lora_A, lora_B, scaling = _adapter(wrapper, _names(wrapper), weight.shape[0], transposed)
-    return ops.lora_experts(
-        rows, weight, offsets, lora_A, lora_B, bias, scaling=scaling,
-        dropout_p=wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), training=wrapper.training,
-    )  # fmt: skip
+    names = _names(wrapper)
+    lora_A, lora_B, scaling = _adapter(wrapper, names)
+    dropout = {"dropout_p": wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), "training": wrapper.training}
+    if (magnitude := magnitude_of(wrapper, names[0])) is None:
+        return ops.lora_experts(rows, weight, offsets, lora_A, lora_B, bias, scaling=scaling, **dropout)
+    module, dtype = wrapper._modules["lora_magnitude_vector"]._modules[names[0]], autocast_dtype(rows) or rows.dtype
+    norm = cached_norm(module, names[0], dtype, weight, lora_A, lora_B, scaling, ops.dora_experts_weight_norm)
+    return ops.dora_experts(rows, weight, offsets, lora_A, lora_B, magnitude, bias, scaling=scaling, weight_norm=norm,
+                            **dropout)  # fmt: skip
 
 
 def _known_gate(experts: Any) -> Optional[str]:
@@ -239,45 +244,70 @@ def _has_hooks(act: Any) -> bool:
     return isinstance(act, nn.Module) and hooked(act)
 
 
+class MergesExperts:
+    """merge and unmerge of a wrapper over :class:`NF4Experts`; over dense experts the stock class's own."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """As :class:`.merging.MergesNF4` does it, expert by expert: always from the weight that was kept."""
+        experts, parameter = self.get_base_layer(), self.parameter_name
+        if not isinstance(experts, NF4Experts):
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if check_adapters_to_merge is None:
+            raise RuntimeError(f"merge: {version('peft')} has no peft.tuners.tuners_utils.check_adapters_to_merge")
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        kept = self.__dict__.get(KEPT, experts.nf4(parameter))
+        weight, together = kept.to(experts.nf4(parameter).device), [*self.merged_adapters, *names]
+        if len(together) > 1 and is_dora(self, together):
+            raise ValueError(
+                f"merge: the adapters {', '.join(together)}, one of them DoRA, into NF4 experts: merge one alone, or "
+                "call peft_ext.dequantize_nf4(model) before it"
+            )
+        with torch.no_grad():
+            lora_A, lora_B, scaling = _adapter(self, together)
+            scales: Any = [None] * weight.shape[0]
+            if (magnitude := magnitude_of(self, together[0])) is not None:
+                scales = output_scale(magnitude, ops.dora_experts_weight_norm(weight, lora_A, lora_B, scaling))
+            merged = [
+                ops.nf4_merge(weight.expert(e), lora_A[e].contiguous(), (lora_B[e] * scaling).contiguous(),
+                              row_scale=scales[e])
+                for e in range(weight.shape[0])
+            ]  # fmt: skip
+        if safe_merge and not all(math.isfinite(error) for _, error in merged):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(together)} seems to be "
+                             "broken")  # fmt: skip
+        experts.set_nf4(parameter, replace(NF4Weight.stack([one for one, _ in merged]), dtype=weight.dtype))
+        self.__dict__[KEPT] = kept
+        self.merged_adapters.extend(names)
+        warnings.warn(MERGE_LOSES, stacklevel=2)
+
+    def unmerge(self) -> None:
+        experts = self.get_base_layer()
+        if not self.merged or not isinstance(experts, NF4Experts):
+            return super().unmerge()
+        if KEPT not in self.__dict__:
+            raise RuntimeError("the NF4 weight from before the merge is not here: it was merged elsewhere")
+        kept = self.__dict__.pop(KEPT)
+        experts.set_nf4(self.parameter_name, kept.to(experts.nf4(self.parameter_name).device))
+        self.merged_adapters.clear()
+
+
 if ParamWrapper is not None:
 
     @fuses(ParamWrapper)
-    class FusedExperts(Experts, ParamWrapper):
+    class FusedExperts(MergesExperts, Experts, ParamWrapper):
         """LoRA on one parameter of a mixture's experts."""
 
-        def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-            """As :class:`.merging.MergesNF4` does it, expert by expert: always from the weight that was kept."""
-            experts, parameter = self.get_base_layer(), self.parameter_name
-            if not isinstance(experts, NF4Experts):
-                return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            if check_adapters_to_merge is None:
-                raise RuntimeError(f"merge: {version('peft')} has no peft.tuners.tuners_utils.check_adapters_to_merge")
-            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-            if not names:
-                return
-            kept = self.__dict__.get(KEPT, experts.nf4(parameter))
-            weight, together = kept.to(experts.nf4(parameter).device), [*self.merged_adapters, *names]
-            with torch.no_grad():
-                found = _adapter(self, together, weight.shape[0], is_stored_transposed(experts))
-                lora_A, lora_B, scaling = found
-                merged = [
-                    ops.nf4_merge(weight.expert(e), lora_A[e].contiguous(), (lora_B[e] * scaling).contiguous())
-                    for e in range(weight.shape[0])
-                ]
-            if safe_merge and not all(math.isfinite(error) for _, error in merged):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(together)} seems to be "
-                                 "broken")  # fmt: skip
-            experts.set_nf4(parameter, replace(NF4Weight.stack([one for one, _ in merged]), dtype=weight.dtype))
-            self.__dict__[KEPT] = kept
-            self.merged_adapters.extend(names)
-            warnings.warn(MERGE_LOSES, stacklevel=2)
+        def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+            if not (config.use_dora and expert_parameters(self.get_base_layer())):
+                return super().update_layer(adapter_name, *args, config=config, **kwargs)
+            self.__class__ = FusedDoraExperts  # which can take it
+            self.update_layer(adapter_name, *args, config=config, **kwargs)
 
-        def unmerge(self) -> None:
-            experts = self.get_base_layer()
-            if not self.merged or not isinstance(experts, NF4Experts):
-                return super().unmerge()
-            if KEPT not in self.__dict__:
-                raise RuntimeError("the NF4 weight from before the merge is not here: it was merged elsewhere")
-            kept = self.__dict__.pop(KEPT)
-            experts.set_nf4(self.parameter_name, kept.to(experts.nf4(self.parameter_name).device))
-            self.merged_adapters.clear()
+
+if DoraParamWrapper is not None:
+
+    @fuses(DoraParamWrapper)
+    class FusedDoraExperts(MergesExperts, Experts, DoraParamWrapper):
+        """LoRA or DoRA on one parameter of a mixture's experts."""

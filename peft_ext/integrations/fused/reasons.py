@@ -394,10 +394,15 @@ def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
 def _magnitude_reason(module: nn.Module) -> Optional[str]:
     if type(module) is not dora.DoraLinearLayer:
         return f"lora_magnitude_vector is a {type(module).__name__}, wanted DoraLinearLayer"
+    return magnitude_reason(module, dim=1)
+
+
+def magnitude_reason(module: nn.Module, *, dim: int) -> Optional[str]:
+    """Returns why a module with DoRA's magnitude, a tensor of so many dimensions, is not fused."""
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
     magnitude = module._parameters.get("weight")
-    if reason := tensor_reason("lora_magnitude_vector", magnitude, dim=1):
+    if reason := tensor_reason("lora_magnitude_vector", magnitude, dim=dim):
         return reason
     if magnitude.dtype not in DTYPES:
         return f"lora_magnitude_vector is {short(magnitude.dtype)}, wanted float32, bfloat16 or float16"

@@ -1,0 +1,215 @@
+// What DoRA asks of a mixture's experts beside the product: the norm of each row of W_e + s B_e A_e, and in the
+// backward G = g_e ∘ dY, whose product dX is, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
+#pragma once
+
+#include "experts/cuda/stack_view.cuh"
+#include "experts/cuda/stacks.cuh"
+#include "linear/cuda/expand.cuh"
+
+namespace peft_ext {
+
+// --- the norm
+
+struct StackNorm {
+  StackView weight;                   // a column is an output, a row of W
+  Terms left, right;                  // B and A's transpose, of the first expert
+  int64_t left_stride, right_stride;  // to the next, in 16 bytes
+  const int64_t* ends;                // see has_rows: the norms of the others are zeros
+  float scaling;
+  int64_t outputs, inputs;
+  float* norm;  // [experts, outputs]
+};
+
+// Two values as a T holds them.
+template <typename T>
+__device__ __forceinline__ void round_pair(float& low, float& high) {
+  if constexpr (sizeof(T) == 2) {
+    const float2 rounded = unpack2<T>(pack2<T>(low, high));
+    low = rounded.x;
+    high = rounded.y;
+  }
+}
+
+// Eight elements of a row of an expert's W from column `first` on, zeros beyond the last. whole: they lie in one piece,
+// NF4's with one scale.
+template <typename T, bool kNf4, bool kWhole>
+__device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
+                                             int64_t first, int64_t inputs, float (&values)[kVector]) {
+  if constexpr (kNf4) {
+    const int64_t flat = row * inputs + first;
+    if constexpr (kWhole) {
+      const uint32_t codes = load_cached(reinterpret_cast<const uint32_t*>(nf4.packed + flat / 2));
+      const float scale = nf4_scale(nf4, flat >> nf4.log2_blocksize);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] = fmul_rn(kNf4DeviceCode[codes >> 4 * (i ^ 1) & 15], scale);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        values[i] = 0.0f;
+        if (first + i >= inputs) continue;
+        const uint8_t byte = nf4.packed[(flat + i) / 2];
+        values[i] = fmul_rn(kNf4DeviceCode[(flat + i) % 2 == 0 ? byte >> 4 : byte & 15],
+                            nf4_scale(nf4, (flat + i) >> nf4.log2_blocksize));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; i += 2) round_pair<T>(values[i], values[i + 1]);
+  } else if constexpr (kWhole) {
+    load_vector(dense + row * view.by_column + first, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      values[i] = first + i < inputs ? load_value(dense + row * view.by_column + (first + i) * view.by_inner) : 0.0f;
+  }
+}
+
+// A block of 4 warps owns 64 rows of an expert's W, a warp 16, and goes through them in tiles of 64 columns: each meets
+// its elements of s B A as expand_kernel makes them, and is squared. What W a lane needs of a tile is on its way while
+// the product is made. float32 sums. Bytes moved: W of the experts that have rows, once.
+// Grid: x: tiles of rows; y: experts.
+template <typename T, bool kNf4, bool kWhole>
+__global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t expert = blockIdx.y, row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
+  const bool wanted = has_rows(work.ends, expert);
+  Terms left = work.left;
+  left.data += expert * work.left_stride;
+  const uint4* right = work.right.data + expert * work.right_stride;
+  const T* dense = static_cast<const T*>(work.weight.dense) + (kNf4 ? 0 : expert * work.weight.by_expert);
+  const Nf4View nf4 = kNf4 ? nf4_of_expert(work.weight, expert) : Nf4View{};
+  const int64_t steps = left.inner / 16, tiles = wanted ? (work.inputs + kExpandTile - 1) / kExpandTile : 0;
+  float squares[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    float w[2][2][kVector];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t first = tile * kExpandTile + 32 * h + 8 * t, at = row + 8 * half;
+        if (at < work.outputs && first < work.inputs) {
+          load_weights<T, kNf4, kWhole>(work.weight, dense, nf4, at, first, work.inputs, w[h][half]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) w[h][half][i] = 0.0f;
+        }
+      }
+    float sums[2][4][4] = {};
+    // A fresh accumulator per 64 ranks, as in expand_kernel.
+#pragma unroll 1
+    for (int64_t first = 0; first < steps; first += 4) {
+      float fresh[2][4][4] = {};
+      const int64_t last = min_of(first + 4, steps);
+#pragma unroll 1
+      for (int64_t step = first; step < last; ++step)
+        expand_product<T, kExpandLeftTerms<T>>(left, right, blockIdx.x * 4 + threadIdx.x / kWarpSize,
+                                               static_cast<uint32_t>(tile), step, fresh);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[h][j][i] += fresh[h][j][i];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const float value = fma_rn(work.scaling, sums[h][i / 2][2 * half + i % 2], w[h][half][i]);
+          squares[half] = fma_rn(value, value, squares[half]);
+        }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    squares[half] += shuffle_xor(squares[half], 1);
+    squares[half] += shuffle_xor(squares[half], 2);
+    if (t == 0 && row + 8 * half < work.outputs)
+      work.norm[expert * work.outputs + row + 8 * half] = sqrtf(squares[half]);
+  }
+}
+
+// --- G
+
+struct ScaleRuns {
+  const void* grad;    // dY, T [rows, columns], contiguous
+  const void* z;       // Z, the same, or null
+  const float* scale;  // g [experts, columns]
+  const RowRun* tiles;
+  int64_t columns;
+  void* out;       // G, zeros in the rows of no expert; or null
+  float* partial;  // Σ dY ∘ Z of a tile [tiles, columns], with z
+};
+
+constexpr int kScaleThreads = 256;
+constexpr int kScaleWarps = kScaleThreads / kWarpSize;
+constexpr int kScaleColumns = kWarpSize * kVector;
+
+struct ScaleShared {
+  float sums[kScaleWarps][kScaleColumns];
+};
+
+// A block owns a tile of 64 rows and 256 columns, a warp every eighth row, a lane 8 columns.
+// Grid: x: tiles of rows; y: tiles of columns. Bytes moved: dY and Z, read once; G, written once.
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
+  PEFT_EXT_SHARED(ScaleShared, shared);
+  const RowRun run = work.tiles[blockIdx.x];
+  if (run.rows == 0) return;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kScaleColumns + lane * kVector;
+  const bool there = first < work.columns;
+  float scale[kVector] = {}, sums[kVector] = {};
+  if (there && run.expert >= 0)
+    load_columns(work.scale + run.expert * work.columns, first, work.columns, kWhole, scale);
+#pragma unroll 2
+  for (int row = warp; row < run.rows; row += kScaleWarps) {
+    if (!there) break;
+    const int64_t at = (run.first + row) * work.columns;
+    float values[kVector];
+    load_columns(static_cast<const T*>(work.grad) + at, first, work.columns, kWhole, values);
+    if (work.z != nullptr) {
+      float z[kVector];
+      load_columns(static_cast<const T*>(work.z) + at, first, work.columns, kWhole, z);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
+    }
+    if (work.out == nullptr) continue;
+    // The rows of no expert may hold anything, NaN too.
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
+    save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);
+  }
+  if (work.partial == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) shared.sums[warp][i * kWarpSize + lane] = sums[i];
+  sync_threads();
+  const int column = threadIdx.x;
+  const int64_t to = static_cast<int64_t>(blockIdx.y) * kScaleColumns + column;
+  if (to >= work.columns) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kScaleWarps; ++i) sum += shared.sums[i][column % kVector * kWarpSize + column / kVector];
+  work.partial[blockIdx.x * work.columns + to] = sum;
+}
+
+// dg of each expert, from its tiles' parts, in their order; zeros for one without rows.
+struct ScaleReduce {
+  const float* partial;
+  const int32_t* first_tile;  // of RunTables
+  int64_t columns;
+  float* out;  // [experts, columns]
+};
+
+// Grid: x: ceil(columns / kStackThreads); y: experts.
+static __global__ void __launch_bounds__(kStackThreads) scale_reduce_kernel(ScaleReduce work) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x, expert = blockIdx.y;
+  if (column >= work.columns) return;
+  float sum = 0.0f;
+  for (int32_t tile = work.first_tile[expert]; tile < work.first_tile[expert + 1]; ++tile)
+    sum += work.partial[tile * work.columns + column];
+  work.out[expert * work.columns + column] = sum;
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,27 @@
+// DoRA's norm of each row of W + s B A, which is never made, and its gradient:
+//
+//   n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB),  U = W Aᵀ: one pass over W
+//   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, 0 where n is: one more
+#pragma once
+
+#include "weight/frozen_weight.h"
+
+namespace peft_ext {
+
+struct WeightNorm {
+  Tensor norm, u;  // [N], [N, R] float32
+};
+
+// type: what an NF4 weight is decoded to.
+WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       double scaling, ScalarType type);
+
+struct WeightNormGradient {
+  Tensor grad_A, grad_B;  // of lora_A's and lora_B's types
+};
+
+WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const FrozenWeight& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
+                                        double scaling, ScalarType type);
+
+}  // namespace peft_ext
