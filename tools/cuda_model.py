@@ -204,9 +204,11 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
 
 
 def experts(
-    card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16
-) -> tuple[float, float]:
-    """Forward and backward of LoRA, in float32, on so many experts [n, k] that have as many rows each."""
+    card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16,
+    dora: bool = False,
+) -> tuple[float, float]:  # fmt: skip
+    """Forward and backward of LoRA, in float32, on so many experts [n, k] that have as many rows each; of DoRA with the
+    norms of their weights."""
     bandwidth, padded = card.bandwidth * REACHED, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))
     sums = 2 * 4.0 * padded * rank * max(1, min(768 // (padded // 64), -(-k // 64 // 2)))
@@ -225,6 +227,13 @@ def experts(
     backward += over_tiles("dA of experts", padded, n, 2.0 * rows * n + b, card)
     backward += over("dA of experts", k, 2.0 * rows * k + a)
     backward += (2 * a + 2 * b) / bandwidth + experts_product(card, rows, active, k, n, base)
+    if dora:
+        read = (2.0 if base == "bf16" else 0.516) * active * n * k
+        norm = "the norm of experts" if base == "bf16" else "the norm of experts, NF4"
+        forward += LAUNCH + (a + b) * 2 / bandwidth
+        forward += over_tiles(norm, active * n, k, read + (a + b) + 4.0 * active * n, card) + 2.0 * rows * n / bandwidth
+        parts = 4.0 * padded / 64 * n
+        backward += over_memory(3 * 2.0 * rows * n + 2 * parts + 8.0 * active * n, card) + 2 * LAUNCH
     return forward, backward
 
 
@@ -311,7 +320,10 @@ def tables() -> str:
     lines += ["", "| a step of 128 experts 2048 -> 768, rows = | "
               + " | ".join(f"{c}, {rows}" for c in CARDS for rows in sizes) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(sizes) + 1) + "|")
-    kinds: dict[str, dict[str, Any]] = {"LoRA": {}, "LoRA, dropout": {"dropout": True}, "QLoRA": {"base": "NF4"}}
+    kinds: dict[str, dict[str, Any]] = {
+        "LoRA": {}, "LoRA, dropout": {"dropout": True}, "QLoRA": {"base": "NF4"}, "DoRA": {"dora": True},
+        "QDoRA": {"dora": True, "base": "NF4"},
+    }  # fmt: skip
     for kind, how in (("frozen, bf16", None), *kinds.items()):
         row = []
         for card in CARDS.values():

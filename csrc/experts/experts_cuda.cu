@@ -421,9 +421,11 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
   work.inputs = stack.all.inputs;
   work.norm = launcher.scratch<float>(norm);
   const StackView& view = work.weight;
-  const bool whole = multiple(work.inputs, kVector) && aligned(held, 16) &&
-                     (stack.all.is_nf4() ||
-                      (view.by_inner == 1 && multiple(view.by_column, kVector) && multiple(view.by_expert, kVector)));
+  // Of NF4 elements are counted in 32 bits.
+  const bool along = stack.all.is_nf4()
+                         ? work.outputs * work.inputs < UINT32_MAX
+                         : view.by_inner == 1 && multiple(view.by_column, kVector) && multiple(view.by_expert, kVector);
+  const bool whole = along && multiple(work.inputs, kVector) && work.inputs < kMaxRankColumns && aligned(held, 16);
   with_type(type, [&](auto zero) {
     launch_experts_norm<decltype(zero)>(launcher, work, stack.all.is_nf4(), whole, stack.experts);
   });

@@ -30,71 +30,123 @@ __device__ __forceinline__ void round_pair(float& low, float& high) {
   }
 }
 
-// Eight elements of a row of an expert's W from column `first` on, zeros beyond the last. whole: they lie in one piece,
-// NF4's with one scale.
-template <typename T, bool kNf4, bool kWhole>
+// What a lane needs of a tile of an NF4 weight: of its two rows, [half], and in each of two pieces, [h], of eight
+// codes, whose scale is one.
+struct NormCodes {
+  uint32_t codes[2][2], stored[2][2];
+  float nested[2][2];
+};
+
+// Eight elements of a row of an expert's W from column `first` on, zeros beyond the last; along: they lie in one piece.
+template <typename T, bool kNf4, bool kAlong>
 __device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
                                              int64_t first, int64_t inputs, float (&values)[kVector]) {
-  if constexpr (kNf4) {
-    const int64_t flat = row * inputs + first;
-    if constexpr (kWhole) {
-      const uint32_t codes = load_cached(reinterpret_cast<const uint32_t*>(nf4.packed + flat / 2));
-      const float scale = nf4_scale(nf4, flat >> nf4.log2_blocksize);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = fmul_rn(kNf4DeviceCode[codes >> 4 * (i ^ 1) & 15], scale);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        values[i] = 0.0f;
-        if (first + i >= inputs) continue;
-        const uint8_t byte = nf4.packed[(flat + i) / 2];
-        values[i] = fmul_rn(kNf4DeviceCode[(flat + i) % 2 == 0 ? byte >> 4 : byte & 15],
-                            nf4_scale(nf4, (flat + i) >> nf4.log2_blocksize));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kVector; i += 2) round_pair<T>(values[i], values[i + 1]);
-  } else if constexpr (kWhole) {
+  if constexpr (!kNf4 && kAlong) {
     load_vector(dense + row * view.by_column + first, values);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      values[i] = first + i < inputs ? load_value(dense + row * view.by_column + (first + i) * view.by_inner) : 0.0f;
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = 0.0f;
+      if (first + i >= inputs) continue;
+      if constexpr (kNf4) {
+        const int64_t flat = row * inputs + first + i;
+        const uint8_t byte = nf4.packed[flat / 2];
+        values[i] =
+            fmul_rn(kNf4DeviceCode[flat % 2 == 0 ? byte >> 4 : byte & 15], nf4_scale(nf4, flat >> nf4.log2_blocksize));
+      } else {
+        values[i] = load_value(dense + row * view.by_column + (first + i) * view.by_inner);
+      }
+    }
+    if constexpr (kNf4) {
+#pragma unroll
+      for (int i = 0; i < kVector; i += 2) round_pair<T>(values[i], values[i + 1]);
+    }
   }
 }
 
 // A block of 4 warps owns 64 rows of an expert's W, a warp 16, and goes through them in tiles of 64 columns: each meets
 // its elements of s B A as expand_kernel makes them, and is squared. What W a lane needs of a tile is on its way while
-// the product is made. float32 sums. Bytes moved: W of the experts that have rows, once.
+// products are made: a dense one's of this tile, codes and scales of the next. float32 sums. Bytes moved: W of the
+// experts that have rows, once.
 // Grid: x: tiles of rows; y: experts.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
+  constexpr bool kCodes = kNf4 && kWhole;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t expert = blockIdx.y, row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
-  const bool wanted = has_rows(work.ends, expert);
   Terms left = work.left;
   left.data += expert * work.left_stride;
   const uint4* right = work.right.data + expert * work.right_stride;
   const T* dense = static_cast<const T*>(work.weight.dense) + (kNf4 ? 0 : expert * work.weight.by_expert);
   const Nf4View nf4 = kNf4 ? nf4_of_expert(work.weight, expert) : Nf4View{};
-  const int64_t steps = left.inner / 16, tiles = wanted ? (work.inputs + kExpandTile - 1) / kExpandTile : 0;
+  const auto tiles =
+      static_cast<uint32_t>(has_rows(work.ends, expert) ? (work.inputs + kExpandTile - 1) / kExpandTile : 0);
+  const int64_t steps = left.inner / 16;
+
+  const auto inputs = static_cast<uint32_t>(work.inputs);
+  [[maybe_unused]] const bool nested = kCodes && nf4.nested_absmax != nullptr;
+  [[maybe_unused]] const float offset = nested ? *nf4.nested_offset : 0.0f;
+  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // a lane's share of the table
+  const auto load_codes = [&](uint32_t tile, NormCodes& to) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t first = tile * kExpandTile + 32 * h + 8 * t;
+        to.codes[h][half] = to.stored[h][half] = 0;
+        to.nested[h][half] = 0.0f;
+        if (first >= inputs || row + 8 * half >= work.outputs) continue;
+        const uint32_t flat = static_cast<uint32_t>(row + 8 * half) * inputs + first,
+                       block = flat >> nf4.log2_blocksize;
+        to.codes[h][half] = load_streaming(reinterpret_cast<const uint32_t*>(nf4.packed + flat / 2));
+        if (nested) {
+          to.stored[h][half] = load_cached(static_cast<const uint8_t*>(nf4.absmax) + block);
+          to.nested[h][half] = load_cached(nf4.nested_absmax + (block >> kLog2NestedBlock));
+        } else {
+          to.stored[h][half] = __float_as_uint(load_cached(static_cast<const float*>(nf4.absmax) + block));
+        }
+      }
+  };
+  // Each as round(code · scale), as dequantize does.
+  const auto decode = [&](const NormCodes& from, int h, int half, bool there, float (&values)[kVector]) {
+    float scale = __uint_as_float(from.stored[h][half]);
+    if (nested) {
+      scale = fmul_rn(load_cached(nf4.nested_code + from.stored[h][half]), from.nested[h][half]);
+      scale = fadd_rn(scale, offset);
+    }
+    scale = there ? scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      values[i] = fmul_rn(shuffle(code, from.codes[h][half] >> (4 * (i ^ 1)), 16), scale);
+#pragma unroll
+    for (int i = 0; i < kVector; i += 2) round_pair<T>(values[i], values[i + 1]);
+  };
+
+  [[maybe_unused]] NormCodes held;
+  if constexpr (kCodes) {
+    if (tiles > 0) load_codes(0, held);
+  }
   float squares[2] = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  for (uint32_t tile = 0; tile < tiles; ++tile) {
     float w[2][2][kVector];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t first = tile * kExpandTile + 32 * h + 8 * t, at = row + 8 * half;
-        if (at < work.outputs && first < work.inputs) {
+        const int64_t first = static_cast<int64_t>(tile) * kExpandTile + 32 * h + 8 * t, at = row + 8 * half;
+        if constexpr (kCodes) {
+          decode(held, h, half, first < work.inputs, w[h][half]);
+        } else if (at < work.outputs && first < work.inputs) {
           load_weights<T, kNf4, kWhole>(work.weight, dense, nf4, at, first, work.inputs, w[h][half]);
         } else {
 #pragma unroll
           for (int i = 0; i < kVector; ++i) w[h][half][i] = 0.0f;
         }
       }
-    float sums[2][4][4] = {};
+    if constexpr (kCodes) {
+      if (tile + 1 < tiles) load_codes(tile + 1, held);
+    }
     // A fresh accumulator per 64 ranks, as in expand_kernel.
 #pragma unroll 1
     for (int64_t first = 0; first < steps; first += 4) {
@@ -102,24 +154,22 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
       const int64_t last = min_of(first + 4, steps);
 #pragma unroll 1
       for (int64_t step = first; step < last; ++step)
-        expand_product<T, kExpandLeftTerms<T>>(left, right, blockIdx.x * 4 + threadIdx.x / kWarpSize,
-                                               static_cast<uint32_t>(tile), step, fresh);
+        expand_product<T, kExpandLeftTerms<T>>(left, right, blockIdx.x * 4 + threadIdx.x / kWarpSize, tile, step,
+                                               fresh);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[h][j][i] += fresh[h][j][i];
+          for (int i = 0; i < kVector; ++i)
+            w[h][half][i] = fma_rn(work.scaling, fresh[h][i / 2][2 * half + i % 2], w[h][half][i]);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const float value = fma_rn(work.scaling, sums[h][i / 2][2 * half + i % 2], w[h][half][i]);
-          squares[half] = fma_rn(value, value, squares[half]);
-        }
+        for (int i = 0; i < kVector; ++i) squares[half] = fma_rn(w[h][half][i], w[h][half][i], squares[half]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

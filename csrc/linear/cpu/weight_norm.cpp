@@ -2,6 +2,7 @@
 #include "linear/cpu/weight_norm.h"
 
 #include <math.h>
+#include <string.h>
 
 #include <vector>
 
@@ -22,11 +23,30 @@ Tensor gram(const char* op, const Tensor& lora_A) {
   return weight_row_facts(op, rows, lora_A, lora_A.scalar_type()).product;
 }
 
-// out[r] = sum_q b[q] (A Aᵀ)[q, r] of a row of B, r < padded: sums side by side, which compilers make vectors of.
-void row_gram(const float* b, const float* products, int64_t rank, int64_t padded, float* out) {
-  for (int64_t r = 0; r < padded; ++r) out[r] = b[0] * products[r];
-  for (int64_t q = 1; q < rank; ++q)
-    for (int64_t r = 0; r < padded; ++r) out[r] += b[q] * products[q * padded + r];
+// B A Aᵀ [N, padded]: B as the large matrix of a pass.
+Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
+  const int64_t rank = b.size(1), padded = products.size(1);
+  const Tensor square = empty({rank, rank}, ScalarType::Float);
+  for (int64_t r = 0; r < rank; ++r)
+    memcpy(square.mutable_data_ptr<float>() + r * rank, products.const_data_ptr<float>() + r * padded,
+           static_cast<size_t>(rank) * sizeof(float));
+  FrozenWeight rows;
+  rows.weight = b;
+  rows.shape = {b.size(0), rank};
+  return weight_row_facts(op, rows, square, ScalarType::Float).product;
+}
+
+// sum_r s b[r] (2 u[r] + s t[r]), in eight sums side by side, which compilers make a vector of.
+float norm_term(const float* b, const float* u, const float* t, float s, int64_t rank) {
+  constexpr int64_t kSide = 8;
+  float sums[kSide] = {};
+  int64_t r = 0;
+  for (; r + kSide <= rank; r += kSide)
+    for (int64_t i = 0; i < kSide; ++i) sums[i] += b[r + i] * (2.0f * u[r + i] + s * t[r + i]);
+  float sum = 0.0f;
+  for (; r < rank; ++r) sum += b[r] * (2.0f * u[r] + s * t[r]);
+  for (const float side : sums) sum += side;
+  return s * sum;
 }
 
 }  // namespace
@@ -35,27 +55,20 @@ WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor&
                        double scaling, ScalarType type) {
   const int64_t n = weight.out_features(), rank = lora_A.size(0);
   const RowFacts facts = weight_row_facts(op, weight, lora_A, type);
-  const Tensor products = gram(op, lora_A), b = wide_matrix(lora_B);
+  const Tensor b = wide_matrix(lora_B), products = times_gram(op, b, gram(op, lora_A));
   Tensor norm = empty({n}, ScalarType::Float), u = empty({n, rank}, ScalarType::Float);
   const int64_t padded = facts.product.size(1);
   const float* in = facts.product.const_data_ptr<float>();
   const float* squares = facts.squares.const_data_ptr<float>();
-  const float* gram_data = products.const_data_ptr<float>();
+  const float* of_gram = products.const_data_ptr<float>();
   const float* b_data = b.const_data_ptr<float>();
   float* out = norm.mutable_data_ptr<float>();
   float* u_data = u.mutable_data_ptr<float>();
   const float s = static_cast<float>(scaling);
   parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    std::vector<float> product(static_cast<size_t>(padded));
     for (int64_t i = begin; i < end; ++i) {
-      float sum = 0.0f;
-      const float* row = b_data + i * rank;
-      row_gram(row, gram_data, rank, padded, product.data());
-      for (int64_t r = 0; r < rank; ++r) {
-        u_data[i * rank + r] = in[i * padded + r];
-        sum += s * row[r] * (2.0f * in[i * padded + r] + s * product[static_cast<size_t>(r)]);
-      }
-      const float square = squares[i] + sum;
+      memcpy(u_data + i * rank, in + i * padded, static_cast<size_t>(rank) * sizeof(float));
+      const float square = squares[i] + norm_term(b_data + i * rank, in + i * padded, of_gram + i * padded, s, rank);
       out[i] = sqrtf(square < 0.0f ? 0.0f : square);
     }
   });
@@ -66,7 +79,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type) {
   const int64_t n = weight.out_features(), k = weight.in_features(), rank = lora_A.size(0);
-  const Tensor products = gram(op, lora_A), a = wide_matrix(lora_A), b = wide_matrix(lora_B);
+  const Tensor a = wide_matrix(lora_A), b = wide_matrix(lora_B), products = times_gram(op, b, gram(op, lora_A));
   const Tensor held_grad = float_vector(op, "grad", grad, n), held_norm = float_vector(op, "norm", norm, n);
   const Tensor held_u = wide_matrix(u);
   const int64_t padded = products.size(1);
@@ -76,16 +89,15 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   const float* b_data = b.const_data_ptr<float>();
   float* left_data = left.mutable_data_ptr<float>();
   parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    std::vector<float> product(static_cast<size_t>(padded));
     for (int64_t i = begin; i < end; ++i) {
       const float length = held_norm.const_data_ptr<float>()[i];
       const float c = length == 0.0f ? 0.0f : held_grad.const_data_ptr<float>()[i] / length;
       const float* row = b_data + i * rank;
-      row_gram(row, products.const_data_ptr<float>(), rank, padded, product.data());
+      const float* of_gram = products.const_data_ptr<float>() + i * padded;
       for (int64_t r = 0; r < rank; ++r) {
         left_data[i * rank + r] = c * row[r];
         grad_b.mutable_data_ptr<float>()[i * rank + r] =
-            c * s * (held_u.const_data_ptr<float>()[i * rank + r] + s * product[static_cast<size_t>(r)]);
+            c * s * (held_u.const_data_ptr<float>()[i * rank + r] + s * of_gram[r]);
       }
     }
   });
