@@ -40,6 +40,7 @@ ALSO_OF_FOUR = (
     "fsdp2_shards_the_codes",
     "fsdp2_shards_unevenly",
     "fsdp2_saves_the_adapter_of_one_process",
+    "fsdp2_shards_the_experts",
     *OF_FOUR,
 )
 # PyTorch 2.11 makes a parameter that wants gradients out of each shard, which uint8 can't: pytorch/pytorch#177844.
