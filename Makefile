@@ -169,10 +169,14 @@ sanitize-battery: setup
 	$(LIMIT) 14400 $(BIN)/python tools/sanitize.py thread -q -p no:cacheprovider $(BATTERY)
 
 # From an sdist, in an environment of its own: the CPU build in place stays as it is.
-cuda-link: setup
-	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+# 3 GB.
+.venv-cuda/.installed:
+	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" "setuptools>=64" wheel "pybind11>=2.12" \
 	  ninja numpy pytest rich typer
+	touch $@
+
+cuda-link: setup .venv-cuda/.installed
 	rm -rf build/cuda-link && $(BIN)/python setup.py --quiet sdist --dist-dir build/cuda-link
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_LINK_ARCH)" .venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
 	  --no-build-isolation --no-deps --force-reinstall build/cuda-link/*.tar.gz

@@ -1,8 +1,8 @@
 """What test_distributed.py runs in several processes: ``torchrun checks.py FOLDER CHECK...``.
 
 Every process runs every check and writes ``FOLDER/<rank>.json``: by check, "ok" or the traceback. A process that fails
-stops, and torchrun ends the others: they would wait for it. The checks of FSDP2 alone are in checks_fsdp2.py, those of a
-mixture of experts in checks_experts.py.
+stops, and torchrun ends the others: they would wait for it. The checks of FSDP2 alone are in checks_fsdp2.py, those of
+a mixture of experts in checks_experts.py.
 """
 
 from __future__ import annotations

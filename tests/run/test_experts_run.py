@@ -76,8 +76,10 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
     ("options", "text"),
     [
         (("--method", "ia3"), "--target-parameters with --method ia3: LoRA and DoRA alone adapt parameters"),
-        (("--stock", "--quant", "none", "--method", "dora"),
-         "--stock with DoRA and experts: PEFT has none there, give --target-modules"),
+        (
+            ("--stock", "--quant", "none", "--method", "dora"),
+            "--stock with DoRA and experts: PEFT has none there, give --target-modules",
+        ),
         (("--stock",), "--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none"),
     ],
 )

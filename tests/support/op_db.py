@@ -279,7 +279,9 @@ def _lora_experts_case(
     )  # fmt: skip
 
 
-def _plain_experts_norm(weight: Any, lora_A: Tensor, lora_B: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
+def _plain_experts_norm(
+    weight: Any, lora_A: Tensor, lora_B: Tensor, compute: torch.dtype, dtype: torch.dtype
+) -> Tensor:
     own = [weight.expert(e) if isinstance(weight, NF4Weight) else weight[e] for e in range(_EXPERTS)]
     return torch.stack([_plain_norm(_dequantized(one, compute).to(dtype), a, b)
                         for one, a, b in zip(own, lora_A, lora_B, strict=True)])  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ... import ops
 from ..._imports import has, optional
@@ -26,10 +27,9 @@ ParamWrapper = DoraParamWrapper = None
 with optional("peft", "DoRA on the experts of a mixture is not known"):
     from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.lora.layer import ParamWrapper as _ParamWrapper
-    from peft.tuners.lora.layer import _LoraParameterProxy
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    has(_ParamWrapper, "update_layer", "get_delta_weight", "_activate_lora", "_remove_parametrizations")
+    has(_ParamWrapper, "update_layer", "get_delta_weight", "_activate_lora")
     ParamWrapper = _ParamWrapper
 
 
@@ -72,6 +72,17 @@ def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = Non
     if parameter_name is None:
         return None
     return DoraParamWrapper(target, adapter_name, parameter_name=parameter_name, **kwargs)
+
+
+class _Plus(nn.Module):
+    """A parametrization: the weight and what DoRA adds to it."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta
 
 
 if ParamWrapper is not None:
@@ -148,13 +159,17 @@ if ParamWrapper is not None:
             # As PEFT's DoRA has several adapters: each adds to the output of the base what it alone would change.
             deltas = [self.get_delta_weight(name) for name in names]
             base, parameter, trains = self.get_base_layer(), self.parameter_name, self.get_param().requires_grad
-            nn.utils.parametrize.register_parametrization(base, parameter, _LoraParameterProxy(sum(deltas)))
-            base.parametrizations[parameter].original.requires_grad_(trains)
+            parametrize.register_parametrization(base, parameter, _Plus(sum(deltas)))
+            held = base.parametrizations[parameter]
+            held.original.requires_grad_(trains)
             try:
-                with nn.utils.parametrize.cached():
+                with parametrize.cached():
                     yield
             finally:
-                self._remove_parametrizations()
+                if len(held) == 1:
+                    parametrize.remove_parametrizations(base, parameter, leave_parametrized=False)
+                else:  # somebody else's is on it as well
+                    del held[-1]
 
         def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
             """As PEFT's. Of DoRA the norm is kept, and so is the way back."""
