@@ -444,7 +444,7 @@ class OperatorCalls(TorchDispatchMode):
             layers = args[0] if name.endswith("_backward") else args[3][::2]  # gradients, and a scaling of each
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
-            scaled = args[12 if name == "lora_experts" else 13] is not None  # by DoRA's
+            scaled = args[12] is not None  # by DoRA's
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
         elif func.namespace == "peft_ext" and name not in COMPOSED:
             self.calls[name] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -133,10 +132,12 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
 
 
 def cached_norm(
-    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    norm_of: Callable[..., Tensor] = ops.dora_weight_norm,
-) -> Optional[Tensor]:  # fmt: skip
-    """Returns the norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None."""
+    module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Optional[Tensor]:
+    """Returns the norm from PEFT's own cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
+
+    Of a weight of three dimensions it is that of a mixture's experts, all of them.
+    """
     if not dora.ENABLE_DORA_CACHING or module.training:
         if module._dora_cache:  # as in PEFT: what was cached may be of other adapters by the next time
             module._cache_clear()
@@ -146,6 +147,7 @@ def cached_norm(
     if norm is None:
         with torch.no_grad():
             dtype = dtype if isinstance(weight, NF4Weight) else None
+            norm_of = ops.dora_weight_norm if len(weight.shape) == 2 else ops.dora_experts_weight_norm
             norm = norm_of(weight, lora_A, lora_B, scaling, dtype=dtype)
         module._cache_store(key, norm)
     return norm

@@ -184,7 +184,7 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
     if (magnitude := magnitude_of(wrapper, names[0])) is None:
         return ops.lora_experts(rows, weight, offsets, lora_A, lora_B, bias, scaling=scaling, **dropout)
     module, dtype = wrapper._modules["lora_magnitude_vector"]._modules[names[0]], autocast_dtype(rows) or rows.dtype
-    norm = cached_norm(module, names[0], dtype, weight, lora_A, lora_B, scaling, ops.dora_experts_weight_norm)
+    norm = cached_norm(module, names[0], dtype, weight, lora_A, lora_B, scaling)
     return ops.dora_experts(rows, weight, offsets, lora_A, lora_B, magnitude, bias, scaling=scaling, weight_norm=norm,
                             **dropout)  # fmt: skip
 
