@@ -15,6 +15,54 @@ from .prove import first_use
 _LARGEST = sys.float_info.max
 
 
+# By exact type: of a subclass the checks one by one find out more.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def fits_adapted(
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any, seed: Any = None
+) -> bool:
+    """Returns whether an eager call is one that no check here has anything against, at a part of their time: tensors of
+    the usual kind that fit one another, outside autocast. False: the checks say what they say."""
+    if type(x) not in _PLAIN or torch.compiler.is_compiling() or seed is not None:
+        return False
+    dtype, device, kinds = x.dtype, x.device, _PLAIN
+    if dtype not in _OF_KERNELS or x.layout is not torch.strided or x.is_nested or device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(device.type):
+        return False
+    if type(weight) is NF4Weight:
+        if weight.packed.device != device:
+            return False
+    elif (
+        type(weight) not in kinds or weight.dtype is not dtype or weight.device != device
+        or weight.layout is not torch.strided or weight.is_nested or (weight.requires_grad and torch.is_grad_enabled())
+    ):  # fmt: skip
+        return False
+    if type(lora_A) not in kinds or type(lora_B) not in kinds or lora_A.device != device or lora_B.device != device:
+        return False
+    if lora_A.dtype not in _OF_KERNELS or lora_B.dtype not in _OF_KERNELS:
+        return False
+    if lora_A.layout is not torch.strided or lora_B.layout is not torch.strided:
+        return False
+    if lora_A.is_nested or lora_B.is_nested or type(scaling) is not float or type(dropout_p) is not float:
+        return False
+    of_x, of_a, shape = x.shape, lora_A.shape, weight.shape
+    if len(shape) != 2 or len(of_a) != 2 or not of_x or of_x[-1] != shape[1] or of_a[1] != shape[1] or not of_a[0]:
+        return False
+    if lora_B.shape != (shape[0], of_a[0]):
+        return False
+    if bias is not None and (
+        type(bias) not in kinds or bias.dtype is not dtype or bias.device != device
+        or bias.layout is not torch.strided or bias.is_nested or bias.shape != shape[:1]
+    ):  # fmt: skip
+        return False
+    if device.type == "cuda":
+        first_use()
+    return -_LARGEST <= scaling <= _LARGEST and 0.0 <= dropout_p < 1.0
+
+
 def check_module(op: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: model is {type(model).__name__}, wanted an nn.Module")

@@ -82,11 +82,15 @@ def register_autograd(name: str, backward: Callable, *, setup_context: Callable)
     made = type(
         name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
+    apply = super(torch.autograd.Function, made).apply
 
     def call(*args: Any) -> Any:
         if not is_eager(args[0]):
             return op(*args)
-        return made.apply(*args) if torch.is_grad_enabled() else kernel(*args)
+        if not torch.is_grad_enabled():
+            return kernel(*args)
+        # Function.apply's own Python, a tenth of a call, is about torch.func's transforms.
+        return made.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
 
     return call
 

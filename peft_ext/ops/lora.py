@@ -123,14 +123,17 @@ def _backward(ctx, grad, _grad_s):
     x, *weight, lora_A, lora_B, rank_scale, s, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x = grad_a = grad_b = grad_scale = grad_bias = None
-    if needs[0] or any(needs[9:12]):
+    if needs[0] or needs[9] or needs[10] or needs[11]:
         grad_x, grad_a, grad_b, grad_scale = _ops.lora_linear_backward(
             grad, x, *weight, *ctx.blocksize_shape, lora_A, lora_B, rank_scale, s, *ctx.scale, seed, needs[0]
         )
     if needs[8]:
         grad_bias = sum_rows(grad)
-    found = (grad_x, *(None,) * 7, grad_bias, grad_a, grad_b, grad_scale, None, None, None)
-    return tuple(value if need else None for value, need in zip(found, needs, strict=True))
+    return (
+        grad_x if needs[0] else None, None, None, None, None, None, None, None, grad_bias,
+        grad_a if needs[9] else None, grad_b if needs[10] else None, grad_scale if needs[11] else None,
+        None, None, None,
+    )  # fmt: skip
 
 
 def _residual_setup_context(ctx, inputs, output):
@@ -201,6 +204,10 @@ def lora_linear(
     dropout: :mod:`peft_ext.reference.philox`.
     """
     op = "lora_linear"
+    if rank_scale is None and checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+        seed = common.dropout_seed(seed, dropout_p, training, x.device)
+        args = (bias, lora_A, lora_B, None, scaling, dropout_p, seed)
+        return _lora_linear(x, *checks.weight_args(weight), *args)[0]
     checks.check_float(op, "x", x)
     x, weight, bias = checks.cast_for_autocast(x, weight, bias)
     checks.check_linear(op, x, weight)

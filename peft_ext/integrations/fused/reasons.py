@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook  # noqa: PLC2701  torch.nn has no public name for it
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # noqa: PLC2701  no public name for it
 
 from ... import _cpu
 from ..._imports import version
@@ -183,6 +183,19 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     return f"no native kernels of {op} for {device} tensors are loaded"
 
 
+def is_usual(tensor: Any) -> bool:
+    """Returns whether a parameter is a plain matrix in memory of a dtype of the kernels: then there is no
+    :func:`tensor_reason`."""
+    return (
+        (type(tensor) is nn.Parameter or type(tensor) is Tensor)
+        and tensor.dtype in DTYPES
+        and tensor.dim() == 2
+        and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and "ds_id" not in tensor.__dict__
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Returns whether calling ``module`` does more than its class's forward."""
     return bool(
@@ -309,7 +322,7 @@ def adapters_reason(layer: Any, names: list[str], several: bool) -> Optional[str
     """
     if not names:
         return "no active adapter on this layer"
-    if _has_any_global_hook():
+    if any_global_hook():
         return "global hooks of torch.nn would not run"
     dropouts = layer._modules["lora_dropout"]._modules
     like = None
@@ -397,7 +410,7 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
     return magnitude_reason(module, dim=1)
 
 
-def magnitude_reason(module: nn.Module, *, dim: int) -> Optional[str]:
+def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
     """Returns why a module with DoRA's magnitude, a tensor of so many dimensions, is not fused."""
     if hooked(module):
         return "hooks on lora_magnitude_vector would not run"
@@ -416,7 +429,7 @@ def vectors_reason(vectors: list[Optional[Tensor]]) -> Optional[str]:
     """Returns what stands against fusing the active adapters' vectors, over whatever base."""
     if not vectors:
         return "no active adapter on this layer"
-    if _has_any_global_hook():
+    if any_global_hook():
         return "global hooks of torch.nn would not run"
     like = vectors[0]
     for vector in vectors:

@@ -114,7 +114,7 @@ def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[N
 
 def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     """Returns the layer's output of x, computed together with others'; None: it computes alone."""
-    if torch.compiler.is_compiling() or not (groups := _NOW.groups) or (group := groups.get(id(layer))) is None:
+    if not (groups := _NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     return group.output(layer, x)
 
