@@ -20,14 +20,14 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-def fits_adapted(
-    x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any, seed: Any = None
-) -> bool:
-    """Returns whether an eager call is one that no check here has anything against, at a part of their time: tensors of
-    the usual kind that fit one another, outside autocast. False: the checks say what they say."""
-    if type(x) not in _PLAIN or torch.compiler.is_compiling() or seed is not None:
+def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
+    """Returns whether x, a frozen weight and a bias of an eager call are such that no check here has anything against
+    them, at a part of the checks' time: tensors of the usual kind that fit one another, outside autocast, and no
+    float64. False: the checks say what they say."""
+    kinds = _PLAIN
+    if type(x) not in kinds or torch.compiler.is_compiling():
         return False
-    dtype, device, kinds = x.dtype, x.device, _PLAIN
+    dtype, device = x.dtype, x.device
     if dtype not in _OF_KERNELS or x.layout is not torch.strided or x.is_nested or device.type not in ("cpu", "cuda"):
         return False
     if torch.is_autocast_enabled(device.type):
@@ -40,18 +40,8 @@ def fits_adapted(
         or weight.layout is not torch.strided or weight.is_nested or (weight.requires_grad and torch.is_grad_enabled())
     ):  # fmt: skip
         return False
-    if type(lora_A) not in kinds or type(lora_B) not in kinds or lora_A.device != device or lora_B.device != device:
-        return False
-    if lora_A.dtype not in _OF_KERNELS or lora_B.dtype not in _OF_KERNELS:
-        return False
-    if lora_A.layout is not torch.strided or lora_B.layout is not torch.strided:
-        return False
-    if lora_A.is_nested or lora_B.is_nested or type(scaling) is not float or type(dropout_p) is not float:
-        return False
-    of_x, of_a, shape = x.shape, lora_A.shape, weight.shape
-    if len(shape) != 2 or len(of_a) != 2 or not of_x or of_x[-1] != shape[1] or of_a[1] != shape[1] or not of_a[0]:
-        return False
-    if lora_B.shape != (shape[0], of_a[0]):
+    shape, of_x = weight.shape, x.shape
+    if len(shape) != 2 or not of_x or of_x[-1] != shape[1]:
         return False
     if bias is not None and (
         type(bias) not in kinds or bias.dtype is not dtype or bias.device != device
@@ -60,6 +50,26 @@ def fits_adapted(
         return False
     if device.type == "cuda":
         first_use()
+    return True
+
+
+def fits_vector(value: Any, x: Tensor) -> bool:
+    """Returns the same of one float a feature; its shape is left to be seen."""
+    return (
+        type(value) in _PLAIN and value.dtype in _OF_KERNELS and value.layout is torch.strided and not value.is_nested
+        and value.device == x.device
+    )  # fmt: skip
+
+
+def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
+    """Returns the same of a call with lora_A and lora_B."""
+    if not fits_linear(x, weight, bias) or not fits_vector(lora_A, x) or not fits_vector(lora_B, x):
+        return False
+    shape, of_a = weight.shape, lora_A.shape
+    if len(of_a) != 2 or of_a[1] != shape[1] or not of_a[0] or lora_B.shape != (shape[0], of_a[0]):
+        return False
+    if type(scaling) is not float or type(dropout_p) is not float:
+        return False
     return -_LARGEST <= scaling <= _LARGEST and 0.0 <= dropout_p < 1.0
 
 

@@ -173,13 +173,14 @@ def ia3_linear(
     Source: IA3 (arXiv 2205.05638).
     """
     op = "ia3_linear"
-    checks.check_float(op, "x", x)
-    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
-    checks.check_linear(op, x, weight)
+    if not checks.fits_linear(x, weight, bias):
+        checks.check_float(op, "x", x)
+        x, weight, bias = checks.cast_for_autocast(x, weight, bias)
+        checks.check_linear(op, x, weight)
+        checks.check_bias(op, bias, x, weight.shape[0])
     out_features, in_features = weight.shape
     shapes = ((in_features,), (1, in_features)) if feedforward else ((out_features,), (out_features, 1))
     checks.check_vector(op, "ia3_l", ia3_l, x, *shapes)
-    checks.check_bias(op, bias, x, out_features)
     if checks.any_float64(x, ia3_l):
         return in_float64(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
     trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward

@@ -204,18 +204,15 @@ def lora_linear(
     dropout: :mod:`peft_ext.reference.philox`.
     """
     op = "lora_linear"
-    if rank_scale is None and checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
-        seed = common.dropout_seed(seed, dropout_p, training, x.device)
-        args = (bias, lora_A, lora_B, None, scaling, dropout_p, seed)
-        return _lora_linear(x, *checks.weight_args(weight), *args)[0]
-    checks.check_float(op, "x", x)
-    x, weight, bias = checks.cast_for_autocast(x, weight, bias)
-    checks.check_linear(op, x, weight)
-    checks.check_lora(op, weight, lora_A, lora_B)
-    checks.check_bias(op, bias, x, weight.shape[0])
+    if not checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+        checks.check_float(op, "x", x)
+        x, weight, bias = checks.cast_for_autocast(x, weight, bias)
+        checks.check_linear(op, x, weight)
+        checks.check_lora(op, weight, lora_A, lora_B)
+        checks.check_bias(op, bias, x, weight.shape[0])
+        checks.check_scale(op, scaling, dropout_p)
     if rank_scale is not None:
         checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
-    checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
     if checks.any_float64(x, lora_A, lora_B, rank_scale):
         return in_float64(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
