@@ -294,6 +294,18 @@ def summary() -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def calls_text() -> str:
+    if (result := newest("e2e-calls-*.json")) is None:
+        return NOTHING
+    calls = [name for name in result["rows"][0] if name != "method"]
+    lines = ["| microseconds a layer: PEFT, ours (ours over PEFT) | " + " | ".join(calls) + " |",
+             "|---" * (1 + len(calls)) + "|"]  # fmt: skip
+    for row in result["rows"]:
+        cells = (f"{row[c]['stock']:.0f}, {row[c]['ours']:.0f} ({row[c]['of_stock']:.2f})" for c in calls)
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{about(result)}."])
+
+
 # --- documents --------------------------------------------------------------------------------------------------------
 
 DRAWN: dict[str, Callable[[], str]] = {
@@ -308,6 +320,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "ia3": operator("ia3_linear", "ia3_scale"),
     "methods": methods_text,
     "experts": experts_text,
+    "calls": calls_text,
     "1b": partial(_methods_of, "e2e-steps-1b-*.json"),
     "checkpointing": partial(_methods_of, "e2e-steps-checkpointing-*.json"),
     "paths": isa_tables,

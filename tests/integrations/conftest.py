@@ -1,23 +1,26 @@
-"""In each test here a LoRA layer that takes its short way is asked for the reasons of the long one as well."""
+"""In each test here a layer that takes its short way is asked for the reasons of the long one as well."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import pytest
 
 lora = pytest.importorskip("peft_ext.integrations.fused.lora")
+ia3 = pytest.importorskip("peft_ext.integrations.fused.ia3")
 
 
 @pytest.fixture(autouse=True)
 def the_short_way_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    usual = lora.Lora._usual
+    def checking(usual: Callable[[Any, Any], Optional[tuple]]) -> Callable[[Any, Any], Optional[tuple]]:
+        def checked(layer: Any, x: Any) -> Optional[tuple]:
+            found = usual(layer, x)
+            assert found is None or layer._reasons() == (None, None)
+            return found
 
-    def checked(layer: Any, x: Any) -> Optional[tuple]:
-        found = usual(layer, x)
-        assert found is None or layer._reasons() == (None, None)
-        return found
+        return checked
 
-    monkeypatch.setattr(lora.Lora, "_usual", checked)
+    for kind in (lora.LowRank, ia3.IA3Layer):
+        monkeypatch.setattr(kind, "_usual", checking(kind._usual))
     yield

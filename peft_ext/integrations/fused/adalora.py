@@ -35,6 +35,12 @@ class AdaLora(LowRank):
 
     checked_adapter = adalora_adapter
 
+    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
+        if name not in self._modules["lora_A"]._parameters or name in self.lora_variant:
+            return None
+        reason, lora_A, lora_B = adalora_adapter(self, name, False)
+        return None if reason is not None else ("lora_linear", lora_A, lora_B)
+
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
         return self._modules["lora_E"]._parameters[name], self._modules["ranknum"]._parameters[name]
 

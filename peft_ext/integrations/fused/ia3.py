@@ -15,6 +15,7 @@ from ..._imports import optional
 from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
 from .merging import Merged, MergesNF4
 from .reasons import accepts_input, alone_reason, base_reason, kernel_reason, layer_reason, vectors_reason
+from .usual import is_usual, usual_name, usual_operands
 
 IA3Linear = IA3Linear4bit = None
 with optional("peft", "(IA)³ over a linear layer that is not bitsandbytes' is not fused"):
@@ -51,7 +52,20 @@ class IA3Layer(Fused):
         """Returns the dtype in which PEFT hands x to the base layer, and its result's; None: the base layer's."""
         return x.dtype, None
 
+    def _usual(self, x: Tensor) -> Optional[tuple]:
+        """Returns weight, bias and vector of a call of the most usual kind, see :mod:`.usual`; None: ask."""
+        name = usual_name(self)
+        vector = None if name is None else self._modules["ia3_l"]._parameters.get(name)
+        if vector is None or not self._scales_any_base or not is_usual(vector):
+            return None
+        if (found := usual_operands(self, x)) is None or kernel_reason("ia3_linear", vector.device.type) is not None:
+            return None
+        return *found, vector
+
     def _fused(self, x: Tensor) -> Optional[Tensor]:
+        if (usual := self._usual(x)) is not None:
+            weight, bias, vector = usual
+            return ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
         reason, alone = self._reasons()
         if reason is not None or not accepts_input(x):
             return None

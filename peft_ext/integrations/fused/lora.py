@@ -20,24 +20,21 @@ from ...nn import NF4Linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from . import dora, siblings
-from .base import FOUR_BIT, LINEAR, Fused, Linear8bitLt, fuses, operands, sums_wider
+from .base import FOUR_BIT, Fused, Linear8bitLt, fuses, operands, sums_wider
 from .merging import Merged, MergesNF4
 from .reasons import (
     accepts_input,
     adapters_reason,
     alone_reason,
-    any_global_hook,
     base_reason,
     hooked,
-    is_usual,
     kernel_reason,
     layer_reason,
     lora_adapter,
     magnitude_reason,
-    tensor_reason,
     variant_name,
-    weight_reason,
 )
+from .usual import is_usual, usual_name, usual_operands
 
 LoraLinear = LoraLinear8bitLt = LoraLinear4bit = None
 with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
@@ -121,8 +118,42 @@ class LowRank(Fused):
         """Returns a bias of lora_B's ``[N]``, which PEFT scales with the rest; or None."""
         return None
 
+    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
+        """Returns the public op, lora_A and lora_B of an adapter that nothing stands against; None: ask."""
+        return None
+
+    def _usual(self, x: Tensor) -> Optional[tuple]:
+        """Returns what a call of the most usual kind hands on, see :mod:`.usual`: the adapter's name, weight, bias,
+        lora_A, lora_B and the dropout's p. None: the reasons are asked one by one."""
+        name = usual_name(self)
+        if name is None or (found := usual_operands(self, x)) is None:
+            return None
+        if (adapter := self._usual_adapter(name)) is None:
+            return None
+        (weight, bias), (op, a, b), scaling = found, adapter, self.scaling[name]
+        if not is_usual(a) or not is_usual(b) or a.dtype is not b.dtype:
+            return None
+        if not self.cast_input_dtype_enabled or type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
+            return None
+        dropout, p = self._modules["lora_dropout"]._modules[name], 0.0
+        if hooked(dropout):
+            return None
+        if type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+            if p >= 1.0 or (dropout.training and dropout.inplace):
+                return None
+        elif type(dropout) is not nn.Identity:
+            return None
+        return (name, weight, bias, a, b, p) if kernel_reason(op, a.device.type) is None else None
+
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in PEFT's dtype; None: its own forward has to run."""
+        if (usual := self._usual(x)) is not None:
+            name, weight, bias, lora_A, lora_B, p = usual
+            if name in self.lora_variant:
+                return dora.forward(self, name, x, weight, bias, x.dtype)
+            return ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=self._rank_scale(name, 1.0),
+                                   scaling=float(self.scaling[name]), dropout_p=p, training=True)  # fmt: skip
         names, modules = self._names(), self._modules
         reason, alone = self._reasons_of(names)
         if reason is not None or not accepts_input(x):
@@ -255,81 +286,20 @@ class Lora(LowRank):
 
     checked_adapter = lora_adapter
 
-    def _fused(self, x: Tensor) -> Optional[Tensor]:
-        if (usual := self._usual(x)) is None:
-            return super()._fused(x)
-        name, weight, bias, lora_A, lora_B, p = usual
-        if name in self.lora_variant:
-            return dora.forward(self, name, x, weight, bias, x.dtype)
-        return ops.lora_linear(x, weight, lora_A, lora_B, bias, scaling=self.scaling[name], dropout_p=p, training=True)
-
-    def _usual(self, x: Tensor) -> Optional[tuple]:
-        """Returns what a call of the most usual kind hands on, the adapter's name, weight, bias, lora_A, lora_B and the
-        dropout's p: one adapter of LoRA or DoRA over an nn.Linear, NF4Linear or Linear4bit, no hooks, no autocast.
-        None: the reasons are asked one by one.
-
-        They have nothing against what has passed here; it asks the same in a third of their time, which is most of what
-        Python takes of a call.
-        """
-        if torch.compiler.is_compiling() or not accepts_input(x) or (device := x.device.type) not in ("cpu", "cuda"):
+    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
+        modules, op = self._modules, "lora_linear"
+        lora_A, lora_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or hooked(lora_A) or hooked(lora_B):
             return None
-        if torch.is_autocast_enabled(device):
-            return None
-        active, modules, lies_here = self._active_adapter, self._modules, self.__dict__
-        if type(active) is not str:
-            if len(active) != 1:
-                return None
-            active = active[0]
-        lora_A, lora_B = modules["lora_A"]._modules.get(active), modules["lora_B"]._modules.get(active)
-        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-            return None
-        if self._disable_adapters or self.merged_adapters or "forward" in lies_here or lies_here.get("fan_in_fan_out"):
-            return None
-        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[active]
-        kind, dtype, scaling = type(base), x.dtype, self.scaling[active]
-        four_bit = kind in FOUR_BIT
-        if not four_bit and kind is not NF4Linear and kind not in LINEAR:
-            return None
-        if not self.cast_input_dtype_enabled or type(scaling) is not float or not -math.inf < scaling < math.inf:
-            return None
-        op = "lora_linear"
-        if active in self.lora_variant:
-            magnitude = modules["lora_magnitude_vector"]._modules.get(active)
-            if type(self.lora_variant[active]) not in dora.VARIANTS or magnitude_reason(magnitude, dim=1) is not None:
-                return None
-            if type(magnitude) is not dora.DoraLinearLayer:
-                return None
-            op = "dora_linear"
-        if hooked(base) or hooked(lora_A) or hooked(lora_B) or hooked(dropout) or any_global_hook():
-            return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        a, b = lora_A._parameters["weight"], lora_B._parameters["weight"]
         if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
             return None
-        if not is_usual(a) or not is_usual(b) or a.dtype is not b.dtype:
-            return None
-        if four_bit:
-            if weight_reason(base) is not None or sums_wider(base, x) or (found := operands(base, x)) is None:
+        if name in self.lora_variant:
+            magnitude, op = modules["lora_magnitude_vector"]._modules.get(name), "dora_linear"
+            if type(self.lora_variant[name]) not in dora.VARIANTS or type(magnitude) is not dora.DoraLinearLayer:
                 return None
-            if found[0] is not x or found[3] is not dtype:  # it computes in another dtype
+            if magnitude_reason(magnitude, dim=1) is not None:
                 return None
-            _, weight, bias, _ = found
-        elif kind is NF4Linear:
-            if tensor_reason("its weight", weight) is not None:
-                return None
-            weight, bias = base.nf4, bias if bias is None or bias.dtype is dtype else bias.to(dtype)
-        elif not is_usual(weight) or weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
-            return None
-        elif weight.requires_grad:
-            return None
-        p = 0.0
-        if type(dropout) is nn.Dropout:
-            p = dropout.p if dropout.training else 0.0
-            if p >= 1.0 or (dropout.training and dropout.inplace):
-                return None
-        elif type(dropout) is not nn.Identity:
-            return None
-        return (active, weight, bias, a, b, p) if kernel_reason(op, a.device.type) is None else None
+        return op, lora_A._parameters["weight"], lora_B._parameters["weight"]
 
     def _names(self) -> list[str]:
         held = self._modules["lora_A"]._modules

@@ -183,19 +183,6 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
     return f"no native kernels of {op} for {device} tensors are loaded"
 
 
-def is_usual(tensor: Any) -> bool:
-    """Returns whether a parameter is a plain matrix in memory of a dtype of the kernels: then there is no
-    :func:`tensor_reason`."""
-    return (
-        (type(tensor) is nn.Parameter or type(tensor) is Tensor)
-        and tensor.dtype in DTYPES
-        and tensor.dim() == 2
-        and not tensor.is_meta
-        and tensor.layout is torch.strided
-        and "ds_id" not in tensor.__dict__
-    )
-
-
 def hooked(module: nn.Module) -> bool:
     """Returns whether calling ``module`` does more than its class's forward."""
     return bool(
