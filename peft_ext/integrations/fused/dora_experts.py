@@ -59,7 +59,8 @@ def register(config: Any, model: nn.Module) -> None:
     """Lets a configuration with ``use_dora`` adapt the experts of ``model``; PEFT's own wrappers there take it too."""
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
-    kinds = {type(module) for module in model.modules() if expert_parameters(module)}
+    # Of NF4Experts the class they had, which theirs derives from: made at run time, it can't be pickled.
+    kinds = {getattr(module, "stock_class", type(module)) for module in model.modules() if expert_parameters(module)}
     if kinds:
         config._register_custom_module(dict.fromkeys(kinds, _made))
     for module in model.modules():
