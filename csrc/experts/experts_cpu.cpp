@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -73,17 +74,18 @@ Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
-// Copies between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at a time over all
-// threads: PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of memory for each
-// element.
+// Copies these experts' matrices between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at
+// a time over all threads: PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of
+// memory for each element.
 template <typename T, bool kToStack>
-void copy_stack(const Tensor& stack, T* whole) {
+void copy_stack(const Tensor& stack, T* whole, const std::vector<int64_t>& experts) {
   auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
-  const int64_t experts = stack.size(0), rows = stack.size(1), columns = stack.size(2);
+  const auto count = static_cast<int64_t>(experts.size());
+  const int64_t rows = stack.size(1), columns = stack.size(2);
   const int64_t by_expert = stack.stride(0), by_row = stack.stride(1), by_column = stack.stride(2);
-  torch::stable::parallel_for(0, rows, ceil_div(kPackGrain, experts * columns + 1), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, ceil_div(kPackGrain, count * columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t expert = 0; expert < experts; ++expert) {
+      for (const int64_t expert : experts) {
         T* from = strided + expert * by_expert + row * by_row;
         T* to = whole + (expert * rows + row) * columns;
         for (int64_t column = 0; column < columns; ++column)
@@ -93,17 +95,27 @@ void copy_stack(const Tensor& stack, T* whole) {
 }
 
 template <bool kToStack>
-void copy_stack(const Tensor& stack, const Tensor& whole) {
+void copy_stack(const Tensor& stack, const Tensor& whole, const std::vector<int64_t>& experts) {
   void* data = const_cast<void*>(whole.const_data_ptr());
-  stack.element_size() == 4 ? copy_stack<uint32_t, kToStack>(stack, static_cast<uint32_t*>(data))
-                            : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data));
+  stack.element_size() == 4 ? copy_stack<uint32_t, kToStack>(stack, static_cast<uint32_t*>(data), experts)
+                            : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data), experts);
 }
 
-Tensor in_one_piece(const Tensor& stack) {
+// What is not of these runs' experts is not filled: of a token's few experts the other ones' copies would be all work.
+Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.is_contiguous()) return stack;
   const Tensor whole = empty({stack.size(0), stack.size(1), stack.size(2)}, stack.scalar_type());
-  copy_stack<false>(stack, whole);
+  std::vector<int64_t> experts;
+  for (const Run& run : runs) experts.push_back(run.expert);
+  copy_stack<false>(stack, whole, experts);
   return whole;
+}
+
+// Back into a stack, all experts.
+void copy_back(const Tensor& stack, const Tensor& whole) {
+  std::vector<int64_t> experts(static_cast<size_t>(stack.size(0)));
+  std::iota(experts.begin(), experts.end(), int64_t{0});
+  copy_stack<true>(stack, whole, experts);
 }
 
 // The experts' weights: dense [E, N, K], or NF4, each expert's packed for itself, one after the other.
@@ -161,8 +173,8 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   return held;
 }
 
-// The experts' adapters [E, R, K] and [E, N, R], contiguous; without them there is none. out_scale [E, N] float32 makes
-// them DoRA's.
+// The adapters [E, R, K] and [E, N, R] of the experts that have rows, contiguous; without them there is none. out_scale
+// [E, N] float32 makes them DoRA's.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;
@@ -189,7 +201,7 @@ struct Adapters {
 
 Adapters checked_adapters(const char* op, const Weights& weights, const std::optional<Tensor>& lora_A,
                           const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale, double scaling,
-                          double dropout_p, const std::optional<Tensor>& seed) {
+                          double dropout_p, const std::optional<Tensor>& seed, const std::vector<Run>& runs) {
   STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), op, ": one of lora_A and lora_B is missing");
   if (lora_A.has_value()) {
     const Tensor &a = *lora_A, &b = *lora_B;
@@ -207,8 +219,8 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
   STD_TORCH_CHECK(!out_scale.has_value() || lora_A.has_value(), op, ": out_scale is given without lora_A");
   if (out_scale.has_value()) held.out_scale = float_vector(op, "out_scale", *out_scale, weights.experts * weights.out);
   if (lora_A.has_value()) {
-    held.lora_A = in_one_piece(*lora_A);
-    held.lora_B = in_one_piece(*lora_B);
+    held.lora_A = in_one_piece(*lora_A, runs);
+    held.lora_B = in_one_piece(*lora_B, runs);
   }
   return held;
 }
@@ -255,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_cpu(
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
-  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   std::optional<Tensor> held_bias;
   if (bias.has_value()) held_bias = checked_part(kOp, "bias", *bias, type, weights.experts * weights.out);
   const Tensor y = empty({held_x.size(0), weights.out}, type);
@@ -290,8 +302,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
   const Tensor held_x = checked_rows(kOp, "x", x, weights.in), held_grad = checked_rows(kOp, "grad", grad, weights.out);
-  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
+  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   STD_TORCH_CHECK(held_grad.scalar_type() == type && held_grad.size(0) == held_x.size(0), kOp, ": grad has ",
                   held_grad.size(0), " rows of ", torch::headeronly::toString(held_grad.scalar_type()), ", wanted ",
                   held_x.size(0), " of ", torch::headeronly::toString(type));
@@ -343,8 +355,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
              static_cast<size_t>(bytes));
     }
   });
-  if (!out_A.is_contiguous()) copy_stack<true>(out_A, grad_A);
-  if (!out_B.is_contiguous()) copy_stack<true>(out_B, grad_B);
+  if (!out_A.is_contiguous()) copy_back(out_A, grad_A);
+  if (!out_B.is_contiguous()) copy_back(out_B, grad_B);
   return {grad_x, out_A, out_B, grad_scale};
 }
 
@@ -355,7 +367,6 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
   constexpr const char* kOp = "dora_experts_weight_norm";
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt);
   // A run here is the rows of an expert's W.
   std::vector<Run> runs;
   if (offsets.has_value()) {
@@ -364,6 +375,8 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
   } else {
     for (int64_t expert = 0; expert < weights.experts; ++expert) runs.push_back({expert, 0, weights.out});
   }
+  const Adapters adapters =
+      checked_adapters(kOp, weights, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt, runs);
   const Tensor norm = empty({weights.experts, weights.out}, ScalarType::Float);
   clear_others(norm, runs);
   each_run(runs, [&](const Run& run) {

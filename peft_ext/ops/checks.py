@@ -73,6 +73,20 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
     return -_LARGEST <= scaling <= _LARGEST and 0.0 <= dropout_p < 1.0
 
 
+def adapted_operands(
+    op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
+) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
+    """Returns x, weight and bias of a call with lora_A and lora_B as they are computed with, all of them checked."""
+    if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+        check_float(op, "x", x)
+        x, weight, bias = cast_for_autocast(x, weight, bias)
+        check_linear(op, x, weight)
+        check_lora(op, weight, lora_A, lora_B)
+        check_bias(op, bias, x, weight.shape[0])
+        check_scale(op, scaling, dropout_p)
+    return x, weight, bias
+
+
 def check_module(op: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: model is {type(model).__name__}, wanted an nn.Module")

@@ -265,13 +265,7 @@ def dora_linear(
     Source: DoRA (arXiv 2402.09353).
     """
     op = "dora_linear"
-    if not checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        checks.check_float(op, "x", x)
-        x, weight, bias = checks.cast_for_autocast(x, weight, bias)
-        checks.check_linear(op, x, weight)
-        checks.check_lora(op, weight, lora_A, lora_B)
-        checks.check_bias(op, bias, x, weight.shape[0])
-        checks.check_scale(op, scaling, dropout_p)
+    x, weight, bias = checks.adapted_operands(op, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     checks.check_seed(op, seed, x)
     checks.check_vector(op, "magnitude", magnitude, x, (weight.shape[0],))
     if weight_norm is not None:

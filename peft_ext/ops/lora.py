@@ -204,13 +204,7 @@ def lora_linear(
     dropout: :mod:`peft_ext.reference.philox`.
     """
     op = "lora_linear"
-    if not checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        checks.check_float(op, "x", x)
-        x, weight, bias = checks.cast_for_autocast(x, weight, bias)
-        checks.check_linear(op, x, weight)
-        checks.check_lora(op, weight, lora_A, lora_B)
-        checks.check_bias(op, bias, x, weight.shape[0])
-        checks.check_scale(op, scaling, dropout_p)
+    x, weight, bias = checks.adapted_operands(op, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if rank_scale is not None:
         checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
     checks.check_seed(op, seed, x)

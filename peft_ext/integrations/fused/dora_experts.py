@@ -185,7 +185,8 @@ if ParamWrapper is not None:
         def unmerge(self) -> None:
             if not is_dora(self, self.merged_adapters):
                 return super().unmerge()
-            scales = {name: self._scale(name, self._norms_at_merge().pop(name))
+            norms = self._norms_at_merge()
+            scales = {name: self._scale(name, norms[name])
                       for name in self.merged_adapters if magnitude_of(self, name) is not None}  # fmt: skip
             if not all(g.all() for g in scales.values()):
                 raise RuntimeError("unmerge: a magnitude is 0, which leaves nothing of the weight: load the base model")
@@ -194,6 +195,7 @@ if ParamWrapper is not None:
                 weight = param.data.to(torch.float32) if name in scales else param.data
                 weight = weight / scales[name].to(weight.device) if name in scales else weight
                 param.data = (weight - ParamWrapper.get_delta_weight(self, name).to(weight.dtype)).to(param.dtype)
+                norms.pop(name, None)
 
         def _norms_at_merge(self) -> dict[str, Tensor]:
             return self.__dict__.setdefault("_peft_ext_norms_at_merge", {})
