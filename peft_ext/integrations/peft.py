@@ -37,7 +37,7 @@ from .fused.base import (
     is_repacked,
     without_adapters,
 )
-from .fused.blocks import Block, fuse_blocks, no_block_reason, plain_blocks
+from .fused.blocks import block_parts, fuse_blocks, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
 from .fused.dora_experts import is_dora
 from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
@@ -259,11 +259,8 @@ def explain(model: nn.Module) -> Explanation:
 def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules():
-        if isinstance(module, Block):
-            reason = module.block_reason()
-            yield Row(name, module.kind, reason is None, reason or "")
-        elif (found := no_block_reason(module)) is not None:
-            yield Row(name, found[0], False, found[1])
+        for kind, reason in block_parts(module):
+            yield Row(name, kind, reason is None, reason or "")
     for layer in heads(model):
         reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")

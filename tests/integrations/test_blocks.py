@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
-from peft_ext.integrations.fused import blocks
+from peft_ext.integrations.fused import blocks, rotary
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
@@ -40,8 +40,8 @@ MODELS = {
 IDS = {"input_ids": torch.arange(3, 37).view(2, 17), "labels": torch.arange(3, 37).view(2, 17)}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, trained: bool = False) -> nn.Module:
-    torch.manual_seed(0)
+def build(name: str, dtype: torch.dtype = torch.float32, trained: bool = False, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     model = MODELS[name][0]()
     with torch.no_grad():
         for module in model.modules():
@@ -78,12 +78,14 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
-    exact = step(build(name))
-    errors = []
-    for model in (build(name, torch.bfloat16), peft_ext.accelerate(build(name, torch.bfloat16))):
-        found = step(model)
-        errors.append(sum((found[key].double() - value).norm() ** 2 for key, value in exact.items()))
-    assert errors[1] <= 1.5**2 * errors[0]
+    errors = [0.0, 0.0]
+    for seed in range(6):  # one model's is luck
+        exact = step(build(name, seed=seed))
+        narrow = [build(name, torch.bfloat16, seed=seed) for _ in errors]
+        for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
+            found = step(model)
+            errors[i] += sum((found[key].double() - value).norm() ** 2 for key, value in exact.items()).item()
+    assert errors[1] <= 1.3**2 * errors[0]
 
 
 def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
@@ -123,6 +125,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> 
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     blocks._TRIED.clear()
     blocks._ACTS.clear()
+    rotary._is_rotary.cache_clear()
     if under == "meta":
         with torch.device("meta"):
             peft_ext.accelerate(model)
@@ -136,7 +139,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> 
         finally:
             torch.set_default_dtype(torch.float32)
     rows = peft_ext.explain(model).blocks
-    assert {row.kind for row in rows} == {"RMSNorm", "MLP", "loss", "projections of one input"}
+    assert {row.kind for row in rows} == {"RMSNorm", "MLP", "loss", "projections of one input", "rotary positions"}
     assert all(row.fused for row in rows), rows
 
 

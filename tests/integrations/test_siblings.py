@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_ext
-from peft_ext.integrations.fused.blocks import Projections
 from peft_ext.integrations.fused.siblings import groups_in
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -147,7 +146,7 @@ def test_in_models(name: str) -> None:
     with Together() as seen:
         model.train()(input_ids=torch.arange(80).view(2, 40))
     assert seen.layers == groups
-    rows = [row for row in peft_ext.explain(model).blocks if row.kind == Projections.kind]
+    rows = [row for row in peft_ext.explain(model).blocks if row.kind == "projections of one input"]
     assert rows and all(row.fused for row in rows)
     assert "projections of one input: fused, " in str(peft_ext.explain(model))
 
@@ -388,7 +387,7 @@ def test_few_tokens_and_one_layer_are_computed_alone() -> None:
         attention(joint).v_proj.enable_adapters(False)
         outputs(joint, draw())
     assert not seen.layers
-    (row,) = [row for row in peft_ext.explain(joint).blocks if row.kind == Projections.kind]
+    (row,) = [row for row in peft_ext.explain(joint).blocks if row.kind == "projections of one input"]
     assert not row.fused and row.reason.startswith("no two of q_proj, k_proj, v_proj have an adapter")
 
 

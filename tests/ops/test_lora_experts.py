@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from op_db import SEED, nf4_weight
+from op_params import TILES
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
@@ -202,9 +203,11 @@ def test_no_count_of_threads_changes_a_bit(dtype: torch.dtype, method: str) -> N
         torch.set_num_threads(before)
     for other in found[1:]:
         for name, wanted in found[0].items():
-            of_pytorch = dtype is torch.float32 and name in ("y", "x", "magnitude")  # made of its product
+            # Without tiles for the dtype it is made of PyTorch's product, whose bits may depend on its threads.
+            of_pytorch = name in ("y", "x", "magnitude") and not (TILES and dtype is torch.bfloat16)
             assert torch.equal(other[name], wanted) or of_pytorch, name
-            torch.testing.assert_close(other[name], wanted, rtol=1e-4, atol=1e-5)
+            rtol = 1e-4 if dtype is torch.float32 else torch.finfo(dtype).eps
+            torch.testing.assert_close(other[name], wanted, rtol=rtol, atol=1e-5)
 
 
 def test_offsets_of_any_kind(device: torch.device) -> None:

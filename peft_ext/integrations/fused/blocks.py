@@ -1,8 +1,9 @@
-"""Norms, MLPs and projections of one input on fused operators: known by their structure, tried before they are used.
+"""Norms, MLPs, projections of one input and rotary positions on fused operators: known by their structure, and tried.
 
     RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
     MLP                  down(act(gate x) ∘ up x), down(act(up x)): the activation in one pass; saved: gate and up. What
                          ``down`` saves, act(gate) ∘ up, is computed again in the backward
+    attention            layers of one input together, rotary positions in one pass; the rest is the model's own code
 
 A block's class is a subclass of the model's own, made once for what a trial of that class found: its formula, tried on
 random numbers with weights of the trial's own. A class whose forward computes anything else keeps it.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from . import siblings
+from . import rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .lora import LowRank
 from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
@@ -38,7 +39,8 @@ _TOLERANCE = 1e-5  # of a trial in float32, of the largest value
 
 
 class Block:
-    """A module of a model on fused operators. A subclass gives ``formula``, ``block_reason`` and ``_fused``."""
+    """A module of a model on fused operators. A subclass gives ``formula``, ``block_reason`` and ``_fused``, or its own
+    ``parts`` and ``forward``."""
 
     stock_class: type
     formula: tuple = ()
@@ -47,6 +49,10 @@ class Block:
     def block_reason(self) -> Optional[str]:
         """Returns why the module's own forward runs."""
         raise NotImplementedError
+
+    def parts(self) -> Iterator[tuple[str, Optional[str]]]:
+        """Yields what is fused of the module, and why it is not now."""
+        yield self.kind, self.block_reason()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or torch.compiler.is_compiling() or not accepts_input(x) or self.block_reason() is not None:
@@ -331,39 +337,62 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
     return _alike(_with_gradients(Mlp._fused, _as(trial, Mlp, formula), x), wanted)
 
 
-# --- projections of one input -----------------------------------------------------------------------------------------
+# --- within a module's own forward ------------------------------------------------------------------------------------
 
 
-class Projections(Block):
-    """A module whose children are adapter layers that get the same tensor: see :mod:`.siblings`. ``formula``: groups of
-    their names."""
+class Forward(Block):
+    """A module's own forward, of which two parts may be others: children that are adapter layers and get one tensor are
+    computed together (:mod:`.siblings`), and rotary positions are taken in one pass (:mod:`.rotary`).
 
-    kind = "projections of one input"
+    ``formula``: groups of the children's names, and the function that rotates, or None.
+    """
 
-    def block_reason(self) -> Optional[str]:
-        if "forward" in self.__dict__:
-            return "its forward was replaced on the instance"
-        for names in self.formula:
+    def parts(self) -> Iterator[tuple[str, Optional[str]]]:
+        groups, function = self.formula
+        replaced = "its forward was replaced on the instance" if "forward" in self.__dict__ else None
+        if groups:
+            yield _JOINT, replaced or self._joint_reason(groups)
+        if function is not None:
+            yield _ROTARY, replaced or self._rotary_reason(function)
+
+    def _joint_reason(self, groups: tuple[tuple[str, ...], ...]) -> Optional[str]:
+        for names in groups:
             layers = [self._modules.get(name) for name in names]
             joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
             if len(joint) > 1:
                 return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
-        return f"no two of {', '.join(self.formula[0])} have an adapter that can be computed with another's"
+        return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
+
+    def _rotary_reason(self, function: Callable) -> Optional[str]:
+        if rotary.named(self.stock_class.forward) is not function:
+            return f"{rotary.NAME} was replaced"
+        return kernel_reason("rotary_embedding", next((p.device.type for p in self.parameters()), "cpu"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.stock_class.forward
         if torch.compiler.is_compiling():
-            return super(Block, self).forward(*args, **kwargs)
-        with siblings.together(self, self.formula):
-            return super(Block, self).forward(*args, **kwargs)
+            return run(self, *args, **kwargs)
+        groups, function = self.formula
+        if function is not None and rotary.named(run) is function:
+            run = rotary.with_fused_rotary(run, function) or run
+        if not groups:
+            return run(self, *args, **kwargs)
+        with siblings.together(self, groups):
+            return run(self, *args, **kwargs)
 
 
-def _projections(module: nn.Module) -> Optional[type]:
-    """Returns the class of a module with two adapter layers or more that get the same tensor; None: it has none."""
-    groups = []
-    for names in siblings.groups_in(type(module).forward):
-        if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1:
-            groups.append(names)
-    return _class(Projections, type(module), tuple(groups)) if groups else None
+_JOINT, _ROTARY = "projections of one input", "rotary positions"
+
+
+def _forward_class(module: nn.Module) -> Optional[type]:
+    """Returns the class of a module in whose forward a part can be another; None: there is none."""
+    stock = type(module)
+    groups = tuple(names for names in siblings.groups_in(stock.forward)
+                   if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1)  # fmt: skip
+    function = rotary.rotary_function(stock.forward)
+    if function is not None and rotary.with_fused_rotary(stock.forward, function) is None:
+        function = None
+    return _class(Forward, stock, (groups, function)) if groups or function is not None else None
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -431,14 +460,17 @@ def _fused_class(module: nn.Module) -> Optional[type]:
             elif (formula := _mlp_formula(module)) is not None:
                 found = _class(Mlp, stock, formula)
         _TRIED[key] = found
-    return _TRIED[key] or _projections(module)
+    return _TRIED[key] or _forward_class(module)
 
 
-def no_block_reason(module: nn.Module) -> Optional[tuple[str, str]]:
-    """Returns of a norm or MLP that is not fused what it is, and why; None of any other module."""
-    if isinstance(module, Block) or (kind := _fused_class(module)) is None:
-        return None
-    return kind.kind, "accelerate(model) was not called on it, or with blocks=False"
+def block_parts(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
+    """Yields what is fused of a module, or could be, and why it is not; nothing of a module that is no block."""
+    if isinstance(module, Block):
+        yield from module.parts()
+    elif (kind := _fused_class(module)) is not None:
+        groups, function = kind.formula if issubclass(kind, Forward) else ((), None)
+        for name in [kind.kind] if kind.kind else [_JOINT] * bool(groups) + [_ROTARY] * (function is not None):
+            yield name, "accelerate(model) was not called on it, or with blocks=False"
 
 
 def fuse_blocks(model: nn.Module) -> None:
