@@ -16,6 +16,11 @@ Adapter ia3_adapter(const char* op, const Tensor& ia3_l, const FrozenWeight& wei
   return adapter;
 }
 
+// A gradient of ia3_l, [N], [N, 1] or [1, N], in its shape and type.
+Tensor like(const Tensor& gradient, const Tensor& ia3_l) {
+  return as_shape(as_type(gradient, ia3_l.scalar_type()), {ia3_l.sizes().begin(), ia3_l.sizes().end()});
+}
+
 std::tuple<Tensor, Tensor> ia3_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,
                                           std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                                           std::optional<Tensor> nested_offset, int64_t blocksize,
@@ -45,12 +50,11 @@ std::tuple<Tensor, Tensor> ia3_linear_backward_cpu(Tensor grad, Tensor x, Tensor
   if (needs_grad_x || (feedforward && needs_grad_l)) {
     const AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, std::nullopt, needs_grad_x);
     if (needs_grad_x) grad_x = out.grad_x;
-    if (feedforward && needs_grad_l) grad_l = as_type(out.grad_in_scale, ia3_l.scalar_type());
+    if (feedforward && needs_grad_l) grad_l = like(out.grad_in_scale, ia3_l);
   }
   if (!feedforward && needs_grad_l) {
     STD_TORCH_CHECK(z.has_value(), kOp, ": z is None, wanted the forward's z or its result");
-    grad_l =
-        as_type(scale_gradient(kOp, grad, x, held, adapter, std::nullopt, *z, z_is_scaled, bias), ia3_l.scalar_type());
+    grad_l = like(scale_gradient(kOp, grad, x, held, adapter, std::nullopt, *z, z_is_scaled, bias), ia3_l);
   }
   return {grad_x, grad_l};
 }
@@ -66,7 +70,7 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cpu(Tensor grad, Tensor x, Tensor 
   constexpr const char* kOp = "ia3_scale_backward";
   const Tensor scale = float_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1));
   ColumnSums out = column_pass(kOp, grad, needs_grad_x ? &scale : nullptr, 0.0f, needs_grad_l ? &x : nullptr);
-  return {out.scaled, as_type(out.sums, ia3_l.scalar_type())};
+  return {out.scaled, needs_grad_l ? like(out.sums, ia3_l) : empty({0}, ia3_l.scalar_type())};
 }
 
 }  // namespace

@@ -17,6 +17,11 @@ DeviceAdapter ia3_adapter(const char* op, const Tensor& ia3_l, const DeviceWeigh
   return adapter;
 }
 
+// A gradient of ia3_l, [N], [N, 1] or [1, N], in its shape and type.
+Tensor like(const Tensor& gradient, const Tensor& ia3_l) {
+  return as_shape(as_type(gradient, ia3_l.scalar_type()), {ia3_l.sizes().begin(), ia3_l.sizes().end()});
+}
+
 std::tuple<Tensor, Tensor> ia3_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
                                            const std::optional<Tensor>& nested_absmax,
                                            const std::optional<Tensor>& nested_code,
@@ -46,7 +51,7 @@ std::tuple<Tensor, Tensor> ia3_linear_backward_cuda(
   const DeviceBackward out = adapted_backward(kOp, grad, x, held, ia3_adapter(kOp, ia3_l, held, feedforward),
                                               std::nullopt, needs_grad_x, of_outputs ? z : std::nullopt);
   if (!needs_grad_l) return {out.grad_x, device_empty(ia3_l, {0}, ia3_l.scalar_type())};
-  return {out.grad_x, as_type(feedforward ? out.grad_in_scale : out.grad_out_scale, ia3_l.scalar_type())};
+  return {out.grad_x, like(feedforward ? out.grad_in_scale : out.grad_out_scale, ia3_l)};
 }
 
 Tensor ia3_scale_cuda(const Tensor& x, const Tensor& ia3_l) {
@@ -63,7 +68,7 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cuda(const Tensor& grad, const Ten
   if (needs_grad_x) scale = device_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1), x);
   if (needs_grad_l) other = x;
   const ColumnProducts out = scale_columns(grad, scale, other);
-  return {out.scaled, as_type(out.sums, ia3_l.scalar_type())};
+  return {out.scaled, needs_grad_l ? like(out.sums, ia3_l) : device_empty(ia3_l, {0}, ia3_l.scalar_type())};
 }
 
 }  // namespace

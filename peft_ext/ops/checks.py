@@ -131,6 +131,8 @@ def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: st
 
 def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
     """Checks one value per feature, of any float dtype, on x's device, in one of ``shapes``."""
+    if not torch.compiler.is_compiling() and fits_vector(value, x) and value.shape in shapes:
+        return
     check_float(op, argument, value)
     _check_device(op, argument, value, x)
     if tuple(value.shape) not in shapes:
@@ -407,4 +409,7 @@ def cast_for_autocast(
 
 def any_float64(*values: Optional[Tensor]) -> bool:
     """Returns whether a tensor is float64: no kernel takes it, the reference computes with it."""
-    return any(value is not None and value.dtype is torch.float64 for value in values)
+    for value in values:  # a generator would take twice as long
+        if value is not None and value.dtype is torch.float64:
+            return True
+    return False

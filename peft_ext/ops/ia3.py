@@ -34,7 +34,8 @@ _GRADS = "(Tensor grad_x, Tensor grad_l)"
 
 def _linear_reference(x, *args):
     *weight, bias, ia3_l, feedforward, want_z = args
-    y, z = reference.ia3_linear_forward(x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, feedforward)
+    flat = ia3_l.reshape(-1)
+    y, z = reference.ia3_linear_forward(x, checks.unpack_weight(*weight, x.dtype), bias, flat, feedforward)
     return y, z if want_z else x.new_empty(0)
 
 
@@ -47,9 +48,9 @@ def _linear_fake(x, *args):
 def _linear_backward_reference(grad, x, *args):
     *weight, bias, ia3_l, z, z_is_scaled, feedforward, needs_x, needs_l = args
     grad_x, grad_l = reference.ia3_linear_backward(
-        grad, x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l, z, z_is_scaled, feedforward
+        grad, x, checks.unpack_weight(*weight, x.dtype), bias, ia3_l.reshape(-1), z, z_is_scaled, feedforward
     )
-    return grad_x if needs_x else x.new_empty(0), grad_l if needs_l else ia3_l.new_empty(0)
+    return grad_x if needs_x else x.new_empty(0), grad_l.view(ia3_l.shape) if needs_l else ia3_l.new_empty(0)
 
 
 def _linear_backward_fake(grad, x, *args):
@@ -62,8 +63,8 @@ def _scale_fake(x, ia3_l):
 
 
 def _scale_backward_reference(grad, x, ia3_l, needs_x, needs_l):
-    grad_x, grad_l = reference.ia3_scale_backward(grad, x, ia3_l)
-    return grad_x if needs_x else x.new_empty(0), grad_l if needs_l else ia3_l.new_empty(0)
+    grad_x, grad_l = reference.ia3_scale_backward(grad, x, ia3_l.reshape(-1))
+    return grad_x if needs_x else x.new_empty(0), grad_l.view(ia3_l.shape) if needs_l else ia3_l.new_empty(0)
 
 
 def _scale_backward_fake(grad, x, ia3_l, needs_x, needs_l):
@@ -83,7 +84,7 @@ define(
     reference=_linear_backward_reference,
     fake=_linear_backward_fake,
 )
-define("ia3_scale", "(Tensor x, Tensor ia3_l) -> Tensor", reference=reference.ia3_scale_forward, fake=_scale_fake)
+define("ia3_scale", "(Tensor x, Tensor ia3_l) -> Tensor", reference=reference.ia3_scale, fake=_scale_fake)
 define(
     "ia3_scale_backward",
     f"(Tensor grad, Tensor x, Tensor ia3_l, {_NEEDS}) -> {_GRADS}",
@@ -121,7 +122,7 @@ def _linear_backward(ctx, grad, _grad_z):
         )
     if needs[8]:
         grad_bias = sum_rows(grad)
-        grad_bias = grad_bias if ctx.feedforward else (grad_bias * ia3_l).to(grad.dtype)
+        grad_bias = grad_bias if ctx.feedforward else (grad_bias * ia3_l.reshape(-1)).to(grad.dtype)
     return (grad_x if needs[0] else None, *(None,) * 7, grad_bias, grad_l if needs[9] else None, None, None)
 
 
@@ -185,7 +186,7 @@ def ia3_linear(
         return in_float64(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
     trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward
     want_z = trains and not (save_output and x.device.type == "cpu")
-    args = (bias, ia3_l.reshape(-1), bool(feedforward), want_z)
+    args = (bias, ia3_l, bool(feedforward), want_z)
     return _ia3_linear(x, *checks.weight_args(weight), *args)[0]
 
 
@@ -210,4 +211,4 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     checks.check_vector(op, "ia3_l", ia3_l, x, (features,), (1, features), (features, 1))
     if checks.any_float64(x, ia3_l):
         return in_float64(reference.ia3_scale, x, ia3_l)
-    return _ia3_scale(x, ia3_l.reshape(-1))
+    return _ia3_scale(x, ia3_l)

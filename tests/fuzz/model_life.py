@@ -24,6 +24,7 @@ import peft_ext
 from peft_ext.integrations.fused.base import STOCK
 from peft_ext.integrations.fused.blocks import Block
 from peft_ext.integrations.fused.linear import FusedLinear
+from peft_ext.model import register_layers
 from peft_ext.nn import NF4Linear
 
 
@@ -95,7 +96,8 @@ class Case(Pair):
 
         def add(model: nn.Module) -> None:
             try:
-                model.add_adapter(name, copy.deepcopy(config), autocast_adapter_dtype=self.autocast_adapters)
+                register_layers(mine := copy.deepcopy(config), model)
+                model.add_adapter(name, mine, autocast_adapter_dtype=self.autocast_adapters)
             finally:
                 if model is self.fused:  # layers that are new are stock until then, also where PEFT got no further
                     peft_ext.accelerate(model)

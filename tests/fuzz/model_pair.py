@@ -23,6 +23,7 @@ from tiny_models import FAMILIES, Sizes, architecture
 from torch import Tensor, nn
 
 import peft_ext
+from peft_ext.model import register_layers
 from peft_ext.quantize import HEADS
 
 METHODS = {"LoRA": 5, "DoRA": 3, "AdaLoRA": 1, "IA3": 2}
@@ -181,7 +182,9 @@ class Pair:
 
     def adapted(self) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(self.model_seed)
-        model = get_peft_model(self.fresh(), copy.deepcopy(self.config), autocast_adapter_dtype=self.autocast_adapters)
+        model, config = self.fresh(), copy.deepcopy(self.config)
+        register_layers(config, model)  # DoRA on experts, which PEFT has not: its peer is our wrapper's plain way
+        model = get_peft_model(model, config, autocast_adapter_dtype=self.autocast_adapters)
         stir(model, "default", torch.Generator().manual_seed(self.model_seed))
         fused = copy.deepcopy(model)
         if self.nf4:
@@ -228,17 +231,17 @@ class Pair:
         for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", (1, 3, 16))):
             if self.maybe(0.3):
                 common[pattern] = {name: rng.choice(values) for name in rng.sample(targets, min(2, len(targets)))}
+        stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in name]
+        if stacked and common["lora_dropout"] == 0 and self.maybe():
+            common["target_parameters"] = sorted({".".join(name.split(".")[-3:]) for name in stacked})
         if method == "DoRA":
             return LoraConfig(**common, use_dora=True)
-        if self.maybe(0.15):
+        if self.maybe(0.15) and "target_parameters" not in common:
             common["lora_bias"] = True
         elif self.base == "float32" and self.maybe(0.4):
             common["init_lora_weights"] = rng.choice(("gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal"))
             if common["init_lora_weights"] == "orthogonal" and r % 2:
                 common["r"] = r + 1
-        stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in name]
-        if stacked and common["lora_dropout"] == 0 and "lora_bias" not in common and self.maybe():
-            common["target_parameters"] = sorted({".".join(name.split(".")[-3:]) for name in stacked})
         extra = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         if self.maybe(0.1) and extra and common["init_lora_weights"] in (True, False):
             common["target_modules"] = [*targets, rng.choice(extra)]

@@ -499,7 +499,9 @@ def operators(model: nn.Module) -> OperatorCalls:
     return seen
 
 
-OF_BLOCKS = {"activation", "cross_entropy_rows", "gated_activation", "layer_norm", "rms_norm"}
+OF_BLOCKS = {
+    "activation", "cross_entropy_rows", "gated_activation", "layer_norm", "rms_norm", "rotary_embedding",
+}  # fmt: skip
 
 
 @column("fused on CPU")

@@ -104,6 +104,7 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
 }
 
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length) {
+  if (values.scalar_type() == ScalarType::Float && values.numel() == length && values.is_contiguous()) return values;
   const Tensor row = as_shape(as_contiguous(values), {1, values.numel()});
   return packed(op, argument, row, nullptr, nullptr, false, 1, length);
 }
@@ -140,7 +141,7 @@ Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t
 
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel) {
   STD_TORCH_CHECK(values.numel() == numel, op, ": ", argument, " has ", values.numel(), " elements, wanted ", numel);
-  return as_shape(padded_vector(op, argument, values, numel), {numel});
+  return padded_vector(op, argument, values, numel);
 }
 
 }  // namespace peft_ext

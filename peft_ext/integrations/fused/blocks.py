@@ -386,7 +386,7 @@ _JOINT, _ROTARY = "projections of one input", "rotary positions"
 
 def _forward_class(module: nn.Module) -> Optional[type]:
     """Returns the class of a module in whose forward a part can be another; None: there is none."""
-    stock = type(module)
+    stock = module.stock_class if isinstance(module, Forward) else type(module)
     groups = tuple(names for names in siblings.groups_in(stock.forward)
                    if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1)  # fmt: skip
     function = rotary.rotary_function(stock.forward)
@@ -443,6 +443,8 @@ def _alike(found: list[Tensor], wanted: list[Tensor]) -> bool:
 def _fused_class(module: nn.Module) -> Optional[type]:
     """Returns the fused class of a module, by trial, once for each class; None: its own forward stays."""
     stock = type(module)
+    if stock in STOCK and issubclass(stock, Forward):  # of whose children others may have an adapter now
+        return _forward_class(module) or module.stock_class
     if stock is nn.LayerNorm:
         return _class(LayerNorm, stock, ())
     if stock.__module__.startswith(("torch.", "peft.", "peft_ext.", "bitsandbytes.")) or stock in STOCK:

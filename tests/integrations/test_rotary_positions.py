@@ -163,6 +163,19 @@ def test_what_takes_it_back() -> None:
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_layers_that_get_adapters_later_are_joined_then() -> None:
+    """A module that is fused for its positions alone is looked at again, with each ``accelerate``."""
+    torch.manual_seed(0)
+    model = peft_ext.get_peft_model(MODELS["Llama"](), LoraConfig(target_modules=["q_proj"]))
+    kinds = {row.kind for row in peft_ext.explain(model).blocks}
+    assert "rotary positions" in kinds and "projections of one input" not in kinds
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"]))
+    model.set_adapter("other")
+    peft_ext.accelerate(model)
+    joined = [row.fused for row in peft_ext.explain(model).blocks if row.kind == "projections of one input"]
+    assert joined == [True, True] and rows(model) == [(True, "")] * 2 and calls(model) == 2
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_with_dropout(reentrant: bool) -> None:
     model = peft_ext.accelerate(build(MODELS["Llama"], dropout=0.2))
