@@ -25,8 +25,8 @@ Parts = dict[str, Optional[Tensor]]
 
 def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy on PEFT's own path over the same weights, dequantized, in ``dtype``: the truth for narrower ones."""
-    model.zero_grad()
     model = copy.deepcopy(model)
+    model.zero_grad()
     for parent in list(model.modules()):
         for name, base in list(parent.named_children()):
             if isinstance(base, NF4Linear):

@@ -307,6 +307,21 @@ def test_autocast_gives_pefts_dtype(method, base, x_dtype):
     assert all(alone in row.reason and bool(alone) == bool(row.reason) for row in explanation.rows)
 
 
+def test_several_adapters_in_float16_under_bfloat16_autocast():
+    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    torch.manual_seed(0)
+    model = make_method("LoRA", "dense").train()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.half()
+    model.base_model.set_adapter(["default", "other"])
+    stock, fused = stock_of(model), peft_ext.accelerate(model)
+    assert peft_ext.explain(fused).fused_share == 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_of_pefts_dtype(fused(torch.ones(5, K)), stock(torch.ones(5, K)))
+
+
 def assert_layers_return_pefts_dtype(stock, fused, x_dtype):
     for name in ("up", "down"):
         layers = [model.base_model.model.get_submodule(name) for model in (stock, fused)]

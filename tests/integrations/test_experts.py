@@ -364,6 +364,46 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
         hooked(**batch())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_adapter_that_leaves_the_experts_alone(quantized: bool) -> None:
+    """Its experts are the base's; over one of the two parameters the other has its own alone."""
+    model = base()
+    model = peft_ext.quantize_nf4(model) if quantized else model
+    model, plain = adapt(model, target_parameters=targets(base())), adapt(dequantized(base()) if quantized else base())
+    for one in (model, plain):
+        torch.manual_seed(4)
+        one.add_adapter("elsewhere", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        one.set_adapter("elsewhere")
+    peft_ext.accelerate(model)
+    assert all(row.reason == "no active adapter on this layer" for row in experts_rows(model))
+    wanted = step(plain)
+    assert_alike({n: v for n, v in step(model).items() if n in wanted}, wanted, 1e-4)
+    for one in (model, plain):
+        one.base_model.set_adapter(["default", "elsewhere"])
+    wanted = step(plain)
+    assert_alike({n: v for n, v in step(model).items() if n in wanted}, wanted, 1e-4)
+    assert all(row.fused for row in experts_rows(model))
+
+
+def test_a_mixed_batch_is_refused_in_pefts_words() -> None:
+    for model in (base(), peft_ext.quantize_nf4(base())):
+        model = peft_ext.accelerate(adapt(model, target_parameters=targets(base()))).eval()
+        with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
+            model(input_ids=batch()["input_ids"], adapter_names=["default", "__base__"])
+
+
+def test_adapters_of_several_dtypes_under_autocast() -> None:
+    """A CPU's autocast in bfloat16 refuses to concatenate float16."""
+    model = adapt(base(dtype=torch.float16), autocast_adapter_dtype=False)
+    model.add_adapter("other", adapt_config(target_parameters=targets(base())), autocast_adapter_dtype=True)
+    peft_ext.accelerate(model)
+    dtypes = {p.dtype for n, p in model.named_parameters() if "lora_A" in n and "experts" in n}
+    assert dtypes == {torch.float16, torch.float32}
+    model.base_model.set_adapter(["default", "other"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step(model)["logits"].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
 def test_all_linear_as_peft_reads_it(name: str) -> None:
     """Which are the experts, with other ranks, and the router, which PEFT computes."""

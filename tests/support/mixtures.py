@@ -82,9 +82,10 @@ def adapt_config(**config: Any) -> Any:
                          "init_lora_weights": False, **config})  # fmt: skip
 
 
-def adapt(model: nn.Module, **config: Any) -> PeftModel:
+def adapt(model: nn.Module, autocast_adapter_dtype: bool = True, **config: Any) -> PeftModel:
     torch.manual_seed(1)
-    return peft.get_peft_model(model, adapt_config(**{"target_parameters": targets(model), **config}))
+    config = adapt_config(**{"target_parameters": targets(model), **config})
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def batch() -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ of each expert meet its own weight, dense or NF4, and adapter, and no sum is mad
 
 as transformers' "grouped_mm" experts compute it, whichever implementation the model is set to. The router is untouched.
 Llama 4 gives every token to every expert, times a routing weight that may be 0: there the rows come in order. Several
-active adapters are one of the sum of their ranks; with DoRA there is one.
+active adapters are one of the sum of their ranks; of several with a DoRA among them each adds to the base's rows what
+it alone would change, as in PEFT.
 
 PEFT nests a wrapper for each parameter around the experts' module: the outermost computes, those within it run where it
 leaves the call to PEFT.
@@ -65,6 +66,8 @@ class Experts(Fused):
         experts = wrappers[-1]._modules["base_layer"]
         if reason := _experts_reason(experts, [wrapper.parameter_name for wrapper in wrappers]):
             return reason, None
+        if not any(map(_names, wrappers)):
+            return "no active adapter on this layer", None
         for wrapper in wrappers:
             if reason := layer_reason(wrapper) or _adapter_reason(wrapper):
                 return reason, None
@@ -78,7 +81,8 @@ class Experts(Fused):
         return self._stock(x, *args, **kwargs) if y is None else y
 
     def _stock(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not (self._disable_adapters or self.merged_adapters) and isinstance(self.get_base_layer(), NF4Experts):
+        adapted = _names(self) and not (self._disable_adapters or self.merged_adapters or "adapter_names" in kwargs)
+        if adapted and isinstance(self.get_base_layer(), NF4Experts):
             reason = self.stock_reason() or "what came is not plain tokens, their experts and weights"
             raise RuntimeError(
                 f"peft_ext: PEFT can't add an adapter to NF4 experts, and this one is not fused: {reason}"
@@ -94,7 +98,7 @@ class Experts(Fused):
         given = (*args, *kwargs.values())  # by position, or in the order of the forward's own names
         if not routes(experts, x, given):
             return None
-        adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+        adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers if _names(wrapper)}
         first, second = expert_parameters(experts)
 
         def run(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -133,12 +137,8 @@ def _names(wrapper: Any) -> list[str]:
 
 
 def _adapter_reason(wrapper: Any) -> Optional[str]:
-    """Returns why a wrapper's adapters are not fused."""
-    if not (names := _names(wrapper)):
-        return "no active adapter on this layer"
-    if len(names) > 1 and is_dora(wrapper, names):
-        return "several active adapters, one of them DoRA"
-    for name in names:
+    """Returns why a wrapper's adapters are not fused; one that has no active one has nothing against it."""
+    for name in _names(wrapper):
         for kind in ("lora_A", "lora_B"):
             linear = wrapper._modules[kind]._modules[name]
             if hooked(linear):
@@ -161,7 +161,8 @@ def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
-    return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
+    with torch.autocast(found[0][0].device.type, enabled=False):  # a CPU's in bfloat16 refuses float16
+        return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
 
 
 def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -179,6 +180,21 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
     if (wrapper := adapters.get(name)) is None:
         return ops.experts_linear(rows, weight, offsets, bias)
     names = _names(wrapper)
+    if len(names) == 1 or not is_dora(wrapper, names):
+        return _adapted(wrapper, names, rows, weight, offsets, bias)
+    y = ops.experts_linear(rows, weight, offsets, bias)
+    base = y if bias is None else ops.experts_linear(rows, weight, offsets)
+    total = y.float()
+    for name in names:
+        total = total + (_adapted(wrapper, [name], rows, weight, offsets, None).float() - base.float())
+    return total.to(y.dtype)
+
+
+def _adapted(
+    wrapper: Any, names: list[str], rows: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor,
+    bias: Optional[Tensor],
+) -> Tensor:  # fmt: skip
+    """Returns a parameter's product with the rows under one DoRA, or under LoRAs together."""
     lora_A, lora_B, scaling = _adapter(wrapper, names)
     dropout = {"dropout_p": wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), "training": wrapper.training}
     if (magnitude := magnitude_of(wrapper, names[0])) is None:

@@ -218,7 +218,7 @@ class LowRank(Fused):
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
         """Returns the adapters as one; scales are filled in on the device, since a copy from the host would wait."""
         pairs = [self.pair(name) for name in names]
-        lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        lora_A, lora_B = _concatenated([a for a, _ in pairs]), _concatenated([b for _, b in pairs], dim=1)
         scalings = [self.scaling[name] for name in names]
         if any(isinstance(scaling, Tensor) for scaling in scalings):
             given = [_times(scaling, self._rank_scale(name, 1.0), a.shape[0], a.device)
@@ -234,6 +234,12 @@ class LowRank(Fused):
             for (a, _), scaling in zip(pairs, scalings, strict=True)
         ]
         return lora_A, lora_B, 1.0, torch.cat(filled)
+
+
+def _concatenated(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Returns ``torch.cat``, which a CPU's autocast in bfloat16 refuses for float16."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.cat(tensors, dim)
 
 
 def _times(scaling: Any, rank_scale: Optional[Tensor], rank: int, device: Any = None) -> Tensor:

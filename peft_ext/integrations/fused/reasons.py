@@ -366,8 +366,11 @@ def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
     a, b = lora_A._parameters, lora_B._parameters
     if a.get("bias") is not None:
         return "lora_A has a bias", None, None
-    if (bias := b.get("bias")) is not None and (reason := tensor_reason("lora_B's bias", bias, dim=1)):
-        return reason, None, None
+    if (bias := b.get("bias")) is not None:
+        if variant is not None:
+            return "DoRA with a bias of lora_B is not fused", None, None
+        if reason := tensor_reason("lora_B's bias", bias, dim=1):
+            return reason, None, None
     return None, a.get("weight"), b.get("weight")
 
 
