@@ -198,8 +198,8 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   Expand work = onto_residual(y, onto);
   Tensor bias, right, sums;
   if (up_bias.has_value()) {
-    bias = padded_vector(kOp, "up_bias", *up_bias, stride);
-    scale_by(bias, factor);
+    const Tensor row = as_shape(as_contiguous(*up_bias), {1, up_bias->numel()});
+    bias = packed(kOp, "up_bias", row, &factor, nullptr, false, 1, stride);
     work.bias = bias.const_data_ptr<float>();
   }
   scale_by(h, factor);

@@ -128,7 +128,9 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
             size += products * 2 * by.numel()
         else:
             rows = by.numel() // max(1, by.shape[-1])
-            size += products * 4 * (rows * (out_features + in_features) + 1024 * in_features)
+            panel = min(1024, out_features) * in_features  # of W, widened; of NF4 decoded to 16 bits first
+            size += products * 4 * (rows * (out_features + in_features) + panel)
+            size += 2 * panel if given.get("absmax") is not None else 0
     elif given.get("absmax") is not None:
         size += out_features * in_features * by.element_size()
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
@@ -158,7 +160,7 @@ def _workspace_of_siblings(given: dict[str, Any], device: str) -> int:
     largest, inputs = max(sizes[2::4]), sizes[3]
     if device == "cpu" and x.element_size() == 2:
         rows = x.numel() // max(1, inputs)
-        return 4 * (rows * (largest + inputs) + 1024 * inputs)
+        return 4 * (rows * (largest + inputs) + min(1024, largest) * inputs)
     return largest * inputs * x.element_size() if any(sizes[1::4]) else 0
 
 

@@ -110,7 +110,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
     const bool written = onto && !adapter.low_rank(), terms = adapter.low_rank() || size.out == 0;
     if (terms && !written) run_expand(finish, size.tokens);
     if (size.out == 0) return;
-    const Tensor dense = dense_weight(b.op, b.weight, type);
+    const Tensor dense = working_weight(b.op, b.weight, type);
     terms || written ? addmm_(grad_x, scaled, dense, 1.0) : mm_out(grad_x, scaled, dense);
     return;
   }

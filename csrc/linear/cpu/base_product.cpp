@@ -37,7 +37,7 @@ Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weig
   if (weight.in_features() == 0) return zeros({tokens, n});
   if (multiplies_in(type, false)) {
     Tensor y = empty({tokens, n}, type);
-    mm_out(y, as_type(x, type), transposed(dense_weight(op, weight, type)));
+    mm_out(y, as_type(x, type), transposed(working_weight(op, weight, type)));
     return as_type(y, ScalarType::Float);
   }
   const Tensor wide = as_type(x, ScalarType::Float);
@@ -54,7 +54,7 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
   if (n == 0) return zeros({tokens, k});
   if (multiplies_in(type, false)) {
     Tensor y = empty({tokens, k}, type);
-    mm_out(y, as_type(g, type), dense_weight(op, weight, type));
+    mm_out(y, as_type(g, type), working_weight(op, weight, type));
     return as_type(y, ScalarType::Float);
   }
   Tensor wide = as_type(g, ScalarType::Float);

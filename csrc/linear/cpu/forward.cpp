@@ -173,11 +173,21 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
     if (terms) run_finish();
     if (size.in == 0) return;
-    const Tensor dense = transposed(dense_weight(f.op, f.weight, type));
+    const Tensor dense = transposed(working_weight(f.op, f.weight, type));
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  const Tensor base = product_forward(f.op, x, f.weight, type);
+  // A float32 product is made where Z lies, or Y, and finished there.
+  const bool there =
+      type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
+  Tensor base;
+  if (there) {
+    base = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
+    mm_out(base, x, transposed(working_weight(f.op, f.weight, type)));
+    if (!adapter.low_rank() && !f.bias_inside) finish.z = nullptr;
+  } else {
+    base = product_forward(f.op, x, f.weight, type);
+  }
   Tensor before = base, after;
   if (f.drop_base()) {
     before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, adapter.dropout.scale), f.weight, type);

@@ -29,7 +29,7 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const float* by_column, const float* by_rank,
                 bool transpose, const Tensor& like);
 
-// A vector of any type as float32, padded with zeros.
+// A vector of any type as float32, padded with zeros: itself where it is that already, not to be written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
 // [rank, columns] with rows `stride` apart -> strips [ceil(columns / 16), rank, 16], zeros beyond.
@@ -38,7 +38,7 @@ Tensor lane_strips(const float* rows, int64_t rank, int64_t stride, int64_t colu
 // The same from m [columns, stride], whose columns are the ranks.
 Tensor lane_strips_of_rows(const float* m, int64_t rank, int64_t stride, int64_t columns);
 
-// out_scale and the like as float32 [numel], checked.
+// out_scale and the like as float32 of so many elements, checked; likewise.
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

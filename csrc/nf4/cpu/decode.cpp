@@ -74,6 +74,16 @@ Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type)
   return dense;
 }
 
+Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type) {
+  const int64_t elements = checked_numel(weight.shape);
+  if (!weight.is_nf4() || elements == 0) return dense_weight(op, weight, type);
+  const size_t width = type == ScalarType::Float ? sizeof(float) : sizeof(bf16);
+  void* room = scratch(Scratch::kWeight, static_cast<size_t>(elements) * width);
+  dequantize_into(weight, 0, ceil_div(elements, weight.blocksize), room, dtype_of(op, "dtype", type));
+  return torch::stable::from_blob(room, weight.shape, row_major_strides(weight.shape),
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
+}
+
 int64_t nested_scales(const FrozenWeight& weight) {
   return weight.nested_absmax.has_value() ? weight.absmax->numel() : 0;
 }

@@ -28,6 +28,10 @@ class Scales {
 // [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
+// The same for one product within a call: an NF4 weight is decoded into the calling thread's scratch, where the next
+// one is decoded, too.
+Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type);
+
 // How many scales of a weight have to be decoded: those of an NF4 weight with double quantization.
 int64_t nested_scales(const FrozenWeight& weight);
 

@@ -42,15 +42,24 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
     const int rows = end - t >= kTokens ? kTokens : 1;
     for (int64_t n = 0; n < expand.columns; n += kPanel) {
       const int64_t width = min_i64(kPanel, expand.columns - n);
-      if (rows == kTokens)
-        expand_block<kTokens>(expand, t, n, width, block.values);
-      else
-        expand_block<1>(expand, t, n, width, block.values);
+      const bool product_alone = expand.rank == 0 && expand.before != nullptr;
+      if (!product_alone) {
+        if (rows == kTokens)
+          expand_block<kTokens>(expand, t, n, width, block.values);
+        else
+          expand_block<1>(expand, t, n, width, block.values);
+      }
       for (int i = 0; i < rows; ++i) {
         float* values = block.values[i];
         const int64_t flat = (t + i) * expand.columns + n;
-        if (expand.before != nullptr)
+        if (product_alone) {
+          const float* bias = expand.bias_before;
+          for (int64_t j = 0; j < width; ++j) values[j] = expand.before[flat + j];
+          if (bias != nullptr)
+            for (int64_t j = 0; j < width; ++j) values[j] = bias[n + j] + values[j];
+        } else if (expand.before != nullptr) {
           for (int64_t j = 0; j < width; ++j) values[j] += expand.before[flat + j];
+        }
         if (expand.z != nullptr) narrow(values, width, static_cast<T*>(expand.z) + flat);
         if (expand.scale != nullptr)
           for (int64_t j = 0; j < width; ++j) values[j] *= expand.scale[n + j];
