@@ -223,10 +223,10 @@ class LowRank(Fused):
         if any(isinstance(scaling, Tensor) for scaling in scalings):
             given = [_times(scaling, self._rank_scale(name, 1.0), a.shape[0], a.device)
                      for name, scaling, (a, _) in zip(names, scalings, pairs, strict=True)]  # fmt: skip
-            return lora_A, lora_B, 1.0, torch.cat(given)
+            return lora_A, lora_B, 1.0, _concatenated(given)
         scales = [self._rank_scale(name, scaling) for name, scaling in zip(names, scalings, strict=True)]
         if scales[0] is not None:
-            return lora_A, lora_B, 1.0, torch.cat(scales)
+            return lora_A, lora_B, 1.0, _concatenated(scales)
         if scalings.count(scalings[0]) == len(scalings):
             return lora_A, lora_B, scalings[0], None
         filled = [
