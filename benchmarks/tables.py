@@ -306,6 +306,25 @@ def calls_text() -> str:
     return "\n".join([*lines, "", f"{about(result)}."])
 
 
+def float32_text() -> str:
+    if (result := newest("e2e-float32-*.json")) is None:
+        return NOTHING
+    shapes = list(dict.fromkeys((row["k"], row["n"]) for row in result["rows"]))
+    cells = {(row["method"], row["k"], row["n"]): row for row in result["rows"]}
+    lines = ["| of the frozen layer's time; times as fast as PEFT's | " + " | ".join(f"{k}->{n}" for k, n in shapes)
+             + " |", "|---" * (1 + len(shapes)) + "|"]  # fmt: skip
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        found = (cells[(method, *shape)] for shape in shapes)
+        told = (f"{row['of_frozen']['median']:.2f}; {_spread(row['over_stock'])}" for row in found)
+        lines.append(f"| {method} | " + " | ".join(told) + " |")
+    return "\n".join([*lines, "", f"{about(result)}."])
+
+
+def _spread(ratio: dict[str, Any]) -> str:
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
 # --- documents --------------------------------------------------------------------------------------------------------
 
 DRAWN: dict[str, Callable[[], str]] = {
@@ -321,6 +340,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "methods": methods_text,
     "experts": experts_text,
     "calls": calls_text,
+    "float32": float32_text,
     "1b": partial(_methods_of, "e2e-steps-1b-*.json"),
     "checkpointing": partial(_methods_of, "e2e-steps-checkpointing-*.json"),
     "paths": isa_tables,

@@ -547,3 +547,18 @@ def test_forced_paths_have_tables_of_their_own(monkeypatch, tmp_path):
     assert "### avx2" in paths and "avx512" not in paths and "the least is 1.20x" in paths
     assert "| `lora_linear` | T=2 64->32, bf16 base | rotating | PEFT 1.20x | 10 |" in paths
     assert "| `lora_linear` | 1.0e-03 |" in tables.error_table()
+
+
+def test_layers_in_float32_are_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from benchmarks import float32, tables
+
+    monkeypatch.setattr(float32, "SHAPES", ((64, 128), (128, 64)))
+    monkeypatch.setattr(float32, "TOKENS", 12)
+    result = {"machine": harness.machine(), **float32.measure(3)}
+    assert len(result["rows"]) == 2 * len(float32._configs())
+    assert all(row["of_frozen"]["median"] > 0 and row["over_stock"]["median"] > 0 for row in result["rows"])
+    monkeypatch.setattr(tables, "newest", lambda pattern: result)
+    drawn = tables.float32_text().splitlines()
+    assert "64->128 | 128->64" in drawn[0] and len(drawn) == 2 + len(float32._configs()) + 2
