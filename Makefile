@@ -161,7 +161,7 @@ battery:
 battery-paths: setup
 	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    $(BATTERY) || exit 1; done
+	    $(BATTERY) tests/memory/test_memory.py || exit 1; done
 
 # The operators' and modules' tests, instrumented; `make sanitize` runs the sweep.
 sanitize-battery: setup

@@ -126,6 +126,9 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
         products = 2 if given.get("drop_base") and given.get("seed") is not None else 1
         if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
             size += products * 2 * by.numel()
+        elif STATE.isa == "scalar" and by.dtype is torch.bfloat16 and products == 1 and not _scales(given):
+            # PyTorch's own product, onto the other terms.
+            size += out_features * in_features * 2 if given.get("absmax") is not None else 0
         else:
             rows = by.numel() // max(1, by.shape[-1])
             panel = min(1024, out_features) * in_features  # of W, widened; of NF4 decoded to 16 bits first
@@ -136,6 +139,11 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
         size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
     return size
+
+
+def _scales(given: dict[str, Any]) -> bool:
+    """Returns whether a call's input or output is scaled."""
+    return given.get("ia3_l") is not None or given.get("out_scale") is not None
 
 
 def _workspace_of_experts(given: dict[str, Any], device: str) -> int:
@@ -158,7 +166,7 @@ def _workspace_of_siblings(given: dict[str, Any], device: str) -> int:
     if device == "cpu" and x.dtype is torch.bfloat16 and STATE.isa in TILE_PATHS:
         return sum(2 * value.numel() for value in packed)
     largest, inputs = max(sizes[2::4]), sizes[3]
-    if device == "cpu" and x.element_size() == 2:
+    if device == "cpu" and x.element_size() == 2 and not (STATE.isa == "scalar" and x.dtype is torch.bfloat16):
         rows = x.numel() // max(1, inputs)
         return 4 * (rows * (largest + inputs) + min(1024, largest) * inputs)
     return largest * inputs * x.element_size() if any(sizes[1::4]) else 0

@@ -29,12 +29,12 @@ _TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-6}  # of a trial, of the 
 
 
 def named(forward: Callable) -> Optional[Callable]:
-    """Returns what a forward's code finds under NAME now; None: it does not ask, or it can't be seen."""
+    """Returns the function that a forward's code finds under NAME now; None: it asks for none, or it can't be seen."""
     inner = _inner(forward)
     if inner is None or NAME not in inner.__code__.co_names:
         return None
     function = inner.__globals__.get(NAME)
-    return function if callable(function) else None
+    return function if isinstance(function, types.FunctionType) else None
 
 
 def rotary_function(forward: Callable) -> Optional[Callable]:
