@@ -559,6 +559,6 @@ def test_layers_in_float32_are_compared_and_drawn(monkeypatch: pytest.MonkeyPatc
     result = {"machine": harness.machine(), **float32.measure(3)}
     assert len(result["rows"]) == 2 * len(float32._configs())
     assert all(row["of_frozen"]["median"] > 0 and row["over_stock"]["median"] > 0 for row in result["rows"])
-    monkeypatch.setattr(tables, "newest", lambda pattern: result)
+    monkeypatch.setattr(tables, "results", lambda pattern: [result])
     drawn = tables.float32_text().splitlines()
     assert "64->128 | 128->64" in drawn[0] and len(drawn) == 2 + len(float32._configs()) + 2
