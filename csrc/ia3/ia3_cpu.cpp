@@ -4,6 +4,7 @@
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W
 #include <tuple>
 
+#include "ia3/glue.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -14,11 +15,6 @@ Adapter ia3_adapter(const char* op, const Tensor& ia3_l, const FrozenWeight& wei
   const int64_t size = feedforward ? weight.in_features() : weight.out_features();
   (feedforward ? adapter.in_scale : adapter.out_scale) = float_vector(op, "ia3_l", ia3_l, size);
   return adapter;
-}
-
-// A gradient of ia3_l, [N], [N, 1] or [1, N], in its shape and type.
-Tensor like(const Tensor& gradient, const Tensor& ia3_l) {
-  return as_shape(as_type(gradient, ia3_l.scalar_type()), {ia3_l.sizes().begin(), ia3_l.sizes().end()});
 }
 
 std::tuple<Tensor, Tensor> ia3_linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> absmax,

@@ -5,6 +5,7 @@
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W, both in one pass over U
 #include <tuple>
 
+#include "ia3/glue.h"
 #include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {
@@ -15,11 +16,6 @@ DeviceAdapter ia3_adapter(const char* op, const Tensor& ia3_l, const DeviceWeigh
   const int64_t size = feedforward ? weight.inputs : weight.outputs;
   (feedforward ? adapter.in_scale : adapter.out_scale) = device_vector(op, "ia3_l", ia3_l, size, weight.weight);
   return adapter;
-}
-
-// A gradient of ia3_l, [N], [N, 1] or [1, N], in its shape and type.
-Tensor like(const Tensor& gradient, const Tensor& ia3_l) {
-  return as_shape(as_type(gradient, ia3_l.scalar_type()), {ia3_l.sizes().begin(), ia3_l.sizes().end()});
 }
 
 std::tuple<Tensor, Tensor> ia3_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,

@@ -481,3 +481,15 @@ def test_convolutions_stay_as_they_are(method):
         assert (rows["conv1d"].kind, rows["conv1d"].fused) == (f"{method} over Conv1D", True)
     x = torch.randn(2, 1, 12, 12)
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dora_whose_lora_b_has_a_bias():
+    """PEFT makes none; an ``add_adapter`` that failed on its way can leave one behind."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(K, N)), LoraConfig(r=3, target_modules=["0"], use_dora=True))
+    layer = model.base_model.model[0]
+    layer.lora_B["default"] = nn.Linear(3, N)
+    stock, fused = copy.deepcopy(model), peft_ext.accelerate(model)
+    assert peft_ext.explain(fused).rows[0].reason == "DoRA with a bias of lora_B is not fused"
+    x = torch.randn(4, K)
+    assert torch.equal(fused(x), stock(x))

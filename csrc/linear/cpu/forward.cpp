@@ -184,7 +184,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   if (there) {
     base = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     mm_out(base, x, transposed(working_weight(f.op, f.weight, type)));
-    if (!adapter.low_rank() && !f.bias_inside) finish.z = nullptr;
+    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // it is there
   } else {
     base = product_forward(f.op, x, f.weight, type);
   }

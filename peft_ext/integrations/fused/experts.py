@@ -182,12 +182,11 @@ def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, off
     names = _names(wrapper)
     if len(names) == 1 or not is_dora(wrapper, names):
         return _adapted(wrapper, names, rows, weight, offsets, bias)
-    y = ops.experts_linear(rows, weight, offsets, bias)
-    base = y if bias is None else ops.experts_linear(rows, weight, offsets)
-    total = y.float()
-    for name in names:
+    base, (first, *others) = ops.experts_linear(rows, weight, offsets), names
+    total = _adapted(wrapper, [first], rows, weight, offsets, bias).float()
+    for name in others:
         total = total + (_adapted(wrapper, [name], rows, weight, offsets, None).float() - base.float())
-    return total.to(y.dtype)
+    return total.to(base.dtype)
 
 
 def _adapted(

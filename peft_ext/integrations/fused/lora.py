@@ -218,15 +218,15 @@ class LowRank(Fused):
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
         """Returns the adapters as one; scales are filled in on the device, since a copy from the host would wait."""
         pairs = [self.pair(name) for name in names]
-        lora_A, lora_B = _concatenated([a for a, _ in pairs]), _concatenated([b for _, b in pairs], dim=1)
+        lora_A, lora_B = _cat([a for a, _ in pairs]), _cat([b for _, b in pairs], dim=1)
         scalings = [self.scaling[name] for name in names]
         if any(isinstance(scaling, Tensor) for scaling in scalings):
             given = [_times(scaling, self._rank_scale(name, 1.0), a.shape[0], a.device)
                      for name, scaling, (a, _) in zip(names, scalings, pairs, strict=True)]  # fmt: skip
-            return lora_A, lora_B, 1.0, _concatenated(given)
+            return lora_A, lora_B, 1.0, _cat(given)
         scales = [self._rank_scale(name, scaling) for name, scaling in zip(names, scalings, strict=True)]
         if scales[0] is not None:
-            return lora_A, lora_B, 1.0, _concatenated(scales)
+            return lora_A, lora_B, 1.0, _cat(scales)
         if scalings.count(scalings[0]) == len(scalings):
             return lora_A, lora_B, scalings[0], None
         filled = [
@@ -236,7 +236,7 @@ class LowRank(Fused):
         return lora_A, lora_B, 1.0, torch.cat(filled)
 
 
-def _concatenated(tensors: list[Tensor], dim: int = 0) -> Tensor:
+def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """Returns ``torch.cat``, which a CPU's autocast in bfloat16 refuses for float16."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat(tensors, dim)
