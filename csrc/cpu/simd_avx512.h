@@ -57,6 +57,10 @@ struct Vec {
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), c.v, b.v)};
   }
+  // a in the lanes whose bit is set, b in the others.
+  static Vec where(uint32_t bits, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
+  }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // 2^v of a whole v from -126 to 127.

@@ -52,6 +52,11 @@ struct Vec {
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   // a > 0 ? b : c
   static Vec positive(Vec a, Vec b, Vec c) { return {vbslq_f32(vcgtzq_f32(a.v), b.v, c.v)}; }
+  // a in the lanes whose bit is set, b in the others.
+  static Vec where(uint32_t bits, Vec a, Vec b) {
+    static constexpr uint32_t kLane[] = {1, 2, 4, 8};
+    return {vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(kLane)), a.v, b.v)};
+  }
   Vec abs() const { return {vabsq_f32(v)}; }
   Vec round() const { return {vrndnq_f32(v)}; }
   // 2^v of a whole v from -126 to 127; of a NaN 1.

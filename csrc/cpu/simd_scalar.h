@@ -26,6 +26,8 @@ struct Vec {
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // a > 0 ? b : c
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
+  // a where the first bit is set, else b.
+  static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
   // Of less than 2^22: what is added leaves no bits for a fraction.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }

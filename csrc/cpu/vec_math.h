@@ -22,6 +22,18 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   return Vec::mul(p, whole.exp2());
 }
 
+// 2^x of x up to 127; below -126 what is left of it is at most 2^-126.
+PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
+  x = Vec::max(Vec::broadcast(-126.0f), x);
+  const Vec whole = x.round(), r = Vec::sub(x, whole);
+  // The polynomial nearest to 2^r that is 1 at 0, to 5e-9 of it.
+  Vec p = Vec::broadcast(1.5461447463e-4f);
+  constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
+                             2.4022650922e-1f, 6.9314718803e-1f, 1.0f};
+  for (const float c : kRest) p = Vec::fma(p, r, Vec::broadcast(c));
+  return Vec::mul(p, whole.exp2());
+}
+
 // 1 / (1 + e^-x)
 PEFT_EXT_INLINE Vec vec_sigmoid(Vec x) {
   const Vec one = Vec::broadcast(1.0f);

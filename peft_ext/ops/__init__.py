@@ -4,6 +4,7 @@ A weight is a dense Tensor ``[N, K]`` or an :class:`peft_ext.NF4Weight`, everywh
 """
 
 from .activations import activation, gated_activation
+from .attention import scaled_dot_product_attention
 from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
@@ -41,5 +42,6 @@ __all__ = [
     "nf4_quantize",
     "rms_norm",
     "rotary_embedding",
+    "scaled_dot_product_attention",
     "experts_linear",
 ]

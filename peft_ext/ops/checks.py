@@ -349,6 +349,41 @@ def check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Non
         raise ValueError(f"{op}: sin has shape {tuple(sin.shape)}, cos has {tuple(cos.shape)}")
 
 
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], is_causal: bool, scale: Optional[float]
+) -> None:
+    """Checks q ``[B, H, T, D]``, k ``[B, Hkv, S, D]`` and v ``[B, Hkv, S, Dv]``, floats, of one dtype and device, a
+    mask of bools or none, and what is said of them."""
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wanted [B, H, T, D]")
+    batch, heads, queries, size = q.shape
+    for argument, value in (("k", k), ("v", v)):
+        _check_device(op, argument, value, q, "q")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{op}: {argument} is {_name(value.dtype)}, q is {_name(q.dtype)}")
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, wanted [{batch}, Hkv, S, {size}]")
+    kv_heads, keys = k.shape[1:3]
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"{op}: k has {kv_heads} heads, wanted a divisor of q's {heads}")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}, wanted [{batch}, {kv_heads}, {keys}, Dv]")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.layout is not torch.strided:
+            came = f"{_name(mask.dtype)}, {mask.layout}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{op}: mask is {came}, wanted a strided Tensor of bools")
+        _check_device(op, "mask", mask, q, "q")
+        wanted = (batch, heads, queries, keys)
+        if mask.dim() != 4 or any(size not in (1, of) for size, of in zip(mask.shape, wanted, strict=True)):
+            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, wanted {wanted}, each of them or 1")
+        if is_causal:
+            raise ValueError(f"{op}: is_causal is True, wanted False where there is a mask")
+    if scale is None or torch.compiler.is_compiling():
+        return
+    if not isinstance(scale, (int, float)) or not 0 < scale <= _LARGEST or scale is True:
+        raise ValueError(f"{op}: scale is {scale!r}, wanted a finite number above 0")
+
+
 def check_scale(op: str, scaling: float, dropout_p: float = 0.0, *, argument: str = "scaling") -> None:
     # With dynamic=True a number is a symbol, and one that is compared within a checkpoint has no place for its guard.
     if torch.compiler.is_compiling():

@@ -25,6 +25,9 @@ WEIGHT = (
 
 OPS: list[str] = []
 
+# Those of them that have no CUDA kernel: on a GPU the public function calls PyTorch's own.
+WITHOUT_CUDA: set[str] = set()
+
 # Operators that are a composition of others where no device has a kernel of their own, with it.
 COMPOSED: dict[str, Callable[..., Any]] = {}
 
@@ -32,8 +35,11 @@ COMPOSED: dict[str, Callable[..., Any]] = {}
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
-def define(name: str, schema: str, *, reference: Callable, fake: Callable, composed: bool = False) -> None:
-    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered: of a composed one everywhere."""
+def define(
+    name: str, schema: str, *, reference: Callable, fake: Callable, composed: bool = False, cuda: bool = True
+) -> None:
+    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered: of a composed one everywhere,
+    where not ``cuda`` on GPUs."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     reference = _outside_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -43,6 +49,8 @@ def define(name: str, schema: str, *, reference: Callable, fake: Callable, compo
         return
     REFERENCES[name] = reference
     OPS.append(name)
+    if not cuda:
+        WITHOUT_CUDA.add(name)
 
 
 def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ In float64 these are the oracle that every kernel is tested against. Nothing her
 """
 
 from .activations import activation, activation_backward, gated_activation, gated_activation_backward
+from .attention import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
@@ -55,4 +56,6 @@ __all__ = [
     "rms_norm_backward",
     "rotary_embedding",
     "rotary_embedding_backward",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
 ]

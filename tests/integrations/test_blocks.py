@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
-from peft_ext.integrations.fused import blocks, rotary
+from peft_ext.integrations.fused import attention, blocks, rotary
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
@@ -126,6 +126,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> 
     blocks._TRIED.clear()
     blocks._ACTS.clear()
     rotary._is_rotary.cache_clear()
+    attention._TRIED.clear()
     if under == "meta":
         with torch.device("meta"):
             peft_ext.accelerate(model)
@@ -139,7 +140,14 @@ def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> 
         finally:
             torch.set_default_dtype(torch.float32)
     rows = peft_ext.explain(model).blocks
-    assert {row.kind for row in rows} == {"RMSNorm", "MLP", "loss", "projections of one input", "rotary positions"}
+    assert {row.kind for row in rows} == {
+        "RMSNorm",
+        "MLP",
+        "loss",
+        "projections of one input",
+        "rotary positions",
+        "attention",
+    }
     assert all(row.fused for row in rows), rows
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
 import peft_ext
-from peft_ext.integrations.fused import rotary
+from peft_ext.integrations.fused import names, rotary
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
@@ -273,7 +273,7 @@ def test_decorators_and_code_that_can_not_be_followed() -> None:
     for forward in (plain, passed_on(plain), passed_on(passed_on(plain)), held_elsewhere(plain), looks):
         function = rotary.rotary_function(forward)
         assert function is apply_rotary_pos_emb
-        found[forward] = rotary.with_fused_rotary(forward, function)
+        found[forward] = names.with_names(forward, ((rotary.NAME, rotary.fused(function)),))
     *made, hidden, looking = found.values()
     assert hidden is None and looking is None
     values = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)

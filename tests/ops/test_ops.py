@@ -152,7 +152,9 @@ def saved_bytes(case: Case, sample: Sample) -> int:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations", "rotary")], ids=ids
+    "case",
+    [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations", "rotary", "attention")],
+    ids=ids,
 )
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
     """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
@@ -163,6 +165,9 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     name, about = case.name.partition("-")[::2]
     sample = case.make(torch.bfloat16, ((t,), k, n, r)).to(device)
     s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
+    of_attention = 0  # a number for each query and head, and the result
+    if case.op == "attention":
+        of_attention = int(about.partition("_")[0]) * t * (4 + 2 * sample.inputs["v"].shape[3])
     wanted = {
         "lora_linear": s + seed,
         "lora_experts": s + seed,
@@ -177,6 +182,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "ia3_scale": 0,
         "gated_activation": 0,
         "rotary_embedding": 0,
+        "scaled_dot_product_attention": of_attention,
         "activation": 0,
         "rms_norm": t * 4,
         "layer_norm": 2 * t * 4,
@@ -318,6 +324,18 @@ def test_reference_rotary_backward_is_the_gradient_of_its_forward() -> None:
     assert_gradients(y, [q], backward)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_reference_attention_backward_is_the_gradient_of_its_forward(is_causal: bool) -> None:
+    q, k, v = inputs = leaves((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3))
+    mask = None if is_causal else torch.rand(2, 1, 5, 7) > 0.4
+    out, lse = reference.scaled_dot_product_attention(q, k, v, mask, is_causal, 0.3)
+
+    def backward(grad: Tensor) -> tuple[Tensor, ...]:
+        return reference.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, mask, is_causal, 0.3)
+
+    assert_gradients(out, inputs, backward)
+
+
 @pytest.mark.parametrize("activation", reference.activations.ACTIVATIONS)
 def test_reference_activation_backwards_are_the_gradients_of_their_forwards(activation: str) -> None:
     gate, up = inputs = leaves((3, 6), (3, 6))
@@ -342,6 +360,8 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if case.op == "bottleneck":
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
+    if name == "scaled_dot_product_attention":
+        return name, (i["q"], i["k"], i["v"], i["mask"], "causal" in case.name, 0.3)
     if name == "rotary_embedding":
         return name, (i["q"], i["k"], i["cos"], i["sin"])
     if case.op == "activations":

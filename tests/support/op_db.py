@@ -13,7 +13,14 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from op_case import DTYPES, SHAPES, Case, Sample, case_name, randn, wide
-from row_cases import activation_case, gated_activation_case, layer_norm_case, rms_norm_case, rotary_case
+from row_cases import (
+    activation_case,
+    attention_case,
+    gated_activation_case,
+    layer_norm_case,
+    rms_norm_case,
+    rotary_case,
+)
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
@@ -726,6 +733,13 @@ CASES: tuple[Case, ...] = (
     rotary_case(),
     rotary_case(2, 2, one_cos=True),
     rotary_case(5, 2, contiguous=True),
+    attention_case(),
+    attention_case(3, 1, "causal"),
+    attention_case(2, 2, "causal", odd=True, contiguous=True),
+    attention_case(sees="padding"),
+    attention_case(sees="documents", other_values=3),
+    attention_case(sees="bits", more_keys=37, contiguous=True),
+    attention_case(6, 1, "causal", more_keys=5),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

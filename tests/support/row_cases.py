@@ -167,3 +167,71 @@ def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, con
 
     traits = "-one_cos" * one_cos + "-contiguous" * contiguous
     return Case(f"rotary_embedding-{heads}_{kv_heads}{traits}", "rotary", make, call, plain, result=result)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_case(
+    heads: int = 4,
+    kv_heads: int = 2,
+    sees: str = "all",
+    *,
+    more_keys: int = 0,
+    other_values: int = 0,
+    odd: bool = False,
+    contiguous: bool = False,
+) -> Case:
+    """q, k and v are transposed views of heads of twice the rank, values of ``other_values`` more, and one less where
+    ``odd``; ``sees``: "all", "causal", "padding" (some queries see nothing), "documents" or "bits" (of each head)."""
+
+    def lengths(shape: tuple) -> tuple[int, int, int]:
+        """(B, T, D): a shape of one dimension of tokens is one sequence of them."""
+        *batch, tokens = shape[0] or (1,)
+        return torch.Size(batch).numel(), tokens, 2 * shape[3] - odd
+
+    def mask_of(b: int, t: int, s: int) -> Tensor | None:
+        if sees == "padding":  # on the left, as a causal model's
+            seen = torch.ones(b, 1, t, s, dtype=torch.bool).tril()
+            return seen & (torch.arange(s) >= torch.arange(b)[:, None] % max(s, 1) * 3)[:, None, None]
+        if sees == "documents":
+            of_query, of_key = torch.arange(t) // 70, torch.arange(s) // 70
+            return (of_query[:, None] == of_key)[None, None]
+        if sees == "bits":
+            return torch.rand(b, heads, t, s) > 0.7
+        return None
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        b, t, d = lengths(shape)
+        s = t + more_keys
+        inputs = {}
+        for name, count, length, size in (
+            ("q", heads, t, d), ("k", kv_heads, s, d), ("v", kv_heads, s, d + other_values),
+        ):  # fmt: skip
+            values = randn(b, length, count, size, dtype=dtype).transpose(1, 2)
+            inputs[name] = values.contiguous() if contiguous else values
+        return Sample(inputs | {"mask": mask_of(b, t, s)}, ("q", "k", "v"))
+
+    def call(q, k, v, mask):
+        return ops.scaled_dot_product_attention(q, k, v, mask, is_causal=sees == "causal", scale=0.3)
+
+    def plain(q, k, v, mask):
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        scores = 0.3 * (q @ k.mT)
+        if sees == "causal":
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is None:
+            return scores.softmax(-1) @ v
+        # Of rows that see nothing zeros, and no NaN in their gradients.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return (scores.softmax(-1) * mask) @ v
+
+    def result(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
+        b, t, d = lengths(shape)
+        return dtype, (b, heads, t, d + other_values)
+
+    traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
+    name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
+    # Of one key the scores have no gradient: what is left of it is rounding, beside nothing.
+    shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
+    return Case(name, "attention", make, call, plain, result=result, shapes=shapes)

@@ -1,9 +1,10 @@
-"""Norms, MLPs, projections of one input and rotary positions on fused operators: known by their structure, and tried.
+"""Norms, MLPs and parts of attentions on fused operators: known by their structure, and tried.
 
     RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
     MLP                  down(act(gate x) ∘ up x), down(act(up x)): the activation in one pass; saved: gate and up. What
                          ``down`` saves, act(gate) ∘ up, is computed again in the backward
-    attention            layers of one input together, rotary positions in one pass; the rest is the model's own code
+    attention            layers of one input together, rotary positions in one pass, softmax(q kᵀ) v without the scores;
+                         the rest is the model's own code
 
 A block's class is a subclass of the model's own, made once for what a trial of that class found: its formula, tried on
 random numbers with weights of the trial's own. A class whose forward computes anything else keeps it.
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from . import rotary, siblings
+from . import attention, rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .lora import LowRank
+from .names import inner_function, named, with_names
 from .reasons import accepts_input, hooked, kernel_reason, tensor_reason
 
 __all__ = ["Block", "fuse_blocks", "plain_blocks"]
@@ -341,19 +343,22 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
 
 
 class Forward(Block):
-    """A module's own forward, of which two parts may be others: children that are adapter layers and get one tensor are
-    computed together (:mod:`.siblings`), and rotary positions are taken in one pass (:mod:`.rotary`).
+    """A module's own forward, of which some parts may be others: children that are adapter layers and get one tensor
+    are computed together (:mod:`.siblings`), rotary positions are taken in one pass (:mod:`.rotary`), and attention is
+    the operator (:mod:`.attention`).
 
-    ``formula``: groups of the children's names, and the function that rotates, or None.
+    ``formula``: groups of the children's names, the function that rotates, or None, and whether it is an attention.
     """
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
-        groups, function = self.formula
+        groups, function, attends = self.formula
         replaced = "its forward was replaced on the instance" if "forward" in self.__dict__ else None
         if groups:
             yield _JOINT, replaced or self._joint_reason(groups)
         if function is not None:
             yield _ROTARY, replaced or self._rotary_reason(function)
+        if attends:
+            yield _ATTENTION, replaced or attention.reason(self, self.stock_class.forward)
 
     def _joint_reason(self, groups: tuple[tuple[str, ...], ...]) -> Optional[str]:
         for names in groups:
@@ -364,7 +369,7 @@ class Forward(Block):
         return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
 
     def _rotary_reason(self, function: Callable) -> Optional[str]:
-        if rotary.named(self.stock_class.forward) is not function:
+        if named(self.stock_class.forward, rotary.NAME) is not function:
             return f"{rotary.NAME} was replaced"
         return kernel_reason("rotary_embedding", next((p.device.type for p in self.parameters()), "cpu"))
 
@@ -372,16 +377,28 @@ class Forward(Block):
         run = self.stock_class.forward
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
-        groups, function = self.formula
-        if function is not None and rotary.named(run) is function:
-            run = rotary.with_fused_rotary(run, function) or run
+        groups, function, attends = self.formula
+        if function is not None and named(run, rotary.NAME) is not function:
+            function = None
+        run = _with_parts(run, function, attends) or run
         if not groups:
             return run(self, *args, **kwargs)
         with siblings.together(self, groups):
             return run(self, *args, **kwargs)
 
 
-_JOINT, _ROTARY = "projections of one input", "rotary positions"
+_JOINT, _ROTARY, _ATTENTION = "projections of one input", "rotary positions", "attention"
+
+
+@functools.cache
+def _with_parts(forward: Callable, function: Optional[Callable], attends: bool) -> Optional[Callable]:
+    """Returns a forward of the same code in which these parts are others; None: it can't be made."""
+    others: list[tuple[str, Any]] = []
+    if function is not None:
+        others.append((rotary.NAME, rotary.fused(function)))
+    if attends and (inner := inner_function(forward)) is not None:
+        others.append((attention.NAME, attention.interfaces(inner)))
+    return with_names(forward, tuple(others)) if others else forward
 
 
 def _forward_class(module: nn.Module) -> Optional[type]:
@@ -389,10 +406,10 @@ def _forward_class(module: nn.Module) -> Optional[type]:
     stock = module.stock_class if isinstance(module, Forward) else type(module)
     groups = tuple(names for names in siblings.groups_in(stock.forward)
                    if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1)  # fmt: skip
-    function = rotary.rotary_function(stock.forward)
-    if function is not None and rotary.with_fused_rotary(stock.forward, function) is None:
-        function = None
-    return _class(Forward, stock, (groups, function)) if groups or function is not None else None
+    function, attends = rotary.rotary_function(stock.forward), attention.asks(stock.forward)
+    if _with_parts(stock.forward, function, attends) is None:
+        function, attends = None, False
+    return _class(Forward, stock, (groups, function, attends)) if groups or function is not None or attends else None
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -470,8 +487,11 @@ def block_parts(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
     if isinstance(module, Block):
         yield from module.parts()
     elif (kind := _fused_class(module)) is not None:
-        groups, function = kind.formula if issubclass(kind, Forward) else ((), None)
-        for name in [kind.kind] if kind.kind else [_JOINT] * bool(groups) + [_ROTARY] * (function is not None):
+        names = [kind.kind]
+        if issubclass(kind, Forward):
+            groups, function, attends = kind.formula
+            names = [_JOINT] * bool(groups) + [_ROTARY] * (function is not None) + [_ATTENTION] * attends
+        for name in names:
             yield name, "accelerate(model) was not called on it, or with blocks=False"
 
 

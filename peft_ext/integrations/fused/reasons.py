@@ -52,6 +52,7 @@ _CALLED = {
     "layer_norm": ("layer_norm", "layer_norm_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
     "rotary_embedding": ("rotary_embedding", "rotary_embedding_backward"),
+    "scaled_dot_product_attention": ("scaled_dot_product_attention", "scaled_dot_product_attention_backward"),
     "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
     "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
     "ia3_linear": ("ia3_linear", "ia3_linear_backward"),

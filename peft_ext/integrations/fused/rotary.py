@@ -1,15 +1,12 @@
 """Rotary positions within a model's own forward, in one pass: :func:`peft_ext.ops.rotary_embedding`.
 
 An attention of transformers calls ``apply_rotary_pos_emb(q, k, cos, sin)``, a function of its module, which reads q
-and k several times and makes whole tensors between. What runs instead is that forward's own code with this one name
-looked up elsewhere; every other name is found in the module, as it is there at that time. Nothing of transformers is
-changed. The function is tried on random numbers before it is replaced, and calls that the operator does not take go to
-it.
+and k several times and makes whole tensors between. The forward finds another one under this name (:mod:`.names`). The
+function is tried on random numbers before it is replaced, and calls that the operator does not take go to it.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
 import types
 from collections.abc import Callable
@@ -19,85 +16,23 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from .names import named
 from .reasons import accepts_input, kernel_reason
 
-__all__ = ["NAME", "fused", "named", "rotary_function", "with_fused_rotary"]
+__all__ = ["NAME", "fused", "rotary_function"]
 
 NAME = "apply_rotary_pos_emb"
 _OPERATOR = "rotary_embedding"
 _TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-6}  # of a trial, of the largest value
 
 
-def named(forward: Callable) -> Optional[Callable]:
-    """Returns the function that a forward's code finds under NAME now; None: it asks for none, or it can't be seen."""
-    inner = _inner(forward)
-    if inner is None or NAME not in inner.__code__.co_names:
-        return None
-    function = inner.__globals__.get(NAME)
-    return function if isinstance(function, types.FunctionType) else None
-
-
 def rotary_function(forward: Callable) -> Optional[Callable]:
     """Returns what a forward calls by NAME, if it computes what the operator does, which is tried; else None."""
-    function = named(forward)
-    return function if function is not None and _is_rotary(function) else None
+    function = named(forward, NAME)
+    return function if isinstance(function, types.FunctionType) and _is_rotary(function) else None
 
 
 @functools.cache
-def with_fused_rotary(forward: Callable, function: Callable) -> Optional[Callable]:
-    """Returns a forward of the same code that rotates by the operator wherever the given one calls ``function``.
-
-    None: it can't be made, as its code uses its globals in other ways, or a decorator holds it where it is not seen.
-    """
-    wrapped = getattr(forward, "__wrapped__", None)
-    if not isinstance(forward, types.FunctionType):
-        return None
-    if wrapped is None:
-        writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(forward))
-        if writes or {"globals", "exec", "eval"} & set(forward.__code__.co_names):
-            return None
-        return _copy(forward, _Names(forward.__globals__, fused(function)), forward.__closure__)
-    # A decorator's function has the decorated one in a cell.
-    if (made := with_fused_rotary(wrapped, function)) is None:
-        return None
-    cells = [types.CellType(made) if _content(cell) is wrapped else cell for cell in forward.__closure__ or ()]
-    if sum(new is not old for new, old in zip(cells, forward.__closure__ or (), strict=True)) != 1:
-        return None
-    copied = _copy(forward, forward.__globals__, tuple(cells))
-    copied.__wrapped__ = made
-    return copied
-
-
-class _Names(dict):
-    """A module's names, as they are when they are asked for, but for one."""
-
-    def __init__(self, module: dict[str, Any], function: Callable) -> None:
-        super().__init__({NAME: function})
-        self._module = module
-
-    def __missing__(self, name: str) -> Any:
-        return self._module[name]
-
-
-def _inner(forward: Any) -> Optional[types.FunctionType]:
-    while (wrapped := getattr(forward, "__wrapped__", None)) is not None:
-        forward = wrapped
-    return forward if isinstance(forward, types.FunctionType) else None
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-def _copy(function: types.FunctionType, names: dict[str, Any], closure: Optional[tuple]) -> types.FunctionType:
-    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(copied, function) if hasattr(function, "__wrapped__") else copied
-
-
 def fused(function: Callable) -> Callable:
     """Returns ``function`` with the calls that the operator takes going to it."""
 

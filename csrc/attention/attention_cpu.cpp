@@ -1,0 +1,213 @@
+// Scaled dot-product attention on the CPU; the arithmetic is in kernels_impl.h. A block of queries, and in the backward
+// the keys of a head or of a few, are one thread's, and what is added up is cut by the shapes alone: the same bits for
+// any number of threads.
+#include <math.h>
+
+#include <optional>
+#include <tuple>
+
+#include "attention/kernels.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/tensor.h"
+
+namespace peft_ext {
+namespace {
+
+// Heads of a group are summed apart until there are so many units for the threads, as far as there are heads.
+constexpr int64_t kUnits = 32;
+
+const AttentionKernels& attention_kernels(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::kBF16 && current_isa() >= Isa::kAvx512Bf16) return kAttentionKernelsAvx512Bf16;
+  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsAvx2, &kAttentionKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsNeon);
+#else
+  return kAttentionKernelsScalar;
+#endif
+}
+
+void check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const std::optional<Tensor>& mask, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0) &&
+                      k.size(3) == q.size(3) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+                  op, ": q, k and v are not [B, H, T, D], [B, Hkv, S, D] and [B, Hkv, S, Dv]");
+  STD_TORCH_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, op, ": q has ", q.size(1),
+                  " heads, wanted a multiple of k's ", k.size(1));
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
+                  ": k or v is not of q's type");
+  STD_TORCH_CHECK(scale > 0.0 && isfinite(scale), op, ": scale is ", scale, ", wanted a finite number above 0");
+  if (!mask.has_value()) return;
+  STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, op,
+                  ": mask is not [B, H, T, S] of bools");
+  const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(mask->size(d) == wanted[d] || mask->size(d) == 1, op, ": mask has ", mask->size(d),
+                    " in dimension ", d, ", wanted ", wanted[d], " or 1");
+}
+
+// Where it lies if its last dimension is in one piece.
+Tensor with_whole_heads(const Tensor& x) { return x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x); }
+
+// Of x's shape and order of dimensions, heads in one piece.
+Tensor laid_out_like(const Tensor& x) {
+  const Tensor y = torch::stable::empty_like(x);
+  if (y.stride(3) == 1) return y;
+  return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
+}
+
+HeadsOf heads_of(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// The mask as words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
+Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
+  const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
+  const Tensor words = empty({batches, heads, keys, blocks, 8}, ScalarType::Byte);
+  uint64_t* out = reinterpret_cast<uint64_t*>(words.mutable_data_ptr());
+  const uint8_t* data = static_cast<const uint8_t*>(mask.const_data_ptr());
+  const int64_t of_query = mask.size(2) == 1 ? 0 : mask.stride(2), of_key = mask.size(3) == 1 ? 0 : mask.stride(3);
+  torch::stable::parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t at = unit / blocks, block = unit % blocks;
+      const uint8_t* from = data + at / heads * mask.stride(0) + at % heads * mask.stride(1);
+      uint64_t* to = out + at * keys * blocks + block;
+      for (int64_t j = 0; j < keys; ++j) to[j * blocks] = 0;
+      const int64_t first = block * kMaskBits;
+      for (int64_t i = 0; i < min_i64(kMaskBits, queries - first); ++i) {
+        const uint8_t* row = from + (first + i) * of_query;
+        for (int64_t j = 0; j < keys; ++j) to[j * blocks] |= static_cast<uint64_t>(row[j * of_key] != 0) << i;
+      }
+    }
+  });
+  return words;
+}
+
+// An attention of a call, and what it holds on to.
+struct Call {
+  const AttentionKernels& isa;
+  Attention work = {};
+  Tensor q, k, v;
+  std::vector<Tensor> held;
+
+  Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
+       bool causal, double scale)
+      : isa(attention_kernels(dtype_of(op, "q", q_in))),
+        q(with_whole_heads(q_in)),
+        k(with_whole_heads(k_in)),
+        v(with_whole_heads(v_in)) {
+    check_attention(op, q, k, v, mask, scale);
+    work.dtype = dtype_of(op, "q", q);
+    work.batches = q.size(0);
+    work.heads = q.size(1);
+    work.kv_heads = k.size(1);
+    work.queries = q.size(2);
+    work.keys = k.size(2);
+    work.size = q.size(3);
+    work.value_size = v.size(3);
+    work.scale = static_cast<float>(scale);
+    work.causal = causal;
+    work.q = heads_of(q);
+    work.k = heads_of(k);
+    work.v = heads_of(v);
+    if (!mask.has_value() || mask->numel() == 0) return;
+    const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
+    work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
+    work.mask_key = words.size(3);
+    work.mask_head = words.size(1) == 1 ? 0 : words.size(2) * words.size(3);
+    work.mask_batch = words.size(0) == 1 ? 0 : words.size(1) * words.size(2) * words.size(3);
+  }
+
+  const Tensor& hold(const Tensor& tensor) { return held.emplace_back(tensor); }
+  bool lies_right(int64_t depth) const { return work.dtype == isa.element && depth % isa.word == 0; }
+  int64_t kv_units() const { return work.batches * work.kv_heads; }
+  int64_t whole_words(int64_t depth) const { return ceil_div(depth, isa.word) * isa.word; }
+  int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
+
+  // Of [units, rows, columns up to whole words].
+  void* operand(int64_t rows, int64_t columns) {
+    const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
+    return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
+  }
+
+  // Of [splits, units, keys, columns up to whole vectors], in the calling thread's memory, which has its pages already.
+  void take_sums() {
+    const int64_t rows = work.splits * kv_units() * work.keys;
+    const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);
+    work.key_sums = static_cast<float*>(scratch(Scratch::kTokens, static_cast<size_t>(of_keys + of_values) * 4));
+    work.value_sums = work.key_sums + of_keys;
+  }
+
+  template <typename F>
+  void in_parallel(int64_t units, size_t bytes, const F& f) {
+    torch::stable::parallel_for(
+        0, units, 1, [&](int64_t begin, int64_t end) { f(work, begin, end, scratch(Scratch::kPanel, bytes)); });
+  }
+};
+
+std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                                                            bool is_causal, double scale) {
+  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale);
+  Attention& work = call.work;
+  // As its transposed form, which the next layer takes.
+  const Tensor out =
+      torch::stable::transpose(empty({work.batches, work.queries, work.heads, work.value_size}, q.scalar_type()), 1, 2);
+  const Tensor lse = empty({work.batches, work.heads, work.queries}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  work.out = heads_of(out);
+  work.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
+  work.value_columns = call.operand(work.value_size, work.keys);
+  call.in_parallel(call.kv_units(), call.isa.pack_scratch(work), call.isa.pack);
+  const int64_t blocks = ceil_div(work.queries, kMaskBits);
+  call.in_parallel(work.batches * work.heads * blocks, call.isa.forward_scratch(work), call.isa.forward);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v,
+                                                                             Tensor out, Tensor lse,
+                                                                             std::optional<Tensor> mask, bool is_causal,
+                                                                             double scale) {
+  constexpr const char* kOp = "scaled_dot_product_attention_backward";
+  Call call(kOp, q, k, v, mask, is_causal, scale);
+  Attention& work = call.work;
+  for (const Tensor* of : {&grad, &out})
+    STD_TORCH_CHECK(of->dim() == 4 && of->size(0) == q.size(0) && of->size(1) == q.size(1) &&
+                        of->size(2) == q.size(2) && of->size(3) == v.size(3) && of->scalar_type() == q.scalar_type(),
+                    kOp, ": grad or out is not [B, H, T, Dv] of q's type");
+  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) && lse.size(2) == q.size(2) &&
+                      lse.scalar_type() == ScalarType::Float,
+                  kOp, ": lse is not [B, H, T] of float32");
+  const Tensor grad_q = laid_out_like(q), grad_k = laid_out_like(k), grad_v = laid_out_like(v);
+  const Tensor held_grad = with_whole_heads(grad), held_out = with_whole_heads(out), held_lse = as_contiguous(lse);
+  work.grad = heads_of(held_grad);
+  work.out = heads_of(held_out);
+  work.lse = static_cast<float*>(const_cast<void*>(held_lse.const_data_ptr()));
+  work.grad_q = heads_of(grad_q);
+  work.grad_k = heads_of(grad_k);
+  work.grad_v = heads_of(grad_v);
+  const int64_t units = call.kv_units(), group = work.kv_heads > 0 ? work.heads / work.kv_heads : 0;
+  if (units == 0) return {grad_q, grad_k, grad_v};
+  for (work.splits = 1; work.splits < group && (units * work.splits < kUnits || group % work.splits != 0);)
+    ++work.splits;
+  if (work.splits < 1) work.splits = 1;
+  const ScratchOfCall scratch_of_call;
+  call.take_sums();
+  if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
+  if (!call.lies_right(work.value_size)) work.value_rows = call.operand(work.keys, work.value_size);
+  work.key_columns = call.operand(work.size, work.keys);
+  call.in_parallel(units, call.isa.pack_scratch(work), call.isa.pack);
+  call.in_parallel(units * work.splits, call.isa.backward_scratch(work), call.isa.backward);
+  torch::stable::parallel_for(0, units * work.keys, kMaskBits,
+                              [&](int64_t begin, int64_t end) { call.isa.finish(work, begin, end); });
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("scaled_dot_product_attention", TORCH_BOX(&peft_ext::scaled_dot_product_attention_cpu));
+  m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&peft_ext::scaled_dot_product_attention_backward_cpu));
+}

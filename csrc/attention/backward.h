@@ -1,0 +1,176 @@
+// The backward of a block of queries. Included after the target pragma, the path's Vec, its words and its
+// transposition.
+#pragma once
+
+#include "attention/forward.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kBackwardKeys = 96;  // of a block, whole strips of kRows
+
+struct BackwardParts {
+  Element *q_rows, *grad_rows;      // where they do not lie right
+  Element *q_turned, *grad_turned;  // right operands, a head's values in depth
+  Element *q_joined, *grad_joined;  // right operands, queries in depth
+  Element *p, *ds, *ds_joined;      // left operands, queries in depth; the right one, keys in depth
+  float *s, *dp, *q_sums, *turned, *delta;
+  BackwardParts(Parts* parts, const Attention& work)
+      : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
+        grad_rows(parts->take<Element>(kQueries * padded_depth(work.value_size))),
+        q_turned(parts->take<Element>(padded_depth(work.size) * kQueries)),
+        grad_turned(parts->take<Element>(padded_depth(work.value_size) * kQueries)),
+        q_joined(parts->take<Element>(kQueries * padded_lanes(work.size))),
+        grad_joined(parts->take<Element>(kQueries * padded_lanes(work.value_size))),
+        p(parts->take<Element>(kBackwardKeys * kQueries)),
+        ds(parts->take<Element>(kBackwardKeys * kQueries)),
+        ds_joined(parts->take<Element>(kBackwardKeys * kQueries)),
+        s(parts->take<float>(kBackwardKeys * kQueries)),
+        dp(parts->take<float>(kBackwardKeys * kQueries)),
+        q_sums(parts->take<float>(work.size * kQueries)),
+        turned(parts->take<float>(kQueries * work.size)),
+        delta(parts->take<float>(kQueries)) {}
+};
+
+// Σ a ∘ b of a row.
+template <typename T>
+inline float dot(const T* a, const T* b, int64_t columns) {
+  float total[1];
+  sum_vectors<1>(columns, total, [&](auto lanes, int64_t i, Vec* sums) {
+    sums[0] = Vec::fma(lanes.load(a + i), lanes.load(b + i), sums[0]);
+  });
+  return total[0];
+}
+
+// P and dS of a block of keys, from S and dP; zeros in dS as a right operand where no query of a vector sees the key.
+inline void take_gradients(const uint64_t* bits, const int64_t* first, int64_t count, int64_t vecs, float scale,
+                           const float* lse, const BackwardParts& own) {
+  const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
+  for (int64_t v = 0; v < vecs; ++v) {
+    const Vec shift = Vec::mul(Vec::load(lse + v * kWidth), Vec::broadcast(-kLog2E));
+    const Vec delta = Vec::load(own.delta + v * kWidth);
+    for (int64_t r = 0; r < count; r += kWord) {
+      Vec ds[kWord];
+      for (int64_t i = 0; i < kWord; ++i) {
+        ds[i] = zero;
+        if (r + i >= count || v < first[(r + i) / kRows]) continue;
+        const int64_t at = (r + i) * kQueries + v * kWidth;
+        Vec p = vec_exp2(Vec::fma(Vec::load(own.s + at), factor, shift));
+        if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
+        ds[i] = Vec::mul(p, Vec::sub(Vec::load(own.dp + at), delta));
+        store_left(p, own.p + at);
+        store_left(ds[i], own.ds + at);
+      }
+      store_right(ds, own.ds_joined + r * kQueries + v * kWidth * kWord);
+    }
+  }
+}
+
+template <typename T>
+void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, float* key_sums,
+                    float* value_sums, Parts parts) {
+  const BackwardParts own(&parts, work);
+  const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
+  const int64_t count = min_i64(kQueries, work.queries - query), vecs = ceil_div(count, kWidth);
+  const int64_t size = work.size, value_size = work.value_size;
+  const int64_t lanes = padded_lanes(size), value_lanes = padded_lanes(value_size);
+  const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, size);
+  const Rows values = whole_rows(work.v, work.value_rows, batch, head / group, unit, work.keys, value_size);
+  const Rows key_columns = whole_columns(work.key_columns, unit, work.keys, size);
+  const uint64_t* mask = mask_of(work, batch, head);
+
+  const T* grad_at = head_of<const T>(work.grad, batch, head, query);
+  const T* out_at = head_of<const T>(work.out, batch, head, query);
+  const Rows q = rows_of_heads(head_of<const T>(work.q, batch, head, query), work.q.token, count, size, own.q_rows);
+  const Rows grad = rows_of_heads(grad_at, work.grad.token, count, value_size, own.grad_rows);
+  turn_rows(q, count, size, kQueries, own.q_turned);
+  turn_rows(grad, count, value_size, kQueries, own.grad_turned);
+  join_all(q, count, size, own.q_joined);
+  join_all(grad, count, value_size, own.grad_joined);
+  float lse[kQueries];
+  for (int64_t i = 0; i < kQueries; ++i) {
+    lse[i] = i < count ? work.lse[(batch * work.heads + head) * work.queries + query + i] : 0.0f;
+    own.delta[i] = i < count ? dot(grad_at + i * work.grad.token, out_at + i * work.out.token, value_size) : 0.0f;
+  }
+
+  bool first = true;
+  const int64_t until = keys_until(work, query, count), steps = words_of_depth(count);
+  for (int64_t k0 = 0; k0 < until; k0 += kBackwardKeys) {
+    const int64_t here = min_i64(kBackwardKeys, until - k0);
+    uint64_t bits[kBackwardKeys], any = 0;
+    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
+    if (any == 0) continue;
+    // Of each strip the first vector of queries of which one sees a key of it.
+    int64_t starts[kBackwardKeys / kRows];
+    const auto for_strips = [&](auto f) {
+      for (int64_t r = 0; r < here; r += kRows)
+        if (const int64_t v0 = starts[r / kRows]; v0 < vecs) f(r, min_i64(kRows, here - r), v0, v0 * kWidth);
+    };
+    for (int64_t r = 0; r < here; r += kRows)
+      starts[r / kRows] = any_sees(bits + r, min_i64(kRows, here - r)) ? first_vec(work, k0 + r, query) : vecs;
+    for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
+      multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q_turned + lane * kWord, kQueries * kWord,
+               words_of_depth(size), own.s + r * kQueries + lane, kQueries, false);
+    });
+    for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
+      multiply(rows, vecs - v0, values.row(k0 + r), values.stride, own.grad_turned + lane * kWord, kQueries * kWord,
+               words_of_depth(value_size), own.dp + r * kQueries + lane, kQueries, false);
+    });
+    take_gradients(bits, starts, here, vecs, work.scale, lse, own);
+    for_strips([&](int64_t r, int64_t rows, int64_t, int64_t lane) {
+      multiply(rows, value_lanes / kWidth, own.p + r * kQueries + lane, kQueries, own.grad_joined + lane * value_lanes,
+               value_lanes * kWord, steps - lane / kWord, value_sums + (k0 + r) * value_lanes, value_lanes, true);
+    });
+    for_strips([&](int64_t r, int64_t rows, int64_t, int64_t lane) {
+      multiply(rows, lanes / kWidth, own.ds + r * kQueries + lane, kQueries, own.q_joined + lane * lanes, lanes * kWord,
+               steps - lane / kWord, key_sums + (k0 + r) * lanes, lanes, true);
+    });
+    multiply_seen(work, k0, here, query, size, vecs, key_columns, own.ds_joined, own.q_sums, !first);
+    first = false;
+  }
+  T* grad_q = head_of<T>(work.grad_q, batch, head, query);
+  if (first) memset(own.q_sums, 0, static_cast<size_t>(size * kQueries) * sizeof(float));
+  transpose_words(own.q_sums, kQueries * 4, size, whole(count, kWidth), own.turned, size);
+  const Vec factor = Vec::broadcast(work.scale);
+  for (int64_t i = 0; i < count; ++i)
+    for_vectors(size, [&](auto lanes_of, int64_t d) {
+      lanes_of.store(grad_q + i * work.grad_q.token + d, Vec::mul(lanes_of.load(own.turned + i * size + d), factor));
+    });
+}
+
+template <typename T>
+void backward_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  const int64_t group = work.heads / work.kv_heads, units = work.batches * work.kv_heads;
+  const int64_t lanes = padded_lanes(work.size), value_lanes = padded_lanes(work.value_size);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t unit = at / work.splits, split = at % work.splits;
+    const int64_t batch = unit / work.kv_heads, kv_head = unit % work.kv_heads;
+    float* key_sums = work.key_sums + (split * units + unit) * work.keys * lanes;
+    float* value_sums = work.value_sums + (split * units + unit) * work.keys * value_lanes;
+    memset(key_sums, 0, static_cast<size_t>(work.keys * lanes) * sizeof(float));
+    memset(value_sums, 0, static_cast<size_t>(work.keys * value_lanes) * sizeof(float));
+    for (int64_t h = split * group / work.splits; h < (split + 1) * group / work.splits; ++h)
+      for (int64_t query = 0; query < work.queries; query += kQueries)
+        backward_block<T>(work, batch, kv_head * group + h, query, key_sums, value_sums,
+                          {reinterpret_cast<uintptr_t>(scratch)});
+  }
+}
+
+template <typename T>
+void finish_rows(const Attention& work, const HeadsOf& x, const float* sums, int64_t size, float scale, int64_t begin,
+                 int64_t end) {
+  const int64_t lanes = padded_lanes(size), all = work.batches * work.kv_heads * work.keys * lanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t unit = row / work.keys;
+    T* y = head_of<T>(x, unit / work.kv_heads, unit % work.kv_heads, row % work.keys);
+    const float* from = sums + row * lanes;
+    for_vectors(size, [&](auto lanes_of, int64_t d) {
+      Vec sum = lanes_of.load(from + d);
+      for (int64_t split = 1; split < work.splits; ++split) sum = Vec::add(sum, lanes_of.load(from + split * all + d));
+      lanes_of.store(y + d, Vec::mul(sum, Vec::broadcast(scale)));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

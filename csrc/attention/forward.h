@@ -1,0 +1,143 @@
+// The forward of a block of queries. Included after the target pragma, the path's Vec, its words and its transposition.
+#pragma once
+
+#include <math.h>
+
+#include "attention/seen.h"
+#include "cpu/vec_math.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kForwardKeys = 192;  // of a block, whole strips of kRows
+constexpr float kLog2E = 1.44269504f;
+
+struct ForwardParts {
+  Element *rows, *q, *p;
+  float *s, *o, *turned, *largest, *sum, *change;
+  ForwardParts(Parts* parts, const Attention& work)
+      : rows(parts->take<Element>(kQueries * padded_depth(work.size))),
+        q(parts->take<Element>(padded_depth(work.size) * kQueries)),
+        p(parts->take<Element>(kForwardKeys * kQueries)),
+        s(parts->take<float>(kForwardKeys * kQueries)),
+        o(parts->take<float>(work.value_size * kQueries)),
+        turned(parts->take<float>(kQueries * work.value_size)),
+        largest(parts->take<float>(kQueries)),
+        sum(parts->take<float>(kQueries)),
+        change(parts->take<float>(kQueries)) {}
+};
+
+// What a block of scores [count, 64] does to the largest of each query, and to the sums made with the one before.
+inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
+  const Vec nothing = Vec::broadcast(-INFINITY);
+  for (int64_t v = 0; v < vecs; ++v) {
+    const Vec before = Vec::load(own.largest + v * kWidth);
+    Vec most = before;
+    for (int64_t r = 0; r < count; ++r) {
+      float* at = own.s + r * kQueries + v * kWidth;
+      Vec s = Vec::load(at);
+      if (!all_see(bits[r])) {
+        s = Vec::where(bits_at(bits[r], v), s, nothing);
+        s.store(at);
+      }
+      most = Vec::max(most, s);
+    }
+    most.store(own.largest + v * kWidth);
+    // Where nothing was seen before, the sums are zeros and any factor serves.
+    const Vec far = Vec::broadcast(-3e38f);
+    const Vec fell = Vec::sub(Vec::max(before, far), Vec::max(most, far));
+    vec_exp2(Vec::mul(fell, Vec::broadcast(scale * kLog2E))).store(own.change + v * kWidth);
+  }
+}
+
+// P of a block, as a right operand, and its sums.
+inline void take_exponentials(const uint64_t* bits, int64_t count, int64_t vecs, float scale, bool first,
+                              const ForwardParts& own) {
+  for (int64_t v = 0; v < vecs; ++v) {
+    const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
+    const Vec most = Vec::max(Vec::load(own.largest + v * kWidth), Vec::broadcast(-3e38f));
+    const Vec shift = Vec::sub(zero, Vec::mul(most, factor));
+    Vec sum = first ? zero : Vec::mul(Vec::load(own.sum + v * kWidth), Vec::load(own.change + v * kWidth));
+    for (int64_t r = 0; r < count; r += kWord) {
+      Vec p[kWord];
+      for (int64_t i = 0; i < kWord; ++i) {
+        p[i] = zero;
+        if (r + i >= count) continue;
+        p[i] = vec_exp2(Vec::fma(Vec::load(own.s + (r + i) * kQueries + v * kWidth), factor, shift));
+        if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
+        sum = Vec::add(sum, p[i]);
+      }
+      store_right(p, own.p + r * kQueries + v * kWidth * kWord);
+    }
+    sum.store(own.sum + v * kWidth);
+  }
+}
+
+template <typename T>
+void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, Parts parts) {
+  const ForwardParts own(&parts, work);
+  const int64_t group = work.heads / work.kv_heads, unit = batch * work.kv_heads + head / group;
+  const int64_t count = min_i64(kQueries, work.queries - query), vecs = ceil_div(count, kWidth);
+  const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, work.size);
+  const Rows values = whole_columns(work.value_columns, unit, work.keys, work.value_size);
+  const uint64_t* mask = mask_of(work, batch, head);
+  turn_rows(rows_of_heads(head_of<const T>(work.q, batch, head, query), work.q.token, count, work.size, own.rows),
+            count, work.size, kQueries, own.q);
+  for (int64_t i = 0; i < kQueries; ++i) {
+    own.largest[i] = -INFINITY;
+    own.sum[i] = 0.0f;
+  }
+  bool first = true;
+  const int64_t until = keys_until(work, query, count);
+  for (int64_t k0 = 0; k0 < until; k0 += kForwardKeys) {
+    const int64_t here = min_i64(kForwardKeys, until - k0);
+    uint64_t bits[kForwardKeys], any = 0;
+    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
+    if (any == 0) continue;
+    for (int64_t r = 0; r < here; r += kRows) {
+      const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
+      if (!any_sees(bits + r, rows)) continue;
+      multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q + v0 * kWidth * kWord, kQueries * kWord,
+               words_of_depth(work.size), own.s + r * kQueries + v0 * kWidth, kQueries, false);
+    }
+    take_largest(bits, here, vecs, work.scale, own);
+    take_exponentials(bits, here, vecs, work.scale, first, own);
+    if (!first)
+      for (int64_t d = 0; d < work.value_size; ++d)
+        for (int64_t v = 0; v < vecs; ++v) {
+          float* at = own.o + d * kQueries + v * kWidth;
+          Vec::mul(Vec::load(at), Vec::load(own.change + v * kWidth)).store(at);
+        }
+    multiply_seen(work, k0, here, query, work.value_size, vecs, values, own.p, own.o, !first);
+    first = false;
+  }
+  T* out = head_of<T>(work.out, batch, head, query);
+  float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool sees = own.sum[i] > 0.0f || own.sum[i] != own.sum[i];
+    lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
+    own.change[i] = sees ? 1.0f / own.sum[i] : 0.0f;
+  }
+  if (first) memset(own.o, 0, static_cast<size_t>(work.value_size * kQueries) * sizeof(float));
+  transpose_words(own.o, kQueries * 4, work.value_size, whole(count, kWidth), own.turned, work.value_size);
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec factor = Vec::broadcast(own.change[i]);
+    for_vectors(work.value_size, [&](auto lanes, int64_t d) {
+      lanes.store(out + i * work.out.token + d, Vec::mul(lanes.load(own.turned + i * work.value_size + d), factor));
+    });
+  }
+}
+
+template <typename T>
+void forward_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  const int64_t blocks = ceil_div(work.queries, kQueries);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t batch = unit / (work.heads * blocks), head = unit / blocks % work.heads;
+    // The longest first, where a thread's share has several.
+    const int64_t block = blocks - 1 - unit % blocks;
+    forward_block<T>(work, batch, head, block * kQueries, {reinterpret_cast<uintptr_t>(scratch)});
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,22 @@
+// Scaled dot-product attention with AVX2. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include <math.h>
+
+#include <utility>
+
+#include "cpu/target_avx2.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx2.h"
+
+#include "attention/transpose_scalar.h"
+#include "attention/words_f32.h"
+
+#include "attention/kernels_impl.h"
+
+namespace peft_ext {
+
+const AttentionKernels kAttentionKernelsAvx2 = kTable;
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

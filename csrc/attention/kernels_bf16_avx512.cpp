@@ -1,0 +1,22 @@
+// Scaled dot-product attention with AVX512-BF16's dot product. See kernels.h for the contract.
+#if defined(__x86_64__)
+#include <math.h>
+
+#include <utility>
+
+#include "cpu/target_avx512bf16.h"
+// The target must be set before these headers are read.
+#include "cpu/simd_avx512.h"
+
+#include "attention/transpose_avx512.h"
+#include "attention/words_bf16.h"
+
+#include "attention/kernels_impl.h"
+
+namespace peft_ext {
+
+const AttentionKernels kAttentionKernelsAvx512Bf16 = kTable;
+
+}  // namespace peft_ext
+#include "cpu/target_end.h"
+#endif

@@ -1,0 +1,69 @@
+// See kernels.h for the contract. Included after the target pragma, the path's Vec (cpu/simd_<isa>.h), its words
+// (words_f32.h or words_bf16.h) and its transposition.
+#pragma once
+
+#include "attention/backward.h"
+
+namespace peft_ext {
+namespace {
+
+// Of the element types that this path's words hold.
+template <typename F>
+inline void with_element(DType dtype, F f) {
+  if constexpr (kWord == 2)
+    f(bf16{});
+  else
+    with_dtype(dtype, f);
+}
+
+void pack(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  with_element(work.dtype, [&](auto zero) { pack_units<decltype(zero)>(work, begin, end, scratch); });
+}
+
+size_t pack_scratch(const Attention& work) {
+  Parts parts{0};
+  PackParts(&parts, work.size > work.value_size ? work.size : work.value_size);
+  return parts.at;
+}
+
+void forward(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  with_element(work.dtype, [&](auto zero) { forward_units<decltype(zero)>(work, begin, end, scratch); });
+}
+
+size_t forward_scratch(const Attention& work) {
+  Parts parts{0};
+  ForwardParts(&parts, work);
+  return parts.at;
+}
+
+void backward(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  with_element(work.dtype, [&](auto zero) { backward_units<decltype(zero)>(work, begin, end, scratch); });
+}
+
+size_t backward_scratch(const Attention& work) {
+  Parts parts{0};
+  BackwardParts(&parts, work);
+  return parts.at;
+}
+
+void finish(const Attention& work, int64_t begin, int64_t end) {
+  with_element(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    finish_rows<T>(work, work.grad_k, work.key_sums, work.size, work.scale, begin, end);
+    finish_rows<T>(work, work.grad_v, work.value_sums, work.value_size, 1.0f, begin, end);
+  });
+}
+
+constexpr AttentionKernels kTable = {kWord == 2 ? DType::kBF16 : DType::kF32,
+                                     kWord,
+                                     kWidth,
+                                     pack,
+                                     pack_scratch,
+                                     forward,
+                                     forward_scratch,
+                                     backward,
+                                     backward_scratch,
+                                     finish};
+
+}  // namespace
+}  // namespace peft_ext

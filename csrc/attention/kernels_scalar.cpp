@@ -1,0 +1,17 @@
+// Scaled dot-product attention on any CPU. See kernels.h for the contract.
+#include <math.h>
+
+#include <utility>
+
+#include "cpu/simd_scalar.h"
+
+#include "attention/transpose_scalar.h"
+#include "attention/words_f32.h"
+
+#include "attention/kernels_impl.h"
+
+namespace peft_ext {
+
+const AttentionKernels kAttentionKernelsScalar = kTable;
+
+}  // namespace peft_ext

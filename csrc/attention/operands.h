@@ -1,0 +1,137 @@
+// Operands of products from heads as they lie: see kernels.h. Included after the target pragma, the path's Vec, its
+// words and its transposition.
+#pragma once
+
+#include <string.h>
+
+#include "attention/product.h"
+#include "cpu/row_loop.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kQueries = kMaskBits;  // of a block
+
+inline int64_t whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
+inline int64_t words_of_depth(int64_t depth) { return ceil_div(depth, kWord); }
+inline int64_t padded_depth(int64_t depth) { return words_of_depth(depth) * kWord; }
+inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
+
+template <typename T>
+constexpr bool kTaken = sizeof(T) == sizeof(Element);
+
+// Memory of a thread, in parts of whole cache lines; from address 0 on it counts what they take.
+struct Parts {
+  uintptr_t at;
+  template <typename T>
+  T* take(int64_t count) {
+    T* found = reinterpret_cast<T*>(at);
+    at += static_cast<uintptr_t>(whole(count * static_cast<int64_t>(sizeof(T)), 64));
+    return found;
+  }
+};
+
+// Rows [rows, depth] of a left operand.
+struct Rows {
+  const Element* data;
+  int64_t stride;
+  const Element* row(int64_t r) const { return data + r * stride; }
+};
+
+template <typename T>
+inline void convert_row(const T* x, int64_t depth, Element* y) {
+  if constexpr (kTaken<T>)
+    memcpy(y, x, static_cast<size_t>(depth) * sizeof(T));
+  else
+    for_vectors(depth, [&](auto lanes, int64_t i) { lanes.store(y + i, lanes.load(x + i)); });
+  for (int64_t i = depth; i < padded_depth(depth); ++i) y[i] = Element{};
+}
+
+// Whether a row of x can be a left operand's as it lies.
+template <typename T>
+inline bool lies_right(int64_t depth) {
+  return kTaken<T> && depth % kWord == 0;
+}
+
+// Rows of x where they lie, or converted into `made` [count, padded depth].
+template <typename T>
+inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
+  if constexpr (kTaken<T>)
+    if (lies_right<T>(depth)) return {x, token};
+  for (int64_t i = 0; i < count; ++i) convert_row(x + i * token, depth, made + i * padded_depth(depth));
+  return {made, padded_depth(depth)};
+}
+
+// As a right operand whose depth is a head's and whose lanes are the rows, zeros beyond them: [words, lanes words].
+inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t lanes, Element* right) {
+  const int64_t words = words_of_depth(depth);
+  transpose_words(rows.data, rows.stride * static_cast<int64_t>(sizeof(Element)), count, words, right, lanes);
+  if (count < lanes)
+    for (int64_t w = 0; w < words; ++w)
+      memset(right + (w * lanes + count) * kWord, 0, static_cast<size_t>((lanes - count) * kWord) * sizeof(Element));
+}
+
+// As a right operand whose depth is the rows and whose lanes are a head's, up to whole vectors.
+inline void join_all(const Rows& rows, int64_t count, int64_t columns, Element* right) {
+  const int64_t lanes = padded_lanes(columns);
+  for (int64_t i = 0; i < count; i += kWord) {
+    const bool pair = kWord == 2 && i + 1 < count;
+    join_rows(rows.row(i), pair ? rows.row(i + 1) : nullptr, columns, right + i * lanes);
+  }
+}
+
+template <typename T>
+inline T* head_of(const HeadsOf& x, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<T*>(x.data) + batch * x.batch + head * x.head + token * x.token;
+}
+
+// k or v of a unit as left operands.
+inline Rows whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
+                       int64_t depth) {
+  if (made == nullptr) return {head_of<const Element>(x, batch, head, 0), x.token};
+  const int64_t stride = padded_depth(depth);
+  return {static_cast<const Element*>(made) + unit * keys * stride, stride};
+}
+
+inline Rows whole_columns(const void* made, int64_t unit, int64_t keys, int64_t depth) {
+  const int64_t stride = padded_depth(keys);
+  return {static_cast<const Element*>(made) + unit * depth * stride, stride};
+}
+
+struct PackParts {
+  Element *rows, *joined;
+  PackParts(Parts* parts, int64_t depth)
+      : rows(parts->take<Element>(kQueries * padded_depth(depth))),
+        joined(parts->take<Element>(kQueries * padded_lanes(depth))) {}
+};
+
+template <typename T>
+void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t depth,
+                  void* made_rows, void* made_columns, Parts parts) {
+  if (made_rows == nullptr && made_columns == nullptr) return;
+  const PackParts own(&parts, depth);
+  const int64_t stride = padded_depth(depth), key_stride = padded_depth(keys), lanes = padded_lanes(depth);
+  for (int64_t k0 = 0; k0 < keys; k0 += kQueries) {
+    const int64_t count = min_i64(kQueries, keys - k0);
+    Element* into = made_rows ? static_cast<Element*>(made_rows) + (unit * keys + k0) * stride : own.rows;
+    const T* from = head_of<const T>(x, batch, head, k0);
+    Rows rows = rows_of_heads(from, x.token, count, depth, into);
+    if (made_columns == nullptr) continue;
+    join_all(rows, count, depth, own.joined);
+    Element* columns = static_cast<Element*>(made_columns) + unit * depth * key_stride + k0;
+    transpose_words(own.joined, lanes * 4, words_of_depth(count), depth, columns, key_stride / kWord);
+  }
+}
+
+template <typename T>
+void pack_units(const Attention& work, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t batch = unit / work.kv_heads, head = unit % work.kv_heads;
+    const Parts parts{reinterpret_cast<uintptr_t>(scratch)};
+    pack_operand<T>(work.k, batch, head, unit, work.keys, work.size, work.key_rows, work.key_columns, parts);
+    pack_operand<T>(work.v, batch, head, unit, work.keys, work.value_size, work.value_rows, work.value_columns, parts);
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

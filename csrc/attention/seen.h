@@ -1,0 +1,57 @@
+// Which queries see a key, and products of those alone. Included after the target pragma, the path's Vec, its words and
+// its transposition.
+#pragma once
+
+#include "attention/operands.h"
+
+namespace peft_ext {
+namespace {
+
+// Bits of the 64 queries from `query` on.
+inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query) {
+  const uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
+  const int64_t after = key - query;
+  if (!work.causal || after <= 0) return bits;
+  return after >= kMaskBits ? 0 : bits & (~uint64_t{0} << after);
+}
+
+inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t head) {
+  return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
+}
+
+inline bool all_see(uint64_t bits) { return bits == ~uint64_t{0}; }
+inline bool any_sees(const uint64_t* bits, int64_t rows) {
+  uint64_t any = 0;
+  for (int64_t r = 0; r < rows; ++r) any |= bits[r];
+  return any != 0;
+}
+inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
+
+// Keys that a query of the block may see at most.
+inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
+  return work.causal ? min_i64(work.keys, query + count) : work.keys;
+}
+
+// The first vector of queries of which one may see the key.
+inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
+  return work.causal && key > query ? (key - query) / kWidth : 0;
+}
+
+// c [rows, vecs vectors of queries] = or += left [rows, keys] right [keys, vecs vectors], where the queries that come
+// before the last key of the block are multiplied by the keys up to theirs alone.
+inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
+                          const Rows& left, const Element* right, float* c, bool add) {
+  constexpr int64_t kTogether = kQueries / 2 / kWidth;
+  const bool diagonal = work.causal && key + count > query + kTogether * kWidth;
+  const int64_t together = diagonal ? kTogether : vecs;
+  for (int64_t v = 0; v < vecs; v += together) {
+    const int64_t here = min_i64(together, vecs - v);
+    const int64_t until = keys_until(work, query, (v + here) * kWidth);
+    if (until <= key && add) continue;
+    multiply(rows, here, left.data + key, left.stride, right + v * kWidth * kWord, kQueries * kWord,
+             words_of_depth(until <= key ? 0 : min_i64(count, until - key)), c + v * kWidth, kQueries, add);
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext

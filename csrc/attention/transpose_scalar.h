@@ -1,0 +1,18 @@
+// Words of 32 bits, transposed. Included after the target pragma.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace peft_ext {
+namespace {
+
+// y[c * y_stride + r] = x[r, c]; x's rows are so many bytes apart, y's so many words.
+inline void transpose_words(const void* x, int64_t x_bytes, int64_t rows, int64_t columns, void* y, int64_t y_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      memcpy(static_cast<char*>(y) + 4 * (c * y_stride + r), static_cast<const char*>(x) + r * x_bytes + 4 * c, 4);
+}
+
+}  // namespace
+}  // namespace peft_ext

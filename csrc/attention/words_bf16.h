@@ -1,0 +1,50 @@
+// Operands of bfloat16 for AVX512-BF16's dot product, two values in a word: see kernels.h. Included after the target
+// pragma and the path's Vec.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "cpu/row_loop.h"
+#include "cpu/vec_math.h"
+
+namespace peft_ext {
+namespace {
+
+using Element = bf16;
+constexpr int64_t kWord = 2;  // elements in one
+
+using WordVec = __m512bh;
+inline WordVec load_words(const bf16* right) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(right)); }
+inline WordVec broadcast_word(const bf16* left) {
+  int32_t two;
+  memcpy(&two, left, sizeof(two));
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+}
+PEFT_EXT_INLINE Vec add_products(WordVec a, WordVec b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+
+inline __m512i low_halves(__m256i words) { return _mm512_cvtepu16_epi32(words); }
+
+// Two rows beside each other in depth as one of a right operand, whole vectors of it; second: null where there is none.
+inline void join_rows(const bf16* first, const bf16* second, int64_t columns, bf16* right) {
+  for (int64_t i = 0; i < columns; i += 16) {
+    const __mmask16 inside = columns - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns - i)) - 1);
+    const __m512i low = low_halves(_mm256_maskz_loadu_epi16(inside, first + i));
+    const __m512i high = second ? low_halves(_mm256_maskz_loadu_epi16(inside, second + i)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(right + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+// What is subnormal becomes zero, which a probability may.
+inline __m256i narrow_bf16(Vec value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value.v)); }
+
+inline void store_left(Vec value, bf16* left) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), narrow_bf16(value));
+}
+inline void store_right(const Vec* values, bf16* right) {
+  const __m512i high = _mm512_slli_epi32(low_halves(narrow_bf16(values[1])), 16);
+  _mm512_storeu_si512(right, _mm512_or_si512(low_halves(narrow_bf16(values[0])), high));
+}
+
+}  // namespace
+}  // namespace peft_ext

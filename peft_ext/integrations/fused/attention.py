@@ -1,0 +1,197 @@
+"""Attention within a model's own forward on a CPU: :func:`peft_ext.ops.scaled_dot_product_attention`.
+
+An attention of transformers asks a registry, ``ALL_ATTENTION_FUNCTIONS`` of its module, for the function of the model's
+implementation. The forward finds another one under this name (:mod:`.names`), which asks the module's and gives, for
+transformers' ``sdpa``, a function that takes the calls that the operator takes; the others go to transformers' own,
+which is tried on random numbers first. On a GPU PyTorch's own kernels are called as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ... import _native, ops
+from ...ops.checks import autocast_dtype
+from .names import named
+from .reasons import accepts_input, kernel_reason
+
+__all__ = ["NAME", "asks", "interfaces", "reason"]
+
+NAME = "ALL_ATTENTION_FUNCTIONS"
+_OPERATOR = "scaled_dot_product_attention"
+# The paths on which it was measured against PyTorch's own, and is ahead.
+_PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
+# A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
+_LEAST_QUERIES = 16
+# Whether a registry's function computes what the operator does: tried as a model is accelerated, not in its forward.
+_TRIED: dict[Any, bool] = {}
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-5}  # of a trial, of the largest value
+
+
+def asks(forward: Callable) -> bool:
+    """Returns whether a forward asks a registry that has an ``sdpa`` that computes what the operator does, by trial."""
+    function = _get(named(forward, NAME), "sdpa")
+    if function is not None and function not in _TRIED and not torch._C._len_torch_dispatch_stack():
+        _TRIED[function] = _is_attention(function)
+    return _TRIED.get(function, False)
+
+
+@functools.cache
+def interfaces(inner: types.FunctionType) -> Any:
+    """Returns the registry that a forward's inner function is to find."""
+    asks(inner)  # a class that was unpickled has tried nothing yet
+    return _Interfaces(inner)
+
+
+def reason(module: nn.Module, forward: Callable) -> Optional[str]:
+    """Returns why a module's calls would go to the model's own function."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    function = _get(named(forward, NAME), implementation)
+    if not _TRIED.get(function):
+        return f"its attention implementation is {implementation}"
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    return _device_reason(device)
+
+
+def _device_reason(device: str) -> Optional[str]:
+    if device == "cuda":
+        return "on a GPU PyTorch's own kernels are used"
+    if _native.STATE.isa not in _PATHS:
+        return f"PyTorch's own is used on this CPU path ({_native.STATE.isa})"
+    return kernel_reason(_OPERATOR, device)
+
+
+def _get(registry: Any, implementation: Any) -> Optional[types.FunctionType]:
+    """Returns a registry's function of an implementation; None: it has none, or is no registry."""
+    try:
+        function = registry[implementation]
+    except (KeyError, TypeError):
+        return None
+    return function if isinstance(function, types.FunctionType) else None
+
+
+class _Interfaces:
+    """A module's registry, as it is when it is asked, but for functions that the operator can take the place of."""
+
+    def __init__(self, inner: types.FunctionType) -> None:
+        self._names = inner.__globals__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._names[NAME], name)
+
+    def __contains__(self, implementation: Any) -> bool:
+        return implementation in self._names[NAME]
+
+    def __getitem__(self, implementation: Any) -> Any:
+        return _fused_or_own(self._names[NAME][implementation])
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
+        return _fused_or_own(self._names[NAME].get_interface(*args, **kwargs))
+
+
+def _fused_or_own(function: Any) -> Any:
+    return _fused(function) if isinstance(function, types.FunctionType) and _TRIED.get(function) else function
+
+
+@functools.cache
+def _fused(function: Callable) -> Callable:
+    """Returns ``function`` with the calls that the operator takes going to it."""
+
+    def sdpa_attention_forward(
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: Optional[float] = None,
+        is_causal: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs):
+            return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                            is_causal=is_causal, **kwargs)  # fmt: skip
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        out = ops.scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=bool(is_causal) and attention_mask is None, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    return functools.update_wrapper(sdpa_attention_forward, function)
+
+
+def _fits(
+    module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: Any, scaling: Any, others: dict[str, Any]
+) -> bool:  # fmt: skip
+    """Returns whether the operator takes a call, and is to."""
+    if not all(map(accepts_input, (q, k, v))) or (q.dim(), k.dim(), v.dim()) != (4, 4, 4):
+        return False
+    if not q.device == k.device == v.device or _device_reason(q.device.type):
+        return False
+    if not q.dtype is k.dtype is v.dtype and autocast_dtype(q) is None:
+        return False
+    if dropout or any(others.get(name) is not None for name in ("position_bias", "softcap")):
+        return False
+    if others.get("output_attentions") or not (scaling is None or scaling > 0):
+        return False
+    batch, heads, queries, size = q.shape
+    _, kv_heads, keys, _ = k.shape
+    if queries < _LEAST_QUERIES or k.shape != (batch, kv_heads, keys, size) or v.shape[:3] != k.shape[:3]:
+        return False
+    if heads != kv_heads * max(getattr(module, "num_key_value_groups", 1), 1):
+        return False
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.dim() == 4 and mask.device == q.device
+        and all(size in (1, of) for size, of in zip(mask.shape, (batch, heads, queries, keys), strict=True))
+    ):  # fmt: skip
+        return False
+    # Whoever forbids PyTorch's fused kernels wants its formula.
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+# --- the trial --------------------------------------------------------------------------------------------------------
+
+
+def _is_attention(function: Callable) -> bool:
+    """Returns whether a registry's function computes what the operator does, by its values and gradients."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        try:
+            return all(_alike(function, dtype, *case) for dtype in _TOLERANCE for case in _cases())
+        except Exception:  # whatever another function raises
+            return False
+
+
+def _cases() -> list[tuple[bool, Optional[Tensor], Optional[float]]]:
+    """Returns whether a module is causal, a mask or none, and a scale."""
+    mask = torch.ones(2, 1, 18, 18, dtype=torch.bool).tril()
+    mask[0, :, :, :5] = mask[1, :, 9:, :9] = False
+    return [(True, None, 0.3), (False, None, None), (True, mask, 0.3)]
+
+
+def _alike(
+    function: Callable, dtype: torch.dtype, causal: bool, mask: Optional[Tensor], scaling: Optional[float]
+) -> bool:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, 18, heads, 8, generator=generator, dtype=torch.float32).to(dtype).transpose(1, 2)
+             for heads in (4, 2, 2)]  # fmt: skip
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
+    weights = torch.linspace(-1, 1, 2 * 18 * 4 * 8, dtype=torch.float32).view(2, 18, 4, 8)
+
+    def run(called: Callable) -> list[Tensor]:
+        with torch.enable_grad():
+            q, k, v = (value.detach().requires_grad_() for value in drawn)
+            out, _ = called(module, q, k, v, mask, dropout=0.0, scaling=scaling)
+            return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
+
+    found, wanted = run(_fused(function)), run(function)
+    return found[0].stride() == wanted[0].stride() and all(
+        a.shape == b.shape and a.dtype is b.dtype and (a - b).abs().max() <= _TOLERANCE[dtype] * b.abs().max()
+        for a, b in zip(found, wanted, strict=True)
+    )

@@ -1,0 +1,297 @@
+"""Attention within a model's own forward: the operator where it takes the call, the model's own function elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import peft_ext
+from peft_ext import _native
+from peft_ext.integrations.fused import attention
+
+pytestmark = pytest.mark.skipif(_native.STATE.isa not in attention._PATHS, reason="PyTorch's own is used on this path")
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GROUPS = {**SMALL, "num_key_value_heads": 2}
+# Groups of heads, their sizes, norms before, windows, experts; values of another size than keys.
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPS)),
+    "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPS)),
+    "Qwen 3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPS, head_dim=24)),
+    "Mistral, window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPS, sliding_window=5)),
+    "Mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPS, num_local_experts=4)),
+    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, attn_pdrop=0.0)),
+    "OPT": lambda: hf.OPTForCausalLM(hf.OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32})),
+    "DeepSeek-V3": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(
+        **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
+        first_k_dense_replace=1)),
+}  # fmt: skip
+IDS = torch.arange(3, 83).view(2, 40)
+
+
+def build(
+    make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, seed: int = 0, dropout: float = 0.0
+) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    return get_peft_model(make().to(dtype), config).train()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operator's, forward and backward, and PyTorch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = self.plain = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ours += func is torch.ops.peft_ext.scaled_dot_product_attention.default
+        self.plain += "flash_attention" in str(func) or "_softmax" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def step(model: nn.Module, **more: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(**{"input_ids": IDS, "labels": IDS} | more).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def calls(model: nn.Module, **more: Any) -> int:
+    with Calls() as counted, torch.no_grad():
+        model(**{"input_ids": IDS} | more)
+    return counted.ours
+
+
+def rows(model: nn.Module) -> list[tuple[bool, str]]:
+    return [(row.fused, row.reason) for row in peft_ext.explain(model).blocks if row.kind == "attention"]
+
+
+def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5 * value.abs().max().item())
+
+
+def left_padding() -> Tensor:
+    mask = torch.ones_like(IDS)
+    mask[0, :13] = 0
+    return mask
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_step_is_the_stock_one(name: str, masked: bool) -> None:
+    stock, model = build(DECODERS[name]), peft_ext.accelerate(build(DECODERS[name]))
+    more = {"attention_mask": left_padding()} if masked else {}
+    assert rows(model) == [(True, "")] * 2 and calls(model, **more) == 2 and calls(stock, **more) == 0
+    assert_alike(step(model, **more), step(stock, **more))
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "DeepSeek-V3"])
+def test_bfloat16_is_as_good_as_stock(name: str) -> None:
+    errors = [0.0, 0.0]
+    for seed in range(6):  # one model's is luck
+        exact = step(build(DECODERS[name], seed=seed))
+        narrow = [build(DECODERS[name], torch.bfloat16, seed) for _ in errors]
+        for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
+            found = step(model)
+            errors[i] += sum((found[key].double() - value).norm() ** 2 for key, value in exact.items()).item()
+    assert errors[1] <= 1.3**2 * errors[0]
+
+
+def test_encoders_see_all_but_the_padding() -> None:
+    def make() -> nn.Module:
+        config = hf.BertConfig(**SMALL, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+        return hf.BertForMaskedLM(config)
+
+    stock, model = build(make), peft_ext.accelerate(build(make))
+    padding = left_padding().flip(1)
+    for more in ({}, {"attention_mask": padding}):
+        assert calls(model, **more) == 2
+        assert_alike(step(model, **more), step(stock, **more))
+
+
+def test_a_decoder_that_looks_at_an_encoder() -> None:
+    def make() -> nn.Module:
+        config = hf.BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                               decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+                               pad_token_id=0)  # fmt: skip
+        return hf.BartForConditionalGeneration(config)
+
+    stock, model = build(make), peft_ext.accelerate(build(make))
+    more = {"attention_mask": left_padding().flip(1), "labels": IDS[:, :21].contiguous()}
+    assert calls(model, **more) == 3  # of itself, twice, and of the other
+    assert_alike(step(model, **more), step(stock, **more))
+
+
+def test_packed_texts_see_their_own() -> None:
+    stock, model = build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))
+    positions = {"position_ids": torch.arange(40).remainder(17).expand(2, 40), "use_cache": False}
+    assert calls(model, **positions) == 2
+    assert_alike(step(model, **positions), step(stock, **positions))
+    with torch.no_grad():
+        packed = model(IDS, **positions).logits
+        alone = model(IDS[:, 17:34], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 17:34], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_is_the_stock_one() -> None:
+    """The prompt is the operator's, a token at a time PyTorch's own."""
+    stock, model = (m.eval() for m in (build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))))
+    more = {"max_new_tokens": 9, "do_sample": False, "attention_mask": left_padding()}
+    with Calls() as counted:
+        found = model.generate(IDS, **more)
+    assert torch.equal(found, stock.generate(IDS, **more))
+    assert counted.ours == 2 and counted.plain >= 16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    model = peft_ext.accelerate(build(DECODERS["Llama"], dropout=0.2))
+    wanted = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_alike(step(model, use_cache=False), wanted)
+
+
+def test_what_takes_it_back() -> None:
+    model = build(DECODERS["GPT-2"])
+    kinds, wanted = [type(module) for module in model.modules()], step(model)
+    peft_ext.accelerate(model)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+        assert calls(other) == 2
+        assert_alike(step(other), wanted)
+    peft_ext.accelerate(model, blocks=False)
+    assert calls(model) == 0 and not any(fused for fused, _ in rows(model))
+    peft_ext.restore(peft_ext.accelerate(model))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+# --- what is PyTorch's or the model's own -----------------------------------------------------------------------------
+
+
+def test_dropout_of_probabilities_is_pytorchs() -> None:
+    def make() -> nn.Module:
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPS, attention_dropout=0.1))
+
+    stock, model = build(make), peft_ext.accelerate(build(make))
+    assert calls(model) == 0
+    assert_alike(step(model), step(stock))
+    assert calls(model.eval()) == 2
+
+
+def test_another_implementation_is_the_models() -> None:
+    model = peft_ext.accelerate(build(DECODERS["Llama"]))
+    model.get_base_model().config._attn_implementation = "eager"
+    assert calls(model) == 0
+    assert rows(model) == [(False, "its attention implementation is eager")] * 2
+
+
+def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes transformers' function's place, before or after ``accelerate``; back again, it is fused again."""
+    model, seen = peft_ext.accelerate(build(DECODERS["Llama"])), []
+
+    def other(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        seen.append(q.shape)
+        return q.transpose(1, 2).contiguous(), None
+
+    with monkeypatch.context() as patched:
+        patched.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
+        assert calls(model) == 0 and len(seen) == 2
+        assert rows(model) == [(False, "its attention implementation is sdpa")] * 2
+        assert rows(peft_ext.accelerate(build(DECODERS["Llama"]))) == []
+    assert rows(model) == [(True, "")] * 2 and calls(model) == 2
+
+
+def test_whoever_chooses_pytorchs_formula_gets_it() -> None:
+    model = peft_ext.accelerate(build(DECODERS["Llama"]))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert calls(model) == 0
+    assert calls(model) == 2
+
+
+def test_compiled_calls_are_the_models_own() -> None:
+    model = peft_ext.accelerate(build(DECODERS["Llama"]))
+    torch._dynamo.reset()
+    called = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    assert_alike(step(compiled), {f"_orig_mod.{k}" if k != "loss" else k: v for k, v in step(model).items()})
+    assert any("scaled_dot_product" in name for name in called) and not any("peft_ext.scaled" in n for n in called)
+
+
+def test_autocast_computes_it_in_bfloat16() -> None:
+    stock, model = build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(model) == 2
+        torch.testing.assert_close(model(IDS, labels=IDS).loss, stock(IDS, labels=IDS).loss, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "k's dtype", "heads",
+                                  "another mask's size", "more keys", "not causal", "scores to return"])  # fmt: skip
+def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
+    """Its values, its gradients, its errors."""
+    q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
+    module, mask, more = nn.Module(), None, {"scaling": 0.3}
+    module.num_key_value_groups, module.is_causal = 2, what != "not causal"
+    if what == "added mask":
+        mask = torch.randn(2, 1, 20, 20)
+    elif what == "few queries":
+        q, k, v = q[:, :, :3], k[:, :, :3], v[:, :, :3]
+    elif what == "scale":
+        more["scaling"] = -0.3
+    elif what == "position bias":
+        more["position_bias"] = torch.randn(1, 4, 20, 20)
+    elif what == "k's dtype":
+        k = k.double()
+    elif what == "heads":
+        module.num_key_value_groups = 1
+    elif what == "another mask's size":
+        mask = torch.ones(2, 1, 20, 19, dtype=torch.bool)
+    elif what == "more keys":
+        k, v = (torch.cat((x, x), 2) for x in (k, v))
+    elif what == "scores to return":
+        more["output_attentions"] = True
+    found = []
+    for function in (sdpa_attention_forward, attention._fused(sdpa_attention_forward)):
+        try:
+            y, none = function(module, q, k, v, mask, **more)
+            assert none is None
+            found.append([y, *torch.autograd.grad(y.sum(), (q, k, v))])
+        except RuntimeError as error:
+            found.append(str(error))
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+        return
+    for value, wanted in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_memory_of_a_step_is_estimated_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a mask is given, stock makes keys and values of every head of theirs, and saves them."""
+    model = peft_ext.accelerate(build(DECODERS["Llama"]))
+    found = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
+    monkeypatch.setattr(attention, "_PATHS", ())
+    plain = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
+    assert plain.total - found.total >= 2 * 2 * 4 * 300 * (32 - 16) * 4, (plain, found)

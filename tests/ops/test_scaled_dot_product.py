@@ -1,0 +1,176 @@
+"""Attention beyond the battery's sizes: beside PyTorch's own, long, wide, with little to see, as it lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_db import DTYPES
+from op_params import names
+from torch import Tensor
+
+from peft_ext import ops, reference
+
+
+def draw(*sizes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Heads, as a projection gives them: [B, T, H, D], transposed."""
+    return torch.randn(*sizes).to(dtype).to(device).transpose(1, 2).requires_grad_()
+
+
+def drawn(
+    t: int, s: int, d: int, dtype: torch.dtype, device: torch.device, heads: tuple[int, int] = (4, 2), batch: int = 2
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [draw(batch, length, count, d, dtype=dtype, device=device)
+            for count, length in ((heads[0], t), (heads[1], s), (heads[1], s))]  # fmt: skip
+
+
+def step(attention: object, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None = None) -> list[Tensor]:
+    y = attention(q, k, v)
+    grad = torch.ones_like(y) if grad is None else grad
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad)]
+
+
+def assert_as_good(found: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    for value, other, want in zip(found, plain, exact, strict=True):
+        error, yardstick = ((x.double() - want).norm() for x in (value, other))
+        assert error <= 1.5 * yardstick + 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("t", "s", "d"), [(1100, 1100, 64), (70, 1000, 128), (333, 333, 320), (65, 64, 20)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_it_is_as_good_as_pytorchs(
+    t: int, s: int, d: int, is_causal: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    values = drawn(t, s, d, dtype, device)
+    grad = torch.randn(2, t, 4, d).to(dtype).to(device).transpose(1, 2)
+    found = step(lambda *x: ops.scaled_dot_product_attention(*x, is_causal=is_causal), *values, grad)
+    plain = step(
+        lambda *x: F.scaled_dot_product_attention(*x, is_causal=is_causal, enable_gqa=True), *values, grad
+    )  # fmt: skip
+    wide = [value.detach().double().requires_grad_() for value in values]
+    exact = step(lambda *x: ops.scaled_dot_product_attention(*x, is_causal=is_causal), *wide, grad.double())
+    assert_as_good(found, plain, exact)
+
+
+def test_the_result_lies_as_the_next_layer_takes_it(device: torch.device) -> None:
+    y = ops.scaled_dot_product_attention(*drawn(9, 9, 8, torch.float32, device))
+    assert y.shape == (2, 4, 9, 8)
+    if device.type == "cpu":
+        assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_one_key_alone_gives_its_value(dtype: torch.dtype, device: torch.device) -> None:
+    """Its probability is 1 whatever the score, which so has no gradient."""
+    q, k, v = drawn(5, 1, 16, dtype, device)
+    y, of_q, of_k, of_v = step(ops.scaled_dot_product_attention, q, k, v)
+    torch.testing.assert_close(y, v.detach().repeat_interleave(2, 1).expand_as(y), rtol=1e-6, atol=0)
+    assert max(of_q.abs().max(), of_k.abs().max()) < 1e-4
+    torch.testing.assert_close(of_v, torch.full_like(v, 10.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_scores_of_any_size(dtype: torch.dtype, device: torch.device) -> None:
+    """exp of none of them overflows, and the largest one decides."""
+    q, k, v = drawn(70, 300, 16, torch.float32, device)
+    q = (100 * q.detach()).to(dtype).requires_grad_()
+    k, v = ((x.detach() * by).to(dtype).requires_grad_() for x, by in ((k, 10), (v, 1)))
+    found = step(ops.scaled_dot_product_attention, q, k, v)
+    assert all(value.isfinite().all() for value in found)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT
+    wanted = v.double().repeat_interleave(2, 1).gather(2, scores.argmax(-1, keepdim=True).expand(-1, -1, -1, 16))
+    alone = scores.topk(2).values.diff(dim=-1).abs()[..., 0] / 4 > 20
+    torch.testing.assert_close(found[0].double()[alone], wanted[alone], rtol=1e-2, atol=1e-3)
+    assert alone.float().mean() > 0.5
+
+
+def test_what_is_not_a_number_stays_with_who_sees_it(device: torch.device) -> None:
+    values = [value.detach() for value in drawn(40, 40, 8, torch.float32, device)]
+    values[1][0, 0, 20] = float("nan")
+    y = ops.scaled_dot_product_attention(*values, is_causal=True)
+    assert y[0, :2, 20:].isnan().all() and not y[0, :2, :20].isnan().any()
+    assert not y[0, 2:].isnan().any() and not y[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_who_sees_nothing_gets_zeros(dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v = drawn(130, 200, 16, dtype, device)
+    mask = torch.zeros(2, 1, 130, 200, dtype=torch.bool)
+    mask[1, 0, 70:, 150:] = True
+    y, of_q, of_k, of_v = step(lambda *x: ops.scaled_dot_product_attention(*x, mask.to(device)), q, k, v)
+    assert not y[0].any() and not y[1, :, :70].any() and y[1, :, 70:].all()
+    assert not of_q[0].any() and not of_q[1, :, :70].any() and of_q[1, :, 70:].any()
+    for of_key in (of_k, of_v):
+        assert not of_key[0].any() and not of_key[1, :, :150].any() and of_key[1, :, 150:].any()
+
+
+def test_masks_that_repeat_are_read_where_they_lie(device: torch.device) -> None:
+    q, k, v = drawn(70, 90, 8, torch.float32, device)
+    few = torch.rand(70, 90) > 0.5
+    for mask in (few[None, None], few[None, None, :1], few[None, None, :, :1], few.mT.contiguous().mT[None, None],
+                 few.expand(2, 4, 70, 90)):  # fmt: skip
+        found = step(lambda *x, m=mask: ops.scaled_dot_product_attention(*x, m.to(device)), q, k, v)
+        whole = mask.expand(2, 4, 70, 90).contiguous().to(device)
+        wanted = step(lambda *x, m=whole: ops.scaled_dot_product_attention(*x, m), q, k, v)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_parts_of_one_projection_are_taken_where_they_lie(device: torch.device) -> None:
+    heads, kv_heads, size = 4, 2, 24
+    qkv = torch.randn(2, 67, (heads + 2 * kv_heads) * size).to(device).requires_grad_()
+    parts = [part.unflatten(-1, (-1, size)).transpose(1, 2)
+             for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], -1)]  # fmt: skip
+    y = ops.scaled_dot_product_attention(*parts, is_causal=True)
+    wanted = ops.scaled_dot_product_attention(*(part.contiguous() for part in parts), is_causal=True)
+    grad = torch.randn_like(y)
+    of_y, of_wanted = (torch.autograd.grad(value, qkv, grad)[0] for value in (y, wanted))
+    assert torch.equal(y, wanted) and torch.equal(of_y, of_wanted)
+
+
+@pytest.mark.cpu_only("it is about CPU threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("heads", [(12, 1), (4, 4), (6, 2)])
+def test_the_same_bits_for_any_threads(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    values, before = drawn(150, 150, 16, dtype, torch.device("cpu"), heads), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7, 16):
+            torch.set_num_threads(threads)
+            found.append(step(lambda *x: ops.scaled_dot_product_attention(*x, is_causal=True), *values))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def test_autocast_takes_its_dtype(device: torch.device) -> None:
+    values = drawn(20, 20, 8, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = ops.scaled_dot_product_attention(*values)
+    wanted = ops.scaled_dot_product_attention(*(value.bfloat16() for value in values))
+    assert y.dtype is torch.bfloat16 and torch.equal(y, wanted)
+    assert torch.autograd.grad(y, values[0], torch.ones_like(y))[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_a_scale_of_no_use(scale: object, device: torch.device) -> None:
+    values = drawn(3, 3, 8, torch.float32, device)
+    with pytest.raises(ValueError, match=r"scaled_dot_product_attention: scale is .*, wanted a finite number above 0"):
+        ops.scaled_dot_product_attention(*values, scale=scale)
+
+
+def test_causal_with_a_mask_is_refused(device: torch.device) -> None:
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match="is_causal is True, wanted False where there is a mask"):
+        ops.scaled_dot_product_attention(*drawn(3, 3, 8, torch.float32, device), mask, is_causal=True)
+
+
+def test_the_reference_is_pytorchs_function() -> None:
+    q, k, v = (value.double() for value in drawn(7, 9, 8, torch.float32, torch.device("cpu")))
+    mask = torch.rand(2, 1, 7, 9) > 0.4
+    found, lse = reference.scaled_dot_product_attention(q, k, v, mask, False, 0.3)
+    k, v = (value.repeat_interleave(2, 1) for value in (k, v))
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, mask, scale=0.3))
+    scores = (0.3 * q @ k.mT).masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1).masked_fill(~mask.any(-1), 0))
