@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
+#include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
 namespace {
@@ -92,7 +93,7 @@ struct Call {
   std::vector<Tensor> held;
 
   Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
-       bool causal, double scale)
+       bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed)
       : isa(attention_kernels(dtype_of(op, "q", q_in))),
         q(with_whole_heads(q_in)),
         k(with_whole_heads(k_in)),
@@ -108,6 +109,7 @@ struct Call {
     work.value_size = v.size(3);
     work.scale = static_cast<float>(scale);
     work.causal = causal;
+    work.dropout = make_dropout(op, dropout_p, seed);
     work.q = heads_of(q);
     work.k = heads_of(k);
     work.v = heads_of(v);
@@ -147,8 +149,8 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
-                                                            bool is_causal, double scale) {
-  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale);
+                                                            bool is_causal, double scale, double dropout_p, std::optional<Tensor> seed) {
+  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed);
   Attention& work = call.work;
   // As its transposed form, which the next layer takes.
   const Tensor out =
@@ -168,9 +170,9 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v,
                                                                              Tensor out, Tensor lse,
                                                                              std::optional<Tensor> mask, bool is_causal,
-                                                                             double scale) {
+                                                                             double scale, double dropout_p, std::optional<Tensor> seed) {
   constexpr const char* kOp = "scaled_dot_product_attention_backward";
-  Call call(kOp, q, k, v, mask, is_causal, scale);
+  Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed);
   Attention& work = call.work;
   for (const Tensor* of : {&grad, &out})
     STD_TORCH_CHECK(of->dim() == 4 && of->size(0) == q.size(0) && of->size(1) == q.size(1) &&

@@ -43,9 +43,9 @@ inline float dot(const T* a, const T* b, int64_t columns) {
 }
 
 // P and dS of a block of keys, from S and dP; zeros in dS as a right operand where no query of a vector sees the key.
-inline void take_gradients(const uint64_t* bits, const int64_t* first, int64_t count, int64_t vecs, float scale,
-                           const float* lse, const BackwardParts& own) {
-  const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
+inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
+                           int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
+  const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec shift = Vec::mul(Vec::load(lse + v * kWidth), Vec::broadcast(-kLog2E));
     const Vec delta = Vec::load(own.delta + v * kWidth);
@@ -57,8 +57,13 @@ inline void take_gradients(const uint64_t* bits, const int64_t* first, int64_t c
         const int64_t at = (r + i) * kQueries + v * kWidth;
         Vec p = vec_exp2(Vec::fma(Vec::load(own.s + at), factor, shift));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
-        ds[i] = Vec::mul(p, Vec::sub(Vec::load(own.dp + at), delta));
-        store_left(p, own.p + at);
+        Vec dp = Vec::load(own.dp + at), kept = p;
+        if (work.dropout.active) {
+          dp = Vec::where(bits_at(keeps[r + i], v), Vec::mul(dp, Vec::broadcast(work.dropout.scale)), zero);
+          kept = Vec::where(bits_at(keeps[r + i], v), p, zero);
+        }
+        ds[i] = Vec::mul(p, Vec::sub(dp, delta));
+        store_left(kept, own.p + at);
         store_left(ds[i], own.ds + at);
       }
       store_right(ds, own.ds_joined + r * kQueries + v * kWidth * kWord);
@@ -97,9 +102,10 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   const int64_t until = keys_until(work, query, count), steps = words_of_depth(count);
   for (int64_t k0 = 0; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
-    uint64_t bits[kBackwardKeys], any = 0;
+    uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
     if (any == 0) continue;
+    for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
     // Of each strip the first vector of queries of which one sees a key of it.
     int64_t starts[kBackwardKeys / kRows];
     const auto for_strips = [&](auto f) {
@@ -116,7 +122,7 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
       multiply(rows, vecs - v0, values.row(k0 + r), values.stride, own.grad_turned + lane * kWord, kQueries * kWord,
                words_of_depth(value_size), own.dp + r * kQueries + lane, kQueries, false);
     });
-    take_gradients(bits, starts, here, vecs, work.scale, lse, own);
+    take_gradients(work, bits, keeps, starts, here, vecs, lse, own);
     for_strips([&](int64_t r, int64_t rows, int64_t, int64_t lane) {
       multiply(rows, value_lanes / kWidth, own.p + r * kQueries + lane, kQueries, own.grad_joined + lane * value_lanes,
                value_lanes * kWord, steps - lane / kWord, value_sums + (k0 + r) * value_lanes, value_lanes, true);

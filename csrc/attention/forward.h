@@ -51,7 +51,7 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
 }
 
 // P of a block, as a right operand, and its sums.
-inline void take_exponentials(const uint64_t* bits, int64_t count, int64_t vecs, float scale, bool first,
+inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale, bool first,
                               const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
@@ -66,6 +66,7 @@ inline void take_exponentials(const uint64_t* bits, int64_t count, int64_t vecs,
         p[i] = vec_exp2(Vec::fma(Vec::load(own.s + (r + i) * kQueries + v * kWidth), factor, shift));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);
+        if (!all_see(keeps[r + i])) p[i] = Vec::where(bits_at(keeps[r + i], v), p[i], zero);
       }
       store_right(p, own.p + r * kQueries + v * kWidth * kWord);
     }
@@ -91,9 +92,10 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   const int64_t until = keys_until(work, query, count);
   for (int64_t k0 = 0; k0 < until; k0 += kForwardKeys) {
     const int64_t here = min_i64(kForwardKeys, until - k0);
-    uint64_t bits[kForwardKeys], any = 0;
+    uint64_t bits[kForwardKeys], keeps[kForwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
     if (any == 0) continue;
+    for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
     for (int64_t r = 0; r < here; r += kRows) {
       const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
       if (!any_sees(bits + r, rows)) continue;
@@ -101,7 +103,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
                words_of_depth(work.size), own.s + r * kQueries + v0 * kWidth, kQueries, false);
     }
     take_largest(bits, here, vecs, work.scale, own);
-    take_exponentials(bits, here, vecs, work.scale, first, own);
+    take_exponentials(bits, keeps, here, vecs, work.scale, first, own);
     if (!first)
       for (int64_t d = 0; d < work.value_size; ++d)
         for (int64_t v = 0; v < vecs; ++v) {
@@ -116,7 +118,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   for (int64_t i = 0; i < count; ++i) {
     const bool sees = own.sum[i] > 0.0f || own.sum[i] != own.sum[i];
     lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
-    own.change[i] = sees ? 1.0f / own.sum[i] : 0.0f;
+    own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;
   }
   if (first) memset(own.o, 0, static_cast<size_t>(work.value_size * kQueries) * sizeof(float));
   transpose_words(own.o, kQueries * 4, work.value_size, whole(count, kWidth), own.turned, work.value_size);

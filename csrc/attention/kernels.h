@@ -1,7 +1,10 @@
 // Scaled dot-product attention on the CPU: what each instruction set provides. Of one head, with i a query, j a key:
 //
-//   S = scale Q Kᵀ      P = softmax(S) over the keys that i may see      O = P V      lse = ln Σⱼ exp(S)
-//   dV = Pᵀ dO          dS = P ∘ (dO Vᵀ - delta), delta = Σ dO ∘ O       dQ = scale dS K      dK = scale dSᵀ Q
+//   S = scale Q Kᵀ       P = softmax(S) over the keys that i may see      O = (D ∘ P) V        lse = ln Σⱼ exp(S)
+//   dV = (D ∘ P)ᵀ dO     dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O)                dQ = scale dS K      dK = scale dSᵀ Q
+//
+// D is 1 without dropout; with it 1 / (1 - p) for the keys that i keeps, else 0, by the draw of the flat index of
+// [b, h, j, i] in [B, H, keys, queries].
 //
 // S, P and dS exist for a block at a time, transposed: a row is a key, the lanes of a vector are queries, so that the
 // sums over keys are sums of rows. bfloat16 is multiplied by pairs where the CPU has its dot product, P and dS rounded
@@ -14,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "common/dtype.h"
+#include "common/philox.h"
 
 namespace peft_ext {
 
@@ -38,6 +41,7 @@ struct Attention {
   // Bit i of word i / 64 of a key: whether i sees it. Null: all of them. Strides in words, 0 where one serves all.
   const uint64_t* mask;
   int64_t mask_batch, mask_head, mask_key;
+  Dropout dropout;
 
   // Of the backward alone. The heads of a group are summed `splits` parts apart, then those.
   HeadsOf grad, grad_q, grad_k, grad_v;

@@ -50,7 +50,7 @@ void finish(const Attention& work, int64_t begin, int64_t end) {
   with_element(work.dtype, [&](auto zero) {
     using T = decltype(zero);
     finish_rows<T>(work, work.grad_k, work.key_sums, work.size, work.scale, begin, end);
-    finish_rows<T>(work, work.grad_v, work.value_sums, work.value_size, 1.0f, begin, end);
+    finish_rows<T>(work, work.grad_v, work.value_sums, work.value_size, work.dropout.scale, begin, end);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/operands.h"
+#include "cpu/philox_impl.h"
 
 namespace peft_ext {
 namespace {
@@ -17,6 +18,16 @@ inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, i
 
 inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t head) {
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
+}
+
+// Bits of the queries from `query` on that keep a key; all of them without dropout.
+inline uint64_t kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t query, int64_t count) {
+  if (!work.dropout.active) return ~uint64_t{0};
+  const int64_t first = ((batch * work.heads + head) * work.keys + key) * work.queries + query;
+  alignas(64) uint16_t buffer[draws_room(kMaskBits)];
+  uint32_t words[kMaskBits / 32 + 1] = {};
+  keep_bits(work.dropout, philox_draws(work.dropout, first, count, buffer), count, words);
+  return words[0] | static_cast<uint64_t>(words[1]) << 32;
 }
 
 inline bool all_see(uint64_t bits) { return bits == ~uint64_t{0}; }

@@ -1,9 +1,10 @@
 """Scaled dot-product attention of a CPU, forward and backward, scores never whole.
 
-    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = P v      lse = ln Σ exp(S)
+    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v      lse = ln Σ exp(S)
+    D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-Backward, S and P made again from q, k and lse: ``dV = Pᵀ dO``, ``dS = P ∘ (dO vᵀ - Σ dO ∘ out)``, ``dQ = scale dS k``,
-``dK = scale dSᵀ q``. Saved: q, k, v, out, and lse, one float32 a query and head.
+Backward, S, P and D made again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘
+out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, out, lse, one float32 a query and head, and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention as reference
+from ..reference import common
 from ..reference.rotary import rotated_like
 from . import checks
 from .library import NAMESPACE, define, in_float64, register_autograd
@@ -26,6 +28,7 @@ from .nf4 import refuse_double_backward
 __all__ = ["scaled_dot_product_attention"]
 
 _ops = getattr(torch.ops, NAMESPACE)
+_HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed"
 
 
 # --- schema, reference, fake ------------------------------------------------------------------------------------------
@@ -37,35 +40,36 @@ def _out_like(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
 
 
-def _reference(q, k, v, mask, is_causal, scale):
-    out, lse = reference.scaled_dot_product_attention(q, k, v, mask, is_causal, scale)
+def _reference(q, k, v, mask, is_causal, scale, dropout_p, seed):
+    out, lse = reference.scaled_dot_product_attention(q, k, v, mask, is_causal, scale, dropout_p, seed)
     return _out_like(q, v).copy_(out), lse.float()
 
 
-def _backward_reference(grad, q, k, v, out, lse, mask, is_causal, scale):
-    grads = reference.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, mask, is_causal, scale)
+def _backward_reference(grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed):
+    grads = reference.scaled_dot_product_attention_backward(
+        grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed
+    )
     return tuple(rotated_like(x).copy_(value) for x, value in zip((q, k, v), grads, strict=True))
 
 
-def _fake(q, k, v, mask, is_causal, scale):
+def _fake(q, k, v, mask, is_causal, scale, dropout_p, seed):
     return _out_like(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _backward_fake(grad, q, k, v, out, lse, mask, is_causal, scale):
+def _backward_fake(grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed):
     return rotated_like(q), rotated_like(k), rotated_like(v)
 
 
 define(
     "scaled_dot_product_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor out, Tensor lse)",
     reference=_reference,
     fake=_fake,
     cuda=False,
 )
 define(
     "scaled_dot_product_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, bool is_causal, float scale) "
-    "-> (Tensor q, Tensor k, Tensor v)",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) -> (Tensor q, Tensor k, Tensor v)",
     reference=_backward_reference,
     fake=_backward_fake,
     cuda=False,
@@ -76,9 +80,9 @@ define(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, ctx.is_causal, ctx.scale = inputs
+    q, k, v, mask, *ctx.how, seed = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask)
+    ctx.save_for_backward(q, k, v, out, lse, mask, seed)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -86,11 +90,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _grad_lse):
     refuse_double_backward("scaled_dot_product_attention")
     if grad is None:
-        return None, None, None, None, None, None
-    q, k, v, out, lse, mask = ctx.saved_tensors
-    grads = _ops.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale)
+        return (None,) * 8
+    *saved, seed = ctx.saved_tensors
+    grads = _ops.scaled_dot_product_attention_backward(grad, *saved, *ctx.how, seed)
     wanted = [value if needs else None for value, needs in zip(grads, ctx.needs_input_grad[:3], strict=True)]
-    return *wanted, None, None, None
+    return *wanted, None, None, None, None, None
 
 
 _attention = register_autograd("scaled_dot_product_attention", _backward, setup_context=_setup_context)
@@ -107,8 +111,11 @@ def scaled_dot_product_attention(
     *,
     is_causal: bool = False,
     scale: Optional[float] = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """``softmax(scale q kᵀ) v``, as :func:`torch.nn.functional.scaled_dot_product_attention` without dropout.
+    """``dropout(softmax(scale q kᵀ)) v``, as :func:`torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype;
@@ -118,10 +125,13 @@ def scaled_dot_product_attention(
             that sees nothing gives zeros.
         is_causal: query i sees the keys j <= i; without a mask.
         scale: above 0; None: 1 / √D.
+        dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16. training: False: it does not.
+        seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
+            ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype, ``[B, T, H, Dv]`` in memory. Products of bfloat16 where the CPU multiplies
     it, with the probabilities rounded to it, else in float32; sums in float32. Gradients flow to q, k and v. On a GPU
-    it is PyTorch's own.
+    it is PyTorch's own, with PyTorch's mask of a dropout.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -133,9 +143,14 @@ def scaled_dot_product_attention(
     if (dtype := checks.autocast_dtype(q)) is not None:
         q, k, v = (value.to(dtype) for value in (q, k, v))
     checks.check_attention(op, q, k, v, mask, is_causal, scale)
+    checks.check_scale(op, 1.0, dropout_p)
+    checks.check_seed(op, seed, q)
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    if q.is_cuda and not checks.any_float64(q):
+        p = float(dropout_p) if training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
+    seed = common.dropout_seed(seed, dropout_p, training, q.device)
+    how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed)
     if checks.any_float64(q):
-        return in_float64(reference.scaled_dot_product_attention, q, k, v, mask, is_causal, scale)[0]
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
-    return _attention(q, k, v, mask, is_causal, scale)[0]
+        return in_float64(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]
+    return _attention(q, k, v, mask, *how)[0]

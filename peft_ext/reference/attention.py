@@ -1,6 +1,7 @@
 """Scaled dot-product attention, in plain PyTorch.
 
-    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = P v      lse = ln Σ exp(S)
+    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v      lse = ln Σ exp(S)
+    D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward from lse: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -12,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .common import sum_dtype
+from .common import dropped, sum_dtype
 
 __all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_backward"]
 
@@ -31,12 +32,24 @@ def _scores(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, scale
     return scores.masked_fill(~_seen(q, k, mask, is_causal), float("-inf"))
 
 
+def _dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
+    """Returns D ∘ x of ``x [B, H, T, S]``; draws are those of ``[B, H, S, T]``."""
+    return dropped(x.mT, p, seed).mT
+
+
 def _per_head(x: Tensor, heads: int, wide: torch.dtype) -> Tensor:
     return x.to(wide).repeat_interleave(heads // x.shape[1] if x.shape[1] else 1, 1)
 
 
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional[Tensor],
+    is_causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out and lse, ``[B, H, T]``, of :func:`peft_ext.ops.scaled_dot_product_attention`; gradients come from
     PyTorch's autograd. Of a query that sees nothing both are 0."""
@@ -46,7 +59,7 @@ def scaled_dot_product_attention(
     blind = ~_seen(q, k, mask, is_causal).any(-1, keepdim=True).expand(*scores.shape[:3], 1)
     probabilities = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:3])
-    return (probabilities @ wide_v).to(q.dtype), lse.masked_fill(blind[..., 0], 0)
+    return (_dropped(probabilities, dropout_p, seed) @ wide_v).to(q.dtype), lse.masked_fill(blind[..., 0], 0)
 
 
 def scaled_dot_product_attention_backward(
@@ -59,20 +72,27 @@ def scaled_dot_product_attention_backward(
     mask: Optional[Tensor],
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns gradients of q, k and v: ``dV = Pᵀ dO``, ``dS = P ∘ (dO vᵀ - Σ dO ∘ out)``, ``dQ = scale dS k``,
-    ``dK = scale dSᵀ q``, P from S and lse; those of k and v summed over the heads that share one."""
+    """Returns gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``,
+    ``dQ = scale dS k``, ``dK = scale dSᵀ q``, P from S and lse; those of k and v summed over the heads that share one.
+    """
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))
     wide_q, wide_grad = q.to(wide), grad.to(wide)
     scores = _scores(wide_q, wide_k, mask, is_causal, scale)
     probabilities = (scores - lse.to(wide).unsqueeze(-1)).exp()
     delta = (wide_grad * out.to(wide)).sum(-1, keepdim=True)
-    of_scores = probabilities * (wide_grad @ wide_v.mT - delta)
+    of_scores = probabilities * (_dropped(wide_grad @ wide_v.mT, dropout_p, seed) - delta)
 
     def of_groups(x: Tensor) -> Tensor:
         return x.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else x
 
     grad_q = scale * (of_scores @ wide_k)
     grad_k = scale * of_groups(of_scores.mT @ wide_q)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), of_groups(probabilities.mT @ wide_grad).to(v.dtype)
+    return (
+        grad_q.to(q.dtype),
+        grad_k.to(k.dtype),
+        of_groups(_dropped(probabilities, dropout_p, seed).mT @ wide_grad).to(v.dtype),
+    )

@@ -156,6 +156,20 @@ def _case(rng: random.Random) -> Case:
     return makers[rng.choices(list(makers), [weights.get(name, 1) for name in makers])[0]]()
 
 
+def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
+    """Attention with options of its own, and a shape of as many tokens as its scores leave room for, and as many as
+    its gradients, differences of sums that are rounded to the dtype, are no matter of luck."""
+    heads, kv_heads = rng.choice(((1, 1), (2, 1), (3, 3), (4, 2), (8, 1)))
+    case = row_cases.attention_case(
+        heads, kv_heads, rng.choice(("all", "causal", "causal", "padding", "documents", "bits")),
+        more_keys=rng.choice((0, 0, 1, 70)), other_values=rng.choice((0, 0, 5)), odd=rng.random() < 0.3,
+        contiguous=rng.random() < 0.3, dropout_p=rng.choice((0.0, 0.0, 0.1, 0.5)),
+    )  # fmt: skip
+    *batch, tokens = shape[0] or (16,)
+    tokens = min(max(tokens, 16), 500)
+    return case, ((*(min(size, 3) for size in batch), tokens), *shape[1:3], min(shape[3], 70))
+
+
 def _away_from_zero(case: Case) -> Case:
     """ReLU's slope jumps at 0: values are drawn until no product is so near it that rounding could choose the side."""
 
@@ -183,6 +197,8 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
     shape = (shape[0], max(shape[1], few), *shape[2:])
     if case.name.startswith("bottleneck-relu"):
         case, shape = _away_from_zero(case), ((min(torch.Size(shape[0]).numel(), 4096 // shape[3]),), *shape[1:])
+    if seed % 13 == 7:
+        case, shape = _attention(random.Random(~seed), shape)
     layouts = tuple(rng.choices(LAYOUTS, k=4)) if rng.random() < 0.5 else ("contiguous",) * 4
     dtype = rng.choice(DTYPES)
     isas = _native.STATE.module.isas()

@@ -48,6 +48,7 @@ def test_the_sweep_draws_every_operator_and_path() -> None:
         "activations",
         "norm",
         "rotary",
+        "attention",
     }
     assert {case.isa for case in drawn} == set(sweep._native.STATE.module.isas())
     threads = {case.threads for case in drawn}

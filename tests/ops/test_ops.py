@@ -167,7 +167,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
     s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
     of_attention = 0  # a number for each query and head, and the result
     if case.op == "attention":
-        of_attention = int(about.partition("_")[0]) * t * (4 + 2 * sample.inputs["v"].shape[3])
+        of_attention = seed + int(about.partition("_")[0]) * t * (4 + 2 * sample.inputs["v"].shape[3])
     wanted = {
         "lora_linear": s + seed,
         "lora_experts": s + seed,
@@ -324,14 +324,16 @@ def test_reference_rotary_backward_is_the_gradient_of_its_forward() -> None:
     assert_gradients(y, [q], backward)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_reference_attention_backward_is_the_gradient_of_its_forward(is_causal: bool) -> None:
+def test_reference_attention_backward_is_the_gradient_of_its_forward(is_causal: bool, p: float) -> None:
     q, k, v = inputs = leaves((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3))
     mask = None if is_causal else torch.rand(2, 1, 5, 7) > 0.4
-    out, lse = reference.scaled_dot_product_attention(q, k, v, mask, is_causal, 0.3)
+    how = (mask, is_causal, 0.3, p, SEED if p else None)
+    out, lse = reference.scaled_dot_product_attention(q, k, v, *how)
 
     def backward(grad: Tensor) -> tuple[Tensor, ...]:
-        return reference.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, mask, is_causal, 0.3)
+        return reference.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, *how)
 
     assert_gradients(out, inputs, backward)
 
@@ -361,7 +363,8 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
     if name == "scaled_dot_product_attention":
-        return name, (i["q"], i["k"], i["v"], i["mask"], "causal" in case.name, 0.3)
+        p = 0.1 if "dropout" in case.name else 0.0
+        return name, (i["q"], i["k"], i["v"], i["mask"], "causal" in case.name, 0.3, p, SEED if p else None)
     if name == "rotary_embedding":
         return name, (i["q"], i["k"], i["cos"], i["sin"])
     if case.op == "activations":

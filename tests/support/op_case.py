@@ -14,6 +14,8 @@ from peft_ext import NF4Weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
+
 # (tokens shape, K, N, R): odd, prime, one, empty, wider than a panel, and a multiple of everything.
 SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
     ((4, 8), 64, 96, 16),

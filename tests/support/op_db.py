@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from op_case import DTYPES, SHAPES, Case, Sample, case_name, randn, wide
+from op_case import DTYPES, SEED, SHAPES, Case, Sample, case_name, randn, wide
 from row_cases import (
     activation_case,
     attention_case,
@@ -96,8 +96,6 @@ def _nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) -
 
 
 # --- lora -------------------------------------------------------------------------------------------------------------
-
-SEED = torch.tensor([0x1234_5678_9ABC_DEF0, -0x0FED_CBA9_8765_4321], dtype=torch.int64)
 
 
 def _seed_beside(x: Any) -> Tensor:
@@ -740,6 +738,8 @@ CASES: tuple[Case, ...] = (
     attention_case(sees="documents", other_values=3),
     attention_case(sees="bits", more_keys=37, contiguous=True),
     attention_case(6, 1, "causal", more_keys=5),
+    attention_case(3, 1, "causal", dropout_p=0.2),
+    attention_case(sees="padding", dropout_p=0.1, odd=True),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

@@ -1,4 +1,4 @@
-"""Cases of the operators that have no product: norms, activations, positions."""
+"""Cases of the operators that have no weight: norms, activations, positions, attention."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from op_case import SHAPES, Case, Sample, case_name, randn
+from op_case import SEED, SHAPES, Case, Sample, case_name, randn
 from torch import Tensor
 
-from peft_ext import ops
+from peft_ext import ops, reference
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ def attention_case(
     other_values: int = 0,
     odd: bool = False,
     contiguous: bool = False,
+    dropout_p: float = 0.0,
 ) -> Case:
     """q, k and v are transposed views of heads of twice the rank, values of ``other_values`` more, and one less where
     ``odd``; ``sees``: "all", "causal", "padding" (some queries see nothing), "documents" or "bits" (of each head)."""
@@ -213,24 +214,28 @@ def attention_case(
         return Sample(inputs | {"mask": mask_of(b, t, s)}, ("q", "k", "v"))
 
     def call(q, k, v, mask):
-        return ops.scaled_dot_product_attention(q, k, v, mask, is_causal=sees == "causal", scale=0.3)
+        how = {"is_causal": sees == "causal", "scale": 0.3, "dropout_p": dropout_p, "training": True}
+        return ops.scaled_dot_product_attention(q, k, v, mask, **how, seed=SEED.to(q.device) if dropout_p else None)
 
     def plain(q, k, v, mask):
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         scores = 0.3 * (q @ k.mT)
         if sees == "causal":
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is None:
-            return scores.softmax(-1) @ v
-        # Of rows that see nothing zeros, and no NaN in their gradients.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return (scores.softmax(-1) * mask) @ v
+        probabilities = scores.softmax(-1)
+        if mask is not None:  # of rows that see nothing zeros, and no NaN in their gradients
+            probabilities = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+        if dropout_p:
+            keep = reference.dropout_keep_mask(SEED, dropout_p, probabilities.mT.shape).mT.to(q.device)
+            probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
+        return probabilities @ v
 
     def result(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
         b, t, d = lengths(shape)
         return dtype, (b, heads, t, d + other_values)
 
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
+    traits += f"-dropout{dropout_p}" * bool(dropout_p)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
     # Of one key the scores have no gradient: what is left of it is rounding, beside nothing.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]

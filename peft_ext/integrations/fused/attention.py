@@ -120,15 +120,16 @@ def _fused(function: Callable) -> Callable:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         out = ops.scaled_dot_product_attention(
-            query, key, value, attention_mask, is_causal=bool(is_causal) and attention_mask is None, scale=scaling
-        )
+            query, key, value, attention_mask, is_causal=bool(is_causal) and attention_mask is None, scale=scaling,
+            dropout_p=dropout, training=True,
+        )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
     return functools.update_wrapper(sdpa_attention_forward, function)
 
 
 def _fits(
-    module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: Any, scaling: Any, others: dict[str, Any]
+    module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float, scaling: Any, others: dict[str, Any]
 ) -> bool:  # fmt: skip
     """Returns whether the operator takes a call, and is to."""
     if not all(map(accepts_input, (q, k, v))) or (q.dim(), k.dim(), v.dim()) != (4, 4, 4):
@@ -137,7 +138,7 @@ def _fits(
         return False
     if not q.dtype is k.dtype is v.dtype and autocast_dtype(q) is None:
         return False
-    if dropout or any(others.get(name) is not None for name in ("position_bias", "softcap")):
+    if not 0 <= dropout < 1 or any(others.get(name) is not None for name in ("position_bias", "softcap")):
         return False
     if others.get("output_attentions") or not (scaling is None or scaling > 0):
         return False
