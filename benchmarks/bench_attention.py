@@ -1,63 +1,86 @@
 """Attention of q, k and v in bf16, heads of 64, a fourth as many for k and v, against PyTorch's own.
 
-    softmax(scale q kᵀ) v, query i over the keys j <= i
+    dropout(softmax(scale q kᵀ)) v, query i over all keys, or over the keys j <= i
 
 Sequences of 512 tokens, as many as there are. q is of K columns, k and v are of K / 4; they are views of one x. The
-floor multiplies what is seen, seven products of half the scores; PyTorch's function is given no mask, so that it takes
-its fastest way.
+floor multiplies what is seen, seven products of the scores, or of half of them. PyTorch's function is given no mask, so
+that it takes its fastest way; with a dropout it has none but the formula.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_ext import ops
+from peft_ext import ops, reference
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import Problem, weightless_comparison
+from .peers import COMPILE_RANDOM, Problem, compiled, draw_seed, functional, gather
 
 HEAD, GROUPS, SEQUENCE = 64, 4, 512
 
 
-def _attention(problem: Problem, compile: bool) -> Comparison:
+def _attention(problem: Problem, compile: bool, causal: bool, p: float = 0.0) -> Comparison:
     tokens, heads = problem.tokens, problem.k // HEAD
-    kv_heads = heads // GROUPS
-    width = (heads + 2 * kv_heads) * HEAD
-    problem = Problem(tokens, width, heads * HEAD, device=problem.device)
+    kv_heads, sequences = heads // GROUPS, tokens // SEQUENCE
+    parts = (heads, kv_heads, kv_heads)
+    problem = Problem(tokens, sum(parts) * HEAD, heads * HEAD, device=problem.device)
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
-        return x.view(-1, SEQUENCE, heads + 2 * kv_heads, HEAD).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        return x.view(-1, SEQUENCE, sum(parts), HEAD).transpose(1, 2).split(parts, 1)
 
     def joined(y: Tensor) -> Tensor:
-        return y.transpose(1, 2).reshape(tokens, heads * HEAD)
+        return y.transpose(1, 2).reshape(-1, heads * HEAD)
 
-    def formula(x: Tensor, mask: Tensor) -> Tensor:
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        seed = draw_seed(problem) if p else None
+        return joined(ops.scaled_dot_product_attention(
+            *split(x), is_causal=causal, dropout_p=p, training=True, seed=seed))  # fmt: skip
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return joined(F.scaled_dot_product_attention(*split(x), dropout_p=p, is_causal=causal, enable_gqa=True))
+
+    def mask() -> Tensor:
+        keep = reference.dropout_keep_mask(draw_seed(problem), p, torch.Size((sequences, heads, SEQUENCE, SEQUENCE)))
+        return keep.mT / (1 - p)
+
+    def formula(linear: object, x: Tensor, drawn: Tensor | float) -> Tensor:
         found = []
-        for sequence in x.split(SEQUENCE):
+        for i, sequence in enumerate(x.split(SEQUENCE)):
             q, k, v = split(sequence)
             k, v = (part.repeat_interleave(GROUPS, 1) for part in (k, v))
             scores = (q @ k.mT) * HEAD**-0.5
-            hidden = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool, device=x.device).triu(1)
-            found.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(-2)[0])
+            if causal:
+                hidden = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool, device=x.device).triu(1)
+                scores = scores.masked_fill(hidden, float("-inf"))
+            found.append(joined((scores.softmax(-1) * (drawn[i] if p else 1.0)) @ v))
         return torch.cat(found)
 
-    return weightless_comparison(
-        problem,
-        compile,
-        ours=lambda x, weight: joined(ops.scaled_dot_product_attention(*split(x), is_causal=True)),
-        eager=lambda x, weight: joined(F.scaled_dot_product_attention(*split(x), is_causal=True, enable_gqa=True)),
-        formula=lambda linear, x, mask: formula(x, mask),
-        names=(),
-        bytes_moved=2 * 2 * 2 * tokens * (heads + kv_heads) * HEAD,
-        flops=7 * tokens * SEQUENCE * heads * HEAD,
+    exact = problem.exact("bf16", formula, (), mask if p else None)
+    theirs = COMPILE_RANDOM.replace("torch.compile", "PyTorch") if p else exact
+    makers = {"ours": lambda: functional(problem, "bf16", ours, (), exact),
+              "torch eager": lambda: functional(problem, "bf16", eager, (), theirs)}  # fmt: skip
+    if compile:
+        makers["torch.compile"] = lambda: functional(problem, "bf16", compiled(eager), (), theirs)
+    contenders, absent = gather(makers)
+    seen = tokens * SEQUENCE // (2 if causal else 1)
+    return Comparison(
+        contenders, 2 * 2 * 2 * tokens * (heads + kv_heads) * HEAD, 14 * seen * heads * HEAD, absent=absent
     )
 
 
+def _variant(case: str, causal: bool, p: float = 0.0) -> Variant:
+    build = partial(_attention, causal=causal, p=p)
+    return Variant("scaled_dot_product_attention", case, build, tokens=(512, 2048), devices=("cpu",))
+
+
 VARIANTS = (
-    Variant(
-        "scaled_dot_product_attention", "bf16, causal, heads of 64", _attention, tokens=(512, 2048), devices=("cpu",)
-    ),
+    _variant("bf16, causal", True),
+    _variant("bf16, causal, dropout 0.1", True, 0.1),
+    _variant("bf16, all keys", False),
+    _variant("bf16, all keys, dropout 0.1", False, 0.1),
 )

@@ -126,6 +126,14 @@ def operator(*ops: str) -> Callable[[], str]:
     return draw
 
 
+def attention_text() -> str:
+    """Of a run of its own (``python -m benchmarks attention --out benchmarks/results/e2e-attention-...``)."""
+    if (result := newest("e2e-attention-*.json")) is None:
+        return NOTHING
+    table = kernel_table(result, lambda row: row["weights"] == "rotating")
+    return f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n{table}"
+
+
 def error_table() -> str:
     """By operator: the largest relative error to float64, ours and each peer's, over the cases that both have."""
     result = newest(KERNELS)
@@ -339,6 +347,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "bottleneck": operator("bottleneck_adapter"),
     "dora": operator("dora_linear", "dora_weight_norm"),
     "ia3": operator("ia3_linear", "ia3_scale"),
+    "attention": attention_text,
     "methods": methods_text,
     "experts": experts_text,
     "calls": calls_text,

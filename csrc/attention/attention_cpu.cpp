@@ -48,16 +48,6 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
                     " in dimension ", d, ", wanted ", wanted[d], " or 1");
 }
 
-// Where it lies if its last dimension is in one piece.
-Tensor with_whole_heads(const Tensor& x) { return x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x); }
-
-// Of x's shape and order of dimensions, heads in one piece.
-Tensor laid_out_like(const Tensor& x) {
-  const Tensor y = torch::stable::empty_like(x);
-  if (y.stride(3) == 1) return y;
-  return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
-}
-
 HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -95,9 +85,9 @@ struct Call {
   Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
        bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed)
       : isa(attention_kernels(dtype_of(op, "q", q_in))),
-        q(with_whole_heads(q_in)),
-        k(with_whole_heads(k_in)),
-        v(with_whole_heads(v_in)) {
+        q(with_whole_rows(q_in)),
+        k(with_whole_rows(k_in)),
+        v(with_whole_rows(v_in)) {
     check_attention(op, q, k, v, mask, scale);
     work.dtype = dtype_of(op, "q", q);
     work.batches = q.size(0);
@@ -149,7 +139,8 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
-                                                            bool is_causal, double scale, double dropout_p, std::optional<Tensor> seed) {
+                                                            bool is_causal, double scale, double dropout_p,
+                                                            std::optional<Tensor> seed) {
   Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed);
   Attention& work = call.work;
   // As its transposed form, which the next layer takes.
@@ -170,7 +161,8 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v,
                                                                              Tensor out, Tensor lse,
                                                                              std::optional<Tensor> mask, bool is_causal,
-                                                                             double scale, double dropout_p, std::optional<Tensor> seed) {
+                                                                             double scale, double dropout_p,
+                                                                             std::optional<Tensor> seed) {
   constexpr const char* kOp = "scaled_dot_product_attention_backward";
   Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed);
   Attention& work = call.work;
@@ -181,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Ten
   STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) && lse.size(2) == q.size(2) &&
                       lse.scalar_type() == ScalarType::Float,
                   kOp, ": lse is not [B, H, T] of float32");
-  const Tensor grad_q = laid_out_like(q), grad_k = laid_out_like(k), grad_v = laid_out_like(v);
-  const Tensor held_grad = with_whole_heads(grad), held_out = with_whole_heads(out), held_lse = as_contiguous(lse);
+  const Tensor grad_q = like_with_whole_rows(q), grad_k = like_with_whole_rows(k), grad_v = like_with_whole_rows(v);
+  const Tensor held_grad = with_whole_rows(grad), held_out = with_whole_rows(out), held_lse = as_contiguous(lse);
   work.grad = heads_of(held_grad);
   work.out = heads_of(held_out);
   work.lse = static_cast<float*>(const_cast<void*>(held_lse.const_data_ptr()));

@@ -51,8 +51,8 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
 }
 
 // P of a block, as a right operand, and its sums.
-inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale, bool first,
-                              const ForwardParts& own) {
+inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
+                              bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
     const Vec most = Vec::max(Vec::load(own.largest + v * kWidth), Vec::broadcast(-3e38f));

@@ -28,6 +28,19 @@ inline torch::stable::Tensor as_type(const torch::stable::Tensor& tensor, torch:
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
+// Where it lies if its last dimension is in one piece.
+inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : as_contiguous(x);
+}
+
+// Of x's shape, its dimensions in x's order, as PyTorch's own operators have them; the last one is in one piece.
+inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x) {
+  const torch::stable::Tensor y = torch::stable::empty_like(x);
+  if (y.stride(x.dim() - 1) == 1) return y;
+  return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
+}
+
 // A contiguous tensor in another shape of as many elements.
 inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const std::vector<int64_t>& shape) {
   int64_t elements = 1;

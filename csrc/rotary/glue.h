@@ -1,4 +1,4 @@
-// What the CPU's glue and the GPU's share: which shapes there are, and tensors as they lie.
+// What the CPU's glue and the GPU's share: which shapes there are.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,18 +20,6 @@ inline void check_rotary(const char* op, const torch::stable::Tensor& q, const t
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && cos.scalar_type() == q.scalar_type() &&
                       sin.scalar_type() == q.scalar_type(),
                   op, ": k, cos or sin is not of q's type");
-}
-
-// Where it lies if its last dimension is in one piece.
-inline torch::stable::Tensor with_whole_heads(const torch::stable::Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x);
-}
-
-// Of x's shape, its dimensions in x's order, as PyTorch's own product has them; heads lie in one piece.
-inline torch::stable::Tensor rotated_like(const torch::stable::Tensor& x) {
-  const torch::stable::Tensor y = torch::stable::empty_like(x);
-  if (y.stride(3) == 1) return y;
-  return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
 }
 
 }  // namespace peft_ext

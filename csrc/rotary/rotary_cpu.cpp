@@ -28,9 +28,9 @@ Heads heads_of(const Tensor& x, const Tensor& y) {
 std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
                                    const Tensor& sin, bool back) {
   check_rotary(op, q, k, cos, sin);
-  const Tensor held_q = with_whole_heads(q), held_k = with_whole_heads(k);
+  const Tensor held_q = with_whole_rows(q), held_k = with_whole_rows(k);
   const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
-  const Tensor y_q = rotated_like(q), y_k = rotated_like(k);
+  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
   Rotary work;
   work.dtype = dtype_of(op, "q", q);
   work.back = back;

@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor
   check_matrix(op, "cos", cos, q);
   check_matrix(op, "sin", sin, q);
   check_rotary(op, q, k, cos, sin);
-  const Tensor y_q = rotated_like(q), y_k = rotated_like(k);
+  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
   const int64_t half = q.size(3) / 2, rows = q.size(0) * q.size(2);
   if (rows == 0 || half == 0) return {y_q, y_k};
-  const Tensor held_q = with_whole_heads(q), held_k = with_whole_heads(k);
+  const Tensor held_q = with_whole_rows(q), held_k = with_whole_rows(k);
   const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
   Launcher launcher(q);
   DeviceRotary work;

@@ -125,7 +125,8 @@ def scaled_dot_product_attention(
             that sees nothing gives zeros.
         is_causal: query i sees the keys j <= i; without a mask.
         scale: above 0; None: 1 / √D.
-        dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16. training: False: it does not.
+        dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
+        training: False: nothing is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
