@@ -52,6 +52,16 @@ HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// [B, H, T, D], in memory [B, T, H, D], as the next layer takes it. No view of another tensor to autograd.
+Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size, ScalarType type) {
+  const Tensor held = empty({batches, tokens, heads, size}, type);
+  const int64_t shape[] = {batches, heads, tokens, size};
+  const int64_t strides[] = {held.stride(0), held.stride(2), held.stride(1), 1};
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(held.get(), 4, shape, strides, 0, &out));
+  return Tensor(out);
+}
+
 // The mask as words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
@@ -123,18 +133,23 @@ struct Call {
     return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
   }
 
-  // Of [splits, units, keys, columns up to whole vectors], in the calling thread's memory, which has its pages already.
+  // Of [splits, units, keys, columns up to whole vectors], in memory that the calling thread keeps, if it is not large:
+  // new one costs a page fault for each page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
     const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);
-    work.key_sums = static_cast<float*>(scratch(Scratch::kTokens, static_cast<size_t>(of_keys + of_values) * 4));
+    const size_t bytes = static_cast<size_t>(of_keys + of_values) * sizeof(float);
+    work.key_sums = static_cast<float*>(scratch(Scratch::kTokens, bytes + sizeof(float)));
     work.value_sums = work.key_sums + of_keys;
   }
 
   template <typename F>
   void in_parallel(int64_t units, size_t bytes, const F& f) {
-    torch::stable::parallel_for(
-        0, units, 1, [&](int64_t begin, int64_t end) { f(work, begin, end, scratch(Scratch::kPanel, bytes)); });
+    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      f(work, begin, end, scratch(Scratch::kPanel, bytes));
+      // Of a head of thousands of values. The sums are the calling thread's, and may be in use yet.
+      if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
+    });
   }
 };
 
@@ -143,9 +158,7 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
                                                             std::optional<Tensor> seed) {
   Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed);
   Attention& work = call.work;
-  // As its transposed form, which the next layer takes.
-  const Tensor out =
-      torch::stable::transpose(empty({work.batches, work.queries, work.heads, work.value_size}, q.scalar_type()), 1, 2);
+  const Tensor out = empty_heads(work.batches, work.heads, work.queries, work.value_size, q.scalar_type());
   const Tensor lse = empty({work.batches, work.heads, work.queries}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   work.out = heads_of(out);

@@ -55,7 +55,8 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
         ds[i] = zero;
         if (r + i >= count || v < first[(r + i) / kRows]) continue;
         const int64_t at = (r + i) * kQueries + v * kWidth;
-        Vec p = vec_exp2(Vec::fma(Vec::load(own.s + at), factor, shift));
+        // No probability is above 1, but of a key that is not seen, or by lse's rounding.
+        Vec p = vec_exp2(Vec::min(zero, Vec::fma(Vec::load(own.s + at), factor, shift)));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
         Vec dp = Vec::load(own.dp + at), kept = p;
         if (work.dropout.active) {
@@ -103,7 +104,7 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   for (int64_t k0 = 0; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
     uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;
-    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
+    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
     // Of each strip the first vector of queries of which one sees a key of it.

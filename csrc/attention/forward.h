@@ -56,14 +56,14 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
     const Vec most = Vec::max(Vec::load(own.largest + v * kWidth), Vec::broadcast(-3e38f));
-    const Vec shift = Vec::sub(zero, Vec::mul(most, factor));
     Vec sum = first ? zero : Vec::mul(Vec::load(own.sum + v * kWidth), Vec::load(own.change + v * kWidth));
     for (int64_t r = 0; r < count; r += kWord) {
       Vec p[kWord];
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        p[i] = vec_exp2(Vec::fma(Vec::load(own.s + (r + i) * kQueries + v * kWidth), factor, shift));
+        // The difference first: of the largest it is 0, however large that is.
+        p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);
         if (!all_see(keeps[r + i])) p[i] = Vec::where(bits_at(keeps[r + i], v), p[i], zero);
@@ -93,7 +93,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   for (int64_t k0 = 0; k0 < until; k0 += kForwardKeys) {
     const int64_t here = min_i64(kForwardKeys, until - k0);
     uint64_t bits[kForwardKeys], keeps[kForwardKeys], any = 0;
-    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query);
+    for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
     for (int64_t r = 0; r < here; r += kRows) {

@@ -8,9 +8,10 @@
 namespace peft_ext {
 namespace {
 
-// Bits of the 64 queries from `query` on.
-inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query) {
-  const uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
+// Bits of the queries from `query` on that see a key; of none behind the last of them.
+inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query, int64_t count) {
+  uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
+  if (count < kMaskBits) bits &= (uint64_t{1} << count) - 1;
   const int64_t after = key - query;
   if (!work.causal || after <= 0) return bits;
   return after >= kMaskBits ? 0 : bits & (~uint64_t{0} << after);

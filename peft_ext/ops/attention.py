@@ -4,7 +4,8 @@
     D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 Backward, S, P and D made again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘
-out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, out, lse, one float32 a query and head, and the seed.
+out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, out, lse, one float32 a query and
+head, and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -37,7 +38,9 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
     """Returns memory of the result, in the order in which the next layer takes it."""
     batch, heads, queries, _ = q.shape
-    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+    size = v.shape[3]
+    strides = (queries * heads * size, size, heads * size, 1)
+    return q.new_empty_strided((batch, heads, queries, size), strides)
 
 
 def _reference(q, k, v, mask, is_causal, scale, dropout_p, seed):

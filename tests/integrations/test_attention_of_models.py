@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -229,9 +234,56 @@ def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patched:
         patched.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
         assert calls(model) == 0 and len(seen) == 2
-        assert rows(model) == [(False, "its attention implementation is sdpa")] * 2
+        assert rows(model) == [(False, "its attention implementation is sdpa, of others")] * 2
         assert rows(peft_ext.accelerate(build(DECODERS["Llama"]))) == []
     assert rows(model) == [(True, "")] * 2 and calls(model) == 2
+
+
+def test_a_wrapper_of_transformers_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do more than a trial sees."""
+    seen = []
+
+    @functools.wraps(sdpa_attention_forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+    model = peft_ext.accelerate(build(DECODERS["Llama"]))
+    assert calls(model) == 0 and len(seen) == 2 and rows(model) == []
+
+
+def test_a_trial_compares_the_operator_whatever_the_moment_forbids() -> None:
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        y, none = sdpa_attention_forward(*args, **kwargs)
+        return y * 2, none
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention._is_attention(sdpa_attention_forward) and not attention._is_attention(doubled)
+
+
+ELSEWHERE = """
+import sys, torch
+sys.path[:0] = sys.argv[2:]
+import test_attention_of_models as tests
+
+model = torch.load(sys.argv[1], weights_only=False)
+assert tests.rows(model) == [(True, "")] * 2
+model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+model.enable_input_require_grads()
+tests.step(model, use_cache=False)
+assert tests.calls(model, use_cache=False) == 2
+"""
+
+
+def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
+    """Nothing was tried there, and its first step is under checkpointing's hooks."""
+    torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")
+    here = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model.pt"), str(here), str(here.parent / "support")],
+        check=True,
+    )
 
 
 def test_whoever_chooses_pytorchs_formula_gets_it() -> None:
@@ -263,7 +315,8 @@ def test_autocast_computes_it_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "k's dtype", "heads",
-                                  "another mask's size", "more keys", "not causal", "scores to return"])  # fmt: skip
+                                  "another mask's size", "more keys", "not causal", "scores to return",
+                                  "NumPy's scale", "infinite scale"])  # fmt: skip
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
     """Its values, its gradients, its errors."""
     q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
@@ -285,6 +338,8 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         mask = torch.ones(2, 1, 20, 19, dtype=torch.bool)
     elif what == "more keys":
         k, v = (torch.cat((x, x), 2) for x in (k, v))
+    elif what in ("NumPy's scale", "infinite scale"):
+        more["scaling"] = np.float32(0.3) if what == "NumPy's scale" else float("inf")
     elif what == "scores to return":
         more["output_attentions"] = True
     found = []

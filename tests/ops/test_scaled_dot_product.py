@@ -59,6 +59,10 @@ def test_the_result_lies_as_the_next_layer_takes_it(device: torch.device) -> Non
     assert y.shape == (2, 4, 9, 8)
     if device.type == "cpu":
         assert y.transpose(1, 2).is_contiguous()
+    with torch.no_grad():
+        y = ops.scaled_dot_product_attention(*drawn(9, 9, 8, torch.float32, device))
+    y.mul_(torch.ones(8, device=device, requires_grad=True))  # which autograd forbids of a view made without it
+    assert y.requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -84,6 +88,15 @@ def test_scores_of_any_size(dtype: torch.dtype, device: torch.device) -> None:
     alone = scores.topk(2).values.diff(dim=-1).abs()[..., 0] / 4 > 20
     torch.testing.assert_close(found[0].double()[alone], wanted[alone], rtol=1e-2, atol=1e-3)
     assert alone.float().mean() > 0.5
+
+
+def test_scores_beyond_what_floats_tell_apart(device: torch.device) -> None:
+    q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)
+    q[..., 0] = 1e5 * torch.tensor([0.31, 0.57, 0.83, 0.91])
+    k[0, 0, 0, 0] = 1e5
+    v = torch.arange(4.0).repeat(8, 1).mT[None, None].contiguous()
+    y, *grads = step(ops.scaled_dot_product_attention, *(x.to(device).requires_grad_() for x in (q, k, v)))
+    assert y.abs().max() < 1e-30 and all(grad.isfinite().all() for grad in grads)
 
 
 def test_what_is_not_a_number_stays_with_who_sees_it(device: torch.device) -> None:

@@ -3,12 +3,14 @@
 An attention of transformers asks a registry, ``ALL_ATTENTION_FUNCTIONS`` of its module, for the function of the model's
 implementation. The forward finds another one under this name (:mod:`.names`), which asks the module's and gives, for
 transformers' ``sdpa``, a function that takes the calls that the operator takes; the others go to transformers' own,
-which is tried on random numbers first. On a GPU PyTorch's own kernels are called as ever.
+which is tried on random numbers first. What others registered is called as ever, and on a GPU PyTorch's own kernels.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, Optional
@@ -29,32 +31,35 @@ _OPERATOR = "scaled_dot_product_attention"
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
 _LEAST_QUERIES = 16
-# Whether a registry's function computes what the operator does: tried as a model is accelerated, not in its forward.
+# What a thread holds of a block grows with a head's size; one of more is no attention over tokens.
+_LARGEST_HEAD = 512
+_NUMBERS = (int, float)
+# Whether a registry's function computes what the operator does: tried as a model is accelerated, or unpickled, not in
+# its forward.
 _TRIED: dict[Any, bool] = {}
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-5}  # of a trial, of the largest value
 
 
 def asks(forward: Callable) -> bool:
-    """Returns whether a forward asks a registry that has an ``sdpa`` that computes what the operator does, by trial."""
+    """Returns whether a forward asks a registry whose ``sdpa`` is transformers' own and computes what the operator
+    does, by trial. Not under a mode of others, which would see the trial."""
     function = _get(named(forward, NAME), "sdpa")
     if function is not None and function not in _TRIED and not torch._C._len_torch_dispatch_stack():
-        _TRIED[function] = _is_attention(function)
+        _TRIED[function] = _is_of_transformers(function) and _is_attention(function)
     return _TRIED.get(function, False)
 
 
 @functools.cache
 def interfaces(inner: types.FunctionType) -> Any:
     """Returns the registry that a forward's inner function is to find."""
-    asks(inner)  # a class that was unpickled has tried nothing yet
     return _Interfaces(inner)
 
 
 def reason(module: nn.Module, forward: Callable) -> Optional[str]:
     """Returns why a module's calls would go to the model's own function."""
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
-    function = _get(named(forward, NAME), implementation)
-    if not _TRIED.get(function):
-        return f"its attention implementation is {implementation}"
+    if not _TRIED.get(_get(named(forward, NAME), implementation)):
+        return f"its attention implementation is {implementation}" + (", of others" if implementation == "sdpa" else "")
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     return _device_reason(device)
 
@@ -117,15 +122,23 @@ def _fused(function: Callable) -> Callable:
         if not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs):
             return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                             is_causal=is_causal, **kwargs)  # fmt: skip
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        out = ops.scaled_dot_product_attention(
-            query, key, value, attention_mask, is_causal=bool(is_causal) and attention_mask is None, scale=scaling,
-            dropout_p=dropout, training=True,
-        )  # fmt: skip
-        return out.transpose(1, 2).contiguous(), None
+        return _by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal)
 
     return functools.update_wrapper(sdpa_attention_forward, function)
+
+
+def _by_operator(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float = 0.0,
+    scaling: Optional[float] = None, is_causal: Optional[bool] = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What transformers' ``sdpa_attention_forward`` returns of a call that fits."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) and mask is None
+    out = ops.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, training=True
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _fits(
@@ -138,13 +151,20 @@ def _fits(
         return False
     if not q.dtype is k.dtype is v.dtype and autocast_dtype(q) is None:
         return False
-    if not 0 <= dropout < 1 or any(others.get(name) is not None for name in ("position_bias", "softcap")):
+    if type(dropout) not in _NUMBERS or not 0 <= dropout < 1:
         return False
-    if others.get("output_attentions") or not (scaling is None or scaling > 0):
+    if scaling is not None and (type(scaling) not in _NUMBERS or not 0 < scaling < math.inf):
+        return False
+    if others.get("output_attentions") or any(others.get(name) is not None for name in ("position_bias", "softcap")):
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
-    if queries < _LEAST_QUERIES or k.shape != (batch, kv_heads, keys, size) or v.shape[:3] != k.shape[:3]:
+    if (
+        queries < _LEAST_QUERIES
+        or max(size, v.shape[3]) > _LARGEST_HEAD
+        or k.shape != (batch, kv_heads, keys, size)
+        or v.shape[:3] != k.shape[:3]
+    ):
         return False
     if heads != kv_heads * max(getattr(module, "num_key_value_groups", 1), 1):
         return False
@@ -160,13 +180,25 @@ def _fits(
 # --- the trial --------------------------------------------------------------------------------------------------------
 
 
+def _is_of_transformers(function: types.FunctionType) -> bool:
+    """Returns whether it is transformers' code, and no wrapper's, which may do more than the trial sees."""
+    module = sys.modules.get("transformers.integrations.sdpa_attention")
+    return module is not None and function.__code__.co_filename == module.__file__
+
+
 def _is_attention(function: Callable) -> bool:
     """Returns whether a registry's function computes what the operator does, by its values and gradients."""
-    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    # Neither the moment's device and mode nor whoever watches what is saved, as checkpointing, is a part of it.
+    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False), \
+            torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # fmt: skip
         try:
             return all(_alike(function, dtype, *case) for dtype in _TOLERANCE for case in _cases())
         except Exception:  # whatever another function raises
             return False
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _cases() -> list[tuple[bool, Optional[Tensor], Optional[float]]]:
@@ -191,7 +223,7 @@ def _alike(
             out, _ = called(module, q, k, v, mask, dropout=0.0, scaling=scaling)
             return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
 
-    found, wanted = run(_fused(function)), run(function)
+    found, wanted = run(_by_operator), run(function)
     return found[0].stride() == wanted[0].stride() and all(
         a.shape == b.shape and a.dtype is b.dtype and (a - b).abs().max() <= _TOLERANCE[dtype] * b.abs().max()
         for a, b in zip(found, wanted, strict=True)

@@ -72,6 +72,8 @@ class Block:
 
 def _new(mixin: type, stock: type, formula: tuple) -> Block:
     kind = _class(mixin, stock, formula)
+    if mixin is Forward:
+        attention.asks(stock.forward)  # in a process that has tried nothing yet
     return kind.__new__(kind)
 
 
@@ -496,7 +498,7 @@ def block_parts(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives the norms and MLPs of ``model`` that are known, and were tried, their fused classes."""
+    """Gives the norms, MLPs and attentions of ``model`` that are known, and were tried, their fused classes."""
     for module in model.modules():
         if (kind := _fused_class(module)) is not None:
             module.__class__ = kind
