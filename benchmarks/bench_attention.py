@@ -1,4 +1,4 @@
-"""Attention of q, k and v in bf16, heads of 64, a fourth as many for k and v, against PyTorch's own.
+"""Attention of q, k and v in bf16 or float32, heads of 64, a fourth as many for k and v, against PyTorch's own.
 
     dropout(softmax(scale q kᵀ)) v, query i over all keys, or over the keys j <= i
 
@@ -24,7 +24,9 @@ from .peers import COMPILE_RANDOM, Problem, compiled, draw_seed, functional, gat
 HEAD, GROUPS, SEQUENCE = 64, 4, 512
 
 
-def _attention(problem: Problem, compile: bool, causal: bool, p: float = 0.0) -> Comparison:
+def _attention(
+    problem: Problem, compile: bool, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> Comparison:
     tokens, heads = problem.tokens, problem.k // HEAD
     kv_heads, sequences = heads // GROUPS, tokens // SEQUENCE
     parts = (heads, kv_heads, kv_heads)
@@ -37,12 +39,12 @@ def _attention(problem: Problem, compile: bool, causal: bool, p: float = 0.0) ->
         return y.transpose(1, 2).reshape(-1, heads * HEAD)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        seed = draw_seed(problem) if p else None
-        return joined(ops.scaled_dot_product_attention(
-            *split(x), is_causal=causal, dropout_p=p, training=True, seed=seed))  # fmt: skip
+        how = {"is_causal": causal, "dropout_p": p, "training": True, "seed": draw_seed(problem) if p else None}
+        return joined(ops.scaled_dot_product_attention(*split(x.to(dtype)), **how)).to(x.dtype)
 
     def eager(x: Tensor, weight: Tensor) -> Tensor:
-        return joined(F.scaled_dot_product_attention(*split(x), dropout_p=p, is_causal=causal, enable_gqa=True))
+        how = {"is_causal": causal, "dropout_p": p, "enable_gqa": True}
+        return joined(F.scaled_dot_product_attention(*split(x.to(dtype)), **how)).to(x.dtype)
 
     def mask() -> Tensor:
         keep = reference.dropout_keep_mask(draw_seed(problem), p, torch.Size((sequences, heads, SEQUENCE, SEQUENCE)))
@@ -68,13 +70,12 @@ def _attention(problem: Problem, compile: bool, causal: bool, p: float = 0.0) ->
         makers["torch.compile"] = lambda: functional(problem, "bf16", compiled(eager), (), theirs)
     contenders, absent = gather(makers)
     seen = tokens * SEQUENCE // (2 if causal else 1)
-    return Comparison(
-        contenders, 2 * 2 * 2 * tokens * (heads + kv_heads) * HEAD, 14 * seen * heads * HEAD, absent=absent
-    )
+    moved = 2 * 2 * dtype.itemsize * tokens * (heads + kv_heads) * HEAD
+    return Comparison(contenders, moved, 14 * seen * heads * HEAD, absent=absent)
 
 
-def _variant(case: str, causal: bool, p: float = 0.0) -> Variant:
-    build = partial(_attention, causal=causal, p=p)
+def _variant(case: str, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    build = partial(_attention, causal=causal, p=p, dtype=dtype)
     return Variant("scaled_dot_product_attention", case, build, tokens=(512, 2048), devices=("cpu",))
 
 
@@ -83,4 +84,6 @@ VARIANTS = (
     _variant("bf16, causal, dropout 0.1", True, 0.1),
     _variant("bf16, all keys", False),
     _variant("bf16, all keys, dropout 0.1", False, 0.1),
+    _variant("float32, causal", True, dtype=torch.float32),
+    _variant("float32, all keys", False, dtype=torch.float32),
 )

@@ -128,10 +128,12 @@ def operator(*ops: str) -> Callable[[], str]:
 
 def attention_text() -> str:
     """Of a run of its own (``python -m benchmarks attention --out benchmarks/results/e2e-attention-...``)."""
-    if (result := newest("e2e-attention-*.json")) is None:
-        return NOTHING
-    table = kernel_table(result, lambda row: row["weights"] == "rotating")
-    return f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n{table}"
+    pattern = "e2e-attention-*.json"
+    found = [result for result in [newest(pattern), *newest_forced(pattern)] if result is not None]
+    return "\n\n".join(
+        f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n{kernel_table(result, bool)}"
+        for result in found
+    ) or NOTHING  # fmt: skip
 
 
 def error_table() -> str:
