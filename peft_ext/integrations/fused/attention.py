@@ -27,7 +27,7 @@ __all__ = ["NAME", "asks", "interfaces", "reason"]
 
 NAME = "ALL_ATTENTION_FUNCTIONS"
 _OPERATOR = "scaled_dot_product_attention"
-# The paths on which it was measured against PyTorch's own, and is ahead.
+# The paths on which it was timed against PyTorch's own, and is ahead; AMX takes AVX512-BF16's.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
 _LEAST_QUERIES = 16
