@@ -135,14 +135,9 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
     multiply_seen(work, k0, here, query, size, vecs, key_columns, own.ds_joined, own.q_sums, !first);
     first = false;
   }
-  T* grad_q = head_of<T>(work.grad_q, batch, head, query);
   if (first) memset(own.q_sums, 0, static_cast<size_t>(size * kQueries) * sizeof(float));
-  transpose_words(own.q_sums, kQueries * 4, size, whole(count, kWidth), own.turned, size);
-  const Vec factor = Vec::broadcast(work.scale);
-  for (int64_t i = 0; i < count; ++i)
-    for_vectors(size, [&](auto lanes_of, int64_t d) {
-      lanes_of.store(grad_q + i * work.grad_q.token + d, Vec::mul(lanes_of.load(own.turned + i * size + d), factor));
-    });
+  store_turned(own.q_sums, size, count, own.turned, head_of<T>(work.grad_q, batch, head, query), work.grad_q.token,
+               [&](int64_t) { return work.scale; });
 }
 
 template <typename T>

@@ -113,7 +113,6 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     multiply_seen(work, k0, here, query, work.value_size, vecs, values, own.p, own.o, !first);
     first = false;
   }
-  T* out = head_of<T>(work.out, batch, head, query);
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
   for (int64_t i = 0; i < count; ++i) {
     const bool sees = own.sum[i] > 0.0f || own.sum[i] != own.sum[i];
@@ -121,13 +120,8 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;
   }
   if (first) memset(own.o, 0, static_cast<size_t>(work.value_size * kQueries) * sizeof(float));
-  transpose_words(own.o, kQueries * 4, work.value_size, whole(count, kWidth), own.turned, work.value_size);
-  for (int64_t i = 0; i < count; ++i) {
-    const Vec factor = Vec::broadcast(own.change[i]);
-    for_vectors(work.value_size, [&](auto lanes, int64_t d) {
-      lanes.store(out + i * work.out.token + d, Vec::mul(lanes.load(own.turned + i * work.value_size + d), factor));
-    });
-  }
+  store_turned(own.o, work.value_size, count, own.turned, head_of<T>(work.out, batch, head, query), work.out.token,
+               [&](int64_t i) { return own.change[i]; });
 }
 
 template <typename T>

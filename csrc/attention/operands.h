@@ -85,6 +85,19 @@ inline T* head_of(const HeadsOf& x, int64_t batch, int64_t head, int64_t token) 
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + token * x.token;
 }
 
+// Sums of a block of queries [size, 64] as rows of y, `token` apart; row i times factor(i). turned: memory for them.
+template <typename T, typename F>
+inline void store_turned(const float* sums, int64_t size, int64_t count, float* turned, T* y, int64_t token,
+                         const F& factor) {
+  transpose_words(sums, kQueries * 4, size, whole(count, kWidth), turned, size);
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec times = Vec::broadcast(factor(i));
+    for_vectors(size, [&](auto lanes, int64_t d) {
+      lanes.store(y + i * token + d, Vec::mul(lanes.load(turned + i * size + d), times));
+    });
+  }
+}
+
 // k or v of a unit as left operands.
 inline Rows whole_rows(const HeadsOf& x, const void* made, int64_t batch, int64_t head, int64_t unit, int64_t keys,
                        int64_t depth) {
