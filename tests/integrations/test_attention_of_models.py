@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from fused_parts import assert_alike, assert_taken_back
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,12 +84,6 @@ def calls(model: nn.Module, **more: Any) -> int:
 
 def rows(model: nn.Module) -> list[tuple[bool, str]]:
     return [(row.fused, row.reason) for row in peft_ext.explain(model).blocks if row.kind == "attention"]
-
-
-def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5 * value.abs().max().item())
 
 
 def left_padding() -> Tensor:
@@ -200,17 +193,7 @@ def test_checkpointing(reentrant: bool) -> None:
 
 
 def test_what_takes_it_back() -> None:
-    model = build(DECODERS["GPT-2"])
-    kinds, wanted = [type(module) for module in model.modules()], step(model)
-    peft_ext.accelerate(model)
-    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
-        assert calls(other) == 2
-        assert_alike(step(other), wanted)
-    peft_ext.accelerate(model, blocks=False)
-    assert calls(model) == 0 and not any(fused for fused, _ in rows(model))
-    peft_ext.restore(peft_ext.accelerate(model))
-    assert [type(module) for module in model.modules()] == kinds
+    assert_taken_back(build(DECODERS["GPT-2"]), step, calls, rows)
 
 
 # --- what is PyTorch's or the model's own -----------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from fused_parts import assert_alike, assert_taken_back
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,12 +78,6 @@ def rows(model: nn.Module) -> list[tuple[bool, str]]:
     return [(row.fused, row.reason) for row in peft_ext.explain(model).blocks if row.kind == "rotary positions"]
 
 
-def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5 * value.abs().max().item())
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_the_stock_one(name: str) -> None:
     stock, model = build(MODELS[name]), peft_ext.accelerate(build(MODELS[name]))
@@ -150,17 +143,7 @@ def test_a_class_whose_forward_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_takes_it_back() -> None:
-    model = build(MODELS["Llama"])
-    kinds, wanted = [type(module) for module in model.modules()], step(model)
-    peft_ext.accelerate(model)
-    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
-        assert calls(other) == 2
-        assert_alike(step(other), wanted)
-    peft_ext.accelerate(model, blocks=False)
-    assert calls(model) == 0 and not any(fused for fused, _ in rows(model))
-    peft_ext.restore(peft_ext.accelerate(model))
-    assert [type(module) for module in model.modules()] == kinds
+    assert_taken_back(build(MODELS["Llama"]), step, calls, rows)
 
 
 def test_layers_that_get_adapters_later_are_joined_then() -> None:
