@@ -688,6 +688,7 @@ CASES: tuple[Case, ...] = (
     _dora_case("dense", dropout_mode="peft", adapter_dtype=torch.float32),
     _dora_case("dense", norm_grad=True),
     _dora_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    _dora_case("nf4", adapter_dtype=torch.float32, with_bias=True, dropout_p=0.5, dropout_mode="peft"),
     _dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, dropout_mode="peft"),
     _dora_case("nested", adapter_dtype=torch.float32, with_bias=True, norm_grad=True),
     _ia3_case("dense"),

@@ -16,6 +16,11 @@ struct TileOperands {
   Tensor strips, rows;
 };
 
+// Whether PEFT's DoRA has one product for what is kept, and a dot product for each element that is not.
+bool rest_apart(const BackwardCall& b) {
+  return b.drop_base() && b.g() != nullptr && drops_few(b.adapter.dropout, b.size.in);
+}
+
 // room: for the strips of the gradient.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, TileOperands* held) {
   const LinearSizes& size = b.size;
@@ -23,14 +28,22 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   TileBackward work;
   work.weight = weight;
   work.tokens = size.tokens;
-  const float* scale = b.drop_base() ? nullptr : b.g();
-  work.grad = token_strips(room, true, b.grad, size.tokens, size.out, scale, nullptr);
+  const auto scaled = [&](bf16* to, float by, float shift) {
+    std::vector<float> values(b.g(), b.g() + size.out);
+    for (float& g : values) g = by * (g - 1.0f) + shift;
+    return token_strips(to, true, b.grad, size.tokens, size.out, values.data(), nullptr);
+  };
   work.more = nullptr;
-  if (b.drop_base() && b.g() != nullptr) {
-    Tensor shifted = empty({size.out}, ScalarType::Float);
-    float* values = shifted.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < size.out; ++i) values[i] = b.g()[i] - 1.0f;
-    work.more = token_strips(Scratch::kMoreTokens, true, b.grad, size.tokens, size.out, values, nullptr);
+  if (rest_apart(b)) {
+    work.grad = scaled(room, adapter.dropout.scale, 1.0f);
+    work.given = static_cast<const bf16*>(b.grad.const_data_ptr());
+  } else {
+    const float* scale = b.drop_base() ? nullptr : b.g();
+    work.grad = token_strips(room, true, b.grad, size.tokens, size.out, scale, nullptr);
+    if (b.drop_base() && b.g() != nullptr) {
+      const size_t bytes = static_cast<size_t>(strips_elements(size.tokens, size.out)) * sizeof(bf16);
+      work.more = scaled(static_cast<bf16*>(scratch(Scratch::kMoreTokens, bytes)), 1.0f, 0.0f);
+    }
   }
   work.rank = 0;
   Tensor &strips = held->strips, &rows = held->rows;
@@ -66,7 +79,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
   for (const BackwardCall* b : calls) {
     weights.push_back(&b->weight);
     elements += strips_elements(size.tokens, b->size.out);
-    panel += strips_elements(kPanelStep, b->size.out);
+    panel += (rest_apart(*b) ? 2 : 1) * strips_elements(kPanelStep, b->size.out);
     depth += b->size.out;
   }
   const std::vector<TileWeight> tiles = tile_weights(weights);

@@ -66,7 +66,11 @@ void forward_few_tokens(const ForwardCall& f) {
 struct TileOperands {
   Tensor strips, rows;
   GroupedTerms grouped;
+  DroppedTokens rest;
 };
+
+// Whether the second product of PEFT's DoRA is with the dropped elements alone.
+bool rest_apart(const ForwardCall& f) { return f.drop_base() && drops_few(f.adapter.dropout, f.size.in); }
 
 TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
                          TileOperands* held) {
@@ -80,6 +84,10 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
   if (f.drop_base())
     work.dropped = token_strips(Scratch::kMoreTokens, false, f.x, size.tokens, size.in, nullptr, &shrunk.keep);
   work.dropped_scale = adapter.dropout.scale;
+  if (rest_apart(f)) {
+    held->rest = dropped_tokens_of(f.x, size.tokens, size.in, shrunk.keep);
+    work.rest = held->rest.entries;
+  }
   work.rank = 0;
   Tensor &strips = held->strips, &rows = held->rows;
   if (adapter.groups != nullptr) {
@@ -121,8 +129,10 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bf16* x = token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
-                               floats(calls[0].adapter.in_scale), nullptr);
+  const bool apart = rest_apart(calls[0]);  // of siblings none is
+  const bf16* x = apart ? nullptr
+                        : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
+                                       floats(calls[0].adapter.in_scale), nullptr);
   std::vector<TileOperands> held(calls.size());
   std::vector<TileForward> works;
   std::vector<int64_t> ends;  // of the rows, each W's but the last rounded up to whole panels
@@ -133,7 +143,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
     ends.push_back(rows);
   }
   const TileKernels& isa = *tile_kernels();
-  run_panels(rows, size.in, size.tokens, 2, strips_elements(kPanelStep, size.in),
+  run_panels(rows, size.in, size.tokens, 2, (apart ? 2 : 1) * strips_elements(kPanelStep, size.in),
              [&](int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
                size_t i = 0;
                while (begin >= ends[i]) ++i;

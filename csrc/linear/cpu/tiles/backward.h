@@ -3,6 +3,7 @@
 
 #include "linear/cpu/tiles/block.h"
 #include "linear/cpu/tiles/decode.h"
+#include "linear/cpu/tiles/dropped.h"
 
 namespace peft_ext {
 namespace {
@@ -44,9 +45,9 @@ inline void load_sums(const TileBackward& work, int64_t column, int64_t token, B
   });
 }
 
-// dX of `count` layers, each with the lanes of its W; term: room.
+// dX of `count` layers, each with the lanes of its W; columns: with `given`, W's columns from `column` on; term: room.
 inline void backward_block(const TileBackward* works, int count, int64_t column, int64_t strip,
-                           const bf16* const* lanes, Block* block, Block* term, Ahead* ahead) {
+                           const bf16* const* lanes, const bf16* columns, Block* block, Block* term, Ahead* ahead) {
   const TileBackward& work = works[0];
   const int64_t k = work.weight.columns, token = strip * kStrip;
   block->clear();
@@ -65,6 +66,7 @@ inline void backward_block(const TileBackward* works, int count, int64_t column,
     }
     multiply(works[i].grad + strip * tiles * kTile, block->left, lanes[i], block->right, tiles, block->c, ahead + i);
   }
+  if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);
   if (work.in_scale != nullptr) {
     float* sums = work.grad_in_scale + token / kReduceTokens * k;
     block->each([&](__m512 v, int r, int j) {
@@ -102,13 +104,16 @@ void backward(const TileBackward* works, int count, int64_t begin, int64_t end, 
     panel += ceil_div(end - begin, kStrip) * tiles * kTile;
     ahead[i] = columns_ahead(weight, end, pairs * ceil_div((last - first) * kStrip, kRowsOfStep) * tiles);
   }
+  const int64_t depth = tiles_of(works[0].weight.rows) * kTileDepth;
+  bf16* turned = panel;
+  if (works[0].given != nullptr) turn_lanes(panels[0], ceil_div(end - begin, kStrip), depth / kTileDepth, turned);
   for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     block.left = static_cast<int>(min_i64(kBlockStrips, last - strip));
     for (int64_t column = begin; column < end; column += kBlockStrips * kStrip) {
       block.right = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - column, kStrip)));
       for (int i = 0; i < count; ++i)
         lanes[i] = panels[i] + (column - begin) / kStrip * tiles_of(works[i].weight.rows) * kTile;
-      backward_block(works, count, column, strip, lanes, &block, &term, ahead);
+      backward_block(works, count, column, strip, lanes, turned + (column - begin) * depth, &block, &term, ahead);
     }
   }
 }

@@ -72,8 +72,10 @@ inline void store_row(bf16* out, __m512 first, __m512 second, int64_t count) {
     _mm512_mask_storeu_epi16(out, (1u << count) - 1, words);
 }
 
-// The block, whose rows are columns of out and whose lanes are rows of out, transposed into out [tokens, columns].
-inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns) {
+// The block, whose rows are columns of out and whose lanes are rows of out, transposed into out [tokens, columns];
+// more: what is added, of each of the block's tokens kPanelStep values, or null.
+inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns,
+                             const float* more = nullptr) {
   for (int j = 0; j < block->right; ++j) {
     __m512i rows[kBlockStrips][kStrip];
     for (int i = 0; i < kBlockStrips; ++i) {
@@ -82,9 +84,15 @@ inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tok
       if (i < block->left) transpose16(rows[i]);
     }
     const int64_t first = token + j * kStrip;
-    for (int64_t t = 0; t < min_i64(kStrip, tokens - first); ++t)
-      store_row(out + (first + t) * columns + column, _mm512_castsi512_ps(rows[0][t]), _mm512_castsi512_ps(rows[1][t]),
-                min_i64(columns - column, 2 * kStrip));
+    for (int64_t t = 0; t < min_i64(kStrip, tokens - first); ++t) {
+      __m512 low = _mm512_castsi512_ps(rows[0][t]), high = _mm512_castsi512_ps(rows[1][t]);
+      if (more != nullptr) {
+        const float* of_token = more + (j * kStrip + t) * kPanelStep;
+        low = _mm512_add_ps(low, _mm512_load_ps(of_token));
+        high = _mm512_add_ps(high, _mm512_load_ps(of_token + kStrip));
+      }
+      store_row(out + (first + t) * columns + column, low, high, min_i64(columns - column, 2 * kStrip));
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "linear/cpu/tiles/block.h"
 #include "linear/cpu/tiles/decode.h"
+#include "linear/cpu/tiles/dropped.h"
 
 namespace peft_ext {
 namespace {
@@ -11,10 +12,10 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const bf16* rows, Block* block,
-                          Block* base, Ahead* ahead) {
+// rest: of each of the block's tokens the product of what was dropped, from `row` on, where it is known.
+inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const bf16* rows, const float* rest,
+                          Block* block, Block* base, Ahead* ahead) {
   const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
-  const bf16* x = work.x + strip * length;
   const auto low_rank = [&] {
     const int64_t depth = tiles_of(work.rank_depth);
     if (depth > 0)
@@ -31,31 +32,35 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
   const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };
   block->clear();
   if (work.dropped != nullptr) {
-    multiply(rows, block->left, work.dropped + strip * length, block->right, tiles, block->c);
+    multiply(rows, block->left, work.dropped + strip * length, block->right, tiles, block->c, ahead);
     const __m512 by = _mm512_set1_ps(work.dropped_scale);
+    if (rest != nullptr) *base = *block;
     block->each([&](__m512 v, int, int) { return _mm512_mul_ps(v, by); });
-    *base = *block;
+    if (rest == nullptr) *base = *block;
   }
   low_rank();
-  if (work.dropped == nullptr) multiply(rows, block->left, x, block->right, tiles, block->c, ahead);
+  if (work.dropped == nullptr)
+    multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c, ahead);
   if (work.bias_before != nullptr)
     block->each([&](__m512 v, int r, int) {
       return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias_before, row + r, n, 0.0f)));
     });
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
+    // With the rest apart, the base is D = mask ∘ x Wᵀ, and x Wᵀ - x̃ Wᵀ is the rest less (1 / (1 - p) - 1) D.
+    const __m512 share = _mm512_set1_ps(rest != nullptr ? work.dropped_scale - 1.0f : 1.0f);
     block->each([&](__m512 v, int r, int j) {
       const __m512 without = _mm512_load_ps(base->part(r / kStrip, j) + r % kStrip * kStrip);
-      return _mm512_fmsub_ps(scale(r), v, without);
+      return _mm512_fmsub_ps(scale(r), v, _mm512_mul_ps(without, share));
     });
-    multiply(rows, block->left, x, block->right, tiles, block->c);
+    if (rest == nullptr) multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c);
   }
   if (work.scale != nullptr || work.bias != nullptr)
     block->each([&](__m512 v, int r, int) {
       if (work.dropped == nullptr) v = _mm512_mul_ps(v, scale(r));
       return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias, row + r, n, 0.0f)));
     });
-  store_transposed(block, work.y, strip * kStrip, work.tokens, row, n);
+  store_transposed(block, work.y, strip * kStrip, work.tokens, row, n, rest);
 }
 
 void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
@@ -63,13 +68,19 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   const int64_t length = tiles_of(work.weight.columns) * kTile;
   weight_rows(work.weight, begin, end, panel);
   Block block, base;
+  alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
+  const bool apart = work.rest.first != nullptr;
+  bf16* turned = panel + kPanelStep / kStrip * length;
+  if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles_of(work.weight.columns), turned);
   const int64_t pairs = ceil_div(last - first, kBlockStrips);
   Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
   for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     block.right = static_cast<int>(min_i64(kBlockStrips, last - strip));
+    if (apart) dropped_product(work, end - begin, strip * kStrip, turned, rest);
     for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) {
       block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
-      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, &block, &base, &ahead);
+      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, apart ? rest + (row - begin) : nullptr,
+                    &block, &base, &ahead);
     }
   }
 }

@@ -28,6 +28,17 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
+// Whether so few elements are dropped that a product with them alone costs less than one with all of W.
+bool drops_few(const Dropout& dropout, int64_t columns);
+
+// The elements of m [tokens, depth] that are not kept; what it points to is in `held`.
+struct DroppedTokens {
+  std::vector<int64_t> first;
+  Tensor held;  // int32 storage as float32
+  DroppedEntries entries;
+};
+DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep);
+
 // Of a panel of W with so many elements, of the calling thread.
 bf16* panel_scratch(int64_t elements);
 

@@ -4,6 +4,9 @@
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
 //             and of several layers of one input the sum of their dX, in one block of sums
 //
+// Where the base is dropped as well and few elements are, the second product with all of W is one with the few that the
+// mask hides: see dropped.h.
+//
 // One microkernel serves both: C [rows, lanes] += left [rows, depth] right [depth, lanes], depth summed in float32 from
 // first to last. Operands lie in tiles of 1 KiB, those of a strip in order of depth, zeros where the matrix ends:
 //   left   16 rows x 32 of depth, as they come in a row-major matrix;
@@ -73,12 +76,22 @@ struct TileTerm {
   uint16_t lanes;  // the adapter's tokens: what is not finite in B stays with them
 };
 
+// The elements of x that dropout drops: of token t entries [first[t], first[t + 1]), each its column, shifted by 16,
+// and its value. Their number is a multiple of kDroppedStep; behind the last one are zeros of the last one's column.
+struct DroppedEntries {
+  const int64_t* first = nullptr;
+  uint32_t* entries = nullptr;
+};
+constexpr int64_t kDroppedStep = 4;
+constexpr int64_t kDroppedColumns = 65536;  // at most
+
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* x;           // right strips
+  const bf16* x;           // right strips; null with `rest`
   const bf16* dropped;     // right strips of x without what dropout drops, or null; times dropped_scale it is x̃. Then
   float dropped_scale;     // Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ, as PEFT's DoRA has it
+  DroppedEntries rest;     // with `dropped`, the other part of x
   int64_t rank;            // 0: no low-rank term in float32
   const float* s;          // strips of S: [strips, rank, 16]
   const float* b;          // ρB [rows rounded up to 32, rank]
@@ -99,6 +112,7 @@ struct TileBackward {
   int64_t tokens;
   const bf16* grad;                // left strips of G
   const bf16* more;                // left strips of H, or null
+  const bf16* given = nullptr;     // dY [tokens, rows]: where the mask has no bit dX is dY W, whatever G is
   int64_t rank;                    // 0: no low-rank term in float32
   const float* p;                  // [tokens rounded up to 32, rank]
   const float* a;                  // strips of A: [strips, rank, 16]
@@ -153,7 +167,10 @@ struct TileKernels {
   int64_t decode_strips;  // what decoding a panel costs, in strips of 16 tokens that are multiplied with it
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
-  // Rows [begin, end) of W against the token strips [first, last); panel: scratch of panel_elements.
+  // The entries of tokens [begin, end): out.first is set.
+  void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
+  // Rows [begin, end) of W against the token strips [first, last); panel: room for kPanelStep of them as strips, twice
+  // with `rest`, or in the backward `given`.
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel);
   // Columns [begin, end) of W, likewise; first is a multiple of kReduceTokens where grad_in_scale is given.
   // Of `count` layers with the same tokens, columns and grad_x: one with in_scale is alone.
