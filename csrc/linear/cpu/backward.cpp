@@ -18,7 +18,7 @@ struct TileOperands {
 
 // Whether PEFT's DoRA has one product for what is kept, and a dot product for each element that is not.
 bool rest_apart(const BackwardCall& b) {
-  return b.drop_base() && b.g() != nullptr && drops_few(b.adapter.dropout, b.size.in);
+  return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.in);
 }
 
 // room: for the strips of the gradient.
@@ -127,8 +127,18 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
     terms || written ? addmm_(grad_x, scaled, dense, 1.0) : mm_out(grad_x, scaled, dense);
     return;
   }
-  const Tensor product = product_backward(b.op, scaled, b.weight, type);
   Tensor before, scale;
+  if (b.drop_base() && drops_few(adapter.dropout) && sums_in_float(type)) {
+    // One product for what is kept, and a dot product for each element that is not.
+    Tensor by = empty({size.out}, ScalarType::Float);
+    for (int64_t i = 0; i < size.out; ++i)
+      by.mutable_data_ptr<float>()[i] = adapter.dropout.scale * (b.g()[i] - 1.0f) + 1.0f;
+    const Tensor product = product_backward(b.op, column_pass(b.op, grad, &by, 0.0f, nullptr).scaled, b.weight, type);
+    put_dropped_dots(b.op, b.grad, b.keep, b.weight, product);
+    finish.after = product.const_data_ptr<float>();
+    return run_expand(finish, size.tokens);
+  }
+  const Tensor product = product_backward(b.op, scaled, b.weight, type);
   if (b.drop_base()) {
     before = product_backward(b.op, times(-1.0f), b.weight, type);
     finish.before = before.const_data_ptr<float>();

@@ -31,6 +31,8 @@ bool multiplies_in(ScalarType type, bool plain) {
   return plain && current_isa() == Isa::kScalar;
 }
 
+bool sums_in_float(ScalarType type) { return type == ScalarType::Float || !multiplies_in(type, false); }
+
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type) {
   const int64_t tokens = x.size(0), n = weight.out_features();
   if (skinny_accepts(weight, type, tokens)) return skinny_product(op, as_type(x, type), weight);
@@ -65,6 +67,75 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
            1.0);
   }
   return y;
+}
+
+bool drops_few(const Dropout& dropout) {
+  // Measured: between a quarter and a third both ways cost the same.
+  constexpr uint32_t kFewDropped = 65536 / 4;
+  return dropout.active && dropout.threshold <= kFewDropped;
+}
+
+namespace {
+
+constexpr int64_t kDroppedTokens = 128;  // of one unit of a thread's work
+
+// run(work, row of W) for kDroppedRows rows of W after the other, whose columns are work's rows.
+template <typename Run>
+void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
+                     const Run& run) {
+  const int64_t n = weight.out_features(), k = weight.in_features();
+  Dropped work;
+  work.columns = k;
+  work.keep = keep.data;
+  work.keep_words = keep.per_row;
+  for (int64_t row = 0; row < n; row += kDroppedRows) {
+    work.rows = min_i64(kDroppedRows, n - row);
+    work.stride = round_up(work.rows, kDroppedStrip);
+    const Tensor rows = wide_rows(op, weight, row, row + work.rows, type);
+    const Tensor turned = packed(op, "weight", rows, nullptr, nullptr, true, k, work.stride);
+    work.turned = turned.const_data_ptr<float>();
+    run(work, row);
+  }
+}
+
+// kernel(work, strip's first, tokens) over `count` rows or columns in strips, and all tokens.
+void over_strips(void (*kernel)(const Dropped&, int64_t, int64_t, int64_t), const Dropped& work, int64_t count,
+                 int64_t tokens) {
+  const int64_t chunks = ceil_div(tokens, kDroppedTokens);
+  parallel_for(0, ceil_div(count, kDroppedStrip) * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t token = i % chunks * kDroppedTokens;
+      kernel(work, i / chunks * kDroppedStrip, token, min_i64(token + kDroppedTokens, tokens));
+    }
+  });
+}
+
+}  // namespace
+
+void add_dropped_product(const char* op, const Tensor& x, const KeepBits& keep, const FrozenWeight& weight,
+                         const Tensor& out) {
+  for_turned_rows(op, weight, x.scalar_type(), keep, [&](Dropped work, int64_t row) {
+    work.m = x.const_data_ptr();
+    work.dtype = dtype_of(op, "x", x);
+    work.m_stride = work.columns;
+    work.out = out.mutable_data_ptr<float>() + row;
+    work.out_stride = weight.out_features();
+    over_strips(pass_kernels().dropped_product, work, work.rows, x.size(0));
+  });
+}
+
+void put_dropped_dots(const char* op, const Tensor& grad, const KeepBits& keep, const FrozenWeight& weight,
+                      const Tensor& out) {
+  const int64_t width = grad.scalar_type() == ScalarType::Float ? 4 : 2;
+  for_turned_rows(op, weight, grad.scalar_type(), keep, [&](Dropped work, int64_t row) {
+    work.m = static_cast<const char*>(grad.const_data_ptr()) + row * width;
+    work.dtype = dtype_of(op, "grad", grad);
+    work.m_stride = weight.out_features();
+    work.out = out.mutable_data_ptr<float>();
+    work.out_stride = work.columns;
+    work.accumulate = row > 0;
+    over_strips(pass_kernels().dropped_dots, work, work.columns, grad.size(0));
+  });
 }
 
 Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, float scale) {

@@ -70,7 +70,7 @@ struct TileOperands {
 };
 
 // Whether the second product of PEFT's DoRA is with the dropped elements alone.
-bool rest_apart(const ForwardCall& f) { return f.drop_base() && drops_few(f.adapter.dropout, f.size.in); }
+bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
 TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
                          TileOperands* held) {
@@ -190,18 +190,25 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   // A float32 product is made where Z lies, or Y, and finished there.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
-  Tensor base;
+  Tensor before, after;
   if (there) {
-    base = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
-    mm_out(base, x, transposed(working_weight(f.op, f.weight, type)));
+    before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
+    mm_out(before, x, transposed(working_weight(f.op, f.weight, type)));
     if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // it is there
+  } else if (!f.drop_base()) {
+    before = product_forward(f.op, x, f.weight, type);
   } else {
-    base = product_forward(f.op, x, f.weight, type);
-  }
-  Tensor before = base, after;
-  if (f.drop_base()) {
-    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, adapter.dropout.scale), f.weight, type);
-    after = torch::stable::subtract(base, before);
+    const float scale = adapter.dropout.scale;
+    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, scale), f.weight, type);
+    if (drops_few(adapter.dropout) && sums_in_float(type)) {
+      // x Wᵀ - x̃ Wᵀ is the product of what was dropped less x̃ Wᵀ's part that scaling added.
+      const Tensor share = empty({size.out}, ScalarType::Float);
+      std::fill_n(share.mutable_data_ptr<float>(), size.out, 1.0f / scale - 1.0f);
+      after = column_pass(f.op, before, &share, 0.0f, nullptr).scaled;
+      add_dropped_product(f.op, x, shrunk.keep, f.weight, after);
+    } else {
+      after = torch::stable::subtract(product_forward(f.op, x, f.weight, type), before);
+    }
     finish.after = after.const_data_ptr<float>();
   }
   finish.before = before.const_data_ptr<float>();

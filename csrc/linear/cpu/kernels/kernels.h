@@ -89,12 +89,35 @@ struct KeepMask {
   uint32_t* keep;  // [T, words]
 };
 
+// Products with the elements that a mask hides, where they are few. W [N, K] comes as its columns, some rows of it at a
+// time. For the tokens [begin, end):
+//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over the k that are hidden, for kDroppedStrip n from `row` on
+//   dropped_dots      out[t, k] (+)= sum_n m[t, n] W[n, k], for the k of kDroppedStrip from `column` on that are hidden
+struct Dropped {
+  const void* m;
+  DType dtype;
+  int64_t m_stride;  // of m's rows
+  int64_t columns;   // K
+  int64_t rows;      // of W, at most kDroppedRows
+  const uint32_t* keep;
+  int64_t keep_words;
+  const float* turned;  // [K, stride], zeros behind the last of `rows`
+  int64_t stride;       // a multiple of kDroppedStrip
+  float* out;
+  int64_t out_stride;
+  bool accumulate = false;
+};
+constexpr int64_t kDroppedStrip = 64;
+constexpr int64_t kDroppedRows = 1024;
+
 struct PassKernels {
   void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
   void (*expand)(const Expand& expand, int64_t begin, int64_t end);
   void (*keep_mask)(const KeepMask& mask, int64_t begin, int64_t end);
   void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
   void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);
+  void (*dropped_product)(const Dropped& work, int64_t row, int64_t begin, int64_t end);
+  void (*dropped_dots)(const Dropped& work, int64_t column, int64_t begin, int64_t end);
 };
 
 extern const PassKernels kPassKernelsScalar;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear/cpu/kernels/column_pass.h"
+#include "linear/cpu/kernels/dropped.h"
 #include "linear/cpu/kernels/expand.h"
 #include "linear/cpu/kernels/few_tokens.h"
 #include "linear/cpu/kernels/rank_pass.h"

@@ -4,6 +4,7 @@
 
 namespace peft_ext {
 
-const PassKernels kPassKernelsScalar = {row_pass, expand, keep_mask, few_tokens, column_pass};
+const PassKernels kPassKernelsScalar = {row_pass,    expand,          keep_mask,   few_tokens,
+                                        column_pass, dropped_product, dropped_dots};
 
 }  // namespace peft_ext

@@ -1,6 +1,7 @@
 #include "linear/cpu/tiles/products.h"
 
 #include "cpu/isa.h"
+#include "linear/cpu/base_product.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/cpu/skinny.h"
 
@@ -139,11 +140,8 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
   return token_strips(static_cast<bf16*>(scratch(use, bytes)), left, m, tokens, depth, scale, keep);
 }
 
-bool drops_few(const Dropout& dropout, int64_t columns) {
-  // Measured: between a quarter and a third both cost the same. AMX multiplies with all of W in a vector's time for a
-  // twentieth of it.
-  constexpr uint32_t kFewDropped = 65536 / 4;
-  return !ranks_on_tiles() && dropout.threshold <= kFewDropped && columns <= kDroppedColumns;
+bool tiles_take_dropped(const Dropout& dropout, int64_t columns) {
+  return drops_few(dropout) && !ranks_on_tiles() && columns <= kDroppedColumns;
 }
 
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep) {

@@ -28,8 +28,9 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Whether so few elements are dropped that a product with them alone costs less than one with all of W.
-bool drops_few(const Dropout& dropout, int64_t columns);
+// Whether the tiles make a product with dropped elements alone: not where they multiply with all of W in the time that
+// a vector takes for a twentieth of it.
+bool tiles_take_dropped(const Dropout& dropout, int64_t columns);
 
 // The elements of m [tokens, depth] that are not kept; what it points to is in `held`.
 struct DroppedTokens {

@@ -1,0 +1,89 @@
+// Products with the few elements that dropout hides (Dropped), in float32. Included after the target pragma.
+//
+// W's columns are rows here. A strip of kDroppedStrip of W's rows, or of its columns, stays in cache while the tokens
+// pass by; each element of a token then costs a row of the strip, or a dot product with one.
+#pragma once
+
+#include "linear/cpu/kernels/row_block.h"
+
+namespace peft_ext {
+namespace {
+
+// f(column) for each column of [begin, end) that the token drops; begin is a multiple of 32.
+template <typename F>
+inline void for_dropped(const Dropped& work, int64_t token, int64_t begin, int64_t end, const F& f) {
+  for (int64_t k = begin; k < end; k += 32) {
+    const uint32_t inside = end - k >= 32 ? 0xffffffffu : (1u << (end - k)) - 1;
+    uint32_t left = ~work.keep[token * work.keep_words + k / 32] & inside;
+    for (; left != 0; left &= left - 1) f(k + __builtin_ctz(left));
+  }
+}
+
+template <typename T>
+void dropped_product_range(const Dropped& work, int64_t row, int64_t begin, int64_t end) {
+  constexpr int kVecs = static_cast<int>(kDroppedStrip) / Vec::kWidth;
+  const int64_t width = min_i64(kDroppedStrip, work.rows - row);
+  const float* strip = work.turned + row;
+  alignas(64) float sums[kDroppedStrip];
+  for (int64_t t = begin; t < end; ++t) {
+    const T* values = static_cast<const T*>(work.m) + t * work.m_stride;
+    Vec sum[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = Vec::zero();
+    for_dropped(work, t, 0, work.columns, [&](int64_t k) {
+      const Vec value = Vec::broadcast(to_float(values[k]));
+      const float* weights = strip + k * work.stride;
+      for (int v = 0; v < kVecs; ++v) sum[v] = Vec::fma(value, Vec::load(weights + v * Vec::kWidth), sum[v]);
+    });
+    for (int v = 0; v < kVecs; ++v) sum[v].store(sums + v * Vec::kWidth);
+    float* out = work.out + t * work.out_stride + row;
+    for (int64_t j = 0; j < width; ++j) out[j] += sums[j];
+  }
+}
+
+void dropped_product(const Dropped& work, int64_t row, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) { dropped_product_range<decltype(zero)>(work, row, begin, end); });
+}
+
+// left · right of `count` values.
+inline float long_dot(const float* left, const float* right, int64_t count) {
+  constexpr int kSums = 4;
+  Vec sum[kSums];
+  for (int i = 0; i < kSums; ++i) sum[i] = Vec::zero();
+  int64_t j = 0;
+  for (; j + kSums * Vec::kWidth <= count; j += kSums * Vec::kWidth)
+    for (int i = 0; i < kSums; ++i)
+      sum[i] = Vec::fma(Vec::load(left + j + i * Vec::kWidth), Vec::load(right + j + i * Vec::kWidth), sum[i]);
+  for (; j + Vec::kWidth <= count; j += Vec::kWidth)
+    sum[0] = Vec::fma(Vec::load(left + j), Vec::load(right + j), sum[0]);
+  float total = Vec::add(Vec::add(sum[0], sum[1]), Vec::add(sum[2], sum[3])).sum();
+  for (; j < count; ++j) total += left[j] * right[j];
+  return total;
+}
+
+// A token's values in float32: where they lie, or in a buffer.
+inline const float* wide_values(const float* values, int64_t, float*) { return values; }
+template <typename T>
+inline const float* wide_values(const T* values, int64_t count, float* buffer) {
+  widen(values, count, buffer);
+  return buffer;
+}
+
+template <typename T>
+void dropped_dots_range(const Dropped& work, int64_t column, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kDroppedRows];
+  for (int64_t t = begin; t < end; ++t) {
+    const float* values = wide_values(static_cast<const T*>(work.m) + t * work.m_stride, work.rows, buffer);
+    float* out = work.out + t * work.out_stride;
+    for_dropped(work, t, column, min_i64(work.columns, column + kDroppedStrip), [&](int64_t k) {
+      const float sum = long_dot(values, work.turned + k * work.stride, work.rows);
+      out[k] = work.accumulate ? out[k] + sum : sum;
+    });
+  }
+}
+
+void dropped_dots(const Dropped& work, int64_t column, int64_t begin, int64_t end) {
+  with_dtype(work.dtype, [&](auto zero) { dropped_dots_range<decltype(zero)>(work, column, begin, end); });
+}
+
+}  // namespace
+}  // namespace peft_ext
