@@ -258,9 +258,8 @@ def explain(model: nn.Module) -> Explanation:
 
 def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        for kind, reason in block_parts(module):
-            yield Row(name, kind, reason is None, reason or "")
+    for name, kind, reason in block_parts(model):
+        yield Row(name, kind, reason is None, reason or "")
     for layer in heads(model):
         reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")

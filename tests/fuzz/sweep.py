@@ -199,6 +199,8 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
         case, shape = _away_from_zero(case), ((min(torch.Size(shape[0]).numel(), 4096 // shape[3]),), *shape[1:])
     if seed % 13 == 7:
         case, shape = _attention(random.Random(~seed), shape)
+    elif seed % 39 == 8:
+        case = row_cases.dropout_case(rng.choice((0.1, 0.5, 2**-16, 0.999)))
     layouts = tuple(rng.choices(LAYOUTS, k=4)) if rng.random() < 0.5 else ("contiguous",) * 4
     dtype = rng.choice(DTYPES)
     isas = _native.STATE.module.isas()

@@ -46,6 +46,7 @@ def test_the_sweep_draws_every_operator_and_path() -> None:
         "ia3",
         "bottleneck",
         "activations",
+        "dropout",
         "norm",
         "rotary",
         "attention",

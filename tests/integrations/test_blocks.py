@@ -286,7 +286,8 @@ def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MLPS)
-def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool) -> None:
+def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks.ops, "dropout", torch.nn.functional.dropout)  # the same masks
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
@@ -410,3 +411,78 @@ def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
             found.append((loss.detach(), *(p.grad for p in one.parameters() if p.grad is not None)))
         for value, wanted in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Models whose own dropouts act, and an adapter's."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "BERT":
+        config = hf.BertConfig(**sizes, intermediate_size=48, hidden_dropout_prob=0.2)
+        model, targets = hf.BertForMaskedLM(config), ["query", "value"]
+    else:
+        config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0.2, embd_pdrop=0.2)
+        model, targets = hf.GPT2LMHeadModel(config), ["c_attn"]
+    config = LoraConfig(target_modules=targets, lora_dropout=0.3, init_lora_weights=False)
+    return get_peft_model(model.to(dtype), config).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's masks it is the step it was; with its own it draws as many, again in each step."""
+    stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
+    rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
+    assert len(rows) >= 5 and all(row.fused for row in rows) and not any("lora" in row.name for row in rows)
+    drawn, real = [], blocks.ops.dropout
+    monkeypatch.setattr(blocks.ops, "dropout", lambda x, p: drawn.append(p) or real(x, p))
+    torch.manual_seed(1)
+    first = step(model)["loss"]
+    assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each drew new masks
+    torch.manual_seed(1)
+    assert step(model)["loss"] == first
+    # Without adapters' and attention's dropouts, whose masks are others as well.
+    monkeypatch.setattr(blocks.ops, "dropout", torch.nn.functional.dropout)
+    for one in (stock, model):
+        for name, module in one.named_modules():
+            if isinstance(module, nn.Dropout) and (
+                "lora_dropout" in name or "self.dropout" in name or "attn_dropout" in name
+            ):
+                module.p = 0.0
+    found = []
+    for one in (stock, model):
+        torch.manual_seed(2)
+        found.append(step(one))
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    for key, value in found[0].items():
+        assert (found[1][key] - value).norm() <= bound * value.norm(), key
+    model.eval()
+    monkeypatch.setattr(blocks.ops, "dropout", None)
+    step(model)
+
+
+def test_dropouts_that_stay_as_they_are() -> None:
+    """What is dropped in place, or never, or all; adapters' own; and after restore all."""
+    model = with_dropouts("BERT")
+    layers = [nn.Dropout(0.5, inplace=True), nn.Dropout(0.0), nn.Dropout(1.0), nn.Dropout1d(0.5), nn.Dropout(0.5)]
+    model.get_base_model().more = nn.ModuleList(layers)
+    peft_ext.accelerate(model)
+    assert [isinstance(layer, blocks.Dropout) for layer in layers] == [False, False, False, False, True]
+    x = torch.ones(4, 40)
+    layers[0](x)
+    assert set(x.unique().tolist()) == {0.0, 2.0} and layers[2](x).count_nonzero() == 0
+    own = layers[4]
+    assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # not contiguous
+    assert own(torch.ones(4, dtype=torch.float64)).dtype is torch.float64 and own(torch.ones(0, 3)).shape == (0, 3)
+    own.p = 1.0
+    assert own.block_reason() == "it drops in place, or all" and own(x).count_nonzero() == 0
+    own.p, own.forward = 0.5, lambda x: x + 1
+    assert "replaced" in own.block_reason() and torch.equal(own(x), x + 1)
+    del own.forward
+    for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert type(copied) is type(own) and set(copied(torch.ones(99)).unique().tolist()) == {0.0, 2.0}
+    peft_ext.restore(model)
+    assert all(type(module) is nn.Dropout for module in model.modules() if isinstance(module, nn.Dropout))

@@ -161,7 +161,7 @@ def test_manual_seed_repeats_the_mask_and_eval_has_none(device: torch.device) ->
     assert torch.equal(ops.lora_linear(x, w, a, b, dropout_p=0.5, training=False), plain)
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=ids)
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.op != "dropout"], ids=ids)
 def test_the_gradient_of_a_gradient_is_refused(case: Case, device: torch.device) -> None:
     sample = case.make(torch.float32, SHAPES[0]).to(device)
     if not sample.grads:
@@ -169,6 +169,14 @@ def test_the_gradient_of_a_gradient_is_refused(case: Case, device: torch.device)
     leaf = sample.inputs[sample.grads[0]].requires_grad_()
     with pytest.raises(RuntimeError, match=r"the gradient of a gradient \(create_graph=True\) is not supported"):
         torch.autograd.grad(case.call(**sample.inputs).sum(), leaf, create_graph=True)
+
+
+def test_the_gradient_of_a_dropouts_gradient(device: torch.device) -> None:
+    x = torch.randn(5, 30, dtype=torch.float32).to(device).requires_grad_()
+    y = ops.dropout(x, 0.5, seed=SEED.to(device))
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, torch.where(y == 0, 0.0, 8.0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

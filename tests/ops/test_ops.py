@@ -153,7 +153,11 @@ def saved_bytes(case: Case, sample: Sample) -> int:
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in LINEAR if case.op in ("lora", "dora", "ia3", "norm", "activations", "rotary", "attention")],
+    [
+        case
+        for case in LINEAR
+        if case.op in ("lora", "dora", "ia3", "norm", "activations", "dropout", "rotary", "attention")
+    ],
     ids=ids,
 )
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
@@ -181,6 +185,7 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "ia3_linear": 0 if "feedforward" in about else y,
         "ia3_scale": 0,
         "gated_activation": 0,
+        "dropout": seed,
         "rotary_embedding": 0,
         "scaled_dot_product_attention": of_attention,
         "activation": 0,
@@ -365,6 +370,8 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     if name == "scaled_dot_product_attention":
         p = 0.1 if "dropout" in case.name else 0.0
         return name, (i["q"], i["k"], i["v"], i["mask"], "causal" in case.name, 0.3, p, SEED if p else None)
+    if name == "dropout":
+        return name, (i["x"], 0.1, SEED.to(i["x"].device))
     if name == "rotary_embedding":
         return name, (i["q"], i["k"], i["cos"], i["sin"])
     if case.op == "activations":

@@ -39,7 +39,7 @@ SHAPES = (
 FEW_SHAPES = (((131,), 515, 70, 8), ((2, 333), 96, 261, 24))
 LAYERS = ((576, 192), (576, 576), (1536, 576), (576, 1536))  # K, N: SmolLM2-135M's
 TOKENS = (777, 2048)
-WITHOUT_PRODUCTS = ("norm", "activations", "rotary", "attention")  # operators
+WITHOUT_PRODUCTS = ("norm", "activations", "dropout", "rotary", "attention")  # operators
 QUANTIZED = ((4096, 1024), (11008, 512))  # so many blocks' scales that PyTorch would share out their sum
 # The paths whose dense bfloat16 product is the package's own.
 TILES = _native.STATE.isa in ("avx512_bf16", "amx", "amx_emulated")

@@ -16,6 +16,7 @@ from op_case import DTYPES, SEED, SHAPES, Case, Sample, case_name, randn, wide
 from row_cases import (
     activation_case,
     attention_case,
+    dropout_case,
     gated_activation_case,
     layer_norm_case,
     rms_norm_case,
@@ -729,6 +730,8 @@ CASES: tuple[Case, ...] = (
     activation_case("relu"),
     activation_case("silu"),
     activation_case("relu2"),
+    dropout_case(),
+    dropout_case(0.5),
     rotary_case(),
     rotary_case(2, 2, one_cos=True),
     rotary_case(5, 2, contiguous=True),

@@ -1,4 +1,4 @@
-"""Cases of the operators that have no weight: norms, activations, positions, attention."""
+"""Cases of the operators that have no weight: norms, activations, dropout, positions, attention."""
 
 from __future__ import annotations
 
@@ -167,6 +167,23 @@ def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, con
 
     traits = "-one_cos" * one_cos + "-contiguous" * contiguous
     return Case(f"rotary_embedding-{heads}_{kv_heads}{traits}", "rotary", make, call, plain, result=result)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def dropout_case(dropout_p: float = 0.1) -> Case:
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        return Sample({"x": randn(*shape[0], shape[1], dtype=dtype)}, ("x",))
+
+    def call(x, training=True, seed=None):
+        return ops.dropout(x, dropout_p, training, seed=SEED.to(x.device) if seed is None else seed)
+
+    def plain(x):
+        keep = reference.dropout_keep_mask(SEED, dropout_p, x.shape).to(x.device)
+        return torch.where(keep, x / (1 - dropout_p), 0.0)
+
+    return Case(case_name("dropout", "x", dropout_p, None), "dropout", make, call, plain, result=_of_x)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

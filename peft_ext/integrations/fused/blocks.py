@@ -1,6 +1,7 @@
-"""Norms, MLPs and parts of attentions on fused operators: known by their structure, and tried.
+"""Norms, MLPs, dropouts and parts of attentions on fused operators: known by their structure, and tried.
 
     RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
+    dropout              a CPU's: the mask is drawn in a vector's lanes, and again in the backward
     MLP                  down(act(gate x) ∘ up x), down(act(up x)): the activation in one pass; saved: gate and up. What
                          ``down`` saves, act(gate) ∘ up, is computed again in the backward
     attention            layers of one input together, rotary positions in one pass, softmax(q kᵀ) v without the scores;
@@ -172,6 +173,36 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
         if alike[wide, wide] and alike[narrow, narrow]:
             return names[0], offset, rounds, all(alike.values())
     return None
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+class Dropout(Block):
+    """nn.Dropout, on a CPU. Those of adapters are the adapter layers' own."""
+
+    kind = "dropout"
+
+    def block_reason(self) -> Optional[str]:
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance"
+        if self.inplace or not 0.0 <= self.p < 1.0:
+            return "it drops in place, or all"
+        return kernel_reason(self.kind, "cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(x)
+        # PyTorch's result has x's strides.
+        if not acts or x.device.type != "cpu" or not x.is_contiguous() or self.block_reason() is not None:
+            return self.stock_class.forward(self, x)
+        return ops.dropout(x, self.p)
+
+
+def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
+    """Returns the dropouts that are a PEFT layer's, which reads them itself."""
+    held = (child for module in model.modules() if hasattr(module, "adapter_layer_names")
+            for child in module._modules.values() if isinstance(child, nn.ModuleDict))  # fmt: skip
+    return {module for child in held for module in child.modules() if isinstance(module, nn.Dropout)}
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------
@@ -466,6 +497,8 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         return _forward_class(module) or module.stock_class
     if stock is nn.LayerNorm:
         return _class(LayerNorm, stock, ())
+    if stock is nn.Dropout:
+        return _class(Dropout, stock, ()) if 0.0 < module.p < 1.0 and not module.inplace else None
     if stock.__module__.startswith(("torch.", "peft.", "peft_ext.", "bitsandbytes.")) or stock in STOCK:
         return None
     if is_fully_sharded(stock):
@@ -484,8 +517,15 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     return _TRIED[key] or _forward_class(module)
 
 
-def block_parts(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
-    """Yields what is fused of a module, or could be, and why it is not; nothing of a module that is no block."""
+def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
+    """Yields the names of ``model``'s blocks, what is fused of each, or could be, and why it is not."""
+    skipped = dropouts_of_adapters(model)
+    for name, module in model.named_modules():
+        if module not in skipped:
+            yield from ((name, *part) for part in _parts_of(module))
+
+
+def _parts_of(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
     if isinstance(module, Block):
         yield from module.parts()
     elif (kind := _fused_class(module)) is not None:
@@ -498,9 +538,10 @@ def block_parts(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives the norms, MLPs and attentions of ``model`` that are known, and were tried, their fused classes."""
+    """Gives the blocks of ``model`` that are known, and were tried, their fused classes."""
+    skipped = dropouts_of_adapters(model)
     for module in model.modules():
-        if (kind := _fused_class(module)) is not None:
+        if module not in skipped and (kind := _fused_class(module)) is not None:
             module.__class__ = kind
 
 

@@ -49,6 +49,7 @@ _CALLED = {
     "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
     "activation": ("activation", "activation_backward"),
     "gated_activation": ("gated_activation", "gated_activation_backward"),
+    "dropout": ("dropout",),
     "layer_norm": ("layer_norm", "layer_norm_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
     "rotary_embedding": ("rotary_embedding", "rotary_embedding_backward"),

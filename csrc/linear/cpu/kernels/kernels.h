@@ -89,6 +89,15 @@ struct KeepMask {
   uint32_t* keep;  // [T, words]
 };
 
+// out = mask/(1-p) ∘ m for the flat elements [begin, end), begin a multiple of kDropTogether.
+struct DropElements {
+  const void* m;
+  DType dtype;
+  Dropout dropout;
+  void* out;
+};
+constexpr int64_t kDropTogether = 512;
+
 // Products with the elements that a mask hides, where they are few. W [N, K] comes as its columns, some rows of it at a
 // time. For the tokens [begin, end):
 //   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over the k that are hidden, for kDroppedStrip n from `row` on
@@ -114,6 +123,7 @@ struct PassKernels {
   void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
   void (*expand)(const Expand& expand, int64_t begin, int64_t end);
   void (*keep_mask)(const KeepMask& mask, int64_t begin, int64_t end);
+  void (*drop_elements)(const DropElements& work, int64_t begin, int64_t end);
   void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
   void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);
   void (*dropped_product)(const Dropped& work, int64_t row, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and the dropout's mask alone. Included after the target pragma.
+// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and dropout alone, its mask or x̃. Included after the target pragma.
 //
 // kTokens rows by kPanel columns are widened to float32 (and dropped) in L1; each value is then broadcast against a row
 // of `right` (sum kept in registers over the panel) and against a row of `left` (sum kept in `acc`). The panel is the
@@ -50,6 +50,21 @@ void keep_mask(const KeepMask& mask, int64_t begin, int64_t end) {
       const uint16_t* draws = philox_draws(mask.dropout, t * mask.columns + k, width, buffer);
       keep_bits(mask.dropout, draws, width, mask.keep + t * mask.words + k / 32);
     }
+}
+
+void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
+  alignas(64) uint16_t buffer[draws_room(kDropTogether)];
+  alignas(64) float values[kDropTogether];
+  with_dtype(work.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t i = begin; i < end; i += kDropTogether) {
+      const int64_t count = min_i64(kDropTogether, end - i);
+      const uint16_t* draws = philox_draws(work.dropout, i, count, buffer);
+      widen(static_cast<const T*>(work.m) + i, count, values);
+      apply_dropout(work.dropout, draws, count, values);
+      narrow(values, count, static_cast<T*>(work.out) + i);
+    }
+  });
 }
 
 template <bool kShrink, bool kOuter, int kRows>

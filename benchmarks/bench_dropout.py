@@ -1,0 +1,48 @@
+"""Dropout alone, forward and backward, over bf16 and float32 activations, against PyTorch's.
+
+    y = mask ∘ x / (1 - p)
+
+PyTorch writes the mask and reads it again. The floor reads x and writes y, and reads dY and writes dX.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops, reference
+
+from .grid import Variant
+from .harness import Comparison
+from .peers import COMPILE_RANDOM, Problem, compiled, draw_seed, functional, gather
+
+
+def _dropout(p: float, dtype: torch.dtype, problem: Problem, compile: bool) -> Comparison:
+    problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.dropout(x.to(dtype), p, seed=draw_seed(problem)).to(x.dtype)
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return F.dropout(x.to(dtype), p).to(x.dtype)
+
+    def mask() -> Tensor:
+        return reference.dropout_keep_mask(draw_seed(problem), p, torch.Size((problem.tokens, problem.k))) / (1 - p)
+
+    exact = problem.exact("bf16", lambda linear, x, drawn: x * drawn, (), mask)
+    theirs = COMPILE_RANDOM.replace("torch.compile", "PyTorch")
+    makers = {"ours": lambda: functional(problem, "bf16", ours, (), exact),
+              "torch eager": lambda: functional(problem, "bf16", eager, (), theirs)}  # fmt: skip
+    if compile:
+        makers["torch.compile"] = lambda: functional(problem, "bf16", compiled(eager), (), theirs)
+    contenders, absent = gather(makers)
+    return Comparison(contenders, 4 * dtype.itemsize * problem.tokens * problem.k, 0, absent=absent)
+
+
+VARIANTS = tuple(
+    Variant("dropout", f"{name}, p 0.1", partial(_dropout, 0.1, dtype), tokens=(512, 2048), devices=("cpu",))
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))
+)

@@ -1,0 +1,75 @@
+"""Dropout of a CPU, whose mask is made twice and never written.
+
+    y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
+
+The mask is a function of the seed and of an element's place (:mod:`peft_ext.reference.philox`). Saved: the seed.
+
+Source: Dropout (Srivastava et al., JMLR 2014).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import common
+from . import checks
+from .library import define, in_float64, register_autograd
+
+__all__ = ["dropout"]
+
+
+def _reference(x, dropout_p, seed):
+    wide = x.to(common.sum_dtype(x.dtype))
+    return common.dropped(wide, dropout_p, seed).to(x.dtype).contiguous()
+
+
+def _fake(x, dropout_p, seed):
+    return x.new_empty(x.shape)
+
+
+define("dropout", "(Tensor x, float dropout_p, Tensor seed) -> Tensor", reference=_reference, fake=_fake, cuda=False)
+
+
+def _setup_context(ctx, inputs, output):
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad):
+    return _dropout(grad, ctx.p, *ctx.saved_tensors), None, None
+
+
+_dropout = register_autograd("dropout", _backward, setup_context=_setup_context)
+
+
+def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: Optional[Tensor] = None) -> Tensor:
+    """``mask ∘ x / (1 - p)``, as :func:`torch.nn.functional.dropout`.
+
+    Args:
+        x: of any shape, float32, bfloat16 or float16.
+        dropout_p: probability to drop an element, ``0 <= p < 1``, in steps of 2^-16.
+        training: False: x itself is returned.
+        seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
+            the RNG state that checkpointing preserves give the same mask again.
+
+    Returns: x's shape and dtype, contiguous; each element rounded once. The gradient flows to x, and has a gradient
+    itself. Saved for backward: the seed. Autocast changes nothing. On a GPU it is PyTorch's own, with PyTorch's mask.
+
+    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+
+    Source: Dropout (Srivastava et al., JMLR 2014).
+    """
+    op = "dropout"
+    checks.check_float(op, "x", x)
+    checks.check_scale(op, 1.0, dropout_p)
+    checks.check_seed(op, seed, x)
+    if x.is_cuda and not checks.any_float64(x):
+        return F.dropout(x, float(dropout_p), bool(training))
+    if (seed := common.dropout_seed(seed, dropout_p, training, x.device)) is None:
+        return x
+    if checks.any_float64(x):
+        return in_float64(common.dropped, x, float(dropout_p), seed)
+    return _dropout(x, float(dropout_p), seed)
