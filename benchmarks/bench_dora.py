@@ -1,8 +1,9 @@
 """One DoRA layer's training step, its norm included, bf16 base and float32 adapters of rank 16, against PEFT's layer.
 
 The norm changes with every step, so each step computes it: the floor counts ``U = W Aᵀ`` and ``|W|²`` in one pass over
-W that the forward makes anyway. With dropout in PEFT's mode the base runs twice more, on the dropped x and on its
-gradient; in "lora" mode dropout acts on the low rank alone, another function with another float64 result than PEFT's.
+W that the forward makes anyway. With dropout in PEFT's mode the base runs on the dropped x, too, and on its gradient:
+the floor counts what was dropped, as the rest is the product that there is anyhow. In "lora" mode dropout acts on the
+low rank alone, another function with another float64 result than PEFT's.
 
 The norm alone, too, against the dense way: W dequantized (by our own operator), W + s B A formed, its rows' norms.
 """
@@ -86,7 +87,7 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
         },
         # The magnitude and its gradient, and Z once more for that gradient.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
-        flops=(8 if drops_base else 4) * tokens * n * k + low_rank_flops(problem) + 2 * n * k * (r + 1),
+        flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,
     )
 

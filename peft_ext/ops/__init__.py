@@ -8,7 +8,7 @@ from .attention import scaled_dot_product_attention
 from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
-from .dropout import dropout
+from .dropouts import dropout
 from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale

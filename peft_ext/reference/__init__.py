@@ -8,6 +8,7 @@ from .attention import scaled_dot_product_attention, scaled_dot_product_attentio
 from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
+from .dropouts import dropout
 from .experts import dora_experts, dora_experts_weight_norm, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
@@ -29,6 +30,7 @@ __all__ = [
     "dora_linear_backward",
     "dora_weight_norm",
     "dora_weight_norm_backward",
+    "dropout",
     "dropout_keep_mask",
     "dynamic_code",
     "frozen_linear",

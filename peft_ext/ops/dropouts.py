@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import common
+from ..reference import dropouts as reference
 from . import checks
 from .library import define, in_float64, register_autograd
 
@@ -22,8 +23,7 @@ __all__ = ["dropout"]
 
 
 def _reference(x, dropout_p, seed):
-    wide = x.to(common.sum_dtype(x.dtype))
-    return common.dropped(wide, dropout_p, seed).to(x.dtype).contiguous()
+    return reference.dropout(x, dropout_p, seed).contiguous()
 
 
 def _fake(x, dropout_p, seed):
@@ -71,5 +71,5 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
     if (seed := common.dropout_seed(seed, dropout_p, training, x.device)) is None:
         return x
     if checks.any_float64(x):
-        return in_float64(common.dropped, x, float(dropout_p), seed)
+        return in_float64(reference.dropout, x, float(dropout_p), seed)
     return _dropout(x, float(dropout_p), seed)
