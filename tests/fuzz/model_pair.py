@@ -16,6 +16,7 @@ from typing import Any, Optional
 import bitsandbytes as bnb
 import peft
 import torch
+import torch.nn.functional as F
 from model_probe import Parts, Probe, apart, in_dtype, linears, measure, stir, widened
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft_models import PhiloxDropout, quantize, tuners
@@ -87,6 +88,13 @@ class Statistics:
     def mean(self) -> float:
         """The geometric mean of our error over PEFT's."""
         return math.exp(statistics.fmean(self.rounded)) if self.rounded else 1.0
+
+
+class OwnDropout(PhiloxDropout):
+    """A model's own, as the fused one is: PyTorch's where x is not in one piece."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.is_contiguous() else F.dropout(x, self.p, self.training)
 
 
 class Pair:
@@ -360,9 +368,19 @@ class Pair:
                     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                         setattr(other, hooks, getattr(dropout, hooks))
 
+    def share_own_masks(self) -> None:
+        """The model's own dropouts draw as the op does where they are fused."""
+        fused = {row.name for row in peft_ext.explain(self.fused).blocks if row.kind == "dropout" and row.fused}
+        for name, module in list(self.stock.named_modules()):
+            if type(module) in (nn.Dropout, OwnDropout) and "lora_dropout" not in name:
+                kind = OwnDropout if name in fused else nn.Dropout
+                parent, _, child = name.rpartition(".")
+                setattr(self.stock.get_submodule(parent), child, kind(module.p).train(module.training))
+
     def call(self, probe: Probe) -> Optional[list[Parts]]:
         """What PEFT's and the accelerated model give; None where both refuse."""
         self.tell(f"  {probe}")
+        self.share_own_masks()
         if self.drops:
             for model in (self.stock, self.fused):
                 model.train(probe.training)

@@ -25,7 +25,7 @@ from peft_ext.integrations.fused import reasons
 from peft_ext.integrations.fused.base import FUSED, KEPT
 from peft_ext.integrations.fused.lora import Lora, LowRank
 
-CASES = 300
+CASES = 200
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """accelerate on transformers' architectures: PEFT's own layers, same weights, batch and seed, are what it has to equal.
 
-The models keep their own dropout in training, so an adapter layer that draws from the generator where PEFT's does not
-gives another loss.
+The models keep their own dropout in training, with PyTorch's masks here, so an adapter layer that draws from the
+generator where PEFT's does not gives another loss.
 """
 
 from __future__ import annotations
@@ -40,6 +40,14 @@ import peft_ext
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = ("LoRA", "DoRA", "IA3")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def masks_of_pytorch():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(peft_ext.ops, "dropout", nn.functional.dropout)
+        yield
+
 
 # By architecture: how many layers each method adapts, and how many of them run fused.
 LAYERS = {

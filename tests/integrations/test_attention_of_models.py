@@ -37,7 +37,8 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen 3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPS, head_dim=24)),
     "Mistral, window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPS, sliding_window=5)),
     "Mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPS, num_local_experts=4)),
-    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, attn_pdrop=0.0)),
+    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, attn_pdrop=0.0,
+                                                      resid_pdrop=0.0, embd_pdrop=0.0)),  # fmt: skip
     "OPT": lambda: hf.OPTForCausalLM(hf.OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32})),
     "DeepSeek-V3": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(
         **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,

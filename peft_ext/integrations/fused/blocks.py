@@ -199,10 +199,9 @@ class Dropout(Block):
 
 
 def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
-    """Returns the dropouts that are a PEFT layer's, which reads them itself."""
-    held = (child for module in model.modules() if hasattr(module, "adapter_layer_names")
-            for child in module._modules.values() if isinstance(child, nn.ModuleDict))  # fmt: skip
-    return {module for child in held for module in child.modules() if isinstance(module, nn.Dropout)}
+    """Returns the dropouts of LoRA's layers, which read their probabilities."""
+    held = (module._modules.get("lora_dropout") for module in model.modules())
+    return {dropout for children in held if children is not None for dropout in children.modules()}
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------
