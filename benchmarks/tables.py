@@ -126,14 +126,19 @@ def operator(*ops: str) -> Callable[[], str]:
     return draw
 
 
-def attention_text() -> str:
+def of_its_own(run: str, *ops: str) -> Callable[[], str]:
     """Of a run of its own (``python -m benchmarks attention --out benchmarks/results/e2e-attention-...``)."""
-    pattern = "e2e-attention-*.json"
-    found = [result for result in [newest(pattern), *newest_forced(pattern)] if result is not None]
-    return "\n\n".join(
-        f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n{kernel_table(result, bool)}"
-        for result in found
-    ) or NOTHING  # fmt: skip
+
+    def draw() -> str:
+        pattern = f"e2e-{run}-*.json"
+        found = [result for result in [newest(pattern), *newest_forced(pattern)] if result is not None]
+        return "\n\n".join(
+            f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n"
+            f"{kernel_table(result, lambda row: row['op'] in ops)}"
+            for result in found
+        ) or NOTHING  # fmt: skip
+
+    return draw
 
 
 def error_table() -> str:
@@ -347,9 +352,10 @@ DRAWN: dict[str, Callable[[], str]] = {
     "lora": operator("lora_linear"),
     "mixed": operator("grouped_lora_linear"),
     "bottleneck": operator("bottleneck_adapter"),
-    "dora": operator("dora_linear", "dora_weight_norm"),
+    "dora": of_its_own("dora", "dora_linear", "dora_weight_norm"),
     "ia3": operator("ia3_linear", "ia3_scale"),
-    "attention": attention_text,
+    "attention": of_its_own("attention", "scaled_dot_product_attention"),
+    "dropout": of_its_own("dora", "dropout"),
     "methods": methods_text,
     "experts": experts_text,
     "calls": calls_text,

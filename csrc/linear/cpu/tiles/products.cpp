@@ -147,21 +147,25 @@ bool tiles_take_dropped(const Dropout& dropout, int64_t columns) {
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep) {
   DroppedTokens out;
   out.first.resize(static_cast<size_t>(tokens) + 1);
-  for (int64_t t = 0; t < tokens; ++t) {
-    int64_t kept = 0;
-    for (int64_t k = 0; k < depth; k += 32) {
-      const uint32_t inside = depth - k >= 32 ? 0xffffffffu : (1u << (depth - k)) - 1;
-      kept += __builtin_popcount(keep.data[t * keep.per_row + k / 32] & inside);
+  const int64_t grain = ceil_div(kPackGrain, depth + 1);
+  parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t kept = 0;
+      for (int64_t k = 0; k < depth; k += 32) {
+        const uint32_t inside = depth - k >= 32 ? 0xffffffffu : (1u << (depth - k)) - 1;
+        kept += __builtin_popcount(keep.data[t * keep.per_row + k / 32] & inside);
+      }
+      out.first[t + 1] = round_up(depth - kept, kDroppedStep);
     }
-    out.first[t + 1] = out.first[t] + round_up(depth - kept, kDroppedStep);
-  }
+  });
+  for (int64_t t = 0; t < tokens; ++t) out.first[t + 1] += out.first[t];
   out.held = empty({out.first[tokens]}, ScalarType::Float);
   out.entries.first = out.first.data();
   out.entries.entries = static_cast<uint32_t*>(out.held.mutable_data_ptr());
   const TokenStrips work{
       static_cast<const bf16*>(m.const_data_ptr()), tokens, depth, nullptr, keep.data, keep.per_row, nullptr};
   const TileKernels& isa = *tile_kernels();
-  parallel_for(0, tokens, ceil_div(kPackGrain, depth + 1),
+  parallel_for(0, tokens, grain,
                [&](int64_t begin, int64_t end) { isa.dropped_entries(work, out.entries, begin, end); });
   return out;
 }
