@@ -13,7 +13,7 @@ namespace peft_ext {
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Of a block that outlives its call. A linear layer's kPanel and kRows are kPanelStep rows of W at most, twice where
-// they are turned as well, so that they stay below it.
+// they are turned as well (kDroppedDepth), so that they stay below it.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 struct ScratchBlock {

@@ -122,20 +122,23 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
         return 0
     out_features, in_features = given["shape"]
     size = 0
+    drops = bool(given.get("drop_base")) and given.get("seed") is not None
+    rows = by.numel() // max(1, by.shape[-1])
     if device == "cpu" and by.element_size() == 2:
-        products = 2 if given.get("drop_base") and given.get("seed") is not None else 1
+        products = 2 if drops else 1
         if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
             size += products * 2 * by.numel()
         elif STATE.isa == "scalar" and by.dtype is torch.bfloat16 and products == 1 and not _scales(given):
             # PyTorch's own product, onto the other terms.
             size += out_features * in_features * 2 if given.get("absmax") is not None else 0
         else:
-            rows = by.numel() // max(1, by.shape[-1])
             panel = min(1024, out_features) * in_features  # of W, widened; of NF4 decoded to 16 bits first
             size += products * 4 * (rows * (out_features + in_features) + panel)
             size += 2 * panel if given.get("absmax") is not None else 0
-    elif given.get("absmax") is not None:
-        size += out_features * in_features * by.element_size()
+    else:
+        size += out_features * in_features * by.element_size() if given.get("absmax") is not None else 0
+        if device == "cpu" and drops:  # the dropped x, or dY scaled; what is added to the product; W's columns
+            size += 4 * (rows * (out_features + in_features) + min(1024, out_features) * in_features)
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
         size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
     return size

@@ -51,12 +51,13 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
     Args:
         x: of any shape, float32, bfloat16 or float16.
         dropout_p: probability to drop an element, ``0 <= p < 1``, in steps of 2^-16.
-        training: False: x itself is returned.
+        training: False, or dropout_p 0: x itself is returned.
         seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
             the RNG state that checkpointing preserves give the same mask again.
 
     Returns: x's shape and dtype, contiguous; each element rounded once. The gradient flows to x, and has a gradient
-    itself. Saved for backward: the seed. Autocast changes nothing. On a GPU it is PyTorch's own, with PyTorch's mask.
+    itself. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed it is PyTorch's own, with
+    PyTorch's mask.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -66,10 +67,10 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
     checks.check_float(op, "x", x)
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, x)
-    if x.is_cuda and not checks.any_float64(x):
+    if x.is_cuda and seed is None and not checks.any_float64(x):
         return F.dropout(x, float(dropout_p), bool(training))
     if (seed := common.dropout_seed(seed, dropout_p, training, x.device)) is None:
         return x
     if checks.any_float64(x):
-        return in_float64(reference.dropout, x, float(dropout_p), seed)
+        return in_float64(reference.dropout, x, float(dropout_p), seed).contiguous()
     return _dropout(x, float(dropout_p), seed)

@@ -478,6 +478,7 @@ def test_dropouts_that_stay_as_they_are() -> None:
     own = layers[4]
     assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # not contiguous
     assert own(torch.ones(4, dtype=torch.float64)).dtype is torch.float64 and own(torch.ones(0, 3)).shape == (0, 3)
+    assert own(input=x).shape == x.shape  # by PyTorch's name of it
     own.p = 1.0
     assert own.block_reason() == "it drops in place, or all" and own(x).count_nonzero() == 0
     own.p, own.forward = 0.5, lambda x: x + 1
@@ -487,3 +488,15 @@ def test_dropouts_that_stay_as_they_are() -> None:
         assert type(copied) is type(own) and set(copied(torch.ones(99)).unique().tolist()) == {0.0, 2.0}
     peft_ext.restore(model)
     assert all(type(module) is nn.Dropout for module in model.modules() if isinstance(module, nn.Dropout))
+
+
+def test_a_dropout_that_is_not_on_a_cpu_is_pytorchs() -> None:
+    model = peft_ext.accelerate(with_dropouts("BERT")).to("meta")
+    reasons = {row.reason for row in peft_ext.explain(model).blocks if row.kind == "dropout"}
+    assert reasons == {"it is on meta, where PyTorch's own is used"}
+
+
+def test_a_norm_is_called_by_name() -> None:
+    norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(norm(input=x), nn.LayerNorm.forward(norm, x))

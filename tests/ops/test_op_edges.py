@@ -332,7 +332,7 @@ def test_peft_and_lora_dropout_are_one_without_dropout_and_differ_with_it(device
 
 @pytest.mark.parametrize("dropout_p", [2**-16, 0.02, 0.25, 0.26, 0.9])
 @pytest.mark.parametrize(
-    "tokens, k, n", [(33, 1, 1), (40, 31, 70), (97, 200, 33), (65, 64, 130), (50, 577, 16), (40, 50, 1100)]
+    "tokens, k, n", [(33, 1, 1), (40, 31, 70), (150, 200, 33), (65, 64, 130), (128, 577, 16), (130, 50, 1100)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_peft_dropout_of_any_share_is_the_formula(
@@ -355,6 +355,10 @@ def test_peft_dropout_of_any_share_is_the_formula(
     for name, ours, exact in zip(("y", "x", "A", "B", "magnitude"), *found, strict=True):
         assert (ours.double() - exact).norm() <= bound * exact.norm(), name
         assert (ours.double() - exact).abs().max() <= 2 * bound * exact.abs().max(), name
+    if tokens >= 128 and dropout_p <= 0.25:  # y is rounded once, and nothing before it
+        (y, *_), (exact, *_) = found
+        rounding = (exact.to(dtype).double() - exact).norm()
+        assert (y.double() - exact).norm() <= 1.1 * rounding + 2**-20 * exact.norm()
 
 
 @pytest.mark.parametrize("norm_grad", [False, True])

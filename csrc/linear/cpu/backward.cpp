@@ -18,7 +18,7 @@ struct TileOperands {
 
 // Whether PEFT's DoRA has one product for what is kept, and a dot product for each element that is not.
 bool rest_apart(const BackwardCall& b) {
-  return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.in);
+  return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
 
 // room: for the strips of the gradient.
@@ -128,7 +128,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
     return;
   }
   Tensor before, scale;
-  if (b.drop_base() && drops_few(adapter.dropout) && sums_in_float(type)) {
+  if (b.drop_base() && b.g() != nullptr && products_apart(b.weight, type, size.tokens, adapter.dropout)) {
     // One product for what is kept, and a dot product for each element that is not.
     Tensor by = empty({size.out}, ScalarType::Float);
     for (int64_t i = 0; i < size.out; ++i)

@@ -31,8 +31,6 @@ bool multiplies_in(ScalarType type, bool plain) {
   return plain && current_isa() == Isa::kScalar;
 }
 
-bool sums_in_float(ScalarType type) { return type == ScalarType::Float || !multiplies_in(type, false); }
-
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type) {
   const int64_t tokens = x.size(0), n = weight.out_features();
   if (skinny_accepts(weight, type, tokens)) return skinny_product(op, as_type(x, type), weight);
@@ -75,6 +73,12 @@ bool drops_few(const Dropout& dropout) {
   return dropout.active && dropout.threshold <= kFewDropped;
 }
 
+bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout) {
+  constexpr int64_t kFewest = 128;
+  const bool in_float = type == ScalarType::Float || !multiplies_in(type, false);
+  return in_float && drops_few(dropout) && tokens >= kFewest && !skinny_accepts(weight, type, tokens);
+}
+
 namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // of one unit of a thread's work
@@ -84,6 +88,7 @@ template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {
   const int64_t n = weight.out_features(), k = weight.in_features();
+  if (k == 0) return;
   Dropped work;
   work.columns = k;
   work.keep = keep.data;

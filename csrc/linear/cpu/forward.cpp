@@ -199,13 +199,19 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     before = product_forward(f.op, x, f.weight, type);
   } else {
     const float scale = adapter.dropout.scale;
-    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, scale), f.weight, type);
-    if (drops_few(adapter.dropout) && sums_in_float(type)) {
-      // x Wᵀ - x̃ Wᵀ is the product of what was dropped less x̃ Wᵀ's part that scaling added.
-      const Tensor share = empty({size.out}, ScalarType::Float);
-      std::fill_n(share.mutable_data_ptr<float>(), size.out, 1.0f / scale - 1.0f);
-      after = column_pass(f.op, before, &share, 0.0f, nullptr).scaled;
+    const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
+    // Of x's own values, where x Wᵀ is made of it: scaled they would be rounded.
+    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, apart ? 1.0f : scale), f.weight, type);
+    if (apart) {
+      const auto times = [&](float by) {
+        const Tensor all = empty({size.out}, ScalarType::Float);
+        std::fill_n(all.mutable_data_ptr<float>(), size.out, by);
+        return column_pass(f.op, before, &all, 0.0f, nullptr).scaled;
+      };
+      // x Wᵀ - x̃ Wᵀ is the product of what was dropped less what scaling added to that of the rest.
+      after = times(1.0f - scale);
       add_dropped_product(f.op, x, shrunk.keep, f.weight, after);
+      before = times(scale);
     } else {
       after = torch::stable::subtract(product_forward(f.op, x, f.weight, type), before);
     }

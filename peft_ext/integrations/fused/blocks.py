@@ -57,10 +57,9 @@ class Block:
         """Yields what is fused of the module, and why it is not now."""
         yield self.kind, self.block_reason()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or torch.compiler.is_compiling() or not accepts_input(x) or self.block_reason() is not None:
-            return super().forward(x, *args, **kwargs)
-        return self._fused(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        alone = len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and accepts_input(args[0])
+        return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
 
     def _fused(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -190,12 +189,12 @@ class Dropout(Block):
             return "it drops in place, or all"
         return kernel_reason(self.kind, "cpu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(x)
-        # PyTorch's result has x's strides.
-        if not acts or x.device.type != "cpu" or not x.is_contiguous() or self.block_reason() is not None:
-            return self.stock_class.forward(self, x)
-        return ops.dropout(x, self.p)
+    def forward(self, input: Tensor) -> Tensor:
+        acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
+        # PyTorch's result has the input's strides.
+        if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
+            return self.stock_class.forward(self, input)
+        return ops.dropout(input, self.p)
 
 
 def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
@@ -521,7 +520,19 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
     skipped = dropouts_of_adapters(model)
     for name, module in model.named_modules():
         if module not in skipped:
-            yield from ((name, *part) for part in _parts_of(module))
+            for kind, reason in _parts_of(module):
+                if reason is None and isinstance(module, Dropout) and (device := _device_around(model, name)) != "cpu":
+                    reason = f"it is on {device}, where PyTorch's own is used"
+                yield name, kind, reason
+
+
+def _device_around(model: nn.Module, name: str) -> str:
+    """Returns the type of the device of the first parameter around a module that has none."""
+    while name:
+        name = name.rpartition(".")[0]
+        if (parameter := next(model.get_submodule(name).parameters(), None)) is not None:
+            return parameter.device.type
+    return "cpu"
 
 
 def _parts_of(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:

@@ -140,8 +140,8 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
   return token_strips(static_cast<bf16*>(scratch(use, bytes)), left, m, tokens, depth, scale, keep);
 }
 
-bool tiles_take_dropped(const Dropout& dropout, int64_t columns) {
-  return drops_few(dropout) && !ranks_on_tiles() && columns <= kDroppedColumns;
+bool tiles_take_dropped(const Dropout& dropout, int64_t depth) {
+  return drops_few(dropout) && !ranks_on_tiles() && depth <= kDroppedDepth;
 }
 
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep) {

@@ -30,7 +30,7 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
 
 // Whether the tiles make a product with dropped elements alone: not where they multiply with all of W in the time that
 // a vector takes for a twentieth of it.
-bool tiles_take_dropped(const Dropout& dropout, int64_t columns);
+bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
 // The elements of m [tokens, depth] that are not kept; what it points to is in `held`.
 struct DroppedTokens {

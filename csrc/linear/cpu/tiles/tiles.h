@@ -83,7 +83,8 @@ struct DroppedEntries {
   uint32_t* entries = nullptr;
 };
 constexpr int64_t kDroppedStep = 4;
-constexpr int64_t kDroppedColumns = 65536;  // at most
+// At most: a column has 16 bits of an entry, and a panel, turned as well, takes half of the scratch that is kept.
+constexpr int64_t kDroppedDepth = 65536;
 
 struct TileForward {
   TileWeight weight;
