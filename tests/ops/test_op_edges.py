@@ -336,7 +336,7 @@ def test_peft_and_lora_dropout_are_one_without_dropout_and_differ_with_it(device
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_peft_dropout_of_any_share_is_the_formula(
-    dtype: torch.dtype, dropout_p: float, tokens: int, k: int, n: int, device: torch.device
+    dtype: torch.dtype, dropout_p: float, tokens: int, k: int, n: int, device: torch.device, pytestconfig: pytest.Config
 ) -> None:
     """Below a share the base's second product may be of the dropped elements alone."""
     x, grad, weight, bias = (
@@ -355,7 +355,9 @@ def test_peft_dropout_of_any_share_is_the_formula(
     for name, ours, exact in zip(("y", "x", "A", "B", "magnitude"), *found, strict=True):
         assert (ours.double() - exact).norm() <= bound * exact.norm(), name
         assert (ours.double() - exact).abs().max() <= 2 * bound * exact.abs().max(), name
-    if tokens >= 128 and dropout_p <= 0.25:  # y is rounded once, and nothing before it
+    # y is rounded once, and nothing before it, but where the product is PyTorch's in 16 bits.
+    ours = pytestconfig.getoption("--device") == "cpu" and "neon" not in _native.STATE.isa
+    if ours and tokens >= 128 and dropout_p <= 0.25:
         (y, *_), (exact, *_) = found
         rounding = (exact.to(dtype).double() - exact).norm()
         assert (y.double() - exact).norm() <= 1.1 * rounding + 2**-20 * exact.norm()
