@@ -79,6 +79,7 @@ def main() -> None:
         print(peft_ext.explain(model))  # peft_ext, line 3 of 3: what was fused, and why what was not was not
         model.save_pretrained(options.output, state_dict=adapter)
         print(summary(losses))
+    dist.barrier()  # a process that ends while gloo's threads still hold its last tensors can abort (pytorch #179291)
     dist.destroy_process_group()
 
 

@@ -127,7 +127,10 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
     if device == "cpu" and by.element_size() == 2:
         products = 2 if drops else 1
         if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
-            size += products * 2 * by.numel()
+            if given.get("absmax") is not None or given["weight"].is_contiguous():
+                size += products * 2 * by.numel()
+            elif _scales(given):  # PyTorch's product, in 16 bits and then in float32
+                size += products * 6 * rows * (in_features if "grad" in given else out_features)
         elif STATE.isa == "scalar" and by.dtype is torch.bfloat16 and products == 1 and not _scales(given):
             # PyTorch's own product, onto the other terms.
             size += out_features * in_features * 2 if given.get("absmax") is not None else 0
@@ -140,7 +143,9 @@ def _workspace_bytes(func: Any, args: Any, device: str) -> int:
         if device == "cpu" and drops:  # the dropped x, or dY scaled; what is added to the product; W's columns
             size += 4 * (rows * (out_features + in_features) + min(1024, out_features) * in_features)
     if "grad" in given and ("ia3_l" in given or "out_scale" in given):
-        size += given["x" if given.get("feedforward") else "grad"].numel() * by.element_size()
+        feedforward = bool(given.get("feedforward"))
+        if not (feedforward and device == "cpu" and by.element_size() == 2):  # of the product above
+            size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
 
 

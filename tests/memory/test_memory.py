@@ -166,8 +166,7 @@ def test_autocast_and_padding_too(how):
     value = torch.bfloat16 if how == "autocast" else True
     config = LLAMA if how == "padding" else GPT2
     estimate = estimated(config, peft.IA3Config(task_type="CAUSAL_LM"), **{how: value})
-    # PyTorch's products in 16 bits take up to 0.2 MiB for themselves, on some CPUs.
-    assert_near(estimate, measured(adapted(config, peft.IA3Config(task_type="CAUSAL_LM")), **{how: value}), 0.04)
+    assert_near(estimate, measured(adapted(config, peft.IA3Config(task_type="CAUSAL_LM")), **{how: value}))
     assert estimate.total != estimated(config, peft.IA3Config(task_type="CAUSAL_LM")).total
 
 

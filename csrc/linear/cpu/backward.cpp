@@ -21,6 +21,14 @@ bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
 
+// by (g - 1) + shift, [N] float32.
+Tensor around_one(const BackwardCall& b, float by, float shift) {
+  Tensor out = empty({b.size.out}, ScalarType::Float);
+  float* values = out.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < b.size.out; ++i) values[i] = by * (b.g()[i] - 1.0f) + shift;
+  return out;
+}
+
 // room: for the strips of the gradient.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, TileOperands* held) {
   const LinearSizes& size = b.size;
@@ -29,9 +37,8 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   work.weight = weight;
   work.tokens = size.tokens;
   const auto scaled = [&](bf16* to, float by, float shift) {
-    std::vector<float> values(b.g(), b.g() + size.out);
-    for (float& g : values) g = by * (g - 1.0f) + shift;
-    return token_strips(to, true, b.grad, size.tokens, size.out, values.data(), nullptr);
+    const Tensor values = around_one(b, by, shift);
+    return token_strips(to, true, b.grad, size.tokens, size.out, values.const_data_ptr<float>(), nullptr);
   };
   work.more = nullptr;
   if (rest_apart(b)) {
@@ -130,9 +137,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   Tensor before, scale;
   if (b.drop_base() && b.g() != nullptr && products_apart(b.weight, type, size.tokens, adapter.dropout)) {
     // One product for what is kept, and a dot product for each element that is not.
-    Tensor by = empty({size.out}, ScalarType::Float);
-    for (int64_t i = 0; i < size.out; ++i)
-      by.mutable_data_ptr<float>()[i] = adapter.dropout.scale * (b.g()[i] - 1.0f) + 1.0f;
+    const Tensor by = around_one(b, adapter.dropout.scale, 1.0f);
     const Tensor product = product_backward(b.op, column_pass(b.op, grad, &by, 0.0f, nullptr).scaled, b.weight, type);
     put_dropped_dots(b.op, b.grad, b.keep, b.weight, product);
     finish.after = product.const_data_ptr<float>();

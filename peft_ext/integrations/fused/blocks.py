@@ -1,4 +1,4 @@
-"""Norms, MLPs, dropouts and parts of attentions on fused operators: known by their structure, and tried.
+"""Norms, MLPs, dropouts and parts of attentions on fused operators: known by their structure, and tried, or nn's own.
 
     RMSNorm, LayerNorm   saved: x and one or two numbers a row, no float32 copy of x
     dropout              a CPU's: the mask is drawn in a vector's lanes, and again in the backward

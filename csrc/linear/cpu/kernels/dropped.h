@@ -4,6 +4,7 @@
 // pass by; each element of a token then costs a row of the strip, or a dot product with one.
 #pragma once
 
+#include "cpu/row_loop.h"
 #include "linear/cpu/kernels/row_block.h"
 
 namespace peft_ext {
@@ -44,39 +45,18 @@ void dropped_product(const Dropped& work, int64_t row, int64_t begin, int64_t en
   with_dtype(work.dtype, [&](auto zero) { dropped_product_range<decltype(zero)>(work, row, begin, end); });
 }
 
-// left · right of `count` values.
-inline float long_dot(const float* left, const float* right, int64_t count) {
-  constexpr int kSums = 4;
-  Vec sum[kSums];
-  for (int i = 0; i < kSums; ++i) sum[i] = Vec::zero();
-  int64_t j = 0;
-  for (; j + kSums * Vec::kWidth <= count; j += kSums * Vec::kWidth)
-    for (int i = 0; i < kSums; ++i)
-      sum[i] = Vec::fma(Vec::load(left + j + i * Vec::kWidth), Vec::load(right + j + i * Vec::kWidth), sum[i]);
-  for (; j + Vec::kWidth <= count; j += Vec::kWidth)
-    sum[0] = Vec::fma(Vec::load(left + j), Vec::load(right + j), sum[0]);
-  float total = Vec::add(Vec::add(sum[0], sum[1]), Vec::add(sum[2], sum[3])).sum();
-  for (; j < count; ++j) total += left[j] * right[j];
-  return total;
-}
-
-// A token's values in float32: where they lie, or in a buffer.
-inline const float* wide_values(const float* values, int64_t, float*) { return values; }
-template <typename T>
-inline const float* wide_values(const T* values, int64_t count, float* buffer) {
-  widen(values, count, buffer);
-  return buffer;
-}
-
 template <typename T>
 void dropped_dots_range(const Dropped& work, int64_t column, int64_t begin, int64_t end) {
-  alignas(64) float buffer[kDroppedRows];
   for (int64_t t = begin; t < end; ++t) {
-    const float* values = wide_values(static_cast<const T*>(work.m) + t * work.m_stride, work.rows, buffer);
+    const T* values = static_cast<const T*>(work.m) + t * work.m_stride;
     float* out = work.out + t * work.out_stride;
     for_dropped(work, t, column, min_i64(work.columns, column + kDroppedStrip), [&](int64_t k) {
-      const float sum = long_dot(values, work.turned + k * work.stride, work.rows);
-      out[k] = work.accumulate ? out[k] + sum : sum;
+      const float* weights = work.turned + k * work.stride;
+      float sum[1];
+      sum_vectors(work.rows, sum, [&](auto lanes, int64_t n, Vec* sums) {
+        sums[0] = Vec::fma(lanes.load(values + n), lanes.load(weights + n), sums[0]);
+      });
+      out[k] = work.accumulate ? out[k] + sum[0] : sum[0];
     });
   }
 }
