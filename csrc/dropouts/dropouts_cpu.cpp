@@ -7,19 +7,7 @@ namespace {
 
 Tensor dropout_cpu(Tensor x, double dropout_p, Tensor seed) {
   constexpr const char* kOp = "dropout";
-  const Tensor held = as_contiguous(x);
-  Tensor y = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
-  DropElements work;
-  work.m = held.const_data_ptr();
-  work.dtype = dtype_of(kOp, "x", held);
-  work.dropout = make_dropout(kOp, dropout_p, seed);
-  work.out = y.mutable_data_ptr();
-  const int64_t count = held.numel(), groups = ceil_div(count, kDropTogether);
-  const PassKernels& isa = pass_kernels();
-  torch::stable::parallel_for(0, groups, ceil_div(kPackGrain, kDropTogether), [&](int64_t begin, int64_t end) {
-    isa.drop_elements(work, begin * kDropTogether, min_i64(end * kDropTogether, count));
-  });
-  return y;
+  return dropped_elements(kOp, as_contiguous(x), make_dropout(kOp, dropout_p, seed));
 }
 
 }  // namespace

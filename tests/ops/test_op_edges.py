@@ -139,7 +139,7 @@ def test_philox_is_the_published_generator() -> None:
         assert tuple(int(word) for word in drawn) == wanted
 
 
-@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("tokens", [5, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
 def test_float32_adapters_keep_their_bits(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
     """Over a base of zeros Y and dX are the low-rank term alone: as good as the exact one, rounded once."""
@@ -332,8 +332,10 @@ def test_peft_and_lora_dropout_are_one_without_dropout_and_differ_with_it(device
 
 @pytest.mark.parametrize("dropout_p", [2**-16, 0.02, 0.25, 0.26, 0.9])
 @pytest.mark.parametrize(
-    "tokens, k, n", [(33, 1, 1), (40, 31, 70), (150, 200, 33), (65, 64, 130), (128, 577, 16), (130, 50, 1100)]
-)
+    "tokens, k, n",
+    [(33, 1, 1), (40, 31, 70), (150, 200, 33), (65, 64, 130), (128, 577, 16), (130, 50, 1100), (16, 31, 70),
+     (17, 65, 130), (23, 1032, 1024), (24, 1032, 1024)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_peft_dropout_of_any_share_is_the_formula(
     dtype: torch.dtype, dropout_p: float, tokens: int, k: int, n: int, device: torch.device, pytestconfig: pytest.Config

@@ -79,8 +79,8 @@ class Call:
         if self.case.exact or self.case.op in WITHOUT_PRODUCTS:
             return ()
         if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
-            # kDenseTileTokens: the gradient of fewer is a product of PyTorch's over a dense weight.
-            few = torch.Size(self.shape[0]).numel() < 33 and isinstance(self.sample[0].inputs.get("weight"), Tensor)
+            # kSmallDenseTileTokens: the gradient of fewer is a product of PyTorch's over a dense weight.
+            few = torch.Size(self.shape[0]).numel() < 17 and isinstance(self.sample[0].inputs.get("weight"), Tensor)
             return ("x",) if few else ()
         # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
         hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()

@@ -143,22 +143,4 @@ void put_dropped_dots(const char* op, const Tensor& grad, const KeepBits& keep, 
   });
 }
 
-Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, float scale) {
-  const int64_t tokens = x.size(0), d = x.size(1);
-  Tensor out = empty({tokens, d}, x.scalar_type());
-  with_dtype(dtype_of(op, "x", x), [&](auto zero) {
-    using T = decltype(zero);
-    const T* in = static_cast<const T*>(x.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    parallel_for(0, tokens, ceil_div(kPackGrain, d + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t i = 0; i < d; ++i) {
-          const bool kept = keep.data[t * keep.per_row + i / 32] >> (i % 32) & 1;
-          to[t * d + i] = from_float<T>(kept ? scale * to_float(in[t * d + i]) : 0.0f);
-        }
-    });
-  });
-  return out;
-}
-
 }  // namespace peft_ext

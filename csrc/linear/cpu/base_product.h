@@ -28,7 +28,4 @@ void add_dropped_product(const char* op, const Tensor& x, const KeepBits& keep, 
 void put_dropped_dots(const char* op, const Tensor& grad, const KeepBits& keep, const FrozenWeight& weight,
                       const Tensor& out);
 
-// x̃ in x's type, from the mask's bits: for the paths that have no tiles.
-Tensor dropped_tokens(const char* op, const Tensor& x, const KeepBits& keep, float scale);
-
 }  // namespace peft_ext

@@ -18,8 +18,9 @@ namespace {
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
+  if (!weight.weight.is_contiguous()) return false;
   const bool tiles = type == ScalarType::BFloat16 && tile_kernels() != nullptr;
-  return tokens < (tiles ? kDenseTileTokens : kFewTokens + 1) && weight.weight.is_contiguous();
+  return tiles ? !tiles_accept(weight, type, tokens, true) : tokens <= kFewTokens;
 }
 
 // x [T, K] float32 times a dense Wᵀ, in float32.
@@ -200,8 +201,9 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   } else {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
-    // Of x's own values, where x Wᵀ is made of it: scaled they would be rounded.
-    before = product_forward(f.op, dropped_tokens(f.op, x, shrunk.keep, apart ? 1.0f : scale), f.weight, type);
+    Dropout dropout = adapter.dropout;
+    if (apart) dropout.scale = 1.0f;  // of x's own values, where x Wᵀ is made of it: scaled they would be rounded
+    before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
       const auto times = [&](float by) {
         const Tensor all = empty({size.out}, ScalarType::Float);

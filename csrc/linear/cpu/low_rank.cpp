@@ -25,9 +25,7 @@ Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded) {
 void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate) {
   const Adapter& adapter = f.adapter;
   if (adapter.groups != nullptr) return grouped_few_tokens(f.op, *adapter.groups, x, y, f.out.s);
-  Tensor dropped = x;
-  if (adapter.dropout.active)
-    dropped = dropped_tokens(f.op, x, kept(adapter.dropout, f.size.tokens, f.size.in), adapter.dropout.scale);
+  const Tensor dropped = adapter.dropout.active ? dropped_elements(f.op, x, adapter.dropout) : x;
   run_few_tokens(f.op, as_contiguous(*adapter.lora_A), dropped, f.out.s, false);
   const Tensor rho = rank_scales(f.op, adapter, f.size.rank);
   const Tensor left = column_pass(f.op, f.out.s, &rho, 0.0f, nullptr).scaled;

@@ -91,6 +91,17 @@ KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns) {
   return keep;
 }
 
+Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout) {
+  Tensor out = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  const DropElements work{x.const_data_ptr(), dtype_of(op, "x", x), dropout, out.mutable_data_ptr()};
+  const int64_t count = x.numel(), groups = ceil_div(count, kDropTogether);
+  const PassKernels& isa = pass_kernels();
+  parallel_for(0, groups, ceil_div(kPackGrain, kDropTogether), [&](int64_t begin, int64_t end) {
+    isa.drop_elements(work, begin * kDropTogether, min_i64(end * kDropTogether, count));
+  });
+  return out;
+}
+
 ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other) {
   const int64_t columns = m.size(m.dim() - 1), tokens = rows_of(m);
   const Tensor held = as_contiguous(m);

@@ -35,6 +35,9 @@ KeepBits keep_bits(int64_t tokens, int64_t columns);
 // Made, by a pass of its own.
 KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns);
 
+// x̃ = mask ∘ x by dropout's scale, in x's type and shape; x is contiguous.
+Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout);
+
 // m ∘ (scale + shift) in m's type and shape, where scale [K] float32 is given, and sum_t m[t, k] other[t, k], [K]
 // float32, where other is given; each is [0] otherwise. One pass over m.
 struct ColumnSums {

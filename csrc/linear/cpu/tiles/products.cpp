@@ -75,7 +75,8 @@ const TileKernels* tile_kernels() {
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward) {
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
   if (weight.is_nf4()) return !forward || !skinny_accepts(weight, type, tokens);
-  return weight.weight.is_contiguous() && tokens >= kDenseTileTokens;
+  const bool small = weight.weight.numel() <= kSmallDense;
+  return weight.weight.is_contiguous() && tokens >= (small ? kSmallDenseTileTokens : kDenseTileTokens);
 }
 
 namespace {

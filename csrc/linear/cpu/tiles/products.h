@@ -13,8 +13,9 @@ namespace peft_ext {
 // Null where the CPU path in use has none.
 const TileKernels* tile_kernels();
 
-// Below this TileFewTokens serves over a dense weight, which the tiles would copy into panels for one strip or two.
-constexpr int64_t kDenseTileTokens = 33;
+// Of fewer, a dense weight's rows as they lie (TileFewTokens), and PyTorch's product for dX, cost less than copying it
+// into panels for a strip or two of tokens: of a weight that comes from memory later than of one in a cache.
+constexpr int64_t kDenseTileTokens = 24, kSmallDenseTileTokens = 17, kSmallDense = int64_t{1} << 20;
 
 // Whether the tiles accept this many tokens of this type against the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward);
