@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
 import torch
@@ -23,11 +25,13 @@ from ..weight import NestedAbsmax, NF4Weight
 __all__ = [
     "NF4Experts",
     "adapter_fields",
+    "computing",
     "dense_experts",
     "expert_parameters",
     "first_parameter",
     "gate",
     "hold_nf4",
+    "is_computing",
     "is_stored_transposed",
     "nf4_experts",
     "route",
@@ -37,6 +41,7 @@ __all__ = [
 # What transformers' decorator for experts leaves on their module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+_Run = Callable[[Tensor, Tensor], Tensor]
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -129,7 +134,7 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
     return fits and not index.is_floating_point() and weights.is_floating_point()
 
 
-def route(experts: Any, x: Tensor, given: tuple, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns what experts make of tokens ``[T, H]``: sorted by expert they go through ``run(rows, offsets)``, times
     the routing weights, and come back in order, summed over a token's experts.
 
@@ -160,6 +165,24 @@ def gate(experts: Any, rows: Tensor) -> Tensor:
         return experts._apply_gate(rows)
     half, up = rows.chunk(2, dim=-1)
     return experts.act_fn(half) * up
+
+
+_COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", default=(None, None))
+
+
+@contextmanager
+def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
+    """Within, the forward of ``experts`` is ``run(rows, offsets)``, with the adapters of wrappers around them: what
+    hooks, of the wrappers or of the experts, are called around."""
+    token = _COMPUTING.set((experts, run))
+    try:
+        yield
+    finally:
+        _COMPUTING.reset(token)
+
+
+def is_computing(experts: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and _COMPUTING.get()[0] is experts
 
 
 # --- NF4 --------------------------------------------------------------------------------------------------------------
@@ -218,7 +241,8 @@ class NF4Experts:
             h = gate(self, ops.experts_linear(rows, self.nf4(first), offsets, self.bias_of(first, rows)))
             return ops.experts_linear(h, self.nf4(second), offsets, self.bias_of(second, h))
 
-        return route(self, x, given, run)
+        of, adapted = (None, None) if torch.compiler.is_compiling() else _COMPUTING.get()
+        return route(self, x, given, run if of is not self or adapted is None else adapted)
 
     def bias_of(self, name: str, rows: Tensor) -> Optional[Tensor]:
         bias = self._parameters[f"{name}_bias"] if getattr(self, "has_bias", False) else None

@@ -45,10 +45,10 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
 
 @every_model
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
-    """In the median of three: in 16 bits a token may go to another expert, in the one model or in the other."""
+    """In the median of eleven: in 16 bits a token may go to another expert, in the one model or in the other."""
     eager = None if name == "Llama 4" else "eager"  # the others' own multiply no float64
     ratios = []
-    for seed in range(3):
+    for seed in range(11):
         truth = step(adapt(base(name, torch.bfloat16, eager, seed)).double())
         stock = step(adapt(base(name, torch.bfloat16, seed=seed)))
         fused = step(peft_ext.accelerate(adapt(base(name, torch.bfloat16, seed=seed)), blocks=False))
@@ -58,7 +58,7 @@ def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> N
             sum((found[n].double() - truth[n]).norm().item() ** 2 for n in names) for found in (fused, stock)
         )
         ratios.append((mine / pefts) ** 0.5)
-    assert sorted(ratios)[1] <= 1.2, ratios
+    assert sorted(ratios)[5] <= 1.1, ratios
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -357,11 +357,54 @@ def test_merging_into_nf4_experts_and_back(name: str, tmp_path: Path) -> None:
 
 def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
     hooked = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base())))
-    hooked.get_base_model().model.layers[0].mlp.experts.lora_A["default"].register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="hooks on lora_A"):
+    hooked.get_base_model().model.layers[0].mlp.experts.scaling["default"] = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match="its scaling is a tensor"):
         hooked(**batch())
     with hooked.disable_adapter():
         hooked(**batch())
+
+
+def test_hooks_around_nf4_experts_run() -> None:
+    """PEFT calls each wrapper and the experts within, and nothing of an adapter but its weights."""
+    plain, model = (
+        peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))) for _ in range(2)
+    )
+    experts = model.get_base_model().model.layers[0].mlp.experts
+    assert isinstance(experts.base_layer.base_layer, peft_ext.nn.NF4Experts)
+    called = []
+    experts.lora_A["default"].register_forward_hook(lambda *_: called.append("lora_A"))
+    experts.base_layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    experts.base_layer.register_full_backward_hook(lambda *_: called.append("backward"))
+    handle = experts.base_layer.base_layer.register_forward_hook(lambda *_: called.append("experts"))
+    assert all(row.fused for row in experts_rows(model))
+    for one, other in zip(step(model).items(), step(plain).items(), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+    assert called == ["before", "experts", "backward"]
+    handle.remove()
+    experts.base_layer.base_layer.register_forward_hook(lambda _module, _args, y: 2 * y)
+    assert not torch.allclose(model(**batch()).logits, plain(**batch()).logits)
+
+    def stop(*_: object) -> None:
+        raise KeyError("stop")
+
+    stopped = experts.base_layer.base_layer.register_forward_pre_hook(stop)
+    with pytest.raises(KeyError):
+        model(**batch())
+    stopped.remove()
+    with model.disable_adapter(), plain.disable_adapter():
+        experts.base_layer.base_layer._forward_hooks.clear()
+        assert torch.equal(model(**batch()).logits, plain(**batch()).logits)
+
+
+def test_hooks_on_the_factors_of_experts_are_never_called() -> None:
+    called = []
+    for accelerated in (False, True):
+        model = adapt(base())
+        experts = model.get_base_model().model.layers[0].mlp.experts
+        experts.lora_A["default"].register_forward_hook(lambda *_: called.append(1))
+        model = peft_ext.accelerate(model) if accelerated else model
+        step(model)
+    assert not called and all(row.fused for row in experts_rows(model))
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._imports import optional, version
-from ...nn.experts import NF4Experts, expert_parameters, gate, is_stored_transposed, route, routes
+from ...nn.experts import (
+    NF4Experts,
+    computing,
+    expert_parameters,
+    gate,
+    is_computing,
+    is_stored_transposed,
+    route,
+    routes,
+)
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
@@ -71,12 +80,14 @@ class Experts(Fused):
         for wrapper in wrappers:
             if reason := layer_reason(wrapper) or _adapter_reason(wrapper):
                 return reason, None
-            if wrapper is not self and hooked(wrapper):
+            if wrapper is not self and hooked(wrapper) and not _calls_hooks(experts):
                 return "hooks on a wrapper within would not run", None
         device = experts._parameters[expert_parameters(experts)[0]].device.type
         return kernel_reason("lora_experts", device), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_computing(self.get_base_layer()):  # with this wrapper's adapters
+            return self._modules["base_layer"](x, *args, **kwargs)
         y = self._routed(x, *args, **kwargs)
         return self._stock(x, *args, **kwargs) if y is None else y
 
@@ -105,7 +116,15 @@ class Experts(Fused):
             rows = _linear(experts, adapters, first, rows, offsets)
             return _down(experts, adapters, second, rows, offsets)
 
+        if _calls_hooks(experts) and any(map(hooked, (*wrappers[1:], experts))):
+            with computing(experts, run):
+                return self._modules["base_layer"](x, *args, **kwargs)
         return route(experts, x, given, run)
+
+
+def _calls_hooks(experts: Any) -> bool:
+    """Returns whether the experts' forward is ours to compute in, and so what is called on the way to it."""
+    return isinstance(experts, NF4Experts) and not torch.compiler.is_compiling()
 
 
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
@@ -114,7 +133,7 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
         return f"it is over a {class_name(type(experts))}, wanted a mixture's experts, as transformers keeps them"
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed"
-    if hooked(experts):
+    if hooked(experts) and not _calls_hooks(experts):
         return "hooks on the experts would not run"
     if len(set(names)) < len(names) or not set(names) <= set(held):
         return f"the parameters {', '.join(names)} are adapted, wanted {' or '.join(held)}"
@@ -140,10 +159,7 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
     """Returns why a wrapper's adapters are not fused; one that has no active one has nothing against it."""
     for name in _names(wrapper):
         for kind in ("lora_A", "lora_B"):
-            linear = wrapper._modules[kind]._modules[name]
-            if hooked(linear):
-                return "hooks on lora_A or lora_B would not run"
-            weight = linear._parameters["weight"]
+            weight = wrapper._modules[kind]._modules[name]._parameters["weight"]  # all that PEFT takes of it
             if reason := tensor_reason(kind, weight):
                 return reason
             if weight.dtype not in DTYPES:
