@@ -81,6 +81,8 @@ lint: setup
 	$(BIN)/python tools/private_names.py
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 	$(BIN)/python tools/include_check.py
+	@! git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l \
+	    | awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, wanted 600 at most" }' | grep .
 
 format: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5

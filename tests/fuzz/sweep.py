@@ -28,7 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of 128 threads that spin 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import op_db
+import hidden_cases
+import linear_cases
 import row_cases
 import torch
 from battery import assert_part_close, output_grad, run, to_wide
@@ -118,26 +119,26 @@ def _case(rng: random.Random) -> Case:
     dropout = rng.choice((0.0, 0.0, 0.05, 0.1, 0.5, 0.9))
     blocksize, nested = rng.choice(BLOCKSIZES), maybe()
     makers: dict[str, Callable[[], Case]] = {
-        "nf4_quantize": lambda: op_db._quantize_case(blocksize, nested),
-        "nf4_dequantize": lambda: op_db._dequantize_case(blocksize, nested),
-        "nf4_linear": lambda: op_db._nf4_linear_case(nested, maybe(), blocksize),
-        "lora_linear": lambda: op_db._lora_case(
+        "nf4_quantize": lambda: linear_cases.quantize_case(blocksize, nested),
+        "nf4_dequantize": lambda: linear_cases.dequantize_case(blocksize, nested),
+        "nf4_linear": lambda: linear_cases.nf4_linear_case(nested, maybe(), blocksize),
+        "lora_linear": lambda: linear_cases.lora_case(
             base, with_bias=maybe(), dropout_p=dropout, adapter_dtype=adapters, rank_scale=maybe(0.3)
         ),
-        "lora_residual": lambda: op_db._lora_residual_case(
+        "lora_residual": lambda: linear_cases.lora_residual_case(
             dropout_p=dropout, adapter_dtype=adapters, rank_scale=maybe(0.3)
         ),
-        "grouped_lora_linear": lambda: op_db._grouped_lora_case(base, with_bias=maybe(), adapter_dtype=adapters),
-        "dora_weight_norm": lambda: op_db._dora_norm_case(base, adapter_dtype=adapters),
-        "dora_linear": lambda: op_db._dora_case(
+        "grouped_lora_linear": lambda: linear_cases.grouped_lora_case(base, with_bias=maybe(), adapter_dtype=adapters),
+        "dora_weight_norm": lambda: linear_cases.dora_norm_case(base, adapter_dtype=adapters),
+        "dora_linear": lambda: linear_cases.dora_case(
             base, with_bias=maybe(), dropout_p=dropout, adapter_dtype=adapters,
             dropout_mode=rng.choice(("lora", "peft")), norm_grad=maybe(0.3),
         ),
-        "ia3_linear": lambda: op_db._ia3_case(
+        "ia3_linear": lambda: linear_cases.ia3_case(
             base, feedforward=maybe(), with_bias=maybe(), adapter_dtype=adapters, matrix=maybe(0.3)
         ),
-        "ia3_scale": lambda: op_db._ia3_scale_case(adapters),
-        "bottleneck": lambda: op_db._bottleneck_case(
+        "ia3_scale": lambda: linear_cases.ia3_scale_case(adapters),
+        "bottleneck": lambda: hidden_cases.bottleneck_case(
             rng.choice(ACTIVATIONS), own=maybe(), biases=maybe(), adapter_dtype=adapters, scale=rng.choice((0.75, -2.0))
         ),
         "rotary_embedding": lambda: row_cases.rotary_case(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_db import SEED, nf4_weight
+from linear_cases import nf4_weight
+from op_db import SEED
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference

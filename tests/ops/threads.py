@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import op_db
 import torch
 from battery import output_grad, run
-from op_db import CASES, DTYPES, Case, Sample
+from linear_cases import dora_case, ia3_case, lora_case
+from op_db import CASES, DTYPES, Case, Sample, randn
 from torch import Tensor
 
 from peft_ext import _native, ops
@@ -91,7 +91,7 @@ def _quantize(k: int, n: int) -> Case:
     """The offset of double quantization is a mean: of five weights, as every other has the same bits by luck."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        return Sample({f"weight{i}": op_db.randn(n, k, dtype=dtype, scale=0.02) for i in range(5)})
+        return Sample({f"weight{i}": randn(n, k, dtype=dtype, scale=0.02) for i in range(5)})
 
     def call(**weights: Tensor) -> Tensor:
         found = [ops.nf4_quantize(weight, 64, True).tensors().values() for weight in weights.values()]
@@ -106,8 +106,8 @@ def calls(few: bool = False) -> Iterator[Call]:
             yield from (Call(case, dtype, shape) for shape in (FEW_SHAPES if few else SHAPES))
     for k, n in QUANTIZED:
         yield from (Call(_quantize(k, n), dtype, ((), k, n, 0)) for dtype in ((torch.float32,) if few else DTYPES))
-    layers = [op_db._lora_case(base) for base in ("dense", "nf4")]
-    others = [op_db._dora_case("nf4"), op_db._dora_case("dense"), op_db._ia3_case("dense"), op_db._ia3_case("nf4")]
+    layers = [lora_case(base) for base in ("dense", "nf4")]
+    others = [dora_case("nf4"), dora_case("dense"), ia3_case("dense"), ia3_case("nf4")]
     for k, n in LAYERS:
         for tokens in TOKENS:
             for case in layers if few or tokens != TOKENS[0] else layers + others:
