@@ -372,6 +372,13 @@ def test_hooks_around_nf4_experts_run() -> None:
     experts = model.get_base_model().model.layers[0].mlp.experts
     assert isinstance(experts.base_layer.base_layer, peft_ext.nn.NF4Experts)
     called = []
+    lasting = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append("global") if isinstance(module, peft_ext.nn.NF4Experts) else None
+    )
+    step(model)
+    lasting.remove()
+    assert called == ["global"] * len(model.get_base_model().model.layers)
+    called.clear()
     experts.lora_A["default"].register_forward_hook(lambda *_: called.append("lora_A"))
     experts.base_layer.register_forward_pre_hook(lambda *_: called.append("before"))
     experts.base_layer.register_full_backward_hook(lambda *_: called.append("backward"))
@@ -394,6 +401,26 @@ def test_hooks_around_nf4_experts_run() -> None:
     with model.disable_adapter(), plain.disable_adapter():
         experts.base_layer.base_layer._forward_hooks.clear()
         assert torch.equal(model(**batch()).logits, plain(**batch()).logits)
+
+
+@pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
+def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
+    """What runs instead of the experts' own forward, or compiled, is an error: nothing else could add the adapter."""
+    model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
+    wanted = model(**batch()).logits
+    held = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    if how == "replaced":
+        held.forward = lambda x, *_: x
+    else:
+        held.register_forward_hook(lambda *_: None)
+    if how == "skipped":
+        held.__class__ = type("Others", (type(held),), {"forward": lambda self, x, *_: x})
+    elif how == "compiled alone":
+        held.compile(backend="eager")
+    run = torch.compile(model, backend="eager") if how == "compiled" else model
+    with pytest.raises(RuntimeError, match="PEFT can't add an adapter to NF4 experts"):
+        torch.testing.assert_close(run(**batch()).logits, wanted)
+        raise RuntimeError("PEFT can't add an adapter to NF4 experts, and it did not have to")
 
 
 def test_hooks_on_the_factors_of_experts_are_never_called() -> None:

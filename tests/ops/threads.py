@@ -79,8 +79,9 @@ class Call:
         if self.case.exact or self.case.op in WITHOUT_PRODUCTS:
             return ()
         if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
-            # kSmallDenseTileTokens: the gradient of fewer is a product of PyTorch's over a dense weight.
-            few = torch.Size(self.shape[0]).numel() < 17 and isinstance(self.sample[0].inputs.get("weight"), Tensor)
+            # The tiles' bounds: the gradient of fewer tokens is a product of PyTorch's over a dense weight.
+            fewest = 17 if self.shape[1] * self.shape[2] <= 2**20 else 24
+            few = torch.Size(self.shape[0]).numel() < fewest and isinstance(self.sample[0].inputs.get("weight"), Tensor)
             return ("x",) if few else ()
         # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.
         hidden = ("down_weight", "down_bias") if self.case.op == "bottleneck" and self.shape[0] == (1,) else ()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Optional, Union
 
@@ -40,12 +41,20 @@ from ...nn.experts import (
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
-from .base import DTYPES, KEPT, Fused, class_name, fuses
+from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
 from .blocks import activation_name, computed_again
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
-from .reasons import accepts_input, hooked, kernel_reason, layer_reason, magnitude_reason, tensor_reason
+from .reasons import (
+    accepts_input,
+    any_global_hook,
+    hooked,
+    kernel_reason,
+    layer_reason,
+    magnitude_reason,
+    tensor_reason,
+)
 
 ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
@@ -80,8 +89,10 @@ class Experts(Fused):
         for wrapper in wrappers:
             if reason := layer_reason(wrapper) or _adapter_reason(wrapper):
                 return reason, None
-            if wrapper is not self and hooked(wrapper) and not _calls_hooks(experts):
+            if wrapper is not self and hooked(wrapper) and not _calls_hooks(experts, wrapper):
                 return "hooks on a wrapper within would not run", None
+        if any_global_hook() and not _calls_hooks(experts):
+            return "global hooks of torch.nn would not run", None
         device = experts._parameters[expert_parameters(experts)[0]].device.type
         return kernel_reason("lora_experts", device), None
 
@@ -116,15 +127,36 @@ class Experts(Fused):
             rows = _linear(experts, adapters, first, rows, offsets)
             return _down(experts, adapters, second, rows, offsets)
 
-        if _calls_hooks(experts) and any(map(hooked, (*wrappers[1:], experts))):
-            with computing(experts, run):
-                return self._modules["base_layer"](x, *args, **kwargs)
+        if _calls_hooks(experts) and (any_global_hook() or any(map(hooked, (*wrappers[1:], experts)))):
+            return self._called(experts, run, x, *args, **kwargs)
         return route(experts, x, given, run)
 
+    def _called(self, experts: NF4Experts, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, *args: Any,
+                **kwargs: Any) -> Tensor:  # fmt: skip
+        """Returns what calling what this wraps gives, with ``run`` in the experts' own forward."""
+        ran = False
 
-def _calls_hooks(experts: Any) -> bool:
-    """Returns whether the experts' forward is ours to compute in, and so what is called on the way to it."""
-    return isinstance(experts, NF4Experts) and not torch.compiler.is_compiling()
+        def noted(rows: Tensor, offsets: Tensor) -> Tensor:
+            nonlocal ran
+            ran = True
+            return run(rows, offsets)
+
+        with computing(experts, noted):
+            y = self._modules["base_layer"](x, *args, **kwargs)
+        if not ran:
+            raise RuntimeError(
+                "peft_ext: PEFT can't add an adapter to NF4 experts, and this one, with hooks around them, was left "
+                "out: their own forward did not run, or under torch.compile"
+            )
+        return y
+
+
+def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
+    """Returns whether the experts' forward is ours to compute in, so that hooks run as it is called; not where one of
+    them gathers shards, which the op would have to have before."""
+    if not isinstance(experts, NF4Experts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
+        return False
+    return not any(is_fully_sharded(type(module)) for module in (experts, *on_the_way))
 
 
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:

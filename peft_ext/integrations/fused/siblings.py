@@ -26,7 +26,7 @@ from .reasons import accepts_input, kernel_reason
 
 __all__ = ["groups_in", "output_of", "together"]
 
-# Below it the layers have other ways, small ones from 17 tokens on not, which share nothing.
+# Below it layers have other ways, which share nothing (small layers up to 16 tokens alone).
 _FEWEST_TOKENS = 24
 
 
