@@ -423,6 +423,21 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
         raise RuntimeError("PEFT can't add an adapter to NF4 experts, and it did not have to")
 
 
+def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:
+    """Their hook would gather what the op has to have before."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base())))
+        fully_shard(model.get_base_model().model.layers[0].mlp.experts.get_base_layer())
+        assert any("hooks on the experts" in row.reason for row in experts_rows(model))
+        with pytest.raises(RuntimeError, match="hooks on the experts"):
+            model(**batch())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_hooks_on_the_factors_of_experts_are_never_called() -> None:
     called = []
     for accelerated in (False, True):
