@@ -181,8 +181,14 @@ def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
         _COMPUTING.reset(token)
 
 
+def _computation(experts: Any) -> Optional[_Run]:
+    of, run = (None, None) if torch.compiler.is_compiling() else _COMPUTING.get()
+    return run if of is experts else None
+
+
 def is_computing(experts: nn.Module) -> bool:
-    return not torch.compiler.is_compiling() and _COMPUTING.get()[0] is experts
+    """Returns whether :func:`computing` is under way for these experts."""
+    return _computation(experts) is not None
 
 
 # --- NF4 --------------------------------------------------------------------------------------------------------------
@@ -241,8 +247,7 @@ class NF4Experts:
             h = gate(self, ops.experts_linear(rows, self.nf4(first), offsets, self.bias_of(first, rows)))
             return ops.experts_linear(h, self.nf4(second), offsets, self.bias_of(second, h))
 
-        of, adapted = (None, None) if torch.compiler.is_compiling() else _COMPUTING.get()
-        return route(self, x, given, run if of is not self or adapted is None else adapted)
+        return route(self, x, given, _computation(self) or run)
 
     def bias_of(self, name: str, rows: Tensor) -> Optional[Tensor]:
         bias = self._parameters[f"{name}_bias"] if getattr(self, "has_bias", False) else None

@@ -14,7 +14,8 @@ namespace peft_ext {
 const TileKernels* tile_kernels();
 
 // Of fewer, a dense weight's rows as they lie (TileFewTokens), and PyTorch's product for dX, cost less than copying it
-// into panels for a strip or two of tokens: of a weight that comes from memory later than of one in a cache.
+// into panels for a strip or two of tokens: of a weight that comes from memory later than of one in a cache. Measured
+// on one thread by AVX512-BF16.
 constexpr int64_t kDenseTileTokens = 24, kSmallDenseTileTokens = 17, kSmallDense = int64_t{1} << 20;
 
 // Whether the tiles accept this many tokens of this type against the weight.
