@@ -298,6 +298,24 @@ def test_autocast_computes_it_in_bfloat16() -> None:
         torch.testing.assert_close(model(IDS, labels=IDS).loss, stock(IDS, labels=IDS).loss, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("keys, of_ours", [({True: 40, False: 39}, 2), ({True: 39, False: 39}, 0)], ids=["few", "many"])
+def test_more_keys_on_amx_are_pytorchs_own(
+    keys: dict[bool, int], of_ours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bfloat16 without dropout; what is computed is the same."""
+    model = peft_ext.accelerate(build(DECODERS["Llama"], torch.bfloat16))
+    wide = peft_ext.accelerate(build(DECODERS["Llama"]))
+    monkeypatch.setattr(type(_native.STATE), "isa", property(lambda _: "amx"))
+    monkeypatch.setattr(attention, "_MOST_KEYS_ON_AMX", keys)
+    assert calls(model) == of_ours and calls(wide) == 2
+    assert calls(model, attention_mask=left_padding()) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(wide) == of_ours
+    dropped = peft_ext.accelerate(build(dropping))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(dropped) == calls(dropped, attention_mask=left_padding()) == 2
+
+
 @pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "k's dtype", "heads",
                                   "another mask's size", "more keys", "not causal", "scores to return",
                                   "NumPy's scale", "infinite scale"])  # fmt: skip

@@ -11,11 +11,6 @@
 namespace peft_ext {
 namespace {
 
-// What a TileBackward refers to.
-struct TileOperands {
-  Tensor strips, rows;
-};
-
 // Whether PEFT's DoRA has one product for what is kept, and a dot product for each element that is not.
 bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
@@ -29,8 +24,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// room: for the strips of the gradient.
-TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, TileOperands* held) {
+// room: for the strips of the gradient; held: what of lora_A it refers to.
+TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, Tensor* held) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
   TileBackward work;
@@ -53,22 +48,12 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
     }
   }
   work.rank = 0;
-  Tensor &strips = held->strips, &rows = held->rows;
-  if (adapter.low_rank() && ranks_on_tiles()) {
-    const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, true, size.in, size.rank);
-    work.rank_depth = 3 * size.rank;
-    rows = strips_tensor(split_depth(b.p.const_data_ptr<float>(), size.tokens, size.rank, size.padded, true),
-                         size.tokens, work.rank_depth, true);
-    strips = strips_tensor(split_depth(a.const_data_ptr<float>(), size.in, size.rank, size.rank, false), size.in,
-                           work.rank_depth, false);
-    work.p_strips = static_cast<const bf16*>(rows.const_data_ptr());
-    work.a_strips = static_cast<const bf16*>(strips.const_data_ptr());
-  } else if (adapter.low_rank()) {
+  if (adapter.low_rank()) {
     const Tensor a = packed(b.op, "lora_A", *adapter.lora_A, nullptr, nullptr, false, size.padded, size.in);
-    strips = lane_strips(a.const_data_ptr<float>(), size.padded, size.in, size.in);
+    *held = lane_strips(a.const_data_ptr<float>(), size.padded, size.in, size.in);
     work.rank = size.padded;
     work.p = b.p.const_data_ptr<float>();
-    work.a = strips.const_data_ptr<float>();
+    work.a = held->const_data_ptr<float>();
   }
   work.keep = b.mask() ? b.keep.data : nullptr;
   work.keep_words = b.keep.per_row;
@@ -93,7 +78,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
   auto* room = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));
   const int64_t parts = calls[0]->adapter.in_scale.has_value() ? ceil_div(size.tokens, kReduceTokens) : 0;
   Tensor sums = zeros({parts, size.in});
-  std::vector<TileOperands> held(calls.size());
+  std::vector<Tensor> held(calls.size());
   std::vector<TileBackward> works;
   for (size_t i = 0; i < calls.size(); ++i) {
     works.push_back(tile_backward(*calls[i], tiles[i], room, &held[i]));
@@ -160,7 +145,9 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
 }
 
 bool tiles_accept(const BackwardCall& b) {
-  return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, false);
+  const bool plain = !b.drop_base() && !b.adapter.in_scale.has_value();
+  const TileProduct product = plain ? TileProduct::kPlainBackward : TileProduct::kBackward;
+  return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
 // Of the panels of layers whose dX is made together: what a core's second cache holds.

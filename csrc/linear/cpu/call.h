@@ -45,7 +45,7 @@ struct Shrunk {
 };
 
 // S, by the tiles where the CPU's own are so fast, else by a pass over x.
-Shrunk shrink_tokens(const ForwardCall& f, bool tiles);
+Shrunk shrink_tokens(const ForwardCall& f);
 
 // y [T, N] float32 (+)= the low-rank term of x [T, K], in float32.
 void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate);

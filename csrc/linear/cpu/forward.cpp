@@ -20,7 +20,7 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
   if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
   if (!weight.weight.is_contiguous()) return false;
   const bool tiles = type == ScalarType::BFloat16 && tile_kernels() != nullptr;
-  return tiles ? !tiles_accept(weight, type, tokens, true) : tokens <= kFewTokens;
+  return tiles ? !tiles_accept(weight, type, tokens, TileProduct::kForward) : tokens <= kFewTokens;
 }
 
 // x [T, K] float32 times a dense Wᵀ, in float32.
@@ -101,20 +101,10 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
     // The kernel reads whole blocks of rows of ρB.
     rows = packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), false,
                   round_up(size.out, kColumnStep), size.rank);
-    if (ranks_on_tiles()) {
-      work.rank_depth = 3 * size.rank;
-      strips = strips_tensor(split_depth(s, size.tokens, size.rank, size.padded, false), size.tokens, work.rank_depth,
-                             false);
-      rows = strips_tensor(split_depth(rows.const_data_ptr<float>(), size.out, size.rank, size.rank, true), size.out,
-                           work.rank_depth, true);
-      work.s_strips = static_cast<const bf16*>(strips.const_data_ptr());
-      work.b_strips = static_cast<const bf16*>(rows.const_data_ptr());
-    } else {
-      work.rank = size.rank;
-      strips = lane_strips_of_rows(s, size.rank, size.padded, size.tokens);
-      work.s = strips.const_data_ptr<float>();
-      work.b = rows.const_data_ptr<float>();
-    }
+    work.rank = size.rank;
+    strips = lane_strips_of_rows(s, size.rank, size.padded, size.tokens);
+    work.s = strips.const_data_ptr<float>();
+    work.b = rows.const_data_ptr<float>();
   }
   work.scale = floats(f.scale);
   work.bias_before = f.bias_inside ? floats(f.bias) : nullptr;
@@ -259,18 +249,16 @@ bool few_tokens_accept(const ForwardCall& f) {
 }
 
 bool tiles_accept(const ForwardCall& f) {
-  return f.size.in > 0 && f.size.out > 0 && tiles_accept(f.weight, f.type(), f.size.tokens, true);
+  return f.size.in > 0 && f.size.out > 0 && tiles_accept(f.weight, f.type(), f.size.tokens, TileProduct::kForward);
 }
 
-Shrunk shrunk_tokens(const ForwardCall& f, bool tiles) {
-  return f.adapter.low_rank() ? shrink_tokens(f, tiles) : Shrunk();
-}
+Shrunk shrunk_tokens(const ForwardCall& f) { return f.adapter.low_rank() ? shrink_tokens(f) : Shrunk(); }
 
 void run_forward(const ForwardCall& call) {
   if (call.size.tokens == 0) return;
   if (few_tokens_accept(call)) return forward_few_tokens(call);
   const bool tiles = tiles_accept(call);
-  const Shrunk shrunk = shrunk_tokens(call, tiles);
+  const Shrunk shrunk = shrunk_tokens(call);
   if (call.size.out > 0) tiles ? forward_on_tiles({call}, {shrunk}) : forward_by_products(call, shrunk);
 }
 
@@ -295,7 +283,7 @@ std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std
     if (call.size.tokens == 0 || few_tokens_accept(call) || !tiles_accept(call)) {
       run_forward(call);
     } else {
-      shrunk.push_back(shrunk_tokens(call, true));
+      shrunk.push_back(shrunk_tokens(call));
       on_tiles.push_back(call);
     }
   }

@@ -32,7 +32,7 @@ void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y,
   run_few_tokens(f.op, as_contiguous(*adapter.lora_B), left, y, accumulate);
 }
 
-Shrunk shrink_tokens(const ForwardCall& f, bool tiles) {
+Shrunk shrink_tokens(const ForwardCall& f) {
   const LinearSizes& size = f.size;
   const Dropout& dropout = f.adapter.dropout;
   Shrunk out;
@@ -43,22 +43,16 @@ Shrunk shrink_tokens(const ForwardCall& f, bool tiles) {
   out.s = size.padded == size.rank ? f.out.s : empty({size.tokens, size.padded}, ScalarType::Float);
   float* s = out.s.mutable_data_ptr<float>();
   const Tensor right = packed(f.op, "lora_A", *f.adapter.lora_A, nullptr, nullptr, true, size.in, size.padded);
-  if (tiles && ranks_on_tiles()) {
-    if (dropout.active) out.keep = kept(dropout, size.tokens, size.in);
-    const TileWeight tokens = tile_tokens(f.x, size.tokens, size.in, dropout.active ? &out.keep : nullptr);
-    tile_shrink(tokens, right, kTerms, dropout.scale, s, nullptr);
-  } else {
-    RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.padded, dropout);
-    pass.right = right.const_data_ptr<float>();
-    pass.out = s;
-    if (f.drop_base()) {
-      out.keep = keep_bits(size.tokens, size.in);
-      pass.keep = out.keep.data;
-      pass.keep_words = out.keep.per_row;
-    }
-    if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
-    run_row_pass(pass, size.tokens);
+  RowPass pass = make_row_pass(f.x, f.dtype(), size.in, size.padded, dropout);
+  pass.right = right.const_data_ptr<float>();
+  pass.out = s;
+  if (f.drop_base()) {
+    out.keep = keep_bits(size.tokens, size.in);
+    pass.keep = out.keep.data;
+    pass.keep_words = out.keep.per_row;
   }
+  if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
+  run_row_pass(pass, size.tokens);
   if (size.padded != size.rank) {
     Tensor given = f.out.s;
     torch::stable::copy_(given, torch::stable::narrow(out.s, 1, 0, size.rank));
@@ -97,28 +91,19 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
   const int64_t written = size.out > 0 ? size.tokens : 0;
   std::fill_n(p + written * size.padded, b.p.numel() - written * size.padded, 0.0f);
   Tensor sums_a, sums_b;
-  if (b.type() == ScalarType::BFloat16 && ranks_on_tiles() && size.tokens > 0) {
-    const TileWeight grad = tile_tokens(b.grad, size.tokens, size.out, nullptr);
-    if (size.out > 0) tile_shrink(grad, right, kTerms, 1.0f, p, nullptr);
-    sums_b = tile_outer(grad, left.const_data_ptr<float>(), size.padded, 1.0f);
-    if (b.mask()) b.keep = kept(adapter.dropout, size.tokens, size.in);
-    const TileWeight x = tile_tokens(b.x, size.tokens, size.in, b.mask() ? &b.keep : nullptr);
-    sums_a = tile_outer(x, p, size.padded, adapter.dropout.scale);
-  } else {
-    RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.padded, Dropout());
-    over_grad.right = right.const_data_ptr<float>();
-    over_grad.out = p;
-    over_grad.left = left.const_data_ptr<float>();
-    sums_b = run_outer_pass(over_grad, size.tokens);
-    RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.padded, adapter.dropout);
-    over_x.left = p;
-    if (b.mask() && needs_grad_x) {
-      b.keep = keep_bits(size.tokens, size.in);
-      over_x.keep = b.keep.data;
-      over_x.keep_words = b.keep.per_row;
-    }
-    sums_a = run_outer_pass(over_x, size.tokens);
+  RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.padded, Dropout());
+  over_grad.right = right.const_data_ptr<float>();
+  over_grad.out = p;
+  over_grad.left = left.const_data_ptr<float>();
+  sums_b = run_outer_pass(over_grad, size.tokens);
+  RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.padded, adapter.dropout);
+  over_x.left = p;
+  if (b.mask() && needs_grad_x) {
+    b.keep = keep_bits(size.tokens, size.in);
+    over_x.keep = b.keep.data;
+    over_x.keep_words = b.keep.per_row;
   }
+  sums_a = run_outer_pass(over_x, size.tokens);
   out->grad_B = unpacked(b.op, "lora_B", sums_b, b.g(), by_rank, false, *adapter.lora_B);
   out->grad_A = unpacked(b.op, "lora_A", sums_a, nullptr, nullptr, true, *adapter.lora_A);
   if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums_b);
@@ -175,7 +160,7 @@ AdaptedForward low_rank_forward(const char* op, Tensor x, const Tensor& residual
     finish.before = term.const_data_ptr<float>();
     finish.rank = 0;
   } else {
-    shrunk = shrink_tokens(call, type == ScalarType::BFloat16 && size.in > 0);
+    shrunk = shrink_tokens(call);
     const Tensor rho = rank_scales(op, adapter, size.padded);
     right =
         packed(op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), true, size.padded, finish.stride);

@@ -83,14 +83,6 @@ KeepBits keep_bits(int64_t tokens, int64_t columns) {
   return keep;
 }
 
-KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns) {
-  KeepBits keep = keep_bits(tokens, columns);
-  const KeepMask mask{dropout, columns, keep.per_row, keep.data};
-  const PassKernels& isa = pass_kernels();
-  parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) { isa.keep_mask(mask, begin, end); });
-  return keep;
-}
-
 Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout) {
   Tensor out = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
   const DropElements work{x.const_data_ptr(), dtype_of(op, "x", x), dropout, out.mutable_data_ptr()};
@@ -157,11 +149,6 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
   RowFacts facts{zeros({n, padded}), zeros({n})};
   if (n == 0 || k == 0) return facts;
   const Tensor right = packed(op, "lora_A", lora_A, nullptr, nullptr, true, k, padded);
-  if (type == ScalarType::BFloat16 && ranks_on_tiles() && (weight.is_nf4() || weight.weight.is_contiguous())) {
-    tile_shrink(tile_weights({&weight})[0], right, kTerms, 1.0f, facts.product.mutable_data_ptr<float>(),
-                facts.squares.mutable_data_ptr<float>());
-    return facts;
-  }
   const Tensor dense = weight.is_nf4() ? Tensor() : as_contiguous(weight.weight);
   const PassKernels& isa = pass_kernels();
   parallel_for(0, ceil_div(n, kRowChunk), 1, [&](int64_t begin, int64_t end) {

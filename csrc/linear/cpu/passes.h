@@ -32,9 +32,6 @@ struct KeepBits {
 // Unset.
 KeepBits keep_bits(int64_t tokens, int64_t columns);
 
-// Made, by a pass of its own.
-KeepBits kept(const Dropout& dropout, int64_t tokens, int64_t columns);
-
 // x̃ = mask ∘ x by dropout's scale, in x's type and shape; x is contiguous.
 Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout);
 

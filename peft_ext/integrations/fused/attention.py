@@ -27,8 +27,11 @@ __all__ = ["NAME", "asks", "interfaces", "reason"]
 
 NAME = "ALL_ATTENTION_FUNCTIONS"
 _OPERATOR = "scaled_dot_product_attention"
-# The paths on which it was timed against PyTorch's own, and is ahead; AMX takes AVX512-BF16's.
+# The paths on which it was timed against PyTorch's own, and is ahead.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
+# On AMX PyTorch's multiplies bfloat16 on tiles, but for dropout, and is ahead from more keys on: of causal attention
+# without a mask, and of any other.
+_MOST_KEYS_ON_AMX = {True: 512, False: 128}
 # A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
 _LEAST_QUERIES = 16
 # What a thread holds of a block grows with a head's size; one of more is no attention over tokens.
@@ -119,7 +122,9 @@ def _fused(function: Callable) -> Callable:
         is_causal: Optional[bool] = None,
         **kwargs: Any,
     ) -> Any:
-        if not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs):
+        if not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs) or _tiles_are_ahead(
+            query, key, dropout, _causal(module, attention_mask, is_causal)
+        ):
             return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                             is_causal=is_causal, **kwargs)  # fmt: skip
         return _by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal)
@@ -132,13 +137,15 @@ def _by_operator(
     scaling: Optional[float] = None, is_causal: Optional[bool] = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers' ``sdpa_attention_forward`` returns of a call that fits."""
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and mask is None
+    causal = _causal(module, mask, is_causal)
     out = ops.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, training=True
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _causal(module: Any, mask: Optional[Tensor], is_causal: Optional[bool]) -> bool:
+    return mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _fits(
@@ -175,6 +182,13 @@ def _fits(
         return False
     # Whoever forbids PyTorch's fused kernels wants its formula.
     return torch.backends.cuda.flash_sdp_enabled()
+
+
+def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
+    """Returns whether PyTorch's own is faster, on AMX."""
+    if _native.STATE.isa != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
+        return False
+    return k.shape[2] > _MOST_KEYS_ON_AMX[causal]
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------

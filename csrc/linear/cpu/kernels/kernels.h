@@ -82,13 +82,6 @@ struct ColumnPass {
   float* sums = nullptr;  // [K], zeroed by the caller
 };
 
-// The mask of the rows [begin, end) of [T, columns] as bits: k % 32 of word k / 32 of a row.
-struct KeepMask {
-  Dropout dropout;
-  int64_t columns, words;
-  uint32_t* keep;  // [T, words]
-};
-
 // out = mask/(1-p) ∘ m for the flat elements [begin, end), begin a multiple of kDropTogether.
 struct DropElements {
   const void* m;
@@ -122,7 +115,6 @@ constexpr int64_t kDroppedRows = 1024;
 struct PassKernels {
   void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
   void (*expand)(const Expand& expand, int64_t begin, int64_t end);
-  void (*keep_mask)(const KeepMask& mask, int64_t begin, int64_t end);
   void (*drop_elements)(const DropElements& work, int64_t begin, int64_t end);
   void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
   void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);

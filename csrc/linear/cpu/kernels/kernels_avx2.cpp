@@ -7,8 +7,8 @@
 
 namespace peft_ext {
 
-const PassKernels kPassKernelsAvx2 = {row_pass,   expand,      keep_mask,       drop_elements,
-                                      few_tokens, column_pass, dropped_product, dropped_dots};
+const PassKernels kPassKernelsAvx2 = {row_pass,    expand,          drop_elements, few_tokens,
+                                      column_pass, dropped_product, dropped_dots};
 
 }  // namespace peft_ext
 #include "cpu/target_end.h"

@@ -5,8 +5,8 @@
 
 namespace peft_ext {
 
-const PassKernels kPassKernelsNeon = {row_pass,   expand,      keep_mask,       drop_elements,
-                                      few_tokens, column_pass, dropped_product, dropped_dots};
+const PassKernels kPassKernelsNeon = {row_pass,    expand,          drop_elements, few_tokens,
+                                      column_pass, dropped_product, dropped_dots};
 
 }  // namespace peft_ext
 #endif

@@ -4,7 +4,7 @@
 
 namespace peft_ext {
 
-const PassKernels kPassKernelsScalar = {row_pass,   expand,      keep_mask,       drop_elements,
-                                        few_tokens, column_pass, dropped_product, dropped_dots};
+const PassKernels kPassKernelsScalar = {row_pass,    expand,          drop_elements, few_tokens,
+                                        column_pass, dropped_product, dropped_dots};
 
 }  // namespace peft_ext

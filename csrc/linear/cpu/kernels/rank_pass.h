@@ -42,16 +42,6 @@ inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, in
   }
 }
 
-void keep_mask(const KeepMask& mask, int64_t begin, int64_t end) {
-  alignas(64) uint16_t buffer[draws_room(kPanel)];
-  for (int64_t t = begin; t < end; ++t)
-    for (int64_t k = 0; k < mask.columns; k += kPanel) {
-      const int64_t width = min_i64(kPanel, mask.columns - k);
-      const uint16_t* draws = philox_draws(mask.dropout, t * mask.columns + k, width, buffer);
-      keep_bits(mask.dropout, draws, width, mask.keep + t * mask.words + k / 32);
-    }
-}
-
 void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   alignas(64) uint16_t buffer[draws_room(kDropTogether)];
   alignas(64) float values[kDropTogether];

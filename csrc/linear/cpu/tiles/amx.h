@@ -25,6 +25,8 @@ inline void amx_release() { _tile_release(); }
 }  // namespace peft_ext
 
 #define AMX_LOAD(tile, base) _tile_loadd(tile, base, 64)
+// rows that lie `stride` bytes apart
+#define AMX_LOAD_ROWS(tile, base, stride) _tile_loadd(tile, base, stride)
 #define AMX_STORE(tile, base) _tile_stored(tile, base, 64)
 // sums [16][16] += rows [16][32] lanes [16 pairs][16][2]
 #define AMX_PRODUCT(sums, rows, lanes) _tile_dpbf16ps(sums, rows, lanes)

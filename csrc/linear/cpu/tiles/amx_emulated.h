@@ -26,6 +26,10 @@ inline unsigned char* amx_tile(int tile) {
   return amx_tiles[tile];
 }
 
+inline void amx_load(int tile, const void* base, int64_t stride) {
+  for (int r = 0; r < 16; ++r) memcpy(amx_tile(tile) + 64 * r, static_cast<const char*>(base) + r * stride, 64);
+}
+
 inline void amx_product(int sums, int rows, int lanes) {
   bf16 left[16][32], right[16][32];
   float c[16][16];
@@ -48,6 +52,7 @@ inline void amx_product(int sums, int rows, int lanes) {
 }  // namespace peft_ext
 
 #define AMX_LOAD(tile, base) memcpy(amx_tile(tile), base, 1024)
+#define AMX_LOAD_ROWS(tile, base, stride) amx_load(tile, base, stride)
 #define AMX_STORE(tile, base) memcpy(base, amx_tile(tile), 1024)
 #define AMX_PRODUCT(sums, rows, lanes) amx_product(sums, rows, lanes)
 #define AMX_MEMORY_BARRIER()

@@ -8,18 +8,12 @@
 namespace peft_ext {
 namespace {
 
-inline bool masks(const TileBackward& work) {
-  return work.keep != nullptr && (work.rank > 0 || work.rank_depth > 0 || work.more != nullptr);
-}
+inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
 // block += P A + H W; the whole block is masked then, and has to be clear before, where the layer has a mask.
 inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
-  const int64_t depth = tiles_of(work.rank_depth);
-  if (depth > 0)
-    multiply(work.p_strips + strip * depth * kTile, block->left, work.a_strips + column / kStrip * depth * kTile,
-             block->right, depth, block->c);
   if (work.rank > 0)
     add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
   if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);

@@ -3,6 +3,8 @@
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
 //     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB
 //     and a step of `ahead` for each kRowsOfStep rows of it and each tile of the depth, or none
+//   rows_of(matrix, columns), kFewStrips: rows of a row-major matrix as such a left operand, whole tiles of it, which
+//     up to so many strips of tokens are multiplied with; none: always a copy in strips
 //   class TileUnit: an object lives while a task multiplies.
 #pragma once
 
@@ -16,7 +18,8 @@ namespace {
 constexpr int kBlockStrips = 2;  // strips of a block, either way
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
-inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
+template <typename Left>
+inline void multiply(const Left& left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c) {
   Ahead nothing;
   multiply(left, left_strips, right, right_strips, tiles, c, &nothing);
 }

@@ -51,6 +51,11 @@ inline bool aligned_blocks(const TileWeight& w) {
   return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
 }
 
+// Whether rows [begin, end) are tiles as they lie in the matrix.
+inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
+  return w.dense != nullptr && w.columns % kTileDepth == 0 && (end - begin) % kStrip == 0;
+}
+
 inline __mmask32 first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
 
 // Up to 64 columns from `column`, a multiple of 64, of a row as two registers, zeros beyond `count`.
@@ -63,14 +68,8 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
     return;
   }
   if (w.dense != nullptr) {
-    __mmask32 low = first_bits(count), high = first_bits(count - 32);
-    if (w.keep != nullptr) {
-      const uint32_t* words = w.keep + row * w.keep_words + column / 32;
-      low &= words[0];
-      if (high != 0) high &= words[1];
-    }
-    out[0] = _mm512_maskz_loadu_epi16(low, w.dense + flat);
-    out[1] = _mm512_maskz_loadu_epi16(high, w.dense + flat + 32);
+    out[0] = _mm512_maskz_loadu_epi16(first_bits(count), w.dense + flat);
+    out[1] = _mm512_maskz_loadu_epi16(first_bits(count - 32), w.dense + flat + 32);
     return;
   }
   alignas(64) bf16 run[kPanelStep] = {};
@@ -121,8 +120,11 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
     for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
       __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
       // Rows are a page apart or half: the hardware does not look ahead from one to the next.
-      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead)
-        _mm_prefetch(element_address(w, ahead * w.columns + column), _MM_HINT_T0);
+      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
+        const char* at = element_address(w, ahead * w.columns + column);
+        _mm_prefetch(at, _MM_HINT_T0);
+        if (w.dense != nullptr) _mm_prefetch(at + 64, _MM_HINT_T0);
+      }
       if (row < w.rows) decode64(w, aligned, row, column, count, even);
       if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
       bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;

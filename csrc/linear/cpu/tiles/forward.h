@@ -13,14 +13,11 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
 }
 
 // rest: of each of the block's tokens the product of what was dropped, from `row` on, where it is known.
-inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const bf16* rows, const float* rest,
+template <typename Left>
+inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
                           Block* block, Block* base, Ahead* ahead) {
   const int64_t n = work.weight.rows, tiles = tiles_of(work.weight.columns), length = tiles * kTile;
   const auto low_rank = [&] {
-    const int64_t depth = tiles_of(work.rank_depth);
-    if (depth > 0)
-      multiply(work.b_strips + row / kStrip * depth * kTile, block->left, work.s_strips + strip * depth * kTile,
-               block->right, depth, block->c);
     if (work.rank > 0) add_low_rank(work.b + row * work.rank, work.s + strip * work.rank * kStrip, work.rank, block);
     if (work.terms == nullptr) return;
     for (int j = 0; j < block->right; ++j)
@@ -66,22 +63,31 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
 void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel) {
   const TileUnit unit;
   const int64_t length = tiles_of(work.weight.columns) * kTile;
-  weight_rows(work.weight, begin, end, panel);
   Block block, base;
   alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
   const bool apart = work.rest.first != nullptr;
   bf16* turned = panel + kPanelStep / kStrip * length;
+  // Few tokens pass by once or twice: a copy of W would cost more than its rows as they lie.
+  const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
+  if (!as_they_lie) weight_rows(work.weight, begin, end, panel);
   if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles_of(work.weight.columns), turned);
   const int64_t pairs = ceil_div(last - first, kBlockStrips);
   Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
-  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
+  const auto run = [&](int64_t row, int64_t strip, const auto& rows) {
     block.right = static_cast<int>(min_i64(kBlockStrips, last - strip));
+    block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
+    forward_block(work, row, strip, rows, apart ? rest + (row - begin) : nullptr, &block, &base, &ahead);
+  };
+  if (as_they_lie) {
+    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
+      for (int64_t strip = first; strip < last; strip += kBlockStrips)
+        run(row, strip, rows_of(work.weight.dense + row * work.weight.columns, work.weight.columns));
+    return;
+  }
+  for (int64_t strip = first; strip < last; strip += kBlockStrips) {
     if (apart) dropped_product(work, end - begin, strip * kStrip, turned, rest);
-    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) {
-      block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
-      forward_block(work, row, strip, panel + (row - begin) / kStrip * length, apart ? rest + (row - begin) : nullptr,
-                    &block, &base, &ahead);
-    }
+    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
+      run(row, strip, panel + (row - begin) / kStrip * length);
   }
 }
 

@@ -20,6 +20,8 @@ struct TileUnit {
 constexpr int kRowsTogether = 8;
 constexpr int64_t kRowsOfStep = kRowsTogether;  // of the block, that one step of the depth multiplies
 constexpr int64_t kDecodeStrips = 1;
+inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
+constexpr int64_t kFewStrips = 0;
 
 template <int kRight>
 inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {

@@ -9,52 +9,6 @@ namespace peft_ext {
 
 using torch::stable::parallel_for;
 
-namespace {
-
-// m [rows, columns] float32 as bfloat16 terms that add up to it, transposed: [terms, columns, rows]. An infinity or a
-// NaN is its first term.
-Tensor split_terms(const float* m, int64_t rows, int64_t columns, int terms) {
-  Tensor out = empty({terms, columns, rows}, ScalarType::BFloat16);
-  auto* to = static_cast<bf16*>(out.mutable_data_ptr());
-  parallel_for(0, rows, ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        float rest = m[i * columns + j];
-        for (int64_t term = 0; term < terms; ++term) {
-          const bf16 value = from_float<bf16>(rest);
-          to[(term * columns + j) * rows + i] = value;
-          rest -= to_float(value);
-          if (!(rest - rest == 0.0f)) rest = 0.0f;
-        }
-      }
-  });
-  return out;
-}
-
-// Terms [terms, rank, depth] as strips of ranks, the terms of a strip side by side.
-Tensor term_strips(const Tensor& split, int terms, int64_t rank, int64_t depth, bool left) {
-  Tensor out = empty({terms, strips_elements(rank, depth)}, ScalarType::BFloat16);
-  const TileKernels& isa = *tile_kernels();
-  const int64_t strips = ceil_div(rank, kStrip);
-  const int64_t length = strips_elements(kStrip, depth);
-  parallel_for(0, strips * terms, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / terms * kStrip;
-      const TokenStrips work{static_cast<const bf16*>(split.const_data_ptr()) + (i % terms * rank + first) * depth,
-                             min_i64(kStrip, rank - first),
-                             depth,
-                             nullptr,
-                             nullptr,
-                             0,
-                             static_cast<bf16*>(out.mutable_data_ptr()) + i * length};
-      (left ? isa.left_strips : isa.right_strips)(work, 0, 1);
-    }
-  });
-  return out;
-}
-
-}  // namespace
-
 const TileKernels* tile_kernels() {
 #if defined(__x86_64__)
   switch (current_isa()) {
@@ -72,11 +26,27 @@ const TileKernels* tile_kernels() {
 #endif
 }
 
-bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward) {
+namespace {
+
+bool on_amx() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxEmulated; }
+
+// Of fewer tokens, a dense weight's rows by vectors (TileFewTokens), and PyTorch's product for dX, cost less. Measured:
+// AVX512-BF16 copies W into panels, which so many strips of tokens pay for, of a weight that comes from memory later
+// than of one in a cache. AMX multiplies the rows of W as they lie, where tiles divide them; for dX it would have to
+// interleave them, which takes longer than its products do.
+int64_t fewest_tokens(const Tensor& weight, TileProduct product) {
+  constexpr int64_t kSmall = int64_t{1} << 20;
+  if (on_amx() && product == TileProduct::kForward) return weight.size(1) % kTileDepth == 0 ? 3 : 8;
+  if (on_amx() && product == TileProduct::kPlainBackward) return 512;
+  return weight.numel() <= kSmall ? 17 : 24;
+}
+
+}  // namespace
+
+bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product) {
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
-  if (weight.is_nf4()) return !forward || !skinny_accepts(weight, type, tokens);
-  const bool small = weight.weight.numel() <= kSmallDense;
-  return weight.weight.is_contiguous() && tokens >= (small ? kSmallDenseTileTokens : kDenseTileTokens);
+  if (weight.is_nf4()) return product != TileProduct::kForward || !skinny_accepts(weight, type, tokens);
+  return weight.weight.is_contiguous() && tokens >= fewest_tokens(weight.weight, product);
 }
 
 namespace {
@@ -106,19 +76,6 @@ std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& wei
   return out;
 }
 
-TileWeight tile_tokens(const Tensor& m, int64_t rows, int64_t columns, const KeepBits* keep) {
-  TileWeight out;
-  out.rows = rows;
-  out.columns = columns;
-  out.block_shift = 0;
-  out.dense = static_cast<const bf16*>(m.const_data_ptr());
-  out.packed = nullptr;
-  out.absmax = nullptr;
-  out.keep = keep != nullptr ? keep->data : nullptr;
-  out.keep_words = keep != nullptr ? keep->per_row : 0;
-  return out;
-}
-
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep) {
   TokenStrips work;
@@ -142,7 +99,7 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
 }
 
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth) {
-  return drops_few(dropout) && !ranks_on_tiles() && depth <= kDroppedDepth;
+  return drops_few(dropout) && !on_amx() && depth <= kDroppedDepth;
 }
 
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep) {
@@ -173,69 +130,6 @@ DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, 
 
 bf16* panel_scratch(int64_t elements) {
   return static_cast<bf16*>(scratch(Scratch::kPanel, static_cast<size_t>(elements) * sizeof(bf16)));
-}
-
-bool ranks_on_tiles() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxEmulated; }
-
-Tensor split_depth(const float* m, int64_t rows, int64_t rank, int64_t stride, bool left) {
-  Tensor out = empty({rows, 3 * rank}, ScalarType::BFloat16);
-  auto* to = static_cast<bf16*>(out.mutable_data_ptr());
-  parallel_for(0, rows, ceil_div(kPackGrain, rank + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < rank; ++j) {
-        const float value = m[i * stride + j];
-        const bf16 high = from_float<bf16>(value);
-        const float rest = value - to_float(high);
-        const bf16 low = from_float<bf16>(rest - rest == 0.0f ? rest : 0.0f);
-        bf16* row = to + i * 3 * rank + j;
-        row[0] = high;
-        row[rank] = left ? high : low;
-        row[2 * rank] = left ? low : high;
-      }
-  });
-  return out;
-}
-
-Tensor strips_tensor(const Tensor& m, int64_t count, int64_t depth, bool left) {
-  Tensor out = empty({strips_elements(count, depth)}, ScalarType::BFloat16);
-  TokenStrips work{static_cast<const bf16*>(m.const_data_ptr()), count, depth, nullptr, nullptr, 0,
-                   static_cast<bf16*>(out.mutable_data_ptr())};
-  const TileKernels& isa = *tile_kernels();
-  parallel_for(0, ceil_div(count, kStrip), 1,
-               [&](int64_t begin, int64_t end) { (left ? isa.left_strips : isa.right_strips)(work, begin, end); });
-  return out;
-}
-
-void tile_shrink(const TileWeight& m, const Tensor& a, int terms, float scale, float* out, float* squares) {
-  const int64_t padded = a.size(1);
-  const Tensor strips =
-      term_strips(split_terms(a.const_data_ptr<float>(), m.columns, padded, terms), terms, padded, m.columns, false);
-  const TileShrink work{m,   scale,  padded / kStrip, terms, static_cast<const bf16*>(strips.const_data_ptr()),
-                        out, squares};
-  const TileKernels& isa = *tile_kernels();
-  parallel_for(0, ceil_div(m.rows, kPanelStep), 1, [&](int64_t begin, int64_t end) {
-    bf16* panel = panel_scratch(strips_elements(kPanelStep, m.columns));
-    for (int64_t i = begin; i < end; ++i)
-      isa.shrink(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.rows), panel);
-  });
-}
-
-Tensor tile_outer(const TileWeight& m, const float* left, int64_t padded, float scale) {
-  const Tensor strips = term_strips(split_terms(left, m.rows, padded, kTerms), kTerms, padded, m.rows, true);
-  Tensor out = empty({m.columns, padded}, ScalarType::Float);
-  const TileOuter work{m,
-                       scale,
-                       padded / kStrip,
-                       kTerms,
-                       static_cast<const bf16*>(strips.const_data_ptr()),
-                       out.mutable_data_ptr<float>()};
-  const TileKernels& isa = *tile_kernels();
-  parallel_for(0, ceil_div(m.columns, kPanelStep), 1, [&](int64_t begin, int64_t end) {
-    bf16* panel = panel_scratch(strips_elements(kPanelStep, m.rows));
-    for (int64_t i = begin; i < end; ++i)
-      isa.outer(work, i * kPanelStep, min_i64((i + 1) * kPanelStep, m.columns), panel);
-  });
-  return out;
 }
 
 }  // namespace peft_ext

@@ -1,4 +1,4 @@
-// The tile kernels on all threads: which weights and tokens they take, strips of activations, and the rank's products.
+// The tile kernels on all threads: which weights and tokens they take and strips of activations.
 #pragma once
 
 #include "linear/cpu/passes.h"
@@ -13,13 +13,14 @@ namespace peft_ext {
 // Null where the CPU path in use has none.
 const TileKernels* tile_kernels();
 
-// Of fewer, a dense weight's rows as they lie (TileFewTokens), and PyTorch's product for dX, cost less than copying it
-// into panels for a strip or two of tokens: of a weight that comes from memory later than of one in a cache. Measured
-// on one thread by AVX512-BF16.
-constexpr int64_t kDenseTileTokens = 24, kSmallDenseTileTokens = 17, kSmallDense = int64_t{1} << 20;
+enum class TileProduct {
+  kForward,
+  kBackward,
+  kPlainBackward  // onto whose low-rank term PyTorch's product could be added, rounded with it
+};
 
 // Whether the tiles accept this many tokens of this type against the weight.
-bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, bool forward);
+bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
 // As the tiles take them, in order; what is decoded of their scales is in a scratch of the calling thread.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
@@ -58,24 +59,5 @@ void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step
       plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });
   });
 }
-
-// Whether the rank's own products run on the tiles: where a tile's product is so much faster than a vector's.
-bool ranks_on_tiles();
-
-// Activations [rows, columns] and what dropout keeps of them, as tiles take W.
-TileWeight tile_tokens(const Tensor& m, int64_t rows, int64_t columns, const KeepBits* keep);
-
-// The terms of a product's two sides, set side by side over the depth so that one product sums them: hi hi + hi lo +
-// lo hi, 16 bits of each. m [rows, stride], its first `rank` columns -> [rows, 3 rank].
-Tensor split_depth(const float* m, int64_t rows, int64_t rank, int64_t stride, bool left);
-
-// A matrix of bfloat16 [count, depth] as strips, in a tensor of its own.
-Tensor strips_tensor(const Tensor& m, int64_t count, int64_t depth, bool left);
-
-// m a [rows, padded rank], where a [columns, padded] float32.
-void tile_shrink(const TileWeight& m, const Tensor& a, int terms, float scale, float* out, float* squares);
-
-// mᵀ left [columns, padded rank], where left [rows, padded] float32.
-Tensor tile_outer(const TileWeight& m, const float* left, int64_t padded, float scale);
 
 }  // namespace peft_ext

@@ -14,9 +14,6 @@
 // So forward reads W's rows as they lie, decoded from NF4 on the way, and x is transposed once; backward interleaves
 // pairs of W's rows and copies G. A panel of W is decoded into a scratch that stays in L2 while all tokens pass by;
 // W is never repacked in memory. Y and dX are written once, rounded once.
-//
-// The rank's own products, shrink and outer, run on the same tiles where a vector's float32 products would cost as much
-// as the layer (AMX): a float32 operand is three bfloat16 terms, hi + mid + lo, which hold all its 24 bits.
 #pragma once
 
 #include <stdint.h>
@@ -31,15 +28,11 @@ constexpr int64_t kTile = kStrip * kTileDepth;
 constexpr int64_t kPanelStep = 64;      // rows or columns of W decoded together: a multiple of this, but the last
 constexpr int64_t kReduceTokens = 512;  // tokens that grad_in_scale sums over before the sums are added in order
 
-constexpr int kTerms = 3;  // bfloat16 terms that hold a float32
-
-// W [rows, columns], dense or NF4 (absmax of all its blocks, float32); or activations, dense, and what dropout keeps.
+// W [rows, columns], dense or NF4 (absmax of all its blocks, float32).
 struct TileWeight {
   const bf16* dense;
   const uint8_t* packed;
   const float* absmax;
-  const uint32_t* keep = nullptr;  // as in TokenStrips
-  int64_t keep_words = 0;
   int block_shift;  // blocksize is 1 << block_shift: a division costs more than decoding 64 values
   int64_t rows, columns;
 };
@@ -89,16 +82,13 @@ constexpr int64_t kDroppedDepth = 65536;
 struct TileForward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* x;           // right strips; null with `rest`
-  const bf16* dropped;     // right strips of x without what dropout drops, or null; times dropped_scale it is x̃. Then
-  float dropped_scale;     // Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ, as PEFT's DoRA has it
-  DroppedEntries rest;     // with `dropped`, the other part of x
-  int64_t rank;            // 0: no low-rank term in float32
-  const float* s;          // strips of S: [strips, rank, 16]
-  const float* b;          // ρB [rows rounded up to 32, rank]
-  int64_t rank_depth = 0;  // 0: no low-rank term in tiles
-  const bf16* s_strips = nullptr;   // right strips of S, split over rank_depth
-  const bf16* b_strips = nullptr;   // left strips of ρB, likewise
+  const bf16* x;        // right strips; null with `rest`
+  const bf16* dropped;  // right strips of x without what dropout drops, or null; times dropped_scale it is x̃. Then
+  float dropped_scale;  // Z = x̃ Wᵀ + S (ρB)ᵀ and Y = x Wᵀ + b₁ + g Z - x̃ Wᵀ, as PEFT's DoRA has it
+  DroppedEntries rest;  // with `dropped`, the other part of x
+  int64_t rank;         // 0: no low-rank term
+  const float* s;       // strips of S: [strips, rank, 16]
+  const float* b;       // ρB [rows rounded up to 32, rank]
   const TileTerm* terms = nullptr;  // or of several adapters: those of strip i are first_term[i] ... first_term[i + 1]
   const int64_t* first_term = nullptr;
   const float* scale;        // g [rows] or null
@@ -111,15 +101,12 @@ struct TileForward {
 struct TileBackward {
   TileWeight weight;
   int64_t tokens;
-  const bf16* grad;                // left strips of G
-  const bf16* more;                // left strips of H, or null
-  const bf16* given = nullptr;     // dY [tokens, rows]: where the mask has no bit dX is dY W, whatever G is
-  int64_t rank;                    // 0: no low-rank term in float32
-  const float* p;                  // [tokens rounded up to 32, rank]
-  const float* a;                  // strips of A: [strips, rank, 16]
-  int64_t rank_depth = 0;          // 0: no low-rank term in tiles
-  const bf16* p_strips = nullptr;  // left strips of P, split over rank_depth
-  const bf16* a_strips = nullptr;  // right strips of Aᵀ, likewise
+  const bf16* grad;             // left strips of G
+  const bf16* more;             // left strips of H, or null
+  const bf16* given = nullptr;  // dY [tokens, rows]: where the mask has no bit dX is dY W, whatever G is
+  int64_t rank;                 // 0: no low-rank term
+  const float* p;               // [tokens rounded up to 32, rank]
+  const float* a;               // strips of A: [strips, rank, 16]
   const uint32_t* keep;
   int64_t keep_words;
   float keep_scale;
@@ -131,27 +118,6 @@ struct TileBackward {
 };
 
 constexpr int kMostLayers = 8;  // of one input, whose dX is made together
-
-// out[row, r] = scale sum_k m[row, k] a[r, k]; squares[row] = sum_k m[row, k]², where given.
-struct TileShrink {
-  TileWeight m;
-  float scale;
-  int64_t rank_strips;  // of 16 ranks
-  int terms;
-  const bf16* a;   // right strips of a, the terms of a strip side by side
-  float* out;      // [rows, 16 rank_strips]
-  float* squares;  // or null
-};
-
-// out[column, r] = scale sum_row m[row, column] left[row, r]
-struct TileOuter {
-  TileWeight m;
-  float scale;
-  int64_t rank_strips;
-  int terms;
-  const bf16* left;  // left strips of leftᵀ, the terms of a strip side by side
-  float* out;        // [columns, 16 rank_strips]
-};
 
 constexpr int64_t kFewestTokens = 8;  // whose sums with a few rows fit the registers
 
@@ -181,10 +147,6 @@ struct TileKernels {
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // x [tokens, columns] as TileFewTokens takes it.
   void (*few_tokens_pack)(const float* x, int64_t tokens, int64_t columns, bf16* out);
-  // Rows [begin, end) of m, at most kPanelStep.
-  void (*shrink)(const TileShrink& work, int64_t begin, int64_t end, bf16* panel);
-  // Columns [begin, end) of m, at most kPanelStep, begin a multiple of it.
-  void (*outer)(const TileOuter& work, int64_t begin, int64_t end, bf16* panel);
 };
 
 // Elements of the strips of a matrix [count, depth].

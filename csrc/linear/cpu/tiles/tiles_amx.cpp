@@ -8,8 +8,8 @@
 
 namespace peft_ext {
 
-const TileKernels kTileKernelsAmx = {kDecodeStrips, left_strips, right_strips,    dropped_entries, forward,
-                                     backward,      few_tokens,  few_tokens_pack, shrink,          outer};
+const TileKernels kTileKernelsAmx = {kDecodeStrips, left_strips, right_strips, dropped_entries,
+                                     forward,       backward,    few_tokens,   few_tokens_pack};
 
 }  // namespace peft_ext
 #include "cpu/target_end.h"

@@ -5,5 +5,4 @@
 #include "linear/cpu/tiles/backward.h"
 #include "linear/cpu/tiles/few_tokens.h"
 #include "linear/cpu/tiles/forward.h"
-#include "linear/cpu/tiles/rank_products.h"
 #include "linear/cpu/tiles/strips.h"
