@@ -69,11 +69,12 @@ def inputs(kind):
 def measured(model, kind, trained):
     """The last hidden state, the second of the hidden states, and the derivative of the former, weighted, along
     ``numbers`` of each trained tensor; ``trained`` gives those tensors by AdapterHub's names."""
-    y = model(**inputs(kind)).last_hidden_state
-    y.backward(numbers("gradient", y.shape))
+    given = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs(kind).items()}
+    y = model(**given).last_hidden_state
+    y.backward(numbers("gradient", y.shape).to(y.dtype))
     slope = sum((p.grad.double() * numbers(name, p.shape).double()).sum().item() for name, p in trained.items())
     with torch.no_grad():
-        out = model(**inputs(kind), output_hidden_states=True)
+        out = model(**given, output_hidden_states=True)
     hidden = out.hidden_states if "hidden_states" in out else out.decoder_hidden_states
     return y.detach().flatten().tolist(), hidden[1][0, -1].tolist(), slope
 
