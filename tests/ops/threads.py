@@ -80,7 +80,11 @@ class Call:
             return ()
         if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
             # The tiles' bounds: the gradient of fewer tokens is a product of PyTorch's over a dense weight.
-            fewest = 17 if self.shape[1] * self.shape[2] <= 2**20 else 24
+            size = self.shape[1] * self.shape[2]
+            if _native.STATE.isa == "avx512_bf16":
+                fewest = 17 if size <= 2**20 else 24
+            else:
+                fewest = 17 if size <= 2**19 else 128
             few = torch.Size(self.shape[0]).numel() < fewest and isinstance(self.sample[0].inputs.get("weight"), Tensor)
             return ("x",) if few else ()
         # A bottleneck's hidden gradient is a product too, over one token with a matrix and a vector.

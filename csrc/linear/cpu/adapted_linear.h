@@ -79,8 +79,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                  const std::optional<Tensor>& room = std::nullopt);
 
-// dX of all layers together, summed before it is rounded where their panels of W fit the cache, else added to what the
-// layers before left; and each one's own gradients. Of a layer without a gradient there is none.
+// dX of all layers together, summed before it is rounded where the tiles take them and their panels of W fit the cache,
+// else added to what the layers before left; and each one's own gradients. Of a layer without a gradient there is none.
 struct SiblingsBackward {
   Tensor grad_x;  // x's shape; [0] where not asked for
   std::vector<AdaptedBackward> layers;

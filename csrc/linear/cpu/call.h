@@ -44,7 +44,7 @@ struct Shrunk {
   GroupedS grouped;  // instead
 };
 
-// S, by the tiles where the CPU's own are so fast, else by a pass over x.
+// S, by a pass over x.
 Shrunk shrink_tokens(const ForwardCall& f);
 
 // y [T, N] float32 (+)= the low-rank term of x [T, K], in float32.

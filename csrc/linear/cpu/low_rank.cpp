@@ -3,7 +3,7 @@
 
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
-#include "linear/cpu/tiles/products.h"
+#include "linear/cpu/tiles/tiles.h"
 
 namespace peft_ext {
 

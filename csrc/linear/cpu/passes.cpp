@@ -3,7 +3,6 @@
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "linear/cpu/chunk_sums.h"
-#include "linear/cpu/tiles/products.h"
 #include "nf4/cpu/decode.h"
 
 namespace peft_ext {

@@ -26,7 +26,7 @@ from .reasons import accepts_input, kernel_reason
 
 __all__ = ["groups_in", "output_of", "together"]
 
-# Below it layers have other ways, which share nothing (small layers up to 16 tokens alone).
+# Below it layers have other ways, which share nothing (small layers up to 16 tokens alone); on AMX they share x.
 _FEWEST_TOKENS = 24
 
 

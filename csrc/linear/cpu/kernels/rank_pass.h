@@ -1,4 +1,4 @@
-// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and dropout alone, its mask or x̃. Included after the target pragma.
+// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and x̃ alone. Included after the target pragma.
 //
 // kTokens rows by kPanel columns are widened to float32 (and dropped) in L1; each value is then broadcast against a row
 // of `right` (sum kept in registers over the panel) and against a row of `left` (sum kept in `acc`). The panel is the

@@ -1,5 +1,5 @@
 // The tile instructions of AMX-BF16, one macro each: a tile's number is part of the instruction. Tiles are 16 rows of
-// 64 bytes, in 1 KiB in a row. Include after target_amx.h. amx_emulated.h has the same names in plain code.
+// 64 bytes. Include after target_amx.h. amx_emulated.h has the same names in plain code.
 #pragma once
 
 #include <immintrin.h>
@@ -24,6 +24,7 @@ inline void amx_release() { _tile_release(); }
 }  // namespace
 }  // namespace peft_ext
 
+// of 1 KiB in a row
 #define AMX_LOAD(tile, base) _tile_loadd(tile, base, 64)
 // rows that lie `stride` bytes apart
 #define AMX_LOAD_ROWS(tile, base, stride) _tile_loadd(tile, base, stride)

@@ -67,7 +67,7 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
   const bool apart = work.rest.first != nullptr;
   bf16* turned = panel + kPanelStep / kStrip * length;
-  // Few tokens pass by once or twice: a copy of W would cost more than its rows as they lie.
+  // Few tokens pass by a few times: a copy of W would cost more than its rows as they lie, in L2 after the first time.
   const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
   if (!as_they_lie) weight_rows(work.weight, begin, end, panel);
   if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles_of(work.weight.columns), turned);

@@ -37,7 +37,7 @@ bool on_amx() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxE
 int64_t fewest_tokens(const Tensor& weight, TileProduct product) {
   constexpr int64_t kSmall = int64_t{1} << 20;
   if (on_amx() && product == TileProduct::kForward) return weight.size(1) % kTileDepth == 0 ? 3 : 8;
-  if (on_amx() && product == TileProduct::kPlainBackward) return weight.numel() <= kSmall / 2 ? 4 : 512;
+  if (on_amx() && product == TileProduct::kPlainBackward) return weight.numel() <= kSmall / 2 ? 4 : 128;
   return weight.numel() <= kSmall ? 17 : 24;
 }
 

@@ -16,7 +16,7 @@ const TileKernels* tile_kernels();
 enum class TileProduct {
   kForward,
   kBackward,
-  kPlainBackward  // onto whose low-rank term PyTorch's product could be added, rounded with it
+  kPlainBackward  // whose product PyTorch's could be as well, added onto the low-rank term
 };
 
 // Whether the tiles accept this many tokens of this type against the weight.
