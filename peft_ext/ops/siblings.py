@@ -6,8 +6,8 @@ Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, written once,
 :mod:`.lora`. Saved: x, each S and seed.
 
 On the CPU x is packed once for all W, and the sum of dX is in float32 as far as the panels of all W fit a core's cache,
-but of few tokens, where each layer's is added to dX. On a GPU the forward is that of :func:`lora_linear` layer by layer, and the terms behind all dropouts are written once,
-onto which the products go.
+but of few tokens, where each layer's is added to dX. On a GPU the forward is that of :func:`lora_linear` layer by
+layer, and the terms behind all dropouts are written once, onto which the products go.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
