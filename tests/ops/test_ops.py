@@ -453,3 +453,17 @@ def test_error_messages(case: Case) -> None:
         with pytest.raises(kind, match=message):
             case.call(**{**sample.inputs, **wrong})
             pytest.fail(f"no error for {about}")
+
+
+@pytest.mark.parametrize("k", [40, 64])
+@pytest.mark.parametrize("tokens", [1, 8, 40, 140])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_in_a_row_of_the_weight_stays_with_its_output(
+    dtype: torch.dtype, tokens: int, k: int, device: torch.device
+) -> None:
+    """Rows are read in whole vectors or tiles, which may end in the next one."""
+    x, weight = randn(tokens, k, dtype=dtype).to(device), randn(48, k, dtype=dtype).to(device)
+    a, b = randn(4, k, dtype=torch.float32).to(device), randn(48, 4, dtype=torch.float32).to(device)
+    weight[5::7] = float("nan")
+    finite = ops.lora_linear(x, weight, a, b, scaling=0.5).isfinite()
+    assert torch.equal(finite, weight.isfinite().all(dim=1).expand(tokens, 48))
