@@ -51,15 +51,27 @@ def _stack(weight: Any) -> Any:
     return weight.view(shape)
 
 
-def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:
+def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_modules: bool = False) -> Comparison:
+    """A comparison of the experts' weights as one stack, or of as many layers."""
     tokens, k, n = problem.tokens, problem.k // PARTS, problem.n // PARTS
     offsets, held = _routing(tokens * PARTS, problem.device), _adapters(k, n, problem.device)
 
     def rows(x: Tensor) -> Tensor:
         return x.view(-1, k)
 
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+
+    def own_seed(seed: Tensor, expert: int) -> Tensor:
+        return seed + torch.tensor([0, expert], device=seed.device)
+
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         seed = draw_seed(problem) if dropout else None
+        if are_modules:
+            each = range(EXPERTS)
+            weights = [weight.expert(e) for e in each] if isinstance(weight, NF4Weight) else weight.unbind()
+            seeds = [own_seed(seed, e) for e in each] if dropout else None
+            return ops.lora_expert_linears(rows(x), counts, weights, lora_A.unbind(), lora_B.unbind(), scalings=SCALING,
+                                           dropout_ps=dropout, training=True, seeds=seeds).view(tokens, -1)  # fmt: skip
         y = ops.lora_experts(rows(x), weight, offsets, lora_A, lora_B, scaling=SCALING, dropout_p=dropout,
                              training=True, seed=seed)  # fmt: skip
         return y.view(tokens, -1)
@@ -69,7 +81,7 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
         return F.grouped_mm(rows(x), summed.transpose(1, 2), offs=offsets).view(tokens, -1)
 
     def eager(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        parts = rows(x).split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        parts = rows(x).split(counts)
         found = [F.linear(part, w) + SCALING * F.linear(F.linear(part, a.to(w.dtype)), b.to(w.dtype))
                  for part, w, a, b in zip(parts, weight, lora_A, lora_B, strict=True)]  # fmt: skip
         return torch.cat(found).view(tokens, -1)
@@ -77,18 +89,21 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
     def alone(x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(rows(x), weight.transpose(1, 2), offs=offsets).view(tokens, -1)
 
+    def each_alone(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([F.linear(*one) for one in zip(rows(x).split(counts), weight, strict=True)]).view(tokens, -1)
+
     def exact(adapted: bool, base: str) -> dict[str, Tensor]:
         x = problem.x.detach().double().requires_grad_()
         a, b = (held[name].detach().double().requires_grad_() for name in ("lora_A", "lora_B"))
         weight = _stack(problem.weights(base).items[0])
         wide = (weight.dequantize(torch.bfloat16) if isinstance(weight, NF4Weight) else weight).double()
-        parts = rows(x).split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        parts = rows(x).split(counts)
         seed = draw_seed(problem) if dropout else None
 
         def low_rank(part: Tensor, expert: int) -> Tensor:
             if seed is not None:
-                own = seed + torch.tensor([0, expert], device=seed.device)
-                part = part * reference.dropout_keep_mask(own, dropout, part.shape) / (1 - dropout)
+                mask = reference.dropout_keep_mask(own_seed(seed, expert), dropout, part.shape)
+                part = part * mask / (1 - dropout)
             return SCALING * part @ a[expert].t() @ b[expert].t()
 
         y = torch.cat([part @ w.t() + (low_rank(part, e) if adapted else 0.0)
@@ -105,9 +120,10 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
 
     makers = {"ours": partial(make, ours, base)}
     if not dropout:
-        makers["PEFT"] = partial(make, peft)
-        makers["torch eager"] = partial(make, eager)
-    makers["frozen"] = partial(make, alone, "bf16", ())
+        makers["PEFT"] = partial(make, eager if are_modules else peft)
+        if not are_modules:
+            makers["torch eager"] = partial(make, eager)
+    makers["frozen"] = partial(make, each_alone if are_modules else alone, "bf16", ())
     contenders, absent = gather(makers)
     count = tokens * PARTS
     adapters = sum(value.numel() * 4 for value in held.values())
@@ -118,7 +134,7 @@ def _experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comp
 
 
 VARIANTS = (
-    Variant("lora_experts", "bf16 base, 64 experts", partial(_experts, "bf16", 0.0)),
-    Variant("lora_experts", "bf16 base, 64 experts, dropout 0.05", partial(_experts, "bf16", 0.05)),
-    Variant("lora_experts", "NF4 base, 64 experts", partial(_experts, "nf4", 0.0)),
+    Variant("lora_experts", "bf16 base, 64 experts", partial(experts, "bf16", 0.0)),
+    Variant("lora_experts", "bf16 base, 64 experts, dropout 0.05", partial(experts, "bf16", 0.05)),
+    Variant("lora_experts", "NF4 base, 64 experts", partial(experts, "nf4", 0.0)),
 )

@@ -1,25 +1,17 @@
-// A mixture's linear layers on the CPU: rows sorted by expert, each run of them against its own expert's weight and
-// adapter. An expert's run is a call of the adapted layer (linear/cpu/adapted_linear.h): a run that is more than a
-// thread's share has all threads, the others one each. So no count of threads changes a bit.
+// A mixture's linear layers on the CPU: rows sorted by expert, each run of them (cpu/runs.h) against its own expert's
+// weight and adapter, a call of the adapted layer (linear/cpu/adapted_linear.h).
 #include <string.h>
 
-#include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
+#include "experts/cpu/runs.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/weight_norm.h"
 
 namespace peft_ext {
 namespace {
-
-// Rows [begin, end) of one expert.
-struct Run {
-  int64_t expert, begin, end;
-  int64_t rows() const { return end - begin; }
-};
 
 std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t experts, int64_t rows) {
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.numel() == experts, op,
@@ -37,36 +29,6 @@ std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t expert
     begin = end;
   }
   return runs;
-}
-
-// run(Run) of each. Their order is not told, and nothing may depend on it.
-template <typename Call>
-void each_run(std::vector<Run> runs, const Call& call) {
-  std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
-  int64_t rows = 0;
-  for (const Run& run : runs) rows += run.rows();
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  size_t shared = 0;
-  while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
-  std::atomic<size_t> next{shared};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
-  });
-}
-
-// Part of a tensor's memory as a tensor that no autograd knows: a thread of a loop does not know that it is off.
-Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_t>& sizes,
-               const std::vector<int64_t>& strides) {
-  auto* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-  return torch::stable::from_blob(data + at * static_cast<int64_t>(tensor.element_size()), sizes, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
-}
-
-// Rows [begin, end) of a contiguous matrix.
-Tensor rows_of_run(const Tensor& matrix, const Run& run) {
-  const int64_t columns = matrix.size(1);
-  return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
 // One expert's matrix of a stack of any strides.

@@ -1,4 +1,4 @@
-// Layers of one input as the operator's lists have them.
+// Layers as the operators' lists have them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -9,6 +9,7 @@ from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
 from .dropouts import dropout
+from .expert_linears import lora_expert_linears
 from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
@@ -35,6 +36,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_expert_linears",
     "lora_experts",
     "lora_linears",
     "lora_residual",
@@ -45,5 +47,4 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
-    "experts_linear",
 ]

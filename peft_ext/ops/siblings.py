@@ -15,7 +15,7 @@ Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
-from . import checks
+from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, unpack_layers
 from .library import NAMESPACE, below_autograd, define, in_float64, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
@@ -32,62 +32,26 @@ __all__ = ["lora_linears"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 
-# Of each layer, in a row: those of weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
-# rank_scale, seed that it has (autograd knows lists without a None alone); which these are, as bits from the first on,
-# blocksize, N, K; scaling, dropout_p. Without lora_A the layer has no adapter.
-_TENSORS, _SIZES, _NUMBERS = 10, 4, 2
-_LAYERS = "Tensor[] tensors, SymInt[] sizes, float[] numbers"
-_BIAS, _LORA_A = 5, 6
-
-
-def _places(sizes: Sequence) -> list[list[Optional[int]]]:
-    """Returns of each layer where in the list each of its ten tensors is; None: it has none."""
-    found, at = [], 0
-    for i in range(0, len(sizes), _SIZES):
-        places: list[Optional[int]] = []
-        for j in range(_TENSORS):
-            has = bool(sizes[i] >> j & 1)
-            places.append(at if has else None)
-            at += has
-        found.append(places)
-    return found
-
-
-def _layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
-    """Returns of each layer the weight as a schema takes it, bias, lora_A, lora_B, rank_scale, seed, scaling, p."""
-    found = []
-    for i, places in enumerate(_places(sizes)):
-        *weight, bias, lora_A, lora_B, rank_scale, seed = (None if at is None else tensors[at] for at in places)
-        _, blocksize, *shape = sizes[i * _SIZES : (i + 1) * _SIZES]
-        weight = (*weight, blocksize, shape)
-        found.append((weight, bias, lora_A, lora_B, rank_scale, seed, *numbers[i * _NUMBERS : (i + 1) * _NUMBERS]))
-    return found
-
-
 # --- schema, reference, fake ------------------------------------------------------------------------------------------
-
-
-def _no_rank(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=common.sum_dtype(x.dtype))
 
 
 def _forward(x, tensors, sizes, numbers):
     ys, ss = [], []
-    for weight, bias, lora_A, lora_B, rank_scale, seed, scaling, p in _layers(tensors, sizes, numbers):
+    for weight, bias, lora_A, lora_B, rank_scale, seed, scaling, p in unpack_layers(tensors, sizes, numbers):
         if lora_A is not None:
             y, s = _ops.lora_linear(x, *weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed)
         else:
             dense = weight[1] is None
-            y, s = F.linear(x, weight[0], bias) if dense else _ops.nf4_linear(x, *weight, bias), _no_rank(x)
+            y, s = F.linear(x, weight[0], bias) if dense else _ops.nf4_linear(x, *weight, bias), no_rank(x)
         ys.append(y)
         ss.append(s)
     return [*ys, *ss]
 
 
 def _forward_fake(x, tensors, sizes, numbers):
-    layers = _layers(tensors, sizes, numbers)
+    layers = unpack_layers(tensors, sizes, numbers)
     ys = [x.new_empty((*x.shape[:-1], weight[-1][0])) for weight, *_ in layers]
-    ss = [_no_rank(x) if lora_A is None else x.new_empty((tokens(x), lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
+    ss = [no_rank(x) if lora_A is None else x.new_empty((tokens(x), lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
           for _, _, lora_A, *_ in layers]  # fmt: skip
     return [*ys, *ss]
 
@@ -95,9 +59,9 @@ def _forward_fake(x, tensors, sizes, numbers):
 def _backward_reference(grads, x, tensors, sizes, numbers, s, needs_grad_x):
     sum_x, own = None, []
     for grad, (weight, _, lora_A, lora_B, rank_scale, seed, scaling, p), low in zip(
-        grads, _layers(tensors, sizes, numbers), s, strict=True
+        grads, unpack_layers(tensors, sizes, numbers), s, strict=True
     ):
-        part_x, found = None, [_no_rank(x) for _ in range(3)]
+        part_x, found = None, [no_rank(x) for _ in range(3)]
         if grad is not None and lora_A is not None:
             part_x, *found = _ops.lora_linear_backward(
                 grad, x, *weight, lora_A, lora_B, rank_scale, low, scaling, p, seed, needs_grad_x
@@ -114,21 +78,21 @@ def _backward_reference(grads, x, tensors, sizes, numbers, s, needs_grad_x):
 
 def _backward_fake(grads, x, tensors, sizes, numbers, _s, needs_grad_x):
     own = []
-    for grad, (_, _, lora_A, lora_B, rank_scale, *_) in zip(grads, _layers(tensors, sizes, numbers), strict=True):
+    for grad, (_, _, lora_A, lora_B, rank_scale, *_) in zip(grads, unpack_layers(tensors, sizes, numbers), strict=True):
         for value in (lora_A, lora_B, rank_scale):
-            own.append(_no_rank(x) if grad is None or value is None else value.new_empty(value.shape))
+            own.append(no_rank(x) if grad is None or value is None else value.new_empty(value.shape))
     return [x.new_empty(x.shape) if needs_grad_x else x.new_empty(0), *own]
 
 
 define(
     "lora_linears",
-    f"(Tensor x, {_LAYERS}) -> Tensor[]",
+    f"(Tensor x, {LAYERS}) -> Tensor[]",
     reference=_forward,
     fake=_forward_fake,
 )
 define(
     "lora_linears_backward",
-    f"(Tensor?[] grads, Tensor x, {_LAYERS}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
+    f"(Tensor?[] grads, Tensor x, {LAYERS}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
     reference=_backward_reference,
     fake=_backward_fake,
 )
@@ -148,22 +112,17 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, grads, needs_x, needs):
     """Returns the gradients of x and of the tensors."""
     refuse_double_backward("lora_linears")
-    count = len(ctx.numbers) // _NUMBERS
+    count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors
     tensors, s = saved[:-count], saved[-count:]
-    grads, found, places = grads[:count], [None] * len(tensors), _places(ctx.sizes)
-    adapters = [[at for at in layer[_LORA_A : _LORA_A + 3] if at is not None] for layer in places]
-    wanted = [needs_x or any(needs[at] for at in own) for own in adapters]
+    grads = grads[:count]
+    wanted = [needs_x or need for need in adapters_need(needs, ctx.sizes)]
     given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    grad_x = None
+    grad_x = gradients = None
     if any(grad is not None for grad in given):
         grad_x, *gradients = _ops.lora_linears_backward(given, x, tensors, ctx.sizes, ctx.numbers, s, needs_x)
-        for i, own in enumerate(adapters):
-            for at, gradient in zip(own, gradients[i * 3 : i * 3 + len(own)], strict=True):
-                found[at] = gradient if needs[at] and given[i] is not None else None
-    for grad, layer in zip(grads, places, strict=True):
-        if (at := layer[_BIAS]) is not None and needs[at] and grad is not None:
-            found[at] = sum_rows(grad)
+    has_grad = [grad is not None for grad in grads]
+    found = own_gradients(needs, ctx.sizes, has_grad, gradients, lambda i: sum_rows(grads[i]))
     return grad_x if needs_x else None, found
 
 
@@ -229,51 +188,12 @@ def lora_linears(
 
     Sources: as :func:`lora_linear`.
     """
-    op, count = "lora_linears", len(weights)
-    if count == 0:
-        raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")
-    checks.check_float(op, "x", x)
-    nones: list[None] = [None] * count
-    biases, rank_scales, seeds = biases or nones, rank_scales or nones, seeds or nones
-    scalings = [scalings] * count if isinstance(scalings, (int, float)) else list(scalings)
-    dropout_ps = [dropout_ps] * count if isinstance(dropout_ps, (int, float)) else list(dropout_ps)
-    given = {"lora_As": lora_As, "lora_Bs": lora_Bs, "biases": biases, "rank_scales": rank_scales,
-             "scalings": scalings, "dropout_ps": dropout_ps, "seeds": seeds}  # fmt: skip
-    for argument, values in given.items():
-        if len(values) != count:
-            raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
-    tensors: list[Any] = []
-    sizes: list[Any] = []
-    numbers: list[float] = []
-    wide = checks.any_float64(x, *lora_As, *lora_Bs, *rank_scales)
-    if (dtype := checks.autocast_dtype(x)) is not None:
-        x = x.to(dtype)
-    for weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed in zip(
-        weights, biases, lora_As, lora_Bs, rank_scales, scalings, dropout_ps, seeds, strict=True
-    ):
-        _, weight, bias = checks.cast_for_autocast(x, weight, bias)
-        checks.check_linear(op, x, weight)
-        checks.check_bias(op, bias, x, weight.shape[0])
-        if (lora_A is None) != (lora_B is None):
-            raise TypeError(f"{op}: of a layer's lora_A and lora_B one is None, wanted both or none")
-        if lora_A is not None:
-            checks.check_lora(op, weight, lora_A, lora_B)
-        if rank_scale is not None:
-            if lora_A is None:
-                raise ValueError(f"{op}: rank_scale is given for a layer without lora_A, wanted None")
-            checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
-        checks.check_scale(op, scaling, p)
-        checks.check_seed(op, seed, x)
-        drops = lora_A is not None and not wide
-        seed = common.dropout_seed(seed, p, training, x.device) if drops else None
-        *held, blocksize, shape = checks.weight_args(weight)
-        layer = [*held, bias, lora_A, lora_B, rank_scale, seed]
-        tensors += [value for value in layer if value is not None]
-        sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
-        numbers += [float(scaling), float(p)]
-    if wide:
-        return in_float64(reference.lora_linears, x, weights, lora_As, lora_Bs, biases, rank_scales=rank_scales,
-                          scalings=scalings, dropout_ps=dropout_ps, training=training, seeds=seeds)  # fmt: skip
+    call = listed("lora_linears", x, weights, lora_As, lora_Bs, biases, rank_scales, scalings, dropout_ps, training,
+                  seeds)  # fmt: skip
+    x, (tensors, sizes, numbers), options, is_wide = call
+    if is_wide:
+        return in_float64(reference.lora_linears, x, weights, lora_As, lora_Bs, training=training, **options)
+    count = len(weights)
     if records_graph(x):
         return _LoraLinears.apply(sizes, numbers, x, *tensors)[:count]
     return tuple(_ops.lora_linears(x, tensors, sizes, numbers)[:count])

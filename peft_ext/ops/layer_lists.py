@@ -1,0 +1,154 @@
+"""Layers of one call as an operator's lists have them.
+
+Autograd knows lists of tensors without a None alone. So of each layer, in a row, the tensors that it has of weight,
+absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B, rank_scale and seed; four sizes: which these
+are, as bits from the first on, blocksize, N, K; two numbers: scaling and dropout_p. Without lora_A a layer has no
+adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import common
+from . import checks
+
+__all__ = ["LAYERS", "NUMBERS", "Listed", "adapters_need", "listed", "no_rank", "own_gradients", "places",
+           "unpack_layers"]  # fmt: skip
+
+LAYERS = "Tensor[] tensors, SymInt[] sizes, float[] numbers"
+NUMBERS = 2
+
+_TENSORS, _SIZES = 10, 4
+_BIAS, _LORA_A = 5, 6
+
+
+def places(sizes: Sequence) -> list[list[Optional[int]]]:
+    """Returns of each layer where in the list each of its ten tensors is; None: it has none."""
+    found, at = [], 0
+    for i in range(0, len(sizes), _SIZES):
+        held: list[Optional[int]] = []
+        for j in range(_TENSORS):
+            has = bool(sizes[i] >> j & 1)
+            held.append(at if has else None)
+            at += has
+        found.append(held)
+    return found
+
+
+def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
+    """Returns of each layer the weight as a schema takes it, bias, lora_A, lora_B, rank_scale, seed, scaling, p."""
+    found = []
+    for i, held in enumerate(places(sizes)):
+        *weight, bias, lora_A, lora_B, rank_scale, seed = (None if at is None else tensors[at] for at in held)
+        _, blocksize, *shape = sizes[i * _SIZES : (i + 1) * _SIZES]
+        weight = (*weight, blocksize, shape)
+        found.append((weight, bias, lora_A, lora_B, rank_scale, seed, *numbers[i * NUMBERS : (i + 1) * NUMBERS]))
+    return found
+
+
+def own_gradients(
+    needs: Sequence[bool], sizes: Sequence, given: Sequence[bool], gradients: Optional[Sequence[Tensor]],
+    bias_gradient: Callable[[int], Tensor],
+) -> list[Optional[Tensor]]:  # fmt: skip
+    """Returns the gradients of a list's tensors.
+
+    Args: needs: which of the tensors need one. given: which layers' results have one. gradients: of lora_A, lora_B and
+    rank_scale of each layer, in a row, or None. bias_gradient: of the bias of a layer, by its number.
+    """
+    found: list[Optional[Tensor]] = [None] * len(needs)
+    for i, layer in enumerate(places(sizes)):
+        if not given[i]:
+            continue
+        for j, at in enumerate(layer[_LORA_A : _LORA_A + 3]):
+            if gradients is not None and at is not None and needs[at]:
+                found[at] = gradients[i * 3 + j]
+        if (at := layer[_BIAS]) is not None and needs[at]:
+            found[at] = bias_gradient(i)
+    return found
+
+
+def adapters_need(needs: Sequence[bool], sizes: Sequence) -> list[bool]:
+    """Returns of each layer whether its adapter needs a gradient."""
+    return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in places(sizes)]
+
+
+class Listed(NamedTuple):
+    """A call's arguments: checked, and as the lists have them."""
+
+    x: Tensor
+    lists: tuple[list[Tensor], list[int], list[float]]
+    options: dict[str, Any]  # what the reference takes, an entry for each layer
+    is_wide: bool  # something is float64
+
+
+def listed(
+    op: str, x: Any, weights: Sequence, lora_As: Sequence, lora_Bs: Sequence, biases: Optional[Sequence],
+    rank_scales: Optional[Sequence], scalings: Any, dropout_ps: Any, training: bool, seeds: Optional[Sequence],
+    draw_at_once: bool = False,
+) -> Listed:  # fmt: skip
+    """Returns the arguments of :func:`lora_linears`, or of another operator with the same, all of them checked.
+
+    ``draw_at_once``: the seeds that were not given come from one call of PyTorch's generator, and not from one each.
+    """
+    count = len(weights)
+    if count == 0:
+        raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")
+    checks.check_float(op, "x", x)
+    nones: list[None] = [None] * count
+    biases, rank_scales, seeds = biases or nones, rank_scales or nones, seeds or nones
+    scalings = [scalings] * count if isinstance(scalings, (int, float)) else list(scalings)
+    dropout_ps = [dropout_ps] * count if isinstance(dropout_ps, (int, float)) else list(dropout_ps)
+    given = {"lora_As": lora_As, "lora_Bs": lora_Bs, "biases": biases, "rank_scales": rank_scales,
+             "scalings": scalings, "dropout_ps": dropout_ps, "seeds": seeds}  # fmt: skip
+    for argument, values in given.items():
+        if len(values) != count:
+            raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
+    tensors: list[Any] = []
+    sizes: list[Any] = []
+    numbers: list[float] = []
+    is_wide = checks.any_float64(x, *lora_As, *lora_Bs, *rank_scales)
+    if (dtype := checks.autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+    if draw_at_once and training and any(dropout_ps):
+        drawn = iter(torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=x.device).unbind())
+    for weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed in zip(
+        weights, biases, lora_As, lora_Bs, rank_scales, scalings, dropout_ps, seeds, strict=True
+    ):
+        plain = lora_A is not None and rank_scale is None and seed is None
+        if not plain or not checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, p):
+            _, weight, bias = checks.cast_for_autocast(x, weight, bias)
+            checks.check_linear(op, x, weight)
+            checks.check_bias(op, bias, x, weight.shape[0])
+            if (lora_A is None) != (lora_B is None):
+                raise TypeError(f"{op}: of a layer's lora_A and lora_B one is None, wanted both or none")
+            if lora_A is not None:
+                checks.check_lora(op, weight, lora_A, lora_B)
+            if rank_scale is not None:
+                if lora_A is None:
+                    raise ValueError(f"{op}: rank_scale is given for a layer without lora_A, wanted None")
+                checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
+            checks.check_scale(op, scaling, p)
+            checks.check_seed(op, seed, x)
+        if lora_A is None or is_wide or not training or p == 0.0:
+            seed = None
+        elif seed is None:
+            seed = next(drawn) if draw_at_once else common.dropout_seed(None, p, training, x.device)
+        *held, blocksize, shape = checks.weight_args(weight)
+        layer = [*held, bias, lora_A, lora_B, rank_scale, seed]
+        tensors += [value for value in layer if value is not None]
+        sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
+        numbers += [float(scaling), float(p)]
+    options = {"biases": biases, "rank_scales": rank_scales, "scalings": scalings, "dropout_ps": dropout_ps,
+               "seeds": seeds}  # fmt: skip
+    return Listed(x, (tensors, sizes, numbers), options, is_wide)
+
+
+def no_rank(x: Tensor) -> Tensor:
+    """Returns what S is of a layer without an adapter."""
+    return x.new_empty(0, dtype=common.sum_dtype(x.dtype))
+
