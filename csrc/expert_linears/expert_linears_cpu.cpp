@@ -1,13 +1,13 @@
 // Linear layers with rows of their own on the CPU, each with LoRA or without: a mixture's experts that are modules of
-// their own. The rows of one layer lie behind those of another, and each run of them (experts/cpu/runs.h) is a call of
+// their own. The rows of one layer lie behind those of another, and each run of them (linear/cpu/runs.h) is a call of
 // the adapted layer (linear/cpu/adapted_linear.h).
 #include <string.h>
 
 #include <vector>
 
-#include "experts/cpu/runs.h"
+#include "linear/cpu/runs.h"
 #include "linear/cpu/adapted_linear.h"
-#include "siblings/layers_cpu.h"
+#include "linear/cpu/layers.h"
 
 namespace peft_ext {
 namespace {

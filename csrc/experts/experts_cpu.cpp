@@ -1,12 +1,12 @@
-// A mixture's linear layers on the CPU: rows sorted by expert, each run of them (cpu/runs.h) against its own expert's
-// weight and adapter, a call of the adapted layer (linear/cpu/adapted_linear.h).
+// A mixture's linear layers on the CPU: rows sorted by expert, each run of them (linear/cpu/runs.h) against its own
+// expert's weight and adapter, a call of the adapted layer (linear/cpu/adapted_linear.h).
 #include <string.h>
 
 #include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "experts/cpu/runs.h"
+#include "linear/cpu/runs.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/weight_norm.h"
 

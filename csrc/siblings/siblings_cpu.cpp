@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "linear/cpu/adapted_linear.h"
-#include "siblings/layers_cpu.h"
+#include "linear/cpu/layers.h"
 
 namespace peft_ext {
 namespace {

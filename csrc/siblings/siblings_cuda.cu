@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "linear/cuda/adapted_linear.cuh"
-#include "siblings/layer_list.h"
+#include "linear/layer_list.h"
 
 namespace peft_ext {
 namespace {

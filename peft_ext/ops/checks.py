@@ -61,6 +61,13 @@ def fits_vector(value: Any, x: Tensor) -> bool:
     )  # fmt: skip
 
 
+def fits_seed(seed: Any, x: Tensor) -> bool:
+    """Returns the same of a dropout's seed."""
+    if type(seed) is not Tensor or seed.dtype is not torch.int64 or seed.layout is not torch.strided:
+        return False
+    return seed.shape == (2,) and seed.device == x.device
+
+
 def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
     """Returns the same of a call with lora_A and lora_B."""
     if not fits_linear(x, weight, bias) or not fits_vector(lora_A, x) or not fits_vector(lora_B, x):

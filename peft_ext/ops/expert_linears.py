@@ -183,8 +183,7 @@ def lora_expert_linears(
     Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); mixtures of experts (arXiv 1701.06538).
     """
     op = "lora_expert_linears"
-    call = listed(op, x, weights, lora_As, lora_Bs, biases, rank_scales, scalings, dropout_ps, training, seeds,
-                  draw_at_once=True)  # fmt: skip
+    call = listed(op, x, weights, lora_As, lora_Bs, biases, rank_scales, scalings, dropout_ps, training, seeds)
     x, (tensors, sizes, numbers), options, is_wide = call
     rows = _checked_rows(op, x, rows, weights)
     if is_wide:

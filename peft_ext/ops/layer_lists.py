@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
-import torch
 from torch import Tensor
 
 from ..reference import common
@@ -89,12 +88,8 @@ class Listed(NamedTuple):
 def listed(
     op: str, x: Any, weights: Sequence, lora_As: Sequence, lora_Bs: Sequence, biases: Optional[Sequence],
     rank_scales: Optional[Sequence], scalings: Any, dropout_ps: Any, training: bool, seeds: Optional[Sequence],
-    draw_at_once: bool = False,
 ) -> Listed:  # fmt: skip
-    """Returns the arguments of :func:`lora_linears`, or of another operator with the same, all of them checked.
-
-    ``draw_at_once``: the seeds that were not given come from one call of PyTorch's generator, and not from one each.
-    """
+    """Returns the arguments of :func:`lora_linears`, or of another operator with the same, all of them checked."""
     count = len(weights)
     if count == 0:
         raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")
@@ -114,12 +109,10 @@ def listed(
     is_wide = checks.any_float64(x, *lora_As, *lora_Bs, *rank_scales)
     if (dtype := checks.autocast_dtype(x)) is not None:
         x = x.to(dtype)
-    if draw_at_once and training and any(dropout_ps):
-        drawn = iter(torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=x.device).unbind())
     for weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed in zip(
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, dropout_ps, seeds, strict=True
     ):
-        plain = lora_A is not None and rank_scale is None and seed is None
+        plain = lora_A is not None and rank_scale is None and (seed is None or checks.fits_seed(seed, x))
         if not plain or not checks.fits_adapted(x, weight, lora_A, lora_B, bias, scaling, p):
             _, weight, bias = checks.cast_for_autocast(x, weight, bias)
             checks.check_linear(op, x, weight)
@@ -134,10 +127,7 @@ def listed(
                 checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
             checks.check_scale(op, scaling, p)
             checks.check_seed(op, seed, x)
-        if lora_A is None or is_wide or not training or p == 0.0:
-            seed = None
-        elif seed is None:
-            seed = next(drawn) if draw_at_once else common.dropout_seed(None, p, training, x.device)
+        seed = common.dropout_seed(seed, p, training, x.device) if lora_A is not None and not is_wide else None
         *held, blocksize, shape = checks.weight_args(weight)
         layer = [*held, bias, lora_A, lora_B, rank_scale, seed]
         tensors += [value for value in layer if value is not None]
@@ -151,4 +141,3 @@ def listed(
 def no_rank(x: Tensor) -> Tensor:
     """Returns what S is of a layer without an adapter."""
     return x.new_empty(0, dtype=common.sum_dtype(x.dtype))
-

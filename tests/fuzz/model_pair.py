@@ -91,10 +91,11 @@ class Statistics:
 
 
 class OwnDropout(PhiloxDropout):
-    """A model's own, as the fused one is: PyTorch's where x is not in one piece."""
+    """A model's own, as the fused one is: PyTorch's where x is not in one piece, or float64."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.is_contiguous() else F.dropout(x, self.p, self.training)
+        fused = x.is_contiguous() and x.dtype is not torch.float64
+        return super().forward(x) if fused else F.dropout(x, self.p, self.training)
 
 
 class Pair:
@@ -141,6 +142,8 @@ class Pair:
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
         if self.rounds and self.family == "DistilBERT":  # whose head has a ReLU whatever the configuration says
             self.family = "BERT"
+        if self.rounds and self.family == "NLLB-MoE":  # of which no token goes to all experts
+            self.family = "BART"
         hidden, heads, kv_heads = rng.choice([(32, 4, 2), (48, 2, 1), (64, 4, 2), (40, 1, 1)])
         if self.base.startswith("bnb"):
             hidden, heads, kv_heads = 64, 4, 2

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
-from peft_ext.integrations.fused import attention, blocks, rotary
+from peft_ext.integrations.fused import attention, blocks, mlp, rotary
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
@@ -124,7 +124,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> 
     """The first model of a class may be made on the meta device, or in another default dtype."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     blocks._TRIED.clear()
-    blocks._ACTS.clear()
+    mlp._ACTS.clear()
     rotary._is_rotary.cache_clear()
     attention._TRIED.clear()
     if under == "meta":

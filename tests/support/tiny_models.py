@@ -378,6 +378,12 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
     "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
+    "NLLB-MoE": lambda s: _seq2seq(  # whose experts are modules; a ReLU of so few tokens may decide all
+        s, "NllbMoe",
+        {**s.bart, **_POSITIONS, "num_experts": s.experts, "encoder_sparse_step": 1, "decoder_sparse_step": 1,
+         "expert_capacity": 64, "router_jitter_noise": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
+         "moe_token_dropout": 0.0, "attention_dropout": 0.0, "activation_function": "gelu"},
+    ),
     "Pegasus": lambda s: _seq2seq(s, "Pegasus", {**s.bart, **_POSITIONS, "activation_function": s.activation}),
     "Marian": lambda s: _seq2seq(s, "Marian", {**s.bart, **_POSITIONS}, "MTModel"),
     "DeiT": lambda s: _vision(s, "DeiT", s.vision),

@@ -42,10 +42,10 @@ from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
-from .blocks import activation_name, computed_again
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
+from .mlp import activation_name, computed_again
 from .reasons import (
     accepts_input,
     any_global_hook,

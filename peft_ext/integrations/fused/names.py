@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Optional
 
-__all__ = ["inner_function", "named", "with_names"]
+__all__ = ["ModuleNames", "inner_function", "named", "remade", "with_names"]
 
 
 def inner_function(forward: Any) -> Optional[types.FunctionType]:
@@ -35,16 +35,28 @@ def with_names(forward: Callable, others: tuple[tuple[str, Any], ...]) -> Option
 
     None: it can't be made, as its code uses its globals in other ways, or a decorator holds it where it is not seen.
     """
+
+    def make(inner: types.FunctionType) -> Optional[types.FunctionType]:
+        writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(inner))
+        if writes or {"globals", "exec", "eval"} & set(inner.__code__.co_names):
+            return None
+        return _copy(inner, ModuleNames(inner.__globals__, others), inner.__closure__)
+
+    return remade(forward, make)
+
+
+def remade(
+    forward: Any, make: Callable[[types.FunctionType], Optional[types.FunctionType]]
+) -> Optional[types.FunctionType]:
+    """Returns a forward whose function within its decorators is what ``make`` makes of it; None: it makes none, or a
+    decorator holds it where it is not seen."""
     wrapped = getattr(forward, "__wrapped__", None)
     if not isinstance(forward, types.FunctionType):
         return None
     if wrapped is None:
-        writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(forward))
-        if writes or {"globals", "exec", "eval"} & set(forward.__code__.co_names):
-            return None
-        return _copy(forward, _Names(forward.__globals__, others), forward.__closure__)
+        return make(forward)
     # A decorator's function has the decorated one in a cell.
-    if (made := with_names(wrapped, others)) is None:
+    if (made := remade(wrapped, make)) is None:
         return None
     cells = [types.CellType(made) if _content(cell) is wrapped else cell for cell in forward.__closure__ or ()]
     if sum(new is not old for new, old in zip(cells, forward.__closure__ or (), strict=True)) != 1:
@@ -54,7 +66,7 @@ def with_names(forward: Callable, others: tuple[tuple[str, Any], ...]) -> Option
     return copied
 
 
-class _Names(dict):
+class ModuleNames(dict):
     """A module's names, as they are when they are asked for, but for some."""
 
     def __init__(self, module: dict[str, Any], others: tuple[tuple[str, Any], ...]) -> None:

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "linear/cpu/adapted_linear.h"
-#include "siblings/layer_list.h"
+#include "linear/layer_list.h"
 
 namespace peft_ext {
 
