@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.e2e speed``                   tokens/s and peak memory, runs in turn, and the loss curves
 ``python -m benchmarks.e2e methods``                 the same for steps of every method, on random weights
-``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
+``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's;
+                                                     ``--modules``: experts that are a module each
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv), over seeds
 
 Each run is a process of its own, so that peak memory is its own. All write a result file.
@@ -27,6 +28,7 @@ from typing import Any
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
 
+from . import mixture
 from .harness import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -318,106 +320,6 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
     }
 
 
-# --- a mixture's experts ----------------------------------------------------------------------------------------------
-
-# Of Qwen3-MoE: 4 layers of 64 experts of 512 and 256, of which a token has 4.
-MIXTURE = {
-    "hidden_size": 512,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "num_experts": 64,
-    "num_experts_per_tok": 4,
-    "vocab_size": 1000,
-}
-EXPERT_KINDS = {
-    "frozen": "the frozen model, its input's gradient wanted",
-    "stock": "PEFT",
-    "ours": "peft_ext",
-    "dropout": "peft_ext, dropout 0.05 on the experts",
-    "nf4": "peft_ext over NF4",
-    "dora sums": "DoRA, by the sums of weights",
-    "dora": "peft_ext, DoRA",
-    "dora nf4": "peft_ext, DoRA over NF4",
-}
-
-
-def train_experts(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """``steps`` measured forwards and backwards of one of EXPERT_KINDS after one to warm up; no optimizer."""
-    import torch
-    from peft import LoraConfig
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    import peft_ext
-    from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
-
-    keep_freed_memory()
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, use_cache=False)).to(torch.bfloat16).requires_grad_(False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02)
-    if kind.endswith("nf4"):
-        peft_ext.quantize_nf4(model, progress=False)
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    embeddings = model.get_input_embeddings()
-    if kind != "frozen":
-        config = LoraConfig(
-            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False,
-            use_dora=kind.startswith("dora"),
-        )  # fmt: skip
-        # PEFT has no DoRA on experts: its other layers are PEFT's, and those of the experts ours, not accelerated.
-        accelerate = kind not in ("stock", "dora sums")
-        model = peft_ext.get_peft_model(model, config, accelerate=accelerate,
-                                        experts_dropout=0.05 if kind == "dropout" else 0.0)  # fmt: skip
-    model.train()
-    tokens = torch.randint(0, sizes["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
-    seconds, losses = [], []
-    for _ in range(1 + steps):
-        start = time.perf_counter()
-        x = embeddings(tokens).detach().requires_grad_(kind == "frozen")
-        loss = model(inputs_embeds=x, labels=tokens).loss
-        loss.backward()
-        seconds.append(time.perf_counter() - start)
-        model.zero_grad()
-        losses.append(loss.item())
-    return {
-        "step_ms": round(1000 * statistics.median(seconds[1:]), 2), "peak_mib": round(peak_memory_mib() or 0),
-        "weights_mib": round(weights / 2**20, 1), "loss": round(losses[0], 5),
-    }  # fmt: skip
-
-
-def experts(args: argparse.Namespace) -> dict[str, Any]:
-    """Each kind in turn, each run a process of its own; ratios are of runs that follow each other."""
-    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in EXPERT_KINDS}
-    for _ in range(args.repeats):
-        for kind in EXPERT_KINDS:
-            command = [sys.executable, "-m", "benchmarks.e2e", "mixture", kind, "--steps", str(args.steps),
-                       "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{kind}: {runs[kind][-1]}", flush=True)
-
-    def ratio(kind: str, of: str, key: str) -> float:
-        return round(statistics.median(a[key] / b[key] for a, b in zip(runs[kind], runs[of], strict=True)), 3)
-
-    return {
-        "what": f"a Qwen3-MoE of 4 layers of 64 experts (512, 256, top 4) with random bf16 weights, LoRA of rank 16 on "
-        f"attention and experts, {args.batch} x {args.length} tokens",
-        "model": ", ".join(f"{key} {value}" for key, value in MIXTURE.items()),
-        "runs": runs,
-        "rows": [
-            {"kind": kind, "name": name, "time": ratio(kind, "frozen", "step_ms"),
-             "over_stock": round(1 / ratio(kind, "stock", "step_ms"), 3), "memory": ratio(kind, "frozen", "peak_mib"),
-             "weights": ratio(kind, "frozen", "weights_mib")} for kind, name in EXPERT_KINDS.items()
-        ],
-    }  # fmt: skip
-
-
 def _names(text: str) -> list[str]:
     """Methods by the beginning of their names, ``;`` between them; nothing: all."""
     found = [name for part in text.split(";") for name in METHODS if name.lower().startswith(part.strip().lower())]
@@ -452,8 +354,9 @@ def main() -> None:
         command.add_argument("--checkpointing", action="store_true")
     five = commands.add_parser("experts")
     five.add_argument("--repeats", type=int, default=3)
+    five.add_argument("--modules", action="store_true", help="experts that are modules, one by one in a loop")
     six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
-    six.add_argument("kind", choices=EXPERT_KINDS)
+    six.add_argument("kind", choices=[*mixture.KINDS, *mixture.MODULE_KINDS])
     for command in (five, six):
         command.add_argument("--steps", type=int, default=15)
         command.add_argument("--batch", type=int, default=2)
@@ -469,14 +372,15 @@ def main() -> None:
                                SHAPES[args.shape][0], args.checkpointing)))  # fmt: skip
         return
     if args.command == "mixture":
-        print(json.dumps(train_experts(args.kind, args.steps, args.batch, args.length)))
+        print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
         return
-    measure = {"speed": speed, "intents": intents, "methods": methods, "experts": experts}[args.command]
+    measure = {"speed": speed, "intents": intents, "methods": methods, "experts": mixture.compare}[args.command]
     result = {"machine": machine(), **measure(args)}
     about = result["machine"]
     shape, checkpointing = getattr(args, "shape", "smollm2"), getattr(args, "checkpointing", False)
     other = [shape] * (shape != "smollm2") + ["checkpointing"] * checkpointing
     name = "-".join(["steps", *other]) if other else args.command
+    name = "expert-modules" if getattr(args, "modules", False) else name
     out = args.out or RESULTS / f"e2e-{name}-{about['isa']}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
