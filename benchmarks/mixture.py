@@ -44,21 +44,19 @@ MODULE_KINDS = {
 }
 
 
-def as_modules(model: Any) -> None:
-    """Gives a Qwen3-MoE's layers their experts as modules, in the loop that transformers had of it before version 5."""
+def as_modules(model: Any, experts: int, top: int) -> None:
+    """Gives a Qwen3's layers experts that are modules, in the loop that Qwen3-MoE had before transformers 5."""
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
     class Block(nn.Module):
         def __init__(self, config: Any) -> None:
             super().__init__()
-            self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-            self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-            self.experts = nn.ModuleList(
-                Qwen3MoeMLP(config, intermediate_size=config.moe_intermediate_size) for _ in range(config.num_experts)
-            )
+            self.num_experts, self.top_k = experts, top
+            self.gate = nn.Linear(config.hidden_size, experts, bias=False)
+            self.experts = nn.ModuleList(Qwen3MLP(config) for _ in range(experts))
 
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             shape = hidden_states.shape
@@ -83,17 +81,20 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
     """``steps`` measured forwards and backwards of one of KINDS after one to warm up; no optimizer."""
     import torch
     from peft import LoraConfig
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
 
     keep_freed_memory()
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, use_cache=False))
     are_modules, kind = kind.startswith("modules "), kind.removeprefix("modules ")
     if are_modules:
-        as_modules(model)
+        # Not a Qwen3-MoE by name: PEFT takes the names of one's layers for those of the stacks that it has now.
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, use_cache=False))
+        as_modules(model, sizes["num_experts"], sizes["num_experts_per_tok"])
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, use_cache=False))
     model = model.to(torch.bfloat16).requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -500,3 +500,21 @@ def test_a_norm_is_called_by_name() -> None:
     norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f
     x = torch.randn(3, 32)
     torch.testing.assert_close(norm(input=x), nn.LayerNorm.forward(norm, x))
+
+
+def test_a_number_that_an_mlp_holds_is_part_of_its_formula() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+            self.up_proj, self.down_proj, self.act_fn = nn.Linear(8, 12), nn.Linear(12, 8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.scale)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Scaled(1.0), Scaled(5.0)), torch.randn(3, 8)
+    wanted = model(x)
+    model = get_peft_model(model, LoraConfig(target_modules=["up_proj", "down_proj"]))
+    torch.testing.assert_close(peft_ext.accelerate(model)(x), wanted)
+    assert [isinstance(module, mlp.Mlp) for module in model.base_model.model] == [True, False]

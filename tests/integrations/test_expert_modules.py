@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
+import expert_loops
 import pytest
 import torch
 import transformers as hf
@@ -94,8 +96,8 @@ def test_experts_run_together_as_they_run_alone(name: str, train: bool) -> None:
     assert experts_row(model).fused
     found, calls = step(model, draw())
     assert len(calls) == 3 and all(rows == calls[0] for rows in calls)
-    assert sum(calls[0]) == 2 * T and calls[0][0] > 0
-    assert len(calls[0]) == (EXPERTS if name in ("All", "Enumerated", "Dropped") else EXPERTS - 1)
+    assert sum(calls[0]) == (EXPERTS if name == "Summed" else 2) * T and calls[0][0] > 0
+    assert len(calls[0]) == (EXPERTS if name in ("All", "Enumerated", "Dropped", "Summed") else EXPERTS - 1)
     same(found, wanted)
     with torch.no_grad():
         torch.testing.assert_close(model(draw()), wanted["y"])
@@ -117,24 +119,28 @@ def test_a_dropout_behind_the_experts_acts_on_all_of_them() -> None:
         assert 0.6 < (model(draw()) == 0).float().mean() < 1
 
 
+@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_loop_whose_turns_hang_together_stays_as_it_is(name: str) -> None:
-    model = build(WHOLE[name])
+def test_a_loop_whose_turns_hang_together_stays_as_it_is(name: str, train: bool) -> None:
+    model = build(WHOLE[name]).train(train)
     wanted, _ = step(model, draw(count=64))
     peft_ext.accelerate(model)
     found, calls = step(model, draw(count=64))
     assert calls == []
     same(found, wanted, 1e-3)  # a turn's rounding goes through all that follow
+    if name == "Global":
+        assert expert_loops.STEP % 2 == 0 and expert_loops.STEP > 0
 
 
 def test_the_source_decides() -> None:
     taken = {
         name
         for name, kind in {**LOOPS, **WHOLE}.items()
-        if split_loops.split((getattr(kind, "experts_forward", None) or kind.forward), expert_modules.outputs)
+        if split_loops.split(kind.forward, expert_modules.outputs) is not None
     }
-    # InPlace, OfBuffer: nothing in the source says it, their memory does.
-    assert taken == {*LOOPS, "InPlace", "OfBuffer"} - {"OfNamed"}
+    # Of these the source does not say it; what the names are does, and where they lie.
+    by_value = {"AddedTo", "Drawn", "Held", "InList", "InPlace", "Numpy", "OfBuffer", "OfList"}
+    assert taken == {*LOOPS, *by_value} - {"OfNamed"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -284,6 +290,117 @@ def test_hooks_run(where: str) -> None:
     same(found, wanted)
     if where in ("expert", "global"):
         assert len(step(model, draw())[1]) == 3
+
+
+class Scaled(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.rate
+
+
+class DenseActDense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wi, self.wo = nn.Linear(K, 24, bias=False), nn.Linear(24, K, bias=False)
+        self.dropout, self.act = nn.Dropout(0.0), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(self.dropout(self.act(self.wi(x))))
+
+
+class WithDropout(IndexAdd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(DenseActDense() for _ in range(EXPERTS))
+
+
+INTO_AND_OUT = LoraConfig(r=4, target_modules=["wi", "wo"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize("name", ["hooked", "another", "a setting"])
+def test_a_dropout_with_more_to_it_runs_by_itself(name: str) -> None:
+    """A hook on an expert's own dropout sees its rows; another class may have settings of its own."""
+    model = build(WithDropout, copy.deepcopy(INTO_AND_OUT))
+    seen: list[int] = []
+    for i, expert in enumerate(block(model).experts):
+        if name == "hooked":
+            expert.dropout.register_forward_hook(lambda module, args, output, i=i: seen.append(i) or output * i)
+        else:
+            expert.dropout = Scaled(i / 10) if name == "a setting" else nn.AlphaDropout(0.0)
+    wanted, _ = step(model, draw())
+    before = list(seen)
+    seen.clear()
+    found, calls = step(peft_ext.accelerate(model), draw())
+    assert calls == [] and seen == before
+    same(found, wanted)
+
+
+def test_a_dropout_between_the_layers() -> None:
+    model = build(WithDropout, copy.deepcopy(INTO_AND_OUT))
+    wanted, _ = step(model, draw())
+    found, calls = step(peft_ext.accelerate(model), draw())
+    assert len(calls) == 2
+    same(found, wanted)
+
+
+def test_an_expert_that_is_called_in_a_way_of_its_own() -> None:
+    class Half(expert_loops.Mlp):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 0.5
+
+    class Halves(IndexAdd):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(Half() for _ in range(EXPERTS))
+
+    model = build(Halves)
+    wanted, _ = step(model, draw())
+    found, calls = step(peft_ext.accelerate(model), draw())
+    assert calls == []
+    same(found, wanted)
+
+
+def test_under_a_transform_of_torch_func_it_is_pefts() -> None:
+    model = build()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    wanted = torch.func.grad(loss)(draw())
+    peft_ext.accelerate(model)
+    torch.testing.assert_close(torch.func.grad(loss)(draw()), wanted)
+
+
+def test_under_autocast_of_the_other_16_bits() -> None:
+    model = build(dtype=torch.float16)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    wanted, _ = step(model, draw(torch.float16), run)
+    found, _ = step(peft_ext.accelerate(model), draw(torch.float16), run)
+    same(found, wanted, 5e-2)
+
+
+def test_what_the_forward_lets_go_is_freed() -> None:
+    class Lets(IndexAdd):
+        def forward(self, x: Tensor) -> Tensor:
+            out, big = torch.zeros_like(x), torch.zeros(4)
+            for expert in self.experts:
+                result = expert(x)
+                out = out + result * big.shape[0]
+            held = weakref.ref(big)
+            big = None
+            self.freed = held() is None
+            return out
+
+    model = peft_ext.accelerate(build(Lets))
+    _, calls = step(model, draw())
+    assert len(calls) == 3 and block(model).freed
 
 
 def test_a_forward_that_was_replaced_runs() -> None:

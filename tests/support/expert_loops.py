@@ -268,9 +268,283 @@ class Views(Block):
         return total
 
 
+class AddedTo(Block):
+    """As InPlace, by ``+=``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x * 1.0
+        out = hidden.view(-1, K)
+        for i in range(self.num_experts):
+            result = self.experts[i](hidden * 1.0)
+            out += result.detach()
+        return out + result
+
+
+class OfList(Block):
+    """A list of results, read under another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x * 1.0]
+        seen = parts
+        for i in range(self.num_experts):
+            rows = x * float(len(seen))
+            result = self.experts[i](rows)
+            parts += [result]
+        return torch.stack(parts).sum(0)
+
+
+class InList(Block):
+    """A tensor of a list, changed in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x * 1.0
+        held = [hidden]
+        for i in range(self.num_experts):
+            result = self.experts[i](hidden * 1.0)
+            held[0].add_(result.detach())
+        return hidden + result
+
+
+class Moves(Block):
+    """The input itself, changed in place before each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, moved = torch.zeros_like(x), x.detach() * 1.0
+        for i in range(self.num_experts):
+            moved += x.detach()[0]
+            result = self.experts[i](moved)
+            out = out + result.detach()
+        return out + result
+
+
+class SkipsCount(Block):
+    """A count of those results that are used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, n = torch.zeros_like(x), 0
+        for i in range(self.num_experts):
+            result = self.experts[i](x * (1 + n))
+            if i % 2:
+                continue
+            out = out + result
+            n = n + 1
+        return out
+
+
+class OnePath(Block):
+    """A value that the first half gives in one turn and the second in all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            if i == 0:
+                scale = 3.0
+            result = self.experts[i](x)
+            out = out + result * scale
+            scale = 1.0
+        return out
+
+
+class Unbound(Block):
+    """A name that has a value in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            if not self.training:
+                factor = 1.0 + i
+            result = self.experts[i](x)
+            if not self.training:
+                result = result * factor
+            out = out + result
+        return out
+
+
+class Drawn(Block):
+    """Rows of a generator, which reads what a turn left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {"x": x}
+        rows = map(held.get, ["x"] * self.num_experts)
+        for expert, own in zip(self.experts, rows, strict=True):
+            result = expert(own)
+            held["x"] = result
+        return held["x"]
+
+
+class Held(Block):
+    """Something that keeps what it is given."""
+
+    class Store:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def get(self) -> Tensor:
+            return self.x
+
+        def put(self, x: Tensor) -> None:
+            self.x = x
+
+    def forward(self, x: Tensor) -> Tensor:
+        store = Held.Store(x)
+        for i in range(self.num_experts):
+            rows = store.get()
+            result = self.experts[i](rows)
+            store.put(result)
+        return store.get()
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(1), persistent=False)
+
+
+class OfChild(Block):
+    """A buffer of a child's, changed under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        load, out = self.stats.load, torch.zeros_like(x)
+        load.zero_()
+        for i in range(self.num_experts):
+            result = self.experts[i](x * (1 + self.stats.load.item()))
+            load += 1
+            out = out + result
+        return out
+
+
+class Asked(OfChild):
+    """The same, asked for by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        load, out = self.stats.load, torch.zeros_like(x)
+        load.zero_()
+        for i in range(self.num_experts):
+            stats = getattr(self, "stats")  # noqa: B009
+            result = self.experts[i](x * (1 + stats.load.item()))
+            load += 1
+            out = out + result
+        return out
+
+
+class Numpy(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.detach() * 1.0
+        other = torch.from_numpy(hidden.numpy())
+        for i in range(self.num_experts):
+            result = self.experts[i](other * 1.0)
+            hidden.add_(result.detach())
+        return hidden + result
+
+
+class Narrowed(Block):
+    """A part of a buffer, which a function gives and no name shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.ones(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.load.fill_(1.0)
+        out = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            result = self.experts[i](x * float(self.load[0]))
+            part = torch.narrow(self.load, 0, 0, 1)
+            part *= 0.5
+            out = out + result
+        return out
+
+
+class Seeds(Block):
+    """A seed of each turn's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            torch.manual_seed(i)
+            result = self.experts[i](x)
+            out = out + F.dropout(result, 0.5)
+        return out
+
+
+class Later(Block):
+    """A function that is made before the loop and called behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, scale = torch.zeros_like(x), 1.0
+        last = lambda: scale  # noqa: E731
+        for i in range(self.num_experts):
+            scale = 1.0 + i
+            result = self.experts[i](x)
+            out = out + result * scale
+        return out * last()
+
+
+STEP = 0
+
+
+class Global(Block):
+    """A number of the module's, which the forward changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global STEP
+        STEP += 1
+        out = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            result = self.experts[i](x)
+            out = out + result
+        return out
+
+
+class Summed(Block):
+    """Results that are kept, and changed in place behind the loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the sum of all,
+
+        each of all tokens."""
+        parts = []
+        for expert in self.experts:
+            parts.append(expert(x))
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+
 LOOPS: dict[str, Any] = {
-    kind.__name__: kind for kind in (IndexAdd, All, SkipEmpty, Enumerated, Sorted, Dropped, OfNamed)
+    kind.__name__: kind for kind in (IndexAdd, All, SkipEmpty, Enumerated, Sorted, Dropped, OfNamed, Summed)
 }
 WHOLE: dict[str, Any] = {
-    kind.__name__: kind for kind in (Chained, InPlace, OfBuffer, Counting, Stops, Tells, Calls, Views)
+    kind.__name__: kind
+    for kind in (
+        Chained,
+        InPlace,
+        OfBuffer,
+        Counting,
+        Stops,
+        Tells,
+        Calls,
+        Views,
+        AddedTo,
+        OfList,
+        InList,
+        Moves,
+        SkipsCount,
+        OnePath,
+        Unbound,
+        Held,
+        OfChild,
+        Asked,
+        Numpy,
+        Narrowed,
+        Seeds,
+        Later,
+        Global,
+        Drawn,
+    )
 }

@@ -68,6 +68,8 @@ Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed
 Adapter lora_adapter(const char* op, const Tensor& lora_A, const Tensor& lora_B,
                      const std::optional<Tensor>& rank_scale, double scaling, double dropout_p,
                      const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(0) > 0, op, ": lora_A has ", lora_A.numel(), " elements in ",
+                  lora_A.dim(), " dimensions, wanted [R, K] with a rank of at least 1");
   Adapter adapter;
   adapter.lora_A = lora_A;
   adapter.lora_B = lora_B;

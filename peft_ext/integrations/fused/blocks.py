@@ -243,6 +243,19 @@ def _forward_class(module: nn.Module) -> Optional[type]:
 # --- in a model -------------------------------------------------------------------------------------------------------
 
 
+def _settings(module: nn.Module) -> str:
+    """Returns the numbers and names that a module holds, and its configuration's: its forward may depend on them."""
+    held = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    held.pop("training", None)
+    config = vars(module).get("config")
+    return repr(
+        (
+            sorted(held.items()),
+            None if config is None else repr(vars(config) if hasattr(config, "__dict__") else config),
+        )
+    )
+
+
 def _fused_class(module: nn.Module) -> Optional[type]:
     """Returns the fused class of a module, by trial, once for each class; None: its own forward stays."""
     stock = type(module)
@@ -257,7 +270,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     if is_fully_sharded(stock):
         return None  # whose forward gathers parameters first
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
-    key = (stock, act, tuple(module._modules), tuple(module._parameters))
+    key = (stock, act, tuple(module._modules), tuple(module._parameters), _settings(module))
     if key not in _TRIED:
         found = None
         # Whatever device and mode the model is accelerated under.

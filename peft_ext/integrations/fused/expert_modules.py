@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn import NF4Linear
-from .base import FOUR_BIT, LINEAR, operands, sums_wider
+from .base import FOUR_BIT, LINEAR, STOCK, operands, sums_wider
 from .lora import LowRank
 from .mlp import Mlp
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason, weight_reason
@@ -100,6 +100,8 @@ def _together(experts: list[Any], xs: list[Any]) -> Optional[Sequence[Tensor]]:
     first, x = experts[0], xs[0]
     if not accepts_input(x) or kernel_reason(_OPERATOR, x.device.type) is not None or not first.takes(x):
         return None
+    if type(first).__call__ is not nn.Module.__call__ or _dropout(first) is None:
+        return None
     for expert in experts:
         if type(expert) is not type(first) or hooked(expert) or expert.block_reason() is not None:
             return None
@@ -114,7 +116,8 @@ def _together(experts: list[Any], xs: list[Any]) -> Optional[Sequence[Tensor]]:
     rows = [one.shape[0] for one in xs]
     if (calls := [_calls(experts, name, x) for name in into]).count(None):
         return None
-    x = torch.cat(xs)
+    with torch.autocast(x.device.type, enabled=False):  # which refuses the other 16-bit dtype
+        x = torch.cat(xs)
     of_out = _calls(experts, out, x.new_empty(0, 0))
     seeds = _seeds([*calls, *([] if of_out is None else [of_out])], x)
     inner = [_linears(called, x, rows, seeds[i]) for i, called in enumerate(calls)]
@@ -126,13 +129,19 @@ def _together(experts: list[Any], xs: list[Any]) -> Optional[Sequence[Tensor]]:
         parts = zip(experts, h.split(rows), strict=True)
         return torch.cat([expert._modules[out](part) for expert, part in parts])
 
-    return first.finish(inner, down).split(rows)
+    # Each is a tensor of its own to autograd, as an expert's result is: it may be changed in place.
+    return torch.unsafe_split_with_sizes(first.finish(inner, down), rows)
 
 
-def _dropout(expert: Any) -> tuple:
-    """Returns what an expert's own dropout does."""
+def _dropout(expert: Any) -> Optional[tuple]:
+    """Returns what an expert's own dropout does; None: it has one that has to run by itself."""
     dropout = expert._modules.get("dropout")
-    return () if dropout is None else (type(dropout), dropout.__dict__.get("p"), dropout.training, hooked(dropout))
+    if dropout is None:
+        return ()
+    kind = STOCK.get(type(dropout), type(dropout))
+    if hooked(dropout) or kind not in (nn.Dropout, nn.Identity):
+        return None
+    return kind, getattr(dropout, "p", 0.0), getattr(dropout, "inplace", False), dropout.training
 
 
 def _seeds(calls: list[list[tuple]], x: Tensor) -> list[Optional[list[Optional[Tensor]]]]:

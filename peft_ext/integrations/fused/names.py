@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Optional
 
-__all__ = ["ModuleNames", "inner_function", "named", "remade", "with_names"]
+__all__ = ["ModuleNames", "inner_function", "named", "only_reads_globals", "remade", "with_names"]
 
 
 def inner_function(forward: Any) -> Optional[types.FunctionType]:
@@ -37,12 +37,17 @@ def with_names(forward: Callable, others: tuple[tuple[str, Any], ...]) -> Option
     """
 
     def make(inner: types.FunctionType) -> Optional[types.FunctionType]:
-        writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(inner))
-        if writes or {"globals", "exec", "eval"} & set(inner.__code__.co_names):
+        if not only_reads_globals(inner):
             return None
         return _copy(inner, ModuleNames(inner.__globals__, others), inner.__closure__)
 
     return remade(forward, make)
+
+
+def only_reads_globals(function: types.FunctionType) -> bool:
+    """Returns whether a function asks for its globals by name alone."""
+    writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(function))
+    return not writes and not {"globals", "exec", "eval"} & set(function.__code__.co_names)
 
 
 def remade(

@@ -24,23 +24,31 @@ import ast
 import copy
 import functools
 import inspect
-import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .names import ModuleNames, remade
+from .names import ModuleNames, only_reads_globals, remade
 
 __all__ = ["split"]
 
 # Names of the new code, which no other code has.
 _APART, _OUTPUTS, _WAITING, _RESULT = (f"peft_ext_{name}_" for name in ("apart", "outputs", "waiting", "result"))
-_BUILTINS = {"enumerate", "float", "getattr", "int", "isinstance", "len", "list", "max", "min", "range", "tuple", "zip"}
+_BUILTINS = {"enumerate", "float", "int", "isinstance", "len", "list", "max", "min", "range", "tuple", "zip"}
 _TORCH = {"torch": torch, "F": F, "nn": nn}
+# Functions of torch's that give a result and do nothing else.
+_FUNCTIONS = {
+    "all", "any", "arange", "argsort", "bincount", "bmm", "cat", "clamp", "count_nonzero", "cumsum", "einsum", "empty",
+    "empty_like", "eq", "flatten", "full", "full_like", "gather", "ge", "greater", "gt", "index_add", "index_select",
+    "isin", "le", "logical_and", "logical_not", "logical_or", "lt", "masked_select", "matmul", "max", "mean", "min",
+    "mm", "mul", "ne", "nonzero", "numel", "one_hot", "ones", "ones_like", "reshape", "scatter_add", "sigmoid",
+    "softmax", "sort", "squeeze", "stack", "sum", "tensor", "topk", "transpose", "unique", "unsqueeze", "where",
+    "zeros", "zeros_like",
+}  # fmt: skip
 # Methods beside those with an underscore behind that change what they are called on, whatever it is.
 _CHANGES = {"append", "extend", "insert", "pop", "remove", "clear", "update", "add", "discard", "sort", "reverse",
             "setdefault", "popitem", "backward", "register_hook", "retain_grad"}  # fmt: skip
@@ -48,6 +56,8 @@ _REFUSED = (ast.For, ast.While, ast.AsyncFor, ast.With, ast.AsyncWith, ast.Try, 
             ast.Yield, ast.YieldFrom, ast.Await, ast.NamedExpr, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef,
             ast.ClassDef, ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom, ast.ListComp, ast.SetComp,
             ast.DictComp, ast.GeneratorExp, ast.Starred, ast.Match, ast.Assert)  # fmt: skip
+_NUMBERS = (int, float)
+_SCALARS = (*_NUMBERS, str, torch.dtype, torch.device, range, type(None))
 # What a count of rows is made of.
 _SUMS = (ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult)
 
@@ -64,6 +74,11 @@ def split(forward: Callable, outputs: Callable[[list], Iterable[tuple[Tensor, tu
 
 
 def _split(function: types.FunctionType, outputs: Callable) -> Optional[types.FunctionType]:
+    # Who asks for all names would see the new ones; a function within sees those of a turn.
+    if not only_reads_globals(function) or function.__code__.co_cellvars:
+        return None
+    if {"locals", "vars", "dir"} & set(function.__code__.co_names):
+        return None
     try:
         tree = _tree(function)
         found = [loop for loop in ast.walk(tree.body[0]) if isinstance(loop, ast.For) and any(_candidates(loop))]
@@ -88,14 +103,16 @@ def _tree(function: types.FunctionType) -> ast.Module:
     """Returns the tree of a function's source, whose code is the function's."""
     try:
         lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
+        # As it stands, under something that takes its indentation: that is part of what is in quotes.
+        tree = ast.parse("if True:\n" + "".join(lines) if lines[0][:1].isspace() else "\n" + "".join(lines))
     except (OSError, TypeError, SyntaxError) as error:
         raise _Unsplit from error
+    body = tree.body[0].body if isinstance(tree.body[0], ast.If) else tree.body
     if function.__code__.co_freevars or function.__code__.co_varnames[:1] != ("self",):
         raise _Unsplit
-    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
         raise _Unsplit
-    ast.increment_lineno(tree, first - 1)
+    tree = ast.increment_lineno(ast.Module(body, []), first - 2)
     definition, arguments = tree.body[0], tree.body[0].args
     definition.decorator_list, definition.returns = [], None
     arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
@@ -140,8 +157,8 @@ def _replace(tree: ast.AST, old: ast.stmt, new: ast.stmt) -> None:
 
 class _Halves:
     """A loop of a function's, taken apart. Names that were there before the loop: ``changed`` in place by the second
-    half, ``read`` by the first, and ``used`` by any; ``attributes`` of ``self`` that the first half reads, and
-    ``children`` of it that the second calls."""
+    half, ``read`` by the first, ``used`` by any, and ``counts`` that the first adds numbers to; ``paths`` to attributes
+    of ``self`` that the first half reads, and ``children`` of it that the second calls."""
 
     def __init__(self, tree: ast.FunctionDef, loop: ast.For, function: types.FunctionType) -> None:
         self.loop, self.function, body = loop, function, loop.body
@@ -157,6 +174,8 @@ class _Halves:
             raise _Unsplit
         self.before = body[:at]
         self.second = [_with_result(body[at], self.call), *body[at + 1 :]]
+        if any(isinstance(node, ast.Continue) for one in self.second for node in ast.walk(one)):
+            raise _Unsplit  # a result that is not used
         self.behind = [one for one in self.second[1:] if self._is_count(one)]  # the call, in the first half
         self.second = [one for one in self.second if one not in self.behind]
         self._check(tree)
@@ -174,37 +193,42 @@ class _Halves:
                     _names([statement], ast.Store) & (_names(others, ast.Load) | given))  # fmt: skip
 
     def _check(self, tree: ast.FunctionDef) -> None:
-        loop = self.loop
+        loop, code = self.loop, self.function.__code__
         first = [loop.target, loop.iter, *self.before, self.call.func, *self.call.args, *self.behind]
         loaded, stored = _names(first, ast.Load), _names(first, ast.Store)
         later_loaded, later_stored = _names(self.second, ast.Load), _names(self.second, ast.Store)
-        if loaded & later_stored or "self" in stored | later_stored:
+        if (loaded | stored) & later_stored or "self" in stored | later_stored:
             raise _Unsplit  # a turn's first half may need what the turn before left
-        roots = {*self.function.__code__.co_varnames} - {name for one in (loop, *loop.body) for name in _taken(one)}
+        items = [self.call.func, *(one.value for one in self.before if any(_taken(one)))]
+        taken = {name for one in (loop, *loop.body) for name in _taken(one)}
+        roots = {*code.co_varnames} - taken - {"self"}
         roots |= {name for name, module in _TORCH.items() if self.function.__globals__.get(name) is module}
-        if self.function.__globals__.keys() & (_BUILTINS | {"locals"}):
+        if self.function.__globals__.keys() & (_BUILTINS | {"getattr", "locals"}):
             raise _Unsplit
-        _check_calls(first, roots, calls_children=False)
-        self.children = _check_calls(self.second, roots, calls_children=True)
-        for name, is_counted in _changed(first):
-            if not is_counted or name in later_loaded:
+        _check_calls(first, roots, items, calls_children=False)
+        self.children = _check_calls(self.second, roots, [], calls_children=True)
+        # What counts turns may be changed in place: a number, see _apart.
+        self.counts = set()
+        for name, value in _changed(first):
+            if not isinstance(value, ast.Constant) or name in later_loaded:
                 raise _Unsplit
+            self.counts.add(name)
         changed = {name for name, _ in _changed(self.second)}
-        if changed & (loaded | {"self"}):
+        if changed & (loaded | stored | {"self"}):
             raise _Unsplit
-        for name in changed & (stored | later_stored):
-            if name in stored or not all(_is_fresh(value, name) for value in _assigned(self.second, name)):
+        for name in changed & later_stored:
+            if not all(_is_fresh(value, name) for value in _assigned(self.second, name)):
                 raise _Unsplit  # it may be a view of what the first half reads
         after = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)
                  and isinstance(node.ctx, ast.Load) and node.lineno > (loop.end_lineno or loop.lineno)}  # fmt: skip
-        if after & stored:
-            raise _Unsplit
         self.saved = sorted(stored & later_loaded)
-        self.changed = changed - stored - later_stored
-        self.read = loaded - stored - {"self"}
-        self.used = self.read | (later_loaded - stored - later_stored - {"self"})
-        self.attributes = {node.attr for one in first for node in ast.walk(one) if isinstance(node, ast.Attribute)
-                           and isinstance(node.value, ast.Name) and node.value.id == "self"}  # fmt: skip
+        always = _names([loop.target, *(one for one in self.before if isinstance(one, ast.Assign))], ast.Store)
+        if after & stored or not set(self.saved) <= always:
+            raise _Unsplit
+        self.changed = changed
+        self.read = loaded - (stored - self.counts) - {"self"}
+        self.used = self.read | (later_loaded - stored - {"self", _RESULT})
+        self.paths = {path for one in first for path in _paths_of_self(one)}
 
     def statement(self) -> ast.stmt:
         """Returns what stands in the loop's place."""
@@ -314,29 +338,30 @@ def _root(node: ast.expr) -> str:
     return node.id
 
 
-def _changed(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, bool]]:
-    """Yields the names of what is changed in place, and whether by no more than ``name += ...``."""
+def _changed(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, Optional[ast.expr]]]:
+    """Yields the names of what is changed in place, and, of ``name += value`` alone, the value."""
     for top in nodes:
         for node in ast.walk(top):
             if isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
-                yield _root(node), False
+                yield _root(node), None
             elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-                yield node.target.id, True
+                yield node.target.id, node.value
             elif isinstance(node, ast.Call):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
                 if name in _CHANGES or (name.endswith("_") and not name.endswith("__")):
-                    yield _root(node.func), False
-                    for argument in node.args[:1]:  # of torch's functions
-                        if _root(node.func) in _TORCH:
-                            yield _root(argument), False
-                for keyword in node.keywords:
-                    if keyword.arg in (None, "out", "inplace"):
+                    if _root(node.func) in _TORCH and name not in _FUNCTIONS:
                         raise _Unsplit
+                    if _root(node.func) not in _TORCH:
+                        yield _root(node.func), None
+                if any(keyword.arg in (None, "out", "inplace") for keyword in node.keywords):
+                    raise _Unsplit
 
 
-def _check_calls(nodes: Iterable[ast.AST], roots: set[str], *, calls_children: bool) -> set[str]:
+def _check_calls(
+    nodes: Iterable[ast.AST], roots: set[str], items: Sequence[ast.AST], *, calls_children: bool
+) -> set[str]:
     """Returns the children of ``self`` that are called; refuses what else is no method of a local value, of those in
-    ``roots``, and no function of torch's."""
+    ``roots``, and none of torch's functions. ``items``: getattr calls that take an expert out of ``self``."""
     children = set()
     for top in nodes:
         for node in ast.walk(top):
@@ -344,7 +369,7 @@ def _check_calls(nodes: Iterable[ast.AST], roots: set[str], *, calls_children: b
                 continue
             called = node.func
             if isinstance(called, ast.Name):
-                if called.id not in _BUILTINS:
+                if called.id not in _BUILTINS and not (called.id == "getattr" and any(node is one for one in items)):
                     raise _Unsplit
             elif not isinstance(called, ast.Attribute):
                 raise _Unsplit
@@ -352,9 +377,25 @@ def _check_calls(nodes: Iterable[ast.AST], roots: set[str], *, calls_children: b
                 if not calls_children or len(node.args) != 1 or node.keywords:
                     raise _Unsplit
                 children.add(called.attr)
-            elif _root(called) not in roots - {"self"}:
+            elif (root := _root(called)) not in roots:
+                raise _Unsplit
+            elif root in _TORCH and called.attr not in _FUNCTIONS:
                 raise _Unsplit
     return children
+
+
+def _paths_of_self(top: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Yields the attributes of ``self`` that are read, with those of theirs, as far as no call is one of them."""
+    held = {id(node.value) for node in ast.walk(top) if isinstance(node, ast.Attribute)}
+    methods = {id(node.func) for node in ast.walk(top) if isinstance(node, ast.Call)}
+    for node in ast.walk(top):
+        if isinstance(node, ast.Attribute) and id(node) not in held:
+            path, at = [], node.value if id(node) in methods else node
+            while isinstance(at, ast.Attribute):
+                path.append(at.attr)
+                at = at.value
+            if isinstance(at, ast.Name) and at.id == "self" and path:
+                yield tuple(reversed(path))
 
 
 def _assigned(nodes: Iterable[ast.AST], name: str) -> Iterator[ast.expr]:
@@ -373,40 +414,84 @@ def _is_fresh(value: ast.expr, name: str) -> bool:
     """Returns whether a value is memory of its own: a product, a sum, or made of ``name``, which is, alone."""
     if isinstance(value, ast.BinOp):
         return True
-    return isinstance(value, ast.Call) and _names([value], ast.Load) - {"self", "torch"} <= {name}
+    return isinstance(value, ast.Call) and _names([value], ast.Load) - {"self", *_TORCH} == {name}
 
 
 # --- at run time ------------------------------------------------------------------------------------------------------
 
 
-def _apart(halves: _Halves, module: nn.Module, held: dict[str, Any]) -> bool:
-    """Returns whether the halves of a loop may run one after the other: not under a compiler, and where what the second
-    changes shares no memory with what the first reads."""
-    if torch.compiler.is_compiling() or not isinstance(module, nn.Module):
+def _apart(halves: _Halves, module: nn.Module, here: dict[str, Any]) -> bool:
+    """Returns whether the halves of a loop may run one after the other: not under a compiler or a transform, and where
+    what the second changes shares no memory with what the first reads."""
+    held = dict(here)
+    here.clear()  # else the frame's copy would keep what the forward lets go
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not isinstance(module, nn.Module):
         return False
     for name in halves.children:
         child = module._modules.get(name)
         if child is None or not type(child).__module__.startswith("torch.nn."):
             return False
-    changed = [held.get(name) for name in halves.changed]
-    used = [held.get(name) for name in halves.used - halves.changed]
-    if not all(type(value) in (Tensor, list) for value in changed):
+    if not all(type(held.get(name)) in _NUMBERS for name in halves.counts):
         return False
-    if any(isinstance(value, nn.Module) or inspect.isroutine(value) for value in used):
+    memory: list[tuple[int, int]] = []
+    changed = [held[name] for name in halves.changed if name in held]
+    for value in changed:
+        tensors = [one for one in value if isinstance(one, Tensor)] if type(value) is list else [value]
+        for one in value if type(value) is list else ():
+            if not isinstance(one, (Tensor, *_SCALARS)):
+                return False
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                if not _is_in_memory(tensor):
+                    return False
+                memory.append(_range(tensor))
+            elif type(tensor) not in _NUMBERS and tensor is not None:
+                return False
+    used = {name: held.get(name, halves.function.__globals__.get(name)) for name in halves.used - halves.changed}
+    used = {name: value for name, value in used.items() if value is None or value is not _TORCH.get(name)}
+    if not all(_is_value(value) for value in used.values()):
         return False
-    read = [held.get(name) for name in halves.read]
-    read += [getattr(module, name, None) for name in halves.attributes]
-    if any(value is one for value in changed for one in read):
+    read = [used.get(name) for name in halves.read if name in used]
+    for path in halves.paths:
+        value: Any = module
+        for name in path:
+            value = getattr(value, name, None)
+        if isinstance(value, nn.Module):
+            continue  # of its parameters the experts have, which nobody changes in a forward
+        read.append(value)
+    if not all(_is_value(value) for value in read):
         return False
-    memory = {value.untyped_storage()._cdata for value in changed if isinstance(value, Tensor)}
-    return not memory or all(_is_apart(value, memory) for value in read)
+    if any(value is one for value in changed if type(value) is list for one in read):
+        return False
+    return not any(_overlap(tensor, memory) for value in read for tensor in _tensors_in(value))
 
 
-def _is_apart(value: Any, memory: set[int]) -> bool:
-    """Returns whether a value has no tensor in one of these storages."""
+def _is_in_memory(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return plain and tensor.device.type in ("cpu", "cuda")
+
+
+def _is_value(value: Any) -> bool:
+    """Returns whether a value is a tensor in memory, a number or the like, or a list or tuple of such."""
     if isinstance(value, Tensor):
-        return type(value) in (Tensor, nn.Parameter) and value.untyped_storage()._cdata not in memory
-    if isinstance(value, (list, tuple, set)):
-        return all(one is None or isinstance(one, (int, float, str)) for one in value)
-    # Modules have parameters, which nobody changes in a forward.
-    return value is None or isinstance(value, (int, float, str, torch.dtype, torch.device, range, nn.Module))
+        return _is_in_memory(value)
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(one, _SCALARS) or (isinstance(one, Tensor) and _is_in_memory(one)) for one in value)
+    return isinstance(value, _SCALARS)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [one for one in values if isinstance(one, Tensor)]
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _overlap(tensor: Tensor, memory: list[tuple[int, int]]) -> bool:
+    begin, end = _range(tensor)
+    return any(begin < stop and start < end for start, stop in memory)
