@@ -10,6 +10,10 @@ import sys
 import time
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 # Of Qwen3-MoE: 4 layers of 64 experts of 512 and 256, of which a token has 4.
 MIXTURE = {
     "hidden_size": 512,
@@ -46,9 +50,6 @@ MODULE_KINDS = {
 
 def as_modules(model: Any, experts: int, top: int) -> None:
     """Gives a Qwen3's layers experts that are modules, in the loop that Qwen3-MoE had before transformers 5."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
     class Block(nn.Module):
@@ -79,7 +80,6 @@ def as_modules(model: Any, experts: int, top: int) -> None:
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
     """``steps`` measured forwards and backwards of one of KINDS after one to warm up; no optimizer."""
-    import torch
     from peft import LoraConfig
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -27,7 +27,7 @@ from . import attention, expert_modules, rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
 from .lora import LowRank
-from .mlp import Mlp, mlp_formula
+from .mlp import EXPERT, Mlp, mlp_formula
 from .names import inner_function, named, with_names
 from .reasons import accepts_input, kernel_reason, tensor_reason
 
@@ -322,6 +322,9 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module not in skipped and (kind := _fused_class(module)) is not None:
             module.__class__ = kind
+    for module in model.modules():
+        for expert in expert_modules.experts_of(module):
+            expert.__dict__[EXPERT] = True
 
 
 def plain_blocks(model: nn.Module) -> None:
@@ -329,3 +332,4 @@ def plain_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.stock_class
+            module.__dict__.pop(EXPERT, None)

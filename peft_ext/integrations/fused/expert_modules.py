@@ -25,7 +25,7 @@ from .mlp import Mlp
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason, weight_reason
 from .split_loops import split
 
-__all__ = ["has_experts", "outputs", "reason", "split_forward"]
+__all__ = ["experts_of", "has_experts", "outputs", "reason", "split_forward"]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _OPERATOR = "lora_expert_linears"
@@ -44,6 +44,12 @@ def has_experts(module: nn.Module, fused_class: Callable[[nn.Module], Optional[t
         if kind is not None and issubclass(kind, Mlp) and any(_layers(experts[0], kind.formula)):
             return True
     return False
+
+
+def experts_of(module: nn.Module) -> Iterator[Mlp]:
+    """Yields the fused MLPs of a module's lists of experts."""
+    for experts in _lists(module):
+        yield from (expert for expert in experts if isinstance(expert, Mlp))
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
