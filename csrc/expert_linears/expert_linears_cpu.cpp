@@ -5,9 +5,9 @@
 
 #include <vector>
 
-#include "linear/cpu/runs.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/layers.h"
+#include "linear/cpu/runs.h"
 
 namespace peft_ext {
 namespace {
@@ -51,13 +51,6 @@ Listed listed(const char* op, const std::vector<int64_t>& rows, std::vector<Tens
   return held;
 }
 
-Tensor checked_rows(const char* op, const char* argument, const Tensor& x, int64_t columns) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == columns, op, ": ", argument, " has ", x.numel(),
-                  " elements in ", x.dim(), " dimensions, wanted [S, ", columns, "] on the CPU");
-  dtype_of(op, argument, x);
-  return as_contiguous(x);
-}
-
 Tensor zeros_like(const Tensor& like) {
   const Tensor zeros = torch::stable::empty_like(like);
   memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * zeros.element_size());
@@ -91,10 +84,8 @@ std::vector<Tensor> lora_expert_linears_backward_cpu(Tensor grad, Tensor x, std:
                                                      bool needs_grad_x) {
   constexpr const char* kOp = "lora_expert_linears_backward";
   const Listed held = listed(kOp, rows, tensors, sizes, numbers, x.size(0));
-  const Tensor held_x = checked_rows(kOp, "x", x, held.in), held_grad = checked_rows(kOp, "grad", grad, held.out);
-  STD_TORCH_CHECK(held_grad.scalar_type() == x.scalar_type() && held_grad.size(0) == held_x.size(0), kOp, ": grad has ",
-                  held_grad.size(0), " rows of ", torch::headeronly::toString(held_grad.scalar_type()), ", wanted ",
-                  held_x.size(0), " of ", torch::headeronly::toString(x.scalar_type()));
+  const Tensor held_x = checked_rows(kOp, "x", x, held.in);
+  const Tensor held_grad = checked_rows(kOp, "grad", grad, held.out, &held_x);
   STD_TORCH_CHECK(s.size() == held.layers.size(), kOp, ": s has ", s.size(), " entries, wanted ", held.layers.size());
   const Tensor grad_x = needs_grad_x ? empty({held_x.size(0), held.in}, x.scalar_type()) : none(x.scalar_type());
   std::vector<AdaptedBackward> found(held.layers.size());

@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "linear/cpu/runs.h"
 #include "linear/cpu/adapted_linear.h"
+#include "linear/cpu/runs.h"
 #include "linear/cpu/weight_norm.h"
 
 namespace peft_ext {
@@ -187,14 +187,6 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
   return held;
 }
 
-// x [S, K], contiguous.
-Tensor checked_rows(const char* op, const char* argument, const Tensor& x, int64_t columns) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == columns, op, ": ", argument, " has ", x.numel(),
-                  " elements in ", x.dim(), " dimensions, wanted [S, ", columns, "] on the CPU");
-  dtype_of(op, argument, x);
-  return as_contiguous(x);
-}
-
 // Zeros of each expert without rows in a contiguous stack.
 void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   const int64_t experts = stack.size(0);
@@ -263,12 +255,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const ScalarType type = x.scalar_type();
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  const Tensor held_x = checked_rows(kOp, "x", x, weights.in), held_grad = checked_rows(kOp, "grad", grad, weights.out);
+  const Tensor held_x = checked_rows(kOp, "x", x, weights.in);
+  const Tensor held_grad = checked_rows(kOp, "grad", grad, weights.out, &held_x);
   const std::vector<Run> runs = make_runs(kOp, offsets, weights.experts, held_x.size(0));
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
-  STD_TORCH_CHECK(held_grad.scalar_type() == type && held_grad.size(0) == held_x.size(0), kOp, ": grad has ",
-                  held_grad.size(0), " rows of ", torch::headeronly::toString(held_grad.scalar_type()), ", wanted ",
-                  held_x.size(0), " of ", torch::headeronly::toString(type));
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
   Tensor out_A = grad_A, out_B = grad_B;  // in the adapters' own strides
@@ -285,10 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   Tensor grad_scale = none(), held_z;
   if (needs_grad_scale) {
     STD_TORCH_CHECK(out_scale.has_value(), kOp, ": the gradient of out_scale is asked for, and it is None");
-    held_z = checked_rows(kOp, "z", z, weights.out);
-    STD_TORCH_CHECK(held_z.scalar_type() == type && held_z.size(0) == held_x.size(0), kOp, ": z has ", held_z.size(0),
-                    " rows of ", torch::headeronly::toString(held_z.scalar_type()), ", wanted ", held_x.size(0), " of ",
-                    torch::headeronly::toString(type));
+    held_z = checked_rows(kOp, "z", z, weights.out, &held_x);
     grad_scale = empty({weights.experts, weights.out}, ScalarType::Float);
     clear_others(grad_scale, runs);
   }

@@ -22,7 +22,17 @@ from torch import Tensor
 from ..reference import common
 from ..reference import expert_linears as reference
 from ..weight import NF4Weight
-from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, unpack_layers
+from .layer_lists import (
+    LAYERS,
+    NUMBERS,
+    adapters_need,
+    listed,
+    no_rank,
+    one_by_one,
+    own_gradients,
+    places,
+    unpack_layers,
+)
 from .library import NAMESPACE, below_autograd, define, in_float64, records_graph
 from .nf4 import refuse_double_backward, sum_rows
 
@@ -35,42 +45,28 @@ _OPERATOR = f"Tensor x, SymInt[] rows, {LAYERS}"
 # --- schema, reference, fake ------------------------------------------------------------------------------------------
 
 
-def _one(sizes, numbers, i):
-    """A layer's own part of the lists beside its tensors."""
-    return sizes[4 * i : 4 * i + 4], numbers[NUMBERS * i : NUMBERS * i + NUMBERS]
-
-
-def _own_tensors(tensors, sizes):
-    """Each layer's tensors."""
-    found, at = [], 0
-    for held in sizes[::4]:
-        count = bin(held).count("1")
-        found.append(tensors[at : at + count])
-        at += count
-    return found
-
-
 def _forward(x, rows, tensors, sizes, numbers):
     ys, ss = [], []
-    for i, (own, of_layer) in enumerate(zip(x.split(list(rows)), _own_tensors(tensors, sizes), strict=True)):
-        y, s = _ops.lora_linears(own, of_layer, *_one(sizes, numbers, i))
+    for own, layer in zip(x.split(list(rows)), one_by_one(tensors, sizes, numbers), strict=True):
+        y, s = _ops.lora_linears(own, *layer)
         ys.append(y)
         ss.append(s)
     return [torch.cat(ys), *ss]
 
 
 def _forward_fake(x, rows, tensors, sizes, numbers):
+    layers = unpack_layers(tensors, sizes, numbers)
     ss = [no_rank(x) if lora_A is None else x.new_empty((count, lora_A.shape[0]), dtype=common.sum_dtype(x.dtype))
-          for count, (_, _, lora_A, *_) in zip(rows, unpack_layers(tensors, sizes, numbers), strict=True)]  # fmt: skip
-    return [x.new_empty(x.shape[0], sizes[2]), *ss]
+          for count, (_, _, lora_A, *_) in zip(rows, layers, strict=True)]  # fmt: skip
+    (*_, (out, _)), *_ = layers[0]
+    return [x.new_empty(x.shape[0], out), *ss]
 
 
 def _backward_reference(grad, x, rows, tensors, sizes, numbers, s, needs_grad_x):
     grads_x, own = [], []
-    parts = zip(grad.split(list(rows)), x.split(list(rows)), _own_tensors(tensors, sizes), strict=True)
-    for i, (own_grad, own_x, of_layer) in enumerate(parts):
-        args = (own_x, of_layer, *_one(sizes, numbers, i), [s[i]], needs_grad_x)
-        grad_x, *found = _ops.lora_linears_backward([own_grad], *args)
+    parts = (grad.split(list(rows)), x.split(list(rows)), one_by_one(tensors, sizes, numbers), s)
+    for own_grad, own_x, layer, own_s in zip(*parts, strict=True):
+        grad_x, *found = _ops.lora_linears_backward([own_grad], own_x, *layer, [own_s], needs_grad_x)
         grads_x.append(grad_x)
         own += found
     return [torch.cat(grads_x), *own]
@@ -107,15 +103,15 @@ def _gradients(ctx, grad, needs_x, needs):
     refuse_double_backward("lora_expert_linears")
     if grad is None:
         return None, [None] * len(needs)
-    count = len(ctx.numbers) // NUMBERS
+    count, layers = len(ctx.numbers) // NUMBERS, places(ctx.sizes)
     x, *saved = ctx.saved_tensors
     grad_x = gradients = None
-    if needs_x or any(adapters_need(needs, ctx.sizes)):
+    if needs_x or any(adapters_need(needs, layers)):
         grad_x, *gradients = _ops.lora_expert_linears_backward(
             grad, x, ctx.rows, saved[:-count], ctx.sizes, ctx.numbers, saved[-count:], needs_x
         )
     parts = grad.split(list(ctx.rows))
-    found = own_gradients(needs, ctx.sizes, [True] * count, gradients, lambda i: sum_rows(parts[i]))
+    found = own_gradients(needs, layers, [True] * count, gradients, lambda i: sum_rows(parts[i]))
     return grad_x if needs_x else None, found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference import common
 from . import checks
 
-__all__ = ["LAYERS", "NUMBERS", "Listed", "adapters_need", "listed", "no_rank", "own_gradients", "places",
+__all__ = ["LAYERS", "NUMBERS", "Listed", "adapters_need", "listed", "no_rank", "one_by_one", "own_gradients", "places",
            "unpack_layers"]  # fmt: skip
 
 LAYERS = "Tensor[] tensors, SymInt[] sizes, float[] numbers"
@@ -50,17 +50,27 @@ def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list
     return found
 
 
+def one_by_one(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
+    """Returns each layer's own lists."""
+    found = []
+    for i, held in enumerate(places(sizes)):
+        own = [tensors[at] for at in held if at is not None]
+        found.append((own, sizes[i * _SIZES : (i + 1) * _SIZES], numbers[i * NUMBERS : (i + 1) * NUMBERS]))
+    return found
+
+
 def own_gradients(
-    needs: Sequence[bool], sizes: Sequence, given: Sequence[bool], gradients: Optional[Sequence[Tensor]],
-    bias_gradient: Callable[[int], Tensor],
+    needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]], given: Sequence[bool],
+    gradients: Optional[Sequence[Tensor]], bias_gradient: Callable[[int], Tensor],
 ) -> list[Optional[Tensor]]:  # fmt: skip
     """Returns the gradients of a list's tensors.
 
-    Args: needs: which of the tensors need one. given: which layers' results have one. gradients: of lora_A, lora_B and
-    rank_scale of each layer, in a row, or None. bias_gradient: of the bias of a layer, by its number.
+    Args: needs: which of the tensors need one. layers: their :func:`places`. given: which layers' results have one.
+    gradients: of lora_A, lora_B and rank_scale of each layer, in a row, or None. bias_gradient: of the bias of a layer,
+    by its number.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
-    for i, layer in enumerate(places(sizes)):
+    for i, layer in enumerate(layers):
         if not given[i]:
             continue
         for j, at in enumerate(layer[_LORA_A : _LORA_A + 3]):
@@ -71,9 +81,9 @@ def own_gradients(
     return found
 
 
-def adapters_need(needs: Sequence[bool], sizes: Sequence) -> list[bool]:
-    """Returns of each layer whether its adapter needs a gradient."""
-    return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in places(sizes)]
+def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]]) -> list[bool]:
+    """Returns of each layer, by its :func:`places`, whether its adapter needs a gradient."""
+    return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in layers]
 
 
 class Listed(NamedTuple):

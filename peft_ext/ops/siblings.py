@@ -24,7 +24,7 @@ from torch import Tensor
 from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
-from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, unpack_layers
+from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
 from .library import NAMESPACE, below_autograd, define, in_float64, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
@@ -116,13 +116,14 @@ def _gradients(ctx, grads, needs_x, needs):
     x, *saved = ctx.saved_tensors
     tensors, s = saved[:-count], saved[-count:]
     grads = grads[:count]
-    wanted = [needs_x or need for need in adapters_need(needs, ctx.sizes)]
+    layers = places(ctx.sizes)
+    wanted = [needs_x or need for need in adapters_need(needs, layers)]
     given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     grad_x = gradients = None
     if any(grad is not None for grad in given):
         grad_x, *gradients = _ops.lora_linears_backward(given, x, tensors, ctx.sizes, ctx.numbers, s, needs_x)
     has_grad = [grad is not None for grad in grads]
-    found = own_gradients(needs, ctx.sizes, has_grad, gradients, lambda i: sum_rows(grads[i]))
+    found = own_gradients(needs, layers, has_grad, gradients, lambda i: sum_rows(grads[i]))
     return grad_x if needs_x else None, found
 
 

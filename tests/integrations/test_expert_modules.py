@@ -139,6 +139,7 @@ def test_the_source_decides() -> None:
         if split_loops.split(kind.forward, expert_modules.outputs) is not None
     }
     # Of these the source does not say it; what the names are does, and where they lie.
+    assert split_loops.split(expert_loops.Gathers.forward, expert_modules.outputs) is None
     by_value = {"AddedTo", "Drawn", "Held", "InList", "InPlace", "Numpy", "OfBuffer", "OfList"}
     assert taken == {*LOOPS, *by_value} - {"OfNamed"}
 

@@ -48,4 +48,17 @@ inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
+// m [S, columns], contiguous; beside: what has as many rows, of the same type.
+inline Tensor checked_rows(const char* op, const char* argument, const Tensor& m, int64_t columns,
+                           const Tensor* beside = nullptr) {
+  STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == columns, op, ": ", argument, " has ", m.numel(),
+                  " elements in ", m.dim(), " dimensions, wanted [S, ", columns, "] on the CPU");
+  dtype_of(op, argument, m);
+  if (beside != nullptr)
+    STD_TORCH_CHECK(m.scalar_type() == beside->scalar_type() && m.size(0) == beside->size(0), op, ": ", argument,
+                    " has ", m.size(0), " rows of ", torch::headeronly::toString(m.scalar_type()), ", wanted ",
+                    beside->size(0), " of ", torch::headeronly::toString(beside->scalar_type()));
+  return as_contiguous(m);
+}
+
 }  // namespace peft_ext

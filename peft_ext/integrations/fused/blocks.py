@@ -248,12 +248,7 @@ def _settings(module: nn.Module) -> str:
     held = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
     held.pop("training", None)
     config = vars(module).get("config")
-    return repr(
-        (
-            sorted(held.items()),
-            None if config is None else repr(vars(config) if hasattr(config, "__dict__") else config),
-        )
-    )
+    return repr((sorted(held.items()), getattr(config, "__dict__", config)))
 
 
 def _fused_class(module: nn.Module) -> Optional[type]:

@@ -106,12 +106,13 @@ def _together(experts: list[Any], xs: list[Any]) -> Optional[Sequence[Tensor]]:
     first, x = experts[0], xs[0]
     if not accepts_input(x) or kernel_reason(_OPERATOR, x.device.type) is not None or not first.takes(x):
         return None
-    if type(first).__call__ is not nn.Module.__call__ or _dropout(first) is None:
+    dropout = _dropout(first)
+    if type(first).__call__ is not nn.Module.__call__ or dropout is None:
         return None
     for expert in experts:
         if type(expert) is not type(first) or hooked(expert) or expert.block_reason() is not None:
             return None
-        if not expert.takes(x) or _dropout(expert) != _dropout(first):
+        if not expert.takes(x) or _dropout(expert) != dropout:
             return None
     for one in xs:
         if not accepts_input(one) or one.dim() != 2 or one.dtype is not x.dtype or one.device != x.device:

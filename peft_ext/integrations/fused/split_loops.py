@@ -379,9 +379,18 @@ def _check_calls(
                 children.add(called.attr)
             elif (root := _root(called)) not in roots:
                 raise _Unsplit
-            elif root in _TORCH and called.attr not in _FUNCTIONS:
+            elif root in _TORCH and not _is_function(called):
                 raise _Unsplit
     return children
+
+
+def _is_function(called: ast.Attribute) -> bool:
+    """Returns whether one of torch's own functions, or of torch.nn.functional's, is called that does nothing else."""
+    at, within = called.value, set()
+    while isinstance(at, ast.Attribute):
+        within.add(at.attr)
+        at = at.value
+    return isinstance(at, ast.Name) and called.attr in _FUNCTIONS and within <= {"nn", "functional"}
 
 
 def _paths_of_self(top: ast.AST) -> Iterator[tuple[str, ...]]:
@@ -438,17 +447,9 @@ def _apart(halves: _Halves, module: nn.Module, here: dict[str, Any]) -> bool:
     memory: list[tuple[int, int]] = []
     changed = [held[name] for name in halves.changed if name in held]
     for value in changed:
-        tensors = [one for one in value if isinstance(one, Tensor)] if type(value) is list else [value]
-        for one in value if type(value) is list else ():
-            if not isinstance(one, (Tensor, *_SCALARS)):
-                return False
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                if not _is_in_memory(tensor):
-                    return False
-                memory.append(_range(tensor))
-            elif type(tensor) not in _NUMBERS and tensor is not None:
-                return False
+        if not _is_value(value) or isinstance(value, tuple):
+            return False
+        memory += map(_range, _tensors_in(value))
     used = {name: held.get(name, halves.function.__globals__.get(name)) for name in halves.used - halves.changed}
     used = {name: value for name, value in used.items() if value is None or value is not _TORCH.get(name)}
     if not all(_is_value(value) for value in used.values()):
