@@ -79,12 +79,13 @@ def _backward_fake(_grad, x, _rows, tensors, sizes, numbers, _s, needs_grad_x):
     return [x.new_empty(x.shape) if needs_grad_x else x.new_empty(0), *own]
 
 
-define("lora_expert_linears", f"({_OPERATOR}) -> Tensor[]", reference=_forward, fake=_forward_fake)
+define("lora_expert_linears", f"({_OPERATOR}) -> Tensor[]", reference=_forward, fake=_forward_fake, cuda=False)
 define(
     "lora_expert_linears_backward",
     f"(Tensor grad, {_OPERATOR}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
     reference=_backward_reference,
     fake=_backward_fake,
+    cuda=False,
 )
 
 
