@@ -120,7 +120,7 @@ cuda-check: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
-# EMULATED="--share 3" for CI's part.
+# EMULATED="--share 6" for CI's part.
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
 	OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/fuzz/test_sweep.py

@@ -3,7 +3,7 @@
     efficiency = time of one core / (cores x time of so many)
 
 LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase of the step takes as long as its busiest thread: the
-tiles' by tiles/plan.h itself, the passes' by the chunks of passes.cpp and chunk_sums.h. Work is in FLOP,
+tiles' by tiles/plan.h itself, the passes' by pass_plan.h. Work is in FLOP,
 at the rates of one core in the committed result file; a barrier, memory that all cores share and a clock that falls
 under load are not in it, so that a machine does worse. ``python tools/many_cores.py --write`` puts the table into
 docs/performance.md.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import sysconfig
@@ -35,29 +34,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@cache
-def constants() -> dict[str, int]:
-    """The numbers by which the passes cut tokens."""
-    source = "".join((ROOT / "csrc/linear/cpu" / name).read_text() for name in ("passes.cpp", "chunk_sums.h"))
-    names = ("kTokenGrain", "kMinChunkTokens", "kMaxChunks")
-    return {name: int(re.search(rf"{name} = (\d+)", source)[1]) for name in names}
-
-
-def busiest_of_passes(tokens: int, cores: int) -> int:
-    """Tokens of the busiest thread where a pass is cut by tokens alone, as PyTorch's parallel_for does."""
-    threads = min(cores, ceil_div(tokens, constants()["kTokenGrain"]))
-    return ceil_div(tokens, threads)
-
-
-def busiest_of_sums(tokens: int, cores: int) -> int:
-    """Tokens of the busiest thread where chunks of them have sums of their own, added in order."""
-    chunk = ceil_div(max(constants()["kMinChunkTokens"], ceil_div(tokens, constants()["kMaxChunks"])), 8) * 8
-    chunks = ceil_div(tokens, chunk)
-    return min(tokens, chunk * ceil_div(chunks, min(cores, chunks)))
-
-
-class Tiles:
-    """The compiled plan."""
+class Plans:
+    """The compiled plans."""
 
     def __init__(self, folder: Path) -> None:
         self.program = folder / "tile_plan"
@@ -68,18 +46,23 @@ class Tiles:
     @cache  # noqa: B019  it lives as long as the script
     def busiest(self, cores: int, tokens: int, rows: int, depth: int) -> float:
         """FLOP of the busiest thread; decoding is in it."""
-        args = [str(value) for value in (cores, tokens, rows, depth, DECODE)]
-        found = subprocess.run([self.program, "cost", *args], capture_output=True, text=True, check=True).stdout.split()
+        found = self._ask("cost", cores, tokens, rows, depth, DECODE)
         share, strips = float(found[3]), ceil_div(tokens, 16) + DECODE * int(found[1])
         return share * ceil_div(rows, 64) * strips * 2 * 64 * depth * 16 / cores
 
+    def passes(self, cores: int, tokens: int, out: int, inner: int) -> float:
+        """FLOP of the busiest thread in S, in P and dB, and in dA."""
+        return 2 * sum(map(int, self._ask("passes", cores, tokens, out, inner, RANK)))
 
-def seconds(tiles: Tiles, cores: int, tokens: int, out: int, inner: int, rates: tuple[float, float]) -> float:
+    def _ask(self, *arguments: object) -> list[str]:
+        command = [self.program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def seconds(plans: Plans, cores: int, tokens: int, out: int, inner: int, rates: tuple[float, float]) -> float:
     product, float32 = rates
-    passed, summed = busiest_of_passes(tokens, cores), busiest_of_sums(tokens, cores)
-    low_rank = 2 * RANK * (passed * inner + summed * (2 * out + inner))  # S; P and dB; dA
-    base = tiles.busiest(cores, tokens, out, inner) + tiles.busiest(cores, tokens, inner, out)
-    return base / product + low_rank / float32
+    base = plans.busiest(cores, tokens, out, inner) + plans.busiest(cores, tokens, inner, out)
+    return base / product + plans.passes(cores, tokens, out, inner) / float32
 
 
 def table() -> str:
@@ -90,11 +73,11 @@ def table() -> str:
     lines = ["| layer (N x K) | T | " + " | ".join(f"{cores} cores" for cores in CORES) + " |",
              "|---|---|" + "---|" * len(CORES)]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        tiles = Tiles(Path(folder))
+        plans = Plans(Path(folder))
         for out, inner in LAYERS:
             for tokens in TOKENS:
-                one = seconds(tiles, 1, tokens, out, inner, rates)
-                cells = [one / (cores * seconds(tiles, cores, tokens, out, inner, rates)) for cores in CORES]
+                one = seconds(plans, 1, tokens, out, inner, rates)
+                cells = [one / (cores * seconds(plans, cores, tokens, out, inner, rates)) for cores in CORES]
                 shares = " | ".join(f"{cell:.2f}" for cell in cells)
                 lines.append(f"| {out} x {inner} | {tokens} | {shares} |")
     return "\n".join(lines)

@@ -2,10 +2,10 @@
 //
 //   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// In float32, or of mixed types: forward: one pass over x, one that reads the residual and writes Y. backward: one pass
-// over dY gives P = s dY V, dV and, from a column of ones beside H, db_v; one over x gives dD; one reads dY and writes
-// dX = dY + dU D. Few tokens take D and V as they lie, one pass over each; their gradients, and all products in one
-// 16-bit type, are PyTorch's. What is [T, M] is float32, the activation on it PyTorch's.
+// In float32, or of mixed types: forward: one pass over x, one that reads the residual and writes Y; few tokens take D
+// and V as they lie. backward: a pass over dY, or two, gives P = s dY V, dV and db_v; one over x gives dD; one reads dY
+// and writes dX = dY + dU D. Up to eight tokens' gradients, and all products in one 16-bit type, are PyTorch's. What is
+// [T, M] is float32, the activation on it PyTorch's.
 #include <algorithm>
 #include <tuple>
 
@@ -91,12 +91,12 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
 
 // In which type the products take D and V as they lie, if they do: in the one 16-bit type of all, where the CPU
 // multiplies in it (PyTorch's product), or in float32 for so few tokens that packing them would be most of the time.
-std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up) {
+std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
   constexpr int64_t kFewer = 2;  // a row of D takes as long to widen as to multiply
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
   if (same && multiplies_in(type, true) && rows_of(x) > kFewer) return type;
-  if (rows_of(x) <= kFewTokens) return ScalarType::Float;
+  if (rows_of(x) <= few) return ScalarType::Float;
   return std::nullopt;
 }
 
@@ -121,7 +121,9 @@ void fill(const Tensor& tensor, float value) { std::fill_n(tensor.mutable_data_p
 
 void scale_by(const Tensor& tensor, float factor) {
   float* data = tensor.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < tensor.numel(); ++i) data[i] *= factor;
+  torch::stable::parallel_for(0, tensor.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) data[i] *= factor;
+  });
 }
 
 // u [T, M] += bias [M].
@@ -129,21 +131,43 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   const int64_t size = u.size(1);
   const float* add = bias.const_data_ptr<float>();
   float* data = u.mutable_data_ptr<float>();
-  for (int64_t t = 0; t < u.size(0); ++t)
-    for (int64_t m = 0; m < size; ++m) data[t * size + m] += add[m];
+  torch::stable::parallel_for(0, u.size(0), ceil_div(kElementGrain, size), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t m = 0; m < size; ++m) data[t * size + m] += add[m];
+  });
 }
 
-// Σ_t m[t] [M] of m [T, M], in double: T may be large, M is small.
+// Σ_t m[t] [M] of m [T, M], in double: T may be large, M is small. A column's sum is one thread's.
 Tensor sum_of_rows(const Tensor& m) {
-  const int64_t size = m.size(1);
-  std::vector<double> sums(static_cast<size_t>(size), 0.0);
-  const float* row = m.const_data_ptr<float>();
-  for (int64_t t = 0; t < m.size(0); ++t, row += size)
-    for (int64_t i = 0; i < size; ++i) sums[static_cast<size_t>(i)] += row[i];
+  constexpr int64_t kColumns = 16;
+  const int64_t tokens = m.size(0), size = m.size(1);
   Tensor out = empty({size}, ScalarType::Float);
-  for (int64_t i = 0; i < size; ++i)
-    out.mutable_data_ptr<float>()[i] = static_cast<float>(sums[static_cast<size_t>(i)]);
+  const float* from = m.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t grain = ceil_div(kElementGrain, kColumns * std::max<int64_t>(1, tokens));
+  torch::stable::parallel_for(0, ceil_div(size, kColumns), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, size); first += kColumns) {
+      const int64_t count = min_i64(kColumns, size - first);
+      double sums[kColumns] = {};
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < count; ++i) sums[i] += from[t * size + first + i];
+      for (int64_t i = 0; i < count; ++i) to[first + i] = static_cast<float>(sums[i]);
+    }
+  });
   return out;
+}
+
+// The forward's: it reads D and V once for each kFewTokens of them.
+constexpr int64_t kUnpackedTokens = 3 * kFewTokens;
+
+// out [T, N] float32 = m [T, K] wᵀ, w [N, K] as it lies.
+void times_weight(const char* op, const Tensor& m, const Tensor& w, const Tensor& out) {
+  const Tensor held = as_contiguous(w);
+  Tensor left = as_type(m, ScalarType::Float), to = out;
+  for (int64_t t = 0; t < rows_of(m); t += kFewTokens) {
+    const int64_t count = min_i64(kFewTokens, rows_of(m) - t);
+    run_few_tokens(op, held, torch::stable::narrow(left, 0, t, count), torch::stable::narrow(to, 0, t, count), false);
+  }
 }
 
 // u = x Dᵀ
@@ -169,13 +193,12 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   Tensor u = empty({size.tokens, size.size}, ScalarType::Float);
   if (size.tokens == 0) return {y, u};
 
-  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
+  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight, kUnpackedTokens);
   const float factor = static_cast<float>(scale);
   // U. A bias of the product's type goes in before its rounding, as PyTorch's own layer takes it.
   bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
-    // D and V as they lie, each row read once for all tokens.
-    run_few_tokens(kOp, as_contiguous(down_weight), as_type(held, ScalarType::Float), u, false);
+    times_weight(kOp, held, down_weight, u);
   } else if (products.has_value()) {
     Tensor rounded = empty({size.tokens, size.size}, *products);
     if (!biased && down_bias->scalar_type() == *products) {
@@ -212,7 +235,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
     run_expand(work, size.tokens);
   } else if (*products == ScalarType::Float) {
     sums = empty({size.tokens, size.out}, ScalarType::Float);
-    run_few_tokens(kOp, as_contiguous(up_weight), h, sums, false);
+    times_weight(kOp, h, up_weight, sums);
     work.before = sums.const_data_ptr<float>();
     run_expand(work, size.tokens);
   } else {
@@ -248,24 +271,22 @@ UpGradients up_gradients_by_products(const Tensor& grad, const Tensor& h, const 
 
 UpGradients up_gradients(const char* op, const Tensor& grad, const Tensor& h, const Tensor& up, const Bottleneck& size,
                          float scale) {
-  // H and a column of ones: dYᵀ of it is dV and db_v.
-  const int64_t padded = round_up(size.size + 1, kRankStep);
-  const Tensor left = packed(op, "u", h, nullptr, nullptr, false, size.tokens, padded);
-  for (int64_t t = 0; t < size.tokens; ++t) left.mutable_data_ptr<float>()[t * padded + size.size] = 1.0f;
-  const Tensor rho = empty({padded}, ScalarType::Float);
-  fill(rho, scale);
-  const float* by_rank = rho.const_data_ptr<float>();
-  const Tensor right = packed(op, "up_weight", up, nullptr, by_rank, false, size.out, padded);
-  Tensor p = zeros({size.tokens, padded});
+  const int64_t padded = size.padded;
+  const Tensor left = framed(op, h, padded);
+  const Tensor right = packed(op, "up_weight", up, nullptr, nullptr, false, size.out, padded);
+  Tensor p = empty({size.tokens, padded}, ScalarType::Float);
   RowPass pass = make_row_pass(grad, dtype_of(op, "grad", grad), size.out, padded, Dropout());
   pass.right = right.const_data_ptr<float>();
   pass.out = p.mutable_data_ptr<float>();
   pass.left = left.const_data_ptr<float>();
-  const Tensor sums = run_outer_pass(pass, size.tokens);
-  UpGradients out{unpacked(op, "up_weight", sums, nullptr, by_rank, false, up), empty({size.out}, ScalarType::Float),
-                  as_contiguous(torch::stable::narrow(p, 1, 0, size.size))};
-  for (int64_t n = 0; n < size.out; ++n)
-    out.bias.mutable_data_ptr<float>()[n] = scale * sums.const_data_ptr<float>()[n * padded + size.size];
+  UpGradients out;
+  out.weight = run_outer_pass(pass, size.tokens, &out.bias);
+  scale_by(out.bias, scale);
+  scale_by(out.weight, scale);
+  if (padded != size.size || up.scalar_type() != ScalarType::Float)
+    out.weight = unpacked(op, "up_weight", out.weight, nullptr, nullptr, false, up);
+  out.p = padded == size.size ? p : as_contiguous(torch::stable::narrow(p, 1, 0, size.size));
+  scale_by(out.p, scale);
   return out;
 }
 
@@ -290,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
                   u.numel(), " elements, wanted ", size.tokens * size.size);
   const ScalarType type = x.scalar_type();
-  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight);
+  const std::optional<ScalarType> products = product_type(x, down_weight, up_weight, kFewTokens);
   if (products.has_value()) {
     flat_grad = as_type(flat_grad, *products);
     flat_x = as_type(flat_x, *products);

@@ -1,5 +1,5 @@
-// csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part within the
-// bound that the header states. Two uses:
+// csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part
+// within the bound that the header states. Three uses:
 //
 //   tile_plan check THREADS STRIPS   all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, every layer below;
 //   with
@@ -7,6 +7,9 @@
 //   tile_plan cost THREADS TOKENS N K DECODE   "parts blocks whole_panels share decoded": what the busiest part does
 //   over
 //                                    the mean of all threads, and panels decoded over panels
+//   tile_plan passes THREADS TOKENS N K R   multiplications of the busiest thread in the passes of a layer's step: S,
+//   then
+//                                    P and dB, then dA (linear/cpu/pass_plan.h)
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +18,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "linear/cpu/pass_plan.h"
 #include "linear/cpu/tiles/plan.h"
 
 namespace {
@@ -124,6 +128,34 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
+// The passes' plan: nobody has less than a fair share, one thread reads m once, and the sums that are kept are bounded.
+void check_passes(int64_t most_threads, Summary* summary) {
+  const auto expect = [&](bool holds, const char* what, int64_t tokens, int64_t columns, int64_t rank,
+                          int64_t threads) {
+    if (holds) return;
+    if (++summary->broken <= 20)
+      printf("broken: %s: tokens %lld columns %lld rank %lld threads %lld\n", what, static_cast<long long>(tokens),
+             static_cast<long long>(columns), static_cast<long long>(rank), static_cast<long long>(threads));
+  };
+  for (const Layer& layer : kLayers)
+    for (const int64_t rank : {int64_t{16}, int64_t{64}, int64_t{256}, int64_t{512}})
+      for (const int64_t tokens : choice(8192, 130))
+        for (const int64_t threads : choice(most_threads, 9)) {
+          const int64_t columns = layer.in, all = tokens * columns * rank;
+          const auto fair = [&](int64_t cost) { return cost <= all && cost * threads >= all; };
+          ++summary->plans;
+          expect(fair(peft_ext::row_pass_cost(tokens, columns, rank, threads)), "rows", tokens, columns, rank, threads);
+          expect(fair(peft_ext::outer_pass_cost(tokens, columns, rank, threads)), "sums", tokens, columns, rank,
+                 threads);
+          expect(fair(peft_ext::row_and_outer_pass_cost(tokens, columns, rank, threads) / 2), "both", tokens, columns,
+                 rank, threads);
+          expect(threads > 1 || !peft_ext::passes_apart(tokens, columns, rank, threads), "one thread", tokens, columns,
+                 rank, threads);
+          const int64_t kept = peft_ext::chunks_together(tokens, columns, rank) * columns * rank;
+          expect(kept <= std::max(peft_ext::kMostSums, columns * rank), "kept sums", tokens, columns, rank, threads);
+        }
+}
+
 int run_check(int64_t most_threads, const char* strips_argument) {
   const bool some = strcmp(strips_argument, "some") == 0;
   const std::vector<int64_t> threads = some ? choice(most_threads, 33) : all(most_threads);
@@ -147,6 +179,7 @@ int run_check(int64_t most_threads, const char* strips_argument) {
               if (!paints(plan)) ++summary.broken, printf("broken: tiles not covered once\n");
             }
         }
+  check_passes(most_threads, &summary);
   for (const int64_t rows : {int64_t{0}, int64_t{64}})
     if (plan_tiles(rows, 64, rows == 0 ? 64 : 0, 2, 1, 8).parts != 0)
       ++summary.broken, printf("broken: nothing to do\n");
@@ -175,11 +208,28 @@ int run_cost(char** argv) {
   return 0;
 }
 
+int run_passes(char** argv) {
+  const int64_t threads = atoll(argv[0]), tokens = atoll(argv[1]), out = atoll(argv[2]), in = atoll(argv[3]);
+  const int64_t rank = atoll(argv[4]);
+  const int64_t apart =
+      peft_ext::row_pass_cost(tokens, out, rank, threads) + peft_ext::outer_pass_cost(tokens, out, rank, threads);
+  const int64_t over_grad = peft_ext::passes_apart(tokens, out, rank, threads)
+                                ? apart
+                                : peft_ext::row_and_outer_pass_cost(tokens, out, rank, threads);
+  printf("%lld %lld %lld\n", static_cast<long long>(peft_ext::row_pass_cost(tokens, in, rank, threads)),
+         static_cast<long long>(over_grad),
+         static_cast<long long>(peft_ext::outer_pass_cost(tokens, in, rank, threads)));
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 4 && strcmp(argv[1], "check") == 0) return run_check(atoll(argv[2]), argv[3]);
   if (argc == 7 && strcmp(argv[1], "cost") == 0) return run_cost(argv + 2);
-  fprintf(stderr, "usage: tile_plan check THREADS STRIPS|some | tile_plan cost THREADS TOKENS N K DECODE\n");
+  if (argc == 7 && strcmp(argv[1], "passes") == 0) return run_passes(argv + 2);
+  fprintf(
+      stderr,
+      "usage: tile_plan check THREADS STRIPS|some | cost THREADS TOKENS N K DECODE | passes THREADS TOKENS N K R\n");
   return 2;
 }

@@ -4,16 +4,9 @@
 #include <algorithm>
 
 #include "linear/cpu/packing.h"
+#include "linear/cpu/pass_plan.h"
 
 namespace peft_ext {
-
-constexpr int64_t kMinChunkTokens = 64;
-constexpr int64_t kMaxChunks = 32;
-
-// Tokens of a chunk whose sums are made together: its number depends on the tokens alone.
-inline int64_t chunk_tokens(int64_t tokens) {
-  return round_up(std::max(kMinChunkTokens, ceil_div(tokens, kMaxChunks)), 8);
-}
 
 // run(first token, last token, sums) for each chunk into zeroed sums [size]; returns their total, added in order.
 template <typename Run>

@@ -156,7 +156,7 @@ GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, c
     parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Task& task = tasks[static_cast<size_t>(i)];
-        isa.row_pass(task.pass, 0, task.tokens);
+        isa.row_pass(task.pass, 0, task.tokens, 0, k);
       }
     });
   }
@@ -215,7 +215,7 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
   parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[static_cast<size_t>(i)];
-      isa.expand(task.work, task.begin, task.end);
+      isa.expand(task.work, task.begin, task.end, 0, finish.columns);
     }
   });
 }

@@ -90,12 +90,15 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
   float* p = b.p.mutable_data_ptr<float>();
   const int64_t written = size.out > 0 ? size.tokens : 0;
   std::fill_n(p + written * size.padded, b.p.numel() - written * size.padded, 0.0f);
-  Tensor sums_a, sums_b;
   RowPass over_grad = make_row_pass(b.grad, b.dtype(), size.out, size.padded, Dropout());
   over_grad.right = right.const_data_ptr<float>();
   over_grad.out = p;
   over_grad.left = left.const_data_ptr<float>();
-  sums_b = run_outer_pass(over_grad, size.tokens);
+  {
+    const Tensor sums = run_outer_pass(over_grad, size.tokens);
+    out->grad_B = unpacked(b.op, "lora_B", sums, b.g(), by_rank, false, *adapter.lora_B);
+    if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums);
+  }
   RowPass over_x = make_row_pass(b.x, b.dtype(), size.in, size.padded, adapter.dropout);
   over_x.left = p;
   if (b.mask() && needs_grad_x) {
@@ -103,10 +106,7 @@ void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool nee
     over_x.keep = b.keep.data;
     over_x.keep_words = b.keep.per_row;
   }
-  sums_a = run_outer_pass(over_x, size.tokens);
-  out->grad_B = unpacked(b.op, "lora_B", sums_b, b.g(), by_rank, false, *adapter.lora_B);
-  out->grad_A = unpacked(b.op, "lora_A", sums_a, nullptr, nullptr, true, *adapter.lora_A);
-  if (adapter.rank_scale.has_value()) out->grad_rank_scale = rank_scale_gradient(b, sums_b);
+  out->grad_A = unpacked(b.op, "lora_A", run_outer_pass(over_x, size.tokens), nullptr, nullptr, true, *adapter.lora_A);
 }
 
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out) {

@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
       work.y = w;
       work.before = w;
       work.left = left.const_data_ptr<float>() + first * padded;
-      low_rank.expand(work, 0, last - first);
+      low_rank.expand(work, 0, last - first, 0, k);
       if (row_scale.has_value())
         for (int64_t i = first; i < last; ++i)
           for (int64_t j = 0; j < k; ++j) w[(i - first) * k + j] *= g.const_data_ptr<float>()[i];

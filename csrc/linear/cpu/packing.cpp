@@ -54,9 +54,10 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
   const Tensor source = as_contiguous(matrix);
   const int64_t rows = source.size(0), columns = source.size(1);
   const int64_t filled_rows = transpose ? columns : rows, filled_columns = transpose ? rows : columns;
-  Tensor frame = filled_rows == frame_rows && filled_columns == frame_columns
-                     ? empty({frame_rows, frame_columns}, ScalarType::Float)
-                     : zeros({frame_rows, frame_columns});
+  const bool fills = filled_rows == frame_rows && filled_columns == frame_columns;
+  if (fills && !transpose && by_row == nullptr && by_column == nullptr && source.scalar_type() == ScalarType::Float)
+    return source;
+  Tensor frame = fills ? empty({frame_rows, frame_columns}, ScalarType::Float) : zeros({frame_rows, frame_columns});
   if (source.numel() == 0) return frame;
   float* out = frame.mutable_data_ptr<float>();
   const float* down = transpose ? by_column : by_row;    // of the frame's rows
@@ -89,15 +90,26 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
   with_dtype(dtype_of(op, argument, like), [&](auto zero) {
     using T = decltype(zero);
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    parallel_for(0, rows, ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = 0; j < columns; ++j) {
-          const int64_t column = transpose ? j : i, rank = transpose ? i : j;
+    const int64_t ranks = transpose ? rows : columns;
+    const auto block = [&](int64_t begin, int64_t end, int64_t rank_begin, int64_t rank_end) {
+      for (int64_t column = begin; column < end; ++column)
+        for (int64_t rank = rank_begin; rank < rank_end; ++rank) {
           float value = in[column * padded + rank];
           if (by_column != nullptr) value *= by_column[column];
           if (by_rank != nullptr) value *= by_rank[rank];
-          to[i * columns + j] = from_float<T>(value);
+          to[transpose ? rank * columns + column : column * columns + rank] = from_float<T>(value);
         }
+    };
+    // Transposed: a block's lines of `sums` stay in L1 for all its ranks.
+    constexpr int64_t kColumns = 64;
+    const int64_t length = transpose ? columns : rows;
+    const int64_t grain = ceil_div(kPackGrain, kColumns * (ranks + 1));
+    parallel_for(0, ceil_div(length, kColumns), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, length); first += kColumns) {
+        const int64_t last = min_i64(first + kColumns, length);
+        if (!transpose) block(first, last, 0, ranks);
+        for (int64_t rank = 0; transpose && rank < ranks; ++rank) block(first, last, rank, rank + 1);
+      }
     });
   });
   return out;

@@ -20,7 +20,8 @@ inline const float* floats(const std::optional<Tensor>& tensor) {
 Tensor zeros(const std::vector<int64_t>& shape);
 
 // A matrix [rows, columns] of any type as float32 in a zero-padded frame [frame_rows, frame_columns], transposed on the
-// way where asked; each element times by_row[row] and by_column[column], where given.
+// way where asked; each element times by_row[row] and by_column[column], where given. Where that is the matrix as it
+// lies, itself: not to be written to.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 

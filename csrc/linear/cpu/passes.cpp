@@ -1,7 +1,10 @@
 #include "linear/cpu/passes.h"
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
+#include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
 #include "nf4/cpu/decode.h"
 
@@ -11,7 +14,14 @@ using torch::stable::parallel_for;
 
 namespace {
 
-constexpr int64_t kTokenGrain = 16;
+// What a row of `expand` costs beside its rank, in ranks.
+constexpr int64_t kExpandPasses = 8;
+constexpr int64_t kExpandColumns = 512;
+// Columns whose sums a thread makes together: kernels/row_block.h's panel.
+constexpr int64_t kColumnsTogether = 512;
+static_assert(kBlockColumns % kColumnStep == 0 && kExpandColumns % kColumnStep == 0,
+              "a part's first column is a multiple of kColumnStep");
+static_assert(kTokenStep == kRowsTogether);
 // Rows of W decoded together for a pass over W.
 constexpr int64_t kRowChunk = 64;
 
@@ -56,22 +66,136 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 
 void run_row_pass(const RowPass& pass, int64_t tokens) {
   const PassKernels& isa = pass_kernels();
-  parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) { isa.row_pass(pass, begin, end); });
+  const int64_t grain = pass_grain(kTokenStep * pass.columns * pass.rank);
+  parallel_for(0, ceil_div(tokens, kTokenStep), grain, [&](int64_t begin, int64_t end) {
+    isa.row_pass(pass, begin * kTokenStep, min_i64(end * kTokenStep, tokens), 0, pass.columns);
+  });
 }
 
-Tensor run_outer_pass(const RowPass& pass, int64_t tokens) {
+namespace {
+
+// Sums of a pass over the columns [first, last): of one chunk after the other, added in order.
+void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
   const PassKernels& isa = pass_kernels();
-  const Tensor sums = sum_chunks(tokens, pass.columns * pass.rank, [&](int64_t first, int64_t last, float* out) {
-    RowPass part = pass;
-    part.acc = out;
-    isa.row_pass(part, first, last);
+  const int64_t chunk = chunk_tokens(tokens), rank = pass.rank;
+  const auto room = static_cast<size_t>(min_i64(kColumnsTogether, last - first) * (rank + 1)) * sizeof(float);
+  auto* own = static_cast<float*>(scratch(Scratch::kRows, room));
+  for (int64_t from = first; from < last; from += kColumnsTogether) {
+    const int64_t to = min_i64(from + kColumnsTogether, last), size = (to - from) * rank;
+    for (int64_t t = 0; t < tokens; t += chunk) {
+      RowPass part = pass;
+      float* into = t == 0 ? sums + from * rank : own;
+      std::fill_n(into, size, 0.0f);
+      part.acc = into - from * rank;
+      float* columns = own + size;
+      if (totals != nullptr) {
+        if (t == 0) columns = totals + from;
+        std::fill_n(columns, to - from, 0.0f);
+        part.totals = columns - from;
+      }
+      isa.row_pass(part, t, min_i64(t + chunk, tokens), from, to);
+      if (t == 0) continue;
+      for (int64_t i = 0; i < size; ++i) sums[from * rank + i] += own[i];
+      for (int64_t i = 0; totals != nullptr && i < to - from; ++i) totals[from + i] += columns[i];
+    }
+  }
+}
+
+Tensor outer_by_columns(const RowPass& pass, int64_t tokens, Tensor* totals) {
+  Tensor sums = empty({pass.columns, pass.rank}, ScalarType::Float);
+  float* data = sums.mutable_data_ptr<float>();
+  if (totals != nullptr) *totals = empty({pass.columns}, ScalarType::Float);
+  float* to_totals = totals != nullptr ? totals->mutable_data_ptr<float>() : nullptr;
+  const int64_t grain = pass_grain(tokens * min_i64(kBlockColumns, pass.columns) * pass.rank);
+  parallel_for(0, ceil_div(pass.columns, kBlockColumns), grain, [&](int64_t begin, int64_t end) {
+    sum_columns(pass, tokens, begin * kBlockColumns, min_i64(end * kBlockColumns, pass.columns), data, to_totals);
   });
-  return as_shape(sums, {pass.columns, pass.rank});
+  return sums;
+}
+
+// Adds the sums of `count` chunks [count, size] to `total` [size], in order.
+void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
+  if (count == 0) return;
+  parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t i = begin; i < end; ++i) total[i] += sums[c * size + i];
+  });
+}
+
+// width: the columns of a part; all of them where P is made on the way. The first chunk's sums are made where the total
+// will be, the others' beside it, some chunks at a time.
+Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
+  const PassKernels& isa = pass_kernels();
+  const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);
+  const int64_t chunk = chunk_tokens(tokens), chunks = ceil_div(tokens, chunk);
+  const int64_t together = chunks_together(tokens, pass.columns, pass.rank);
+  const int64_t beside = chunks == 1 ? 0 : together, of_columns = totals != nullptr ? pass.columns : 0;
+  Tensor total = empty({pass.columns, pass.rank}, ScalarType::Float), total_columns = zeros({of_columns});
+  const Tensor held = empty({beside, size}, ScalarType::Float), held_columns = zeros({beside, of_columns});
+  float *sums = total.mutable_data_ptr<float>(), *of_chunks = held.mutable_data_ptr<float>();
+  float *column_sums = total_columns.mutable_data_ptr<float>(), *column_chunks = held_columns.mutable_data_ptr<float>();
+  const int64_t grain = pass_grain(min_i64(chunk, tokens) * min_i64(width, pass.columns) * pass.rank);
+  for (int64_t start = 0; start < chunks; start += together) {
+    const int64_t count = min_i64(together, chunks - start);
+    parallel_for(0, count * blocks, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t i = begin / blocks, next = min_i64(end, (i + 1) * blocks), c = start + i;
+        const int64_t first = (begin - i * blocks) * width, last = min_i64((next - i * blocks) * width, pass.columns);
+        RowPass part = pass;
+        part.acc = c == 0 ? sums : of_chunks + i * size;
+        std::fill_n(part.acc + first * pass.rank, (last - first) * pass.rank, 0.0f);
+        if (totals != nullptr) {
+          part.totals = c == 0 ? column_sums : column_chunks + i * of_columns;
+          std::fill_n(part.totals + first, last - first, 0.0f);
+        }
+        isa.row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
+        begin = next;
+      }
+    });
+    const int64_t in_place = start == 0 ? 1 : 0;
+    add_sums(of_chunks + in_place * size, count - in_place, size, sums);
+    if (totals != nullptr) add_sums(column_chunks + in_place * of_columns, count - in_place, of_columns, column_sums);
+  }
+  if (totals != nullptr) *totals = total_columns;
+  return total;
+}
+
+}  // namespace
+
+Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
+  if (tokens == 0 || pass.columns == 0) {
+    if (totals != nullptr) *totals = zeros({pass.columns});
+    return zeros({pass.columns, pass.rank});
+  }
+  const int64_t threads = loop_threads();
+  RowPass outer = pass;
+  if (pass.right != nullptr) {
+    if (!passes_apart(tokens, pass.columns, pass.rank, threads))
+      return outer_by_chunks(pass, tokens, pass.columns, totals);
+    RowPass product = pass;
+    product.left = nullptr;
+    run_row_pass(product, tokens);
+    outer.right = nullptr;
+    outer.out = nullptr;
+  }
+  if (sums_by_columns(tokens, pass.columns, pass.rank, threads)) return outer_by_columns(outer, tokens, totals);
+  return outer_by_chunks(outer, tokens, kBlockColumns, totals);
 }
 
 void run_expand(const Expand& work, int64_t tokens) {
   const PassKernels& isa = pass_kernels();
-  parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) { isa.expand(work, begin, end); });
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(work.columns, kExpandColumns));
+  const int64_t width = min_i64(kExpandColumns, work.columns);
+  const int64_t grain = pass_grain(kTokenStep * width * (work.rank + kExpandPasses));
+  parallel_for(0, ceil_div(tokens, kTokenStep) * blocks, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t step = begin / blocks, next = min_i64(end, (step + 1) * blocks);
+      const int64_t first = (begin - step * blocks) * width;
+      isa.expand(work, step * kTokenStep, min_i64((step + 1) * kTokenStep, tokens), first,
+                 min_i64((next - step * blocks) * width, work.columns));
+      begin = next;
+    }
+  });
 }
 
 KeepBits keep_bits(int64_t tokens, int64_t columns) {
@@ -158,7 +282,7 @@ RowFacts weight_row_facts(const char* op, const FrozenWeight& weight, const Tens
       pass.right = right.const_data_ptr<float>();
       pass.out = facts.product.mutable_data_ptr<float>() + first * padded;
       pass.squares = facts.squares.mutable_data_ptr<float>() + first;
-      isa.row_pass(pass, 0, last - first);
+      isa.row_pass(pass, 0, last - first, 0, k);
     }
   });
   return facts;
@@ -179,7 +303,7 @@ Tensor weight_outer(const char* op, const FrozenWeight& weight, const Tensor& le
       pass.m = weight_rows(weight, dense, type, first, last);
       pass.left = framed.const_data_ptr<float>() + first * padded;
       pass.acc = out;
-      isa.row_pass(pass, 0, last - first);
+      isa.row_pass(pass, 0, last - first, 0, k);
     }
   });
   const Tensor like = empty({rank, k}, ScalarType::Float);

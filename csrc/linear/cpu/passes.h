@@ -17,8 +17,9 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // Runs a pass without `left` over all tokens.
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (null only where there are no tokens): its sums [columns, rank].
-Tensor run_outer_pass(const RowPass& pass, int64_t tokens);
+// Runs a pass with `left` (null only where there are no tokens): its sums [columns, rank]; totals: if given, m's
+// [columns].
+Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 void run_expand(const Expand& work, int64_t tokens);
 

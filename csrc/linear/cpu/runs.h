@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/tensor.h"
+#include "cpu/threads.h"
 
 namespace peft_ext {
 
@@ -24,11 +25,12 @@ void each_run(std::vector<Run> runs, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
   int64_t rows = 0;
   for (const Run& run : runs) rows += run.rows();
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = loop_threads();
   size_t shared = 0;
   while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
   std::atomic<size_t> next{shared};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const WithinALoop within;
     for (int64_t thread = begin; thread < end; ++thread)
       for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
   });

@@ -35,14 +35,14 @@ inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t wid
 }
 
 // y = scale ∘ before, in float32, which needs no room between; y may be where before is.
-void scale_rows(const Expand& expand, int64_t begin, int64_t end) {
+void scale_rows(const Expand& expand, int64_t begin, int64_t end, int64_t first, int64_t last) {
   for (int64_t t = begin; t < end; ++t) {
     const float* from = expand.before + t * expand.columns;
     float* to = static_cast<float*>(expand.y) + t * expand.columns;
-    int64_t j = 0;
-    for (; j + Vec::kWidth <= expand.columns; j += Vec::kWidth)
+    int64_t j = first;
+    for (; j + Vec::kWidth <= last; j += Vec::kWidth)
       Vec::mul(Vec::load(from + j), Vec::load(expand.scale + j)).store(to + j);
-    for (; j < expand.columns; ++j) to[j] = from[j] * expand.scale[j];
+    for (; j < last; ++j) to[j] = from[j] * expand.scale[j];
   }
 }
 
@@ -53,21 +53,17 @@ bool scales_alone(const Expand& expand) {
 }
 
 template <typename T>
-void expand_range(const Expand& expand, int64_t begin, int64_t end) {
+void expand_range(const Expand& expand, int64_t begin, int64_t end, int64_t first, int64_t last) {
   RowBlock block;
   alignas(64) float residual[kPanel];
-  for (int64_t t = begin; t < end;) {
-    const int rows = end - t >= kTokens ? kTokens : 1;
-    for (int64_t n = 0; n < expand.columns; n += kPanel) {
-      const int64_t width = min_i64(kPanel, expand.columns - n);
-      const bool product_alone = expand.rank == 0 && expand.before != nullptr;
-      if (!product_alone) {
-        if (rows == kTokens)
-          expand_block<kTokens>(expand, t, n, width, block.values);
-        else
-          expand_block<1>(expand, t, n, width, block.values);
-      }
-      for (int i = 0; i < rows; ++i) {
+  const bool product_alone = expand.rank == 0 && expand.before != nullptr;
+  for_token_groups(end - begin, [&](auto group, int64_t at) {
+    constexpr int kRows = decltype(group)::kCount;
+    const int64_t t = begin + at;
+    for (int64_t n = first; n < last; n += kPanel) {
+      const int64_t width = min_i64(kPanel, last - n);
+      if (!product_alone) expand_block<kRows>(expand, t, n, width, block.values);
+      for (int i = 0; i < kRows; ++i) {
         float* values = block.values[i];
         const int64_t flat = (t + i) * expand.columns + n;
         if (product_alone) {
@@ -96,13 +92,12 @@ void expand_range(const Expand& expand, int64_t begin, int64_t end) {
         narrow(values, width, static_cast<T*>(expand.y) + flat);
       }
     }
-    t += rows;
-  }
+  });
 }
 
-void expand(const Expand& work, int64_t begin, int64_t end) {
-  if (scales_alone(work)) return scale_rows(work, begin, end);
-  with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end); });
+void expand(const Expand& work, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  if (scales_alone(work)) return scale_rows(work, begin, end, first, last);
+  with_dtype(work.dtype, [&](auto zero) { expand_range<decltype(zero)>(work, begin, end, first, last); });
 }
 
 }  // namespace

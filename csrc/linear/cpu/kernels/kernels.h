@@ -12,10 +12,15 @@
 namespace peft_ext {
 
 constexpr int64_t kRankStep = 16;
+// Rows that a pass takes together.
+constexpr int kRowsTogether = 8;
 
-// One pass over the rows [begin, end) of m [T, K], dropped on the way when dropout is active (flat index t K + k):
+// One pass over the rows [begin, end) and the columns [first, last) of m [T, K], dropped on the way when dropout is
+// active (flat index t K + k); all columns where `right` or squares are given, else `first` is a multiple of
+// kColumnStep:
 //   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
 //   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
+//   totals given:   totals[k] += sum_t m[t, k]                     db of a bias
 //   squares given:  squares[t] = sum_k m[t, k]²
 //   keep given:     the mask as bits: k % 32 of word k / 32 of a row
 struct RowPass {
@@ -28,12 +33,14 @@ struct RowPass {
   float* out = nullptr;          // [T, rank]
   const float* left = nullptr;   // [T, rank]
   float* acc = nullptr;          // [K, rank], zeroed by the caller
+  float* totals = nullptr;       // [K], zeroed by the caller
   float* squares = nullptr;      // [T]
   uint32_t* keep = nullptr;      // [T, keep_words]
   int64_t keep_words = 0;
 };
 
-// The end of a product that was made elsewhere, or of the low-rank one alone. For the rows [begin, end):
+// The end of a product that was made elsewhere, or of the low-rank one alone. For the rows [begin, end) and the columns
+// [first, last), first a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
 // each element written once, rounded once to dtype. All but left and right may be absent; rank 0 has no low-rank term.
 struct Expand {
@@ -113,8 +120,8 @@ constexpr int64_t kDroppedStrip = 64;
 constexpr int64_t kDroppedRows = 1024;
 
 struct PassKernels {
-  void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end);
-  void (*expand)(const Expand& expand, int64_t begin, int64_t end);
+  void (*row_pass)(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last);
+  void (*expand)(const Expand& expand, int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*drop_elements)(const DropElements& work, int64_t begin, int64_t end);
   void (*few_tokens)(const FewTokens& work, int64_t begin, int64_t end);
   void (*column_pass)(const ColumnPass& pass, int64_t begin, int64_t end);

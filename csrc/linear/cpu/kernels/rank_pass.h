@@ -57,6 +57,18 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
+template <int kRows>
+inline void add_totals(const RowBlock& block, int64_t width, float* totals) {
+  int64_t j = 0;
+  for (; j + Vec::kWidth <= width; j += Vec::kWidth) {
+    Vec sum = Vec::load(totals + j);
+    for (int i = 0; i < kRows; ++i) sum = Vec::add(sum, Vec::load(block.values[i] + j));
+    sum.store(totals + j);
+  }
+  for (; j < width; ++j)
+    for (int i = 0; i < kRows; ++i) totals[j] += block.values[i][j];
+}
+
 template <bool kShrink, bool kOuter, int kRows>
 inline void row_block(const RowPass& pass, const RowBlock& block, int64_t t, int64_t k, int64_t width) {
   for (int64_t r = 0; r < pass.rank; r += Vec::kWidth) {
@@ -84,28 +96,26 @@ inline void row_block(const RowPass& pass, const RowBlock& block, int64_t t, int
 }
 
 template <typename T, bool kShrink, bool kOuter>
-void row_pass_range(const RowPass& pass, int64_t begin, int64_t end) {
+void row_pass_range(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
   RowBlock block;
-  for (int64_t k = 0; k < pass.columns; k += kPanel) {
-    const int64_t width = min_i64(kPanel, pass.columns - k);
-    int64_t t = begin;
-    for (; t + kTokens <= end; t += kTokens) {
-      load_block<T>(pass, t, kTokens, k, width, &block);
-      row_block<kShrink, kOuter, kTokens>(pass, block, t, k, width);
-    }
-    for (; t < end; ++t) {
-      load_block<T>(pass, t, 1, k, width, &block);
-      row_block<kShrink, kOuter, 1>(pass, block, t, k, width);
-    }
+  for (int64_t k = first; k < last; k += kPanel) {
+    const int64_t width = min_i64(kPanel, last - k);
+    for_token_groups(end - begin, [&](auto group, int64_t at) {
+      constexpr int kRows = decltype(group)::kCount;
+      const int64_t t = begin + at;
+      load_block<T>(pass, t, kRows, k, width, &block);
+      row_block<kShrink, kOuter, kRows>(pass, block, t, k, width);
+      if (kOuter && pass.totals != nullptr) add_totals<kRows>(block, width, pass.totals + k);
+    });
   }
 }
 
-void row_pass(const RowPass& pass, int64_t begin, int64_t end) {
+void row_pass(const RowPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
   with_dtype(pass.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (pass.left == nullptr) return row_pass_range<T, true, false>(pass, begin, end);
-    if (pass.right == nullptr) return row_pass_range<T, false, true>(pass, begin, end);
-    row_pass_range<T, true, true>(pass, begin, end);
+    if (pass.left == nullptr) return row_pass_range<T, true, false>(pass, begin, end, first, last);
+    if (pass.right == nullptr) return row_pass_range<T, false, true>(pass, begin, end, first, last);
+    row_pass_range<T, true, true>(pass, begin, end, first, last);
   });
 }
 

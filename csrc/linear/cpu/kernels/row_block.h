@@ -3,12 +3,13 @@
 #pragma once
 
 #include "cpu/philox_impl.h"
+#include "cpu/token_groups.h"
 #include "linear/cpu/kernels/kernels.h"
 
 namespace peft_ext {
 namespace {
 
-constexpr int kTokens = 8;
+constexpr int kTokens = kRowsTogether;
 constexpr int kPanel = 512;
 
 struct RowBlock {
