@@ -1,10 +1,11 @@
 """Attention of q, k and v in bf16 or float32, heads of 64, a fourth as many for k and v, against PyTorch's own.
 
-    dropout(softmax(scale q kᵀ)) v, query i over all keys, or over the keys j <= i
+    dropout(softmax(scale q kᵀ + bias)) v, query i over all keys, or over the keys j <= i
 
 Sequences of 512 tokens, as many as there are. q is of K columns, k and v are of K / 4; they are views of one x. The
 floor multiplies what is seen, seven products of the scores, or of half of them. PyTorch's function is given no mask, so
-that it takes its fastest way; with a dropout it has none but the formula.
+that it takes its fastest way; with a dropout it has none but the formula. The bias is of each head, the same for all
+sequences, as T5's relative positions are.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ HEAD, GROUPS, SEQUENCE = 64, 4, 512
 
 
 def _attention(
-    problem: Problem, compile: bool, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16
-) -> Comparison:
+    problem: Problem, compile: bool, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16,
+    biased: bool = False,
+) -> Comparison:  # fmt: skip
     tokens, heads = problem.tokens, problem.k // HEAD
     kv_heads, sequences = heads // GROUPS, tokens // SEQUENCE
     parts = (heads, kv_heads, kv_heads)
     problem = Problem(tokens, sum(parts) * HEAD, heads * HEAD, device=problem.device)
+
+    bias = torch.randn(1, heads, SEQUENCE, SEQUENCE, generator=torch.Generator().manual_seed(0)) if biased else None
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
         return x.view(-1, SEQUENCE, sum(parts), HEAD).transpose(1, 2).split(parts, 1)
@@ -40,10 +44,12 @@ def _attention(
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         how = {"is_causal": causal, "dropout_p": p, "training": True, "seed": draw_seed(problem) if p else None}
+        how["bias"] = None if bias is None else bias.to(dtype)
         return joined(ops.scaled_dot_product_attention(*split(x.to(dtype)), **how)).to(x.dtype)
 
     def eager(x: Tensor, weight: Tensor) -> Tensor:
         how = {"is_causal": causal, "dropout_p": p, "enable_gqa": True}
+        how["attn_mask"] = None if bias is None else bias.to(dtype)
         return joined(F.scaled_dot_product_attention(*split(x.to(dtype)), **how)).to(x.dtype)
 
     def mask() -> Tensor:
@@ -56,6 +62,8 @@ def _attention(
             q, k, v = split(sequence)
             k, v = (part.repeat_interleave(GROUPS, 1) for part in (k, v))
             scores = (q @ k.mT) * HEAD**-0.5
+            if bias is not None:
+                scores = scores + bias.to(dtype).to(scores.dtype)
             if causal:
                 hidden = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool, device=x.device).triu(1)
                 scores = scores.masked_fill(hidden, float("-inf"))
@@ -74,8 +82,10 @@ def _attention(
     return Comparison(contenders, moved, 14 * seen * heads * HEAD, absent=absent)
 
 
-def _variant(case: str, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Variant:
-    build = partial(_attention, causal=causal, p=p, dtype=dtype)
+def _variant(
+    case: str, causal: bool, p: float = 0.0, dtype: torch.dtype = torch.bfloat16, biased: bool = False
+) -> Variant:
+    build = partial(_attention, causal=causal, p=p, dtype=dtype, biased=biased)
     return Variant("scaled_dot_product_attention", case, build, tokens=(512, 2048), devices=("cpu",))
 
 
@@ -84,6 +94,8 @@ VARIANTS = (
     _variant("bf16, causal, dropout 0.1", True, 0.1),
     _variant("bf16, all keys", False),
     _variant("bf16, all keys, dropout 0.1", False, 0.1),
+    _variant("bf16, all keys, bias", False, biased=True),
+    _variant("bf16, all keys, bias, dropout 0.1", False, 0.1, biased=True),
     _variant("float32, causal", True, dtype=torch.float32),
     _variant("float32, all keys", False, dtype=torch.float32),
 )

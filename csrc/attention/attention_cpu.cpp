@@ -30,7 +30,7 @@ const AttentionKernels& attention_kernels(DType dtype) {
 }
 
 void check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const std::optional<Tensor>& mask, double scale) {
+                     const std::optional<Tensor>& mask, double scale, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0) &&
                       k.size(3) == q.size(3) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
                   op, ": q, k and v are not [B, H, T, D], [B, Hkv, S, D] and [B, Hkv, S, Dv]");
@@ -39,13 +39,21 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
                   ": k or v is not of q's type");
   STD_TORCH_CHECK(scale > 0.0 && isfinite(scale), op, ": scale is ", scale, ", wanted a finite number above 0");
-  if (!mask.has_value()) return;
-  STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, op,
-                  ": mask is not [B, H, T, S] of bools");
   const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
-  for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(mask->size(d) == wanted[d] || mask->size(d) == 1, op, ": mask has ", mask->size(d),
-                    " in dimension ", d, ", wanted ", wanted[d], " or 1");
+  const auto check_scores = [&](const char* argument, const Tensor& given) {
+    STD_TORCH_CHECK(given.dim() == 4, op, ": ", argument, " is not [B, H, T, S]");
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(given.size(d) == wanted[d] || given.size(d) == 1, op, ": ", argument, " has ", given.size(d),
+                      " in dimension ", d, ", wanted ", wanted[d], " or 1");
+  };
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, op, ": mask is not of bools");
+    check_scores("mask", *mask);
+  }
+  if (bias.has_value()) {
+    dtype_of(op, "bias", *bias);
+    check_scores("bias", *bias);
+  }
 }
 
 HeadsOf heads_of(const Tensor& x) {
@@ -85,6 +93,36 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   return words;
 }
 
+// The bias over scale as the kernels add it: [B or 1, H or 1, S, T up to whole blocks of queries] float32.
+Tensor bias_rows(const char* op, const Tensor& bias, int64_t queries, int64_t keys, float scale) {
+  constexpr int64_t kTogether = 16;  // keys: their lines of a block stay in the first cache
+  const int64_t batches = bias.size(0), heads = bias.size(1), blocks = ceil_div(queries, kMaskBits);
+  const int64_t stride = blocks * kMaskBits;
+  Tensor rows = empty({batches, heads, keys, stride}, ScalarType::Float);
+  float* out = rows.mutable_data_ptr<float>();
+  const int64_t of_query = bias.size(2) == 1 ? 0 : bias.stride(2), of_key = bias.size(3) == 1 ? 0 : bias.stride(3);
+  with_dtype(dtype_of(op, "bias", bias), [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(bias.const_data_ptr());
+    torch::stable::parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t at = unit / blocks, first = unit % blocks * kMaskBits;
+        const auto* from = data + at / heads * bias.stride(0) + at % heads * bias.stride(1);
+        float* to = out + at * keys * stride + first;
+        const int64_t count = min_i64(kMaskBits, queries - first);
+        for (int64_t j0 = 0; j0 < keys; j0 += kTogether) {
+          const int64_t until = min_i64(j0 + kTogether, keys);
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t j = j0; j < until; ++j)
+              to[j * stride + i] = to_float(from[(first + i) * of_query + j * of_key]) / scale;
+          for (int64_t j = j0; j < until; ++j)
+            for (int64_t i = count; i < kMaskBits; ++i) to[j * stride + i] = 0.0f;
+        }
+      }
+    });
+  });
+  return rows;
+}
+
 // An attention of a call, and what it holds on to.
 struct Call {
   const AttentionKernels& isa;
@@ -93,12 +131,13 @@ struct Call {
   std::vector<Tensor> held;
 
   Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask,
-       bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed)
+       bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed,
+       const std::optional<Tensor>& bias)
       : isa(attention_kernels(dtype_of(op, "q", q_in))),
         q(with_whole_rows(q_in)),
         k(with_whole_rows(k_in)),
         v(with_whole_rows(v_in)) {
-    check_attention(op, q, k, v, mask, scale);
+    check_attention(op, q, k, v, mask, scale, bias);
     work.dtype = dtype_of(op, "q", q);
     work.batches = q.size(0);
     work.heads = q.size(1);
@@ -113,12 +152,23 @@ struct Call {
     work.q = heads_of(q);
     work.k = heads_of(k);
     work.v = heads_of(v);
-    if (!mask.has_value() || mask->numel() == 0) return;
-    const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
-    work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
-    work.mask_key = words.size(3);
-    work.mask_head = words.size(1) == 1 ? 0 : words.size(2) * words.size(3);
-    work.mask_batch = words.size(0) == 1 ? 0 : words.size(1) * words.size(2) * words.size(3);
+    if (mask.has_value() && mask->numel() > 0) {
+      const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
+      work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
+      of_scores(words, &work.mask_batch, &work.mask_head, &work.mask_key);
+    }
+    if (bias.has_value() && bias->numel() > 0) {
+      const Tensor rows = hold(bias_rows(op, *bias, work.queries, work.keys, work.scale));
+      work.bias = rows.const_data_ptr<float>();
+      of_scores(rows, &work.bias_batch, &work.bias_head, &work.bias_key);
+    }
+  }
+
+  // Strides of what there is for each score, [B or 1, H or 1, S, ...].
+  static void of_scores(const Tensor& rows, int64_t* batch, int64_t* head, int64_t* key) {
+    *key = rows.size(3);
+    *head = rows.size(1) == 1 ? 0 : rows.size(2) * rows.size(3);
+    *batch = rows.size(0) == 1 ? 0 : rows.size(1) * rows.size(2) * rows.size(3);
   }
 
   const Tensor& hold(const Tensor& tensor) { return held.emplace_back(tensor); }
@@ -155,8 +205,8 @@ struct Call {
 
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                                             bool is_causal, double scale, double dropout_p,
-                                                            std::optional<Tensor> seed) {
-  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed);
+                                                            std::optional<Tensor> seed, std::optional<Tensor> bias) {
+  Call call("scaled_dot_product_attention", q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
   Attention& work = call.work;
   const Tensor out = empty_heads(work.batches, work.heads, work.queries, work.value_size, q.scalar_type());
   const Tensor lse = empty({work.batches, work.heads, work.queries}, ScalarType::Float);
@@ -175,9 +225,10 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Ten
                                                                              Tensor out, Tensor lse,
                                                                              std::optional<Tensor> mask, bool is_causal,
                                                                              double scale, double dropout_p,
-                                                                             std::optional<Tensor> seed) {
+                                                                             std::optional<Tensor> seed,
+                                                                             std::optional<Tensor> bias) {
   constexpr const char* kOp = "scaled_dot_product_attention_backward";
-  Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed);
+  Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
   Attention& work = call.work;
   for (const Tensor* of : {&grad, &out})
     STD_TORCH_CHECK(of->dim() == 4 && of->size(0) == q.size(0) && of->size(1) == q.size(1) &&

@@ -82,6 +82,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, work.size);
   const Rows values = whole_columns(work.value_columns, unit, work.keys, work.value_size);
   const uint64_t* mask = mask_of(work, batch, head);
+  const float* bias = bias_of(work, batch, head);
   turn_rows(rows_of_heads(head_of<const T>(work.q, batch, head, query), work.q.token, count, work.size, own.rows),
             count, work.size, kQueries, own.q);
   for (int64_t i = 0; i < kQueries; ++i) {
@@ -99,8 +100,10 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     for (int64_t r = 0; r < here; r += kRows) {
       const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
       if (!any_sees(bits + r, rows)) continue;
+      float* s = own.s + r * kQueries;
+      const bool begun = begin_scores(work, bias, k0 + r, rows, query, v0 * kWidth, vecs * kWidth, s);
       multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q + v0 * kWidth * kWord, kQueries * kWord,
-               words_of_depth(work.size), own.s + r * kQueries + v0 * kWidth, kQueries, false);
+               words_of_depth(work.size), s + v0 * kWidth, kQueries, begun);
     }
     take_largest(bits, here, vecs, work.scale, own);
     take_exponentials(bits, keeps, here, vecs, work.scale, first, own);
@@ -115,7 +118,8 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   }
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
   for (int64_t i = 0; i < count; ++i) {
-    const bool sees = own.sum[i] > 0.0f || own.sum[i] != own.sum[i];
+    // A bias of -inf leaves sums that are next to nothing, of a key that no score is above.
+    const bool sees = (own.sum[i] > 0.0f || own.sum[i] != own.sum[i]) && own.largest[i] != -INFINITY;
     lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
     own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;
   }

@@ -1,6 +1,6 @@
 // Scaled dot-product attention on the CPU: what each instruction set provides. Of one head, with i a query, j a key:
 //
-//   S = scale Q Kᵀ       P = softmax(S) over the keys that i may see      O = (D ∘ P) V        lse = ln Σⱼ exp(S)
+//   S = scale Q Kᵀ + bias   P = softmax(S) over the keys that i may see      O = (D ∘ P) V        lse = ln Σⱼ exp(S)
 //   dV = (D ∘ P)ᵀ dO     dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O)                dQ = scale dS K      dK = scale dSᵀ Q
 //
 // D is 1 without dropout; with it 1 / (1 - p) for the keys that i keeps, else 0, by the draw of the flat index of
@@ -41,6 +41,9 @@ struct Attention {
   // Bit i of word i / 64 of a key: whether i sees it. Null: all of them. Strides in words, 0 where one serves all.
   const uint64_t* mask;
   int64_t mask_batch, mask_head, mask_key;
+  // Over scale, [keys, queries up to whole blocks]. Null: none. Strides in floats, 0 where one serves all.
+  const float* bias;
+  int64_t bias_batch, bias_head, bias_key;
   Dropout dropout;
 
   // Of the backward alone. The heads of a group are summed `splits` parts apart, then those.

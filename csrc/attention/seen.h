@@ -21,6 +21,20 @@ inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t hea
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
 }
 
+inline const float* bias_of(const Attention& work, int64_t batch, int64_t head) {
+  return work.bias ? work.bias + batch * work.bias_batch + head * work.bias_head : nullptr;
+}
+
+// What the scores [rows, 64] of the keys from `key` on begin with, in the lanes from `lane` to `until`; whether anything.
+inline bool begin_scores(const Attention& work, const float* bias, int64_t key, int64_t rows, int64_t query,
+                         int64_t lane, int64_t until, float* s) {
+  if (bias == nullptr) return false;
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(s + r * kQueries + lane, bias + (key + r) * work.bias_key + query + lane,
+           static_cast<size_t>(until - lane) * sizeof(float));
+  return true;
+}
+
 // Bits of the queries from `query` on that keep a key; all of them without dropout.
 inline uint64_t kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t query, int64_t count) {
   if (!work.dropout.active) return ~uint64_t{0};

@@ -1,11 +1,11 @@
 """Scaled dot-product attention of a CPU, forward and backward, scores never whole.
 
-    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v      lse = ln Σ exp(S)
-    D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
+    S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
+    lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 Backward, S, P and D made again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘
-out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, out, lse, one float32 a query and
-head, and the seed.
+out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias, out, lse, one float32 a query
+and head, and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -29,7 +29,7 @@ from .nf4 import refuse_double_backward
 __all__ = ["scaled_dot_product_attention"]
 
 _ops = getattr(torch.ops, NAMESPACE)
-_HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed"
+_HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed, Tensor? bias"
 
 
 # --- schema, reference, fake ------------------------------------------------------------------------------------------
@@ -43,23 +43,21 @@ def _out_like(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty_strided((batch, heads, queries, size), strides)
 
 
-def _reference(q, k, v, mask, is_causal, scale, dropout_p, seed):
-    out, lse = reference.scaled_dot_product_attention(q, k, v, mask, is_causal, scale, dropout_p, seed)
+def _reference(q, k, v, *how):
+    out, lse = reference.scaled_dot_product_attention(q, k, v, *how)
     return _out_like(q, v).copy_(out), lse.float()
 
 
-def _backward_reference(grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed):
-    grads = reference.scaled_dot_product_attention_backward(
-        grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed
-    )
+def _backward_reference(grad, q, k, v, out, lse, *how):
+    grads = reference.scaled_dot_product_attention_backward(grad, q, k, v, out, lse, *how)
     return tuple(rotated_like(x).copy_(value) for x, value in zip((q, k, v), grads, strict=True))
 
 
-def _fake(q, k, v, mask, is_causal, scale, dropout_p, seed):
+def _fake(q, k, v, mask, is_causal, scale, dropout_p, seed, bias):
     return _out_like(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _backward_fake(grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed):
+def _backward_fake(grad, q, k, v, out, lse, mask, is_causal, scale, dropout_p, seed, bias):
     return rotated_like(q), rotated_like(k), rotated_like(v)
 
 
@@ -83,9 +81,9 @@ define(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, *ctx.how, seed = inputs
+    q, k, v, mask, *ctx.how, seed, bias = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+    ctx.save_for_backward(q, k, v, out, lse, mask, seed, bias)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -93,14 +91,20 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _grad_lse):
     refuse_double_backward("scaled_dot_product_attention")
     if grad is None:
-        return (None,) * 8
-    *saved, seed = ctx.saved_tensors
-    grads = _ops.scaled_dot_product_attention_backward(grad, *saved, *ctx.how, seed)
+        return (None,) * 9
+    *saved, seed, bias = ctx.saved_tensors
+    grads = _ops.scaled_dot_product_attention_backward(grad, *saved, *ctx.how, seed, bias)
     wanted = [value if needs else None for value, needs in zip(grads, ctx.needs_input_grad[:3], strict=True)]
-    return *wanted, None, None, None, None, None
+    return *wanted, *(None,) * 6
 
 
 _attention = register_autograd("scaled_dot_product_attention", _backward, setup_context=_setup_context)
+
+
+def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
+    """Returns a bias and what a query may see as PyTorch's own takes them."""
+    seen = reference.seen(q, k, mask, is_causal)
+    return bias.to(q.dtype).masked_fill(~seen, float("-inf"))
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -117,8 +121,9 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     training: bool = False,
     seed: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """``dropout(softmax(scale q kᵀ)) v``, as :func:`torch.nn.functional.scaled_dot_product_attention`.
+    """``dropout(softmax(scale q kᵀ + bias)) v``, as :func:`torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype;
@@ -132,6 +137,8 @@ def scaled_dot_product_attention(
         training: False: nothing is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
+        bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query
+            sees, as relative positions are (T5); without a gradient. Where it is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype, ``[B, T, H, Dv]`` in memory. Products of bfloat16 where the CPU multiplies
     it, with the probabilities rounded to it, else in float32; sums in float32. Gradients flow to q, k and v. On a GPU
@@ -146,15 +153,17 @@ def scaled_dot_product_attention(
         checks.check_float(op, argument, value)
     if (dtype := checks.autocast_dtype(q)) is not None:
         q, k, v = (value.to(dtype) for value in (q, k, v))
-    checks.check_attention(op, q, k, v, mask, is_causal, scale)
+    checks.check_attention(op, q, k, v, mask, is_causal, scale, bias)
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, q)
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     if q.is_cuda and not checks.any_float64(q):
         p = float(dropout_p) if training else 0.0
+        if bias is not None:
+            mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)
-    how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed)
+    how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed, bias)
     if checks.any_float64(q):
         return in_float64(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]
     return _attention(q, k, v, mask, *how)[0]

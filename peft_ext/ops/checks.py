@@ -357,10 +357,11 @@ def check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Non
 
 
 def check_attention(
-    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], is_causal: bool, scale: Optional[float]
-) -> None:
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], is_causal: bool, scale: Optional[float],
+    bias: Optional[Tensor],
+) -> None:  # fmt: skip
     """Checks q ``[B, H, T, D]``, k ``[B, Hkv, S, D]`` and v ``[B, Hkv, S, Dv]``, floats, of one dtype and device, a
-    mask of bools or none, and what is said of them."""
+    mask of bools and a bias of floats or none, and what is said of them."""
     if q.dim() != 4:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wanted [B, H, T, D]")
     batch, heads, queries, size = q.shape
@@ -379,12 +380,19 @@ def check_attention(
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.layout is not torch.strided:
             came = f"{_name(mask.dtype)}, {mask.layout}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"{op}: mask is {came}, wanted a strided Tensor of bools")
-        _check_device(op, "mask", mask, q, "q")
-        wanted = (batch, heads, queries, keys)
-        if mask.dim() != 4 or any(size not in (1, of) for size, of in zip(mask.shape, wanted, strict=True)):
-            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, wanted {wanted}, each of them or 1")
         if is_causal:
             raise ValueError(f"{op}: is_causal is True, wanted False where there is a mask")
+    if bias is not None:
+        check_float(op, "bias", bias)
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: bias requires a gradient, wanted one without: none is made of it")
+    for argument, value in (("mask", mask), ("bias", bias)):
+        wanted = (batch, heads, queries, keys)
+        if value is None:
+            continue
+        _check_device(op, argument, value, q, "q")
+        if value.dim() != 4 or any(size not in (1, of) for size, of in zip(value.shape, wanted, strict=True)):
+            raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}, each of them or 1")
     if scale is None or torch.compiler.is_compiling():
         return
     if not isinstance(scale, (int, float)) or not 0 < scale <= _LARGEST or scale is True:

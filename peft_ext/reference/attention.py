@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in plain PyTorch.
 
-    S = scale q kᵀ      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v      lse = ln Σ exp(S)
-    D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
+    S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
+    lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward from lse: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -18,18 +18,22 @@ from .common import dropped, sum_dtype
 __all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_backward"]
 
 
-def _seen(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool) -> Tensor:
+def seen(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool) -> Tensor:
     """Returns what a query may see, ``[B or 1, H or 1, T, S]``."""
     queries, keys = q.shape[2], k.shape[2]
-    seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
+    found = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
     if is_causal:
-        seen = seen.tril()
-    return seen if mask is None else seen & mask
+        found = found.tril()
+    return found if mask is None else found & mask
 
 
-def _scores(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, scale: float) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, scale: float, bias: Optional[Tensor]
+) -> Tensor:
     scores = (q @ k.mT) * scale
-    return scores.masked_fill(~_seen(q, k, mask, is_causal), float("-inf"))
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return scores.masked_fill(~seen(q, k, mask, is_causal), float("-inf"))
 
 
 def _dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
@@ -50,13 +54,14 @@ def scaled_dot_product_attention(
     scale: float,
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out and lse, ``[B, H, T]``, of :func:`peft_ext.ops.scaled_dot_product_attention`; gradients come from
     PyTorch's autograd. Of a query that sees nothing both are 0."""
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))
-    scores = _scores(q.to(wide), wide_k, mask, is_causal, scale)
-    blind = ~_seen(q, k, mask, is_causal).any(-1, keepdim=True).expand(*scores.shape[:3], 1)
+    scores = _scores(q.to(wide), wide_k, mask, is_causal, scale, bias)
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
     probabilities = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:3])
     return (_dropped(probabilities, dropout_p, seed) @ wide_v).to(q.dtype), lse.masked_fill(blind[..., 0], 0)
@@ -74,6 +79,7 @@ def scaled_dot_product_attention_backward(
     scale: float,
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``,
     ``dQ = scale dS k``, ``dK = scale dSᵀ q``, P from S and lse; those of k and v summed over the heads that share one.
@@ -81,7 +87,7 @@ def scaled_dot_product_attention_backward(
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))
     wide_q, wide_grad = q.to(wide), grad.to(wide)
-    scores = _scores(wide_q, wide_k, mask, is_causal, scale)
+    scores = _scores(wide_q, wide_k, mask, is_causal, scale, bias)
     probabilities = (scores - lse.to(wide).unsqueeze(-1)).exp()
     delta = (wide_grad * out.to(wide)).sum(-1, keepdim=True)
     of_scores = probabilities * (_dropped(wide_grad @ wide_v.mT, dropout_p, seed) - delta)

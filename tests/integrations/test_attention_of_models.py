@@ -126,6 +126,62 @@ def test_encoders_see_all_but_the_padding() -> None:
         assert_alike(step(model, **more), step(stock, **more))
 
 
+RELATIVE: dict[str, Callable[..., nn.Module]] = {
+    "T5": lambda **how: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | how)),
+    "UMT5": lambda **how: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5 | how)),
+}
+# More keys than the buckets tell apart; q and k without a scale.
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+      "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8,
+      "relative_attention_max_distance": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", RELATIVE)
+def test_relative_positions_are_added_to_the_scores(name: str, masked: bool) -> None:
+    stock, model = build(RELATIVE[name]), peft_ext.accelerate(build(RELATIVE[name]))
+    more = {"labels": IDS[:, :21].contiguous()} | ({"attention_mask": left_padding().flip(1)} if masked else {})
+    assert rows(model) == [(True, "")] * 6 and calls(model, **more) == 6 and calls(stock, **more) == 0
+    assert_alike(step(model, **more), step(stock, **more))
+    # Under autocast PyTorch's own rounds them too.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(model, **more) == 6
+
+
+def test_dropout_with_relative_positions_is_of_the_operator() -> None:
+    model = peft_ext.accelerate(build(functools.partial(RELATIVE["T5"], dropout_rate=0.3)))
+    more = {"labels": IDS[:, :21].contiguous()}
+    assert calls(model, **more) == 6
+    first = step(model, **more)
+    assert all(torch.equal(value, first[name]) for name, value in step(model, **more).items())
+
+
+def test_relative_positions_that_train_are_the_models_own() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False,
+                            modules_to_save=["relative_attention_bias"])  # fmt: skip
+        return get_peft_model(RELATIVE["T5"](), config).train()
+
+    stock, model = make(), peft_ext.accelerate(make())
+    more = {"labels": IDS[:, :21].contiguous()}
+    with Calls() as counted:
+        found = step(model, **more)
+    assert counted.ours == 2  # of the encoder by the decoder, which has no positions
+    assert any("relative_attention_bias" in name for name in found)
+    assert_alike(found, step(stock, **more))
+
+
+def test_who_sees_nothing_beside_relative_positions() -> None:
+    """What hides a key there is a finite number, so that all keys are seen alike where all are hidden."""
+    stock, model = build(RELATIVE["T5"]), peft_ext.accelerate(build(RELATIVE["T5"]))
+    mask = torch.ones_like(IDS)
+    mask[1] = 0
+    more = {"labels": IDS[:, :21].contiguous(), "attention_mask": mask}
+    assert calls(model, **more) < 6
+    assert_alike(step(model, **more), step(stock, **more))
+
+
 def test_a_decoder_that_looks_at_an_encoder() -> None:
     def make() -> nn.Module:
         config = hf.BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
@@ -316,7 +372,8 @@ def test_more_keys_on_amx_are_pytorchs_own(
         assert calls(dropped) == calls(dropped, attention_mask=left_padding()) == 2
 
 
-@pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "k's dtype", "heads",
+@pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "position bias of more keys",
+                                  "position bias of others", "position bias and a mask", "position bias and a float", "k's dtype", "heads",
                                   "another mask's size", "more keys", "not causal", "scores to return",
                                   "NumPy's scale", "infinite scale"])  # fmt: skip
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
@@ -330,8 +387,18 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         q, k, v = q[:, :, :3], k[:, :, :3], v[:, :, :3]
     elif what == "scale":
         more["scaling"] = -0.3
-    elif what == "position bias":
+    elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
+        if what.endswith("more keys"):  # whoever is causal sees the first alone
+            k, v = (torch.cat((x, x), 2) for x in (k, v))
+            more["position_bias"] = torch.randn(1, 4, 20, 40)
+        elif what.endswith("of others"):
+            more["position_bias"] = torch.randn(1, 3, 20, 20)
+        elif what.endswith("a mask"):  # from which a query sees nothing
+            mask = torch.rand(2, 1, 20, 20) > 0.5
+            mask[1, :, 3] = False
+        elif what.endswith("a float"):
+            mask = torch.randn(2, 1, 20, 20)
     elif what == "k's dtype":
         k = k.double()
     elif what == "heads":

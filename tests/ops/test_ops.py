@@ -332,10 +332,12 @@ def test_reference_rotary_backward_is_the_gradient_of_its_forward() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_reference_attention_backward_is_the_gradient_of_its_forward(is_causal: bool, p: float) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_reference_attention_backward_is_the_gradient_of_its_forward(is_causal: bool, p: float, biased: bool) -> None:
     q, k, v = inputs = leaves((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3))
     mask = None if is_causal else torch.rand(2, 1, 5, 7) > 0.4
-    how = (mask, is_causal, 0.3, p, SEED if p else None)
+    bias = torch.randn(1, 4, 5, 7, dtype=torch.float64) if biased else None
+    how = (mask, is_causal, 0.3, p, SEED if p else None, bias)
     out, lse = reference.scaled_dot_product_attention(q, k, v, *how)
 
     def backward(grad: Tensor) -> tuple[Tensor, ...]:
@@ -370,7 +372,8 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
     if name == "scaled_dot_product_attention":
         p = 0.1 if "dropout" in case.name else 0.0
-        return name, (i["q"], i["k"], i["v"], i["mask"], "causal" in case.name, 0.3, p, SEED if p else None)
+        how = (i["mask"], "causal" in case.name, 0.3, p, SEED if p else None, i["bias"])
+        return name, (i["q"], i["k"], i["v"], *how)
     if name == "dropout":
         return name, (i["x"], 0.1, SEED.to(i["x"].device))
     if name == "rotary_embedding":

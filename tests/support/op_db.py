@@ -152,6 +152,10 @@ CASES: tuple[Case, ...] = (
     attention_case(6, 1, "causal", more_keys=5),
     attention_case(3, 1, "causal", dropout_p=0.2),
     attention_case(sees="padding", dropout_p=0.1, more_keys=7, odd=True),
+    attention_case(4, 4, biased="heads", more_keys=11),
+    attention_case(4, 2, "causal", biased="heads", dropout_p=0.2),
+    attention_case(3, 1, "padding", biased="keys", odd=True),
+    attention_case(4, 2, biased="keys", dropout_p=0.1),
 )
 
 # Of a caller that promises not to change the result: on a GPU the promise changes nothing.

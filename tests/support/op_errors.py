@@ -181,6 +181,11 @@ ERRORS: dict[str, tuple[Error, ...]] = {
                     "mask is float32, torch.strided, wanted a strided Tensor of bools"),
         mask_shape=({"mask": torch.ones(4, 2, 8, 8, dtype=torch.bool)}, ValueError,
                     r"mask has shape \(4, 2, 8, 8\), wanted \(4, 4, 8, 8\), each of them or 1"),
+        bias_shape=({"bias": torch.ones(4, 8, 8)}, ValueError,
+                    r"bias has shape \(4, 8, 8\), wanted \(4, 4, 8, 8\), each of them or 1"),
+        bias_dtype=({"bias": torch.ones(4, 4, 8, 8, dtype=torch.bool)}, TypeError, "bias is bool"),
+        bias_grad=({"bias": torch.ones(4, 4, 8, 8, requires_grad=True)}, ValueError,
+                   "bias requires a gradient, wanted one without"),
     ),
     "gated_activation-silu": _errors(
         "gated_activation",

@@ -199,9 +199,11 @@ def attention_case(
     odd: bool = False,
     contiguous: bool = False,
     dropout_p: float = 0.0,
+    biased: str = "",
 ) -> Case:
     """q, k and v are transposed views of heads of twice the rank, values of ``other_values`` more, and one less where
-    ``odd``; ``sees``: "all", "causal", "padding" (some queries see nothing), "documents" or "bits" (of each head)."""
+    ``odd``; ``sees``: "all", "causal", "padding" (some queries see nothing), "documents" or "bits" (of each head);
+    ``biased``: "heads" (of x's dtype, transposed) or "keys" (float32, -inf here and there)."""
 
     def lengths(shape: tuple) -> tuple[int, int, int]:
         """(B, T, D): a shape of one dimension of tokens is one sequence of them."""
@@ -228,15 +230,26 @@ def attention_case(
         ):  # fmt: skip
             values = randn(b, length, count, size, dtype=dtype).transpose(1, 2)
             inputs[name] = values.contiguous() if contiguous else values
-        return Sample(inputs | {"mask": mask_of(b, t, s)}, ("q", "k", "v"))
+        return Sample(inputs | {"mask": mask_of(b, t, s), "bias": bias_of(b, t, s, dtype)}, ("q", "k", "v"))
 
-    def call(q, k, v, mask):
-        how = {"is_causal": sees == "causal", "scale": 0.3, "dropout_p": dropout_p, "training": True}
+    def bias_of(b: int, t: int, s: int, dtype: torch.dtype) -> Tensor | None:
+        if biased == "heads":
+            return randn(1, heads, s, t, dtype=dtype).mT
+        if biased == "keys":
+            bias = 3 * randn(b, 1, 1, s, dtype=torch.float32)
+            bias[..., 1::5] = float("-inf")
+            return bias
+        return None
+
+    def call(q, k, v, mask, bias):
+        how = {"is_causal": sees == "causal", "scale": 0.3, "dropout_p": dropout_p, "training": True, "bias": bias}
         return ops.scaled_dot_product_attention(q, k, v, mask, **how, seed=SEED.to(q.device) if dropout_p else None)
 
-    def plain(q, k, v, mask):
+    def plain(q, k, v, mask, bias):
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         scores = 0.3 * (q @ k.mT)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
         if sees == "causal":
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         probabilities = scores.softmax(-1)
@@ -252,7 +265,7 @@ def attention_case(
         return dtype, (b, heads, t, d + other_values)
 
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
-    traits += f"-dropout{dropout_p}" * bool(dropout_p)
+    traits += f"-dropout{dropout_p}" * bool(dropout_p) + f"-bias_of_{biased}" * bool(biased)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
     # Of one key the scores have no gradient: what is left of it is rounding, beside nothing.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]

@@ -9,6 +9,7 @@ which is tried on random numbers first. What others registered is called as ever
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import types
@@ -30,7 +31,7 @@ _OPERATOR = "scaled_dot_product_attention"
 # The paths on which it was timed against PyTorch's own, and is ahead.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # On AMX PyTorch's multiplies bfloat16 on tiles, but for dropout, and is ahead from more keys on: of causal attention
-# without a mask, and of any other.
+# without a mask or a bias, and of any other.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
 # A block of it has lanes for 64 queries: of fewer than so many PyTorch's own is faster.
 _LEAST_QUERIES = 16
@@ -110,6 +111,7 @@ def _fused_or_own(function: Any) -> Any:
 @functools.cache
 def _fused(function: Callable) -> Callable:
     """Returns ``function`` with the calls that the operator takes going to it."""
+    knows_bias = _knows_bias(function)
 
     def sdpa_attention_forward(
         module: Any,
@@ -122,24 +124,29 @@ def _fused(function: Callable) -> Callable:
         is_causal: Optional[bool] = None,
         **kwargs: Any,
     ) -> Any:
-        if not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs) or _tiles_are_ahead(
-            query, key, dropout, _causal(module, attention_mask, is_causal)
+        bias = kwargs.get("position_bias")
+        if (
+            not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+            or not (bias is None or (knows_bias and _fits_bias(bias, query, key, attention_mask)))
+            or _tiles_are_ahead(query, key, dropout, bias is None and _causal(module, attention_mask, is_causal))
         ):
             return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                             is_causal=is_causal, **kwargs)  # fmt: skip
-        return _by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        return _by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal, bias)
 
     return functools.update_wrapper(sdpa_attention_forward, function)
 
 
 def _by_operator(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float = 0.0,
-    scaling: Optional[float] = None, is_causal: Optional[bool] = None,
+    scaling: Optional[float] = None, is_causal: Optional[bool] = None, position_bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers' ``sdpa_attention_forward`` returns of a call that fits."""
     causal = _causal(module, mask, is_causal)
+    if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
+        position_bias = position_bias.to(dtype)
     out = ops.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, training=True
+        q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, training=True, bias=position_bias
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -162,7 +169,7 @@ def _fits(
         return False
     if scaling is not None and (type(scaling) not in _NUMBERS or not 0 < scaling < math.inf):
         return False
-    if others.get("output_attentions") or any(others.get(name) is not None for name in ("position_bias", "softcap")):
+    if others.get("output_attentions") or others.get("softcap") is not None:
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
@@ -184,6 +191,19 @@ def _fits(
     return torch.backends.cuda.flash_sdp_enabled()
 
 
+def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
+    """Returns whether the operator adds what a call wants added to the scores: of T5's relative positions, which no
+    gradient is asked of. A query that sees nothing has the mean of all values there, as what hides a key is finite."""
+    if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device or bias.dtype not in (q.dtype, torch.float32):
+        return False
+    scores = (*q.shape[:3], k.shape[2])
+    if any(size not in (1, of) for size, of in zip(bias.shape, scores, strict=True)):
+        return False
+    if bias.requires_grad and torch.is_grad_enabled():
+        return False
+    return type(mask) is not Tensor or bool(mask.any(-1).all())
+
+
 def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
     """Returns whether PyTorch's own is faster, on AMX."""
     if _native.STATE.isa != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
@@ -200,13 +220,20 @@ def _is_of_transformers(function: types.FunctionType) -> bool:
     return module is not None and function.__code__.co_filename == module.__file__
 
 
+def _knows_bias(function: Callable) -> bool:
+    return "position_bias" in inspect.signature(function).parameters
+
+
 def _is_attention(function: Callable) -> bool:
     """Returns whether a registry's function computes what the operator does, by its values and gradients."""
     # Neither the moment's device and mode nor whoever watches what is saved, as checkpointing, is a part of it.
     with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False), \
             torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # fmt: skip
         try:
-            return all(_alike(function, dtype, *case) for dtype in _TOLERANCE for case in _cases())
+            return all(
+                _alike(function, dtype, case, biased)
+                for dtype in _TOLERANCE for case in _cases() for biased in {False, _knows_bias(function)}
+            )  # fmt: skip
         except Exception:  # whatever another function raises
             return False
 
@@ -223,18 +250,24 @@ def _cases() -> list[tuple[bool, Optional[Tensor], Optional[float]]]:
 
 
 def _alike(
-    function: Callable, dtype: torch.dtype, causal: bool, mask: Optional[Tensor], scaling: Optional[float]
-) -> bool:  # fmt: skip
+    function: Callable, dtype: torch.dtype, case: tuple[bool, Optional[Tensor], Optional[float]], biased: bool
+) -> bool:
+    causal, mask, scaling = case
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(2, 18, heads, 8, generator=generator, dtype=torch.float32).to(dtype).transpose(1, 2)
              for heads in (4, 2, 2)]  # fmt: skip
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
+    how = {"dropout": 0.0, "scaling": scaling}
+    if biased:
+        # Each query sees a key: of one that does not, the operator is not asked.
+        how["position_bias"] = torch.randn(1, 4, 18, 18, generator=generator, dtype=torch.float32).to(dtype)
+        mask = None if mask is None else mask | torch.eye(18, dtype=torch.bool)
     weights = torch.linspace(-1, 1, 2 * 18 * 4 * 8, dtype=torch.float32).view(2, 18, 4, 8)
 
     def run(called: Callable) -> list[Tensor]:
         with torch.enable_grad():
             q, k, v = (value.detach().requires_grad_() for value in drawn)
-            out, _ = called(module, q, k, v, mask, dropout=0.0, scaling=scaling)
+            out, _ = called(module, q, k, v, mask, **how)
             return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
 
     found, wanted = run(_by_operator), run(function)
