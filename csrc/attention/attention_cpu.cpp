@@ -221,12 +221,9 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v,
-                                                                             Tensor out, Tensor lse,
-                                                                             std::optional<Tensor> mask, bool is_causal,
-                                                                             double scale, double dropout_p,
-                                                                             std::optional<Tensor> seed,
-                                                                             std::optional<Tensor> bias) {
+std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
+    Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> mask, bool is_causal,
+    double scale, double dropout_p, std::optional<Tensor> seed, std::optional<Tensor> bias) {
   constexpr const char* kOp = "scaled_dot_product_attention_backward";
   Call call(kOp, q, k, v, mask, is_causal, scale, dropout_p, seed, bias);
   Attention& work = call.work;

@@ -25,7 +25,8 @@ inline const float* bias_of(const Attention& work, int64_t batch, int64_t head) 
   return work.bias ? work.bias + batch * work.bias_batch + head * work.bias_head : nullptr;
 }
 
-// What the scores [rows, 64] of the keys from `key` on begin with, in the lanes from `lane` to `until`; whether anything.
+// What the scores [rows, 64] of the keys from `key` on begin with, in the lanes from `lane` to `until`; whether
+// anything.
 inline bool begin_scores(const Attention& work, const float* bias, int64_t key, int64_t rows, int64_t query,
                          int64_t lane, int64_t until, float* s) {
   if (bias == nullptr) return false;

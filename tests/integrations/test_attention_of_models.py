@@ -372,10 +372,12 @@ def test_more_keys_on_amx_are_pytorchs_own(
         assert calls(dropped) == calls(dropped, attention_mask=left_padding()) == 2
 
 
-@pytest.mark.parametrize("what", ["added mask", "few queries", "scale", "position bias", "position bias of more keys",
-                                  "position bias of others", "position bias and a mask", "position bias and a float", "k's dtype", "heads",
-                                  "another mask's size", "more keys", "not causal", "scores to return",
-                                  "NumPy's scale", "infinite scale"])  # fmt: skip
+KINDS = ("added mask", "few queries", "scale", "position bias", "position bias of more keys", "position bias of others",
+         "position bias and a mask", "position bias and a float", "k's dtype", "heads", "another mask's size",
+         "more keys", "not causal", "scores to return", "NumPy's scale", "infinite scale")  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KINDS)
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
     """Its values, its gradients, its errors."""
     q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))

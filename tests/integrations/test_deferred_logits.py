@@ -332,3 +332,115 @@ def test_the_model_s_own_loss_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deferred.ops, "linear_cross_entropy", lambda *a, **k: called.append(k) or real(*a, **k))
     step(model)
     assert len(called) == 1 and isinstance(model.get_base_model().lm_head, head.LinearHead)
+
+
+# --- as any tensor of the same values ---------------------------------------------------------------------------------
+
+
+def with_accuracy(out: Any, labels: Tensor) -> Tensor:
+    flat = out.logits[..., :-1, :].contiguous().view(-1, 99)
+    wanted = labels[:, 1:].reshape(-1)
+    loss = F.cross_entropy(flat, wanted)
+    return loss + 0 * (flat.argmax(-1) == wanted).float().mean()
+
+
+def by_likelihood(out: Any, labels: Tensor) -> Tensor:
+    flat = out.logits[..., :-1, :].contiguous().view(-1, 99)
+    return F.nll_loss(F.log_softmax(flat, -1), labels[:, 1:].reshape(-1))
+
+
+def tempered(out: Any, labels: Tensor) -> Tensor:
+    shifted = out.logits[..., :-1, :].contiguous()
+    shifted /= 2.0  # a copy's, and not the logits'
+    return F.cross_entropy(shifted.view(-1, 99), labels[:, 1:].reshape(-1)) + out.logits.square().mean()
+
+
+def edited_behind(out: Any, labels: Tensor) -> Tensor:
+    flat = out.logits[:, :-1].reshape(-1, 99)
+    half = out.logits / 2
+    out.logits.detach()[..., 0] = -30.0
+    return F.cross_entropy(flat, labels[:, 1:].reshape(-1)) + half.square().mean()
+
+
+def masked_without_a_graph(out: Any, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        out.logits[..., 5] = -1e4
+    return F.cross_entropy(out.logits.float().view(-1, 99), labels.view(-1))
+
+
+def halved_without_a_graph(out: Any, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        wide = out.logits.float()  # the logits themselves, in float32
+        wide /= 2.0
+    return F.cross_entropy(out.logits.view(-1, 99), labels.view(-1))
+
+
+def by_keywords(out: Any, labels: Tensor) -> Tensor:
+    scaled = torch.div(torch.reshape(input=out.logits, shape=(-1, 99)), other=2.0).mul(other=3.0)
+    return F.cross_entropy(torch.mul(scaled, other=0.5), labels.view(-1))
+
+
+def read_in_inference_mode(out: Any, labels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        assert out.logits.argmax(-1).shape == labels.shape
+    with torch.no_grad():
+        mean = out.logits.mean()
+    return F.cross_entropy(out.logits.view(-1, 99), labels.view(-1)) + mean
+
+
+@pytest.mark.parametrize("loss_of", [with_accuracy, by_likelihood, tempered, edited_behind, masked_without_a_graph,
+                                     halved_without_a_graph, by_keywords, read_in_inference_mode],
+                         ids=lambda function: function.__name__)  # fmt: skip
+def test_losses_and_edits_see_what_they_would(loss_of: Callable[[Any, Tensor], Tensor]) -> None:
+    stock, model = build("Llama"), peft_ext.accelerate(build("Llama"))
+    (wanted, grads, _), (loss, found, _) = step(stock, loss_of), step(model, loss_of)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    assert found.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_factors_that_are_not_finite_give_what_they_give(factor: float) -> None:
+    model = peft_ext.accelerate(build("Llama"))
+    loss, *_ = step(model, lambda out, labels: F.cross_entropy((out.logits * factor).view(-1, 99), labels.view(-1)))
+    assert loss.isnan()
+
+
+def test_their_gradient_can_be_given_with_grad_mode_off() -> None:
+    """As a checkpoint of a function that returns them does."""
+    found = []
+    for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+        logits = model(**batch()).logits
+        with torch.no_grad():
+            logits.backward(torch.ones(logits.shape))
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
+
+
+def swap(model: nn.Module) -> None:
+    head = model.get_base_model().lm_head
+    head.weight = nn.Parameter(2 * head.weight.detach(), requires_grad=False)
+
+
+def change(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(2.0)
+
+
+@pytest.mark.parametrize("after", [swap, change, nn.Module.bfloat16, peft_ext.restore])
+def test_logits_of_a_head_that_is_another_by_now_are_refused(after: Callable[[nn.Module], Any]) -> None:
+    model = peft_ext.accelerate(build("Llama", ["q_proj"]))
+    out = model(**batch())
+    after(model)
+    with pytest.raises(RuntimeError, match="the head's weight or adapter, were changed in place"):
+        out.logits.sum()
+
+
+def test_logits_of_a_head_that_was_merged_are_refused() -> None:
+    model = peft_ext.accelerate(build("Llama", ["lm_head"]))
+    out = model(**batch())
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="the head's weight or adapter, were changed in place"):
+        F.cross_entropy(out.logits.view(-1, 99), batch()["labels"].view(-1))

@@ -194,7 +194,9 @@ def _fits(
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
     """Returns whether the operator adds what a call wants added to the scores: of T5's relative positions, which no
     gradient is asked of. A query that sees nothing has the mean of all values there, as what hides a key is finite."""
-    if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device or bias.dtype not in (q.dtype, torch.float32):
+    if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device:
+        return False
+    if bias.dtype not in (q.dtype, torch.float32):
         return False
     scores = (*q.shape[:3], k.shape[2])
     if any(size not in (1, of) for size, of in zip(bias.shape, scores, strict=True)):

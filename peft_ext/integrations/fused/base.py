@@ -50,7 +50,7 @@ def fuses(stock: type) -> Callable[[type], type]:
     """
 
     def register(fused: type) -> type:
-        fused.__name__, fused.stock_class = stock.__name__, stock
+        fused.__name__, fused.stock_class, fused.stock_forward = stock.__name__, stock, stock.forward
         FUSED[stock], STOCK[fused] = fused, stock
         for alike in (LINEAR, FOUR_BIT):
             if stock in alike:

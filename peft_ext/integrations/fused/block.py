@@ -27,6 +27,7 @@ class Block:
     ``parts`` and ``forward``."""
 
     stock_class: type
+    tried: Callable[..., Any]  # the stock class's forward
     formula: tuple = ()
     kind = ""
 
@@ -37,6 +38,13 @@ class Block:
     def block_reason(self) -> Optional[str]:
         """Returns why the module's own forward runs."""
         raise NotImplementedError
+
+    def replaced(self) -> Optional[str]:
+        """Returns why the module's forward is not the one that was tried."""
+        if "forward" in self.__dict__:
+            return "its forward was replaced on the instance"
+        kind = type(self)
+        return None if kind.stock_class.forward is kind.tried else "its class's forward was replaced"
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
         """Yields what is fused of the module, and why it is not now."""
@@ -64,7 +72,8 @@ def _new(mixin: type, stock: type, formula: tuple) -> Block:
 @functools.cache
 def class_of(mixin: type, stock: type, formula: tuple) -> type:
     """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
-    held = {"stock_class": stock, "formula": formula, "__doc__": stock.__doc__, "__module__": stock.__module__}
+    held = {"stock_class": stock, "tried": stock.forward, "formula": formula, "__doc__": stock.__doc__,
+            "__module__": stock.__module__}  # fmt: skip
     made = type(stock.__name__, (mixin, stock), held)
     STOCK[made] = stock
     return made

@@ -31,7 +31,7 @@ from .mlp import EXPERT, Mlp, mlp_formula
 from .names import inner_function, named, with_names
 from .reasons import accepts_input, kernel_reason, tensor_reason
 
-__all__ = ["fuse_blocks", "plain_blocks"]
+__all__ = ["fuse_blocks", "plain_blocks", "unmark_experts"]
 
 # What a trial of a class of the model's gave: its fused class, None where it is another function.
 _TRIED: dict[tuple, Optional[type]] = {}
@@ -44,13 +44,15 @@ class Norm(Block):
     """A norm over the last dimension."""
 
     def block_reason(self) -> Optional[str]:
-        if "forward" in self.__dict__:
-            return "its forward was replaced on the instance"
+        if reason := self.replaced():
+            return reason
+        if "weight" not in self._parameters:
+            return "its weight is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
         for name, value in self._parameters.items():
             if value is not None and (reason := tensor_reason(f"its {name}", value, 1)):
                 return reason
         weight = self._parameters["weight"]
-        return None if weight is None else kernel_reason(type(self).operator, weight.device.type)
+        return "it has no weight" if weight is None else kernel_reason(type(self).operator, weight.device.type)
 
 
 class RMSNorm(Norm):
@@ -73,9 +75,9 @@ class LayerNorm(Norm):
     kind, operator = "LayerNorm", "layer_norm"
 
     def block_reason(self) -> Optional[str]:
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         if weight is None or len(self.normalized_shape) != 1:
-            return "it has no weight, or is over several dimensions"
+            return "it has no weight of its own, or is over several dimensions"
         return "autocast takes it in float32" if autocast_dtype(weight) else super().block_reason()
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -134,8 +136,8 @@ class Dropout(Block):
     kind = "dropout"
 
     def block_reason(self) -> Optional[str]:
-        if "forward" in self.__dict__:
-            return "its forward was replaced on the instance"
+        if reason := self.replaced():
+            return reason
         if self.inplace or not 0.0 <= self.p < 1.0:
             return "it drops in place, or all"
         return kernel_reason(self.kind, "cpu")
@@ -265,7 +267,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     if is_fully_sharded(stock):
         return None  # whose forward gathers parameters first
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
-    key = (stock, act, tuple(module._modules), tuple(module._parameters), _settings(module))
+    key = (stock, stock.forward, act, tuple(module._modules), tuple(module._parameters), _settings(module))
     if key not in _TRIED:
         found = None
         # Whatever device and mode the model is accelerated under.
@@ -274,6 +276,8 @@ def _fused_class(module: nn.Module) -> Optional[type]:
                 found = class_of(RMSNorm, stock, formula)
             elif (formula := mlp_formula(module)) is not None:
                 found = class_of(Mlp, stock, formula)
+        if found is not None:
+            found.tried = stock.forward
         _TRIED[key] = found
     return _TRIED[key] or _forward_class(module)
 
@@ -327,4 +331,9 @@ def plain_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.stock_class
-            module.__dict__.pop(EXPERT, None)
+    unmark_experts(model)
+
+
+def unmark_experts(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(EXPERT, None)

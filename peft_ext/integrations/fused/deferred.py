@@ -9,6 +9,7 @@ reading, printing, metrics, another loss, other gradients. They are a tensor to 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
@@ -38,13 +39,14 @@ class Head:
             them, and, of an adapter with dropout, what that left of them.
         outputs: V. dtype: of the logits.
         forward: ``*inputs -> logits``, the layer's own.
+        state: what that computes with beside the inputs, to be compared; first of it what the operands do not show.
         operands: what :func:`peft_ext.ops.linear_cross_entropy` takes beside inputs and labels.
         parameters: the tensors of the head that train.
     """
 
     def __init__(
         self, inputs: Sequence[Tensor], outputs: int, dtype: torch.dtype, forward: Callable[..., Tensor],
-        operands: dict[str, Any], parameters: Sequence[Tensor] = (),
+        operands: dict[str, Any], parameters: Sequence[Tensor] = (), state: Callable[[], Any] = tuple,
     ) -> None:  # fmt: skip
         self.inputs, self.outputs, self.dtype = tuple(inputs), outputs, dtype
         self.operands, self.parameters = operands, tuple(parameters)
@@ -52,12 +54,14 @@ class Head:
         device = inputs[0].device.type
         self._forward = forward
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._state, self._state_then = state, state()
         self._versions = self._versions_now()
         self._logits: Optional[Tensor] = None
         self._derived: list[weakref.ref[DeferredLogits]] = []
 
     def _versions_now(self) -> list[int]:
-        return [tensor._version for tensor in (*self.inputs, *self.parameters) if not tensor.is_inference()]
+        held = [value for value in self.operands.values() if isinstance(value, Tensor)]
+        return [t._version for t in (*self.inputs, *self.parameters, *held) if not t.is_inference()]
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast that the head was called in."""
@@ -66,23 +70,28 @@ class Head:
 
     def compute(self, *inputs: Tensor) -> Tensor:
         """Returns the logits by the layer's own forward."""
-        self.check()
+        self.check(self._state() == self._state_then)
         with self.autocast():
             return self._forward(*inputs)
 
-    def check(self) -> None:
-        if self._versions != self._versions_now():
+    def check(self, is_as_it_was: bool = True) -> None:
+        merged = self._state()[:1] == self._state_then[:1]
+        if not (is_as_it_was and merged) or self._versions != self._versions_now():
             raise RuntimeError(
-                "peft_ext: the logits are read after their hidden states, or the head's adapter, were changed in place "
-                "(by an optimizer's step?), and were not computed before. Read them earlier, or call "
-                "peft_ext.accelerate(model, blocks=False)"
+                "peft_ext: the logits are read after their hidden states, or the head's weight or adapter, were "
+                "changed in place (by an optimizer's step?) or replaced, and were not computed before. Read them "
+                "earlier, or call peft_ext.accelerate(model, blocks=False)"
             )
 
     def logits(self) -> Tensor:
-        """Returns the real logits, computed once: anew where they now need a graph that they lack."""
-        held = self._logits
-        if held is None or (torch.is_grad_enabled() and not held.requires_grad):
-            self._logits = self.compute(*self.inputs)
+        """Returns the real logits, computed once and with their graph, as the layer would have returned them; with all
+        that was recorded of them, which a change in place must not reach where it is a copy."""
+        if self._logits is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._logits = self.compute(*self.inputs)
+            for deferred in [held() for held in self._derived]:
+                if deferred is not None:
+                    deferred.real()
         return self._logits
 
     @property
@@ -105,13 +114,6 @@ class Head:
         deferred._begin(self, inputs, (*parent._steps, step))
         self._derived.append(weakref.ref(deferred))
         return deferred
-
-    def make_real(self) -> None:
-        """Computes all that was recorded so far: something is about to be changed in place."""
-        for deferred in [held() for held in self._derived]:
-            if deferred is not None:
-                deferred.real()
-        self.logits()
 
 
 class Step:
@@ -189,16 +191,14 @@ class DeferredLogits(Tensor):
         self._real: Optional[Tensor] = None
 
     def real(self) -> Tensor:
-        """Returns the logits with all steps done to them, with their graph where one is recorded now."""
-        if not self._steps:
-            return self._head.logits()
-        held = self._real
-        if held is None or (torch.is_grad_enabled() and not held.requires_grad):
-            value = self._head.logits()
-            for step in self._steps:
-                value = step(value)
+        """Returns the logits with all steps done to them, computed once and with their graph."""
+        value = self._head.logits()
+        if self._steps and self._real is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                for step in self._steps:
+                    value = step(value)
             self._real = value
-        return self._real
+        return self._real if self._steps else value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
@@ -206,7 +206,7 @@ class DeferredLogits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if (record := _RECORDS.get(func)) is not None and isinstance(args[0], cls):
+        if (record := _RECORDS.get(func)) is not None and args and isinstance(args[0], cls):
             if (found := record(func, *args, **kwargs)) is not None:
                 return found
         if func is F.cross_entropy and (found := _cross_entropy(*args, **kwargs)) is not None:
@@ -215,10 +215,6 @@ class DeferredLogits(Tensor):
             return _of_the_graph(func, args, kwargs)
         if func == Tensor.grad.__get__ and not args[0]._head.is_real:
             return None  # as of any tensor that is not to retain it
-        name = getattr(func, "__name__", "")
-        if "out" in kwargs or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE:
-            for value in _deferred_in((args, kwargs)):
-                value._head.make_real()
         args, kwargs = tree_map(lambda value: value.real() if isinstance(value, cls) else value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -279,7 +275,9 @@ def _record_to(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> 
 
 
 def _record_contiguous(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Optional[DeferredLogits]:
-    return None if args or kwargs else logits
+    if args or kwargs or not logits._steps:
+        return None if args or kwargs else logits
+    return _derive(logits, Step(func, (), {}))  # a copy of some, which a view wants in one piece
 
 
 def _record_view(func: Any, logits: DeferredLogits, *shape: Any, **kwargs: Any) -> Optional[DeferredLogits]:
@@ -309,9 +307,10 @@ def _record_index(func: Any, logits: DeferredLogits, index: Any) -> Optional[Def
     return _derive(logits, Step(func, (index,), {}), lambda value: value[kept])
 
 
-def _record_scale(func: Any, logits: DeferredLogits, factor: Any, **kwargs: Any) -> Optional[DeferredLogits]:
+def _record_scale(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Optional[DeferredLogits]:
     """Of a product with a number, or a quotient by one: of the cap's tanh once, by the cap itself."""
-    if kwargs or not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor:
+    factor = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor or not math.isfinite(factor):
         return None
     times = 1.0 / factor if func in _DIVISIONS else float(factor)
     if logits._softcap or (logits._in_tanh and times <= 0):
@@ -384,8 +383,6 @@ _RECORDS: dict[Any, Callable[..., Union[DeferredLogits, None]]] = {
     **dict.fromkeys(_DIVISIONS | _PRODUCTS, _record_scale),
     **dict.fromkeys(_TANH, _record_tanh),
 }
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
-             "__set__"}  # fmt: skip
 _OF_THE_GRAPH = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 _METADATA = {
     getattr(Tensor, name).__get__

@@ -290,17 +290,23 @@ def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offse
 
 def _is_plain_gate(experts: Any, act: str) -> bool:
     """Returns whether the experts' gate is act(first half) times the second, by trial, once for each class."""
-    key = (type(experts), act)
+    held = tuple((name, value) for name, value in vars(experts).items() if isinstance(value, (int, float, str)))
+    key = (type(experts), act, held)
     if key not in _GATES:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            # A bound that a value is clamped to shows beyond it alone.
             rows = torch.linspace(-4, 4, 2 * 3 * 8, dtype=torch.float32).view(3, 16)
-            try:
-                found = gate(experts, rows)
-            except Exception:  # whatever another function raises
-                found = rows
-            wanted = ops.gated_activation(rows, None, act)
-        _GATES[key] = found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-5)
+            _GATES[key] = all(_is_gate_of(experts, act, magnitude * rows) for magnitude in (1.0, 30.0, 1e4))
     return _GATES[key]
+
+
+def _is_gate_of(experts: Any, act: str, rows: Tensor) -> bool:
+    try:
+        found = gate(experts, rows)
+    except Exception:  # whatever another function raises
+        return False
+    wanted = ops.gated_activation(rows, None, act)
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1))
 
 
 def _has_hooks(act: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ class DefersLoss:
         return head.compute(*head.inputs)
 
 
+def _state(layer: nn.Module) -> tuple:
+    """Returns what a head's logits are made with beside its input, to be compared: what is merged into its tensors,
+    which shows in none of their versions, its class, and they."""
+    held = [(id(p), p.is_inference() or p._version, p.untyped_storage()._cdata) for p in layer.parameters()]
+    return tuple(getattr(layer, "merged_adapters", ())), type(layer), held
+
+
 class LinearHead(DefersLoss, FusedLinear):
     """A frozen ``nn.Linear`` whose outputs are a model's logits."""
 
@@ -56,7 +64,8 @@ class LinearHead(DefersLoss, FusedLinear):
             return None
         _, weight, bias, dtype = found
         whole = super(DefersLoss, self).forward
-        return Head((x,), self.out_features, dtype, whole, {"weight": weight, "bias": bias})
+        given = {"weight": weight, "bias": bias}
+        return Head((x,), self.out_features, dtype, whole, given, state=functools.partial(_state, self))
 
 
 LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
@@ -101,7 +110,8 @@ if FusedLoraLinear is not None:
 
             given = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
             trained = [value for value in (lora_A, lora_B) if value.requires_grad]
-            return Head((x, dropout(x)) if drops else (x,), weight.shape[0], dtype, forward, given, trained)
+            inputs, state = (x, dropout(x)) if drops else (x,), functools.partial(_state, self)
+            return Head(inputs, weight.shape[0], dtype, forward, given, trained, state)
 
     LoraHead.__name__, LoraHead.stock_class = FusedLoraLinear.__name__, STOCK[FusedLoraLinear]
     STOCK[LoraHead] = STOCK[FusedLoraLinear]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ... import ops
 from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
-from .reasons import accepts_input, hooked, kernel_reason
+from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
 __all__ = ["EXPERT", "Mlp", "activation_name", "computed_again", "mlp_formula"]
 
@@ -52,6 +52,11 @@ _FEW = 1 << 17
 
 _ACTS: dict[Hashable, Optional[str]] = {}  # what was tried
 
+# What a trial's inputs are multiplied with: a bound that a value is clamped to shows beyond it alone.
+_MAGNITUDES = (1.0, 1e-2, 30.0, 1e4)
+# What torch holds in a module; the rest is what its forward may read.
+_OF_TORCH = frozenset(vars(nn.Module()))
+
 
 class Mlp(Block):
     """``formula``: names of the layers in and out and of the activation, which one, gated or not, and where there is a
@@ -60,11 +65,14 @@ class Mlp(Block):
     kind = "MLP"
 
     def block_reason(self) -> Optional[str]:
-        if "forward" in self.__dict__:
-            return "its forward was replaced on the instance"
+        if reason := self.replaced():
+            return reason
         _, _, act, function, gated, _ = self.formula
-        if isinstance(getattr(self, act), nn.Module) and hooked(getattr(self, act)):
-            return "hooks on the activation would not run"
+        if isinstance(getattr(self, act), nn.Module):
+            if hooked(getattr(self, act)):
+                return "hooks on the activation would not run"
+            if any_global_hook():
+                return "global hooks of torch.nn would not run on its activation"
         if activation_name(getattr(self, act)) != function:
             return "its activation is another one than when it was tried"
         device = next((p.device.type for p in self.parameters()), "cpu")
@@ -127,13 +135,19 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     def pack(value: Tensor) -> Any:
         # What somebody changed in place is no longer what the operator gives.
         if value.numel() != numel or value.dtype is not dtype or value._version != version:
-            return value
+            return value, value._version
         if value.storage_offset() or value.untyped_storage()._cdata != storage:
-            return value
+            return value, value._version
         return _Again(tuple(value.shape), value.stride())
 
     def unpack(value: Any) -> Tensor:
         if not isinstance(value, _Again):
+            value, saved = value
+            if value._version != saved:  # autograd does not look where there are hooks
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{value.dtype} {tuple(value.shape)} is at version {value._version}, expected version {saved}"
+                )
             return value
         if versions != [tensor._version for tensor in tensors]:
             raise RuntimeError("peft_ext: the inputs of an MLP's activation were changed in place before the backward; "
@@ -165,17 +179,31 @@ def activation_name(act: Any) -> Optional[str]:
     """Returns which activation a function or a module is, by its values; None: another one."""
     if not isinstance(act, Hashable):
         return None
-    key = (type(act), repr(act)) if isinstance(act, nn.Module) else act  # a module's settings may change
+    if (key := _act_key(act) if isinstance(act, nn.Module) else act) is None:
+        return None
     if key not in _ACTS:
-        x = torch.linspace(-8, 8, 321, dtype=torch.float32)
+        far = torch.tensor([8.5, 10.5, 13.0, 25.0, 120.0, 1e3, 1e4], dtype=torch.float32)
+        x = torch.cat((torch.linspace(-8, 8, 321, dtype=torch.float32), far, -far))
         try:
             y = act(x.clone())
         except Exception:  # whatever another function raises
             y = None
         alike = [name for name, function in _ACTIVATIONS.items()
-                 if isinstance(y, Tensor) and y.shape == x.shape and (y - function(x)).abs().max() < 3e-6]  # fmt: skip
+                 if isinstance(y, Tensor) and y.shape == x.shape
+                 and ((y - (wanted := function(x))).abs() / wanted.abs().clamp(min=1)).max() < 3e-6]  # fmt: skip
         _ACTS[key] = alike[0] if alike else None
     return _ACTS[key]
+
+
+def _act_key(act: nn.Module) -> Optional[Hashable]:
+    """Returns what an activation's values depend on, which may change; None: on tensors, or what can't be compared."""
+    if act._parameters or act._buffers:
+        return None
+    held = tuple((name, value) for name, value in vars(act).items() if name not in _OF_TORCH)
+    if any(isinstance(value, Tensor) or not isinstance(value, Hashable) for _, value in held):
+        return None
+    inner = tuple(None if child is None else _act_key(child) for child in act._modules.values())
+    return None if None in inner else (type(act), type(act).forward, act.training, held, inner)
 
 
 def mlp_formula(module: nn.Module) -> Optional[tuple]:
@@ -210,8 +238,13 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
     if drops:
         trial._modules["dropout"] = nn.Dropout(0.5)
     x = torch.randn(2, 5, 8, generator=generator, dtype=torch.float32)
-    try:
-        wanted = with_gradients(type(module).forward, trial, x)
-    except Exception:  # whatever another function raises
-        return False
-    return are_alike(with_gradients(Mlp._fused, tried_as(trial, Mlp, formula), x), wanted)
+    fused = tried_as(trial, Mlp, formula)
+    # Training too: what it drops it may drop by a function.
+    for trial.training, magnitude in itertools.product((True, False), _MAGNITUDES):
+        try:
+            wanted = with_gradients(type(module).forward, trial, magnitude * x)
+        except Exception:  # whatever another function raises
+            return False
+        if not are_alike(with_gradients(Mlp._fused, fused, magnitude * x), wanted):
+            return False
+    return True

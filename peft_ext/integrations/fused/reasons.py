@@ -201,10 +201,18 @@ def hooked(module: nn.Module) -> bool:
 # --- a layer and its base ---------------------------------------------------------------------------------------------
 
 
+def forward_is_replaced(kind: type) -> bool:
+    """Returns whether the stock class of a fused one has another forward than when it was fused."""
+    known = getattr(kind, "stock_forward", None)
+    return known is not None and kind.stock_class.forward is not known
+
+
 def layer_reason(layer: Any) -> Optional[str]:
     """Returns why an adapter layer's next call runs no adapter, or another forward than its class's."""
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
+    if forward_is_replaced(type(layer)):
+        return "its class's forward was replaced"
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...nn import NF4Linear
 from ...weight import NF4Weight
 from .base import DTYPES, FOUR_BIT, LINEAR, operands, sums_wider
-from .reasons import accepts_input, any_global_hook, hooked, tensor_reason, weight_reason
+from .reasons import accepts_input, any_global_hook, forward_is_replaced, hooked, tensor_reason, weight_reason
 
 Operands = tuple[Union[Tensor, NF4Weight], Optional[Tensor]]
 
@@ -50,6 +50,8 @@ def usual_operands(layer: Any, x: Any) -> Optional[Operands]:
         return None
     held = layer.__dict__
     if layer._disable_adapters or layer.merged_adapters or "forward" in held or held.get("fan_in_fan_out"):
+        return None
+    if forward_is_replaced(type(layer)):
         return None
     base, dtype = layer._modules["base_layer"], x.dtype
     kind = type(base)
