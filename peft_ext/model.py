@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -16,6 +17,8 @@ from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
 from .integrations.fused import dora_experts
 from .integrations.fused.base import FUSED
+from .integrations.fused.dora import DORA_DROPOUT
+from .integrations.fused.experts import EXPERTS_DROPOUT
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 from .sources.adapter import checked_config
@@ -84,8 +87,8 @@ def load_adapter(
     is_trainable: bool = False,
     accelerate: bool = True,
     blocks: bool = True,
-    dora_dropout: str = "peft",
-    experts_dropout: float = 0.0,
+    dora_dropout: Optional[str] = None,
+    experts_dropout: Optional[float] = None,
     **kwargs: Any,
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, active, then calls :func:`peft_ext.accelerate`.
@@ -98,11 +101,13 @@ def load_adapter(
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
         adapter_name: the name it gets here; the one it was saved under is not on disk.
         is_trainable: train it on; otherwise it is frozen and the model is put in eval mode.
-        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. None: what the layers of a
+            PeftModel have, which a load does not change.
         kwargs: PEFT's others: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``, ``key_mapping``,
             ``subfolder``, ``revision``, ``token`` and the like.
 
-    Returns: the PeftModel: ``model`` itself where it is one. Warns of tensors of the file that no part of it takes.
+    Returns: the PeftModel: ``model`` itself where it is one, which is as it was where the load fails. Warns of tensors
+    of the file that no part of it takes.
 
     Raises: TypeError where model is no module; ValueError where the weights are no safetensors (a pickle runs code as
     it is read), or not finite, where the configuration has a field that is not of its type, asks for larger tensors
@@ -122,17 +127,21 @@ def load_adapter(
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"load_adapter: {error}") from error
+    options = {
+        "dora_dropout": _held(model, DORA_DROPOUT, "peft") if dora_dropout is None else dora_dropout,
+        "experts_dropout": _held(model, EXPERTS_DROPOUT, 0.0) if experts_dropout is None else experts_dropout,
+    }
     if loaded:
-        if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
-            _accelerate(model, blocks=False, dora_dropout=dora_dropout)
-        dora_experts.register(config, model)
-        result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-        # PEFT lists those of other adapters too, whose names have this one in them.
-        missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
-        if missing:
-            model.delete_adapter(adapter_name)
-            raise ValueError(_missing(folder, missing))
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        with _as_it_was_on_failure(model, adapter_name):
+            if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
+                _accelerate(model, blocks=False, **options)
+            dora_experts.register(config, model)
+            result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+            # PEFT lists those of other adapters too, whose names have this one in them.
+            missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
+            if missing:
+                raise ValueError(_missing(folder, missing))
+            model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
         if "config" not in kwargs and getattr(config, "use_dora", False):
             kwargs["config"] = config
@@ -145,6 +154,9 @@ def load_adapter(
         hook = model.register_load_state_dict_post_hook(lambda module, keys: absent.extend(keys.missing_keys))
         try:
             model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+        except RuntimeError as error:
+            _raise_of_sizes(error)
+            raise
         finally:
             hook.remove()
         if missing := _missing_keys(model, adapter_name, absent):
@@ -157,7 +169,42 @@ def load_adapter(
     freeze_ranknum(model)
     if not accelerate:
         return model
-    return _accelerate(model, blocks=blocks, dora_dropout=dora_dropout, experts_dropout=experts_dropout)
+    return _accelerate(model, blocks=blocks, **options)
+
+
+def _held(model: nn.Module, attribute: str, default: Any) -> Any:
+    """Returns what :func:`peft_ext.accelerate` left on a model's layers under this name."""
+    found = (module.__dict__[attribute] for module in model.modules() if attribute in module.__dict__)
+    return next(found, default)
+
+
+@contextmanager
+def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Takes back, where a load fails, the adapter that it began, and what it did to modes and classes."""
+    before = [
+        (
+            module,
+            type(module),
+            module.training,
+            {name: value for name, value in module.__dict__.items() if name.startswith("_peft_ext_")},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except Exception as error:
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        for module, kind, training, marks in before:
+            module.__class__, module.training = kind, training
+            module.__dict__.update(marks)
+        _raise_of_sizes(error)
+        raise
+
+
+def _raise_of_sizes(error: Exception) -> None:
+    if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+        raise ValueError(f"load_adapter: {error}") from error
 
 
 def register_layers(config: PeftConfig, model: nn.Module) -> None:

@@ -37,7 +37,7 @@ from .fused.base import (
     is_repacked,
     without_adapters,
 )
-from .fused.blocks import block_parts, fuse_blocks, plain_blocks, unmark_experts
+from .fused.blocks import block_parts, clear_blocks, fuse_blocks, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
 from .fused.dora_experts import is_dora
 from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
@@ -163,7 +163,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
     clear_experts(model)
-    unmark_experts(model)
+    clear_blocks(model)
     for module in model.modules():
         if isinstance(module, Lora):
             clear_dora(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, Optional
 
 import torch
@@ -53,7 +54,9 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
     if not accelerated:
         integration.restore(model)
     elif not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
-        integration.accelerate(model)
+        with warnings.catch_warnings():  # of a model without adapters, whose heads and norms are fused all the same
+            warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
+            integration.accelerate(model)
 
 
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:

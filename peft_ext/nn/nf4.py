@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -197,6 +198,9 @@ class NF4Linear(nn.Linear):
         self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing: list, unexpected: list,
         errors: list,
     ) -> None:  # fmt: skip
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         names = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
                  QUANT_STATE)  # fmt: skip
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
@@ -206,14 +210,19 @@ class NF4Linear(nn.Linear):
                 missing.append(prefix + name)
         if {"weight", "weight.absmax", QUANT_STATE} <= found.keys():
             try:
-                self._hold_state(found)
+                self._hold_state(found, assign)
             except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
+        elif "weight" in found:  # what is missing is told, and not told where nothing need be whole
+            errors.append(f"NF4Linear {prefix.rstrip('.')!r}: weight comes without weight.absmax or {QUANT_STATE}, "
+                          "wanted a state in 4 bits (quantize_nf4 after the dense state is loaded)")  # fmt: skip
         if self.bias is not None:
             if bias is None and strict:
                 missing.append(prefix + "bias")
             elif bias is not None and (why := _bias_reason(bias, self.bias)):
                 errors.append(f"{prefix}bias {why}")
+            elif bias is not None and assign:
+                self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
             elif bias is not None:
                 with torch.no_grad():
                     self.bias.copy_(bias)
@@ -221,15 +230,21 @@ class NF4Linear(nn.Linear):
         if strict:
             unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in own and key != prefix)
 
-    def _hold_state(self, found: dict[str, Tensor]) -> None:
-        """Copies a state dict's tensors in, on this module's device, once all of them are known to fit."""
+    def _hold_state(self, found: dict[str, Tensor], assign: bool) -> None:
+        """Copies a state dict's tensors in, on this module's device, once all of them are known to fit; ``assign``:
+        holds them as they are."""
         read_quant_state(found)  # these are tensors, before one is reshaped
         packed, weight = found["weight"].data, self.weight
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")
         if not is_dtensor(packed):
             packed = packed.reshape(-1, 1)
-        nf4 = read_nf4({**found, "weight": packed}).map(lambda t: t.detach().to(weight.device, copy=True))
+        nf4 = read_nf4({**found, "weight": packed})
+        if not assign and weight.is_meta and not packed.is_meta:
+            warnings.warn("NF4Linear: a state is loaded into a layer on the meta device, which holds no data: call "
+                          "load_state_dict(..., assign=True)", stacklevel=2)  # fmt: skip
+        assign = assign and not is_dtensor(weight)
+        nf4 = nf4.map(lambda t: t.detach() if assign else t.detach().to(weight.device, copy=True))
         if not is_dtensor(weight):
             self.set_nf4(nf4)
             return

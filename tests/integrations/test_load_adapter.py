@@ -13,6 +13,7 @@ import peft
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune, weight_norm
 from tuner_models import assert_same, batch, logits, make_base
 
 import peft_ext
@@ -166,3 +167,72 @@ def test_what_is_not_to_train_is_frozen_over_bfloat16_too(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     loaded = load_adapter(copy.deepcopy(base), tmp_path, is_trainable=True)
     assert {name.split(".")[-2] for name, p in loaded.named_parameters() if p.requires_grad} == {"ia3_l"}
+
+
+def _options(model):
+    return [(name, module.__dict__.get("_peft_ext_dora_dropout"), module.training, type(module))
+            for name, module in model.named_modules() if "two" not in name]  # fmt: skip
+
+
+def test_a_load_keeps_what_the_layers_were_told(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, use_dora=True, lora_dropout=0.5)
+    model = get_peft_model(make_base("llama"), config, dora_dropout="lora")
+    model.save_pretrained(tmp_path)
+    before = [kept for _, kept, *_ in _options(model)]
+    assert "lora" in before
+    load_adapter(model, tmp_path, "two", is_trainable=True)
+    assert [kept for _, kept, *_ in _options(model)] == before
+    load_adapter(model, tmp_path, "three", is_trainable=True, dora_dropout="peft")
+    assert not any(kept for _, kept, *_ in _options(model))
+
+
+@pytest.mark.parametrize("what", ["rank", "a tensor less", "a module that is not there"])
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path, what):
+    model = get_peft_model(make_base("llama"), peft.LoraConfig(target_modules=["q_proj"], r=4)).train()
+    model.save_pretrained(tmp_path)
+    before, config = _options(model), tmp_path / "adapter_config.json"
+    assert any(row.fused for row in peft_ext.explain(model).blocks)
+    if what == "a tensor less":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        tensors.popitem()
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    else:
+        old, new = ('"r": 4', '"r": 9') if what == "rank" else ('"q_proj"', '"nobody"')
+        config.write_text(config.read_text().replace(old, new))
+    blocks = [(row.name, row.fused) for row in peft_ext.explain(model).blocks]
+    with pytest.raises(ValueError, match="load_adapter: |not found in the base model"):
+        load_adapter(model, tmp_path, "two")
+    assert _options(model) == before and "two" not in model.peft_config
+    assert [(row.name, row.fused) for row in peft_ext.explain(model).blocks] == blocks
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("make", [weight_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.3)])
+def test_a_layer_whose_weight_is_no_parameter_is_in_nobodys_way(make):
+    base = make_base("llama")
+    stock = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], r=4)).eval()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=4)).eval()
+    for either in (stock, model):
+        make(either.get_base_model().model.layers[0].mlp.down_proj)
+    peft_ext.accelerate(model)
+    assert torch.allclose(logits(model), logits(stock), atol=1e-5)
+    peft_ext.explain(model)
+    make(model.get_base_model().model.layers[0].mlp.up_proj)
+    peft_ext.explain(model)
+
+
+def test_a_scripted_module_is_left_alone():
+    class Scripted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+            self.proj = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.proj(self.scripted(x))
+
+    model = peft.get_peft_model(Scripted(), peft.LoraConfig(target_modules=["proj"], r=4, init_lora_weights=False))
+    x = torch.randn(3, 8)
+    wanted = model(x)
+    torch.testing.assert_close(peft_ext.accelerate(model)(x), wanted)
+    assert peft_ext.explain(model).fused_share == 1

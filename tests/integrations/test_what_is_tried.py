@@ -116,6 +116,20 @@ def test_a_dropout_within_the_forward_is_not_lost(first: str, x: Tensor) -> None
     assert_same(model, x, lambda either: either.train())
 
 
+def test_a_dropout_that_is_set_later_is_not_lost(x: Tensor) -> None:
+    inner = Dropping()
+    inner.p = 0.0
+
+    def change(model: nn.Module) -> None:
+        for module in model.train().modules():
+            if isinstance(module, Dropping):
+                module.p = 0.5
+
+    model = adapted(inner)
+    assert mlp_rows(peft_ext.accelerate(copy.deepcopy(model))) == [True]
+    assert_same(model, x, change)
+
+
 @pytest.mark.parametrize("limit", [1.0, 10.0, 100.0, 3000.0])
 def test_a_bound_is_seen_wherever_it_is(limit: float, x: Tensor) -> None:
     inner = Clamped()

@@ -407,3 +407,30 @@ def test_unquantized_fp4_and_repacked_weights_are_refused() -> None:
     state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="from_bitsandbytes: bitsandbytes repacked the weight"):
         peft_ext.NF4Weight.from_bitsandbytes(packed, state)
+
+
+def test_a_state_is_assigned_to_a_layer_without_data():
+    held = NF4Linear.from_linear(nn.Linear(128, 64))
+    empty = copy.deepcopy(held).to("meta")
+    with pytest.warns(UserWarning, match="on the meta device, which holds no data"):
+        empty.load_state_dict(held.state_dict())
+    state = held.state_dict()
+    empty.load_state_dict(state, assign=True)
+    x = torch.randn(3, 128)
+    assert torch.equal(empty(x), held(x))
+    assert empty.weight.data_ptr() == state["weight"].data_ptr() and empty.bias.data_ptr() == state["bias"].data_ptr()
+
+
+def test_a_dense_state_is_not_passed_over_where_it_need_not_be_whole():
+    dense = nn.Linear(128, 64)
+    held = NF4Linear.from_linear(nn.Linear(128, 64))
+    with pytest.raises(RuntimeError, match="weight comes without weight.absmax"):
+        held.load_state_dict(dense.state_dict(), strict=False)
+    held.load_state_dict({}, strict=False)
+
+
+def test_hooks_before_a_state_is_loaded_run():
+    held, seen = NF4Linear.from_linear(nn.Linear(128, 64)), []
+    held.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: seen.append((module, prefix)))
+    held.load_state_dict(held.state_dict())
+    assert seen == [(held, "")]

@@ -106,6 +106,8 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
         return
     seen.add(id(model))
     yield model
+    if isinstance(model, torch.jit.ScriptModule):  # whose children are its own business
+        return
     base = model._modules.get("base_layer")
     for child in model._modules.values() if base is None else [base]:
         if child is not None:

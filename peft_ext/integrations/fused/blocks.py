@@ -27,11 +27,11 @@ from . import attention, expert_modules, rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
 from .lora import LowRank
-from .mlp import EXPERT, Mlp, mlp_formula
+from .mlp import EXPERT, NUMBERS, Mlp, mlp_formula, numbers_of
 from .names import inner_function, named, with_names
 from .reasons import accepts_input, kernel_reason, tensor_reason
 
-__all__ = ["fuse_blocks", "plain_blocks", "unmark_experts"]
+__all__ = ["clear_blocks", "fuse_blocks", "plain_blocks"]
 
 # What a trial of a class of the model's gave: its fused class, None where it is another function.
 _TRIED: dict[tuple, Optional[type]] = {}
@@ -152,8 +152,8 @@ class Dropout(Block):
 
 def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
     """Returns the dropouts of LoRA's layers, which read their probabilities."""
-    held = (module._modules.get("lora_dropout") for module in model.modules())
-    return {dropout for children in held if children is not None for dropout in children.modules()}
+    held = (getattr(module, "lora_dropout", None) for module in model.modules())
+    return {dropout for children in held if isinstance(children, nn.Module) for dropout in children.modules()}
 
 
 # --- within a module's own forward ------------------------------------------------------------------------------------
@@ -247,10 +247,8 @@ def _forward_class(module: nn.Module) -> Optional[type]:
 
 def _settings(module: nn.Module) -> str:
     """Returns the numbers and names that a module holds, and its configuration's: its forward may depend on them."""
-    held = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
-    held.pop("training", None)
     config = vars(module).get("config")
-    return repr((sorted(held.items()), getattr(config, "__dict__", config)))
+    return repr((sorted(numbers_of(module).items()), getattr(config, "__dict__", config)))
 
 
 def _fused_class(module: nn.Module) -> Optional[type]:
@@ -321,6 +319,8 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module not in skipped and (kind := _fused_class(module)) is not None:
             module.__class__ = kind
+            if isinstance(module, Mlp):
+                module.__dict__[NUMBERS] = numbers_of(module)
     for module in model.modules():
         for expert in expert_modules.experts_of(module):
             expert.__dict__[EXPERT] = True
@@ -331,9 +331,11 @@ def plain_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.stock_class
-    unmark_experts(model)
+    clear_blocks(model)
 
 
-def unmark_experts(model: nn.Module) -> None:
+def clear_blocks(model: nn.Module) -> None:
+    """Takes away what :func:`fuse_blocks` leaves on modules beside their classes."""
     for module in model.modules():
         module.__dict__.pop(EXPERT, None)
+        module.__dict__.pop(NUMBERS, None)

@@ -36,7 +36,7 @@ class FusedLinear(nn.Linear):
 
 def linear_dtype(layer: nn.Linear) -> torch.dtype:
     """Returns the dtype that the layer computes in, for an x of its weight's dtype."""
-    weight = layer._parameters["weight"]
+    weight = layer.weight  # of prune's and weight_norm's it is no parameter
     return autocast_dtype(weight) or weight.dtype
 
 
@@ -47,7 +47,7 @@ def would_widen(layer: nn.Module) -> bool:
     """
     if type(layer) is not nn.Linear:
         return False
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")
     if weight is None or weight.requires_grad or weight.device.type != "cpu":
         return False
     return weight.dtype in reasons.WIDENED or (weight.dtype is torch.float32 and torch.bfloat16 in reasons.WIDENED)

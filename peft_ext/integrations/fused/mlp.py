@@ -21,7 +21,7 @@ from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
-__all__ = ["EXPERT", "Mlp", "activation_name", "computed_again", "mlp_formula"]
+__all__ = ["EXPERT", "NUMBERS", "Mlp", "activation_name", "computed_again", "mlp_formula"]
 
 # Names of the layers into the inner dimension, of the one out of it, and of the activation, in transformers' models.
 _MLPS = (
@@ -49,6 +49,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # of 512 a step took a fifth longer with both, of 128 a tenth.
 EXPERT = "_peft_ext_is_expert"
 _FEW = 1 << 17
+# An attribute of MLPs: the numbers that they were tried with.
+NUMBERS = "_peft_ext_numbers"
 
 _ACTS: dict[Hashable, Optional[str]] = {}  # what was tried
 
@@ -67,6 +69,8 @@ class Mlp(Block):
     def block_reason(self) -> Optional[str]:
         if reason := self.replaced():
             return reason
+        if self.__dict__.get(NUMBERS) != numbers_of(self):
+            return "a number that it holds is another one than when it was tried"
         _, _, act, function, gated, _ = self.formula
         if isinstance(getattr(self, act), nn.Module):
             if hooked(getattr(self, act)):
@@ -204,6 +208,13 @@ def _act_key(act: nn.Module) -> Optional[Hashable]:
         return None
     inner = tuple(None if child is None else _act_key(child) for child in act._modules.values())
     return None if None in inner else (type(act), type(act).forward, act.training, held, inner)
+
+
+def numbers_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the numbers and names that a module holds, on which its forward may depend."""
+    held = vars(module)
+    return {name: held[name] for name in held
+            if isinstance(held[name], (int, float, str)) and name not in _OF_TORCH and name != EXPERT}  # fmt: skip
 
 
 def mlp_formula(module: nn.Module) -> Optional[tuple]:

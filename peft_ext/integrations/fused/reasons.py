@@ -401,7 +401,7 @@ def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
     # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
-    if not isinstance(scaling, (float, int)) or not -math.inf < scaling < math.inf:
+    if not isinstance(scaling, (float, int)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
         return f"scaling is {type(scaling).__name__}, wanted a finite number"
     return None
 
