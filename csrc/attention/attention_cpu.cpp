@@ -93,36 +93,6 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   return words;
 }
 
-// The bias over scale as the kernels add it: [B or 1, H or 1, S, T up to whole blocks of queries] float32.
-Tensor bias_rows(const char* op, const Tensor& bias, int64_t queries, int64_t keys, float scale) {
-  constexpr int64_t kTogether = 16;  // keys: their lines of a block stay in the first cache
-  const int64_t batches = bias.size(0), heads = bias.size(1), blocks = ceil_div(queries, kMaskBits);
-  const int64_t stride = blocks * kMaskBits;
-  Tensor rows = empty({batches, heads, keys, stride}, ScalarType::Float);
-  float* out = rows.mutable_data_ptr<float>();
-  const int64_t of_query = bias.size(2) == 1 ? 0 : bias.stride(2), of_key = bias.size(3) == 1 ? 0 : bias.stride(3);
-  with_dtype(dtype_of(op, "bias", bias), [&](auto zero) {
-    const auto* data = static_cast<const decltype(zero)*>(bias.const_data_ptr());
-    torch::stable::parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t at = unit / blocks, first = unit % blocks * kMaskBits;
-        const auto* from = data + at / heads * bias.stride(0) + at % heads * bias.stride(1);
-        float* to = out + at * keys * stride + first;
-        const int64_t count = min_i64(kMaskBits, queries - first);
-        for (int64_t j0 = 0; j0 < keys; j0 += kTogether) {
-          const int64_t until = min_i64(j0 + kTogether, keys);
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t j = j0; j < until; ++j)
-              to[j * stride + i] = to_float(from[(first + i) * of_query + j * of_key]) / scale;
-          for (int64_t j = j0; j < until; ++j)
-            for (int64_t i = count; i < kMaskBits; ++i) to[j * stride + i] = 0.0f;
-        }
-      }
-    });
-  });
-  return rows;
-}
-
 // An attention of a call, and what it holds on to.
 struct Call {
   const AttentionKernels& isa;
@@ -155,20 +125,19 @@ struct Call {
     if (mask.has_value() && mask->numel() > 0) {
       const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
       work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
-      of_scores(words, &work.mask_batch, &work.mask_head, &work.mask_key);
+      work.mask_key = words.size(3);
+      work.mask_head = words.size(1) == 1 ? 0 : words.size(2) * words.size(3);
+      work.mask_batch = words.size(0) == 1 ? 0 : words.size(1) * words.size(2) * words.size(3);
     }
     if (bias.has_value() && bias->numel() > 0) {
-      const Tensor rows = hold(bias_rows(op, *bias, work.queries, work.keys, work.scale));
-      work.bias = rows.const_data_ptr<float>();
-      of_scores(rows, &work.bias_batch, &work.bias_head, &work.bias_key);
+      const auto stride = [&](int d) { return bias->size(d) == 1 ? int64_t{0} : bias->stride(d); };
+      work.bias = bias->const_data_ptr();
+      work.bias_dtype = dtype_of(op, "bias", *bias);
+      work.bias_batch = stride(0);
+      work.bias_head = stride(1);
+      work.bias_query = stride(2);
+      work.bias_key = stride(3);
     }
-  }
-
-  // Strides of what there is for each score, [B or 1, H or 1, S, ...].
-  static void of_scores(const Tensor& rows, int64_t* batch, int64_t* head, int64_t* key) {
-    *key = rows.size(3);
-    *head = rows.size(1) == 1 ? 0 : rows.size(2) * rows.size(3);
-    *batch = rows.size(0) == 1 ? 0 : rows.size(1) * rows.size(2) * rows.size(3);
   }
 
   const Tensor& hold(const Tensor& tensor) { return held.emplace_back(tensor); }

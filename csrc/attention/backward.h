@@ -14,7 +14,7 @@ struct BackwardParts {
   Element *q_turned, *grad_turned;  // right operands, a head's values in depth
   Element *q_joined, *grad_joined;  // right operands, queries in depth
   Element *p, *ds, *ds_joined;      // left operands, queries in depth; the right one, keys in depth
-  float *s, *dp, *q_sums, *turned, *delta;
+  float *s, *dp, *q_sums, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
         grad_rows(parts->take<Element>(kQueries * padded_depth(work.value_size))),
@@ -29,7 +29,8 @@ struct BackwardParts {
         dp(parts->take<float>(kBackwardKeys * kQueries)),
         q_sums(parts->take<float>(work.size * kQueries)),
         turned(parts->take<float>(kQueries * work.size)),
-        delta(parts->take<float>(kQueries)) {}
+        delta(parts->take<float>(kQueries)),
+        bias(parts->take<float>(work.bias ? kQueries * kBackwardKeys : 0)) {}
 };
 
 // Σ a ∘ b of a row.
@@ -84,7 +85,6 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   const Rows values = whole_rows(work.v, work.value_rows, batch, head / group, unit, work.keys, value_size);
   const Rows key_columns = whole_columns(work.key_columns, unit, work.keys, size);
   const uint64_t* mask = mask_of(work, batch, head);
-  const float* bias = bias_of(work, batch, head);
 
   const T* grad_at = head_of<const T>(work.grad, batch, head, query);
   const T* out_at = head_of<const T>(work.out, batch, head, query);
@@ -116,11 +116,10 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
     };
     for (int64_t r = 0; r < here; r += kRows)
       starts[r / kRows] = any_sees(bits + r, min_i64(kRows, here - r)) ? first_vec(work, k0 + r, query) : vecs;
+    const bool begun = begin_scores(work, batch, head, query, count, k0, here, own.bias, own.s);
     for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
-      float* s = own.s + r * kQueries;
-      const bool begun = begin_scores(work, bias, k0 + r, rows, query, lane, vecs * kWidth, s);
       multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q_turned + lane * kWord, kQueries * kWord,
-               words_of_depth(size), s + lane, kQueries, begun);
+               words_of_depth(size), own.s + r * kQueries + lane, kQueries, begun);
     });
     for_strips([&](int64_t r, int64_t rows, int64_t v0, int64_t lane) {
       multiply(rows, vecs - v0, values.row(k0 + r), values.stride, own.grad_turned + lane * kWord, kQueries * kWord,

@@ -14,7 +14,7 @@ constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {
   Element *rows, *q, *p;
-  float *s, *o, *turned, *largest, *sum, *change;
+  float *s, *o, *turned, *largest, *sum, *change, *bias;
   ForwardParts(Parts* parts, const Attention& work)
       : rows(parts->take<Element>(kQueries * padded_depth(work.size))),
         q(parts->take<Element>(padded_depth(work.size) * kQueries)),
@@ -24,7 +24,8 @@ struct ForwardParts {
         turned(parts->take<float>(kQueries * work.value_size)),
         largest(parts->take<float>(kQueries)),
         sum(parts->take<float>(kQueries)),
-        change(parts->take<float>(kQueries)) {}
+        change(parts->take<float>(kQueries)),
+        bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
 // What a block of scores [count, 64] does to the largest of each query, and to the sums made with the one before.
@@ -82,7 +83,6 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   const Rows keys = whole_rows(work.k, work.key_rows, batch, head / group, unit, work.keys, work.size);
   const Rows values = whole_columns(work.value_columns, unit, work.keys, work.value_size);
   const uint64_t* mask = mask_of(work, batch, head);
-  const float* bias = bias_of(work, batch, head);
   turn_rows(rows_of_heads(head_of<const T>(work.q, batch, head, query), work.q.token, count, work.size, own.rows),
             count, work.size, kQueries, own.q);
   for (int64_t i = 0; i < kQueries; ++i) {
@@ -97,13 +97,12 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
+    const bool begun = begin_scores(work, batch, head, query, count, k0, here, own.bias, own.s);
     for (int64_t r = 0; r < here; r += kRows) {
       const int64_t rows = min_i64(kRows, here - r), v0 = first_vec(work, k0 + r, query);
       if (!any_sees(bits + r, rows)) continue;
-      float* s = own.s + r * kQueries;
-      const bool begun = begin_scores(work, bias, k0 + r, rows, query, v0 * kWidth, vecs * kWidth, s);
       multiply(rows, vecs - v0, keys.row(k0 + r), keys.stride, own.q + v0 * kWidth * kWord, kQueries * kWord,
-               words_of_depth(work.size), s + v0 * kWidth, kQueries, begun);
+               words_of_depth(work.size), own.s + r * kQueries + v0 * kWidth, kQueries, begun);
     }
     take_largest(bits, here, vecs, work.scale, own);
     take_exponentials(bits, keeps, here, vecs, work.scale, first, own);

@@ -41,9 +41,10 @@ struct Attention {
   // Bit i of word i / 64 of a key: whether i sees it. Null: all of them. Strides in words, 0 where one serves all.
   const uint64_t* mask;
   int64_t mask_batch, mask_head, mask_key;
-  // Over scale, [keys, queries up to whole blocks]. Null: none. Strides in floats, 0 where one serves all.
-  const float* bias;
-  int64_t bias_batch, bias_head, bias_key;
+  // [B, H, queries, keys] of bias_dtype. Null: none. Strides in elements, 0 where one serves all.
+  const void* bias;
+  DType bias_dtype;
+  int64_t bias_batch, bias_head, bias_query, bias_key;
   Dropout dropout;
 
   // Of the backward alone. The heads of a group are summed `splits` parts apart, then those.

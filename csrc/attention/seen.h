@@ -21,18 +21,27 @@ inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t hea
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
 }
 
-inline const float* bias_of(const Attention& work, int64_t batch, int64_t head) {
-  return work.bias ? work.bias + batch * work.bias_batch + head * work.bias_head : nullptr;
-}
-
-// What the scores [rows, 64] of the keys from `key` on begin with, in the lanes from `lane` to `until`; whether
-// anything.
-inline bool begin_scores(const Attention& work, const float* bias, int64_t key, int64_t rows, int64_t query,
-                         int64_t lane, int64_t until, float* s) {
-  if (bias == nullptr) return false;
-  for (int64_t r = 0; r < rows; ++r)
-    memcpy(s + r * kQueries + lane, bias + (key + r) * work.bias_key + query + lane,
-           static_cast<size_t>(until - lane) * sizeof(float));
+// What the scores [keys, 64] of a block begin with: its bias over scale, transposed; whether there is one. rows: memory
+// for 64 queries of so many keys.
+inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t count, int64_t key,
+                         int64_t keys, float* rows, float* s) {
+  if (work.bias == nullptr) return false;
+  const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
+  const float factor = 1.0f / work.scale;
+  with_dtype(work.bias_dtype, [&](auto zero) {
+    const auto* bias = static_cast<const decltype(zero)*>(work.bias) + at;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* from = bias + i * work.bias_query;
+      float* to = rows + i * keys;
+      if (work.bias_key == 1)
+        for_vectors(keys, [&](auto lanes, int64_t j) {
+          lanes.store(to + j, Vec::mul(lanes.load(from + j), Vec::broadcast(factor)));
+        });
+      else
+        for (int64_t j = 0; j < keys; ++j) to[j] = to_float(from[j * work.bias_key]) * factor;
+    }
+  });
+  transpose_words(rows, keys * static_cast<int64_t>(sizeof(float)), count, keys, s, kQueries);
   return true;
 }
 
