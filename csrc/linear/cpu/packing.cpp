@@ -107,8 +107,11 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
     parallel_for(0, ceil_div(length, kColumns), grain, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, length); first += kColumns) {
         const int64_t last = min_i64(first + kColumns, length);
-        if (!transpose) block(first, last, 0, ranks);
-        for (int64_t rank = 0; transpose && rank < ranks; ++rank) block(first, last, rank, rank + 1);
+        if (!transpose) {
+          block(first, last, 0, ranks);
+        } else {
+          for (int64_t rank = 0; rank < ranks; ++rank) block(first, last, rank, rank + 1);
+        }
       }
     });
   });

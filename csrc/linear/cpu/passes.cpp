@@ -16,10 +16,7 @@ namespace {
 
 // What a row of `expand` costs beside its rank, in ranks.
 constexpr int64_t kExpandPasses = 8;
-constexpr int64_t kExpandColumns = 512;
-// Columns whose sums a thread makes together: kernels/row_block.h's panel.
-constexpr int64_t kColumnsTogether = 512;
-static_assert(kBlockColumns % kColumnStep == 0 && kExpandColumns % kColumnStep == 0,
+static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
 static_assert(kTokenStep == kRowsTogether);
 // Rows of W decoded together for a pass over W.
@@ -184,8 +181,8 @@ Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals) {
 
 void run_expand(const Expand& work, int64_t tokens) {
   const PassKernels& isa = pass_kernels();
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(work.columns, kExpandColumns));
-  const int64_t width = min_i64(kExpandColumns, work.columns);
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(work.columns, kColumnsTogether));
+  const int64_t width = min_i64(kColumnsTogether, work.columns);
   const int64_t grain = pass_grain(kTokenStep * width * (work.rank + kExpandPasses));
   parallel_for(0, ceil_div(tokens, kTokenStep) * blocks, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import STOCK
-from .reasons import accepts_input
+from .reasons import accepts_input, forward_is_replaced
 
 __all__ = ["Block", "are_alike", "class_of", "stub", "tried_as", "with_gradients"]
 
@@ -27,7 +27,7 @@ class Block:
     ``parts`` and ``forward``."""
 
     stock_class: type
-    tried: Callable[..., Any]  # the stock class's forward
+    stock_forward: Callable[..., Any]  # the stock class's, that was tried
     formula: tuple = ()
     kind = ""
 
@@ -43,8 +43,7 @@ class Block:
         """Returns why the module's forward is not the one that was tried."""
         if "forward" in self.__dict__:
             return "its forward was replaced on the instance"
-        kind = type(self)
-        return None if kind.stock_class.forward is kind.tried else "its class's forward was replaced"
+        return "its class's forward was replaced" if forward_is_replaced(type(self)) else None
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
         """Yields what is fused of the module, and why it is not now."""
@@ -72,7 +71,7 @@ def _new(mixin: type, stock: type, formula: tuple) -> Block:
 @functools.cache
 def class_of(mixin: type, stock: type, formula: tuple) -> type:
     """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
-    held = {"stock_class": stock, "tried": stock.forward, "formula": formula, "__doc__": stock.__doc__,
+    held = {"stock_class": stock, "stock_forward": stock.forward, "formula": formula, "__doc__": stock.__doc__,
             "__module__": stock.__module__}  # fmt: skip
     made = type(stock.__name__, (mixin, stock), held)
     STOCK[made] = stock

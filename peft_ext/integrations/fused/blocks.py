@@ -275,7 +275,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
             elif (formula := mlp_formula(module)) is not None:
                 found = class_of(Mlp, stock, formula)
         if found is not None:
-            found.tried = stock.forward
+            found.stock_forward = stock.forward
         _TRIED[key] = found
     return _TRIED[key] or _forward_class(module)
 

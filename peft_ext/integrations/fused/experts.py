@@ -45,7 +45,7 @@ from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
-from .mlp import activation_name, computed_again
+from .mlp import activation_name, computed_again, numbers_of
 from .reasons import (
     accepts_input,
     any_global_hook,
@@ -290,8 +290,7 @@ def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offse
 
 def _is_plain_gate(experts: Any, act: str) -> bool:
     """Returns whether the experts' gate is act(first half) times the second, by trial, once for each class."""
-    held = tuple((name, value) for name, value in vars(experts).items() if isinstance(value, (int, float, str)))
-    key = (type(experts), act, held)
+    key = (type(experts), act, tuple(numbers_of(experts).items()))
     if key not in _GATES:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             # A bound that a value is clamped to shows beyond it alone.

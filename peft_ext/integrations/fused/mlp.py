@@ -21,7 +21,7 @@ from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
-__all__ = ["EXPERT", "NUMBERS", "Mlp", "activation_name", "computed_again", "mlp_formula"]
+__all__ = ["EXPERT", "NUMBERS", "Mlp", "activation_name", "computed_again", "mlp_formula", "numbers_of"]
 
 # Names of the layers into the inner dimension, of the one out of it, and of the activation, in transformers' models.
 _MLPS = (

@@ -12,8 +12,9 @@
 namespace peft_ext {
 
 constexpr int64_t kRankStep = 16;
-// Rows that a pass takes together.
+// Rows and columns that a pass takes together.
 constexpr int kRowsTogether = 8;
+constexpr int kColumnsTogether = 512;
 
 // One pass over the rows [begin, end) and the columns [first, last) of m [T, K], dropped on the way when dropout is
 // active (flat index t K + k); all columns where `right` or squares are given, else `first` is a multiple of

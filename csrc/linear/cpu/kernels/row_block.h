@@ -10,7 +10,7 @@ namespace peft_ext {
 namespace {
 
 constexpr int kTokens = kRowsTogether;
-constexpr int kPanel = 512;
+constexpr int kPanel = kColumnsTogether;
 
 struct RowBlock {
   alignas(64) float values[kTokens][kPanel];
