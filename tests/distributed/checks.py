@@ -224,8 +224,10 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
             after = wrap(make(base=base, accelerated=False))
             assert all(row.reason == "accelerate(model) was not called on it" for row in peft_ext.explain(after).rows)
             assert peft_ext.accelerate(after) is after
-            assert_all_fused(before)
-            assert_all_fused(after)
+            for model in (before, after):
+                assert_all_fused(model)
+                blocks = peft_ext.explain(model).blocks
+                assert blocks and all(row.fused for row in blocks), blocks
             with counted_calls() as calls:
                 assert train(before) == train(after)
             assert (calls["fused"], calls["stock"]) == (2 * STEPS * LAYERS, 0), calls

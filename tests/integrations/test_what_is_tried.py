@@ -59,6 +59,13 @@ class Clamped(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=self.limit)) * self.up_proj(x))
 
 
+class ByClass(Gated):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
 class Around(nn.Module):
     def __init__(self, *mlps: nn.Module) -> None:
         super().__init__()
@@ -128,6 +135,25 @@ def test_a_dropout_that_is_set_later_is_not_lost(x: Tensor) -> None:
     model = adapted(inner)
     assert mlp_rows(peft_ext.accelerate(copy.deepcopy(model))) == [True]
     assert_same(model, x, change)
+
+
+def test_a_number_of_the_class_that_an_mlp_hides_later_is_seen(x: Tensor) -> None:
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, ByClass):
+                module.scale = 2.0
+
+    model = adapted(ByClass())
+    assert mlp_rows(peft_ext.accelerate(copy.deepcopy(model))) == [True]
+    assert_same(model, x, change)
+
+
+def test_marks_that_a_library_leaves_on_modules_change_no_path(x: Tensor) -> None:
+    """FSDP's are set on every module of what it shards."""
+    model = peft_ext.accelerate(adapted(Gated()))
+    for module in model.modules():
+        module._is_marked, module._mark = True, "one"
+    assert mlp_rows(model) == [True]
 
 
 @pytest.mark.parametrize("limit", [1.0, 10.0, 100.0, 3000.0])

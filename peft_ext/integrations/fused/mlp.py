@@ -69,7 +69,7 @@ class Mlp(Block):
     def block_reason(self) -> Optional[str]:
         if reason := self.replaced():
             return reason
-        if self.__dict__.get(NUMBERS) != numbers_of(self):
+        if self._holds_other_numbers():
             return "a number that it holds is another one than when it was tried"
         _, _, act, function, gated, _ = self.formula
         if isinstance(getattr(self, act), nn.Module):
@@ -81,6 +81,13 @@ class Mlp(Block):
             return "its activation is another one than when it was tried"
         device = next((p.device.type for p in self.parameters()), "cpu")
         return kernel_reason("gated_activation" if gated else "activation", device)
+
+    def _holds_other_numbers(self) -> bool:
+        tried, now = self.__dict__.get(NUMBERS), numbers_of(self)
+        if tried is None or any(now.get(name) != tried[name] for name in tried):
+            return True
+        # What is new is another library's mark, as FSDP's, unless it hides what the class holds by that name.
+        return any(hasattr(self.stock_class, name) for name in now.keys() - tried.keys())
 
     def _fused(self, x: Tensor) -> Tensor:
         into, out, *_ = self.formula
