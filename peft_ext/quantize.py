@@ -84,6 +84,7 @@ def quantize_nf4(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
+            module.weight = first.weight  # the parameter itself, so that they stay tied in a copy
         _carry_over(linear, module)
         return module
 

@@ -268,6 +268,10 @@ class Step:
         storages.kind = "activations"
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             loss = _loss(self.model(**inputs))
+        if not loss.requires_grad:
+            merged = any(getattr(module, "merged", False) for module in self.model.modules())
+            why = "its adapter is merged, unmerge it first" if merged else "its loss depends on none that requires one"
+            raise ValueError(f"estimate_memory: no gradient reaches a parameter of {type(self.model).__name__}: {why}")
         storages.note(loss, "logits")
         self.forward_end = storages.mark()
         self._begin("backward")

@@ -180,6 +180,9 @@ def _adapter_config(folder: Path) -> PeftConfig:
         fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: it can't be merged")
     if kind in _SHARED:
         fail(f"{kind} has tensors that its layers share: merging it is not supported yet")
+    if getattr(config, "layer_replication", None):
+        fail("layer_replication has several layers share one weight, each with an adapter of its own, of which a dense "
+             "weight holds one: it can't be merged")  # fmt: skip
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         fail(

@@ -154,13 +154,13 @@ class NF4Linear(nn.Linear):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        before = {name: self._buffers[name] for name in _BUFFERS}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after.dtype != buffer.dtype:  # .half() and the like: the scales keep their bits
-                self._buffers[name] = buffer.to(after.device)
-        return self
+        held = {id(tensor) for tensor in (self.weight, *(self._buffers[name] for name in _BUFFERS))}
+
+        def keep(tensor: Tensor) -> Tensor:  # .half(), .type() and the like: codes and scales keep their bits
+            after = fn(tensor)
+            return tensor.to(after.device) if id(tensor) in held and after.dtype != tensor.dtype else after
+
+        return super()._apply(keep, recurse)
 
     # --- bitsandbytes' keys in the state dict -------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -61,8 +62,10 @@ def check_output(o: Options) -> Optional[Path]:
         raise RunError(f"--output {o.output}: {existing} is a file")
     if Path(os.path.realpath(o.output)).is_symlink():
         raise RunError(f"--output {o.output}: {os.strerror(errno.ELOOP)}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RunError(f"--output {o.output}: {existing} can't be written to")
+    try:
+        tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
+    except OSError as error:
+        raise RunError(f"--output {o.output}: {existing} can't be written to: {error.strerror}") from None
     if o.resume:
         return _checkpoint_to_resume(o)
     if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:

@@ -314,7 +314,15 @@ def test_refuses_an_output_that_cannot_be_written(tiny, capsys, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     out = tmp_path / "closed/out"
     found = refused(capsys, "finetune", "--data", tiny / "pairs.jsonl", "--output", out, unchanged=tmp_path)
-    assert found == f"--output {out}: {tmp_path}/closed can't be written to"
+    assert found == f"--output {out}: {tmp_path}/closed can't be written to: Permission denied"
+
+
+@needs_hf
+def test_refuses_an_output_that_root_cannot_make_either(tiny, capsys):
+    if not Path("/proc/self").is_dir():
+        pytest.skip("needs a folder in which nothing can be made")
+    found = refused(capsys, "finetune", "--data", tiny / "pairs.jsonl", "--output", "/proc/out")
+    assert found.startswith("--output /proc/out: /proc can't be written to: ")
 
 
 @needs_hf

@@ -171,7 +171,7 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
         before = content(closed)
         readable = ("--model", str(closed / "model"), "--data", str(closed / "pairs.jsonl"))
         line = refused(finetune(closed / "new", *readable, before=nobody))
-        assert line == f"error: --output {closed}/new: {closed} can't be written to"
+        assert line == f"error: --output {closed}/new: {closed} can't be written to: Permission denied"
 
         def merged() -> int:
             nobody()

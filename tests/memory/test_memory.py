@@ -520,6 +520,21 @@ def test_extrapolates_to_another_moment():
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, input):
+        return 2 * input
+
+
+def merged():
+    model = adapted(LLAMA, lora())
+    model.merge_adapter()
+    return model
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -571,6 +586,9 @@ LINEAR = {"input": torch.empty(4)}
         (ValueError, "Linear has no gradient_checkpointing_enable", lambda: nn.Linear(4, 4),
          {"inputs": LINEAR, "gradient_checkpointing": True}),
         (ValueError, "model is a PeftModel already", lambda: adapted(LLAMA, lora()), {"config": "dora", **TOKENS}),
+        (ValueError, "no gradient reaches a parameter of PeftModelForCausalLM: its adapter is merged, unmerge it first", merged,
+         TOKENS),
+        (ValueError, "no gradient reaches a parameter of Unused: its loss depends on none", Unused, {"inputs": LINEAR}),
         (ValueError, "the forward of Branches depends on the values of its tensors", Branches,
          {"inputs": {"x": torch.empty(3)}}),
     ],

@@ -133,6 +133,11 @@ def test_refuses_methods_that_no_weight_can_hold(made, tmp_path, method):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_refuses_layers_that_share_a_weight(made, tmp_path):
+    base, adapter = made("Llama", lora("q_proj", layer_replication=[(0, 2), (1, 2)]))
+    assert refused(base, adapter, tmp_path / "out").startswith("layer_replication has several layers share one weight")
+
+
 def test_refuses_an_adapter_to_a_base_that_is_nowhere(made, tmp_path):
     base, adapter = made("Llama", lora("q_proj"))
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -118,14 +118,16 @@ def test_nf4_linear_load_errors_name_what_came() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.tensors().values(), module.nf4.tensors().values(), strict=True))
 
 
-def test_casting_keeps_codes_and_scales() -> None:
-    module = NF4Linear.from_linear(nn.Linear(64, 32), double_quant=False)
-    before = {k: v.clone() for k, v in module.nf4.tensors().items()}
-    module.half()
-    assert module.bias.dtype == torch.float16
-    for name, tensor in module.nf4.tensors().items():
-        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
-    assert module(torch.randn(2, 64, dtype=torch.float16)).dtype == torch.float16
+@DOUBLE
+def test_casting_keeps_codes_and_scales(double_quant: bool) -> None:
+    for cast in (nn.Module.half, nn.Module.double, lambda m: m.type(torch.bfloat16), lambda m: m.to(torch.float16)):
+        module = NF4Linear.from_linear(nn.Linear(65, 33), double_quant=double_quant)
+        before = {name: tensor.clone() for name, tensor in module.nf4.tensors().items()}
+        cast(module)
+        assert module.bias.dtype is not torch.float32
+        for name, tensor in module.nf4.tensors().items():
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+        assert module(torch.randn(2, 65, dtype=module.bias.dtype)).dtype is module.bias.dtype
 
 
 def test_eval_then_train_then_save_is_bit_identical() -> None:

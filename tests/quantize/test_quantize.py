@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -65,9 +66,10 @@ def test_layers_that_share_a_weight_share_the_quantized_one():
     model["b"].weight = model["a"].weight
     model["d"] = model["c"]
     quantize_nf4(model)
-    assert model["a"].weight.data_ptr() == model["b"].weight.data_ptr()
-    assert model["a"].bias is not model["b"].bias
-    assert model["c"] is model["d"] and type(model["c"]) is NF4Linear
+    for found in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()):
+        assert found["a"].weight is found["b"].weight
+        assert found["a"].bias is not found["b"].bias
+        assert found["c"] is found["d"] and type(found["c"]) is NF4Linear
 
 
 def test_skip_names_components():
