@@ -20,7 +20,7 @@ export MAX_JOBS
 # The operators' tests and the modules', which run on whatever path, build or device.
 BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross_entropy.py tests/ops/test_norm.py \
   tests/ops/test_activations.py tests/ops/test_rotary.py tests/ops/test_scaled_dot_product.py \
-  tests/ops/test_lora_linears.py tests/ops/test_lora_experts.py tests/nn/test_nn.py
+  tests/ops/test_lora_linears.py tests/ops/test_lora_experts.py tests/ops/test_quantize_bits.py tests/nn/test_nn.py
 
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py

@@ -160,7 +160,7 @@ def scale_mean(absmax: Tensor) -> Tensor:
     mantissa, _ = torch.frexp(largest.double())
     unit = torch.where(mantissa == 0, 1.0, largest.double() / mantissa)  # the power of two above it, exactly
     units = 2.0 ** (62 - absmax.numel().bit_length())
-    total = (absmax.double() / unit * units).long().sum()
+    total = absmax.double().mul_(units / unit).long().sum()
     mean = (total.double() / units * unit / absmax.numel()).float()
     return torch.where(largest.isfinite(), mean, largest)
 

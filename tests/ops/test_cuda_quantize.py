@@ -1,4 +1,4 @@
-"""NF4 quantize, and dequantize with a merge: the CUDA kernels, on a GPU where there is one and under the emulator."""
+"""NF4 dequantize with a merge, merge, what quantize refuses: the CUDA kernels, on a GPU, and under the emulator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from cuda_kernels import kernels
+from cuda_kernels import assert_same_bits, kernels
 from torch import Tensor
 
 from peft_ext import _native, ops
@@ -17,114 +17,9 @@ from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Below, at and above what a vector, a quantization block, a warp and a thread block own.
-COUNTS = (1, 2, 7, 31, 32, 33, 63, 255, 1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 2 * 8192 + 4333)
 
 
-def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    """A NaN is any NaN."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
-    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]
-    wrong = (got.contiguous().view(kind) != want.contiguous().view(kind)).sum().item()
-    assert wrong == 0, f"{wrong} of {want.numel()} elements differ"
-
-
-# --- nf4_quantize -----------------------------------------------------------------------------------------------------
-
-
-def thresholds() -> Tensor:
-    code = reference.nf4_code()
-    return (code[:-1] + code[1:]) / 2
-
-
-def weight(numel: int, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """Blocks of scales from 2^-30 to 2^10; every fifth is zero, another so small that its scale is clamped."""
-    blocks = -(-numel // blocksize)
-    scale = torch.randint(-30, 10, (blocks, 1)).double().exp2()
-    scale[::5] = 0
-    scale[1::5] = 2.0**-140
-    return (torch.randn(blocks, blocksize, dtype=torch.float64) * scale).view(-1)[:numel].to(dtype)
-
-
-def check_quantize(cuda_call: Callable, value: Tensor, blocksize: int) -> None:
-    packed, absmax = cuda_call("nf4_quantize", value, blocksize)
-    want_packed, want_absmax = reference.quantize(value, blocksize)
-    assert_same_bits(absmax, want_absmax)
-    assert_same_bits(packed, want_packed)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_quantize_has_the_bits_of_the_reference(cuda_call, blocksize, dtype):
-    for numel in COUNTS:
-        check_quantize(cuda_call, weight(numel, blocksize, dtype), blocksize)
-
-
-@pytest.mark.parametrize("tail", [0, 45])
-def test_quantize_every_threshold_and_its_neighbours(cuda_call, tail):
-    """Of a block whose scale is one; a tie takes the lower code. The last ones divide, in a tail block."""
-    at = thresholds()
-    up, down = (torch.nextafter(at, torch.full_like(at, way)) for way in (2.0, -2.0))
-    edges = torch.cat([at, up, down, torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45])])
-    for scale in (1.0, 2.0**100, 2.0**-100):
-        flat = torch.cat([edges, torch.zeros(64 - len(edges)), edges[:tail], edges[-6:]])
-        check_quantize(cuda_call, flat * scale, 64)
-
-
-def test_quantize_multiplies_a_full_block_and_divides_the_tail(cuda_call):
-    """Values a few ulp around a threshold times the scale: the two ways to scale them give other codes."""
-    differ = 0
-    for _ in range(40):
-        scale = torch.rand(1) + 1.0
-        near = (thresholds() * scale).view(torch.int32) + torch.randint(-1, 2, (15,), dtype=torch.int32)
-        near = torch.cat([near.view(torch.float32), scale, torch.zeros(16)])
-        check_quantize(cuda_call, torch.cat([near, near[:-1]]), 32)  # a full block, and the same as a tail
-        (full, _), (tail, _) = reference.quantize(near, 32), reference.quantize(near[:-2], 32)
-        differ += (full[:15] != tail).sum().item()
-    assert differ > 0, "the values say nothing"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_quantize_every_value_of_a_16_bit_type(cuda_call, dtype):
-    """As they are, 31 a block beside a one, and all of them in blocks of their own order."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    small = every[every.abs() <= 1]
-    small = torch.cat([small, small.new_zeros(-len(small) % 31)]).view(-1, 31)
-    check_quantize(cuda_call, torch.cat([small, torch.ones_like(small[:, :1])], 1).flatten(), 32)
-    check_quantize(cuda_call, every[every.isfinite()], 32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantize_nan_and_infinity(cuda_call, dtype):
-    for blocksize in (32, 256, 2048):
-        value = torch.randn(9 * blocksize + 5).to(dtype)
-        value[3] = value[2 * blocksize - 1] = float("nan")
-        value[4 * blocksize + 7] = float("inf")
-        value[5 * blocksize] = float("-inf")
-        value[7 * blocksize + 1], value[7 * blocksize + 30] = float("nan"), float("inf")
-        for last in (0.5, float("nan"), float("inf")):  # of the tail, of an odd count
-            value[-1] = last
-            check_quantize(cuda_call, value, blocksize)
-
-
-def test_quantize_largest_and_smallest_floats(cuda_call):
-    info = torch.finfo(torch.float32)
-    for scale in (info.max, info.tiny, 1e-38, 1.1e-38, 2.0**-149, 9e-39):
-        value = torch.linspace(-1, 1, 3 * 64 + 9) * scale
-        check_quantize(cuda_call, value, 64)
-
-
-def test_quantize_where_memory_is_not_dense_or_aligned(cuda_call):
-    wide = torch.randn(70, 97).bfloat16()
-    for value in (wide.t(), wide[:, ::2], wide.flatten()[1:], wide[:, 3:50], wide[5:].view(5, 13, 97)):
-        check_quantize(cuda_call, value, 64)
-
-
-def test_quantize_of_nothing(cuda_call):
-    packed, absmax = cuda_call("nf4_quantize", torch.zeros(0, 8), 64)
-    assert packed.shape == (0, 1) and packed.dtype == torch.uint8
-    assert absmax.shape == (0,) and absmax.dtype == torch.float32
+# --- nf4_quantize; its bits are in test_quantize_bits.py --------------------------------------------------------------
 
 
 def test_quantize_refuses(cuda_call):
@@ -133,48 +28,6 @@ def test_quantize_refuses(cuda_call):
     for blocksize in (16, 48, 8192, 0, -64):
         with pytest.raises(RuntimeError, match=f"nf4_quantize: blocksize is {blocksize}, wanted a power of two"):
             cuda_call("nf4_quantize", torch.zeros(64), blocksize)
-
-
-# --- nf4_quantize_absmax ----------------------------------------------------------------------------------------------
-
-
-def check_quantize_absmax(cuda_call: Callable, centred: Tensor) -> None:
-    code = reference.dynamic_code()
-    codes, absmax = cuda_call("nf4_quantize_absmax", centred, code)
-    want_codes, want_absmax = reference.quantize_absmax(centred, code)
-    assert_same_bits(absmax, want_absmax)
-    assert_same_bits(codes, want_codes)
-
-
-def test_quantize_absmax_has_the_bits_of_the_reference(cuda_call):
-    for numel in (1, 3, 4, 127, 128, 255, 256, 257, 2047, 2048, 2049, 5000):
-        centred = torch.randn(numel) * torch.randn(numel).exp()
-        centred[256:512] = 0.0
-        check_quantize_absmax(cuda_call, centred)
-
-
-def test_quantize_absmax_every_threshold_and_its_neighbours(cuda_call):
-    code = reference.dynamic_code()
-    at = (code[:-1] + code[1:]) / 2
-    for value in (at, torch.nextafter(at, torch.full_like(at, 2.0)), torch.nextafter(at, torch.full_like(at, -2.0))):
-        check_quantize_absmax(cuda_call, torch.cat([value, torch.ones(1)]))
-
-
-def test_quantize_absmax_nan_infinity_and_the_smallest(cuda_call):
-    centred = torch.randn(5 * 256 + 3)
-    centred[7], centred[300], centred[-1] = float("nan"), float("inf"), float("nan")
-    centred[512:768] *= 2.0**-130
-    check_quantize_absmax(cuda_call, centred)
-
-
-def test_quantize_absmax_where_memory_is_not_dense_or_aligned(cuda_call):
-    check_quantize_absmax(cuda_call, torch.randn(1600)[::2])
-    check_quantize_absmax(cuda_call, torch.randn(1600)[1:])
-
-
-def test_quantize_absmax_of_nothing(cuda_call):
-    codes, absmax = cuda_call("nf4_quantize_absmax", torch.zeros(0), reference.dynamic_code())
-    assert codes.shape == absmax.shape == (0,) and codes.dtype == torch.uint8
 
 
 def test_quantize_absmax_refuses(cuda_call):

@@ -1,4 +1,4 @@
-"""CUDA kernels as a test calls them: on a GPU where there is one, and under the emulator."""
+"""Kernels as a test calls them: CUDA's on a GPU where there is one, and under the emulator; the CPU's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def emulated_ops() -> Any:
 
 def kernels(where: str) -> Callable[..., Any]:
     """``call(name, *args)``: the op's kernel on CPU tensors, moved where it runs; results on the CPU. Skips without."""
-    if where == "cuda":
+    if where == "cpu":
+        namespace, device = torch.ops.peft_ext, "cpu"
+    elif where == "cuda":
         if not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
             pytest.skip(f"no GPU, or no CUDA library: {_native.STATE.cuda_error}")
         namespace, device = torch.ops.peft_ext, "cuda"
@@ -50,3 +52,12 @@ def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "emulated" and request.config.getoption("--device") == "cuda":
         pytest.skip("--device cuda: the kernels run on the GPU")
     return kernels(request.param)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """A NaN is any NaN."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]
+    wrong = (got.contiguous().view(kind) != want.contiguous().view(kind)).sum().item()
+    assert wrong == 0, f"{wrong} of {want.numel()} elements differ"

@@ -1,8 +1,8 @@
 // NF4 with AVX2. See nf4_kernels.h for the contract.
 //
-// Quantize: 8 values at a time count the thresholds below them. Dequantize: a block's 16 products code * absmax are
-// made and rounded once; bfloat16/float16 words are looked up as two byte planes (pshufb), float32 in two halves of
-// eight (vpermps) chosen by the code's high bit. Same bits as a product per element.
+// Quantize: 8 values at a time find their code by bisection, whose pivots come from register tables. Dequantize: a
+// block's 16 products code * absmax are made and rounded once; bfloat16/float16 words are looked up as two byte planes
+// (pshufb), float32 in two halves of eight (vpermps) chosen by the code's high bit. Same bits as a product per element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // The target must be set before these headers are read.
@@ -13,26 +13,38 @@
 namespace peft_ext {
 namespace {
 
-// Scaled values -> codes, one a 32-bit lane: a comparison is -1 where true. A NaN counts all 15.
-inline __m256i encode8(__m256 scaled) {
-  __m256i code = _mm256_setzero_si256();
-  for (int i = 0; i < 15; ++i) {
-    const __m256 above = _mm256_cmp_ps(_mm256_set1_ps(nf4_threshold(i)), scaled, _CMP_NGE_UQ);
-    code = _mm256_sub_epi32(code, _mm256_castps_si256(above));
+// By bisection, whose pivots a lane looks up by what it found so far, a number from 0 down: a comparison is -1 where
+// true. Entry 8 - i is that of -i, and entry 0 of 0. `!(pivot >= value)`: a NaN is above all of them.
+struct Pivots {
+  alignas(32) float values[3][8] = {};
+
+  constexpr Pivots() {
+    for (int step = 0; step < 3; ++step)
+      for (int i = 0; i < 2 << step; ++i) values[step][(8 - i) % 8] = nf4_threshold((2 * i + 1) * (4 >> step) - 1);
   }
-  return code;
+};
+constexpr Pivots kPivots;
+
+// Scaled values -> codes, one a 32-bit lane.
+inline __m256i encode8(__m256 scaled) {
+  const auto above = [&](__m256 pivot) { return _mm256_castps_si256(_mm256_cmp_ps(pivot, scaled, _CMP_NGE_UQ)); };
+  __m256i found = above(_mm256_set1_ps(nf4_threshold(7)));
+  for (int step = 0; step < 3; ++step) {
+    const __m256i next = above(_mm256_permutevar8x32_ps(_mm256_load_ps(kPivots.values[step]), found));
+    found = _mm256_add_epi32(_mm256_add_epi32(found, found), next);
+  }
+  return _mm256_sub_epi32(_mm256_setzero_si256(), found);
 }
 
-// 8 codes -> 4 bytes.
-inline void store_codes(uint8_t* packed, __m256i codes) {
-  const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
+// 32 codes -> 16 bytes, the first of each two the high nibble.
+inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
-      _mm256_shuffle_epi8(pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8,
-                                                  -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
-  const uint32_t low = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(bytes)));
-  const uint32_t high = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1)));
-  const uint32_t four = low | high << 16;
-  memcpy(packed, &four, sizeof(four));
+      _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
+  // Fours of bytes lie by lanes of 128 bits: the lower halves of all vectors, then the upper ones.
+  const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i words = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(1 << 8 | 16));
+  const __m256i packs = _mm256_packus_epi16(words, words);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packs, 0b1000)));
 }
 
 template <typename T>
@@ -51,8 +63,11 @@ inline float largest_of(const T* in, int64_t blocksize) {
 
 template <typename T>
 inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
-  for (int64_t i = 0; i < blocksize; i += 8)
-    store_codes(packed + i / 2, encode8(_mm256_mul_ps(load8(in + i), _mm256_set1_ps(inverse))));
+  for (int64_t i = 0; i < blocksize; i += 32) {
+    __m256i codes[4];
+    for (int v = 0; v < 4; ++v) codes[v] = encode8(_mm256_mul_ps(load8(in + i + 8 * v), _mm256_set1_ps(inverse)));
+    store_codes(packed + i / 2, codes);
+  }
 }
 
 // The low and high bytes of a block's 16 two-byte products, each as a pshufb table in both lanes.

@@ -1,6 +1,6 @@
 // NF4 with AVX-512 F/BW/DQ/VL. See nf4_kernels.h for the contract.
 //
-// Quantize: 16 values at a time find their code by a binary search whose four pivots come from a register table.
+// Quantize: 16 values at a time find in register tables the one threshold that their code hangs on.
 // Dequantize: a block's 16 products code * absmax are made and rounded once; then two codes a lane look up
 // bfloat16/float16 words (vpermw), or one code a lane looks up float32 (vpermps). Same bits as a product per element.
 // Both read and write memory once: 0.53 bytes of NF4 against 2 or 4 bytes an element.
@@ -14,17 +14,56 @@
 namespace peft_ext {
 namespace {
 
-// Scaled values -> codes in the low byte of each 32-bit lane. `!(threshold >= value)` so that a NaN gets code 15.
-inline __m512i encode16(__m512 scaled, __m512 thresholds) {
-  const auto above = [&](__m512i index) {
-    return _mm512_cmp_ps_mask(_mm512_permutexvar_ps(index, thresholds), scaled, _CMP_NGE_UQ);
-  };
-  const __m512i one = _mm512_set1_epi32(1);
-  __m512i code = _mm512_maskz_set1_epi32(above(_mm512_set1_epi32(7)), 8);
-  code = _mm512_mask_add_epi32(code, above(_mm512_add_epi32(code, _mm512_set1_epi32(3))), code, _mm512_set1_epi32(4));
-  code = _mm512_mask_add_epi32(code, above(_mm512_add_epi32(code, one)), code, _mm512_set1_epi32(2));
-  return _mm512_mask_add_epi32(code, above(code), code, one);
-}
+// Scaled values lie in [-1, 1], cut into bins of which none holds two thresholds: a value's code is the number of
+// thresholds below its bin, and one more where it is above the bin's own (infinity: there is none). An entry holds that
+// for the bin of its number; the lowest five bits of a float near kBinZero are the bin.
+struct Bins {
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // 1.5 * 2^23: the last bit of those is 1
+  alignas(64) float bound[32] = {};
+  alignas(64) int32_t below[32] = {};
+
+  constexpr Bins() {
+    int next = 0;
+    for (int bin = 0; bin < 32; ++bin) {
+      const bool holds = next < 15 && static_cast<float>(bin - 16) + 0.5f > nf4_threshold(next) * kPerUnit;
+      bound[bin] = holds ? nf4_threshold(next) : __builtin_inff();
+      below[bin] = next;
+      next += holds;
+    }
+  }
+
+  // Whether each threshold has a bin, and lies in it by more than what rounding moves a value.
+  constexpr bool are_sound() const {
+    for (int bin = 0; bin < 32; ++bin) {
+      const float off = bound[bin] * kPerUnit - static_cast<float>(bin - 16);
+      if (bound[bin] < 1.0f && !(off > -0.49f && off < 0.49f)) return false;
+    }
+    return below[31] == 15;
+  }
+};
+constexpr Bins kBins;
+static_assert(kBins.are_sound());
+
+// Scaled values, each a number, -> codes * step, one a 32-bit lane.
+struct Encoder {
+  __m512 bounds[2];
+  __m512i below[2], step;
+
+  explicit Encoder(int by) : step(_mm512_set1_epi32(by)) {
+    for (int half = 0; half < 2; ++half) {
+      bounds[half] = _mm512_load_ps(kBins.bound + 16 * half);
+      below[half] = _mm512_mullo_epi32(_mm512_load_si512(kBins.below + 16 * half), step);
+    }
+  }
+
+  __m512i operator()(__m512 scaled) const {
+    const __m512i bin =
+        _mm512_castps_si512(_mm512_fmadd_ps(scaled, _mm512_set1_ps(Bins::kPerUnit), _mm512_set1_ps(Bins::kZero)));
+    const __mmask16 above = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(bounds[0], bin, bounds[1]), scaled, _CMP_LT_OQ);
+    const __m512i code = _mm512_permutex2var_epi32(below[0], bin, below[1]);
+    return _mm512_mask_add_epi32(code, above, code, step);
+  }
+};
 
 // 16 codes -> 8 bytes: an even lane is the high nibble of the byte it shares with the next.
 inline void store_codes(uint8_t* packed, __m512i codes) {
@@ -32,31 +71,58 @@ inline void store_codes(uint8_t* packed, __m512i codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
-struct Thresholds {
-  alignas(64) float values[16] = {};  // the last is never a pivot
-
-  constexpr Thresholds() {
-    for (int i = 0; i < 15; ++i) values[i] = nf4_threshold(i);
-  }
-};
-constexpr Thresholds kThresholds;
-
-template <typename T>
-inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+// The largest of the magnitudes, as integers of their bits: a NaN's are above infinity's, so it wins as in torch.amax.
+inline float largest_of(const float* in, int64_t blocksize) {
   const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < blocksize; i += 16)
-    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load16(in + i)), sign_free));
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(in + i), sign_free));
   return bits_to_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(most)));
+}
+inline uint16_t largest_word_of(const void* in, int64_t blocksize) {
+  const auto* words = static_cast<const uint16_t*>(in);
+  const __m512i sign_free = _mm512_set1_epi16(0x7fff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < blocksize; i += 32)
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(words + i), sign_free));
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i inverted = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(inverted));
+}
+inline float largest_of(const bf16* in, int64_t blocksize) {
+  return bits_to_float(static_cast<uint32_t>(largest_word_of(in, blocksize)) << 16);
+}
+inline float largest_of(const f16* in, int64_t blocksize) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(largest_word_of(in, blocksize))));
+}
+
+// A block that holds something infinite: 0 for each other value, and NaN for that one, which has code 15.
+template <typename T>
+inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
+  if (inverse > 0.0f) return false;
+  encode_block(in, blocksize, [&](float value) { return value * inverse; }, packed);
+  return true;
 }
 
 template <typename T>
 inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
-  const __m512 thresholds = _mm512_load_ps(kThresholds.values);
-  for (int64_t i = 0; i < blocksize; i += 16) {
-    const __m512 scaled = _mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse));
-    store_codes(packed + i / 2, encode16(scaled, thresholds));
+  if (encoded_unbounded(in, blocksize, inverse, packed)) return;
+  const Encoder encoder(1);
+  for (int64_t i = 0; i < blocksize; i += 16)
+    store_codes(packed + i / 2, encoder(_mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse))));
+}
+// Two values a lane: the first of them is the high nibble.
+inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* packed) {
+  if (encoded_unbounded(in, blocksize, inverse, packed)) return;
+  const Encoder high(16), low(1);
+  const __m512i upper_half = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  const auto scaled = [&](__m512i bits) { return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(inverse)); };
+  for (int64_t i = 0; i < blocksize; i += 32) {
+    const __m512i words = _mm512_loadu_si512(in + i);
+    const __m512i codes =
+        _mm512_or_si512(high(scaled(_mm512_slli_epi32(words, 16))), low(scaled(_mm512_and_si512(words, upper_half))));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm512_cvtepi32_epi8(codes));
   }
 }
 

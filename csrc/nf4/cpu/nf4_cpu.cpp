@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "nf4/cpu/decode.h"
+#include "nf4/nf4_code.h"
 
 namespace peft_ext {
 namespace {
@@ -26,18 +27,57 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   return {packed, absmax};
 }
 
-constexpr int kSearches = 8;  // together: a step of one waits for the step before it
+// The nearest of an ascending table of 256: the number of thresholds between them that lie below a value.
+//
+// Values of one sign, exponent and first bits of the mantissa share a bin, which knows how many thresholds lie below
+// it; what lies within it is counted, one threshold of the dynamic map at most. The first bin is what is below 2^-22,
+// where that map has one threshold, the last what is 1 and more.
+class NearestScale {
+ public:
+  explicit NearestScale(const float* table) {
+    for (int i = 0; i < 255; ++i) thresholds_[i] = (table[i] + table[i + 1]) / 2;
+    thresholds_[255] = __builtin_inff();
+    int next = 0, before = 0;
+    const auto enter = [&](float least, uint8_t& below) {
+      while (!(thresholds_[next] >= least)) ++next;
+      most_ = next - before > most_ ? next - before : most_;
+      below = static_cast<uint8_t>(next);
+      before = next;
+    };
+    for (int bin = kBins - 1; bin >= 0; --bin)
+      enter(bin == kBins - 1 ? -__builtin_inff() : -bits_to_float(first_bits(bin + 1) - 1), below_[1][bin]);
+    for (int bin = 0; bin < kBins; ++bin) enter(bin == 0 ? 0.0f : bits_to_float(first_bits(bin)), below_[0][bin]);
+    most_ = 255 - before > most_ ? 255 - before : most_;
+  }
 
-// Of each value the nearest of an ascending table of 256: the number of thresholds below it, by bisection. A product
-// takes the place of a branch, which would be guessed wrong every other time.
-void nearest(const float* thresholds, const float* values, uint8_t* codes) {
-  int code[kSearches] = {};
-#pragma GCC unroll 8
-  for (int step = 128; step > 0; step /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < kSearches; ++i) code[i] += step * !(thresholds[code[i] + step - 1] >= values[i]);
-  for (int i = 0; i < kSearches; ++i) codes[i] = static_cast<uint8_t>(code[i]);
-}
+  // Of values that are numbers.
+  void codes(const float* values, float factor, int64_t count, uint8_t* out) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = values[i] * factor;
+      const uint32_t bits = float_to_bits(value);
+      const int32_t bin = static_cast<int32_t>((bits & 0x7fffffffu) >> kShift) - kFirst;
+      int code = below_[bits >> 31][bin < 0 ? 0 : bin < kBins ? bin : kBins - 1];
+      code += thresholds_[code] < value;
+      for (int more = 1; more < most_; ++more) code += thresholds_[code] < value;
+      out[i] = static_cast<uint8_t>(code);
+    }
+  }
+
+  uint8_t code(float value) const {  // NaN: 255
+    int code = 0;
+    for (int i = 0; i < 255; ++i) code += !(thresholds_[i] >= value);
+    return static_cast<uint8_t>(code);
+  }
+
+ private:
+  static constexpr int kShift = 23 - 6, kFirst = (127 - 22) << 6, kBins = (22 << 6) + 1;
+
+  static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
+
+  float thresholds_[256];
+  uint8_t below_[2][kBins];  // of positive values, of negative ones
+  int most_ = 0;             // thresholds in a bin
+};
 
 std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) {
   constexpr const char* kOp = "nf4_quantize_absmax";
@@ -45,9 +85,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   const int64_t groups = ceil_div(n, kNestedBlock);
   centred = checked_part(kOp, "centred", centred, ScalarType::Float, n);
   code = checked_part(kOp, "code", code, ScalarType::Float, 256);
-  float thresholds[255];
-  const float* table = code.const_data_ptr<float>();
-  for (int i = 0; i < 255; ++i) thresholds[i] = (table[i] + table[i + 1]) / 2;
+  const NearestScale nearest(code.const_data_ptr<float>());
   Tensor codes = empty({n}, ScalarType::Byte);
   Tensor absmax = empty({groups}, ScalarType::Float);
   const float* in = centred.const_data_ptr<float>();
@@ -56,22 +94,18 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   parallel_for(0, groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t start = group * kNestedBlock, stop = min_i64(start + kNestedBlock, n);
-      float largest = 0.0f;
+      uint32_t most = 0;  // as integers of the bits: a NaN's are above infinity's, so it wins
       for (int64_t i = start; i < stop; ++i) {
-        const float a = __builtin_fabsf(in[i]);
-        if (a > largest || a != a) largest = a;
-        if (largest != largest) break;
+        const uint32_t bits = float_to_bits(in[i]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
       }
+      const float largest = bits_to_float(most);
       scales[group] = largest;
-      const float inverse = 1.0f / (largest < 1e-38f ? 1e-38f : largest);
-      for (int64_t i = start; i < stop; i += kSearches) {
-        const int64_t count = min_i64(kSearches, stop - i);
-        float values[kSearches] = {};
-        uint8_t found[kSearches];
-        for (int64_t j = 0; j < count; ++j) values[j] = in[i + j] * inverse;
-        nearest(thresholds, values, found);
-        for (int64_t j = 0; j < count; ++j) out[i + j] = found[j];
-      }
+      const float inverse = 1.0f / (largest < kSmallestAbsmax ? kSmallestAbsmax : largest);
+      if (inverse > 0.0f)
+        nearest.codes(in + start, inverse, stop - start, out + start);
+      else
+        for (int64_t i = start; i < stop; ++i) out[i] = nearest.code(in[i] * inverse);
     }
   });
   return {codes, absmax};
