@@ -14,6 +14,7 @@ from torch import nn
 from .nn import NF4Experts, NF4Linear
 from .nn.experts import dense_experts, expert_parameters, nf4_experts
 from .ops import checks
+from .weight_reads import weights_read_past
 
 __all__ = ["dequantize_nf4", "quantize_nf4"]
 
@@ -23,8 +24,8 @@ _Item = TypeVar("_Item")
 # Heads of the task: small, and trained or read in full precision.
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
-# What a model reads the weight of past the layer: Mamba's step sizes, and those of the families made of it.
-_READ_PAST = ("dt_proj",)
+# What sends a token to experts: always, and where experts stand beside it.
+_ROUTERS, _GATES = ("router", "shared_expert_gate"), ("gate",)
 
 # What an NF4Linear has beside an nn.Linear's attributes.
 _NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
@@ -47,11 +48,12 @@ def quantize_nf4(
 
     A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
     they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
-    in float32 (``_keep_in_fp32_modules``: T5 reads the dtype of ``wo``) or reads the weight of past the layer (Mamba's
-    ``dt_proj``), what an adapter of PEFT adds (its base layer is quantized), what an adapter replaces whole (partial
-    fine-tuning, Diff Pruning), and a layer whose weight is tied to something that stays dense, as a head to its
-    embedding. Layers that share one weight share the quantized one. Forward and backward hooks are kept. The weights
-    are frozen, the biases too, except under an adapter, whose configuration decides on them.
+    in float32 (``_keep_in_fp32_modules``), those whose weight the code of another module reads past the layer (T5's
+    ``wo``, Mamba's ``dt_proj``; told by the source of the classes), routers, what an adapter of PEFT adds (its base
+    layer is quantized, but under ``target_parameters``), what an adapter replaces whole (partial fine-tuning, Diff
+    Pruning), and a layer whose weight is tied to something that stays dense, as a head to its embedding. Layers that
+    share one weight share the quantized one. Forward and backward hooks are kept. The weights are frozen, the biases
+    too, except under an adapter, whose configuration decides on them.
 
     Args:
         model: any module, on any real device.
@@ -189,6 +191,10 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):
             return
+        if isinstance(
+            getattr(module, "parameter_name", None), str
+        ):  # LoRA's sum of weights, of PEFT's target_parameters
+            return
         adapted = True
         children = {"base_layer": module._modules["base_layer"]} if "base_layer" in module._modules else {}
     for attribute, child in children.items():
@@ -204,12 +210,12 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
 
 def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
     """Returns the layers to quantize, checked; places whose weight is one and the same are one group."""
-    skip = skip.union(_READ_PAST, *(getattr(module, "_keep_in_fp32_modules", None) or () for module in model.modules()))
+    skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
     for name, place in _walk(model, "", False, set()):
         linear = place.linear
-        if skip.isdisjoint(name.split(".")):
+        if name not in past and not any(f".{part}." in f".{name}." for part in skip):
             _check_linear(name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
@@ -219,6 +225,26 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:
                 del groups[id(parameter)]
     return list(groups.values())
+
+
+def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
+    """Yields names, dotted ones among them, that transformers keeps in float32."""
+    for module in model.modules():
+        yield getattr(module, "_keep_in_fp32_modules", None) or ()
+        yield getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+
+
+def _gates(model: nn.Module) -> set[str]:
+    """Returns the names of linear layers within a gate that stands beside experts."""
+    found = set()
+    for name, module in model.named_modules():
+        if "experts" not in module._modules:
+            continue
+        for gate in _GATES:
+            below = module._modules.get(gate)
+            for inner, _ in below.named_modules() if below is not None else ():
+                found.add(".".join(filter(None, (name, gate, inner))))
+    return found
 
 
 def _nf4_places(model: nn.Module) -> list[list[Place]]:

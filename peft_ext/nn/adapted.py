@@ -14,6 +14,8 @@ from .nf4 import NF4Linear, requantized
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]
 
+_MERGES = "_peft_ext_merges"  # an attribute of a base: how many layers are merged into it
+
 
 class AdaptedLinear(nn.Module):
     """A frozen ``base_layer`` (``nn.Linear`` or :class:`NF4Linear`) under an adapter that can be merged into it.
@@ -90,7 +92,13 @@ class AdaptedLinear(nn.Module):
         """
         if self.merged:
             return
-        base, held = self.base_layer, self._weight()
+        base = self.base_layer
+        if "weight" not in base._parameters:
+            raise RuntimeError(
+                f"{type(self).__name__}: merge: base_layer's weight is made of others (torch.nn.utils.parametrize or "
+                "prune), wanted a parameter of its own"
+            )
+        held = self._weight()
         bias = None if base.bias is None else base.bias.data
         if isinstance(held, NF4Weight):
             base.set_merged(*self._merged_nf4(held))
@@ -102,12 +110,22 @@ class AdaptedLinear(nn.Module):
             held.data = merged
         if bias is not None:
             base.bias.data = self.merged_bias(bias).to(bias.dtype)
+        self._merges = base.__dict__.get(_MERGES, 0) + 1
+        base.__dict__[_MERGES] = self._merges
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts back the very bits from before :meth:`merge`."""
+        """Puts back the very bits from before :meth:`merge`.
+
+        Raises: RuntimeError where another layer over the same base was merged after this one, and is still.
+        """
         if self._unmerged is None:
             return
+        if self.base_layer.__dict__.get(_MERGES, 0) != self._merges:
+            raise RuntimeError(
+                f"{type(self).__name__}: unmerge: another layer over the same base was merged after this one, unmerge "
+                "that one first"
+            )
         weight, bias = self._unmerged
         if isinstance(weight, NF4Weight):
             self.base_layer.set_nf4(weight)
@@ -116,6 +134,7 @@ class AdaptedLinear(nn.Module):
         if bias is not None:
             self.base_layer.bias.data = bias
         self._unmerged = None
+        self.base_layer.__dict__[_MERGES] = self._merges - 1
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import checks
 from ..weight import NestedAbsmax, NF4Weight
+from .nf4 import keeping_bits
 
 __all__ = [
     "NF4Experts",
@@ -123,14 +124,14 @@ class _Order(torch.autograd.Function):
 def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
     """Returns whether the forward of ``experts`` was called as it should be: with x and, but for Llama 4's, each
     token's experts ``[T, k]`` and their weights."""
-    if x.dim() != 2 or x.shape[0] == 0:
+    if x.dim() != 2:
         return False
     if is_llama4(experts):
         return not given
     if len(given) != 2 or not all(isinstance(value, Tensor) for value in given):
         return False
     index, weights = given
-    fits = index.dim() == 2 and index.shape == weights.shape and index.shape[0] == x.shape[0] and index.numel() > 0
+    fits = index.dim() == 2 and index.shape == weights.shape and index.shape[0] == x.shape[0] and index.shape[1] > 0
     return fits and not index.is_floating_point() and weights.is_floating_point()
 
 
@@ -144,6 +145,8 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     if is_llama4(experts):
         return run(x, torch.arange(1, count + 1, device=x.device) * (x.shape[0] // count))
     index, weights = given
+    if x.shape[0] == 0:
+        return run(x, torch.zeros(count, dtype=torch.int64, device=x.device))
     chosen = index.reshape(-1)
     order = chosen.argsort(stable=True)
     inverse = torch.empty_like(order)
@@ -257,12 +260,8 @@ class NF4Experts:
         return f"{super().extra_repr()}, blocksize={self.blocksize}".removeprefix(", ")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:  # .half() and the like
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
+        held = (*self._buffers.values(), *(self._parameters[name] for name in self.nf4_shapes))
+        return super()._apply(keeping_bits(fn, held), recurse)
 
     def get_extra_state(self) -> Tensor:
         """The bytes of JSON that say what the codes are."""
@@ -273,8 +272,10 @@ class NF4Experts:
 
     def set_extra_state(self, state: Any) -> None:
         came, own = (json.loads(bytes(value.tolist())) for value in (state, self.get_extra_state()))
-        if came != own:
+        dtype = getattr(torch, str(came.get("dtype")), None)  # of the weights that were quantized: the state's, too
+        if {**came, "dtype": ""} != {**own, "dtype": ""} or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self.stock_class.__name__}: the state is of {came}, wanted {own}")
+        self.quant_dtype = dtype
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class was made at run time: it is made again from the model's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Optional, Union
@@ -114,7 +114,7 @@ class NF4Linear(nn.Linear):
         if self.nested_absmax is not None:
             nested = NestedAbsmax(self.nested_absmax, self.nested_code, self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Weight(weight.data, self.absmax, shape, self.quant_dtype, self.blocksize, nested)
+        return NF4Weight(weight.detach(), self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
         """Holds ``nf4`` from now on, without a copy. Raises ValueError if its shape is not this layer's."""
@@ -154,13 +154,8 @@ class NF4Linear(nn.Linear):
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        held = {id(tensor) for tensor in (self.weight, *(self._buffers[name] for name in _BUFFERS))}
-
-        def keep(tensor: Tensor) -> Tensor:  # .half(), .type() and the like: codes and scales keep their bits
-            after = fn(tensor)
-            return tensor.to(after.device) if id(tensor) in held and after.dtype != tensor.dtype else after
-
-        return super()._apply(keep, recurse)
+        held = (self.weight, *(self._buffers[name] for name in _BUFFERS))
+        return super()._apply(keeping_bits(fn, held), recurse)
 
     # --- bitsandbytes' keys in the state dict -------------------------------------------------------------------------
 
@@ -192,7 +187,7 @@ class NF4Linear(nn.Linear):
             about |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
             about["nested_offset"] = 0.0 if self.nested_offset.is_meta else self.nested_offset.item()
         text = json.dumps(about).encode()
-        destination[prefix + QUANT_STATE] = torch.tensor(list(text), dtype=torch.uint8)
+        destination[prefix + QUANT_STATE] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, missing: list, unexpected: list,
@@ -234,7 +229,9 @@ class NF4Linear(nn.Linear):
         """Copies a state dict's tensors in, on this module's device, once all of them are known to fit; ``assign``:
         holds them as they are."""
         read_quant_state(found)  # these are tensors, before one is reshaped
-        packed, weight = found["weight"].data, self.weight
+        packed, weight = found["weight"].detach(), self.weight
+        if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage
+            packed = packed.contiguous().view(torch.uint8)
         if is_dtensor(packed) and not is_dtensor(weight):
             raise ValueError("weight is a DTensor, wanted a plain tensor (fully_shard the module first)")
         if not is_dtensor(packed):
@@ -244,6 +241,8 @@ class NF4Linear(nn.Linear):
             warnings.warn("NF4Linear: a state is loaded into a layer on the meta device, which holds no data: call "
                           "load_state_dict(..., assign=True)", stacklevel=2)  # fmt: skip
         assign = assign and not is_dtensor(weight)
+        if not assign and not is_dtensor(weight) and self._copied(nf4):
+            return
         nf4 = nf4.map(lambda t: t.detach() if assign else t.detach().to(weight.device, copy=True))
         if not is_dtensor(weight):
             self.set_nf4(nf4)
@@ -259,6 +258,20 @@ class NF4Linear(nn.Linear):
         weight.copy_(packed)  # in place: fully_shard knows this very parameter
         self._set_scales(nf4)
 
+    def _copied(self, nf4: NF4Weight) -> bool:
+        """Copies a weight into the tensors that are held, which others may hold, too; False: their sizes are others."""
+        own, came = self.nf4.tensors(), nf4.tensors()
+        if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():
+            return False
+        if any(t.is_meta or t.shape != own[name].shape or t.is_inference() and not torch.is_inference_mode_enabled()
+               for name, t in came.items()):  # fmt: skip
+            return False
+        for name, tensor in own.items():
+            tensor.copy_(came[name])
+        self.quant_dtype = nf4.dtype
+        self.__dict__.pop("merge_error", None)
+        return True
+
 
 def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
     """Returns why a state dict's bias is none for this layer."""
@@ -271,6 +284,17 @@ def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
     if bias.is_meta and not own.is_meta:
         return "is on the meta device, where there is no data"
     return None
+
+
+def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Returns ``fn``, of a module's ``_apply``, that moves ``held``, codes and scales, and casts them to no dtype."""
+    kept = {id(tensor) for tensor in held}
+
+    def run(tensor: Tensor) -> Tensor:
+        after = fn(tensor)
+        return tensor.to(after.device) if id(tensor) in kept and after.dtype != tensor.dtype else after
+
+    return run
 
 
 def is_dtensor(tensor: Any) -> bool:

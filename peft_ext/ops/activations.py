@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import activations as reference
 from . import checks
-from .library import NAMESPACE, define, in_float64, register_autograd
+from .library import NAMESPACE, by_reference, define, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["activation", "gated_activation"]
@@ -141,8 +141,8 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     op = "gated_activation"
     checks.check_gated(op, gate, up)
     kind = _number(op, activation)
-    if checks.any_float64(gate):
-        return in_float64(reference.gated_activation, gate, up, activation)
+    if checks.wants_reference(gate):
+        return by_reference(reference.gated_activation, gate, up, activation)
     return _gated_activation(gate, up, kind)
 
 
@@ -162,6 +162,6 @@ def activation(x: Tensor, activation: str) -> Tensor:
     if x.dim() < 1:
         raise ValueError(f"{op}: x has shape (), wanted [..., F]")
     kind = _number(op, activation)
-    if checks.any_float64(x):
-        return in_float64(reference.activation, x, activation)
+    if checks.wants_reference(x):
+        return by_reference(reference.activation, x, activation)
     return _activation(x, kind)

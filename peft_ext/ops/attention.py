@@ -23,7 +23,7 @@ from ..reference import attention as reference
 from ..reference import common
 from ..reference.rotary import rotated_like
 from . import checks
-from .library import NAMESPACE, define, in_float64, register_autograd
+from .library import NAMESPACE, by_reference, define, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["scaled_dot_product_attention"]
@@ -157,13 +157,13 @@ def scaled_dot_product_attention(
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, q)
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
-    if q.is_cuda and not checks.any_float64(q):
+    if q.is_cuda and not checks.wants_reference(q):
         p = float(dropout_p) if training else 0.0
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)
     how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed, bias)
-    if checks.any_float64(q):
-        return in_float64(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]
+    if checks.wants_reference(q):
+        return by_reference(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]
     return _attention(q, k, v, mask, *how)[0]

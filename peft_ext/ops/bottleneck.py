@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference import bottleneck as reference
 from ..reference import common
 from . import checks
-from .library import NAMESPACE, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["bottleneck_adapter"]
@@ -145,8 +145,8 @@ def bottleneck_adapter(
     checks.check_scale(op, scale, argument="scale")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
-    if checks.any_float64(x, down_weight, down_bias, up_weight, up_bias):
-        return in_float64(
+    if checks.wants_reference(x, down_weight, down_bias, up_weight, up_bias):
+        return by_reference(
             reference.bottleneck_adapter, x, down_weight, down_bias, up_weight, up_bias,
             scale=float(scale), activation=activation, residual=residual,
         )  # fmt: skip

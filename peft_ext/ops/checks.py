@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..text import dtype_name as _name
 from ..weight import BLOCKSIZES, FLOATS, NestedAbsmax, NF4Weight
@@ -457,8 +458,16 @@ def cast_for_autocast(
     return x.to(dtype), weight, bias
 
 
-def any_float64(*values: Optional[Tensor]) -> bool:
-    """Returns whether a tensor is float64: no kernel takes it, the reference computes with it."""
+def under_a_transform() -> bool:
+    """Returns whether forward-mode differentiation or a transform of torch.func is under way."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def wants_reference(*values: Optional[Tensor]) -> bool:
+    """Returns whether the reference is to compute: no kernel takes float64, nor knows forward-mode differentiation and
+    torch.func's transforms."""
+    if not torch.compiler.is_compiling() and under_a_transform():
+        return True
     for value in values:  # a generator would take twice as long
         if value is not None and value.dtype is torch.float64:
             return True

@@ -24,7 +24,7 @@ from ..reference import common
 from ..reference import cross_entropy as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["linear_cross_entropy"]
@@ -238,8 +238,8 @@ def linear_cross_entropy(
         count = -(-tokens(hidden) * row // CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]))
         chunk = max(1, -(-tokens(hidden) // max(1, count)))
     checks.check_count(op, "chunk", chunk)
-    if checks.any_float64(hidden, lora_A, lora_B):
-        return in_float64(reference.linear_cross_entropy, hidden, weight, labels, bias, lora_A=lora_A, lora_B=lora_B,
+    if checks.wants_reference(hidden, lora_A, lora_B):
+        return by_reference(reference.linear_cross_entropy, hidden, weight, labels, bias, lora_A=lora_A, lora_B=lora_B,
                           lora_input=lora_input, scaling=scaling, logit_scale=logit_scale, softcap=softcap,
                           label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
                           num_items_in_batch=num_items_in_batch)  # fmt: skip
@@ -261,6 +261,8 @@ def linear_cross_entropy(
     )[0]  # fmt: skip
     if not summed:
         return losses.view(labels.shape)
+    if divides and not torch.compiler.is_compiling() and labels.numel() == 0:
+        inside = False  # 0 / 0, as PyTorch's
     return losses / items if divides and not inside else losses
 
 

@@ -23,7 +23,7 @@ from ..reference import common
 from ..reference import dora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["dora_linear", "dora_weight_norm"]
@@ -218,8 +218,8 @@ def dora_weight_norm(
     checks.check_dtype(op, dtype)
     if dtype != weight.dtype and not isinstance(weight, NF4Weight):
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
-    if dtype is torch.float64 or checks.any_float64(lora_A, lora_B):
-        return in_float64(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
+    if dtype is torch.float64 or checks.wants_reference(lora_A, lora_B):
+        return by_reference(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
     return _dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)[0]
 
 
@@ -272,8 +272,8 @@ def dora_linear(
         checks.check_vector(op, "weight_norm", weight_norm, x, (weight.shape[0],))
     if dropout_mode not in ("lora", "peft"):
         raise ValueError(f"{op}: dropout_mode is {dropout_mode!r}, wanted 'lora' or 'peft'")
-    if checks.any_float64(x, lora_A, lora_B, magnitude, weight_norm):
-        return in_float64(reference.dora_linear, x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling,
+    if checks.wants_reference(x, lora_A, lora_B, magnitude, weight_norm):
+        return by_reference(reference.dora_linear, x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling,
                           dropout_p=dropout_p, training=training, dropout_mode=dropout_mode, norm_grad=norm_grad,
                           weight_norm=weight_norm, seed=seed, save_output=save_output)  # fmt: skip
     held = checks.weight_args(weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import common
 from ..reference import dropouts as reference
 from . import checks
-from .library import define, in_float64, register_autograd
+from .library import by_reference, define, register_autograd
 
 __all__ = ["dropout"]
 
@@ -67,10 +67,10 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
     checks.check_float(op, "x", x)
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, x)
-    if x.is_cuda and seed is None and not checks.any_float64(x):
+    if x.is_cuda and seed is None and not checks.wants_reference(x):
         return F.dropout(x, float(dropout_p), bool(training))
     if (seed := common.dropout_seed(seed, dropout_p, training, x.device)) is None:
         return x
-    if checks.any_float64(x):
-        return in_float64(reference.dropout, x, float(dropout_p), seed).contiguous()
+    if checks.wants_reference(x):
+        return by_reference(reference.dropout, x, float(dropout_p), seed).contiguous()
     return _dropout(x, float(dropout_p), seed)

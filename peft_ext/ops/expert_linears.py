@@ -33,7 +33,7 @@ from .layer_lists import (
     places,
     unpack_layers,
 )
-from .library import NAMESPACE, below_autograd, define, in_float64, records_graph
+from .library import NAMESPACE, below_autograd, by_reference, define, records_graph
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_expert_linears"]
@@ -184,7 +184,7 @@ def lora_expert_linears(
     x, (tensors, sizes, numbers), options, is_wide = call
     rows = _checked_rows(op, x, rows, weights)
     if is_wide:
-        return in_float64(reference.lora_expert_linears, x, rows, weights, lora_As, lora_Bs, training=training,
+        return by_reference(reference.lora_expert_linears, x, rows, weights, lora_As, lora_Bs, training=training,
                           **options)  # fmt: skip
     if records_graph(x):
         return _LoraExpertLinears.apply(rows, sizes, numbers, x, *tensors)[0]

@@ -29,7 +29,7 @@ from ..reference import experts as reference
 from ..reference.dora import output_scale
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["dora_experts", "dora_experts_weight_norm", "experts_linear", "lora_experts"]
@@ -312,8 +312,8 @@ def dora_experts_weight_norm(
     if dtype != weight.dtype and not isinstance(weight, NF4Weight):
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
     lora_A, lora_B = lora_A.detach(), lora_B.detach()
-    if dtype is torch.float64 or checks.any_float64(lora_A, lora_B):
-        return in_float64(reference.dora_experts_weight_norm, weight, lora_A, lora_B, scaling, offsets=offsets,
+    if dtype is torch.float64 or checks.wants_reference(lora_A, lora_B):
+        return by_reference(reference.dora_experts_weight_norm, weight, lora_A, lora_B, scaling, offsets=offsets,
                           dtype=dtype)  # fmt: skip
     return _ops.dora_experts_weight_norm(*checks.weight_args(weight), offsets, lora_A, lora_B, float(scaling), dtype)
 
@@ -356,12 +356,12 @@ def _call(op: str, x: Any, weight: Any, offsets: Any, bias: Any, adapter: _Adapt
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
     offsets, scaling = offsets.long(), float(scaling)
-    if checks.any_float64(x, lora_A, lora_B, magnitude, weight_norm):
+    if checks.wants_reference(x, lora_A, lora_B, magnitude, weight_norm):
         scale = {"scaling": scaling, "dropout_p": dropout_p, "training": training, "seed": seed}
         if op == "dora_experts":
-            return in_float64(reference.dora_experts, x, weight, offsets, lora_A, lora_B, magnitude, bias,
+            return by_reference(reference.dora_experts, x, weight, offsets, lora_A, lora_B, magnitude, bias,
                               weight_norm=weight_norm, **scale)  # fmt: skip
-        return in_float64(reference.lora_experts, x, weight, offsets, lora_A, lora_B, bias, **scale)
+        return by_reference(reference.lora_experts, x, weight, offsets, lora_A, lora_B, bias, **scale)
     held, out_scale, want_z = checks.weight_args(weight), None, False
     if op == "dora_experts":
         if weight_norm is None:

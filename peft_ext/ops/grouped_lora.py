@@ -20,7 +20,7 @@ from ..reference import common
 from ..reference import grouped_lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["grouped_lora_linear"]
@@ -178,8 +178,8 @@ def grouped_lora_linear(
         checks.check_scale(op, s)
     checks.check_bias(op, bias, x, weight.shape[0])
     adapters = _checked_adapters(op, adapters, x, len(lora_A))
-    if checks.any_float64(x, *lora_A, *lora_B):
-        return in_float64(reference.grouped_lora_linear, x, weight, lora_A, lora_B, adapters, bias, scaling=scaling)
+    if checks.wants_reference(x, *lora_A, *lora_B):
+        return by_reference(reference.grouped_lora_linear, x, weight, lora_A, lora_B, adapters, bias, scaling=scaling)
     args = (bias, lora_A, lora_B, [float(s) for s in scaling], adapters)
     return _ops.grouped_lora_linear(x, *checks.weight_args(weight), *args)[0]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import ia3 as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["ia3_linear", "ia3_scale"]
@@ -182,8 +182,8 @@ def ia3_linear(
     out_features, in_features = weight.shape
     shapes = ((in_features,), (1, in_features)) if feedforward else ((out_features,), (out_features, 1))
     checks.check_vector(op, "ia3_l", ia3_l, x, *shapes)
-    if checks.any_float64(x, ia3_l):
-        return in_float64(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
+    if checks.wants_reference(x, ia3_l):
+        return by_reference(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
     trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward
     want_z = trains and not (save_output and x.device.type == "cpu")
     args = (bias, ia3_l, bool(feedforward), want_z)
@@ -209,6 +209,6 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
         raise ValueError(f"{op}: x has shape (), wanted [..., K]")
     features = x.shape[-1]
     checks.check_vector(op, "ia3_l", ia3_l, x, (features,), (1, features), (features, 1))
-    if checks.any_float64(x, ia3_l):
-        return in_float64(reference.ia3_scale, x, ia3_l)
+    if checks.wants_reference(x, ia3_l):
+        return by_reference(reference.ia3_scale, x, ia3_l)
     return _ia3_scale(x, ia3_l)

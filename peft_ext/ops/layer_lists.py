@@ -116,7 +116,7 @@ def listed(
     tensors: list[Any] = []
     sizes: list[Any] = []
     numbers: list[float] = []
-    is_wide = checks.any_float64(x, *lora_As, *lora_Bs, *rank_scales)
+    is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)
     if (dtype := checks.autocast_dtype(x)) is not None:
         x = x.to(dtype)
     for weight, bias, lora_A, lora_B, rank_scale, scaling, p, seed in zip(

@@ -97,8 +97,7 @@ def register_autograd(name: str, backward: Callable, *, setup_context: Callable)
             return op(*args)
         if not torch.is_grad_enabled():
             return kernel(*args)
-        # Function.apply's own Python, a tenth of a call, is about torch.func's transforms.
-        return made.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
+        return apply(*args)  # Function.apply's own Python, a tenth of a call, is about torch.func's transforms
 
     return call
 
@@ -138,8 +137,8 @@ def _outside_autocast(reference: Callable) -> Callable:
     return run
 
 
-def in_float64(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A public reference, for float64 operands: no kernel takes them. PyTorch's autograd differentiates it."""
+def by_reference(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A public reference, where no kernel serves, as for float64 operands. PyTorch's autograd differentiates it."""
     with torch.autocast(args[0].device.type, enabled=False):
         return reference(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from ..reference import common
 from ..reference import lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear", "lora_residual"]
@@ -208,8 +208,8 @@ def lora_linear(
     if rank_scale is not None:
         checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
     checks.check_seed(op, seed, x)
-    if checks.any_float64(x, lora_A, lora_B, rank_scale):
-        return in_float64(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
+    if checks.wants_reference(x, lora_A, lora_B, rank_scale):
+        return by_reference(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
                           scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
     args = (bias, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)
@@ -254,8 +254,8 @@ def lora_residual(
         checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
-    if checks.any_float64(x, lora_A, lora_B, rank_scale):
-        return in_float64(reference.lora_residual, x, residual, lora_A, lora_B, rank_scale=rank_scale, scaling=scaling,
-                          dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+    if checks.wants_reference(x, lora_A, lora_B, rank_scale):
+        return by_reference(reference.lora_residual, x, residual, lora_A, lora_B, rank_scale=rank_scale,
+                            scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
     return _lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import nf4 as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, define, in_float64, register_autograd
+from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
 
 __all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
@@ -254,8 +254,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     x, nf4, bias = checks.cast_for_autocast(x, nf4, bias)
     checks.check_linear("nf4_linear", x, nf4)
     checks.check_bias("nf4_linear", bias, x, nf4.shape[0])
-    if checks.any_float64(x):
-        return in_float64(reference.nf4_linear, x, nf4, bias)
+    if checks.wants_reference(x):
+        return by_reference(reference.nf4_linear, x, nf4, bias)
     return _nf4_linear(x, *nf4.op_args(), bias)
 
 
@@ -281,6 +281,6 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Te
     x, weight, bias = checks.cast_for_autocast(x, weight, bias)
     checks.check_linear(op, x, weight)
     checks.check_bias(op, bias, x, weight.shape[0])
-    if checks.any_float64(x):
-        return in_float64(reference.frozen_linear, x, weight, bias)
+    if checks.wants_reference(x):
+        return by_reference(reference.frozen_linear, x, weight, bias)
     return _nf4_linear(x, *checks.weight_args(weight), bias)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import norm as reference
 from ..reference.common import sum_dtype
 from . import checks
-from .library import NAMESPACE, define, in_float64, register_autograd, tokens
+from .library import NAMESPACE, by_reference, define, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -176,8 +176,8 @@ def rms_norm(
     op = "rms_norm"
     _check(op, x, eps, weight=weight)
     checks.check_scale(op, offset, argument="offset")
-    if checks.any_float64(x, weight):
-        return in_float64(reference.rms_norm, x, weight, eps, offset=offset, round_before_weight=round_before_weight)
+    if checks.wants_reference(x, weight):
+        return by_reference(reference.rms_norm, x, weight, eps, offset=offset, round_before_weight=round_before_weight)
     return _rms_norm(x, weight, float(eps), float(offset), bool(round_before_weight))[0]
 
 
@@ -198,6 +198,6 @@ def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps:
     """
     op = "layer_norm"
     _check(op, x, eps, weight=weight, bias=bias)
-    if checks.any_float64(x, weight, bias):
-        return in_float64(reference.layer_norm, x, weight, bias, eps)
+    if checks.wants_reference(x, weight, bias):
+        return by_reference(reference.layer_norm, x, weight, bias, eps)
     return _layer_norm(x, weight, bias, float(eps))[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import rotary as reference
 from . import checks
-from .library import NAMESPACE, define, in_float64, register_autograd
+from .library import NAMESPACE, by_reference, define, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["rotary_embedding"]
@@ -93,6 +93,6 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
     """
     checks.check_rotary("rotary_embedding", q, k, cos, sin)
-    if checks.any_float64(q):
-        return in_float64(reference.rotary_embedding, q, k, cos, sin)
+    if checks.wants_reference(q):
+        return by_reference(reference.rotary_embedding, q, k, cos, sin)
     return _rotary_embedding(q, k, cos, sin)

@@ -25,7 +25,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
 from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
-from .library import NAMESPACE, below_autograd, define, in_float64, records_graph, tokens
+from .library import NAMESPACE, below_autograd, by_reference, define, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -193,7 +193,7 @@ def lora_linears(
                   seeds)  # fmt: skip
     x, (tensors, sizes, numbers), options, is_wide = call
     if is_wide:
-        return in_float64(reference.lora_linears, x, weights, lora_As, lora_Bs, training=training, **options)
+        return by_reference(reference.lora_linears, x, weights, lora_As, lora_Bs, training=training, **options)
     count = len(weights)
     if records_graph(x):
         return _LoraLinears.apply(sizes, numbers, x, *tensors)[:count]

@@ -34,9 +34,11 @@ __all__ = [
 
 
 def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each expert that has rows, and which."""
+    """Yields each expert that has rows, and which. Raises ValueError where offsets do not ascend from 0."""
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
+        if end < begin:
+            raise ValueError(f"offsets has {end} after {begin}, wanted the rows' ends in ascending order")
         if end > begin:
             yield expert, slice(begin, end)
         begin = end

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -226,11 +226,27 @@ class DiffPruningModel(ReplacingTuner):
         return total
 
     def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        loss = getattr(output, "loss", None)
-        if module.training and torch.is_grad_enabled() and isinstance(loss, Tensor):
-            penalty = self.penalty()
-            if penalty.requires_grad:
-                output.loss = loss + (penalty * _share(module, kwargs)).to(loss.device)
+        if not module.training or not torch.is_grad_enabled():
+            return output
+        first = isinstance(output, tuple) and not hasattr(
+            output, "loss"
+        )  # of return_dict=False: the loss, if there is one
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
+        else:
+            loss = output[0] if first and output else getattr(output, "loss", None)
+        if not isinstance(loss, Tensor) or (first and loss.dim() > 0):
+            return output
+        penalty = self.penalty()
+        if not penalty.requires_grad:
+            return output
+        loss = loss + (penalty * _share(module, kwargs)).to(loss.device)
+        if first:
+            return (loss, *output[1:])
+        if isinstance(output, Mapping):
+            output["loss"] = loss
+        else:
+            output.loss = loss
         return output
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

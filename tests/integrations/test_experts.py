@@ -6,10 +6,11 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peft_ext
 
@@ -501,3 +502,31 @@ def test_all_linear_as_peft_reads_it(name: str) -> None:
     router = [row for row in peft_ext.explain(model).rows if row.name.endswith("gate")]
     assert router and all("wanted a mixture's experts" in row.reason for row in router)
     assert_alike(found[1], found[0])
+
+
+def experts_of(model: Any) -> Any:
+    return next(module for module in model.modules() if isinstance(module, peft_ext.nn.NF4Experts))
+
+
+def test_nf4_experts_of_no_token() -> None:
+    for model in (peft_ext.quantize_nf4(base()), peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base())))):
+        experts = experts_of(model)
+        hidden = experts.nf4_shapes["down_proj"][1]
+        found = experts(torch.zeros(0, hidden), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+        assert found.shape == (0, hidden)
+
+
+def test_a_state_of_nf4_experts_quantized_from_another_dtype() -> None:
+    source, model = peft_ext.quantize_nf4(base(dtype=torch.bfloat16)), peft_ext.quantize_nf4(base())
+    experts_of(model).load_state_dict(experts_of(source).state_dict())
+    assert experts_of(model).quant_dtype is torch.bfloat16
+    assert torch.equal(experts_of(model).down_proj, experts_of(source).down_proj)
+
+
+def test_a_cast_of_nf4_experts_keeps_their_bits() -> None:
+    for cast in (lambda m: m.half(), lambda m: m.type(torch.bfloat16)):
+        experts = experts_of(peft_ext.quantize_nf4(base()))
+        before = {name: tensor.clone() for name, tensor in experts.state_dict().items() if isinstance(tensor, Tensor)}
+        cast(experts)
+        for name, tensor in before.items():
+            assert torch.equal(experts.state_dict()[name], tensor) and experts.state_dict()[name].dtype is tensor.dtype

@@ -124,6 +124,12 @@ def test_the_penalty_is_in_the_loss_while_training_whatever_way_in(task_type):
     outputs, added = losses()
     torch.testing.assert_close(added, wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs["loss"], outputs.loss)
+    torch.manual_seed(5)
+    assert torch.equal(model(**inputs, return_dict=False)[0], outputs.loss)
+    handle = model.get_base_model().register_forward_hook(lambda module, args, output: dict(output), prepend=True)
+    torch.manual_seed(5)
+    assert torch.equal(model(**inputs)["loss"], outputs.loss)
+    handle.remove()
     with torch.no_grad():
         assert losses()[1].abs() < 1e-6
     with model.disable_adapter():

@@ -20,7 +20,7 @@ from ..._imports import version
 from ..._native import STATE
 from ...nn import NF4Linear
 from ...nn.nf4 import is_dtensor
-from ...ops.checks import autocast_dtype
+from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.library import has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
@@ -158,11 +158,13 @@ def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the ops take: plain, dense, of a float dtype; no transform under way.
 
     The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
-    see PEFT's own path.
+    and forward-mode differentiation see PEFT's own path.
     """
     if not is_plain(x) or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
-    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling():
+        return True
+    return not (under_a_transform() or torch.jit.is_tracing())
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:

@@ -1,0 +1,116 @@
+"""Which linear layers a model reads the weight of itself, past the layer: those must stay what they are.
+
+What is read is told by the source of the modules' classes: ``self.wo.weight.dtype`` of T5, ``self.dt_proj.weight @ dt``
+of Mamba, a head of MobileBERT that joins two weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+from collections.abc import Iterator
+from typing import Optional
+
+from torch import nn
+
+__all__ = ["weights_read_past"]
+
+# Methods that set weights up, before there is anything to quantize.
+_SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
+# Where a test has this name it asks for another arithmetic, which nobody trains in.
+_NEVER = "pretraining_tp"
+# Their layers know a base in 4 bits.
+_OF_ADAPTERS = ("peft", "peft_ext")
+# A method that names one of these reads a dtype for what may be bytes.
+_KNOWS_BYTES = ("uint8", "is_floating_point")
+
+
+def weights_read_past(model: nn.Module) -> set[str]:
+    """Returns the dotted names of modules below ``model`` whose weight the code of another module reads."""
+    return {
+        f"{name}.{path}" if name else path for name, module in model.named_modules() for path in _reads(type(module))
+    }
+
+
+@functools.cache
+def _reads(kind: type) -> frozenset[str]:
+    """Returns the paths, from a module of the class, of those whose ``weight`` a method of it reads."""
+    found: set[str] = set()
+    for owner in kind.__mro__:
+        if owner is nn.Module:
+            break
+        if owner.__module__.partition(".")[0] in _OF_ADAPTERS:
+            continue
+        for method in _methods(owner):
+            knows = any(isinstance(node, (ast.Attribute, ast.Name)) and _name(node) in _KNOWS_BYTES
+                        for node in ast.walk(method))  # fmt: skip
+            found.update(path for path, of in _weights(method) if of != "device" and not (of == "dtype" and knows))
+    return frozenset(found)
+
+
+def _methods(owner: type) -> list[ast.AST]:
+    try:
+        file = inspect.getsourcefile(owner)
+    except TypeError:  # a class of a compiled module, or of none
+        file = None
+    # A class without a source: nothing is known.
+    body = [] if file is None else _classes(file).get(owner.__qualname__, [])
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
+
+
+@functools.cache
+def _classes(file: str) -> dict[str, list[ast.stmt]]:
+    """Returns the bodies of a source file's classes, by qualified name."""
+    found: dict[str, list[ast.stmt]] = {}
+
+    def enter(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            below = prefix
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child.body
+                below = f"{prefix}{child.name}."
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                below = f"{prefix}{child.name}.<locals>."
+            enter(child, below)
+
+    try:
+        enter(ast.parse("".join(linecache.getlines(file))), "")
+    except SyntaxError:
+        pass
+    return found
+
+
+def _weights(node: ast.AST, of: str = "") -> Iterator[tuple[str, str]]:
+    """Yields path and what is asked of the weight, "" where it is taken whole, of each ``self.path.weight``."""
+    if isinstance(node, ast.Attribute):
+        path = _path(node.value) if node.attr == "weight" else None
+        if path:
+            yield path, of
+            return
+        of = node.attr
+    else:
+        of = ""
+    if isinstance(node, ast.Call) and _name(node.func) == "isinstance":
+        return
+    if isinstance(node, (ast.If, ast.IfExp)) and any(_name(n) == _NEVER for n in ast.walk(node.test)):
+        for other in node.orelse if isinstance(node, ast.If) else [node.orelse]:
+            yield from _weights(other)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _weights(child, of)
+
+
+def _name(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _path(node: ast.AST) -> Optional[str]:
+    """Returns "a.b" of ``self.a.b``; None: it is another expression."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" and names else None
