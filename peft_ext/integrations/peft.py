@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Experts, NF4Linear
@@ -169,6 +170,9 @@ def restore(model: nn.Module) -> nn.Module:
             clear_dora(module)
         if (stock := STOCK.get(type(module))) is not None:
             module.__class__ = stock
+        elif is_parametrized(module):  # of a class of its own, made of the fused one
+            bases = type(module).__bases__
+            type(module).__bases__ = tuple(STOCK.get(base, base) for base in bases)
     return model
 
 

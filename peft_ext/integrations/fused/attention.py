@@ -69,6 +69,8 @@ def reason(module: nn.Module, forward: Callable) -> Optional[str]:
 
 
 def _device_reason(device: str) -> Optional[str]:
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "PyTorch is told to take its formula (torch.nn.attention.sdpa_kernel)"
     if device == "cuda":
         return "on a GPU PyTorch's own kernels are used"
     if _native.STATE.isa not in _PATHS:

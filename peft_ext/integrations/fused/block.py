@@ -84,7 +84,9 @@ def class_of(mixin: type, stock: type, formula: tuple) -> type:
 def stub(module: nn.Module) -> Any:
     """Returns an object with what ``module`` has, whose parameters and layers can be others."""
     trial = copy.copy(module)
-    trial.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_modules": dict(module._modules)}
+    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value
+           for name, value in module.__dict__.items()}  # fmt: skip
+    trial.__dict__ = {**own, "_parameters": dict(module._parameters), "_modules": dict(module._modules)}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         trial.__dict__[hooks] = {}
     return trial

@@ -26,8 +26,9 @@ from ...ops.checks import autocast_dtype
 from . import attention, expert_modules, rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
+from .held import EXPERT, HELD, held_by, holds_others
 from .lora import LowRank
-from .mlp import EXPERT, NUMBERS, Mlp, mlp_formula, numbers_of
+from .mlp import Mlp, mlp_formula
 from .names import inner_function, named, with_names
 from .reasons import accepts_input, kernel_reason, tensor_reason
 
@@ -43,16 +44,24 @@ _TRIED: dict[tuple, Optional[type]] = {}
 class Norm(Block):
     """A norm over the last dimension."""
 
+    affine: tuple[str, ...] = ()  # parameters beside the weight
+
     def block_reason(self) -> Optional[str]:
         if reason := self.replaced():
             return reason
-        if "weight" not in self._parameters:
-            return "its weight is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
+        for name in ("weight", *self.affine):
+            if name not in self._parameters:
+                return f"its {name} is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
         for name, value in self._parameters.items():
             if value is not None and (reason := tensor_reason(f"its {name}", value, 1)):
                 return reason
+        if type(self._eps()) not in (int, float):
+            return f"its eps is a {type(self._eps()).__name__}, wanted a number"
         weight = self._parameters["weight"]
         return "it has no weight" if weight is None else kernel_reason(type(self).operator, weight.device.type)
+
+    def _eps(self) -> Any:
+        return self.eps
 
 
 class RMSNorm(Norm):
@@ -61,18 +70,31 @@ class RMSNorm(Norm):
 
     kind, operator = "RMSNorm", "rms_norm"
 
+    def block_reason(self) -> Optional[str]:
+        if holds_others(self, self.stock_class, but=self.formula[0]):
+            return "it holds another number, name, function or layer than when it was tried"
+        return super().block_reason()
+
+    def _eps(self) -> Any:
+        return getattr(self, self.formula[0])
+
     def _fused(self, x: Tensor) -> Tensor:
-        eps, offset, rounds, mixes = self.formula
+        _, offset, rounds, mixes = self.formula
         weight = self._parameters["weight"]
         if not mixes and x.dtype is not weight.dtype:
             return self.stock_class.forward(self, x)
-        return ops.rms_norm(x, weight, getattr(self, eps), offset=offset, round_before_weight=rounds)
+        operator = functools.partial(ops.rms_norm, offset=offset, round_before_weight=rounds)
+        if x.is_contiguous():
+            return operator(x, weight, self._eps())
+        # The result lies in memory as x does, as that of a formula of elements.
+        order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
+        return operator(x.permute(order), weight, self._eps()).permute([order.index(dim) for dim in range(x.dim())])
 
 
 class LayerNorm(Norm):
     """nn.LayerNorm over the last dimension; autocast, which takes it in float32, is PyTorch's."""
 
-    kind, operator = "LayerNorm", "layer_norm"
+    kind, operator, affine = "LayerNorm", "layer_norm", ("bias",)
 
     def block_reason(self) -> Optional[str]:
         weight = self._parameters.get("weight")
@@ -97,7 +119,7 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
     k, generator = 24, torch.Generator().manual_seed(0)
     x, w = (torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in ((3, 5, k), (k,)))
     x[0, 0] *= 1e-3  # where eps counts
-    trial = stub(module)
+    trial, before = stub(module), held_by(module)
     wide, narrow = torch.float32, torch.bfloat16
 
     def tried(forward: Callable, norm: Any, of_x: torch.dtype, of_weight: torch.dtype) -> list[Tensor]:
@@ -110,6 +132,8 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
             wanted[dtypes] = tried(type(module).forward, trial, *dtypes)
         except Exception:  # whatever another function raises
             return None
+    if not _is_one_function(type(module).forward, trial, x):
+        return None
     for offset, rounds in itertools.product((0.0, 1.0), (True, False)):
         fused = tried_as(trial, RMSNorm, (names[0], offset, rounds, True))
         alike = {}
@@ -122,9 +146,24 @@ def _rms_formula(module: nn.Module) -> Optional[tuple]:
                 alike[dtypes] = found[0].dtype is values[0].dtype and bool(same)
             else:
                 alike[dtypes] = are_alike(found[:1], values[:1])
-        if alike[wide, wide] and alike[narrow, narrow]:
+        if alike[wide, wide] and alike[narrow, narrow] and held_by(trial) == before:
             return names[0], offset, rounds, all(alike.values())
     return None
+
+
+def _is_one_function(forward: Callable[..., Tensor], trial: Any, x: Tensor) -> bool:
+    """Returns whether a norm computes the same in training and evaluation, with and without a gradient, of any rank."""
+    trial._parameters["weight"] = nn.Parameter(torch.linspace(0.5, 2, x.shape[-1], dtype=torch.float32))
+    x, found, mode = x.detach(), [], trial.training
+    for trial.training, grads in itertools.product((True, False), repeat=2):
+        for shape in (x.shape, (-1, x.shape[-1]), (1, *x.shape)):
+            with torch.set_grad_enabled(grads), torch.autocast("cpu", enabled=False):
+                try:
+                    found.append(forward(trial, x.view(shape)).detach().view(x.shape))
+                except Exception:  # whatever another function raises
+                    return False
+    trial.training = mode
+    return all(torch.allclose(value, found[0], rtol=1e-6, atol=1e-6) for value in found)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -172,6 +211,11 @@ class Forward(Block):
     def prepare(cls, stock: type) -> None:
         attention.asks(stock.forward)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The function that rotates is found, and tried, where the class is made again.
+        _, (mixin, stock, (groups, function, attends, loops)), *state = super().__reduce_ex__(protocol)
+        return _new_forward, (stock, groups, function is not None, attends, loops), *state
+
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
         groups, function, attends, loops = self.formula
         replaced = "its forward was replaced on the instance" if "forward" in self.__dict__ else None
@@ -211,6 +255,13 @@ class Forward(Block):
             return run(self, *args, **kwargs)
 
 
+def _new_forward(stock: type, groups: tuple, rotates: bool, attends: bool, loops: bool) -> Forward:
+    function = rotary.rotary_function(stock.forward) if rotates else None
+    kind = class_of(Forward, stock, (groups, function, attends, loops))
+    kind.prepare(stock)
+    return kind.__new__(kind)
+
+
 _JOINT, _ROTARY, _ATTENTION, _EXPERTS = "projections of one input", "rotary positions", "attention", "experts"
 
 
@@ -245,10 +296,11 @@ def _forward_class(module: nn.Module) -> Optional[type]:
 # --- in a model -------------------------------------------------------------------------------------------------------
 
 
-def _settings(module: nn.Module) -> str:
-    """Returns the numbers and names that a module holds, and its configuration's: its forward may depend on them."""
+def _settings(module: nn.Module) -> Optional[tuple]:
+    """Returns what a module holds, and its configuration's values: its forward may depend on it; None: on a tensor."""
     config = vars(module).get("config")
-    return repr((sorted(numbers_of(module).items()), getattr(config, "__dict__", config)))
+    held = held_by(module)
+    return None if held is None else (tuple(held.items()), repr(getattr(config, "__dict__", config)))
 
 
 def _fused_class(module: nn.Module) -> Optional[type]:
@@ -265,11 +317,13 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     if is_fully_sharded(stock):
         return None  # whose forward gathers parameters first
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
-    key = (stock, stock.forward, act, tuple(module._modules), tuple(module._parameters), _settings(module))
+    if (settings := _settings(module)) is None:
+        return _forward_class(module)
+    key = (stock, stock.forward, act, tuple(module._parameters), settings)
     if key not in _TRIED:
         found = None
-        # Whatever device and mode the model is accelerated under.
-        with torch.device("cpu"), torch.inference_mode(False):
+        # Whatever device and mode the model is accelerated under, and no draw of the caller's generator.
+        with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng([]):
             if (formula := _rms_formula(module)) is not None:
                 found = class_of(RMSNorm, stock, formula)
             elif (formula := mlp_formula(module)) is not None:
@@ -319,8 +373,8 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if module not in skipped and (kind := _fused_class(module)) is not None:
             module.__class__ = kind
-            if isinstance(module, Mlp):
-                module.__dict__[NUMBERS] = numbers_of(module)
+            if isinstance(module, (Mlp, RMSNorm)):
+                module.__dict__[HELD] = held_by(module)
     for module in model.modules():
         for expert in expert_modules.experts_of(module):
             expert.__dict__[EXPERT] = True
@@ -338,4 +392,4 @@ def clear_blocks(model: nn.Module) -> None:
     """Takes away what :func:`fuse_blocks` leaves on modules beside their classes."""
     for module in model.modules():
         module.__dict__.pop(EXPERT, None)
-        module.__dict__.pop(NUMBERS, None)
+        module.__dict__.pop(HELD, None)

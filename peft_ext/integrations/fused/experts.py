@@ -44,8 +44,9 @@ from ...weight import NF4Weight
 from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
+from .held import held_by
 from .merging import MERGE_LOSES, check_adapters_to_merge
-from .mlp import activation_name, computed_again, numbers_of
+from .mlp import activation_name, computed_again
 from .reasons import (
     accepts_input,
     any_global_hook,
@@ -290,7 +291,9 @@ def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offse
 
 def _is_plain_gate(experts: Any, act: str) -> bool:
     """Returns whether the experts' gate is act(first half) times the second, by trial, once for each class."""
-    key = (type(experts), act, tuple(numbers_of(experts).items()))
+    if (held := held_by(experts)) is None:
+        return False
+    key = (type(experts), act, tuple(held.items()))
     if key not in _GATES:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             # A bound that a value is clamped to shows beyond it alone.

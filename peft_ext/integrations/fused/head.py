@@ -34,9 +34,10 @@ class DefersLoss:
         """Returns this call, for the loss; None: the logits have to be computed."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or args or kwargs or not (self.training and accepts_input(x)):
-            return super().forward(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not (self.training and accepts_input(args[0])):
+            return super().forward(*args, **kwargs)
+        (x,) = args
         if x.dim() < 2 or self.head_reason() is not None or (head := self._head(x)) is None:
             return super().forward(x)
         if torch.is_grad_enabled() and (x.requires_grad or head.parameters):

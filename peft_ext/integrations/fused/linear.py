@@ -26,7 +26,8 @@ class FusedLinear(nn.Linear):
     def stock_reason(self) -> Optional[str]:
         return reasons.linear_reason(self, linear_dtype(self))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # nn.Linear's name
         stock = not reasons.accepts_input(x) or reasons.linear_reason(self, autocast_dtype(x) or x.dtype) is not None
         if not stock and operands(self, x) is not None:
             if x.numel() != self.in_features or (torch.is_grad_enabled() and x.requires_grad):

@@ -7,6 +7,7 @@ backward.
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from ... import ops
 from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
+from .held import EXPERT, OF_TORCH, held_by, holds_others
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
-__all__ = ["EXPERT", "NUMBERS", "Mlp", "activation_name", "computed_again", "mlp_formula", "numbers_of"]
+__all__ = ["Mlp", "activation_name", "computed_again", "mlp_formula"]
 
 # Names of the layers into the inner dimension, of the one out of it, and of the activation, in transformers' models.
 _MLPS = (
@@ -45,19 +47,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
-# An attribute of MLPs that are experts, one of a list; and elements of their input, or of their activation: of 32 rows
-# of 512 a step took a fifth longer with both, of 128 a tenth.
-EXPERT = "_peft_ext_is_expert"
+# Elements of an expert's input, or of its activation: of 32 rows of 512 a step took a fifth longer with both, of 128 a
+# tenth.
 _FEW = 1 << 17
-# An attribute of MLPs: the numbers that they were tried with.
-NUMBERS = "_peft_ext_numbers"
 
 _ACTS: dict[Hashable, Optional[str]] = {}  # what was tried
 
 # What a trial's inputs are multiplied with: a bound that a value is clamped to shows beyond it alone.
 _MAGNITUDES = (1.0, 1e-2, 30.0, 1e4)
-# What torch holds in a module; the rest is what its forward may read.
-_OF_TORCH = frozenset(vars(nn.Module()))
+# Other inputs than float32's of three dimensions: a forward may ask for these, too.
+_DTYPES, _SHAPES = (torch.bfloat16, torch.float16), ((6, 8), (1, 3, 2, 8))
+_ROUNDING = 0.03  # of the largest value, in 16 bits
 
 
 class Mlp(Block):
@@ -69,8 +69,8 @@ class Mlp(Block):
     def block_reason(self) -> Optional[str]:
         if reason := self.replaced():
             return reason
-        if self._holds_other_numbers():
-            return "a number that it holds is another one than when it was tried"
+        if holds_others(self, self.stock_class):
+            return "it holds another number, name, function or layer than when it was tried"
         _, _, act, function, gated, _ = self.formula
         if isinstance(getattr(self, act), nn.Module):
             if hooked(getattr(self, act)):
@@ -82,13 +82,6 @@ class Mlp(Block):
         device = next((p.device.type for p in self.parameters()), "cpu")
         return kernel_reason("gated_activation" if gated else "activation", device)
 
-    def _holds_other_numbers(self) -> bool:
-        tried, now = self.__dict__.get(NUMBERS), numbers_of(self)
-        if tried is None or any(now.get(name) != tried[name] for name in tried):
-            return True
-        # What is new is another library's mark, as FSDP's, unless it hides what the class holds by that name.
-        return any(hasattr(self.stock_class, name) for name in now.keys() - tried.keys())
-
     def _fused(self, x: Tensor) -> Tensor:
         into, out, *_ = self.formula
         if not self.takes(x):
@@ -96,7 +89,7 @@ class Mlp(Block):
         modules = self._modules
         with nullcontext() if self._is_few(x) else siblings.together(self, (into,)):
             inner = [modules[name](x) for name in into]
-        return self.finish(inner, modules[out])
+        return self.finish(inner, modules[out], again=not _calls_hooks(modules[out]))
 
     def takes(self, x: Tensor) -> bool:
         """Returns whether the forward changes no dtype on its way; T5's kind does, where its layers are of two."""
@@ -104,8 +97,9 @@ class Mlp(Block):
         weight = getattr(self._modules[out], "weight", None) if drops == "act" else None
         return not isinstance(weight, Tensor) or weight.dtype is x.dtype
 
-    def finish(self, inner: list[Tensor], out: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns what the MLP makes of what its layers in gave, with ``out`` for its layer out."""
+    def finish(self, inner: list[Tensor], out: Callable[[Tensor], Tensor], again: bool = True) -> Tensor:
+        """Returns what the MLP makes of what its layers in gave, with ``out`` for its layer out, which, if ``again``,
+        may save what is computed again."""
         _, _, act, function, gated, drops = self.formula
         if not all(map(accepts_input, inner)) or len({value.dtype for value in inner}) > 1:
             halves = inner[0].chunk(2, dim=-1) if gated and len(inner) == 1 else inner
@@ -115,7 +109,7 @@ class Mlp(Block):
         operator = ops.gated_activation if gated else ops.activation
         args = (*inner, *([None] if gated and len(inner) == 1 else []), function)
         h = operator(*args)
-        with nullcontext() if self._is_few(h) else computed_again(h, operator, *args):
+        with computed_again(h, operator, *args) if again and not self._is_few(h) else nullcontext():
             y = out(self._dropped(h, "act"))
         return self._dropped(y, "out")
 
@@ -126,6 +120,11 @@ class Mlp(Block):
 
     def _dropped(self, x: Tensor, where: str) -> Tensor:
         return self._modules["dropout"](x) if self.formula[-1] == where else x
+
+
+def _calls_hooks(layer: nn.Module) -> bool:
+    """Returns whether hooks see the layer's input, which they may change where no version shows it."""
+    return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())
 
 
 @contextmanager
@@ -183,7 +182,9 @@ class _Again(NamedTuple):
 
 
 def _hooks_are_set() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    autograd = torch._C._autograd
+    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+    return forbidden or autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def activation_name(act: Any) -> Optional[str]:
@@ -210,18 +211,11 @@ def _act_key(act: nn.Module) -> Optional[Hashable]:
     """Returns what an activation's values depend on, which may change; None: on tensors, or what can't be compared."""
     if act._parameters or act._buffers:
         return None
-    held = tuple((name, value) for name, value in vars(act).items() if name not in _OF_TORCH)
+    held = tuple((name, value) for name, value in vars(act).items() if name not in OF_TORCH)
     if any(isinstance(value, Tensor) or not isinstance(value, Hashable) for _, value in held):
         return None
     inner = tuple(None if child is None else _act_key(child) for child in act._modules.values())
     return None if None in inner else (type(act), type(act).forward, act.training, held, inner)
-
-
-def numbers_of(module: nn.Module) -> dict[str, Any]:
-    """Returns the numbers and names that a module holds, on which its forward may depend."""
-    held = vars(module)
-    return {name: held[name] for name in held
-            if isinstance(held[name], (int, float, str)) and name not in _OF_TORCH and name != EXPERT}  # fmt: skip
 
 
 def mlp_formula(module: nn.Module) -> Optional[tuple]:
@@ -256,7 +250,7 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
     if drops:
         trial._modules["dropout"] = nn.Dropout(0.5)
     x = torch.randn(2, 5, 8, generator=generator, dtype=torch.float32)
-    fused = tried_as(trial, Mlp, formula)
+    fused, before = tried_as(trial, Mlp, formula), held_by(trial)
     # Training too: what it drops it may drop by a function.
     for trial.training, magnitude in itertools.product((True, False), _MAGNITUDES):
         try:
@@ -265,4 +259,29 @@ def _mlp_is(module: nn.Module, formula: tuple) -> bool:
             return False
         if not are_alike(with_gradients(Mlp._fused, fused, magnitude * x), wanted):
             return False
+    return _is_alike_elsewhere(type(module).forward, trial, fused, x) and held_by(trial) == before
+
+
+def _is_alike_elsewhere(stock: Callable[..., Tensor], trial: Any, fused: Any, x: Tensor) -> bool:
+    """Returns whether the two forwards agree without a gradient, on inputs of other ranks and in 16 bits, where the
+    stock one takes them."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, *_DTYPES):
+            for layer in trial._modules.values():
+                if isinstance(layer, nn.Linear):
+                    layer.to(dtype)
+            for shape in (x.shape, *_SHAPES):
+                value = x.flatten()[: math.prod(shape)].view(shape).to(dtype)
+                torch.manual_seed(0)
+                try:
+                    wanted = stock(trial, value.clone())
+                except Exception:  # whatever another function raises
+                    continue
+                torch.manual_seed(0)
+                found = Mlp._fused(fused, value.clone())
+                if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype is not wanted.dtype:
+                    return False
+                bound = _ROUNDING if dtype in _DTYPES else 1e-5
+                if not (found - wanted).abs().max() <= bound * wanted.abs().max().clamp(min=1e-3):
+                    return False
     return True

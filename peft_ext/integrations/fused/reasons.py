@@ -282,6 +282,8 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return None
     if kind is not NF4Linear and kind is not Conv1D and not _is_linear(kind):
         return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear or Linear4bit"
+    if "bias" not in base._parameters:
+        return "its bias is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
     if reason := tensor_reason("its weight", weight):
         return reason
     if weight.requires_grad:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from .reasons import accepts_input, kernel_reason
+from .reasons import accepts_input, hooked, kernel_reason
 
 __all__ = ["groups_in", "output_of", "together"]
 
@@ -140,6 +140,8 @@ class _Group:
         """Returns the leader's output, and holds the others'; None: it is not the first that can join, or is alone."""
         if kernel_reason("lora_linears", x.device.type) is not None:
             return None
+        if any(map(hooked, self._layers)):
+            return None  # who sees one's call may write into x, past its version
         found = []
         for layer in self._layers:
             if (state := _state(layer, x)) is None or (call := layer.joint_call(x)) is None:
