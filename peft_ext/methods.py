@@ -24,8 +24,8 @@ KINDS = {
 }
 
 # Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
-_HEAD_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
-_HEADS = r"(.*\.)?(classifier|score|qa_outputs)"
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import torch
 import typer
 
 from .. import _cpu, quantize
+from ..run.data import prompt_ids
 from ..run.evaluate import greedy
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer
+from ..sources.model import hushed, load_model, load_tokenizer, widen
 from . import CliError
 from ._common import base_of, check_base, console, mendable, need, quiet
 
@@ -45,6 +46,8 @@ def chat(
 ) -> None:
     """Ask a base model and its adapted self the same, side by side."""
     _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
+    if not 0 <= seed < 2**63:
+        raise CliError(f"--seed {seed}: wanted 0 to {2**63 - 1}")
     need("chat", "transformers", "peft", "safetensors")
     quiet()
     if threads is not None:
@@ -76,8 +79,8 @@ def _check(
     check_base("--base-quant", base_quant, blocksize)
     if not 0 <= temperature < math.inf:
         raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
-    if threads is not None and threads < 1:
-        raise CliError(f"--threads {threads}: wanted at least 1")
+    if threads is not None and not 1 <= threads < 2**31:
+        raise CliError(f"--threads {threads}: wanted at least 1" + (f" and at most {2**31 - 1}" if threads > 1 else ""))
 
 
 def _prompts() -> Iterator[str]:
@@ -110,7 +113,7 @@ class _Pair:
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
-        base, folder, quant = _base(adapter, config, model, base_quant, blocksize, self.device)
+        base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
         self.tokenizer = _tokenizer(adapter, folder)
         self.model = _adapted(base, adapter).eval()
         self.is_prompt = bool(config.is_prompt_learning)
@@ -132,13 +135,14 @@ class _Pair:
         return base, self._answer(inputs)
 
     def _tokens(self, prompt: str) -> dict[str, Any]:
-        tokenizer, chats = self.tokenizer, bool(getattr(self.tokenizer, "chat_template", None))
-        if chats:
-            turn = [{"role": "user", "content": prompt}]
+        tokenizer, kind = self.tokenizer, self.kind
+        if kind in ("chat", "text") or getattr(tokenizer, "chat_template", None):
             # Whatever the template's own code raises.
             with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
-                prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt", return_token_type_ids=False)
+                ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": prompt}], str(kind))])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         count = inputs["input_ids"].shape[1]
         if self.room is not None and count + self.max_new_tokens > self.room:
             raise CliError(
@@ -207,8 +211,8 @@ def _adapter_config(adapter: Path) -> Any:
 
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
-) -> tuple[Any, Path, str]:
-    """Returns the base as the adapter was trained on it: the model, its folder, its quantization."""
+) -> tuple[Any, Path, str, Optional[str]]:
+    """Returns the base as the adapter was trained on it: the model, its folder, its quantization, the kind of data."""
     from ..sources.adapter import training_options
 
     with mendable():
@@ -230,8 +234,8 @@ def _base(
         quantize.quantize_nf4(made, blocksize=blocksize, progress=False)
         quant = f"nf4, double quantization, blocks of {blocksize}"
     if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
-        made.to(torch.float32)
-    return made if held else made.to(device), base.folder, quant
+        widen(made)
+    return made if held else made.to(device), base.folder, quant, trained.get("kind")
 
 
 def _adapted(base: Any, adapter: Path) -> Any:

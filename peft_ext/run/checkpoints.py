@@ -74,6 +74,14 @@ def check_output(o: Options) -> Optional[Path]:
     return None
 
 
+def check_same_data(o: Options, digest: str) -> None:
+    """Raises RunError where the records of a run to go on with are not those that it began with."""
+    examples = read_record(o).get("examples")
+    before = examples.get("digest") if isinstance(examples, dict) else None
+    if before not in (None, digest):
+        raise RunError(f"--resume: the records of --data {o.data} are not those that the run in {o.output} began with")
+
+
 def _checkpoint_to_resume(o: Options) -> Path:
     found = saved_checkpoints(o)
     if not found:

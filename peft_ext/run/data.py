@@ -11,6 +11,9 @@ Three kinds of record, told apart by their columns:
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from ..sources.json_file import parse, raised_as
 from .errors import RunError
 
 PYTHON_DOCS = "python-docs"
+NEW_TOKENS = 48  # of an answer to a sample prompt
 IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
@@ -40,10 +44,19 @@ class Corpus:
     held_out: list[Any]
     where: str
 
+    @property
+    def digest(self) -> str:
+        """What tells these records and this split from others."""
+        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
+
     def sample_prompt(self) -> str:
         """Returns what to ask before and after training: how the first held-out record begins."""
         record = self.held_out[0]
-        return record[:200].rstrip() if self.kind == "text" else record[0]["content"]
+        if self.kind == "text":
+            return record[:200].rstrip()
+        turn = next(i for i, message in enumerate(record) if message["role"] == "assistant")
+        asked = [message for message in record[:turn] if message["role"] == "user"] or record[:1]
+        return asked[-1]["content"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +190,9 @@ def _json(path: Path, text: str) -> Iterator[Row]:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # Not splitlines(): it cuts fields at U+2028, form feeds and the like.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    longest = csv.field_size_limit(len(text) + 1)
     try:
         names = reader.fieldnames or ()
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -188,6 +203,8 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
             yield row
     except csv.Error as error:
         raise RunError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _txt(path: Path, text: str) -> Iterator[Row]:
@@ -327,6 +344,15 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     return Examples(sides[0], sides[1], cut, left_out)
 
 
+def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
+    """Returns the tokens of what a model is to go on with, as :func:`tokenize` has them before an answer."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = messages[-1]["content"] + ("\n" if kind == "chat" else "")
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
     stream: list[int] = []
     for text in texts:
@@ -358,8 +384,15 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
         for count, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: count + 1], tokenize=False)
+            if count == 0:
+                raise RunError(f"--data {corpus.where}: a conversation begins with the assistant's turn, "
+                               f"{message['content'][:40]!r}, wanted another's before it")  # fmt: skip
+            # Whatever the template's own code raises.
+            roles = ", ".join(turn["role"] for turn in messages)
+            about = f"--data {corpus.where}: the tokenizer's chat template does not take a conversation of {roles} ("
+            with raised_as(RunError, about, Exception, after=")"):
+                before = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
+                after = tokenizer.apply_chat_template(messages[: count + 1], tokenize=False)
             if not (before.startswith(done) and after.startswith(before)):
                 raise RunError(f"--data {corpus.where}: the tokenizer's chat template rewrites earlier turns; "
                                "give prompt and completion columns instead of messages")  # fmt: skip

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .checkpoints import trainer_history
-from .data import IGNORED, PYTHON_DOCS
+from .data import IGNORED, NEW_TOKENS, PYTHON_DOCS, prompt_ids
 from .prepare import Run
 from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
-NEW_TOKENS = 48
 HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it
 HELD_OUT_SHARE = 1 / 4  # what those evaluations read, at most, of the tokens that are trained on: a forward of them
 SAMPLES = 3  # held-out prompts that are asked beside the user's
@@ -112,35 +111,27 @@ def sample_prompts(run: Run) -> list[dict[str, Any]]:
 
 
 def _has_room(run: Run, messages: list[dict[str, str]]) -> bool:
-    tokens = _encode(run, messages)["input_ids"].shape[1]
-    room = getattr(run.config, "max_position_embeddings", None) or math.inf
-    virtual = run.options.virtual_tokens if run.is_prompt_method else 0
-    return tokens <= run.options.block_size and tokens + virtual + NEW_TOKENS <= room
-
-
-def _encode(run: Run, messages: list[dict[str, str]]) -> dict[str, Tensor]:
-    """Returns the tokens of a conversation that the model is to go on with, rendered as the data is."""
-    chat = bool(getattr(run.tokenizer, "chat_template", None))
-    if chat:
-        text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = messages[-1]["content"] + ("\n" if run.corpus.kind == "chat" else "")
-    return run.tokenizer(text, add_special_tokens=not chat, return_tensors="pt", return_token_type_ids=False)
+    tokens = len(prompt_ids(run.tokenizer, messages, run.corpus.kind))
+    return tokens <= run.options.block_size and tokens + NEW_TOKENS <= run.room_of_prompts
 
 
 def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
-    """Returns the greedy answer."""
+    """Returns the greedy answer; "" where the prompt leaves no room for one."""
     from peft.helpers import DoraCaching
 
-    inputs = {name: tensor.to(run.device) for name, tensor in _encode(run, messages).items()}
+    ids = torch.tensor([prompt_ids(run.tokenizer, messages, run.corpus.kind)], device=run.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    count = int(min(NEW_TOKENS, run.room_of_prompts - ids.shape[1]))
+    if count < 1 or ids.numel() == 0:
+        return ""
     model.eval()
     with torch.no_grad(), DoraCaching(), status("answering a prompt"):  # no weight changes within an answer
         if run.is_prompt_method:
-            out = greedy(model, inputs["input_ids"], NEW_TOKENS)
+            out = greedy(model, ids, count)
         else:
-            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+            out = model.generate(**inputs, max_new_tokens=count, do_sample=False, use_cache=True,
                                  pad_token_id=run.tokenizer.pad_token_id)  # fmt: skip
-    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return run.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:

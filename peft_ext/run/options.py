@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -94,8 +95,10 @@ class Options:
     def resolved(self) -> Options:
         """Returns the options with the method's own quantization where none was given, and paths as paths."""
         quant = METHODS[self.method].quant if self.quant is None else self.quant
+        lists: dict[str, Any] = {name: ",".join(value) for name in _LISTS
+                                 if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
         return dataclasses.replace(self, quant=quant, output=Path(self.output), model=str(self.model),
-                                   data=str(self.data))  # fmt: skip
+                                   data=str(self.data), **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
         """Returns the names of the options that are not the defaults."""
@@ -111,12 +114,33 @@ SAME_ON_RESUME = (
     "batch_size", "grad_accum", "lr", "warmup", "seed", "stock",
 )  # fmt: skip
 
+_LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
+
 _LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,
           "threads": 1}  # fmt: skip
 
 
+# What an option may be, by its annotation; a whole number may stand for another, a list of names for a text.
+_TYPES = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": (str, Path), "Path": (str, Path)}
+
+
+def _check_types(o: Options) -> None:
+    for option in dataclasses.fields(o):
+        value, wanted = getattr(o, option.name), option.type.removeprefix("Optional[").rstrip("]")
+        if value is None and option.type.startswith("Optional"):
+            continue
+        names = option.name in _LISTS and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        good = names or (isinstance(value, _TYPES[wanted]) and (wanted == "bool" or not isinstance(value, bool)))
+        if not good:
+            came = f"{value!r:.60}, a {type(value).__name__}"
+            raise RunError(f"--{option.name.replace('_', '-')}: it is {came}, wanted {wanted}")
+
+
 def check_options(o: Options) -> None:
     """Raises RunError for a value that is out of its range, or that excludes another."""
+    _check_types(o)
+    if o.prompt is not None and not o.prompt.strip():
+        raise RunError("--prompt: it is empty")
     if o.method not in METHODS:
         raise RunError(f"--method {o.method}: there is no such method; there are: {', '.join(METHODS)}")
     method = METHODS[o.method]

@@ -21,7 +21,7 @@ from ..methods import METHODS, Method, make_config, method_config
 from ..sources.json_file import raised_as
 from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
-from .data import Corpus, Examples, read_corpus, tokenize
+from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
 from .errors import RunError, Stop
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
@@ -70,6 +70,17 @@ class Run:
     def is_prompt_method(self) -> bool:
         return self.method.kind == "prompt"
 
+    @property
+    def room_of_prompts(self) -> float:
+        """How many tokens of a prompt and its answer it takes, beside the virtual ones."""
+        return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
+
+    @property
+    def room(self) -> float:
+        """How many tokens the model takes; infinity: as many as there are."""
+        room = getattr(self.config, "max_position_embeddings", None)
+        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet's -1
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the seconds that the block takes to those of a phase."""
@@ -93,6 +104,8 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
         options.data, text_column=options.text_column, prompt_column=options.prompt_column,
         completion_column=options.completion_column, eval_fraction=options.eval_fraction, seed=options.seed,
     )  # fmt: skip
+    if checkpoint is not None:
+        checkpoints.check_same_data(options, corpus.digest)
     quiet()
     from ..integrations.transformers import keep_freed_memory
 
@@ -106,11 +119,14 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     run.config = _read_config(run)
     with raised_as(RunError, f"--model {options.model}: no tokenizer (", *_REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
-    room = getattr(run.config, "max_position_embeddings", None)
-    if room is not None and options.block_size > room:
-        raise RunError(f"--block-size {options.block_size}: the model takes at most {room} tokens")
+    if options.block_size > run.room_of_prompts:
+        virtual = options.virtual_tokens if run.is_prompt_method else 0
+        more = f", and {virtual} virtual tokens (--virtual-tokens)" if virtual else ""
+        raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {run.room} tokens")
     with status("tokenizing"):
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
+    if options.prompt is not None:
+        _check_prompt(run)
     run.steps = _count_steps(options, len(run.examples.train))
     run.parameters, run.trainable = _count_parameters(run)
     return run
@@ -168,7 +184,7 @@ def _packed_folder(run: Run) -> str:
 
 def _read_config(run: Run) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     model = run.options.model
     with raised_as(RunError, f"--model {model}: ", OSError, ValueError):
@@ -180,7 +196,19 @@ def _read_config(run: Run) -> Any:
         config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise RunError(f"--model {model}: {config.model_type} is an encoder, each of whose positions sees those after "
+                       "it (is_decoder is false in its config.json), wanted a causal language model")  # fmt: skip
     return config
+
+
+def _check_prompt(run: Run) -> None:
+    messages = [{"role": "user", "content": run.options.prompt}]
+    with raised_as(RunError, "--prompt: the tokenizer's chat template (", Exception, after=")"):
+        count = len(prompt_ids(run.tokenizer, messages, run.corpus.kind))
+    if count + NEW_TOKENS > run.room_of_prompts:
+        raise RunError(f"--prompt: it is {count} tokens, which with {NEW_TOKENS} more of an answer is over the model's "
+                       f"{run.room_of_prompts}")  # fmt: skip
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------

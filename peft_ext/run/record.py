@@ -61,7 +61,7 @@ class Record:
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
-                "cut": run.examples.truncated,
+                "digest": run.corpus.digest, "cut": run.examples.truncated,
             },
             "started": self.started,
             "steps_wanted": run.steps,

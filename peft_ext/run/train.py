@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from ..files import save_adapter
 from ..methods import METHODS
 from ..quantize import quantize_nf4
 from ..sources.json_file import raised_as
+from ..sources.model import widen
 from ..text import dtype_name
 from . import checkpoints, evaluate
 from .config import FILE as CONFIG_FILE
@@ -207,8 +209,7 @@ def load_base(run: Run) -> Any:
     refused = raised_as(RunError, f"--model {o.model}: ", OSError, ValueError, RuntimeError, SafetensorError)
     with refused, status("loading the model"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            run.folder, dtype=torch.bfloat16, attn_implementation="sdpa", use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
         raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
@@ -218,8 +219,8 @@ def load_base(run: Run) -> Any:
         quantize_nf4(model, blocksize=o.blocksize)
         for tensor in (*model.parameters(), *model.buffers()):  # what stays dense would keep the whole file mapped
             tensor.data = tensor.data.clone()
-    if run.dtype != torch.bfloat16:  # a parameter at a time; codes and scales keep their bits
-        model.to(run.dtype).config.dtype = run.dtype
+    if run.dtype != torch.bfloat16:
+        widen(model)
     if needs_bitsandbytes(o):
         from ..integrations.bitsandbytes import to_linear4bit
 
@@ -391,7 +392,10 @@ def _log_end(run: Run, record: Record, check: Check) -> None:
         log.info(f"rounding: fused and stock path, both in {dtype_name(run.dtype)}, differ by "
                  f"{check.accelerated_difference:g} at most in a logit; the largest logit is "
                  f"{check.largest:.0f}")  # fmt: skip
-    if check.ok:
+    if not math.isfinite(check.largest):
+        log.error("the trained model's logits are not finite: the run diverged, and its adapter is of no use; a "
+                  "smaller --lr, or a longer --warmup, may help")  # fmt: skip
+    elif check.ok:
         log.info(f"checked: stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}")
     else:
         log.error(f"stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}, more than "

@@ -184,7 +184,9 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` that wrote ``adapter``; empty where nothing tells them.
+    """Returns the options of the ``peft-ext finetune`` that wrote ``adapter``, and the ``kind`` of its data.
+
+    Empty where nothing tells them.
 
     Raises SourceError where a run.json is there and can't be read: which base the adapter belongs to is in it.
     """
@@ -193,7 +195,8 @@ def training_options(adapter: Path) -> dict[str, Any]:
         if not file.is_file():
             continue
         with raised_as(SourceError, "", OSError, ValueError, chained=True):
-            options = read_object(file).get("options")
+            document = read_object(file)
+        options, examples = document.get("options"), document.get("examples")
         if not isinstance(options, dict) or "quant" not in options:
             continue
         quant, blocksize = options["quant"], options.get("blocksize", 64)
@@ -203,5 +206,5 @@ def training_options(adapter: Path) -> dict[str, Any]:
             )
         if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise SourceError(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")
-        return options
+        return {**options, "kind": examples.get("kind") if isinstance(examples, dict) else None}
     return {}

@@ -8,6 +8,7 @@ quantization:   none, or bitsandbytes' NF4
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import warnings
@@ -235,6 +236,27 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def widen(model: Any) -> None:
+    """Casts a transformers model, loaded in bfloat16, to float32 in place, a parameter at a time; codes and scales of 4
+    bits keep theirs.
+
+    Buffers that are in no file, as Gemma 3's scale of its embeddings, are made anew: their roundings to bfloat16 are
+    not what the model computes in float32.
+    """
+    from accelerate import init_empty_weights
+
+    model.to(torch.float32).config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    in_files = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name in in_files or name not in made or not buffer.is_floating_point():
+            continue
+        owner, _, local = name.rpartition(".")
+        if made[name].shape == buffer.shape:
+            model.get_submodule(owner)._buffers[local] = made[name].to(buffer.device, torch.float32)
 
 
 def base_model(model: nn.Module) -> nn.Module:

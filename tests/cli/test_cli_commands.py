@@ -325,6 +325,24 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
+def test_chat_asks_as_the_run_was_trained(capsys, base, adapters, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((adapters("lora") / name).read_bytes())
+    tokenizer, model = AutoTokenizer.from_pretrained(base), base_of(base).eval()
+    for kind, asked in (("chat", "Hello there\n"), ("text", "Hello there")):
+        run = {"options": {"model": str(base), "quant": "none"}, "examples": {"kind": kind}}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        out = said(capsys, "chat", "--adapter", tmp_path, "--prompt", "Hello there", "--max-new-tokens", 10)
+        ((_, plain, _),) = parts(out)
+        assert plain == answer(model, tokenizer, asked)
+
+
+@pytest.mark.parametrize("option", ["--seed", "--threads"])
+def test_chat_refuses_numbers_that_are_none(capsys, base, adapters, option):
+    found = refused(capsys, "chat", "--adapter", adapters("lora"), "--model", base, "--prompt", "Hi", option, 2**70)
+    assert found.startswith(f"{option} {2**70}: wanted ")
+
+
 def test_chat_computes_the_norm_of_dora_once(capsys, base, adapters, monkeypatch):
     from peft_ext import ops
 

@@ -5,6 +5,7 @@ It is told apart before a trial counts for another module, and looked at again b
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Hashable
 from typing import Any, NamedTuple, Optional
@@ -80,4 +81,6 @@ def _known(value: Any) -> Hashable:
         return "dict", *((_known(key), _known(of)) for key, of in value.items())
     if isinstance(value, (set, frozenset)):
         return "set", frozenset(map(_known, value))
+    if isinstance(value, functools.partial):  # which a copy of the module has one of its own of
+        return "partial", _Same(value.func), _known(value.args), _known(value.keywords)
     return _Same(value)

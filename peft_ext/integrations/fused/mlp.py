@@ -16,11 +16,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import (  # noqa: PLC2701  no public name for it
+    _disable_current_modes as disable_current_modes,
+)
 
 from ... import ops
 from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
-from .held import EXPERT, OF_TORCH, held_by, holds_others
+from .held import EXPERT, held_by, holds_others
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
 __all__ = ["Mlp", "activation_name", "computed_again", "mlp_formula"]
@@ -194,28 +197,32 @@ def activation_name(act: Any) -> Optional[str]:
     if (key := _act_key(act) if isinstance(act, nn.Module) else act) is None:
         return None
     if key not in _ACTS:
-        far = torch.tensor([8.5, 10.5, 13.0, 25.0, 120.0, 1e3, 1e4], dtype=torch.float32)
-        x = torch.cat((torch.linspace(-8, 8, 321, dtype=torch.float32), far, -far))
-        try:
-            y = act(x.clone())
-        except Exception:  # whatever another function raises
-            y = None
-        alike = [name for name, function in _ACTIVATIONS.items()
-                 if isinstance(y, Tensor) and y.shape == x.shape
-                 and ((y - (wanted := function(x))).abs() / wanted.abs().clamp(min=1)).max() < 3e-6]  # fmt: skip
-        _ACTS[key] = alike[0] if alike else None
+        with disable_current_modes(), torch.device("cpu"):  # an estimate's tensors have no values
+            _ACTS[key] = _activation_tried(act)
     return _ACTS[key]
+
+
+def _activation_tried(act: Callable[[Tensor], Any]) -> Optional[str]:
+    far = torch.tensor([8.5, 10.5, 13.0, 25.0, 120.0, 1e3, 1e4], dtype=torch.float32)
+    x = torch.cat((torch.linspace(-8, 8, 321, dtype=torch.float32), far, -far))
+    try:
+        y = act(x.clone())
+    except Exception:  # whatever another function raises
+        y = None
+    alike = [name for name, function in _ACTIVATIONS.items()
+             if isinstance(y, Tensor) and y.shape == x.shape
+             and ((y - (wanted := function(x))).abs() / wanted.abs().clamp(min=1)).max() < 3e-6]  # fmt: skip
+    return alike[0] if alike else None
 
 
 def _act_key(act: nn.Module) -> Optional[Hashable]:
     """Returns what an activation's values depend on, which may change; None: on tensors, or what can't be compared."""
-    if act._parameters or act._buffers:
+    if act._parameters:
         return None
-    held = tuple((name, value) for name, value in vars(act).items() if name not in OF_TORCH)
-    if any(isinstance(value, Tensor) or not isinstance(value, Hashable) for _, value in held):
-        return None
+    held = held_by(act)
     inner = tuple(None if child is None else _act_key(child) for child in act._modules.values())
-    return None if None in inner else (type(act), type(act).forward, act.training, held, inner)
+    known = held is not None and None not in inner
+    return (type(act), type(act).forward, act.training, tuple(held.items()), inner) if known else None
 
 
 def mlp_formula(module: nn.Module) -> Optional[tuple]:

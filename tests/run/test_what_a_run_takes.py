@@ -1,0 +1,212 @@
+"""What a run takes and refuses beside its options' ranges: data as others read it, prompts as trained, models of every
+kind of attention, options from Python; each refusal before a weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import transformers as hf
+
+import peft_ext
+from peft_ext.integrations.fused.mlp import activation_name
+from peft_ext.methods import make_config, method_config
+from peft_ext.run import Options, RunError, finetune, train
+from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize
+from peft_ext.run.prepare import prepare
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.cpu_only("a run chooses the device itself"),
+]
+SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+             num_key_value_heads=2, bos_token_id=0, eos_token_id=1)  # fmt: skip
+
+
+def options_of(tiny: Path, output: Path, **changes: Any) -> Options:
+    return Options(**{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
+                      "batch_size": 2, "block_size": 64, "max_steps": 2, **changes})  # fmt: skip
+
+
+def model_folder(tiny: Path, folder: Path, model: Any) -> str:
+    torch.manual_seed(0)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    hf.AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder)
+    return str(folder)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c", "\x0b", "\x1c"], ids=ascii)
+def test_csv_fields_hold_what_others_cut_lines_at(tmp_path: Path, character: str) -> None:
+    rows = [f"line {i} a{character}b c" for i in range(6)]
+    (tmp_path / "one.csv").write_text("text\n" + "\n".join(rows) + "\n")
+    (tmp_path / "two.csv").write_text("question,answer\n" + "".join(f"{i},{row}\n" for i, row in enumerate(rows)))
+    one, two = (read_corpus(str(tmp_path / name)) for name in ("one.csv", "two.csv"))
+    assert sorted(one.train + one.held_out) == rows
+    assert sorted(record[1]["content"] for record in two.train + two.held_out) == rows
+
+
+def test_csv_of_long_fields_and_lines_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\r\n" + b"x" * 200_000 + b'\r\n"y\r\nz"\r\n')
+    corpus = read_corpus(str(tmp_path / "a.csv"))
+    assert sorted(corpus.train + corpus.held_out, key=len) == ["y\nz", "x" * 200_000]
+
+
+def test_a_conversation_is_asked_by_its_user() -> None:
+    record = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    assert Corpus("chat", [record], [record], "here").sample_prompt() == "u"
+    assert Corpus("chat", [record], [record[:1] + record[2:]], "here").sample_prompt() == "s"
+
+
+def test_conversations_that_a_template_does_not_take(tiny: Path) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    user, said, system = ({"role": role, "content": "hi"} for role in ("user", "assistant", "system"))
+    for record, message in (([system, user, said], r"conversation of system, user, assistant \(.*no system"),
+                            ([said, user, said], "begins with the assistant's turn, 'hi'")):  # fmt: skip
+        with pytest.raises(RunError, match=message):
+            tokenize(Corpus("chat", [record], [record], "here"), tokenizer, 64)
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}|{% endfor %}"])
+def test_a_prompt_is_rendered_as_the_data_is(tiny: Path, template: str | None) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = template
+    record = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (example,) = tokenize(Corpus("chat", [record], [record], "here"), tokenizer, 64).train
+    asked = prompt_ids(tokenizer, record[:1], "chat")
+    assert example["input_ids"][: len(asked)] == asked and example["labels"][len(asked) - 1] == -100
+    assert example["labels"][len(asked)] != -100
+
+
+def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text((tiny / "pairs.jsonl").read_text())
+    options = options_of(tiny, tmp_path / "run", data=str(data), save_steps=1)
+    finetune(options)
+    assert len(json.loads((tmp_path / "run/run.json").read_text())["examples"]["digest"]) == 64
+    assert prepare(replace(options, resume=True, max_steps=3)).checkpoint is not None
+    data.write_text(data.read_text().replace("What is 3", "What was 3"))
+    with pytest.raises(RunError, match="--resume: the records of --data .* are not those that the run"):
+        prepare(replace(options, resume=True, max_steps=3))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": "8"}, "--rank: it is '8', a str, wanted int"),
+        ({"lr": "1e-3"}, "--lr: it is '1e-3', a str, wanted float"),
+        ({"max_steps": 2.0}, "--max-steps: it is 2.0, a float, wanted int"),
+        ({"overwrite": 1}, "--overwrite: it is 1, a int, wanted bool"),
+        ({"rank": True}, "--rank: it is True, a bool, wanted int"),
+        ({"prompt": 5}, "--prompt: it is 5, a int, wanted str"),
+        ({"prompt": " "}, "--prompt: it is empty"),
+        ({"target_modules": [1]}, r"--target-modules: it is \[1\], a list, wanted str"),
+    ],
+)
+def test_options_of_another_type(tiny: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        prepare(options_of(tiny, tmp_path / "run", **changes))
+
+
+def test_options_take_lists_of_names(tiny: Path, tmp_path: Path) -> None:
+    run = prepare(options_of(tiny, tmp_path / "run", target_modules=["q_proj", "v_proj"], lr=1))
+    assert run.options.target_modules == "q_proj,v_proj"
+    assert run.trainable == prepare(options_of(tiny, tmp_path / "run", target_modules="q_proj, v_proj")).trainable
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_over_the_models_positions_is_refused(tiny: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"method": "prompt", "block_size": 250}, "--block-size 250, and 20 virtual tokens .* at most 256 tokens"),
+        (
+            {"prompt": "word " * 50},
+            "--prompt: it is 251 tokens, which with 48 more of an answer is over",
+        ),
+    ):
+        with pytest.raises(RunError, match=message):
+            prepare(options_of(tiny, tmp_path / "run", **changes))
+
+
+def test_prompts_of_the_data_that_leave_no_room_are_answered_by_nothing(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "word " * 46 + str(i), "completion": "yes"} for i in range(12)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=4, n_positions=234,
+                                            bos_token_id=0, eos_token_id=1))  # fmt: skip
+    model = model_folder(tiny, tmp_path / "gpt2", gpt2)
+    result = finetune(
+        options_of(tiny, tmp_path / "run", model=model, data=str(tmp_path / "long.jsonl"), block_size=234)
+    )
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert result.finished and [len(sample["before"]) <= 5 for sample in record["samples"]] == [True]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_sdpa_trains(tiny: Path, tmp_path: Path) -> None:
+    gemma = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=16))
+    model = model_folder(tiny, tmp_path / "gemma2", gemma)
+    assert finetune(options_of(tiny, tmp_path / "run", model=model)).check.ok
+
+
+def test_an_encoder_is_no_causal_model(tiny: Path, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    model = model_folder(tiny, tmp_path / "bert", hf.BertForMaskedLM(hf.BertConfig(**sizes)))
+    with pytest.raises(RunError, match="bert is an encoder, each of whose positions sees those after it"):
+        prepare(options_of(tiny, tmp_path / "run", model=model))
+
+
+def test_float32_runs_compute_what_a_float32_load_does(tiny: Path, tmp_path: Path) -> None:
+    """Gemma 3's embeddings are scaled by a buffer that is in no file."""
+    gemma = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**SIZES, "hidden_size": 40}, head_dim=8, sliding_window=32))
+    model = model_folder(tiny, tmp_path / "gemma3", gemma)
+    for quant in ("none", "nf4"):
+        base = train.load_base(prepare(options_of(tiny, tmp_path / "run", model=model, dtype="fp32", quant=quant)))
+        plain = hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        assert base.get_input_embeddings().embed_scale == plain.get_input_embeddings().embed_scale
+        assert base.dtype is torch.float32
+        if quant == "none":
+            ids = torch.arange(3, 19).view(2, 8)
+            assert torch.equal(base(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_heads_that_peft_trains_whole_are_no_targets() -> None:
+    config = hf.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=3)
+    for method in ("lora", "bitfit", "adalora"):
+        estimate = peft_ext.estimate_memory(config, method=method, task_type="SEQ_CLS", batch_size=2, sequence_length=8)
+        assert estimate.total > 0
+        model = hf.DistilBertForSequenceClassification(copy.deepcopy(config))
+        peft_ext.get_peft_model(model, make_config(*method_config(method, "SEQ_CLS")))
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def test_an_activation_that_holds_a_function_is_known_in_a_copy_and_in_an_estimate() -> None:
+    act = hf.activations.ACT2FN["gelu_pytorch_tanh"]
+    assert activation_name(act) == activation_name(copy.deepcopy(act)) == "gelu_tanh"
+    config = hf.LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh")
+    found, plain = (peft_ext.estimate_memory(config, method="lora", batch_size=2, sequence_length=16, accelerated=how)
+                    for how in (True, False))  # fmt: skip
+    assert 0 < found.total <= plain.total
