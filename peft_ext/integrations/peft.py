@@ -100,8 +100,8 @@ def accelerate(
             none, and refuses a ``lora_dropout`` there; its files don't say it. Kept like dora_dropout.
 
     Returns: the same model. Calling again is harmless. Outputs and gradients agree with PEFT's to rounding; dropout
-    draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient, and
-    forward-mode derivatives.
+    draws its mask from the same generator, not the same mask. Not offered: the gradient of a gradient. Under
+    forward-mode differentiation and torch.func's transforms PEFT's code runs.
 
     Raises: TypeError where model is no nn.Module; ValueError where dora_dropout is none of the two, or experts_dropout
     no probability below 1. Warns where model has no adapter and no 4-bit layer, and where bitsandbytes has repacked a

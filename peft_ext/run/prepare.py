@@ -281,6 +281,12 @@ def adapter_config(run: Run, model: Any) -> Any:
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank
+        case "ia3" if targets is None:
+            from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+            if run.config.model_type not in TARGETS:
+                raise RunError(f"--method ia3: PEFT knows no layers of a {run.config.model_type} for it, name them "
+                               "with --target-modules")  # fmt: skip
         case "ia3" if isinstance(targets, list):
             from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
 

@@ -177,6 +177,15 @@ def test_an_encoder_is_no_causal_model(tiny: Path, tmp_path: Path) -> None:
         prepare(options_of(tiny, tmp_path / "run", model=model))
 
 
+def test_ia3_says_where_it_has_no_layers(tiny: Path, tmp_path: Path) -> None:
+    phi = hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES, pad_token_id=1))
+    model = model_folder(tiny, tmp_path / "phi3", phi)
+    with pytest.raises(RunError, match="--method ia3: PEFT knows no layers of a phi3 for it, name them with --target-"):
+        prepare(options_of(tiny, tmp_path / "run", model=model, method="ia3"))
+    run = prepare(options_of(tiny, tmp_path / "run", model=model, method="ia3", target_modules="qkv_proj"))
+    assert run.trainable == 32 + 2 * 2 * 8
+
+
 def test_float32_runs_compute_what_a_float32_load_does(tiny: Path, tmp_path: Path) -> None:
     """Gemma 3's embeddings are scaled by a buffer that is in no file."""
     gemma = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**SIZES, "hidden_size": 40}, head_dim=8, sliding_window=32))

@@ -143,6 +143,15 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
              });
 }
 
+// Each row of a float32 matrix as `row`.
+void fill_rows(const Tensor& matrix, const float* row) {
+  const int64_t columns = matrix.size(1);
+  float* to = matrix.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, matrix.size(0), ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) memcpy(to + t * columns, row, static_cast<size_t>(columns) * sizeof(float));
+  });
+}
+
 void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   const LinearSizes& size = f.size;
   const Adapter& adapter = f.adapter;
@@ -184,7 +193,14 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   Tensor before, after;
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
-    mm_out(before, x, transposed(working_weight(f.op, f.weight, type)));
+    const Tensor dense = transposed(working_weight(f.op, f.weight, type));
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // onto its rows, as PyTorch's linear layer does
+      fill_rows(before, finish.bias_before);
+      addmm_(before, x, dense, 1.0);
+      finish.bias_before = nullptr;
+    } else {
+      mm_out(before, x, dense);
+    }
     if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // it is there
   } else if (!f.drop_base()) {
     before = product_forward(f.op, x, f.weight, type);

@@ -1,10 +1,40 @@
 // Columns scaled and summed in one pass (ColumnPass). Included after the target pragma.
 #pragma once
 
+#include <type_traits>
+
 #include "linear/cpu/kernels/row_block.h"
 
 namespace peft_ext {
 namespace {
+
+// sums alone in float32, which needs no room between: rows together, each column's products added in their order.
+void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
+  constexpr int kRows = 4;
+  const auto* m = static_cast<const float*>(pass.m);
+  const auto* other = static_cast<const float*>(pass.other);
+  int64_t t = begin;
+  const auto rows = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t k = 0; k < pass.columns; k += Vec::kWidth) {
+      if (k + Vec::kWidth <= pass.columns) {
+        Vec sum = Vec::load(pass.sums + k);
+        for (int i = 0; i < kCount; ++i) {
+          const int64_t flat = (t + i) * pass.columns + k;
+          sum = Vec::fma(Vec::load(m + flat), Vec::load(other + flat), sum);
+        }
+        sum.store(pass.sums + k);
+        continue;
+      }
+      for (int64_t j = k; j < pass.columns; ++j)
+        for (int i = 0; i < kCount; ++i)
+          pass.sums[j] += m[(t + i) * pass.columns + j] * other[(t + i) * pass.columns + j];
+    }
+    t += kCount;
+  };
+  while (t + kRows <= end) rows(std::integral_constant<int, kRows>());
+  while (t < end) rows(std::integral_constant<int, 1>());
+}
 
 template <typename T, typename Other>
 void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
@@ -44,6 +74,8 @@ void scale_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
 
 void column_pass(const ColumnPass& pass, int64_t begin, int64_t end) {
   if (pass.dtype == DType::kF32 && pass.sums == nullptr) return scale_columns(pass, begin, end);
+  if (pass.dtype == DType::kF32 && pass.other_dtype == DType::kF32 && pass.out == nullptr)
+    return sum_columns(pass, begin, end);
   with_dtype(pass.dtype, [&](auto zero) {
     with_dtype(pass.other_dtype, [&](auto other) { column_range<decltype(zero), decltype(other)>(pass, begin, end); });
   });
