@@ -349,7 +349,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "": summary,
     "machine": machine_text,
     "errors": error_table,
-    "nf4": operator("nf4_quantize", "nf4_dequantize", "nf4_linear"),
+    "nf4": of_its_own("nf4", "nf4_quantize", "nf4_dequantize", "nf4_linear"),
     "lora": operator("lora_linear"),
     "mixed": operator("grouped_lora_linear"),
     "bottleneck": operator("bottleneck_adapter"),
