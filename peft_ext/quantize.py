@@ -191,9 +191,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):
             return
-        if isinstance(
-            getattr(module, "parameter_name", None), str
-        ):  # LoRA's sum of weights, of PEFT's target_parameters
+        # LoRA's sum of weights, of PEFT's target_parameters.
+        if isinstance(getattr(module, "parameter_name", None), str):
             return
         adapted = True
         children = {"base_layer": module._modules["base_layer"]} if "base_layer" in module._modules else {}

@@ -45,9 +45,7 @@ def chat(
     threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
 ) -> None:
     """Ask a base model and its adapted self the same, side by side."""
-    _check(prompt, max_new_tokens, base_quant, blocksize, temperature, threads)
-    if not 0 <= seed < 2**63:
-        raise CliError(f"--seed {seed}: wanted 0 to {2**63 - 1}")
+    _check(prompt, max_new_tokens, base_quant, blocksize, temperature, seed, threads)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
     if threads is not None:
@@ -70,7 +68,7 @@ def chat(
 
 def _check(
     prompt: Optional[str], max_new_tokens: int, base_quant: Optional[str], blocksize: Optional[int],
-    temperature: float, threads: Optional[int],
+    temperature: float, seed: int, threads: Optional[int],
 ) -> None:  # fmt: skip
     if prompt is not None and not prompt.strip():
         raise CliError("--prompt: it is empty")
@@ -79,8 +77,12 @@ def _check(
     check_base("--base-quant", base_quant, blocksize)
     if not 0 <= temperature < math.inf:
         raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
-    if threads is not None and not 1 <= threads < 2**31:
-        raise CliError(f"--threads {threads}: wanted at least 1" + (f" and at most {2**31 - 1}" if threads > 1 else ""))
+    if threads is not None and threads < 1:
+        raise CliError(f"--threads {threads}: wanted at least 1")
+    if threads is not None and threads >= 2**31:
+        raise CliError(f"--threads {threads}: wanted at most {2**31 - 1}")
+    if not 0 <= seed < 2**63:
+        raise CliError(f"--seed {seed}: wanted 0 to {2**63 - 1}")
 
 
 def _prompts() -> Iterator[str]:

@@ -11,6 +11,7 @@ Three kinds of record, told apart by their columns:
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -44,7 +45,7 @@ class Corpus:
     held_out: list[Any]
     where: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """What tells these records and this split from others."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()

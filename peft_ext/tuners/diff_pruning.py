@@ -228,9 +228,8 @@ class DiffPruningModel(ReplacingTuner):
     def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not torch.is_grad_enabled():
             return output
-        first = isinstance(output, tuple) and not hasattr(
-            output, "loss"
-        )  # of return_dict=False: the loss, if there is one
+        # Of return_dict=False: the loss comes first, if there is one.
+        first = isinstance(output, tuple) and not hasattr(output, "loss")
         if isinstance(output, Mapping):
             loss = output.get("loss")
         else:

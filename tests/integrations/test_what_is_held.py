@@ -4,7 +4,9 @@ write past versions, the caller's generator, tools of PyTorch's around a fused m
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +165,21 @@ def test_what_a_module_holds_is_seen(name: str, when: str, x: Tensor) -> None:
 @pytest.mark.parametrize("kind", [Gated, Norm, Bounded, Behind])
 def test_as_they_are_they_are_fused(kind: type, x: Tensor) -> None:
     assert fused_blocks(assert_same(adapted(kind), x)) == [True, True]
+
+
+def test_what_a_module_holds_is_not_kept_by_its_trial() -> None:
+    class Thing:
+        """Whatever it is, it may be large."""
+
+    things = [Thing()]
+    seen = weakref.ref(things[0])
+    for kind in (Bounded, Behind):
+        model = adapted(kind, lambda module: setattr(module, "other", [*things]))
+        assert fused_blocks(peft_ext.accelerate(model)) == [True, True]
+        del model
+    things.clear()
+    gc.collect()
+    assert seen() is None
 
 
 # --- what a forward does beside, and when -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ namespace {
 
 // Scaled values lie in [-1, 1], cut into bins of which none holds two thresholds: a value's code is the number of
 // thresholds below its bin, and one more where it is above the bin's own (infinity: there is none). An entry holds that
-// for the bin of its number; the lowest five bits of a float near kBinZero are the bin.
+// for the bin of its number; the lowest five bits of a float near kZero are the bin.
 struct Bins {
   static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // 1.5 * 2^23: the last bit of those is 1
   alignas(64) float bound[32] = {};

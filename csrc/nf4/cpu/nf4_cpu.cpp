@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
 //
 // Values of one sign, exponent and first bits of the mantissa share a bin, which knows how many thresholds lie below
 // it; what lies within it is counted, one threshold of the dynamic map at most. The first bin is what is below 2^-22,
-// where that map has one threshold, the last what is 1 and more.
+// nearer to 0 than that map's thresholds, the last what is 1 and more.
 class NearestScale {
  public:
   explicit NearestScale(const float* table) {

@@ -26,7 +26,7 @@ from ...ops.checks import autocast_dtype
 from . import attention, expert_modules, rotary, siblings
 from .base import STOCK, is_fully_sharded
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
-from .held import EXPERT, HELD, held_by, holds_others
+from .held import EXPERT, HELD, held_by, holds_others, lasts
 from .lora import LowRank
 from .mlp import Mlp, mlp_formula
 from .names import inner_function, named, with_names
@@ -36,6 +36,7 @@ __all__ = ["clear_blocks", "fuse_blocks", "plain_blocks"]
 
 # What a trial of a class of the model's gave: its fused class, None where it is another function.
 _TRIED: dict[tuple, Optional[type]] = {}
+_NEVER = type("_Never", (), {})  # stands for what was not tried
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -83,12 +84,13 @@ class RMSNorm(Norm):
         weight = self._parameters["weight"]
         if not mixes and x.dtype is not weight.dtype:
             return self.stock_class.forward(self, x)
-        operator = functools.partial(ops.rms_norm, offset=offset, round_before_weight=rounds)
+        eps = self._eps()
         if x.is_contiguous():
-            return operator(x, weight, self._eps())
+            return ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=rounds)
         # The result lies in memory as x does, as that of a formula of elements.
         order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
-        return operator(x.permute(order), weight, self._eps()).permute([order.index(dim) for dim in range(x.dim())])
+        y = ops.rms_norm(x.permute(order), weight, eps, offset=offset, round_before_weight=rounds)
+        return y.permute([order.index(dim) for dim in range(x.dim())])
 
 
 class LayerNorm(Norm):
@@ -320,7 +322,7 @@ def _fused_class(module: nn.Module) -> Optional[type]:
     if (settings := _settings(module)) is None:
         return _forward_class(module)
     key = (stock, stock.forward, act, tuple(module._parameters), settings)
-    if key not in _TRIED:
+    if (found := _TRIED.get(key, _NEVER)) is _NEVER:
         found = None
         # Whatever device and mode the model is accelerated under, and no draw of the caller's generator.
         with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng([]):
@@ -330,8 +332,9 @@ def _fused_class(module: nn.Module) -> Optional[type]:
                 found = class_of(Mlp, stock, formula)
         if found is not None:
             found.stock_forward = stock.forward
-        _TRIED[key] = found
-    return _TRIED[key] or _forward_class(module)
+        if lasts(settings):
+            _TRIED[key] = found
+    return found or _forward_class(module)
 
 
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:

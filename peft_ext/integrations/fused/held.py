@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import numbers
+import types
 from collections.abc import Hashable
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EXPERT", "HELD", "OF_TORCH", "held_by", "holds_others"]
+__all__ = ["EXPERT", "HELD", "OF_TORCH", "held_by", "holds_others", "lasts"]
 
 # Attributes of modules: of MLPs that are experts, one of a list; what a module held as it was tried.
 EXPERT, HELD = "_peft_ext_is_expert", "_peft_ext_held"
@@ -68,6 +69,13 @@ def holds_others(module: nn.Module, stock: type, but: Optional[str] = None) -> b
     changed = {name for name in tried if name not in now or now[name] != tried[name]}
     changed |= {name for name in now.keys() - tried.keys() if hasattr(stock, name)}
     return bool(changed - {but})
+
+
+def lasts(held: Hashable) -> bool:
+    """Returns whether what a module holds may be a key for good: no object that would live as long as the key does."""
+    if isinstance(held, _Same):
+        return isinstance(held.value, (types.FunctionType, types.BuiltinFunctionType, type))
+    return all(map(lasts, held)) if isinstance(held, (tuple, frozenset)) else True
 
 
 def _known(value: Any) -> Hashable:
