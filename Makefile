@@ -187,7 +187,7 @@ cuda-link: setup .venv-cuda/.installed
 
 # With a python whose torch is a CUDA build nothing is installed; GPU_ARGS goes on, e.g. GPU_ARGS="--steps build,bench".
 gpu:
-	$(PYTHON) tools/gpu.py $(GPU_ARGS)
+	$(PYTHON) tools/gpu.py $(GPU_ARGS) $(BATTERY)
 
 clean:
 	rm -rf $(VENV) .venv-cuda .venv-newest build dist outputs peft_ext.egg-info peft_ext/*.so

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHS_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # what an older nvcc knows
+NAMED_BEFORE_8_0 = ("Maxwell", "Pascal", "Volta", "Turing")  # of TORCH_CUDA_ARCH_LIST, with or without more
 # Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses its form of it.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
@@ -58,6 +59,23 @@ def find_cudart(torch, nvcc):
     return found[0] if found else None
 
 
+def nvcc_release(nvcc):
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", told)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def kernel_archs(asked, release):
+    """Of the architectures asked for, or of the default's, those that the kernels compile for; "" where none is."""
+    if not asked:
+        return DEFAULT_ARCHS if release >= (12, 8) else ARCHS_BEFORE_12_8
+    archs = asked.replace(" ", ";").split(";")
+    too_old = [arch for arch in archs if arch in NAMED_BEFORE_8_0 or re.match(r"[1-7]\.", arch)]
+    if too_old:
+        say(f"no kernels for {', '.join(too_old)}: they need bfloat16 (8.0 and more)")
+    return ";".join(arch for arch in archs if arch and arch not in too_old)
+
+
 def cuda_runtime(torch):
     """The CUDA runtime to link with, or None for no CUDA library; decided as the docstring above says, and printed."""
     from torch.utils.cpp_extension import CUDA_HOME
@@ -74,18 +92,20 @@ def cuda_runtime(torch):
     if asked == "0":
         say("CPU library only: FORCE_CUDA=0")
         return None
-    release = (0, 0)
-    if nvcc:
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        if found := re.search(r"release (\d+)\.(\d+)", told):
-            release = (int(found[1]), int(found[2]))
+    release = nvcc_release(nvcc) if nvcc else (0, 0)
+    if torch.version.cuda and release[0] and release[0] != int(torch.version.cuda.split(".")[0]):
+        missing.append(f"{nvcc} is of CUDA {release[0]}.{release[1]}, and torch of {torch.version.cuda}")
+    archs = kernel_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), release)
+    if not archs:
+        named = os.environ["TORCH_CUDA_ARCH_LIST"]
+        missing.append(f"TORCH_CUDA_ARCH_LIST is {named}, of which no GPU has bfloat16 (8.0 and more)")
     if missing and asked == "1":
         sys.exit(f"peft_ext: FORCE_CUDA=1, but {' and '.join(missing)}")
     if missing:
         say(f"CPU library only: {' and '.join(missing)}")
         return None
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS if release >= (12, 8) else ARCHS_BEFORE_12_8)
-    say(f"CPU and CUDA libraries: torch {torch.__version__}, {nvcc}, archs {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    say(f"CPU and CUDA libraries: torch {torch.__version__}, {nvcc}, archs {archs}")
     return find_cudart(torch, nvcc)
 
 
@@ -177,4 +197,5 @@ def main():
         setup(setup_requires=["torch>=2.11"], **METADATA)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Everything that needs an NVIDIA GPU, in one go: build, proof, tests on the device, sanitizer, training, benchmarks.
 
     python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
-                        [--out benchmarks/results]
+                        [--out benchmarks/results] [tests of the battery]
 
 Standard library alone. The python that runs it is used where its torch is a CUDA build; else .venv is made, with the
 torch of pip's default index. Each step has a limit of its own, a share of the time that is left; a step that fails or
@@ -11,6 +11,7 @@ is cut off is named and the next ones run, and the exit status is 1. Log and res
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional, TextIO
 
@@ -45,6 +46,8 @@ for family, why in found.items():
     print(f"{family:<14} {why or 'agrees with the reference, and is no slower'}")
 sys.exit(any(found.values()))
 """
+PROOF_SECONDS = 60.0
+BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 # In what follows the kernels run whatever the proof has found.
 UNPROVED = {"PEFT_EXT_PROVE": "0"}
 NOT_RUN = "not run"  # what a step says that can't run here, and did not fail
@@ -123,18 +126,23 @@ def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
 
 def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
     """What a user's first call there finds: each family of kernels against the plain way, and timed."""
-    return runner.run([python, "-c", PROOF], limit, {"PEFT_EXT_REQUIRE": "1"})
+    # However little a slow build has left: it says most in the least time.
+    return runner.run([python, "-c", PROOF], max(limit, PROOF_SECONDS), {"PEFT_EXT_REQUIRE": "1"})
 
 
-def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
+def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float, *, named: Sequence[str] = ()) -> str:
     own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
     # Values first; what torch.compile traces takes longest and says least of a kernel. Each launch is waited for, so
     # that a fault is the fault of the test that it stands at.
     slow = "test_compiles or test_opcheck"
-    tests = [python, "-m", "pytest", "-q", "--device", "cuda", "tests/ops/test_ops.py", "tests/ops/test_op_edges.py"]
+    tests = [python, "-m", "pytest", "-q", "--device", "cuda"]
     end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
-    wrong = runner.run([*tests, "tests/nn/test_nn.py", *own, "-k", f"not ({slow})"], limit, environment)
-    return wrong or runner.run([*tests, "-k", slow], end - runner.clock())
+    files = [*(named or (*BATTERY, "tests/nn/test_nn.py")), *own]
+    found = [
+        runner.run([*tests, *files, "-k", f"not ({slow})"], 0.8 * limit, environment),
+        runner.run([*tests, *BATTERY, "-k", slow], end - runner.clock()),
+    ]
+    return "; ".join(filter(None, found))
 
 
 def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
@@ -176,8 +184,11 @@ STEPS = {
 }
 
 
-def run_steps(runner: Runner, names: list[str], python: str, gpu: dict, out: Path) -> dict[str, str]:
+def run_steps(
+    runner: Runner, names: list[str], python: str, gpu: dict, out: Path, tests: Sequence[str] = ()
+) -> dict[str, str]:
     """By step, what went wrong, or ""; the limit of each is its share of the time that is left."""
+    steps = STEPS | {"battery": functools.partial(STEPS["battery"], named=tests)} if tests else STEPS
     found = {}
     for turn, name in enumerate(names):
         share = SHARES[name] / sum(SHARES[later] for later in names[turn:])
@@ -185,7 +196,7 @@ def run_steps(runner: Runner, names: list[str], python: str, gpu: dict, out: Pat
         runner.say(f"\n=== {name}: at most {limit:.0f} s of {runner.left():.0f}")
         start = runner.clock()
         try:
-            found[name] = STEPS[name](runner, python, gpu, out, limit)
+            found[name] = steps[name](runner, python, gpu, out, limit)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
         runner.say(f"=== {name}: {found[name] or 'passed'} ({runner.clock() - start:.0f} s)")
@@ -231,6 +242,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("--seconds", type=float, default=570.0, help="for all steps together; default: 570")
     parser.add_argument("--steps", default=",".join(STEPS), help="which, comma-separated; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of log and results")
+    parser.add_argument("tests", nargs="*", help="files of the battery; default: the operators'")
     args = parser.parse_args(argv)
     names = [name for name in args.steps.split(",") if name]
     if unknown := set(names) - set(STEPS):
@@ -257,8 +269,11 @@ def main(argv: Optional[list[str]] = None) -> int:
                 runner.say(f"gpu: the torch of {python} is missing, a CPU build, or sees no GPU; remove {VENV}, or run "
                            "with a python that has a CUDA build of torch")  # fmt: skip
                 return 1
+        if float(gpu["arch"]) < 8.0:
+            runner.say(f"gpu: {gpu['name']} has compute capability {gpu['arch']}, wanted 8.0 or more")
+            return 1
         runner.say(f"gpu: {gpu['name']}, sm_{gpu['arch'].replace('.', '')}, torch's CUDA {gpu['cuda']}, {python}")
-        found = run_steps(runner, names, python, gpu, args.out)
+        found = run_steps(runner, names, python, gpu, args.out, args.tests)
         written = [path for path in args.out.glob("*.json") if path.stat().st_mtime >= started]
         summary(runner, found, max(written, key=lambda path: path.stat().st_mtime, default=None), gpu["name"])
     return 1 if any(wrong and not wrong.startswith(NOT_RUN) for wrong in found.values()) else 0

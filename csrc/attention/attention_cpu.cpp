@@ -1,8 +1,7 @@
 // Scaled dot-product attention on the CPU; the arithmetic is in kernels_impl.h. A block of queries, and in the backward
 // the keys of a head or of a few, are one thread's, and what is added up is cut by the shapes alone: the same bits for
 // any number of threads.
-#include <math.h>
-
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -38,7 +37,7 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
                   " heads, wanted a multiple of k's ", k.size(1));
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
                   ": k or v is not of q's type");
-  STD_TORCH_CHECK(scale > 0.0 && isfinite(scale), op, ": scale is ", scale, ", wanted a finite number above 0");
+  STD_TORCH_CHECK(scale > 0.0 && std::isfinite(scale), op, ": scale is ", scale, ", wanted a finite number above 0");
   const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
   const auto check_scores = [&](const char* argument, const Tensor& given) {
     STD_TORCH_CHECK(given.dim() == 4, op, ": ", argument, " is not [B, H, T, S]");

@@ -1,7 +1,7 @@
 // Words of 32 bits, transposed. Included after the target pragma.
 #pragma once
 
-#include "linear/cpu/tiles/transpose.h"
+#include "linear/cpu/tiles/transpose_avx512.h"
 
 namespace peft_ext {
 namespace {

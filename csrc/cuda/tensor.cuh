@@ -31,6 +31,16 @@ Tensor device_vector(const char* op, const char* argument, const Tensor& vector,
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
+// "" or why the device answers nothing any more: a kernel of before, of whomever, failed.
+inline const char* lost_device() {
+#ifdef PEFT_EXT_EMULATE_CUDA
+  return "";
+#else
+  const cudaError_t state = cudaFree(nullptr);
+  return state == cudaSuccess ? "" : cudaGetErrorString(state);
+#endif
+}
+
 // What `allocate` gives. The stable ABI loses what an allocator said, by which trainers know that a smaller batch would
 // do.
 template <typename Allocate>
@@ -38,10 +48,11 @@ Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
   try {
     return allocate();
   } catch (const std::exception&) {
+    const char* lost = lost_device();
+    STD_TORCH_CHECK(lost[0] == 0, "CUDA error: ", lost, " (of a kernel before this call)");
     int64_t elements = 1;
     for (const int64_t size : shape) elements *= size;
-    STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", elements,
-                    " elements more (or a kernel before this call failed)");
+    STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", elements, " elements more");
   }
 }
 

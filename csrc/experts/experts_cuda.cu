@@ -126,7 +126,7 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
 #ifndef PEFT_EXT_EMULATE_CUDA
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, left.get_device_index()));
-  if (major < 9) return false;
+  if (major != 9 && major != 10) return false;  // of others it copies `ends` to the host, and multiplies one by one
 #endif
   const Tensor& weight = stack.all.weight;
   const bool along = weight.stride(2) == 1, across = weight.stride(1) == 1;
@@ -135,10 +135,11 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
          aligned(left, 16);
 }
 
-// [rows, N or K] = left W_eᵀ, or left W_e.
-Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const Tensor& ends, bool transpose) {
+// [rows, N or K] = left W_eᵀ, or left W_e. The experts' ends are those of the runs, which lie within the rows.
+Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& runs, bool transpose) {
   const Tensor right = transpose ? torch::stable::transpose(stack.all.weight, 1, 2) : stack.all.weight;
-  const Tensor ends_32 = as_type(ends, ScalarType::Int);
+  Tensor first_row = runs.first_row;
+  const Tensor ends_32 = torch::stable::narrow(first_row, 0, 1, stack.experts);
   std::array<StableIValue, 5> arguments{torch::stable::detail::from(left), torch::stable::detail::from(right),
                                         torch::stable::detail::from(std::optional<Tensor>(ends_32)),
                                         torch::stable::detail::from(std::optional<Tensor>()),
@@ -158,7 +159,7 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
   const ScalarType type = left.scalar_type();
   const bool grouped = takes_grouped_mm(left, stack);
-  const Tensor out = grouped ? grouped_mm(left, stack, ends, transpose) : device_empty(left, {rows, columns}, type);
+  const Tensor out = grouped ? grouped_mm(left, stack, runs, transpose) : device_empty(left, {rows, columns}, type);
   Launcher launcher(left);
   ExpertsProduct work{};
   work.out = grouped ? launcher.out<void>(out) : launcher.scratch<void>(out);

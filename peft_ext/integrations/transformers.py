@@ -70,6 +70,15 @@ def peak_memory_mib() -> Optional[float]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def _now(device: torch.device) -> Any:
+    """A mark in the device's stream, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record(torch.cuda.current_stream(device))
+    return mark
+
+
 class PeftExtCallback(TrainerCallback):
     """Accelerates the model as training begins, and measures the run.
 
@@ -107,12 +116,13 @@ class PeftExtCallback(TrainerCallback):
         self.accelerate, self.warmup_steps = accelerate, warmup_steps
         self.restore, self.blocks = restore, blocks
         self.dora_dropout, self.experts_dropout = dora_dropout, experts_dropout
-        self.step_seconds: list[float] = []
+        self._seconds: list[float] = []
+        self._spans: list[tuple[Any, Any]] = []  # of steps, not yet in _seconds
         self.step_tokens: list[int] = []
         self.explanation: Optional[Explanation] = None
         self.peak_mib: Optional[float] = None
         self.peak_cuda_mib: Optional[float] = None
-        self._started: Optional[float] = None
+        self._started: Any = None
         self._trainer_tokens = self._looked_up = 0
         self._hook: Optional[RemovableHandle] = None
 
@@ -132,7 +142,7 @@ class PeftExtCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.step_seconds, self.step_tokens = [], []
+        self._seconds, self._spans, self.step_tokens = [], [], []
         self.explanation = self.peak_mib = self.peak_cuda_mib = self._started = None
         if self.accelerate:
             from .peft import accelerate
@@ -145,14 +155,12 @@ class PeftExtCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer_tokens, self._looked_up = int(state.num_input_tokens_seen), 0
-        self._started = time.perf_counter()
+        self._started = _now(args.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._started is None:
             return
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        self.step_seconds.append(time.perf_counter() - self._started)
+        self._spans.append((self._started, _now(args.device)))
         by_trainer = int(state.num_input_tokens_seen) - self._trainer_tokens
         self.step_tokens.append(self._looked_up if args.include_num_input_tokens_seen == "no" else by_trainer)
         self._started = None
@@ -185,6 +193,18 @@ class PeftExtCallback(TrainerCallback):
             from .peft import restore
 
             restore(kwargs["model"])
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of each step: on a GPU between two marks in its stream, which are waited for here and not in the step."""
+        for start, end in self._spans:
+            if isinstance(end, float):
+                self._seconds.append(end - start)
+            else:
+                end.synchronize()
+                self._seconds.append(start.elapsed_time(end) / 1e3)
+        self._spans.clear()
+        return self._seconds
 
     @property
     def _measured(self) -> slice:

@@ -142,7 +142,7 @@ def scaled_dot_product_attention(
 
     Returns: ``[B, H, T, Dv]`` of q's dtype, ``[B, T, H, Dv]`` in memory. Products of bfloat16 where the CPU multiplies
     it, with the probabilities rounded to it, else in float32; sums in float32. Gradients flow to q, k and v. On a GPU
-    it is PyTorch's own, with PyTorch's mask of a dropout.
+    it is PyTorch's own, with PyTorch's mask of a dropout; with a ``seed`` for one it is plain PyTorch.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
@@ -157,10 +157,12 @@ def scaled_dot_product_attention(
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, q)
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
-    if q.is_cuda and not checks.wants_reference(q):
-        p = float(dropout_p) if training else 0.0
+    p = float(dropout_p) if training else 0.0
+    if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
+        if mask is not None and k.shape[1] != q.shape[1]:  # else PyTorch makes all scores
+            k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)
     how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed, bias)

@@ -183,11 +183,16 @@ def _backward(ctx, grad, _grad_s, _grad_z):
 
 
 def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
-    """Returns the sum of each expert's rows ``[E, N]``, in float32 before it is rounded."""
-    ends = torch.arange(grad.shape[0], device=grad.device)
-    expert = torch.searchsorted(offsets.contiguous(), ends, right=True)
-    sums = grad.new_zeros(offsets.shape[0] + 1, grad.shape[1], dtype=common.sum_dtype(grad.dtype))
-    return sums.index_add_(0, expert, grad.to(sums.dtype))[:-1].to(grad.dtype)
+    """Returns the sum of each expert's rows ``[E, N]``, in order and in float32 before it is rounded."""
+    rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
+    if grad.is_cuda:  # where index_add_ adds in any order
+        ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))
+        ends[-1] = rows  # the rows after the last expert's are nobody's
+        sums = torch.segment_reduce(wide, "sum", offsets=ends, axis=0, unsafe=True, initial=0)
+    else:
+        expert = torch.searchsorted(offsets.contiguous(), torch.arange(rows, device=grad.device), right=True)
+        sums = wide.new_zeros(offsets.shape[0] + 1, grad.shape[1]).index_add_(0, expert, wide)
+    return sums[:-1].to(grad.dtype)
 
 
 _lora_experts = register_autograd("lora_experts", _backward, setup_context=_setup_context)

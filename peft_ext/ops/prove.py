@@ -8,7 +8,8 @@ reference from then on, a warning says so, and so do ``peft-ext explain`` and ``
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a kind of card once for a build of peft_ext, of torch and its CUDA,
         and remembers in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that) that all agreed; what did
-        not is tried again in the next process. ``always`` proves in every process; ``0`` never; else a ValueError.
+        not is tried again in the next process, but for what faulted, which no process survives: that is dropped from
+        then on. ``always`` proves all in every process; ``0`` never; else a ValueError.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 # Operators whose kernels were dropped, and why.
 DROPPED: dict[str, str] = {}
 
+CAPABILITY = (8, 0)  # of the oldest cards that the library has kernels for
+_FAULTS = " | faults"  # of a key: the families that end a process
+
 SLOWER = 1.25  # times the plain way's time: a family is dropped
 # ‖kernel - plain‖ / ‖plain‖ that rounding explains, an intermediate's of 16 bits among it.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
@@ -87,7 +91,8 @@ def report() -> dict[str, dict[str, str]]:
 
 def _prove_here() -> None:
     global _done
-    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()) or _asked() == "0":
+    _asked()
+    if not (_native.STATE.cuda_loaded and torch.cuda.is_available()):
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
@@ -96,15 +101,32 @@ def _prove_here() -> None:
         if _done:
             return
         _done = True  # what is proved calls no public operator, and another thread goes on meanwhile
-        for index in range(torch.cuda.device_count()):
+        here = torch.cuda.current_device()
+        for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
             card = torch.cuda.get_device_name(index)
-            if card not in _found:
-                with torch.cuda.device(index):
-                    try:
-                        _found[card] = _recall(card) or _remember(card, prove(torch.device("cuda", index)))
-                    except torch.OutOfMemoryError:
-                        _found[card] = {}  # another process proves it
+            if card not in _found and (found := _of_card(card, index)):
+                _found[card] = found
                 _drop_all(card, "CUDA")
+
+
+def _of_card(card: str, index: int) -> dict[str, str]:
+    """What is known or found of a card: of one that is known or too old without a context on it."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < CAPABILITY:
+        wanted = ".".join(map(str, CAPABILITY))
+        return dict.fromkeys(FAMILIES, f"its compute capability is {major}.{minor}, wanted {wanted} or more")
+    if _asked() == "0":
+        return {}
+    if (found := _recall(card, index)) is None:
+        with torch.cuda.device(index):
+            try:
+                found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
+            except torch.OutOfMemoryError:
+                return {}  # another process proves it
+            except KernelFault as fault:
+                _remember_fault(card, index, fault)
+                raise
+    return found
 
 
 def _asked() -> str:
@@ -115,18 +137,22 @@ def _asked() -> str:
 
 
 def _drop_all(card: str, key: str) -> None:
+    reasons: dict[str, list[str]] = {}
     for family, why in _found[card].items():
         if why:
-            drop(family, f"its {key} kernels were dropped on {card}: {why}", key)
+            reasons.setdefault(why, []).append(family)
+    for why, families in reasons.items():
+        drop(families, f"{'its' if len(families) == 1 else 'their'} {key} kernels were dropped on {card}: {why}", key)
 
 
-def drop(family: str, why: str, key: str = "CUDA") -> None:
-    """Lets the operators of a family run the reference on tensors of a dispatch key."""
-    warnings.warn(f"peft_ext: {family}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
+def drop(families: list[str], why: str, key: str = "CUDA") -> None:
+    """Lets the operators of families run the reference on tensors of a dispatch key."""
+    named = ", ".join(families)
+    warnings.warn(f"peft_ext: {named}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
-        for name in FAMILIES[family]:
+        for name in (name for family in families for name in FAMILIES[family]):
             DROPPED[name] = why
             library.impl(name, REFERENCES[name], key, allow_override=True)
     _overriding.append(library)
@@ -147,57 +173,116 @@ def _held() -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def _key(card: str) -> str:
+def _key(card: str, index: int) -> str:
     library = Path(_native.__file__).parent.glob("_C_cuda*")
     built = [f"{path.stat().st_size}.{path.stat().st_mtime_ns}" for path in sorted(library)]
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     return " | ".join([card, str(capability), f"peft_ext {__version__}", f"torch {torch.__version__}",
                        f"CUDA {torch.version.cuda}", *built])  # fmt: skip
 
 
-def _recall(card: str) -> Optional[dict[str, str]]:
-    known = _asked() != "always" and _held().get(_key(card)) == sorted(FAMILIES)
+def _recall(card: str, index: int) -> Optional[dict[str, str]]:
+    known = _asked() != "always" and _held().get(_key(card, index)) == sorted(FAMILIES)
     return dict.fromkeys(FAMILIES, "") if known else None
 
 
-def _remember(card: str, found: dict[str, str]) -> dict[str, str]:
-    if any(found.values()):
-        return found  # a card that others use may be slow today
+def _faulted(card: str, index: int) -> dict[str, str]:
+    """The families that ended an earlier process, and how."""
+    found = {} if _asked() == "always" else _held().get(_key(card, index) + _FAULTS)
+    return {family: str(why) for family, why in found.items()} if isinstance(found, dict) else {}
+
+
+def _remember(card: str, index: int, found: dict[str, str]) -> dict[str, str]:
+    if not any(found.values()):  # else a card that others use may be slow today
+        _put(_key(card, index), sorted(FAMILIES))
+    return found
+
+
+def _remember_fault(card: str, index: int, fault: KernelFault) -> None:
+    _put(_key(card, index) + _FAULTS, _faulted(card, index) | {fault.family: fault.why})
+
+
+def _put(key: str, value: Any) -> None:
     try:
         _cache().parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(_cache()) as file:
-            json.dump(_held() | {_key(card): sorted(FAMILIES)}, file, indent=1)
+            json.dump(_held() | {key: value}, file, indent=1)
     except (OSError, RuntimeError):
         pass  # a home that can't be written: the next process proves again
-    return found
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def prove(device: torch.device, *, timed: bool = True) -> dict[str, str]:
-    """Tries every family on a device; returns by family "", or what is wrong. ``timed``: what is slow is wrong."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return {family: _prove_family(family, device, timed) for family in FAMILIES}
+class KernelFault(RuntimeError):
+    """A kernel after which the card answers nothing in this process."""
+
+    def __init__(self, family: str, device: torch.device, why: str):
+        super().__init__(
+            f"peft_ext: {family}'s kernels faulted on {device}, which no process survives: {why}. The next process "
+            "drops them and says so. Please report it"
+        )
+        self.family, self.why = family, f"they faulted in an earlier process: {why}"
+
+
+def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[str, str]] = None) -> dict[str, str]:
+    """Tries every family on a device; returns by family "", or what is wrong. ``timed``: what is slow is wrong;
+    ``faulted``: families that are not tried again, and why.
+
+    Whatever device, mode or precision the caller has set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        with (
+            torch.inference_mode(False), torch.no_grad(), torch.device("cpu"),
+            torch.autocast(device.type, enabled=False),
+        ):  # fmt: skip
+            known = faulted or {}
+            return {family: known.get(family) or _prove_family(family, device, timed) for family in FAMILIES}
+    finally:
+        matmul.fp32_precision = precision
 
 
 def _prove_family(family: str, device: torch.device, timed: bool) -> str:
     try:
         for dtype in WITHIN:
             for name, arguments in _calls(family, device, dtype, (130, 192, 136)):
-                ours, plain = (_called(function, name, arguments) for function in (_native_op(name), REFERENCES[name]))
-                if why := _differs(ours, plain, dtype):
-                    return f"{name} in {str(dtype).removeprefix('torch.')} {why}"
+                if why := _disagrees(name, arguments, dtype):
+                    return why
         if timed:
-            name, arguments = next(_calls(family, device, torch.bfloat16, (1024, 1024, 1024)))
+            dtype = torch.bfloat16
+            name, arguments = next(_calls(family, device, dtype, (1024, 1024, 1024)))
+            if why := _disagrees(name, arguments, dtype):  # more than one block, and paths for large shapes alone
+                return f"{why}, of 1024 x 1024 x 1024"
             ours, plain = _seconds([_native_op(name), REFERENCES[name]], arguments, device)
             if ours > SLOWER * plain:
                 return f"{name} takes {ours / plain:.1f} times the reference's time"
     except torch.OutOfMemoryError:
         raise  # says nothing of the kernels
     except Exception as error:  # whatever a kernel raises on a card that it does not fit
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        if "out of memory" in str(error).lower():
+            raise torch.OutOfMemoryError(str(error)) from error
+        said = str(error).strip().splitlines()
+        why = f"{type(error).__name__}: {said[0] if said else 'no message'}"
+        try:
+            _wait(device)
+        except Exception as lost:
+            raise KernelFault(family, device, why) from lost
+        return why
     return ""
+
+
+def _disagrees(name: str, arguments: tuple, dtype: torch.dtype) -> str:
+    ours, plain = (_called(function, name, arguments) for function in (_native_op(name), REFERENCES[name]))
+    why = _differs(ours, plain, dtype)
+    return why and f"{name} in {str(dtype).removeprefix('torch.')} {why}"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _native_op(name: str) -> Callable[..., Any]:
@@ -229,18 +314,13 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
 
 def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
     """The median of some calls of each, in turn, after two that warm up: who else uses the card slows both."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(9):
         for call, taken in zip(calls, times, strict=True):
-            wait()
+            _wait(device)
             start = time.perf_counter()
             call(*arguments)
-            wait()
+            _wait(device)
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken[2:]) for taken in times]
 
@@ -326,7 +406,7 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
         yield "ia3_scale", (x, l_in)
         yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
     elif family == "cross_entropy":
-        labels = torch.randint(0, n, (t,), generator=generator).to(device)
+        labels = torch.randint(0, n, (t,), generator=generator, device="cpu").to(device)
         labels[::7] = -100
         row_weight = draw(t, of=torch.float32)
         for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
@@ -339,8 +419,8 @@ def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[i
             yield "activation", (x, kind)
             yield "activation_backward", (draw(t, k), x, kind)
     elif family == "rotary":
-        size = k // 3
-        heads = [draw(2, t // 2, 3, size).transpose(1, 2), draw(2, t // 2, 1, size).transpose(1, 2)]
+        size = 64
+        heads = [draw(2, t // 2, k // size, size).transpose(1, 2), draw(2, t // 2, 1, size).transpose(1, 2)]
         angles = draw(1, t // 2, size, of=torch.float32)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         yield "rotary_embedding", (*heads, cos, sin)

@@ -301,3 +301,12 @@ def test_restore_leaves_nothing_on_experts() -> None:
     peft_ext.accelerate(model)
     assert any(mlp.EXPERT in module.__dict__ for module in model.modules())
     assert [sorted(module.__dict__) for module in peft_ext.restore(model).modules()] == before
+
+
+def test_no_gpu_s_generator_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed would: all dropout of a run on GPUs would be drawn from 0, in each of its processes."""
+    new = type("New", (Gated,), {"forward": lambda self, x: Gated.forward(self, x)})  # tried, as nobody has seen it
+    model, seeded = adapted(new()), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    peft_ext.accelerate(model)
+    assert not seeded

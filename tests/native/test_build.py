@@ -120,6 +120,46 @@ def test_version_guards_of_shim_headers_are_read():
     }
 
 
+@pytest.fixture
+def setup_script(monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "setup", raising=False)
+    return importlib.import_module("setup")
+
+
+@pytest.mark.parametrize(
+    ("asked", "release", "wanted"),
+    [
+        (None, (13, 0), "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        (None, (12, 4), "8.0;8.6;8.9;9.0+PTX"),
+        ("5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", (12, 4), "8.0;8.6;9.0+PTX"),
+        ("Turing;Ampere;10.0", (13, 0), "Ampere;10.0"),
+        ("7.5", (13, 0), ""),
+    ],
+)
+def test_architectures_without_bfloat16_are_left_out(setup_script, capsys, asked, release, wanted):
+    assert setup_script.kernel_archs(asked, release) == wanted
+    assert ("no kernels for" in capsys.readouterr().err) == ("7.5" in (asked or "") or "Turing" in (asked or ""))
+
+
+def test_another_release_of_cuda_is_no_failed_install(setup_script, monkeypatch, tmp_path, capsys):
+    """The torch that pip takes is of CUDA 13, the system's nvcc often of 12: PyTorch's build would stop there."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    torch = importlib.import_module("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(setup_script, "find_cudart", lambda *_: "libcudart.so")
+    assert setup_script.cuda_runtime(torch) is None
+    assert "is of CUDA 12.4, and torch of 13.0" in capsys.readouterr().err
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(SystemExit, match="FORCE_CUDA=1, but .* is of CUDA 12.4, and torch of 13.0"):
+        setup_script.cuda_runtime(torch)
+
+
 def test_build_info(native):
     info = native.build_info()
     assert set(info) == {"version", "torch", "torch_target", "compiler", "isas", "cuda"}

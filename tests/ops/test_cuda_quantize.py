@@ -57,6 +57,8 @@ def merge(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     """The op: on the CPU, where its reference serves, and its kernel."""
     if request.param == "reference":
         return torch.ops.peft_ext.nf4_dequantize_merged
+    if request.param == "emulated" and request.config.getoption("--device") == "cuda":
+        pytest.skip("--device cuda: the kernels run on the GPU")
     return functools.partial(kernels(request.param), "nf4_dequantize_merged")
 
 

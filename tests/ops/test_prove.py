@@ -35,7 +35,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setattr(_native.STATE, "cuda_loaded", True)
     for name, value in {
         "is_available": True, "device_count": 1, "get_device_name": CARD, "get_device_capability": (9, 0),
-        "is_current_stream_capturing": False,
+        "current_device": 0, "is_current_stream_capturing": False,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
@@ -53,6 +53,33 @@ def test_the_kernels_agree(emulated: dict) -> None:
 
 def test_so_do_the_cpu_s() -> None:
     assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(prove.FAMILIES, "")
+
+
+@pytest.mark.parametrize("family", prove.FAMILIES)
+def test_what_is_timed_is_a_call_that_agrees(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(prove, "_seconds", lambda calls, *_: asked.append(1) or [1.0] * len(calls))
+    assert prove._prove_family(family, torch.device("cpu"), True) == "" and asked == [1]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta"), torch.enable_grad])
+def test_whatever_the_caller_has_set(mode: Callable[[], Any]) -> None:
+    with mode():
+        found = prove.prove(torch.device("cpu"), timed=False)
+    assert found == dict.fromkeys(prove.FAMILIES, "")
+
+
+def test_products_are_in_full_precision_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(prove, "_prove_family", lambda *_: seen.append(torch.backends.cuda.matmul.fp32_precision) or "")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        prove.prove(torch.device("cpu"))
+        assert set(seen) == {"ieee"} and torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_every_operator_is_in_a_family_and_is_called() -> None:
@@ -108,7 +135,7 @@ def test_a_slow_family_is_dropped(emulated: dict, monkeypatch: pytest.MonkeyPatc
 def test_what_is_wrong_is_dropped_once_and_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     wrong = dict.fromkeys(prove.FAMILIES, "") | {"lora": "it is off"}
-    monkeypatch.setattr(prove, "prove", lambda device: asked.append(device) or wrong)
+    monkeypatch.setattr(prove, "prove", lambda device, **_: asked.append(device) or wrong)
     monkeypatch.setattr(reasons, "KERNELS", {op: {"cuda": True, "cpu": True} for op in reasons.KERNELS})
     with pytest.warns(RuntimeWarning, match="lora: its CUDA kernels were dropped on a card: it is off. The reference"):
         assert reasons.kernel_reason("lora_linear", "cuda") == "its CUDA kernels were dropped on a card: it is off"
@@ -130,7 +157,7 @@ def test_agreement_is_remembered_and_nothing_else(fresh: None, monkeypatch: pyte
     agrees = dict.fromkeys(prove.FAMILIES, "")
     asked: list[torch.device] = []
     found = [agrees | {"dora": "slower today"}, agrees]
-    monkeypatch.setattr(prove, "prove", lambda device: asked.append(device) or found.pop(0))
+    monkeypatch.setattr(prove, "prove", lambda device, **_: asked.append(device) or found.pop(0))
     with pytest.warns(RuntimeWarning, match="dora: .* slower today"):
         prove.first_use()
     next_process(monkeypatch)
@@ -151,15 +178,20 @@ def test_agreement_is_remembered_and_nothing_else(fresh: None, monkeypatch: pyte
         next_process(monkeypatch, "yes")
 
 
-def test_no_memory_is_no_verdict(fresh: None, emulated: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("CUDA out of memory. peft_ext wanted 5 elements more")]
+)
+def test_no_memory_is_no_verdict(
+    fresh: None, emulated: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, error: Exception
+) -> None:
     def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise error
 
     emulated["ia3_scale"] = full
     on_cpu = prove.prove
-    monkeypatch.setattr(prove, "prove", lambda _: on_cpu(torch.device("cpu"), timed=False))
+    monkeypatch.setattr(prove, "prove", lambda _, **__: on_cpu(torch.device("cpu"), timed=False))
     prove.first_use()
-    assert prove.report() == {CARD: {}} and not list(tmp_path.iterdir()) and "ia3_scale" not in prove.DROPPED
+    assert prove.report() == {} and not list(tmp_path.iterdir()) and "ia3_scale" not in prove.DROPPED
 
 
 def test_a_dropped_family_runs_the_reference(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +202,13 @@ def test_a_dropped_family_runs_the_reference(fresh: None, monkeypatch: pytest.Mo
     ours = ops.lora_linear(x, weight, a, b)
     assert not called
     with pytest.warns(RuntimeWarning, match="lora: for a test"):
-        prove.drop("lora", "for a test", "CPU")
+        prove.drop(["lora"], "for a test", "CPU")
     torch.testing.assert_close(ops.lora_linear(x, weight, a, b), ours)
     assert called == [1]
 
 
 def test_nothing_is_proved_with_fake_tensors_or_under_capture(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove, "prove", lambda device: pytest.fail("proved"))
+    monkeypatch.setattr(prove, "prove", lambda *_, **__: pytest.fail("proved"))
     with torch._subclasses.FakeTensorMode():
         prove.first_use()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -187,6 +219,53 @@ def test_nothing_is_proved_with_fake_tensors_or_under_capture(fresh: None, monke
 def test_a_home_that_cannot_be_written_is_no_error(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(prove, "prove", lambda device: dict.fromkeys(prove.FAMILIES, ""))
+    monkeypatch.setattr(prove, "prove", lambda *_, **__: dict.fromkeys(prove.FAMILIES, ""))
     prove.first_use()
     assert prove._done and not prove.DROPPED
+
+
+def test_a_card_without_kernels_is_known_at_once(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "prove", lambda *_, **__: pytest.fail("proved"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    for asked in ("1", "0"):
+        with pytest.warns(RuntimeWarning, match="nf4, lora, .*: their CUDA kernels .* capability is 7.5") as said:
+            next_process(monkeypatch, asked)
+        assert len(said) == 1 and set(prove.report()[CARD]) == set(prove.FAMILIES)
+
+
+def test_the_card_in_use_is_the_first_and_of_its_kind_the_only_one(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context on another card takes half a GB of it, from every process of a training."""
+    proved: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(
+        prove, "prove", lambda device, **_: proved.append(device.index) or dict.fromkeys(prove.FAMILIES, "")
+    )
+    prove.first_use()
+    assert proved == [2]
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or torch.no_grad())
+    next_process(monkeypatch)
+    assert proved == [2] and not entered
+
+
+def test_what_faults_ends_one_process_alone(fresh: None, emulated: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost(_: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    on_cpu = prove.prove
+    monkeypatch.setattr(prove, "prove", lambda _, faulted: on_cpu(torch.device("cpu"), timed=False, faulted=faulted))
+    emulated["ia3_linear"] = fault
+    monkeypatch.setattr(prove, "_wait", lost)
+    with pytest.raises(prove.KernelFault, match="ia3's kernels faulted on cpu, which no process survives: Runtime"):
+        prove.first_use()
+    with pytest.warns(RuntimeWarning, match="ia3: .* they faulted in an earlier process: RuntimeError: an illegal"):
+        next_process(monkeypatch)
+    assert [family for family, why in prove.report()[CARD].items() if why] == ["ia3"]
+    with pytest.raises(prove.KernelFault):
+        next_process(monkeypatch, "always")

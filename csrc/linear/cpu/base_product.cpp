@@ -27,7 +27,7 @@ Tensor wide_rows(const char* op, const FrozenWeight& weight, int64_t begin, int6
 
 bool multiplies_in(ScalarType type, bool plain) {
   if (type == ScalarType::Float) return true;
-  if (type == ScalarType::BFloat16 && (tile_kernels() != nullptr || current_isa() == Isa::kNeonBf16)) return true;
+  if (type == ScalarType::BFloat16 && tile_kernels() != nullptr) return true;
   return plain && current_isa() == Isa::kScalar;
 }
 

@@ -19,14 +19,14 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
   if (!weight.weight.is_contiguous()) return false;
-  const bool tiles = type == ScalarType::BFloat16 && tile_kernels() != nullptr;
-  return tiles ? !tiles_accept(weight, type, tokens, TileProduct::kForward) : tokens <= kFewTokens;
+  return tiles_take_few_tokens(type) ? !tiles_accept(weight, type, tokens, TileProduct::kForward)
+                                     : tokens <= kFewTokens;
 }
 
 // x [T, K] float32 times a dense Wᵀ, in float32.
 Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
   const Tensor y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
-  if (f.type() != ScalarType::BFloat16 || tile_kernels() == nullptr) {
+  if (!tiles_take_few_tokens(f.type())) {
     run_few_tokens(f.op, f.weight.weight, x, y, false);
     return y;
   }

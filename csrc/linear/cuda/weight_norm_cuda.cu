@@ -39,7 +39,11 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   WeightNorm out;
   out.norm = device_empty(weight.weight, {rows}, ScalarType::Float);
   out.u = device_empty(weight.weight, {rows, rank}, ScalarType::Float);
-  if (rows == 0) return out;
+  if (rows == 0 || weight.inputs == 0) {
+    torch::stable::fill_(out.norm, 0.0);
+    torch::stable::fill_(out.u, 0.0);
+    return out;
+  }
   const DeviceWeight held = contiguous_weight(weight);
   const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
   const HeldTerms terms = split_right(a, type);
@@ -68,7 +72,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type) {
   const int64_t rows = weight.outputs, inputs = weight.inputs, rank = lora_A.size(0);
-  if (rows == 0)
+  if (rows == 0 || inputs == 0)
     return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
             device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
   const DeviceWeight held = contiguous_weight(weight);

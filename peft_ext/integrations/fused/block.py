@@ -106,7 +106,7 @@ def with_gradients(forward: Callable[[Any, Tensor], Tensor], trial: Any, x: Tens
     held = [p for p in (*trial._parameters.values(), *(p for child in layers for p in child.parameters()))
             if p is not None]  # fmt: skip
     with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         x = x.detach().clone().requires_grad_()
         y = forward(trial, x)
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)

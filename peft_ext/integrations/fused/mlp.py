@@ -279,12 +279,12 @@ def _is_alike_elsewhere(stock: Callable[..., Tensor], trial: Any, fused: Any, x:
                     layer.to(dtype)
             for shape in (x.shape, *_SHAPES):
                 value = x.flatten()[: math.prod(shape)].view(shape).to(dtype)
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 try:
                     wanted = stock(trial, value.clone())
                 except Exception:  # whatever another function raises
                     continue
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 found = Mlp._fused(fused, value.clone())
                 if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype is not wanted.dtype:
                     return False

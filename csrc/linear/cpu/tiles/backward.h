@@ -1,9 +1,8 @@
-// dX of one panel of W's columns. Included after the target pragma and the microkernel's file.
+// dX of one panel of W's columns. Included after the target pragma and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
-#include "linear/cpu/tiles/decode.h"
-#include "linear/cpu/tiles/dropped.h"
+#include "linear/cpu/tiles/panels.h"
 
 namespace peft_ext {
 namespace {
@@ -18,24 +17,21 @@ inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, 
     add_low_rank(work.p + token * work.rank, work.a + column / kStrip * work.rank * kStrip, work.rank, block);
   if (work.more != nullptr) multiply(work.more + strip * length, block->left, lanes, block->right, tiles, block->c);
   if (masks(work)) {
-    const __m512 by = _mm512_set1_ps(work.keep_scale);
-    block->each([&](__m512 v, int r, int j) {
+    const Row by = Row::broadcast(work.keep_scale);
+    block->each([&](Row v, int r, int j) {
       if (token + r >= work.tokens) return v;
       const uint32_t word = work.keep[(token + r) * work.keep_words + (column + j * kStrip) / 32];
-      const auto bits = static_cast<__mmask16>(word >> ((column + j * kStrip) % 32));
-      return _mm512_maskz_mul_ps(bits, v, by);
+      return Row::where(word >> ((column + j * kStrip) % 32), Row::mul(v, by), Row::zero());
     });
   }
 }
 
 // The block as it is in dX.
 inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
-  block->each([&](__m512 v, int r, int j) {
+  block->each([&](Row v, int r, int j) {
     const int64_t k = work.weight.columns, at = column + j * kStrip;
     if (token + r >= work.tokens || at >= k) return v;
-    const auto inside = static_cast<__mmask16>(k - at >= kStrip ? 0xffff : (1u << (k - at)) - 1);
-    const __m256i words = _mm256_maskz_loadu_epi16(inside, work.grad_x + (token + r) * k + at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    return Row::load_as(work.grad_x + (token + r) * k + at, min_i64(kStrip, k - at));
   });
 }
 
@@ -54,7 +50,7 @@ inline void backward_block(const TileBackward* works, int count, int64_t column,
       term->clear();
       add_masked(works[i], column, strip, lanes[i], term);
       for (int at = 0; at < kBlockElements; at += kStrip)
-        _mm512_store_ps(block->c + at, _mm512_add_ps(_mm512_load_ps(block->c + at), _mm512_load_ps(term->c + at)));
+        Row::add(Row::load(block->c + at), Row::load(term->c + at)).store(block->c + at);
     } else {
       add_masked(works[i], column, strip, lanes[i], block);
     }
@@ -63,21 +59,18 @@ inline void backward_block(const TileBackward* works, int count, int64_t column,
   if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);
   if (work.in_scale != nullptr) {
     float* sums = work.grad_in_scale + token / kReduceTokens * k;
-    block->each([&](__m512 v, int r, int j) {
-      const int64_t at = column + j * kStrip;
-      if (token + r >= work.tokens || at >= k) return v;
-      const auto inside = static_cast<__mmask16>(k - at >= kStrip ? 0xffff : (1u << (k - at)) - 1);
-      const __m256i words = _mm256_maskz_loadu_epi16(inside, work.x + (token + r) * k + at);
-      const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-      const __m512 sum = _mm512_fmadd_ps(x, v, _mm512_maskz_loadu_ps(inside, sums + at));
-      _mm512_mask_storeu_ps(sums + at, inside, sum);
-      return _mm512_mul_ps(v, _mm512_maskz_loadu_ps(inside, work.in_scale + at));
+    block->each([&](Row v, int r, int j) {
+      const int64_t at = column + j * kStrip, count = min_i64(kStrip, k - at);
+      if (token + r >= work.tokens || count <= 0) return v;
+      const Row x = Row::load_as(work.x + (token + r) * k + at, count);
+      Row::fma(x, v, Row::load_as(sums + at, count)).store_as(sums + at, count);
+      return Row::mul(v, Row::load_as(work.in_scale + at, count));
     });
   }
   for (int i = 0; i < block->left; ++i)
     for (int64_t r = 0; r < min_i64(kStrip, work.tokens - token - i * kStrip); ++r) {
-      const __m512 one = _mm512_load_ps(block->part(i, 0) + r * kStrip);
-      const __m512 two = block->right > 1 ? _mm512_load_ps(block->part(i, 1) + r * kStrip) : _mm512_setzero_ps();
+      const Row one = Row::load(block->part(i, 0) + r * kStrip);
+      const Row two = block->right > 1 ? Row::load(block->part(i, 1) + r * kStrip) : Row::zero();
       store_row(work.grad_x + (token + i * kStrip + r) * k + column, one, two, min_i64(k - column, 2 * kStrip));
     }
 }

@@ -1,9 +1,8 @@
-// The forward of one panel of W's rows. Included after the target pragma and the microkernel's file.
+// The forward of one panel of W's rows. Included after the target pragma and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
-#include "linear/cpu/tiles/decode.h"
-#include "linear/cpu/tiles/dropped.h"
+#include "linear/cpu/tiles/panels.h"
 
 namespace peft_ext {
 namespace {
@@ -23,39 +22,38 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
     for (int j = 0; j < block->right; ++j)
       for (int64_t q = work.first_term[strip + j]; q < work.first_term[strip + j + 1]; ++q) {
         const TileTerm& term = work.terms[q];
-        add_low_rank(term.b + row * term.rank, term.s, term.rank, j, block, term.lanes);
+        add_low_rank<true>(term.b + row * term.rank, term.s, term.rank, j, block, term.lanes);
       }
   };
-  const auto scale = [&](int r) { return _mm512_set1_ps(value_at(work.scale, row + r, n, 1.0f)); };
+  const auto scale = [&](int r) { return Row::broadcast(value_at(work.scale, row + r, n, 1.0f)); };
   block->clear();
   if (work.dropped != nullptr) {
     multiply(rows, block->left, work.dropped + strip * length, block->right, tiles, block->c, ahead);
-    const __m512 by = _mm512_set1_ps(work.dropped_scale);
+    const Row by = Row::broadcast(work.dropped_scale);
     if (rest != nullptr) *base = *block;
-    block->each([&](__m512 v, int, int) { return _mm512_mul_ps(v, by); });
+    block->each([&](Row v, int, int) { return Row::mul(v, by); });
     if (rest == nullptr) *base = *block;
   }
   low_rank();
   if (work.dropped == nullptr)
     multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c, ahead);
   if (work.bias_before != nullptr)
-    block->each([&](__m512 v, int r, int) {
-      return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias_before, row + r, n, 0.0f)));
-    });
+    block->each(
+        [&](Row v, int r, int) { return Row::add(v, Row::broadcast(value_at(work.bias_before, row + r, n, 0.0f))); });
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
     // With the rest apart, the base is D = mask ∘ x Wᵀ, and x Wᵀ - x̃ Wᵀ is the rest less (1 / (1 - p) - 1) D.
-    const __m512 share = _mm512_set1_ps(rest != nullptr ? work.dropped_scale - 1.0f : 1.0f);
-    block->each([&](__m512 v, int r, int j) {
-      const __m512 without = _mm512_load_ps(base->part(r / kStrip, j) + r % kStrip * kStrip);
-      return _mm512_fmsub_ps(scale(r), v, _mm512_mul_ps(without, share));
+    const Row share = Row::broadcast(rest != nullptr ? 1.0f - work.dropped_scale : -1.0f);
+    block->each([&](Row v, int r, int j) {
+      const Row without = Row::load(base->part(r / kStrip, j) + r % kStrip * kStrip);
+      return Row::fma(scale(r), v, Row::mul(without, share));
     });
     if (rest == nullptr) multiply(rows, block->left, work.x + strip * length, block->right, tiles, block->c);
   }
   if (work.scale != nullptr || work.bias != nullptr)
-    block->each([&](__m512 v, int r, int) {
-      if (work.dropped == nullptr) v = _mm512_mul_ps(v, scale(r));
-      return _mm512_add_ps(v, _mm512_set1_ps(value_at(work.bias, row + r, n, 0.0f)));
+    block->each([&](Row v, int r, int) {
+      if (work.dropped == nullptr) v = Row::mul(v, scale(r));
+      return Row::add(v, Row::broadcast(value_at(work.bias, row + r, n, 0.0f)));
     });
   store_transposed(block, work.y, strip * kStrip, work.tokens, row, n, rest);
 }

@@ -21,6 +21,8 @@ const TileKernels* tile_kernels() {
     default:
       return nullptr;
   }
+#elif defined(__aarch64__)
+  return current_isa() == Isa::kNeonBf16 ? &kTileKernelsNeonBf16 : nullptr;
 #else
   return nullptr;
 #endif
@@ -48,6 +50,11 @@ bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, T
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
   if (weight.is_nf4()) return product != TileProduct::kForward || !skinny_accepts(weight, type, tokens);
   return weight.weight.is_contiguous() && tokens >= fewest_tokens(weight.weight, product);
+}
+
+bool tiles_take_few_tokens(ScalarType type) {
+  const TileKernels* tiles = type == ScalarType::BFloat16 ? tile_kernels() : nullptr;
+  return tiles != nullptr && tiles->few_tokens != nullptr;
 }
 
 namespace {

@@ -23,6 +23,9 @@ enum class TileProduct {
 // Whether the tiles accept this many tokens of this type against the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
+// Whether TileFewTokens serves the tokens of a dense weight that the tiles do not accept.
+bool tiles_take_few_tokens(ScalarType type);
+
 // As the tiles take them, in order; what is decoded of their scales is in a scratch of the calling thread.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 

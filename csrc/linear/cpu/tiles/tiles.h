@@ -1,4 +1,4 @@
-// The adapted linear layer in bfloat16 on CPUs with a bfloat16 dot product (AVX512-BF16, AMX): what each provides.
+// The adapted linear layer in bfloat16 on CPUs that multiply it (AVX512-BF16, AMX, Arm's BF16): what each provides.
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
@@ -12,7 +12,8 @@
 //   left   16 rows x 32 of depth, as they come in a row-major matrix;
 //   right  16 pairs of depth x 16 lanes x 2: what AMX calls VNNI, and vdpbf16ps takes as one register per pair.
 // So forward reads W's rows as they lie, decoded from NF4 on the way, and x is transposed once; backward interleaves
-// pairs of W's rows and copies G. A panel of W is decoded into a scratch that stays in L2 while all tokens pass by;
+// pairs of W's rows and copies G. On Arm either tile is 8 steps of the depth x 8 pairs x 2 x 4 (microkernel_neon.h). A
+// panel of W is decoded into a scratch that stays in L2 while all tokens pass by;
 // W is never repacked in memory. Y and dX are written once, rounded once.
 #pragma once
 
@@ -143,7 +144,7 @@ struct TileKernels {
   // Of `count` layers with the same tokens, columns and grad_x: one with in_scale is alone.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel);
-  // Rows [begin, end) of w.
+  // Rows [begin, end) of w; null where few tokens are not the tiles' own.
   void (*few_tokens)(const TileFewTokens& work, int64_t begin, int64_t end);
   // x [tokens, columns] as TileFewTokens takes it.
   void (*few_tokens_pack)(const float* x, int64_t tokens, int64_t columns, bf16* out);
@@ -159,6 +160,8 @@ extern const TileKernels kTileKernelsAvx512Bf16;
 extern const TileKernels kTileKernelsAmx;
 // The AMX kernels with the tile instructions in plain code: for tests on a CPU without AMX.
 extern const TileKernels kTileKernelsAmxEmulated;
+#elif defined(__aarch64__)
+extern const TileKernels kTileKernelsNeonBf16;
 #endif
 
 }  // namespace peft_ext

@@ -4,7 +4,7 @@
 // The target must be set before these headers are read.
 #include "linear/cpu/tiles/amx_emulated.h"
 #include "linear/cpu/tiles/microkernel_amx.h"
-#include "linear/cpu/tiles/tiles_impl.h"
+#include "linear/cpu/tiles/tiles_avx512.h"
 
 namespace peft_ext {
 

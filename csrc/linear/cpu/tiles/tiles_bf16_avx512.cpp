@@ -2,8 +2,8 @@
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The target must be set before these headers are read.
-#include "linear/cpu/tiles/microkernel_bf16.h"
-#include "linear/cpu/tiles/tiles_impl.h"
+#include "linear/cpu/tiles/microkernel_avx512.h"
+#include "linear/cpu/tiles/tiles_avx512.h"
 
 namespace peft_ext {
 

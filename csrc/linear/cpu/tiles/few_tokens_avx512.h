@@ -2,7 +2,8 @@
 // pragma.
 #pragma once
 
-#include "linear/cpu/tiles/decode.h"
+#include "cpu/simd_avx512.h"
+#include "linear/cpu/tiles/panels.h"
 
 namespace peft_ext {
 namespace {

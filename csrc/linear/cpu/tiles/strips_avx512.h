@@ -1,8 +1,8 @@
 // Activations as strips, dropped and scaled on the way. In AVX-512 with BF16; included after the target pragma.
 #pragma once
 
-#include "linear/cpu/tiles/decode.h"
-#include "linear/cpu/tiles/transpose.h"
+#include "linear/cpu/tiles/panels.h"
+#include "linear/cpu/tiles/transpose_avx512.h"
 
 namespace peft_ext {
 namespace {

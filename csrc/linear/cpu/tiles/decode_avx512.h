@@ -1,15 +1,13 @@
-// W as panels of strips: rows of it for the forward, columns for the backward, decoded from NF4 on the way; and what of
-// the next panel is fetched meanwhile. In AVX-512 with BF16; included after the target pragma.
+// W as panels of strips: rows of it for the forward, columns for the backward, decoded from NF4 on the way. In AVX-512
+// with BF16; included after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"
-#include "linear/cpu/tiles/tiles.h"
+#include "linear/cpu/tiles/panels.h"
 #include "nf4/nf4_code.h"
 
 namespace peft_ext {
 namespace {
-
-inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
 // The 16 values of a block, rounded to bfloat16, twice: vpermw reads five bits of an index whose fifth is noise.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
@@ -45,18 +43,6 @@ inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* o
     i += stop;
   }
 }
-
-// Whether kPanelStep columns from a multiple of kPanelStep lie in one block of one row, on a whole byte.
-inline bool aligned_blocks(const TileWeight& w) {
-  return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
-}
-
-// Whether rows [begin, end) are tiles as they lie in the matrix.
-inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
-  return w.dense != nullptr && w.columns % kTileDepth == 0 && (end - begin) % kStrip == 0;
-}
-
-inline __mmask32 first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
 
 // Up to 64 columns from `column`, a multiple of 64, of a row as two registers, zeros beyond `count`.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, __m512i* out) {
@@ -95,13 +81,6 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
-inline const char* element_address(const TileWeight& w, int64_t flat) {
-  return w.dense != nullptr ? reinterpret_cast<const char*>(w.dense + flat)
-                            : reinterpret_cast<const char*>(w.packed + flat / 2);
-}
-
-constexpr int64_t kRowsAhead = 32;
-
 // Columns [begin, end), begin a multiple of kPanelStep, as right strips over the rows.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
@@ -119,12 +98,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
     bf16* base = panel + (column - begin) / kStrip * strip;
     for (int64_t row = 0; row < tiles * kTileDepth; row += 2) {
       __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[1]};
-      // Rows are a page apart or half: the hardware does not look ahead from one to the next.
-      for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
-        const char* at = element_address(w, ahead * w.columns + column);
-        _mm_prefetch(at, _MM_HINT_T0);
-        if (w.dense != nullptr) _mm_prefetch(at + 64, _MM_HINT_T0);
-      }
+      fetch_rows(w, row, column);
       if (row < w.rows) decode64(w, aligned, row, column, count, even);
       if (row + 1 < w.rows) decode64(w, aligned, row + 1, column, count, odd);
       bf16* out = base + row / kTileDepth * kTile + row % kTileDepth * kStrip;
@@ -132,21 +106,6 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
         _mm512_store_si512(out + j * strip, _mm512_permutex2var_epi16(even[j / 2], j % 2 ? high : low, odd[j / 2]));
     }
   }
-}
-
-// The rows after `end`, which lie one after the other, and the columns after `end`, a run of each row: what the next
-// panel is made of, in `steps`.
-inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  const int64_t rows = min_i64(kPanelStep, w.rows - end);
-  const char* at = element_address(w, end * w.columns);
-  const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
-  return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
-}
-
-inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
-  const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
-  return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
-                                      : Ahead{};
 }
 
 }  // namespace

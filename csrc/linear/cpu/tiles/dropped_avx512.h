@@ -11,7 +11,7 @@
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
-#include "linear/cpu/tiles/decode.h"
+#include "linear/cpu/tiles/panels.h"
 
 namespace peft_ext {
 namespace {

@@ -1,0 +1,85 @@
+// multiply() of the tile kernels with Arm's matrix product of bfloat16 (BFMMLA). Its contract is in block.h. Included
+// after the target pragma.
+//
+// BFMMLA multiplies two rows and two lanes of four of the depth, the sums of 2 x 2 in one register. So both operands'
+// tiles lie as [8 steps of four of the depth][8 pairs][2][4], of rows or of lanes: a register is one pair's step. 8
+// rows by 8 lanes are 16 sums in registers: each step of the depth loads four pairs of either for 16 products.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu/simd_neon.h"
+#include "linear/cpu/tiles/tiles.h"
+
+namespace peft_ext {
+namespace {
+
+struct TileUnit {
+  TileUnit() {}
+};
+
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // elements of a pair's step
+constexpr int kPairs = 4;                                  // of rows and of lanes together
+constexpr int64_t kRowsOfStep = 2 * kPairs;
+constexpr int64_t kDecodeStrips = 1;
+inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
+constexpr int64_t kFewStrips = 0;
+
+// Where element [i, d] of a strip of rows or lanes lies.
+constexpr int64_t tile_offset(int64_t i, int64_t d) {
+  return d / kTileDepth * kTile + d % kTileDepth / kDepthStep * kStrip * kDepthStep + i * kDepthStep + d % kDepthStep;
+}
+
+inline bfloat16x8_t pair_of(const bf16* x) { return vreinterpretq_bf16_u16(vld1q_u16(words_of(x))); }
+
+// 8 rows by 8 lanes; left and right: of the first of their pairs.
+inline void multiply_pairs(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
+  float32x4_t sums[kPairs][kPairs];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      const float* at = c + 2 * i * kStrip + 2 * j;
+      sums[i][j] = vcombine_f32(vld1_f32(at), vld1_f32(at + kStrip));
+    }
+  for (int64_t d = 0; d < tiles; ++d) {
+    ahead->fetch();
+#pragma GCC unroll 2
+    for (int64_t step = 0; step < kTileDepth / kDepthStep; ++step) {
+      const int64_t at = d * kTile + step * kStrip * kDepthStep;
+      bfloat16x8_t rows[kPairs];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; ++i) rows[i] = pair_of(left + at + i * kPair);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairs; ++j) {
+        const bfloat16x8_t lanes = pair_of(right + at + j * kPair);
+#pragma GCC unroll 4
+        for (int i = 0; i < kPairs; ++i) sums[i][j] = vbfmmlaq_f32(sums[i][j], rows[i], lanes);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      float* at = c + 2 * i * kStrip + 2 * j;
+      vst1_f32(at, vget_low_f32(sums[i][j]));
+      vst1_f32(at + kStrip, vget_high_f32(sums[i][j]));
+    }
+}
+
+inline void multiply(const bf16* left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
+                     Ahead* ahead) {
+  constexpr int64_t kHalf = 2 * kPairs;
+  Ahead nothing;
+  for (int i = 0; i < left_strips; ++i)
+    for (int64_t row = 0; row < kStrip; row += kHalf)
+      for (int j = 0; j < right_strips; ++j)
+        for (int64_t lane = 0; lane < kStrip; lane += kHalf)
+          multiply_pairs(left + i * tiles * kTile + row * kDepthStep, right + j * tiles * kTile + lane * kDepthStep,
+                         tiles, c + (2 * i + j) * kStrip * kStrip + row * kStrip + lane,
+                         j == 0 && lane == 0 ? ahead : &nothing);
+}
+
+}  // namespace
+}  // namespace peft_ext

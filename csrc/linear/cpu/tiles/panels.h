@@ -1,0 +1,57 @@
+// Where a panel of W lies, and what of the next one is fetched while it is multiplied. Included after the target
+// pragma.
+#pragma once
+
+#include "linear/cpu/tiles/tiles.h"
+
+namespace peft_ext {
+namespace {
+
+inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
+
+// Whether kPanelStep columns from a multiple of kPanelStep lie in one block of one row, on a whole byte.
+inline bool aligned_blocks(const TileWeight& w) {
+  return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
+}
+
+// Whether rows [begin, end) are tiles as they lie in the matrix.
+inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
+  return w.dense != nullptr && w.columns % kTileDepth == 0 && (end - begin) % kStrip == 0;
+}
+
+inline uint32_t first_bits(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
+
+inline const char* element_address(const TileWeight& w, int64_t flat) {
+  return w.dense != nullptr ? reinterpret_cast<const char*>(w.dense + flat)
+                            : reinterpret_cast<const char*>(w.packed + flat / 2);
+}
+
+// The rows after `end`, which lie one after the other, and the columns after `end`, a run of each row: what the next
+// panel is made of, in `steps`.
+inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t rows = min_i64(kPanelStep, w.rows - end);
+  const char* at = element_address(w, end * w.columns);
+  const int64_t runs = (element_address(w, (end + rows) * w.columns) - at) / 128;
+  return rows > 0 && steps > 0 ? Ahead{at, 128, runs, ceil_div(runs, steps)} : Ahead{};
+}
+
+inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
+  const int64_t stride = element_address(w, w.columns) - element_address(w, 0);
+  return end < w.columns && steps > 0 ? Ahead{element_address(w, end), stride, w.rows, ceil_div(w.rows, steps)}
+                                      : Ahead{};
+}
+
+constexpr int64_t kRowsAhead = 32;  // of the columns' decoding
+
+// Columns [column, column + 64) of two rows, some rows before they are decoded: rows are a page apart or half, and the
+// hardware does not look ahead from one to the next.
+inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
+  for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
+    const char* at = element_address(w, ahead * w.columns + column);
+    __builtin_prefetch(at, 0, 3);
+    if (w.dense != nullptr) __builtin_prefetch(at + 64, 0, 3);
+  }
+}
+
+}  // namespace
+}  // namespace peft_ext
