@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Experts, NF4Linear
@@ -34,6 +33,7 @@ from .fused.base import (
     QUANTIZED,
     STOCK,
     class_name,
+    give_back,
     is_fully_sharded,
     is_repacked,
     without_adapters,
@@ -42,7 +42,7 @@ from .fused.blocks import block_parts, clear_blocks, fuse_blocks, plain_blocks
 from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
 from .fused.dora_experts import is_dora
 from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
-from .fused.head import DefersLoss, compute_losses, defer_losses, heads, no_head_reason
+from .fused.head import DefersLoss, compute_losses, defer_losses, no_head_reason, owners, replaced_reason
 from .fused.linear import FusedLinear, linear_dtype, would_widen
 from .fused.lora import Lora
 from .fused.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
@@ -168,11 +168,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Lora):
             clear_dora(module)
-        if (stock := STOCK.get(type(module))) is not None:
-            module.__class__ = stock
-        elif is_parametrized(module):  # of a class of its own, made of the fused one
-            bases = type(module).__bases__
-            type(module).__bases__ = tuple(STOCK.get(base, base) for base in bases)
+        give_back(module)
     return model
 
 
@@ -265,8 +261,9 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
     for name, kind, reason in block_parts(model):
         yield Row(name, kind, reason is None, reason or "")
-    for layer in heads(model):
+    for owner, layer in owners(model):
         reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
+        reason = reason or replaced_reason(owner)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _native, ops
@@ -28,6 +29,7 @@ __all__ = ["NAME", "asks", "interfaces", "reason"]
 
 NAME = "ALL_ATTENTION_FUNCTIONS"
 _OPERATOR = "scaled_dot_product_attention"
+_OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 # The paths on which it was timed against PyTorch's own, and is ahead.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # On AMX PyTorch's multiplies bfloat16 on tiles, but for dropout, and is ahead from more keys on: of causal attention
@@ -69,6 +71,8 @@ def reason(module: nn.Module, forward: Callable) -> Optional[str]:
 
 
 def _device_reason(device: str) -> Optional[str]:
+    if F.scaled_dot_product_attention is not _OF_PYTORCH:
+        return "torch.nn.functional.scaled_dot_product_attention was replaced"
     if not torch.backends.cuda.flash_sdp_enabled():
         return "PyTorch is told to take its formula (torch.nn.attention.sdpa_kernel)"
     if device == "cuda":
@@ -147,6 +151,11 @@ def _by_operator(
     causal = _causal(module, mask, is_causal)
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
+    if causal and k.shape[2] > (queries := q.shape[2]):
+        # No query sees a key behind them: an empty static cache's, or those that a recomputation adds to a cache again,
+        # which has to save what was saved before.
+        k, v = k[:, :, :queries], v[:, :, :queries]
+        position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scaling, dropout_p=dropout, training=True, bias=position_bias
     )

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..._imports import optional
 from ...nn import NF4Linear
@@ -86,8 +87,18 @@ class Fused:
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Fused):  # restored, and called by who held the bound method
+            return type(self).forward(self, x, *args, **kwargs)
         y = None if args or kwargs else self._fused(x)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def give_back(module: nn.Module) -> None:
+    """Gives a module the class that it had before it was fused."""
+    if (stock := STOCK.get(type(module))) is not None:
+        module.__class__ = stock
+    elif is_parametrized(module):  # of a class of its own, made of the fused one
+        type(module).__bases__ = tuple(STOCK.get(base, base) for base in type(module).__bases__)
 
 
 def class_name(kind: type) -> str:

@@ -6,7 +6,6 @@ random numbers with weights of the trial's own. A class whose forward computes a
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import STOCK
-from .reasons import accepts_input, forward_is_replaced
+from .reads import Watched, are_as_watched
+from .reasons import accepts_input, forward_is_replaced, replaced_on_instance
 
 __all__ = ["Block", "are_alike", "class_of", "stub", "tried_as", "with_gradients"]
 
@@ -28,8 +28,12 @@ class Block:
 
     stock_class: type
     stock_forward: Callable[..., Any]  # the stock class's, that was tried
+    watched: tuple[Watched, ...] = ()  # and what it finds by name
     formula: tuple = ()
     kind = ""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: a class that is fused is no new one of the model's, which may list its own."""
 
     @classmethod
     def prepare(cls, stock: type) -> None:
@@ -41,15 +45,19 @@ class Block:
 
     def replaced(self) -> Optional[str]:
         """Returns why the module's forward is not the one that was tried."""
-        if "forward" in self.__dict__:
+        if replaced_on_instance(self):
             return "its forward was replaced on the instance"
-        return "its class's forward was replaced" if forward_is_replaced(type(self)) else None
+        if forward_is_replaced(type(self)):
+            return "its class's forward was replaced"
+        return None if are_as_watched(self.watched) else "a name that its forward asks for stands for something else"
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
         """Yields what is fused of the module, and why it is not now."""
         yield self.kind, self.block_reason()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Block):  # restored, and called by who held the bound method
+            return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and accepts_input(args[0])
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
 
@@ -73,7 +81,8 @@ def class_of(mixin: type, stock: type, formula: tuple) -> type:
     """Returns the class of ``stock`` on fused operators by ``formula``, made once."""
     held = {"stock_class": stock, "stock_forward": stock.forward, "formula": formula, "__doc__": stock.__doc__,
             "__module__": stock.__module__}  # fmt: skip
-    made = type(stock.__name__, (mixin, stock), held)
+    kind = type(stock)  # past a metaclass of the model's, too
+    made = type.__new__(kind, stock.__name__, (mixin, stock), held)
     STOCK[made] = stock
     return made
 
@@ -83,9 +92,8 @@ def class_of(mixin: type, stock: type, formula: tuple) -> type:
 
 def stub(module: nn.Module) -> Any:
     """Returns an object with what ``module`` has, whose parameters and layers can be others."""
-    trial = copy.copy(module)
-    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value
-           for name, value in module.__dict__.items()}  # fmt: skip
+    trial = object.__new__(type(module))
+    own = {name: value.copy() if type(value) in (list, dict, set) else value for name, value in vars(module).items()}
     trial.__dict__ = {**own, "_parameters": dict(module._parameters), "_modules": dict(module._modules)}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         trial.__dict__[hooks] = {}
@@ -94,8 +102,7 @@ def stub(module: nn.Module) -> Any:
 
 def tried_as(trial: nn.Module, mixin: type, formula: tuple) -> Any:
     """Returns the trial as an instance of the fused class, with the same parameters and layers."""
-    fused = copy.copy(trial)
-    fused.__class__ = class_of(mixin, type(trial), formula)
+    fused = object.__new__(class_of(mixin, type(trial), formula))
     fused.__dict__ = trial.__dict__
     return fused
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
@@ -24,18 +25,20 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.checks import autocast_dtype
 from . import attention, expert_modules, rotary, siblings
-from .base import STOCK, is_fully_sharded
+from .base import STOCK, give_back, is_fully_sharded
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
 from .held import EXPERT, HELD, held_by, holds_others, lasts
 from .lora import LowRank
 from .mlp import Mlp, mlp_formula
 from .names import inner_function, named, with_names
-from .reasons import accepts_input, kernel_reason, tensor_reason
+from .reads import looks_at_its_type, reached_by
+from .reasons import accepts_input, kernel_reason, replaced_on_instance, tensor_reason
 
 __all__ = ["clear_blocks", "fuse_blocks", "plain_blocks"]
 
 # What a trial of a class of the model's gave: its fused class, None where it is another function.
-_TRIED: dict[tuple, Optional[type]] = {}
+_TRIED: weakref.WeakKeyDictionary[type, dict[tuple, Optional[type]]] = weakref.WeakKeyDictionary()
+_COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NEVER = type("_Never", (), {})  # stands for what was not tried
 
 
@@ -184,6 +187,8 @@ class Dropout(Block):
         return kernel_reason(self.kind, "cpu")
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Dropout):
+            return type(self).forward(self, input)
         acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
         # PyTorch's result has the input's strides.
         if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
@@ -220,7 +225,7 @@ class Forward(Block):
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
         groups, function, attends, loops = self.formula
-        replaced = "its forward was replaced on the instance" if "forward" in self.__dict__ else None
+        replaced = "its forward was replaced on the instance" if replaced_on_instance(self) else None
         if groups:
             yield _JOINT, replaced or self._joint_reason(groups)
         if function is not None:
@@ -244,6 +249,8 @@ class Forward(Block):
         return kernel_reason("rotary_embedding", next((p.device.type for p in self.parameters()), "cpu"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Forward):
+            return type(self).forward(self, *args, **kwargs)
         run = self.stock_class.forward
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
@@ -268,10 +275,10 @@ _JOINT, _ROTARY, _ATTENTION, _EXPERTS = "projections of one input", "rotary posi
 
 
 @functools.cache
-def _with_parts(
+def _with_others(
     forward: Callable, function: Optional[Callable], attends: bool, loops: bool = False
 ) -> Optional[Callable]:
-    """Returns a forward of the same code in which these parts are others; None: it can't be made."""
+    """Returns what :func:`_with_parts` does of a forward with others."""
     if loops and (forward := expert_modules.split_forward(forward)) is None:
         return None
     others: list[tuple[str, Any]] = []
@@ -282,9 +289,18 @@ def _with_parts(
     return with_names(forward, tuple(others)) if others else forward
 
 
+def _with_parts(
+    forward: Callable, function: Optional[Callable], attends: bool, loops: bool = False
+) -> Optional[Callable]:
+    """Returns a forward of the same code in which these parts are others; None: it can't be made."""
+    return _with_others(forward, function, attends, loops) if function or attends or loops else forward
+
+
 def _forward_class(module: nn.Module) -> Optional[type]:
     """Returns the class of a module in whose forward a part can be another; None: there is none."""
     stock = module.stock_class if isinstance(module, Forward) else type(module)
+    if looks_at_its_type(stock.forward):
+        return None
     groups = tuple(names for names in siblings.groups_in(stock.forward)
                    if sum(isinstance(module._modules.get(name), LowRank) for name in names) > 1)  # fmt: skip
     function, attends = rotary.rotary_function(stock.forward), attention.asks(stock.forward)
@@ -318,11 +334,15 @@ def _fused_class(module: nn.Module) -> Optional[type]:
         return None
     if is_fully_sharded(stock):
         return None  # whose forward gathers parameters first
+    if any(getattr(stock, name, None) is not getattr(nn.Module, name, None) for name in _COPIED_BY):
+        return None  # whose copies are made in its own way
     act = tuple(repr(getattr(module, name, None)) for name in ("act_fn", "activation_fn", "act"))
-    if (settings := _settings(module)) is None:
+    settings, reached = _settings(module), reached_by(stock.forward, stock)
+    if settings is None or reached is None or looks_at_its_type(stock.forward):
         return _forward_class(module)
-    key = (stock, stock.forward, act, tuple(module._parameters), settings)
-    if (found := _TRIED.get(key, _NEVER)) is _NEVER:
+    key = (stock.forward, act, tuple(module._parameters), settings, tuple(one[1:] for one in reached))
+    tried = _TRIED.setdefault(stock, {})
+    if (found := tried.get(key, _NEVER)) is _NEVER:
         found = None
         # Whatever device and mode the model is accelerated under, and no draw of the caller's generator.
         with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng([]):
@@ -331,9 +351,9 @@ def _fused_class(module: nn.Module) -> Optional[type]:
             elif (formula := mlp_formula(module)) is not None:
                 found = class_of(Mlp, stock, formula)
         if found is not None:
-            found.stock_forward = stock.forward
+            found.stock_forward, found.watched = stock.forward, reached
         if lasts(settings):
-            _TRIED[key] = found
+            tried[key] = found
     return found or _forward_class(module)
 
 
@@ -387,7 +407,7 @@ def plain_blocks(model: nn.Module) -> None:
     """Undoes :func:`fuse_blocks`."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.__class__ = module.stock_class
+            give_back(module)
     clear_blocks(model)
 
 

@@ -104,6 +104,8 @@ def forward(layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor
         training=drops and dropout.training and layer.training, dropout_mode=layer.__dict__.get(DORA_DROPOUT, "peft"),
         weight_norm=cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
     )  # fmt: skip
+    if x.dim() == 1:
+        y = y.unsqueeze(0)  # as in PEFT, which multiplies by [1, N]
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 

@@ -98,6 +98,8 @@ class Experts(Fused):
         return kernel_reason("lora_experts", device), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Experts):  # see Fused.forward
+            return type(self).forward(self, x, *args, **kwargs)
         if is_computing(self.get_base_layer()):  # with this wrapper's adapters
             return self._modules["base_layer"](x, *args, **kwargs)
         y = self._routed(x, *args, **kwargs)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import ops
 from .base import FOUR_BIT, Linear4bit, fuses, operands_4bit, quant_state_of
-from .reasons import accepts_input, kernel_reason, weight_reason
+from .reasons import accepts_input, kernel_reason, replaced_on_instance, weight_reason
 
 if FOUR_BIT:
 
@@ -24,11 +24,13 @@ if FOUR_BIT:
         )  # fmt: skip
 
         def stock_reason(self) -> Optional[str]:
-            if "forward" in self.__dict__:
+            if replaced_on_instance(self):
                 return "its forward was replaced on the instance (accelerate's device hooks do that)"
             return weight_reason(self) or kernel_reason("nf4_linear", quant_state_of(self).absmax.device.type)
 
         def forward(self, x: Tensor) -> Tensor:
+            if not isinstance(self, FusedLinear4bit):  # see Fused.forward
+                return type(self).forward(self, x)
             if self.stock_reason() is None and accepts_input(x):
                 if (operands := operands_4bit(self, x, x.dtype)) is not None:
                     return ops.nf4_linear(*operands).to(x.dtype)

@@ -75,6 +75,8 @@ class LowRank(Fused):
         return self.pair(name)[0].device.type
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, LowRank):  # see Fused.forward
+            return type(self).forward(self, x, *args, **kwargs)
         if not args and not kwargs and (y := siblings.output_of(self, x)) is not None:
             return y
         return super().forward(x, *args, **kwargs)
@@ -267,6 +269,8 @@ class Lora(LowRank):
     )  # fmt: skip
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Lora):
+            return type(self).forward(self, x, *args, **kwargs)
         names = kwargs.get("adapter_names")
         if names is not None and not args and len(kwargs) == 1:
             self._check_forward_args(x, adapter_names=names)

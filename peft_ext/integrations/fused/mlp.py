@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from ... import ops
 from . import siblings
 from .block import Block, are_alike, stub, tried_as, with_gradients
 from .held import EXPERT, held_by, holds_others
+from .reads import Watched, are_as_watched, reached_by
 from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
 __all__ = ["Mlp", "activation_name", "computed_again", "mlp_formula"]
@@ -194,12 +196,28 @@ def activation_name(act: Any) -> Optional[str]:
     """Returns which activation a function or a module is, by its values; None: another one."""
     if not isinstance(act, Hashable):
         return None
-    if (key := _act_key(act) if isinstance(act, nn.Module) else act) is None:
+    if (key := _act_key(act) if isinstance(act, nn.Module) else act) is None or not _is_told(act):
         return None
     if key not in _ACTS:
         with disable_current_modes(), torch.device("cpu"):  # an estimate's tensors have no values
             _ACTS[key] = _activation_tried(act)
     return _ACTS[key]
+
+
+_REACHED: weakref.WeakKeyDictionary[Any, Optional[tuple[Watched, ...]]] = weakref.WeakKeyDictionary()
+
+
+def _is_told(act: Callable[[Tensor], Any]) -> bool:
+    """Returns whether what an activation computes is told by its values, and what it finds by name is as it was."""
+    forward, kind = (type(act).forward, type(act)) if isinstance(act, nn.Module) else (act, object)
+    inner = act._modules.values() if isinstance(act, nn.Module) else ()
+    if not all(_is_told(child) for child in inner if child is not None):
+        return False
+    if not isinstance(forward, types.FunctionType) or forward.__module__.startswith("torch."):
+        return True
+    if forward not in _REACHED:
+        _REACHED[forward] = reached_by(forward, kind)
+    return (reached := _REACHED[forward]) is not None and are_as_watched(reached)
 
 
 def _activation_tried(act: Callable[[Tensor], Any]) -> Optional[str]:

@@ -196,11 +196,19 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or replaced_on_instance(module)
     )
 
 
 # --- a layer and its base ---------------------------------------------------------------------------------------------
+
+
+def replaced_on_instance(module: nn.Module) -> bool:
+    """Returns whether a module has a forward of its own, other than its class's, bound, as hooks leave it behind."""
+    own = module.__dict__.get("forward")
+    return own is not None and not (
+        getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
+    )
 
 
 def forward_is_replaced(kind: type) -> bool:
@@ -211,7 +219,7 @@ def forward_is_replaced(kind: type) -> bool:
 
 def layer_reason(layer: Any) -> Optional[str]:
     """Returns why an adapter layer's next call runs no adapter, or another forward than its class's."""
-    if "forward" in layer.__dict__:
+    if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if forward_is_replaced(type(layer)):
         return "its class's forward was replaced"
@@ -301,7 +309,7 @@ def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
     """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``."""
     if dtype not in WIDENED:
         return f"PyTorch's product of {short(dtype)} is as fast here"
-    if "forward" in layer.__dict__:
+    if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if reason := weight_reason(layer):
         return reason

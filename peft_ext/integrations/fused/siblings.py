@@ -9,10 +9,11 @@ computed. In every other case it computes alone. Nothing outlives the module's f
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -33,13 +34,23 @@ _FEWEST_TOKENS = 24
 # --- which layers get the same ----------------------------------------------------------------------------------------
 
 
-@functools.cache
+_KNOWN: weakref.WeakKeyDictionary[Callable, tuple[tuple[str, ...], ...]] = weakref.WeakKeyDictionary()
+
+
 def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Returns the names of a forward's children that are called with one variable, by group; none where it can't tell.
 
     Of one group are calls ``self.name(variable)`` in one run of statements, all of which run or none, where nothing
-    between them gives the variable another value.
+    between them gives the variable another value, or writes into it or a child past what autograd sees.
     """
+    if not isinstance(forward, types.FunctionType):
+        return ()
+    if forward not in _KNOWN:
+        _KNOWN[forward] = _groups_in(forward)
+    return _KNOWN[forward]
+
+
+def _groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):  # no source, or none that stands alone
@@ -54,6 +65,8 @@ def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
 def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
     current: dict[str, list[str]] = {}
     for statement in statements:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue  # which runs when it is called, maybe again in the backward
         inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
         for block in inner:
             _scan(block, found)
@@ -64,9 +77,28 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
                     found.append(current[variable])
                 if name not in current[variable]:
                     current[variable].append(name)
+        if any(map(_writes, ast.walk(statement))):
+            current.clear()
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                 current.pop(node.id, None)
+
+
+def _writes(node: ast.AST) -> bool:
+    """Returns whether a node asks for some ``data``, or writes into what is the module's."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _root(node) == "self"
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place and "self" in map(_root, (node.func, *node.args))
+
+
+def _root(node: ast.AST) -> Optional[str]:
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _is_block(value: Any) -> bool:
@@ -91,6 +123,7 @@ def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 class _Now(threading.local):
     groups: Optional[dict[int, _Group]] = None
+    hooks: Any = None  # on what is saved, as the forward began
 
 
 _NOW = _Now()
@@ -99,24 +132,31 @@ _NOW = _Now()
 @contextmanager
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[None]:
     """Within, the children of each group that have an output to give join; see the module."""
-    before, held = _NOW.groups, {}
+    before, hooks, held = _NOW.groups, _NOW.hooks, {}
     for names in groups:
         layers = [module._modules.get(name) for name in names]
         layers = [layer for layer in layers if hasattr(layer, "joint_state")]
         if len(layers) > 1:
             held.update(dict.fromkeys(map(id, layers), _Group(layers)))
-    _NOW.groups = held
+    _NOW.groups, _NOW.hooks = held, _saving_hooks()
     try:
         yield
     finally:
-        _NOW.groups = before
+        _NOW.groups, _NOW.hooks = before, hooks
 
 
 def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     """Returns the layer's output of x, computed together with others'; None: it computes alone."""
     if not (groups := _NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
+    if _saving_hooks() is not _NOW.hooks:
+        return None  # within a checkpoint of the forward's own, whose recomputation is alone as well
     return group.output(layer, x)
+
+
+def _saving_hooks() -> Any:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks and hooks[0]
 
 
 class _Group:

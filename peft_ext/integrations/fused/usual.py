@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ...nn import NF4Linear
 from ...weight import NF4Weight
 from .base import DTYPES, FOUR_BIT, LINEAR, operands, sums_wider
-from .reasons import accepts_input, any_global_hook, forward_is_replaced, hooked, tensor_reason, weight_reason
+from .reasons import (
+    accepts_input,
+    any_global_hook,
+    forward_is_replaced,
+    hooked,
+    replaced_on_instance,
+    tensor_reason,
+    weight_reason,
+)
 
 Operands = tuple[Union[Tensor, NF4Weight], Optional[Tensor]]
 
@@ -49,7 +57,9 @@ def usual_operands(layer: Any, x: Any) -> Optional[Operands]:
     if torch.is_autocast_enabled(device) or any_global_hook():
         return None
     held = layer.__dict__
-    if layer._disable_adapters or layer.merged_adapters or "forward" in held or held.get("fan_in_fan_out"):
+    if layer._disable_adapters or layer.merged_adapters or held.get("fan_in_fan_out"):
+        return None
+    if "forward" in held and replaced_on_instance(layer):
         return None
     if forward_is_replaced(type(layer)):
         return None
