@@ -1,8 +1,8 @@
 """What a forward's code finds beside its module and its input: a trial sees what it computes of a few inputs alone.
 
 Functions that it calls are read as well. What they find by name, in their modules and on the module's class, is
-watched: functions and plain values, which others may replace. Anything else that is found there (a list that a forward appends
-to), and a choice that depends on an input's sizes or values, can be told by no trial.
+watched: functions and plain values, which others may replace. Anything else that is found there (a list that a forward
+appends to), and a choice that depends on an input's sizes or values, can be told by no trial.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Watched", "are_as_watched", "looks_at_its_type", "reached_by"]
 
 _MODULES = ("torch", "math")
 # Of Python's own, what gives a value of its arguments alone.
-_BUILTINS = {"abs", "bool", "divmod", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list", "max", "min",
-             "pow", "range", "reversed", "round", "slice", "str", "sum", "super", "tuple", "zip"}  # fmt: skip
+_BUILTINS = {"abs", "bool", "divmod", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list",
+             "max", "min", "pow", "range", "reversed", "round", "slice", "str", "sum", "super", "tuple", "zip"}  # fmt: skip
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # By which a forward asks how many tokens there are, or what is in them.
 _SIZES = {"shape", "size", "numel", "nelement", "len", "__len__", "nbytes", "stride", "item", "tolist", "any", "all",
