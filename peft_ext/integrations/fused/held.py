@@ -74,7 +74,10 @@ def holds_others(module: nn.Module, stock: type, but: Optional[str] = None) -> b
 def lasts(held: Hashable) -> bool:
     """Returns whether what a module holds may be a key for good: no object that would live as long as the key does."""
     if isinstance(held, _Same):
-        return isinstance(held.value, (types.FunctionType, types.BuiltinFunctionType, type))
+        value = held.value
+        if isinstance(value, types.FunctionType):
+            return not value.__closure__
+        return isinstance(value, (types.BuiltinFunctionType, type))
     return all(map(lasts, held)) if isinstance(held, (tuple, frozenset)) else True
 
 

@@ -26,7 +26,8 @@ __all__ = ["Watched", "are_as_watched", "looks_at_its_type", "reached_by"]
 _MODULES = ("torch", "math")
 # Of Python's own, what gives a value of its arguments alone.
 _BUILTINS = {"abs", "bool", "divmod", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list",
-             "max", "min", "pow", "range", "reversed", "round", "slice", "str", "sum", "super", "tuple", "zip"}  # fmt: skip
+             "max", "min", "pow", "range", "reversed", "round", "slice", "str", "sum", "super", "tuple",
+             "zip"}  # fmt: skip
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # By which a forward asks how many tokens there are, or what is in them.
 _SIZES = {"shape", "size", "numel", "nelement", "len", "__len__", "nbytes", "stride", "item", "tolist", "any", "all",
