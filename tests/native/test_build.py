@@ -18,6 +18,7 @@ PACKAGE = Path(peft_ext.__file__).parent
 
 sys.path.insert(0, str(ROOT / "tools"))
 stable_abi = pytest.importorskip("stable_abi", reason="tools/ is not here: not a checkout")
+import arm_loop  # noqa: E402
 import include_check  # noqa: E402
 import wheels  # noqa: E402
 
@@ -158,6 +159,22 @@ def test_another_release_of_cuda_is_no_failed_install(setup_script, monkeypatch,
     monkeypatch.setenv("FORCE_CUDA", "1")
     with pytest.raises(SystemExit, match="FORCE_CUDA=1, but .* is of CUDA 12.4, and torch of 13.0"):
         setup_script.cuda_runtime(torch)
+
+
+LISTING = """
+   0:\tcmp\tx1, x4
+   4:\tb.eq\t20 <multiply_pairs+0x20>  // b.none
+   8:\tldp\tq27, q28, [x0]
+   c:\tbfmmla\tv0.4s, v27.8h, v28.8h
+  10:\tcmp\tx6, x0
+  14:\tb.ne\t8 <multiply_pairs+0x8>  // b.any
+  18:\tadd\tx8, x8, #0x8
+  1c:\tb.ne\t0 <multiply_pairs>  // b.any
+"""
+
+
+def test_the_inner_loop_is_the_shortest_around_a_product():
+    assert arm_loop.inner_loop(LISTING) == ["ldp\tq27, q28, [x0]", "bfmmla\tv0.4s, v27.8h, v28.8h", "cmp\tx6, x0"]
 
 
 def test_build_info(native):
