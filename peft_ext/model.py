@@ -30,6 +30,7 @@ with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.tuners import lora
     from peft.tuners.adalora import AdaLoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import (
         CONFIG_NAME,
         SAFETENSORS_WEIGHTS_NAME,
@@ -94,7 +95,8 @@ def load_adapter(
     """Loads a saved adapter onto ``model``, active, then calls :func:`peft_ext.accelerate`.
 
     Other than in PEFT, an adapter of AdaLoRA that gave up ranks keeps the file's bits over a base that is not float32
-    (unless ``autocast_adapter_dtype=False``), and its divisor ``ranknum`` is frozen.
+    (unless ``autocast_adapter_dtype=False``), and its divisor ``ranknum`` is frozen. A second adapter of trained tokens
+    over tied embeddings leaves a model that runs: PEFT wraps its head twice.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets one adapter more.
@@ -137,10 +139,9 @@ def load_adapter(
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-            # PEFT lists those of other adapters too, whose names have this one in them.
-            missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
-            if missing:
+            if missing := _missing_keys(model, adapter_name, result.missing_keys):
                 raise ValueError(_missing(folder, missing))
+            _unwrap_tied_heads(model)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
         if "config" not in kwargs and getattr(config, "use_dora", False):
@@ -193,6 +194,7 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
     try:
         yield
     except Exception as error:
+        _unwrap_tied_heads(model)
         if adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
         for module, kind, training, marks in before:
@@ -200,6 +202,14 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
             module.__dict__.update(marks)
         _raise_of_sizes(error)
         raise
+
+
+def _unwrap_tied_heads(model: nn.Module) -> None:
+    """Takes off the layer that PEFT puts within a tied head's own, for each adapter of trainable tokens but the first:
+    no forward passes through both. They share the embedding's tensors."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, TrainableTokensLayer):
+            module.base_layer = module.base_layer.get_base_layer()
 
 
 def _raise_of_sizes(error: Exception) -> None:
@@ -247,7 +257,11 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing_keys(model: PeftModel, adapter_name: str, absent: list[str]) -> list[str]:
-    """Returns the keys of ``absent`` that are the adapter's, and no other name of a tensor that was read."""
+    """Returns the keys of ``absent`` that are the adapter's, and no other name of a tensor that was read.
+
+    PEFT lists those of other adapters too, whose names have this one in them. Tied embeddings share one tensor of an
+    adapter, which a file has once.
+    """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
     tensors = dict(model.named_parameters(remove_duplicate=False))
     unread = set(absent)
@@ -277,12 +291,15 @@ def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
 
 
 def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
-    """Yields a module's name as files may have it: without the adapter's, wherever that stands in it."""
+    """Yields a module's name as files may have it: without the adapter's, wherever that stands in it, and for what is
+    within a module of ``modules_to_save`` without that word too."""
     yield name
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part == adapter_name:
             yield ".".join(parts[:index] + parts[index + 1 :])
+            if index > 0 and parts[index - 1] == "modules_to_save":
+                yield ".".join(parts[: index - 1] + parts[index + 1 :])
 
 
 def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:

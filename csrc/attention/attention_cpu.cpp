@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
+#include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {
@@ -16,6 +17,7 @@ namespace {
 
 // Heads of a group are summed apart until there are so many units for the threads, as far as there are heads.
 constexpr int64_t kUnits = 32;
+constexpr int64_t kMostSums = int64_t{1} << 25;  // floats of the splits' sums together: 128 MiB
 
 const AttentionKernels& attention_kernels(DType dtype) {
 #if defined(__x86_64__)
@@ -76,7 +78,7 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   uint64_t* out = reinterpret_cast<uint64_t*>(words.mutable_data_ptr());
   const uint8_t* data = static_cast<const uint8_t*>(mask.const_data_ptr());
   const int64_t of_query = mask.size(2) == 1 ? 0 : mask.stride(2), of_key = mask.size(3) == 1 ? 0 : mask.stride(3);
-  torch::stable::parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t at = unit / blocks, block = unit % blocks;
       const uint8_t* from = data + at / heads * mask.stride(0) + at % heads * mask.stride(1);
@@ -163,7 +165,7 @@ struct Call {
 
   template <typename F>
   void in_parallel(int64_t units, size_t bytes, const F& f) {
-    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(work, begin, end, scratch(Scratch::kPanel, bytes));
       // Of a head of thousands of values. The sums are the calling thread's, and may be in use yet.
       if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
@@ -215,6 +217,11 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   for (work.splits = 1; work.splits < group && (units * work.splits < kUnits || group % work.splits != 0);)
     ++work.splits;
   if (work.splits < 1) work.splits = 1;
+  // Each has sums of all keys: of many keys there is enough to do without, and memory is short.
+  const int64_t lanes = call.whole_vectors(work.size) + call.whole_vectors(work.value_size);
+  while (work.splits > 1 && work.splits * units * work.keys * lanes > kMostSums) do
+      --work.splits;
+    while (group % work.splits != 0);
   const ScratchOfCall scratch_of_call;
   call.take_sums();
   if (!call.lies_right(work.size)) work.key_rows = call.operand(work.keys, work.size);
@@ -222,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   work.key_columns = call.operand(work.size, work.keys);
   call.in_parallel(units, call.isa.pack_scratch(work), call.isa.pack);
   call.in_parallel(units * work.splits, call.isa.backward_scratch(work), call.isa.backward);
-  torch::stable::parallel_for(0, units * work.keys, kMaskBits,
-                              [&](int64_t begin, int64_t end) { call.isa.finish(work, begin, end); });
+  parallel_for(0, units * work.keys, kMaskBits, [&](int64_t begin, int64_t end) { call.isa.finish(work, begin, end); });
   return {grad_q, grad_k, grad_v};
 }
 

@@ -14,13 +14,14 @@ constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {
   Element *rows, *q, *p;
-  float *s, *o, *turned, *largest, *sum, *change, *bias;
+  float *s, *o, *fresh, *turned, *largest, *sum, *change, *bias;
   ForwardParts(Parts* parts, const Attention& work)
       : rows(parts->take<Element>(kQueries * padded_depth(work.size))),
         q(parts->take<Element>(padded_depth(work.size) * kQueries)),
         p(parts->take<Element>(kForwardKeys * kQueries)),
         s(parts->take<float>(kForwardKeys * kQueries)),
         o(parts->take<float>(work.value_size * kQueries)),
+        fresh(parts->take<float>(work.value_size * kQueries)),
         turned(parts->take<float>(kQueries * work.value_size)),
         largest(parts->take<float>(kQueries)),
         sum(parts->take<float>(kQueries)),
@@ -51,13 +52,14 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
   }
 }
 
-// P of a block, as a right operand, and its sums.
+// P of a block, as a right operand, and its sums. A block's are made alone before they are added: of a hundred thousand
+// keys one after the other each would be rounded to a large sum's last bit.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
     const Vec factor = Vec::broadcast(scale * kLog2E), zero = Vec::zero();
     const Vec most = Vec::max(Vec::load(own.largest + v * kWidth), Vec::broadcast(-3e38f));
-    Vec sum = first ? zero : Vec::mul(Vec::load(own.sum + v * kWidth), Vec::load(own.change + v * kWidth));
+    Vec sum = zero;
     for (int64_t r = 0; r < count; r += kWord) {
       Vec p[kWord];
       for (int64_t i = 0; i < kWord; ++i) {
@@ -71,6 +73,7 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       }
       store_right(p, own.p + r * kQueries + v * kWidth * kWord);
     }
+    if (!first) sum = Vec::fma(Vec::load(own.sum + v * kWidth), Vec::load(own.change + v * kWidth), sum);
     sum.store(own.sum + v * kWidth);
   }
 }
@@ -106,13 +109,14 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
     }
     take_largest(bits, here, vecs, work.scale, own);
     take_exponentials(bits, keeps, here, vecs, work.scale, first, own);
+    multiply_seen(work, k0, here, query, work.value_size, vecs, values, own.p, first ? own.o : own.fresh, false);
     if (!first)
       for (int64_t d = 0; d < work.value_size; ++d)
         for (int64_t v = 0; v < vecs; ++v) {
-          float* at = own.o + d * kQueries + v * kWidth;
-          Vec::mul(Vec::load(at), Vec::load(own.change + v * kWidth)).store(at);
+          const int64_t at = d * kQueries + v * kWidth;
+          Vec::fma(Vec::load(own.o + at), Vec::load(own.change + v * kWidth), Vec::load(own.fresh + at))
+              .store(own.o + at);
         }
-    multiply_seen(work, k0, here, query, work.value_size, vecs, values, own.p, own.o, !first);
     first = false;
   }
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;

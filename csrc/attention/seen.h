@@ -27,6 +27,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
+  // Over a small scale what is finite, as what others hide keys with, must not become -inf, which hides them all.
+  constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {
     const auto* bias = static_cast<const decltype(zero)*>(work.bias) + at;
@@ -35,10 +37,15 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
       float* to = rows + i * keys;
       if (work.bias_key == 1)
         for_vectors(keys, [&](auto lanes, int64_t j) {
-          lanes.store(to + j, Vec::mul(lanes.load(from + j), Vec::broadcast(factor)));
+          const Vec value = lanes.load(from + j), over = Vec::mul(value, Vec::broadcast(factor));
+          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // is above 0
+          lanes.store(to + j, Vec::positive(finite, Vec::max(over, Vec::broadcast(kLeast)), over));
         });
       else
-        for (int64_t j = 0; j < keys; ++j) to[j] = to_float(from[j * work.bias_key]) * factor;
+        for (int64_t j = 0; j < keys; ++j) {
+          const float value = to_float(from[j * work.bias_key]), over = value * factor;
+          to[j] = value > -INFINITY && over < kLeast ? kLeast : over;
+        }
     }
   });
   transpose_words(rows, keys * static_cast<int64_t>(sizeof(float)), count, keys, s, kQueries);

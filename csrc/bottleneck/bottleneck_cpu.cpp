@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/threads.h"
 #include "bottleneck/checked_activation.h"
 #include "linear/cpu/passes.h"
 #include "linear/cpu/base_product.h"
@@ -47,7 +48,7 @@ template <typename F>
 Tensor elementwise(const Tensor& u, const F& f) {
   Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
   float* to = out.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, u.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, u.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = f(i);
   });
   return out;
@@ -121,7 +122,7 @@ void fill(const Tensor& tensor, float value) { std::fill_n(tensor.mutable_data_p
 
 void scale_by(const Tensor& tensor, float factor) {
   float* data = tensor.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, tensor.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tensor.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) data[i] *= factor;
   });
 }
@@ -131,7 +132,7 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   const int64_t size = u.size(1);
   const float* add = bias.const_data_ptr<float>();
   float* data = u.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, u.size(0), ceil_div(kElementGrain, size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, u.size(0), ceil_div(kElementGrain, size), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t m = 0; m < size; ++m) data[t * size + m] += add[m];
   });
@@ -145,7 +146,7 @@ Tensor sum_of_rows(const Tensor& m) {
   const float* from = m.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   const int64_t grain = ceil_div(kElementGrain, kColumns * std::max<int64_t>(1, tokens));
-  torch::stable::parallel_for(0, ceil_div(size, kColumns), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(size, kColumns), grain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kColumns; first < min_i64(end * kColumns, size); first += kColumns) {
       const int64_t count = min_i64(kColumns, size - first);
       double sums[kColumns] = {};
@@ -221,7 +222,9 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   Expand work = onto_residual(y, onto);
   Tensor bias, right, sums;
   if (up_bias.has_value()) {
-    const Tensor row = as_shape(as_contiguous(*up_bias), {1, up_bias->numel()});
+    STD_TORCH_CHECK(up_bias->numel() == size.out, kOp, ": up_bias has ", up_bias->numel(), " elements, wanted ",
+                    size.out);
+    const Tensor row = as_shape(as_contiguous(*up_bias), {1, size.out});
     bias = packed(kOp, "up_bias", row, &factor, nullptr, false, 1, stride);
     work.bias = bias.const_data_ptr<float>();
   }

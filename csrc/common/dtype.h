@@ -38,7 +38,8 @@ inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // inf, nan
-  // Rebias by a multiplication: it also normalizes float16's subnormals.
+  // A subnormal one is none in float32, nor must it be on the way: a thread may be told to flush those.
+  if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
 }
 

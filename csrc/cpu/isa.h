@@ -2,6 +2,11 @@
 // Torch-free: pybind11's file includes it too.
 #pragma once
 
+// Clang before 16 has Arm's bfloat16 only where the command line asks for it.
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_BF16))
+#define PEFT_EXT_ARM_BF16 1
+#endif
+
 namespace peft_ext {
 
 // In ascending order on either machine: each has what the ones before it have. kAmxEmulated, AMX's kernels over tiles
@@ -14,8 +19,10 @@ const char* isa_name(Isa isa);
 constexpr bool isa_compiled(Isa isa) {
 #if defined(__x86_64__)
   return isa < Isa::kNeon;
-#elif defined(__aarch64__)
+#elif defined(PEFT_EXT_ARM_BF16)
   return isa == Isa::kScalar || isa >= Isa::kNeon;
+#elif defined(__aarch64__)
+  return isa == Isa::kScalar || isa == Isa::kNeon;
 #else
   return isa == Isa::kScalar;
 #endif

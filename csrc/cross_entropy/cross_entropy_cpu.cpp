@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/tensor.h"
+#include "cpu/threads.h"
 
 namespace peft_ext {
 namespace {
@@ -43,8 +44,8 @@ Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& labels, const std::op
 #else
   const CrossEntropyKernels& kernels = kCrossEntropyScalar;
 #endif
-  torch::stable::parallel_for(0, tokens, ceil_div(kElementGrain, columns),
-                              [&](int64_t begin, int64_t end) { kernels.rows(work, begin, end); });
+  parallel_for(0, tokens, ceil_div(kElementGrain, columns),
+               [&](int64_t begin, int64_t end) { kernels.rows(work, begin, end); });
   return losses;
 }
 

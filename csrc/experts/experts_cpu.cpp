@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/runs.h"
 #include "linear/cpu/weight_norm.h"
@@ -45,7 +46,7 @@ void copy_stack(const Tensor& stack, T* whole, const std::vector<int64_t>& exper
   const auto count = static_cast<int64_t>(experts.size());
   const int64_t rows = stack.size(1), columns = stack.size(2);
   const int64_t by_expert = stack.stride(0), by_row = stack.stride(1), by_column = stack.stride(2);
-  torch::stable::parallel_for(0, rows, ceil_div(kPackGrain, count * columns + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, ceil_div(kPackGrain, count * columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (const int64_t expert : experts) {
         T* from = strided + expert * by_expert + row * by_row;

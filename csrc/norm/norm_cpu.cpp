@@ -3,13 +3,12 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
 #include "norm/kernels.h"
 
 namespace peft_ext {
 namespace {
-
-using torch::stable::parallel_for;
 
 const NormKernels& norm_kernels() {
 #if defined(__x86_64__)

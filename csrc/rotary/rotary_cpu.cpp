@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
 #include "rotary/kernels.h"
@@ -43,8 +44,8 @@ std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor
   work.cos_batch = cos.size(0) == 1 ? 0 : work.tokens * work.size;
   const int64_t of_token = (q.size(1) + k.size(1)) * work.size;
   const RotaryKernels& isa = rotary_kernels();
-  torch::stable::parallel_for(0, q.size(0) * work.tokens, ceil_div(kPackGrain, of_token + 1),
-                              [&](int64_t begin, int64_t end) { isa.rotate(work, begin, end); });
+  parallel_for(0, q.size(0) * work.tokens, ceil_div(kPackGrain, of_token + 1),
+               [&](int64_t begin, int64_t end) { isa.rotate(work, begin, end); });
   return {y_q, y_k};
 }
 

@@ -14,8 +14,9 @@ struct FrozenWeight {
   std::vector<int64_t> shape;
 
   bool is_nf4() const { return absmax.has_value(); }
-  int64_t out_features() const { return shape[0]; }
-  int64_t in_features() const { return shape[1]; }
+  // Of a matrix: 0 of any other shape, which check_matrix_weight refuses.
+  int64_t out_features() const { return shape.size() == 2 ? shape[0] : 0; }
+  int64_t in_features() const { return shape.size() == 2 ? shape[1] : 0; }
 };
 
 // The elements of a shape; an error where one is negative, or where 63 bits do not hold their product.

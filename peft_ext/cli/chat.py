@@ -1,6 +1,7 @@
 """``peft-ext chat``: the same prompt to a base model and to the adapted one, side by side.
 
 One model is in memory: the base answers with the adapter disabled, in the quantization that the adapter was trained on.
+Where that leaves the base other than it was, as after PiSSA, the reason stands in place of the base's answer.
 Each prompt is answered on its own, since two answers kept as history would make two conversations.
 """
 
@@ -106,7 +107,10 @@ def _prompts() -> Iterator[str]:
 
 
 class _Pair:
-    """The base and its adapter; ``answers`` has what the base says, and what the adapted model does."""
+    """The base and its adapter; ``answers`` has what the base says (or why it can't), and what the adapted model does.
+
+    ``no_base``: why it can't, or None.
+    """
 
     def __init__(
         self, adapter: Path, model: Optional[str], base_quant: Optional[str], blocksize: Optional[int],
@@ -117,6 +121,7 @@ class _Pair:
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
         self.tokenizer = _tokenizer(adapter, folder)
+        self.no_base = _why_no_base(config, base)
         self.model = _adapted(base, adapter).eval()
         self.is_prompt = bool(config.is_prompt_learning)
         method = str(getattr(config.peft_type, "value", config.peft_type))
@@ -132,6 +137,8 @@ class _Pair:
     def answers(self, prompt: str) -> tuple[str, str]:
         """Raises CliError where the prompt is longer than the model takes."""
         inputs = self._tokens(prompt)
+        if self.no_base is not None:
+            return self.no_base, self._answer(inputs)
         with self.model.disable_adapter():
             base = self._answer(inputs)
         return base, self._answer(inputs)
@@ -238,6 +245,22 @@ def _base(
     if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
         widen(made)
     return made if held else made.to(device), base.folder, quant, trained.get("kind")
+
+
+def _why_no_base(config: Any, base: Any) -> Optional[str]:
+    """Returns why ``base``, not adapted yet, will not be itself with the adapter disabled; None where it will be."""
+    from ..merge.dense import init_that_changes_base
+
+    init, bias = init_that_changes_base(config), getattr(config, "bias", "none")
+    if init is not None:
+        reason = f"init_lora_weights is {init!r}, which changes the base's own weights as the adapter is loaded"
+    elif getattr(config, "layer_replication", None):
+        reason = "layer_replication gives the adapted model other layers than the base has"
+    elif bias != "none" and any(name.endswith("bias") for name, _ in base.named_parameters()):
+        reason = f"bias is {bias!r}, so that the adapter's biases are in place of the base's own"
+    else:
+        return None
+    return f"not shown, since {reason}"
 
 
 def _adapted(base: Any, adapter: Path) -> Any:

@@ -23,7 +23,10 @@ _OPTIONS = {
 def recommend(
     model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
     model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
-    memory: Annotated[Optional[float], typer.Option(help="Of the card, in GB. Default: this machine's.")] = None,
+    memory: Annotated[
+        Optional[float],
+        typer.Option(help="Of the card, in GB. Default: this machine's GPU; needed where there is none."),
+    ] = None,
     task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
     examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
     batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,19 +23,16 @@ from torch._subclasses.fake_tensor import (  # noqa: PLC2701  tracing without da
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  as above
 from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as above
 
-from .._native import STATE, TILE_PATHS
 from ..integrations.fused.reasons import accepting
 from ..nn import NF4Experts, NF4Linear
-from ..ops.cross_entropy import CHUNK_BYTES
 from ..ops.library import NAMESPACE
 from ..sources.model import base_model, output_head
 from .optimizers import OPTIMIZERS
 from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
+from .workspace import LOSS, workspace_bytes
 
-_LOSS = torch.ops.peft_ext.linear_cross_entropy.default
-_SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_linears_backward.default)
-_EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_experts_backward.default)
+_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 
 # What a forward raises here that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
@@ -62,14 +60,14 @@ class _Storages(TorchDispatchMode):
         self._of: weakref.WeakKeyDictionary[Any, _Storage] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = (_grouped_mm if func is _GROUPED_MM else func)(*args, **(kwargs or {}))
         self.clock += 1
         for t in tree_iter(out):
             if isinstance(t, Tensor):
                 self.note(t)
         if func.namespace == NAMESPACE:
-            kind = "logits" if func is _LOSS else "temporary"
-            workspace = self.add(_workspace_bytes(func, args, self.device), kind)
+            kind = "logits" if func is LOSS else "temporary"
+            workspace = self.add(workspace_bytes(func, args, self.device), kind)
             workspace.died = self.mark()
         return out
 
@@ -97,87 +95,18 @@ class _Storages(TorchDispatchMode):
         return self.clock
 
 
-def _workspace_bytes(func: Any, args: Any, device: str) -> int:
-    """Returns what one of this package's operators takes for itself beside its results, at most.
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Optional[Tensor] = None, bias: Any = None, out_dtype: Optional[torch.dtype] = None
+) -> Tensor:
+    """Returns what the products of a mixture's groups have room in: PyTorch's fake one takes bfloat16 alone.
 
-    On CUDA, and on the CPU in float32, an NF4 weight in the dtype of what it is multiplied with. On the CPU in 16 bits
-    the activations as they are multiplied: packed into strips where the package's own tiles multiply, which read the
-    weight as it lies; else they, the product and a panel of the weight in float32. In the backward of a layer that
-    scales its output, or its input, the scaled gradient. Of a loss the logits of a chunk, twice where an adapter adds
-    to them, and on the CPU in 16 bits the weight as PyTorch packs it.
+    [T, K] [E, K, N] -> [T, N]; [M, T] [T, N] -> [E, M, N], the weight's gradient; [E, M, K] [K, T] -> [M, T];
+    [E, M, K] [E, K, N] -> [E, M, N]. ``offs`` [E] says where the groups of T end.
     """
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
-    if func is _LOSS:
-        tokens = given["labels"].numel() if device == "cuda" else given["chunk"]
-        size = given["hidden"].element_size()
-        chunk = min(tokens * given["shape"][0] * size, CHUNK_BYTES[device]) * (1 if given["lora_A"] is None else 2)
-        # PyTorch's product of 16 bits packs the weight on a CPU.
-        return chunk + (given["weight"].numel() * size if device == "cpu" and size == 2 else 0)
-    if func in _SIBLINGS:
-        return _workspace_of_siblings(given, device)
-    if func in _EXPERTS:
-        return _workspace_of_experts(given, device)
-    by = given.get("grad", given.get("x"))
-    if by is None or "shape" not in given:
-        return 0
-    out_features, in_features = given["shape"]
-    size = 0
-    drops = bool(given.get("drop_base")) and given.get("seed") is not None
-    rows = by.numel() // max(1, by.shape[-1])
-    if device == "cpu" and by.element_size() == 2:
-        products = 2 if drops else 1
-        if STATE.isa in TILE_PATHS and by.dtype is torch.bfloat16:
-            if given.get("absmax") is not None or given["weight"].is_contiguous():
-                size += products * 2 * by.numel()
-            elif _scales(given):  # PyTorch's product, in 16 bits and then in float32
-                size += products * 6 * rows * (in_features if "grad" in given else out_features)
-        elif STATE.isa == "scalar" and by.dtype is torch.bfloat16 and products == 1 and not _scales(given):
-            # PyTorch's own product, onto the other terms.
-            size += out_features * in_features * 2 if given.get("absmax") is not None else 0
-        else:
-            panel = min(1024, out_features) * in_features  # of W, widened; of NF4 decoded to 16 bits first
-            size += products * 4 * (rows * (out_features + in_features) + panel)
-            size += 2 * panel if given.get("absmax") is not None else 0
-    else:
-        size += out_features * in_features * by.element_size() if given.get("absmax") is not None else 0
-        if device == "cpu" and drops:  # the dropped x, or dY scaled; what is added to the product; W's columns
-            size += 4 * (rows * (out_features + in_features) + min(1024, out_features) * in_features)
-    if "grad" in given and ("ia3_l" in given or "out_scale" in given):
-        feedforward = bool(given.get("feedforward"))
-        if not (feedforward and device == "cpu" and by.element_size() == 2):  # of the product above
-            size += given["x" if feedforward else "grad"].numel() * by.element_size()
-    return size
-
-
-def _scales(given: dict[str, Any]) -> bool:
-    """Returns whether a call's input or output is scaled."""
-    return given.get("ia3_l") is not None or given.get("out_scale") is not None
-
-
-def _workspace_of_experts(given: dict[str, Any], device: str) -> int:
-    """Returns the same of experts: the adapters in one piece, and their gradients; on a GPU the adapters' terms, of up
-    to six bytes an element, and the partial sums of their gradients."""
-    held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
-    if device == "cuda":
-        size = sum(6 * value.numel() for value in held)
-        return size + sum(4 * value.numel() for value in held) if "grad" in given else size
-    # An expert's own part is small beside them.
-    size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())
-    return size * (2 if "grad" in given else 1)
-
-
-def _workspace_of_siblings(given: dict[str, Any], device: str) -> int:
-    """Returns the same of layers that are computed together: on the CPU's tiles x once, or the gradients of all; else
-    what the largest of them takes."""
-    x, sizes = given["x"], given["sizes"]
-    packed = [grad for grad in given.get("grads", [x]) if grad is not None]
-    if device == "cpu" and x.dtype is torch.bfloat16 and STATE.isa in TILE_PATHS:
-        return sum(2 * value.numel() for value in packed)
-    largest, inputs = max(sizes[2::4]), sizes[3]
-    if device == "cpu" and x.element_size() == 2 and not (STATE.isa == "scalar" and x.dtype is torch.bfloat16):
-        rows = x.numel() // max(1, inputs)
-        return 4 * (rows * (largest + inputs) + min(1024, largest) * inputs)
-    return largest * inputs * x.element_size() if any(sizes[1::4]) else 0
+    shape = [a.shape[-2], b.shape[-1]]
+    if a.dim() == b.dim():
+        shape.insert(0, a.shape[0] if offs is None else offs.shape[0])
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
 
 
 def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
@@ -239,8 +168,8 @@ class Step:
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
         for module in self.model.modules():
-            for name in getattr(type(module), "adapter_layer_names", ()):
-                trained |= {id(p) for p in getattr(module, name).parameters()}
+            for name in getattr(type(module), "adapter_layer_names", ()):  # also "token_adapter.trainable_tokens_delta"
+                trained |= {id(p) for p in operator.attrgetter(name)(module).parameters()}
         return trained
 
     def _note_gradient(self, p: Tensor) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._imports import required
-from ..nn import NF4Linear
-from ..quantize import HEADS, linear_groups
+from ..nn import NF4Experts, NF4Linear
+from ..nn.experts import dense_experts, expert_parameters, is_stored_transposed
+from ..quantize import HEADS, _dense_experts, linear_groups
 from ..sources.adapter import training_options
 from ..sources.model import SourceError, load_model
 from ..weight import NF4Weight
@@ -125,11 +126,14 @@ def _stand_in(base: Base) -> int:
             if nf4 is None:
                 continue
             dense = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-            # All of its elements are one: PEFT finds a dense weight of this dtype and shape on the CPU.
-            dense.weight = nn.Parameter(torch.zeros((), dtype=nf4.dtype).expand(nf4.shape), requires_grad=False)
+            dense.weight = _without_memory(nf4.dtype, nf4.shape)
             dense.bias = child.bias
             base.dense[id(dense.weight)] = lambda nf4=nf4: nf4.to("cpu").dequantize(torch.float32)
             setattr(parent, attribute, dense)
+            count += 1
+    for module in base.model.modules():
+        if isinstance(module, NF4Experts):
+            _stand_in_of_experts(base, module)
             count += 1
     if count:
         model = base.model
@@ -144,6 +148,29 @@ def _stand_in(base: Base) -> int:
     return count
 
 
+def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
+    """Returns a parameter whose elements are all one: PEFT finds a dense weight of this dtype and shape on the CPU."""
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+
+
+def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
+    """Makes a mixture's NF4 experts, a module of our own, dense ones without memory, in place."""
+    held = {name: experts.nf4(name) for name in experts.nf4_shapes}
+    for name, nf4 in held.items():
+        experts.set_nf4(name, nf4.to("meta"))
+    dense_experts(experts)  # of their shapes and dtypes alone
+    transposed = is_stored_transposed(experts)
+    for name, nf4 in held.items():
+        shape = experts._parameters[name].shape
+        parameter = experts._parameters[name] = _without_memory(nf4.dtype, shape)
+
+        def read(nf4: NF4Weight = nf4) -> Tensor:
+            dense = nf4.to("cpu").dequantize(torch.float32)
+            return dense.transpose(1, 2).contiguous() if transposed else dense
+
+        base.dense[id(parameter)] = read
+
+
 def _reverses(conversion: Any) -> bool:
     """Returns whether transformers can undo a conversion: not those that put a quantizer's tensors together."""
     try:
@@ -155,10 +182,26 @@ def _reverses(conversion: Any) -> bool:
 
 def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
     """Makes each weight that quantize_nf4 would quantize be read through NF4."""
-    for same in linear_groups(base.model, set(HEADS)):
+
+    def through_nf4(weight: Tensor) -> Tensor:
+        return ops.nf4_quantize(weight, blocksize, double_quant).dequantize(torch.float32)
+
+    with as_merge_error(TypeError, ValueError):
+        places, experts = linear_groups(base.model, set(HEADS)), _dense_experts(base.model, set(HEADS))
+    for same in places:
         weight = same[0].linear.weight
+        base.dense[id(weight)] = lambda weight=weight: through_nf4(weight.detach().cpu())
+    for _, module in experts:
+        transposed = is_stored_transposed(module)
+        for name in expert_parameters(module):
+            parameter = module._parameters[name]
 
-        def read(weight: Tensor = weight) -> Tensor:
-            return ops.nf4_quantize(weight.detach().cpu(), blocksize, double_quant).dequantize(torch.float32)
+            def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
+                dense = torch.empty(parameter.shape, dtype=torch.float32)
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # each is quantized as [N, K]
+                    if transposed:
+                        expert, into = expert.T, into.T
+                    into.copy_(through_nf4(expert.contiguous()))
+                return dense
 
-        base.dense[id(weight)] = read
+            base.dense[id(parameter)] = read

@@ -164,6 +164,12 @@ def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
         fail(f"blocksize is {blocksize}, wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
 
+def init_that_changes_base(config: PeftConfig) -> Optional[str]:
+    """Returns the adapter's ``init_lora_weights`` where that changes the base's own weights, now and on each load."""
+    init = getattr(config, "init_lora_weights", None)
+    return init if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else None
+
+
 def _adapter_config(folder: Path) -> PeftConfig:
     if not (folder / CONFIG_NAME).is_file():
         fail(f"no {CONFIG_NAME} in {folder}, wanted an adapter in PEFT's format")
@@ -183,8 +189,7 @@ def _adapter_config(folder: Path) -> PeftConfig:
     if getattr(config, "layer_replication", None):
         fail("layer_replication has several layers share one weight, each with an adapter of its own, of which a dense "
              "weight holds one: it can't be merged")  # fmt: skip
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    if (init := init_that_changes_base(config)) is not None:
         fail(
             f"init_lora_weights is {init!r}, which changed the base's own weights before training; save the adapter "
             "with path_initial_model_for_weight_conversion, which makes it one to the base as it is"

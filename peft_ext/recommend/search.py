@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Optional
@@ -46,7 +47,7 @@ class Search:
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
         self.settings = settings
         self._known: dict[tuple[str, _Setting], Optional[MemoryEstimate]] = {}
-        self._refused: dict[str, Exception] = {}
+        self._refused: dict[tuple[str, _Setting], Exception] = {}
 
     def _has_room(self, memory: MemoryEstimate) -> bool:
         return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
@@ -65,7 +66,7 @@ class Search:
                 if not isinstance(self.subject, Given):
                     raise
                 self._known[key] = None  # PEFT, or the model, refuses the method
-                self._refused.setdefault(candidate.method, error)
+                self._refused[key] = error
         return self._known[key]
 
     def _estimate(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
@@ -99,9 +100,10 @@ class Search:
     ) -> Recommendation:
         name = NAMES[chosen.method][setting.quantization is not None]
         why = chosen.why if chosen is ranked[0] else f"{name} is the first that fits; {chosen.why_not}."
-        reasons = [why[0].upper() + why[1:], *self._setting_reasons(setting, memory)]
-        reasons += [f"{NAMES[other.method][0]} would come before it, but {self._refusal(other) or 'does not fit'}."
-                    for other in ranked[: ranked.index(chosen)]]  # fmt: skip
+        reasons = [why[0].upper() + why[1:], *self._setting_reasons(chosen, setting, memory)]
+        for other in ranked[: ranked.index(chosen)]:
+            but = self._refusal(other, self.settings) or "does not fit"
+            reasons.append(f"{NAMES[other.method][0]} would come before it, but {but}.")
         path, fields = self._fields(chosen)
         return Recommendation(
             method=chosen.method, name=name, **vars(setting),
@@ -110,9 +112,18 @@ class Search:
             alternatives=self._alternatives(ranked, setting, chosen),
         )  # fmt: skip
 
-    def _refusal(self, candidate: Candidate) -> Optional[str]:
-        error = self._refused.get(candidate.method)
-        return None if error is None else f"it can't adapt this model ({str(error).strip().splitlines()[0]})"
+    def _error(self, candidate: Candidate, settings: Iterable[_Setting]) -> Optional[str]:
+        """Returns what the first of these settings that was refused was refused with, in a line."""
+        for setting in settings:
+            if (error := self._refused.get((candidate.method, setting))) is not None:
+                return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None
+
+    def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
+        """Returns why none of these settings works; None where one does, though it may not fit."""
+        error = self._error(candidate, settings)
+        works = any(self._known.get((candidate.method, setting)) is not None for setting in settings)
+        return None if error is None or works else f"it can't adapt this model ({error})"
 
     def _alternatives(
         self, ranked: list[Candidate], setting: _Setting, chosen: Optional[Candidate]
@@ -126,16 +137,25 @@ class Search:
             memory = self._memory(other, at)
             fits = memory is not None and self._has_room(memory)
             name = NAMES[other.method][at.quantization is not None]
-            why_not = self._refusal(other) or ("it does not fit" if chosen is None else other.why_not)
+            why_not = self._refusal(other, [at]) or ("it does not fit" if chosen is None else other.why_not)
             found.append(Alternative(other.method, name, why_not, memory, fits))
         return tuple(found)
 
-    def _setting_reasons(self, setting: _Setting, memory: MemoryEstimate) -> list[str]:
+    def _not_dense(self, chosen: Candidate) -> str:
+        """Returns what is with dense weights where they are not taken: too large, or no step over them was traced."""
+        settings = [setting for setting in self.settings if setting.quantization is None]
+        fits_not = any(self._known.get((chosen.method, setting)) is not None for setting in settings)
+        error = self._error(chosen, settings)
+        said = ["do not fit"] * (fits_not or error is None)
+        said += [f"could not be estimated ({error})"] * (error is not None)
+        return f"{self.dense} weights {', or '.join(said)}"
+
+    def _setting_reasons(self, chosen: Candidate, setting: _Setting, memory: MemoryEstimate) -> list[str]:
         left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
-            reasons.append(f"{self.dense} weights do not fit: they are quantized to NF4, {gigabytes(memory.weights)}"
-                           ", with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
+            reasons.append(f"{self._not_dense(chosen)}: they are quantized to NF4, {gigabytes(memory.weights)}, with "
+                           "which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:

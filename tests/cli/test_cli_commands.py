@@ -325,6 +325,38 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
+# What a disabled adapter leaves of the base, by the options of LoRA and whether the base has biases.
+@pytest.mark.parametrize(
+    "options, biases, reason",
+    [
+        ({"init_lora_weights": "pissa"}, False, "init_lora_weights is 'pissa', which changes the base's own weights"),
+        ({"init_lora_weights": "olora"}, False, "init_lora_weights is 'olora', which changes the base's own weights"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, False, "layer_replication gives the adapted model other layers"),
+        ({"bias": "all"}, True, "bias is 'all', so that the adapter's biases are in place of the base's own"),
+        ({"bias": "all"}, False, None),
+    ],
+)
+def test_chat_says_where_a_disabled_adapter_leaves_no_base(capsys, base, tmp_path, options, biases, reason):
+    AutoModelForCausalLM.from_pretrained(base, attention_bias=biases).save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, folder, prompt = tmp_path / "base", tmp_path / "adapter", "Hello there"
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
+    model = peft.get_peft_model(base_of(base), config)
+    for parameter in model.parameters():
+        parameter.data += parameter.requires_grad * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    asked = ("chat", "--adapter", folder, "--model", base, "--prompt", prompt, "--max-new-tokens", 10)
+    ((_, plain, adapted),) = parts(said(capsys, *asked))
+    stock = peft.PeftModel.from_pretrained(base_of(base), folder).eval()
+    assert adapted == answer(stock, tokenizer, prompt)
+    its_own = answer(base_of(base).eval(), tokenizer, prompt)
+    assert plain == its_own if reason is None else plain.startswith(f"not shown, since {reason}")
+    with stock.disable_adapter():
+        assert (answer(stock, tokenizer, prompt) == its_own) == (reason is None)
+
+
 def test_chat_asks_as_the_run_was_trained(capsys, base, adapters, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((adapters("lora") / name).read_bytes())

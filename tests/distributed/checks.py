@@ -26,10 +26,13 @@ from checks_common import (
     LLAMA,
     METHODS,
     STEPS,
+    Entropy,
+    LossOutside,
     adapter,
     assert_all_fused,
     assert_close,
     assert_joins,
+    assert_loss,
     assert_losses,
     assert_same_everywhere,
     assert_same_files,
@@ -38,6 +41,7 @@ from checks_common import (
     batch,
     check,
     counted_calls,
+    counted_logits,
     gradients,
     make,
     mean,
@@ -54,7 +58,8 @@ from peft import LoraConfig, PeftModel
 from peft_models import quantize
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -163,6 +168,21 @@ def ddp_finds_unused_parameters(folder: Path) -> None:
 
 
 @check
+def ddp_leaves_the_logits_to_the_loss(folder: Path) -> None:
+    """Where it copies what a model returns as well: in each step, as Trainer wants of a PeftModel, or in the first."""
+    for options, whole in (({}, 0), ({"find_unused_parameters": True}, 0), ({"static_graph": True}, 1)):
+        for of in (lambda model: model, LossOutside):
+            wanted = train_alone(of(make()))
+            model = DDP(make(), **options)
+            with counted_logits() as computed:
+                assert_losses(train(of(model)), wanted)
+            assert len(computed) == whole, (options, len(computed))
+            assert_same_everywhere(adapter(model))
+        wanted = train_alone(Entropy(make()))
+        assert_losses(train(Entropy(DDP(make(), **options))), wanted)
+
+
+@check
 def ddp_leaves_the_buffers_alone_where_told(folder: Path) -> None:
     """The scales of NF4Linear are buffers, which DDP sends before each forward unless it is told not to."""
     scales = 4 * LAYERS  # absmax and what decodes it
@@ -233,6 +253,24 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
             assert (calls["fused"], calls["stock"]) == (2 * STEPS * LAYERS, 0), calls
             peft_ext.restore(after)
             assert not any(row.fused for row in peft_ext.explain(after).rows)
+
+
+@check
+def fsdp1_computes_the_logits(folder: Path) -> None:
+    """Its parameters are views of a flat one, which it frees after the forward."""
+    decoder = type(make().get_base_model().model.layers[0])
+    for of in (lambda model: model, LossOutside, Entropy):
+        wanted = train_alone(of(make(accelerated=False)))
+        for after in (False, True):
+            model = FullyShardedDataParallel(
+                make(accelerated=not after), auto_wrap_policy=ModuleWrapPolicy({decoder}),
+                device_id=torch.device("cpu"), use_orig_params=True,
+            )  # fmt: skip
+            model = peft_ext.accelerate(model)
+            with counted_logits() as computed:
+                assert_losses(train(of(model)), wanted)
+            assert not computed
+            assert_loss(model, "its weight is a shard (FSDP, ZeRO-3 or tensor parallelism)")
 
 
 # --- tensor parallelism -----------------------------------------------------------------------------------------------

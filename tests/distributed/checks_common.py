@@ -6,10 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import peft_ext
 from peft_ext.integrations.fused import siblings
+from peft_ext.integrations.fused.deferred import Head
 from peft_ext.integrations.fused.ia3 import IA3Layer
 from peft_ext.integrations.fused.lora import LowRank
 from peft_ext.nn import NF4Linear
@@ -102,6 +105,26 @@ def step(model: nn.Module, inputs: dict[str, Tensor], optimizer: Optional[torch.
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach()
+
+
+class LossOutside(nn.Module):
+    """A loop's own loss, of the logits that the wrapped model returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> SimpleNamespace:
+        logits = self.model(**inputs).logits
+        return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+class Entropy(LossOutside):
+    """The model's own loss, and another of its logits."""
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        out = self.model(**inputs)
+        return SimpleNamespace(loss=out.loss + 0.1 * out.logits.logsumexp(-1).mean())
 
 
 def mean(loss: Tensor) -> float:
@@ -200,6 +223,29 @@ def counted_calls() -> Iterator[dict[str, int]]:
         siblings.output_of = joint
         for kind, inner in zip(kinds, before, strict=True):
             kind._fused = inner
+
+
+@contextlib.contextmanager
+def counted_logits() -> Iterator[list[Head]]:
+    """Whose logits were computed whole, in training or by a trial."""
+    found: list[Head] = []
+    before = Head.compute
+
+    def compute(head: Head, *inputs: Tensor) -> Tensor:
+        found.append(head)
+        return before(head, *inputs)
+
+    Head.compute = compute
+    try:
+        yield found
+    finally:
+        Head.compute = before
+
+
+def assert_loss(model: nn.Module, reason: str) -> None:
+    """What explain says of the loss."""
+    (row,) = (row for row in peft_ext.explain(model).blocks if row.kind == "loss")
+    assert row.reason == reason and row.fused == (reason == "logits in chunks"), row
 
 
 def assert_same_gradients(model: nn.Module, alone: nn.Module, bound: float = GRADIENT) -> None:

@@ -15,10 +15,13 @@ from checks_common import (
     LAYERS,
     LLAMA,
     STEPS,
+    Entropy,
+    LossOutside,
     adapter,
     assert_all_fused,
     assert_close,
     assert_joins,
+    assert_loss,
     assert_losses,
     assert_same_files,
     assert_same_gradients,
@@ -26,6 +29,7 @@ from checks_common import (
     batch,
     check,
     counted_calls,
+    counted_logits,
     gradients,
     make,
     mean,
@@ -89,6 +93,36 @@ def fsdp2_without_resharding_and_with_two_forwards(folder: Path) -> None:
         for trained, inputs in ((alone, batch()), (model, mine())):
             (trained(**inputs).loss + trained(**inputs).loss).backward()
     assert_close(gradients(model), gradients(alone))
+
+
+@check
+def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
+    """Of a root that keeps its parameters until the backward, as by default; of one that frees them they are made."""
+    targets = ["q_proj", "down_proj"]
+    for names in (targets, [*targets, "lm_head"]):
+        config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
+
+        def build(config: LoraConfig = config) -> PeftModel:
+            torch.manual_seed(3)
+            return peft_ext.get_peft_model(quantize(LLAMA.build(), "float32"), config).train()
+
+        for of, count in ((lambda model: model, 0), (LossOutside, 0), (Entropy, STEPS)):
+            wanted = train_alone(of(build()))
+            model = shard(build())
+            assert_loss(model, "logits in chunks")
+            with counted_logits() as computed:
+                assert_losses(train(of(model)), wanted)
+            assert len(computed) == count, len(computed)
+            # One unit alone: the hook on what it returns is all that gathers and reduces.
+            assert_losses(train(of(fully_shard(build()))), wanted)
+            model = build()
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model, reshard_after_forward=True)
+            with counted_logits() as computed:
+                assert_losses(train(of(model)), wanted)
+            assert not computed
+            assert_loss(model, "FSDP2 frees its weight after the forward (reshard_after_forward)")
 
 
 @check

@@ -133,12 +133,37 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
                                                      label_smoothing=0.1),
     "no reduction": lambda out, y: (F.cross_entropy(out.logits.view(-1, 99), y.view(-1), reduction="none")
                                     * torch.linspace(0, 1, y.numel())).sum(),
+    "classes second": lambda out, y: F.cross_entropy(out.logits.transpose(1, 2), y),
+    "classes second, .mT": lambda out, y: F.cross_entropy(out.logits[:, :-1].float().mT, y[:, 1:], label_smoothing=0.1),
+    "classes second, permuted": lambda out, y: (F.cross_entropy(
+        out.logits.permute(0, -1, 1) / 2, y, reduction="none") * torch.linspace(0, 1, y.numel()).view(y.shape)).sum(),
+    "classes second of four": lambda out, y: F.cross_entropy(out.logits[None].movedim(-1, 1).contiguous(), y[None]),
+    "flatten": lambda out, y: F.cross_entropy(out.logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    "flatten, end": lambda out, y: F.cross_entropy(out.logits.flatten(end_dim=-2), y.flatten()),
+    "torch.flatten": lambda out, y: F.cross_entropy(torch.flatten(out.logits, 0, 1), y.flatten()),
+    "type": lambda out, y: F.cross_entropy(out.logits.type(torch.float32).view(-1, 99), y.view(-1)),
+    "mask": lambda out, y: F.cross_entropy(out.logits[:, :-1][y[:, 1:] != -100], y[:, 1:][y[:, 1:] != -100]),
+    "mask, all classes": lambda out, y: F.cross_entropy(out.logits[y > 40, :], y[y > 40]),
+    "no position": lambda out, y: F.cross_entropy(out.logits[y > 1000], y[y > 1000], reduction="sum"),
+    "one text": lambda out, y: F.cross_entropy(out.logits[0, :-1], y[0, 1:]),
+    "last position": lambda out, y: F.cross_entropy(out.logits[:, -1], y[:, -1]),
+    "positions": lambda out, y: F.cross_entropy(out.logits[torch.tensor([0, 2, 2]), 7],
+                                                y[torch.tensor([0, 2, 2]), 7]),
+    "pairs of positions": lambda out, y: F.cross_entropy(out.logits[torch.arange(3), torch.tensor([5, 9, 16])],
+                                                         y[torch.arange(3), torch.tensor([5, 9, 16])]),
+    "squeeze": lambda out, y: F.cross_entropy(out.logits[:1].squeeze(0)[:-1], y[0, 1:]),
+    "squeeze, unsqueeze": lambda out, y: F.cross_entropy(out.logits[:1].unsqueeze(1).squeeze(), y[0]),
+    "new dimension": lambda out, y: F.cross_entropy(out.logits[:, None, ..., :].view(-1, 99), y.view(-1)),
+    "narrow": lambda out, y: F.cross_entropy(out.logits.narrow(1, 0, 16).reshape(-1, 99), y[:, 1:].reshape(-1)),
+    "clone": lambda out, y: F.cross_entropy(out.logits.clone().view(-1, 99), y.view(-1)),
     "cap": lambda out, y: F.cross_entropy((torch.tanh(out.logits / 5.0) * 5.0).view(-1, 99), y.view(-1)),
 }  # fmt: skip
 OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "class weights": lambda out, y: F.cross_entropy(out.logits.view(-1, 99), y.view(-1), torch.linspace(0, 1, 99)),
     "probabilities": lambda out, y: F.cross_entropy(out.logits.view(-1, 99), torch.full((y.numel(), 99), 1 / 99)),
-    "classes second": lambda out, y: F.cross_entropy(out.logits.transpose(1, 2), y),
+    "classes first": lambda out, y: F.cross_entropy(out.logits.permute(2, 0, 1).flatten(1).t(), y.flatten()),
+    "positions as classes": lambda out, y: F.cross_entropy(out.logits, torch.arange(99).expand(3, 99) % 17),
+    "some classes": lambda out, y: F.cross_entropy(out.logits[..., :50].flatten(0, 1), y.flatten() % 50),
     "log_softmax": lambda out, y: -F.log_softmax(out.logits, -1).gather(-1, y.clamp(min=0)[..., None]).mean(),
     "tanh alone": lambda out, y: F.cross_entropy(out.logits.tanh().view(-1, 99), y.view(-1)),
     "a view changed in place": lambda out, y: _changed_in_place(out.logits, y),
@@ -380,6 +405,16 @@ def by_keywords(out: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(torch.mul(scaled, other=0.5), labels.view(-1))
 
 
+def a_copy_that_is_changed(out: Any, labels: Tensor) -> Tensor:
+    shifted = out.logits[:, :-1].contiguous()
+    flat, cloned = shifted.view(-1, 99), shifted.clone()
+    shifted *= 0.5  # the view's as well, and not the copy's
+    own = out.logits.clone()
+    own -= 1.0
+    wanted = labels[:, 1:].reshape(-1)
+    return F.cross_entropy(flat, wanted) + F.cross_entropy(cloned.view(-1, 99), wanted) + own.square().mean()
+
+
 def read_in_inference_mode(out: Any, labels: Tensor) -> Tensor:
     with torch.inference_mode():
         assert out.logits.argmax(-1).shape == labels.shape
@@ -389,7 +424,8 @@ def read_in_inference_mode(out: Any, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss_of", [with_accuracy, by_likelihood, tempered, edited_behind, masked_without_a_graph,
-                                     halved_without_a_graph, by_keywords, read_in_inference_mode],
+                                     halved_without_a_graph, by_keywords, read_in_inference_mode,
+                                     a_copy_that_is_changed],
                          ids=lambda function: function.__name__)  # fmt: skip
 def test_losses_and_edits_see_what_they_would(loss_of: Callable[[Any, Tensor], Tensor]) -> None:
     stock, model = build("Llama"), peft_ext.accelerate(build("Llama"))
@@ -444,3 +480,115 @@ def test_logits_of_a_head_that_was_merged_are_refused() -> None:
     model.merge_adapter()
     with pytest.raises(RuntimeError, match="the head's weight or adapter, were changed in place"):
         F.cross_entropy(out.logits.view(-1, 99), batch()["labels"].view(-1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("label", [99, -1])
+def test_a_label_out_of_range_is_pytorch_s_error(label: int, reduction: str) -> None:
+    inputs, found = batch(), []
+    inputs["labels"][1, 7] = label
+    for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+        with pytest.raises(IndexError) as error:
+            logits = model(inputs["input_ids"]).logits
+            F.cross_entropy(logits.view(-1, 99), inputs["labels"].view(-1), reduction=reduction)
+        found.append(str(error.value))
+    assert found[1] == f"{found[0]} cross_entropy: wanted 0 to 98, or -100, which is ignored"
+
+
+def test_of_what_they_are_a_view_is_known_without_them() -> None:
+    """FSDP2 asks each output of a module."""
+    out = peft_ext.accelerate(build("Llama"))(**batch())
+    assert out.logits._base is None and not out.logits._is_view() and not computed(out.logits)
+    assert out.logits[:, 1:]._base.shape == (3, 17, 99)
+
+
+@pytest.mark.parametrize("name", ["below Python", "of a derived one, below Python"])
+def test_a_gradient_below_python_takes_the_logits_that_were_computed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = peft_ext.accelerate(build("Llama")), []
+    real = deferred.Head.compute
+    monkeypatch.setattr(deferred.Head, "compute", lambda self, *x: calls.append(x) or real(self, *x))
+    step(model, OTHERS[name])
+    assert len(calls) == 1
+
+
+def test_a_gradient_below_python_is_of_what_was_read() -> None:
+    """What is written into the logits later is none of its business."""
+    found = []
+    for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+        logits = model(batch()["input_ids"]).logits
+        doubled = _Doubled.apply((logits / 3.0).tanh())
+        with torch.no_grad():
+            logits.mul_(3.0)
+        doubled.square().mean().backward()
+        found.append((doubled.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert_same_step(found[1], found[0])
+
+
+def _edited(logits: Tensor) -> Tensor:
+    logits.mul_(3.0)
+    return logits
+
+
+def _edited_part(logits: Tensor) -> Tensor:
+    logits[:, 0] *= 3.0
+    return logits
+
+
+def _edited_quotient(logits: Tensor) -> Tensor:
+    half = logits / 2
+    half.mul_(3.0)
+    return half
+
+
+@pytest.mark.parametrize("edit", [_edited, _edited_part, _edited_quotient])
+def test_a_gradient_below_python_is_not_without_a_change_in_place(edit: Callable[[Tensor], Tensor]) -> None:
+    logits = edit(peft_ext.accelerate(build("Llama"))(batch()["input_ids"]).logits)
+    with torch.no_grad():
+        assert logits.argmax(-1).shape == (3, 17)
+    F.cross_entropy(logits.view(-1, 99), batch()["labels"].view(-1)).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="Change a copy"):
+        _Doubled.apply(logits).square().mean().backward()
+
+
+def test_positions_are_those_that_were_chosen() -> None:
+    """Whatever becomes of the mask before the logits are computed."""
+    for index in (batch()["labels"] > 40, torch.tensor([2, 0])):
+        found = []
+        for model in (build("Llama"), peft_ext.accelerate(build("Llama"))):
+            mine = index.clone()
+            chosen = model(batch()["input_ids"]).logits[mine]
+            mine.fill_(1)
+            found.append(chosen.detach())
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_forward_is_told() -> None:
+    """TRL's computes the loss from the head's weight, and does not call the head."""
+    model = peft_ext.accelerate(build("Llama"))
+    base = model.get_base_model()
+    forward = base.forward
+    base.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    (row,) = losses(model)
+    assert not row.fused and row.reason.startswith("the model's forward was replaced")
+    base._original_forward = forward  # accelerate's mixed precision, which calls it
+    assert losses(model)[0].fused
+
+
+class _OfAnArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def get_output_embeddings(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_output_embeddings(x)
+
+
+def test_a_method_of_the_same_name_is_left_alone() -> None:
+    model = peft_ext.accelerate(get_peft_model(_OfAnArgument(), LoraConfig(r=2, target_modules=["up"])))
+    assert len(peft_ext.explain(model).rows) == 1 and not losses(model)
+    assert model(torch.randn(3, 8)).shape == (3, 8)

@@ -1,6 +1,7 @@
 """peft_ext.get_peft_model and load_adapter: as PEFT's, accelerated; AdaLoRA over bfloat16; files that are refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("aenum")
 pytest.importorskip("bitsandbytes")
 
 import peft
+import transformers
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,46 @@ def test_load_adapter(tmp_path):
     loaded = load_adapter(copy.deepcopy(base), tmp_path, subfolder="pickled", accelerate=False)
     assert peft_ext.explain(loaded).fused_share == 0
     torch.testing.assert_close(logits(loaded), first)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["fresh", "beside another"])
+def test_what_is_within_a_saved_module_is_a_part_of_the_model(tmp_path, beside):
+    """RoBERTa's head has layers of its own, which PEFT saves without the word modules_to_save."""
+    config = transformers.RobertaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                        num_attention_heads=2, num_labels=3)  # fmt: skip
+    base = transformers.RobertaForSequenceClassification(config)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=4, init_lora_weights=False)
+    saved = get_peft_model(copy.deepcopy(base), lora)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    assert "base_model.model.classifier.dense.bias" in load_file(file)
+    fresh = get_peft_model(copy.deepcopy(base), lora, "first") if beside else base
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "load_adapter: ")
+        loaded = load_adapter(fresh, tmp_path, "mine")
+    assert_same(get_peft_model_state_dict(loaded, adapter_name="mine"), load_file(file))
+    save_file(load_file(file) | {"base_model.model.classifier.other.bias": torch.ones(3)}, file)
+    with pytest.warns(UserWarning, match="has base_model.model.classifier.other.bias, which is no part of Roberta"):
+        load_adapter(loaded, tmp_path, "more")
+
+
+def test_an_adapter_of_tied_embeddings_is_loaded_beside_another(tmp_path):
+    """The head's tensor is the embedding's: PEFT has more names for it than the file, and wraps the head twice."""
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                      num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    base = transformers.LlamaForCausalLM(config)
+    tokens = peft.TrainableTokensConfig(token_indices=[3, 4], target_modules=["embed_tokens"])
+    get_peft_model(copy.deepcopy(base), tokens).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: delta + 1 for name, delta in load_file(file).items()}, file)
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    first = logits(loaded)
+    assert load_adapter(loaded, tmp_path, "second").active_adapters == ["second"]
+    assert torch.equal(logits(loaded), first) and not torch.allclose(first, logits(base.eval()))
+    save_file({"base_model.model.model.norm.weight": torch.ones(32)}, file)
+    with pytest.raises(ValueError, match="lacks . of the adapter's tensors"):
+        load_adapter(loaded, tmp_path, "third")
+    assert torch.equal(logits(loaded), first)
 
 
 # --- AdaLoRA ----------------------------------------------------------------------------------------------------------

@@ -6,121 +6,37 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from memory_steps import (  # noqa: E402
+    BERT,
+    BF16,
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    TOKENS,
+    adapted,
+    assert_near,
+    build,
+    estimated,
+    lora,
+    measured,
+    one_thread,  # noqa: F401  a fixture
+)
 from peft_models import quantize  # noqa: E402
 
 import peft_ext  # noqa: E402
-from peft_ext import _native, memory, methods  # noqa: E402
+from peft_ext import memory, methods  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
 from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
 
-TOKENS = {"batch_size": 2, "sequence_length": 64}
-LLAMA = transformers.LlamaConfig(
-    hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=512, tie_word_embeddings=True,
-)  # fmt: skip
-BERT = transformers.BertConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
-)
-GPT2 = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=512, n_positions=64)
-
-
-def lora(**changes):
-    return peft.LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
-
-
 # --- a real step ------------------------------------------------------------------------------------------------------
 
 
-def held(model, optimizer):
-    """Bytes of the tensors that outlive a step, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is not None:
-        tensors += [*allocator.ipt.values(), *allocator.exp_avg_ipt.values(), *allocator.exp_avg_unc.values()]
-    for module in model.modules():
-        quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if quant_state is not None:
-            tensors += [quant_state.absmax] + ([quant_state.state2.absmax] if quant_state.nested else [])
-        state = getattr(module, "state", None)
-        tensors += [t for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's products in 16 bits take memory for each thread, which on these sizes would count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def measured(model, autocast=None, padding=False):
-    """Peak bytes of a training step after the first, as PyTorch's profiler sees the allocator."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, 512, (2, 64))
-    classifies = (
-        "SequenceClassification" in type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
-    )
-    inputs = {"input_ids": ids, "labels": torch.randint(0, 2, (2,)) if classifies else ids}
-    if not classifies:
-        inputs["use_cache"] = False
-    if padding:
-        inputs["attention_mask"] = (torch.arange(64) < torch.tensor([[64], [50]])).long()
-
-    def step():
-        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        if hasattr(getattr(model, "base_model", None), "rankallocator"):
-            model.base_model.update_and_allocate(1)
-        optimizer.zero_grad()
-
-    step()
-    resident = held(model, optimizer) + ids.nbytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        alive += change.nbytes()
-        peak = max(peak, alive)
-    assert peak > 0, "the profiler saw no allocation"
-    return resident + peak
-
-
-def build(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    classifies = isinstance(config, transformers.BertConfig)
-    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
-    return auto.from_config(copy.deepcopy(config), dtype=dtype)
-
-
-def adapted(config, adapter, dtype=torch.float32, nf4=False, accelerated=True, checkpointing=False):
-    model = build(config, dtype)
-    if adapter is not None:
-        model = peft.get_peft_model(model, copy.deepcopy(adapter))
-    if nf4:
-        peft_ext.quantize_nf4(model, progress=False)
-    if accelerated:
-        peft_ext.accelerate(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-BF16 = {"dtype": torch.bfloat16}
 ADALORA = {"init_r": 8, "target_r": 4, "total_step": 100}
 STEPS = {
     "LoRA": (LLAMA, lora(), BF16),
@@ -140,16 +56,6 @@ STEPS = {
         {"checkpointing": True},
     ),
 }
-
-
-def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
-    changes = {"quantization": "nf4" if nf4 else None, "device": "cpu", **TOKENS, **changes}
-    return estimate_memory(config, adapter, gradient_checkpointing=checkpointing, **changes)
-
-
-def assert_near(estimate, wanted, within=0.02):
-    """2 per cent: what the kernels take for themselves is bounded, not traced; on real sizes it is 0.1 per cent."""
-    assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -193,6 +99,30 @@ def test_bitsandbytes_layers_too(kind):
         assert_near(estimate_memory(model, **TOKENS), measured(peft_ext.accelerate(model)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
+    """Its fake one takes bfloat16 alone."""
+    config = lora(target_modules=["q_proj"])
+    how = {"dtype": dtype, "accelerated": False}
+    assert_near(estimated(MIXTRAL, config, **how), measured(adapted(MIXTRAL, config, **how)))
+    full = estimated(MIXTRAL, "full", **how)
+    assert full.gradients == full.parameters * dtype.itemsize
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_trained_tokens_beside_lora(accelerated: bool):
+    """PEFT's wrapper names its tensors with a dot: "token_adapter.trainable_tokens_delta"."""
+    config, how = lora(trainable_token_indices=[1, 2, 3]), {**BF16, "accelerated": accelerated}
+    estimate = estimated(LLAMA, config, **how)
+    model = adapted(LLAMA, config, **how)
+    assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate.adapters == 4 * estimate.trainable == estimate.gradients
+    assert_near(estimate, measured(model))
+    model.add_adapter("other", lora(trainable_token_indices=[4, 5]))
+    more = sum(p.nbytes for name, p in model.named_parameters() if ".other" in name)
+    assert estimate_memory(model, accelerated=accelerated, **TOKENS).adapters == estimate.adapters + more
+
+
 # --- what is known exactly --------------------------------------------------------------------------------------------
 
 
@@ -234,26 +164,6 @@ def test_a_fused_layer_saves_x_and_s():
     # PEFT's own: x dropped in the adapters' dtype too; its mask as well where x needs a gradient.
     stock = estimate_memory(model, inputs=inputs, accelerated=False).activations
     assert stock == (2 + 4) * tokens * features + 4 * tokens * rank
-
-
-def test_a_dequantized_weight_is_temporary():
-    model = nn.Sequential(nn.Linear(8, 256), peft_ext.nn.NF4Linear(256, 1024, bias=False))
-    estimate = estimate_memory(model, inputs={"input": torch.empty(2, 8)})
-    assert 0 <= estimate.temporary - 4 * 256 * 1024 < 2**16
-
-
-@pytest.mark.parametrize("isa", ["amx", "avx2"])
-def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
-    """In bfloat16: strips of the activations, or, without a dot product of the type, float32 copies."""
-    monkeypatch.setattr(type(_native.STATE), "isa", isa)
-    tokens, k, n = 512, 256, 1024
-    model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
-    inputs = {"input": torch.empty(tokens, k, dtype=torch.bfloat16)}
-    estimate = estimate_memory(model, inputs=inputs, device="cpu")
-    wanted = 2 * tokens * k if isa == "amx" else 4 * (tokens * (k + n) + n * k) + 2 * n * k
-    assert 0 <= estimate.temporary - wanted < 2**16
-    on_cuda = estimate_memory(model, inputs=inputs, device="cuda").temporary
-    assert 0 <= on_cuda - 2 * k * n < 2**16
 
 
 def test_a_frozen_layer_saves_nothing():

@@ -161,6 +161,43 @@ def test_prefix_tuning_is_not_checkpointed():
     assert prefix.memory is None and not prefix.fits
 
 
+class Refusing(Fixed, subjects.Given):
+    """One of the user's, of which no step can be traced in some pairs of quantization and checkpointing."""
+
+    def __init__(self, refused, need):
+        super().__init__(need)
+        self.refused = refused
+
+    def profile(self, config=None, method=None, **setting):
+        if (setting["quantization"], setting["gradient_checkpointing"]) in self.refused:
+            raise RuntimeError("no kernel of float16\nmore of it")
+        return super().profile(config, method, **setting)
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ([], "do not fit"),
+        ([(None, False), (None, True)], "could not be estimated (no kernel of float16)"),
+        ([(None, True)], "do not fit, or could not be estimated (no kernel of float16)"),
+    ],
+)
+def test_what_was_refused_is_not_called_too_large(refused, said):
+    found = search(Refusing(refused, by_setting(40, 30, 20, 8, 6)), 24)
+    assert found.name == "QLoRA"
+    assert found.reasons[1].startswith(f"bfloat16 weights {said}: they are quantized to NF4, 20.0 GB")
+
+
+def test_what_is_too_large_is_not_called_refused():
+    """With checkpointing LoRA is refused, without it too large."""
+    refused = [("nf4", True), (None, True)]
+    found = search(Refusing(refused, lambda method, **_: 20 if method == "ia3" else 40), 24)
+    assert found.method == "ia3" and found.quantization is None
+    assert "LoRA would come before it, but does not fit." in found.reasons
+    (lora,) = (other for other in found.alternatives if other.method == "lora")
+    assert lora.memory.total == 40 * GIB and "can't adapt" not in lora.why_not
+
+
 def test_full_fine_tuning_is_shown_but_neither_taken_nor_quantized():
     subject = Fixed(lambda method, quantization, **_: 5 if method == "full" else 50 if quantization is None else 20)
     found = search(subject, 24)

@@ -1,14 +1,13 @@
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 
 #include "linear/cpu/tiles/products.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/cpu/skinny.h"
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 namespace {
 

@@ -8,8 +8,8 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& w
                   " columns, wanted ", k);
   const int64_t rank = adapter.rank();
   if (adapter.lora_A.has_value()) {
-    STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_A->size(1) == k, op, ": lora_A has ",
-                    adapter.lora_A->numel(), " elements, wanted [R, ", k, "]");
+    STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_A->size(1) == k && rank > 0, op, ": lora_A has ",
+                    adapter.lora_A->numel(), " elements, wanted [R, ", k, "] of a rank of 1 or more");
     STD_TORCH_CHECK(adapter.lora_B.has_value() && adapter.lora_B->dim() == 2 && adapter.lora_B->size(0) == n &&
                         adapter.lora_B->size(1) == rank,
                     op, ": lora_B is not [", n, ", ", rank, "]");

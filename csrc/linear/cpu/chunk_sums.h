@@ -3,29 +3,39 @@
 
 #include <algorithm>
 
+#include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 #include "linear/cpu/pass_plan.h"
 
 namespace peft_ext {
 
-// run(first token, last token, sums) for each chunk into zeroed sums [size]; returns their total, added in order.
+// run(first token, last token, sums) for each chunk into zeroed sums [size]; returns their total, added in order. As
+// many chunks' sums are there at once as threads make, or as are small.
 template <typename Run>
 Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   if (tokens == 0) return zeros({size});
   const int64_t chunk = chunk_tokens(tokens), chunks = ceil_div(tokens, chunk);
-  Tensor sums = empty({chunks, size}, ScalarType::Float);
-  float* data = sums.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      std::fill_n(data + c * size, size, 0.0f);
-      run(c * chunk, min_i64((c + 1) * chunk, tokens), data + c * size);
-    }
-  });
-  torch::stable::parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 1; c < chunks; ++c)
-      for (int64_t i = begin; i < end; ++i) data[i] += data[c * size + i];
-  });
-  return torch::stable::select(sums, 0, 0);
+  const int64_t together = std::min(chunks, std::max(loop_threads(), kMostSums / std::max<int64_t>(size, 1)));
+  const Tensor total = empty({size}, ScalarType::Float);
+  const Tensor held = empty({chunks > 1 ? together : 0, size}, ScalarType::Float);
+  float *out = static_cast<float*>(total.mutable_data_ptr()), *of_chunks = static_cast<float*>(held.mutable_data_ptr());
+  for (int64_t start = 0; start < chunks; start += together) {
+    const int64_t count = std::min(together, chunks - start);
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* sums = chunks > 1 ? of_chunks + i * size : out;
+        std::fill_n(sums, size, 0.0f);
+        run((start + i) * chunk, min_i64((start + i + 1) * chunk, tokens), sums);
+      }
+    });
+    if (chunks == 1) break;
+    parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
+      if (start == 0) std::copy(of_chunks + begin, of_chunks + end, out + begin);
+      for (int64_t i = start == 0 ? 1 : 0; i < count; ++i)
+        for (int64_t j = begin; j < end; ++j) out[j] += of_chunks[i * size + j];
+    });
+  }
+  return total;
 }
 
 }  // namespace peft_ext

@@ -5,6 +5,7 @@
 //   mm       all else is PyTorch's product: in place onto the low-rank term where nothing else is to be done, else in
 //            float32 (W widened a panel at a time), finished in one more pass
 #include "cpu/scratch.h"
+#include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
 #include "linear/cpu/tiles/products.h"
@@ -39,8 +40,8 @@ Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
                            f.size.tokens,
                            static_cast<const bf16*>(held.const_data_ptr()),
                            y.mutable_data_ptr<float>()};
-  torch::stable::parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
-                              [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
+  parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
+               [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
   return y;
 }
 
@@ -147,7 +148,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
 void fill_rows(const Tensor& matrix, const float* row) {
   const int64_t columns = matrix.size(1);
   float* to = matrix.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, matrix.size(0), ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, matrix.size(0), ceil_div(kPackGrain, columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) memcpy(to + t * columns, row, static_cast<size_t>(columns) * sizeof(float));
   });
 }

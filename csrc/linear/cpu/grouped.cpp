@@ -1,3 +1,4 @@
+#include "cpu/threads.h"
 #include "linear/cpu/grouped.h"
 
 #include <string.h>
@@ -5,8 +6,6 @@
 #include <algorithm>
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 namespace {
 

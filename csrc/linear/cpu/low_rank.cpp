@@ -1,6 +1,7 @@
 // The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
 #include <algorithm>
 
+#include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
 #include "linear/cpu/tiles/tiles.h"
@@ -54,8 +55,11 @@ Shrunk shrink_tokens(const ForwardCall& f) {
   if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
   run_row_pass(pass, size.tokens);
   if (size.padded != size.rank) {
-    Tensor given = f.out.s;
-    torch::stable::copy_(given, torch::stable::narrow(out.s, 1, 0, size.rank));
+    // By hand: a part of a loop is on a thread of its own, where an inference tensor refuses PyTorch's copy.
+    float* given = static_cast<float*>(f.out.s.mutable_data_ptr());
+    parallel_for(0, size.tokens, ceil_div(kPackGrain, size.rank), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) std::copy_n(s + t * size.padded, size.rank, given + t * size.rank);
+    });
   }
   return out;
 }

@@ -10,6 +10,7 @@
 
 #include "linear/cpu/passes.h"
 #include "cpu/scratch.h"
+#include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
 
 namespace peft_ext {
@@ -60,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   const Nf4Kernels& nf4 = nf4_kernels();
   uint8_t* to_codes = codes.mutable_data_ptr<uint8_t>();
   float* to_scales = scales.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * rows, last = min_i64(first + rows, n);
       const int64_t flat = first * k, size = (last - first) * k, blocks = ceil_div(size, blocksize);

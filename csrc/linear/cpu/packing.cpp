@@ -1,3 +1,4 @@
+#include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 
 #if defined(__SSE2__)
@@ -7,8 +8,6 @@
 #include "linear/cpu/tiles/tiles.h"
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 Tensor zeros(const std::vector<int64_t>& shape) {
   Tensor tensor = empty(shape, ScalarType::Float);
@@ -54,6 +53,8 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
   const Tensor source = as_contiguous(matrix);
   const int64_t rows = source.size(0), columns = source.size(1);
   const int64_t filled_rows = transpose ? columns : rows, filled_columns = transpose ? rows : columns;
+  STD_TORCH_CHECK(filled_rows <= frame_rows && filled_columns <= frame_columns, op, ": ", argument, " is [", rows, ", ",
+                  columns, "], which is more than the other arguments have");
   const bool fills = filled_rows == frame_rows && filled_columns == frame_columns;
   if (fills && !transpose && by_row == nullptr && by_column == nullptr && source.scalar_type() == ScalarType::Float)
     return source;

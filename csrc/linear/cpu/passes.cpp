@@ -10,8 +10,6 @@
 
 namespace peft_ext {
 
-using torch::stable::parallel_for;
-
 namespace {
 
 // What a row of `expand` costs beside its rank, in ranks.

@@ -29,7 +29,7 @@ void each_run(std::vector<Run> runs, const Call& call) {
   size_t shared = 0;
   while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
   std::atomic<size_t> next{shared};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const WithinALoop within;
     for (int64_t thread = begin; thread < end; ++thread)
       for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);

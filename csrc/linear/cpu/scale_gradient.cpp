@@ -3,13 +3,12 @@
 
 #include <vector>
 
+#include "cpu/threads.h"
 #include "linear/cpu/adapted_linear.h"
 #include "linear/cpu/base_product.h"
 #include "nf4/cpu/decode.h"
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 namespace {
 

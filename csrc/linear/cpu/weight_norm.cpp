@@ -1,4 +1,5 @@
 // The norms of W + s B A's rows and their gradients: see weight_norm.h.
+#include "cpu/threads.h"
 #include "linear/cpu/weight_norm.h"
 
 #include <math.h>
@@ -10,8 +11,6 @@
 
 namespace peft_ext {
 namespace {
-
-using torch::stable::parallel_for;
 
 Tensor wide_matrix(const Tensor& matrix) { return as_contiguous(as_type(matrix, ScalarType::Float)); }
 
@@ -49,10 +48,19 @@ float norm_term(const float* b, const float* u, const float* t, float s, int64_t
   return s * sum;
 }
 
+void check_factors(const char* op, const FrozenWeight& weight, const Tensor& lora_A, const Tensor& lora_B) {
+  const int64_t n = weight.out_features(), k = weight.in_features();
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == k && lora_A.size(0) > 0, op, ": lora_A has ", lora_A.numel(),
+                  " elements, wanted [R, ", k, "] of a rank of 1 or more");
+  STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == n && lora_B.size(1) == lora_A.size(0), op, ": lora_B is not [",
+                  n, ", ", lora_A.size(0), "]");
+}
+
 }  // namespace
 
 WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type) {
+  check_factors(op, weight, lora_A, lora_B);
   const int64_t n = weight.out_features(), rank = lora_A.size(0);
   const RowFacts facts = weight_row_facts(op, weight, lora_A, type);
   const Tensor b = wide_matrix(lora_B), products = times_gram(op, b, gram(op, lora_A));
@@ -78,7 +86,9 @@ WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor&
 WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const FrozenWeight& weight,
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type) {
+  check_factors(op, weight, lora_A, lora_B);
   const int64_t n = weight.out_features(), k = weight.in_features(), rank = lora_A.size(0);
+  STD_TORCH_CHECK(u.numel() == n * rank, op, ": u has ", u.numel(), " elements, wanted [", n, ", ", rank, "]");
   const Tensor a = wide_matrix(lora_A), b = wide_matrix(lora_B), products = times_gram(op, b, gram(op, lora_A));
   const Tensor held_grad = float_vector(op, "grad", grad, n), held_norm = float_vector(op, "norm", norm, n);
   const Tensor held_u = wide_matrix(u);

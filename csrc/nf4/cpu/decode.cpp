@@ -2,10 +2,9 @@
 
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
+#include "cpu/threads.h"
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 const Nf4Kernels& nf4_kernels() {
 #if defined(__x86_64__)

@@ -7,7 +7,9 @@
 // permuted once for all rows. BFDOT multiplies and adds pairs in float32; a step's sums are multiplied by its block's
 // scale. The rounding of the codes is 2^-9 of a weight at most, as a rounded product's is. The weight is read once,
 // 0.53 bytes an element, and never written. One thread owns rows.
-#if defined(__aarch64__)
+#include "cpu/isa.h"
+
+#if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
 // The target must be set before these headers are read.
 #include "cpu/simd_neon.h"

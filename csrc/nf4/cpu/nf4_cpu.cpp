@@ -1,13 +1,12 @@
 // NF4 operators on the CPU: checks, allocation, threads. The arithmetic is in nf4_<isa>.cpp.
 #include <tuple>
 
+#include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/nf4_code.h"
 
 namespace peft_ext {
 namespace {
-
-using torch::stable::parallel_for;
 
 std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   constexpr const char* kOp = "nf4_quantize";

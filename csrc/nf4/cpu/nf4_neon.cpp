@@ -41,7 +41,8 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
 
 // The codes of 16 elements, in their order, to bytes of words or of floats in memory.
 inline void store_looked_up(uint8x16_t index, const WordPlanes& planes, uint8_t* out) {
-  vst2q_u8(out, {{vqtbl1q_u8(planes.val[0], index), vqtbl1q_u8(planes.val[1], index)}});
+  const uint8x16x2_t bytes = {{vqtbl1q_u8(planes.val[0], index), vqtbl1q_u8(planes.val[1], index)}};
+  vst2q_u8(out, bytes);
 }
 inline void store_looked_up(uint8x16_t index, const FloatPlanes& planes, uint8_t* out) {
   uint8x16x4_t bytes;

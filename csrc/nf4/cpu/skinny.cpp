@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
 
 namespace peft_ext {
@@ -21,7 +22,7 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
 #if defined(__x86_64__)
   if (bf16_x && current_isa() >= Isa::kAvx512Bf16)
     return {nf4_skinny_bf16_avx512, kSkinnyTokensBf16, nf4_nibble_order, kNibbleGroup};
-#elif defined(__aarch64__)
+#elif defined(PEFT_EXT_ARM_BF16)
   if (bf16_x && current_isa() == Isa::kNeonBf16)
     return {nf4_skinny_bf16_neon, nf4_kernels().skinny_tokens, nf4_order_bf16_neon, kSkinnyStep};
 #endif
@@ -72,7 +73,7 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
   work.y = y.mutable_data_ptr<float>();
   const Scales scales(weight);
   const bool nested = nested_scales(weight) > 0;
-  torch::stable::parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
     // Rows whose scales are decoded together: about kScaleChunk blocks, and whole kernel calls; all, where nothing is.
     const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
     std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize + 2) : 0);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.checks import autocast_dtype
 from . import lora
-from .base import LINEAR, STOCK, class_name, operands, sums_wider
+from .base import LINEAR, STOCK, class_name, is_fully_sharded, operands, sums_wider
 from .deferred import Head
 from .linear import FusedLinear
-from .reasons import accepts_input, kernel_reason, weight_reason
+from .reasons import accepts_input, kernel_reason, replaced_on_instance, weight_reason
 
 FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
 
@@ -35,6 +36,8 @@ class DefersLoss:
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not (self.training and accepts_input(args[0])):
             return super().forward(*args, **kwargs)
         (x,) = args
@@ -56,9 +59,9 @@ class LinearHead(DefersLoss, FusedLinear):
     """A frozen ``nn.Linear`` whose outputs are a model's logits."""
 
     def head_reason(self) -> Optional[str]:
-        if "forward" in self.__dict__:
+        if replaced_on_instance(self):
             return "its forward was replaced on the instance (accelerate's device hooks do that)"
-        return weight_reason(self) or _loss_reason(self._parameters["weight"])
+        return weight_reason(self) or _loss_reason(self._parameters["weight"]) or _freed_reason(self)
 
     def _head(self, x: Tensor) -> Optional[Head]:
         if (found := operands(self, x)) is None:
@@ -93,7 +96,7 @@ if FusedLoraLinear is not None:
                 return "the head's adapter is not plain LoRA"
             if self._bias(names[0]) is not None or isinstance(self.scaling[names[0]], Tensor):
                 return "the head's adapter has a bias, or a scale that is a tensor"
-            return _loss_reason(self.pair(names[0])[0])
+            return _loss_reason(self.pair(names[0])[0]) or _freed_reason(self)
 
         def _head(self, x: Tensor) -> Optional[Head]:
             (name,), base = self._names(), self._modules["base_layer"]
@@ -126,19 +129,60 @@ def _loss_reason(tensor: Tensor) -> Optional[str]:
     return kernel_reason("linear_cross_entropy", tensor.device.type)
 
 
-def heads(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the output embeddings of the language models in ``model``."""
+def _freed_reason(layer: nn.Module) -> Optional[str]:
+    """Returns which engine frees the tensors of ``layer`` after a forward, from which logits could not be computed."""
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # PyTorch's own mark of both FSDPs
+        return None
+    held = {id(parameter) for parameter in layer.parameters()}
+    wrapped, is_held = _fully_sharded(), False
+    for module, state in wrapped:
+        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)
+                if held.isdisjoint(map(id, seen)):
+                    continue
+                is_held = True
+                if group.post_forward_mesh_info is not None and not _will_be_root(module, state, wrapped):
+                    return "FSDP2 frees its weight after the forward (reshard_after_forward)"
+    if is_held or any(layer in module.modules() for module, _ in wrapped):
+        return None
+    return "FSDP1 flattens its weight, and frees it after the forward"
+
+
+def _fully_sharded() -> list[tuple[nn.Module, Any]]:
+    """Returns the modules that fully_shard was called on, each with its state; torch.distributed is not imported."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
+
+
+def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
+    """Returns whether the first forward will find ``module`` the outermost, which keeps its parameters by default."""
+    if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
+        return False
+    return not any(module in other.modules() for other, _ in wrapped if other is not module)
+
+
+def owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yields the language models in ``model``, each with its output embeddings."""
     seen: set[int] = set()  # a model and the one around it may name the same
     for module in model.modules():
         if not hasattr(type(module), "get_output_embeddings"):
             continue
         try:
             found = module.get_output_embeddings()
-        except (AttributeError, NotImplementedError):
+        except Exception:  # a model without a head; another's method of this name, which wants arguments
             continue
         if isinstance(found, nn.Module) and id(found) not in seen:
             seen.add(id(found))
-            yield found
+            yield module, found
+
+
+def replaced_reason(owner: nn.Module) -> Optional[str]:
+    """Returns why a language model's head may not be called in training; accelerate's wrappers do call it."""
+    if replaced_on_instance(owner) and not {"_original_forward", "_old_forward"} & owner.__dict__.keys():
+        return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"
+    return None
 
 
 def no_head_reason(layer: nn.Module) -> str:
@@ -154,7 +198,7 @@ FAILED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 def defer_losses(model: nn.Module) -> None:
     """Gives each head that can leave its logits to the loss, and gave the same loss on a trial, the class that does."""
-    for layer in list(heads(model)):
+    for _, layer in list(owners(model)):
         if type(layer) not in HEADS:
             continue
         before, layer.__class__ = layer.__class__, HEADS[type(layer)]

@@ -68,7 +68,7 @@ def usual_operands(layer: Any, x: Any) -> Optional[Operands]:
     if hooked(base):
         return None
     if kind in LINEAR:
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # none of its own under FSDP1
         if not is_usual(weight) or weight.dtype is not dtype or weight.requires_grad:
             return None
         return (weight, bias) if bias is None or bias.dtype is dtype else None

@@ -1,13 +1,12 @@
 #include "linear/cpu/tiles/products.h"
 
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "nf4/cpu/decode.h"
 #include "nf4/cpu/skinny.h"
 
 namespace peft_ext {
-
-using torch::stable::parallel_for;
 
 const TileKernels* tile_kernels() {
 #if defined(__x86_64__)
@@ -21,7 +20,7 @@ const TileKernels* tile_kernels() {
     default:
       return nullptr;
   }
-#elif defined(__aarch64__)
+#elif defined(PEFT_EXT_ARM_BF16)
   return current_isa() == Isa::kNeonBf16 ? &kTileKernelsNeonBf16 : nullptr;
 #else
   return nullptr;

@@ -56,7 +56,7 @@ template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t panel, const Run& run) {
   static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);
   const TilePlan plan = plan_tiles(count, depth, tokens, strip_step, tile_kernels()->decode_strips, loop_threads());
-  torch::stable::parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.parts, 1, [&](int64_t begin, int64_t end) {
     bf16* room = panel_scratch(panel);
     for (int64_t part = begin; part < end; ++part)
       plan.each(part, [&](const PlanRange& of) { run(of.row, of.end, of.first, of.last, room); });

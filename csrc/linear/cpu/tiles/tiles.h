@@ -160,7 +160,7 @@ extern const TileKernels kTileKernelsAvx512Bf16;
 extern const TileKernels kTileKernelsAmx;
 // The AMX kernels with the tile instructions in plain code: for tests on a CPU without AMX.
 extern const TileKernels kTileKernelsAmxEmulated;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__)  // where it compiles: see cpu/isa.h
 extern const TileKernels kTileKernelsNeonBf16;
 #endif
 

@@ -1,5 +1,7 @@
 // The tile kernels with Arm's matrix product of bfloat16. See tiles.h for the contract.
-#if defined(__aarch64__)
+#include "cpu/isa.h"
+
+#if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
 // The target must be set before these headers are read.
 #include "linear/cpu/tiles/microkernel_neon.h"

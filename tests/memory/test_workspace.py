@@ -1,0 +1,73 @@
+"""What operators take for themselves in an estimate: against what they allocate."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from memory_steps import LLAMA, TOKENS, adapted, allocated, lora, one_thread  # noqa: F401  one is a fixture
+
+import peft_ext
+from peft_ext import _cpu, _native, ops
+from peft_ext.memory import estimate_memory, workspace
+
+pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
+
+
+def test_a_dequantized_weight_is_temporary():
+    model = nn.Sequential(nn.Linear(8, 256), peft_ext.nn.NF4Linear(256, 1024, bias=False))
+    estimate = estimate_memory(model, inputs={"input": torch.empty(2, 8)})
+    assert 0 <= estimate.temporary - 4 * 256 * 1024 < 2**16
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx2"])
+def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
+    """In bfloat16: strips of the activations, or, without a dot product of the type, float32 copies."""
+    monkeypatch.setattr(type(_native.STATE), "isa", isa)
+    tokens, k, n = 512, 256, 1024
+    model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
+    inputs = {"input": torch.empty(tokens, k, dtype=torch.bfloat16)}
+    estimate = estimate_memory(model, inputs=inputs, device="cpu")
+    wanted = 2 * tokens * k if isa == "amx" else 4 * (tokens * (k + n) + n * k) + 2 * n * k
+    assert 0 <= estimate.temporary - wanted < 2**16
+    on_cuda = estimate_memory(model, inputs=inputs, device="cuda").temporary
+    assert 0 <= on_cuda - 2 * k * n < 2**16
+
+
+@pytest.mark.parametrize("chunk", [128, 512], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("rank", [0, 64], ids=["head", "LoRA on the head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int):
+    """Where this CPU has no product of the dtype, a chunk's logits in float32 too; of an adapter sums and parts."""
+    if dtype in _cpu.widened_dtypes() and dtype is torch.bfloat16 and _native.STATE.isa in _native.TILE_PATHS:
+        pytest.skip("the tiles' strips, which are counted, are no tensors of PyTorch's")
+    tokens, vocab, k = 512, 4096, 128
+    hidden, labels = torch.randn(tokens, k).to(dtype), torch.zeros(tokens, dtype=torch.int64)
+    lora_A, lora_B = (torch.randn(rank, k), torch.randn(vocab, rank)) if rank else (None, None)
+    weight = ops.checks.weight_args(torch.randn(vocab, k).to(dtype))
+    layer = (hidden, *weight, None, None, lora_A, lora_B, 1.0)
+    loss = (1.0, 0.0, 0.0, -100, chunk, True)  # no cap, no smoothing, summed
+    args = (*layer, labels, torch.ones(tokens), *loss, True, bool(rank), False)
+    results = sum(t.nbytes for t in workspace.LOSS(*args))
+    wanted = allocated(lambda: workspace.LOSS(*args)) - results
+    # PyTorch's own product in 16 bits packs 200 KB a thread.
+    assert abs(workspace.workspace_bytes(workspace.LOSS, args, "cpu") - wanted) < 2**18
+
+
+def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch):
+    """By oneDNN, on an AVX-512 without its instructions, where the package's portable path leaves the product to it."""
+    model = adapted(LLAMA, lora(), torch.bfloat16)
+    chunk, weight = 2 * 2 * 64 * 512, 2 * 512 * 128
+    seen = {}
+    for isa, avx512, has in (("scalar", True, True), ("scalar", True, False), ("scalar", False, False),
+                             ("avx512", True, False)):  # fmt: skip
+        monkeypatch.setattr(type(_native.STATE), "isa", isa)
+        monkeypatch.setattr(_cpu, "multiplies", lambda dtype, has=has: has or dtype is torch.float32)
+        monkeypatch.setattr(_cpu, "capabilities", lambda avx512=avx512: {"avx512_f": avx512})
+        seen[isa, avx512, has] = estimate_memory(model, **TOKENS).logits
+    plain = seen["scalar", True, True]
+    assert chunk <= plain < chunk + 2**16
+    assert seen["scalar", True, False] == plain + weight and seen["scalar", False, False] == plain
+    assert seen["avx512", True, False] > plain + 2 * chunk  # the package's own product, widened

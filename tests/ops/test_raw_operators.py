@@ -1,0 +1,120 @@
+"""What reaches the kernels past the public functions, or in their threads: sizes that do not fit, modes, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ext import ops
+
+pytestmark = pytest.mark.cpu_only("the checks of a GPU's are its own, and threads a CPU's")
+
+RAW = torch.ops.peft_ext
+X, A, B, G = torch.randn(3, 16), torch.randn(4, 16), torch.randn(8, 4), torch.ones(8)
+DENSE = (torch.randn(8, 16), None, None, None, None, 0, [8, 16])
+FLAT = (torch.zeros(64, dtype=torch.uint8), torch.ones(2), None, None, None, 64, [128])
+
+
+def norm(lora_A: Tensor, lora_B: Tensor) -> object:
+    return RAW.dora_weight_norm(*DENSE, lora_A, lora_B, 1.0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: norm(torch.randn(4, 200_000), B), r"lora_A has 800000 elements, wanted \[R, 16\]"),
+        (lambda: norm(A, B[:2]), r"lora_B is not \[8, 4\]"),
+        (lambda: norm(A[:0], B[:, :0]), "of a rank of 1 or more"),
+        (lambda: RAW.dora_weight_norm_backward(G, *DENSE, A, B, G, torch.randn(1, 4), 1.0, torch.float32),
+         r"u has 4 elements, wanted \[8, 4\]"),
+        (lambda: RAW.dora_linear(X, *DENSE, None, A[:0], B[:, :0], G, 1.0, 0.0, None, False, False),
+         "of a rank of 1 or more"),
+        (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even count"),
+        (lambda: RAW.ia3_linear(X, *FLAT, None, G, False, False), "ia3_linear: .* wanted"),
+        (lambda: RAW.nf4_linear_backward(torch.randn(3, 8), *FLAT), "grad has 24 elements, wanted rows of 0"),
+        (lambda: RAW.bottleneck_adapter(X, X, torch.randn(3, 16), torch.zeros(3), torch.randn(16, 3), torch.zeros(3),
+                                        1.0, 0), "up_bias has 3 elements, wanted 16"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_of_a_rank_that_is_padded_under_inference_mode(dtype: torch.dtype) -> None:
+    """A loop's other threads are in no mode: what they write into is a tensor of inference."""
+    torch.manual_seed(0)
+    rows, before = [3000] * 6, torch.get_num_threads()
+    x = torch.randn(sum(rows), 64).to(dtype)
+    weights = [torch.randn(64, 64).to(dtype) for _ in rows]
+    factors = [torch.randn(8, 64) for _ in rows], [torch.randn(64, 8) for _ in rows]
+    wanted = ops.lora_expert_linears(x, rows, weights, *factors)
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            for _ in range(5):
+                assert torch.equal(ops.lora_expert_linears(x, rows, weights, *factors), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+WITHOUT_MEMORY = """
+import resource, torch
+from peft_ext import ops
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, 4, 64, 20000) for _ in range(3))
+try:
+    ops.scaled_dot_product_attention(*(value[..., :64] for value in (q, k, v)))  # the threads are there
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 8 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    ops.scaled_dot_product_attention(q, k, v)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_what_a_thread_says_of_memory_is_heard() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
+    assert "can't allocate memory" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_sums_of_many_keys() -> None:
+    """One key far above all others, whose probabilities are alike: one after the other their sum rounds each away."""
+    q, k, v = torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 131072, 8), torch.rand(1, 1, 131072, 8)
+    q[..., 0], k[..., 0], k[0, 0, 0, 0] = 1, -1, 0
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
+    found = ops.scaled_dot_product_attention(q, k, v, scale=1.0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_what_hides_all_keys_by_a_finite_bias_hides_none() -> None:
+    q, k, v = (torch.randn(1, 1, count, 8) for count in (16, 33, 33))
+    for hidden in (torch.finfo(torch.float32).min, -1e38):
+        bias = torch.full((1, 1, 16, 33), hidden)
+        bias[0, 0, 3, 5] = 0.0
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.1)
+        torch.testing.assert_close(ops.scaled_dot_product_attention(q, k, v, bias=bias, scale=0.1), wanted)
+
+
+def test_a_scale_s_gradient_holds_no_more_than_itself() -> None:
+    scale = torch.randn(64).requires_grad_()
+    ops.ia3_linear(torch.randn(300, 32), torch.randn(64, 32), scale).sum().backward()
+    assert scale.grad is not None and scale.grad.untyped_storage().nbytes() == 64 * 4
+
+
+def test_subnormal_halves_are_numbers_though_a_thread_flushes_floats() -> None:
+    x = torch.full((4, 19), 2.0**-20, dtype=torch.float16)
+    wanted = ops.ia3_scale(x, torch.ones(19))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush")
+    try:
+        assert torch.equal(ops.ia3_scale(x, torch.ones(19)), wanted) and torch.equal(wanted, x)
+    finally:
+        torch.set_flush_denormal(False)
