@@ -79,7 +79,7 @@ def quantize_nf4(
         raise TypeError("quantize_nf4: model is an nn.Linear and can't be replaced in place, use NF4Linear.from_linear")
     checks.check_blocksize("quantize_nf4", blocksize)
     skip = {skip} if isinstance(skip, str) else set(skip)
-    places, experts = linear_groups(model, skip), _dense_experts(model, skip)
+    places, experts = linear_groups(model, skip), experts_to_quantize(model, skip)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
@@ -266,7 +266,7 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
     return list(groups.values())
 
 
-def _dense_experts(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
+def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
     """Returns the mixtures' experts to quantize, by name, checked."""
     found = []
     for name, module in model.named_modules():

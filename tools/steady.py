@@ -55,6 +55,7 @@ LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with
     "tests/ops/test_threads.py",
     "tests/fuzz/test_sweep.py",
     "tests/memory/test_memory.py",
+    "tests/memory/test_workspace.py",
     "tests/ops/test_determinism.py",
     "tests/cli/test_cli.py",
     "tests/cli/test_cli_commands.py",

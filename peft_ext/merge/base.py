@@ -15,7 +15,7 @@ from .. import ops
 from .._imports import required
 from ..nn import NF4Experts, NF4Linear
 from ..nn.experts import dense_experts, expert_parameters, is_stored_transposed
-from ..quantize import HEADS, _dense_experts, linear_groups
+from ..quantize import HEADS, experts_to_quantize, linear_groups
 from ..sources.adapter import training_options
 from ..sources.model import SourceError, load_model
 from ..weight import NF4Weight
@@ -187,7 +187,7 @@ def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
         return ops.nf4_quantize(weight, blocksize, double_quant).dequantize(torch.float32)
 
     with as_merge_error(TypeError, ValueError):
-        places, experts = linear_groups(base.model, set(HEADS)), _dense_experts(base.model, set(HEADS))
+        places, experts = linear_groups(base.model, set(HEADS)), experts_to_quantize(base.model, set(HEADS))
     for same in places:
         weight = same[0].linear.weight
         base.dense[id(weight)] = lambda weight=weight: through_nf4(weight.detach().cpu())
