@@ -196,7 +196,7 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step, on a GPU between two marks in its stream: they are waited for here alone."""
+        """Seconds of each step, on a GPU between two marks in its stream, which are waited for here alone."""
         for start, end in self._spans:
             if isinstance(end, float):
                 self._seconds.append(end - start)
