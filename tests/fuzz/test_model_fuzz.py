@@ -1,4 +1,4 @@
-"""The model fuzzer's part of every test run: 300 cases of fixed seeds; and that it finds what is wrong. See
+"""The model fuzzer's part of every test run: 200 cases of fixed seeds; and that it finds what is wrong. See
 ``model_fuzz.py``."""
 
 from __future__ import annotations
