@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
-from ..weight import NF4Weight
+from ..weight import NestedAbsmax, NF4Weight
 from . import checks
 from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
 
@@ -73,6 +73,14 @@ define(
     "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
     reference=reference.quantize,
     fake=_quantize_fake,
+)
+# On a GPU by PyTorch's sums.
+define(
+    "nf4_scale_mean",
+    "(Tensor absmax) -> Tensor",
+    reference=reference.scale_mean,
+    fake=lambda absmax: absmax.new_empty(()),
+    cuda=False,
 )
 define(
     "nf4_quantize_absmax",
@@ -175,7 +183,7 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
     checks.check_blocksize("nf4_quantize", blocksize)
     weight = weight.detach()
     packed, absmax = _ops.nf4_quantize(weight, blocksize)
-    absmax, nested = reference.nested(absmax, _ops.nf4_quantize_absmax) if double_quant else (absmax, None)
+    absmax, nested = _nested(absmax) if double_quant else (absmax, None)
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
 
 
@@ -210,9 +218,13 @@ def nf4_merge(
         checks.check_vector(op, "row_scale", row_scale, nf4.packed, (nf4.shape[0],))
     factors = [None if value is None else _no_wider(value.detach()) for value in (lora_A, lora_B, row_scale)]
     packed, absmax, (moved, whole) = _ops.nf4_merge(*nf4.op_args(), *factors, float(scaling))
-    absmax, nested = reference.nested(absmax, _ops.nf4_quantize_absmax) if nf4.nested is not None else (absmax, None)
+    absmax, nested = _nested(absmax) if nf4.nested is not None else (absmax, None)
     error = torch.where(whole == 0, 0.0, (moved / whole).sqrt())
     return NF4Weight(packed, absmax, nf4.shape, nf4.dtype, nf4.blocksize, nested), error
+
+
+def _nested(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
+    return reference.nested(absmax, _ops.nf4_scale_mean, _ops.nf4_quantize_absmax)
 
 
 def _no_wider(value: Tensor) -> Tensor:

@@ -166,19 +166,21 @@ def scale_mean(absmax: Tensor) -> Tensor:
 
 
 def nested(
-    absmax: Tensor, quantize_absmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    absmax: Tensor,
+    mean: Callable[[Tensor], Tensor] = scale_mean,
+    quantized: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = quantize_absmax,
 ) -> tuple[Tensor, NestedAbsmax]:
     """Returns scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
-    offset = scale_mean(absmax)
+    offset = mean(absmax)
     code = dynamic_code(absmax.device)
-    codes, nested_absmax = quantize_absmax(absmax - offset, code)
+    codes, nested_absmax = quantized(absmax - offset, code)
     return codes, NestedAbsmax(nested_absmax, code, offset)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """See :func:`peft_ext.ops.nf4_quantize`."""
     packed, absmax = quantize(weight, blocksize)
-    absmax, state = nested(absmax, quantize_absmax) if double_quant else (absmax, None)
+    absmax, state = nested(absmax) if double_quant else (absmax, None)
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, state)
 
 

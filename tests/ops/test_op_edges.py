@@ -29,32 +29,6 @@ def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config
     assert {name for name in library.OPS if not library.has_kernel(name, device.type.upper())} == by_reference
 
 
-@pytest.mark.parametrize("count", [1, 255, 256, 100_003])
-def test_the_mean_of_the_scales_has_no_order(count: int, device: torch.device) -> None:
-    """It is the offset of double quantization: with another last bit every weight would be another."""
-    absmax = (torch.rand(count) * 0.7).to(device)
-    mean = reference.nf4.scale_mean(absmax)
-    assert mean.shape == () and mean.dtype == torch.float32
-    torch.testing.assert_close(mean.cpu().double(), absmax.cpu().double().mean(), rtol=2.0**-24, atol=0)
-    threads = torch.get_num_threads()
-    try:
-        for changed in (1, 2, 3, 7):
-            torch.set_num_threads(changed)
-            assert torch.equal(reference.nf4.scale_mean(absmax.flip(0)), mean)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_the_mean_of_odd_scales() -> None:
-    means = {
-        value: reference.nf4.scale_mean(torch.tensor([1.0, value])) for value in (float("inf"), float("nan"), 1e-45)
-    }
-    assert means[float("inf")] == float("inf") and means[1e-45] == 0.5
-    assert torch.equal(reference.nf4.scale_mean(torch.zeros(3)), torch.tensor(0.0))
-    assert torch.equal(reference.nf4.scale_mean(torch.full((3,), 3e38)), torch.tensor(3e38))
-    assert reference.nf4.scale_mean(torch.tensor([1.0, float("nan")])).isnan()
-
-
 SCRATCH = """
 import os, torch
 from peft_ext import ops

@@ -163,3 +163,40 @@ def test_quantize_absmax_where_memory_is_not_dense_or_aligned(call):
 def test_quantize_absmax_of_nothing(call):
     codes, absmax = call("nf4_quantize_absmax", torch.zeros(0), reference.dynamic_code())
     assert codes.shape == absmax.shape == (0,) and codes.dtype == torch.uint8
+
+
+# --- nf4_scale_mean, which has no CUDA kernel -------------------------------------------------------------------------
+
+
+def mean(absmax: Tensor) -> Tensor:
+    """The operator's; it has the reference's bits."""
+    found = torch.ops.peft_ext.nf4_scale_mean(absmax)
+    assert_same_bits(found, reference.scale_mean(absmax))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 8191, 8192, 8193, 100_003])
+def test_the_mean_of_the_scales_has_no_order(count: int, device: torch.device) -> None:
+    """It is the offset of double quantization: with another last bit every weight would be another."""
+    absmax = (torch.rand(count) * 0.7).to(device)
+    found = mean(absmax)
+    assert found.shape == () and found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu().double(), absmax.cpu().double().mean(), rtol=2.0**-24, atol=0)
+    threads = torch.get_num_threads()
+    try:
+        for changed in (1, 2, 3, 7):
+            torch.set_num_threads(changed)
+            assert torch.equal(mean(absmax.flip(0)), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_mean_of_odd_scales() -> None:
+    infinite, unknown, tiny = (mean(torch.tensor([1.0, value])) for value in (float("inf"), float("nan"), 1e-45))
+    assert infinite == float("inf") and unknown.isnan() and tiny == 0.5
+    assert mean(torch.zeros(3)) == mean(torch.zeros(0)) == 0
+    for value in (3e38, 1e-45, 2.0**-126, 1.0):
+        assert_same_bits(mean(torch.full((3,), value)), torch.tensor(value))
+    mean(torch.rand(64, 50).t()[::2])
+    for power in (-140, -60, 60, 120):
+        mean(torch.rand(20_000) * 2.0**power)

@@ -1,5 +1,9 @@
-// NF4 operators on the CPU: checks, allocation, threads. The arithmetic is in nf4_<isa>.cpp.
+// NF4 operators on the CPU: checks, allocation, threads. The arithmetic is in nf4_<isa>.cpp, that of the scales of
+// double quantization, a 64th of the elements, here.
+#include <algorithm>
+#include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "cpu/threads.h"
 #include "nf4/cpu/decode.h"
@@ -36,6 +40,7 @@ class NearestScale {
   explicit NearestScale(const float* table) {
     for (int i = 0; i < 255; ++i) thresholds_[i] = (table[i] + table[i + 1]) / 2;
     thresholds_[255] = __builtin_inff();
+    for (int i = 0; i < 256; ++i) ordered_[i] = in_order(thresholds_[i] + 0.0f);  // 0 is not below -0
     int next = 0, before = 0;
     const auto enter = [&](float least, uint8_t& below) {
       while (!(thresholds_[next] >= least)) ++next;
@@ -44,22 +49,28 @@ class NearestScale {
       before = next;
     };
     for (int bin = kBins - 1; bin >= 0; --bin)
-      enter(bin == kBins - 1 ? -__builtin_inff() : -bits_to_float(first_bits(bin + 1) - 1), below_[1][bin]);
-    for (int bin = 0; bin < kBins; ++bin) enter(bin == 0 ? 0.0f : bits_to_float(first_bits(bin)), below_[0][bin]);
+      enter(bin == kBins - 1 ? -__builtin_inff() : -bits_to_float(first_bits(bin + 1) - 1), below_[kBins + bin]);
+    for (int bin = 0; bin < kBins; ++bin) enter(bin == 0 ? 0.0f : bits_to_float(first_bits(bin)), below_[bin]);
     most_ = 255 - before > most_ ? 255 - before : most_;
   }
 
-  // Of values that are numbers.
+  // Of kNestedBlock values that are numbers, or fewer.
   void codes(const float* values, float factor, int64_t count, uint8_t* out) const {
+    int32_t ordered[kNestedBlock], bins[kNestedBlock];
     for (int64_t i = 0; i < count; ++i) {
       const float value = values[i] * factor;
+      ordered[i] = in_order(value);
       const uint32_t bits = float_to_bits(value);
       const int32_t bin = static_cast<int32_t>((bits & 0x7fffffffu) >> kShift) - kFirst;
-      int code = below_[bits >> 31][bin < 0 ? 0 : bin < kBins ? bin : kBins - 1];
-      code += thresholds_[code] < value;
-      for (int more = 1; more < most_; ++more) code += thresholds_[code] < value;
-      out[i] = static_cast<uint8_t>(code);
+      const int32_t at = bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
+      bins[i] = at + (static_cast<int32_t>(bits) < 0 ? kBins : 0);
     }
+    for (int64_t i = 0; i < count; ++i) {
+      const int below = below_[bins[i]];
+      out[i] = static_cast<uint8_t>(below + (ordered_[below] < ordered[i]));
+    }
+    for (int more = 1; more < most_; ++more)  // the dynamic map has one in a bin
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(out[i] + (ordered_[out[i]] < ordered[i]));
   }
 
   uint8_t code(float value) const {  // NaN: 255
@@ -73,10 +84,63 @@ class NearestScale {
 
   static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
 
+  // Integers that are ordered as the numbers are: compared in half the time.
+  static int32_t in_order(float value) {
+    const auto bits = static_cast<int32_t>(float_to_bits(value));
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+  }
+
   float thresholds_[256];
-  uint8_t below_[2][kBins];  // of positive values, of negative ones
+  int32_t ordered_[256];  // the thresholds
+  uint8_t below_[2 * kBins];  // of positive values, of negative ones
   int most_ = 0;             // thresholds in a bin
 };
+
+// The mean of scales, magnitudes all: as whole numbers, in units of some 2^-40 of the largest, whose sum no order
+// changes.
+Tensor nf4_scale_mean_cpu(Tensor absmax) {
+  constexpr const char* kOp = "nf4_scale_mean";
+  constexpr int64_t kChunk = 8192;
+  const int64_t n = absmax.numel(), chunks = ceil_div(n, kChunk);
+  absmax = checked_part(kOp, "absmax", absmax, ScalarType::Float, n);
+  const float* in = absmax.const_data_ptr<float>();
+  Tensor mean = empty({}, ScalarType::Float);
+  float* out = mean.mutable_data_ptr<float>();
+  *out = 0.0f;
+  if (n == 0) return mean;
+
+  // As integers of the bits: a NaN's are above infinity's, so it wins.
+  std::vector<uint32_t> most(static_cast<size_t>(chunks));
+  parallel_for(0, chunks, kDecodeGrain / kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      uint32_t largest = 0;
+      for (int64_t i = chunk * kChunk; i < min_i64((chunk + 1) * kChunk, n); ++i)
+        largest = std::max(largest, float_to_bits(in[i]) & 0x7fffffffu);
+      most[static_cast<size_t>(chunk)] = largest;
+    }
+  });
+  const float largest = bits_to_float(*std::max_element(most.begin(), most.end()));
+  *out = largest;
+  if (largest == 0.0f || !std::isfinite(largest)) return mean;
+
+  int above = 0, length = 0;  // the largest is below 2^above, n below 2^length
+  std::frexp(static_cast<double>(largest), &above);
+  while (n >> length != 0) ++length;
+  const double by = std::ldexp(1.0, 62 - length - above);
+  std::vector<int64_t> sums(static_cast<size_t>(chunks));
+  parallel_for(0, chunks, kDecodeGrain / kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int64_t sum = 0;
+      for (int64_t i = chunk * kChunk; i < min_i64((chunk + 1) * kChunk, n); ++i)
+        sum += static_cast<int64_t>(static_cast<double>(in[i]) * by);
+      sums[static_cast<size_t>(chunk)] = sum;
+    }
+  });
+  int64_t total = 0;
+  for (const int64_t sum : sums) total += sum;
+  *out = static_cast<float>(static_cast<double>(total) / by / static_cast<double>(n));
+  return mean;
+}
 
 std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) {
   constexpr const char* kOp = "nf4_quantize_absmax";
@@ -126,6 +190,7 @@ Tensor nf4_dequantize_cpu(Tensor weight, std::optional<Tensor> absmax, std::opti
 
 STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&peft_ext::nf4_quantize_cpu));
+  m.impl("nf4_scale_mean", TORCH_BOX(&peft_ext::nf4_scale_mean_cpu));
   m.impl("nf4_quantize_absmax", TORCH_BOX(&peft_ext::nf4_quantize_absmax_cpu));
   m.impl("nf4_dequantize", TORCH_BOX(&peft_ext::nf4_dequantize_cpu));
 }
