@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from tiny_models import OperatorCalls
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -500,6 +501,21 @@ def test_a_norm_is_called_by_name() -> None:
     norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f
     x = torch.randn(3, 32)
     torch.testing.assert_close(norm(input=x), nn.LayerNorm.forward(norm, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU its call is the shorter one; what it is compiled to is not chosen by the size of a batch."""
+    monkeypatch.setattr(blocks.LayerNorm, "least", few_elements)
+    norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
+    rows = few_elements[dtype] // 32
+    with OperatorCalls() as mode:
+        y = norm(x := torch.randn(rows - 1, 32).to(dtype).requires_grad_())
+        y.sum().backward()
+    assert not mode.calls and torch.equal(y, nn.LayerNorm.forward(norm, x))
+    with OperatorCalls() as mode:
+        norm(torch.randn(rows, 32).to(dtype).requires_grad_()).sum().backward()
+    assert mode.calls == {"layer_norm": 1, "layer_norm_backward": 1}
 
 
 def test_a_number_that_an_mlp_holds_is_part_of_its_formula() -> None:

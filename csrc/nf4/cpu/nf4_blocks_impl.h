@@ -17,8 +17,8 @@ constexpr int64_t kBlocksTogether = 16, kElementsTogether = 4096;
 
 void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
               float* absmax) {
-  const int64_t together = blocksize * kBlocksTogether > kElementsTogether ? kElementsTogether / blocksize
-                                                                           : kBlocksTogether;
+  const int64_t together =
+      blocksize * kBlocksTogether > kElementsTogether ? kElementsTogether / blocksize : kBlocksTogether;
   const int64_t whole = min_i64(end, n / blocksize);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -91,9 +91,9 @@ class NearestScale {
   }
 
   float thresholds_[256];
-  int32_t ordered_[256];  // the thresholds
+  int32_t ordered_[256];      // the thresholds
   uint8_t below_[2 * kBins];  // of positive values, of negative ones
-  int most_ = 0;             // thresholds in a bin
+  int most_ = 0;              // thresholds in a bin
 };
 
 // The mean of scales, magnitudes all: as whole numbers, in units of some 2^-40 of the largest, whose sum no order
