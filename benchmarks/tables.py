@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 from .goals import goals_table
 from .harness import floor_ms, rate, ratio_text
+from .layers import RANK
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -338,6 +339,26 @@ def float32_text() -> str:
     return "\n".join([*lines, "", f"{about(result)}."])
 
 
+def layers_text() -> str:
+    result = newest("e2e-layers-*.json")
+    if result is None:
+        return NOTHING
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    cells = {(row["k"], row["n"], row["tokens"], row["method"]): row for row in result["rows"]}
+    lines = ["| layer | T | floor | " + " | ".join(methods) + " |", "|---" * (3 + len(methods)) + "|"]
+    for k, n, tokens in dict.fromkeys(key[:3] for key in cells):
+        rows = [cells[(k, n, tokens, method)] for method in methods]
+        told = (f"{_spread(row['of_frozen'])}; {_spread(row['over_stock'])}" for row in rows)
+        lines.append(f"| {k}->{n} | {tokens} | {_rank_floor(rows[0], result):.2f} | " + " | ".join(told) + " |")
+    return "\n".join([*lines, "", f"{about(result)}. Ceilings of this run: {about_ceilings(result)}."])
+
+
+def _rank_floor(row: Result, result: Result) -> float:
+    """Of the frozen layer's time: that, and the products of the rank at the rate of PyTorch's float32 product."""
+    products = 6 * row["tokens"] * RANK * (row["k"] + row["n"])
+    return 1 + products / result["ceilings"]["matmul_f32_tflop_s"] / 1e9 / row["milliseconds"]["frozen"]
+
+
 def _spread(ratio: dict[str, Any]) -> str:
     low, high = ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
@@ -361,6 +382,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "experts": experts_text,
     "calls": calls_text,
     "float32": float32_text,
+    "layers": layers_text,
     "1b": partial(_methods_of, "e2e-steps-1b-*.json"),
     "checkpointing": partial(_methods_of, "e2e-steps-checkpointing-*.json"),
     "paths": isa_tables,

@@ -550,16 +550,26 @@ def test_forced_paths_have_tables_of_their_own(monkeypatch, tmp_path):
     assert "| `lora_linear` | 1.0e-03 |" in tables.error_table()
 
 
-def test_layers_in_float32_are_compared_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_are_compared_and_drawn(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from benchmarks import float32, tables
+    from benchmarks import layers, tables
 
-    monkeypatch.setattr(float32, "SHAPES", ((64, 128), (128, 64)))
-    monkeypatch.setattr(float32, "TOKENS", 12)
-    result = {"machine": harness.machine(), **float32.measure(3)}
-    assert len(result["rows"]) == 2 * len(float32._configs())
-    assert all(row["of_frozen"]["median"] > 0 and row["over_stock"]["median"] > 0 for row in result["rows"])
+    methods = layers.PLANS[dtype].methods
+    monkeypatch.setitem(layers.PLANS, dtype, layers.Plan(((64, 128), (128, 64)), (12,), methods))
+    monkeypatch.setattr(layers, "MOST_LAYERS", 2)
+    monkeypatch.setattr(layers, "measured_ceilings", lambda: CEILINGS)
+    result = {"machine": harness.machine(), **layers.measure(dtype, 3)}
+    assert len(result["rows"]) == 2 * len(methods)
+    for row in result["rows"]:
+        assert all(row[ratio]["median"] > 0 for ratio in ("of_frozen", "stock_of_frozen", "over_stock"))
     monkeypatch.setattr(tables, "results", lambda pattern: [result])
-    drawn = tables.float32_text().splitlines()
-    assert "64->128 | 128->64" in drawn[0] and len(drawn) == 2 + len(float32._configs()) + 2
+    drawn = (tables.layers_text if dtype is torch.bfloat16 else tables.float32_text)().splitlines()
+    if dtype is torch.float32:
+        assert "64->128 | 128->64" in drawn[0] and len(drawn) == 2 + len(methods) + 2
+        return
+    assert drawn[0].endswith(" | ".join(["floor", *methods]) + " |") and len(drawn) == 2 + 2 + 2
+    first = result["rows"][0]
+    floor = 1 + 6 * 12 * 16 * 192 / CEILINGS["matmul_f32_tflop_s"] / 1e9 / first["milliseconds"]["frozen"]
+    assert drawn[2].startswith(f"| 64->128 | 12 | {floor:.2f} | {first['of_frozen']['median']:.2f} (")

@@ -9,6 +9,8 @@
 //     and a step of `ahead` for each kRowsOfStep rows of it and each tile of the depth, or none
 //   rows_of(matrix, columns), kFewStrips: rows of a row-major matrix as such a left operand, whole tiles of it, which
 //     up to so many strips of tokens are multiplied with; none: always a copy in strips
+//   decodes_rows(weight), decoded_rows(weight, row): whether rows of this W can be such a left operand, decoded on the
+//     way, of one strip of tokens, and that
 //   class TileUnit: an object lives while a task multiplies.
 #pragma once
 

@@ -67,7 +67,8 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   bf16* turned = panel + kPanelStep / kStrip * length;
   // Few tokens pass by a few times: a copy of W would cost more than its rows as they lie, in L2 after the first time.
   const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
-  if (!as_they_lie) weight_rows(work.weight, begin, end, panel);
+  const bool one_strip = last - first == 1 && !apart && decodes_rows(work.weight);
+  if (!as_they_lie && !one_strip) weight_rows(work.weight, begin, end, panel);
   if (apart) turn_rows(panel, ceil_div(end - begin, kStrip), tiles_of(work.weight.columns), turned);
   const int64_t pairs = ceil_div(last - first, kBlockStrips);
   Ahead ahead = rows_ahead(work.weight, end, pairs * ceil_div(end - begin, kRowsOfStep) * length / kTile);
@@ -76,6 +77,10 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
     block.left = static_cast<int>(min_i64(kBlockStrips, ceil_div(end - row, kStrip)));
     forward_block(work, row, strip, rows, apart ? rest + (row - begin) : nullptr, &block, &base, &ahead);
   };
+  if (one_strip) {
+    for (int64_t row = begin; row < end; row += kBlockStrips * kStrip) run(row, first, decoded_rows(work.weight, row));
+    return;
+  }
   if (as_they_lie) {
     for (int64_t row = begin; row < end; row += kBlockStrips * kStrip)
       for (int64_t strip = first; strip < last; strip += kBlockStrips)

@@ -22,6 +22,8 @@ constexpr int kPart = kStrip * kStrip;  // floats of a tile of sums
 constexpr int64_t kRowsOfStep = 2 * kStrip;
 constexpr int64_t kDecodeStrips = 6;
 constexpr int64_t kFewStrips = 8;  // measured: 128 tokens read the rows of W again from L2, sooner than a copy
+inline bool decodes_rows(const TileWeight&) { return false; }
+inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
 
 // Where rows are: `strip` elements from 16 rows to the next, `tile` from 32 of the depth to the next, `row` between
 // rows.

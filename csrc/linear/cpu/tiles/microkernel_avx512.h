@@ -2,13 +2,16 @@
 // pragma.
 //
 // 8 rows by 2 strips of lanes are 16 sums in registers: each pair of depth loads two registers of lanes and broadcasts
-// eight pairs of rows, 10 loads for 16 products, so that the products bound it where one is issued per cycle.
+// eight pairs of rows, 10 loads for 16 products, so that the products bound it where one is issued per cycle. One strip
+// alone is multiplied with 16 rows of NF4, of which no panel is made: 64 columns of them are decoded into L1, a row
+// after every 32 products with the 64 before, in the shuffle and store units that the products leave idle. (Rows of a
+// dense W come from memory sooner one after the other, into a panel.)
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "linear/cpu/tiles/tiles.h"
+#include "linear/cpu/tiles/decode_avx512.h"
 
 namespace peft_ext {
 namespace {
@@ -22,6 +25,57 @@ constexpr int64_t kRowsOfStep = kRowsTogether;  // of the block, that one step o
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
 constexpr int64_t kFewStrips = 0;
+
+// Rows of W, from `row` on, as a left operand that is decoded while it is multiplied with one strip.
+struct DecodedRows {
+  const TileWeight* weight;
+  int64_t row;
+};
+inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
+inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
+
+// Columns [column, column + 64) of a row, zeros beyond the last one; what comes four such steps later is fetched, the
+// first columns of the next strip's row after the last ones of this one's.
+inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
+  const int64_t far = column + 4 * kPanelStep;
+  __builtin_prefetch(
+      element_address(w, far < w.columns ? row * w.columns + far : (row + kStrip) * w.columns + far - w.columns), 0, 3);
+  __m512i values[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  if (row < w.rows) decode64(w, true, row, column, kPanelStep, values);
+  _mm512_store_si512(out, values[0]);
+  _mm512_store_si512(out + 32, values[1]);
+}
+
+inline void multiply_decoded(const TileWeight& w, int64_t row, const bf16* right, int64_t tiles, float* c) {
+  alignas(64) bf16 held[2][kStrip * kPanelStep];
+  __m512 sums[kStrip];
+  for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
+  for (int r = 0; r < kStrip; ++r) decode_row(w, row + r, 0, held[0] + r * kPanelStep);
+  for (int64_t d = 0; d < tiles; d += 2) {  // columns are a multiple of 64
+    const bf16* rows = held[d / 2 % 2];
+    bf16* next = held[(d / 2 + 1) % 2];
+    const bf16* lanes = right + d * kTile;
+    for (int decoded = 0; decoded < kStrip; ++decoded) {
+      if (d + 2 < tiles) decode_row(w, row + decoded, (d + 2) * kTileDepth, next + decoded * kPanelStep);
+      for (int pair = 2 * decoded; pair < 2 * decoded + 2; ++pair) {
+        const __m512i lane = _mm512_load_si512(lanes + pair * 2 * kStrip);
+        for (int r = 0; r < kStrip; ++r) {
+          int32_t two;
+          __builtin_memcpy(&two, rows + r * kPanelStep + 2 * pair, sizeof(two));
+          sums[r] = _mm512_dpbf16_ps(sums[r], reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)),
+                                     reinterpret_cast<__m512bh>(lane));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kStrip; ++r) _mm512_store_ps(c + r * kStrip, sums[r]);
+}
+
+inline void multiply(const DecodedRows& left, int left_strips, const bf16* right, int, int64_t tiles, float* c,
+                     Ahead*) {
+  for (int i = 0; i < left_strips; ++i)
+    multiply_decoded(*left.weight, left.row + i * kStrip, right, tiles, c + i * 2 * kStrip * kStrip);
+}
 
 template <int kRight>
 inline void multiply_rows(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {

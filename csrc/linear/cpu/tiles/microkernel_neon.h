@@ -24,6 +24,8 @@ constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
 constexpr int64_t kFewStrips = 0;
+inline bool decodes_rows(const TileWeight&) { return false; }
+inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
 
 // Where element [i, d] of a strip of rows or lanes lies.
 constexpr int64_t tile_offset(int64_t i, int64_t d) {

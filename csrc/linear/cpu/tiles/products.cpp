@@ -32,15 +32,22 @@ namespace {
 bool on_amx() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxEmulated; }
 
 // Of fewer tokens, a dense weight's rows by vectors (TileFewTokens), and PyTorch's product for dX, cost less. Measured:
-// AVX512-BF16 copies W into panels, which so many strips of tokens pay for, of a weight that comes from memory later
-// than of one in a cache. AMX multiplies the rows of W as they lie, where tiles divide them; for dX it has to
-// interleave them, which takes longer than its products do, but for a weight so small that the call is most of it;
-// from 128 tokens on it does, some 7% slower, since no count of threads changes a bit of it.
-int64_t fewest_tokens(const Tensor& weight, TileProduct product) {
-  constexpr int64_t kSmall = int64_t{1} << 20;
-  if (on_amx() && product == TileProduct::kForward) return weight.size(1) % kTileDepth == 0 ? 3 : 8;
-  if (on_amx() && product == TileProduct::kPlainBackward) return weight.numel() <= kSmall / 2 ? 4 : 128;
-  return weight.numel() <= kSmall ? 17 : 24;
+// AVX512-BF16 copies W into panels, which most of a strip's tokens pay for, of a weight that comes from memory later
+// than of one in a cache; of such a one a second strip that is not half full costs more than it brings. AMX multiplies
+// the rows of W as they lie, where tiles divide them; for dX it has to interleave them, which takes longer than its
+// products do, but for a weight so small that the call is most of it; from 128 tokens on it does, some 7% slower, since
+// no count of threads changes a bit of it.
+bool enough_tokens(const Tensor& weight, TileProduct product, int64_t tokens) {
+  constexpr int64_t kSmall = int64_t{1} << 20, kLarge = int64_t{1} << 23;
+  const int64_t elements = weight.numel();
+  if (current_isa() == Isa::kAvx512Bf16) {
+    if (product != TileProduct::kForward) return tokens >= (elements <= kLarge ? 2 : 8);
+    if (elements > kSmall && tokens > kStrip && tokens < kStrip * 3 / 2) return false;
+    return tokens >= (elements <= kLarge ? 9 : 12);
+  }
+  if (on_amx() && product == TileProduct::kForward) return tokens >= (weight.size(1) % kTileDepth == 0 ? 3 : 8);
+  if (on_amx() && product == TileProduct::kPlainBackward) return tokens >= (elements <= kSmall / 2 ? 4 : 128);
+  return tokens >= (elements <= kSmall ? 17 : 24);
 }
 
 }  // namespace
@@ -48,7 +55,7 @@ int64_t fewest_tokens(const Tensor& weight, TileProduct product) {
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product) {
   if (type != ScalarType::BFloat16 || tile_kernels() == nullptr || tokens == 0) return false;
   if (weight.is_nf4()) return product != TileProduct::kForward || !skinny_accepts(weight, type, tokens);
-  return weight.weight.is_contiguous() && tokens >= fewest_tokens(weight.weight, product);
+  return weight.weight.is_contiguous() && enough_tokens(weight.weight, product, tokens);
 }
 
 bool tiles_take_few_tokens(ScalarType type) {

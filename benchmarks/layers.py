@@ -1,0 +1,194 @@
+"""Adapted layers at the shapes that people train on CPUs, against the frozen layer and PEFT's own.
+
+``python -m benchmarks.layers`` times a training step of one layer, forward and backward: frozen in PyTorch, as PEFT has
+it (over NF4 with bitsandbytes' layer), and as ours. The layers of a shape follow each other, as those of a model do, so
+that no weight is in the caches from the call before; the contenders take turns, and ratios are of each round: their
+median and quartiles are written. Rank 16, float32 adapters.
+
+In bfloat16 (the default) at every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, from
+16 to 4,096 tokens. ``--dtype float32``: what a CPU without a bfloat16 dot product trains in, on 512 tokens, DoRA and
+IA3 too. To see another path than the CPU's best, force ours and PyTorch's as for ``python -m benchmarks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .harness import machine, measured_ceilings
+
+RESULTS = Path(__file__).parent / "results"
+RANK = 16
+# Bytes that the weights of a shape fill, in as many layers, and the most layers: more than a core's caches.
+ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured in a dtype: ``(K, N)`` of the layers, tokens of a step, and the methods."""
+
+    shapes: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    methods: tuple[str, ...]
+
+
+LORA = ("LoRA", "LoRA, dropout 0.05", "QLoRA", "QLoRA, dropout 0.05")
+PLANS = {
+    torch.bfloat16: Plan(
+        (
+            (576, 576), (576, 192), (576, 1536), (1536, 576),  # SmolLM2-135M
+            (896, 896), (896, 128), (896, 4864), (4864, 896),  # Qwen2.5-0.5B
+            (2048, 2048), (2048, 512), (2048, 8192), (8192, 2048),  # Llama-3.2-1B
+            (768, 768), (768, 2304), (768, 3072), (3072, 768),  # BERT-base, GPT-2
+        ),
+        (16, 64, 256, 1024, 4096),
+        LORA,
+    ),
+    torch.float32: Plan(
+        ((576, 576), (576, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 512)), (512,), (*LORA, "DoRA", "IA3")
+    ),
+}  # fmt: skip
+NAMES = {torch.bfloat16: "layers", torch.float32: "float32"}
+
+
+class Layers(nn.Module):
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _linear(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    return nn.Linear(k, n, bias=False, dtype=dtype)
+
+
+def _linear4bit(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    how = {"quant_type": "nf4", "compress_statistics": True}
+    layer = Linear4bit(k, n, bias=False, compute_dtype=dtype, **how)
+    layer.weight = Params4bit((torch.randn(n, k) * 0.02).to(dtype), requires_grad=False, **how)
+    return layer.to("cpu")
+
+
+def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
+    from peft import IA3Config, LoraConfig
+
+    lora = {"r": RANK, "target_modules": r"layers\.\d+", "init_lora_weights": False}
+    return {
+        "LoRA": (_linear, LoraConfig(**lora)),
+        "LoRA, dropout 0.05": (_linear, LoraConfig(**lora, lora_dropout=0.05)),
+        "QLoRA": (_linear4bit, LoraConfig(**lora)),
+        "QLoRA, dropout 0.05": (_linear4bit, LoraConfig(**lora, lora_dropout=0.05)),
+        "DoRA": (_linear, LoraConfig(**lora, use_dora=True)),
+        "IA3": (_linear, IA3Config(target_modules=r"layers\.\d+", feedforward_modules=[])),
+    }
+
+
+class Contender:
+    """Layers of one shape, a step of one after the other."""
+
+    def __init__(self, kind: str, make: Callable[..., nn.Module], config: Any, k: int, n: int, dtype: torch.dtype):
+        import peft
+
+        import peft_ext
+
+        torch.manual_seed(0)
+        if kind == "frozen":
+            make = _linear
+        count = min(MOST_LAYERS, -(-ROTATING_BYTES // (k * n * dtype.itemsize)))
+        model: Any = Layers([make(k, n, dtype).requires_grad_(False) for _ in range(count)])
+        if kind != "frozen":
+            with_adapter = peft.get_peft_model(model, config).train()
+            model = (with_adapter if kind == "stock" else peft_ext.accelerate(with_adapter)).base_model.model
+        self.layers, self.turn = list(model.layers), 0
+
+    def step(self, x: Tensor, grad: Tensor) -> float:
+        """Seconds of a step of the next layer."""
+        layer = self.layers[self.turn]
+        self.turn = (self.turn + 1) % len(self.layers)
+        x.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        start = time.perf_counter()
+        layer(x).backward(grad)
+        return time.perf_counter() - start
+
+
+def _ratio(over: list[float], under: list[float]) -> dict[str, Any]:
+    ratios = sorted(a / b for a, b in zip(over, under, strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
+
+
+def _calls(tokens: int, k: int, n: int) -> int:
+    """Of a contender in a round: short steps are timed as the mean of several."""
+    return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
+
+
+def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Returns the ceilings of the run, and a row for each shape, number of tokens and method."""
+    plan, ceilings, rows = PLANS[dtype], measured_ceilings(), []
+    configs = {method: _configs()[method] for method in plan.methods}
+    for k, n in plan.shapes:
+        made = partial(Contender, k=k, n=n, dtype=dtype)
+        contenders = {("frozen", ""): made("frozen", _linear, None)} | {
+            (kind, method): made(kind, *config) for method, config in configs.items() for kind in ("stock", "ours")
+        }
+        for tokens in plan.tokens:
+            x = torch.randn(tokens, k).to(dtype).requires_grad_()
+            grad = torch.randn(tokens, n).to(dtype)
+            times: dict[tuple[str, str], list[float]] = {name: [] for name in contenders}
+            calls, order = _calls(tokens, k, n), list(contenders)
+            for i in range(rounds + 1):
+                for name in order[i % len(order) :] + order[: i % len(order)]:
+                    contenders[name].step(x, grad)  # what another left in the caches is not its own time
+                    mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
+                    if i > 0:  # the first warms up
+                        times[name].append(mean)
+            for method in configs:
+                frozen, stock, ours = times[("frozen", "")], times[("stock", method)], times[("ours", method)]
+                of = {"frozen": frozen, "stock": stock, "ours": ours}
+                rows.append({
+                    "method": method, "k": k, "n": n, "tokens": tokens,
+                    "milliseconds": {kind: round(statistics.median(taken) * 1e3, 3) for kind, taken in of.items()},
+                    "of_frozen": _ratio(ours, frozen), "stock_of_frozen": _ratio(stock, frozen),
+                    "over_stock": _ratio(stock, ours),
+                })  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
+    return {"ceilings": ceilings, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/e2e-layers-<isa>-<date>.json, "
+                        "of float32 e2e-float32-<isa>-<date>.json")  # fmt: skip
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    about = machine()
+    result = {"machine": about, **measure(dtype, args.rounds)}
+    out = args.out or RESULTS / f"e2e-{NAMES[dtype]}-{about['isa']}-{about['date']}.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
