@@ -41,7 +41,8 @@ bool enough_tokens(const Tensor& weight, TileProduct product, int64_t tokens) {
   constexpr int64_t kSmall = int64_t{1} << 20, kLarge = int64_t{1} << 23;
   const int64_t elements = weight.numel();
   if (current_isa() == Isa::kAvx512Bf16) {
-    if (product != TileProduct::kForward) return tokens >= (elements <= kLarge ? 2 : 8);
+    if (product == TileProduct::kPlainBackward) return tokens >= (elements <= kLarge ? 2 : 8);
+    if (product == TileProduct::kBackward) return tokens >= (elements <= kSmall ? 2 : 8);
     if (elements > kSmall && tokens > kStrip && tokens < kStrip * 3 / 2) return false;
     return tokens >= (elements <= kLarge ? 9 : 12);
   }
