@@ -66,11 +66,6 @@ class Layers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
 
 def _linear(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return nn.Linear(k, n, bias=False, dtype=dtype)

@@ -198,5 +198,9 @@ def test_the_mean_of_odd_scales() -> None:
     for value in (3e38, 1e-45, 2.0**-126, 1.0):
         assert_same_bits(mean(torch.full((3,), value)), torch.tensor(value))
     mean(torch.rand(64, 50).t()[::2])
+    # So many scales of hardly more than a unit: a coarser one would lose them all, and move the mean.
+    many = torch.full((1 << 20,), 1.5 * 2.0**-40)
+    many[0] = 1.0
+    assert mean(many) > 2.0**-20
     for power in (-140, -60, 60, 120):
         mean(torch.rand(20_000) * 2.0**power)
