@@ -93,11 +93,16 @@ def _plain_product(x, weight):
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):
-    """Returns the gradients in the operator's order, without elements where one is not wanted."""
-    wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter),
-              (bias, needs_bias))  # fmt: skip
-    return [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
-            for value, want in wanted]  # fmt: skip
+    """Returns the gradients in the operator's order, without elements where one is not wanted.
+
+    The bias's is a sum over tokens that is scaled only in the backward: float32, which float16's range would not hold.
+    """
+    wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
+    grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
+             for value, want in wanted]  # fmt: skip
+    dtype = common.sum_dtype(hidden.dtype)
+    has_bias = needs_bias and bias is not None
+    return [*grads, bias.new_empty(bias.shape, dtype=dtype) if has_bias else hidden.new_empty(0, dtype=dtype)]
 
 
 def _forward_fake(hidden, *args):
@@ -161,8 +166,13 @@ def _backward(ctx, grad, *_):
 
 
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``value`` times the loss's own gradient, a number."""
-    return (value.to(grad.dtype) * grad).to(value.dtype)
+    """Returns ``value`` times the loss's own gradient, a number.
+
+    A zero stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times infinity would
+    be NaN: PyTorch's cross entropy gives a token that is ignored the gradient 0 then, too.
+    """
+    wide = value.to(grad.dtype)
+    return torch.where(wide == 0, wide, wide * grad).to(value.dtype)
 
 
 _linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, setup_context=_setup_context)
@@ -248,6 +258,8 @@ def linear_cross_entropy(
              for values in ((hidden, lora_input), (lora_A, lora_B), (bias,))]  # fmt: skip
     if not summed:
         needs = [False] * 3  # they wait for the weight of each row
+    if hidden.dtype is torch.float16:  # their gradients are sums over all tokens, scaled only in the backward
+        lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None
     items = num_items_in_batch if num_items_in_batch is not None else (labels != ignore_index).sum()
     divides = reduction == "mean" or num_items_in_batch is not None

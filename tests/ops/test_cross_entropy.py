@@ -77,3 +77,46 @@ def test_a_label_out_of_range(device: torch.device) -> None:
         assert "labels has 20, wanted 0 to 19 or -100" in str(error)
     else:
         assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("given", [{"num_items_in_batch": 0}, {"num_items_in_batch": 0, "summed": True}, {}], ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_no_label_counts(dtype: torch.dtype, given: dict, device: torch.device) -> None:
+    """The loss is 0 / 0, as PyTorch's, and every gradient is 0."""
+    given = dict(given)
+    divided = given.pop("num_items_in_batch") if given.pop("summed", False) else None
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(7, 16), torch.randn(33, 16), torch.randn(33)
+    lora_A, lora_B = torch.randn(4, 16), torch.randn(33, 4)
+    hidden, weight, bias, lora_A, lora_B = (x.to(device, dtype) for x in (hidden, weight, bias, lora_A, lora_B))
+    trained = [x.requires_grad_() for x in (hidden, bias, lora_A, lora_B)]
+    reduction = "mean" if divided is None else "sum"
+    loss = ops.linear_cross_entropy(hidden, weight, torch.full((7,), -100, device=device), bias, lora_A=lora_A,
+                                    lora_B=lora_B, reduction=reduction, **given)  # fmt: skip
+    loss = loss if divided is None else loss / divided
+    loss.backward()
+    assert loss.isnan()
+    assert [int(x.grad.count_nonzero()) for x in trained] == [0, 0, 0, 0]
+
+
+def test_a_head_with_lora_in_float16_sums_beyond_its_range(device: torch.device) -> None:
+    """The mean's gradients fit into float16, the sums over tokens that they are made of do not."""
+    torch.manual_seed(0)
+    tokens, k, v, r = 8192, 32, 64, 8
+    hidden, weight = torch.randn(tokens, k).add_(4).half(), (torch.randn(v, k) / 8).half()
+    lora_A, lora_B, bias = torch.randn(r, k).half(), torch.randn(v, r).mul_(4).half(), torch.zeros(v).half()
+    labels = torch.randint(0, 2, (tokens,))
+    found = []
+    for x in (lora_A, lora_B, bias):
+        x.requires_grad_()
+    for call, of in ((ops, device), (reference, torch.device("cpu"))):
+        args = [x.detach().to(of) if x.is_floating_point() else x.to(of) for x in (hidden, weight, labels)]
+        trained = [x.detach().to(of).requires_grad_() for x in (lora_A, lora_B, bias)]
+        if call is reference:
+            args[:2] = (x.double() for x in args[:2])
+            trained = [x.detach().double().requires_grad_() for x in trained]
+        loss = call.linear_cross_entropy(*args, trained[2], lora_A=trained[0], lora_B=trained[1])
+        found.append([grad.cpu().double() for grad in torch.autograd.grad(loss, trained)])
+    assert all(wanted.abs().max() * tokens > torch.finfo(torch.float16).max for wanted in found[1][:2])
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).norm() <= 0.03 * wanted.norm()
