@@ -15,10 +15,10 @@ from torch import nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
-from .integrations.fused import dora_experts
-from .integrations.fused.base import FUSED
-from .integrations.fused.dora import DORA_DROPOUT
-from .integrations.fused.experts import EXPERTS_DROPOUT
+from .integrations.adapter_layers import dora_experts
+from .integrations.adapter_layers.base import FUSED
+from .integrations.adapter_layers.dora import DORA_DROPOUT
+from .integrations.adapter_layers.experts import EXPERTS_DROPOUT
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 from .sources.adapter import checked_config

@@ -322,8 +322,8 @@ def _replace_all(
 def _choose_dora(layer: nn.Module) -> None:
     """Sets PEFT's variant of DoRA anew, which is another one over NF4: accelerate does so on its own layers."""
     if getattr(layer, "lora_variant", None):
-        from .integrations.fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
-        from .integrations.fused.lora import Lora
+        from .integrations.adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
+        from .integrations.adapter_layers.lora import Lora
 
         if isinstance(layer, Lora):
             dora_dropout = layer.__dict__.get(DORA_DROPOUT, "peft")

@@ -135,7 +135,7 @@ def train_with_peft(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     from .files import save_adapter
-    from .integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+    from .integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
 
     if not hasattr(model, "peft_config"):
         raise TypeError(f"train_with_peft: model is {type(model).__name__}, wanted a PeftModel")

@@ -25,8 +25,8 @@ from torch import nn
 from .._imports import MISSING, optional, say_missing
 from ..nn import NF4Experts, NF4Linear
 from ..ops.checks import check_module
-from .fused import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
-from .fused.base import (
+from .adapter_layers import adalora, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
+from .adapter_layers.base import (
     FOUR_BIT,
     FUSED,
     KEPT,
@@ -38,14 +38,14 @@ from .fused.base import (
     is_repacked,
     without_adapters,
 )
-from .fused.blocks import block_parts, clear_blocks, fuse_blocks, plain_blocks
-from .fused.dora import DORA_DROPOUT, clear_dora, prepare_dora
-from .fused.dora_experts import is_dora
-from .fused.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
-from .fused.head import DefersLoss, compute_losses, defer_losses, no_head_reason, owners, replaced_reason
-from .fused.linear import FusedLinear, linear_dtype, would_widen
-from .fused.lora import Lora
-from .fused.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
+from .adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
+from .adapter_layers.dora_experts import is_dora
+from .adapter_layers.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
+from .adapter_layers.linear import FusedLinear, linear_dtype, would_widen
+from .adapter_layers.lora import Lora
+from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
+from .model_blocks.blocks import block_parts, clear_blocks, fuse_blocks, plain_blocks
+from .model_blocks.head import DefersLoss, compute_losses, defer_losses, no_head_reason, owners, replaced_reason
 
 PeftModel = BaseTunerLayer = None
 with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..integrations import peft as integration
-from ..integrations.fused.base import STOCK
+from ..integrations.adapter_layers.base import STOCK
 from ..methods import METHODS, make_config, method_config
 from ..nn import NF4Experts, NF4Linear
 from ..sources.model import task_of

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ..integrations.fused.base import FOUR_BIT, QUANTIZED, Linear8bitLt
+from ..integrations.adapter_layers.base import FOUR_BIT, QUANTIZED, Linear8bitLt
 from ..nn import NF4Experts, NF4Linear
 from ..nn.experts import expert_parameters, hold_nf4, is_stored_transposed
 from ..nn.nf4 import empty_nf4

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (  # noqa: PLC2701  tracing without da
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701  as above
 from torch.utils._pytree import tree_iter, tree_map_only  # noqa: PLC2701  as above
 
-from ..integrations.fused.reasons import accepting
+from ..integrations.adapter_layers.reasons import accepting
 from ..nn import NF4Experts, NF4Linear
 from ..ops.library import NAMESPACE
 from ..sources.model import base_model, output_head

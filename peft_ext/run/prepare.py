@@ -107,7 +107,7 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     if checkpoint is not None:
         checkpoints.check_same_data(options, corpus.digest)
     quiet()
-    from ..integrations.transformers import keep_freed_memory
+    from ..integrations.trainer import keep_freed_memory
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -30,7 +30,7 @@ class Record:
     Attributes:
         results: by name, as run.json has them.
         history: the Trainer's, a mapping for each log, with what :func:`recording_callback` adds.
-        meter: the :class:`peft_ext.integrations.transformers.PeftExtCallback` of the training.
+        meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training.
         curve: the held-out batches that the curve is of.
         no_report: why the last report could not be drawn; None where it was.
     """

@@ -297,7 +297,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
 def _trainer(run: Run, record: Record, model: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-    from ..integrations.transformers import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+    from ..integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
 
     class GateTrainer(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 
 from .._imports import required
-from ..integrations.fused.base import DTYPES
-from ..integrations.fused.reasons import kernel_reason
+from ..integrations.adapter_layers.base import DTYPES
+from ..integrations.adapter_layers.reasons import kernel_reason
 from ..nn import BottleneckAdapter
 from ..text import dtype_name as short
 from .register import peft_type, register

@@ -490,7 +490,7 @@ def test_a_method_trains(name, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     # It would change the allocator of the tests' own process.
-    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
     sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     runs = {kind: [e2e.train(e2e.METHODS[name], kind, 1, 2, 8, sizes)] for kind in e2e.KINDS}
@@ -501,7 +501,7 @@ def test_a_method_trains(name, monkeypatch):
 
 
 def test_a_mixture_trains(monkeypatch):
-    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
     sizes = {**mixture.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
              "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
     runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in (*mixture.KINDS, *mixture.MODULE_KINDS)}

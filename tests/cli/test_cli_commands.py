@@ -258,7 +258,7 @@ def test_explain_an_adapter_that_brings_its_head(capsys, tmp_path):
 
 
 def test_explain_says_why_not(capsys, base, monkeypatch):
-    from peft_ext.integrations.fused import reasons
+    from peft_ext.integrations.adapter_layers import reasons
 
     monkeypatch.setitem(reasons.KERNELS["lora_linear"], "cpu", False)
     out = said(capsys, "explain", base)
@@ -532,7 +532,7 @@ def test_bench_goes_without_bitsandbytes(capsys, monkeypatch):
 
 def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
     from peft_ext import ops
-    from peft_ext.integrations.fused import reasons
+    from peft_ext.integrations.adapter_layers import reasons
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
     right = ops.lora_linear

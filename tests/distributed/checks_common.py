@@ -24,10 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import peft_ext
-from peft_ext.integrations.fused import siblings
-from peft_ext.integrations.fused.deferred import Head
-from peft_ext.integrations.fused.ia3 import IA3Layer
-from peft_ext.integrations.fused.lora import LowRank
+from peft_ext.integrations.adapter_layers import siblings
+from peft_ext.integrations.adapter_layers.ia3 import IA3Layer
+from peft_ext.integrations.adapter_layers.lora import LowRank
+from peft_ext.integrations.model_blocks.deferred import Head
 from peft_ext.nn import NF4Linear
 
 LLAMA = ARCHITECTURES["Llama"]

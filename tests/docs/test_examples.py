@@ -36,7 +36,7 @@ from tiny_models import ARCHITECTURES, BATCH
 from torch import nn
 
 import peft_ext
-from peft_ext.integrations.fused.base import STOCK
+from peft_ext.integrations.adapter_layers.base import STOCK
 from peft_ext.integrations.transformers import PeftExtCallback
 
 pytestmark = [

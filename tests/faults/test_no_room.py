@@ -313,7 +313,7 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
         fit = train.fit
 
         def limited(run, record, model):
-            from peft_ext.integrations.transformers import AdaLoraCallback
+            from peft_ext.integrations.trainer import AdaLoraCallback
 
             AdaLoraCallback  # noqa: B018  imported while there is memory for it
             run.options.__dict__["batch_size"] = 1 << 16

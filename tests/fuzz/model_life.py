@@ -21,9 +21,9 @@ from peft_models import tuners
 from torch import Tensor, nn
 
 import peft_ext
-from peft_ext.integrations.fused.base import STOCK
-from peft_ext.integrations.fused.block import Block
-from peft_ext.integrations.fused.linear import FusedLinear
+from peft_ext.integrations.adapter_layers.base import STOCK
+from peft_ext.integrations.adapter_layers.linear import FusedLinear
+from peft_ext.integrations.model_blocks.block import Block
 from peft_ext.model import register_layers
 from peft_ext.nn import NF4Linear
 

@@ -21,9 +21,9 @@ from model_pair import BASES, MANY, METHODS, Statistics
 from peft.tuners import lora
 from tiny_models import FAMILIES
 
-from peft_ext.integrations.fused import reasons
-from peft_ext.integrations.fused.base import FUSED, KEPT
-from peft_ext.integrations.fused.lora import Lora, LowRank
+from peft_ext.integrations.adapter_layers import reasons
+from peft_ext.integrations.adapter_layers.base import FUSED, KEPT
+from peft_ext.integrations.adapter_layers.lora import Lora, LowRank
 
 CASES = 200
 

@@ -8,9 +8,9 @@ from typing import Any, Optional
 
 import pytest
 
-lora = pytest.importorskip("peft_ext.integrations.fused.lora")
-ia3 = pytest.importorskip("peft_ext.integrations.fused.ia3")
-blocks = pytest.importorskip("peft_ext.integrations.fused.blocks")
+lora = pytest.importorskip("peft_ext.integrations.adapter_layers.lora")
+ia3 = pytest.importorskip("peft_ext.integrations.adapter_layers.ia3")
+blocks = pytest.importorskip("peft_ext.integrations.model_blocks.blocks")
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from peft_models import (
 )
 
 import peft_ext
-from peft_ext.integrations.fused.base import FUSED
+from peft_ext.integrations.adapter_layers.base import FUSED
 from peft_ext.nn import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -38,8 +38,8 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_ext
 from peft_ext.integrations import peft as integration
-from peft_ext.integrations.fused import dora, reasons
-from peft_ext.integrations.fused.base import FUSED as FUSED_BY_STOCK
+from peft_ext.integrations.adapter_layers import dora, reasons
+from peft_ext.integrations.adapter_layers.base import FUSED as FUSED_BY_STOCK
 from peft_ext.ops.library import COMPOSED, OPS
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peft_ext
 from peft_ext import _native
-from peft_ext.integrations.fused import attention
+from peft_ext.integrations.model_blocks import attention
 
 pytestmark = pytest.mark.skipif(_native.STATE.isa not in attention._PATHS, reason="PyTorch's own is used on this path")
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_ext
-from peft_ext.integrations.fused import expert_modules, split_loops
+from peft_ext.integrations.model_blocks import expert_modules, split_loops
 
 T = 40
 NAMES = ["gate_proj", "up_proj", "down_proj"]

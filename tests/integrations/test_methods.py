@@ -39,7 +39,7 @@ from peft_models import tuners
 from tiny_models import HIDDEN, LAYERS, OperatorCalls, assert_close, error_of, logits, step
 
 import peft_ext
-from peft_ext.integrations.transformers import AdaLoraCallback, DiffPruningCallback
+from peft_ext.integrations.trainer import AdaLoraCallback, DiffPruningCallback
 from peft_ext.nn import NF4Linear
 from peft_ext.ops.library import has_kernel
 from peft_ext.tuners.layer import ReplacingLayer

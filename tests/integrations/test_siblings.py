@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_ext
-from peft_ext.integrations.fused.siblings import groups_in
+from peft_ext.integrations.adapter_layers.siblings import groups_in
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 T, K = 40, 64

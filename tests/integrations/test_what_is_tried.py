@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import peft_ext
-from peft_ext.integrations.fused import mlp
-from peft_ext.integrations.fused.experts import _known_gate
+from peft_ext.integrations.adapter_layers.experts import _known_gate
+from peft_ext.integrations.model_blocks import mlp
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,

@@ -25,8 +25,8 @@ from peft_ext.ops import library
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_ext.integrations.fused import reasons  # noqa: E402
-from peft_ext.integrations.fused.linear import FusedLinear  # noqa: E402
+from peft_ext.integrations.adapter_layers import reasons  # noqa: E402
+from peft_ext.integrations.adapter_layers.linear import FusedLinear  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -108,7 +108,7 @@ def test_a_torch_without_the_list_of_capabilities(monkeypatch: pytest.MonkeyPatc
 FORCED = """
 import json, sys, torch
 from peft_ext import _cpu, _native
-from peft_ext.integrations.fused import reasons
+from peft_ext.integrations.adapter_layers import reasons
 from transformers import LlamaConfig, LlamaForCausalLM
 import peft, peft_ext
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from cuda_kernels import emulated_ops
 
 from peft_ext import _native, ops
-from peft_ext.integrations.fused import reasons
+from peft_ext.integrations.adapter_layers import reasons
 from peft_ext.ops import prove
 
 CARD = "a card"

@@ -24,8 +24,8 @@ from peft.tuners.tuners_utils import BaseTuner
 
 import peft_ext
 from peft_ext.integrations import peft as integration
-from peft_ext.integrations.fused.base import STOCK as STOCK_OF
-from peft_ext.integrations.fused.base import Fused, class_name
+from peft_ext.integrations.adapter_layers.base import STOCK as STOCK_OF
+from peft_ext.integrations.adapter_layers.base import Fused, class_name
 
 FUSED: Counter[str] = Counter()
 STOCK: Counter[str] = Counter()

@@ -323,8 +323,8 @@ def test_an_adapter_merges_into_dense_weights_without_loss(method):
 
 @pytest.mark.parametrize("dora_dropout", ["peft", "lora"])
 def test_dora_s_variant_follows_its_base(dora_dropout):
-    dora = pytest.importorskip("peft_ext.integrations.fused.dora")
-    lora = pytest.importorskip("peft_ext.integrations.fused.lora")
+    dora = pytest.importorskip("peft_ext.integrations.adapter_layers.dora")
+    lora = pytest.importorskip("peft_ext.integrations.adapter_layers.lora")
     model, inputs = adapted_over_nf4("DoRA")
     accelerate(model, dora_dropout=dora_dropout)
 

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 import transformers as hf
 
 import peft_ext
-from peft_ext.integrations.fused.mlp import activation_name
+from peft_ext.integrations.model_blocks.mlp import activation_name
 from peft_ext.methods import make_config, method_config
 from peft_ext.run import Options, RunError, finetune, train
 from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize

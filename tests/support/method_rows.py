@@ -15,7 +15,7 @@ from tiny_models import ARCHITECTURES, HIDDEN
 from torch import Tensor, nn
 
 from peft_ext import BitFitConfig, BottleneckConfig, DiffPruningConfig, PartialConfig, reference
-from peft_ext.integrations.transformers import AdaLoraCallback, DiffPruningCallback
+from peft_ext.integrations.trainer import AdaLoraCallback, DiffPruningCallback
 from peft_ext.nn import (
     AdaLoRALinear,
     BottleneckAdapter,

@@ -33,7 +33,7 @@ from tuner_models import (
     train,
 )
 
-from peft_ext.integrations.transformers import DiffPruningCallback
+from peft_ext.integrations.trainer import DiffPruningCallback
 from peft_ext.tuners import DiffPruningConfig
 from peft_ext.tuners.diff_pruning import U_MIN, DenseDiff, SparseDiff
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map  # noqa: PLC2701  torch has no public n
 
 from ... import ops
 from ...weight import FLOATS
-from .reasons import is_plain
+from ..adapter_layers.reasons import is_plain
 
 __all__ = ["DeferredLogits", "Head"]
 

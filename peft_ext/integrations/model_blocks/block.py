@@ -13,9 +13,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .base import STOCK
+from ..adapter_layers.base import STOCK
+from ..adapter_layers.reasons import accepts_input, forward_is_replaced, replaced_on_instance
 from .reads import Watched, are_as_watched
-from .reasons import accepts_input, forward_is_replaced, replaced_on_instance
 
 __all__ = ["Block", "are_alike", "class_of", "stub", "tried_as", "with_gradients"]
 

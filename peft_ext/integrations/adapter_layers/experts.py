@@ -41,12 +41,12 @@ from ...nn.experts import (
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
+from ..model_blocks.held import held_by
+from ..model_blocks.mlp import activation_name, computed_again
 from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
-from .held import held_by
 from .merging import MERGE_LOSES, check_adapters_to_merge
-from .mlp import activation_name, computed_again
 from .reasons import (
     accepts_input,
     any_global_hook,

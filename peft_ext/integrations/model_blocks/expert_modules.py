@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn import NF4Linear
-from .base import FOUR_BIT, LINEAR, STOCK, operands, sums_wider
-from .lora import LowRank
+from ..adapter_layers.base import FOUR_BIT, LINEAR, STOCK, operands, sums_wider
+from ..adapter_layers.lora import LowRank
+from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason, weight_reason
 from .mlp import Mlp
-from .reasons import accepts_input, any_global_hook, hooked, kernel_reason, weight_reason
 from .split_loops import split
 
 __all__ = ["experts_of", "has_experts", "outputs", "reason", "split_forward"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from . import lora
-from .base import LINEAR, STOCK, class_name, is_fully_sharded, operands, sums_wider
+from ..adapter_layers import lora
+from ..adapter_layers.base import LINEAR, STOCK, class_name, is_fully_sharded, operands, sums_wider
+from ..adapter_layers.linear import FusedLinear
+from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance, weight_reason
 from .deferred import Head
-from .linear import FusedLinear
-from .reasons import accepts_input, kernel_reason, replaced_on_instance, weight_reason
 
 FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ... import _native, ops
 from ...ops.checks import autocast_dtype
+from ..adapter_layers.reasons import accepts_input, kernel_reason
 from .names import named
-from .reasons import accepts_input, kernel_reason
 
 __all__ = ["NAME", "asks", "interfaces", "reason"]
 

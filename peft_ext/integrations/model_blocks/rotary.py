@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ..adapter_layers.reasons import accepts_input, kernel_reason
 from .names import named
-from .reasons import accepts_input, kernel_reason
 
 __all__ = ["NAME", "fused", "rotary_function"]
 

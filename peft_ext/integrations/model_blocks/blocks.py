@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from . import attention, expert_modules, rotary, siblings
-from .base import STOCK, give_back, is_fully_sharded
+from ..adapter_layers import siblings
+from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
+from ..adapter_layers.lora import LowRank
+from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance, tensor_reason
+from . import attention, expert_modules, rotary
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
 from .held import EXPERT, HELD, held_by, holds_others, lasts
-from .lora import LowRank
 from .mlp import Mlp, mlp_formula
 from .names import inner_function, named, with_names
 from .reads import looks_at_its_type, reached_by
-from .reasons import accepts_input, kernel_reason, replaced_on_instance, tensor_reason
 
 __all__ = ["clear_blocks", "fuse_blocks", "plain_blocks"]
 

@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import (  # noqa: PLC2701  no public name for 
 )
 
 from ... import ops
-from . import siblings
+from ..adapter_layers import siblings
+from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from .block import Block, are_alike, stub, tried_as, with_gradients
 from .held import EXPERT, held_by, holds_others
 from .reads import Watched, are_as_watched, reached_by
-from .reasons import accepts_input, any_global_hook, hooked, kernel_reason
 
 __all__ = ["Mlp", "activation_name", "computed_again", "mlp_formula"]
 
