@@ -26,6 +26,7 @@ _LAZY = {
     "restore": "integrations.peft",
     "estimate_memory": "memory",
     "explain": "integrations.peft",
+    "register_form": "integrations.model_blocks.proof",
     "get_peft_model": "model",
     "load_adapter": "model",
     "MergeError": "merge",

@@ -44,7 +44,7 @@ from .adapter_layers.experts import EXPERTS_DROPOUT, clear_experts, prepare_expe
 from .adapter_layers.linear import FusedLinear, linear_dtype, would_widen
 from .adapter_layers.lora import Lora
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
-from .model_blocks.blocks import block_parts, clear_blocks, fuse_blocks, plain_blocks
+from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
 from .model_blocks.head import DefersLoss, compute_losses, defer_losses, no_head_reason, owners, replaced_reason
 
 PeftModel = BaseTunerLayer = None
@@ -164,7 +164,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
     clear_experts(model)
-    clear_blocks(model)
+    plain_blocks(model)
     for module in model.modules():
         if isinstance(module, Lora):
             clear_dora(module)

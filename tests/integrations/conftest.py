@@ -10,14 +10,14 @@ import pytest
 
 lora = pytest.importorskip("peft_ext.integrations.adapter_layers.lora")
 ia3 = pytest.importorskip("peft_ext.integrations.adapter_layers.ia3")
-blocks = pytest.importorskip("peft_ext.integrations.model_blocks.blocks")
+norm = pytest.importorskip("peft_ext.integrations.model_blocks.norm")
 
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What were few, by dtype."""
-    usual = blocks.LayerNorm.least
-    monkeypatch.setattr(blocks.LayerNorm, "least", {})
+    usual = norm.LEAST
+    monkeypatch.setattr(norm, "LEAST", {})
     return usual
 
 

@@ -41,8 +41,8 @@ from ...nn.experts import (
 from ...ops.checks import autocast_dtype
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
-from ..model_blocks.held import held_by
-from ..model_blocks.mlp import activation_name, computed_again
+from ..forms import row_of
+from ..forms.activations import activation_name
 from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
@@ -56,6 +56,7 @@ from .reasons import (
     magnitude_reason,
     tensor_reason,
 )
+from .recompute import computed_again
 
 ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
@@ -64,7 +65,8 @@ with optional("peft", "LoRA on the experts of a mixture is not fused"):
 # accelerate's experts_dropout: the attribute of a wrapper that has one, which PEFT's configuration can't say.
 EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
 
-_GATES: dict[tuple, bool] = {}  # what was tried
+# By the function of a class of experts: whether its form is a known gate, as it was when it was first asked.
+_GATES: dict[Any, bool] = {}
 
 
 class Experts(Fused):
@@ -255,22 +257,21 @@ def _adapted(
                             **dropout)  # fmt: skip
 
 
-def _known_gate(experts: Any) -> Optional[str]:
+def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
     """Returns the activation of experts that compute act(rows), or act(first half) times the second; None: others."""
     gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
-    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn)
-    return act if act is None or not gated or _is_plain_gate(experts, act) else None
+    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn, dtype)
+    return act if act is None or not gated or _is_plain_gate(experts) else None
 
 
 def prepare_experts(model: nn.Module, dropout: float) -> None:
-    """Leaves on the wrappers of a model's experts what :func:`peft_ext.accelerate` was told, and tries the experts'
-    gates, which a trace without data could not."""
+    """Leaves on the wrappers of a model's experts what :func:`peft_ext.accelerate` was told, and has the experts'
+    gates looked up again."""
     clear_experts(model)
+    _GATES.clear()
     for module in model.modules():
         if isinstance(module, Experts) and dropout:
             module.__dict__[EXPERTS_DROPOUT] = dropout
-        elif expert_parameters(module):
-            _known_gate(module)
 
 
 def clear_experts(model: nn.Module) -> None:
@@ -281,7 +282,7 @@ def clear_experts(model: nn.Module) -> None:
 
 def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns the second layer's output of the first one's; a gate that is known is computed again in the backward."""
-    if torch.compiler.is_compiling() or (act := _known_gate(experts)) is None:
+    if torch.compiler.is_compiling() or (act := _known_gate(experts, rows.dtype)) is None:
         return _linear(experts, adapters, name, gate(experts, rows), offsets)
     gated = getattr(experts, "has_gate", True)
     operator = ops.gated_activation if gated else ops.activation
@@ -291,26 +292,16 @@ def _down(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offse
         return _linear(experts, adapters, name, h, offsets)
 
 
-def _is_plain_gate(experts: Any, act: str) -> bool:
-    """Returns whether the experts' gate is act(first half) times the second, by trial, once for each class."""
-    if (held := held_by(experts)) is None:
-        return False
-    key = (type(experts), act, tuple(held.items()))
-    if key not in _GATES:
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-            # A bound that a value is clamped to shows beyond it alone.
-            rows = torch.linspace(-4, 4, 2 * 3 * 8, dtype=torch.float32).view(3, 16)
-            _GATES[key] = all(_is_gate_of(experts, act, magnitude * rows) for magnitude in (1.0, 30.0, 1e4))
-    return _GATES[key]
-
-
-def _is_gate_of(experts: Any, act: str, rows: Tensor) -> bool:
-    try:
-        found = gate(experts, rows)
-    except Exception:  # whatever another function raises
-        return False
-    wanted = ops.gated_activation(rows, None, act)
-    return found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1))
+def _is_plain_gate(experts: Any) -> bool:
+    """Returns whether the experts' gate is act(first half) times the second: the form of their class's function."""
+    kind = type(experts)
+    own = getattr(kind, "_apply_gate", None)
+    if own is None or "_apply_gate" in experts.__dict__:
+        return own is None  # then nn.experts.gate computes it
+    if own not in _GATES:
+        found = row_of(kind, "_apply_gate")
+        _GATES[own] = not isinstance(found, str) and found[0].kind == "gate"
+    return _GATES[own]
 
 
 def _has_hooks(act: Any) -> bool:

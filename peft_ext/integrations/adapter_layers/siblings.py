@@ -1,21 +1,16 @@
 """Adapter layers of one module that get the same tensor, computed together on :func:`peft_ext.ops.lora_linears`.
 
-Which of a module's children are called with one variable, as in ``self.q_proj(x)``, ``self.k_proj(x)``, is read in the
-source of its forward. While that runs, the first of them to be called computes all of them, and the others' outputs
+Which of a module's children are called with one variable, as in ``self.q_proj(x)``, ``self.k_proj(x)``, is told by the
+row of its form. While its forward runs, the first of them to be called computes all of them, and the others' outputs
 wait: each layer takes its own where it is called with the very same tensor, unchanged, and in the state in which it was
 computed. In every other case it computes alone. Nothing outlives the module's forward, or leaves its thread.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 import threading
-import types
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -25,97 +20,10 @@ from ... import ops
 from ...ops.checks import autocast_dtype
 from .reasons import accepts_input, hooked, kernel_reason
 
-__all__ = ["groups_in", "output_of", "together"]
+__all__ = ["output_of", "together"]
 
 # Below it layers have other ways, which share nothing (small layers up to 16 tokens alone); on AMX they share x.
 _FEWEST_TOKENS = 24
-
-
-# --- which layers get the same ----------------------------------------------------------------------------------------
-
-
-_KNOWN: weakref.WeakKeyDictionary[Callable, tuple[tuple[str, ...], ...]] = weakref.WeakKeyDictionary()
-
-
-def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
-    """Returns the names of a forward's children that are called with one variable, by group; none where it can't tell.
-
-    Of one group are calls ``self.name(variable)`` in one run of statements, all of which run or none, where nothing
-    between them gives the variable another value, or writes into it or a child past what autograd sees.
-    """
-    if not isinstance(forward, types.FunctionType):
-        return ()
-    if forward not in _KNOWN:
-        _KNOWN[forward] = _groups_in(forward)
-    return _KNOWN[forward]
-
-
-def _groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
-    except (OSError, TypeError, SyntaxError):  # no source, or none that stands alone
-        return ()
-    found: list[list[str]] = []
-    for function in tree.body[:1]:
-        if isinstance(function, ast.FunctionDef):
-            _scan(function.body, found)
-    return tuple(tuple(names) for names in found if len(names) > 1)
-
-
-def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
-    current: dict[str, list[str]] = {}
-    for statement in statements:
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue  # which runs when it is called, maybe again in the backward
-        inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
-        for block in inner:
-            _scan(block, found)
-        if not inner:
-            for name, variable in _calls(statement):
-                if variable not in current:
-                    current[variable] = []
-                    found.append(current[variable])
-                if name not in current[variable]:
-                    current[variable].append(name)
-        if any(map(_writes, ast.walk(statement))):
-            current.clear()
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                current.pop(node.id, None)
-
-
-def _writes(node: ast.AST) -> bool:
-    """Returns whether a node asks for some ``data``, or writes into what is the module's."""
-    if isinstance(node, ast.Attribute):
-        return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
-    if not isinstance(node, ast.Call):
-        return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _root(node) == "self"
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place and "self" in map(_root, (node.func, *node.args))
-
-
-def _root(node: ast.AST) -> Optional[str]:
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _is_block(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, (ast.stmt, ast.excepthandler)) for item in value)
-
-
-def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields child and variable of each ``self.child(variable)`` in a statement that runs for sure, as they run."""
-    if isinstance(node, (ast.Lambda, ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _calls(child)
-    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
-        called, value = node.func, node.args[0]
-        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
-            if isinstance(value, ast.Name):
-                yield called.attr, value.id
 
 
 # --- while a module's forward runs ------------------------------------------------------------------------------------
@@ -129,9 +37,14 @@ class _Now(threading.local):
 _NOW = _Now()
 
 
+def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
+    """Within, the children of each group that have an output to give join; see the module. A compiler traces each layer
+    by itself."""
+    return nullcontext() if torch.compiler.is_compiling() else _together(module, groups)
+
+
 @contextmanager
-def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[None]:
-    """Within, the children of each group that have an output to give join; see the module."""
+def _together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[None]:
     before, hooks, held = _NOW.groups, _NOW.hooks, {}
     for names in groups:
         layers = [module._modules.get(name) for name in names]

@@ -1,19 +1,19 @@
-"""Attention within a model's own forward on a CPU: :func:`peft_ext.ops.scaled_dot_product_attention`.
+"""Attention of transformers' models: layers of one input together, rotary positions in one pass, softmax(q kᵀ) v.
 
-An attention of transformers asks a registry, ``ALL_ATTENTION_FUNCTIONS`` of its module, for the function of the model's
-implementation. The forward finds another one under this name (:mod:`.names`), which asks the module's and gives, for
-transformers' ``sdpa``, a function that takes the calls that the operator takes; the others go to transformers' own,
-which is tried on random numbers first. What others registered is called as ever, and on a GPU PyTorch's own kernels.
+A known attention runs
+
+    its own code, in which the layers that get one input are computed together (the row's ``inputs``), or
+    a forward written here (``forward=rotary``): q, k, v in one operator, positions, the cache, attention, o
+
+and takes softmax(q kᵀ) v by transformers' public registry, where this package's function stands under a name of its
+own: :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that it takes, transformers' ``sdpa`` for all
+others. What others register under ``sdpa`` is called as ever; on a GPU it is PyTorch's own kernels that run.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import sys
-import types
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -21,13 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import _native, ops
+from ..._imports import optional
 from ...ops.checks import autocast_dtype
-from ..adapter_layers.reasons import accepts_input, kernel_reason
-from .names import named
+from ..adapter_layers import siblings
+from ..adapter_layers.lora import LowRank
+from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
+from ..forms import Row, Rows
+from .block import Block, device_of
 
-__all__ = ["NAME", "asks", "interfaces", "reason"]
+ALL_ATTENTION_FUNCTIONS = None
+with optional("transformers", "attention is not fused"):
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-NAME = "ALL_ATTENTION_FUNCTIONS"
+__all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
+
+# The name of this package's function in transformers' registry.
+OURS = "peft_ext_sdpa"
 _OPERATOR = "scaled_dot_product_attention"
 _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 # The paths on which it was timed against PyTorch's own, and is ahead.
@@ -40,34 +50,225 @@ _LEAST_QUERIES = 16
 # What a thread holds of a block grows with a head's size; one of more is no attention over tokens.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
-# Whether a registry's function computes what the operator does: tried as a model is accelerated, or unpickled, not in
-# its forward.
-_TRIED: dict[Any, bool] = {}
-_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-5}  # of a trial, of the largest value
+# Arguments of a call beside the tensors. Those of the first kind change nothing in transformers' sdpa; those of the
+# second are looked at. A call with any other goes to transformers' function.
+_IGNORED = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
+    "use_cache",
+})  # fmt: skip
+_LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
+# Whether a function that stands under "sdpa" has a known form, and whether it knows a bias; as accelerate found it.
+_SDPA: dict[Any, bool] = {}
 
 
-def asks(forward: Callable) -> bool:
-    """Returns whether a forward asks a registry whose ``sdpa`` is transformers' own and computes what the operator
-    does, by trial. Not under a mode of others, which would see the trial."""
-    function = _get(named(forward, NAME), "sdpa")
-    if function is not None and function not in _TRIED and not torch._C._len_torch_dispatch_stack():
-        _TRIED[function] = _is_of_transformers(function) and _is_attention(function)
-    return _TRIED.get(function, False)
+# --- the module -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def interfaces(inner: types.FunctionType) -> Any:
-    """Returns the registry that a forward's inner function is to find."""
-    return _Interfaces(inner)
+class Attention(Block):
+    """``inputs``: layers that get one tensor; ``interface``: it takes its function from the registry by its
+    configuration; ``forward``: the forward here that stands for its own."""
+
+    block_kind = "attention"
+
+    @classmethod
+    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
+        cache_name, _, cache_style = row.get("cache").partition(":")
+        names = inspect.unwrap(stock.forward).__globals__  # of its module, as they are at any time
+        groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
+        return {**super().settled(stock, row), "groups": groups,
+                "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
+                "cache_name": cache_name, "cache_style": cache_style, "out": row.get("o"),
+                "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
+                "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
+
+    def block_parts(self) -> Any:
+        replaced = self.replaced_reason()
+        if self.peft_ext_known.groups:
+            yield "projections of one input", replaced or self._joint_reason()
+        if self.peft_ext_known.own:
+            yield "rotary positions", replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
+        if self.peft_ext_known.asks:
+            yield "attention", replaced or _reason(self)
+
+    def _joint_reason(self) -> Optional[str]:
+        for names in self.peft_ext_known.groups:
+            layers = [self._modules.get(name) for name in names]
+            joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
+            if len(joint) > 1:
+                return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
+        return (
+            f"no two of {', '.join(self.peft_ext_known.groups[0])} have an adapter that can be computed with another's"
+        )
+
+    def _own_reason(self) -> Optional[str]:
+        changed = next(
+            (
+                name
+                for name, value in self.peft_ext_known.found.items()
+                if self.peft_ext_known.names.get(name) is not value
+            ),
+            None,
+        )
+        return f"{changed} was replaced" if changed else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Attention):
+            return type(self).forward(self, *args, **kwargs)
+        if replaced_on_instance(self) or self.replaced_reason() is not None:
+            return super().forward(*args, **kwargs)
+        if self.peft_ext_known.own and not args and self._own_reason() is None and self._takes(kwargs):
+            return self._rotary_forward(**kwargs)
+        with siblings.together(self, self.peft_ext_known.groups):
+            return super().forward(*args, **kwargs)
+
+    def _takes(self, given: dict[str, Any]) -> bool:
+        """Returns whether the forward here knows each argument that has no default in the stock one."""
+        positions = given.get("position_embeddings")
+        return (
+            accepts_input(given.get("hidden_states"))
+            and isinstance(positions, tuple)
+            and len(positions) == 2
+            and all(map(accepts_input, positions))
+            and not (_OTHER_CACHES - {self.peft_ext_known.cache_name}) & given.keys()
+        )
+
+    def _rotary_forward(
+        self, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None,
+        **given: Any,
+    ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
+        """Attention over rotary positions, with or without norms of q and k."""
+        modules, shape = self._modules, hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        with siblings.together(self, self.peft_ext_known.groups):
+            q, k, v = (modules[name](hidden_states) for name in self.peft_ext_known.groups[0])
+        if self.peft_ext_known.norms == "flat":
+            q, k = modules["q_norm"](q), modules["k_norm"](k)
+        q, k = q.view(heads), k.view(heads)
+        if self.peft_ext_known.norms == "head":
+            q, k = modules["q_norm"](q), modules["k_norm"](k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
+        q, k = self._rotated(q, k, *position_embeddings)
+        cache = given.pop(self.peft_ext_known.cache_name, None)
+        extra = {}
+        if self.peft_ext_known.cache_style == "positions":
+            extra = {"cache_position": given.pop("cache_position", None)}
+        if cache is not None:
+            if self.peft_ext_known.cache_style == "kwargs":
+                k, v = cache.update(k, v, self.layer_idx, kwargs=given)
+            elif self.peft_ext_known.cache_style == "positions":
+                cos, sin = position_embeddings
+                k, v = cache.update(k, v, self.layer_idx, {"sin": sin, "cos": cos, **extra})
+            else:
+                k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.peft_ext_known.names.get(_EAGER)
+        )
+        options = {name: getattr(self, attribute) for name, attribute in self.peft_ext_known.options}
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
+        return modules[self.peft_ext_known.out](out.reshape(*shape, -1).contiguous()), weights
+
+    def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if not _fits_rotary(q, k, cos, sin):
+            return self.peft_ext_known.names[_ROTATES](q, k, cos, sin)
+        return ops.rotary_embedding(q, k, cos, sin)
 
 
-def reason(module: nn.Module, forward: Callable) -> Optional[str]:
+_ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
+_OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
+
+
+def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    """Returns whether the operator takes a call."""
+    if not all(map(accepts_input, (q, k))) or (q.dim(), k.dim(), cos.dim()) != (4, 4, 3):
+        return False
+    if not q.dtype is k.dtype is cos.dtype is sin.dtype or not q.device == k.device == cos.device == sin.device:
+        return False
+    batch, _, tokens, size = q.shape
+    if size % 2 or cos.shape != sin.shape or cos.shape[1:] != (tokens, size) or cos.shape[0] not in (1, batch):
+        return False
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return False
+    return k.shape[0] == batch and k.shape[2:] == (tokens, size) and not kernel_reason(_ROTARY, q.device.type)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+class _View:
+    """A configuration as an attention sees it: the model's own, sharing all that it holds, but that ``sdpa`` is this
+    package's function. It is the model's configuration to isinstance, and follows each change of it."""
+
+    __slots__ = ("original",)
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Nothing: it is no new configuration."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return view_of, (self.original,)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        from copy import deepcopy
+
+        return view_of(deepcopy(self.original, memo))
+
+
+_VIEWS: dict[type, type] = {}
+
+
+def view_of(config: Any) -> Any:
+    """Returns a configuration as an attention sees it."""
+    stock = type(config)
+    if (kind := _VIEWS.get(stock)) is None:
+        own = stock._attn_implementation
+
+        def get(self: Any) -> Any:
+            found = own.fget(self)
+            return OURS if found == "sdpa" else found
+
+        held = {"_attn_implementation": property(get, own.fset), "__module__": stock.__module__}
+        kind = _VIEWS[stock] = type.__new__(type(stock), stock.__name__, (_View, stock), held)
+    view = object.__new__(kind)
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "original", config)
+    return view
+
+
+def set_view(module: nn.Module) -> None:
+    """Gives an attention that asks the registry this package's function, where its ``sdpa`` is transformers'."""
+    config = module.__dict__.get("config")
+    if isinstance(module, Attention) and module.peft_ext_known.asks and not isinstance(config, _View):
+        if isinstance(getattr(type(config), "_attn_implementation", None), property):
+            module.__dict__["config"] = view_of(config)
+
+
+def take_view(module: nn.Module) -> None:
+    """Undoes :func:`set_view`."""
+    if isinstance(config := module.__dict__.get("config"), _View):
+        module.__dict__["config"] = config.original
+
+
+def look_at_sdpa(rows: Rows) -> None:
+    """Looks whether what stands under ``sdpa`` now is a function whose form is known."""
+    function = None if ALL_ATTENTION_FUNCTIONS is None else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    found = rows.of(function) if inspect.isfunction(function) else ""
+    _SDPA.clear()
+    if not isinstance(found, str) and found[0].kind == "sdpa":
+        _SDPA[function] = found[0].get("bias") == "yes"
+
+
+def _reason(module: Any) -> Optional[str]:
     """Returns why a module's calls would go to the model's own function."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
-    if not _TRIED.get(_get(named(forward, NAME), implementation)):
-        return f"its attention implementation is {implementation}" + (", of others" if implementation == "sdpa" else "")
-    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    return _device_reason(device)
+    config = module.__dict__.get("config")
+    implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f"its attention implementation is {implementation}"
+    if not isinstance(config, _View):
+        return "accelerate(model) was not called on it, or with blocks=False"
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] not in _SDPA:
+        return "its attention implementation is sdpa, and the function there is none of the known forms"
+    return _device_reason(device_of(module))
 
 
 def _device_reason(device: str) -> Optional[str]:
@@ -82,68 +283,37 @@ def _device_reason(device: str) -> Optional[str]:
     return kernel_reason(_OPERATOR, device)
 
 
-def _get(registry: Any, implementation: Any) -> Optional[types.FunctionType]:
-    """Returns a registry's function of an implementation; None: it has none, or is no registry."""
-    try:
-        function = registry[implementation]
-    except (KeyError, TypeError):
-        return None
-    return function if isinstance(function, types.FunctionType) else None
+def sdpa_attention_forward(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: Optional[float] = None,
+    is_causal: Optional[bool] = None,
+    **kwargs: Any,
+) -> Any:
+    """What transformers' registry has under OURS: transformers' ``sdpa`` on the operator, for the calls it takes."""
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    knows_bias, bias = _SDPA.get(function), kwargs.get("position_bias")
+    if (
+        knows_bias is None
+        or not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        or not (bias is None or (knows_bias and _fits_bias(bias, query, key, attention_mask)))
+        or _tiles_are_ahead(query, key, dropout, bias is None and _causal(module, attention_mask, is_causal))
+    ):
+        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                        is_causal=is_causal, **kwargs)  # fmt: skip
+    return by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal, bias)
 
 
-class _Interfaces:
-    """A module's registry, as it is when it is asked, but for functions that the operator can take the place of."""
-
-    def __init__(self, inner: types.FunctionType) -> None:
-        self._names = inner.__globals__
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._names[NAME], name)
-
-    def __contains__(self, implementation: Any) -> bool:
-        return implementation in self._names[NAME]
-
-    def __getitem__(self, implementation: Any) -> Any:
-        return _fused_or_own(self._names[NAME][implementation])
-
-    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
-        return _fused_or_own(self._names[NAME].get_interface(*args, **kwargs))
+if ALL_ATTENTION_FUNCTIONS is not None:
+    AttentionInterface.register(OURS, sdpa_attention_forward)
+    AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _fused_or_own(function: Any) -> Any:
-    return _fused(function) if isinstance(function, types.FunctionType) and _TRIED.get(function) else function
-
-
-@functools.cache
-def _fused(function: Callable) -> Callable:
-    """Returns ``function`` with the calls that the operator takes going to it."""
-    knows_bias = _knows_bias(function)
-
-    def sdpa_attention_forward(
-        module: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        attention_mask: Any,
-        dropout: float = 0.0,
-        scaling: Optional[float] = None,
-        is_causal: Optional[bool] = None,
-        **kwargs: Any,
-    ) -> Any:
-        bias = kwargs.get("position_bias")
-        if (
-            not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-            or not (bias is None or (knows_bias and _fits_bias(bias, query, key, attention_mask)))
-            or _tiles_are_ahead(query, key, dropout, bias is None and _causal(module, attention_mask, is_causal))
-        ):
-            return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                            is_causal=is_causal, **kwargs)  # fmt: skip
-        return _by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal, bias)
-
-    return functools.update_wrapper(sdpa_attention_forward, function)
-
-
-def _by_operator(
+def by_operator(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float = 0.0,
     scaling: Optional[float] = None, is_causal: Optional[bool] = None, position_bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -181,6 +351,8 @@ def _fits(
     if scaling is not None and (type(scaling) not in _NUMBERS or not 0 < scaling < math.inf):
         return False
     if others.get("output_attentions") or others.get("softcap") is not None:
+        return False
+    if not others.keys() <= _IGNORED | _LOOKED_AT:
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
@@ -222,69 +394,3 @@ def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool
     if _native.STATE.isa != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
         return False
     return k.shape[2] > _MOST_KEYS_ON_AMX[causal]
-
-
-# --- the trial --------------------------------------------------------------------------------------------------------
-
-
-def _is_of_transformers(function: types.FunctionType) -> bool:
-    """Returns whether it is transformers' code, and no wrapper's, which may do more than the trial sees."""
-    module = sys.modules.get("transformers.integrations.sdpa_attention")
-    return module is not None and function.__code__.co_filename == module.__file__
-
-
-def _knows_bias(function: Callable) -> bool:
-    return "position_bias" in inspect.signature(function).parameters
-
-
-def _is_attention(function: Callable) -> bool:
-    """Returns whether a registry's function computes what the operator does, by its values and gradients."""
-    # Neither the moment's device and mode nor whoever watches what is saved, as checkpointing, is a part of it.
-    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False), \
-            torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # fmt: skip
-        try:
-            return all(
-                _alike(function, dtype, case, biased)
-                for dtype in _TOLERANCE for case in _cases() for biased in {False, _knows_bias(function)}
-            )  # fmt: skip
-        except Exception:  # whatever another function raises
-            return False
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved
-
-
-def _cases() -> list[tuple[bool, Optional[Tensor], Optional[float]]]:
-    """Returns whether a module is causal, a mask or none, and a scale."""
-    mask = torch.ones(2, 1, 18, 18, dtype=torch.bool).tril()
-    mask[0, :, :, :5] = mask[1, :, 9:, :9] = False
-    return [(True, None, 0.3), (False, None, None), (True, mask, 0.3)]
-
-
-def _alike(
-    function: Callable, dtype: torch.dtype, case: tuple[bool, Optional[Tensor], Optional[float]], biased: bool
-) -> bool:
-    causal, mask, scaling = case
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(2, 18, heads, 8, generator=generator, dtype=torch.float32).to(dtype).transpose(1, 2)
-             for heads in (4, 2, 2)]  # fmt: skip
-    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
-    how = {"dropout": 0.0, "scaling": scaling}
-    if biased:
-        # Each query sees a key: of one that does not, the operator is not asked.
-        how["position_bias"] = torch.randn(1, 4, 18, 18, generator=generator, dtype=torch.float32).to(dtype)
-        mask = None if mask is None else mask | torch.eye(18, dtype=torch.bool)
-    weights = torch.linspace(-1, 1, 2 * 18 * 4 * 8, dtype=torch.float32).view(2, 18, 4, 8)
-
-    def run(called: Callable) -> list[Tensor]:
-        with torch.enable_grad():
-            q, k, v = (value.detach().requires_grad_() for value in drawn)
-            out, _ = called(module, q, k, v, mask, **how)
-            return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
-
-    found, wanted = run(_by_operator), run(function)
-    return found[0].stride() == wanted[0].stride() and all(
-        a.shape == b.shape and a.dtype is b.dtype and (a - b).abs().max() <= _TOLERANCE[dtype] * b.abs().max()
-        for a, b in zip(found, wanted, strict=True)
-    )

@@ -1,0 +1,73 @@
+"""What an operator saves of an activation, computed again in the backward from what the activation was made of."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["computed_again"]
+
+
+@contextmanager
+def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> Iterator[None]:
+    """Has what is saved of ``h`` within computed again in the backward: ``operator(*args)``.
+
+    Not where somebody else's hooks see to what is saved, as checkpointing's do.
+    """
+    if not (torch.is_grad_enabled() and h.requires_grad) or _hooks_are_set():
+        yield
+        return
+    # The storage and not its address, which a tensor without data, as the estimate of memory has, does not have.
+    storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    versions = [value._version for value in tensors]
+    args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+
+    def pack(value: Tensor) -> Any:
+        # What somebody changed in place is no longer what the operator gives.
+        if value.numel() != numel or value.dtype is not dtype or value._version != version:
+            return value, value._version
+        if value.storage_offset() or value.untyped_storage()._cdata != storage:
+            return value, value._version
+        return _Again(tuple(value.shape), value.stride())
+
+    def unpack(value: Any) -> Tensor:
+        if not isinstance(value, _Again):
+            value, saved = value
+            if value._version != saved:  # autograd does not look where there are hooks
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{value.dtype} {tuple(value.shape)} is at version {value._version}, expected version {saved}"
+                )
+            return value
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError("peft_ext: the inputs of an MLP's activation were changed in place before the backward; "
+                               "call peft_ext.accelerate(model, blocks=False)")  # fmt: skip
+        if (found := held[0]()) is None:
+            with torch.no_grad():
+                found = operator(*args)
+            held[0] = weakref.ref(found)
+        return found.as_strided(value.shape, value.stride)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _nothing() -> None:
+    """A reference to what was not computed again yet."""
+
+
+class _Again(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _hooks_are_set() -> bool:
+    autograd = torch._C._autograd
+    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+    return forbidden or autograd._top_saved_tensors_default_hooks(False) is not None

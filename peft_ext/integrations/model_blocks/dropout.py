@@ -1,0 +1,42 @@
+"""nn.Dropout on a CPU: the mask is drawn in a vector's lanes, and drawn again in the backward."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ..adapter_layers.reasons import accepts_input, kernel_reason
+from .block import Block
+
+__all__ = ["Dropout", "dropouts_of_adapters"]
+
+
+class Dropout(Block):
+    """nn.Dropout, on a CPU. Those of adapters are the adapter layers' own."""
+
+    block_kind = "dropout"
+
+    def block_reason(self) -> Optional[str]:
+        if reason := self.replaced_reason():
+            return reason
+        if self.inplace or not 0.0 <= self.p < 1.0:
+            return "it drops in place, or all"
+        return kernel_reason("dropout", "cpu")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(self, Dropout):
+            return type(self).forward(self, input)
+        acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
+        # PyTorch's result has the input's strides.
+        if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
+            return self.stock_class.forward(self, input)
+        return ops.dropout(input, self.p)
+
+
+def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
+    """Returns the dropouts of LoRA's layers, which read their probabilities."""
+    held = (getattr(module, "lora_dropout", None) for module in model.modules())
+    return {dropout for children in held if isinstance(children, nn.Module) for dropout in children.modules()}

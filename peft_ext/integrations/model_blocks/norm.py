@@ -1,0 +1,89 @@
+"""RMSNorm and LayerNorm on fused operators: saved are x and one or two numbers a row, and no float32 copy of x."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...ops.checks import autocast_dtype
+from ..adapter_layers.reasons import kernel_reason, tensor_reason
+from ..forms import Row
+from .block import Block, strides_of
+
+__all__ = ["LEAST", "LayerNorm", "RMSNorm"]
+
+# Of how many elements a LayerNorm on a CPU is the operator's: of fewer PyTorch's shorter call is the faster one.
+LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
+
+
+class Norm(Block):
+    """A norm over the last dimension."""
+
+    def _norm_reason(self, operator: str, eps: Any, *names: str) -> Optional[str]:
+        if reason := self.replaced_reason():
+            return reason
+        for name in names:
+            if name not in self._parameters:
+                return f"its {name} is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
+            value = self._parameters[name]
+            if value is not None and (reason := tensor_reason(f"its {name}", value, 1)):
+                return reason
+        if type(eps) not in (int, float):
+            return f"its eps is a {type(eps).__name__}, wanted a number"
+        weight = self._parameters[names[0]]
+        return "it has no weight" if weight is None else kernel_reason(operator, weight.device.type)
+
+
+class RMSNorm(Norm):
+    """``x / sqrt(mean x² + eps) ∘ (weight + offset)``, in float32, rounded before or after the weight."""
+
+    block_kind = "RMSNorm"
+
+    @classmethod
+    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
+        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
+                "offset": float(row.get("offset")), "rounds": row.get("rounds") == "yes",
+                "mixed": row.get("mixed") == "yes"}  # fmt: skip
+
+    def block_reason(self) -> Optional[str]:
+        known = self.peft_ext_known
+        return self._norm_reason("rms_norm", getattr(self, known.eps), known.weight)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        known = self.peft_ext_known
+        weight, eps = self._parameters[known.weight], getattr(self, known.eps)
+        if x.dim() == 0 or x.shape[-1] != weight.shape[0] or (not known.mixed and x.dtype is not weight.dtype):
+            return self.stock_class.forward(self, x)
+        if x.is_contiguous():
+            return ops.rms_norm(x, weight, eps, offset=known.offset, round_before_weight=known.rounds)
+        if (order := strides_of(x)) is None:
+            return self.stock_class.forward(self, x)
+        # The result lies in memory as x does, as that of a formula of elements.
+        y = ops.rms_norm(x.permute(order), weight, eps, offset=known.offset, round_before_weight=known.rounds)
+        return y.permute([order.index(dim) for dim in range(x.dim())])
+
+
+class LayerNorm(Norm):
+    """nn.LayerNorm over the last dimension. Autocast, which takes it in float32, is PyTorch's, and so are few elements
+    on a CPU, where its shorter call is the faster one."""
+
+    block_kind = "LayerNorm"
+
+    def block_reason(self) -> Optional[str]:
+        weight = self._parameters.get("weight")
+        if weight is None or len(self.normalized_shape) != 1:
+            return "it has no weight of its own, or is over several dimensions"
+        if autocast_dtype(weight):
+            return "autocast takes it in float32"
+        return self._norm_reason("layer_norm", self.eps, "weight", "bias")
+
+    def _fused(self, x: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
+        # PyTorch's for few elements, and its error, or what it makes of the two, where dtype or shape does not fit.
+        if few or x.dtype is not weight.dtype or x.shape[-1:] != self.normalized_shape:
+            return nn.LayerNorm.forward(self, x)
+        return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)

@@ -1,0 +1,475 @@
+"""The proof that a formula is a class's own function: the same values and gradients, at extremes, in each dtype.
+
+An instance is made of the row alone, with layers and weights of the proof's own, and runs by the class's forward and by
+this package's. The tests do it for every row and every class that has its form; ``register_form`` and the command do it
+for a class that has none yet.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ..._imports import optional
+from ..forms import _REGISTERED as REGISTERED
+from ..forms import KINDS, Form, Row, Unknown, form_of, holds_for
+from .attention import by_operator
+from .block import class_of
+from .blocks import MIXINS
+from .norm import LEAST
+
+PretrainedConfig = None
+with optional("transformers", "attentions cannot be proved"):
+    from transformers import LlamaConfig as PretrainedConfig
+    from transformers.modeling_utils import AttentionInterface
+
+__all__ = ["disproof", "proposals", "register_form"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
+# How many units in the last place of the largest value the results may differ by: forward, gradients.
+_ULPS = {
+    "rms_norm": (4, 24),
+    "layer_norm": (4, 24),
+    "mlp": (32, 64),
+    "attention": (24, 48),
+    "activation": (24, 24),
+    "gate": (24, 24),
+}
+_K, _F = 24, 20
+
+
+def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
+    """Returns where the formula of ``row`` gives something else than ``cls`` does; None: nowhere."""
+    if form.writes:
+        return "its forward assigns to attributes of the module"
+    if row.kind in ("sdpa", "causal_loss"):
+        return _sdpa_disproof(cls) if row.kind == "sdpa" else _loss_disproof(cls)
+    known = _reads_of(row)
+    if row.kind != "attention" and (form.passes_itself or set(form.reads) - known):
+        others = sorted(set(form.reads) - known)
+        return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
+    with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
+        for dtypes, (what, arguments), training in itertools.product(_dtypes(row), _inputs(row), (True, False)):
+            if (why := _differs(cls, row, form, *dtypes, arguments, training)) is not None:
+                mode, dtype = "training" if training else "evaluation", str(dtypes[0]).removeprefix("torch.")
+                return f"{why}, {dtype}, {what}, in {mode}"
+    return None
+
+
+def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Returns the dtypes of x and of the weights to try."""
+    mixed = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+    held = [dtype for dtype in DTYPES if holds_for(row, dtype)]
+    return [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
+
+
+def _reads_of(row: Row) -> set[str]:
+    """Returns the attributes of the instance that a row accounts for."""
+    names = [
+        *row.names("inner"),
+        row.get("weight"),
+        row.get("eps"),
+        row.get("out"),
+        row.get("act"),
+        row.get("drop").rpartition(":")[2],
+        row.get("approximate"),
+        ":p:" in row.get("drop") and "training",
+    ]
+    names += [need.split(":")[0] for need in row.names("needs")]
+    names += {"layer_norm": ["weight", "bias", "eps", "normalized_shape"], "gate": ["act_fn"]}.get(row.kind, [])
+    return {name for name in names if name}
+
+
+# --- instances and inputs ---------------------------------------------------------------------------------------------
+
+
+def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
+    """Returns an instance of ``cls`` that has what the row names, and nothing else."""
+    torch.manual_seed(0)
+    made = object.__new__(cls)
+    nn.Module.__init__(made)
+    for need in row.names("needs"):
+        name, value = need.split(":", 1)
+        setattr(made, name, ast.literal_eval(value))
+    if row.kind == "rms_norm":
+        setattr(made, row.get("weight"), nn.Parameter(torch.randn(_K) * 0.5 + 1))
+        setattr(made, row.get("eps"), 1e-3)
+    elif row.kind == "layer_norm":
+        made.normalized_shape, made.eps, made.elementwise_affine = (_K,), 1e-3, True
+        made.weight, made.bias = nn.Parameter(torch.randn(_K) * 0.5 + 1), nn.Parameter(torch.randn(_K))
+    elif row.kind == "mlp":
+        packed = row.get("gated") == "yes" and len(row.names("inner")) == 1
+        for name in row.names("inner"):
+            setattr(made, name, nn.Linear(_K, 2 * _F if packed else _F))
+        setattr(made, row.get("out"), nn.Linear(_F, _K))
+        setattr(made, row.get("act"), nn.SiLU())
+        if name := row.get("drop").rpartition(":")[2]:
+            setattr(made, name, 0.5 if ":p:" in row.get("drop") else nn.Dropout(0.5))
+    elif row.kind == "activation":
+        if row.get("inner"):
+            setattr(made, row.get("inner"), F.gelu)
+        if row.get("approximate"):
+            setattr(made, row.get("approximate"), "tanh")
+    elif row.kind == "gate":
+        made.act_fn = nn.SiLU()
+    elif row.kind == "attention":
+        _fill_attention(made, row)
+    made = made.to(dtype)
+    return made.train(training)
+
+
+def _fill_attention(made: Any, row: Row) -> None:
+    heads, kv_heads, size = 4, 2, 8
+    made.config = PretrainedConfig(hidden_size=_K, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    made.config._attn_implementation = _noted.__name__
+    AttentionInterface.register(_noted.__name__, _noted)
+    made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, 0
+    made.scaling, made.attention_dropout, made.is_causal = 0.3, 0.1, True
+    for name, count in zip(row.names("inputs")[0].split("+"), (heads, kv_heads, kv_heads), strict=True):
+        setattr(made, name, nn.Linear(_K, count * size))
+    setattr(made, row.get("o"), nn.Linear(heads * size, _K))
+    if row.get("norms"):
+        flat = row.get("norms") == "flat"
+        made.q_norm, made.k_norm = (nn.LayerNorm(count * size if flat else size) for count in (heads, kv_heads))
+    for option in row.names("options"):
+        setattr(made, option.split(":")[1], 7)
+
+
+# What attentions called their function with, in the order of the calls.
+_CALLS: list[Any] = []
+
+
+def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
+    """Stands in transformers' registry for an attention while one is proved, and notes how it is called."""
+    _CALLS.append((_told(mask), _told(given)))
+    k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=given.get("scaling")).transpose(1, 2).contiguous()
+    return out, out.sum(-1)
+
+
+def _inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple, dict]]]]:
+    """Yields what an input is, and a function that makes it: positional arguments and others."""
+    width = {"gate": 2 * _F}.get(row.kind, _K)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+    if row.kind == "attention":
+        for caching in (False, True):
+            yield (
+                f"cache {caching}",
+                lambda dtype, caching=caching: ((), _attention_arguments(row, drawn, dtype, caching)),
+            )
+        return
+    spikes = drawn(3, 5, width)
+    spikes[..., 2] = 3e4
+    special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes,
+               "two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width),
+               "no row": drawn(0, width)}  # fmt: skip
+    for value in (torch.inf, -torch.inf, torch.nan):
+        x = drawn(3, 5, width)
+        x[0, 1, 3] = value
+        special[f"one {value}"] = x
+    strided = {"transposed": drawn(5, 3, width).transpose(0, 1), "every second": drawn(3, 10, width)[:, ::2],
+               "a part": drawn(3, 5, width + 6)[..., 2 : width + 2],
+               "expanded": drawn(3, 1, width).expand(3, 5, width)}  # fmt: skip
+    for magnitude in MAGNITUDES:
+        special[f"magnitude {magnitude:g}"] = drawn(3, 5, width) * magnitude
+    for what, x in {**special, **strided}.items():
+        yield what, lambda dtype, x=x: ((x.to(dtype),), {})
+
+
+def _attention_arguments(row: Row, drawn: Callable[..., Tensor], dtype: torch.dtype, caching: bool) -> dict[str, Any]:
+    cos, sin = (drawn(1, 20, 8 + i)[..., :8].contiguous().to(dtype) for i in range(2))
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    given = {"hidden_states": drawn(2, 20, _K).to(dtype), "position_embeddings": (cos, sin), "attention_mask": mask,
+             "position_ids": torch.arange(20), "one_more": 5}  # fmt: skip
+    if caching and row.get("cache"):
+        name, _, style = row.get("cache").partition(":")
+        given[name] = _Cache()
+        if style == "positions":
+            given["cache_position"] = torch.arange(20)
+    return given
+
+
+class _Cache:
+    """A cache that notes how it is called, and gives other keys and values than it got."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append((_told(args), _told(kwargs)))
+        return key * 1.5, value + 0.25
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.double().sum().item()
+    if isinstance(value, dict):
+        return {name: _told(of) for name, of in value.items()}
+    return tuple(map(_told, value)) if isinstance(value, (tuple, list)) else value
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def _differs(
+    cls: type, row: Row, form: Form, dtype: torch.dtype, of_weights: torch.dtype, arguments: Callable, training: bool
+) -> Optional[str]:  # fmt: skip
+    found = []
+    for ours in (False, True):
+        try:
+            module = _instance(cls, row, of_weights, training)
+            args, kwargs = arguments(dtype)
+            found.append(_run(_called(cls, row, form, module, ours), module, args, kwargs))
+        except Exception as error:  # whatever another function raises
+            return f"{'the formula' if ours else 'the class'} raises {type(error).__name__}: {error}"
+    stock, fused = found
+    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    if stock[2] != fused[2]:
+        return f"the cache and attention are called with {fused[2]}, wanted {stock[2]}"
+    if row.kind == "rms_norm" and dtype is of_weights and dtype is not torch.float32:
+        a, b = fused[0][0], stock[0][0]  # where it rounds is the formula: most results have the same bits
+        if a.numel() and a.shape == b.shape and (a.nan_to_num() == b.nan_to_num()).double().mean() < 0.97:
+            return "the values are rounded at another place"
+    for index, what in enumerate(("the values", "the gradients")):
+        ulps = _ULPS[row.kind][index]
+        if len(stock[index]) != len(fused[index]):
+            return f"{what} are {len(fused[index])} tensors, wanted {len(stock[index])}"
+        for a, b in zip(fused[index], stock[index], strict=True):
+            strict = row.kind in ("rms_norm", "layer_norm", "attention")
+            if not strict and index == 1 and a.shape == x.shape:  # PyTorch's ReLU passes on the gradient of a NaN
+                a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
+            if (why := _unlike(a, b, ulps * torch.finfo(dtype).eps, strict, whole=index == 1)) is not None:
+                return f"{what} differ: {why}"
+            of_elements = row.kind in ("activation", "gate")  # which are given what a linear layer returns
+            if index == 0 and a.stride() != b.stride() and a.numel() and not of_elements:
+                return f"the strides are {a.stride()}, wanted {b.stride()}"
+    return None
+
+
+def _called(cls: type, row: Row, form: Form, module: Any, ours: bool) -> Callable:
+    """Returns what computes: a forward of the class, or the fused one's."""
+    if row.kind == "activation":
+        name = row.get("function") or {"": "gelu"}.get(row.get("approximate"), "gelu_tanh")
+        return (lambda x: ops.activation(x, name)) if ours else (lambda x: cls.forward(module, x))
+    if row.kind == "gate":
+        return (lambda x: ops.gated_activation(x, None, "silu")) if ours else (lambda x: cls._apply_gate(module, x))
+    if not ours:
+        return lambda *args, **kwargs: cls.forward(module, *args, **kwargs)
+    fused = object.__new__(class_of(MIXINS[row.kind], cls, row, form))
+    fused.__dict__ = module.__dict__
+    for _, why in fused.block_parts() if row.kind != "attention" else ():
+        if why is not None:
+            raise RuntimeError(why)
+    if row.kind == "attention":
+        return fused._rotary_forward
+    if row.kind == "layer_norm":
+        return functools.partial(_normed_of_few, fused)
+    return lambda x: type(fused)._fused(fused, x)
+
+
+def _normed_of_few(fused: Any, x: Tensor) -> Tensor:
+    """Calls a LayerNorm that takes the operator for few elements, too."""
+    least = dict(LEAST)
+    LEAST.clear()
+    try:
+        return type(fused)._fused(fused, x)
+    finally:
+        LEAST.update(least)
+
+
+def _run(called: Callable, module: nn.Module, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor], Any]:
+    given = [value.requires_grad_() for value in (*args, *kwargs.values())
+             if isinstance(value, Tensor) and value.is_floating_point()]  # fmt: skip
+    torch.manual_seed(3)
+    _CALLS.clear()
+    y = called(*args, **kwargs)
+    values = [value for value in (y if isinstance(y, tuple) else (y,)) if isinstance(value, Tensor)]
+    ramp = torch.linspace(-1, 1, values[0].numel()).view(values[0].shape).to(values[0].dtype)
+    wanted = [*given, *module.parameters()]
+    grads = torch.autograd.grad(values[0], wanted, ramp, allow_unused=True)
+    cache = next((value.calls for value in kwargs.values() if isinstance(value, _Cache)), None)
+    return [value.detach() for value in values], [grad for grad in grads if grad is not None], (cache, list(_CALLS))
+
+
+def _unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
+    """Returns how two tensors differ beyond rounding: of values that are not finite, or by ``tolerance`` of the largest
+    finite value of a row, or of the ``whole``, where terms of sums may cancel. Not ``strict``: NaN and infinity are the
+    same, of which PyTorch's activations give the one or the other for an infinite input as the instructions go."""
+    if found.shape != wanted.shape or found.dtype is not wanted.dtype:
+        return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
+    if not found.numel():
+        return None
+    a, b = found.double(), wanted.double()
+    for what in (torch.isnan, torch.isposinf, torch.isneginf) if strict else (torch.isfinite,):
+        if not torch.equal(what(a), what(b)):
+            return f"{int((what(a) != what(b)).sum())} elements {what.__name__.removeprefix('is')} in one alone"
+    a, b = (value.nan_to_num(0.0, 0.0, 0.0) for value in (a, b))
+    scale = b.abs().max() if whole or not b.dim() else b.abs().amax(-1, keepdim=True)
+    least = torch.finfo(wanted.dtype).tiny * 4 + tolerance * torch.finfo(wanted.dtype).eps * b.abs().max()
+    excess = ((a - b).abs() / (tolerance * scale + least)).max().item()
+    return None if excess <= 1 else f"by {excess:.3g} times the tolerance of {tolerance:.2g}"
+
+
+# --- sdpa -------------------------------------------------------------------------------------------------------------
+
+
+def _sdpa_disproof(function: Callable) -> Optional[str]:
+    mask = torch.ones(2, 1, 18, 18, dtype=torch.bool).tril()
+    mask[0, :, :, :5] = mask[1, :, 9:, :9] = False
+    cases = [(True, None, 0.3), (False, None, None), (True, mask, 0.3)]
+    biased = [False, True] if "position_bias" in function.__code__.co_varnames else [False]
+    for dtype, case, with_bias, magnitude in itertools.product(DTYPES, cases, biased, (1e-3, 1.0, 20.0)):
+        causal, given, scaling = case
+        generator = torch.Generator().manual_seed(0)
+        drawn = [(torch.randn(2, 18, heads, 8, generator=generator) * magnitude).to(dtype).transpose(1, 2)
+                 for heads in (4, 2, 2)]  # fmt: skip
+        module = types.SimpleNamespace(num_key_value_groups=2, is_causal=causal)
+        how: dict[str, Any] = {"dropout": 0.0, "scaling": scaling}
+        if with_bias:
+            how["position_bias"] = torch.randn(1, 4, 18, 18, generator=generator).to(dtype)
+            given = None if given is None else given | torch.eye(18, dtype=torch.bool)  # each query sees a key
+        exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}
+        found = []
+        for called, of, given_how in (
+            (by_operator, dtype, how),
+            (function, dtype, how),
+            (function, torch.float64, exact),
+        ):
+            q, k, v = (value.detach().to(of).requires_grad_() for value in drawn)
+            out, _ = called(module, q, k, v, given, **given_how)
+            ramp = torch.linspace(-1, 1, out.numel()).view(out.shape).to(of)
+            found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), ramp)])
+        for ours, stock, wanted in zip(*found, strict=True):
+            floor = 4 * torch.finfo(dtype).eps * wanted.abs().max()
+            error, allowed = (ours - wanted).abs().max(), 2 * (stock - wanted).abs().max() + floor
+            if not error <= allowed:
+                return f"is off by {error:.2g}, wanted {allowed:.2g}, {dtype}, magnitude {magnitude}"
+        if found[0][0].stride() != found[1][0].stride():
+            return "the result lies otherwise in memory"
+    return None
+
+
+def _loss_disproof(function: Callable) -> Optional[str]:
+    """Compares with the operator over an identity, whose logits are its hidden states."""
+    for dtype, items, shifted in itertools.product(DTYPES, (None, 5, torch.tensor(7)), (False, True)):
+        logits = (torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        labels = torch.tensor([[3, 1, -100, 4, 10, 0], [-100, 2, 2, 7, -100, 9]])
+        target = labels if shifted else F.pad(labels, (0, 1), value=-100)[..., 1:]
+        given = {"labels": None if shifted else labels, "shift_labels": labels if shifted else None}
+        found = []
+        for ours in (True, False):
+            x = logits.clone().requires_grad_()
+            if ours:
+                loss = ops.linear_cross_entropy(x, torch.eye(11, dtype=dtype), target, num_items_in_batch=items)
+            else:
+                loss = function(x, vocab_size=11, num_items_in_batch=items, **given)
+            found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        for a, b in zip(*found, strict=True):
+            if (why := _unlike(a, b, 8 * torch.finfo(dtype).eps, True)) is not None:
+                return f"{why}, {dtype}"
+    return None
+
+
+# --- proposals --------------------------------------------------------------------------------------------------------
+
+
+def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields kinds and formulas that a class may have by what its forward reads; the proof decides."""
+    reads = set(form.reads)
+    for eps, weight in itertools.product(("variance_epsilon", "eps", "epsilon"), ("weight", "scale")):
+        if {eps, weight} <= reads <= {eps, weight, "with_scale", "normalized_shape", "hidden_size", "dim"}:
+            needs = {"needs": "with_scale:True"} if "with_scale" in reads else {}
+            for offset, rounds, mixed in itertools.product("01", ("yes", "no"), ("yes", "no")):
+                yield (
+                    "rms_norm",
+                    {"weight": weight, "eps": eps, "offset": offset, "rounds": rounds, "mixed": mixed, **needs},
+                )
+    acts = sorted(name for name in reads if name.startswith("act") and not name.endswith("dropout"))
+    drops = sorted(name for name in reads if "drop" in name)
+    layers = sorted(reads - set(acts) - set(drops) - {"training"})
+    are_linear = not any(part in name.lower() for name in layers for part in ("conv", "norm", "sample"))
+    if len(acts) == 1 and len(drops) <= 1 and 2 <= len(layers) <= 3 and are_linear:
+        by_number = "p:" if "training" in reads else ""
+        where = [f"{place}:{by_number}{drops[0]}" for place in ("out", "act")] if drops else [""]
+        for order, drop in itertools.product(itertools.permutations(layers), where):
+            *inner, out = order
+            for gated in ("yes", "no") if len(inner) == 1 else ("yes",):
+                formula = {"inner": ",".join(inner), "out": out, "act": acts[0], "gated": gated}
+                yield "mlp", {**formula, "drop": drop} if drop else formula
+    if not form.passes_itself and reads <= {"act", "approximate", "inplace"}:
+        if reads == {"act"}:
+            yield "activation", {"inner": "act"}
+        if reads == {"approximate"}:
+            yield "activation", {"approximate": "approximate"}
+        if not reads - {"inplace"}:
+            needs = {"needs": "inplace:False"} if reads else {}
+            for function in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+                yield "activation", {"function": function, **needs}
+                yield "activation", {"function": function, "dtypes": "float32,bfloat16", **needs}
+
+
+def proposed(cls: type) -> tuple[Optional[Row], str]:
+    """Returns the row of the first formula that a class passes the proof of; None, and why the last one failed."""
+    form, why = form_of(cls), "no kind's formula fits what its forward reads"
+    for kind, formula in proposals(cls, form):
+        row = Row(form.digest, kind, tuple(formula.items()), f"{cls.__module__}.{cls.__qualname__}", 1, "proposed")
+        if (why := disproof(cls, row, form)) is None:
+            return row, ""
+    return None, why
+
+
+def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
+    """Makes the form of ``cls`` a known one in this process, after the proof that each row of the table has passed.
+
+    Args:
+        cls: the class; all classes with its code get the same forward.
+        kind: "rms_norm" or "mlp".
+        formula: as in the table. rms_norm: ``weight`` and ``eps``, the names of its attributes; ``offset``, 0 or 1,
+            which is added to the weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before it meets the
+            weight; ``mixed``, whether the formula also holds where x and the weight have different dtypes.
+            mlp: ``inner``, the layer in, or gate and up; ``out``, the layer out; ``act``, the activation; ``gated``;
+            ``drop``, "out:name" or "act:name" for a dropout behind the layer out or the activation; "out:p:name" where
+            the attribute is a probability.
+            Both: ``needs``, attributes that must have the given value, as "with_scale:True".
+
+    Returns: the row. The next :func:`peft_ext.accelerate` uses it.
+
+    Raises: ValueError where the kind or a name is unknown, the class's code has no form, or the formula gives other
+    values or gradients than the class: the message says where.
+    """
+    if kind not in ("rms_norm", "mlp"):
+        raise ValueError(f"register_form: kind is {kind!r}, wanted 'rms_norm' or 'mlp'")
+    if unknown := sorted(set(formula) - set(KINDS[kind])):
+        raise ValueError(f"register_form: the formula of {kind} has no {unknown[0]}, wanted {', '.join(KINDS[kind])}")
+    try:
+        form = form_of(cls)
+    except Unknown as why:
+        raise ValueError(f"register_form: {cls.__qualname__} has no form: {why}") from None
+    pairs = tuple((name, _text(formula[name])) for name in KINDS[kind] if name in formula)
+    row = Row(form.digest, kind, pairs, f"{cls.__module__}.{cls.__qualname__}", 1, "registered")
+    if why := disproof(cls, row, form):
+        raise ValueError(f"register_form: {cls.__qualname__} is not {kind} with this formula: {why}")
+    REGISTERED[form.digest] = row
+    return row
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_text, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

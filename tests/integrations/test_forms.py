@@ -1,0 +1,352 @@
+"""The known forms: how code is compared, that each row is true of the classes that have it, and that anything else that
+a forward reaches is another form."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import linecache
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reached import another, reached
+from torch import Tensor, nn
+
+import peft_ext
+from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
+from peft_ext.integrations.forms.activations import activation_name, refresh
+from peft_ext.integrations.model_blocks import proof
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import forms as tool
+
+ROWS = read_rows(TABLE.read_text())
+
+
+@functools.cache
+def classes_by_digest() -> dict[str, list[Any]]:
+    """The installed transformers' classes of each row."""
+    found: dict[str, list[Any]] = {}
+    for cls in tool.classes():
+        if not isinstance(row := row_of(cls), str):
+            found.setdefault(row[0].digest, []).append(cls)
+    return found
+
+
+# --- the digest -------------------------------------------------------------------------------------------------------
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+FACTOR = 3
+
+
+class Plain(nn.Module):
+    def forward(self, x):
+        y = scaled(x) + FACTOR
+        return self.shifted(y) * torch.rsqrt(self.eps + y)
+
+    def shifted(self, y):
+        return y + 1
+
+
+class Annotated(nn.Module):
+    """Another name, words and types."""
+
+    @torch.jit.unused if False else (lambda forward: forward)
+    def forward(self, x: Tensor) -> Tensor:
+        """A docstring."""
+        y: Tensor = scaled(x) + FACTOR  # a comment
+        return self.shifted(y) * torch.rsqrt(
+            self.eps + y,
+        )
+
+    def shifted(self, y: Tensor) -> Tensor:
+        "Words."
+        return y + 1
+
+
+class Inherits(Plain):
+    pass
+
+
+def test_words_types_and_names_of_classes_are_no_part_of_a_form() -> None:
+    assert form_of(Plain) == form_of(Annotated) == form_of(Inherits)
+    assert form_of(Plain).reads == ("eps",) and form_of(Plain).of_class == ("shifted",)
+
+
+class OtherConstant(Plain):
+    def shifted(self, y):
+        return y + 2
+
+
+class OtherOperator(Plain):
+    def forward(self, x):
+        y = scaled(x) - FACTOR
+        return self.shifted(y) * torch.rsqrt(self.eps + y)
+
+
+class OtherDefault(Plain):
+    def shifted(self, y, more=1):
+        return y + 1
+
+
+class Calls(Plain):
+    def __call__(self, x):
+        return x
+
+
+class Answers(Plain):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize("kind", [OtherConstant, OtherOperator, OtherDefault])
+def test_other_code_is_another_form(kind: type) -> None:
+    assert form_of(kind).digest != form_of(Plain).digest
+
+
+@pytest.mark.parametrize("kind", [Calls, Answers])
+def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> None:
+    with pytest.raises(Unknown, match="of its own"):
+        form_of(kind)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (sys.modules[__name__], "scaled", lambda x: x * 3),
+        (sys.modules[__name__], "FACTOR", 4),
+        (torch, "rsqrt", torch.sqrt),
+        (torch, "rsqrt", functools.wraps(torch.rsqrt)(lambda x: torch.sqrt(x))),
+        (Plain, "shifted", lambda self, y: y),
+        (Plain, "shifted", property(lambda self: lambda y: y)),
+        (Plain, "eps", 7.0),
+    ],
+    ids=["helper", "number", "PyTorch's function", "wrapper of it", "method", "property", "class attribute"],
+)
+def test_what_code_reaches_is_a_part_of_it(
+    owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    before = form_of(Plain).digest
+    monkeypatch.setattr(owner, name, value, raising=False)
+    try:
+        assert form_of(Plain).digest != before
+    except Unknown:
+        pass
+    monkeypatch.undo()
+    assert form_of(Plain).digest == before
+
+
+def test_source_that_is_not_the_code_that_runs_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a_module_of_a_test.py"
+    text = "from torch import nn\nclass A(nn.Module):\n    def forward(self, x):\n        return x * 2\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("a_module_of_a_test").A
+    before = form_of(kind)
+    file.write_text(text.replace("* 2", "* 3"))
+    linecache.checkcache()
+    with pytest.raises(Unknown, match="not the code that runs"):
+        form_of(kind)
+    file.write_text(text)
+    linecache.checkcache()
+    assert form_of(kind) == before
+    kind.forward = eval("lambda self, x: x * 2")
+    with pytest.raises(Unknown, match="source"):
+        form_of(kind)
+
+
+def test_a_method_of_tensors_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    assert not isinstance(row_of(LlamaRMSNorm), str)
+    monkeypatch.setattr(Tensor, "pow", lambda x, power: x)
+    assert "torch.Tensor.pow was replaced" in row_of(LlamaRMSNorm)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_well_formed() -> None:
+    first, *lines = TABLE.read_text().splitlines()
+    assert first.split("\t") == list(HEADER) and len(ROWS) == len(lines) > 300
+    assert lines == sorted(lines, key=lambda line: _order(ROWS[line.split("\t")[0]]))
+    for row in ROWS.values():
+        assert row.kind in KINDS and {name for name, _ in row.formula} <= set(KINDS[row.kind]), row
+
+
+def _order(row: Row) -> tuple:
+    return row.kind, -row.classes, row.example, row.digest
+
+
+def test_no_kind_is_missing_and_most_classes_are_known() -> None:
+    found = {ROWS[digest].kind for digest in classes_by_digest()}
+    assert found >= {"rms_norm", "mlp", "attention", "activation", "layer_norm", "dropout"}
+    share = tool.share()
+    assert all(int(part.split("(")[1].split("%")[0]) >= 45 for part in share.split(": ")[1].split(", ")), share
+
+
+PROVED = sorted(digest for digest, row in ROWS.items()
+                if row.kind in ("rms_norm", "mlp", "activation", "layer_norm") or row.get("forward"))  # fmt: skip
+
+
+@pytest.mark.parametrize("digest", PROVED, ids=lambda digest: f"{ROWS[digest].kind}-{ROWS[digest].example}")
+def test_a_row_is_true_of_the_classes_that_have_it(digest: str) -> None:
+    if not (classes := classes_by_digest().get(digest)):
+        pytest.skip("no class of the installed transformers has this form")
+    refresh()
+    for cls in {classes[0], classes[-1]}:
+        assert proof.disproof(cls, ROWS[digest], form_of(cls)) is None
+
+
+def test_rows_of_functions() -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    for function, kind in ((sdpa_attention_forward, "sdpa"), (ForCausalLMLoss, "causal_loss")):
+        row, form = row_of(function)
+        assert row.kind == kind and proof.disproof(function, row, form) is None
+
+
+@pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
+def test_a_wrong_formula_is_disproved(name: str) -> None:
+    """The proof can fail: each value of a formula, changed, is found."""
+    others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
+              "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
+    tried = 0
+    for digest, classes in classes_by_digest().items():
+        row = ROWS[digest]
+        if digest not in PROVED or not row.get(name):
+            continue
+        formula = dict(row.formula)
+        if name == "inner":
+            formula[name] = ",".join(reversed(row.names(name)))
+            if formula[name] == row.get(name) or row.kind != "mlp":
+                continue
+        elif name == "options":
+            formula.pop(name)
+        elif name in ("eps", "act"):
+            formula[name] = "another_name"
+        else:
+            formula[name] = others[name].get(row.get(name), "")
+        wrong = Row(digest, row.kind, tuple(formula.items()))
+        assert proof.disproof(classes[0], wrong, form_of(classes[0])) is not None, row
+        tried += 1
+        if tried == 4:
+            break
+    assert tried
+
+
+# --- what a forward reaches, replaced ---------------------------------------------------------------------------------
+
+
+BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "mlp", "attention", "projections")]
+
+
+def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each class of the installed transformers that has a known form, each thing that its code finds by name."""
+    counted, held = 0, []
+    for digest in BLOCKS:
+        for cls in classes_by_digest().get(digest, ())[:1]:
+            for place in reached(cls):
+                if (other := another(place.value)) is None or place.value is sys.modules["os"].environ:
+                    continue
+                if isinstance(place.value, bool) and "is_torch_" in place.name:
+                    continue  # which machine this is
+                with monkeypatch.context() as patch:
+                    if isinstance(place.owner, dict):
+                        patch.setitem(place.owner, place.name, other)
+                    else:
+                        patch.setattr(place.owner, place.name, other)
+                    found = row_of(cls)
+                if not isinstance(found, str):
+                    held.append(f"{cls.__name__}: {place}")
+                counted += 1
+            assert not isinstance(row_of(cls), str)
+    assert not held and counted > 1500, (counted, held[:20])
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def test_activations_by_their_form() -> None:
+    from transformers.activations import ACT2FN
+
+    refresh()
+    names = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+             "gelu_new": "gelu_tanh", "gelu_python": None, "quick_gelu": None, "gelu_10": None, "mish": None,
+             "tanh": None, "linear": None, "gelu_accurate": None}  # fmt: skip
+    assert {name: activation_name(ACT2FN[name]) for name in names} == names
+    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # whose cube leaves float16's range
+    assert activation_name(F.silu) == "silu" and activation_name(torch.tanh) is None
+    assert (
+        activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh" and activation_name(nn.SiLU(inplace=True)) is None
+    )
+    assert activation_name(lambda x: F.silu(x)) is None and activation_name(functools.partial(F.gelu, 1)) is None
+
+
+# --- register_form, the command ---------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.scale, self.epsilon = nn.Parameter(torch.ones(size)), 1e-5
+
+    def forward(self, x):
+        inverse = (x.float().square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        return (x.float() * inverse * self.scale.float()).type_as(x)
+
+
+class Capped(Own):
+    def forward(self, x):
+        inverse = (x.float().square().mean(-1, keepdim=True).clamp(max=50.0) + self.epsilon).rsqrt()
+        return (x.float() * inverse * self.scale.float()).type_as(x)
+
+
+def test_register_form() -> None:
+    formula = {"weight": "scale", "eps": "epsilon", "offset": 0, "rounds": False}
+    model = nn.Sequential(nn.Linear(16, 16), Own())
+    assert "none of the known forms" in row_of(Own)
+    try:
+        row = peft_ext.register_form(Own, "rms_norm", **formula)
+        assert row_of(Own)[0] == row
+        with pytest.warns(UserWarning, match="nothing to accelerate"):
+            peft_ext.accelerate(model)
+        assert [(part.kind, part.fused) for part in peft_ext.explain(model).blocks] == [("RMSNorm", True)]
+        peft_ext.restore(model)
+        assert type(model[1]) is Own
+    finally:
+        proof.REGISTERED.pop(form_of(Own).digest, None)
+    for kind, given, said in (
+        ("rms_norm", {**formula, "offset": 1}, "is not rms_norm with this formula"),
+        ("rms_norm", {**formula, "rounds": True}, "rounded at another place"),
+        ("rms_norm", {"eps": "epsilon", "offset": 0}, "is not rms_norm"),
+        ("attention", {}, "wanted 'rms_norm' or 'mlp'"),
+        ("rms_norm", {**formula, "bias": "b"}, "has no bias"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            peft_ext.register_form(Own, kind, **given)
+    with pytest.raises(ValueError, match="differ"):
+        peft_ext.register_form(Capped, "rms_norm", **formula)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("Own", 0, "register_form(Own"), ("Capped", 1, "no formula passes")]
+)
+def test_the_command_that_explain_names(name: str, code: int, said: str) -> None:
+    command = [sys.executable, "-m", "peft_ext.integrations.model_blocks", f"{Path(__file__).stem}:{name}"]
+    paths = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+                          env={**__import__("os").environ, "PYTHONPATH": ":".join(paths)})  # fmt: skip
+    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,251 @@
+"""Draws peft_ext/integrations/forms/forms.tsv, the table of known forms, and the coverage in docs/known-forms.md.
+
+    python tools/forms.py            draws both, from the installed transformers and the releases of RELEASES
+    python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
+
+Each release is read in a process of its own; those that are not installed are taken from PyPI, wheels alone, into
+build/forms. A form gets a row where the formula of a kind passes the proof for a class that has it (proof.py of
+peft_ext/integrations/model_blocks). The row of an attention also says which of its layers get one input, which is read
+here in its source (:mod:`reads_of_attention`): nothing of that is decided when a model is accelerated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASES = ("5.1.0", "5.4.0", "5.8.0", "5.12.0", "5.15.0", "5.20.0", "5.24.0")
+TABLE = ROOT / "peft_ext/integrations/forms/forms.tsv"
+PAGE = ROOT / "docs/known-forms.md"
+# The architectures whose classes the page counts one by one: decoders and encoders that are used most.
+DECODERS = (
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma4 phi phi3 phimoe gpt_oss"
+    " deepseek_v2 deepseek_v3 glm glm4 glm4_moe olmo olmo2 olmo3 olmoe granite granitemoe smollm3 falcon gpt_neox gpt2"
+    " gptj opt bloom starcoder2 stablelm cohere cohere2 nemotron exaone4 ernie4_5"
+).split()
+ENCODERS = "bert roberta distilbert electra modernbert t5 bart whisper clip vit".split()
+KINDS = {"norm": ("rms_norm", "layer_norm"), "attention": ("attention", "projections"), "MLP": ("mlp",)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the rows that are known, and a file for the rest
+    args = parser.parse_args()
+    if args.scan:
+        known, out = map(Path, args.scan)
+        out.write_text(json.dumps(scan(json.loads(known.read_text()))))
+    elif args.share:
+        print(share())
+    else:
+        draw()
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def draw() -> None:
+    from peft_ext.integrations.forms import HEADER, Row
+
+    found: dict[str, dict[str, Any]] = {}
+    coverage: dict[str, Any] = {}
+    for release in reversed(RELEASES):
+        scanned = _scanned(release, found)
+        coverage = coverage or scanned["coverage"]
+        for digest, one in scanned["rows"].items():
+            found[digest] = {**one, **found.get(digest, {}), "since": release}
+        print(f"{release}: {len(scanned['rows'])} known forms, {len(found)} in all", flush=True)
+    rows = [Row(digest, one["kind"], tuple(one["formula"].items()), one["example"], one["classes"], one["since"])
+            for digest, one in found.items()]  # fmt: skip
+    rows.sort(key=lambda row: (row.kind, -row.classes, row.example, row.digest))
+    TABLE.write_text("\n".join(["\t".join(HEADER), *(row.line() for row in rows)]) + "\n")
+    PAGE.write_text(_page(rows, coverage))
+
+
+def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns what a process with this release of transformers finds."""
+    place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
+    known = out.with_name("known.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(found))
+    if not place.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place)]
+        subprocess.run([*pip, f"transformers=={release}"], check=True)  # and the releases of others that it wants
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{place}{os.pathsep}{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([sys.executable, __file__, "--scan", str(known), str(out)], check=True, env=environment)
+    return json.loads(out.read_text())
+
+
+def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
+    kinds = Counter(row.kind for row in rows)
+    lines = [
+        "# Known forms", "",
+        "<!-- drawn by tools/forms.py -->", "",
+        "`accelerate` fuses a norm, an MLP or an attention where the code of its forward is one of the forms in the "
+        "table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called. Any other forward runs as its "
+        "author wrote it, and `explain` says so. [What a known form is](faq.md#what-is-a-known-form) tells how forms "
+        "are compared, and how to add one.", "",
+        f"The table was drawn from transformers {', '.join(RELEASES)}:", "",
+        "| kind | forms |", "|---|---|",
+        *(f"| {kind} | {count} |" for kind, count in sorted(kinds.items())), "",
+        f"## Classes of transformers {RELEASES[-1]}, by architecture", "",
+        "Each cell is the count of classes whose form is known, of all; then the names of those that run stock. An "
+        "attention whose row is known has at least its layers of one input computed together, or takes softmax(q kᵀ) v "
+        "by the registry.", "",
+        "| architecture | norms | attentions | MLPs | stock |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    totals: Counter[tuple[str, bool]] = Counter()
+    for name in (*DECODERS, *ENCODERS):
+        cells, stock = [], []
+        for kind in KINDS:
+            known, unknown = coverage.get(name, {}).get(kind, [0, []])
+            totals[kind, True] += known
+            totals[kind, False] += len(unknown)
+            cells.append(f"{known} of {known + len(unknown)}" if known or unknown else "")
+            stock += unknown
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(stock)} |")
+    shares = [f"{totals[kind, True]} of {totals[kind, True] + totals[kind, False]}" for kind in KINDS]
+    lines += [f"| all | {' | '.join(shares)} | |", ""]
+    return "\n".join(lines)
+
+
+# --- one release ------------------------------------------------------------------------------------------------------
+
+
+def classes() -> Iterator[Any]:
+    """Yields the classes of modules of the transformers that is imported, and PyTorch's that are known."""
+    import transformers
+    from torch import nn
+
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    yield from (nn.SiLU, nn.GELU, nn.ReLU, nn.LayerNorm, nn.Dropout)
+    package = Path(transformers.__file__).parent
+    files = [package / "activations.py", *sorted((package / "models").glob("*/modeling_*.py"))]
+    for file in files:
+        name = ".".join(("transformers", *file.relative_to(package).with_suffix("").parts))
+        try:
+            module = importlib.import_module(name)
+        except Exception:  # a package that it needs is not there
+            continue
+        for value in list(vars(module).values()):
+            if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == name:
+                yield value
+
+
+def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the rows that the imported transformers gives, and how many classes of each architecture are known.
+    ``known`` are rows that have been proved in another release; a form is the same code in each."""
+    from reads_of_attention import attention_formulas
+
+    from peft_ext.integrations.forms import Row, Unknown, form_of
+    from peft_ext.integrations.forms.activations import refresh
+    from peft_ext.integrations.model_blocks import proof
+
+    for digest, one in known.items():
+        proof.REGISTERED[digest] = Row(digest, one["kind"], tuple(one["formula"].items()))
+    rows: dict[str, dict[str, Any]] = {}
+    refused: set[str] = set()
+    by_class: dict[Any, str] = {}
+
+    def meet(subject: Any, method: str, formulas: Any) -> None:
+        try:
+            form = form_of(subject, method)
+        except Unknown:
+            return
+        by_class[subject] = form.digest if method == "forward" else by_class.get(subject, "")
+        if form.digest in rows:
+            rows[form.digest]["classes"] += 1
+        elif form.digest in known:
+            rows[form.digest] = {**known[form.digest], "classes": 1}
+        elif form.digest not in refused:
+            for kind, formula in formulas(subject, form):
+                row = Row(form.digest, kind, tuple(formula.items()))
+                proved = kind in ("dropout", "projections") or (kind == "attention" and "forward" not in formula)
+                if proved or proof.disproof(subject, row, form) is None:
+                    example = f"{subject.__module__}.{subject.__qualname__}"
+                    rows[form.digest] = {"kind": kind, "formula": formula, "example": example, "classes": 1}
+                    if kind == "activation":
+                        proof.REGISTERED[form.digest] = row
+                        refresh()
+                    return
+            refused.add(form.digest)
+
+    def formulas(subject: Any, form: Any) -> Iterator[tuple[str, dict[str, str]]]:
+        if subject.__module__.startswith("torch."):
+            name = {"LayerNorm": "layer_norm", "Dropout": "dropout"}.get(subject.__name__)
+            yield from [(name, {})] if name else proof.proposals(subject, form)
+            return
+        yield from proof.proposals(subject, form)
+        yield from attention_formulas(subject, form)
+
+    for cls in classes():
+        meet(cls, "forward", formulas)
+        if hasattr(cls, "_apply_gate"):
+            meet(cls, "_apply_gate", lambda *_: [("gate", {"act": "act_fn"})])
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    biased = "yes" if "position_bias" in sdpa_attention_forward.__code__.co_varnames else "no"
+    meet(sdpa_attention_forward, "forward", lambda *_: [("sdpa", {"bias": biased})])
+    meet(ForCausalLMLoss, "forward", lambda *_: [("causal_loss", {})])
+    kinds = {cls: rows[digest]["kind"] for cls, digest in by_class.items() if digest in rows}
+    return {"rows": rows, "coverage": _coverage(by_class, kinds)}
+
+
+def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
+    """Returns by architecture and kind how many classes are known, and the names of those that are not."""
+    found: dict[str, dict[str, list]] = {}
+    for cls in classes():
+        parts, name = cls.__module__.split("."), cls.__name__.lower()
+        if len(parts) < 4 or parts[1] != "models":
+            continue
+        is_norm = name.endswith(("norm", "layernorm"))
+        is_mlp = name.endswith(
+            ("mlp", "feedforward", "ffn", "densereludense", "denseactdense", "gatedactdense", "intermediate")
+        )
+        kind = "norm" if is_norm else "MLP" if is_mlp else "attention" if name.endswith("attention") else None
+        if kind is None or not hasattr(cls, "forward"):
+            continue
+        cell = found.setdefault(parts[2], {}).setdefault(kind, [0, []])
+        if kinds.get(cls) in KINDS[kind]:
+            cell[0] += 1
+        else:
+            cell[1].append(cls.__name__)
+    return found
+
+
+def share() -> str:
+    """Returns the share of the installed transformers' norms, attentions and MLPs whose form is in the table."""
+    import transformers
+
+    from peft_ext.integrations.forms import row_of
+
+    kinds = {cls: found[0].kind for cls in classes() if not isinstance(found := row_of(cls), str)}
+    coverage = _coverage({}, kinds)
+    said = []
+    for kind in KINDS:
+        cells = [one[kind] for one in coverage.values() if kind in one]
+        known, unknown = sum(cell[0] for cell in cells), sum(len(cell[1]) for cell in cells)
+        said.append(f"{kind} {known} of {known + unknown} ({known / max(1, known + unknown):.0%})")
+    return f"transformers {transformers.__version__}, classes whose form is known: {', '.join(said)}"
+
+
+if __name__ == "__main__":
+    main()

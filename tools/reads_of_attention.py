@@ -1,0 +1,170 @@
+"""What the source of an attention's forward tells: which layers get one input, and how it asks for its function.
+
+Used by tools/forms.py, when the table of forms is drawn; a row is looked at by people before it is committed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Optional
+
+from peft_ext.integrations.forms import Form
+
+__all__ = ["attention_formulas"]
+
+# What a forward over rotary positions reads beside its layers and options.
+_READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}
+_COMPARED = tuple(f"self.config._attn_implementation {operator} 'eager'" for operator in ("!=", "=="))
+_OPTIONS = {
+    "sliding_window": "sliding_window:sliding_window",
+    "attn_logit_softcapping": "softcap:attn_logit_softcapping",
+    "sinks": "s_aux:sinks",
+}
+
+
+def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the kinds and formulas that a class may have, the one that says most first."""
+    groups, asks = _groups_in(cls.forward), _asks_by_config(cls.forward)
+    inputs = ",".join("+".join(names) for names in groups)
+    if asks and groups and len(groups[0]) == 3:
+        yield from (
+            ("attention", {"inputs": inputs, "interface": "yes", **rest}) for rest in _own_forwards(cls, form, groups)
+        )
+    if asks:
+        yield "attention", {**({"inputs": inputs} if inputs else {}), "interface": "yes"}
+    elif groups and not form.writes:
+        yield "projections", {"inputs": inputs}
+
+
+def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, str]]:
+    """Yields how the forward of this package for rotary positions may stand for the class's; the proof decides."""
+    reads = set(form.reads) - set(groups[0]) - _READS
+    norms = {"q_norm", "k_norm"} <= reads
+    reads -= {"q_norm", "k_norm"}
+    options = [option for name, option in _OPTIONS.items() if name in reads]
+    out = reads - set(_OPTIONS)
+    if len(groups) > 1 or len(out) != 1 or "apply_rotary_pos_emb" not in inspect.unwrap(cls.forward).__code__.co_names:
+        return
+    names = set(inspect.signature(inspect.unwrap(cls.forward)).parameters)
+    cache = [name for name in ("cache", "past_key_values", "past_key_value") if name in names]
+    caches = [f"{cache[0]}:{style}" for style in ("kwargs", "positions", "plain")] if cache else [""]
+    for norm, style in itertools.product(("head", "flat") if norms else ("",), caches):
+        formula = {
+            "forward": "rotary",
+            "norms": norm,
+            "o": out.copy().pop(),
+            "cache": style,
+            "options": ",".join(options),
+        }
+        yield {name: value for name, value in formula.items() if value}
+
+
+def _asks_by_config(forward: Callable) -> bool:
+    """Returns whether a forward reads ``self.config._attn_implementation`` to choose its function in the registry, and
+    for nothing else, and hands its configuration to nobody."""
+    tree = _tree(forward)
+    if tree is None or "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(forward).__code__.co_names:
+        return False
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    asked = 0
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and node.attr == "config" and ast.unparse(node) == "self.config"):
+            continue
+        around = parents[node]
+        if isinstance(around, ast.Call) and ast.unparse(around.func) == "getattr" and len(around.args) > 1:
+            if isinstance(around.args[1], ast.Constant) and around.args[1].value != "_attn_implementation":
+                continue
+        if not isinstance(around, ast.Attribute):
+            return False
+        if around.attr != "_attn_implementation":
+            continue
+        use = parents[around]
+        in_call = isinstance(use, ast.Call) and ast.unparse(use.func) == "ALL_ATTENTION_FUNCTIONS.get_interface"
+        in_index = isinstance(use, ast.Subscript) and ast.unparse(use.value) == "ALL_ATTENTION_FUNCTIONS"
+        is_eager = isinstance(use, ast.Compare) and ast.unparse(use) in _COMPARED
+        if not (in_call or in_index or is_eager):
+            return False
+        asked += in_call or in_index
+    return asked == 1
+
+
+def _tree(forward: Callable) -> Optional[ast.AST]:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
+    """Returns the names of a forward's children that are called with one variable, by group; none where it can't tell.
+
+    Of one group are calls ``self.name(variable)`` in one run of statements, all of which run or none, where nothing
+    between them gives the variable another value, or writes into it or a child past what autograd sees.
+    """
+    if (tree := _tree(forward)) is None:
+        return ()
+    found: list[list[str]] = []
+    for function in tree.body[:1]:
+        if isinstance(function, ast.FunctionDef):
+            _scan(function.body, found)
+    return tuple(tuple(names) for names in found if len(names) > 1)
+
+
+def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
+    current: dict[str, list[str]] = {}
+    for statement in statements:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue  # which runs when it is called, maybe again in the backward
+        inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
+        for block in inner:
+            _scan(block, found)
+        if not inner:
+            for name, variable in _calls(statement):
+                if variable not in current:
+                    current[variable] = []
+                    found.append(current[variable])
+                if name not in current[variable]:
+                    current[variable].append(name)
+        if any(map(_writes, ast.walk(statement))):
+            current.clear()
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                current.pop(node.id, None)
+
+
+def _writes(node: ast.AST) -> bool:
+    """Returns whether a node asks for some ``data``, or writes into what is the module's."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _root(node) == "self"
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place and "self" in map(_root, (node.func, *node.args))
+
+
+def _root(node: ast.AST) -> Optional[str]:
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, (ast.stmt, ast.excepthandler)) for item in value)
+
+
+def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yields child and variable of each ``self.child(variable)`` in a statement that runs for sure, as they run."""
+    if isinstance(node, (ast.Lambda, ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child)
+    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        called, value = node.func, node.args[0]
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
+            if isinstance(value, ast.Name):
+                yield called.attr, value.id
