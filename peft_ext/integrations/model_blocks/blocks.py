@@ -5,7 +5,6 @@
     MLP                  down(act(gate x) ∘ up x), down(act(up x)): see :mod:`.mlp`
     attention            layers of one input together, rotary positions in one pass, softmax(q kᵀ) v without the scores;
                          the rest is the model's own code
-    experts              that are modules, one call for all: see :mod:`.expert_modules`
 
 Which class is which is found by trial, see :mod:`.block`.
 """
@@ -28,9 +27,9 @@ from ..adapter_layers import siblings
 from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
 from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance, tensor_reason
-from . import attention, expert_modules, rotary
+from . import attention, rotary
 from .block import Block, are_alike, class_of, stub, tried_as, with_gradients
-from .held import EXPERT, HELD, held_by, holds_others, lasts
+from .held import HELD, held_by, holds_others, lasts
 from .mlp import Mlp, mlp_formula
 from .names import inner_function, named, with_names
 from .reads import looks_at_its_type, reached_by
@@ -212,11 +211,10 @@ def dropouts_of_adapters(model: nn.Module) -> set[nn.Module]:
 
 class Forward(Block):
     """A module's own forward, of which some parts may be others: children that are adapter layers and get one tensor
-    are computed together (:mod:`.siblings`), rotary positions are taken in one pass (:mod:`.rotary`), attention is the
-    operator (:mod:`.attention`), and experts that are modules are one call (:mod:`.expert_modules`).
+    are computed together (:mod:`.siblings`), rotary positions are taken in one pass (:mod:`.rotary`), and attention is
+    the operator (:mod:`.attention`).
 
-    ``formula``: groups of the children's names, the function that rotates, or None, whether it is an attention, and
-    whether it is a loop over experts.
+    ``formula``: groups of the children's names, the function that rotates, or None, and whether it is an attention.
     """
 
     @classmethod
@@ -225,11 +223,11 @@ class Forward(Block):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The function that rotates is found, and tried, where the class is made again.
-        _, (mixin, stock, (groups, function, attends, loops)), *state = super().__reduce_ex__(protocol)
-        return _new_forward, (stock, groups, function is not None, attends, loops), *state
+        _, (mixin, stock, (groups, function, attends)), *state = super().__reduce_ex__(protocol)
+        return _new_forward, (stock, groups, function is not None, attends), *state
 
     def parts(self) -> Iterator[tuple[str, Optional[str]]]:
-        groups, function, attends, loops = self.formula
+        groups, function, attends = self.formula
         replaced = "its forward was replaced on the instance" if replaced_on_instance(self) else None
         if groups:
             yield _JOINT, replaced or self._joint_reason(groups)
@@ -237,8 +235,6 @@ class Forward(Block):
             yield _ROTARY, replaced or self._rotary_reason(function)
         if attends:
             yield _ATTENTION, replaced or attention.reason(self, self.stock_class.forward)
-        if loops:
-            yield _EXPERTS, replaced or expert_modules.reason(self)
 
     def _joint_reason(self, groups: tuple[tuple[str, ...], ...]) -> Optional[str]:
         for names in groups:
@@ -259,33 +255,29 @@ class Forward(Block):
         run = self.stock_class.forward
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
-        groups, function, attends, loops = self.formula
+        groups, function, attends = self.formula
         if function is not None and named(run, rotary.NAME) is not function:
             function = None
-        run = _with_parts(run, function, attends, loops) or run
+        run = _with_parts(run, function, attends) or run
         if not groups:
             return run(self, *args, **kwargs)
         with siblings.together(self, groups):
             return run(self, *args, **kwargs)
 
 
-def _new_forward(stock: type, groups: tuple, rotates: bool, attends: bool, loops: bool) -> Forward:
+def _new_forward(stock: type, groups: tuple, rotates: bool, attends: bool) -> Forward:
     function = rotary.rotary_function(stock.forward) if rotates else None
-    kind = class_of(Forward, stock, (groups, function, attends, loops))
+    kind = class_of(Forward, stock, (groups, function, attends))
     kind.prepare(stock)
     return kind.__new__(kind)
 
 
-_JOINT, _ROTARY, _ATTENTION, _EXPERTS = "projections of one input", "rotary positions", "attention", "experts"
+_JOINT, _ROTARY, _ATTENTION = "projections of one input", "rotary positions", "attention"
 
 
 @functools.cache
-def _with_others(
-    forward: Callable, function: Optional[Callable], attends: bool, loops: bool = False
-) -> Optional[Callable]:
+def _with_others(forward: Callable, function: Optional[Callable], attends: bool) -> Optional[Callable]:
     """Returns what :func:`_with_parts` does of a forward with others."""
-    if loops and (forward := expert_modules.split_forward(forward)) is None:
-        return None
     others: list[tuple[str, Any]] = []
     if function is not None:
         others.append((rotary.NAME, rotary.fused(function)))
@@ -294,11 +286,9 @@ def _with_others(
     return with_names(forward, tuple(others)) if others else forward
 
 
-def _with_parts(
-    forward: Callable, function: Optional[Callable], attends: bool, loops: bool = False
-) -> Optional[Callable]:
+def _with_parts(forward: Callable, function: Optional[Callable], attends: bool) -> Optional[Callable]:
     """Returns a forward of the same code in which these parts are others; None: it can't be made."""
-    return _with_others(forward, function, attends, loops) if function or attends or loops else forward
+    return _with_others(forward, function, attends) if function or attends else forward
 
 
 def _forward_class(module: nn.Module) -> Optional[type]:
@@ -311,9 +301,8 @@ def _forward_class(module: nn.Module) -> Optional[type]:
     function, attends = rotary.rotary_function(stock.forward), attention.asks(stock.forward)
     if _with_parts(stock.forward, function, attends) is None:
         function, attends = None, False
-    loops = expert_modules.has_experts(module, _fused_class) and _with_parts(stock.forward, function, attends, True)
-    formula = (groups, function, attends, bool(loops))
-    return class_of(Forward, stock, formula) if groups or function is not None or attends or loops else None
+    formula = (groups, function, attends)
+    return class_of(Forward, stock, formula) if groups or function is not None or attends else None
 
 
 # --- in a model -------------------------------------------------------------------------------------------------------
@@ -388,9 +377,9 @@ def _parts_of(module: nn.Module) -> Iterator[tuple[str, Optional[str]]]:
     elif (kind := _fused_class(module)) is not None:
         names = [kind.kind]
         if issubclass(kind, Forward):
-            groups, function, attends, loops = kind.formula
+            groups, function, attends = kind.formula
             names = [_JOINT] * bool(groups) + [_ROTARY] * (function is not None)
-            names += [_ATTENTION] * attends + [_EXPERTS] * loops
+            names += [_ATTENTION] * attends
         for name in names:
             yield name, "accelerate(model) was not called on it, or with blocks=False"
 
@@ -403,9 +392,6 @@ def fuse_blocks(model: nn.Module) -> None:
             module.__class__ = kind
             if isinstance(module, (Mlp, RMSNorm)):
                 module.__dict__[HELD] = held_by(module)
-    for module in model.modules():
-        for expert in expert_modules.experts_of(module):
-            expert.__dict__[EXPERT] = True
 
 
 def plain_blocks(model: nn.Module) -> None:
@@ -419,5 +405,4 @@ def plain_blocks(model: nn.Module) -> None:
 def clear_blocks(model: nn.Module) -> None:
     """Takes away what :func:`fuse_blocks` leaves on modules beside their classes."""
     for module in model.modules():
-        module.__dict__.pop(EXPERT, None)
         module.__dict__.pop(HELD, None)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EXPERT", "HELD", "OF_TORCH", "held_by", "holds_others", "lasts"]
+__all__ = ["HELD", "OF_TORCH", "held_by", "holds_others", "lasts"]
 
-# Attributes of modules: of MLPs that are experts, one of a list; what a module held as it was tried.
-EXPERT, HELD = "_peft_ext_is_expert", "_peft_ext_held"
+# An attribute of modules: what a module held as it was tried.
+HELD = "_peft_ext_held"
 # What torch holds in a module; the rest is what its forward may read.
 OF_TORCH = frozenset(vars(nn.Module()))
 # A configuration is told by its values where a class is tried, and not looked at again.
-_OURS = frozenset({EXPERT, HELD, "config"})
+_OURS = frozenset({HELD, "config"})
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 

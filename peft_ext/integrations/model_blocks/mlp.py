@@ -25,7 +25,7 @@ from ... import ops
 from ..adapter_layers import siblings
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from .block import Block, are_alike, stub, tried_as, with_gradients
-from .held import EXPERT, held_by, holds_others
+from .held import held_by, holds_others
 from .reads import Watched, are_as_watched, reached_by
 
 __all__ = ["Mlp", "activation_name", "computed_again", "mlp_formula"]
@@ -51,10 +51,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-
-# Elements of an expert's input, or of its activation: of 32 rows of 512 a step took a fifth longer with both, of 128 a
-# tenth.
-_FEW = 1 << 17
 
 _ACTS: dict[Hashable, Optional[str]] = {}  # what was tried
 
@@ -92,7 +88,7 @@ class Mlp(Block):
         if not self.takes(x):
             return self.stock_class.forward(self, x)
         modules = self._modules
-        with nullcontext() if self._is_few(x) else siblings.together(self, (into,)):
+        with siblings.together(self, (into,)):
             inner = [modules[name](x) for name in into]
         return self.finish(inner, modules[out], again=not _calls_hooks(modules[out]))
 
@@ -114,14 +110,9 @@ class Mlp(Block):
         operator = ops.gated_activation if gated else ops.activation
         args = (*inner, *([None] if gated and len(inner) == 1 else []), function)
         h = operator(*args)
-        with computed_again(h, operator, *args) if again and not self._is_few(h) else nullcontext():
+        with computed_again(h, operator, *args) if again else nullcontext():
             y = out(self._dropped(h, "act"))
         return self._dropped(y, "out")
-
-    def _is_few(self, x: Tensor) -> bool:
-        """Returns whether an expert's rows are so few that Python's part of sharing, and of computing again, is more
-        than they save."""
-        return EXPERT in self.__dict__ and x.numel() <= _FEW
 
     def _dropped(self, x: Tensor, where: str) -> Tensor:
         return self._modules["dropout"](x) if self.formula[-1] == where else x
