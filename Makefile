@@ -43,7 +43,7 @@ help:
 	@echo "make steady      tests that look at time, memory or processes, 50 times while other tests run; STEADY=... as wanted"
 	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
 	@echo "make peft-suite  PEFT's own tests, accelerated"
-	@echo "make newest      the integrations' tests on the newest packages that pip offers"
+	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"

@@ -51,8 +51,7 @@ def _stack(weight: Any) -> Any:
     return weight.view(shape)
 
 
-def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_modules: bool = False) -> Comparison:
-    """A comparison of the experts' weights as one stack, or of as many layers."""
+def experts(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:
     tokens, k, n = problem.tokens, problem.k // PARTS, problem.n // PARTS
     offsets, held = _routing(tokens * PARTS, problem.device), _adapters(k, n, problem.device)
 
@@ -61,17 +60,8 @@ def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_m
 
     counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
 
-    def own_seed(seed: Tensor, expert: int) -> Tensor:
-        return seed + torch.tensor([0, expert], device=seed.device)
-
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         seed = draw_seed(problem) if dropout else None
-        if are_modules:
-            each = range(EXPERTS)
-            weights = [weight.expert(e) for e in each] if isinstance(weight, NF4Weight) else weight.unbind()
-            seeds = [own_seed(seed, e) for e in each] if dropout else None
-            return ops.lora_expert_linears(rows(x), counts, weights, lora_A.unbind(), lora_B.unbind(), scalings=SCALING,
-                                           dropout_ps=dropout, training=True, seeds=seeds).view(tokens, -1)  # fmt: skip
         y = ops.lora_experts(rows(x), weight, offsets, lora_A, lora_B, scaling=SCALING, dropout_p=dropout,
                              training=True, seed=seed)  # fmt: skip
         return y.view(tokens, -1)
@@ -89,9 +79,6 @@ def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_m
     def alone(x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(rows(x), weight.transpose(1, 2), offs=offsets).view(tokens, -1)
 
-    def each_alone(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([F.linear(*one) for one in zip(rows(x).split(counts), weight, strict=True)]).view(tokens, -1)
-
     def exact(adapted: bool, base: str) -> dict[str, Tensor]:
         x = problem.x.detach().double().requires_grad_()
         a, b = (held[name].detach().double().requires_grad_() for name in ("lora_A", "lora_B"))
@@ -102,7 +89,8 @@ def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_m
 
         def low_rank(part: Tensor, expert: int) -> Tensor:
             if seed is not None:
-                mask = reference.dropout_keep_mask(own_seed(seed, expert), dropout, part.shape)
+                own_seed = seed + torch.tensor([0, expert], device=seed.device)
+                mask = reference.dropout_keep_mask(own_seed, dropout, part.shape)
                 part = part * mask / (1 - dropout)
             return SCALING * part @ a[expert].t() @ b[expert].t()
 
@@ -120,10 +108,9 @@ def experts(base: str, dropout: float, problem: Problem, compile: bool, *, are_m
 
     makers = {"ours": partial(make, ours, base)}
     if not dropout:
-        makers["PEFT"] = partial(make, eager if are_modules else peft)
-        if not are_modules:
-            makers["torch eager"] = partial(make, eager)
-    makers["frozen"] = partial(make, each_alone if are_modules else alone, "bf16", ())
+        makers["PEFT"] = partial(make, peft)
+        makers["torch eager"] = partial(make, eager)
+    makers["frozen"] = partial(make, alone, "bf16", ())
     contenders, absent = gather(makers)
     count = tokens * PARTS
     adapters = sum(value.numel() * 4 for value in held.values())

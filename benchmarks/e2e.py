@@ -2,8 +2,7 @@
 
 ``python -m benchmarks.e2e speed``                   tokens/s and peak memory, runs in turn, and the loss curves
 ``python -m benchmarks.e2e methods``                 the same for steps of every method, on random weights
-``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's;
-                                                     ``--modules``: experts that are a module each
+``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv), over seeds
 
 Each run is a process of its own, so that peak memory is its own. All write a result file.
@@ -354,9 +353,8 @@ def main() -> None:
         command.add_argument("--checkpointing", action="store_true")
     five = commands.add_parser("experts")
     five.add_argument("--repeats", type=int, default=3)
-    five.add_argument("--modules", action="store_true", help="experts that are modules, one by one in a loop")
     six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
-    six.add_argument("kind", choices=[*mixture.KINDS, *mixture.MODULE_KINDS])
+    six.add_argument("kind", choices=mixture.KINDS)
     for command in (five, six):
         command.add_argument("--steps", type=int, default=15)
         command.add_argument("--batch", type=int, default=2)
@@ -380,7 +378,6 @@ def main() -> None:
     shape, checkpointing = getattr(args, "shape", "smollm2"), getattr(args, "checkpointing", False)
     other = [shape] * (shape != "smollm2") + ["checkpointing"] * checkpointing
     name = "-".join(["steps", *other]) if other else args.command
-    name = "expert-modules" if getattr(args, "modules", False) else name
     out = args.out or RESULTS / f"e2e-{name}-{about['isa']}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")

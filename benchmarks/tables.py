@@ -279,8 +279,8 @@ def intents_table(result: Result) -> str:
 {listed("stock")}."""
 
 
-def experts_table(result: Result, title: str = "A mixture of experts") -> str:
-    lines = [f"**{title}**: forward and backward of {result['what']}; ratios to the frozen model.", "",
+def experts_table(result: Result) -> str:
+    lines = [f"**A mixture of experts**: forward and backward of {result['what']}; ratios to the frozen model.", "",
              "| | time | peak memory | weights | tokens/s, of PEFT's |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
         f"| {row['name']} | {row['time']:.2f} | {row['memory']:.2f} | {row['weights']:.2f} | {row['over_stock']:.2f}x |"
@@ -290,9 +290,8 @@ def experts_table(result: Result, title: str = "A mixture of experts") -> str:
 
 
 def experts_text() -> str:
-    titles = {"e2e-experts-*.json": "A mixture of experts", "e2e-expert-modules-*.json": "Experts that are modules"}
-    found = [(newest(pattern), title) for pattern, title in titles.items()]
-    return "\n\n".join(experts_table(result, title) for result, title in found if result is not None) or NOTHING
+    result = newest("e2e-experts-*.json")
+    return NOTHING if result is None else experts_table(result)
 
 
 def methods_text() -> str:

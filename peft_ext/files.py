@@ -125,6 +125,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 
     For PEFT's methods and for this project's; weights are safetensors. Other files in the folder stay as they are
     (checkpoints, logs, the adapters of other names); see :func:`peft_ext.files.atomic_folder` on how it is replaced.
+    Names in the configuration are sorted; ``save_pretrained`` alone writes them in another order in each process.
 
     Args:
         model: a PeftModel.
@@ -155,6 +156,19 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         if card.is_file():
             shutil.copy(card, folder)  # PEFT brings a card up to date in place
         model.save_pretrained(str(folder), **kwargs)
+        sort_names(model, folder)
+
+
+def sort_names(model: Any, folder: Path) -> None:
+    """Sorts the names in the configurations that ``model.save_pretrained(folder)`` wrote, so that equal runs give equal
+    files. PEFT holds ``target_modules`` and the like as sets, whose order is another one in each process."""
+    for name, config in model.peft_config.items():
+        path = (folder if name == "default" else folder / name) / "adapter_config.json"
+        sets = [key for key, value in vars(config).items() if isinstance(value, set)]
+        if sets and path.is_file():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            written |= {key: sorted(written[key]) for key in sets}
+            path.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def seal(folder: Path) -> None:

@@ -9,7 +9,6 @@ from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
 from .dropouts import dropout
-from .expert_linears import lora_expert_linears
 from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
@@ -36,7 +35,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
-    "lora_expert_linears",
     "lora_experts",
     "lora_linears",
     "lora_residual",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference import common
 from . import checks
 
-__all__ = ["LAYERS", "NUMBERS", "Listed", "adapters_need", "listed", "no_rank", "one_by_one", "own_gradients", "places",
+__all__ = ["LAYERS", "NUMBERS", "Listed", "adapters_need", "listed", "no_rank", "own_gradients", "places",
            "unpack_layers"]  # fmt: skip
 
 LAYERS = "Tensor[] tensors, SymInt[] sizes, float[] numbers"
@@ -47,15 +47,6 @@ def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list
         _, blocksize, *shape = sizes[i * _SIZES : (i + 1) * _SIZES]
         weight = (*weight, blocksize, shape)
         found.append((weight, bias, lora_A, lora_B, rank_scale, seed, *numbers[i * NUMBERS : (i + 1) * NUMBERS]))
-    return found
-
-
-def one_by_one(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
-    """Returns each layer's own lists."""
-    found = []
-    for i, held in enumerate(places(sizes)):
-        own = [tensors[at] for at in held if at is not None]
-        found.append((own, sizes[i * _SIZES : (i + 1) * _SIZES], numbers[i * NUMBERS : (i + 1) * NUMBERS]))
     return found
 
 
@@ -99,7 +90,7 @@ def listed(
     op: str, x: Any, weights: Sequence, lora_As: Sequence, lora_Bs: Sequence, biases: Optional[Sequence],
     rank_scales: Optional[Sequence], scalings: Any, dropout_ps: Any, training: bool, seeds: Optional[Sequence],
 ) -> Listed:  # fmt: skip
-    """Returns the arguments of :func:`lora_linears`, or of another operator with the same, all of them checked."""
+    """Returns the arguments of :func:`lora_linears`, all of them checked."""
     count = len(weights)
     if count == 0:
         raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")

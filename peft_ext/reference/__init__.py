@@ -9,7 +9,6 @@ from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
 from .dropouts import dropout
-from .expert_linears import lora_expert_linears
 from .experts import dora_experts, dora_experts_weight_norm, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
@@ -47,7 +46,6 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_backward",
-    "lora_expert_linears",
     "lora_experts",
     "lora_linears",
     "lora_residual",

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-from ..files import atomic_folder, is_sealed, not_whole, seal
+from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
 from .config import FILE as CONFIG_FILE
 from .errors import RunError
 from .options import SAME_ON_RESUME, Options
@@ -133,7 +133,9 @@ def sealing_callback() -> Any:
 
     class Sealer(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sort_names(kwargs["model"], checkpoint)
+            seal(checkpoint)
 
     return Sealer()
 

@@ -217,7 +217,7 @@ def test_rotation_takes_every_weight_and_leaves_none_to_the_next_contender(small
     assert all(torch.equal(nf4.dequantize(), first.dequantize()) for nf4 in others)
 
 
-@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3", "siblings", "experts", "expert_linears"])
+@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3", "siblings", "experts"])
 def test_every_comparison_runs_and_agrees_with_float64(small, name):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
@@ -229,7 +229,7 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
         comparison = one.build()
         errors, absent = harness.verify(one.op, comparison)
         # PyTorch's grouped product takes no experts as small as these.
-        assert set(absent) <= ({"PEFT", "frozen"} if "expert" in name else {"bitsandbytes, repacked"})
+        assert set(absent) <= ({"PEFT", "frozen"} if name == "experts" else {"bitsandbytes, repacked"})
         # Peers within a few roundings of bf16: the float64 result is theirs too, their dropout's mask included.
         # bitsandbytes finds some nested scales by a coarser table.
         for peer, found in errors.items():
@@ -504,9 +504,8 @@ def test_a_mixture_trains(monkeypatch):
     monkeypatch.setattr("peft_ext.integrations.trainer.keep_freed_memory", lambda: True)
     sizes = {**mixture.MIXTURE, "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16,
              "num_hidden_layers": 1, "num_experts": 8, "vocab_size": 96}  # fmt: skip
-    runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in (*mixture.KINDS, *mixture.MODULE_KINDS)}
+    runs = {kind: mixture.train(kind, 1, 2, 16, sizes) for kind in mixture.KINDS}
     assert all(run["step_ms"] > 0 for run in runs.values())
-    assert abs(runs["modules ours"]["loss"] - runs["modules stock"]["loss"]) < 0.01
     assert abs(runs["ours"]["loss"] - runs["stock"]["loss"]) < 0.01
     assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
 

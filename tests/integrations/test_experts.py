@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peft_ext
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 LoraConfig, PeftModel = peft.LoraConfig, peft.PeftModel
 
@@ -502,6 +502,27 @@ def test_all_linear_as_peft_reads_it(name: str) -> None:
     router = [row for row in peft_ext.explain(model).rows if row.name.endswith("gate")]
     assert router and all("wanted a mixture's experts" in row.reason for row in router)
     assert_alike(found[1], found[0])
+
+
+def test_experts_that_are_modules_run_as_fused_layers() -> None:
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4, vocab_size=99,
+        decoder_start_token_id=0, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, dropout_rate=0.0,
+        router_jitter_noise=0.0, tie_word_embeddings=False,
+    )  # fmt: skip
+    plain = peft.get_peft_model(transformers.SwitchTransformersForConditionalGeneration(config),
+                                LoraConfig(target_modules=["wi", "wo"], init_lora_weights=False))  # fmt: skip
+    model, ids = peft_ext.accelerate(copy.deepcopy(plain)), torch.randint(1, 99, (3, 11))
+    rows = [row for row in peft_ext.explain(model).rows if ".experts." in row.name]
+    assert len(rows) == 2 * 4 * 2 and all(row.fused for row in rows)
+    for one in (plain, model):
+        one(input_ids=ids, labels=ids).loss.backward()
+    for wanted, found in zip(plain.parameters(), model.parameters(), strict=True):
+        if wanted.grad is not None or found.grad is not None:  # an expert without a token has none
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+    wanted, found = ([sorted(m.__dict__) for m in one.modules()] for one in (plain, peft_ext.restore(model)))
+    assert found == wanted
 
 
 def experts_of(model: Any) -> Any:

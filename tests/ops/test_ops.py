@@ -179,7 +179,6 @@ def test_saved_for_backward(case: Case, device: torch.device) -> None:
         "lora_experts": s + seed,
         "experts_linear": 0,
         "lora_linears": 2 * seed + s + t * (r // 2 + 1) * 4,
-        "lora_expert_linears": 2 * seed + ((r * 13) + (r // 2 + 1) * 19) * 4,  # of 13, 19, no and 8 rows
         "lora_residual": s + seed,
         "dora_experts_weight_norm": 0,
         "dora_experts": s + seed + y + 2 * 5 * n * 4,  # g and the norm of five experts
@@ -388,16 +387,6 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
         return name, (i["x"], i["weight"], 1e-6, float("gemma" in case.name), "gemma" not in case.name)
     if name == "layer_norm":
         return name, (i["x"], i["weight"], i["bias"], 1e-5)
-    if name == "lora_expert_linears":
-        seed, tensors, sizes = SEED.to(i["x"].device), [], []
-        for e in range(4):
-            *held, blocksize, shape = ops.checks.weight_args(i[f"weight{e}"])
-            layer = (*held, i.get(f"bias{e}"), i.get(f"A{e}"), i.get(f"B{e}"), None, seed if e == 0 else None)
-            tensors += [value for value in layer if value is not None]
-            sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
-        rows = i["x"].shape[0]
-        counts = [rows // 3, rows - rows // 3 - rows // 5, 0, rows // 5]
-        return name, (i["x"], counts, tensors, sizes, [0.75, 0.1, -0.5, 0.0, 1.0, 0.0, 1.0, 0.0])
     weight = ops.checks.weight_args(i["weight"])
     if name == "grouped_lora_linear":
         groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]

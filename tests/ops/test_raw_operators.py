@@ -51,16 +51,15 @@ def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str
 def test_experts_of_a_rank_that_is_padded_under_inference_mode(dtype: torch.dtype) -> None:
     """A loop's other threads are in no mode: what they write into is a tensor of inference."""
     torch.manual_seed(0)
-    rows, before = [3000] * 6, torch.get_num_threads()
-    x = torch.randn(sum(rows), 64).to(dtype)
-    weights = [torch.randn(64, 64).to(dtype) for _ in rows]
-    factors = [torch.randn(8, 64) for _ in rows], [torch.randn(64, 8) for _ in rows]
-    wanted = ops.lora_expert_linears(x, rows, weights, *factors)
+    ends, before = torch.arange(3000, 18001, 3000), torch.get_num_threads()
+    x, weight = torch.randn(18000, 64).to(dtype), torch.randn(6, 64, 64).to(dtype)
+    factors = torch.randn(6, 8, 64), torch.randn(6, 64, 8)
+    wanted = ops.lora_experts(x, weight, ends, *factors)
     try:
         torch.set_num_threads(2)
         with torch.inference_mode():
             for _ in range(5):
-                assert torch.equal(ops.lora_expert_linears(x, rows, weights, *factors), wanted)
+                assert torch.equal(ops.lora_experts(x, weight, ends, *factors), wanted)
     finally:
         torch.set_num_threads(before)
 

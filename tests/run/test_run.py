@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +98,24 @@ def _merges(options: Options, result: train.Result, folder: Path) -> None:
         wanted = adapted(input_ids=ids).logits
         found = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()(input_ids=ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.slow
+def test_equal_runs_in_two_processes_write_equal_adapters(tiny, tmp_path):
+    """The seed of Python's hashes decides the order of the sets in which PEFT holds names of modules."""
+    written = []
+    for seed in ("1", "2"):
+        run = tmp_path / seed / "run"
+        command = [sys.executable, "-m", "peft_ext", "finetune", "--model", tiny / "model", "--output", run,
+                   "--data", tiny / "pairs.jsonl", "--max-steps", "1", "--save-steps", "1",
+                   "--block-size", "64"]  # fmt: skip
+        done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written.append({str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*")
+                        if path.name in ("README.md", "adapter_config.json", WEIGHTS)})  # fmt: skip
+    names = json.loads(written[0]["adapter_config.json"])["target_modules"]
+    assert len(written[0]) == 6 and len(names) > 6 and names == sorted(names)
+    assert written[0] == written[1]
 
 
 def test_the_table_has_a_configuration_and_a_page_for_every_method():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linear_cases import base_weight, dequantized, nf4_weight, plain_norm, seed_beside, shrink_some
+from linear_cases import dequantized, nf4_weight, plain_norm, seed_beside, shrink_some
 from op_case import SEED, Case, Sample, case_name, randn
 from torch import Tensor
 
@@ -100,60 +100,6 @@ def lora_experts_case(
         name, "lora", make, call, plain,
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
     )  # fmt: skip
-
-
-def lora_expert_linears_case(
-    base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False
-) -> Case:
-    """Four layers: two adapters of other ranks and masks, one that gets no rows, and a layer without an adapter."""
-    rank_of = (lambda r: r, lambda r: r // 2 + 1, lambda r: 2)
-    scalings = (0.75, -0.5, 2.0, 1.0)
-
-    def counts(rows: int) -> list[int]:
-        first, last = rows // 3, rows // 5
-        return [first, rows - first - last, 0, last]
-
-    def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        tokens, k, n, r = shape
-        adapters, rows = adapter_dtype or dtype, math.prod(tokens)
-        inputs: dict[str, Any] = {"x": randn(rows, k, dtype=dtype), "compute": dtype}
-        for i in range(4):
-            inputs[f"weight{i}"] = base_weight(base, n, k, dtype)
-        names = ["x"]
-        for i, rank in enumerate(rank_of):
-            inputs |= {f"A{i}": randn(rank(r), k, dtype=adapters, scale=0.1),
-                       f"B{i}": randn(n, rank(r), dtype=adapters, scale=0.1)}  # fmt: skip
-            names += [f"A{i}", f"B{i}"]
-        inputs["rank_scale"] = randn(r, dtype=adapters) if rank_scale else None
-        inputs |= {f"bias{i}": randn(n, dtype=dtype) if with_bias else None for i in (0, 3)}
-        names += [*(("bias0", "bias3") if with_bias else ()), *(("rank_scale",) if rank_scale else ())]
-        return Sample(inputs, names)
-
-    def call(x, compute, rank_scale, bias0, bias3, **i):
-        seeds = [seed_beside(x), seed_beside(x) + 1, seed_beside(x), None]
-        return ops.lora_expert_linears(
-            x, counts(x.shape[0]), [i[f"weight{e}"] for e in range(4)], [i["A0"], i["A1"], i["A2"], None],
-            [i["B0"], i["B1"], i["B2"], None], [bias0, None, None, bias3], rank_scales=[rank_scale, None, None, None],
-            scalings=scalings, dropout_ps=dropout_p, training=True, seeds=seeds,
-        )  # fmt: skip
-
-    def plain(x, compute, rank_scale, bias0, bias3, **i):
-        parts = []
-        for e, rows in enumerate(x.split(counts(x.shape[0]))):
-            bias = bias0 if e == 0 else bias3 if e == 3 else None
-            y = F.linear(rows, dequantized(i[f"weight{e}"], compute).to(x.dtype), bias)
-            if e < 3:
-                a = i[f"A{e}"].to(x.dtype)
-                a = a * rank_scale.to(x.dtype)[:, None] if e == 0 and rank_scale is not None else a
-                kept = torch.where(reference.dropout_keep_mask(SEED + (e == 1), dropout_p, rows.shape),
-                                   rows / (1 - dropout_p), 0.0) if dropout_p else rows  # fmt: skip
-                y = y + F.linear(F.linear(kept, a), i[f"B{e}"].to(x.dtype)) * scalings[e]
-            parts.append(y)
-        return torch.cat(parts)
-
-    name = case_name("lora_expert_linears", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
-    return Case(name, "lora", make, call, plain,
-                result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])))  # fmt: skip
 
 
 def _plain_experts_norm(

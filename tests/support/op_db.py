@@ -10,7 +10,6 @@ import torch
 from expert_cases import (
     dora_experts_case,
     dora_experts_norm_case,
-    lora_expert_linears_case,
     lora_experts_case,
 )
 from hidden_cases import (
@@ -68,10 +67,6 @@ CASES: tuple[Case, ...] = (
     lora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
     lora_experts_case("nested", adapter_dtype=torch.float32),
     lora_experts_case("dense", with_bias=True, lora=False),
-    lora_expert_linears_case("dense", with_bias=True, dropout_p=0.1, rank_scale=True),
-    lora_expert_linears_case("dense", adapter_dtype=torch.float32),
-    lora_expert_linears_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
-    lora_expert_linears_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
     dora_experts_norm_case("dense"),
     dora_experts_norm_case("transposed", adapter_dtype=torch.float32),
     dora_experts_norm_case("nested", adapter_dtype=torch.float32),

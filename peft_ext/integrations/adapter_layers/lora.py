@@ -108,15 +108,6 @@ class LowRank(Fused):
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
 
-    def own_call(self, x: Tensor) -> Optional[tuple]:
-        """Returns the same of a layer that may have no ``joint_state``; None: it has to run by itself."""
-        if (usual := self._usual(x)) is None:
-            return None if self.joint_state() is None else self.joint_call(x)
-        name, weight, bias, lora_A, lora_B, p = usual
-        if name in self.lora_variant:
-            return None
-        return weight, bias, lora_A, lora_B, self._rank_scale(name, 1.0), float(self.scaling[name]), p, x.dtype
-
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
         """Returns what :meth:`_rank_scale` is made of."""
         return ()

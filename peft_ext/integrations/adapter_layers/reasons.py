@@ -43,7 +43,6 @@ _CALLED = {
     "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
     "linear_cross_entropy": ("cross_entropy_rows",),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
-    "lora_expert_linears": ("lora_expert_linears", "lora_expert_linears_backward"),
     "lora_experts": ("lora_experts", "lora_experts_backward"),
     "lora_linears": ("lora_linears", "lora_linears_backward"),
     "lora_residual": ("lora_residual", "lora_residual_backward"),
