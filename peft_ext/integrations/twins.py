@@ -82,7 +82,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
                 memo[id(parameter)] = _alias(parameter, memo, wide, writes)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
-                value = buffer.detach() if buffer.dtype is torch.uint8 else buffer.detach().clone()
+                value = buffer.data if buffer.dtype is torch.uint8 else buffer.data.clone()
                 memo[id(buffer)] = value.to(wide) if wide is not None and value.dtype in _FLOATS else value
         for value in vars(module).values():  # what a forward left on its module, of a graph of its own
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -93,9 +93,6 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
         made = copy.deepcopy(model, memo)
     except Exception as error:  # whatever an object that a module holds raises
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
-    if wide is None:  # of a class made at run time the copy may have found another one
-        for module, given in zip(made.modules(), model.modules(), strict=True):
-            module.__class__ = type(given)
     for module in made.modules():
         if is_parametrized(module):  # whose class is the instance's own, and is changed where the module is restored
             kind = type(module)
@@ -108,14 +105,12 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
     """Returns a parameter over the storage of another one, or over what ``wide`` makes of it."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes', whose layer writes to both
-        made = copy.copy(parameter)
-        made.quant_state = memo.setdefault(id(state), copy.copy(state))
-        made.__dict__["module"] = None
-        return made
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' class, which copies the rest
+        memo[id(state)] = state
+        return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:
         return copy.deepcopy(parameter, memo)
-    value = parameter.detach().clone() if writes else parameter.detach()
+    value = parameter.data.clone() if writes else parameter.data  # .data: with a version of its own
     if wide is not None and value.dtype in _FLOATS:
         value = value.to(wide)
     made = nn.Parameter(value, requires_grad=parameter.requires_grad)

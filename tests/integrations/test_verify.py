@@ -1,6 +1,7 @@
 """verify: it finds nothing where nothing is wrong, names the block where something is, and changes nothing."""
 
 import random
+import types
 
 import numpy as np
 import pytest
@@ -98,8 +99,9 @@ def test_a_language_model_is_compared_as_it_stands(dtype, accelerated):
     assert "training mode, dropout off" in text[0] and any(line.startswith("block ") for line in text)
 
 
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "T5", "Whisper", "OPT", "Qwen3-MoE"])
-def test_dropouts_of_every_kind_are_off(name):
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "T5", "Whisper", "OPT", "Qwen3-MoE", "Falcon"])
+def test_dropouts_of_every_kind_are_off(name, accelerated):
     model, batch = architecture(name).adapt("LoRA").train(), architecture(name).batch()
     base = model.get_base_model()
     dropped = 0
@@ -112,8 +114,15 @@ def test_dropouts_of_every_kind_are_off(name):
             module.p = 0.3
             dropped += 1
     assert dropped
+    if accelerated:
+        peft_ext.accelerate(model)
+    before = everything(model, batch)
     found = peft_ext.verify(model, batch)
+    assert_unchanged(model, batch, before)
     assert found.ok and "training mode" in found.about, found
+    if name == "Falcon":  # whose MLP has the probability as an attribute
+        assert any(block.kind.startswith("FalconMLP") for block in found.blocks)
+        assert any("accelerated anew" in note for note in found.notes) == accelerated
 
 
 def test_an_encoder_without_a_loss_and_an_evaluated_model():
@@ -339,6 +348,40 @@ def test_refusals():
     refused(ValueError, "no trained parameter of model takes part", model=Detached())
     model.lock = (one for one in [])
     refused(ValueError, "verify: model can't be copied: cannot pickle 'generator' object")
+
+
+def test_a_forward_that_holds_the_model_itself_is_refused():
+    model, batch = peft_ext.accelerate(llama().train()), tokens()
+    layer = model.base_model.model.model.layers[0].mlp
+    layer.forward = lambda x: layer.down_proj(layer.act_fn(layer.gate_proj(x)) * layer.up_proj(x))
+    before = everything(model, batch)
+    with pytest.raises(ValueError, match=r"calls base_model.model.model.layers.0.mlp.gate_proj itself"):
+        peft_ext.verify(model, batch)
+    assert_unchanged(model, batch, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_and_a_bound_forward(reentrant):
+    model, batch = llama(lora_dropout=0.1).train(), tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    layer = model.base_model.model.model.layers[0].mlp
+    layer.forward = types.MethodType(lambda self, x: self.down_proj(self.gate_proj(x) * self.up_proj(x)), layer)
+    peft_ext.accelerate(model)
+    before = everything(model, batch)
+    found = peft_ext.verify(model, batch)
+    assert_unchanged(model, batch, before)
+    assert found.ok and len(found.blocks) > 14, found
+
+
+def test_a_parametrized_block_keeps_the_bases_of_its_class():
+    model, batch = peft_ext.accelerate(llama().train()), tokens()
+    norm = model.base_model.model.model.norm
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    bases, before = type(norm).__bases__, everything(model, batch)
+    assert peft_ext.verify(model, batch).ok
+    assert_unchanged(model, batch, before)
+    assert type(norm).__bases__ == bases
 
 
 def test_nothing_fused_is_said():
