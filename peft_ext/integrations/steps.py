@@ -74,7 +74,10 @@ def compared(
 
 
 def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
-    """Returns ``‖found - wanted‖ / ‖wanted‖``, infinity where that is no number; None stands for zeros."""
+    """Returns ``‖found - wanted‖ / ‖wanted‖``, infinity where that is no number; None stands for zeros.
+
+    Infinities and NaN at the same place are equal.
+    """
     if found is None and wanted is None:
         return 0.0
     found = torch.zeros_like(wanted) if found is None else found
@@ -83,7 +86,8 @@ def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
         return math.inf
     moved = size = 0.0
     for a, b in zip(found.reshape(-1).split(_CHUNK), wanted.reshape(-1).split(_CHUNK), strict=True):
-        moved += (a.double() - b.double()).square().sum().item()
+        same = (a == b) | (a.isnan() & b.isnan())
+        moved += (a.double() - b.double()).masked_fill_(same, 0.0).square().sum().item()
         size += b.double().square().sum().item()
     if moved == 0:
         return 0.0

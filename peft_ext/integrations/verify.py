@@ -132,11 +132,12 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
         warnings.simplefilter("ignore")
         fused, notes = _fused_twin(model)
         stock = dequantizing(restore(without_dropout(twin(model))))
-        notes += [line for line in str(explain(fused)).splitlines() if " layers fused (" in line]
+        if (explained := explain(fused)).rows:
+            notes += [line for line in str(explained).splitlines() if " layers fused (" in line]
         if not model.training:
             fused.train(), stock.train()
         mode = "training mode, dropout off"
-        with _never_called(model):
+        with _watched(model) as casts:
             random_in_training = draws(stock, batch, seed)
         if random_in_training:
             mode = "evaluation mode"
@@ -144,9 +145,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
             fused.eval(), stock.eval()
             if draws(stock, batch, seed):
                 raise ValueError("verify: model draws random numbers in evaluation mode, too: nothing can be compared")
-        narrow = _compute_dtype(model)
+        narrow = _compute_dtype(model, casts)
         wide = torch.float32 if narrow in _NARROW else torch.float64
-        yardstick, exact, why = _measured(stock, batch, wide, narrow, seed)
+        yardstick, exact, why = _measured(stock, batch, wide, narrow, seed, casts)
         notes += [] if why is None else [f"accelerated is compared with stock alone: {why}"]
         right, found = step(stock, batch, seed), step(fused, batch, seed)
         rows = [compared(name, "", found.get(name), right.get(name), exact, narrow) for name in {**right, **found}]
@@ -210,9 +211,13 @@ def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
 
 
 @contextmanager
-def _never_called(model: nn.Module) -> Iterator[None]:
-    """Raises ValueError within the block where a module of ``model`` is called: by a closure that a copy shares."""
-    names = {module: name for name, module in model.named_modules()}
+def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """Yields the dtypes of the autocast that modules are called under within the block.
+
+    Raises ValueError there where a module of ``model`` is called, by a closure that a copy shares.
+    """
+    names, casts = {module: name for name, module in model.named_modules()}, set()
+    device = next(model.parameters()).device.type
 
     def refuse(module: nn.Module, args: Any) -> None:
         if module in names:
@@ -221,19 +226,19 @@ def _never_called(model: nn.Module) -> Iterator[None]:
                 "forward replaced by a closure), wanted a bound method"
             )
 
+        if torch.is_autocast_enabled(device):
+            casts.add(torch.get_autocast_dtype(device))
+
     handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
     try:
-        yield
+        yield casts
     finally:
         handle.remove()
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
+def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
     """Returns the narrowest float dtype that the model computes in."""
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    found = {parameter.dtype for parameter in model.parameters()}
+    found = casts | {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return next((dtype for dtype in _NARROW if dtype in found), torch.float32)
 
@@ -254,11 +259,15 @@ def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def _measured(
-    stock: nn.Module, batch: Any, wide: torch.dtype, narrow: torch.dtype, seed: Seed
+    stock: nn.Module, batch: Any, wide: torch.dtype, narrow: torch.dtype, seed: Seed, casts: set[torch.dtype]
 ) -> tuple[Optional[nn.Module], Optional[Results], Optional[str]]:
     """Returns the yardstick and its step; or why there is none."""
     try:
         model = twin(stock, wide, narrow)
+        if "_original_forward" in vars(model):  # of an Accelerator, which wraps the forward in autocast
+            model.forward = model._original_forward
+        elif casts and not torch.is_autocast_enabled(next(model.parameters()).device.type):
+            raise ValueError("its forward switches autocast on")
         with without_autocast(model):
             return model, step(model, cast(batch, wide), seed), None
     except (ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:

@@ -11,6 +11,8 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from peft_models import MLP, N, every_base, every_method, inputs, llama, make, make_method, tuners
 from tiny_models import architecture
@@ -148,6 +150,29 @@ def test_autocast_counts_and_the_yardstick_has_none():
     with torch.autocast("cpu", torch.bfloat16):
         found = peft_ext.verify(model, tokens())
     assert found.ok and "in bfloat16" in found.about and found.rows[1].stock_error > 1e-3, found
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_autocast_in_the_forward(prepared):
+    model, batch = peft_ext.accelerate(llama().train()), tokens()
+    if prepared:
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        AcceleratorState._reset_state(reset_partial_state=True)  # which other tests' are not to find
+    else:
+        inner = model.forward.__func__
+        model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(inner), model)
+    before = everything(model, batch)
+    found = peft_ext.verify(model, batch)
+    assert_unchanged(model, batch, before)
+    assert found.ok and "in bfloat16" in found.about, found
+    assert (found.rows[0].error is None) == (not prepared) == ("switches autocast on" in str(found))
+
+
+def test_a_step_in_which_no_label_counts():
+    batch = tokens()
+    batch["labels"][:] = -100
+    found = peft_ext.verify(llama().train(), batch)
+    assert found.ok and "training mode" in found.about, found
 
 
 def test_a_compiled_model_is_the_one_inside():
