@@ -36,6 +36,7 @@ _LAZY = {
     "dequantize_nf4": "quantize",
     "quantize_nf4": "quantize",
     "recommend_peft_method": "recommend",
+    "verify": "integrations.verify",
     "BitFitConfig": "tuners",
     "BottleneckConfig": "tuners",
     "DiffPruningConfig": "tuners",

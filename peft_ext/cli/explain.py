@@ -2,13 +2,13 @@
 
 From configuration files alone, see :func:`peft_ext.run.plan.preview`: no weight is read or drawn. What is not known
 before a model is live (hooks, shards, offloading, autocast, a merged or disabled adapter) is not seen here;
-:func:`peft_ext.explain` on that model tells it.
+:func:`peft_ext.explain` on that model tells it. ``--verify`` alone reads the weights, and runs a training step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -18,6 +18,7 @@ import typer
 from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
+from ..run.data import PYTHON_DOCS
 from ..run.plan import Preview, preview
 from ..run.progress import status
 from ..sources.json_file import raised_as
@@ -39,6 +40,7 @@ from ._common import (
     print_json,
     quiet,
 )
+from ._verify import verified
 
 # What transformers raises for a configuration of which it can't build a model.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
@@ -67,20 +69,29 @@ def explain(
     quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
     blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
-    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated, and of --verify's.")] = 4,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(help="Likewise. Default: up to 1024, with --verify up to 128.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the weights, and compare a fused training step with stock.")
+    ] = False,
+    data: Annotated[Optional[str], typer.Option(help="Of --verify, as for finetune. Default: python-docs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights."""
+) -> Optional[int]:
+    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights, unless
+    it is to verify: then the exit code is 1 where a number is wrong."""
     need("explain", "transformers", "peft")
     quiet()
     adapter = _adapter_folder(what)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
+    if data is not None and not verify:
+        raise CliError("--data: the text of --verify, which was not given")
     if adapter is None:
         base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
     else:
         base, configs = _of_adapter(adapter, model, quant, blocksize, dtype)
-    length = _length(base.model.config, sequence_length)
+    length = _length(base.model.config, sequence_length, 128 if verify else 1024)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Preview] = {}
     refused: dict[str, str] = {}
@@ -93,10 +104,21 @@ def explain(
                 raise
             refused[name] = str(error).removeprefix(f"{name}: ")
     step = {"device": device.type, "batch_size": batch_size, "sequence_length": length, "optimizer": "adamw"}
+    checks = {}
+    for name, config in configs if verify else ():
+        if name in found:
+            size = base.blocksize if _quant(name, base) == "nf4" else None
+            checks[name] = verified(
+                base.name, config, adapter, base.dtype, size, data or PYTHON_DOCS, batch_size, length
+            )
     if as_json:
-        print_json(_document(base, step, found, refused))
+        verifications = {name: {**asdict(one), "ok": one.ok} for name, one in checks.items()}
+        print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
     else:
         _show(base, step, found, refused)
+        for name, one in checks.items():
+            print(f"{name} verified: {one}")
+    return 0 if all(one.ok for one in checks.values()) else 1
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -138,11 +160,11 @@ def _check(
     return chosen
 
 
-def _length(config: Any, asked: Optional[int]) -> int:
+def _length(config: Any, asked: Optional[int], most: int) -> int:
     room = getattr(config, "max_position_embeddings", None)
     if asked is not None and room and asked > room:
         raise CliError(f"--sequence-length {asked}: the model takes at most {room} tokens")
-    return asked or min(room or 1024, 1024)
+    return asked or min(room or most, most)
 
 
 # --- the base, without a weight ---------------------------------------------------------------------------------------
@@ -225,6 +247,10 @@ def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: in
     return _Base(name, model.to(wanted), wanted, quant, blocksize, about)
 
 
+def _quant(name: str, base: _Base) -> str:
+    return "nf4" if name == "qlora" else base.quant
+
+
 # --- one method -------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +258,7 @@ def _previewed(
     name: str, base: _Base, config: Any, adapter: Optional[Path], batch_size: int, length: int, device: Any
 ) -> Preview:
     method = METHODS.get(name)  # of an adapter it is PEFT's type
-    quant = "nf4" if name == "qlora" else base.quant
+    quant = _quant(name, base)
     if quant == "nf4" and method is not None and not method.can_quantize:
         raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
     with raised_as(CliError, f"{name}: ", ValueError, TypeError, LookupError, AttributeError, RuntimeError):
@@ -282,7 +308,7 @@ def _show(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused:
     dtype = dtype_name(base.dtype)
     print(f"model: {base.name}, {type(base.model).__name__}, {parameters:,} parameters, {dtype}")
     print(f"quantization: {base.about_quant}")
-    print("from configuration files: no weight was read")
+    print("the tables are from configuration files: no weight was read for them")
     if why := _why_float32(step):
         print(f"finetune computes in float32 on this machine: {why}")
     numbers = ("trainable", "of all", "adapter file", "step's memory")

@@ -1,0 +1,251 @@
+"""A training step of a model, each of its blocks alone, and how far the numbers of two of them are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import NF4Linear
+from .adapter_layers.base import STOCK
+
+__all__ = ["GRADIENT", "Compared", "Results", "Seed", "blocks_alone", "cast", "compared", "draws", "step",
+           "without_autocast"]  # fmt: skip
+
+GRADIENT = "gradient of "
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+_CHUNK = 1 << 24  # elements that are compared in float64 at a time
+
+Results = dict[str, Tensor]
+Seed = Callable[[int], None]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor of a training step, or the worst tensor of one block.
+
+    Attributes:
+        name: "loss", "logits" or another output's name, "gradient of" a parameter; of a block the module's name.
+        kind: of a block its class, and the tensor that is closest to its limit; "" otherwise.
+        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` of the accelerated and of the stock model; None where
+            there is no yardstick. Infinity where x is not finite.
+        difference: ``‖accelerated - stock‖ / ‖stock‖``.
+        limit: of ``error`` or, where there is no yardstick, of ``difference``.
+    """
+
+    name: str
+    kind: str
+    error: Optional[float]
+    stock_error: Optional[float]
+    difference: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        """The error over its limit; above 1 the tensor is wrong."""
+        error = self.difference if self.error is None else self.error
+        return 0.0 if error in (0, self.stock_error) else error / self.limit
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1.0
+
+
+def compared(
+    name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
+    dtype: torch.dtype, what: str = "",
+) -> Compared:  # fmt: skip
+    """Returns the row of a tensor; None stands for zeros."""
+    what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
+    if exact is None:
+        return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
+    error, theirs = _error(found, exact.get(what)), _error(right, exact.get(what))
+    few = (right if found is None else found).numel() <= 16  # whose error is one draw or two
+    floor = max(eps if few else eps / 2, 4e-6)
+    return Compared(name, kind, error, theirs, difference, (3 if what.startswith(GRADIENT) else 2) * theirs + floor)
+
+
+def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
+    """Returns ``‖found - wanted‖ / ‖wanted‖``, infinity where that is no number; None stands for zeros.
+
+    Infinities and NaN at the same place are equal.
+    """
+    if found is None and wanted is None:
+        return 0.0
+    found = torch.zeros_like(wanted) if found is None else found
+    wanted = torch.zeros_like(found) if wanted is None else wanted
+    if found.shape != wanted.shape:
+        return math.inf
+    moved = size = 0.0
+    for a, b in zip(found.reshape(-1).split(_CHUNK), wanted.reshape(-1).split(_CHUNK), strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        moved += (a.double() - b.double()).masked_fill_(same, 0.0).square().sum().item()
+        size += b.double().square().sum().item()
+    if moved == 0:
+        return 0.0
+    share = math.sqrt(moved / size) if size > 0 else math.inf
+    return math.inf if math.isnan(share) else share
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Returns a value with the tensors in its mappings, lists and tuples changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(inner, change) for name, inner in value.items()}
+    return type(value)(_mapped(one, change) for one in value) if type(value) in (list, tuple) else value
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
+    """Returns the loss that the model gives, and its other outputs: the logits alone where there are any."""
+    seed(value)
+    output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
+    named: dict[str, Any] = {}
+    if isinstance(output, Tensor):
+        named = {"output": output}
+    elif isinstance(output, Mapping):
+        named = {**output, "logits": getattr(output, "logits", output.get("logits"))}
+    elif isinstance(output, (tuple, list)):
+        named = {f"output {index}": one for index, one in enumerate(output)}
+        if isinstance(first := named.get("output 0"), Tensor) and first.dim() == 0:
+            named = {"loss": first, **named}
+            del named["output 0"]
+    found = {name: one for name, one in named.items() if isinstance(one, Tensor) and one.is_floating_point()}
+    if not found:
+        raise ValueError(
+            f"verify: model returned {type(output).__name__} without float tensors, wanted a loss or others"
+        )
+    loss = found.pop("loss", None)
+    return loss, {"logits": found["logits"]} if "logits" in found else found
+
+
+def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
+    """Returns whether two forwards under two seeds differ by more than the order of sums explains."""
+    with torch.no_grad():
+        (loss, first), (again, second) = (_call(model, batch, seed, value) for value in (0, 1))
+    pairs = [(loss, again), *((value, second.get(name)) for name, value in first.items())]
+    return any(_error(b, a) > 1e-6 for a, b in pairs)
+
+
+def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
+    """Returns loss, outputs and trained gradients of a step, by name."""
+    loss, outputs = _call(model, batch, seed)
+    with torch.no_grad():  # now: the backward frees a head that computes the logits when they are read
+        found = {name: value.detach().clone() for name, value in outputs.items()}
+    total = _weighed(outputs.values()) if loss is None else loss.sum()
+    if not total.requires_grad:
+        raise ValueError("verify: no trained parameter of model takes part in the loss, which has no gradient")
+    del outputs
+    total.backward()
+    found = found if loss is None else {"loss": loss.detach(), **found}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[GRADIENT + name], parameter.grad = parameter.grad, None
+    return found
+
+
+def _weighed(values: Iterable[Tensor]) -> Any:
+    """Returns the sum of the values times fixed random numbers that bfloat16 holds, the same ones in each dtype."""
+    total: Any = 0
+    for value in values:
+        generator = torch.Generator(value.device).manual_seed(0)
+        weights = torch.randn(value.shape, generator=generator, device=value.device, dtype=torch.float32).bfloat16()
+        total = total + (value * weights.to(value.dtype)).sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    return total
+
+
+# --- each block alone -------------------------------------------------------------------------------------------------
+
+
+def blocks_alone(
+    fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
+    narrow: torch.dtype, seed: Seed,
+) -> list[Compared]:  # fmt: skip
+    """Returns a row for each fused module: in a forward of ``stock``, its input goes through all of its forms."""
+    found: dict[str, Compared] = {}
+    inside = False
+
+    def compare(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        ours, exact = fused.get_submodule(name), None
+        kind = type(ours).__name__
+        try:
+            right = _alone(module, args, kwargs)
+            if yardstick is not None:
+                with without_autocast(yardstick):
+                    exact = _alone(yardstick.get_submodule(name), cast(args, wide), cast(kwargs, wide))
+        except _REFUSALS:  # a module that can't be called on its own, or twice
+            return
+        try:
+            mine = _alone(ours, args, kwargs)
+        except _REFUSALS as error:
+            found[name] = Compared(name, f"{kind}, raised {type(error).__name__}", math.inf, 0.0, math.inf, 1.0)
+            return
+        for what in {**right, **mine}:
+            row = compared(name, f"{kind}, {what}", mine.get(what), right.get(what), exact, narrow, what)
+            if name not in found or row.share > found[name].share:
+                found[name] = row
+
+    def hook(name: str) -> Callable[..., None]:
+        def run(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal inside
+            if inside:
+                return
+            inside = True
+            try:
+                compare(name, module, args, kwargs)
+            finally:
+                inside = False
+
+        return run
+
+    names = [name for name, module in fused.named_modules() if type(module) in STOCK or isinstance(module, NF4Linear)]
+    for name in names:
+        if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):  # a part of that layer
+            stock.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+    with torch.no_grad():
+        _call(stock, batch, seed)
+    return [found[name] for name in names if name in found]
+
+
+def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
+    """Returns the outputs of a module alone, and the gradients of its inputs and trained parameters."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().clone()
+        if tensor.is_floating_point():
+            leaves[f"input {len(leaves)}"] = tensor.requires_grad_()
+        return tensor
+
+    outputs: list[Tensor] = []
+    with torch.enable_grad():
+        output = module(*_mapped(args, leaf), **_mapped(kwargs, leaf))
+        _mapped(output, lambda tensor: outputs.append(tensor) or tensor)
+        outputs = [value for value in outputs if value.is_floating_point() and value.requires_grad]
+        leaves |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        grads = torch.autograd.grad(_weighed(outputs), list(leaves.values()), allow_unused=True)
+    found = {f"output {index}": value.detach() for index, value in enumerate(outputs)}
+    return found | {GRADIENT + name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
