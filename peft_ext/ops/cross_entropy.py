@@ -171,8 +171,8 @@ def _scaled(value: Tensor, grad: Tensor) -> Tensor:
     A zero stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times infinity would
     be NaN: PyTorch's cross entropy gives a token that is ignored the gradient 0 then, too.
     """
-    wide = value.to(grad.dtype)
-    return torch.where(wide == 0, wide, wide * grad).to(value.dtype)
+    scaled = value.to(grad.dtype) * grad
+    return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)
 
 
 _linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, setup_context=_setup_context)

@@ -32,14 +32,14 @@ def reached(cls: type) -> list[Place]:
     seen: set[types.CodeType] = set()
 
     def visit(function: Any, kind: Any) -> None:
-        function = getattr(function, "__func__", function)
+        static, function = isinstance(function, staticmethod), getattr(function, "__func__", function)
         while (inner := getattr(function, "__wrapped__", None)) is not None:
             function = inner
         if not isinstance(function, types.FunctionType) or function.__code__ in seen or digest._is_torchs(function):
             return
         seen.add(function.__code__)
         code = function.__code__
-        this = code.co_varnames[0] if kind is not None and code.co_argcount else None
+        this = code.co_varnames[0] if kind is not None and code.co_argcount and not static else None
         for path in digest._paths(digest._tree(function), code, this):
             for place in places(path, function, this):
                 found[id(place.owner), place.name] = place
