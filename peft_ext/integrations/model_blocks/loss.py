@@ -1,0 +1,630 @@
+"""The loss of a language model without whole logits, between two public points of transformers.
+
+While a model trains with labels, its head (point one) returns :class:`Pending`: a plain object in place of the logits,
+which lives inside of the model's forward alone. Any use of a Pending computes the real logits, once, and hands them on.
+``PreTrainedModel.loss_function`` (point two) takes a Pending that arrives unused, and runs
+:func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` when they are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # noqa: PLC2701  torch has no public name for it
+
+from ... import ops
+from ..._imports import optional
+from ...ops.checks import autocast_dtype, under_a_transform
+from ..adapter_layers import lora
+from ..adapter_layers.base import LINEAR, STOCK, class_name, is_fully_sharded, operands, sums_wider
+from ..adapter_layers.linear import FusedLinear
+from ..adapter_layers.reasons import (
+    accepts_input,
+    any_global_hook,
+    hooked,
+    is_plain,
+    kernel_reason,
+    replaced_on_instance,
+    weight_reason,
+)
+from .block import class_of
+
+ModelOutput: Any = ()  # of which nothing is an instance
+with optional("transformers", "the loss of a language model takes whole logits"):
+    from transformers.utils import ModelOutput
+
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
+
+__all__ = ["compute_losses", "defer_losses", "loss_parts"]
+
+# The attribute under which an output holds the call of its head; its loss holds a weak reference under the same name.
+_CALL = "_peft_ext_call"
+# Keyword arguments of a model's forward that reach its loss function, which ignores them.
+_IGNORED = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
+    "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
+    "use_cache",
+})  # fmt: skip
+# PyTorch's own functions, also where somebody replaces them later.
+_FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
+
+
+def _is_known_loss(function: Any) -> bool:
+    """Returns whether ``function``, and what it calls, is transformers' and PyTorch's causal loss."""
+    own = vars(sys.modules.get("transformers.loss.loss_utils", object))
+    if function is None or function is not own.get("ForCausalLMLoss"):
+        return False
+    called = ((function, own), (own.get("fixed_cross_entropy"), own), (F.cross_entropy, vars(F)))
+    return all(getattr(one, "__globals__", None) is names for one, names in called)
+
+
+# --- one call of a head -----------------------------------------------------------------------------------------------
+
+
+class Call:
+    """One call of a head: what its logits are computed from, and what its loss takes instead of them.
+
+    Args:
+        layer: the head. inputs: the hidden states ``[..., K]``; of an adapter with dropout also what dropout left of
+            them. outputs: V. dtype: of the logits.
+        forward: ``*inputs -> logits``, the head's own.
+        operands: what :func:`peft_ext.ops.linear_cross_entropy` takes beside inputs and labels.
+    """
+
+    def __init__(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: int, dtype: torch.dtype,
+        forward: Callable[..., Tensor], operands: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.shape, self.dtype = torch.Size((*inputs[0].shape[:-1], outputs)), dtype
+        self.inputs, self.operands = inputs, operands
+        self.is_taken = False  # a loss was computed without the logits
+        self.real: Optional[Tensor] = None
+        self._layer, self._forward = layer, forward
+        device = inputs[0].device.type
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._state_then = self._state()
+
+    def _state(self) -> tuple:
+        """Returns what the logits are computed with, to be compared. A merged adapter shows in no tensor's version."""
+        layer, held = self._layer, (*self.inputs, *self.operands.values())
+        return (
+            type(layer), *(tuple(getattr(layer, name, ())) for name in ("merged_adapters", "active_adapters")),
+            getattr(layer, "disable_adapters", False),
+            [(id(p), p.is_inference() or p._version, p.untyped_storage()._cdata) for p in layer.parameters()],
+            [t._version for t in held if isinstance(t, Tensor) and not t.is_inference()],
+        )  # fmt: skip
+
+    def _check(self) -> None:
+        if self._state() != self._state_then:
+            raise RuntimeError(
+                "peft_ext: the logits are read after their hidden states, or the head's weight or adapter, were "
+                "changed in place (by an optimizer's step?) or replaced (by FSDP2, whose backward frees it?), and were "
+                "not computed before. Read them earlier, or call peft_ext.accelerate(model, blocks=False)"
+            )
+
+    def autocast(self) -> torch.autocast:
+        """Returns the autocast that the head was called in."""
+        device, dtype, enabled = self._autocast
+        return torch.autocast(device, dtype, enabled=enabled)
+
+    def logits(self) -> Tensor:
+        """Returns the real logits with their graph, by the head's own forward, computed once."""
+        if self.real is None:
+            self._check()
+            with torch.inference_mode(False), torch.enable_grad(), self.autocast():
+                self.real = self._forward(*self.inputs)
+        return self.real
+
+    def loss(
+        self, labels: Any = None, vocab_size: Any = None, num_items_in_batch: Any = None, ignore_index: Any = -100,
+        shift_labels: Any = None, **rest: Any,
+    ) -> Optional[Tensor]:  # fmt: skip
+        """Returns the causal loss by :func:`peft_ext.ops.linear_cross_entropy`; None: the loss function has to run."""
+        hidden, *low = self.inputs
+        given, items = labels if shift_labels is None else shift_labels, num_items_in_batch
+        known = not rest.keys() - _IGNORED and vocab_size == self.shape[-1] and type(ignore_index) is int
+        if not known or not is_plain(given) or given.dtype is not torch.int64 or not torch.is_grad_enabled():
+            return None
+        if given.numel() != self.shape[:-1].numel() or given.dim() < 1:
+            return None
+        if isinstance(items, Tensor):
+            if not is_plain(items) or items.dim():
+                return None
+            items = items.to(hidden.device)
+        if shift_labels is None:
+            given = F.pad(given, (0, 1), value=ignore_index)[..., 1:]
+        given = given.reshape(hidden.shape[:-1]).to(hidden.device)
+        self._check()
+        try:
+            with self.autocast():
+                loss = ops.linear_cross_entropy(
+                    hidden, labels=given, lora_input=low[0] if low else None, **self.operands,
+                    ignore_index=ignore_index, num_items_in_batch=items,
+                )  # fmt: skip
+        except RuntimeError:
+            outside = ((given < 0) | (given >= self.shape[-1])) & (given != ignore_index)
+            if hidden.device.type != "cpu" or not outside.any():
+                raise
+            return None  # the loss function's own error
+        self.is_taken = True
+        return loss
+
+
+class Pending:
+    """The logits of a head, not computed before something uses them. No tensor; gone when the model's forward ends."""
+
+    __slots__ = ("_call",)
+    __array_priority__ = Tensor.__array_priority__
+
+    def __init__(self, call: Call) -> None:
+        object.__setattr__(self, "_call", call)
+
+    shape = property(lambda self: self._call.shape)
+    dtype = property(lambda self: self._call.dtype)
+    device = property(lambda self: self._call.inputs[0].device)
+    ndim = property(lambda self: len(self._call.shape))
+
+    def dim(self) -> int:
+        return len(self._call.shape)
+
+    def size(self, dim: Optional[int] = None) -> Any:
+        return self._call.shape if dim is None else self._call.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_real(self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(_real(self), name, value)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        # A function of torch.nn.functional that calls this names what stands in its module, which may be a wrapper
+        # around it that is under way already.
+        name = next((name for name, value in vars(F).items() if value is func), None)
+        args, kwargs = pytree.tree_map(_real, (args, kwargs or {}))
+        return _FUNCTIONAL.get(name, func)(*args, **kwargs)
+
+
+def _real(value: Any) -> Any:
+    """Returns the real logits of a Pending, and anything else as it is."""
+    if type(value) is not Pending:
+        return value
+    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+        raise RuntimeError(
+            "peft_ext: a forward of an autograd.Function got the logits of a language model before they were computed, "
+            "and would lose their gradient. Call peft_ext.accelerate(model, blocks=False)"
+        )
+    return value._call.logits()
+
+
+def _through(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(_real(self), name)(*args, **kwargs)
+
+
+for _name in dir(Tensor):
+    _plumbing = {*dir(object), "__torch_dispatch__"} - {
+        "__dir__", "__eq__", "__format__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__", "__reduce__",
+        "__reduce_ex__", "__repr__", "__str__",
+    }  # fmt: skip
+    if _name.startswith("__") and _name not in {*_plumbing, *vars(Pending)} and callable(getattr(Tensor, _name)):
+        setattr(Pending, _name, _through(_name))
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+class _Step:
+    """A forward under way: its model, that model's head, and the calls of the head that were left to the loss."""
+
+    def __init__(self, owner: nn.Module, head: Optional[nn.Module]) -> None:
+        self.owner, self.head, self.calls = owner, head, []
+
+
+class _Thread(threading.local):
+    step: Optional[_Step] = None
+
+
+_THREAD = _Thread()
+
+
+class DefersLoss:
+    """A layer whose outputs are a model's logits. A subclass gives ``_reason`` and ``_call``."""
+
+    def head_reason(self) -> Optional[str]:
+        """Returns why the logits are computed whole in training."""
+        if reason := self._reason():
+            return reason
+        return "hooks on the head have to run" if hooked(self) or any_global_hook() else _freed_reason(self)
+
+    def _reason(self) -> Optional[str]:
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Optional[Call]:
+        """Returns this call, for the loss; None: the logits have to be computed."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
+            return type(self).forward(self, *args, **kwargs)
+        step = None if torch.compiler.is_compiling() else _THREAD.step
+        if step is None or step.head is not self or len(args) != 1 or kwargs or not accepts_input(args[0]):
+            return super().forward(*args, **kwargs)
+        (x,) = args
+        if x.dim() < 2 or not torch.is_grad_enabled() or self.head_reason() is not None:
+            return super().forward(x)
+        call = self._call(x)
+        if call is None or not any(getattr(t, "requires_grad", False) for t in (x, *call.operands.values())):
+            return super().forward(x)
+        step.calls.append(call)
+        return Pending(call)
+
+
+class LinearHead(DefersLoss, FusedLinear):
+    """A frozen ``nn.Linear`` whose outputs are a model's logits."""
+
+    def _reason(self) -> Optional[str]:
+        if replaced_on_instance(self):
+            return "its forward was replaced on the instance (accelerate's device hooks do that)"
+        return weight_reason(self) or _kernel_reason(self._parameters["weight"])
+
+    def _call(self, x: Tensor) -> Optional[Call]:
+        if (found := operands(self, x)) is None:
+            return None
+        _, weight, bias, dtype = found
+        whole = super(DefersLoss, self).forward
+        return Call(self, (x,), self.out_features, dtype, whole, {"weight": weight, "bias": bias})
+
+
+LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
+STOCK[LinearHead] = nn.Linear
+LINEAR.append(LinearHead)
+
+# Head by the class of a layer, stock or fused; and the classes of heads, with the class of the layer alone.
+HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead}
+LAYERS: dict[type, type] = {LinearHead: nn.Linear}
+
+if FusedLoraLinear is not None:
+
+    class LoraHead(DefersLoss, FusedLoraLinear):
+        """A head with one LoRA adapter over a frozen weight. Its dropout is PEFT's own, of PyTorch's mask."""
+
+        def _reason(self) -> Optional[str]:
+            reason, alone = self._reasons()
+            if reason or alone:
+                return reason or alone
+            names = self._names()
+            if len(names) > 1:
+                return "several adapters are active on the head"
+            if names[0] in self.lora_variant:
+                return "the head's adapter is not plain LoRA"
+            if self._bias(names[0]) is not None or isinstance(self.scaling[names[0]], Tensor):
+                return "the head's adapter has a bias, or a scale that is a tensor"
+            return _kernel_reason(self.pair(names[0])[0])
+
+        def _call(self, x: Tensor) -> Optional[Call]:
+            (name,), base = self._names(), self._modules["base_layer"]
+            if sums_wider(base, x) or (found := operands(base, x)) is None:
+                return None
+            _, weight, bias, dtype = found
+            if dtype is not (autocast_dtype(x) or x.dtype):
+                return None
+            (lora_A, lora_B), scaling = self.pair(name), self.scaling[name]
+            dropout = self._modules["lora_dropout"]._modules[name]
+            drops = type(dropout) is nn.Dropout and dropout.training and dropout.p > 0
+
+            def forward(x: Tensor, low: Optional[Tensor] = None) -> Tensor:
+                return ops.lora_residual(x if low is None else low, base(x), lora_A, lora_B, scaling=scaling)
+
+            given = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
+            return Call(self, (x, dropout(x)) if drops else (x,), weight.shape[0], dtype, forward, given)
+
+    LoraHead.__name__, LoraHead.stock_class = FusedLoraLinear.__name__, STOCK[FusedLoraLinear]
+    STOCK[LoraHead] = STOCK[FusedLoraLinear]
+    HEADS[FusedLoraLinear], LAYERS[LoraHead] = LoraHead, FusedLoraLinear
+
+
+def _kernel_reason(tensor: Tensor) -> Optional[str]:
+    return kernel_reason("linear_cross_entropy", tensor.device.type)
+
+
+def _freed_reason(layer: nn.Module) -> Optional[str]:
+    """Returns which engine frees the tensors of ``layer`` after a forward, from which logits could not be computed."""
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # PyTorch's own mark of both FSDPs
+        return None
+    held = {id(parameter) for parameter in layer.parameters()}
+    wrapped, is_held = _fully_sharded(), False
+    for module, state in wrapped:
+        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)
+                if held.isdisjoint(map(id, seen)):
+                    continue
+                is_held = True
+                if group.post_forward_mesh_info is not None and not _will_be_root(module, state, wrapped):
+                    return "FSDP2 frees its weight after the forward (reshard_after_forward)"
+    if is_held or any(layer in module.modules() for module, _ in wrapped):
+        return None
+    return "FSDP1 flattens its weight, and frees it after the forward"
+
+
+def _fully_sharded() -> list[tuple[nn.Module, Any]]:
+    """Returns the modules that fully_shard was called on, each with its state; torch.distributed is not imported."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
+
+
+def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
+    """Returns whether the first forward will find ``module`` the outermost, which keeps its parameters by default."""
+    if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
+        return False
+    return not any(module in other.modules() for other, _ in wrapped if other is not module)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class LanguageModel:
+    """A model of transformers, the head of which leaves its logits to the loss function in a training step."""
+
+    stock_class: type
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Does nothing: transformers' own would take the made class for a new model."""
+
+    @property
+    def loss_function(self) -> Any:
+        function = super().loss_function
+        step = None if torch.compiler.is_compiling() else _THREAD.step
+        return function if step is None or step.owner is not self else functools.partial(_loss, function)
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        super(LanguageModel, type(self)).loss_function.__set__(self, value)
+
+    def _step(self, labels: Any) -> Optional[_Step]:
+        """Returns the step that a forward with ``labels`` begins; None: the head returns logits."""
+        if not self.training or labels is None or not torch.is_grad_enabled() or "_is_replica" in self.__dict__:
+            return None
+        if under_a_transform() or torch.jit.is_tracing() or not _is_known_loss(super().loss_function):
+            return None
+        return _Step(self, _head_of(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class was made at run time: it is made again from the model's.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (self.stock_class,), *state
+
+
+def _new(stock: type) -> Any:
+    kind = _on_loss(stock)
+    return kind.__new__(kind)
+
+
+@functools.cache
+def _on_loss(stock: type) -> type:
+    """Returns the subclass of a model's class ``stock`` that leaves its logits to the loss, made once."""
+    names = list(inspect.signature(stock.forward).parameters)
+    at = names.index("labels") - 1 if "labels" in names else sys.maxsize
+
+    @functools.wraps(stock.forward)  # whose signature Trainer and generate read
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, LanguageModel):  # restored, and called by who held the bound method
+            return type(self).forward(self, *args, **kwargs)
+        run = super(LanguageModel, self).forward
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        step = self._step(args[at] if at < len(args) else kwargs.get("labels"))
+        if step is None:
+            return run(*args, **kwargs)
+        before, _THREAD.step = _THREAD.step, step
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            _THREAD.step = before
+        return _settled(output, step)
+
+    made = class_of(LanguageModel, stock, ())
+    made.forward = forward
+    return made
+
+
+def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Takes a Pending that nothing has used past the logits; else calls the model's loss function with real logits."""
+    first = args[0] if args else kwargs.get("logits")
+    if type(first) is Pending and first._call.real is None:
+        named = {name: value for name, value in kwargs.items() if name != "logits"}
+        if len(args) <= 6 and (loss := first._call.loss(*args[1:], **named)) is not None:
+            return loss
+    args, kwargs = pytree.tree_map(_real, (args, kwargs))
+    return function(*args, **kwargs)
+
+
+# --- what a forward returns -------------------------------------------------------------------------------------------
+
+
+def _settled(output: Any, step: _Step) -> Any:
+    """Returns a forward's output with real logits, or of a ModelOutput with logits that wait to be asked for."""
+    if any(call.real is not None for call in step.calls):
+        _USED[step.owner] = "its forward uses the logits before the loss (a soft cap, a scale, a loss of its own, ...)"
+    elif not any(call.is_taken for call in step.calls):
+        _USED[step.owner] = "its forward does not hand its head's logits to its loss function"
+    else:
+        _USED.pop(step.owner, None)
+    if isinstance(output, ModelOutput) and isinstance(loss := output.__dict__.get("loss"), Tensor):
+        logits = output.__dict__.get("logits")
+        if type(logits) is Pending and logits._call.is_taken and logits._call.real is None:
+            output.__class__ = _lazy(type(output))
+            setattr(loss, _CALL, weakref.ref(logits._call))
+            output._wait(logits._call)
+    return _without_pending(output)
+
+
+def _without_pending(value: Any) -> Any:
+    if isinstance(value, dict):
+        for name, one in list(value.items()):
+            if (found := _without_pending(one)) is not one:
+                value[name] = found
+    elif isinstance(value, (tuple, list)):
+        found = [_without_pending(one) for one in value]
+        if any(new is not old for new, old in zip(found, value, strict=True)):
+            return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module)):
+        for name, one in list(vars(value).items()):
+            if type(one) is Pending:
+                setattr(value, name, _real(one))
+    return _real(value)
+
+
+class _Logits:
+    """The attribute ``logits`` of an output that waits: an item like any other once it was asked for."""
+
+    def __get__(self, output: Any, kind: Any = None) -> Any:
+        if output is None:
+            return None  # the field's default
+        if (call := output.__dict__.get(_CALL)) is None:
+            raise RuntimeError("peft_ext: a copy of a model's output has lost its logits; read them from the original")
+        output["logits"] = call.logits()
+        del output.__dict__[_CALL]
+        names = list(output.__dataclass_fields__)
+        for name in names[names.index("logits") + 1 :]:
+            if name in output.keys():
+                output.move_to_end(name)
+        return output["logits"]
+
+
+class _Waits:
+    """An output whose logits are computed where they are asked for by name or place, and are in no iteration before."""
+
+    logits = _Logits()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        held = getattr(self.__dict__.get("loss"), _CALL, None)
+        if self.__dict__.get("logits") is None:  # made of another output's items, as accelerate does
+            self._wait(held and held())
+
+    def _wait(self, call: Optional[Call]) -> None:
+        if "logits" in self.keys():
+            OrderedDict.__delitem__(self, "logits")
+        self.__dict__.pop("logits", None)
+        self.__dict__[_CALL] = call
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key == 0:
+            return next(iter(self.values()))  # the loss
+        if not isinstance(key, str) or key == "logits":
+            _ = self.logits
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        return key == "logits" or super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self.logits if key == "logits" else super().get(key, default)
+
+    def to_tuple(self) -> tuple:
+        _ = self.logits
+        return super().to_tuple()
+
+    def __reduce__(self) -> tuple:
+        _ = self.logits
+        _, *state = super().__reduce__()
+        return type(self).__mro__[2], *state
+
+
+@functools.cache
+def _lazy(kind: type) -> type:
+    """Returns the subclass of an output's class whose logits wait, made once: classes are freed by the garbage
+    collector alone, which would keep the hidden states until then."""
+    made = type(kind)(kind.__name__, (_Waits, kind), {"__doc__": kind.__doc__, "__module__": __name__})
+    made.__qualname__ = kind.__qualname__
+    # transformers has registered it with its own pair, which would lose the call.
+    node = pytree.SUPPORTED_NODES[made]
+    pytree.SUPPORTED_NODES[made] = node._replace(flatten_fn=_flatten, unflatten_fn=functools.partial(_unflatten, made))
+    return made
+
+
+def _flatten(output: Any) -> tuple[list[Any], Any]:
+    return list(output.values()), (tuple(output.keys()), output.__dict__.get(_CALL))
+
+
+def _unflatten(kind: type, values: Any, context: Any) -> Any:
+    names, call = context
+    output = kind(**dict(zip(names, values, strict=True)))
+    if call is not None:
+        output._wait(call)
+    return output
+
+
+# --- accelerate, restore, explain -------------------------------------------------------------------------------------
+
+# What the last training step of a model showed of its forward.
+_USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _head_of(owner: Any) -> Optional[nn.Module]:
+    try:
+        found = owner.get_output_embeddings()
+    except Exception:  # a model without a head; another's method of this name, which wants arguments
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yields the language models in ``model``, each with its head."""
+    seen: set[int] = set()  # a model and the one around it may name the same
+    for module in model.modules():
+        if hasattr(type(module), "get_output_embeddings") and (head := _head_of(module)) is not None:
+            if id(head) not in seen:
+                seen.add(id(head))
+                yield module, head
+
+
+def defer_losses(model: nn.Module) -> None:
+    """Gives each language model with a known loss function, and its head, the class that leaves the logits to it."""
+    for owner, layer in list(_owners(model)):
+        if type(layer) in HEADS and _is_known_loss(getattr(owner, "loss_function", None)):
+            layer.__class__ = HEADS[type(layer)]
+            owner.__class__ = _on_loss(type(owner))
+
+
+def compute_losses(model: nn.Module) -> None:
+    """Undoes :func:`defer_losses`."""
+    for module in model.modules():
+        if isinstance(module, LanguageModel) and type(module) in STOCK:
+            module.__class__ = STOCK[type(module)]
+        elif (kind := LAYERS.get(type(module))) is not None:
+            module.__class__ = kind
+
+
+def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
+    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole."""
+    for owner, layer in _owners(model):
+        yield layer, _reason(owner, layer)
+
+
+def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
+    if not isinstance(layer, DefersLoss) and type(layer) not in HEADS:
+        return f"its head is a {class_name(type(layer))}, wanted a Linear, or LoRA over one"
+    if not _is_known_loss(getattr(owner, "loss_function", None)):
+        return "its loss function is none of the known ones"
+    if not isinstance(layer, DefersLoss) or not isinstance(owner, LanguageModel):
+        return "accelerate(model) was not called on it, or with blocks=False"
+    if reason := layer.head_reason():
+        return reason
+    if replaced_on_instance(owner):
+        inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))  # accelerate's, around it
+        if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
+            return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"
+    return _USED.get(owner)
