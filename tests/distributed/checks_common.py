@@ -227,7 +227,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def counted_losses() -> Iterator[dict[str, int]]:
-    """How many losses were computed without logits, and how many logits were left to a loss and computed all the same."""
+    """How many losses were computed without logits, and how many logits were computed that a loss was to take."""
     found, loss, logits = {"fused": 0, "whole": 0}, Call.loss, Call.logits
 
     def counted_loss(call: Call, *args: Any, **kwargs: Any) -> Optional[Tensor]:

@@ -31,7 +31,6 @@ from ..adapter_layers.linear import FusedLinear
 from ..adapter_layers.reasons import (
     accepts_input,
     any_global_hook,
-    hooked,
     is_plain,
     kernel_reason,
     replaced_on_instance,
@@ -47,7 +46,7 @@ FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # absent without PEFT
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
-# The attribute under which an output holds the call of its head; its loss holds a weak reference under the same name.
+# The name under which an output holds the call of its head, and the node of its loss a weak reference to that.
 _CALL = "_peft_ext_call"
 # Keyword arguments of a model's forward that reach its loss function, which ignores them.
 _IGNORED = frozenset({
@@ -74,11 +73,8 @@ def _is_known_loss(function: Any) -> bool:
 class Call:
     """One call of a head: what its logits are computed from, and what its loss takes instead of them.
 
-    Args:
-        layer: the head. inputs: the hidden states ``[..., K]``; of an adapter with dropout also what dropout left of
-            them. outputs: V. dtype: of the logits.
-        forward: ``*inputs -> logits``, the head's own.
-        operands: what :func:`peft_ext.ops.linear_cross_entropy` takes beside inputs and labels.
+    ``inputs``: the hidden states, and, of an adapter with dropout, what dropout left of them. ``forward``: of the
+    inputs, the head's own. ``operands``: of ``ops.linear_cross_entropy``, beside inputs and labels.
     """
 
     def __init__(
@@ -89,9 +85,10 @@ class Call:
         self.inputs, self.operands = inputs, operands
         self.is_taken = False  # a loss was computed without the logits
         self.real: Optional[Tensor] = None
-        self._layer, self._forward = layer, forward
         device = inputs[0].device.type
-        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        cast, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._autocast = functools.partial(torch.autocast, device, cast, enabled=enabled)
+        self._layer, self._forward = layer, forward
         self._state_then = self._state()
 
     def _state(self) -> tuple:
@@ -104,24 +101,16 @@ class Call:
             [t._version for t in held if isinstance(t, Tensor) and not t.is_inference()],
         )  # fmt: skip
 
-    def _check(self) -> None:
-        if self._state() != self._state_then:
-            raise RuntimeError(
-                "peft_ext: the logits are read after their hidden states, or the head's weight or adapter, were "
-                "changed in place (by an optimizer's step?) or replaced (by FSDP2, whose backward frees it?), and were "
-                "not computed before. Read them earlier, or call peft_ext.accelerate(model, blocks=False)"
-            )
-
-    def autocast(self) -> torch.autocast:
-        """Returns the autocast that the head was called in."""
-        device, dtype, enabled = self._autocast
-        return torch.autocast(device, dtype, enabled=enabled)
-
     def logits(self) -> Tensor:
         """Returns the real logits with their graph, by the head's own forward, computed once."""
         if self.real is None:
-            self._check()
-            with torch.inference_mode(False), torch.enable_grad(), self.autocast():
+            if self._state() != self._state_then:
+                raise RuntimeError(
+                    "peft_ext: the logits are read after their hidden states, or the head's weight or adapter, were "
+                    "changed in place (by an optimizer's step?) or replaced (by FSDP2, whose backward frees it?), and "
+                    "were not computed before. Read them earlier, or call peft_ext.accelerate(model, blocks=False)"
+                )
+            with torch.inference_mode(False), torch.enable_grad(), self._autocast():
                 self.real = self._forward(*self.inputs)
         return self.real
 
@@ -130,12 +119,13 @@ class Call:
         shift_labels: Any = None, **rest: Any,
     ) -> Optional[Tensor]:  # fmt: skip
         """Returns the causal loss by :func:`peft_ext.ops.linear_cross_entropy`; None: the loss function has to run."""
-        hidden, *low = self.inputs
-        given, items = labels if shift_labels is None else shift_labels, num_items_in_batch
-        known = not rest.keys() - _IGNORED and vocab_size == self.shape[-1] and type(ignore_index) is int
-        if not known or not is_plain(given) or given.dtype is not torch.int64 or not torch.is_grad_enabled():
+        (hidden, *low), items = self.inputs, num_items_in_batch
+        given = labels if shift_labels is None else shift_labels
+        if rest.keys() - _IGNORED or vocab_size != self.shape[-1] or type(ignore_index) is not int:
             return None
-        if given.numel() != self.shape[:-1].numel() or given.dim() < 1:
+        if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != self.shape[:-1].numel():
+            return None
+        if not torch.is_grad_enabled() or self._state() != self._state_then:
             return None
         if isinstance(items, Tensor):
             if not is_plain(items) or items.dim():
@@ -144,9 +134,8 @@ class Call:
         if shift_labels is None:
             given = F.pad(given, (0, 1), value=ignore_index)[..., 1:]
         given = given.reshape(hidden.shape[:-1]).to(hidden.device)
-        self._check()
         try:
-            with self.autocast():
+            with self._autocast():
                 loss = ops.linear_cross_entropy(
                     hidden, labels=given, lora_input=low[0] if low else None, **self.operands,
                     ignore_index=ignore_index, num_items_in_batch=items,
@@ -155,7 +144,7 @@ class Call:
             outside = ((given < 0) | (given >= self.shape[-1])) & (given != ignore_index)
             if hidden.device.type != "cpu" or not outside.any():
                 raise
-            return None  # the loss function's own error
+            return None  # to raise the loss function's own error
         self.is_taken = True
         return loss
 
@@ -244,7 +233,8 @@ class DefersLoss:
         """Returns why the logits are computed whole in training."""
         if reason := self._reason():
             return reason
-        return "hooks on the head have to run" if hooked(self) or any_global_hook() else _freed_reason(self)
+        hooks = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks or any_global_hook()
+        return "hooks on the head have to run" if hooks else _freed_reason(self)
 
     def _reason(self) -> Optional[str]:
         raise NotImplementedError
@@ -461,12 +451,13 @@ def _settled(output: Any, step: _Step) -> Any:
         _USED[step.owner] = "its forward does not hand its head's logits to its loss function"
     else:
         _USED.pop(step.owner, None)
-    if isinstance(output, ModelOutput) and isinstance(loss := output.__dict__.get("loss"), Tensor):
+    if isinstance(output, ModelOutput) and (node := getattr(output.__dict__.get("loss"), "grad_fn", None)) is not None:
         logits = output.__dict__.get("logits")
         if type(logits) is Pending and logits._call.is_taken and logits._call.real is None:
-            output.__class__ = _lazy(type(output))
-            setattr(loss, _CALL, weakref.ref(logits._call))
-            output._wait(logits._call)
+            node.metadata[_CALL] = weakref.ref(logits._call)
+            OrderedDict.__delitem__(output, "logits")
+            del output.__dict__["logits"]
+            output.__class__, output.__dict__[_CALL] = _waiting(type(output)), logits._call
     return _without_pending(output)
 
 
@@ -487,83 +478,82 @@ def _without_pending(value: Any) -> Any:
 
 
 class _Logits:
-    """The attribute ``logits`` of an output that waits: an item like any other once it was asked for."""
+    """The logits of an output that waits. No field: FSDP2 searches fields for tensors, DDP and pytrees items."""
 
     def __get__(self, output: Any, kind: Any = None) -> Any:
-        if output is None:
-            return None  # the field's default
-        if (call := output.__dict__.get(_CALL)) is None:
-            raise RuntimeError("peft_ext: a copy of a model's output has lost its logits; read them from the original")
-        output["logits"] = call.logits()
-        del output.__dict__[_CALL]
-        names = list(output.__dataclass_fields__)
-        for name in names[names.index("logits") + 1 :]:
-            if name in output.keys():
-                output.move_to_end(name)
-        return output["logits"]
+        return None if output is None else output._whole().logits
 
 
 class _Waits:
-    """An output whose logits are computed where they are asked for by name or place, and are in no iteration before."""
+    """An output until its logits are asked for, by name or place; it then has the class that it would have had."""
 
     logits = _Logits()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        held = getattr(self.__dict__.get("loss"), _CALL, None)
-        if self.__dict__.get("logits") is None:  # made of another output's items, as accelerate does
-            self._wait(held and held())
+    def _whole(self) -> Any:
+        if (call := self.__dict__.get(_CALL)) is None:
+            raise RuntimeError("peft_ext: this copy of a model's output has lost its logits; read the output's own")
+        logits = call.logits()
+        del self.__dict__[_CALL]
+        self.__class__ = type(self).__mro__[2]
+        self["logits"] = logits
+        names = list(self.__dataclass_fields__)
+        for name in names[names.index("logits") + 1 :]:
+            if name in self.keys():
+                self.move_to_end(name)
+        return self
 
-    def _wait(self, call: Optional[Call]) -> None:
-        if "logits" in self.keys():
-            OrderedDict.__delitem__(self, "logits")
-        self.__dict__.pop("logits", None)
-        self.__dict__[_CALL] = call
+    def __post_init__(self) -> None:
+        """Of an output made of another's items, as accelerate and FSDP do: finds the call behind the loss."""
+        if (logits := self.__dict__.pop("logits", None)) is not None:
+            self.__class__ = type(self).__mro__[2]
+            self["logits"] = logits
+            return self.__post_init__()
+        super().__post_init__()
+        node, held = getattr(self.__dict__.get("loss"), "grad_fn", None), None
+        while node is not None and (held := node.metadata.get(_CALL)) is None and len(node.next_functions) == 1:
+            node = node.next_functions[0][0]  # of a cast
+        self.__dict__[_CALL] = held and held()
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and key == 0:
             return next(iter(self.values()))  # the loss
-        if not isinstance(key, str) or key == "logits":
-            _ = self.logits
-        return super().__getitem__(key)
+        return super().__getitem__(key) if isinstance(key, str) and key != "logits" else self._whole()[key]
 
     def __contains__(self, key: Any) -> bool:
         return key == "logits" or super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self.logits if key == "logits" else super().get(key, default)
+        return self[key] if key == "logits" else super().get(key, default)
 
     def to_tuple(self) -> tuple:
-        _ = self.logits
-        return super().to_tuple()
+        return self._whole().to_tuple()
 
-    def __reduce__(self) -> tuple:
-        _ = self.logits
-        _, *state = super().__reduce__()
-        return type(self).__mro__[2], *state
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._whole().__reduce_ex__(protocol)
 
 
 @functools.cache
-def _lazy(kind: type) -> type:
-    """Returns the subclass of an output's class whose logits wait, made once: classes are freed by the garbage
-    collector alone, which would keep the hidden states until then."""
-    made = type(kind)(kind.__name__, (_Waits, kind), {"__doc__": kind.__doc__, "__module__": __name__})
+def _waiting(kind: type) -> type:
+    """Returns the subclass of an output's class whose logits wait. One for all: the garbage collector alone frees a
+    class, and hidden states that it reaches would wait for that."""
+    fields = {name: field for name, field in kind.__dataclass_fields__.items() if name != "logits"}
+    held = {"__doc__": kind.__doc__, "__module__": __name__, "__dataclass_fields__": fields}
+    made = type(kind)(kind.__name__, (_Waits, kind), held)
     made.__qualname__ = kind.__qualname__
-    # transformers has registered it with its own pair, which would lose the call.
+    # transformers has registered it with a pair of its own, which would lose the call.
     node = pytree.SUPPORTED_NODES[made]
     pytree.SUPPORTED_NODES[made] = node._replace(flatten_fn=_flatten, unflatten_fn=functools.partial(_unflatten, made))
     return made
 
 
 def _flatten(output: Any) -> tuple[list[Any], Any]:
-    return list(output.values()), (tuple(output.keys()), output.__dict__.get(_CALL))
+    return list(output.values()), (tuple(output.keys()), output.__dict__[_CALL])
 
 
 def _unflatten(kind: type, values: Any, context: Any) -> Any:
     names, call = context
     output = kind(**dict(zip(names, values, strict=True)))
-    if call is not None:
-        output._wait(call)
+    output.__dict__[_CALL] = call
     return output
 
 
