@@ -146,7 +146,11 @@ def test_a_step_in_which_no_label_counts(dtype: torch.dtype, targets: Any, items
 
 def test_packed_and_shifted_labels_and_what_stock_ignores() -> None:
     labels = F.pad(batch()["labels"], (0, 1), value=-100)[..., 1:].contiguous()
-    for more in ({"shift_labels": labels}, {"ignore_index": 7, "labels": batch()["input_ids"]}, {"output_attentions": False, "use_cache": False}):
+    for more in (
+        {"shift_labels": labels},
+        {"ignore_index": 7, "labels": batch()["input_ids"]},
+        {"output_attentions": False, "use_cache": False},
+    ):
         stock, ours = step(build(), **more), step(peft_ext.accelerate(build()), **more)
         assert waits(ours[2])
         assert_same_step(ours, stock)
@@ -259,7 +263,7 @@ def test_a_function_that_would_lose_their_gradient_is_refused(monkeypatch: pytes
     _, model = with_use(lambda z, y: _Doubled.apply(z), monkeypatch)
     with pytest.raises(RuntimeError, match=r"autograd\.Function .* blocks=False"):
         step(model)
-    assert between._THREAD.step is None
+    assert between._step() is None
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "softmax"])
@@ -304,7 +308,7 @@ def test_hooks_see_tensors() -> None:
         seen: list[type] = []
         model, stock = peft_ext.accelerate(build()), build()
         handle = add(model.get_base_model().lm_head, lambda out, seen=seen: seen.append(type(out)) or out * 2)
-        assert reason(model) == "hooks on the head have to run"
+        assert "hooks" in reason(model)
         found = step(model)
         handle.remove()
         stock.get_base_model().lm_head.register_forward_hook(lambda layer, args, out: out * 2)

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -26,11 +27,12 @@ from ... import ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype, under_a_transform
 from ..adapter_layers import lora
-from ..adapter_layers.base import LINEAR, STOCK, class_name, is_fully_sharded, operands, sums_wider
+from ..adapter_layers.base import LINEAR, STOCK, class_name, operands, sums_wider
 from ..adapter_layers.linear import FusedLinear
 from ..adapter_layers.reasons import (
     accepts_input,
     any_global_hook,
+    freed_reason,
     is_plain,
     kernel_reason,
     replaced_on_instance,
@@ -78,10 +80,11 @@ class Call:
     """
 
     def __init__(
-        self, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: int, dtype: torch.dtype,
-        forward: Callable[..., Tensor], operands: dict[str, Any],
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, forward: Callable[..., Tensor],
+        operands: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.shape, self.dtype = torch.Size((*inputs[0].shape[:-1], outputs)), dtype
+        # As the logits will be, without their elements.
+        self.like = torch.empty((*inputs[0].shape[:-1], operands["weight"].shape[0]), dtype=dtype, device="meta")
         self.inputs, self.operands = inputs, operands
         self.is_taken = False  # a loss was computed without the logits
         self.real: Optional[Tensor] = None
@@ -121,9 +124,9 @@ class Call:
         """Returns the causal loss by :func:`peft_ext.ops.linear_cross_entropy`; None: the loss function has to run."""
         (hidden, *low), items = self.inputs, num_items_in_batch
         given = labels if shift_labels is None else shift_labels
-        if rest.keys() - _IGNORED or vocab_size != self.shape[-1] or type(ignore_index) is not int:
+        if rest.keys() - _IGNORED or vocab_size != self.like.shape[-1] or type(ignore_index) is not int:
             return None
-        if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != self.shape[:-1].numel():
+        if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != hidden.shape[:-1].numel():
             return None
         if not torch.is_grad_enabled() or self._state() != self._state_then:
             return None
@@ -141,7 +144,7 @@ class Call:
                     ignore_index=ignore_index, num_items_in_batch=items,
                 )  # fmt: skip
         except RuntimeError:
-            outside = ((given < 0) | (given >= self.shape[-1])) & (given != ignore_index)
+            outside = ((given < 0) | (given >= vocab_size)) & (given != ignore_index)
             if hidden.device.type != "cpu" or not outside.any():
                 raise
             return None  # to raise the loss function's own error
@@ -158,19 +161,10 @@ class Pending:
     def __init__(self, call: Call) -> None:
         object.__setattr__(self, "_call", call)
 
-    shape = property(lambda self: self._call.shape)
-    dtype = property(lambda self: self._call.dtype)
-    device = property(lambda self: self._call.inputs[0].device)
-    ndim = property(lambda self: len(self._call.shape))
-
-    def dim(self) -> int:
-        return len(self._call.shape)
-
-    def size(self, dim: Optional[int] = None) -> Any:
-        return self._call.shape if dim is None else self._call.shape[dim]
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(_real(self), name)
+        if name == "device":
+            return self._call.inputs[0].device
+        return getattr(self._call.like if name in ("dim", "dtype", "ndim", "shape", "size") else _real(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(_real(self), name, value)
@@ -212,29 +206,23 @@ for _name in dir(Tensor):
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-class _Step:
-    """A forward under way: its model, that model's head, and the calls of the head that were left to the loss."""
-
-    def __init__(self, owner: nn.Module, head: Optional[nn.Module]) -> None:
-        self.owner, self.head, self.calls = owner, head, []
+# ``step``: of a forward under way, its ``model``, that model's ``head``, and the ``calls`` that it left to the loss.
+_THREAD = threading.local()
 
 
-class _Thread(threading.local):
-    step: Optional[_Step] = None
-
-
-_THREAD = _Thread()
+def _step() -> Any:
+    return None if torch.compiler.is_compiling() else getattr(_THREAD, "step", None)
 
 
 class DefersLoss:
-    """A layer whose outputs are a model's logits. A subclass gives ``_reason`` and ``_call``."""
+    """A layer whose outputs are a model's logits, over a frozen weight."""
 
     def head_reason(self) -> Optional[str]:
         """Returns why the logits are computed whole in training."""
-        if reason := self._reason():
-            return reason
-        hooks = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks or any_global_hook()
-        return "hooks on the head have to run" if hooks else _freed_reason(self)
+        reason = self._reason() or kernel_reason("linear_cross_entropy", next(self.parameters()).device.type)
+        if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
+            reason = "hooks on the head have to run"
+        return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def _reason(self) -> Optional[str]:
         raise NotImplementedError
@@ -246,15 +234,12 @@ class DefersLoss:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
             return type(self).forward(self, *args, **kwargs)
-        step = None if torch.compiler.is_compiling() else _THREAD.step
-        if step is None or step.head is not self or len(args) != 1 or kwargs or not accepts_input(args[0]):
+        step, call = _step(), None
+        if step is not None and step.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
+            if args[0].dim() >= 2 and torch.is_grad_enabled() and self.head_reason() is None:
+                call = self._call(*args)
+        if call is None or not any(getattr(t, "requires_grad", False) for t in (*args, *call.operands.values())):
             return super().forward(*args, **kwargs)
-        (x,) = args
-        if x.dim() < 2 or not torch.is_grad_enabled() or self.head_reason() is not None:
-            return super().forward(x)
-        call = self._call(x)
-        if call is None or not any(getattr(t, "requires_grad", False) for t in (x, *call.operands.values())):
-            return super().forward(x)
         step.calls.append(call)
         return Pending(call)
 
@@ -265,14 +250,13 @@ class LinearHead(DefersLoss, FusedLinear):
     def _reason(self) -> Optional[str]:
         if replaced_on_instance(self):
             return "its forward was replaced on the instance (accelerate's device hooks do that)"
-        return weight_reason(self) or _kernel_reason(self._parameters["weight"])
+        return weight_reason(self)
 
     def _call(self, x: Tensor) -> Optional[Call]:
         if (found := operands(self, x)) is None:
             return None
         _, weight, bias, dtype = found
-        whole = super(DefersLoss, self).forward
-        return Call(self, (x,), self.out_features, dtype, whole, {"weight": weight, "bias": bias})
+        return Call(self, (x,), dtype, super(DefersLoss, self).forward, {"weight": weight, "bias": bias})
 
 
 LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
@@ -292,14 +276,13 @@ if FusedLoraLinear is not None:
             reason, alone = self._reasons()
             if reason or alone:
                 return reason or alone
-            names = self._names()
-            if len(names) > 1:
+            name, *more = self._names()
+            if more:
                 return "several adapters are active on the head"
-            if names[0] in self.lora_variant:
+            if name in self.lora_variant:
                 return "the head's adapter is not plain LoRA"
-            if self._bias(names[0]) is not None or isinstance(self.scaling[names[0]], Tensor):
-                return "the head's adapter has a bias, or a scale that is a tensor"
-            return _kernel_reason(self.pair(names[0])[0])
+            has_more = self._bias(name) is not None or isinstance(self.scaling[name], Tensor)
+            return "the head's adapter has a bias, or a scale that is a tensor" if has_more else None
 
         def _call(self, x: Tensor) -> Optional[Call]:
             (name,), base = self._names(), self._modules["base_layer"]
@@ -316,49 +299,11 @@ if FusedLoraLinear is not None:
                 return ops.lora_residual(x if low is None else low, base(x), lora_A, lora_B, scaling=scaling)
 
             given = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
-            return Call(self, (x, dropout(x)) if drops else (x,), weight.shape[0], dtype, forward, given)
+            return Call(self, (x, dropout(x)) if drops else (x,), dtype, forward, given)
 
     LoraHead.__name__, LoraHead.stock_class = FusedLoraLinear.__name__, STOCK[FusedLoraLinear]
     STOCK[LoraHead] = STOCK[FusedLoraLinear]
     HEADS[FusedLoraLinear], LAYERS[LoraHead] = LoraHead, FusedLoraLinear
-
-
-def _kernel_reason(tensor: Tensor) -> Optional[str]:
-    return kernel_reason("linear_cross_entropy", tensor.device.type)
-
-
-def _freed_reason(layer: nn.Module) -> Optional[str]:
-    """Returns which engine frees the tensors of ``layer`` after a forward, from which logits could not be computed."""
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # PyTorch's own mark of both FSDPs
-        return None
-    held = {id(parameter) for parameter in layer.parameters()}
-    wrapped, is_held = _fully_sharded(), False
-    for module, state in wrapped:
-        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
-        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
-            for parameter in getattr(group, "fsdp_params", ()):
-                seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)
-                if held.isdisjoint(map(id, seen)):
-                    continue
-                is_held = True
-                if group.post_forward_mesh_info is not None and not _will_be_root(module, state, wrapped):
-                    return "FSDP2 frees its weight after the forward (reshard_after_forward)"
-    if is_held or any(layer in module.modules() for module, _ in wrapped):
-        return None
-    return "FSDP1 flattens its weight, and frees it after the forward"
-
-
-def _fully_sharded() -> list[tuple[nn.Module, Any]]:
-    """Returns the modules that fully_shard was called on, each with its state; torch.distributed is not imported."""
-    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
-    return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
-
-
-def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
-    """Returns whether the first forward will find ``module`` the outermost, which keeps its parameters by default."""
-    if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
-        return False
-    return not any(module in other.modules() for other, _ in wrapped if other is not module)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -374,21 +319,12 @@ class LanguageModel:
 
     @property
     def loss_function(self) -> Any:
-        function = super().loss_function
-        step = None if torch.compiler.is_compiling() else _THREAD.step
-        return function if step is None or step.owner is not self else functools.partial(_loss, function)
+        function, step = super().loss_function, _step()
+        return function if step is None or step.model is not self else functools.partial(_loss, function)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         super(LanguageModel, type(self)).loss_function.__set__(self, value)
-
-    def _step(self, labels: Any) -> Optional[_Step]:
-        """Returns the step that a forward with ``labels`` begins; None: the head returns logits."""
-        if not self.training or labels is None or not torch.is_grad_enabled() or "_is_replica" in self.__dict__:
-            return None
-        if under_a_transform() or torch.jit.is_tracing() or not _is_known_loss(super().loss_function):
-            return None
-        return _Step(self, _head_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class was made at run time: it is made again from the model's.
@@ -412,12 +348,14 @@ def _on_loss(stock: type) -> type:
         if not isinstance(self, LanguageModel):  # restored, and called by who held the bound method
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.training or not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        step = self._step(args[at] if at < len(args) else kwargs.get("labels"))
-        if step is None:
+        labels = args[at] if at < len(args) else kwargs.get("labels")
+        known = labels is not None and _is_known_loss(super(LanguageModel, self).loss_function)
+        if not known or under_a_transform() or torch.jit.is_tracing() or "_is_replica" in self.__dict__:
             return run(*args, **kwargs)
-        before, _THREAD.step = _THREAD.step, step
+        before, step = _step(), SimpleNamespace(model=self, head=_head_of(self), calls=[])
+        _THREAD.step = step
         try:
             output = run(*args, **kwargs)
         finally:
@@ -443,14 +381,14 @@ def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 # --- what a forward returns -------------------------------------------------------------------------------------------
 
 
-def _settled(output: Any, step: _Step) -> Any:
+def _settled(output: Any, step: Any) -> Any:
     """Returns a forward's output with real logits, or of a ModelOutput with logits that wait to be asked for."""
     if any(call.real is not None for call in step.calls):
-        _USED[step.owner] = "its forward uses the logits before the loss (a soft cap, a scale, a loss of its own, ...)"
+        _USED[step.model] = "its forward uses the logits before the loss (a soft cap, a scale, a loss of its own, ...)"
     elif not any(call.is_taken for call in step.calls):
-        _USED[step.owner] = "its forward does not hand its head's logits to its loss function"
+        _USED[step.model] = "its forward does not hand its head's logits to its loss function"
     else:
-        _USED.pop(step.owner, None)
+        _USED.pop(step.model, None)
     if isinstance(output, ModelOutput) and (node := getattr(output.__dict__.get("loss"), "grad_fn", None)) is not None:
         logits = output.__dict__.get("logits")
         if type(logits) is Pending and logits._call.is_taken and logits._call.real is None:
@@ -462,19 +400,12 @@ def _settled(output: Any, step: _Step) -> Any:
 
 
 def _without_pending(value: Any) -> Any:
-    if isinstance(value, dict):
-        for name, one in list(value.items()):
-            if (found := _without_pending(one)) is not one:
-                value[name] = found
-    elif isinstance(value, (tuple, list)):
-        found = [_without_pending(one) for one in value]
-        if any(new is not old for new, old in zip(found, value, strict=True)):
-            return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
-    elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module)):
-        for name, one in list(vars(value).items()):
-            if type(one) is Pending:
-                setattr(value, name, _real(one))
-    return _real(value)
+    if pytree.tree_any(lambda one: type(one) is Pending, value):
+        return pytree.tree_map(_real, value)
+    for name, one in list(getattr(value, "__dict__", {}).items()):  # of an output that is no container
+        if type(one) is Pending:
+            setattr(value, name, _real(one))
+    return value
 
 
 class _Logits:
@@ -482,6 +413,14 @@ class _Logits:
 
     def __get__(self, output: Any, kind: Any = None) -> Any:
         return None if output is None else output._whole().logits
+
+
+def _call_behind(nodes: list[Any], depth: int = 4) -> Optional[Call]:
+    """Returns the call behind a loss that may have been cast or copied since; None: there is none, or several."""
+    nodes = [node for node in nodes if node is not None]
+    if found := [node.metadata[_CALL] for node in nodes if _CALL in node.metadata]:
+        return found[0]() if len(found) == 1 else None
+    return _call_behind([one for node in nodes for one, _ in node.next_functions], depth - 1) if depth else None
 
 
 class _Waits:
@@ -503,16 +442,13 @@ class _Waits:
         return self
 
     def __post_init__(self) -> None:
-        """Of an output made of another's items, as accelerate and FSDP do: finds the call behind the loss."""
+        """Of an output made of another's items, as DDP, FSDP and accelerate do: finds the call behind the loss."""
         if (logits := self.__dict__.pop("logits", None)) is not None:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits
             return self.__post_init__()
         super().__post_init__()
-        node, held = getattr(self.__dict__.get("loss"), "grad_fn", None), None
-        while node is not None and (held := node.metadata.get(_CALL)) is None and len(node.next_functions) == 1:
-            node = node.next_functions[0][0]  # of a cast
-        self.__dict__[_CALL] = held and held()
+        self.__dict__[_CALL] = _call_behind([getattr(self.__dict__.get("loss"), "grad_fn", None)])
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and key == 0:
@@ -540,21 +476,7 @@ def _waiting(kind: type) -> type:
     held = {"__doc__": kind.__doc__, "__module__": __name__, "__dataclass_fields__": fields}
     made = type(kind)(kind.__name__, (_Waits, kind), held)
     made.__qualname__ = kind.__qualname__
-    # transformers has registered it with a pair of its own, which would lose the call.
-    node = pytree.SUPPORTED_NODES[made]
-    pytree.SUPPORTED_NODES[made] = node._replace(flatten_fn=_flatten, unflatten_fn=functools.partial(_unflatten, made))
     return made
-
-
-def _flatten(output: Any) -> tuple[list[Any], Any]:
-    return list(output.values()), (tuple(output.keys()), output.__dict__[_CALL])
-
-
-def _unflatten(kind: type, values: Any, context: Any) -> Any:
-    names, call = context
-    output = kind(**dict(zip(names, values, strict=True)))
-    output.__dict__[_CALL] = call
-    return output
 
 
 # --- accelerate, restore, explain -------------------------------------------------------------------------------------
