@@ -86,12 +86,12 @@ def accelerate(
             part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A layer that can't be fused goes on as
             it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
-        blocks: more than layers, each tried on random numbers first, and left as it is where it gives other ones: norms
-            (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row; MLPs, gated or not, whose inner
-            activation is computed again in the backward; and the loss of a language model, which in training takes the
-            hidden states and the frozen head instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever
-            computes it with ``F.cross_entropy``. The logits that such a model returns in training are computed where
-            something reads them. False: the layers alone.
+        blocks: more than layers. Norms (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row, and
+            MLPs, gated or not, whose inner activation is computed again in the backward: each is tried on random
+            numbers first, and left as it is where it gives other ones. And the loss of a language model under a frozen
+            head, where its ``loss_function`` is transformers' ``ForCausalLMLoss``: in a training step with labels
+            :func:`peft_ext.ops.linear_cross_entropy` computes it from the hidden states, and the output computes its
+            logits when they are asked for. False: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.

@@ -83,12 +83,12 @@ class Call:
         self, layer: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, forward: Callable[..., Tensor],
         operands: dict[str, Any],
     ) -> None:  # fmt: skip
-        # As the logits will be, without their elements.
-        self.like = torch.empty((*inputs[0].shape[:-1], operands["weight"].shape[0]), dtype=dtype, device="meta")
         self.inputs, self.operands = inputs, operands
+        self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
+        self.dtype, self.device = dtype, inputs[0].device
         self.is_taken = False  # a loss was computed without the logits
         self.real: Optional[Tensor] = None
-        device = inputs[0].device.type
+        device = self.device.type
         cast, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._autocast = functools.partial(torch.autocast, device, cast, enabled=enabled)
         self._layer, self._forward = layer, forward
@@ -124,7 +124,7 @@ class Call:
         """Returns the causal loss by :func:`peft_ext.ops.linear_cross_entropy`; None: the loss function has to run."""
         (hidden, *low), items = self.inputs, num_items_in_batch
         given = labels if shift_labels is None else shift_labels
-        if rest.keys() - _IGNORED or vocab_size != self.like.shape[-1] or type(ignore_index) is not int:
+        if rest.keys() - _IGNORED or vocab_size != self.shape[-1] or type(ignore_index) is not int:
             return None
         if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != hidden.shape[:-1].numel():
             return None
@@ -162,9 +162,10 @@ class Pending:
         object.__setattr__(self, "_call", call)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "device":
-            return self._call.inputs[0].device
-        return getattr(self._call.like if name in ("dim", "dtype", "ndim", "shape", "size") else _real(self), name)
+        return getattr(self._call if name in ("device", "dtype", "shape") else _real(self), name)
+
+    def size(self, dim: Optional[int] = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(_real(self), name, value)
