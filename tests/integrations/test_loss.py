@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from accelerate.utils.operations import convert_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,7 +27,7 @@ import peft_ext
 from peft_ext.integrations.model_blocks import loss as between
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "pad_token_id": 0, "num_key_value_heads": 2, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+         "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 2}  # fmt: skip
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 99, "dropout_rate": 0.0,
       "decoder_start_token_id": 0}  # fmt: skip
@@ -130,6 +131,15 @@ def test_16_bits_are_as_good_as_stock(dtype: torch.dtype, autocast: bool, target
     assert found[1][2].logits.dtype is found[0][2].logits.dtype
     errors = [sum((grads[n].double() - g).norm() ** 2 for n, g in exact[1].items()) for _, grads, _ in found]
     assert errors[1] <= 1.5**2 * errors[0]
+
+
+def test_accelerate_takes_them_to_float32() -> None:
+    found = []
+    for model in (build(), peft_ext.accelerate(build())):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(convert_to_fp32(model(**batch())))
+    assert waits(found[1]) and found[1].logits.dtype is found[0].logits.dtype is torch.float32
+    torch.testing.assert_close(found[1].logits, found[0].logits, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -317,7 +327,7 @@ def test_logits_are_computed_where_they_are_asked_for(name: str) -> None:
 def test_outputs_that_are_no_model_output(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft_ext.accelerate(build())
     found = model(**batch(), return_dict=False)
-    assert type(found) is tuple and type(found[1]) is Tensor
+    assert type(found) is tuple and type(found[1]) is Tensor and "in a tuple" in reason(model)
     out = model(**batch())
     again = pickle.loads(pickle.dumps(pytree.tree_map(lambda one: one.detach() if isinstance(one, Tensor) else one,
                                                       copy.copy(out))))  # fmt: skip

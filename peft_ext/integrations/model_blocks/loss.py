@@ -54,7 +54,7 @@ _CALL = "_peft_ext_call"
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
     "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
-    "use_cache",
+    "token_type_ids", "use_cache",
 })  # fmt: skip
 # PyTorch's own functions, also where somebody replaces them later.
 _FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
@@ -87,10 +87,11 @@ class Call:
         self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
         self.dtype, self.device = dtype, inputs[0].device
         self.is_taken = False  # a loss was computed without the logits
+        self.is_widened = False  # by accelerate's mixed precision, which takes what a model returns to float32
         self.real: Optional[Tensor] = None
         device = self.device.type
         cast, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        self._autocast = functools.partial(torch.autocast, device, cast, enabled=enabled)
+        self.autocast = functools.partial(torch.autocast, device, cast, enabled=enabled)
         self._layer, self._forward = layer, forward
         self._state_then = self._state()
 
@@ -113,7 +114,7 @@ class Call:
                     "changed in place (by an optimizer's step?) or replaced (by FSDP2, whose backward frees it?), and "
                     "were not computed before. Read them earlier, or call peft_ext.accelerate(model, blocks=False)"
                 )
-            with torch.inference_mode(False), torch.enable_grad(), self._autocast():
+            with torch.inference_mode(False), torch.enable_grad(), self.autocast():
                 self.real = self._forward(*self.inputs)
         return self.real
 
@@ -138,7 +139,7 @@ class Call:
             given = F.pad(given, (0, 1), value=ignore_index)[..., 1:]
         given = given.reshape(hidden.shape[:-1]).to(hidden.device)
         try:
-            with self._autocast():
+            with self.autocast():
                 loss = ops.linear_cross_entropy(
                     hidden, labels=given, lora_input=low[0] if low else None, **self.operands,
                     ignore_index=ignore_index, num_items_in_batch=items,
@@ -384,12 +385,11 @@ def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 def _settled(output: Any, step: Any) -> Any:
     """Returns a forward's output with real logits, or of a ModelOutput with logits that wait to be asked for."""
+    used = "its forward does not hand its head's logits to its loss function"
     if any(call.real is not None for call in step.calls):
-        _USED[step.model] = "its forward uses the logits before the loss (a soft cap, a scale, a loss of its own, ...)"
-    elif not any(call.is_taken for call in step.calls):
-        _USED[step.model] = "its forward does not hand its head's logits to its loss function"
-    else:
-        _USED.pop(step.model, None)
+        used = "its forward uses the logits before the loss (a soft cap, a scale, ...), or has another loss"
+    elif any(call.is_taken for call in step.calls):
+        used = ""
     if isinstance(output, ModelOutput) and (node := getattr(output.__dict__.get("loss"), "grad_fn", None)) is not None:
         logits = output.__dict__.get("logits")
         if type(logits) is Pending and logits._call.is_taken and logits._call.real is None:
@@ -397,7 +397,11 @@ def _settled(output: Any, step: Any) -> Any:
             OrderedDict.__delitem__(output, "logits")
             del output.__dict__["logits"]
             output.__class__, output.__dict__[_CALL] = _waiting(type(output)), logits._call
-    return _without_pending(output)
+    output = _without_pending(output)
+    if not used and any(call.real is not None for call in step.calls):
+        used = "its forward returns the logits in a tuple"
+    _USED[step.model] = used
+    return output
 
 
 def _without_pending(value: Any) -> Any:
@@ -432,7 +436,7 @@ class _Waits:
     def _whole(self) -> Any:
         if (call := self.__dict__.get(_CALL)) is None:
             raise RuntimeError("peft_ext: this copy of a model's output has lost its logits; read the output's own")
-        logits = call.logits()
+        logits = call.logits().float() if call.is_widened else call.logits()
         del self.__dict__[_CALL]
         self.__class__ = type(self).__mro__[2]
         self["logits"] = logits
@@ -448,8 +452,11 @@ class _Waits:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits
             return self.__post_init__()
+        is_accelerates = isinstance(self.__dict__.get("loss"), dict)
         super().__post_init__()
-        self.__dict__[_CALL] = _call_behind([getattr(self.__dict__.get("loss"), "grad_fn", None)])
+        call = self.__dict__[_CALL] = _call_behind([getattr(self.__dict__.get("loss"), "grad_fn", None)])
+        if call is not None and is_accelerates:
+            call.is_widened = call.is_widened or call.autocast.keywords["enabled"]
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int) and key == 0:
@@ -482,7 +489,7 @@ def _waiting(kind: type) -> type:
 
 # --- accelerate, restore, explain -------------------------------------------------------------------------------------
 
-# What the last training step of a model showed of its forward.
+# Why the last training step of a model had whole logits; empty: it had none.
 _USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -515,6 +522,7 @@ def defer_losses(model: nn.Module) -> None:
 def compute_losses(model: nn.Module) -> None:
     """Undoes :func:`defer_losses`."""
     for module in model.modules():
+        _USED.pop(module, None)
         if isinstance(module, LanguageModel) and type(module) in STOCK:
             module.__class__ = STOCK[type(module)]
         elif (kind := LAYERS.get(type(module))) is not None:
@@ -540,4 +548,4 @@ def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
         inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))  # accelerate's, around it
         if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
             return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"
-    return _USED.get(owner)
+    return _USED.get(owner) or None
