@@ -315,12 +315,15 @@ class LanguageModel:
     """A model of transformers, the head of which leaves its logits to the loss function in a training step."""
 
     stock_class: type
+    stock_loss_function: Callable[..., Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Does nothing: transformers' own would take the made class for a new model."""
 
     @property
     def loss_function(self) -> Any:
+        if torch.compiler.is_compiling():  # which can't trace a property of super()
+            return self.stock_loss_function()
         function, step = super().loss_function, _step()
         return function if step is None or step.model is not self else functools.partial(_loss, function)
 
@@ -365,7 +368,7 @@ def _on_loss(stock: type) -> type:
         return _settled(output, step)
 
     made = class_of(LanguageModel, stock, ())
-    made.forward = forward
+    made.forward, made.stock_loss_function = forward, stock.loss_function.fget
     return made
 
 
@@ -514,7 +517,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 def defer_losses(model: nn.Module) -> None:
     """Gives each language model with a known loss function, and its head, the class that leaves the logits to it."""
     for owner, layer in list(_owners(model)):
-        if type(layer) in HEADS and _is_known_loss(getattr(owner, "loss_function", None)):
+        has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
+        if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
             owner.__class__ = _on_loss(type(owner))
 
