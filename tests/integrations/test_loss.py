@@ -324,7 +324,7 @@ def test_logits_are_computed_where_they_are_asked_for(name: str) -> None:
     assert not waits(out) and list(out) == ["loss", "logits", "cache"] and out.to_tuple()[1] is out.logits
 
 
-def test_outputs_that_are_no_model_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_are_no_model_output() -> None:
     model = peft_ext.accelerate(build())
     found = model(**batch(), return_dict=False)
     assert type(found) is tuple and type(found[1]) is Tensor and "in a tuple" in reason(model)
@@ -399,7 +399,6 @@ def test_what_takes_it_back() -> None:
     peft_ext.restore(peft_ext.accelerate(model))
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert type(ours) is type(theirs) and ours.__dict__.keys() == theirs.__dict__.keys()
-    torch.set_grad_enabled(True)
     torch.testing.assert_close(step(model)[0], step(stock)[0], rtol=0, atol=0)
 
 
@@ -414,6 +413,15 @@ def test_another_thread_gets_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     _, model = with_use(use, monkeypatch)
     assert waits(step(model)[2]) and found == [Tensor]
+
+
+def test_a_class_that_was_made_of_ours_is_not_made_again() -> None:
+    """As fully_shard makes one of a model that it wraps itself."""
+    model = peft_ext.accelerate(build())
+    base = model.get_base_model()
+    made = base.__class__ = type("Sharded", (type(base),), {})
+    peft_ext.accelerate(model)
+    assert type(base) is made and waits(model(**batch())) and reason(model) == "logits in chunks"
 
 
 def test_an_error_within_a_forward_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,8 @@ def _step() -> Any:
 
 
 class DefersLoss:
-    """A layer whose outputs are a model's logits, over a frozen weight."""
+    """A layer whose outputs are a model's logits, over a frozen weight. A subclass gives ``_reason``, beside what is
+    asked of each, and ``_call``: this call, for the loss; None where the logits have to be computed."""
 
     def head_reason(self) -> Optional[str]:
         """Returns why the logits are computed whole in training."""
@@ -225,13 +226,6 @@ class DefersLoss:
         if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
             reason = "hooks on the head have to run"
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
-
-    def _reason(self) -> Optional[str]:
-        raise NotImplementedError
-
-    def _call(self, x: Tensor) -> Optional[Call]:
-        """Returns this call, for the loss; None: the logits have to be computed."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, DefersLoss):  # restored, and called by who held the bound method
@@ -520,7 +514,8 @@ def defer_losses(model: nn.Module) -> None:
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            owner.__class__ = _on_loss(type(owner))
+            if not isinstance(owner, LanguageModel):  # as it stays where fully_shard has made a class of the class
+                owner.__class__ = _on_loss(type(owner))
 
 
 def compute_losses(model: nn.Module) -> None:
