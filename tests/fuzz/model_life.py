@@ -400,8 +400,9 @@ class Case(Pair):
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
             # What is no adapter's stays fused until restore: norms, a head and its model without the logits, and where
             # this CPU has no product in the dtype the frozen linear layers, an adapter's base among them.
+            kept = (Block, FusedLinear, LanguageModel)
             left = [name for name, module in self.fused.named_modules()
-                    if type(module) in STOCK and not isinstance(module, (Block, FusedLinear, LanguageModel))]  # fmt: skip
+                    if type(module) in STOCK and not isinstance(module, kept)]  # fmt: skip
             if left and not self.base.startswith("bnb"):
                 raise Failed(f"leave: {left} are still fused")
             self.drops = False
