@@ -45,7 +45,7 @@ from .adapter_layers.linear import FusedLinear, linear_dtype, would_widen
 from .adapter_layers.lora import Lora
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
-from .model_blocks.head import DefersLoss, compute_losses, defer_losses, no_head_reason, owners, replaced_reason
+from .model_blocks.loss import compute_losses, defer_losses, loss_parts
 
 PeftModel = BaseTunerLayer = None
 with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):
@@ -86,12 +86,12 @@ def accelerate(
             part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A layer that can't be fused goes on as
             it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
-        blocks: more than layers, each tried on random numbers first, and left as it is where it gives other ones: norms
-            (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row; MLPs, gated or not, whose inner
-            activation is computed again in the backward; and the loss of a language model, which in training takes the
-            hidden states and the frozen head instead of the logits (:func:`peft_ext.ops.linear_cross_entropy`), whoever
-            computes it with ``F.cross_entropy``. The logits that such a model returns in training are computed where
-            something reads them. False: the layers alone.
+        blocks: more than layers. Norms (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row, and
+            MLPs, gated or not, whose inner activation is computed again in the backward: each is tried on random
+            numbers first, and left as it is where it gives other ones. And the loss of a language model under a frozen
+            head, where its ``loss_function`` is transformers' ``ForCausalLMLoss``: in a training step with labels
+            :func:`peft_ext.ops.linear_cross_entropy` computes it from the hidden states, and the output computes its
+            logits when they are asked for. False: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.
@@ -159,7 +159,8 @@ def restore(model: nn.Module) -> nn.Module:
     """
     check_module("restore", model)
     for name, module in model.named_modules():
-        if is_fully_sharded(type(module)) and any(kind in STOCK for kind in type(module).__mro__):
+        kinds = type(module).__mro__
+        if is_fully_sharded(kinds[0]) and kinds[0] not in STOCK and any(kind in STOCK for kind in kinds):
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into an NF4 weight; call unmerge_adapter() first")
@@ -261,9 +262,7 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
     for name, kind, reason in block_parts(model):
         yield Row(name, kind, reason is None, reason or "")
-    for owner, layer in owners(model):
-        reason = layer.head_reason() if isinstance(layer, DefersLoss) else no_head_reason(layer)
-        reason = reason or replaced_reason(owner)
+    for layer, reason in loss_parts(model):
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
 
 

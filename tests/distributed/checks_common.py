@@ -27,7 +27,7 @@ import peft_ext
 from peft_ext.integrations.adapter_layers import siblings
 from peft_ext.integrations.adapter_layers.ia3 import IA3Layer
 from peft_ext.integrations.adapter_layers.lora import LowRank
-from peft_ext.integrations.model_blocks.deferred import Head
+from peft_ext.integrations.model_blocks.loss import Call
 from peft_ext.nn import NF4Linear
 
 LLAMA = ARCHITECTURES["Llama"]
@@ -226,20 +226,24 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
 
 @contextlib.contextmanager
-def counted_logits() -> Iterator[list[Head]]:
-    """Whose logits were computed whole, in training or by a trial."""
-    found: list[Head] = []
-    before = Head.compute
+def counted_losses() -> Iterator[dict[str, int]]:
+    """How many losses were computed without logits, and how many logits were computed that a loss was to take."""
+    found, loss, logits = {"fused": 0, "whole": 0}, Call.loss, Call.logits
 
-    def compute(head: Head, *inputs: Tensor) -> Tensor:
-        found.append(head)
-        return before(head, *inputs)
+    def counted_loss(call: Call, *args: Any, **kwargs: Any) -> Optional[Tensor]:
+        value = loss(call, *args, **kwargs)
+        found["fused"] += value is not None
+        return value
 
-    Head.compute = compute
+    def counted_logits(call: Call) -> Tensor:
+        found["whole"] += call.real is None
+        return logits(call)
+
+    Call.loss, Call.logits = counted_loss, counted_logits
     try:
         yield found
     finally:
-        Head.compute = before
+        Call.loss, Call.logits = loss, logits
 
 
 def assert_loss(model: nn.Module, reason: str) -> None:

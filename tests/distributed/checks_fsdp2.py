@@ -29,7 +29,7 @@ from checks_common import (
     batch,
     check,
     counted_calls,
-    counted_logits,
+    counted_losses,
     gradients,
     make,
     mean,
@@ -106,22 +106,22 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             torch.manual_seed(3)
             return peft_ext.get_peft_model(quantize(LLAMA.build(), "float32"), config).train()
 
-        for of, count in ((lambda model: model, 0), (LossOutside, 0), (Entropy, STEPS)):
+        for of, counts in ((lambda model: model, (STEPS, 0)), (LossOutside, (0, 0)), (Entropy, (STEPS, STEPS))):
             wanted = train_alone(of(build()))
             model = shard(build())
             assert_loss(model, "logits in chunks")
-            with counted_logits() as computed:
+            with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
-            assert len(computed) == count, len(computed)
+            assert tuple(counted.values()) == counts, counted
             # One unit alone: the hook on what it returns is all that gathers and reduces.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
                 fully_shard(layer)
             fully_shard(model, reshard_after_forward=True)
-            with counted_logits() as computed:
+            with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
-            assert not computed
+            assert not any(counted.values()), counted
             assert_loss(model, "FSDP2 frees its weight after the forward (reshard_after_forward)")
 
 

@@ -24,6 +24,7 @@ import peft_ext
 from peft_ext.integrations.adapter_layers.base import STOCK
 from peft_ext.integrations.adapter_layers.linear import FusedLinear
 from peft_ext.integrations.model_blocks.block import Block
+from peft_ext.integrations.model_blocks.loss import LanguageModel
 from peft_ext.model import register_layers
 from peft_ext.nn import NF4Linear
 
@@ -397,10 +398,11 @@ class Case(Pair):
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # What is no adapter's stays fused until restore: norms, a head without its logits, and where this CPU has
-            # no product in the dtype the frozen linear layers, an adapter's base among them.
+            # What is no adapter's stays fused until restore: norms, a head and its model without the logits, and where
+            # this CPU has no product in the dtype the frozen linear layers, an adapter's base among them.
+            kept = (Block, FusedLinear, LanguageModel)
             left = [name for name, module in self.fused.named_modules()
-                    if type(module) in STOCK and not isinstance(module, (Block, FusedLinear))]  # fmt: skip
+                    if type(module) in STOCK and not isinstance(module, kept)]  # fmt: skip
             if left and not self.base.startswith("bnb"):
                 raise Failed(f"leave: {left} are still fused")
             self.drops = False

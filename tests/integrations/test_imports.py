@@ -70,6 +70,7 @@ OPTIONAL = {
         [], [["bitsandbytes.nn", "Params4bit"]], {kind for kind in LAYERS if kind.endswith("4bit")},
     ),
     "transformers.pytorch_utils.Conv1D": ([], [["transformers.pytorch_utils", "Conv1D"]], set()),
+    "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
         [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain has no rows of adapters

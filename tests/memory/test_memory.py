@@ -30,6 +30,7 @@ from peft_models import quantize  # noqa: E402
 import peft_ext  # noqa: E402
 from peft_ext import memory, methods  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
+from peft_ext.ops import cross_entropy  # noqa: E402
 from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
@@ -189,6 +190,15 @@ def test_logits_in_float32_and_their_gradient():
     logits = 2 * 64 * 512 * 4
     assert 2 * logits <= estimate.logits <= 3.5 * logits
     assert estimate_memory(BERT, "lora", task_type="SEQ_CLS", **TOKENS).logits == 4  # the loss
+
+
+def test_a_real_step_has_a_chunk_of_logits(monkeypatch):
+    """Stock has logits, their log probabilities and the gradient, 5 MB each; a chunk is a tenth of that."""
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 2**19)
+    large = copy.deepcopy(LLAMA)
+    large.vocab_size, logits = 9999, 2 * 64 * 9999 * 4
+    stock, ours = (measured(adapted(large, lora(), accelerated=accelerated)) for accelerated in (False, True))
+    assert stock - ours > 2 * logits
 
 
 def test_of_a_model_with_blocks_a_chunk_of_logits():

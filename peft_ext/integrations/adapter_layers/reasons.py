@@ -7,6 +7,7 @@ that the two can't differ.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -454,3 +455,40 @@ def vectors_reason(vectors: list[Optional[Tensor]]) -> Optional[str]:
             there = f"{short(vector.dtype)} on {vector.device}"
             return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
     return None
+
+
+# --- an engine that frees parameters ----------------------------------------------------------------------------------
+
+
+def freed_reason(layer: nn.Module) -> Optional[str]:
+    """Returns which engine frees the tensors of ``layer`` after a forward, from which logits could not be computed."""
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # PyTorch's own mark of both FSDPs
+        return None
+    held = {id(parameter) for parameter in layer.parameters()}
+    wrapped, is_held = _fully_sharded(), False
+    for module, state in wrapped:
+        groups = getattr(state, "_fsdp_param_groups", None)  # one or none before torch 2.13
+        for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                seen = parameter.sharded_param, getattr(parameter, "_unsharded_param", None)
+                if held.isdisjoint(map(id, seen)):
+                    continue
+                is_held = True
+                if group.post_forward_mesh_info is not None and not _will_be_root(module, state, wrapped):
+                    return "FSDP2 frees its weight after the forward (reshard_after_forward)"
+    if is_held or any(layer in module.modules() for module, _ in wrapped):
+        return None
+    return "FSDP1 flattens its weight, and frees it after the forward"
+
+
+def _fully_sharded() -> list[tuple[nn.Module, Any]]:
+    """Returns the modules that fully_shard was called on, each with its state; torch.distributed is not imported."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
+
+
+def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
+    """Returns whether the first forward will find ``module`` the outermost, which keeps its parameters by default."""
+    if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
+        return False
+    return not any(module in other.modules() for other, _ in wrapped if other is not module)

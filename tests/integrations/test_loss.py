@@ -1,0 +1,444 @@
+"""The loss of a language model without whole logits, and everything that uses logits of a model that trains."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import inspect
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from accelerate.utils.operations import convert_to_fp32
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from transformers.loss import loss_utils
+
+import peft_ext
+from peft_ext.integrations.model_blocks import loss as between
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 2}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 99, "dropout_rate": 0.0,
+      "decoder_start_token_id": 0}  # fmt: skip
+BERT = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+    "Llama, tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "GPT-2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
+    "Gemma 2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)),
+    "Cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.25)),
+    "Granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SMALL, logits_scaling=2.0)),
+    "T5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    "BERT": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
+}
+WHOLE = ("Gemma 2", "Cohere", "Granite", "T5", "BERT")  # whose forward uses the logits, or has a loss of its own
+
+
+def build(name: str = "Llama", targets: Any = "all-linear", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **config)).train()
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 99, (3, 17))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(model: nn.Module, loss_of: Callable[[Any], Tensor] = lambda out: out.loss, **more: Any) -> Any:
+    torch.manual_seed(2)
+    out = model(**{**batch(), **more})
+    loss = loss_of(out)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), grads, out
+
+
+def reason(model: nn.Module) -> str:
+    (row,) = [row for row in peft_ext.explain(model).blocks if row.kind == "loss"]
+    assert row.fused == (row.reason == "logits in chunks")
+    return row.reason
+
+
+def waits(out: Any) -> bool:
+    """Whether the logits of an output were not computed yet."""
+    return between._CALL in out.__dict__
+
+
+def assert_same_step(ours: Any, stock: Any, rtol: float = 5e-5) -> None:
+    torch.testing.assert_close(ours[0], stock[0], rtol=rtol, atol=1e-6, equal_nan=True)
+    assert ours[1].keys() == stock[1].keys()
+    for name, grad in stock[1].items():
+        torch.testing.assert_close(ours[1][name], grad, rtol=rtol, atol=rtol * grad.abs().max().item())
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [None, 100, torch.tensor(100)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_stock_step(name: str, items: Any) -> None:
+    more = {} if items is None or name in ("BERT", "T5") else {"num_items_in_batch": items}
+    stock, model = build(name), peft_ext.accelerate(build(name))
+    wanted, found = step(stock, **more), step(model, **more)
+    assert waits(found[2]) == (name not in WHOLE) and list(found[2].keys())[0] == "loss"
+    assert name in ("BERT", "T5") or ("uses the logits before the loss" in reason(model)) == (name in WHOLE)
+    assert_same_step(found, wanted)
+    torch.testing.assert_close(found[2].logits, wanted[2].logits, rtol=1e-4, atol=1e-4)
+    assert found[2].keys() == wanted[2].keys() and type(found[2].logits) is Tensor
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_on_the_head(dropout: float) -> None:
+    """The head's dropout is PEFT's own, so that the masks are the same from the same seed."""
+    for targets in (["lm_head"], ["lm_head", "q_proj"][: 1 if dropout else 2]):
+        stock = step(build("Llama", targets, lora_dropout=dropout))
+        ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))
+        assert waits(ours[2])
+        assert_same_step(ours, stock)
+        torch.testing.assert_close(ours[2].logits, stock[2].logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)], ids=str
+)
+def test_16_bits_are_as_good_as_stock(dtype: torch.dtype, autocast: bool, targets: Any) -> None:
+    exact, found = step(build("Llama", targets)), []
+    for model in (build("Llama", targets, dtype), peft_ext.accelerate(build("Llama", targets, dtype))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(step(model))
+    assert waits(found[1][2]) and found[1][0].dtype is found[0][0].dtype
+    assert found[1][2].logits.dtype is found[0][2].logits.dtype
+    errors = [sum((grads[n].double() - g).norm() ** 2 for n, g in exact[1].items()) for _, grads, _ in found]
+    assert errors[1] <= 1.5**2 * errors[0]
+
+
+def test_accelerate_takes_them_to_float32() -> None:
+    found = []
+    for model in (build(), peft_ext.accelerate(build())):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(convert_to_fp32(model(**batch())))
+    assert waits(found[1]) and found[1].logits.dtype is found[0].logits.dtype is torch.float32
+    torch.testing.assert_close(found[1].logits, found[0].logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=str)
+@pytest.mark.parametrize("items", [None, torch.tensor(0)], ids=str)
+def test_a_step_in_which_no_label_counts(dtype: torch.dtype, targets: Any, items: Optional[Tensor]) -> None:
+    """As under a plain Trainer: the loss is NaN, the adapter's gradients are zeros."""
+    labels = torch.full((3, 17), -100)
+    for model in (build("Llama", targets, dtype), peft_ext.accelerate(build("Llama", targets, dtype))):
+        loss, grads, _ = step(model, labels=labels, num_items_in_batch=items)
+        assert loss.isnan() and grads and not any(grad.any() for grad in grads.values())
+
+
+def test_packed_and_shifted_labels_and_what_stock_ignores() -> None:
+    labels = F.pad(batch()["labels"], (0, 1), value=-100)[..., 1:].contiguous()
+    for more in (
+        {"shift_labels": labels},
+        {"ignore_index": 7, "labels": batch()["input_ids"]},
+        {"output_attentions": False, "use_cache": False},
+    ):
+        stock, ours = step(build(), **more), step(peft_ext.accelerate(build()), **more)
+        assert waits(ours[2])
+        assert_same_step(ours, stock)
+    for more in ({"num_items_in_batch": torch.tensor([9.0])}, {"unknown": 3}):
+        ours = step(peft_ext.accelerate(build()), lambda out: out.loss.sum(), **more)
+        assert not waits(ours[2])
+        assert_same_step(ours, step(build(), lambda out: out.loss.sum(), **more))
+
+
+@pytest.mark.parametrize("label", [99, -1])
+def test_a_label_out_of_range_is_pytorch_s_error(label: int) -> None:
+    inputs, found = batch(), []
+    inputs["labels"][1, 7] = label
+    for model in (build(), peft_ext.accelerate(build())):
+        with pytest.raises(IndexError) as error:
+            model(**inputs)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
+def test_no_hidden_states_wait_for_the_garbage_collector() -> None:
+    out = peft_ext.accelerate(build())(**batch())
+    call = weakref.ref(out.__dict__[between._CALL])
+    gc.disable()
+    try:
+        del out
+        assert call() is None
+    finally:
+        gc.enable()
+
+
+# --- what uses logits -------------------------------------------------------------------------------------------------
+
+
+USES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "softmax": lambda z, y: z.softmax(-1),
+    "nested": lambda z, y: torch.cat([z, z]),
+    "augmented": lambda z, y: exec("z *= 0.5", {"z": z}),
+    "written": lambda z, y: z.__setitem__((..., 5), -1e4),
+    "index": lambda z, y: z[:, -1],
+    "rows": lambda z, y: [row.sum() for row in z],
+    "length": lambda z, y: len(z),
+    "bool": lambda z, y: bool(z.sum() > 0),
+    "numpy": lambda z, y: z.detach().numpy(),
+    "text": lambda z, y: f"{z!r} {z}",
+    "without a graph": lambda z, y: torch.no_grad()(lambda: (z.argmax(-1) == y).float().mean())(),
+    "in inference mode": lambda z, y: torch.inference_mode()(lambda: z.mean())(),
+    "retained": lambda z, y: z.retain_grad(),
+    "hook": lambda z, y: z.register_hook(lambda grad: grad * 2),
+    "set": lambda z, y: setattr(z, "seen", True),
+    "unhashed": lambda z, y: z in {z: 1},
+}
+
+
+class Uses(hf.LlamaForCausalLM):
+    use: Callable[[Any, Tensor], Any] = staticmethod(lambda z, y: None)
+
+    def forward(self, input_ids: Tensor, labels: Optional[Tensor] = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        assert (logits.shape, logits.dtype, logits.size(-1)) == ((3, 17, 99), torch.float32, 99)
+        self.used = type(self).use(logits, labels)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=99, **kwargs)
+        return hf.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(logits,))
+
+
+def with_use(use: Callable[[Any, Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    monkeypatch.setattr(Uses, "use", staticmethod(use))
+    monkeypatch.setitem(MODELS, "own", lambda: Uses(hf.LlamaConfig(**SMALL)))
+    return [build("own"), peft_ext.accelerate(build("own"))]
+
+
+@pytest.mark.parametrize("name", USES)
+def test_whatever_uses_them_gets_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, model = with_use(USES[name], monkeypatch)
+    wanted, found = step(stock), step(model)
+    assert_same_step(found, wanted, 1e-3)
+    assert "uses the logits" in reason(model) or name == "unhashed"
+    ours, theirs = model.get_base_model().used, stock.get_base_model().used
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert type(found[2].hidden_states[0]) is Tensor
+
+
+def test_a_function_that_would_lose_their_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = with_use(lambda z, y: checkpoint(torch.sin, z, use_reentrant=True), monkeypatch)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function .* blocks=False"):
+        step(model)
+    assert between._step() is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(F, "cross_entropy"), (F, "softmax"), (loss_utils, "fixed_cross_entropy")]
+)
+def test_a_wrapped_function_is_called_once(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, calls = getattr(module, name), []
+    models = with_use(lambda z, y: F.softmax(z, -1).mean() if name == "softmax" else None, monkeypatch)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(1) or 2 * own(*args, **kwargs))
+    wanted, found = step(models[0]), step(models[1])
+    assert_same_step(found, wanted)
+    assert len(calls) == 2
+
+
+def test_another_loss_function_gets_tensors() -> None:
+    def mine(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        assert type(logits) is Tensor
+        return logits.float().logsumexp(-1).mean()
+
+    model, stock = peft_ext.accelerate(build()), build()
+    stock.get_base_model().loss_function = model.get_base_model().loss_function = mine
+    assert model.get_base_model().loss_function is mine and reason(model).startswith("its loss function is none")
+    wanted = step(stock)
+    assert_same_step(step(model), wanted)
+    model = build()
+    model.get_base_model().loss_function = mine
+    assert type(peft_ext.accelerate(model).get_base_model()) is hf.LlamaForCausalLM
+    assert_same_step(step(model), wanted)
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+def test_hooks_see_tensors(is_global: bool) -> None:
+    found = []
+    for model in (build(), peft_ext.accelerate(build())):
+        head = model.get_base_model().lm_head
+        add = nn.modules.module.register_module_forward_hook if is_global else head.register_forward_hook
+        handle = add(lambda layer, args, out, head=head: torch.mul(out, 2) if layer is head else None)
+        assert "hook" in reason(model) or not found
+        found.append(step(model))
+        handle.remove()
+    assert_same_step(*found[::-1])
+    assert not waits(found[1][2])
+
+
+# --- what a forward returns -------------------------------------------------------------------------------------------
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda out: out.logits,
+    "name": lambda out: out["logits"],
+    "get": lambda out: out.get("logits"),
+    "place": lambda out: out[1],
+    "slice": lambda out: out[:2][1],
+    "tuple": lambda out: out.to_tuple()[1],
+    "getattr": lambda out: getattr(out, "logits", None),
+    "tree": lambda out: pytree.tree_map(lambda one: one, out).logits,
+    "accelerate's": lambda out: type(out)(dict(out.items())).logits,
+    "copy": lambda out: copy.copy(out).logits,
+    "FSDP's": lambda out: dataclasses.replace(out, loss=out.loss.bfloat16()).logits,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_logits_are_computed_where_they_are_asked_for(name: str) -> None:
+    stock, model = build(), peft_ext.accelerate(build())
+    wanted = step(stock, lambda out: READS[name](out).square().mean())
+    found = step(model, lambda out: READS[name](out).square().mean())
+    assert_same_step(found, wanted)
+    out = model(**batch())
+    assert waits(out) and list(out) == ["loss", "cache"] and len(out) == 2 and "logits" in out
+    assert out[0] is out["loss"] and pytree.tree_leaves(out)[0] is out.loss and waits(out)
+    assert isinstance(out, hf.modeling_outputs.CausalLMOutputWithPast) and repr(out).startswith("CausalLMOutputWith")
+    assert not waits(out) and list(out) == ["loss", "logits", "cache"] and out.to_tuple()[1] is out.logits
+
+
+def test_outputs_that_are_no_model_output() -> None:
+    model = peft_ext.accelerate(build())
+    found = model(**batch(), return_dict=False)
+    assert type(found) is tuple and type(found[1]) is Tensor and "in a tuple" in reason(model)
+    out = model(**batch())
+    again = pickle.loads(pickle.dumps(pytree.tree_map(lambda one: one.detach() if isinstance(one, Tensor) else one,
+                                                      copy.copy(out))))  # fmt: skip
+    assert type(again) is hf.modeling_outputs.CausalLMOutputWithPast
+    torch.testing.assert_close(again.logits, found[1])
+
+
+def other_weight(model: nn.Module) -> None:
+    head = model.get_base_model().lm_head
+    head.weight = nn.Parameter(2 * head.weight.detach(), requires_grad=False)
+
+
+def other_adapter(model: nn.Module) -> None:
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+
+
+@torch.no_grad()
+def optimizer_step(model: nn.Module) -> None:
+    next(reversed(list(model.get_base_model().lm_head.parameters()))).mul_(2.0)
+
+
+AFTER = {
+    "q_proj": (other_weight, optimizer_step, nn.Module.bfloat16, peft_ext.restore),
+    "lm_head": (optimizer_step, other_adapter, lambda m: m.merge_adapter(), lambda m: m.disable_adapter_layers()),
+}
+
+
+@pytest.mark.parametrize(("target", "after"), [(target, one) for target, ones in AFTER.items() for one in ones])
+def test_logits_of_a_head_that_is_another_by_now_are_refused(target: str, after: Callable[[Any], Any]) -> None:
+    model = peft_ext.accelerate(build("Llama", [target]))
+    out = model(**batch())
+    assert waits(out)
+    after(model)
+    with pytest.raises(RuntimeError, match="the head's weight or adapter, were changed in place"):
+        _ = out.logits
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_other_calls_are_stock() -> None:
+    model = peft_ext.accelerate(build())
+    inputs = batch()
+    assert type(model(inputs["input_ids"])) is type(model.eval()(**inputs)) is type(build()(**inputs))
+    assert model.generate(inputs["input_ids"], max_new_tokens=3).shape == (3, 20)
+    with torch.no_grad():
+        assert not waits(model.train()(**inputs))
+    base = model.get_base_model()
+    assert not waits(base(inputs["input_ids"])) and waits(base(inputs["input_ids"], None, None, None, None,
+                                                              inputs["labels"]))  # fmt: skip
+    torch._dynamo.reset()
+    eager, compiled = step(model), step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled[0], eager[0])
+    assert not waits(compiled[2])
+
+
+def test_what_takes_it_back() -> None:
+    stock, model = (build("Llama", ["lm_head", "q_proj"]) for _ in range(2))
+    peft_ext.accelerate(peft_ext.accelerate(model))
+    base, signature = model.get_base_model(), inspect.signature(stock.get_base_model().forward)
+    assert inspect.signature(base.forward) == signature and type(base).__name__ == "LlamaForCausalLM"
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert waits(again(**batch())) and isinstance(again.get_base_model(), between.LanguageModel)
+        assert inspect.signature(type(again.get_base_model()).forward) == inspect.signature(hf.LlamaForCausalLM.forward)
+    step(model)
+    peft_ext.accelerate(model, blocks=False)
+    assert not waits(model(**batch())) and "was not called" in reason(model)
+    peft_ext.restore(peft_ext.accelerate(model))
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert type(ours) is type(theirs) and ours.__dict__.keys() == theirs.__dict__.keys()
+    torch.testing.assert_close(step(model)[0], step(stock)[0], rtol=0, atol=0)
+
+
+def test_another_thread_gets_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[type] = []
+
+    def use(logits: Any, labels: Tensor) -> None:
+        head = model.get_base_model().lm_head
+        thread = threading.Thread(target=lambda: found.append(type(head(torch.randn(2, 5, 32).requires_grad_()))))
+        thread.start()
+        thread.join()
+
+    _, model = with_use(use, monkeypatch)
+    assert waits(step(model)[2]) and found == [Tensor]
+
+
+def test_a_class_that_was_made_of_ours_is_not_made_again() -> None:
+    """As fully_shard makes one of a model that it wraps itself."""
+    model = peft_ext.accelerate(build())
+    base = model.get_base_model()
+    made = base.__class__ = type("Sharded", (type(base),), {})
+    peft_ext.accelerate(model)
+    assert type(base) is made and waits(model(**batch())) and reason(model) == "logits in chunks"
+
+
+def test_an_error_within_a_forward_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = with_use(lambda z, y: 1 // 0, monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        step(model)
+    assert type(model.get_base_model().lm_head(torch.randn(2, 5, 32).requires_grad_())) is Tensor
+
+
+def test_heads_and_forwards_that_have_whole_logits() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft_ext.accelerate(get_peft_model(MODELS["Llama"](), config)).train()
+    assert not waits(model(**batch())) and "its head is a ModulesToSaveWrapper" in reason(model)
+    model = peft_ext.accelerate(build())
+    base, forward = model.get_base_model(), model.get_base_model().forward
+    base.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert reason(model).startswith("the model's forward was replaced")
+    base._original_forward = forward  # accelerate's mixed precision, which calls it
+    assert reason(model) == "logits in chunks" and waits(step(model)[2])
