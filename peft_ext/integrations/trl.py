@@ -43,20 +43,21 @@ with required("trl", "peft_ext.integrations.trl"):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-__all__ = ["DPOTrainer", "GRPOTrainer", "LinearLoss", "SFTTrainer"]
+__all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
 # Bytes of the float32 logits of a chunk of tokens, of which the metrics keep three at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
-# What is known to give TRL's own losses, gradients and metrics, each with a test.
-_TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer)
-_LOSSES = {
+# What is known to give TRL's own losses, gradients and metrics. None: a trainer that has one loss alone.
+_LOSSES: dict[type, set[Optional[str]]] = {
     trl.SFTTrainer: {"nll", "dft"},
     trl.DPOTrainer: {
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
         "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
     },
-    trl.GRPOTrainer: {"grpo", "dapo", "dr_grpo", "bnpo"},
+    trl.KTOTrainer: {"kto", "apo_zero_unpaired"},
+    trl.GRPOTrainer: {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo"},
+    trl.RLOOTrainer: {None},
 }  # fmt: skip
 _OPTIONS: dict[str, tuple] = {
     "activation_offloading": (False,),
@@ -90,13 +91,13 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
     """Returns which option of the trainer is not known to give TRL's numbers."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
-    kind = next((kind for kind in _TRAINERS if isinstance(trainer, kind)), None)
+    kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
     if kind is None:
-        return f"{type(trainer).__name__} is none of {', '.join(kind.__name__ for kind in _TRAINERS)}"
+        return f"the trainer is none of {', '.join(kind.__name__ for kind in _LOSSES)}"
     args, accelerator = trainer.args, trainer.accelerator
-    losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-    if unknown := [loss for loss in losses if loss not in _LOSSES[kind]]:
-        return f"loss_type is {', '.join(unknown)}"
+    losses = getattr(args, "loss_type", None)
+    if unknown := [loss for loss in (losses if isinstance(losses, list) else [losses]) if loss not in _LOSSES[kind]]:
+        return f"loss_type is {unknown[0]}"
     for name, known in _OPTIONS.items():
         if (value := getattr(args, name, known[0])) not in known:
             return f"{name} is {value!r}"
@@ -104,9 +105,9 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
         return f"the processes share the model ({accelerator.distributed_type.value})"
     if getattr(trainer, "ref_model", None) is not None:
         return "ref_model is a model of its own"
-    if trainer.compute_loss_func is not None:
+    if callable(trainer.compute_loss_func):
         return "compute_loss_func is given"
-    return "the router's loss is added (router_aux_loss_coef)" if trainer.aux_loss_enabled else None
+    return "router_aux_loss_coef adds the router's loss" if trainer.aux_loss_enabled else None
 
 
 def _model_reason(model: nn.Module) -> Optional[str]:
@@ -146,26 +147,27 @@ def _weight(head: nn.Module) -> Union[Tensor, NF4Weight]:
 
 def _linear(forward: types.MethodType) -> Callable[..., Any]:
     """Returns a forward like that of ``add_fused_lm_head``, with the settings of ``forward``, which is one."""
-    given = inspect.getclosurevars(forward.__func__).nonlocals
+    function = forward.__func__
+    given = inspect.getclosurevars(function).nonlocals
     # softcap(z) / T with a cap of c is softcap(z / T) with one of c / T.
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 
     # The signature is the model's own: generate looks at it.
-    @functools.wraps(forward.__func__)
+    @functools.wraps(function)
     def linear(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Optional[Tensor] = None,
         shift_labels: Optional[Tensor] = None, num_items_in_batch: Union[Tensor, int, None] = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         rest = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         if not fused_lm_head:
-            return forward(*args, **rest, **kwargs)
+            return function(self, *args, **rest, **kwargs)
         reason = _head_reason(self) if shift_labels is None else "shift_labels is given"
         if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
             reason = "output_router_logits is set"
         if reason is not None:
             warnings.warn(f"LinearLoss: this call of the head is TRL's own: {reason}", stacklevel=2)
-            return forward(*args, fused_lm_head=True, **rest, **kwargs)
+            return function(self, *args, fused_lm_head=True, **rest, **kwargs)
         kwargs["use_cache"] = False
         hidden = getattr(self, given["backbone_attr"])(*args, **kwargs).last_hidden_state[:, :-1]
         head = self.get_output_embeddings()
@@ -204,7 +206,7 @@ def _metrics(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], targets: Tensor, scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Returns what TRL's trainers ask for of each row's z, the logits in float32, and p = softmax z."""
+    """Returns what TRL's trainers ask for of each row's logits z in float32, and of p, exp(z - max z)."""
     names = [name for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1") if name in wanted]
     found = {n: x.new_empty(len(x), dtype=torch.bool if n == "is_top1" else torch.float32) for n in names}
     rows = max(1, CHUNK_BYTES[x.device.type] // (4 * weight.shape[0]))
@@ -216,14 +218,15 @@ def _metrics(
         z = z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
         if "mean_logits" in found:
             found["mean_logits"][part] = z.mean(-1)
+        top, first = z.max(-1, keepdim=True)
+        p = (z - top).exp_()
+        total = p.sum(-1)
         if "is_top1" in found:
-            found["is_top1"][part] = z.argmax(-1) == targets[part]
-        lse = z.logsumexp(-1, keepdim=True)
-        p = (z - lse).exp_()
+            found["is_top1"][part] = first.squeeze(-1) == targets[part]
         if "log_sum_sq_probs" in found:
-            found["log_sum_sq_probs"][part] = p.square().sum(-1).log_()
+            found["log_sum_sq_probs"][part] = p.square().sum(-1).log_() - 2 * total.log()
         if "entropy" in found:
-            found["entropy"][part] = lse.squeeze(-1) - p.mul_(z).sum(-1)
+            found["entropy"][part] = top.squeeze(-1) + total.log() - p.mul_(z).sum(-1) / total
     return found
 
 
@@ -276,5 +279,13 @@ class DPOTrainer(LinearLoss, trl.DPOTrainer):
     """``trl.DPOTrainer`` with :class:`LinearLoss`."""
 
 
+class KTOTrainer(LinearLoss, trl.KTOTrainer):
+    """``trl.KTOTrainer`` with :class:`LinearLoss`."""
+
+
 class GRPOTrainer(LinearLoss, trl.GRPOTrainer):
     """``trl.GRPOTrainer`` with :class:`LinearLoss`."""
+
+
+class RLOOTrainer(LinearLoss, trl.RLOOTrainer):
+    """``trl.RLOOTrainer`` with :class:`LinearLoss`."""
