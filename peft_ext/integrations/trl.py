@@ -4,15 +4,16 @@
 
     from peft_ext.integrations.trl import SFTTrainer   # in place of: from trl import SFTTrainer
 
-    class Mine(LinearLoss, trl.SFTTrainer): ...        # the same for a trainer of your own
+    class Mine(LinearLoss, trl.SFTTrainer): ...        # for a trainer of your own
 
-TRL gives a model a forward that, called with ``fused_lm_head=True``, runs the layers below the head and returns of each
-label its log probability and whatever the metrics need, a :class:`FusedCausalLMOutput`. The losses, the references and
-the metrics of all these trainers are made of that output. Here the same call returns the same output, computed from the
-same hidden states and the same weight: the log probabilities by ``linear_cross_entropy`` per token, the metrics a chunk
-of tokens at a time. TRL's tiles are of 4,096 tokens and 32,768 words, several of them at once on a CPU.
+TRL gives the model another forward. Called with ``fused_lm_head=True``, that forward runs the layers below the head and
+returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other figures that the
+trainer logs. Every loss, reference and metric of TRL's trainers is made of this output. :class:`LinearLoss` replaces
+the forward by one that returns the same output from the same hidden states and the same weight. The log probabilities
+are ``linear_cross_entropy``'s, per token; the other figures are computed for a chunk of tokens at a time, without
+gradients. TRL's own forward keeps several float32 tiles of 4,096 tokens and 32,768 words on a CPU.
 
-Since it is the model's forward that is called, DDP sees a call like any other.
+The trainer still calls the wrapped model, so DDP sees an ordinary call.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .._imports import required, version
 from ..nn import NF4Linear
 from ..ops.checks import autocast_dtype
 from ..weight import NF4Weight, nf4_from_params4bit
-from .adapter_layers.base import FOUR_BIT, quant_state_of
+from .adapter_layers.base import FOUR_BIT, LINEAR, class_name, quant_state_of
 from .adapter_layers.reasons import WIDENED, kernel_reason, weight_reason
 
 with required("trl", "peft_ext.integrations.trl"):
@@ -45,7 +46,7 @@ with required("trl", "peft_ext.integrations.trl"):
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
-# Bytes of the float32 logits of a chunk of tokens, of which the metrics keep three at a time.
+# Bytes of the float32 logits of a chunk of tokens, of which the metrics hold up to four tensors at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 # What is known to give TRL's own losses, gradients and metrics. None: a trainer that has one loss alone.
@@ -74,7 +75,7 @@ _OPTIONS: dict[str, tuple] = {
     "use_vllm": (False,),
 }
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# Digests of the source of TRL's forward, of its output and of the function that computes it: of TRL 1.16.
+# Digests of the source text of TRL's forward, of its output and of the function that computes it: TRL 1.16's.
 _FORMS = {"6607065f623766e1"}
 
 
@@ -111,7 +112,7 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
 
 
 def _model_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the forward that TRL gave the model can't be taken over."""
+    """Returns why the forward that TRL gave the model can't be replaced."""
     function = getattr(model.forward, "__func__", None)
     if getattr(function, "__code__", None) not in add_fused_lm_head.__code__.co_consts:
         return "the model's forward is not the one that TRL gives it"
@@ -121,12 +122,14 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the model's head is none of those that the loss is computed from; asked in each call, too."""
+    """Returns why the loss can't be computed from the model's head. Each call asks again."""
     head = model.get_output_embeddings()
-    if reason := weight_reason(head):
-        return f"of the head, {reason}"
+    if type(head) not in (NF4Linear, *LINEAR, *FOUR_BIT):
+        return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear or Linear4bit"
     if any(parameter.requires_grad for parameter in head.parameters()):
         return "the head is trained"
+    if reason := weight_reason(head):
+        return f"of the head, {reason}"
     weight = head._parameters["weight"]
     if weight.device.type not in CHUNK_BYTES:
         return f"the head is on {weight.device}"
@@ -149,7 +152,7 @@ def _linear(forward: types.MethodType) -> Callable[..., Any]:
     """Returns a forward like that of ``add_fused_lm_head``, with the settings of ``forward``, which is one."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
-    # softcap(z) / T with a cap of c is softcap(z / T) with one of c / T.
+    # TRL divides the capped logits by T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 
@@ -180,7 +183,7 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns TRL's output of the labels, of those that count alone: what is ignored is 0."""
+    """Returns what TRL's forward returns. Only tokens whose label counts are computed, the others' figures are 0."""
     weight, bias = _weight(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
@@ -206,7 +209,7 @@ def _metrics(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], targets: Tensor, scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Returns what TRL's trainers ask for of each row's logits z in float32, and of p, exp(z - max z)."""
+    """Returns the wanted figures of each row of x, from its logits z in float32 and p = exp(z - max z)."""
     names = [name for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1") if name in wanted]
     found = {n: x.new_empty(len(x), dtype=torch.bool if n == "is_top1" else torch.float32) for n in names}
     rows = max(1, CHUNK_BYTES[x.device.type] // (4 * weight.shape[0]))
@@ -231,7 +234,7 @@ def _metrics(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Entropies, whose gradient TRL has and this output has not: a loss that is made of them is an error."""
+    """Returns the entropy unchanged. The backward of a loss that contains the entropy raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:
@@ -241,7 +244,9 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor]) -> tuple[None, None]:
         if grad is not None:
-            raise RuntimeError("LinearLoss: a loss made of the entropy has no gradient here, take TRL's own trainer")
+            raise RuntimeError(
+                "LinearLoss: the entropy has no gradient; a loss that contains it needs TRL's own trainer"
+            )
         return None, None
 
 
@@ -249,13 +254,14 @@ class _NoGradient(torch.autograd.Function):
 
 
 class LinearLoss:
-    """A mixin, before one of TRL's trainers, whose log probabilities are :func:`peft_ext.ops.linear_cross_entropy`'s.
+    """Mixin for one of TRL's trainers: log probabilities come from :func:`peft_ext.ops.linear_cross_entropy`.
 
-    ``loss_reason``: None, or why the loss is TRL's own: the head is trained, on several processes that share the model
-    (FSDP, DeepSpeed), in float16, or the trainer has an option that is not known to give the same numbers. Then TRL's
-    own code runs, and a warning at construction names the reason.
+    The trainer logs the same metrics as TRL's. The entropy has no gradient: the backward of a loss that contains the
+    entropy raises RuntimeError.
 
-    What TRL's trainers log is logged as before, from the same definitions. The gradient of the entropy is not there.
+    ``loss_reason``: None, or why TRL's own code computes the loss, which a warning at construction says as well. TRL's
+    code does so where the head is trained or computes in float16, where processes share the model (FSDP, DeepSpeed),
+    and where an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]
