@@ -285,6 +285,18 @@ def test_without_acceleration_and_in_a_class_of_ones_own(tmp_path: Path) -> None
     assert trainer.loss_reason is None
 
 
+def test_every_field_of_the_output(tmp_path: Path) -> None:
+    ids = torch.arange(3, 35).view(2, -1)
+    found = []
+    for module in (trl, ours):
+        model = trainer_of(module.DPOTrainer, tmp_path, use_weighting=True).model
+        labels = ids.masked_fill(ids < 8, -100)
+        found.append(model(input_ids=ids, labels=labels, fused_lm_head=True, num_items_in_batch=torch.tensor(7)))
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 7
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-5)
+
+
 def test_labels_of_which_none_counts(tmp_path: Path) -> None:
     text = {"input_ids": list(range(3, 30)), "labels": [-100] * 27}
     model = trainer_of(ours.SFTTrainer, tmp_path).model.train()
