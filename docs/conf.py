@@ -19,6 +19,7 @@ templates_path: list[str] = []
 
 myst_heading_anchors = 4  # pages link to headings by GitHub's names of them, so that both places have them
 
+autodoc_mock_imports = ["trl"]  # of peft_ext[examples], without which the documents are built as well
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # torch's and PEFT's say nothing of what a method does here
 autodoc_typehints = "signature"

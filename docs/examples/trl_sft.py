@@ -11,7 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_ext.integrations.transformers import PeftExtCallback  # peft_ext, line 1 of 3
+from peft_ext.integrations.transformers import PeftExtCallback  # peft_ext, line 1 of 4
+from peft_ext.integrations.trl import SFTTrainer  # peft_ext, line 2 of 4: TRL's own, and its loss without the logits
 
 
 def main() -> None:
@@ -29,9 +30,9 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
     )  # fmt: skip
-    meter = PeftExtCallback().attach(trainer)  # peft_ext, line 2 of 3
+    meter = PeftExtCallback().attach(trainer)  # peft_ext, line 3 of 4
     metrics = trainer.train().metrics
-    print(meter.explanation)  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+    print(meter.explanation)  # peft_ext, line 4 of 4: what was fused, and why what was not was not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -423,6 +423,7 @@ PUBLIC = {
     "peft_ext.tuners": "tuners",
     "peft_ext.integrations.peft": "peft_ext",
     "peft_ext.integrations.transformers": "integrations",
+    **({"peft_ext.integrations.trl": "integrations"} if importlib.util.find_spec("trl") else {}),
     "peft_ext.integrations.bitsandbytes": "integrations",
     "peft_ext.files": "peft_ext",
     "peft_ext.run": "run",
@@ -437,7 +438,8 @@ def _objects() -> dict[int, str]:
     found = {}
     for page in (DOCS / "api").glob("*.md"):
         for path in _DIRECTIVE.findall(page.read_text()):
-            found[id(_resolve(path))] = path
+            if not path.startswith("peft_ext.integrations.trl") or "peft_ext.integrations.trl" in PUBLIC:
+                found[id(_resolve(path))] = path
     return found
 
 
