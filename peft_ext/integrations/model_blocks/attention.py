@@ -271,6 +271,13 @@ def _reason(module: Any) -> Optional[str]:
     return _device_reason(device_of(module))
 
 
+@torch.compiler.assume_constant_result
+def _isa() -> str:
+    """Returns the CPU path that runs; a compiler asks once, as it traces."""
+    return _native.STATE.isa
+
+
+@torch.compiler.assume_constant_result
 def _device_reason(device: str) -> Optional[str]:
     if F.scaled_dot_product_attention is not _OF_PYTORCH:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
@@ -278,8 +285,8 @@ def _device_reason(device: str) -> Optional[str]:
         return "PyTorch is told to take its formula (torch.nn.attention.sdpa_kernel)"
     if device == "cuda":
         return "on a GPU PyTorch's own kernels are used"
-    if _native.STATE.isa not in _PATHS:
-        return f"PyTorch's own is used on this CPU path ({_native.STATE.isa})"
+    if _isa() not in _PATHS:
+        return f"PyTorch's own is used on this CPU path ({_isa()})"
     return kernel_reason(_OPERATOR, device)
 
 
@@ -370,8 +377,7 @@ def _fits(
         and all(size in (1, of) for size, of in zip(mask.shape, (batch, heads, queries, keys), strict=True))
     ):  # fmt: skip
         return False
-    # Whoever forbids PyTorch's fused kernels wants its formula.
-    return torch.backends.cuda.flash_sdp_enabled()
+    return True
 
 
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
@@ -391,6 +397,6 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
 
 def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
     """Returns whether PyTorch's own is faster, on AMX."""
-    if _native.STATE.isa != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
+    if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
         return False
     return k.shape[2] > _MOST_KEYS_ON_AMX[causal]

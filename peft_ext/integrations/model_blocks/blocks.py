@@ -10,7 +10,7 @@ from torch import nn
 from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
 from ..adapter_layers.lora import LowRank
 from ..forms import Form, Row, Rows
-from ..forms.activations import refresh
+from ..forms.activations import activation_name, refresh
 from .attention import Attention, look_at_sdpa, set_view, take_view
 from .block import Block, class_of, device_of
 from .dropout import Dropout, dropouts_of_adapters
@@ -80,6 +80,8 @@ def fuse_blocks(model: nn.Module) -> None:
             row, form = found
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
+            if isinstance(module, Mlp):
+                activation_name(getattr(module, row.get("act"), None))  # reads its code now, and not under a compiler
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 
