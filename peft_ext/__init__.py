@@ -36,7 +36,7 @@ _LAZY = {
     "dequantize_nf4": "quantize",
     "quantize_nf4": "quantize",
     "recommend_peft_method": "recommend",
-    "verify": "integrations.verify",
+    "verify": "verification",
     "BitFitConfig": "tuners",
     "BottleneckConfig": "tuners",
     "DiffPruningConfig": "tuners",

@@ -22,7 +22,7 @@ def verified(
     name: str, config: Any, adapter: Optional[Path], dtype: torch.dtype, blocksize: Optional[int], data: str,
     batch_size: int, length: int,
 ) -> Any:  # fmt: skip
-    """Returns the :class:`peft_ext.integrations.verify.Verification` of an adapter on a model.
+    """Returns the :class:`peft_ext.verification.Verification` of an adapter on a model.
 
     Args:
         name: of the model: a folder or a hub name. adapter: the folder of a saved one; None: a new one, whose tensors
@@ -32,9 +32,9 @@ def verified(
 
     Raises: CliError.
     """
-    from ..integrations.verify import verify
     from ..model import get_peft_model, load_adapter
     from ..quantize import quantize_nf4
+    from ..verification import verify
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with status("loading"), mendable(), hushed():

@@ -19,10 +19,10 @@ from tiny_models import architecture
 from transformers import BatchEncoding
 
 import peft_ext
-from peft_ext.integrations import steps
 from peft_ext.integrations.adapter_layers.lora import FusedLoraLinear
 from peft_ext.integrations.model_blocks.mlp import Mlp
 from peft_ext.nn import NF4Linear
+from peft_ext.verification import compare, steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -183,8 +183,8 @@ def test_without_a_yardstick_stock_is_what_is_compared_with(monkeypatch):
     def refuses(*_):
         raise RuntimeError("no kernel in float64\nmore")
 
-    model, twin = llama().train(), peft_ext.integrations.verify.twin
-    monkeypatch.setattr(peft_ext.integrations.verify, "twin", lambda m, *wide: refuses() if wide else twin(m))
+    model, twin = llama().train(), compare.twin
+    monkeypatch.setattr(compare, "twin", lambda m, *wide: refuses() if wide else twin(m))
     found = peft_ext.verify(model, tokens())
     assert found.ok and found.rows[0].error is None and found.rows[0].limit == 1e-4
     assert "(no kernel in float64)" in str(found)
@@ -255,7 +255,7 @@ def test_a_fused_forward_that_raises_alone_is_no_right_one(monkeypatch):
         return steps.blocks_alone(*args)
 
     monkeypatch.setattr(FusedLoraLinear, "_fused", raises)
-    monkeypatch.setattr(peft_ext.integrations.verify, "blocks_alone", blocks)
+    monkeypatch.setattr(compare, "blocks_alone", blocks)
     found = peft_ext.verify(model, {"x": inputs()})
     assert not found.ok and "raised RuntimeError" in found.worst_block.kind
 

@@ -76,7 +76,7 @@ def _table() -> dict[str, Row]:
     return read_rows(TABLE.read_text())
 
 
-_REGISTERED: dict[str, Row] = {}
+REGISTERED: dict[str, Row] = {}
 
 
 class Rows:
@@ -99,7 +99,7 @@ def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str
         form = form_of(subject, method)
     except Unknown as unknown:
         return f"its forward has no form: {unknown}"
-    row = _REGISTERED.get(form.digest) or _table().get(form.digest)
+    row = REGISTERED.get(form.digest) or _table().get(form.digest)
     if row is None:
         return f"its forward is none of the known forms ({form.digest}); to propose it: {command(subject)}"
     return row, form

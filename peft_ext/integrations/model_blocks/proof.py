@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._imports import optional
-from ..forms import _REGISTERED as REGISTERED
-from ..forms import KINDS, Form, Row, Unknown, form_of, holds_for
+from ..forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
 from .attention import by_operator
 from .block import class_of
 from .blocks import MIXINS

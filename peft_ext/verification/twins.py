@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..integrations.adapter_layers.base import FOUR_BIT, quant_state_of
 from ..nn import NF4Experts, NF4Linear
 from ..nn.experts import dense_experts
 from ..weight import NF4Weight
-from .adapter_layers.base import FOUR_BIT, quant_state_of
 
 __all__ = ["Dequantized", "dequantizing", "twin", "without_dropout"]
 

@@ -11,8 +11,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ..integrations.adapter_layers.base import STOCK
+from ..integrations.model_blocks.loss import LanguageModel
 from ..nn import NF4Linear
-from .adapter_layers.base import STOCK
 
 __all__ = ["GRADIENT", "Compared", "Results", "Seed", "blocks_alone", "cast", "compared", "draws", "step",
            "without_autocast"]  # fmt: skip
@@ -221,7 +222,8 @@ def blocks_alone(
 
         return run
 
-    names = [name for name, module in fused.named_modules() if type(module) in STOCK or isinstance(module, NF4Linear)]
+    fused_parts = ((name, part) for name, part in fused.named_modules() if not isinstance(part, LanguageModel))
+    names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, NF4Linear)]
     for name in names:
         if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):  # a part of that layer
             stock.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)

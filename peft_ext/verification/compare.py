@@ -20,10 +20,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ..integrations.adapter_layers.base import STOCK, is_fully_sharded
+from ..integrations.peft import accelerate, explain, restore
 from ..ops.checks import check_module
 from ..text import dtype_name
-from .adapter_layers.base import STOCK, is_fully_sharded
-from .peft import accelerate, explain, restore
 from .steps import GRADIENT, Compared, Results, Seed, blocks_alone, cast, compared, draws, step, without_autocast
 from .twins import dequantizing, twin, without_dropout
 
