@@ -115,7 +115,7 @@ def _linear_backward(ctx, grad, *_):
     needs = ctx.needs
     grad_x = grad_l = grad_bias = None
     if needs[0] or needs[9]:
-        z = z if z is None else z.reshape(-1, z.shape[-1])
+        z = z if z is None or z.dim() == 2 else z.reshape(-1, z.shape[-1])
         grad_x, grad_l = _ops.ia3_linear_backward(
             grad, x, *weight, *ctx.blocksize_shape, bias, ia3_l, z, ctx.z_is_scaled, ctx.feedforward, needs[0], needs[9]
         )
