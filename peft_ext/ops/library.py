@@ -90,61 +90,52 @@ def register_autograd(
     """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     kernel = below_autograd(op)
-    if trained is None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
-        apply = _function(name, lambda ctx, *args: _recorded(ctx, kernel, setup_context, args), backward)
-    else:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=_whole(setup_context))
-        apply, taken = _lean_function(name, op, backward, setup_context, trained), operator.itemgetter(*trained)
+    if trained is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=_noting_needs(setup_context))
+        return _first_output(op, kernel, backward, setup_context, trained)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    apply = _function(name, forward, backward)
 
     def call(*args: Any) -> Any:
         if not is_eager(args[0]):
             return op(*args)
         if not torch.is_grad_enabled():
             return kernel(*args)
-        return apply(*args)  # Function.apply's own Python, a tenth of a call, is about torch.func's transforms
+        return apply(*args)
 
-    def first_of_call(*args: Any) -> Any:
-        if type(args[0]) not in _PLAIN or torch.compiler.is_compiling():
-            return op(*args)[0]
-        if torch.is_grad_enabled():
-            tensors = taken(args)
-            for tensor in tensors:
-                if tensor is not None and tensor.requires_grad:
-                    return apply(args, *tensors)
-        return kernel(*args)[0]
-
-    return call if trained is None else first_of_call
+    return call
 
 
 def _function(name: str, forward: Callable, backward: Callable) -> Callable[..., Any]:
+    """Returns a Function's apply; Function.apply's own Python, a tenth of a call, is about torch.func's transforms."""
     made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply
 
 
-def _recorded(ctx: Any, kernel: Callable, setup_context: Callable, args: tuple) -> Any:
-    output = kernel(*args)
-    setup_context(ctx, args, output)
-    return output
-
-
-def _whole(setup_context: Callable) -> Callable[..., None]:
-    """Returns what torch.library takes for an operator whose ``setup_context`` reads ``ctx.needs``."""
+def _noting_needs(setup_context: Callable) -> Callable[..., None]:
+    """Returns what torch.library takes of an operator whose ``setup_context`` reads ``ctx.needs``."""
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.needs = ctx.needs_input_grad
+        ctx.needs = ctx.needs_input_grad[: len(inputs)]  # torch.library adds an argument of its own
         setup_context(ctx, inputs, output)
 
     return run
 
 
-def _lean_function(
-    name: str, op: Callable, backward: Callable, setup_context: Callable, trained: Sequence[int]
+def _first_output(
+    op: Any, kernel: Callable, backward: Callable, setup_context: Callable, trained: Sequence[int]
 ) -> Callable[..., Any]:
-    """Returns what runs an operator on a tuple of its arguments and, once more, the trained ones among these."""
+    """Returns the operator's first output; see :func:`register_autograd`, ``trained``."""
     guard, taken = _guard(), operator.itemgetter(*trained)
 
+    # A Function takes the arguments as one tuple and, for autograd, the trained ones among them again.
     def forward(ctx: Any, args: tuple, *_tensors: Any) -> Any:
         with guard():
             output = op(*args)
@@ -154,10 +145,19 @@ def _lean_function(
         setup_context(ctx, args, output)
         return output[0]
 
-    def lean_backward(ctx: Any, grad: Any) -> tuple:
-        return None, *taken(backward(ctx, grad))
+    apply = _function(op.name(), forward, lambda ctx, grad: (None, *taken(backward(ctx, grad))))
 
-    return _function(name, forward, lean_backward)
+    def call(*args: Any) -> Any:
+        if type(args[0]) not in _PLAIN or torch.compiler.is_compiling():
+            return op(*args)[0]
+        if torch.is_grad_enabled():
+            tensors = taken(args)
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return apply(args, *tensors)
+        return kernel(*args)[0]
+
+    return call
 
 
 def _guard() -> Callable[[], Any]:

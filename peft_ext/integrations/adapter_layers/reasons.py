@@ -1,7 +1,7 @@
 """The reasons for which a layer takes the stock path: one line of text each; None: the call can be fused.
 
-The forward of a fused layer asks these functions on each call, and :func:`peft_ext.explain` prints what they return, so
-that the two can't differ.
+The forward of a fused layer asks these functions on each call whose like they have not accepted before, see
+:mod:`.known`, and :func:`peft_ext.explain` prints what they return, so that the two can't differ.
 """
 
 from __future__ import annotations
