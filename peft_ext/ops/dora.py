@@ -126,14 +126,13 @@ define(
 def _norm_setup_context(ctx, inputs, output):
     *weight, lora_A, lora_B, scaling, dtype = inputs
     norm, u = output
-    ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dtype)
     ctx.save_for_backward(*weight[:5], lora_A, lora_B, norm, u)
 
 
-def _norm_backward(ctx, grad, _grad_u):
+def _norm_backward(ctx, grad, *_):
     refuse_double_backward("dora_weight_norm")
     if grad is None:
         return (None,) * 11
@@ -141,33 +140,32 @@ def _norm_backward(ctx, grad, _grad_u):
     grad_a, grad_b = _ops.dora_weight_norm_backward(
         grad, *weight, *ctx.blocksize_shape, lora_A, lora_B, norm, u, *ctx.scale
     )
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     return (*(None,) * 7, grad_a if needs[7] else None, grad_b if needs[8] else None, None, None)
 
 
 def _setup_context(ctx, inputs, output):
     x, *weight, bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base, want_z = inputs
     y, s, z = output
-    ctx.mark_non_differentiable(s, z)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dropout_p)
     ctx.drop_base = drop_base
     ctx.z_is_scaled = not want_z
     held = None
-    if ctx.needs_input_grad[11]:
+    if ctx.needs[11]:
         if not want_z and (drop_base or bias is not None):
             raise ValueError("dora_linear: want_z is False with a bias or the base dropped, where Y does not give Z")
         held = z if want_z else y
     ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, out_scale, s, seed, held)
 
 
-def _backward(ctx, grad, _grad_s, _grad_z):
+def _backward(ctx, grad, *_):
     refuse_double_backward("dora_linear")
     if grad is None:
         return (None,) * 17
     x, *weight, lora_A, lora_B, out_scale, s, seed, z = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     grad_x = grad_a = grad_b = grad_g = grad_bias = None
     if needs[0] or any(needs[9:12]):
         z = x.new_empty(0) if z is None else z.reshape(-1, z.shape[-1])
@@ -181,8 +179,10 @@ def _backward(ctx, grad, _grad_s, _grad_z):
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
-_dora_weight_norm = register_autograd("dora_weight_norm", _norm_backward, setup_context=_norm_setup_context)
-_dora_linear = register_autograd("dora_linear", _backward, setup_context=_setup_context)
+_dora_weight_norm = register_autograd(
+    "dora_weight_norm", _norm_backward, setup_context=_norm_setup_context, trained=(7, 8)
+)
+_dora_linear = register_autograd("dora_linear", _backward, setup_context=_setup_context, trained=(0, 8, 9, 10, 11))
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def dora_weight_norm(
         raise TypeError(f"{op}: dtype is {dtype}, wanted a dense weight's own, {weight.dtype}")
     if dtype is torch.float64 or checks.wants_reference(lora_A, lora_B):
         return by_reference(reference.dora_weight_norm, weight, lora_A, lora_B, scaling, dtype=dtype)
-    return _dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)[0]
+    return _dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)
 
 
 def dora_linear(
@@ -276,16 +276,37 @@ def dora_linear(
         return by_reference(reference.dora_linear, x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling,
                           dropout_p=dropout_p, training=training, dropout_mode=dropout_mode, norm_grad=norm_grad,
                           weight_norm=weight_norm, seed=seed, save_output=save_output)  # fmt: skip
+    p, saves_y = float(dropout_p) if training else 0.0, save_output and x.device.type == "cpu"
+    return checked_dora_linear(x, weight, bias, lora_A, lora_B, magnitude, float(scaling), p, dropout_mode, weight_norm,
+                               norm_grad, seed, saves_y)  # fmt: skip
+
+
+def checked_dora_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    bias: Optional[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout_p: float,
+    dropout_mode: str,
+    weight_norm: Optional[Tensor],
+    norm_grad: bool = False,
+    seed: Optional[Tensor] = None,
+    saves_y: bool = False,
+) -> Tensor:
+    """:func:`dora_linear` in training, of operands that :func:`dora_linear` would accept, which nothing checks here."""
+    seed = common.dropout_seed(seed, dropout_p, True, x.device)
     held = checks.weight_args(weight)
     if weight_norm is None:
         adapter = (lora_A, lora_B) if norm_grad else (lora_A.detach(), lora_B.detach())
-        weight_norm, _ = _dora_weight_norm(*held, *adapter, float(scaling), x.dtype)
+        weight_norm = _dora_weight_norm(*held, *adapter, scaling, x.dtype)
     else:
         weight_norm = (weight_norm if norm_grad else weight_norm.detach()).to(common.sum_dtype(x.dtype))
     out_scale = reference.output_scale(magnitude, weight_norm)
-    seed = common.dropout_seed(seed, dropout_p, training, x.device)
     drop_base = dropout_mode == "peft" and seed is not None
-    y_gives_z = save_output and bias is None and not drop_base and x.device.type == "cpu"
+    y_gives_z = saves_y and bias is None and not drop_base
     want_z = torch.is_grad_enabled() and out_scale.requires_grad and not y_gives_z
-    args = (bias, lora_A, lora_B, out_scale, float(scaling), float(dropout_p), seed, drop_base, want_z)
-    return _dora_linear(x, *held, *args)[0]
+    args = (bias, lora_A, lora_B, out_scale, scaling, dropout_p, seed, drop_base, want_z)
+    return _dora_linear(x, *held, *args)

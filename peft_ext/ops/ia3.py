@@ -99,24 +99,23 @@ define(
 def _linear_setup_context(ctx, inputs, output):
     x, *weight, bias, ia3_l, feedforward, want_z = inputs
     y, z = output
-    ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.feedforward = feedforward
     ctx.z_is_scaled = not want_z
-    held = (z if want_z else y) if ctx.needs_input_grad[9] and not feedforward else None
+    held = (z if want_z else y) if ctx.needs[9] and not feedforward else None
     ctx.save_for_backward(x, *weight[:5], bias, ia3_l, held)
 
 
-def _linear_backward(ctx, grad, _grad_z):
+def _linear_backward(ctx, grad, *_):
     refuse_double_backward("ia3_linear")
     if grad is None:
         return (None,) * 12
     x, *weight, bias, ia3_l, z = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     grad_x = grad_l = grad_bias = None
     if needs[0] or needs[9]:
-        z = z if z is None else z.reshape(-1, z.shape[-1])
+        z = z if z is None or z.dim() == 2 else z.reshape(-1, z.shape[-1])
         grad_x, grad_l = _ops.ia3_linear_backward(
             grad, x, *weight, *ctx.blocksize_shape, bias, ia3_l, z, ctx.z_is_scaled, ctx.feedforward, needs[0], needs[9]
         )
@@ -138,7 +137,7 @@ def _scale_backward(ctx, grad):
     return grad_x if needs[0] else None, grad_l if needs[1] else None
 
 
-_ia3_linear = register_autograd("ia3_linear", _linear_backward, setup_context=_linear_setup_context)
+_ia3_linear = register_autograd("ia3_linear", _linear_backward, setup_context=_linear_setup_context, trained=(0, 8, 9))
 _ia3_scale = register_autograd("ia3_scale", _scale_backward, setup_context=_scale_setup_context)
 
 
@@ -184,10 +183,20 @@ def ia3_linear(
     checks.check_vector(op, "ia3_l", ia3_l, x, *shapes)
     if checks.wants_reference(x, ia3_l):
         return by_reference(reference.ia3_linear, x, weight, ia3_l, bias, feedforward=feedforward)
-    trains = torch.is_grad_enabled() and ia3_l.requires_grad and not feedforward
-    want_z = trains and not (save_output and x.device.type == "cpu")
-    args = (bias, ia3_l, bool(feedforward), want_z)
-    return _ia3_linear(x, *checks.weight_args(weight), *args)[0]
+    return checked_ia3_linear(x, weight, bias, ia3_l, bool(feedforward), save_output and x.device.type == "cpu")
+
+
+def checked_ia3_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    bias: Optional[Tensor],
+    ia3_l: Tensor,
+    feedforward: bool,
+    saves_y: bool = False,
+) -> Tensor:
+    """:func:`ia3_linear` of operands that :func:`ia3_linear` would accept, which nothing checks here."""
+    want_z = not feedforward and not saves_y and ia3_l.requires_grad and torch.is_grad_enabled()
+    return _ia3_linear(x, *checks.weight_args(weight), bias, ia3_l, feedforward, want_z)
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:

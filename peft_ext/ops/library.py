@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -22,6 +23,8 @@ WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
     "int blocksize, SymInt[] shape"
 )
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 OPS: list[str] = []
 
@@ -71,43 +74,104 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     return run
 
 
-def register_autograd(name: str, backward: Callable, *, setup_context: Callable) -> Callable[..., Any]:
+def register_autograd(
+    name: str, backward: Callable, *, setup_context: Callable, trained: Optional[Sequence[int]] = None
+) -> Callable[..., Any]:
     """Registers an operator's backward, and returns the operator, to be called with all its arguments.
 
     Eager calls go past what torch.library registers, which the compilers see and which takes as long as all the rest of
     Python on the way to a kernel: with gradients through a Function of their own, without them to the kernel at once.
     Not for operators that take lists of tensors.
+
+    ``trained``: the positions of the arguments that can have a gradient, of an operator whose first output alone has
+    one. Autograd then sees these arguments alone in an eager call, since each argument costs it about a microsecond;
+    the returned function returns the first output; ``setup_context`` and ``backward`` read ``ctx.needs``, an entry for
+    each argument, in place of ``ctx.needs_input_grad``.
     """
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     kernel = below_autograd(op)
+    if trained is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=_noting_needs(setup_context))
+        return _first_output(op, kernel, backward, setup_context, trained)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)
         setup_context(ctx, args, output)
         return output
 
-    made = type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-    apply = super(torch.autograd.Function, made).apply
+    apply = _function(name, forward, backward)
 
     def call(*args: Any) -> Any:
         if not is_eager(args[0]):
             return op(*args)
         if not torch.is_grad_enabled():
             return kernel(*args)
-        return apply(*args)  # Function.apply's own Python, a tenth of a call, is about torch.func's transforms
+        return apply(*args)
 
     return call
+
+
+def _function(name: str, forward: Callable, backward: Callable) -> Callable[..., Any]:
+    """Returns a Function's apply; Function.apply's own Python, a tenth of a call, is about torch.func's transforms."""
+    made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply
+
+
+def _noting_needs(setup_context: Callable) -> Callable[..., None]:
+    """Returns what torch.library takes of an operator whose ``setup_context`` reads ``ctx.needs``."""
+
+    def run(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.needs = ctx.needs_input_grad[: len(inputs)]  # torch.library adds an argument of its own
+        setup_context(ctx, inputs, output)
+
+    return run
+
+
+def _first_output(
+    op: Any, kernel: Callable, backward: Callable, setup_context: Callable, trained: Sequence[int]
+) -> Callable[..., Any]:
+    """Returns the operator's first output; see :func:`register_autograd`, ``trained``."""
+    guard, taken = _guard(), operator.itemgetter(*trained)
+
+    # A Function takes the arguments as one tuple and, for autograd, the trained ones among them again.
+    def forward(ctx: Any, args: tuple, *_tensors: Any) -> Any:
+        with guard():
+            output = op(*args)
+        ctx.needs = needs = [False] * len(args)
+        for position, need in zip(trained, ctx.needs_input_grad[1:], strict=True):
+            needs[position] = need
+        setup_context(ctx, args, output)
+        return output[0]
+
+    apply = _function(op.name(), forward, lambda ctx, grad: (None, *taken(backward(ctx, grad))))
+
+    def call(*args: Any) -> Any:
+        if type(args[0]) not in _PLAIN or torch.compiler.is_compiling():
+            return op(*args)[0]
+        if torch.is_grad_enabled():
+            tensors = taken(args)
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return apply(args, *tensors)
+        return kernel(*args)[0]
+
+    return call
+
+
+def _guard() -> Callable[[], Any]:
+    """Returns the context within which calls go past autograd; of a torch that has it by another name, one that does
+    nothing, so that calls take the longer way."""
+    return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def below_autograd(op: Callable) -> Callable[..., Any]:
     """Returns the operator, called past what is registered for autograd: for where nothing is to be recorded.
 
-    By what torch.library does it with itself; of a torch that has it by another name the longer way is taken.
+    By what torch.library does it with itself.
     """
-    guard = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+    guard = _guard()
 
     def kernel(*args: Any) -> Any:
         with guard():
@@ -118,7 +182,7 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 def is_eager(x: torch.Tensor) -> bool:
     """Returns whether a call on x is an eager one on a plain tensor; of a subclass the dispatcher decides."""
-    return (type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 
 def records_graph(x: torch.Tensor) -> bool:

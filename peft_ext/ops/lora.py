@@ -109,19 +109,18 @@ define(
 def _setup_context(ctx, inputs, output):
     x, *weight, _bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed = inputs
     _, s = output
-    ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.blocksize_shape = weight[5:]
     ctx.scale = (scaling, dropout_p)
     ctx.save_for_backward(x, *weight[:5], lora_A, lora_B, rank_scale, s, seed)
 
 
-def _backward(ctx, grad, _grad_s):
+def _backward(ctx, grad, *_):
     refuse_double_backward("lora_linear")
     if grad is None:
         return (None,) * 15
     x, *weight, lora_A, lora_B, rank_scale, s, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     grad_x = grad_a = grad_b = grad_scale = grad_bias = None
     if needs[0] or needs[9] or needs[10] or needs[11]:
         grad_x, grad_a, grad_b, grad_scale = _ops.lora_linear_backward(
@@ -139,18 +138,17 @@ def _backward(ctx, grad, _grad_s):
 def _residual_setup_context(ctx, inputs, output):
     x, _residual, lora_A, lora_B, rank_scale, scaling, dropout_p, seed = inputs
     _, s = output
-    ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.scale = (scaling, dropout_p)
     ctx.save_for_backward(x, lora_A, lora_B, rank_scale, s, seed)
 
 
-def _residual_backward(ctx, grad, _grad_s):
+def _residual_backward(ctx, grad, *_):
     refuse_double_backward("lora_residual")
     if grad is None:
         return (None,) * 8
     x, lora_A, lora_B, rank_scale, s, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    needs = ctx.needs
     grad_x = grad_a = grad_b = grad_scale = None
     if needs[0] or any(needs[2:5]):
         grad_x, grad_a, grad_b, grad_scale = _ops.lora_residual_backward(
@@ -160,8 +158,10 @@ def _residual_backward(ctx, grad, _grad_s):
     return tuple(value if need else None for value, need in zip(found, needs, strict=True))
 
 
-_lora_linear = register_autograd("lora_linear", _backward, setup_context=_setup_context)
-_lora_residual = register_autograd("lora_residual", _residual_backward, setup_context=_residual_setup_context)
+_lora_linear = register_autograd("lora_linear", _backward, setup_context=_setup_context, trained=(0, 8, 9, 10, 11))
+_lora_residual = register_autograd(
+    "lora_residual", _residual_backward, setup_context=_residual_setup_context, trained=range(5)
+)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -211,9 +211,25 @@ def lora_linear(
     if checks.wants_reference(x, lora_A, lora_B, rank_scale):
         return by_reference(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
                           scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
-    seed = common.dropout_seed(seed, dropout_p, training, x.device)
-    args = (bias, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)
-    return _lora_linear(x, *checks.weight_args(weight), *args)[0]
+    p = float(dropout_p) if training else 0.0
+    return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p, seed)
+
+
+def checked_lora_linear(
+    x: Tensor,
+    weight: Union[Tensor, NF4Weight],
+    bias: Optional[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    rank_scale: Optional[Tensor],
+    scaling: float,
+    dropout_p: float,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """:func:`lora_linear` in training, of operands that :func:`lora_linear` would accept, which nothing checks here."""
+    seed = common.dropout_seed(seed, dropout_p, True, x.device)
+    args = (bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
+    return _lora_linear(x, *checks.weight_args(weight), *args)
 
 
 def lora_residual(
@@ -258,4 +274,4 @@ def lora_residual(
         return by_reference(reference.lora_residual, x, residual, lora_A, lora_B, rank_scale=rank_scale,
                             scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
     seed = common.dropout_seed(seed, dropout_p, training, x.device)
-    return _lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)[0]
+    return _lora_residual(x, residual, lora_A, lora_B, rank_scale, float(scaling), float(dropout_p), seed)

@@ -1,14 +1,15 @@
-"""In each test here a layer that takes its short way is asked for the reasons of the long one as well, and LayerNorms
+"""In each test here a layer whose call is known is asked for its reasons as well, and LayerNorms
 are not PyTorch's where elements are few, as they are in tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Optional
 
 import pytest
 
 lora = pytest.importorskip("peft_ext.integrations.adapter_layers.lora")
+known = pytest.importorskip("peft_ext.integrations.adapter_layers.known")
 ia3 = pytest.importorskip("peft_ext.integrations.adapter_layers.ia3")
 norm = pytest.importorskip("peft_ext.integrations.model_blocks.norm")
 
@@ -22,15 +23,14 @@ def few_elements(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def the_short_way_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def checking(usual: Callable[[Any, Any], Optional[tuple]]) -> Callable[[Any, Any], Optional[tuple]]:
+def what_is_known_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checking(common: Callable[[Any, Any], Optional[tuple]]) -> Callable[[Any, Any], Optional[tuple]]:
         def checked(layer: Any, x: Any) -> Optional[tuple]:
-            found = usual(layer, x)
-            assert found is None or layer._reasons() == (None, None)
+            found = common(layer, x)
+            assert found is None or found[0] not in known.KNOWN or layer._reasons() == (None, None)
             return found
 
         return checked
 
     for kind in (lora.LowRank, ia3.IA3Layer):
-        monkeypatch.setattr(kind, "_usual", checking(kind._usual))
-    yield
+        monkeypatch.setattr(kind, "_common", checking(kind._common))

@@ -35,14 +35,15 @@ class AdaLora(LowRank):
 
     checked_adapter = adalora_adapter
 
-    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
-        if name not in self._modules["lora_A"]._parameters or name in self.lora_variant:
+    def _parts(self, name: str) -> Optional[tuple]:
+        lora_A, lora_B = self.pair(name)
+        if lora_A is None or lora_B is None or name in self.lora_variant:
             return None
-        reason, lora_A, lora_B = adalora_adapter(self, name, False)
-        return None if reason is not None else ("lora_linear", lora_A, lora_B)
+        held = (lora_A, lora_B, *self._scale_tensors(name))
+        return lora_A, lora_B, (), held, ()
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
-        return self._modules["lora_E"]._parameters[name], self._modules["ranknum"]._parameters[name]
+        return self._modules["lora_E"]._parameters.get(name), self._modules["ranknum"]._parameters.get(name)
 
     def _rank_scale(self, name: str, scaling: float) -> Tensor:
         modules = self._modules

@@ -67,7 +67,7 @@ class Fused:
     ``reads`` names what it reads of an instance: accelerate leaves one that lacks any of them as it is, and says so.
     """
 
-    reads: tuple[str, ...] = ("base_layer", "active_adapters", "_disable_adapters", "merged_adapters")
+    reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")
 
     def stock_reason(self) -> Optional[str]:
         """Returns why the next call takes the stock path; None: it is fused."""
@@ -86,11 +86,26 @@ class Fused:
         """Returns what the op computes; None: the stock class's own forward has to run."""
         raise NotImplementedError
 
+    def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
+        """Returns the same of a call with more arguments than x."""
+        return None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, Fused):  # restored, and called by who held the bound method
             return type(self).forward(self, x, *args, **kwargs)
-        y = None if args or kwargs else self._fused(x)
+        y = self._fused_with(x, args, kwargs) if args or kwargs else self._fused(x)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def active_in(layer: Any, held: Any) -> list[str]:
+    """Returns the active adapters of a layer that are among ``held``, in the order in which PEFT adds them."""
+    active = layer._active_adapter
+    held = held._modules if type(held) is nn.ModuleDict else held
+    if type(active) is not str:
+        if len(active) != 1:
+            return [name for name in active if name in held]
+        (active,) = active
+    return [active] if active in held else []
 
 
 def give_back(module: nn.Module) -> None:

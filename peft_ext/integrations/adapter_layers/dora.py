@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..._imports import has, optional
 from ...nn import NF4Linear
+from ...ops.dora import checked_dora_linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight, nf4_from_params4bit
 from .base import quant_state_of
@@ -92,18 +93,23 @@ def _replace_variants(layer: Any, old: type, new: type) -> None:
 # --- the fused forward ------------------------------------------------------------------------------------------------
 
 
-def forward(layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+def forward(
+    layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], pair: tuple[Tensor, Tensor],
+    dtype: torch.dtype, is_known: bool = False,
+) -> Tensor:  # fmt: skip
     """Returns ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b``, with PEFT's dropout or the one on the low-rank path alone."""
     modules = layer._modules
     module = modules["lora_magnitude_vector"]._modules[name]
     magnitude, dropout = module._parameters["weight"], modules["lora_dropout"]._modules[name]
-    (lora_A, lora_B), scaling = layer.pair(name), layer.scaling[name]
-    drops = type(dropout) is nn.Dropout
-    y = ops.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout.p if drops else 0.0,
-        training=drops and dropout.training and layer.training, dropout_mode=layer.__dict__.get(DORA_DROPOUT, "peft"),
-        weight_norm=cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling),
-    )  # fmt: skip
+    (lora_A, lora_B), scaling = pair, layer.scaling[name]
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training and layer.training else 0.0
+    norm = cached_norm(module, name, x.dtype, weight, lora_A, lora_B, scaling)
+    mode = layer.__dict__.get(DORA_DROPOUT, "peft")
+    if is_known:
+        y = checked_dora_linear(x, weight, bias, lora_A, lora_B, magnitude, scaling, p, mode, norm)
+    else:
+        y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
+                            dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
         y = y.unsqueeze(0)  # as in PEFT, which multiplies by [1, N]
     dtype = layer.dora_dtype(dtype, magnitude)

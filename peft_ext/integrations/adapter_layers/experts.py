@@ -43,7 +43,7 @@ from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from ..forms import row_of
 from ..forms.activations import activation_name
-from .base import DTYPES, KEPT, Fused, class_name, fuses, is_fully_sharded
+from .base import DTYPES, KEPT, Fused, active_in, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
 from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
@@ -189,7 +189,7 @@ def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
 
 def _names(wrapper: Any) -> list[str]:
     """Returns the active adapters that a wrapper has."""
-    return [name for name in wrapper.active_adapters if name in wrapper._modules["lora_A"]]
+    return active_in(wrapper, wrapper._modules["lora_A"])
 
 
 def _adapter_reason(wrapper: Any) -> Optional[str]:

@@ -5,17 +5,19 @@ Over a base layer that has to run on its own the product with the vector alone i
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ... import ops
 from ..._imports import optional
+from ...nn import NF4Linear
+from ...ops.ia3 import checked_ia3_linear
 from .base import FOUR_BIT, Fused, fuses, operands, sums_wider
+from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
-from .reasons import accepts_input, alone_reason, base_reason, kernel_reason, layer_reason, vectors_reason
-from .usual import is_usual, usual_name, usual_operands
+from .reasons import accepts_input, alone_reason, base_reason, checked_vectors, kernel_reason, layer_reason
 
 IA3Linear = IA3Linear4bit = None
 with optional("peft", "(IA)³ over a linear layer that is not bitsandbytes' is not fused"):
@@ -30,62 +32,67 @@ class IA3Layer(Fused):
 
     reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
-    def _vectors(self) -> list[Optional[Tensor]]:
-        """Returns ia3_l of the active adapters that this layer has."""
-        held = self._modules["ia3_l"]
-        return [held._parameters.get(name) for name in self.active_adapters if name in held]
-
     # Whether the class's forward is the base layer's with the vector before or behind it, in one dtype.
     _scales_any_base = False
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
-        vectors = self._vectors()
-        if reason := layer_reason(self) or vectors_reason(vectors):
-            return reason, None
+        return self._checked()[:2]
+
+    def _checked(self) -> tuple[Optional[str], Optional[str], list[Tensor]]:
+        """Returns the reasons of the next call, and ia3_l of the active adapters."""
+        if reason := layer_reason(self):
+            return reason, None, []
+        reason, vectors = checked_vectors(self)
+        if reason is not None:
+            return reason, None, []
         device = vectors[0].device.type
-        if reason := base_reason(self):
-            alone = alone_reason(self) if self._scales_any_base else "its class casts around the base layer"
-            return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason
-        return kernel_reason("ia3_linear", device), None
+        if (reason := base_reason(self)) is None:
+            return kernel_reason("ia3_linear", device), None, vectors
+        alone = alone_reason(self) if self._scales_any_base else "its class casts around the base layer"
+        return (f"{reason}; {alone}" if alone else kernel_reason("ia3_scale", device)), reason, vectors
 
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
         """Returns the dtype in which PEFT hands x to the base layer, and its result's; None: the base layer's."""
         return x.dtype, None
 
-    def _usual(self, x: Tensor) -> Optional[tuple]:
-        """Returns weight, bias and vector of a call of the most usual kind, see :mod:`.usual`; None: ask."""
-        name = usual_name(self)
-        vector = None if name is None else self._modules["ia3_l"]._parameters.get(name)
-        if vector is None or not self._scales_any_base or not is_usual(vector):
+    def _common(self, x: Any) -> Optional[tuple]:
+        """Returns the facts of a call with one adapter, see :mod:`.known`, the base layer, and ia3_l."""
+        vector = self._modules["ia3_l"]._parameters.get(single_name(self))
+        if vector is None or not self._scales_any_base:
             return None
-        if (found := usual_operands(self, x)) is None or kernel_reason("ia3_linear", vector.device.type) is not None:
-            return None
-        return *found, vector
+        facts = facts_of(self, x, "ia3_linear", (), (vector,), (self.is_feedforward,))
+        return None if facts is None else (facts, self._modules["base_layer"], vector)
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        if (usual := self._usual(x)) is not None:
-            weight, bias, vector = usual
-            return ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
-        reason, alone = self._reasons()
+        if (common := self._common(x)) is not None and common[0] in KNOWN:
+            _, base, vector = common
+            weight = base.nf4 if type(base) is NF4Linear else base._parameters["weight"]
+            return checked_ia3_linear(x, weight, base._parameters["bias"], vector, self.is_feedforward)
+        reason, alone, vectors = self._checked()
         if reason is not None or not accepts_input(x):
             return None
-        vector, *others = self._vectors()
-        for other in others:
-            vector = vector * other
+        vector = vectors[0]
+        if len(vectors) > 1:
+            for other in vectors[1:]:
+                vector = vector * other
         base = self._modules["base_layer"]
-        if alone is not None or sums_wider(base, x):
+        if alone is not None or (type(base) in FOUR_BIT and sums_wider(base, x)):
             if self.is_feedforward:
                 return base(ops.ia3_scale(x, vector.flatten()))
             result = base(x)
             if accepts_input(result):
                 return ops.ia3_scale(result, vector.flatten())
             return (result * vector.flatten()).to(result)
-        seen, dtype = self._dtypes(x, vector)
+        seen, dtype = (x.dtype, None) if self._scales_any_base else self._dtypes(x, vector)
         if (found := operands(base, x, seen)) is None:
             return None
+        if found[0] is not x or found[2] is not base._parameters["bias"] or found[3] is not x.dtype:
+            common = None
         x, weight, bias, base_dtype = found
         dtype = dtype or base_dtype
         y = ops.ia3_linear(x, weight, vector, bias, feedforward=self.is_feedforward)
+        if common is not None:
+            remember(common[0])
         return y if y.dtype is dtype else y.to(dtype)
 
 

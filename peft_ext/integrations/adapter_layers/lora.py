@@ -7,7 +7,6 @@ base layer that has to run on its own (8-bit, of another class, with hooks) the 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Optional
 
 import torch
@@ -17,24 +16,24 @@ from torch import Tensor, nn
 from ... import ops
 from ..._imports import optional
 from ...nn import NF4Linear
+from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weight import NF4Weight
 from . import dora, siblings
-from .base import FOUR_BIT, Fused, Linear8bitLt, fuses, operands, sums_wider
+from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider
+from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import (
+    Pairs,
     accepts_input,
-    adapters_reason,
     alone_reason,
     base_reason,
-    hooked,
+    checked_adapters,
     kernel_reason,
     layer_reason,
     lora_adapter,
-    magnitude_reason,
     variant_name,
 )
-from .usual import is_usual, usual_name, usual_operands
 
 LoraLinear = LoraLinear8bitLt = LoraLinear4bit = None
 with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
@@ -54,43 +53,36 @@ class LowRank(Fused):
 
     def _names(self) -> list[str]:
         """Returns the active adapters that this layer has, in the order in which PEFT adds them."""
-        held = self._modules["lora_A"]
-        return [name for name in self.active_adapters if name in held]
+        return active_in(self, self._modules["lora_A"])
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
-        return self._reasons_of(self._names())
+        return self._checked(self._names())[:2]
 
-    def _reasons_of(self, names: list[str]) -> tuple[Optional[str], Optional[str]]:
-        if reason := layer_reason(self) or adapters_reason(self, names, len(names) > 1):
-            return reason, None
-        is_dora, device = names[0] in self.lora_variant, self._device(names[0])
-        if reason := base_reason(self):
-            if is_dora:
-                return reason, None
-            alone = alone_reason(self)
-            return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason
-        return kernel_reason("dora_linear" if is_dora else "lora_linear", device), None
-
-    def _device(self, name: str) -> str:
-        return self.pair(name)[0].device.type
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, LowRank):  # see Fused.forward
-            return type(self).forward(self, x, *args, **kwargs)
-        if not args and not kwargs and (y := siblings.output_of(self, x)) is not None:
-            return y
-        return super().forward(x, *args, **kwargs)
+    def _checked(self, names: list[str]) -> tuple[Optional[str], Optional[str], Pairs]:
+        """Returns the reasons of a call with these adapters, and lora_A and lora_B of each."""
+        if reason := layer_reason(self):
+            return reason, None, []
+        reason, pairs = checked_adapters(self, names, len(names) > 1)
+        if reason is not None:
+            return reason, None, []
+        is_dora, device = names[0] in self.lora_variant, pairs[0][0].device.type
+        if (reason := base_reason(self)) is None:
+            return kernel_reason("dora_linear" if is_dora else "lora_linear", device), None, pairs
+        if is_dora:
+            return reason, None, pairs
+        alone = alone_reason(self)
+        return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
         """Returns what the output depends on beside x, to be compared; None: it can't be computed with others'."""
         names, modules = self._names(), self._modules
-        reason, alone = self._reasons_of(names)
+        reason, alone, pairs = self._checked(names)
         if reason is not None or alone is not None or len(names) > 1 or names[0] in self.lora_variant:
             return None
         name, base, dropout = names[0], modules["base_layer"], modules["lora_dropout"]._modules[names[0]]
         if self._bias(name) is not None or isinstance(self.scaling[name], Tensor):
             return None
-        held = (*base._parameters.values(), *base._buffers.values(), *self.pair(name), *self._scale_tensors(name))
+        held = (*base._parameters.values(), *base._buffers.values(), *pairs[0], *self._scale_tensors(name))
         held = [tensor for tensor in held if tensor is not None]
         if any(tensor.is_inference() for tensor in held):
             return None
@@ -120,70 +112,74 @@ class LowRank(Fused):
         """Returns a bias of lora_B's ``[N]``, which PEFT scales with the rest; or None."""
         return None
 
-    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
-        """Returns the public op, lora_A and lora_B of an adapter that nothing stands against; None: ask."""
-        return None
+    def _parts(self, name: str) -> Optional[tuple]:
+        """Returns lora_A, lora_B, and all modules, tensors and types that the reasons look at in an adapter."""
+        raise NotImplementedError
 
-    def _usual(self, x: Tensor) -> Optional[tuple]:
-        """Returns what a call of the most usual kind hands on, see :mod:`.usual`: the adapter's name, weight, bias,
-        lora_A, lora_B and the dropout's p. None: the reasons are asked one by one."""
-        name = usual_name(self)
-        if name is None or (found := usual_operands(self, x)) is None:
+    def _common(self, x: Any) -> Optional[tuple]:
+        """Returns the facts of a call with one adapter, see :mod:`.known`, its name, the base layer, lora_A, lora_B and
+        the dropout's p. None: the reasons have to be asked."""
+        if (name := single_name(self)) is None or (parts := self._parts(name)) is None:
             return None
-        if (adapter := self._usual_adapter(name)) is None:
+        lora_A, lora_B, modules, tensors, types = parts
+        base, dropout = self._modules["base_layer"], self._modules["lora_dropout"]._modules[name]
+        scaling, held, training = self.scaling[name], dropout.__dict__, dropout.training
+        p = held.get("p", 0.0)
+        if type(scaling) not in (float, int) or type(p) not in (float, int):
             return None
-        (weight, bias), (op, a, b), scaling = found, adapter, self.scaling[name]
-        if not is_usual(a) or not is_usual(b) or a.dtype is not b.dtype:
+        numbers = (scaling, self.cast_input_dtype_enabled, p, held.get("inplace"), training, *types)
+        op = "dora_linear" if name in self.lora_variant else "lora_linear"
+        facts = facts_of(self, x, op, (dropout, *modules), tensors, numbers)
+        if facts is None:
             return None
-        if not self.cast_input_dtype_enabled or type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
-            return None
-        dropout, p = self._modules["lora_dropout"]._modules[name], 0.0
-        if hooked(dropout):
-            return None
-        if type(dropout) is nn.Dropout:
-            p = dropout.p if dropout.training else 0.0
-            if p >= 1.0 or (dropout.training and dropout.inplace):
-                return None
-        elif type(dropout) is not nn.Identity:
-            return None
-        return (name, weight, bias, a, b, p) if kernel_reason(op, a.device.type) is None else None
+        return facts, name, base, lora_A, lora_B, float(p) if training else 0.0
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
         """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` in PEFT's dtype; None: its own forward has to run."""
-        if (usual := self._usual(x)) is not None:
-            name, weight, bias, lora_A, lora_B, p = usual
+        if siblings.NOW.groups and (y := siblings.output_of(self, x)) is not None:
+            return y
+        if (common := self._common(x)) is not None and common[0] in KNOWN:
+            _, name, base, lora_A, lora_B, p = common
+            weight = base.nf4 if type(base) is NF4Linear else base._parameters["weight"]
+            bias, scaling = base._parameters["bias"], self.scaling[name]
             if name in self.lora_variant:
-                return dora.forward(self, name, x, weight, bias, x.dtype)
-            return ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=self._rank_scale(name, 1.0),
-                                   scaling=float(self.scaling[name]), dropout_p=p, training=True)  # fmt: skip
+                return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)
+            rank_scale = self._rank_scale(name, 1.0)
+            return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
         names, modules = self._names(), self._modules
-        reason, alone = self._reasons_of(names)
+        reason, alone, pairs = self._checked(names)
         if reason is not None or not accepts_input(x):
             return None
         base, name = modules["base_layer"], names[0]
-        if alone is None and sums_wider(base, x):
+        if alone is None and type(base) in FOUR_BIT and sums_wider(base, x):
             if name in self.lora_variant:
                 return dora.forward_over(self, name, base, x)
             alone = "its sum is float32's"
         if alone is None:
             if (found := operands(base, x)) is None:
                 return None
+            if found[0] is not x or found[2] is not base._parameters["bias"] or found[3] is not x.dtype:
+                common = None
             x, weight, bias, dtype = found
             if name in self.lora_variant:
-                return dora.forward(self, name, x, weight, bias, dtype)
+                y = dora.forward(self, name, x, weight, bias, pairs[0], dtype)
+                if common is not None and y.dtype is dtype:
+                    remember(common[0])
+                return y
         if len(names) == 1:
-            (lora_A, lora_B), scaling = self.pair(name), self.scaling[name]
+            (lora_A, lora_B), scaling = pairs[0], self.scaling[name]
             rank_scale = self._rank_scale(name, 1.0)
             if isinstance(scaling, Tensor):
                 scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
         else:
             lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
         dropout = modules["lora_dropout"]._modules[name]
-        drops = type(dropout) is nn.Dropout
-        options = {"scaling": scaling, "rank_scale": rank_scale, "dropout_p": dropout.p if drops else 0.0,
-                   "training": drops and dropout.training}  # fmt: skip
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         if alone is None:
-            y = ops.lora_linear(x, weight, lora_A, lora_B, bias, **options)
+            y = ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=rank_scale, scaling=scaling, dropout_p=p,
+                                training=True)  # fmt: skip
+            if common is not None and self._bias(name) is None:
+                remember(common[0])
         else:
             result = base(x)
             dtype = result.dtype
@@ -192,7 +188,8 @@ class LowRank(Fused):
             wide = torch.promote_types(x.dtype, dtype)
             # Autocast would round what the base layer returned, where PEFT adds to it.
             with torch.autocast(x.device.type, enabled=False):
-                y = ops.lora_residual(x.to(wide), result.to(wide), lora_A, lora_B, **options)
+                y = ops.lora_residual(x.to(wide), result.to(wide), lora_A, lora_B, scaling=scaling,
+                                      rank_scale=rank_scale, dropout_p=p, training=True)  # fmt: skip
         for name in names:
             if (bias := self._bias(name)) is not None:
                 y = y + self.scaling[name] * bias
@@ -259,35 +256,30 @@ class Lora(LowRank):
         *LowRank.reads, "lora_bias", "lora_magnitude_vector", "_check_forward_args", "get_base_layer",
     )  # fmt: skip
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Lora):
-            return type(self).forward(self, x, *args, **kwargs)
-        names = kwargs.get("adapter_names")
-        if names is not None and not args and len(kwargs) == 1:
-            self._check_forward_args(x, adapter_names=names)
-            if (y := self._mixed(x, names)) is not None:
-                return y
-        return super().forward(x, *args, **kwargs)
-
-    def _mixed(self, x: Tensor, names: list[str]) -> Optional[Tensor]:
+    def _fused_with(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[Tensor]:
         """Computes a mixed batch, a name for each sample of x; None: PEFT's loop has to run.
 
         A name that this layer does not have, ``__base__`` among them, is the base layer's alone.
         """
+        names = kwargs.get("adapter_names")
+        if names is None or args or len(kwargs) > 1:
+            return None
+        self._check_forward_args(x, adapter_names=names)
         held = self._modules["lora_A"]._modules
         used = [name for name in dict.fromkeys(names) if name in held]
         if not used or layer_reason(self) is not None or not accepts_input(x) or x.dim() < 2:
             return None
-        if adapters_reason(self, used, True) is not None or base_reason(self) is not None:
+        reason, pairs = checked_adapters(self, used, True)
+        if reason is not None or base_reason(self) is not None:
             return None
         if any(isinstance(self.scaling[name], Tensor) or self._bias(name) is not None for name in used):
             return None
-        if kernel_reason("grouped_lora_linear", self._device(used[0])) is not None:
+        if kernel_reason("grouped_lora_linear", pairs[0][0].device.type) is not None:
             return None
         if (found := operands(self._modules["base_layer"], x)) is None:
             return None
         x, weight, bias, dtype = found
-        pairs, index = [self.pair(name) for name in used], {name: i for i, name in enumerate(used)}
+        index = {name: i for i, name in enumerate(used)}
         y = ops.grouped_lora_linear(
             x, weight, [a for a, _ in pairs], [b for _, b in pairs], [index.get(name, -1) for name in names], bias,
             scaling=[self.scaling[name] for name in used],
@@ -296,24 +288,19 @@ class Lora(LowRank):
 
     checked_adapter = lora_adapter
 
-    def _usual_adapter(self, name: str) -> Optional[tuple[str, Tensor, Tensor]]:
-        modules, op = self._modules, "lora_linear"
+    def _parts(self, name: str) -> Optional[tuple]:
+        modules, variant = self._modules, self.lora_variant.get(name)
         lora_A, lora_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
-        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or hooked(lora_A) or hooked(lora_B):
+        if lora_A is None or lora_B is None:
             return None
-        if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
+        a, b, held = lora_A._parameters, lora_B._parameters, (lora_A, lora_B)
+        weight_A, weight_B = a.get("weight"), b.get("weight")
+        tensors = (weight_A, weight_B, a.get("bias"), b.get("bias"))
+        if variant is None:
+            return weight_A, weight_B, held, tensors, ()
+        if (magnitude := modules["lora_magnitude_vector"]._modules.get(name)) is None:
             return None
-        if name in self.lora_variant:
-            magnitude, op = modules["lora_magnitude_vector"]._modules.get(name), "dora_linear"
-            if type(self.lora_variant[name]) not in dora.VARIANTS or type(magnitude) is not dora.DoraLinearLayer:
-                return None
-            if magnitude_reason(magnitude, dim=1) is not None:
-                return None
-        return op, lora_A._parameters["weight"], lora_B._parameters["weight"]
-
-    def _names(self) -> list[str]:
-        held = self._modules["lora_A"]._modules
-        return [name for name in self.active_adapters if name in held]
+        return weight_A, weight_B, (*held, magnitude), (*tensors, magnitude._parameters.get("weight")), (type(variant),)
 
     def pair(self, name: str) -> tuple[Optional[Tensor], Optional[Tensor]]:
         modules = self._modules

@@ -1,7 +1,7 @@
 """The reasons for which a layer takes the stock path: one line of text each; None: the call can be fused.
 
-The forward of a fused layer asks these functions on each call, and :func:`peft_ext.explain` prints what they return, so
-that the two can't differ.
+The forward of a fused layer asks these functions on each call whose like they have not accepted before, see
+:mod:`.known`, and :func:`peft_ext.explain` prints what they return, so that the two can't differ.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .base import (
     LINEAR,
     Conv1D,
     Params4bit,
+    active_in,
     class_name,
     is_fully_sharded,
     quant_state_of,
@@ -103,6 +104,7 @@ _HOOKS = "hooks on lora_A, lora_B or lora_dropout would not run"
 
 # What stands against fusing one adapter, its lora_A and lora_B.
 Adapter = tuple[Optional[str], Optional[Tensor], Optional[Tensor]]
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 # --- what is to be seen as what ---------------------------------------------------------------------------------------
@@ -149,6 +151,11 @@ def _is_shard(parameter: Any) -> bool:
 # --- an input, a tensor, a module -------------------------------------------------------------------------------------
 
 
+def plain_types() -> tuple[type, ...]:
+    """Returns the classes that the fused layers take for a tensor."""
+    return _plain
+
+
 def is_plain(tensor: Any) -> bool:
     """Returns whether ``tensor`` is one of the classes that the fused layers take for a tensor."""
     return type(tensor) in _plain
@@ -160,11 +167,9 @@ def accepts_input(x: Any) -> bool:
     The ops know torch.compile. torch.func's transforms, torch.jit.trace and torch.export, whose x is a fake tensor,
     and forward-mode differentiation see PEFT's own path.
     """
-    if not is_plain(x) or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return not (under_a_transform() or torch.jit.is_tracing())
+    return torch.compiler.is_compiling() or not (under_a_transform() or torch._C._is_tracing())
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
@@ -196,7 +201,7 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or replaced_on_instance(module)
+        or (module.__dict__.get("forward") is not None and replaced_on_instance(module))
     )
 
 
@@ -219,9 +224,10 @@ def forward_is_replaced(kind: type) -> bool:
 
 def layer_reason(layer: Any) -> Optional[str]:
     """Returns why an adapter layer's next call runs no adapter, or another forward than its class's."""
-    if replaced_on_instance(layer):
+    if layer.__dict__.get("forward") is not None and replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
-    if forward_is_replaced(type(layer)):
+    kind = type(layer)
+    if kind.stock_class.forward is not kind.stock_forward:
         return "its class's forward was replaced"
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -262,11 +268,6 @@ def _is_falcons(kind: type) -> bool:
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
-def _is_linear(kind: type) -> bool:
-    """Returns whether ``kind`` is nn.Linear or computes the same: it on an op, and Falcon's."""
-    return kind in LINEAR or _is_falcons(kind)
-
-
 def weight_reason(base: nn.Module) -> Optional[str]:
     """Returns why the ops can't read the weight of ``base``, a Linear, Conv1D, NF4Linear or Linear4bit, as it lies."""
     kind = type(base)
@@ -288,7 +289,8 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if cast is not None and base.compute_type_is_set and base.compute_dtype not in (cast, None):
             return f"autocast computes in {short(cast)}, the layer's compute_dtype is {short(base.compute_dtype)}"
         return None
-    if kind is not NF4Linear and kind is not Conv1D and not _is_linear(kind):
+    is_falcons = kind not in LINEAR and kind is not NF4Linear and _is_falcons(kind)
+    if kind not in LINEAR and kind is not NF4Linear and kind is not Conv1D and not is_falcons:
         return f"its base layer is a {class_name(kind)}, wanted Linear, Conv1D, NF4Linear or Linear4bit"
     if "bias" not in base._parameters:
         return "its bias is no parameter of its own (torch.nn.utils.prune and parametrize make it of others)"
@@ -298,7 +300,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         return "its base weight requires grad"
     if kind is not NF4Linear and weight.dtype not in DTYPES:
         return f"its weight is {short(weight.dtype)}, wanted float32, bfloat16 or float16"
-    if (bias := base._parameters.get("bias")) is not None and _is_falcons(kind):
+    if is_falcons and (bias := base._parameters.get("bias")) is not None:
         cast = autocast_dtype(weight)
         if cast not in (None, bias.dtype):
             return f"autocast multiplies in {short(cast)}, and the bias is added apart, in {short(bias.dtype)}"
@@ -326,44 +328,44 @@ def variant_name(variant: Any) -> str:
     return _VARIANTS.get(name, f"LoRA variant {name}")
 
 
-def adapters_reason(layer: Any, names: list[str], several: bool) -> Optional[str]:
-    """Returns what stands against fusing the adapters ``names``, over whatever base.
+def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optional[str], Pairs]:
+    """Returns what stands against fusing the adapters ``names``, over whatever base, and lora_A and lora_B of each.
 
     A method's own checks are in ``layer.checked_adapter``: :func:`lora_adapter` and :func:`adalora_adapter`.
     """
     if not names:
-        return "no active adapter on this layer"
+        return "no active adapter on this layer", []
     if any_global_hook():
-        return "global hooks of torch.nn would not run"
+        return "global hooks of torch.nn would not run", []
     dropouts = layer._modules["lora_dropout"]._modules
-    like = None
+    pairs: Pairs = []
     for name in names:
         reason, a, b = layer.checked_adapter(name, several)
         if reason:
-            return reason
+            return reason, []
         dropout = dropouts[name]
         if hooked(dropout):
-            return _HOOKS
+            return _HOOKS, []
         if type(dropout) is nn.Dropout:
             if dropout.training and (dropout.p >= 1.0 or dropout.inplace):
-                return f"{dropout} is not fused"
+                return f"{dropout} is not fused", []
             if several and dropout.training and dropout.p > 0.0:
-                return "several adapters draw a dropout mask each"
+                return "several adapters draw a dropout mask each", []
         elif type(dropout) is not nn.Identity:
-            return f"lora_dropout is a {type(dropout).__name__}, wanted nn.Dropout or nn.Identity"
+            return f"lora_dropout is a {type(dropout).__name__}, wanted nn.Dropout or nn.Identity", []
         if reason := tensor_reason("lora_A", a) or tensor_reason("lora_B", b):
-            return reason
+            return reason, []
         if a.dtype is not b.dtype or a.dtype not in DTYPES:
-            return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}, wanted both float32, bfloat16 or float16"
-        if like is None:
-            like = a
-        elif a.dtype is not like.dtype or a.device != like.device:
-            return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}"
+            return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}, wanted both float32, bfloat16 or float16", []
+        pairs.append((a, b))
+        like = pairs[0][0]
+        if a.dtype is not like.dtype or a.device != like.device:
+            return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}", []
         if reason := _scaling_reason(layer.scaling[name], a):
-            return reason
+            return reason, []
     if not layer.cast_input_dtype_enabled:
-        return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)"
-    return None
+        return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)", []
+    return None, pairs
 
 
 def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
@@ -439,22 +441,25 @@ def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
 # --- (IA)³ ------------------------------------------------------------------------------------------------------------
 
 
-def vectors_reason(vectors: list[Optional[Tensor]]) -> Optional[str]:
-    """Returns what stands against fusing the active adapters' vectors, over whatever base."""
-    if not vectors:
-        return "no active adapter on this layer"
-    if any_global_hook():
-        return "global hooks of torch.nn would not run"
-    like = vectors[0]
-    for vector in vectors:
+def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
+    """Returns what stands against fusing the active adapters, over whatever base, and ia3_l of each."""
+    held, vectors = layer._modules["ia3_l"], []
+    for name in active_in(layer, held):
+        vector = held._parameters.get(name)
         if reason := tensor_reason("ia3_l", vector):
-            return reason
+            return reason, []
         if vector.dtype not in DTYPES:
-            return f"ia3_l is {short(vector.dtype)}, wanted float32, bfloat16 or float16"
+            return f"ia3_l is {short(vector.dtype)}, wanted float32, bfloat16 or float16", []
+        vectors.append(vector)
+        like = vectors[0]
         if vector.dtype is not like.dtype or vector.device != like.device:
             there = f"{short(vector.dtype)} on {vector.device}"
-            return f"several active adapters: {short(like.dtype)} on {like.device}, {there}"
-    return None
+            return f"several active adapters: {short(like.dtype)} on {like.device}, {there}", []
+    if not vectors:
+        return "no active adapter on this layer", []
+    if any_global_hook():
+        return "global hooks of torch.nn would not run", []
+    return None, vectors
 
 
 # --- an engine that frees parameters ----------------------------------------------------------------------------------

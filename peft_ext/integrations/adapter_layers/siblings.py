@@ -34,7 +34,7 @@ class _Now(threading.local):
     hooks: Any = None  # on what is saved, as the forward began
 
 
-_NOW = _Now()
+NOW = _Now()
 
 
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
@@ -45,24 +45,24 @@ def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractCo
 
 @contextmanager
 def _together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[None]:
-    before, hooks, held = _NOW.groups, _NOW.hooks, {}
+    before, hooks, held = NOW.groups, NOW.hooks, {}
     for names in groups:
         layers = [module._modules.get(name) for name in names]
         layers = [layer for layer in layers if hasattr(layer, "joint_state")]
         if len(layers) > 1:
             held.update(dict.fromkeys(map(id, layers), _Group(layers)))
-    _NOW.groups, _NOW.hooks = held, _saving_hooks()
+    NOW.groups, NOW.hooks = held, _saving_hooks()
     try:
         yield
     finally:
-        _NOW.groups, _NOW.hooks = before, hooks
+        NOW.groups, NOW.hooks = before, hooks
 
 
 def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     """Returns the layer's output of x, computed together with others'; None: it computes alone."""
-    if not (groups := _NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
+    if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
-    if _saving_hooks() is not _NOW.hooks:
+    if _saving_hooks() is not NOW.hooks:
         return None  # within a checkpoint of the forward's own, whose recomputation is alone as well
     return group.output(layer, x)
 

@@ -1,0 +1,83 @@
+"""Common calls whose like the reasons have accepted before.
+
+All that the reasons of a common call read is gathered in one tuple: types, dtypes, shapes, devices, flags and numbers.
+Where the reasons accepted a call, a call with an equal tuple is fused without asking them again. A tuple holds no
+object of a model, so that it can't go stale: who replaces a parameter or sets a flag makes another tuple, and a call
+with hooks, under autocast or a compiler has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ...nn import NF4Linear
+from ...ops.checks import under_a_transform
+from . import reasons
+from .base import LINEAR
+
+KNOWN: set[tuple] = set()
+
+_is_tracing = torch._C._is_tracing
+
+_MOST = 4096  # a schedule of scaling or dropout makes a tuple for each step
+
+
+def remember(facts: tuple) -> None:
+    """Notes that the reasons accepted a call with these facts, and that the operator's checks did."""
+    if len(KNOWN) >= _MOST:
+        KNOWN.clear()
+    KNOWN.add(facts)
+
+
+def single_name(layer: Any) -> Optional[str]:
+    """Returns the active adapter of a layer, where it is one."""
+    active = layer._active_adapter
+    if type(active) is str:
+        return active
+    return active[0] if len(active) == 1 else None
+
+
+def facts_of(
+    layer: Any, x: Any, op: str, modules: tuple[nn.Module, ...], tensors: tuple, numbers: tuple
+) -> Optional[tuple]:
+    """Returns what the reasons read of a call on ``op``: of x, a layer and its base, and of an adapter's modules,
+    tensors and numbers. None: the call is none of the common ones, and the reasons have to be asked."""
+    plain = reasons.plain_types()
+    if type(x) not in plain or torch.compiler.is_compiling() or under_a_transform() or _is_tracing():
+        return None
+    # A module's dictionary is read faster than its attributes.
+    held, kind, device = layer.__dict__, type(layer), x.device
+    if x.is_nested or reasons.any_global_hook() or reasons.kernel_reason(op, device.type) is not None:
+        return None
+    if torch.is_autocast_enabled(device.type):
+        return None
+    if held["_disable_adapters"] or held["merged_adapters"] or kind.stock_class.forward is not kind.stock_forward:
+        return None
+    base = held["_modules"]["base_layer"]
+    if "forward" in held or held.get("fan_in_fan_out") or (type(base) not in LINEAR and type(base) is not NF4Linear):
+        return None
+    found = [kind, x.dtype, device, x.layout, x.shape[-1:], *numbers]
+    for module in (base, *modules):
+        held = module.__dict__
+        if (
+            held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"]
+            or held["_backward_pre_hooks"] or "forward" in held
+        ):  # fmt: skip
+            return None
+        found.append(type(module))
+    of_base = base.__dict__["_parameters"]
+    if "bias" not in of_base:
+        return None
+    for tensor in (of_base.get("weight"), of_base["bias"], *tensors):
+        if tensor is None:
+            found.append(None)
+        elif type(tensor) not in plain or hasattr(tensor, "ds_id"):
+            return None
+        else:
+            found += (tensor.dtype, tensor.device, tensor.shape, tensor.layout, tensor.requires_grad)
+    if type(base) is NF4Linear:
+        found += (base.in_features, base.out_features)
+    return tuple(found)
