@@ -26,7 +26,7 @@ BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
-  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths
+  cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -43,6 +43,7 @@ help:
 	@echo "make steady      tests that look at time, memory or processes, 50 times while other tests run; STEADY=... as wanted"
 	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
 	@echo "make peft-suite  PEFT's own tests, accelerated"
+	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a failure"
 	@echo "make newest      all of tests/integrations on the newest packages that pip offers"
 	@echo "make clang-check, make aarch64-check  compile every CPU source with clang, and for aarch64"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the portable one (5 GB once)"
@@ -139,6 +140,11 @@ peft-suite: setup
 newest: setup
 	$(LIMIT) 7200 $(BIN)/python tools/newest.py $(NEWEST)
 
+# Each release goes into build/forms, 250 MB each.
+forms: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tools $(LIMIT) 7200 $(BIN)/python tools/forms.py
+	git diff --exit-code peft_ext/integrations/forms docs/known-forms.md
+
 clang-check aarch64-check: setup
 	$(LIMIT) 3600 $(BIN)/python tools/compile_check.py $(@:-check=)
 
@@ -150,7 +156,7 @@ kills: setup
 	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # One after the other; each that fails is said at the end, and none keeps the next from running.
-NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills aarch64-tests newest
+NIGHTLY = cuda-check cuda-emulated sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills aarch64-tests newest forms
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

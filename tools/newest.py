@@ -3,8 +3,9 @@
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
 They go into an environment of their own, which sees the packages of this one below them; the native library is the one
-that is built. Where they are the versions that this environment has, on which `make test` ran, nothing is run but with
---always. The last line says which they were and what came of it.
+that is built. Which share of that transformers' norms, attentions and MLPs has a known form is printed; the others run
+stock. Where they are the versions of this environment, on which `make test` ran, no test is run but with --always.
+The last line says which they were and what came of it.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ def main() -> int:
     said = ", ".join(f"{name} {newest[name]}" + (f" (here {here[name]})" if newest[name] != here[name] else "")
                      for name in PACKAGES)  # fmt: skip
     print(f"newest: {said}", flush=True)
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PEFT_EXT_REQUIRE": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    subprocess.run([python, str(ROOT / "tools/forms.py"), "--share"], cwd=ROOT, env=environment)
     if newest == here and not options.always:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
     # As many processes as `make test` has; this checkout's package is the first on the path.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PEFT_EXT_REQUIRE": "1", **os.environ}
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"newest: {'PASSED' if code == 0 else 'FAILED FAILED FAILED'} on {said}")
     return code

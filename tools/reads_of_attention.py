@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from peft_ext.integrations.forms import Form
 
-__all__ = ["attention_formulas"]
+__all__ = ["attention_formulas", "groups_in"]
 
 # What a forward over rotary positions reads beside its layers and options.
 _READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}
@@ -28,7 +28,7 @@ _OPTIONS = {
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the kinds and formulas that a class may have, the one that says most first."""
-    groups, asks = _groups_in(cls.forward), _asks_by_config(cls.forward)
+    groups, asks = groups_in(cls.forward), _asks_by_config(cls.forward)
     inputs = ",".join("+".join(names) for names in groups)
     if asks and groups and len(groups[0]) == 3:
         yield from (
@@ -99,7 +99,7 @@ def _tree(forward: Callable) -> Optional[ast.AST]:
         return None
 
 
-def _groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
+def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Returns the names of a forward's children that are called with one variable, by group; none where it can't tell.
 
     Of one group are calls ``self.name(variable)`` in one run of statements, all of which run or none, where nothing

@@ -6,11 +6,11 @@ Only the class of a layer changes: its parameters, ``__dict__`` and ``state_dict
 copying, pickling, merging and adding or deleting adapters go on as PEFT wrote them. (DoRA alone leaves two small
 things, which restore takes back: a chosen ``dora_dropout``, and over an NF4Linear a LoRA variant that can dequantize
 it.) On each call a fused layer asks its ``stock_reason``, which :func:`peft_ext.explain` reports, whether the op
-computes what PEFT would; where not, PEFT's own forward runs.
+computes what PEFT would, unless a call with the same facts was accepted before; where not, PEFT's own forward runs.
 
-Layers are matched by exact type: a subclass may have changed the forward that would be replaced.
-
-The layers are in ``fused``, and why a call takes the stock path in ``fused/reasons.py``.
+PEFT's layers are matched by exact type: a subclass may have changed the forward that would be replaced. They are in
+``adapter_layers``, and why a call takes the stock path in ``adapter_layers/reasons.py``. Blocks of a model are known by
+the code of their forward, see ``forms`` and ``model_blocks``.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def accelerate(
             part of LoRA, AdaLoRA or (IA)³ alone is fused, over its own forward. A layer that can't be fused goes on as
             it was; :func:`explain` tells why.
             Layers that are added later stay stock until the next call.
-        blocks: more than layers. Norms (RMSNorm as in Llama and Gemma, LayerNorm), which save x and a number a row, and
-            MLPs, gated or not, whose inner activation is computed again in the backward: each is tried on random
-            numbers first, and left as it is where it gives other ones. And the loss of a language model under a frozen
-            head, where its ``loss_function`` is transformers' ``ForCausalLMLoss``: in a training step with labels
-            :func:`peft_ext.ops.linear_cross_entropy` computes it from the hidden states, and the output computes its
-            logits when they are asked for. False: the layers alone.
+        blocks: more than layers. Norms, which save x and a number a row; MLPs, gated or not, whose inner activation is
+            computed again in the backward; attentions, whose layers of one input are computed together and whose
+            softmax(q kᵀ) v on a CPU is the operator: each where the code of its forward is a known form
+            (docs/known-forms.md) as this is called, and else left as it is. On a CPU, dropouts. And the loss of a
+            language model under a frozen head, where its ``loss_function`` is transformers' ``ForCausalLMLoss``: in a
+            training step with labels :func:`peft_ext.ops.linear_cross_entropy` computes it from the hidden states, and
+            the output computes its logits when they are asked for. False: the layers alone.
         dora_dropout: what DoRA's dropout drops in training. "peft": x, for the base layer's term too, as PEFT does,
             which takes a second product with the base weight. "lora": x on the low-rank path alone, as LoRA does: one
             product, and other gradients than PEFT's. Layers and their copies keep it until the next call.

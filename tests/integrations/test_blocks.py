@@ -1,4 +1,4 @@
-"""Norms and MLPs on fused operators: known by their structure, tried before they are used, and like the model's own."""
+"""Norms and MLPs on fused operators: known by their code, and like the model's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import peft_ext
-from peft_ext.integrations.model_blocks import attention, blocks, mlp, rotary
+from peft_ext import ops
+from peft_ext.integrations.model_blocks import norm
+from peft_ext.integrations.model_blocks.dropout import Dropout
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
@@ -93,7 +95,8 @@ def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
     found = {}
     for name in ("Llama", "Gemma"):
         model = peft_ext.accelerate(build(name))
-        (found[name],) = {type(module).formula[1:] for module in model.modules() if isinstance(module, blocks.Norm)}
+        known = [type(module).peft_ext_known for module in model.modules() if isinstance(module, norm.Norm)]
+        (found[name],) = {(one.offset, one.rounds, one.mixed) for one in known}
     assert found == {"Llama": (0.0, True, True), "Gemma": (1.0, False, True)}
 
 
@@ -103,14 +106,14 @@ def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
 def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of_x) -> None:
     """T5's norm returns its weight's dtype, Llama's what PyTorch gives the product, Gemma's x's."""
     torch.manual_seed(0)
-    norm = kind(32).to(of_weight)
+    module = kind(32).to(of_weight)
     x, found = torch.randn(3, 32).to(of_x), []
-    for one in (norm, copy.deepcopy(norm)):
+    for one in (module, copy.deepcopy(module)):
         if found:
             one = nn.Sequential(one)
             with pytest.warns(UserWarning, match="no adapter layer"):
                 peft_ext.accelerate(one)
-            assert isinstance(one[0], blocks.Norm)
+            assert isinstance(one[0], norm.Norm)
         y = one(leaf := x.clone().requires_grad_())
         y.float().square().sum().backward()
         found.append((y.detach(), leaf.grad))
@@ -121,13 +124,9 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
 
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
-def test_the_device_dtype_and_mode_of_the_moment_change_no_trial(under: str) -> None:
+def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
     """The first model of a class may be made on the meta device, or in another default dtype."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
-    blocks._TRIED.clear()
-    mlp._ACTS.clear()
-    rotary._is_rotary.cache_clear()
-    attention._TRIED.clear()
     if under == "meta":
         with torch.device("meta"):
             peft_ext.accelerate(model)
@@ -288,7 +287,7 @@ def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MLPS)
 def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks.ops, "dropout", torch.nn.functional.dropout)  # the same masks
+    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # the same masks
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
@@ -304,14 +303,14 @@ def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, mo
 def test_what_goes_into_the_last_layer_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = peft_ext.accelerate(adapted(name, dtype=torch.bfloat16)), []
     for operator in ("gated_activation", "activation"):
-        real = getattr(blocks.ops, operator)
+        real = getattr(ops, operator)
 
         def note(*args: Any, real: Any = real) -> Tensor:
             result = real(*args)
             made.append(weakref.ref(result))
             return result
 
-        monkeypatch.setattr(blocks.ops, operator, note)
+        monkeypatch.setattr(ops, operator, note)
     loss = model(**IDS).loss
     assert len(made) == 2 and all(held() is None for held in made)
     loss.backward()
@@ -382,7 +381,7 @@ def test_an_activation_that_was_replaced_is_used() -> None:
     model = peft_ext.accelerate(adapted("gate and up"))
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.act_fn = nn.Mish()
-    assert "another one" in mlp.block_reason()
+    assert "none of the known ones" in mlp.block_reason()
     x = torch.randn(3, 32)
     wanted = mlp.down_proj(nn.Mish()(mlp.gate_proj(x)) * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), wanted)
@@ -439,15 +438,15 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
     stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
     rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
     assert len(rows) >= 5 and all(row.fused for row in rows) and not any("lora" in row.name for row in rows)
-    drawn, real = [], blocks.ops.dropout
-    monkeypatch.setattr(blocks.ops, "dropout", lambda x, p: drawn.append(p) or real(x, p))
+    drawn, real = [], ops.dropout
+    monkeypatch.setattr(ops, "dropout", lambda x, p: drawn.append(p) or real(x, p))
     torch.manual_seed(1)
     first = step(model)["loss"]
     assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each drew new masks
     torch.manual_seed(1)
     assert step(model)["loss"] == first
     # Without adapters' and attention's dropouts, whose masks are others as well.
-    monkeypatch.setattr(blocks.ops, "dropout", torch.nn.functional.dropout)
+    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)
     for one in (stock, model):
         for name, module in one.named_modules():
             if isinstance(module, nn.Dropout) and (
@@ -462,7 +461,7 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
     for key, value in found[0].items():
         assert (found[1][key] - value).norm() <= bound * value.norm(), key
     model.eval()
-    monkeypatch.setattr(blocks.ops, "dropout", None)
+    monkeypatch.setattr(ops, "dropout", None)
     step(model)
 
 
@@ -472,7 +471,7 @@ def test_dropouts_that_stay_as_they_are() -> None:
     layers = [nn.Dropout(0.5, inplace=True), nn.Dropout(0.0), nn.Dropout(1.0), nn.Dropout1d(0.5), nn.Dropout(0.5)]
     model.get_base_model().more = nn.ModuleList(layers)
     peft_ext.accelerate(model)
-    assert [isinstance(layer, blocks.Dropout) for layer in layers] == [False, False, False, False, True]
+    assert [isinstance(layer, Dropout) for layer in layers] == [False, False, False, False, True]
     x = torch.ones(4, 40)
     layers[0](x)
     assert set(x.unique().tolist()) == {0.0, 2.0} and layers[2](x).count_nonzero() == 0
@@ -498,39 +497,21 @@ def test_a_dropout_that_is_not_on_a_cpu_is_pytorchs() -> None:
 
 
 def test_a_norm_is_called_by_name() -> None:
-    norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f
+    layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f
     x = torch.randn(3, 32)
-    torch.testing.assert_close(norm(input=x), nn.LayerNorm.forward(norm, x))
+    torch.testing.assert_close(layer(input=x), nn.LayerNorm.forward(layer, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU its call is the shorter one; what it is compiled to is not chosen by the size of a batch."""
-    monkeypatch.setattr(blocks.LayerNorm, "least", few_elements)
-    norm = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
+    monkeypatch.setattr(norm, "LEAST", few_elements)
+    layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
     rows = few_elements[dtype] // 32
     with OperatorCalls() as mode:
-        y = norm(x := torch.randn(rows - 1, 32).to(dtype).requires_grad_())
+        y = layer(x := torch.randn(rows - 1, 32).to(dtype).requires_grad_())
         y.sum().backward()
-    assert not mode.calls and torch.equal(y, nn.LayerNorm.forward(norm, x))
+    assert not mode.calls and torch.equal(y, nn.LayerNorm.forward(layer, x))
     with OperatorCalls() as mode:
-        norm(torch.randn(rows, 32).to(dtype).requires_grad_()).sum().backward()
+        layer(torch.randn(rows, 32).to(dtype).requires_grad_()).sum().backward()
     assert mode.calls == {"layer_norm": 1, "layer_norm_backward": 1}
-
-
-def test_a_number_that_an_mlp_holds_is_part_of_its_formula() -> None:
-    class Scaled(nn.Module):
-        def __init__(self, scale: float) -> None:
-            super().__init__()
-            self.scale = scale
-            self.up_proj, self.down_proj, self.act_fn = nn.Linear(8, 12), nn.Linear(12, 8), nn.GELU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down_proj(self.act_fn(self.up_proj(x)) * self.scale)
-
-    torch.manual_seed(0)
-    model, x = nn.Sequential(Scaled(1.0), Scaled(5.0)), torch.randn(3, 8)
-    wanted = model(x)
-    model = get_peft_model(model, LoraConfig(target_modules=["up_proj", "down_proj"]))
-    torch.testing.assert_close(peft_ext.accelerate(model)(x), wanted)
-    assert [isinstance(module, mlp.Mlp) for module in model.base_model.model] == [True, False]

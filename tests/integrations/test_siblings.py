@@ -1,11 +1,13 @@
-"""Adapter layers that get the same tensor are computed together: found in the source, and never a stale result."""
+"""Adapter layers that get the same tensor are computed together, as a row of a form says, and never a stale result."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_ext
-from peft_ext.integrations.adapter_layers.siblings import groups_in
+from peft_ext.integrations.forms import REGISTERED, Row, form_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from reads_of_attention import groups_in
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 T, K = 40, 64
@@ -35,6 +40,13 @@ class Attention(nn.Module):
         k = self.k_proj(x)
         v = self.v_proj(x)
         return q, k, v
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of these tests has a row, as those of transformers have."""
+    digest = form_of(Attention).digest
+    monkeypatch.setitem(REGISTERED, digest, Row(digest, "projections", (("inputs", "+".join(NAMES)),)))
 
 
 def build(config: Any = None, dtype: torch.dtype = torch.bfloat16, quantize: bool = False) -> Any:

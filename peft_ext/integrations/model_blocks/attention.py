@@ -26,7 +26,7 @@ from ...ops.checks import autocast_dtype
 from ..adapter_layers import siblings
 from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
-from ..forms import Row, Rows
+from ..forms import Row, row_of
 from .block import Block, device_of
 
 ALL_ATTENTION_FUNCTIONS = None
@@ -58,8 +58,8 @@ _IGNORED = frozenset({
     "use_cache",
 })  # fmt: skip
 _LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
-# Whether a function that stands under "sdpa" has a known form, and whether it knows a bias; as accelerate found it.
-_SDPA: dict[Any, bool] = {}
+# By function that stood under "sdpa": whether it takes a bias of the scores; None where its form is unknown.
+_SDPA: dict[Any, Optional[bool]] = {}
 
 
 # --- the module -------------------------------------------------------------------------------------------------------
@@ -249,13 +249,22 @@ def take_view(module: nn.Module) -> None:
         module.__dict__["config"] = config.original
 
 
-def look_at_sdpa(rows: Rows) -> None:
-    """Looks whether what stands under ``sdpa`` now is a function whose form is known."""
-    function = None if ALL_ATTENTION_FUNCTIONS is None else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    found = rows.of(function) if inspect.isfunction(function) else ""
+def look_at_sdpa() -> None:
+    """Has what stands under ``sdpa`` looked at again: now, and other functions when they are met."""
     _SDPA.clear()
-    if not isinstance(found, str) and found[0].kind == "sdpa":
-        _SDPA[function] = found[0].get("bias") == "yes"
+    if ALL_ATTENTION_FUNCTIONS is not None:
+        _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _knows_bias(function: Any) -> Optional[bool]:
+    """Returns whether a function with a known form takes a bias of the scores; None: its form is unknown."""
+    if function not in _SDPA:
+        if torch.compiler.is_compiling():
+            return None
+        found = row_of(function) if inspect.isfunction(function) else ""
+        is_known = not isinstance(found, str) and found[0].kind == "sdpa"
+        _SDPA[function] = found[0].get("bias") == "yes" if is_known else None
+    return _SDPA[function]
 
 
 def _reason(module: Any) -> Optional[str]:
@@ -266,7 +275,7 @@ def _reason(module: Any) -> Optional[str]:
         return f"its attention implementation is {implementation}"
     if not isinstance(config, _View):
         return "accelerate(model) was not called on it, or with blocks=False"
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] not in _SDPA:
+    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None:
         return "its attention implementation is sdpa, and the function there is none of the known forms"
     return _device_reason(device_of(module))
 
@@ -303,7 +312,7 @@ def sdpa_attention_forward(
 ) -> Any:
     """What transformers' registry has under OURS: transformers' ``sdpa`` on the operator, for the calls it takes."""
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    knows_bias, bias = _SDPA.get(function), kwargs.get("position_bias")
+    knows_bias, bias = _knows_bias(function), kwargs.get("position_bias")
     if (
         knows_bias is None
         or not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)

@@ -71,7 +71,7 @@ def fuse_blocks(model: nn.Module) -> None:
     """Gives the blocks of ``model`` whose form is known, now, their fused classes, and all others their own."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
-    look_at_sdpa(rows)
+    look_at_sdpa()
     for module in model.modules():
         if module in skipped:
             continue
@@ -102,7 +102,7 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
     """Yields the names of ``model``'s blocks, what is fused of each, or could be, and why it is not."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
-    look_at_sdpa(rows)
+    look_at_sdpa()
     for name, module in model.named_modules():
         if module in skipped:
             continue

@@ -60,26 +60,23 @@ _IGNORED = frozenset({
 _FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, "__globals__", None) is vars(F)}
 
 
-# Loss functions that have a known form, each with what it called when it was looked at.
-_LOSSES: dict[Any, tuple[Any, ...]] = {}
+# By loss function: what it called when its code was looked at; None where its form is unknown.
+_LOSSES: dict[Any, Optional[tuple[Any, ...]]] = {}
 
 
 def _called_by(function: Any) -> tuple[Any, ...]:
     return function.__globals__.get("fixed_cross_entropy"), F.cross_entropy
 
 
-def look_at_loss(function: Any) -> None:
-    """Looks whether a loss function is transformers' causal loss, by its code as it is now."""
-    _LOSSES.pop(function, None)
-    found = row_of(function) if inspect.isfunction(function) else ""
-    if not isinstance(found, str) and found[0].kind == "causal_loss":
-        _LOSSES[function] = _called_by(function)
-
-
 def _is_known_loss(function: Any) -> bool:
-    """Returns whether a loss function is a known one, and calls what it called when it was looked at."""
-    known = _LOSSES.get(function) if inspect.isfunction(function) else None
-    return known is not None and known == _called_by(function)
+    """Returns whether a loss function is a known one, and calls what it called when its code was looked at."""
+    if not inspect.isfunction(function):
+        return False
+    if function not in _LOSSES:
+        found = row_of(function)
+        is_known = not isinstance(found, str) and found[0].kind == "causal_loss"
+        _LOSSES[function] = _called_by(function) if is_known else None
+    return _LOSSES[function] is not None and _LOSSES[function] == _called_by(function)
 
 
 # --- one call of a head -----------------------------------------------------------------------------------------------
@@ -525,10 +522,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def defer_losses(model: nn.Module) -> None:
     """Gives each language model with a known loss function, and its head, the class that leaves the logits to it."""
+    _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
-        if has_points:
-            look_at_loss(owner.loss_function)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
             if not isinstance(owner, LanguageModel):  # as it stays where fully_shard has made a class of the class
@@ -547,8 +543,8 @@ def compute_losses(model: nn.Module) -> None:
 
 def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
     """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole."""
+    _LOSSES.clear()
     for owner, layer in _owners(model):
-        look_at_loss(getattr(owner, "loss_function", None))
         yield layer, _reason(owner, layer)
 
 
