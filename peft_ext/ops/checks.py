@@ -137,13 +137,21 @@ def _check_device(op: str, argument: str, value: Tensor, other: Tensor, name: st
         raise ValueError(f"{op}: {argument} is on {value.device}, {name} is on {other.device}")
 
 
+def _has_shape(value: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Returns whether a tensor has one of the shapes, size by size: a compiler's symbolic sizes equal numbers, but not
+    within tuples."""
+    return any(
+        len(shape) == value.dim() and all(a == b for a, b in zip(value.shape, shape, strict=True)) for shape in shapes
+    )
+
+
 def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
     """Checks one value per feature, of any float dtype, on x's device, in one of ``shapes``."""
     if not torch.compiler.is_compiling() and fits_vector(value, x) and value.shape in shapes:
         return
     check_float(op, argument, value)
     _check_device(op, argument, value, x)
-    if tuple(value.shape) not in shapes:
+    if not _has_shape(value, *shapes):
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
 
@@ -348,7 +356,7 @@ def check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Non
     if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, tokens, size):
         raise ValueError(f"{op}: k has shape {tuple(k.shape)}, wanted [{batch}, Hkv, {tokens}, {size}]")
     for argument, value in (("cos", cos), ("sin", sin)):
-        if tuple(value.shape) not in ((batch, tokens, size), (1, tokens, size)):
+        if not _has_shape(value, (batch, tokens, size), (1, tokens, size)):
             wanted = f"({batch}, {tokens}, {size}) or (1, {tokens}, {size})"
             raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
         if value.requires_grad and torch.is_grad_enabled():

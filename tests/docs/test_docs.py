@@ -250,7 +250,8 @@ def check_command(words: list[str]) -> Optional[str]:
         path = ROOT / rest[1].replace(".", "/")
         return None if path.is_dir() or path.with_suffix(".py").is_file() else f"{rest[1]} is no module"
     if program == "python":
-        return None if rest[1] in ("pytest", "venv", "pip") else f"{rest[1]} is no known module"
+        known = ("pytest", "venv", "pip", "peft_ext.integrations.model_blocks")
+        return None if rest[1] in known else f"{rest[1]} is no known module"
     if program == "pip":
         extras = re.findall(r"\[(\w+)\]", " ".join(rest))
         there = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))

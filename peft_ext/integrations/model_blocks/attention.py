@@ -51,13 +51,14 @@ _LEAST_QUERIES = 16
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 # Arguments of a call beside the tensors. Those of the first kind change nothing in transformers' sdpa; those of the
-# second are looked at. A call with any other goes to transformers' function.
+# second are looked at. A call with any other that is not None goes to transformers' function.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
     "use_cache",
 })  # fmt: skip
 _LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
+_KNOWN = _IGNORED | _LOOKED_AT
 # By function that stood under "sdpa": whether it takes a bias of the scores; None where its form is unknown.
 _SDPA: dict[Any, Optional[bool]] = {}
 
@@ -116,11 +117,11 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
-            return super().forward(*args, **kwargs)
+            return super(Block, self).forward(*args, **kwargs)
         if self.peft_ext_known.own and not args and self._own_reason() is None and self._takes(kwargs):
             return self._rotary_forward(**kwargs)
         with siblings.together(self, self.peft_ext_known.groups):
-            return super().forward(*args, **kwargs)
+            return super(Block, self).forward(*args, **kwargs)
 
     def _takes(self, given: dict[str, Any]) -> bool:
         """Returns whether the forward here knows each argument that has no default in the stock one."""
@@ -368,7 +369,7 @@ def _fits(
         return False
     if others.get("output_attentions") or others.get("softcap") is not None:
         return False
-    if not others.keys() <= _IGNORED | _LOOKED_AT:
+    if any(value is not None for name, value in others.items() if name not in _KNOWN):
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape

@@ -115,14 +115,16 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
                 yield name, kind, reason or (_CHANGED if changed else None)
         elif isinstance(found, tuple):
             yield name, MIXINS[found[0].kind].block_kind, _NOT_ACCELERATED
-        elif found is not None and (kind := _called(_stock(module))) is not None:
+        elif found is not None and (kind := _called(module)) is not None:
             yield name, kind, found
 
 
-def _called(stock: type) -> Optional[str]:
-    """Returns what the name of a class calls it."""
-    name = stock.__name__.lower()
-    return next((kind for part, kind in _CALLED if part in name), None)
+def _called(module: nn.Module) -> Optional[str]:
+    """Returns what the name of a module's class calls it; None: nothing, or a module within is called the same."""
+    name = _stock(module).__name__.lower()
+    part, kind = next(((part, kind) for part, kind in _CALLED if part in name), ("", None))
+    inner = (child for child in module.modules() if child is not module)
+    return None if any(part in _stock(child).__name__.lower() for child in inner) else kind
 
 
 def _device_around(model: nn.Module, name: str) -> str:
