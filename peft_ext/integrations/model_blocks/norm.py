@@ -45,7 +45,7 @@ class RMSNorm(Norm):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
-                "offset": float(row.get("offset")), "rounds": row.get("rounds") == "yes",
+                "adds_one": row.get("offset") == "1", "rounds": row.get("rounds") == "yes",
                 "mixed": row.get("mixed") == "yes"}  # fmt: skip
 
     def block_reason(self) -> Optional[str]:
@@ -54,15 +54,15 @@ class RMSNorm(Norm):
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known
-        weight, eps = self._parameters[known.weight], getattr(self, known.eps)
+        weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), 1.0 if known.adds_one else 0.0
         if x.dim() == 0 or x.shape[-1] != weight.shape[0] or (not known.mixed and x.dtype is not weight.dtype):
             return self.stock_class.forward(self, x)
         if x.is_contiguous():
-            return ops.rms_norm(x, weight, eps, offset=known.offset, round_before_weight=known.rounds)
+            return ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds)
         if (order := strides_of(x)) is None:
             return self.stock_class.forward(self, x)
         # The result lies in memory as x does, as that of a formula of elements.
-        y = ops.rms_norm(x.permute(order), weight, eps, offset=known.offset, round_before_weight=known.rounds)
+        y = ops.rms_norm(x.permute(order), weight, eps, offset=offset, round_before_weight=known.rounds)
         return y.permute([order.index(dim) for dim in range(x.dim())])
 
 
