@@ -435,3 +435,14 @@ def test_the_memory_of_a_step_is_estimated_with_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "_PATHS", ())
     plain = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
     assert plain.total - found.total >= 2 * 2 * 4 * 300 * (32 - 16) * 4, (plain, found)
+
+
+@pytest.mark.parametrize("more", [{}, {"position_ids": torch.arange(20)}, {"encoder_hidden_states": None}, {"heat": 2}],
+                         ids=str)  # fmt: skip
+def test_a_call_with_an_argument_that_is_not_known_is_transformers(more: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, real = [], attention.by_operator
+    monkeypatch.setattr(attention, "by_operator", lambda *args: taken.append(1) or real(*args))
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    found = attention.sdpa_attention_forward(nn.Module(), q, k, v, None, **more)[0]
+    torch.testing.assert_close(found, sdpa_attention_forward(nn.Module(), q, k, v, None)[0])
+    assert bool(taken) is ("heat" not in more)

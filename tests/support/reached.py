@@ -42,6 +42,8 @@ def reached(cls: type) -> list[Place]:
         this = code.co_varnames[0] if kind is not None and code.co_argcount and not static else None
         for path in digest._paths(digest._tree(function), code, this):
             for place in places(path, function, this):
+                if digest._asks_for_the_environment(place.value, place.name, function):
+                    continue  # which backend or version is there: the same code on another machine
                 found[id(place.owner), place.name] = place
                 visit(place.value, cls if place.owner in cls.__mro__ else None)
 

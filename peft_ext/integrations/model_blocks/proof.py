@@ -61,15 +61,17 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
         for dtypes, (what, arguments), training in itertools.product(_dtypes(row), _inputs(row), (True, False)):
             if (why := _differs(cls, row, form, *dtypes, arguments, training)) is not None:
                 mode, dtype = "training" if training else "evaluation", str(dtypes[0]).removeprefix("torch.")
-                return f"{why}, {dtype}, {what}, in {mode}"
+                return f"{why}, {dtype}{' under autocast' * dtypes[2]}, {what}, in {mode}"
     return None
 
 
-def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Returns the dtypes of x and of the weights to try."""
+def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
+    """Returns the dtypes of x and of the weights to try, and whether under autocast in bfloat16."""
     mixed = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
     held = [dtype for dtype in DTYPES if holds_for(row, dtype)]
-    return [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
+    pairs = [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
+    autocast = [(torch.float32, torch.float32, True)] if row.kind in ("rms_norm", "mlp", "attention") else []
+    return [(*pair, False) for pair in pairs] + autocast
 
 
 def _reads_of(row: Row) -> set[str]:
@@ -227,14 +229,15 @@ def _told(value: Any) -> Any:
 
 
 def _differs(
-    cls: type, row: Row, form: Form, dtype: torch.dtype, of_weights: torch.dtype, arguments: Callable, training: bool
+    cls: type, row: Row, form: Form, dtype: torch.dtype, of_weights: torch.dtype, autocast: bool, arguments: Callable,
+    training: bool,
 ) -> Optional[str]:  # fmt: skip
     found = []
     for ours in (False, True):
         try:
             module = _instance(cls, row, of_weights, training)
             args, kwargs = arguments(dtype)
-            found.append(_run(_called(cls, row, form, module, ours), module, args, kwargs))
+            found.append(_run(_called(cls, row, form, module, ours), module, autocast, args, kwargs))
         except Exception as error:  # whatever another function raises
             return f"{'the formula' if ours else 'the class'} raises {type(error).__name__}: {error}"
     stock, fused = found
@@ -253,7 +256,8 @@ def _differs(
             strict = row.kind in ("rms_norm", "layer_norm", "attention")
             if not strict and index == 1 and a.shape == x.shape:  # PyTorch's ReLU passes on the gradient of a NaN
                 a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
-            if (why := _unlike(a, b, ulps * torch.finfo(dtype).eps, strict, whole=index == 1)) is not None:
+            eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+            if (why := _unlike(a, b, ulps * eps, strict, whole=index == 1)) is not None:
                 return f"{what} differ: {why}"
             of_elements = row.kind in ("activation", "gate")  # which are given what a linear layer returns
             if index == 0 and a.stride() != b.stride() and a.numel() and not of_elements:
@@ -292,12 +296,15 @@ def _normed_of_few(fused: Any, x: Tensor) -> Tensor:
         LEAST.update(least)
 
 
-def _run(called: Callable, module: nn.Module, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor], Any]:
+def _run(
+    called: Callable, module: nn.Module, autocast: bool, args: tuple, kwargs: dict
+) -> tuple[list[Tensor], list[Tensor], Any]:
     given = [value.requires_grad_() for value in (*args, *kwargs.values())
              if isinstance(value, Tensor) and value.is_floating_point()]  # fmt: skip
     torch.manual_seed(3)
     _CALLS.clear()
-    y = called(*args, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = called(*args, **kwargs)
     values = [value for value in (y if isinstance(y, tuple) else (y,)) if isinstance(value, Tensor)]
     ramp = torch.linspace(-1, 1, values[0].numel()).view(values[0].shape).to(values[0].dtype)
     wanted = [*given, *module.parameters()]
