@@ -123,6 +123,7 @@ def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> 
     ("owner", "name", "value"),
     [
         (sys.modules[__name__], "scaled", lambda x: x * 3),
+        (sys.modules[__name__], "scaled", functools.wraps(scaled)(lambda x: x * 3)),
         (sys.modules[__name__], "FACTOR", 4),
         (torch, "rsqrt", torch.sqrt),
         (torch, "rsqrt", functools.wraps(torch.rsqrt)(lambda x: torch.sqrt(x))),
@@ -130,7 +131,16 @@ def test_a_class_with_calls_or_attributes_of_its_own_has_no_form(kind: type) -> 
         (Plain, "shifted", property(lambda self: lambda y: y)),
         (Plain, "eps", 7.0),
     ],
-    ids=["helper", "number", "PyTorch's function", "wrapper of it", "method", "property", "class attribute"],
+    ids=[
+        "helper",
+        "helper of the same name",
+        "number",
+        "PyTorch's function",
+        "wrapper of it",
+        "method",
+        "property",
+        "class attribute",
+    ],
 )
 def test_what_code_reaches_is_a_part_of_it(
     owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
@@ -338,6 +348,19 @@ def test_register_form() -> None:
             peft_ext.register_form(Own, kind, **given)
     with pytest.raises(ValueError, match="differ"):
         peft_ext.register_form(Capped, "rms_norm", **formula)
+
+
+class Louder(nn.Module):
+    """An MLP's output, and one in a hundred more."""
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x)) * 1.01
+
+
+def test_a_small_difference_is_a_difference() -> None:
+    formula = {"inner": ["gate", "up"], "out": "down", "act": "act", "gated": True}
+    with pytest.raises(ValueError, match="the values differ: by .* times the tolerance"):
+        peft_ext.register_form(Louder, "mlp", **formula)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ others. What others register under ``sdpa`` is called as ever; on a GPU it is Py
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from typing import Any, Optional
@@ -209,10 +210,11 @@ class _View:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return view_of, (self.original,)
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        from copy import deepcopy
+    def __copy__(self) -> Any:
+        return view_of(copy.copy(self.original))
 
-        return view_of(deepcopy(self.original, memo))
+    def __deepcopy__(self, memo: dict) -> Any:
+        return view_of(copy.deepcopy(self.original, memo))
 
 
 _VIEWS: dict[type, type] = {}
