@@ -85,47 +85,42 @@ class Attention(Block):
                 "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
 
     def block_parts(self) -> Any:
-        replaced = self.replaced_reason()
-        if self.peft_ext_known.groups:
+        replaced, known = self.replaced_reason(), self.peft_ext_known
+        if known.groups:
             yield "projections of one input", replaced or self._joint_reason()
-        if self.peft_ext_known.own:
+        if known.own:
             yield "rotary positions", replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
-        if self.peft_ext_known.asks:
+        if known.asks:
             yield "attention", replaced or _reason(self)
 
     def _joint_reason(self) -> Optional[str]:
-        for names in self.peft_ext_known.groups:
+        groups = self.peft_ext_known.groups
+        for names in groups:
             layers = [self._modules.get(name) for name in names]
             joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
             if len(joint) > 1:
                 return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
-        return (
-            f"no two of {', '.join(self.peft_ext_known.groups[0])} have an adapter that can be computed with another's"
-        )
+        return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
 
     def _own_reason(self) -> Optional[str]:
-        changed = next(
-            (
-                name
-                for name, value in self.peft_ext_known.found.items()
-                if self.peft_ext_known.names.get(name) is not value
-            ),
-            None,
-        )
-        return f"{changed} was replaced" if changed else None
+        """Returns which function of its module, called by the forward here as well, was replaced since accelerate."""
+        known = self.peft_ext_known
+        changed = [name for name, value in known.found.items() if known.names.get(name) is not value]
+        return f"{changed[0]} was replaced" if changed else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
+        known = self.peft_ext_known
         if replaced_on_instance(self) or self.replaced_reason() is not None:
             return super(Block, self).forward(*args, **kwargs)
-        if self.peft_ext_known.own and not args and self._own_reason() is None and self._takes(kwargs):
+        if known.own and not args and self._own_reason() is None and self._takes(kwargs):
             return self._rotary_forward(**kwargs)
-        with siblings.together(self, self.peft_ext_known.groups):
+        with siblings.together(self, known.groups):
             return super(Block, self).forward(*args, **kwargs)
 
     def _takes(self, given: dict[str, Any]) -> bool:
-        """Returns whether the forward here knows each argument that has no default in the stock one."""
+        """Returns whether the forward here takes a call: tokens and a pair of positions, no cache of another name."""
         positions = given.get("position_embeddings")
         return (
             accepts_input(given.get("hidden_states"))
@@ -140,41 +135,34 @@ class Attention(Block):
         **given: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
         """Attention over rotary positions, with or without norms of q and k."""
-        modules, shape = self._modules, hidden_states.shape[:-1]
+        known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
-        with siblings.together(self, self.peft_ext_known.groups):
-            q, k, v = (modules[name](hidden_states) for name in self.peft_ext_known.groups[0])
-        if self.peft_ext_known.norms == "flat":
+        with siblings.together(self, known.groups):
+            q, k, v = (modules[name](hidden_states) for name in known.groups[0])
+        if known.norms == "flat":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k = q.view(heads), k.view(heads)
-        if self.peft_ext_known.norms == "head":
+        if known.norms == "head":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
-        q, k = self._rotated(q, k, *position_embeddings)
-        cache = given.pop(self.peft_ext_known.cache_name, None)
-        extra = {}
-        if self.peft_ext_known.cache_style == "positions":
-            extra = {"cache_position": given.pop("cache_position", None)}
+        cos, sin = position_embeddings
+        rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
+        q, k = rotate(q, k, cos, sin)
+        cache = given.pop(known.cache_name, None)
+        positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
         if cache is not None:
-            if self.peft_ext_known.cache_style == "kwargs":
+            if known.cache_style == "kwargs":
                 k, v = cache.update(k, v, self.layer_idx, kwargs=given)
-            elif self.peft_ext_known.cache_style == "positions":
-                cos, sin = position_embeddings
-                k, v = cache.update(k, v, self.layer_idx, {"sin": sin, "cos": cos, **extra})
+            elif known.cache_style == "positions":
+                more = {"sin": sin, "cos": cos, "cache_position": positions}
+                k, v = cache.update(k, v, self.layer_idx, more)
             else:
                 k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.peft_ext_known.names.get(_EAGER)
-        )
-        options = {name: getattr(self, attribute) for name, attribute in self.peft_ext_known.options}
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        options = {name: getattr(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
-        return modules[self.peft_ext_known.out](out.reshape(*shape, -1).contiguous()), weights
-
-    def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if not _fits_rotary(q, k, cos, sin):
-            return self.peft_ext_known.names[_ROTATES](q, k, cos, sin)
-        return ops.rotary_embedding(q, k, cos, sin)
+        return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
 
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
