@@ -187,7 +187,11 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
             module,
             type(module),
             module.training,
-            {name: value for name, value in module.__dict__.items() if name.startswith("_peft_ext_")},
+            {
+                name: value
+                for name, value in module.__dict__.items()
+                if name.startswith("_peft_ext_") or name == "config"
+            },
         )
         for module in model.modules()
     ]

@@ -69,18 +69,14 @@ def explain(
     quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
     blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
-    batch_size: Annotated[int, typer.Option(help="Of the step whose memory is estimated, and of --verify's.")] = 4,
-    sequence_length: Annotated[
-        Optional[int], typer.Option(help="Likewise. Default: up to 1024, with --verify up to 128.")
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the weights, and compare a fused training step with stock.")
-    ] = False,
-    data: Annotated[Optional[str], typer.Option(help="Of --verify, as for finetune. Default: python-docs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the estimated step.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare a step with stock's; see docs.")] = False,
+    data: Annotated[Optional[str], typer.Option(help="Of --verify. Default: python-docs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> Optional[int]:
-    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights, unless
-    it is to verify: then the exit code is 1 where a number is wrong."""
+    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights, but for
+    --verify, whose exit code is 1 where a number is wrong."""
     need("explain", "transformers", "peft")
     quiet()
     adapter = _adapter_folder(what)

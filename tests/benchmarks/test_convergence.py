@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import convergence as c  # noqa: E402
-from peft_ext import ops  # noqa: E402
+from peft_ext.integrations.adapter_layers import lora  # noqa: E402
 
 STEPS, BATCH = 12, 8
 END, PAD, VOCAB = 256, 257, 258  # after the bytes
@@ -98,8 +98,9 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         def backward(ctx, grad):
             return -grad
 
-    right = ops.lora_linear
-    monkeypatch.setattr(ops, "lora_linear", lambda x, w, a, *rest, **more: right(x, w, Flipped.apply(a), *rest, **more))
+    right = lora.checked_lora_linear
+    flipped = lambda x, w, bias, a, *rest: right(x, w, bias, Flipped.apply(a), *rest)  # noqa: E731
+    monkeypatch.setattr(lora, "checked_lora_linear", flipped)
     assert c.max_difference(row_of("LoRA", "float32", steps=6)) > 1e-3
 
 

@@ -531,13 +531,12 @@ def test_bench_goes_without_bitsandbytes(capsys, monkeypatch):
 
 
 def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
-    from peft_ext import ops
-    from peft_ext.integrations.adapter_layers import reasons
+    from peft_ext.integrations.adapter_layers import lora, reasons
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
-    right = ops.lora_linear
+    right = lora.checked_lora_linear
     with monkeypatch.context() as patch:  # the value alone: y off by 2%
-        patch.setattr(ops, "lora_linear", lambda *args, **kwargs: 1.02 * right(*args, **kwargs))
+        patch.setattr(lora, "checked_lora_linear", lambda *args: 1.02 * right(*args))
         assert main(asked) == 2
         assert "bench: lora over bf16 is off from float64 by 0.02" in capsys.readouterr().err
     monkeypatch.setitem(reasons.KERNELS["lora_linear"], "cpu", False)

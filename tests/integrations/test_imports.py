@@ -70,6 +70,19 @@ OPTIONAL = {
         [], [["bitsandbytes.nn", "Params4bit"]], {kind for kind in LAYERS if kind.endswith("4bit")},
     ),
     "transformers.pytorch_utils.Conv1D": ([], [["transformers.pytorch_utils", "Conv1D"]], set()),
+    "transformers.LlamaConfig": ([], [["transformers", "LlamaConfig"]], set()),
+    "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": (
+        [], [["transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"]], set(),
+    ),
+    "transformers.masking_utils.AttentionMaskInterface": (
+        [], [["transformers.masking_utils", "AttentionMaskInterface"]], set(),
+    ),
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": (
+        [], [["transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"]], set(),
+    ),
+    "transformers.modeling_utils.AttentionInterface": (
+        [], [["transformers.modeling_utils", "AttentionInterface"]], set(),
+    ),
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (

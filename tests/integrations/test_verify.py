@@ -156,6 +156,7 @@ def test_autocast_counts_and_the_yardstick_has_none():
 def test_autocast_in_the_forward(prepared):
     model, batch = peft_ext.accelerate(llama().train()), tokens()
     if prepared:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
         AcceleratorState._reset_state(reset_partial_state=True)  # which other tests' are not to find
     else:
