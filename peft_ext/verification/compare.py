@@ -38,7 +38,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`peft_ext.verify` found. Prints as a short table: the outputs, the five worst gradients, the worst block.
+    """What :func:`peft_ext.verify` found. Prints as a short table: outputs, the five worst gradients, the worst block.
 
     Attributes:
         rows: the loss, the outputs and each trained gradient.

@@ -70,7 +70,6 @@ OPTIONAL = {
         [], [["bitsandbytes.nn", "Params4bit"]], {kind for kind in LAYERS if kind.endswith("4bit")},
     ),
     "transformers.pytorch_utils.Conv1D": ([], [["transformers.pytorch_utils", "Conv1D"]], set()),
-    "transformers.LlamaConfig": ([], [["transformers", "LlamaConfig"]], set()),
     "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": (
         [], [["transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"]], set(),
     ),

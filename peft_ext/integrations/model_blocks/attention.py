@@ -30,10 +30,13 @@ from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_i
 from ..forms import Row, row_of
 from .block import Block, device_of
 
-ALL_ATTENTION_FUNCTIONS = None
+ALL_ATTENTION_FUNCTIONS: Any = None
+_IS_REGISTERED = False
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    _IS_REGISTERED = True  # as it is at the end of this file
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -229,7 +232,8 @@ def view_of(config: Any) -> Any:
 def set_view(module: nn.Module) -> None:
     """Gives an attention that asks the registry this package's function, where its ``sdpa`` is transformers'."""
     config = module.__dict__.get("config")
-    if isinstance(module, Attention) and module.peft_ext_known.asks and not isinstance(config, _View):
+    asks = _IS_REGISTERED and isinstance(module, Attention) and module.peft_ext_known.asks
+    if asks and not isinstance(config, _View):
         if isinstance(getattr(type(config), "_attn_implementation", None), property):
             module.__dict__["config"] = view_of(config)
 
@@ -243,7 +247,7 @@ def take_view(module: nn.Module) -> None:
 def look_at_sdpa() -> None:
     """Has what stands under ``sdpa`` looked at again: now, and other functions when they are met."""
     _SDPA.clear()
-    if ALL_ATTENTION_FUNCTIONS is not None:
+    if _IS_REGISTERED:
         _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
@@ -315,7 +319,7 @@ def sdpa_attention_forward(
     return by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal, bias)
 
 
-if ALL_ATTENTION_FUNCTIONS is not None:
+if _IS_REGISTERED:
     AttentionInterface.register(OURS, sdpa_attention_forward)
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 

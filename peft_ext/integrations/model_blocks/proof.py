@@ -19,17 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ..._imports import optional
 from ..forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
-from .attention import by_operator
+from .attention import ALL_ATTENTION_FUNCTIONS, by_operator
 from .block import class_of
 from .blocks import MIXINS
 from .norm import LEAST
-
-PretrainedConfig = None
-with optional("transformers", "attentions cannot be proved"):
-    from transformers import LlamaConfig as PretrainedConfig
-    from transformers.modeling_utils import AttentionInterface
 
 __all__ = ["disproof", "proposals", "register_form"]
 
@@ -131,9 +125,8 @@ def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
 
 def _fill_attention(made: Any, row: Row) -> None:
     heads, kv_heads, size = 4, 2, 8
-    made.config = PretrainedConfig(hidden_size=_K, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    made.config._attn_implementation = _noted.__name__
-    AttentionInterface.register(_noted.__name__, _noted)
+    made.config = types.SimpleNamespace(_attn_implementation=_noted.__name__)
+    ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
     made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, 0
     made.scaling, made.attention_dropout, made.is_causal = 0.3, 0.1, True
     for name, count in zip(row.names("inputs")[0].split("+"), (heads, kv_heads, kv_heads), strict=True):
