@@ -94,8 +94,8 @@ def faults(library: Path) -> list[str]:
 
 def misplaced(names: Sequence[str]) -> list[str]:
     """The files of a wheel that are not the package's: copied libraries, tests, sources."""
-    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js))"
-                      rf"|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
+    ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
+                      rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
 
 
