@@ -200,7 +200,7 @@ class _Walk:
             return "set", sorted(repr(self._value(one, name, None)) for one in value)
         if isinstance(value, dict):
             return "dict", [(self._value(key, name, None), self._value(of, name, None)) for key, of in value.items()]
-        if isinstance(value, types.BuiltinFunctionType) or type(value).__name__ in ("method_descriptor", "type_call"):
+        if isinstance(value, types.BuiltinFunctionType) or isinstance(value, types.MethodDescriptorType):
             owner = getattr(value, "__self__", None)
             return "builtin", getattr(owner, "__name__", type(owner).__name__), value.__name__
         if isinstance(value, types.FunctionType):
@@ -242,7 +242,10 @@ def _is_transformers_class(kind: type) -> bool:
 
 def _is_transparent(function: types.FunctionType) -> bool:
     """Returns whether a function is a decorator of transformers' that calls what it is around."""
-    if not isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
+    inner = getattr(function, "__wrapped__", None)
+    if not isinstance(inner, types.FunctionType) or not any(
+        cell.cell_contents is inner for cell in _set_cells(function)
+    ):
         return False
     file = function.__code__.co_filename
     return any(file == getattr(sys.modules.get(name), "__file__", None) for name in _TRANSPARENT)
@@ -256,6 +259,16 @@ def _asks_for_the_environment(value: Any, name: str, function: types.FunctionTyp
     value = getattr(value, "__wrapped__", value)
     utils = sys.modules.get("transformers.utils.import_utils")
     return isinstance(value, types.FunctionType) and value.__code__.co_filename == getattr(utils, "__file__", None)
+
+
+def _set_cells(function: types.FunctionType) -> Iterator[Any]:
+    """Yields the cells of a closure that have a value."""
+    for cell in function.__closure__ or ():
+        try:
+            cell.cell_contents  # noqa: B018  raises where it has none
+        except ValueError:
+            continue
+        yield cell
 
 
 def _registry(value: Any) -> Optional[tuple[str, str]]:
@@ -394,7 +407,11 @@ def _visit(node: ast.AST, outside: set[str], this: Optional[str], found: set[tup
         if isinstance(root, ast.Name) and root.id == this:
             found.add((this, "="))
     if isinstance(node, ast.Attribute) and (static := inspect.getattr_static(Tensor, node.attr, None)) is not None:
-        if isinstance(static, types.FunctionType) and not _is_torchs(static) and not hasattr(static, "__wrapped__"):
+        if isinstance(static, types.FunctionType):  # in PyTorch's file, also where it is a wrapper of PyTorch's
+            is_own = static.__code__.co_filename.startswith(_TORCH)
+        else:  # a method that is written in C knows its name
+            is_own = getattr(static, "__name__", node.attr) == node.attr
+        if not is_own:
             raise Unknown(f"torch.Tensor.{node.attr} was replaced")
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         for default in (*node.args.defaults, *(one for one in node.args.kw_defaults if one is not None)):
