@@ -8,6 +8,7 @@ others stay in or out when one is added.
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -121,6 +122,13 @@ def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Fails a file of tests that leaves the process's logging disabled: every later test of messages would fail."""
+    yield
+    assert logging.root.manager.disable == 0, "logging.disable was called and not undone"
 
 
 @pytest.fixture

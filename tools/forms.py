@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
     parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the rows that are known, and a file for the rest
     args = parser.parse_args()
+    logging.disable(logging.ERROR)  # transformers warns of packages that some of its modules miss
+    warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)
         out.write_text(json.dumps(scan(json.loads(known.read_text()))))
@@ -133,8 +135,6 @@ def classes() -> Iterator[Any]:
     import transformers
     from torch import nn
 
-    logging.disable(logging.ERROR)
-    warnings.simplefilter("ignore")
     yield from (nn.SiLU, nn.GELU, nn.ReLU, nn.LayerNorm, nn.Dropout)
     package = Path(transformers.__file__).parent
     files = [package / "activations.py", *sorted((package / "models").glob("*/modeling_*.py"))]
