@@ -25,12 +25,13 @@ BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
+.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-emulated \
   cuda-link gpu clean steady threads peft-suite newest clang-check aarch64-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
-	@echo "make test        the tests"
+	@echo "make test        the first tier of tests, in some five minutes on two cores"
+	@echo "make test-all    every test that a change must pass, in some twenty minutes on two cores"
 	@echo "make lint        formatters and linter, as CI runs them; make format applies them"
 	@echo "make bench       kernel benchmarks against PEFT and bitsandbytes"
 	@echo "make charts      the pictures of docs/images, drawn from benchmarks/results"
@@ -71,8 +72,14 @@ demo: setup
 	$(BIN)/peft-ext finetune --output outputs/demo --overwrite
 
 # In up to four processes, a file of tests in one of them; each with one thread but for what is about threads.
+PYTEST = PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 30
+	$(PYTEST) -m "not slow"
+	@echo "This was the first tier of tests. make test-all runs every test that a change must pass; make nightly takes hours."
+
+test-all: setup
+	$(PYTEST) --durations 30
 
 lint: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5 import-linter==2.17

@@ -3,15 +3,19 @@
 ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
 fixture. Inputs are drawn on the CPU, and what results are compared with is computed there. ``--device emulated`` keeps
 CPU tensors and gives them to the CUDA kernels, which the emulator runs and checks; it builds them first.
-``--share 3`` runs a third of the tests: what CI does on each further CPU path. A test is in it by its name, so that the
-others stay in or out when one is added.
+``--share 3`` runs a third of the tests, as CI does on each further CPU path. The checked-out commit chooses which third, so
+that the next commits run the others; ``--share 2/3`` runs the second third. A test's share depends on the test's id
+alone, so adding a test moves no other.
 """
 
+import argparse
+import collections
 import importlib.util
 import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import zlib
 
@@ -36,10 +40,27 @@ DEVICES = ("cpu", "cuda", "emulated")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=DEVICES, default=os.environ.get("PEFT_EXT_TEST_DEVICE", "cpu"),
                      help="where the operators run; default: PEFT_EXT_TEST_DEVICE, or else cpu")  # fmt: skip
-    parser.addoption("--share", type=int, default=1, metavar="N", help="run one Nth of the tests; default: 1, all")
+    parser.addoption("--share", type=share_of, default=(1, 1), metavar="[K/]N",
+                     help="run the Kth of N parts of the tests, K from the commit where it is left out; default: 1/1")  # fmt: skip
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """Returns (K, N) of "K/N" or "N", where the commit that is checked out gives K, from 1 to N."""
+    chosen, _, count = text.rpartition("/")
+    total = int(count)
+    if chosen:
+        number = int(chosen)
+    else:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"  # no git: an sdist
+        number = int(commit, 16) % max(1, total) + 1
+    if not 1 <= number <= total:
+        raise argparse.ArgumentTypeError(f"--share is {text}, wanted K/N with 1 <= K <= N")
+    return number, total
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: `make test` leaves it out, `make test-all` runs it")
     config.addinivalue_line("markers", "cpu_only(reason): says nothing of another --device, and is skipped there")
     device = config.getoption("--device")
     if device not in DEVICES:
@@ -79,16 +100,41 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"peft_ext: CPU path {state.isa}, CUDA library {loaded}; operators on {config.getoption('--device')}"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    number, total = config.getoption("--share")
+    if total > 1:
+        terminalreporter.write_line(f"share {number} of {total}; --share {number}/{total} repeats it")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (share := config.getoption("--share")) < 1:
-        raise pytest.UsageError(f"--share is {share}, wanted 1 or more")
-    drawn = [zlib.crc32(item.nodeid.encode()) % share == 0 for item in items]
+    functions: dict[str, list[pytest.Function]] = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for cases in functions.values():
+        for item in _beyond_each_value(cases):
+            item.add_marker(pytest.mark.slow)
+    number, total = config.getoption("--share")
+    drawn = [zlib.crc32(item.nodeid.encode()) % total == number - 1 for item in items]
     config.hook.pytest_deselected(items=[item for item, inside in zip(items, drawn, strict=True) if not inside])
     items[:] = [item for item, inside in zip(items, drawn, strict=True) if inside]
     device = config.getoption("--device")
     for item in items:
         if device != "cpu" and (mark := item.get_closest_marker("cpu_only")):
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
+def _beyond_each_value(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Returns the cases of one parametrized test that the first tier can leave out: in the others, drawn greedily, each
+    value of each parameter is there once."""
+    values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in cases}
+    missing, left = set().union(*values.values()), list(cases)
+    while missing:
+        best = max(left, key=lambda item: len(values[item] & missing))
+        missing -= values[best]
+        left.remove(best)
+    return left
 
 
 _LOST = re.compile("illegal memory access|misaligned address|illegal instruction|unspecified launch failure")

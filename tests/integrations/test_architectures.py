@@ -120,8 +120,15 @@ class Case:
         assert (len(rows), sum(row.fused for row in rows)) == (self.layers, self.fused_layers), peft_ext.explain(model)
 
 
+# One model of each family is in the first tier of tests, and each method.
+FIRST_TIER = {"Llama-LoRA", "Llama-DoRA", "Llama-IA3", "Gemma3-LoRA", "GPT-2-DoRA", "Mixtral-LoRA", "BERT-LoRA",
+              "T5-IA3", "ViT-DoRA"}  # fmt: skip
+
+
 def cases(names: Iterable[str]) -> list[Any]:
-    return [pytest.param((name, method), id=f"{name}-{method}") for name in names for method in METHODS]
+    ids = [(name, method, f"{name}-{method}") for name in names for method in METHODS]
+    return [pytest.param((name, method), id=id, marks=() if id in FIRST_TIER else pytest.mark.slow)
+            for name, method, id in ids]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=cases(ARCHITECTURES))

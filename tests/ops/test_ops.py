@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_ext import NF4Weight, _native, ops, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize(("case", "shape"), [(case, shape) for case in CASES for shape in case.shapes],
                          ids=lambda value: value.name if isinstance(value, Case) else str(value))  # fmt: skip
@@ -36,6 +37,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, shape: tuple, devi
     assert_close(found, plain, exact, max(shape[1], shape[2]), case.from_product, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_noncontiguous_inputs_and_gradient(case: Case, device: torch.device) -> None:
     shape = ((6, 5), 64, 96, 16)
@@ -61,6 +63,7 @@ def test_gradients_only_where_asked(case: Case, device: torch.device) -> None:
         assert torch.equal(alone[name], everything[name])
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only("it is about CPU threads")
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_same_bits_for_one_and_two_threads(case: Case, two_threads: None) -> None:
@@ -206,6 +209,7 @@ def test_dora_with_a_frozen_magnitude_saves_no_product(device: torch.device) -> 
         assert saved_bytes(case, Sample(sample.inputs, ("x", "lora_A", "lora_B"))) == 40 * 8 * 4 + seed + 96 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_gradcheck_of_the_oracle(case: Case, dtype: torch.dtype) -> None:
@@ -429,6 +433,7 @@ def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
     return name, (i["x"], *weight, i["bias"], *adapter, i["rank_scale"], 0.75, 0.1, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_opcheck(case: Case, device: torch.device) -> None:
     sample = case.make(torch.float32, SHAPES[0]).to(device)
@@ -438,6 +443,7 @@ def test_opcheck(case: Case, device: torch.device) -> None:
     torch.library.opcheck(getattr(torch.ops.peft_ext, name).default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("case", LINEAR, ids=ids)
 def test_compiles_without_a_graph_break(case: Case, dynamic: bool, device: torch.device) -> None:

@@ -1,0 +1,42 @@
+"""Every operator once over each pair of dtype, shape, layout, CPU path and number of threads: the first tier's battery.
+
+``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle as in the sweep.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import covering
+import pytest
+import sweep
+import torch
+from op_db import CASES, SAVED_OUTPUT, Case
+from op_params import ids
+
+from peft_ext import _native
+
+pytestmark = pytest.mark.cpu_only("the CPU paths are a factor of the array")
+
+
+@pytest.mark.parametrize("case", [*CASES, *SAVED_OUTPUT], ids=ids)
+def test_calls_of_the_covering_array(case: Case) -> None:
+    module, before, failures = _native.STATE.module, (torch.get_num_threads(), _native.STATE.isa), []
+    try:
+        for call in covering.calls_of(case):
+            module.set_isa(call.isa)
+            torch.set_num_threads(call.threads)
+            try:
+                sweep.check(call)
+            except Exception:
+                failures.append(f"{call}\n{traceback.format_exc(limit=-2)}")
+    finally:
+        torch.set_num_threads(before[0])
+        module.set_isa(before[1])
+    assert not failures, "\n".join(failures)
+
+
+def test_every_pair_is_in_the_array() -> None:
+    covered, wanted = covering.pairs()
+    print(f"{len(wanted)} pairs")
+    assert not wanted - covered, sorted(map(str, wanted - covered))[:20]

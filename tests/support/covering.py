@@ -1,0 +1,61 @@
+"""The covering array of the operators' calls: every pair of values of two factors is in at least one call.
+
+Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads. Each
+case is called as often as the longest of the other factors has values, and at each call every factor takes its next
+value; where a factor starts differs from case to case, so that the other factors meet each other too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import sweep
+from op_db import CASES, DTYPES, SAVED_OUTPUT, Case
+
+from peft_ext import _native
+
+LAYOUTS = ("contiguous", "transposed", "every other", "offset", "rows apart")
+THREADS = (1, 2, 7)
+NAMES = ("case", "dtype", "shape", "layout", "path", "threads")
+
+
+def calls_of(case: Case) -> list[sweep.Drawn]:
+    """Returns the calls of one case; the seed of a call's values is its position in the array."""
+    number = (*CASES, *SAVED_OUTPUT).index(case)
+    paths = _native.STATE.module.isas()
+    shapes = sorted(set(case.shapes), key=case.shapes.index)
+    factors = (DTYPES, shapes, LAYOUTS, paths, THREADS)
+    count = max(map(len, factors))
+    calls = []
+    for i in range(count):
+        # The number of earlier calls over the product of the lengths before it: a digit of a mixed radix, so that the
+        # starts of two factors do not move together.
+        starts = (number // stride for stride in (1, 3, 2, 5, 4))
+        dtype, shape, layout, path, threads = (
+            values[(i + start) % len(values)] for values, start in zip(factors, starts, strict=True)
+        )
+        calls.append(sweep.Drawn(1000 * number + i, case, dtype, shape, (layout,), path, threads, False))
+    return calls
+
+
+def row(call: sweep.Drawn) -> tuple[Any, ...]:
+    """Returns the values of a call's factors, in the order of NAMES."""
+    return call.case.name, call.dtype, call.shape, call.layouts[0], call.isa, call.threads
+
+
+def pairs() -> tuple[set, set]:
+    """Returns the pairs of two factors' values that are in the array, and all that there can be: a case is called
+    with its own shapes alone."""
+    cases = (*CASES, *SAVED_OUTPUT)
+    covered = {pair for case in cases for call in calls_of(case) for pair in _pairs_of(row(call))}
+    paths = _native.STATE.module.isas()
+    wanted = {pair for case in cases for shape in case.shapes
+              for rest in itertools.product(DTYPES, [shape], LAYOUTS, paths, THREADS)
+              for pair in _pairs_of((case.name, *rest))}  # fmt: skip
+    return covered, wanted
+
+
+def _pairs_of(values: tuple[Any, ...]) -> Iterator[tuple]:
+    yield from itertools.combinations(zip(NAMES, values, strict=True), 2)
