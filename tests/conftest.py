@@ -3,9 +3,9 @@
 ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda) gives the operators CUDA tensors, in the tests that take the ``device``
 fixture. Inputs are drawn on the CPU, and what results are compared with is computed there. ``--device emulated`` keeps
 CPU tensors and gives them to the CUDA kernels, which the emulator runs and checks; it builds them first.
-``--share 3`` runs a third of the tests, as CI does on each further CPU path. The checked-out commit chooses which third, so
-that the next commits run the others; ``--share 2/3`` runs the second third. A test's share depends on the test's id
-alone, so adding a test moves no other.
+``--share 3`` runs a third of the tests, as CI does on each further CPU path. The commit that is checked out chooses the
+third, so that later commits run the others; ``--share 2/3`` runs the second third. A test's share depends on its id
+alone, so adding a test moves no other test.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=DEVICES, default=os.environ.get("PEFT_EXT_TEST_DEVICE", "cpu"),
                      help="where the operators run; default: PEFT_EXT_TEST_DEVICE, or else cpu")  # fmt: skip
     parser.addoption("--share", type=share_of, default=(1, 1), metavar="[K/]N",
-                     help="run the Kth of N parts of the tests, K from the commit where it is left out; default: 1/1")  # fmt: skip
+                     help="run the Kth of N parts of the tests; the commit chooses K by default")  # fmt: skip
 
 
 def share_of(text: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Every operator once over each pair of dtype, shape, layout, CPU path and number of threads: the first tier's battery.
+"""The first tier's test of operators: calls that cover each pair of dtype, shape, layout, CPU path and thread count.
 
-``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle as in the sweep.
+``tests/support/covering.py`` draws the calls. Values and gradients are compared with the float64 oracle.
 """
 
 from __future__ import annotations

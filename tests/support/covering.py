@@ -1,8 +1,9 @@
 """The covering array of the operators' calls: every pair of values of two factors is in at least one call.
 
-Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads. Each
-case is called as often as the longest of the other factors has values, and at each call every factor takes its next
-value; where a factor starts differs from case to case, so that the other factors meet each other too.
+Factors: case of an operator (``op_db``), dtype, shape, layout of the tensors in memory, CPU path, number of threads.
+Each case is called as many times as the longest other factor has values. At each call every factor takes its next
+value.
+The value at which a factor starts differs from case to case, so that the other factors meet each other too.
 """
 
 from __future__ import annotations
