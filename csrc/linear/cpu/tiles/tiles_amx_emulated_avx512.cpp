@@ -1,4 +1,4 @@
-// The AMX kernels over emulated tiles, on a CPU with AVX512-BF16.
+// The AMX tile kernels with emulated tile instructions, on a CPU with AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The target must be set before these headers are read.
