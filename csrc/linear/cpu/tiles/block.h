@@ -9,9 +9,9 @@
 //     function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
 //   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand without a copy. This way
 //     is used for up to kFewStrips strips of tokens; with kFewStrips 0 W is always copied to strips
-//   decodes_rows(weight), decoded_rows(weight, row): whether rows of this W can be a left operand that is decoded
-//   during
-//     the product with one strip of tokens, and that operand
+//   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
+//     strip of tokens
+//   decoded_rows(weight, row): that left operand
 //   class TileUnit: an object of the class exists while a task multiplies.
 #pragma once
 

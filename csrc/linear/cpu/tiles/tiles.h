@@ -28,9 +28,8 @@ namespace peft_ext {
 constexpr int64_t kStrip = 16;      // rows or lanes of a strip
 constexpr int64_t kTileDepth = 32;  // depth of a tile
 constexpr int64_t kTile = kStrip * kTileDepth;
-constexpr int64_t kPanelStep = 64;  // rows or columns of W decoded together; every panel but the last is a multiple
-constexpr int64_t kReduceTokens =
-    512;  // tokens in one partial sum of grad_in_scale; the partial sums are added in order
+constexpr int64_t kPanelStep = 64;      // rows or columns of W decoded together; every panel but the last is a multiple
+constexpr int64_t kReduceTokens = 512;  // tokens in one partial sum of grad_in_scale
 
 // W [rows, columns], dense or NF4. absmax holds the float32 scales of all blocks.
 struct TileWeight {
