@@ -1,4 +1,4 @@
-// Scaled dot-product attention with AVX2. See kernels.h for the contract.
+// The attention kernels of kernels.h with AVX2.
 #if defined(__x86_64__)
 #include <math.h>
 

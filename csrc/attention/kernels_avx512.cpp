@@ -1,4 +1,4 @@
-// Scaled dot-product attention with AVX-512. See kernels.h for the contract.
+// The attention kernels of kernels.h with AVX-512.
 #if defined(__x86_64__)
 #include <math.h>
 

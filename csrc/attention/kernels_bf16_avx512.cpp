@@ -1,4 +1,4 @@
-// Scaled dot-product attention with AVX512-BF16's dot product. See kernels.h for the contract.
+// The attention kernels of kernels.h with the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include <math.h>
 

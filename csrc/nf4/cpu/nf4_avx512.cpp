@@ -18,8 +18,7 @@ namespace {
 // below its bin, plus one if the value is above the bin's own threshold (infinity if the bin has none). The arrays hold
 // both for each bin. The bin is in the lowest five bits of the float value * kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f,
-                         kZero = 12582912.0f + 16.0f;  // 1.5 * 2^23 has a unit of 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats of 1.5 * 2^23 have a unit of 1
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 
