@@ -13,8 +13,7 @@ struct BackwardParts {
   Element *q_rows, *grad_rows;      // converted rows, if q or grad can't be used directly
   Element *q_turned, *grad_turned;  // right operands whose depth is the head's size
   Element *q_joined, *grad_joined;  // right operands whose depth is the queries
-  Element *p, *ds,
-      *ds_joined;  // left operands whose depth is the queries; ds_joined: right operand whose depth is the keys
+  Element *p, *ds, *ds_joined;      // left operands, depth queries; ds_joined: right operand, depth keys
   float *s, *dp, *q_sums, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
