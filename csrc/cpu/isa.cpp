@@ -1,3 +1,4 @@
+// Detects the instruction sets of the CPU, and holds the chosen CPU path. See isa.h.
 #include "cpu/isa.h"
 
 #include <atomic>

@@ -1,3 +1,5 @@
+// The base products x Wᵀ and dY W by PyTorch's matrix product, and the products with dropped elements alone. A product
+// that can't run in x's dtype widens kWidePanel rows of W to float32 at a time.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"

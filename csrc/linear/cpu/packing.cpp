@@ -1,3 +1,4 @@
+// Converts the small matrices of an adapter to the kernels' layouts. See packing.h.
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 

@@ -1,3 +1,4 @@
+// Runs the passes of kernels.h over activations and over W on all threads. pass_plan.h decides how a pass is divided.
 #include "linear/cpu/passes.h"
 
 #include <algorithm>

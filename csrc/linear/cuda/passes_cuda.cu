@@ -1,3 +1,5 @@
+// Host functions that launch the passes over activations and over W: they plan the grid, allocate partial sums, and
+// select the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>

@@ -1,3 +1,5 @@
+// Dequantizes NF4 weights on the CPU, on one or all threads: w_i = code[q_i] * absmax_b, by the kernels of
+// nf4_kernels.h.
 #include "nf4/cpu/decode.h"
 
 #include "cpu/isa.h"

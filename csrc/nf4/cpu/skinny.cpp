@@ -1,3 +1,5 @@
+// The product of few tokens and an NF4 weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among the
+// threads.
 #include "nf4/cpu/skinny.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Runs the tile kernels on all threads: selects the instruction set, decides which calls the tiles accept, and converts
+// weights and activations to the operands of tiles.h.
 #include "linear/cpu/tiles/products.h"
 
 #include "cpu/isa.h"
