@@ -46,7 +46,7 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
 struct Parts {
   RowsApart gate;
   std::optional<RowsApart> up;
-  std::vector<int64_t> shape;  // of y
+  std::vector<int64_t> shape;  // shape of y
   int64_t rows, columns;
 };
 

@@ -1,5 +1,5 @@
-// The activation kernels of kernels.h for one instruction set. Included after the target pragma and the path's Vec
-// (cpu/simd_<isa>.h).
+// The activation kernels of kernels.h for one instruction set. Include this file after the target pragma and the path's
+// Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <type_traits>

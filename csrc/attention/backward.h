@@ -1,5 +1,5 @@
-// The backward of attention for a block of queries: dV, dQ and dK of kernels.h. Included after the target pragma, the
-// path's Vec, its words and its transposition.
+// The backward of attention for a block of queries: dV, dQ and dK of kernels.h. Include this file after the target
+// pragma, the path's Vec, its words and its transposition.
 #pragma once
 
 #include "attention/forward.h"

@@ -1,5 +1,5 @@
-// The forward of attention for a block of queries: O and lse of kernels.h. Included after the target pragma, the path's
-// Vec, its words and its transposition.
+// The forward of attention for a block of queries: O and lse of kernels.h. Include this file after the target pragma,
+// the path's Vec, its words and its transposition.
 #pragma once
 
 #include <math.h>

@@ -1,4 +1,4 @@
-// The attention kernels of kernels.h for one instruction set. Included after the target pragma, the path's Vec
+// The attention kernels of kernels.h for one instruction set. Include this file after the target pragma, the path's Vec
 // (cpu/simd_<isa>.h), its words (words_f32.h or words_bf16.h) and its transposition.
 #pragma once
 

@@ -1,5 +1,5 @@
-// Makes operands of products (see kernels.h) from heads in memory. Included after the target pragma, the path's Vec,
-// its words and its transposition.
+// Makes operands of products (see kernels.h) from heads in memory. Include this file after the target pragma, the
+// path's Vec, its words and its transposition.
 #pragma once
 
 #include <string.h>

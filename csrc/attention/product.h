@@ -1,5 +1,5 @@
-// The product of a left and a right operand (see kernels.h). Included after the target pragma, the path's Vec, its
-// words and its transposition.
+// The product of a left and a right operand (see kernels.h). Include this file after the target pragma, the path's Vec,
+// its words and its transposition.
 #pragma once
 
 #include <utility>

@@ -1,5 +1,5 @@
-// Finds which queries may see a key, and multiplies only these. Included after the target pragma, the path's Vec, its
-// words and its transposition.
+// Finds which queries may see a key, and multiplies only these. Include this file after the target pragma, the path's
+// Vec, its words and its transposition.
 #pragma once
 
 #include "attention/operands.h"
@@ -27,7 +27,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
-  // Some masks are large finite biases. Divided by a small scale they must not become -inf, which would hide every key.
+  // A mask may be a large finite bias. A small scale must not turn a finite bias into -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {

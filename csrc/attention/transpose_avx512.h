@@ -1,4 +1,4 @@
-// Transposes 32-bit words in AVX-512. Included after the target pragma.
+// Transposes 32-bit words in AVX-512. Include this file after the target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/transpose_avx512.h"

@@ -1,4 +1,4 @@
-// Transposes 32-bit words in plain C++. Included after the target pragma.
+// Transposes 32-bit words in plain C++. Include this file after the target pragma.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values. See kernels.h. Included after
-// the target pragma and the path's Vec.
+// Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values. See kernels.h. Include this
+// file after the target pragma and the path's Vec.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,5 @@
-// Words of float32 operands: a word holds one value. See kernels.h. Included after the target pragma and the path's
-// Vec.
+// Words of float32 operands: a word holds one value. See kernels.h. Include this file after the target pragma and the
+// path's Vec.
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -1,4 +1,4 @@
-// Philox draws over the type Lanes (cpu/simd_<isa>.h). Included after the target pragma.
+// Philox draws over the type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
 //
 // Each 32-bit word lies in a 64-bit lane, so that a round is two widening products, two shifts and two xors. The upper
 // halves hold garbage, which the products ignore. Two independent sets of lanes hide the latency of the products.
@@ -44,8 +44,8 @@ inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out)
 // Returns the buffer size that philox_draws needs: it computes whole groups of blocks, and may start within a block.
 constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
 
-// Computes the draws of the flat elements [first, first + count). They begin at the returned address within `buffer`,
-// which has the size draws_room(count).
+// Computes the draws of the flat elements [first, first + count). The draws begin at the returned address within
+// `buffer`, which has the size draws_room(count).
 inline const uint16_t* philox_draws(const Dropout& dropout, int64_t first, int64_t count, uint16_t* buffer) {
   const int64_t block = first / kDrawsPerBlock;
   const int64_t blocks = ceil_div(first + count, kDrawsPerBlock) - block;

@@ -1,4 +1,4 @@
-// The vector type for AVX2: 8 values of any element type, computed in float32. Include after target_avx2.h.
+// The vector type for AVX2: 8 values of any element type, computed in float32. Include this file after target_avx2.h.
 #pragma once
 
 #include <immintrin.h>

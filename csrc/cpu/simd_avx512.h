@@ -1,4 +1,5 @@
-// The vector type for AVX-512: 16 values of any element type, computed in float32. Include after target_avx512.h.
+// The vector type for AVX-512: 16 values of any element type, computed in float32. Include this file after
+// target_avx512.h.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,5 @@
-// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32. A NaN stays NaN. Included after the target
-// pragma.
+// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32. A NaN stays NaN. Include this file after the
+// target pragma.
 #pragma once
 
 // The functions must be inlined: a call per vector would cost as much as the computation.

@@ -82,7 +82,7 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 // Computes the 64-bit product of two 32-bit numbers: its low and its high half.
 __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
-  // One instruction for both halves. The compiler does not always find it for two separate products.
+  // One instruction for both halves. The compiler does not always use it for two separate products.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else

@@ -55,7 +55,7 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// Indices of the running thread. They are constant while a kernel's function runs, so that the compiler may merge
+// Indices of the running thread. The values are constant while a kernel's function runs, so that the compiler may merge
 // calls.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();

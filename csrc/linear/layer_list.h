@@ -21,9 +21,9 @@ struct ListedLayer {
   double scaling = 1.0, dropout_p = 0.0;
 };
 
-// Reads the layers. tensors: for each layer those of the ten tensors of ListedLayer that the layer has, in that order.
-// sizes: four per layer: which tensors the layer has, as bits; blocksize; N; K. numbers: scaling and dropout_p per
-// layer.
+// Reads the layers. tensors: for each layer, the tensors of ListedLayer that the layer has, in the order of
+// declaration. sizes: four per layer: which tensors the layer has, as bits; blocksize; N; K. numbers: scaling and
+// dropout_p per layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;

@@ -1,4 +1,4 @@
-// The norm kernels of kernels.h for one instruction set. Included after the target pragma and the path's Vec
+// The norm kernels of kernels.h for one instruction set. Include this file after the target pragma and the path's Vec
 // (cpu/simd_<isa>.h).
 #pragma once
 

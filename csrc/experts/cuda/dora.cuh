@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
 // The gradient of g for each expert: the sum of its tiles' partial sums, in order; zeros for an expert without rows.
 struct ScaleReduce {
   const float* partial;
-  const int32_t* first_tile;  // of RunTables
+  const int32_t* first_tile;  // see RunTables
   int64_t columns;
   float* out;  // [experts, columns]
 };

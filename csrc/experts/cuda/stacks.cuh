@@ -103,7 +103,7 @@ static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows 
 // out[e][column][r] = scale · column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
 struct StackReduce {
   const float* partial;        // [chunks][padded columns][padded rank]
-  const int32_t* first_chunk;  // of RunTables
+  const int32_t* first_chunk;  // see RunTables
   int64_t columns, padded_columns, rank, padded_rank;
   float scale;
   const float* column_scale;  // [experts, columns], or null: 1

@@ -121,7 +121,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // with several layers always false
+  const bool apart = rest_apart(calls[0]);  // always false for several layers
   const bf16* x = apart ? nullptr
                         : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
                                        floats(calls[0].adapter.in_scale), nullptr);

@@ -36,7 +36,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Without tokens the sums are zeros. Otherwise they are allocated and written completely below.
+  // Without tokens the sums are zeros. Otherwise the sums are allocated and written completely below.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);

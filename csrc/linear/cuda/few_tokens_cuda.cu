@@ -1,7 +1,8 @@
 // The forward for few tokens against an NF4 weight, in 16-bit dtypes. In generation the number of launches matters. Up
 // to kFewTokens tokens take one launch for S and one for everything else (nf4_few_tokens.cuh). Up to kSkinnyTokens
 // tokens, and weights whose blocks or rows are not multiples of 64 inputs, take two launches after S (nf4_skinny.cuh).
-// A mixed batch over a weight that is not NF4 uses only the last kernel, to compute what PyTorch's product is added to.
+// A mixed batch over a weight that is not NF4 uses only the last kernel, to compute the terms to which PyTorch's
+// product is added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"

@@ -175,7 +175,7 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // The kernel for few tokens writes all of S. The others write as many columns as the largest rank in use.
+  // The kernel for few tokens writes all of S. The other kernels write as many columns as the largest rank in use.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

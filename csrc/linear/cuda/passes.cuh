@@ -51,10 +51,10 @@ class Splitter {
   // type: dtype of the large matrices that the terms are multiplied with.
   Splitter(const Tensor& like, ScalarType type) : launcher_(like), like_(like), type_(type) {}
 
-  // F [ranks, columns of D] or L [ranks, rows of D] of a rank pass. inner_scale scales D's side; it may be null.
+  // F [ranks, columns of D] or L [ranks, rows of D] of a rank pass. inner_scale scales D's side, or is null.
   HeldTerms right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale = nullptr);
   HeldTerms left_of_pass(const Tensor& matrix, bool transpose);
-  // F [columns of the result, ranks] or L [rows, ranks] of `expand`. outer_scale scales the columns; it may be null.
+  // F [columns of the result, ranks] or L [rows, ranks] of `expand`. outer_scale scales the columns, or is null.
   HeldTerms right_of_expand(const Tensor& matrix, bool transpose, const Tensor* outer_scale = nullptr);
   HeldTerms left_of_expand(const Tensor& matrix, bool transpose);
   void run() const;
@@ -133,7 +133,7 @@ struct PassSums {
   std::optional<Tensor> dots;  // [chunks, padded columns]
 };
 
-// What a rank pass computes. P = D F if F is given (right: [ranks][columns]), Q = Dᵀ L if L is given (left:
+// The results of a rank pass. P = D F if F is given (right: [ranks][columns]), Q = Dᵀ L if L is given (left:
 // [ranks][rows]). Both results are partial sums. The fields ask for more results.
 struct PassWants {
   bool squares = false;            // sums of squares of D's rows; only with F alone

@@ -18,7 +18,7 @@ struct AdapterFactors {
   int32_t rank;
 };
 
-// Adjacent tokens of one adapter. They are adjacent in the batch and in the table.
+// A run of tokens with one adapter. The tokens are adjacent both in the batch and in the table.
 struct TokenRun {
   int32_t first, count;  // tokens
   int32_t place;         // first row in the table

@@ -122,7 +122,7 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// Codes and scales of an NF4 tile. They are loaded during the products of the tile before, because loading scales is a
+// Codes and scales of an NF4 tile. Both are loaded during the products of the tile before, because loading scales is a
 // chain of up to three loads. The decoded values are then stored into a stage.
 struct RankCodes {
   uint32_t codes[4];

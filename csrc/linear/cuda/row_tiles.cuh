@@ -2,9 +2,9 @@
 //
 // The tokens of an adapter fill ceil(T_g / 64) tiles, wherever in the batch they are: row j of tile i is token
 // rows[64 i + j], or -1 after the adapter's last token. Tokens without an adapter have the last tiles. The passes over
-// activations (rank_pass.cuh, expand.cuh) find their rows by this table, and a tile's factor by RowTile. They compute
-// at most T / 64 + G tiles, each with one adapter's ranks, for every order of the samples. The values of one adapter
-// never reach another adapter's tokens.
+// activations (rank_pass.cuh, expand.cuh) find their rows by this table, and a tile's factor by RowTile. The passes
+// compute at most T / 64 + G tiles, each with one adapter's ranks, for every order of the samples. The values of one
+// adapter never reach another adapter's tokens.
 #pragma once
 
 #include "cuda/ptx.cuh"

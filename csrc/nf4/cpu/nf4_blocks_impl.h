@@ -1,5 +1,5 @@
-// Quantizes and dequantizes blocks: code that all vector paths share. Included after the target pragma, by a file that
-// defines
+// Quantizes and dequantizes blocks: code that all vector paths share. Include this file after the target pragma, by a
+// file that defines
 //
 //   float largest_of(const T* in, int64_t blocksize);                        returns the largest magnitude; a NaN wins
 //   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);      writes the codes of in * inverse

@@ -97,8 +97,8 @@ class NearestScale {
   int most_ = 0;              // largest number of thresholds in a bin
 };
 
-// Returns the mean of the scales, which are magnitudes. They are summed as integers, in units of about 2^-40 of the
-// largest scale, so that the order of the sum does not change the result.
+// Returns the mean of the scales, which are magnitudes. The scales are summed as integers, in units of about 2^-40 of
+// the largest scale, so that the order of the sum does not change the result.
 Tensor nf4_scale_mean_cpu(Tensor absmax) {
   constexpr const char* kOp = "nf4_scale_mean";
   constexpr int64_t kChunk = 8192;

@@ -1,5 +1,5 @@
-// The skinny NF4 product, y[t, n] = sum_k x[t, k] w[n, k], over the type Vec. Included after the target pragma, by a
-// file that defines
+// The skinny NF4 product, y[t, n] = sum_k x[t, k] w[n, k], over the type Vec. Include this file after the target
+// pragma, by a file that defines
 //
 //   struct Table;                                      the 16 values of a block in registers
 //   Table make_table(float absmax, DType dtype);       returns the values rounded to dtype, as float32

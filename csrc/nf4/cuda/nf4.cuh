@@ -6,8 +6,8 @@
 // traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th next 16 bytes (8
 // elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads are contiguous too, 4 (2)
 // bytes per lane.
-// Tables: each lane holds one of the 16 codes and others read it by shuffle, without bank conflicts. No shared memory.
-// Rounding: float32 product and sum, each rounded, never an FMA; then rounded once to nearest even.
+// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. No
+// shared memory. Rounding: float32 product and sum, each rounded, never an FMA; then rounded once to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
 

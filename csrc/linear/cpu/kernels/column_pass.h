@@ -1,4 +1,4 @@
-// ColumnPass: scales the columns of a matrix and sums columns, in one pass. Included after the target pragma.
+// ColumnPass: scales the columns of a matrix and sums columns, in one pass. Include this file after the target pragma.
 #pragma once
 
 #include <type_traits>

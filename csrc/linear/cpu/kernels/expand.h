@@ -1,4 +1,4 @@
-// Expand: computes Y from a base product and the low-rank term. Included after the target pragma.
+// Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma.
 //
 // kTokens rows by kVecs vectors of sums stay in registers over the whole rank. `right` is read from L2 once per kTokens
 // rows. y is written once.

@@ -1,4 +1,5 @@
-// FewTokens: multiplies few tokens with the rows of a matrix, each row read once. Included after the target pragma.
+// FewTokens: multiplies few tokens with the rows of a matrix, each row read once. Include this file after the target
+// pragma.
 #pragma once
 
 #include "cpu/token_groups.h"

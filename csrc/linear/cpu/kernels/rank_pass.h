@@ -1,4 +1,4 @@
-// RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Included after the target pragma.
+// RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Include this file after the target pragma.
 //
 // kTokens rows by kPanel columns of m are widened to float32, and dropped, in L1. Each value is then multiplied with a
 // row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums are kept in `acc`.

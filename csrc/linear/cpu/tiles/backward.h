@@ -1,5 +1,5 @@
-// The backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Included after the target
-// pragma and the files of an instruction set.
+// The backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file after the
+// target pragma and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -1,5 +1,5 @@
-// The products with the few dropped elements, if dropout acts on the base too, as in PEFT's DoRA. Included after the
-// target pragma.
+// The products with the few dropped elements, if dropout acts on the base too, as in PEFT's DoRA. Include this file
+// after the target pragma.
 //
 //   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. W's columns k lie in rows. One step of the dot product

@@ -1,5 +1,5 @@
-// The products with the few dropped elements, on Arm. dropped_avx512.h explains the algorithm. Included after the
-// target pragma and the microkernel's file.
+// The products with the few dropped elements, on Arm. dropped_avx512.h explains the algorithm. Include this file after
+// the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -1,5 +1,5 @@
-// The forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁. Included after the target pragma and the
-// files of an instruction set.
+// The forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁. Include this file after the target pragma
+// and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

@@ -1,5 +1,5 @@
-// multiply() of the tile kernels with AMX-BF16. block.h has the contract. Included after the target pragma and after
-// amx.h or amx_emulated.h.
+// multiply() of the tile kernels with AMX-BF16. block.h has the contract. Include this file after the target pragma and
+// after amx.h or amx_emulated.h.
 //
 // 2 x 2 tiles of sums stay in tile registers. Each step of the depth loads two tiles of rows and two tiles of lanes for
 // four products of 16 x 16 x 32. Tiles that are loaded repeatedly lie in 1 KiB of contiguous memory: with the stride of

@@ -1,5 +1,5 @@
-// multiply() of the tile kernels with the dot product of AVX512-BF16. block.h has the contract. Included after the
-// target pragma.
+// multiply() of the tile kernels with the dot product of AVX512-BF16. block.h has the contract. Include this file after
+// the target pragma.
 //
 // 8 rows by 2 strips of lanes are 16 sums in registers. Each pair of the depth loads two registers of lanes and
 // broadcasts eight pairs of rows: 10 loads for 16 products, so that the products limit the speed, at one per cycle.

@@ -1,5 +1,5 @@
-// multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h has the contract. Included after
-// the target pragma.
+// multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h has the contract. Include this
+// file after the target pragma.
 //
 // BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. So
 // both operands' tiles have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4], where a register

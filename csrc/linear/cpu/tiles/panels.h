@@ -1,5 +1,5 @@
 // The position of a panel in W, and the parts of the next panel that are prefetched during the products with a panel.
-// Included after the target pragma.
+// Include this file after the target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -26,8 +26,8 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// Return what to prefetch for the next panel during `steps` steps: the rows after `end`, which are contiguous, or the
-// columns after `end`, which are one run in each row.
+// Return the memory to prefetch for the next panel during `steps` steps: the rows after `end`, which are contiguous, or
+// the columns after `end`, which are one run in each row.
 inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
   const int64_t rows = min_i64(kPanelStep, w.rows - end);
   const char* at = element_address(w, end * w.columns);

@@ -36,8 +36,8 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Returns whether the tiles compute the products with dropped elements separately. They do not where multiplying with
-// all of W is about as fast as vectors with a twentieth of W.
+// Returns whether the tiles compute the products with dropped elements separately. The tiles do not if a product with
+// all of W takes about as long as vectors need for a twentieth of W.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
 // The dropped elements of m [tokens, depth]. `entries` points into the other fields.

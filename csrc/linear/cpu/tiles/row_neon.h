@@ -1,4 +1,4 @@
-// Row, 16 sums of a block in four registers, on Arm. See block.h. Included after the target pragma.
+// Row, 16 sums of a block in four registers, on Arm. See block.h. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_neon.h"

@@ -1,5 +1,5 @@
-// Converts activations to strips, dropped and scaled on the way, in AVX-512 with BF16. Included after the target
-// pragma.
+// Converts activations to strips, dropped and scaled on the way, in AVX-512 with BF16. Include this file after the
+// target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"

@@ -1,5 +1,5 @@
 // Converts activations to strips, dropped and scaled on the way, on Arm. Strips of rows and of lanes have one layout.
-// Included after the target pragma and the microkernel's file.
+// Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/decode_neon.h"

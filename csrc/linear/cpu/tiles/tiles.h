@@ -60,7 +60,7 @@ struct Ahead {
 struct TokenStrips {
   const bf16* m;
   int64_t tokens, depth;
-  const float* scale;    // or null
+  const float* scale;    // [depth], or null
   const uint32_t* keep;  // bit d % 32 of word d / 32 of each row, or null
   int64_t keep_words;    // words in a row
   bf16* strips;

@@ -1,5 +1,5 @@
 // Includes the tile kernels in AVX-512 with BF16, except the microkernel, so that a kernel table can be filled.
-// Included after the target pragma and the microkernel's file (see block.h).
+// Include this file after the target pragma and the microkernel's file (see block.h).
 #pragma once
 
 #include "linear/cpu/tiles/row_avx512.h"
