@@ -1,6 +1,7 @@
 """NF4Weight: a frozen [N, K] weight in bitsandbytes' NF4 layout, which is never repacked.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
+
 * ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major; the high nibble of a byte holds the element with the even index;
 * ``absmax``: float32 ``[ceil(N*K/blocksize)]``, one scale per block of the *flat* tensor;
 * double quantization: ``absmax`` is uint8, and ``nested`` holds the tensors that decode ``absmax``;
@@ -407,7 +408,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None if it is."""
+    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None if the state is one."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
     if (kind := getattr(quant_state, "quant_type", None)) != "nf4":

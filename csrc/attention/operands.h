@@ -86,7 +86,7 @@ inline T* head_of(const HeadsOf& x, int64_t batch, int64_t head, int64_t token) 
 }
 
 // Stores the sums [size, 64] of a block of queries as rows of y, `token` apart. Row i is multiplied by factor(i).
-// turned: memory for the transposed sums.
+// `turned` is memory for the transposed sums.
 template <typename T, typename F>
 inline void store_turned(const float* sums, int64_t size, int64_t count, float* turned, T* y, int64_t token,
                          const F& factor) {

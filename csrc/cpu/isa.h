@@ -32,8 +32,8 @@ bool isa_available(Isa isa);
 Isa current_isa();
 void set_current_isa(Isa isa);
 
-// A kernel table holds the function pointers of an operator. Each instruction set exports one table, or null if it has
-// no kernels of its own; then the next lower instruction set's table is used.
+// A kernel table holds the function pointers of an operator. Each instruction set exports one table, or null if the
+// instruction set has no kernels of its own. For null the table of the next lower instruction set is used.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();

@@ -189,8 +189,8 @@ __device__ __forceinline__ T load_cached(const T* from) {
 #endif
 }
 
-// load_cached of 16 bytes, in program order: the compiler keeps the order of these loads. Otherwise it would start all
-// visible loads at once and run out of registers.
+// load_cached of 16 bytes, in program order: the compiler keeps the order of these loads. Otherwise the compiler would
+// start all visible loads at once and run out of registers.
 __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -384,7 +384,7 @@ __device__ __forceinline__ void store_shared_16(SharedAt to, uint4 words) {
 
 // cp.async of 16, 8 or 4 bytes; both addresses are aligned to that size. If `take` is false, the destination gets
 // zeros, and `global` is not read and may be any pointer. This thread sees the bytes after cp_async_wait; other threads
-// see them after a barrier that follows. 16 bytes bypass L1 (.cg); fewer bytes go through L1 (.ca).
+// see the bytes after a barrier that follows. 16 bytes bypass L1 (.cg); fewer bytes go through L1 (.ca).
 __device__ __forceinline__ void cp_async_16(SharedAt shared, const void* global, bool take) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.at), "l"(__cvta_generic_to_global(global)),

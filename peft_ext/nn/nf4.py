@@ -172,7 +172,7 @@ class NF4Linear(nn.Linear):
     )
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Redirects the key "weight" to ``_STATE_KEYS`` for torch.distributed.checkpoint.state_dict.
+        """Makes torch.distributed.checkpoint.state_dict look up the key "weight" in ``_STATE_KEYS``.
 
         That module follows the dots of a key as attributes, and a parameter has no attribute ``absmax``.
         """

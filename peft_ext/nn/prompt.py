@@ -112,8 +112,8 @@ class PromptEmbedding(VirtualTokens):
     ) -> PromptEmbedding:
         """Returns a prompt that starts as the embeddings of random tokens, as PEFT's SAMPLE_VOCAB does.
 
-        Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device; by
-        default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
+        Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device;
+        by default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
         rows come from a call of ``embedding``, so that an embedding that scales its rows gives the model's actual
         inputs. ``embedding`` is not kept.
         """

@@ -5,8 +5,8 @@
     s = σ(log u − log(1 − u) + α),  u ~ U(1e-4, 1 − 1e-4)
     loss + λ·Σ σ(α − log(−l/r))                         the sum is over the gates z and z_g of every tensor
 
-Pruning keeps the entries of z_g·z∘w with the largest magnitude, as many as asked for. Training continues with the kept
-entries; all other entries stay zero.
+Pruning keeps a given fraction of the entries of z_g·z∘w: the entries with the largest magnitude. Training continues
+with the kept entries; all other entries stay zero.
 
 Source: Diff Pruning, arXiv 2012.07463, and its authors' code. The sum in the penalty is that of the code; the paper has
 σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv 1712.01312.

@@ -36,8 +36,8 @@ class Compared:
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
         kind: for a block its class, and the name of the tensor that is closest to its limit; otherwise "".
-        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both are
-            None without a yardstick. The value is infinity if x is not finite.
+        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both
+            errors are None without a yardstick. An error is infinity if x is not finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """

@@ -42,8 +42,8 @@ inline int64_t busiest(int64_t parts, int64_t multiplications, int64_t threads) 
   return shares(parts, std::max<int64_t>(1, std::min(threads, shares(parts, pass_grain(multiplications)))));
 }
 
-// Each cost below is the number of multiplications of the busiest thread. Here: out [T, R] = m [T, K] right, divided by
-// tokens.
+// Each cost below is the number of multiplications of the busiest thread. This function returns the cost of out [T, R]
+// = m [T, K] right, if the tokens are divided.
 inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t steps = busiest(shares(tokens, kTokenStep), kTokenStep * columns * rank, threads);
   return std::min(tokens, steps * kTokenStep) * columns * rank;

@@ -134,7 +134,7 @@ struct PassSums {
 };
 
 // The results of a rank pass. P = D F if F is given (right: [ranks][columns]), Q = Dᵀ L if L is given (left:
-// [ranks][rows]). Both results are partial sums. The fields ask for more results.
+// [ranks][rows]). P and Q are partial sums. The fields ask for more results.
 struct PassWants {
   bool squares = false;            // sums of squares of D's rows; only with F alone
   bool mask = false;               // bits of the mask; only with L alone, and only for a suitable shape of a dropped D
@@ -224,8 +224,8 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
 // Returns whether scaling W is allowed and takes less work than scaling an activation [tokens, N]. NF4 weights are
-// decoded anyway, so that scaling them is free. float16 is excluded, because a small scale times a weight would lose
-// digits.
+// decoded anyway, so that scaling them is free. float16 weights are excluded, because a small scale times a weight
+// would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
 // Returns the partial sums of column_pass, added in order.

@@ -18,8 +18,8 @@ enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGr
 // Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// Number of stages, that is of tiles in shared memory. float32 tiles are so large that 48 KiB hold only two. NF4 needs
-// two, because the codes of the next tile wait in registers.
+// Number of stages. A stage is a tile in shared memory. float32 tiles are so large that 48 KiB hold only two. An NF4
+// weight needs two, because the codes of the next tile wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
@@ -122,8 +122,8 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// Codes and scales of an NF4 tile. Both are loaded during the products of the tile before, because loading scales is a
-// chain of up to three loads. The decoded values are then stored into a stage.
+// Codes and scales of an NF4 tile. Codes and scales are loaded during the products of the tile before, because loading
+// scales is a chain of up to three loads. The decoded values are then stored into a stage.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];

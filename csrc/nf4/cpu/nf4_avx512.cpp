@@ -3,7 +3,7 @@
 // Quantize: 16 values at a time look up, in register tables, the one threshold that decides their code. Dequantize: the
 // 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and float16 words
 // with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same bits as one
-// product per element. Both read and write memory once: 0.53 bytes of NF4, and 2 or 4 bytes, per element.
+// product per element. Both kernels read and write memory once: 0.53 bytes of NF4, and 2 or 4 bytes, per element.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // The target must be set before these headers are read.
@@ -113,7 +113,7 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   for (int64_t i = 0; i < blocksize; i += 16)
     store_codes(packed + i / 2, encoder(_mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse))));
 }
-// Encodes two values per lane. The first is the high nibble.
+// Encodes two values per lane. The first value is the high nibble.
 inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (encoded_unbounded(in, blocksize, inverse, packed)) return;
   const Encoder high(16), low(1);

@@ -8,11 +8,11 @@
 // permuted to the same order once for all rows. vpermw looks weights up, and vdpbf16ps multiplies and adds pairs in
 // float32.
 // For few tokens the table holds the codes, one table for all blocks. A group's sums are then multiplied by the scales:
-// the lower lanes belong to one block, the upper lanes to the next block. For more tokens that would be one
-// multiplication per token, so the table holds the products code * absmax of two blocks, 16 each, rounded once to
-// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index selects the block. Either rounding
-// error is at most 2^-9 of a weight. The weight is read once, 0.53 bytes per element, and never written. One thread
-// owns whole rows.
+// the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums would take
+// one multiplication per token, so the table holds the products code * absmax of two blocks, 16 each, rounded once to
+// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index selects the block. The rounding error
+// of a code or a product is at most 2^-9 of a weight. The weight is read once, 0.53 bytes per element, and never
+// written. One thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The target must be set before these headers are read.

@@ -111,8 +111,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     }
   }
 
-  // This barrier keeps the loads of codes above. A double-quantized scale is a chain of two loads, for which the
-  // compiler would wait first; now the codes are loaded at the same time.
+  // This barrier keeps the loads of the codes before the loads of the scales. A double-quantized scale is a chain of
+  // two loads, for which the compiler would wait first; now the codes are loaded at the same time.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;

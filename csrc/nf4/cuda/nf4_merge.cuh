@@ -90,9 +90,9 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
   *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]));
 }
 
-// kAligned: K is a multiple of 4. Then a chunk starts at a whole byte of the codes, lies in one quantization block,
-// lies within K or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads, along
-// K first. out is aligned to 16 bytes.
+// kAligned: K is a multiple of 4. If kAligned, a chunk starts at a whole byte of the codes, lies in one quantization
+// block, lies within K or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
+// along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
   PEFT_EXT_SHARED(MergeSlab[2], slabs);

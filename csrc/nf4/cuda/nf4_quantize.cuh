@@ -6,8 +6,8 @@
 // l takes the l-th next 16 bytes. The elements stay in registers between the maximum and the codes, so that w is read
 // once. Maximum: of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
 // lanes of an NF4 block combine by shuffles. For more than 1024 elements warps combine in shared memory: 8 words, one
-// barrier. Then lane l takes the l-th NF4 block of the warp: it computes the reciprocal, stores the maximum (adjacent
-// lanes, adjacent words), and other lanes read the reciprocal by shuffle.
+// barrier. Then lane l takes the l-th NF4 block of the warp: the lane computes the reciprocal, stores the maximum
+// (adjacent lanes, adjacent words), and other lanes read the reciprocal by shuffle.
 // Codes: [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds the threshold of bin l (mod 32)
 // and the number of thresholds below the bin: two shuffles and one comparison find the exact code, ties included.
 // Rounding: float32; reciprocal and product are each rounded once. A NaN has code 15, as in the reference.

@@ -1,5 +1,5 @@
 // Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward. An
-// NF4 weight is decoded on the way. Include this file after the target pragma.
+// NF4 weight is decoded during the conversion. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"

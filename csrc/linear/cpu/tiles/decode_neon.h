@@ -1,5 +1,5 @@
 // Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. An NF4 weight is
-// decoded on the way. Include this file after the target pragma and the microkernel's file.
+// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"

@@ -7,7 +7,7 @@
 //   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all of them
 //             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //
-// Both need W's columns as rows. A panel is transposed for that once, in memory after its strips.
+// Forward and backward need W's columns as rows. A panel of W is transposed once for that, in memory after its strips.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
