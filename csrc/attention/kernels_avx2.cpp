@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "cpu/target_avx2.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 
 #include "attention/transpose_scalar.h"

@@ -56,7 +56,7 @@ def _halves(gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def gated_activation_forward(gate: Tensor, up: Optional[Tensor], activation: str) -> Tensor:
-    """Returns ``act(gate) ∘ up``, computed in float32 (float64) and rounded once to gate's dtype.
+    """Returns ``act(gate) ∘ up``, computed in float32 (float64 for float64 inputs) and rounded once to gate's dtype.
 
     With up None, ``gate`` holds both factors side by side: the first half of the last dimension is gate, the second up.
     """

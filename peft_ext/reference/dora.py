@@ -39,7 +39,10 @@ def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 def dora_weight_norm_forward(
     weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(n [N], U [N, R])`` in float32 (float64). An NF4 weight is dequantized to ``dtype`` first."""
+    """Returns ``(n [N], U [N, R])`` in float32, or in float64 if ``dtype`` is float64.
+
+    An NF4 weight is dequantized to ``dtype`` first.
+    """
     wide = sum_dtype(dtype)
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
     u = w @ a.t()

@@ -90,7 +90,7 @@ def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Optional[Tensor], mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Optional[Tensor], Tensor]:
     """Returns the gradients of x, weight and bias. With ``g = dY ∘ w``: ``dX = r (g - mean g - x̂ mean (g ∘ x̂))``,
-    ``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``. The bias's gradient is float32 (float64)."""
+    ``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``. The bias's gradient is float32, or float64 for float64 inputs."""
     return _backward(grad, x, weight, 0.0, mean, rstd)
 
 

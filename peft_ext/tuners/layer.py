@@ -207,7 +207,7 @@ class ReplacingLayer(Wrapper):
     def _exchange(self, name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
         """Sets the base module's tensor ``name`` to ``tensor`` and returns the previous tensor.
 
-        A parameter stays the same object, so that modules which share the parameter still share one.
+        A parameter stays the same object, so that modules that share the parameter continue to share it.
         """
         held, leaf = self._place(name)
         before = held[leaf]

@@ -17,7 +17,8 @@ with required("peft", "peft_ext.tuners"):
 
 _OLDEST = "0.21"  # the first version of PEFT with hooks for a method's own state dict keys
 
-# Methods of PEFT's classes that this package overrides. If PEFT renamed a method, PEFT's would run instead of ours.
+# Methods of PEFT's classes that this package overrides. If PEFT renamed a method, PEFT's method would run instead of
+# this package's method.
 MODEL_HOOKS = (
     "_check_merge_allowed",
     "_check_target_module_exists",

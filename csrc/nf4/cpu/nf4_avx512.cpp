@@ -6,7 +6,7 @@
 // product per element. Both kernels read and write memory once: 0.53 bytes of NF4, and 2 or 4 bytes, per element.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"

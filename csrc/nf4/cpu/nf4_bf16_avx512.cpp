@@ -15,7 +15,7 @@
 // written. One thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include <immintrin.h>
 
 #include "nf4/nf4_code.h"

@@ -8,7 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// Only sums, in float32, without an intermediate copy: a few rows at a time, each column's products added in order.
+// Computes only sums, in float32, without an intermediate copy: a few rows at a time, each column's products added in
+// order.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);
@@ -59,7 +60,7 @@ void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
   }
 }
 
-// Only the scaled matrix, in float32, without an intermediate copy.
+// Computes only the scaled matrix, in float32, without an intermediate copy.
 void scale_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const float* from = static_cast<const float*>(pass.m) + t * pass.columns;

@@ -3,7 +3,7 @@
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "linear/cpu/tiles/microkernel_neon.h"
 #include "linear/cpu/tiles/row_neon.h"
 // The files below use the definitions of the files above.
@@ -15,7 +15,7 @@
 
 namespace peft_ext {
 
-// The path has no kernels for few tokens: PyTorch's product computes them.
+// The path has no kernels for few tokens: PyTorch's product computes few tokens.
 const TileKernels kTileKernelsNeonBf16 = {kDecodeStrips, token_strips, token_strips, dropped_entries,
                                           forward,       backward,     nullptr,      nullptr};
 
