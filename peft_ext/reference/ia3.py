@@ -72,7 +72,7 @@ def ia3_linear_backward(
 
 
 def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
-    """Returns ``x∘l``, computed in float32 (float64 for float64 inputs) and rounded once to x's dtype. ia3_l: ``[K]``."""
+    """Returns ``x∘l``, computed in float32 (float64 for float64 inputs), rounded once to x's dtype. ia3_l: ``[K]``."""
     wide = sum_dtype(x.dtype)
     return (x.to(wide) * ia3_l.to(wide)).to(x.dtype)
 
