@@ -61,8 +61,8 @@ def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
 
     ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
     adapt the experts. Each low-rank method also adapts the linear layers whose names are not names of experts' layers.
-    The router is not adapted, although PEFT's "all-linear" would adapt the router in some models. The fields set
-    lora_dropout to 0, because PEFT has no dropout for adapted parameters.
+    The router is not adapted, although PEFT's "all-linear" would adapt the router in some models. For LoRA and DoRA
+    the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
