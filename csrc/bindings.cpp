@@ -1,5 +1,5 @@
-// The only pybind11 file: build facts and the choice of the CPU path. No torch headers here; the operators register
-// themselves with the dispatcher when this library is loaded.
+// The only pybind11 file: it exposes build facts and the selection of the CPU path. The file includes no torch headers;
+// the operators register themselves with the dispatcher when this library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,13 +1,14 @@
-"""NF4Weight: a frozen [N, K] weight in bitsandbytes' own NF4 layout, never repacked.
+"""NF4Weight: a frozen [N, K] weight in bitsandbytes' NF4 layout, which is never repacked.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
-* ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major, the high nibble holds the even element;
+* ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major; the high nibble of a byte holds the element with the even index;
 * ``absmax``: float32 ``[ceil(N*K/blocksize)]``, one scale per block of the *flat* tensor;
-* double quantization: ``absmax`` is uint8 and ``nested`` holds what decodes it;
-* the weights of experts ``[E, N, K]``: each packed for itself, the tensors of all one after the other.
+* double quantization: ``absmax`` is uint8, and ``nested`` holds the tensors that decode ``absmax``;
+* the weights of experts ``[E, N, K]``: each expert is packed separately; the tensors of all experts are concatenated.
 
-The 16 codes are here (source: bitsandbytes' ``get_4bit_type("nf4")``), and the way from and to its ``Params4bit``.
+This module also holds the 16 NF4 codes (source: bitsandbytes' ``get_4bit_type("nf4")``) and the conversion from and to
+bitsandbytes' ``Params4bit``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ NESTED_BLOCKSIZE = 256
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
 
-# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
+# Quantiles of the normal distribution, scaled to [-1, 1]; the eighth code is exactly 0.
 NF4_CODE = (
     -1.0,
     -0.6961928009986877,
@@ -71,10 +72,10 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """What decodes a double-quantized absmax: ``code[absmax_u8] * absmax[i // 256] + offset``.
+    """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
-    ``absmax`` float32 ``[ceil(blocks/256)]``; ``code`` float32 ``[256]``, ascending;
-    ``offset`` float32, 0-d: the mean that was subtracted before quantization.
+    ``absmax`` is float32 ``[ceil(blocks/256)]``. ``code`` is float32 ``[256]``, ascending. ``offset`` is float32, 0-d:
+    the mean that was subtracted from the scales before they were quantized.
     """
 
     absmax: Tensor
@@ -84,20 +85,21 @@ class NestedAbsmax:
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A quantized linear weight.
+    """A linear weight, quantized to NF4.
 
     Attributes:
-        packed: uint8 ``[ceil(N*K/2), 1]``, two codes a byte, high nibble first.
-        absmax: float32 ``[blocks]``, or uint8 ``[blocks]`` when ``nested`` is given.
-        shape: ``(N, K)``: output and input features (any shape is stored; the linear ops want 2-D).
-        dtype: the dtype the weight was quantized from, and dequantizes to by default.
-        blocksize: elements that share one absmax.
+        packed: uint8 ``[ceil(N*K/2), 1]``, two codes per byte, the high nibble first.
+        absmax: float32 ``[blocks]``, or uint8 ``[blocks]`` with ``nested``.
+        shape: ``(N, K)``, output and input features. A weight of another shape can be stored; the linear operators need
+            two dimensions.
+        dtype: dtype of the weight before it was quantized, and default dtype of :meth:`dequantize`.
+        blocksize: number of elements that share one absmax.
         nested: state of the double quantization, or None.
-        stacked: whether ``shape`` is ``(E, N, K)`` of weights that are packed each for itself, see :meth:`stack`.
+        stacked: whether ``shape`` is ``(E, N, K)`` of E separately packed weights, see :meth:`stack`.
 
     Raises:
-        TypeError: what is no tensor, no integer size or no float dtype.
-        ValueError: a size, dtype, layout, device or block size that does not fit the others.
+        TypeError: an argument is not a tensor, not an integer size or not a float dtype.
+        ValueError: a size, dtype, layout, device or block size that does not fit the other arguments.
     """
 
     packed: Tensor
@@ -116,7 +118,7 @@ class NF4Weight:
             raise ValueError(f"NF4Weight: blocksize is {self.blocksize!r}, wanted one of {BLOCKSIZES}")
         if self.dtype not in FLOATS:
             raise TypeError(f"NF4Weight: dtype is {self.dtype!r}, wanted one of {', '.join(map(str, FLOATS))}")
-        n = math.prod(shape)  # torch.Size.numel() is of 64 bits, and wraps
+        n = math.prod(shape)  # a Python integer: torch.Size.numel() overflows 64 bits
         if n < 0 or (n and min(shape, default=1) < 0):
             raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
         if self.stacked and len(shape) != 3:
@@ -136,11 +138,11 @@ class NF4Weight:
             )
         else:
             raise TypeError(f"NF4Weight: nested is {type(nested).__name__}, wanted a NestedAbsmax or None")
-        # One condition: a weight is made anew on each call of a layer.
+        # The checks are one condition, for speed: each call of a layer makes a new NF4Weight.
         device = packed.device if isinstance(packed, Tensor) else None
         for name, tensor, dtype, count in held:
             if name == "nested.offset" and isinstance(tensor, Tensor) and tensor.device != device:
-                # A number on the CPU may stand beside tensors elsewhere, as in PyTorch's operators.
+                # As in PyTorch's operators, a 0-d tensor on the CPU may be combined with tensors on another device.
                 tensor = tensor.to(device)
                 object.__setattr__(self, "nested", replace(nested, offset=tensor))
             if not (
@@ -154,15 +156,15 @@ class NF4Weight:
 
     @staticmethod
     def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
-        """Returns weights ``(N, K)`` of one kind as one ``(E, N, K)``: the tensors of each, one after the other.
+        """Returns weights ``(N, K)`` as one stacked weight ``(E, N, K)``: the tensors of all weights, concatenated.
 
-        So each expert keeps bitsandbytes' layout of a weight of its own, the offset of the double quantization too; the
-        table of its codes is one for all.
+        Each expert keeps the bitsandbytes layout of a separate weight, its own offset of double quantization included.
+        All experts share one table of double-quantization codes.
 
-        Raises: TypeError or ValueError where they are none, not alike, or not 2-D.
+        Raises: TypeError or ValueError if ``weights`` is empty, or if the weights differ in kind or are not 2-D.
         """
         if not weights or not all(isinstance(weight, NF4Weight) for weight in weights):
-            raise TypeError("NF4Weight.stack: weights is empty or not of NF4Weights, wanted one for each expert")
+            raise TypeError("NF4Weight.stack: weights is empty or holds other objects, wanted one NF4Weight per expert")
         first = weights[0]
         kind = (first.shape, first.dtype, first.blocksize, first.nested is None, first.device)
         for weight in weights:
@@ -183,10 +185,10 @@ class NF4Weight:
         )  # fmt: skip
 
     def expert(self, index: int) -> NF4Weight:
-        """Returns one weight ``(N, K)`` of a stack, of the same memory."""
+        """Returns the weight ``(N, K)`` of one expert of a stacked weight, in the same memory."""
         if not self.stacked:
             raise ValueError(
-                f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted one of NF4Weight.stack"
+                f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted a result of NF4Weight.stack"
             )
         experts = self.shape[0]
 
@@ -213,9 +215,10 @@ class NF4Weight:
         raise ValueError(f"NF4Weight: {name} is on {tensor.device}, packed is on {self.packed.device}")
 
     def check_scales(self) -> None:
-        """Reads the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
+        """Raises ValueError if a scale is impossible, for example because of a wrong bit in a file.
 
-        Finite and not negative; of double quantization the table ascends, and the offset is finite.
+        Scales must be finite and not negative. With double quantization the table of codes must be finite and ascend,
+        and the offset must be finite. The check reads the data of the scales.
         """
         held = self.tensors()
         for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
@@ -243,11 +246,11 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by packed codes, scales and, if any, the double-quantization state."""
+        """Number of bytes of the packed codes, the scales and the double-quantization state."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors by name, in a stable order."""
+        """Returns the weight's tensors by name, always in the same order."""
         held = {"packed": self.packed, "absmax": self.absmax}
         if self.nested is not None:
             held |= {
@@ -258,14 +261,14 @@ class NF4Weight:
         return held
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> NF4Weight:
-        """Returns a copy with ``fn`` applied to every tensor (for example a device move)."""
+        """Returns an NF4Weight with ``fn`` applied to every tensor, for example to move the tensors to a device."""
         nested = self.nested
         if nested is not None:
             nested = NestedAbsmax(fn(nested.absmax), fn(nested.code), fn(nested.offset))
         return replace(self, packed=fn(self.packed), absmax=fn(self.absmax), nested=nested)
 
     def to(self, device: torch.device | str) -> NF4Weight:
-        """Returns the same weight on another device; the codes and scales keep their dtypes."""
+        """Returns this weight on another device. Codes and scales keep their dtypes."""
         return self.map(lambda t: t.to(device))
 
     def dequantize(self, dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -278,23 +281,23 @@ class NF4Weight:
         return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:
-        """Returns the weight as the ops' schemas take it: six tensors or None, then block size and shape."""
+        """Returns the weight as arguments of the operators' schemas: five tensors or None, block size and shape."""
         nested = self.nested
         decode = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
         return (self.packed, self.absmax, *decode, self.blocksize, list(self.shape))
 
     @staticmethod
     def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Weight:
-        """Shares the storage of a bitsandbytes ``Params4bit``; nothing is copied.
+        """Returns an NF4Weight that shares the storage of a bitsandbytes ``Params4bit``; no data is copied.
 
         Args:
             weight: the ``Params4bit``, or its packed tensor if ``quant_state`` is given.
-            quant_state: bitsandbytes' ``QuantState``; default: the one the parameter carries.
+            quant_state: bitsandbytes' ``QuantState``; default ``weight.quant_state``.
 
         Raises:
-            TypeError: ``weight`` is no tensor.
-            ValueError: not quantized yet, not NF4, or repacked for bitsandbytes' CPU inference; another table of codes;
-                scales that are not finite, see :meth:`check_scales`.
+            TypeError: ``weight`` is not a tensor.
+            ValueError: ``weight`` is not quantized yet, is not NF4, has another table of codes, or was repacked for
+                bitsandbytes' CPU inference; or scales are not valid, see :meth:`check_scales`.
         """
         nf4 = nf4_from_params4bit(weight, quant_state)
         if not is_nf4_table((quant_state if quant_state is not None else weight.quant_state).code):
@@ -303,24 +306,24 @@ class NF4Weight:
         return nf4
 
     def to_bitsandbytes(self) -> Any:
-        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
+        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage; no data is copied."""
         return params4bit_from_nf4(self)
 
 
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
-    """Returns shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, without prefix.
+    """Returns ``(shape, dtype, blocksize, nested offset)`` from a layer's state dict in bitsandbytes' format.
 
-    ``found[QUANT_STATE]`` holds JSON, a byte an element. The tensors beside it are asked whether they are what they
-    stand for; their sizes are :class:`NF4Weight`'s to check.
+    The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
+    checks the kind and the layout of the other tensors; :class:`NF4Weight` checks their sizes.
 
-    Raises: TypeError for what is no tensor; ValueError that says what came and what was wanted.
+    Raises: TypeError for an entry that is not a tensor; ValueError that says what came and what was wanted.
     """
     held = found[QUANT_STATE]
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1 or held.is_meta:
         came = f"{held.dtype} {tuple(held.shape)} on {held.device}" if isinstance(held, Tensor) else type(held).__name__
         raise ValueError(f"{QUANT_STATE} is {came}, wanted the bytes of JSON")
     if held.numel() > _MOST_BYTES:
-        raise ValueError(f"{QUANT_STATE} is of {held.numel()} bytes, wanted at most {_MOST_BYTES}")
+        raise ValueError(f"{QUANT_STATE} has {held.numel()} bytes, wanted at most {_MOST_BYTES}")
     try:
         about = json.loads(bytes(held.tolist()).decode())
     except (ValueError, RecursionError) as error:
@@ -354,14 +357,14 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
         raise ValueError(f"nested_offset is {offset!r:.60}, wanted a finite number")
     for name in ("weight.nested_absmax", "weight.nested_quant_map"):
         if name not in found:
-            raise ValueError(f"there is a nested_offset and no {name}")
+            raise ValueError(f"{name} is missing, wanted it because {QUANT_STATE} has a nested_offset")
     return shape, _DTYPES[dtype], blocksize, float(offset)
 
 
 def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
-    """Returns the weight of a state dict in bitsandbytes' format, without prefix; nothing is copied.
+    """Returns the weight from a layer's state dict in bitsandbytes' format. Keys have no prefix. No data is copied.
 
-    Raises: as :func:`read_quant_state` does, and ValueError where sizes or scales do not fit.
+    Raises: the errors of :func:`read_quant_state`, and ValueError if sizes or scales do not fit.
     """
     shape, dtype, blocksize, offset = read_quant_state(found)
     nested = None
@@ -374,12 +377,15 @@ def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
 
 
 def nf4_code(device: torch.device | str = "cpu") -> Tensor:
-    """Returns the 16 NF4 values, ascending, float32."""
+    """Returns the 16 NF4 codes in ascending order, float32 ``[16]``."""
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Returns whether these are NF4's 16 codes, in any float dtype, or not told; the operators have them built in."""
+    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The operators have the table built in.
+
+    None and a tensor on the meta device count as NF4's table, because their values are unknown.
+    """
     if code is None or code.is_meta:
         return True
     wanted = nf4_code()
@@ -402,7 +408,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """Returns the reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
+    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None if the state is one."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
     if (kind := getattr(quant_state, "quant_type", None)) != "nf4":
@@ -421,10 +427,10 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
         raise ValueError(f"NF4Weight.from_bitsandbytes: {reason}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"NF4Weight.from_bitsandbytes: weight is {type(weight).__name__}, wanted a Tensor")
-    # A plain tensor, from here on: each attribute of bitsandbytes' tensor subclass costs a call into Python.
+    # A plain tensor is faster: each attribute of bitsandbytes' tensor subclass costs a call into Python.
     with torch._C.DisableTorchFunctionSubclass():
         packed = weight.data
-    if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+    if packed.dtype != torch.uint8:  # quant_storage may give the bytes another dtype
         packed = packed.reshape(-1).view(torch.uint8)
     nested = None
     if state.nested:

@@ -1,10 +1,10 @@
-// Gated activations of rows [T, F], and their gradients:
+// Plain and gated activations of rows [T, F], and their gradients:
 //
-//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         up may be absent: 1
+//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
 //
-// A thread moves eight neighbouring columns, 16 bytes of 16-bit types; a block 2,048 of a row. Rows lie anywhere apart,
-// so that gate and up may be halves of one tensor. float32, one rounding: act(gate) is not rounded in between. Bytes
-// moved: each matrix once, 3 TF elements forward and 5 TF backward.
+// A thread moves eight adjacent columns, 16 bytes of a 16-bit dtype; a block moves 2,048 columns of a row. Rows may
+// have any stride, so that gate and up may be halves of one tensor. Arithmetic is float32 and rounds once: act(gate) is
+// not rounded in between. Bytes moved: each matrix once, 3 TF elements in the forward and 5 TF in the backward.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -15,17 +15,17 @@ namespace peft_ext {
 struct GatedWork {
   Activation activation;
   int64_t columns;
-  const void *gate, *up, *grad;                 // up: or null. grad: of the gradient
-  int64_t gate_stride, up_stride, grad_stride;  // of rows
-  void *out, *out_up;                           // y; or d gate, and d up where there is one
+  const void *gate, *up, *grad;                 // up may be null; grad: only for the gradient
+  int64_t gate_stride, up_stride, grad_stride;  // row strides
+  void *out, *out_up;                           // out: y, or d gate; out_up: d up, or null
   int64_t out_stride, out_up_stride;
-  bool whole;  // eight columns at a time lie on 16 bytes, everywhere
+  bool whole;  // groups of eight columns are aligned to 16 bytes in all matrices
 };
 
 constexpr int kGatedThreads = 256;
 constexpr int64_t kGatedTile = kGatedThreads * kVector;
 
-// f with the activation as a constant: what branches on it does so once for eight columns.
+// Calls f with the activation as a constant, so that a branch on the activation runs once per eight columns.
 template <typename F>
 __device__ __forceinline__ void with_activation(Activation activation, const F& f) {
   if (activation == Activation::kGelu) return f(Activation::kGelu);

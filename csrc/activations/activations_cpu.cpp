@@ -1,5 +1,5 @@
-// Gated and plain activations on the CPU; the arithmetic is in kernels_impl.h. A row is one thread's: the same bits for
-// any number of threads.
+// Plain and gated activations on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread
+// owns a row, so that the bits are equal for every number of threads.
 #include <tuple>
 
 #include "activations/glue.h"
@@ -21,7 +21,7 @@ const ActivationKernels& activation_kernels() {
 #endif
 }
 
-// gate [..., F] with up [..., F], or the two in one tensor [..., 2F], or no up at all.
+// Takes gate [..., F] with up [..., F], or both as halves of one tensor [..., 2F], or gate without up.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate has no dimension, wanted [..., F]");
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);
@@ -50,7 +50,7 @@ GatedRows work_of(const char* op, const Parts& parts, int64_t activation) {
   return work;
 }
 
-// Of elements that take about as long as a task's start.
+// Returns the number of rows that take about as long as starting a task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 Tensor forward(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation, bool halves) {

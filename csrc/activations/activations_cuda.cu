@@ -1,4 +1,4 @@
-// Gated and plain activations on a GPU: see activations.cuh. One launch each.
+// Plain and gated activations on CUDA, in one launch each. The kernel is in activations.cuh.
 #include "activations/activations.cuh"
 
 #include <tuple>
@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// gate [..., F] with up [..., F], or the two in one tensor [..., 2F], or no up at all.
+// Takes gate [..., F] with up [..., F], or both as halves of one tensor [..., 2F], or gate without up.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");
   check_kernel_dtype(op, "gate", gate.scalar_type());

@@ -1,4 +1,4 @@
-// What the CPU's glue and the GPU's share: the checked activation, and rows as they lie.
+// Functions that the activation operators of the CPU and of CUDA share: a check of the activation, and rows of tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,8 +19,8 @@ inline Activation checked_gate(const char* op, int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-// A tensor [..., columns] as rows that are all `stride` elements apart, each in one piece: a half of a wider tensor is
-// taken where it lies, anything else is copied.
+// A tensor [..., columns] as contiguous rows that are all `stride` elements apart. A half of a wider tensor is used
+// directly; other layouts are copied.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;
@@ -28,7 +28,7 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  int64_t stride = 0, rows = 1;  // of the dimensions behind
+  int64_t stride = 0, rows = 1;  // stride and number of the rows in the dimensions after d
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;
@@ -42,11 +42,11 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   return {as_contiguous(tensor), columns};
 }
 
-// gate and up as rows, and the result.
+// gate and up as rows, and the sizes of the result.
 struct Parts {
   RowsApart gate;
   std::optional<RowsApart> up;
-  std::vector<int64_t> shape;  // of y
+  std::vector<int64_t> shape;  // shape of y
   int64_t rows, columns;
 };
 

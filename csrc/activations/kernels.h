@@ -1,8 +1,9 @@
-// Gated activations on the CPU: what each instruction set provides. Each matrix is read or written once.
+// The contract of the plain and gated activations on the CPU; each instruction set has a table of kernels. Each matrix
+// is read or written once.
 //
-//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         up may be absent: 1
+//   y = act(gate) ∘ up        d gate = dY ∘ up ∘ act'(gate),  d up = dY ∘ act(gate)         without up: up = 1
 //
-// float32, one rounding. Rows lie `stride` elements apart.
+// Arithmetic is float32 and rounds once. Rows are `stride` elements apart.
 #pragma once
 
 #include <stdint.h>
@@ -24,15 +25,15 @@ struct WrittenRows {
 
 struct GatedRows {
   Activation activation;
-  DType dtype;  // of all
+  DType dtype;  // dtype of all matrices
   int64_t columns;
-  StridedRows gate, up;  // up: or no data
-  StridedRows grad;      // of the gradient
+  StridedRows gate, up;  // up without data: 1
+  StridedRows grad;      // only for the gradient
   WrittenRows out;       // y, or d gate
-  WrittenRows out_up;    // d up, where there is one
+  WrittenRows out_up;    // d up; no data without up
 };
 
-// Of the rows [begin, end).
+// The functions work on the rows [begin, end).
 struct ActivationKernels {
   void (*rows)(const GatedRows& work, int64_t begin, int64_t end);
   void (*gradient)(const GatedRows& work, int64_t begin, int64_t end);

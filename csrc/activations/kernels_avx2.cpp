@@ -1,7 +1,7 @@
-// Gated activations with AVX2. See kernels.h for the contract.
+// The activation kernels of kernels.h with AVX2.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 #include "activations/kernels_impl.h"
 

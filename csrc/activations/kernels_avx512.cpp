@@ -1,7 +1,7 @@
-// Gated activations with AVX-512. See kernels.h for the contract.
+// The activation kernels of kernels.h with AVX-512.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 #include "activations/kernels_impl.h"
 

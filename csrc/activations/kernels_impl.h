@@ -1,4 +1,5 @@
-// See kernels.h for the contract. Included after the target pragma and after the path's Vec (cpu/simd_<isa>.h).
+// The activation kernels of kernels.h for one instruction set. Include this file after the target pragma and the path's
+// Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <type_traits>
@@ -11,7 +12,7 @@ namespace peft_ext {
 namespace {
 
 struct Activated {
-  Vec value, slope;  // act(u) and act'(u); what nobody asks for is not computed
+  Vec value, slope;  // act(u) and act'(u); the compiler drops the unused one
 };
 
 template <Activation kActivation>
@@ -83,7 +84,7 @@ void gated_gradient_range(const GatedRows& work, int64_t begin, int64_t end) {
   }
 }
 
-// f with a type whose ::value is the activation.
+// Calls f with a type whose ::value is the activation.
 template <typename F>
 void with_activation(Activation activation, const F& f) {
   switch (activation) {

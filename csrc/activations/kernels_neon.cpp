@@ -1,4 +1,4 @@
-// Gated activations with NEON. See kernels.h for the contract.
+// The activation kernels of kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "activations/kernels_impl.h"

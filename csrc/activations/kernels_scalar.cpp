@@ -1,4 +1,4 @@
-// Gated activations on any CPU. See kernels.h for the contract.
+// The activation kernels of kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "activations/kernels_impl.h"
 

@@ -1,6 +1,6 @@
-// Scaled dot-product attention on the CPU; the arithmetic is in kernels_impl.h. A block of queries, and in the backward
-// the keys of a head or of a few, are one thread's, and what is added up is cut by the shapes alone: the same bits for
-// any number of threads.
+// Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. A thread
+// takes a block of queries, and in the backward the keys of one or a few heads. The division of sums depends only on
+// the shapes, so that the bits are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -15,9 +15,9 @@
 namespace peft_ext {
 namespace {
 
-// Heads of a group are summed apart until there are so many units for the threads, as far as there are heads.
+// Heads of a group are summed in separate splits until there are this many units for the threads, or no more heads.
 constexpr int64_t kUnits = 32;
-constexpr int64_t kMostSums = int64_t{1} << 25;  // floats of the splits' sums together: 128 MiB
+constexpr int64_t kMostSums = int64_t{1} << 25;  // largest number of floats in the sums of all splits: 128 MiB
 
 const AttentionKernels& attention_kernels(DType dtype) {
 #if defined(__x86_64__)
@@ -61,7 +61,7 @@ HeadsOf heads_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// [B, H, T, D], in memory [B, T, H, D], as the next layer takes it. No view of another tensor to autograd.
+// Returns [B, H, T, D] with the memory layout [B, T, H, D], as the next layer needs it. Autograd does not see a view.
 Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size, ScalarType type) {
   const Tensor held = empty({batches, tokens, heads, size}, type);
   const int64_t shape[] = {batches, heads, tokens, size};
@@ -71,7 +71,7 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// The mask as words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
+// Converts the mask to words of 64 queries: [B or 1, H or 1, S, ceil(T / 64)].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, keys, blocks, 8}, ScalarType::Byte);
@@ -94,7 +94,7 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   return words;
 }
 
-// An attention of a call, and what it holds on to.
+// One call of the attention, and the tensors that must live as long as the call.
 struct Call {
   const AttentionKernels& isa;
   Attention work = {};
@@ -147,14 +147,14 @@ struct Call {
   int64_t whole_words(int64_t depth) const { return ceil_div(depth, isa.word) * isa.word; }
   int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
 
-  // Of [units, rows, columns up to whole words].
+  // Allocates an operand [units, rows, columns padded to whole words].
   void* operand(int64_t rows, int64_t columns) {
     const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
     return hold(empty({kv_units(), rows, whole_words(columns)}, type)).mutable_data_ptr();
   }
 
-  // Of [splits, units, keys, columns up to whole vectors], in memory that the calling thread keeps, if it is not large:
-  // new one costs a page fault for each page.
+  // Allocates the sums [splits, units, keys, columns padded to whole vectors] in the calling thread's scratch, which is
+  // kept unless it is large: new memory costs a page fault per page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
     const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);
@@ -167,7 +167,7 @@ struct Call {
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(work, begin, end, scratch(Scratch::kPanel, bytes));
-      // Of a head of thousands of values. The sums are the calling thread's, and may be in use yet.
+      // A head of thousands of values needs a large block. The sums are not released: other threads may still use them.
       if (ScratchBlock& block = scratch_block(Scratch::kPanel); block.size > kKeptScratchBytes) block.release();
     });
   }
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
   for (work.splits = 1; work.splits < group && (units * work.splits < kUnits || group % work.splits != 0);)
     ++work.splits;
   if (work.splits < 1) work.splits = 1;
-  // Each has sums of all keys: of many keys there is enough to do without, and memory is short.
+  // Each split has sums of all keys. With many keys there are enough units without splits, and memory is scarce.
   const int64_t lanes = call.whole_vectors(work.size) + call.whole_vectors(work.value_size);
   while (work.splits > 1 && work.splits * units * work.keys * lanes > kMostSums) do
       --work.splits;

@@ -1,5 +1,5 @@
-// The backward of a block of queries. Included after the target pragma, the path's Vec, its words and its
-// transposition.
+// The backward of attention for a block of queries: dV, dQ and dK of kernels.h. Include this file after the target
+// pragma, the path's Vec, its words and its transposition.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,13 +7,13 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = 96;  // of a block, whole strips of kRows
+constexpr int64_t kBackwardKeys = 96;  // keys per block: whole strips of kRows
 
 struct BackwardParts {
-  Element *q_rows, *grad_rows;      // where they do not lie right
-  Element *q_turned, *grad_turned;  // right operands, a head's values in depth
-  Element *q_joined, *grad_joined;  // right operands, queries in depth
-  Element *p, *ds, *ds_joined;      // left operands, queries in depth; the right one, keys in depth
+  Element *q_rows, *grad_rows;      // converted rows, if q or grad can't be used directly
+  Element *q_turned, *grad_turned;  // right operands whose depth is the head's size
+  Element *q_joined, *grad_joined;  // right operands whose depth is the queries
+  Element *p, *ds, *ds_joined;      // left operands, depth queries; ds_joined: right operand, depth keys
   float *s, *dp, *q_sums, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
@@ -33,7 +33,7 @@ struct BackwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kBackwardKeys : 0)) {}
 };
 
-// Σ a ∘ b of a row.
+// Returns Σ a ∘ b over a row.
 template <typename T>
 inline float dot(const T* a, const T* b, int64_t columns) {
   float total[1];
@@ -43,7 +43,8 @@ inline float dot(const T* a, const T* b, int64_t columns) {
   return total[0];
 }
 
-// P and dS of a block of keys, from S and dP; zeros in dS as a right operand where no query of a vector sees the key.
+// Computes P and dS for a block of keys from S and dP. The right operand ds_joined is zero where no query of a vector
+// may see the key.
 inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
                            int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
   const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();
@@ -56,7 +57,7 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
         ds[i] = zero;
         if (r + i >= count || v < first[(r + i) / kRows]) continue;
         const int64_t at = (r + i) * kQueries + v * kWidth;
-        // No probability is above 1, but of a key that is not seen, or by lse's rounding.
+        // The minimum limits P to 1, which P may exceed for an invisible key, or by the rounding of lse.
         Vec p = vec_exp2(Vec::min(zero, Vec::fma(Vec::load(own.s + at), factor, shift)));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
         Vec dp = Vec::load(own.dp + at), kept = p;
@@ -108,7 +109,7 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     for (int64_t r = 0; r < here; ++r) keeps[r] = kept(work, batch, head, k0 + r, query, count);
-    // Of each strip the first vector of queries of which one sees a key of it.
+    // For each strip of keys, the first vector of queries with a query that may see a key of the strip.
     int64_t starts[kBackwardKeys / kRows];
     const auto for_strips = [&](auto f) {
       for (int64_t r = 0; r < here; r += kRows)

@@ -1,4 +1,5 @@
-// The forward of a block of queries. Included after the target pragma, the path's Vec, its words and its transposition.
+// The forward of attention for a block of queries: O and lse of kernels.h. Include this file after the target pragma,
+// the path's Vec, its words and its transposition.
 #pragma once
 
 #include <math.h>
@@ -9,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kForwardKeys = 192;  // of a block, whole strips of kRows
+constexpr int64_t kForwardKeys = 192;  // keys per block: whole strips of kRows
 constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {
@@ -29,7 +30,8 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// What a block of scores [count, 64] does to the largest of each query, and to the sums made with the one before.
+// Updates each query's largest score with a block of scores [count, 64], and computes the factor `change` for older
+// sums.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -45,15 +47,15 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
       most = Vec::max(most, s);
     }
     most.store(own.largest + v * kWidth);
-    // Where nothing was seen before, the sums are zeros and any factor serves.
+    // If no key was visible before, the older sums are zeros and any factor is right.
     const Vec far = Vec::broadcast(-3e38f);
     const Vec fell = Vec::sub(Vec::max(before, far), Vec::max(most, far));
     vec_exp2(Vec::mul(fell, Vec::broadcast(scale * kLog2E))).store(own.change + v * kWidth);
   }
 }
 
-// P of a block, as a right operand, and its sums. A block's are made alone before they are added: of a hundred thousand
-// keys one after the other each would be rounded to a large sum's last bit.
+// Computes P of a block, as a right operand, and its sums. A block is summed alone before it is added to the older
+// sums: with a hundred thousand keys each single term would be rounded to the last bit of a large sum.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
@@ -65,7 +67,7 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        // The difference first: of the largest it is 0, however large that is.
+        // The difference comes first, so that the largest score gives exactly 0, whatever its size.
         p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);
@@ -121,7 +123,7 @@ void forward_block(const Attention& work, int64_t batch, int64_t head, int64_t q
   }
   float* lse = work.lse + (batch * work.heads + head) * work.queries + query;
   for (int64_t i = 0; i < count; ++i) {
-    // A bias of -inf leaves sums that are next to nothing, of a key that no score is above.
+    // A bias of -inf leaves sums close to zero, for keys that have no finite score.
     const bool sees = (own.sum[i] > 0.0f || own.sum[i] != own.sum[i]) && own.largest[i] != -INFINITY;
     lse[i] = sees ? own.largest[i] * work.scale + logf(own.sum[i]) : 0.0f;
     own.change[i] = sees ? work.dropout.scale / own.sum[i] : 0.0f;
@@ -136,7 +138,7 @@ void forward_units(const Attention& work, int64_t begin, int64_t end, void* scra
   const int64_t blocks = ceil_div(work.queries, kQueries);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / (work.heads * blocks), head = unit / blocks % work.heads;
-    // The longest first, where a thread's share has several.
+    // The longest blocks run first, so that a thread with several blocks ends with short ones.
     const int64_t block = blocks - 1 - unit % blocks;
     forward_block<T>(work, batch, head, block * kQueries, {reinterpret_cast<uintptr_t>(scratch)});
   }

@@ -1,11 +1,11 @@
-// Scaled dot-product attention with AVX2. See kernels.h for the contract.
+// The attention kernels of kernels.h with AVX2.
 #if defined(__x86_64__)
 #include <math.h>
 
 #include <utility>
 
 #include "cpu/target_avx2.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 
 #include "attention/transpose_scalar.h"

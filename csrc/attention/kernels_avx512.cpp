@@ -1,11 +1,11 @@
-// Scaled dot-product attention with AVX-512. See kernels.h for the contract.
+// The attention kernels of kernels.h with AVX-512.
 #if defined(__x86_64__)
 #include <math.h>
 
 #include <utility>
 
 #include "cpu/target_avx512.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 
 #include "attention/transpose_avx512.h"

@@ -1,5 +1,5 @@
-// See kernels.h for the contract. Included after the target pragma, the path's Vec (cpu/simd_<isa>.h), its words
-// (words_f32.h or words_bf16.h) and its transposition.
+// The attention kernels of kernels.h for one instruction set. Include this file after the target pragma, the path's Vec
+// (cpu/simd_<isa>.h), its words (words_f32.h or words_bf16.h) and its transposition.
 #pragma once
 
 #include "attention/backward.h"
@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// Of the element types that this path's words hold.
+// Calls f with a zero of the element type, for the types that this path supports.
 template <typename F>
 inline void with_element(DType dtype, F f) {
   if constexpr (kWord == 2)

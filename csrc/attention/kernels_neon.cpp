@@ -1,4 +1,4 @@
-// Scaled dot-product attention with NEON. See kernels.h for the contract.
+// The attention kernels of kernels.h with NEON.
 #if defined(__aarch64__)
 #include <math.h>
 

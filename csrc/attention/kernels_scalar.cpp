@@ -1,4 +1,4 @@
-// Scaled dot-product attention on any CPU. See kernels.h for the contract.
+// The attention kernels of kernels.h in plain C++, for any CPU.
 #include <math.h>
 
 #include <utility>

@@ -1,5 +1,5 @@
-// Products of left and right operands: see kernels.h. Included after the target pragma, the path's Vec, its words and
-// its transposition.
+// The product of a left and a right operand (see kernels.h). Include this file after the target pragma, the path's Vec,
+// its words and its transposition.
 #pragma once
 
 #include <utility>
@@ -9,12 +9,12 @@
 namespace peft_ext {
 namespace {
 
-// Sums in registers: rows by vectors, beside what they are made of.
+// Sums that stay in registers: kRows rows by kVecs vectors. The other registers hold operands.
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
 
-// Of a strip: c [kM, kV vectors] = or += left [kM, steps words] right [steps, kV vectors of words].
+// Multiplies one strip: c [kM, kV vectors] = or += left [kM, steps words] right [steps, kV vectors of words].
 template <int kM, int kV>
 void multiply_strip(const Element* left, int64_t left_stride, const Element* right, int64_t right_stride, int64_t steps,
                     float* c, int64_t c_stride, bool add) {
@@ -43,7 +43,7 @@ inline Strip strip_at(int at, std::integer_sequence<int, kAt...>) {
   return kStrips[at];
 }
 
-// c [rows, vecs vectors] = or += left right; strides in elements.
+// Computes c [rows, vecs vectors] = or += left right. Strides are in elements.
 inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t left_stride, const Element* right,
                      int64_t right_stride, int64_t steps, float* c, int64_t c_stride, bool add) {
   for (int64_t v = 0; v < vecs; v += kVecs)

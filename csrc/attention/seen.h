@@ -1,5 +1,5 @@
-// Which queries see a key, and products of those alone. Included after the target pragma, the path's Vec, its words and
-// its transposition.
+// Finds which queries may see a key, and multiplies only these. Include this file after the target pragma, the path's
+// Vec, its words and its transposition.
 #pragma once
 
 #include "attention/operands.h"
@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// Bits of the queries from `query` on that see a key; of none behind the last of them.
+// Returns a bit per query from `query` on: whether it may see the key. Bits beyond the `count` queries are 0.
 inline uint64_t seen(const Attention& work, const uint64_t* mask, int64_t key, int64_t query, int64_t count) {
   uint64_t bits = mask ? mask[key * work.mask_key + query / kMaskBits] : ~uint64_t{0};
   if (count < kMaskBits) bits &= (uint64_t{1} << count) - 1;
@@ -21,13 +21,13 @@ inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t hea
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
 }
 
-// What the scores [keys, 64] of a block begin with: its bias over scale, transposed; whether there is one. rows: memory
-// for 64 queries of so many keys.
+// Initializes the scores [keys, 64] of a block to bias / scale, transposed. Returns false if there is no bias. rows:
+// memory for 64 queries by `keys` keys.
 inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t count, int64_t key,
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
-  // Over a small scale what is finite, as what others hide keys with, must not become -inf, which hides them all.
+  // A mask may be a large finite bias. A small scale must not turn a finite bias into -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {
@@ -38,7 +38,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
       if (work.bias_key == 1)
         for_vectors(keys, [&](auto lanes, int64_t j) {
           const Vec value = lanes.load(from + j), over = Vec::mul(value, Vec::broadcast(factor));
-          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // is above 0
+          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // finite or +inf: above 0
           lanes.store(to + j, Vec::positive(finite, Vec::max(over, Vec::broadcast(kLeast)), over));
         });
       else
@@ -52,7 +52,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// Bits of the queries from `query` on that keep a key; all of them without dropout.
+// Returns a bit per query from `query` on: whether dropout keeps the key for the query. All bits are 1 without dropout.
 inline uint64_t kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t query, int64_t count) {
   if (!work.dropout.active) return ~uint64_t{0};
   const int64_t first = ((batch * work.heads + head) * work.keys + key) * work.queries + query;
@@ -70,18 +70,18 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Keys that a query of the block may see at most.
+// Returns the number of keys that a query of the block may see at most.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// The first vector of queries of which one may see the key.
+// Returns the first vector of queries that has a query which may see the key.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }
 
-// c [rows, vecs vectors of queries] = or += left [rows, keys] right [keys, vecs vectors], where the queries that come
-// before the last key of the block are multiplied by the keys up to theirs alone.
+// Computes c [rows, vecs vectors of queries] = or += left [rows, keys] right [keys, vecs vectors]. Queries before the
+// last key of the block are multiplied only with the keys that they may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
                           const Rows& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;

@@ -1,10 +1,11 @@
-// What lies between the two products of a bottleneck adapter, U [T, M] float32 and small:
+// The kernels between the two products of a bottleneck adapter, for U [T, M] float32, which is small:
 //
-//   activate:  U = sums + b_d;  H = act(U)  -> U, and H, scaled, in terms
-//   gradient:  dU = P ∘ act'(U)             -> dU, and it in terms
+//   activate:  U = sums + b_d;  H = act(U)  -> U, and the scaled H as terms
+//   gradient:  dU = P ∘ act'(U)             -> dU, and dU as terms
 //
-// H as expand's left side lies by rows, as a rank pass's L transposed, with a row of ones after the M of it: what dYᵀ
-// makes of it is the bias's gradient. A thread makes two neighbouring columns. float32 throughout.
+// As the left operand of expand, H lies row by row. As the operand L of a rank pass, H is transposed and has a row of
+// ones after its M rows: the product of dYᵀ with that row is the gradient of the bias. A thread computes two adjacent
+// columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -16,17 +17,17 @@ namespace peft_ext {
 struct BottleneckWork {
   Activation activation;
   int64_t rows, size;  // T, M
-  float* u;            // [rows, size]; activate writes it where `sums` is given
+  float* u;            // [rows, size]; activate writes u if sums is given
   const float* sums;   // partial sums [chunks][sums_rows][sums_columns], or null
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
-  float scale;          // of H
+  float scale;          // factor of H
   const float* grad_h;  // gradient: P [rows, size]
   float* grad_u;        // gradient: [rows, size]
   bool ones;
-  int64_t padded_rows, padded_size;  // of the terms
-  TermsOut terms;                    // [padded_rows, padded_size], if wanted
-  TermsOut transposed;               // [padded_size, padded_rows], if wanted
+  int64_t padded_rows, padded_size;  // sizes of the terms
+  TermsOut terms;                    // [padded_rows, padded_size]; no data if not wanted
+  TermsOut transposed;               // [padded_size, padded_rows]; no data if not wanted
 };
 
 constexpr int kBottleneckThreads = 256;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, m, row, values[0], values[1]);
 }
 
-// out[m] = Σ_t dU[t, m]. Grid: size.
+// Computes out[m] = Σ_t dU[t, m]. Grid: size.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     bottleneck_bias_kernel(const float* grad_u, int64_t rows, int64_t size, float* out) {

@@ -1,11 +1,12 @@
-// Bottleneck adapter on the CPU:
+// The bottleneck adapter on the CPU:
 //
 //   U = x Dᵀ + b_d [T, M]     H = act(U)     Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// In float32, or of mixed types: forward: one pass over x, one that reads the residual and writes Y; few tokens take D
-// and V as they lie. backward: a pass over dY, or two, gives P = s dY V, dV and db_v; one over x gives dD; one reads dY
-// and writes dX = dY + dU D. Up to eight tokens' gradients, and all products in one 16-bit type, are PyTorch's. What is
-// [T, M] is float32, the activation on it PyTorch's.
+// In float32, or with mixed dtypes, the forward is one pass over x, and one pass that reads the residual and writes Y;
+// for few tokens D and V are not packed. The backward is one or two passes over dY for P = s dY V, dV and db_v, one
+// pass over x for dD, and one pass that reads dY and writes dX = dY + dU D. PyTorch's matrix products compute the
+// gradients of up to eight tokens, and all products in one 16-bit dtype. Tensors [T, M] are float32, and PyTorch
+// computes their activation.
 #include <algorithm>
 #include <tuple>
 
@@ -43,7 +44,7 @@ constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080
 constexpr float kDensity = 0.39894228040143268f;  // 1 / √(2π)
 constexpr int64_t kElementGrain = 32 * 1024;
 
-// [T, M] float32 like u: f(i) at each element i, over all threads.
+// Returns a float32 tensor [T, M] like u with f(i) at each element i, computed on all threads.
 template <typename F>
 Tensor elementwise(const Tensor& u, const F& f) {
   Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
@@ -54,7 +55,8 @@ Tensor elementwise(const Tensor& u, const F& f) {
   return out;
 }
 
-// Of GELU, which is u/2 (1 + this): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU takes a string.
+// Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or tanh(√(2/π) (u + 0.044715 u³)). PyTorch's own GELU
+// can't be called, because it takes a string.
 Tensor gelu_curve(const Tensor& u, Activation activation) {
   const float* at = u.const_data_ptr<float>();
   if (activation == Activation::kGelu)
@@ -66,7 +68,7 @@ Tensor gelu_curve(const Tensor& u, Activation activation) {
 
 bool is_gelu(Activation activation) { return activation == Activation::kGelu || activation == Activation::kGeluTanh; }
 
-// curve: of GELU; what else comes is not looked at.
+// Returns act(u). curve: gelu_curve(u) for GELU; other activations ignore it.
 Tensor activated(const Tensor& u, Activation activation, const Tensor& curve) {
   if (activation == Activation::kRelu) return dispatched("aten::relu", {value(u)});
   if (activation == Activation::kSilu) return dispatched("aten::silu", {value(u)});
@@ -90,8 +92,9 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
   return elementwise(u, [=](int64_t i) { return g[i] * (0.5f * (1.0f + c[i]) + at[i] * e[i] * kDensity); });
 }
 
-// In which type the products take D and V as they lie, if they do: in the one 16-bit type of all, where the CPU
-// multiplies in it (PyTorch's product), or in float32 for so few tokens that packing them would be most of the time.
+// Returns the dtype for products that read D and V without packing, if such products are used: the common 16-bit dtype
+// of all, if the CPU multiplies in that dtype (by PyTorch's product), or float32 for so few tokens that packing would
+// take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
   constexpr int64_t kFewer = 2;  // a row of D takes as long to widen as to multiply
   const ScalarType type = x.scalar_type();
@@ -101,12 +104,12 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// [T, M] in a frame of `padded` columns.
+// Returns [T, M] padded to `padded` columns.
 Tensor framed(const char* op, const Tensor& m, int64_t padded) {
   return m.size(1) == padded ? m : packed(op, "u", m, nullptr, nullptr, false, m.size(0), padded);
 }
 
-// y = residual (none: 0) + what the caller adds to it.
+// Sets an Expand up for y = residual + terms of the caller. An empty residual is 0.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();
@@ -127,7 +130,7 @@ void scale_by(const Tensor& tensor, float factor) {
   });
 }
 
-// u [T, M] += bias [M].
+// Adds bias [M] to each row of u [T, M].
 void add_rows(const Tensor& u, const Tensor& bias) {
   const int64_t size = u.size(1);
   const float* add = bias.const_data_ptr<float>();
@@ -138,7 +141,7 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   });
 }
 
-// Σ_t m[t] [M] of m [T, M], in double: T may be large, M is small. A column's sum is one thread's.
+// Returns Σ_t m[t], [M], for m [T, M]. The sum is in double because T may be large. One thread sums a column.
 Tensor sum_of_rows(const Tensor& m) {
   constexpr int64_t kColumns = 16;
   const int64_t tokens = m.size(0), size = m.size(1);
@@ -158,10 +161,10 @@ Tensor sum_of_rows(const Tensor& m) {
   return out;
 }
 
-// The forward's: it reads D and V once for each kFewTokens of them.
+// Largest number of tokens for which the forward reads D and V without packing: once per kFewTokens tokens.
 constexpr int64_t kUnpackedTokens = 3 * kFewTokens;
 
-// out [T, N] float32 = m [T, K] wᵀ, w [N, K] as it lies.
+// Computes out [T, N] float32 = m [T, K] wᵀ for w [N, K] without packing.
 void times_weight(const char* op, const Tensor& m, const Tensor& w, const Tensor& out) {
   const Tensor held = as_contiguous(w);
   Tensor left = as_type(m, ScalarType::Float), to = out;
@@ -171,7 +174,7 @@ void times_weight(const char* op, const Tensor& m, const Tensor& w, const Tensor
   }
 }
 
-// u = x Dᵀ
+// Computes u = x Dᵀ.
 void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottleneck& size, Tensor& u) {
   Tensor sums = size.padded == size.size ? u : empty({size.tokens, size.padded}, ScalarType::Float);
   const Tensor right = packed(op, "down_weight", down, nullptr, nullptr, true, size.in, size.padded);
@@ -196,7 +199,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
 
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight, kUnpackedTokens);
   const float factor = static_cast<float>(scale);
-  // U. A bias of the product's type goes in before its rounding, as PyTorch's own layer takes it.
+  // Computes U. A bias of the product's dtype is added before the product is rounded, as in PyTorch's linear layer.
   bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
     times_weight(kOp, held, down_weight, u);
@@ -215,7 +218,7 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   }
   if (!biased) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
 
-  // Y
+  // Computes Y.
   const Activation kind = checked_activation(kOp, activation);
   const Tensor h = activated(u, kind, is_gelu(kind) ? gelu_curve(u, kind) : u);
   const int64_t stride = round_up(size.out, kColumnStep);

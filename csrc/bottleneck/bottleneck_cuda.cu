@@ -1,7 +1,8 @@
-// Bottleneck adapter on a GPU:
+// The bottleneck adapter on CUDA, U = x Dᵀ + b_d, H = act(U), Y = residual + s (H Vᵀ + b_v). The steps:
 //
-//   forward    U: one pass over x (rank_pass); H; Y = residual + s (H Vᵀ + b_v): the residual read, Y written (expand)
-//   backward   P = s dY V, dV and db_v: passes over dY; dU; dD: a pass over x; dX = dY + dU D: dY read, dX written
+//   forward    U: one pass over x (rank_pass); H; Y: one pass that reads the residual and writes Y (expand)
+//   backward   P = s dY V, dV and db_v: passes over dY; dU; dD: a pass over x; dX = dY + dU D: one pass that reads dY
+//              and writes dX
 #include "bottleneck/bottleneck.cuh"
 #include "bottleneck/checked_activation.h"
 
@@ -107,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   }
   const Tensor flat_grad = flat_rows(grad), flat_x = flat_rows(x), held_u = as_contiguous(u);
   const Tensor down = as_contiguous(down_weight), up = as_contiguous(up_weight);
-  // L has a row more than F, the ones.
+  // L has one row more than F: the row of ones.
   const int64_t padded = padded_rank(size.size), padded_left = padded_rank(size.size + 1);
   Splitter splitter(x, type);
   const HeldTerms right = splitter.right_of_pass(up, true);

@@ -1,3 +1,4 @@
+// A check of the activation's number that the bottleneck operators of the CPU and of CUDA share.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -6,7 +7,7 @@
 
 namespace peft_ext {
 
-// Those that a bottleneck adapter may have: the first of them.
+// Number of activations that a bottleneck adapter supports: the first ones of the enum.
 constexpr int64_t kBottleneckActivations = 4;
 
 inline Activation checked_activation(const char* op, int64_t activation) {

@@ -1,5 +1,5 @@
-// Activations, in the order of peft_ext.reference.activation.ACTIVATIONS: the operators take a number, for PyTorch's
-// stable ABI leaks each string that an operator takes or is called with.
+// Numbers of the activation functions, in the order of peft_ext.reference.activations.ACTIVATIONS. Operators take a
+// number instead of a name, because PyTorch's stable ABI leaks each string argument of an operator.
 #pragma once
 
 #include <stdint.h>

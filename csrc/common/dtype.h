@@ -1,5 +1,5 @@
-// Element types the kernels read and write, and their scalar conversions. Torch-free, safe in every translation unit:
-// all of it has internal linkage, so that code compiled for one instruction set is never merged with another's.
+// Element types that the kernels read and write, and their scalar conversions. The file does not depend on torch. All
+// functions have internal linkage, so that the linker never merges code for one instruction set with that for another.
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +9,7 @@ namespace peft_ext {
 
 enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-// Distinct types, so that a template on the element type knows bfloat16 from float16.
+// bf16 and f16 are distinct types, so that a template on the element type can tell bfloat16 from float16.
 struct bf16 {
   uint16_t bits;
 };
@@ -37,13 +37,13 @@ inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(v
 inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // inf, nan
-  // A subnormal one is none in float32, nor must it be on the way: a thread may be told to flush those.
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));  // infinity or NaN
+  // Multiplying by 2^-24 avoids subnormal float32 numbers, which the thread may be set to flush to zero.
   if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
 }
 
-// Round to nearest, ties to even; a NaN becomes the one quiet NaN that PyTorch stores.
+// Rounds to nearest, ties to even. Every NaN becomes the quiet NaN that PyTorch stores.
 template <typename T>
 inline T from_float(float value);
 
@@ -65,9 +65,9 @@ inline f16 from_float<f16>(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return f16{static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000) return f16{static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude >= 0x477ff000) return f16{static_cast<uint16_t>(sign | 0x7c00)};  // the value rounds to infinity
   if (magnitude < 0x38800000) {
-    // Subnormal or zero: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
+    // The result is subnormal or zero: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
     const uint32_t shifted = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
     return f16{static_cast<uint16_t>(sign | shifted)};
   }
@@ -75,7 +75,7 @@ inline f16 from_float<f16>(float value) {
   return f16{static_cast<uint16_t>(sign | ((rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13))};
 }
 
-// Calls f with a zero of the element type.
+// Calls f with a zero of the element type that `dtype` names.
 template <typename F>
 inline void with_dtype(DType dtype, F f) {
   switch (dtype) {

@@ -1,6 +1,6 @@
-// Counter-based dropout: Philox4x32-7, one 16-bit draw per element, as peft_ext/reference/philox.py defines it.
-// Element i takes draw i % 8 of the counter block i / 8, so any range of a mask can be made anywhere, in any order.
-// The code that makes draws is philox_impl.h, compiled per instruction set.
+// Counter-based dropout: Philox4x32-7 with one 16-bit draw per element, defined in peft_ext/reference/philox.py.
+// Element i takes draw i % 8 of counter block i / 8, so that any range of a mask can be computed in any order. The code
+// that computes the draws is in philox_impl.h, which is compiled once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +9,7 @@
 
 namespace peft_ext {
 
-// What a kernel needs to drop elements. keep() is draw >= threshold; kept elements are scaled by 1 / (1 - p).
+// Parameters of dropout. An element is kept if draw >= threshold. Kept elements are multiplied by 1 / (1 - p).
 struct Dropout {
   bool active = false;
   uint64_t seed = 0, offset = 0;

@@ -1,6 +1,6 @@
-// Tensors made and looked at by direct calls. The stable ABI's own functions of these names look an operator up by its
-// name and box the arguments, about a microsecond each, also where there is nothing to do; an operator of a few tokens
-// makes a dozen of them.
+// Functions on tensors that call the C shim directly. The stable ABI's functions of the same names look an operator up
+// by name and box the arguments, which takes about a microsecond per call, even if nothing has to be done. An operator
+// on few tokens makes a dozen of these calls.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,25 +28,26 @@ inline torch::stable::Tensor as_type(const torch::stable::Tensor& tensor, torch:
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-// Where it lies if its last dimension is in one piece.
+// Returns x if the last dimension of x is contiguous, otherwise a contiguous copy.
 inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : as_contiguous(x);
 }
 
-// Of x's shape, its dimensions in x's order, as PyTorch's own operators have them; the last one is in one piece.
+// Returns an empty tensor of x's shape whose last dimension is contiguous. The other dimensions have x's order of
+// strides, as in PyTorch's own operators, if x's last dimension is contiguous.
 inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x) {
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   if (y.stride(x.dim() - 1) == 1) return y;
   return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
 }
 
-// A contiguous tensor in another shape of as many elements.
+// Returns a contiguous tensor in another shape with equally many elements. The memory is shared.
 inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const std::vector<int64_t>& shape) {
   int64_t elements = 1;
   for (const int64_t size : shape) elements *= size;
   if (!tensor.is_contiguous() || elements != tensor.numel()) return torch::stable::view(tensor, shape);
-  AtenTensorHandle out = nullptr;  // the offset is added to the tensor's own
+  AtenTensorHandle out = nullptr;  // storage offset 0 is relative to the tensor's own
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(shape.size()), shape.data(),
                                                         row_major_strides(shape).data(), 0, &out));
   return torch::stable::Tensor(out);

@@ -1,3 +1,4 @@
+// Detects the instruction sets of the CPU, and holds the chosen CPU path. See isa.h.
 #include "cpu/isa.h"
 
 #include <atomic>
@@ -31,7 +32,7 @@ std::atomic<Isa>& chosen() {
 }
 
 #if defined(PEFT_EXT_X86)
-// F16C in CPUID: not every compiler's __builtin_cpu_supports knows the name.
+// Returns whether CPUID reports F16C. Not every compiler's __builtin_cpu_supports knows the name.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kF16c = 1u << 29;
@@ -40,7 +41,7 @@ bool has_f16c() {
 #endif
 
 #if defined(__aarch64__)
-// The bfloat16 extension, of which Linux tells in the second word of the hardware's capabilities.
+// Returns whether the CPU has the bfloat16 extension, which Linux reports in the second word of hardware capabilities.
 bool has_arm_bf16() {
 #if defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
@@ -52,7 +53,8 @@ bool has_arm_bf16() {
 #endif
 
 #if defined(PEFT_EXT_X86) && defined(__linux__)
-// AMX-TILE and AMX-BF16 in CPUID, and the tile registers, which a process has to ask Linux for once.
+// Returns whether CPUID reports AMX-TILE and AMX-BF16, and Linux grants the tile registers, which a process must
+// request.
 bool amx_granted() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;

@@ -1,21 +1,21 @@
-// Which CPU path runs: chosen once by CPUID bits, forced by set_isa (PEFT_EXT_CPU_ISA in Python).
-// Torch-free: pybind11's file includes it too.
+// The choice of the CPU path: made once by CPUID bits, or set by set_isa (PEFT_EXT_CPU_ISA in Python). The file does
+// not depend on torch, because the pybind11 file includes it.
 #pragma once
 
-// Clang before 16 has Arm's bfloat16 only where the command line asks for it.
+// Clang before 16 supports Arm's bfloat16 only if the command line enables it.
 #if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_BF16))
 #define PEFT_EXT_ARM_BF16 1
 #endif
 
 namespace peft_ext {
 
-// In ascending order on either machine: each has what the ones before it have. kAmxEmulated, AMX's kernels over tiles
-// in plain code, is for tests and is never chosen by itself.
+// In ascending order for each architecture: each path supports everything that the paths before it support.
+// kAmxEmulated, which runs the AMX kernels with emulated tiles, is for tests and is never chosen by default.
 enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated, kNeon, kNeonBf16 };
 constexpr int kIsaCount = 8;
 
 const char* isa_name(Isa isa);
-// Of the machine that this library was compiled for.
+// Returns whether the path belongs to the architecture that this library was compiled for.
 constexpr bool isa_compiled(Isa isa) {
 #if defined(__x86_64__)
   return isa < Isa::kNeon;
@@ -27,13 +27,13 @@ constexpr bool isa_compiled(Isa isa) {
   return isa == Isa::kScalar;
 #endif
 }
-// Compiled into this library and supported by this CPU (and, for AMX's registers, granted by the system).
+// Returns whether the path is compiled in, the CPU supports it, and, for AMX, the system grants the tile registers.
 bool isa_available(Isa isa);
 Isa current_isa();
 void set_current_isa(Isa isa);
 
-// A kernel table holds one op's function pointers; each instruction set exports one, or null where it has none of its
-// own. The next lower one serves then.
+// A kernel table holds the function pointers of an operator. Each instruction set exports one table, or null if the
+// instruction set has no kernels of its own. For null the table of the next lower instruction set is used.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();

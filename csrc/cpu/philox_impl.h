@@ -1,7 +1,7 @@
-// Philox draws, written once over Lanes (common/simd_<isa>.h). Included after the target pragma.
+// Philox draws over the type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
 //
-// Every 32-bit word sits in a 64-bit lane, so that a round is two widening products, two shifts and two xors; the upper
-// halves hold garbage that the products ignore. Two independent sets of lanes hide the products' latency.
+// Each 32-bit word lies in a 64-bit lane, so that a round is two widening products, two shifts and two xors. The upper
+// halves hold garbage, which the products ignore. Two independent sets of lanes hide the latency of the products.
 #pragma once
 
 #include "common/philox.h"
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxSets = 2;
-constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // counter blocks made together
+constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // counter blocks computed at a time
 constexpr int kDrawsPerBlock = 8;
 
-// Draws of counter blocks [first, first + kPhiloxBlocks), in element order.
+// Writes the draws of the counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
 inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out) {
   Lanes c0[kPhiloxSets], c1[kPhiloxSets], c2[kPhiloxSets], c3[kPhiloxSets];
   for (int s = 0; s < kPhiloxSets; ++s) {
@@ -41,10 +41,11 @@ inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out)
     Lanes::store_words(c0[s], c1[s], c2[s], c3[s], out + s * Lanes::kWidth * kDrawsPerBlock);
 }
 
-// Room that philox_draws needs for `count` draws: it makes whole groups of blocks, and may start inside one.
+// Returns the buffer size that philox_draws needs: it computes whole groups of blocks, and may start within a block.
 constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
 
-// Draws of flat elements [first, first + count) begin at the returned address inside `buffer` (draws_room(count)).
+// Computes the draws of the flat elements [first, first + count). The draws begin at the returned address within
+// `buffer`, which has the size draws_room(count).
 inline const uint16_t* philox_draws(const Dropout& dropout, int64_t first, int64_t count, uint16_t* buffer) {
   const int64_t block = first / kDrawsPerBlock;
   const int64_t blocks = ceil_div(first + count, kDrawsPerBlock) - block;

@@ -1,4 +1,5 @@
-// A row in vectors of Vec (cpu/simd_<isa>.h), the last one of fewer lanes. Included after the target pragma.
+// Loops over a row in vectors of Vec (cpu/simd_<isa>.h); the last vector may have fewer lanes. Include this file after
+// the target pragma.
 #pragma once
 
 #include <stdint.h>
@@ -6,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// All lanes, as a type of its own: a loop's body is compiled without masks.
+// All lanes. The type differs from PartVec, so that the loop body for whole vectors is compiled without masks.
 struct WholeVec {
   template <typename T>
   Vec load(const T* x) const {
@@ -20,7 +21,7 @@ struct WholeVec {
   Vec filled(Vec value) const { return value; }
 };
 
-// The first `count` lanes: the others load as 0 and are not stored; `only` makes them 0, `filled` the first one again.
+// The first `count` lanes. Other lanes load as 0 and are not stored. `only` sets them to 0, `filled` to the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>
@@ -40,7 +41,7 @@ struct PartVec {
   }
 };
 
-// f(WholeVec or PartVec, first column) over [0, columns).
+// Calls f(WholeVec or PartVec, first column) for the vectors of [0, columns).
 template <typename F>
 inline void for_vectors(int64_t columns, const F& f) {
   int64_t k = 0;
@@ -48,9 +49,9 @@ inline void for_vectors(int64_t columns, const F& f) {
   if (k < columns) f(PartVec{columns - k}, k);
 }
 
-// Sums over [0, columns) in float32; f(lanes, first column, sums) adds the terms of its lanes, 0 for those that are not
-// there. kTurns vectors are added to in turn, which do not wait for each other, and in the end their lanes: the order
-// depends on the columns and on Vec alone.
+// Computes sums over [0, columns) in float32. f(lanes, first column, sums) adds the terms of its lanes, and 0 for
+// missing lanes. kTurns vectors of sums take turns, so that additions need not wait for each other. The order of the
+// sum depends only on the number of columns and on Vec.
 template <int kSums, typename F>
 inline void sum_vectors(int64_t columns, float (&total)[kSums], const F& f) {
   constexpr int kTurns = 4;

@@ -1,6 +1,6 @@
-// Working memory of a thread, kept from call to call: a fresh block of megabytes costs a page fault per 4 KiB, which is
-// a tenth of a small layer's time. A large one is given back when the call ends: there the faults are little beside the
-// product, and a thread would hold on to the longest batch it ever saw.
+// Memory that a thread keeps from call to call. A new block of megabytes costs a page fault per 4 KiB, about a tenth of
+// a small layer's time. A large block is released at the end of the call: there page faults cost little compared with
+// the product, and otherwise a thread would keep memory for the longest batch that it ever saw.
 #pragma once
 
 #include <stdlib.h>
@@ -9,11 +9,11 @@
 
 namespace peft_ext {
 
-// Each is used by one caller at a time, on the thread that asks for it.
+// Uses of scratch memory. Each use has one caller at a time on a thread.
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
-// Of a block that outlives its call. A linear layer's kPanel and kRows are kPanelStep rows of W at most, twice where
-// they are turned as well (kDroppedDepth), so that they stay below it.
+// Largest size of a block that outlives its call. kPanel and kRows of a linear layer hold at most kPanelStep rows of W,
+// twice if they are transposed too (kDroppedDepth), and so stay below this size.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 struct ScratchBlock {
@@ -46,7 +46,8 @@ inline void* scratch(Scratch use, size_t bytes) {
   return block.data;
 }
 
-// Stands in a call whose scratch may be of any size: the calling thread's large blocks end with it.
+// An object for the time of a call whose scratch may have any size: its destructor releases the calling thread's large
+// blocks.
 struct ScratchOfCall {
   ScratchOfCall() = default;
   ScratchOfCall(const ScratchOfCall&) = delete;

@@ -1,4 +1,4 @@
-// AVX2: loads and stores of 8 values of any element type, in float32. Include after target_avx2.h.
+// The vector type for AVX2: 8 values of any element type, computed in float32. Include this file after target_avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -32,7 +32,7 @@ inline void store8(float* out, __m256 value) { _mm256_storeu_ps(out, value); }
 inline void store8(bf16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_bf16(value)); }
 inline void store8(f16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_f16(value)); }
 
-// The vector that code shared by all instruction sets is written in.
+// The vector type in which code for all instruction sets is written.
 struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;
@@ -44,14 +44,14 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   Vec reciprocal() const { return {_mm256_div_ps(_mm256_set1_ps(1.0f), v)}; }
-  // b where one is a NaN.
+  // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  // a > 0 ? b : c
+  // Returns a > 0 ? b : c.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
   }
-  // a in the lanes whose bit is set, b in the others.
+  // Returns a in the lanes whose bit is set, and b in the other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits)), lane);
@@ -59,7 +59,7 @@ struct Vec {
   }
   Vec abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   Vec round() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // 2^v of a whole v from -126 to 127.
+  // Returns 2^v for an integer v from -126 to 127.
   Vec exp2() const {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
@@ -76,7 +76,7 @@ struct Vec {
   }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 
-  // Of any element type; with a count the first so many, and zeros behind them.
+  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load8(x)};
@@ -84,7 +84,7 @@ struct Vec {
   static Vec load_as(const float* x, int64_t count) { return {_mm256_maskload_ps(x, first_lanes(count))}; }
   template <typename T>
   static Vec load_as(const T* x, int64_t count) {
-    T lanes[kWidth] = {};  // no masked load of 16 bits
+    T lanes[kWidth] = {};  // AVX2 has no masked load of 16-bit values
     memcpy(lanes, x, static_cast<size_t>(count) * sizeof(T));
     return {load8(lanes)};
   }
@@ -99,10 +99,10 @@ struct Vec {
     store8(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // As a T holds them.
+  // Returns the values rounded to T.
   template <typename T>
   Vec rounded() const;
-  // Zeros behind the first so many.
+  // Returns the first `count` values, and zeros after them.
   Vec first(int64_t count) const { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v)}; }
 
  private:
@@ -126,12 +126,12 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm256_cvtph_ps(round_f16(v))};
 }
 
-// Four 32-bit words in 64-bit lanes: see philox_impl.h.
+// Four 32-bit words in 64-bit lanes. See philox_impl.h.
 struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;
   static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
-  // Blocks first..first+3, in the order that makes store_words' two interleavings come out in memory order.
+  // Returns the counters first to first + 3, in the order in which store_words' two interleavings restore memory order.
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }
@@ -146,7 +146,7 @@ struct Lanes {
   }
 };
 
-// values[i] -> keep ? values[i] * scale : 0
+// Replaces values[i] by keep ? values[i] * scale : 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const __m256i below = _mm256_set1_epi32(static_cast<int32_t>(dropout.threshold) - 1);
   const __m256 scale = _mm256_set1_ps(dropout.scale);
@@ -159,7 +159,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   for (int64_t i = 0; i < count; i += 32) {
     uint32_t word = 0;

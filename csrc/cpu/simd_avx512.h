@@ -1,4 +1,5 @@
-// AVX-512: loads and stores of 16 values of any element type, in float32. Include after target_avx512.h.
+// The vector type for AVX-512: 16 values of any element type, computed in float32. Include this file after
+// target_avx512.h.
 #pragma once
 
 #include <immintrin.h>
@@ -17,7 +18,7 @@ inline __m512 load16(const bf16* x) {
 }
 inline __m512 load16(const f16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 
-// Integer rounding, not vcvtneps2bf16: that one flushes subnormals to zero.
+// Rounds to bfloat16 by integer arithmetic, because vcvtneps2bf16 flushes subnormals to zero.
 inline __m256i round_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -34,7 +35,7 @@ inline void store16(bf16* out, __m512 value) {
 }
 inline void store16(f16* out, __m512 value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_f16(value)); }
 
-// The vector that code shared by all instruction sets is written in.
+// The vector type in which code for all instruction sets is written.
 struct Vec {
   static constexpr int kWidth = 16;
   __m512 v;
@@ -45,25 +46,25 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  // 1 / v of a finite v, to an ulp, and of 1 exactly: a third of a division's time.
+  // Returns 1 / v for a finite v, accurate to an ulp and exact for 1, in a third of a division's time.
   Vec reciprocal() const {
     const __m512 r = _mm512_rcp14_ps(v);
     return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(1.0f)), r)};
   }
-  // b where one is a NaN.
+  // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  // a > 0 ? b : c
+  // Returns a > 0 ? b : c.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), c.v, b.v)};
   }
-  // a in the lanes whose bit is set, b in the others.
+  // Returns a in the lanes whose bit is set, and b in the other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
   }
   Vec abs() const { return {_mm512_abs_ps(v)}; }
   Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  // 2^v of a whole v from -126 to 127.
+  // Returns 2^v for an integer v from -126 to 127.
   Vec exp2() const {
     const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
@@ -72,7 +73,7 @@ struct Vec {
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 
-  // Of any element type; with a count the first so many, and zeros behind them.
+  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load16(x)};
@@ -92,10 +93,10 @@ struct Vec {
   void store_as(float* x, int64_t count) const { _mm512_mask_storeu_ps(x, first_lanes(count), v); }
   void store_as(bf16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_bf16(v)); }
   void store_as(f16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_f16(v)); }
-  // As a T holds them.
+  // Returns the values rounded to T.
   template <typename T>
   Vec rounded() const;
-  // Zeros behind the first so many.
+  // Returns the first `count` values, and zeros after them.
   Vec first(int64_t count) const { return {_mm512_maskz_mov_ps(first_lanes(count), v)}; }
 
  private:
@@ -115,12 +116,12 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm512_cvtph_ps(round_f16(v))};
 }
 
-// Eight 32-bit words in 64-bit lanes: see philox_impl.h.
+// Eight 32-bit words in 64-bit lanes. See philox_impl.h.
 struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;
   static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
-  // Blocks first..first+7, in the order that makes store_words' two interleavings come out in memory order.
+  // Returns the counters first to first + 7, in the order in which store_words' two interleavings restore memory order.
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
@@ -135,7 +136,7 @@ struct Lanes {
   }
 };
 
-// values[i] -> keep ? values[i] * scale : 0
+// Replaces values[i] by keep ? values[i] * scale : 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const __m512i threshold = _mm512_set1_epi32(static_cast<int32_t>(dropout.threshold));
   const __m512 scale = _mm512_set1_ps(dropout.scale);
@@ -148,9 +149,9 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   }
 }
 
-// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
-  // A threshold of 65536 drops all: no draw is above 65535.
+  // A threshold of 65536 drops every element, because no draw is above 65535.
   const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
   for (int64_t i = 0; i < count; i += 32) {
     const __mmask32 inside = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;

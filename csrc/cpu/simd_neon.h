@@ -1,4 +1,4 @@
-// NEON, which every 64-bit Arm CPU has: 4 values of any element type, in float32.
+// The vector type for NEON, which every 64-bit Arm CPU has: 4 values of any element type, computed in float32.
 #pragma once
 
 #include <arm_neon.h>
@@ -35,7 +35,7 @@ inline void store4(float* out, float32x4_t value) { vst1q_f32(out, value); }
 inline void store4(bf16* out, float32x4_t value) { vst1_u16(words_of(out), round_bf16(value)); }
 inline void store4(f16* out, float32x4_t value) { vst1_u16(words_of(out), round_f16(value)); }
 
-// The vector that code shared by all instruction sets is written in.
+// The vector type in which code for all instruction sets is written.
 struct Vec {
   static constexpr int kWidth = 4;
   float32x4_t v;
@@ -47,25 +47,25 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
   Vec reciprocal() const { return {vdivq_f32(vdupq_n_f32(1.0f), v)}; }
-  // b where one is a NaN.
+  // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-  // a > 0 ? b : c
+  // Returns a > 0 ? b : c.
   static Vec positive(Vec a, Vec b, Vec c) { return {vbslq_f32(vcgtzq_f32(a.v), b.v, c.v)}; }
-  // a in the lanes whose bit is set, b in the others.
+  // Returns a in the lanes whose bit is set, and b in the other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     static constexpr uint32_t kLane[] = {1, 2, 4, 8};
     return {vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(kLane)), a.v, b.v)};
   }
   Vec abs() const { return {vabsq_f32(v)}; }
   Vec round() const { return {vrndnq_f32(v)}; }
-  // 2^v of a whole v from -126 to 127; of a NaN 1.
+  // Returns 2^v for an integer v from -126 to 127, and 1 for a NaN.
   Vec exp2() const { return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(v), vdupq_n_s32(127)), 23))}; }
   float sum() const { return vaddvq_f32(v); }
   float largest() const { return vmaxnmvq_f32(v); }
   void store(float* x) const { vst1q_f32(x, v); }
 
-  // Of any element type; with a count the first so many, and zeros behind them.
+  // Loads values of any element type. With `count` only the first values are loaded, and the others are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load4(x)};
@@ -86,10 +86,10 @@ struct Vec {
     store4(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // As a T holds them.
+  // Returns the values rounded to T.
   template <typename T>
   Vec rounded() const;
-  // Zeros behind the first so many.
+  // Returns the first `count` values, and zeros after them.
   Vec first(int64_t count) const {
     const uint32_t lanes[kWidth] = {0, 1, 2, 3};
     const uint32x4_t inside = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count)));
@@ -110,7 +110,7 @@ inline Vec Vec::rounded<f16>() const {
   return {widen_f16(round_f16(v))};
 }
 
-// Two 32-bit words in 64-bit lanes: see philox_impl.h.
+// Two 32-bit words in 64-bit lanes. See philox_impl.h.
 struct Lanes {
   static constexpr int kWidth = 2;
   uint64x2_t v;
@@ -126,7 +126,7 @@ struct Lanes {
   }
 };
 
-// values[i] -> keep ? values[i] * scale : 0
+// Replaces values[i] by keep ? values[i] * scale : 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   const uint32x4_t threshold = vdupq_n_u32(dropout.threshold);
   int64_t i = 0;
@@ -138,7 +138,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   for (; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   const uint32_t bit[4] = {1, 2, 4, 8};
   const uint32x4_t bits = vld1q_u32(bit), threshold = vdupq_n_u32(dropout.threshold);

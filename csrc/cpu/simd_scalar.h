@@ -1,4 +1,4 @@
-// The vector of one value: the portable path.
+// The vector type of the portable path: a single value.
 #pragma once
 
 #include <math.h>
@@ -21,17 +21,17 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
   Vec reciprocal() const { return {1.0f / v}; }
-  // b where one is a NaN.
+  // If a or b is NaN, the result is b.
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-  // a > 0 ? b : c
+  // Returns a > 0 ? b : c.
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
-  // a where the first bit is set, else b.
+  // Returns a if the first bit is set, otherwise b.
   static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
-  // Of less than 2^22: what is added leaves no bits for a fraction.
+  // Rounds a value below 2^22 to an integer: the added number leaves no bits for a fraction.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
-  // 2^v of a whole v from -126 to 127; of a NaN anything.
+  // Returns 2^v for an integer v from -126 to 127, and any number for a NaN.
   Vec exp2() const {
     const int32_t whole = v == v ? static_cast<int32_t>(v) : 0;
     return {bits_to_float(static_cast<uint32_t>(whole + 127) << 23)};
@@ -40,7 +40,7 @@ struct Vec {
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
 
-  // Of any element type; with a count the first so many, and zeros behind them: of one lane there is never a rest.
+  // Loads a value of any element type. The versions with `count` are never called with one lane: there is no rest.
   template <typename T>
   static Vec load_as(const T* x) {
     return {to_float(*x)};
@@ -55,7 +55,7 @@ struct Vec {
   }
   template <typename T>
   void store_as(T*, int64_t) const {}
-  // As a T holds it.
+  // Returns the value rounded to T.
   template <typename T>
   Vec rounded() const {
     return {to_float(from_float<T>(v))};
@@ -63,7 +63,7 @@ struct Vec {
   Vec first(int64_t) const { return zero(); }
 };
 
-// One 32-bit word in a 64-bit lane: see philox_impl.h.
+// One 32-bit word in a 64-bit lane. See philox_impl.h.
 struct Lanes {
   static constexpr int kWidth = 1;
   uint64_t v;
@@ -81,12 +81,12 @@ struct Lanes {
   }
 };
 
-// values[i] -> keep ? values[i] * scale : 0
+// Replaces values[i] by keep ? values[i] * scale : 0.
 inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] = draws[i] >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
 }
 
-// The mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
+// Writes the mask as bits, count / 32 words and one for the rest: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
   for (int64_t i = 0; i < count; i += 32) {
     uint32_t word = 0;

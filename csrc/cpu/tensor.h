@@ -1,4 +1,5 @@
-// What the CPU glue needs of torch's stable ABI: checks that name op and argument, element types, the matrix product.
+// Functions on tensors that the CPU operators share: checks whose errors name op and argument, element types,
+// allocation, and the matrix product.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,8 +45,9 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   return dtype_of(op, argument, tensor.scalar_type());
 }
 
-// Large results are new memory from the system each time, and a page fault costs more than the 4 KiB it brings are
-// worth here: huge pages are asked for before the first touch. Where the system has none the call does nothing.
+// Large results are new memory from the system in each call, and page faults of 4 KiB would take a large part of the
+// time. This function asks for huge pages before the first touch. On a system without huge pages the function does
+// nothing.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
@@ -59,7 +61,7 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// A view that repeats elements may have more of them than any memory holds.
+// Returns a * b, and fails on overflow: an expanded view may have more elements than 63 bits can count.
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t product = 0;
   STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "peft_ext: a size of ", a, " times ", b,
@@ -67,7 +69,8 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
-// The stable ABI loses what an allocator said, by which trainers know that a smaller batch would do.
+// Allocates a tensor. If that fails, the error contains the allocator's message, which the stable ABI loses and by
+// which trainers recognize that a smaller batch would fit.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t width = type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   int64_t bytes = width;
@@ -81,26 +84,26 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   }
 }
 
-// Product over all but the last dimension.
+// Returns the product of all sizes but the last.
 inline int64_t rows_of(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows = checked_product(rows, tensor.size(d));
   return rows;
 }
 
-// x's shape with another last dimension.
+// Returns x's shape with another last size.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = last;
   return shape;
 }
 
-// out [T, N] = beta * out + a [T, K] b [K, N], by PyTorch's own kernel, in place.
+// Computes out [T, N] = beta * out + a [T, K] b [K, N] by PyTorch's matrix product, in place.
 inline void addmm_(const Tensor& out, const Tensor& a, const Tensor& b, double beta) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
 }
 
-// out [T, N] = a [T, K] b [K, N].
+// Computes out [T, N] = a [T, K] b [K, N] by PyTorch's matrix product.
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }

@@ -1,5 +1,5 @@
-// Loops on all threads, and how many a loop of a call has: one where the call is itself a part of a loop that has them
-// all.
+// Parallel loops, and the number of threads that a loop in a call may use. A loop within a loop that already uses all
+// threads has one thread.
 #pragma once
 
 #include <exception>
@@ -16,7 +16,7 @@ inline bool& within_a_loop() {
   return within;
 }
 
-// Stands in a part of a loop whose calls have loops of their own.
+// An object for the time of a loop body that calls functions with loops of their own: these loops get one thread.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }
@@ -25,8 +25,8 @@ struct WithinALoop {
   ~WithinALoop() { within_a_loop() = before; }
 };
 
-// f(begin, end) over parts of [begin, end) of `grain` at least, on all threads. What the first that throws says comes
-// out: PyTorch's own loop has words of its own for it, and trainers look for those of an allocator.
+// Calls f(begin, end) on all threads for parts of [begin, end) of at least `grain`. The first exception is rethrown
+// with its own message: PyTorch's loop would replace the message, and trainers look for the allocator's message.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   std::exception_ptr thrown;

@@ -1,4 +1,4 @@
-// Splits tokens into groups of 8, 4, 3, 2 and 1, each a template's constant.
+// Splits tokens into groups of 8, 4, 3, 2 and 1 tokens. The size of a group is a template argument.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +11,7 @@ struct TokenGroup {
   static constexpr int kCount = kTokens;
 };
 
-// run(TokenGroup<n>(), first token) for each group.
+// Calls run(TokenGroup<n>(), first token) for each group.
 template <typename Run>
 inline void for_token_groups(int64_t tokens, const Run& run) {
   for (int64_t t = 0; t < tokens;) {

@@ -1,18 +1,19 @@
-// Functions of a Vec (cpu/simd_<isa>.h), to a few ulp of float32. Included after the target pragma. A NaN stays one.
+// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32. A NaN stays NaN. Include this file after the
+// target pragma.
 #pragma once
 
-// A call for each vector would cost as much as what it computes.
+// The functions must be inlined: a call per vector would cost as much as the computation.
 #define PEFT_EXT_INLINE inline __attribute__((always_inline))
 
 namespace peft_ext {
 namespace {
 
-// e^x, where x is held between -87.3 and 87.3: beside 1 what is left out is nothing, and 1 / (1 + e^x) is a normal
+// Returns e^x with x clamped to [-87.3, 87.3]: beyond, e^x changes no sum with 1, and 1 / (1 + e^x) stays a normal
 // number.
 PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(87.3f), Vec::max(Vec::broadcast(-87.3f), x));
   const Vec whole = Vec::mul(x, Vec::broadcast(1.44269504f)).round();
-  // x - whole ln 2, ln 2 in two parts: products with the first are exact.
+  // Computes x - whole ln 2, with ln 2 in two parts: products with the first part are exact.
   Vec r = Vec::fma(whole, Vec::broadcast(-0.693359375f), x);
   r = Vec::fma(whole, Vec::broadcast(2.12194440e-4f), r);
   Vec p = Vec::broadcast(1.9875691500e-4f);
@@ -22,11 +23,11 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   return Vec::mul(p, whole.exp2());
 }
 
-// 2^x of x up to 127; below -126 what is left of it is at most 2^-126.
+// Returns 2^x for x up to 127. Below -126 the result is at most 2^-126.
 PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);
   const Vec whole = x.round(), r = Vec::sub(x, whole);
-  // The polynomial nearest to 2^r that is 1 at 0, to 5e-9 of it.
+  // The polynomial nearest to 2^r with the value 1 at 0. Its relative error is below 5e-9.
   Vec p = Vec::broadcast(1.5461447463e-4f);
   constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
                              2.4022650922e-1f, 6.9314718803e-1f, 1.0f};
@@ -34,13 +35,13 @@ PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   return Vec::mul(p, whole.exp2());
 }
 
-// 1 / (1 + e^-x)
+// Returns 1 / (1 + e^-x).
 PEFT_EXT_INLINE Vec vec_sigmoid(Vec x) {
   const Vec one = Vec::broadcast(1.0f);
   return Vec::add(one, vec_exp(Vec::sub(Vec::zero(), x))).reciprocal();
 }
 
-// 1 - 2 / (e^2x + 1), within 2^-23 absolutely.
+// Returns tanh x = 1 - 2 / (e^2x + 1), with an absolute error below 2^-23.
 PEFT_EXT_INLINE Vec vec_tanh(Vec x) {
   const Vec one = Vec::broadcast(1.0f), two = Vec::broadcast(2.0f);
   return Vec::sub(one, Vec::mul(two, Vec::add(vec_exp(Vec::add(x, x)), one).reciprocal()));
@@ -50,8 +51,8 @@ struct Normal {
   Vec below, bell;
 };
 
-// The normal distribution, 0.5 (1 + erf(x / √2)), and e^(-x²/2). With z = |x| / √2 and t = 1 / (1 + 0.3 z)
-// erfc(z) = t P(t) e^(-z²), P the polynomial that is nearest for z up to 9.5, to 2e-8 of erfc itself.
+// Returns the normal distribution function, 0.5 (1 + erf(x / √2)), and e^(-x²/2). With z = |x| / √2 and
+// t = 1 / (1 + 0.3 z), erfc(z) = t P(t) e^(-z²). P is the best polynomial for z up to 9.5, with relative error 2e-8.
 PEFT_EXT_INLINE Normal vec_normal(Vec x) {
   const Vec one = Vec::broadcast(1.0f), far = Vec::min(Vec::broadcast(64.0f), x.abs());
   const Vec t = Vec::fma(far, Vec::broadcast(0.21213203f), one).reciprocal();

@@ -1,12 +1,13 @@
-// Cross entropy of the rows of a chunk of logits, which become the gradient:
+// Cross entropy of the rows of a chunk of logits x, which the kernel overwrites with their gradient:
 //
-//   z = c tanh(a x / c), or a x where c is 0     lse = log Σ_v exp z_v     ε: smoothing
+//   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A block owns a row, a thread every 512th group of eight columns. One reading gives each thread its largest z and the
-// sum under it, which are joined over lanes and then warps in a fixed order; a second one, from the second-level cache,
-// gives the gradient. Float32 arithmetic, one rounding. Bytes moved: the row twice in, once out.
+// A block owns a row, and a thread owns every 512th group of eight columns. The first reading gives each thread its
+// largest z and the sum of exp(z - largest); these are combined over lanes and then over warps in a fixed order. The
+// second reading, from L2, gives the gradient. Arithmetic is float32 and rounds once. Bytes moved: the row is read
+// twice and written once.
 #pragma once
 
 #include <math.h>
@@ -17,11 +18,11 @@
 namespace peft_ext {
 
 struct CrossEntropyWork {
-  void* logits;              // [T, V], overwritten where needs_grad
-  const int64_t* labels;     // [T]; of one that is ignored loss and gradient are 0, of one out of range NaN
+  void* logits;              // [T, V], overwritten if needs_grad
+  const int64_t* labels;     // [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
   const float* row_weight;   // w [T], or null: ones
-  float* losses;             // [T], without w
-  int64_t columns, ignored;  // V
+  float* losses;             // [T], not multiplied by w
+  int64_t columns, ignored;  // columns: V; ignored: the ignored label
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };
@@ -29,12 +30,12 @@ struct CrossEntropyWork {
 constexpr int kCrossEntropyThreads = 512;
 constexpr int kCrossEntropyWarps = kCrossEntropyThreads / kWarpSize;
 
-// A sum of exp(z - most), and the sum of z.
+// A partial softmax: the largest z, the sum of exp(z - most), and the sum of z.
 struct SoftmaxSum {
   float most, sum, total;
 };
 
-// Lower than any logit's but -inf, whose exponential it leaves at 0.
+// Lower than every logit but -inf, so that the exponential of -inf stays 0.
 constexpr float kLowest = -3.0e38f;
 
 __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxSum& b) {
@@ -44,7 +45,7 @@ __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxS
 
 using SoftmaxShared = float[3][kCrossEntropyWarps];
 
-// At every thread; all take part.
+// Returns the combined sums at every thread. All threads of the block call the function.
 __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
     }
   }
   const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
-  const SoftmaxSum all = block_joined(mine, shared);  // what is read of the row lies before it, what is written behind
+  // All reads of the row are before the barrier in block_joined, and all writes are after it.
+  const SoftmaxSum all = block_joined(mine, shared);
   const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
   if (threadIdx.x == 0) {
     float loss = rest * (log_sum - (z_label - all.most));

@@ -1,11 +1,11 @@
-// Cross entropy of the rows of a chunk of logits on the CPU: what each instruction set provides.
+// The contract of the cross entropy of rows of logits x on the CPU; each instruction set has a kernel.
 //
-//   z = c tanh(a x / c), or a x where c is 0     lse = log Σ_v exp z_v     ε: smoothing
+//   z = c tanh(a x / c), or a x if c = 0     lse = log Σ_v exp z_v     ε: smoothing
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z)
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A row is read for its maximum, for the sum, and for the gradient that it is overwritten with: of 16 bits it stays in
-// the second-level cache between. Float32 arithmetic, sums in an order that depends on V alone.
+// A row is read for the maximum, for the sum, and for the gradient, which overwrites the row. A row of a 16-bit dtype
+// stays in L2 in between. Arithmetic is float32, and the order of sums depends only on V.
 #pragma once
 
 #include <stdint.h>
@@ -15,12 +15,12 @@
 namespace peft_ext {
 
 struct CrossEntropy {
-  void* logits;  // [T, V], overwritten where needs_grad
+  void* logits;  // [T, V], overwritten if needs_grad
   DType dtype;
   int64_t columns;          // V
-  const int64_t* labels;    // [T]; one that is ignored: loss and gradient are 0
+  const int64_t* labels;    // [T]; an ignored label gives loss and gradient 0
   const float* row_weight;  // w [T], or null: ones
-  float* losses;            // [T], without w
+  float* losses;            // [T], not multiplied by w
   float scale, softcap, smoothing;
   int64_t ignored;
   bool needs_grad;

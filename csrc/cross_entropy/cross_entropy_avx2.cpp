@@ -1,7 +1,7 @@
-// Cross entropy of rows with AVX2. See cross_entropy.h for the contract.
+// The kernel of cross_entropy.h with AVX2.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 #include "cross_entropy/cross_entropy_impl.h"
 

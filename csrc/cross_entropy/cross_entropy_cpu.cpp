@@ -1,4 +1,4 @@
-// Cross entropy of the rows of a chunk of logits, which become the gradient, on the CPU. See cross_entropy.h.
+// Cross entropy of the rows of a chunk of logits on the CPU. The logits become their gradient. See cross_entropy.h.
 #include "cross_entropy/cross_entropy.h"
 
 #include "cpu/isa.h"

@@ -1,4 +1,5 @@
-// The rows of cross_entropy.h on the path whose Vec is in reach. Included after the target pragma and cpu/simd_<isa>.h.
+// The kernel of cross_entropy.h for one instruction set. Include this file after the target pragma and
+// cpu/simd_<isa>.h.
 #pragma once
 
 #include <math.h>
@@ -11,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kSumBlock = 2048;  // elements: a sum of few, and then a sum of those, loses few bits
+constexpr int64_t kSumBlock = 2048;  // elements per partial sum: adding partial sums loses fewer bits
 
 template <bool kSoftcap>
 struct Logits {
@@ -24,7 +25,7 @@ struct Logits {
     const Vec scaled = Vec::mul(x, scale);
     return kSoftcap ? Vec::mul(softcap, vec_tanh(scaled)) : scaled;
   }
-  // 1 - (z/c)²
+  // Returns the derivative of the softcap, 1 - (z/c)².
   Vec slope(Vec z) const {
     const Vec t = Vec::mul(z, over_softcap);
     return Vec::fma(Vec::sub(Vec::zero(), t), t, Vec::broadcast(1.0f));
@@ -37,12 +38,13 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   const int64_t columns = work.columns;
   Vec largest = Vec::broadcast(-INFINITY);
   for_vectors(columns, [&](auto lanes, int64_t v) {
-    largest = Vec::max(largest, lanes.filled(logits.z(lanes.load(row + v))));  // an element twice changes no maximum
+    // A filled lane repeats an element, which does not change the maximum.
+    largest = Vec::max(largest, lanes.filled(logits.z(lanes.load(row + v))));
   });
   const float most = largest.largest();
   const Vec shift = Vec::broadcast(most);
 
-  float sum = 0.0f, total = 0.0f;  // of e^(z - most), and of z
+  float sum = 0.0f, total = 0.0f;  // sums of e^(z - most) and of z
   for (int64_t block = 0; block < columns; block += kSumBlock) {
     float some[2];
     sum_vectors(min_i64(kSumBlock, columns - block), some, [&](auto lanes, int64_t v, Vec(&sums)[2]) {
@@ -57,7 +59,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   float at_label[Vec::kWidth];
   const Vec z_label = logits.z(Vec::broadcast(to_float(row[label])));
   z_label.store(at_label);
-  // Differences to the largest: of lse = most + log Σ itself, a large one would leave few bits of the logarithm.
+  // Subtracts the largest z first: in lse = most + log Σ, a large `most` would leave few bits of the logarithm.
   loss = rest * (logf(sum) - (at_label[0] - most));
   if (smooth != 0.0f) loss += smooth * (logf(sum) - (total / static_cast<float>(columns) - most));
   if (!work.needs_grad) return;

@@ -1,4 +1,4 @@
-// Cross entropy of rows with NEON. See cross_entropy.h for the contract.
+// The kernel of cross_entropy.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "cross_entropy/cross_entropy_impl.h"

@@ -1,4 +1,4 @@
-// Cross entropy of rows on any CPU. See cross_entropy.h for the contract.
+// The kernel of cross_entropy.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "cross_entropy/cross_entropy_impl.h"
 

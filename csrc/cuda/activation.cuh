@@ -1,4 +1,4 @@
-// Activations of one float, and their slopes.
+// Activation functions of one float, and their derivatives.
 #pragma once
 
 #include <math.h>
@@ -8,7 +8,8 @@
 
 namespace peft_ext {
 
-// 0.5 (1 + erf(u/√2)), 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))) and 1 / (1 + e^-u): what u is multiplied by.
+// Returns act(u) / u. GELU: 0.5 (1 + erf(u/√2)); its tanh form: 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))); SiLU:
+// 1 / (1 + e^-u); ReLU: 0 or 1; squared ReLU: max(u, 0).
 __device__ __forceinline__ float activation_gate(Activation activation, float u) {
   if (activation == Activation::kGelu) return 0.5f * (1.0f + erff(u * 0.70710678118654752f));
   if (activation == Activation::kGeluTanh)
@@ -18,7 +19,7 @@ __device__ __forceinline__ float activation_gate(Activation activation, float u)
   return activation == Activation::kRelu2 ? step * u : step;
 }
 
-// d act(u) / du = gate + u · d gate / du
+// Returns d act(u) / du = gate + u · d gate / du.
 __device__ __forceinline__ float activation_slope(Activation activation, float u) {
   const float gate = activation_gate(activation, u);
   if (activation == Activation::kGelu) return gate + u * 0.39894228040143268f * expf(-0.5f * u * u);

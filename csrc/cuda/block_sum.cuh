@@ -1,4 +1,4 @@
-// The sum over the threads of a block, always in the same order.
+// The sum of a value over the threads of a block, always added in one order.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -8,7 +8,7 @@ namespace peft_ext {
 template <int kThreads>
 using BlockSums = float[kThreads / kWarpSize];
 
-// At thread 0; all threads take part.
+// Returns the sum at thread 0. All threads of the block call the function.
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float value, BlockSums<kThreads>& shared) {
 #pragma unroll

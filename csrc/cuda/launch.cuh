@@ -1,6 +1,7 @@
-// How the glue meets a device: a Launcher runs kernels on a tensor's device, on PyTorch's current stream there, with
-// errors checked, and hands out the pointers that kernels may touch. Under the emulator (PEFT_EXT_EMULATE_CUDA) the
-// same glue takes CPU tensors: a kernel may then read what in() gave it and write what out() did, and nothing else.
+// Launches of kernels by host functions. A Launcher runs kernels on a tensor's device, on PyTorch's current stream
+// there, checks errors, and returns the pointers that kernels may use. Under the emulator (PEFT_EXT_EMULATE_CUDA) the
+// same host functions take CPU tensors: a kernel may then read the tensors given to in(), write those given to out(),
+// and nothing else.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -28,7 +29,7 @@
 
 #include "common/dtype.h"
 
-// PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", TORCH_BOX(&function)); } registers the CUDA kernels of an op.
+// PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", TORCH_BOX(&function)); } registers the CUDA functions of an operator.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(peft_ext_emulated, CPU, m)
 #else
@@ -37,7 +38,7 @@
 
 namespace peft_ext {
 
-// Whether kernels can take the tensor.
+// Returns whether kernels can use the tensor.
 inline bool on_device(const torch::stable::Tensor& tensor) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return tensor.is_cpu();
@@ -46,7 +47,7 @@ inline bool on_device(const torch::stable::Tensor& tensor) {
 #endif
 }
 
-// out [T, N] = a [T, K] b [K, N], by PyTorch's own kernel.
+// Computes out [T, N] = a [T, K] b [K, N] by PyTorch's matrix product.
 inline void mm_out(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
@@ -55,7 +56,7 @@ inline void mm_out(const torch::stable::Tensor& out, const torch::stable::Tensor
 #endif
 }
 
-// out [T, N] = beta · out + a [T, K] b [K, N], by PyTorch's own kernel, in place.
+// Computes out [T, N] = beta · out + a [T, K] b [K, N] by PyTorch's matrix product, in place.
 inline void addmm_(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b,
                    double beta) {
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -65,31 +66,32 @@ inline void addmm_(const torch::stable::Tensor& out, const torch::stable::Tensor
 #endif
 }
 
-// A launch's grid; a number alone is x.
+// The grid of a launch. A single number is x.
 struct Grid {
   Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
   int64_t x, y, z;
 };
 
-// A launch's block: threads, and bytes of dynamic_shared(); a number alone is threads.
+// The block of a launch: number of threads, and bytes of dynamic_shared(). A single number is the number of threads.
 struct Block {
   Block(int threads, int64_t dynamic_shared = 0) : threads(threads), dynamic_shared(dynamic_shared) {}
   int threads;
   int64_t dynamic_shared;
 };
 
-// Holds the tensor's device current for its own life. Nothing here waits for the device, so CUDA graphs can capture it.
+// Makes the tensor's device the current device during its lifetime. A Launcher never waits for the device, so that CUDA
+// graphs can capture its launches.
 class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& tensor);
 
-  // kernel<<<grid, block>>>(arguments...): launcher(kernel, blocks, threads, arguments...), or with braces for the
-  // rest: launcher(kernel, {x, y, z}, {threads, dynamic_shared}, arguments...). No blocks, no launch.
+  // Launches kernel<<<grid, block>>>(arguments...). Call launcher(kernel, blocks, threads, arguments...), or
+  // launcher(kernel, {x, y, z}, {threads, dynamic_shared}, arguments...). An empty grid launches nothing.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
                   const Arguments&... arguments) const;
 
-  // The tensor's data for a kernel that reads it. T is its element type, void for any.
+  // Returns the tensor's data for a kernel that reads the tensor. T is the element type, or void for any type.
   template <typename T>
   const T* in(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
@@ -99,7 +101,7 @@ class Launcher {
     return static_cast<const T*>(tensor.const_data_ptr());
   }
 
-  // The tensor's data for a kernel that writes it, and may read it.
+  // Returns the tensor's data for a kernel that writes, and may read, the tensor.
   template <typename T>
   T* out(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
@@ -109,7 +111,7 @@ class Launcher {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
-  // The same of a tensor that only this launcher's kernels fill: what they read of it they must have written.
+  // Returns the data of a tensor that only this launcher's kernels fill: a kernel may read only what a kernel wrote.
   template <typename T>
   T* scratch(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
@@ -119,7 +121,7 @@ class Launcher {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
-  // The same of a tensor that may be none, as a null pointer.
+  // Returns the data of an optional tensor, or a null pointer if there is no tensor.
   template <typename T>
   const T* in(const std::optional<torch::stable::Tensor>& tensor) const {
     return tensor.has_value() ? in<T>(*tensor) : nullptr;
@@ -155,7 +157,7 @@ class Launcher {
   }
 
 #ifdef PEFT_EXT_EMULATE_CUDA
-  // From the tensor's first element to behind its last.
+  // Returns the number of bytes from the tensor's first element to the end of its last element.
   static size_t extent(const torch::stable::Tensor& tensor) {
     if (tensor.numel() == 0) return 0;
     int64_t last = 0;
@@ -196,7 +198,7 @@ void Launcher::operator()(void (*kernel)(Parameters...), const Grid& grid, const
                           const Arguments&... arguments) const {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check_shape(grid, block);
-  if (block.dynamic_shared > 0) {  // with the static, it may be more than the 48 KiB that a kernel has unasked
+  if (block.dynamic_shared > 0) {  // static plus dynamic may exceed the default limit of 48 KiB
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(block.dynamic_shared)));

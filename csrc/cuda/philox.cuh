@@ -1,24 +1,25 @@
-// Counter-based dropout on the device: the draws of common/philox.h, so a mask has the same bits on every device.
-// The seed is read from device memory: nothing waits for it on the host, and a captured graph sees a new one each time.
+// Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
+// device. The seed is read from device memory: the host never waits for the seed, and a captured graph reads a new seed
+// each time.
 #pragma once
 
 #include "cuda/ptx.cuh"
 
 namespace peft_ext {
 
-// As a kernel takes it. seed: int64 [2], seed and offset; null where nothing is dropped.
+// Parameters of dropout for a kernel. seed: int64 [2], the seed and the offset, or null without dropout.
 struct DeviceDropout {
   const int64_t* seed = nullptr;
   uint32_t threshold = 0;  // an element whose draw is lower is dropped
-  float scale = 1.0f;      // of those that are kept
+  float scale = 1.0f;      // factor of kept elements
 };
 
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxGroup = 8;  // elements that share a counter block
 
-// A dropout whose seed has been read. A 16-bit draw keeps its element where it is at least the threshold t. Both draws
-// of a word are compared at once (kept_halves), for which `lower` holds t's lower 15 bits in both halves, and `either`
-// is all ones where t has no bit 15.
+// A dropout whose seed has been read. An element is kept if its 16-bit draw is at least the threshold t. kept_halves
+// compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves, and `either` is all ones
+// if bit 15 of t is 0.
 struct Philox {
   uint32_t key0, key1, offset0, offset1, lower, either;
 };
@@ -27,7 +28,7 @@ struct Philox {
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
   if (dropout.seed == nullptr) return Philox{};
   const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
-  // No draw is at least 2^16: in 15 bits there is none that 2^15 keeps.
+  // A threshold of 2^16 drops every element: no 15-bit value reaches the lower part 2^15.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
   return Philox{static_cast<uint32_t>(seed),
                 static_cast<uint32_t>(seed >> 32),
@@ -37,7 +38,7 @@ __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint
                 dropout.threshold < 0x8000u ? 0xffffffffu : 0u};
 }
 
-// The draws of flat elements 8 · group …, two a word, the first in the low half.
+// Returns the draws of the eight flat elements from 8 · group on, two per word, the first in the low half.
 __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t group) {
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
   uint32_t c2 = philox.offset0, c3 = philox.offset1, k0 = philox.key0, k1 = philox.key1;
@@ -56,23 +57,23 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Bits 15 and 31: whether the draws in the low and the high half keep their elements; the other bits say nothing.
-// 2^15 + (draw's lower 15 bits) - (t's) has bit 15 where the lower bits suffice, and borrows nothing from the half
-// above. Where t has no bit 15 that or the draw's own bit 15 is enough, otherwise both it takes: the majority of them
-// and of what t says.
+// Bits 15 and 31 of the result tell whether the draws in the low and in the high half keep their elements. Other bits
+// have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if the draw's lower bits reach
+// t's, and never borrows from the half above. If bit 15 of t is 0, this bit or the draw's bit 15 is enough; otherwise
+// both are needed. The result is the majority of the two bits and `either`.
 __device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
   const uint32_t reached = (draws | 0x80008000u) - philox.lower;
   return (draws & reached) | ((draws | reached) & philox.either);
 }
 
-// The same of a group's four words.
+// Returns kept_halves of a group's four words.
 __device__ __forceinline__ uint4 kept_of_words(const Philox& philox, uint64_t group) {
   const uint4 draws = draws_of_group(philox, group);
   return make_uint4(kept_halves(philox, draws.x), kept_halves(philox, draws.y), kept_halves(philox, draws.z),
                     kept_halves(philox, draws.w));
 }
 
-// Bit i: whether flat element 8 · group + i is kept.
+// Returns eight bits. Bit i tells whether flat element 8 · group + i is kept.
 __device__ __forceinline__ uint32_t kept_of_group(const Philox& philox, uint64_t group) {
   const uint4 words = kept_of_words(philox, group);
   const uint32_t halves[4] = {words.x, words.y, words.z, words.w};

@@ -1,7 +1,7 @@
-// One wrapper per device instruction that plain C++ has no word for. Torch-free. Each has two bodies: nvcc's, and one
-// for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the same kernels on a CPU and checks each access.
-// Kernels call these, never an intrinsic, so that both bodies are there. "All 32 lanes" means that the whole warp gets
-// there together: the emulator refuses anything else.
+// One wrapper per device instruction that C++ has no expression for. The file does not depend on torch. Each wrapper
+// has two bodies: one for nvcc, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the kernels
+// on a CPU and checks each memory access. Kernels call these wrappers, never an intrinsic, so that both bodies exist.
+// "All 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything else.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -16,8 +16,9 @@
 
 #include "common/dtype.h"
 
-// PEFT_EXT_SHARED(Type, name): `Type& name`, this block's shared memory, aligned to 128 bytes and not initialized. Type
-// is trivial, an array or a struct, without a comma in its name; all of a kernel's are at most 48 KiB together.
+// PEFT_EXT_SHARED(Type, name) declares `Type& name` in this block's shared memory, aligned to 128 bytes and not
+// initialized. Type is a trivial type, an array or a struct, without a comma in its name. All declarations of a kernel
+// take at most 48 KiB together.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_SHARED(Type, name)                                             \
   static const char name##_key = 0;                                             \
@@ -33,7 +34,7 @@ namespace peft_ext {
 
 constexpr int kWarpSize = 32;
 
-// Lets an array type stand where a reference is declared.
+// Allows an array type where a reference is declared.
 template <typename T>
 struct IdentityOf {
   using Type = T;
@@ -41,7 +42,7 @@ struct IdentityOf {
 template <typename T>
 using Identity = typename IdentityOf<T>::Type;
 
-// The bytes that the launch asked for beyond PEFT_EXT_SHARED's, aligned to 16 bytes.
+// Returns the shared memory that the launch asked for in addition to PEFT_EXT_SHARED, aligned to 16 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char peft_ext_dynamic_shared[];
@@ -53,7 +54,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // ---- arithmetic
 
-// Products and sums that the compiler may not contract to an FMA, and the FMA: one rounding of a · b + c.
+// Products and sums that the compiler may not contract to an FMA, and the FMA itself, which rounds a · b + c once.
 __device__ __forceinline__ float fmul_rn(float a, float b) {
 #ifdef __CUDACC__
   return __fmul_rn(a, b);
@@ -78,10 +79,10 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 #endif
 }
 
-// The 64 bits of a product of 32: its low and its high half.
+// Computes the 64-bit product of two 32-bit numbers: its low and its high half.
 __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
-  // One instruction for both halves, which the compiler makes of two products only now and then.
+  // One instruction for both halves. The compiler does not always use it for two separate products.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
@@ -91,7 +92,7 @@ __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, 
   high = static_cast<uint32_t>(product >> 32);
 }
 
-// prmt: each half of the result is bit 15, or bit 31, of the word, 16 times.
+// prmt: fills the low half of the result with copies of bit 15 of the word, and the high half with copies of bit 31.
 __device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
 #ifdef __CUDACC__
   uint32_t spread;
@@ -102,7 +103,7 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t word) {
 #endif
 }
 
-// The same of bit 15 (kHigh: bit 31) alone, 32 times.
+// Fills the result with 32 copies of bit 15 of the word (kHigh: of bit 31).
 template <bool kHigh>
 __device__ __forceinline__ uint32_t spread_sign(uint32_t word) {
 #ifdef __CUDACC__
@@ -114,7 +115,7 @@ __device__ __forceinline__ uint32_t spread_sign(uint32_t word) {
 #endif
 }
 
-// cvt.rn.{bf16x2,f16x2}.f32: two floats rounded to nearest even, the first in the low half.
+// cvt.rn.{bf16x2,f16x2}.f32: rounds two floats to nearest even and packs them, the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
 #endif
 }
 
-// The two floats that a pair holds, the low half first; exact.
+// Returns the two floats in a pair, the low half first. The conversion is exact.
 template <typename T>
 __device__ __forceinline__ float2 unpack2(uint32_t pair);
 
@@ -168,7 +169,7 @@ __device__ __forceinline__ float2 unpack2<f16>(uint32_t pair) {
 
 // ---- global memory
 
-// ld.global.cs: a load that leaves the caches first, as nobody reads this again soon.
+// ld.global.cs: a load whose data leaves the caches first, for data that is not read again soon.
 template <typename T>
 __device__ __forceinline__ T load_streaming(const T* from) {
 #ifdef __CUDACC__
@@ -178,7 +179,7 @@ __device__ __forceinline__ T load_streaming(const T* from) {
 #endif
 }
 
-// ld.global.nc: a load through the read-only cache, of memory that no thread of this launch writes.
+// ld.global.nc: a load through the read-only cache, for memory that no thread of this launch writes.
 template <typename T>
 __device__ __forceinline__ T load_cached(const T* from) {
 #ifdef __CUDACC__
@@ -188,8 +189,8 @@ __device__ __forceinline__ T load_cached(const T* from) {
 #endif
 }
 
-// The same of 16 bytes, in its place: the compiler moves it past no other instruction of this kind, where it would
-// otherwise start all loads that it sees at once, and run out of registers.
+// load_cached of 16 bytes, in program order: the compiler keeps the order of these loads. Otherwise the compiler would
+// start all visible loads at once and run out of registers.
 __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -202,8 +203,8 @@ __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 #endif
 }
 
-// Adds in one step, in global or shared memory, and returns what was there. In no order: a sum of floats differs by
-// run.
+// Adds atomically, in global or shared memory, and returns the previous value. The order of threads is unspecified, so
+// that a sum of floats differs from run to run.
 __device__ __forceinline__ float atomic_add(float* to, float value) {
 #ifdef __CUDACC__
   return atomicAdd(to, value);
@@ -228,7 +229,7 @@ __device__ __forceinline__ int atomic_add(int* to, int value) {
 #endif
 }
 
-// Other blocks see what this thread wrote before it, before they see what it writes after it.
+// Orders memory: other blocks see this thread's earlier writes before they see its later writes.
 __device__ __forceinline__ void threadfence() {
 #ifdef __CUDACC__
   __threadfence();
@@ -239,7 +240,7 @@ __device__ __forceinline__ void threadfence() {
 
 // ---- blocks and warps
 
-// A barrier of the block: all its threads come, and see what each wrote before.
+// A barrier of the block: all its threads must call it, and then see each other's earlier writes.
 __device__ __forceinline__ void sync_threads() {
 #ifdef __CUDACC__
   __syncthreads();
@@ -248,7 +249,7 @@ __device__ __forceinline__ void sync_threads() {
 #endif
 }
 
-// The same of a warp: all 32 lanes.
+// A barrier of the warp, for all 32 lanes.
 __device__ __forceinline__ void sync_warp() {
 #ifdef __CUDACC__
   __syncwarp();
@@ -257,7 +258,8 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// The value that lane `source` of this lane's group of `width` holds; its low bits count. All 32 lanes.
+// Returns the value of lane `source` of this lane's group of `width` lanes. Only the low bits of source count. All 32
+// lanes.
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
 #ifdef __CUDACC__
   return __shfl_sync(0xffffffffu, value, source, width);
@@ -282,7 +284,7 @@ __device__ __forceinline__ float shuffle(float value, int source, int width = kW
 #endif
 }
 
-// The value that lane (this lane ^ lane_mask) holds. All 32 lanes.
+// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
@@ -299,7 +301,7 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 #endif
 }
 
-// Bit l: what lane l says. All 32 lanes.
+// Returns 32 bits; bit l is the vote of lane l. All 32 lanes.
 __device__ __forceinline__ uint32_t ballot(bool vote) {
 #ifdef __CUDACC__
   return __ballot_sync(0xffffffffu, vote);
@@ -308,7 +310,7 @@ __device__ __forceinline__ uint32_t ballot(bool vote) {
 #endif
 }
 
-// Whether any lane says so. All 32 lanes.
+// Returns whether any lane's vote is true. All 32 lanes.
 __device__ __forceinline__ bool any_lane(bool vote) {
 #ifdef __CUDACC__
   return __any_sync(0xffffffffu, vote) != 0;
@@ -319,8 +321,8 @@ __device__ __forceinline__ bool any_lane(bool vote) {
 
 // ---- shared memory by address
 
-// A place in shared memory. Device code counts in its 32 bits, where a pointer would cost two registers and, at each
-// use, an instruction.
+// An address in shared memory. Device code uses the 32-bit address: a pointer would take two registers, and one more
+// instruction at each use.
 struct SharedAt {
 #ifdef __CUDACC__
   uint32_t at;
@@ -343,7 +345,7 @@ __device__ __forceinline__ SharedAt shared_at(const void* shared) {
 #endif
 }
 
-// 16 bytes, aligned to as many.
+// Loads 16 bytes, aligned to 16 bytes.
 __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -357,7 +359,7 @@ __device__ __forceinline__ uint4 load_shared_16(SharedAt from) {
 #endif
 }
 
-// The same of 4 bytes.
+// Loads 4 bytes, aligned to 4 bytes.
 __device__ __forceinline__ uint32_t load_shared_4(SharedAt from) {
 #ifdef __CUDACC__
   uint32_t word;
@@ -380,9 +382,9 @@ __device__ __forceinline__ void store_shared_16(SharedAt to, uint4 words) {
 
 // ---- asynchronous copies
 
-// cp.async of 16, 8 or 4 bytes, both addresses aligned to as many. Where `take` is false the destination gets zeros and
-// `global` is not read, wherever it points. The bytes are there for this thread after cp_async_wait, and for
-// others after a barrier that follows it. 16 bytes go past L1 (.cg), fewer through it (.ca).
+// cp.async of 16, 8 or 4 bytes; both addresses are aligned to that size. If `take` is false, the destination gets
+// zeros, and `global` is not read and may be any pointer. This thread sees the bytes after cp_async_wait; other threads
+// see the bytes after a barrier that follows. 16 bytes bypass L1 (.cg); fewer bytes go through L1 (.ca).
 __device__ __forceinline__ void cp_async_16(SharedAt shared, const void* global, bool take) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.at), "l"(__cvta_generic_to_global(global)),
@@ -419,7 +421,7 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, boo
 #endif
 }
 
-// Closes a group: this thread's copies since the last one. A group may be empty.
+// Closes a group of copies: all copies of this thread since the last call. A group may be empty.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -428,7 +430,7 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// Waits until at most the kPending youngest of this thread's groups are under way.
+// Waits until at most the kPending youngest groups of this thread are still running.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
 #ifdef __CUDACC__
@@ -438,11 +440,11 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// ---- matrix products. A fragment's layout: lane l, g = l / 4, t = l % 4; two 16-bit values a register, low half
-// first.
+// ---- matrix products. In the layout of fragments, lane l has g = l / 4 and t = l % 4. A register holds two 16-bit
+// values, the low half first.
 
-// Four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8: 16
-// bytes, aligned. r[i] of lane l is row g, columns 2t and 2t + 1, of matrix i. All 32 lanes.
+// Loads four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8:
+// 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -454,7 +456,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #endif
 }
 
-// The same, each matrix transposed: r[i] of lane l is rows 2t and 2t + 1, column g, of matrix i.
+// Loads four 8x8 matrices like ldmatrix_x4, transposed: r[i] of lane l gets rows 2t and 2t + 1, column g, of matrix i.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,5 +1,5 @@
-// What the CUDA glue of all operators needs of tensors: checks that name op and argument, shapes, element types,
-// memory.
+// Functions on tensors that the CUDA operators share: checks whose errors name op and argument, shapes, element types,
+// and allocation.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,20 +18,20 @@ namespace peft_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An error unless the element type is one that kernels take.
+// Fails unless kernels support the element type.
 void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
 
-// An error unless the matrix is of one of these types, on `like`'s device.
+// Fails unless the matrix has a supported element type and is on `like`'s device.
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 
-// A vector as kernels take it: float32, contiguous, of that size, on `like`'s device.
+// Checks that a vector has `size` elements and is on `like`'s device, and returns it as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
-// The seed of an active dropout, as the adapter takes it; checked.
+// Checks the seed of dropout, and returns it if dropout is active.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
-// "" or why the device answers nothing any more: a kernel of before, of whomever, failed.
+// Returns "", or the reason why the device no longer works: an earlier kernel, of any library, failed.
 inline const char* lost_device() {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return "";
@@ -41,8 +41,8 @@ inline const char* lost_device() {
 #endif
 }
 
-// What `allocate` gives. The stable ABI loses what an allocator said, by which trainers know that a smaller batch would
-// do.
+// Returns the result of `allocate`. If it fails, the error contains the allocator's message, which the stable ABI loses
+// and by which trainers recognize that a smaller batch would fit.
 template <typename Allocate>
 Tensor allocated(const std::vector<int64_t>& shape, const Allocate& allocate) {
   try {
@@ -72,7 +72,7 @@ inline Tensor device_zeros(const Tensor& like, const std::vector<int64_t>& shape
   return allocated(shape, [&] { return torch::stable::new_zeros(like, shape, type); });
 }
 
-// Product over all but the last dimension.
+// Returns the product of all sizes but the last.
 inline int64_t device_rows(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
@@ -81,7 +81,7 @@ inline int64_t device_rows(const Tensor& tensor) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
-// Calls f with a zero of the element type; which types come has been checked.
+// Calls f with a zero of the element type. The type must have been checked before.
 template <typename F>
 void with_type(ScalarType type, F f) {
   if (type == ScalarType::BFloat16) {
@@ -103,7 +103,7 @@ inline bool aligned(const Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
-// Whether kernels may move eight columns at a time.
+// Returns whether kernels may move eight columns at a time.
 inline bool whole_columns(const Tensor& matrix, int64_t columns) {
   return columns % kVector == 0 && aligned(matrix, 16);
 }
@@ -114,7 +114,7 @@ inline Tensor flat_rows(const Tensor& tensor) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// x's shape with another last dimension.
+// Returns x's shape with another last size.
 std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last);
 
 }  // namespace peft_ext

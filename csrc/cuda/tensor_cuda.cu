@@ -1,3 +1,4 @@
+// Checks of tensors for the CUDA operators. See tensor.cuh.
 #include "cuda/tensor.cuh"
 
 namespace peft_ext {

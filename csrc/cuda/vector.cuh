@@ -1,4 +1,4 @@
-// Eight consecutive elements of any type at once, as floats: the unit in which elementwise kernels move memory.
+// Eight consecutive elements of any type as floats: the unit in which elementwise kernels read and write memory.
 #pragma once
 
 #include "cuda/philox.cuh"
@@ -9,7 +9,7 @@ constexpr int kVector = 8;
 
 __device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// From an address aligned to 16 bytes.
+// Loads eight elements from an address that is aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector]) {
   const uint4 words = *reinterpret_cast<const uint4*>(from);
@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_value(T* to, float value) {
   to->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// The same where the type is known at run time alone.
+// Loads one element whose type is known only at run time.
 __device__ __forceinline__ float load_value(const void* from, DType type, int64_t at) {
   if (type == DType::kBF16) return load_value(static_cast<const bf16*>(from) + at);
   if (type == DType::kF16) return load_value(static_cast<const f16*>(from) + at);
@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_value(void* to, DType type, int64_t at, fl
   static_cast<float*>(to)[at] = value;
 }
 
-// value as a T holds it.
+// Returns the value rounded to T.
 template <typename T>
 __device__ __forceinline__ float rounded_to(float value) {
   return unpack2<T>(pack2<T>(value, 0.0f)).x;
@@ -73,7 +73,8 @@ __device__ __forceinline__ void save_vector(float* to, const float (&values)[kVe
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
-// The same where bits 15 and 31 of masks[i] are set for values 2 i and 2 i + 1, and zeros where they are not.
+// Stores the values whose bits are set, and zeros for the others: bits 15 and 31 of masks[i] for values 2 i and 2 i +
+// 1.
 template <typename T>
 __device__ __forceinline__ void save_masked(T* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(
@@ -91,8 +92,8 @@ __device__ __forceinline__ void save_masked(float* to, const float (&values)[kVe
                    __float_as_uint(values[4 * i + 3]) & spread_sign<true>(masks[2 * i + 1]));
 }
 
-// Columns [column, column + 8) of a row that ends at `columns`; `whole`: a multiple of 8 columns on 16 bytes, so they
-// are all there. What lies behind the end is 0, and is not stored.
+// Loads the columns [column, column + 8) of a row with `columns` columns. `whole`: columns is a multiple of 8 and the
+// row is aligned to 16 bytes, so that all eight exist. Columns beyond the end load as 0 and are not stored.
 template <typename T>
 __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64_t columns, bool whole,
                                              float (&values)[kVector]) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64
   for (int i = 0; i < kVector; ++i) values[i] = column + i < columns ? load_value(row + column + i) : 0.0f;
 }
 
-// The same of a row that starts at element `row`, where the type is known at run time alone.
+// Loads columns of the row that starts at element `row`, for an element type that is known only at run time.
 __device__ __forceinline__ void load_columns(const void* from, DType type, int64_t row, int64_t column, int64_t columns,
                                              bool whole, float (&values)[kVector]) {
   if (type == DType::kBF16) return load_columns(static_cast<const bf16*>(from) + row, column, columns, whole, values);
@@ -118,7 +119,7 @@ __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t col
     if (column + i < columns) store_value(row + column + i, values[i]);
 }
 
-// Bit i: whether flat element first + i is kept; `whole`: the eight are one group of the generator's.
+// Returns eight bits. Bit i tells whether flat element first + i is kept. `whole`: the elements share a counter block.
 __device__ __forceinline__ uint32_t kept_elements(const Philox& philox, uint64_t first, bool whole) {
   const uint64_t group = first / kPhiloxGroup;
   const uint32_t kept = kept_of_group(philox, group);

@@ -1,4 +1,5 @@
-// DoRA operators on the CPU: the adapted linear layer with an output scale, and the norm that the scale is made of.
+// DoRA operators on the CPU: the adapted linear layer with an output scale g = magnitude / norm, and the norm
+// ‖W + s B A‖ of each row. See linear/cpu/adapted_linear.h.
 #include <tuple>
 
 #include "linear/cpu/adapted_linear.h"

@@ -1,5 +1,5 @@
-// DoRA operators for CUDA: the adapted linear layer with an output scale, and the norm that the scale is made of. See
-// linear/cuda/adapted_linear.cuh.
+// DoRA operators on CUDA: the adapted linear layer with an output scale g = magnitude / norm, and the norm ‖W + s B A‖
+// of each row. See linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
 #include "linear/cuda/adapted_linear.cuh"

@@ -1,5 +1,5 @@
-// Dropout alone on the CPU: y = mask ∘ x / (1 - p), which is its own backward. An element's draw depends on its place
-// alone: the same bits for any number of threads.
+// The dropout operator on the CPU: y = mask ∘ x / (1 - p), with the same formula as backward. The draw of an element
+// depends only on the element's index, so that the bits are equal for every number of threads.
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {

@@ -1,6 +1,6 @@
-// Stands in for cuda_runtime.h where g++ compiles kernels for the emulator: CUDA's words, vector types, and the calls
-// that cuda/ptx.cuh's wrappers make. Force-included before everything else (-include), because it renames memcpy and
-// memset: compiled code may call them for a copy that no __tsan hook announces.
+// Replaces cuda_runtime.h when g++ compiles kernels for the emulator: CUDA's keywords and vector types, and the
+// functions that the wrappers of cuda/ptx.cuh call. The file is included before everything else (-include), because it
+// renames memcpy and memset: compiled code may call them for copies that no __tsan hook announces.
 #pragma once
 
 #include <stddef.h>
@@ -55,13 +55,14 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// Of the running thread. They hold for as long as a kernel's function runs, so calls may be merged.
+// Indices of the running thread. The values are constant while a kernel's function runs, so that the compiler may merge
+// calls.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();
 __attribute__((const)) dim3 grid_size();
 
-// This block's shared memory of one declaration, which `key` tells from others.
+// Returns this block's shared memory of one declaration. `key` identifies the declaration.
 void* static_shared(const void* key, size_t bytes, const char* name);
 void* dynamic_shared();
 

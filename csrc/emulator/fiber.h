@@ -1,4 +1,4 @@
-// Switching between stacks: a few instructions on x86-64, ucontext elsewhere.
+// Switches between the stacks of fibers: by a few instructions on x86-64, and by ucontext elsewhere.
 #pragma once
 
 #include <stddef.h>
@@ -13,7 +13,7 @@ namespace emulator {
 
 #if defined(__x86_64__)
 
-// The stack pointer of what is not running; below it lie the registers that a call keeps.
+// The stack pointer of a fiber that is not running. The registers that a call must preserve lie on its stack.
 struct Execution {
   void* stack_pointer;
 };
@@ -22,10 +22,10 @@ extern "C" void peft_ext_emulator_switch(Execution* from, const Execution* to);
 
 inline void switch_execution(Execution& from, const Execution& to) { peft_ext_emulator_switch(&from, &to); }
 
-// Makes `execution` start `entry`, which never returns, when it is switched to.
+// Prepares `execution` so that the first switch to it starts `entry`, which must never return.
 inline void prepare(Execution& execution, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
-  *--top = nullptr;  // where entry's caller would be, and what makes the stack aligned as after a call
+  *--top = nullptr;  // entry's return address, which also aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int kept = 0; kept < 6; ++kept) *--top = nullptr;
   execution.stack_pointer = top;

@@ -1,6 +1,6 @@
-// What g++ -fsanitize=thread,bounds-strict,alignment calls: each access of compiled code to memory that is not plainly
-// its own local variable, each index past an array, each access through a pointer too little aligned for its type.
-// Those sanitizers' runtimes are not linked; these are the functions they would have. Compiled without -fsanitize.
+// The functions that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory
+// that is not certainly a local variable, each index beyond an array, and each access through a misaligned pointer. The
+// sanitizers' own runtimes are not linked; these functions replace them. This file is compiled without -fsanitize.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,7 +35,7 @@ struct TypeMismatchData {
   unsigned char log2_alignment, kind;
 };
 
-// The glue has such an error: nobody catches it.
+// Ends the process for an error in host code, where no one would catch an exception.
 [[noreturn]] void die(const SourceLocation& location, const char* what) {
   fprintf(stderr, "%s:%u: %s\n", location.file, location.line, what);
   abort();
@@ -68,7 +68,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// std::atomic and the guards of local statics: the glue's.
+// The operations of std::atomic, and the guards of local statics, which host code uses.
 #define PEFT_EXT_ATOMIC_UPDATE(bits, name, builtin)                                            \
   uint##bits##_t __tsan_atomic##bits##_##name(uint##bits##_t* at, uint##bits##_t value, int) { \
     check_access(at, bits / 8, Access::kAtomic, SITE);                                         \
@@ -106,7 +106,7 @@ PEFT_EXT_ATOMICS(64)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-// Calls that compiled code makes by these names (device.h).
+// Replacements for memcpy, memmove and memset in compiled code. device.h renames calls to these functions.
 void* peft_ext_emulator_memcpy(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, Access::kRead, SITE);
   check_access(to, bytes, Access::kWrite, SITE);
@@ -124,7 +124,7 @@ void* peft_ext_emulator_memset(void* to, int value, size_t bytes) {
 
 void __ubsan_handle_out_of_bounds(const OutOfBoundsData* data, unsigned long index) {
   if (!current.active) die(data->location, "index out of bounds");
-  // Narrower signed types come zero-extended.
+  // Signed types of fewer than 64 bits are passed zero-extended.
   const int bits = 1 << (data->index->info >> 1);
   const int unused = 64 - bits;
   const bool is_signed = (data->index->info & 1) != 0;

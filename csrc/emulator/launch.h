@@ -1,4 +1,4 @@
-// A launch of the emulator, and the memory that its kernels may touch. Torch-free.
+// A launch in the emulator, and the memory that its kernels may access. The file does not depend on torch.
 #pragma once
 
 #include <stddef.h>
@@ -12,12 +12,13 @@ namespace peft_ext {
 namespace emulator {
 
 enum class Use {
-  kRead,   // a kernel may not write it
-  kWrite,  // it may do both
-  kFresh,  // the same, but a byte is read only after a kernel wrote it
+  kRead,   // kernels may only read
+  kWrite,  // kernels may read and write
+  kFresh,  // kernels may read and write; a byte may be read only after a kernel wrote it
 };
 
-// Global memory of some launches, one after another: those of one Launcher. What is not added is out of bounds.
+// The global memory of the launches of one Launcher, which run one after another. Memory that is not added is out of
+// bounds.
 class Memory {
  public:
   Memory() = default;
@@ -25,7 +26,7 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // `element` is the size that conflicts between blocks are found at: two that share an element conflict.
+  // `element` is the size of an element in bytes. Two blocks that write, or write and read, one element conflict.
   void add(const void* data, size_t bytes, size_t element, Use use);
 
   struct Range {
@@ -33,16 +34,16 @@ class Memory {
     size_t bytes;
     Use use;
     int log2_element;
-    // Of each element, if it may be written: which block wrote it last, and which read it (machine.h says how coded).
+    // For each element of a writable range: the block that last wrote it, and the block that read it (see machine.h).
     uint32_t* writers;
     uint32_t* readers;
   };
 
   std::vector<Range> ranges;
-  uint32_t base = 0;  // stamps of the current launch are above it
+  uint32_t base = 0;  // the stamps of the current launch are above base
 };
 
-// Runs the kernel, block after block. Throws std::runtime_error at the first fault; nothing runs on after it.
+// Runs the kernel, block after block. Throws std::runtime_error at the first fault, after which no thread runs.
 void run(Memory& memory, const void* kernel, void (*invoke)(const void* call), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared);
 
@@ -51,7 +52,7 @@ struct Call {
   void (*kernel)(Parameters...);
   std::tuple<Parameters...> parameters;
 
-  // Not instrumented: the parameters are the host's memory here; the kernel gets its own copy.
+  // Not instrumented, because the parameters lie in the host's memory here. The kernel gets its own copies.
   __attribute__((no_sanitize("thread", "undefined"))) static void invoke(const void* call) {
     invoke(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>());
   }

@@ -1,6 +1,7 @@
-// Runs blocks: the fibers' scheduler, barriers, collectives, asynchronous copies and atomics.
-// Lanes of a warp run in order, each until it has to wait; the last to arrive at a collective does it for all and goes
-// on. When nobody of a warp can run the next warp does, and when nobody of the block can, all must be at the barrier.
+// Runs the blocks of a launch: the scheduler of fibers, barriers, collectives, asynchronous copies and atomics. The
+// lanes of a warp run in order, each until it must wait. The last lane to arrive at a collective computes it for all
+// lanes and continues. If no lane of a warp can run, the next warp runs. If no thread of the block can run, all must be
+// at the barrier.
 #include "emulator/machine.h"
 
 #include <stdarg.h>
@@ -58,7 +59,7 @@ void* map(size_t bytes) {
   return memory;
 }
 
-// A thread's own machine, made at its first launch.
+// The emulated machine of an OS thread, created at the thread's first launch.
 struct Owner {
   Machine* machine = nullptr;
   ~Owner() {
@@ -135,13 +136,13 @@ void resume(Fiber& fiber) {
   if (&fiber != from) switch_execution(from->execution, fiber.execution);
 }
 
-// The first lane of `lanes` at or after `lane`, cyclically.
+// Returns the first lane in `lanes` at or after `lane`, cyclically.
 int next_lane(uint32_t lanes, int lane) {
   const uint32_t after = lane < kLanes ? lanes >> lane << lane : 0;
   return __builtin_ctz(after != 0 ? after : lanes);
 }
 
-// Some of the warp wait at a collective, and nobody of it can run: the others never come.
+// Reports a fault: some lanes of the warp wait at a collective, and the others can never arrive.
 [[noreturn]] void fault_collective(Machine& machine, int warp) {
   const Warp& at = machine.warp[warp];
   const Fiber& waits = machine.fibers[warp * kLanes + __builtin_ctz(at.arrived)];
@@ -162,7 +163,7 @@ int next_lane(uint32_t lanes, int lane) {
         __builtin_popcount(at.arrived), other.thread, name_of(other.wait), where[0] ? ", " : "", where);
 }
 
-// Runs somebody else; returns when this fiber may go on.
+// Runs other fibers, and returns when this fiber may continue.
 void wait(Machine& machine, Fiber& fiber) {
   int warp = fiber.thread / kLanes;
   for (int step = 0; step < machine.warps; ++step) {
@@ -177,7 +178,7 @@ void wait(Machine& machine, Fiber& fiber) {
     current.fiber = nullptr;
     switch_execution(fiber.execution, machine.host);
   }
-  // All are at the barrier or gone.
+  // All threads are at the barrier or have exited.
   if (machine.exited > 0) {
     int at_barrier = 0, gone = -1;
     for (int thread = machine.threads - 1; thread >= 0; --thread) {
@@ -235,7 +236,7 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// A collective of the warp, whose operands lie in the fiber.
+// Takes part in a collective of the warp. The operands are in the fiber.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
@@ -279,7 +280,7 @@ void fiber_main() {
 
 void start_block(Machine& machine) {
   if (machine.epoch + 2 > kMaxEpoch) {
-    // Stamps start anew.
+    // The epochs would overflow: all stamps are reset.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
@@ -298,7 +299,7 @@ void start_block(Machine& machine) {
     fiber.wait = Wait::kNone;
     fiber.first_copy = fiber.copy_count = 0;
     fiber.group = 0;
-    // Stacks that begin at the same place of a page would share the few lines of a cache's set.
+    // The starts of the stacks are spread, because stacks at one offset in a page would share few sets of the cache.
     prepare(fiber.execution, fiber.stack, kStackBytes - (thread % kLanes) * 128, fiber_main);
   }
   enter(machine, machine.fibers[0]);
@@ -308,7 +309,7 @@ void start_block(Machine& machine) {
   current.stack = 0;
 }
 
-// From the launch's first look at them; all threads give the same.
+// Registers a declaration of shared memory at its first use in a launch. All threads use the same values.
 size_t declare(Machine& machine, const void* key, size_t bytes, const char* name, size_t begin) {
   const int index = machine.declaration_count++;
   machine.declarations[index] = {key, name, begin, bytes};
@@ -385,7 +386,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads");
   }
-  // Stamps below the bit that says "by an atomic"; a new base is above all of the launch before.
+  // Stamps must stay below the bit for atomics. A launch's base is above all stamps of the launch before.
   if (memory.base + blocks + kFirstBlock >= kAtomicWriter) throw std::runtime_error("emulator: too many blocks");
   machine.memory = &memory;
   machine.invoke = invoke;
@@ -396,7 +397,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
   machine.last_range = nullptr;
   machine.faulted = false;
   machine.static_bytes = 0;
-  machine.static_end = kSharedGap;  // dynamic_shared() of a launch without any is out of bounds
+  machine.static_end = kSharedGap;  // without dynamic memory, dynamic_shared() points out of bounds
   if (dynamic_shared > 0) {
     declare(machine, nullptr, static_cast<size_t>(dynamic_shared), "dynamic_shared()", 0);
     machine.static_end = (static_cast<size_t>(dynamic_shared) + 2 * kSharedGap - 1) / kSharedGap * kSharedGap;
@@ -432,7 +433,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
   }
 }
 
-// ---- what cuda/ptx.cuh calls
+// ---- functions that cuda/ptx.cuh calls
 
 dim3 thread_index() { return dim3(current.fiber->thread, 0, 0); }
 dim3 block_index() {
@@ -545,7 +546,7 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // Its bytes arrive when they are waited for, so that whoever looks before finds what was there.
+  // The bytes arrive at the wait, so that an earlier read finds the previous values.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;
@@ -560,7 +561,7 @@ void cp_async_commit() { ++current.fiber->group; }
 void cp_async_wait(int pending) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
-  const int64_t done = static_cast<int64_t>(fiber.group) - pending;  // groups below it
+  const int64_t done = static_cast<int64_t>(fiber.group) - pending;  // groups with a lower number are complete
   while (fiber.first_copy < fiber.copy_count && fiber.copies[fiber.first_copy].group < done) {
     complete(machine, fiber.copies[fiber.first_copy++]);
   }

@@ -1,14 +1,14 @@
-// The emulated machine, one per OS thread: threads of a block as fibers, shared memory, and who touched which byte
-// when.
+// The state of the emulated machine, one per OS thread: the threads of a block as fibers, shared memory, and a record
+// of the accesses to each byte.
 //
-// Order of accesses. A stamp says when a thread touched a byte of shared memory: the block's epoch, which every
-// sync_threads advances, the warp's epoch within it, which every sync_warp advances, and the thread. Two accesses are
-// ordered if they are of one thread, of different block epochs, or of one warp and different warp epochs; shuffles,
-// votes and mma order nothing, as CUDA promises nothing of them. Epochs go on over blocks and launches, so a stamp
-// older than the block's start means "not written", and nothing is cleared. One pair of stamps serves four bytes until
-// a smaller access splits them.
+// Order of accesses. A stamp tells when a thread accessed a byte of shared memory: the block's epoch, which every
+// sync_threads increases; the warp's epoch within it, which every sync_warp increases; and the thread. Two accesses are
+// ordered if they are by one thread, in different block epochs, or by one warp in different warp epochs. Shuffles,
+// votes and mma order nothing, because CUDA does not promise that they do. Epochs continue over blocks and launches, so
+// that a stamp from before the block's start means "not written", and nothing has to be cleared. One pair of stamps
+// serves four bytes until a smaller access splits them.
 //
-// Global memory: for each element of a range that may be written, which block of the launch wrote and which read it.
+// Global memory: for each element of a writable range, which block of the launch wrote it and which block read it.
 #pragma once
 
 #include <stddef.h>
@@ -24,17 +24,17 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kPageBytes = 4096;  // a page that nothing may touch lies below each stack
+constexpr size_t kPageBytes = 4096;  // an inaccessible page of this size lies below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-constexpr size_t kMaxShared = 99 * 1024;  // of a block: what every architecture from 8.0 on has
-constexpr size_t kSharedGap = 128;        // between declarations, so that a step past one is found
+constexpr size_t kMaxShared = 99 * 1024;  // per block: every architecture from 8.0 on has as much
+constexpr size_t kSharedGap = 128;        // gap between declarations, so that an access just beyond one is found
 constexpr int kMaxDeclarations = 32;
 constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * 2 * kSharedGap;
 
 enum class Access { kRead, kWrite, kAtomic };
 
-// What a thread can wait for.
+// The reasons why a thread waits.
 enum class Wait : uint8_t {
   kNone,
   kThreads,
@@ -54,11 +54,11 @@ constexpr int kWarpEpochShift = 14;
 constexpr int kEpochShift = 36;
 constexpr uint64_t kMaxEpoch = (uint64_t{1} << 28) - 2;
 constexpr uint64_t kMaxWarpEpoch = (uint64_t{1} << 22) - 1;
-constexpr uint64_t kSplit = 1;      // of a write: the four bytes have stamps of their own
-constexpr uint64_t kInFlight = 2;   // of a write: a cp.async not waited for
-constexpr uint64_t kByAtomic = 4;   // of a write
-constexpr uint64_t kManyLanes = 1;  // of a read: of this warp and epoch there was more than one thread
-constexpr uint64_t kManyWarps = 2;  // of a read: of this block epoch there was more than one warp
+constexpr uint64_t kSplit = 1;      // in a write stamp: the four bytes have separate stamps
+constexpr uint64_t kInFlight = 2;   // in a write stamp: by a cp.async that was not waited for
+constexpr uint64_t kByAtomic = 4;   // in a write stamp: by an atomic
+constexpr uint64_t kManyLanes = 1;  // in a read stamp: more than one thread of this warp read in this epoch
+constexpr uint64_t kManyWarps = 2;  // in a read stamp: more than one warp read in this block epoch
 constexpr uint64_t kFlags = 15;
 
 inline uint64_t epoch_of(uint64_t stamp) { return stamp >> kEpochShift; }
@@ -71,13 +71,14 @@ struct Stamps {
   uint64_t read;
 };
 
-// Stamps of global elements: base + kFirstBlock + block, or base + kManyBlocks; the top bit of a writer: by an atomic.
+// Stamps of global elements: base + kFirstBlock + block for one block, base + kManyBlocks for several. The top bit of a
+// writer's stamp marks an atomic.
 constexpr uint32_t kManyBlocks = 1;
 constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // in the arena
+  size_t offset;  // offset in the arena
   const void* from;
   int bytes;
   bool take;
@@ -89,8 +90,8 @@ struct Fiber {
   char* stack;
   int thread;
   Wait wait;
-  const void* site;  // where it waits
-  // A collective's operands and result.
+  const void* site;  // where the thread waits
+  // Operands and result of a collective.
   uint32_t value;
   int argument;
   const void* row;
@@ -98,16 +99,16 @@ struct Fiber {
   float* c;
   const uint32_t* a;
   const uint32_t* b;
-  // cp.async
+  // Copies by cp.async that are not complete.
   PendingCopy* copies;
   int first_copy, copy_count, copy_capacity;
   uint32_t group;
 };
 
 struct Warp {
-  uint32_t lanes;    // that exist
-  uint32_t ready;    // that can run
-  uint32_t arrived;  // at the collective
+  uint32_t lanes;    // lanes that exist
+  uint32_t ready;    // lanes that can run
+  uint32_t arrived;  // lanes that have arrived at the collective
   uint32_t exited;
   Wait collective;
   uint64_t epoch;
@@ -116,11 +117,11 @@ struct Warp {
 struct Declaration {
   const void* key;
   const char* name;
-  size_t begin, bytes;  // in the arena
+  size_t begin, bytes;  // begin: offset in the arena
 };
 
 struct Machine {
-  // The launch.
+  // State of the launch.
   Memory* memory;
   void (*invoke)(const void*);
   const void* call;
@@ -129,16 +130,17 @@ struct Machine {
   uint32_t block_stamp;
   int threads, warps;
   const Memory::Range* last_range;
-  uint8_t* published;  // of each block: it wrote before a threadfence and told so by an atomic after it; null: none did
+  // Per block: whether it wrote before a threadfence and then announced that by an atomic. Null: no block did.
+  uint8_t* published;
   bool fenced, acquired;
-  // Its shared memory: dynamic first, then static in order of appearance.
+  // Shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
   Declaration declarations[kMaxDeclarations + 1];
   int declaration_count;
   size_t static_bytes, static_end;
 
-  // The block.
+  // State of the block.
   uint64_t epoch;
-  uint64_t block_start;  // its first epoch, as a stamp
+  uint64_t block_start;  // the block's first epoch, as a stamp
   int exited, at_barrier;
   Warp warp[kMaxWarps];
   Fiber fibers[kMaxThreads];
@@ -148,23 +150,23 @@ struct Machine {
   char fault[1024];
 
   char* arena;
-  Stamps* words;   // of four bytes of the arena
-  Stamps* bytes;   // of each, where kSplit says so
-  uint8_t* owner;  // of four bytes: the declaration's index + 1; 0: none
+  Stamps* words;   // stamps of each four bytes of the arena
+  Stamps* bytes;   // stamps of each byte, where kSplit is set
+  uint8_t* owner;  // per four bytes: index of the declaration + 1, or 0 for none
 };
 
-// What a hook looks at first.
+// The values that a hook reads first.
 struct Current {
-  uintptr_t stack;  // the running fiber's
+  uintptr_t stack;  // stack of the running fiber
   uintptr_t arena;
-  uint64_t now;  // its stamp
-  bool active;   // a kernel runs
+  uint64_t now;  // stamp of the running fiber
+  bool active;   // whether a kernel is running
   Fiber* fiber;
   Machine* machine;
 };
 extern __thread Current current __attribute__((tls_model("initial-exec")));
 
-// Ends the launch with a message; where: `site`, an address of code.
+// Ends the launch with an error message. `site`: the code address of the fault.
 [[noreturn]] void fault(const void* site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 void shared_access(size_t offset, size_t bytes, Access access, const void* site);
@@ -182,12 +184,13 @@ inline void check_access(const void* data, size_t bytes, Access access, const vo
   }
 }
 
-// Matrices of a whole warp, from and to its lanes' registers.
+// Matrix instructions of a whole warp, from and to the registers of its lanes.
 void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);
 
-// report.cpp: a function's name without namespaces and arguments; "file:line" of code, or an empty text.
+// In report.cpp. describe_function writes a function's name without namespaces and arguments. describe_site writes
+// "file:line" of a code address, or an empty text.
 void describe_function(const void* function, char* text, size_t bytes);
 void describe_site(const void* site, char* text, size_t bytes);
 bool in_read_only_data(uintptr_t address, size_t bytes);

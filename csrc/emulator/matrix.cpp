@@ -1,7 +1,7 @@
-// The matrix instructions, on the registers of a whole warp. Fragment layouts: cuda/ptx.cuh.
-// Each sum runs in float over k = 0..15, from C on, every step rounded. A product of two 16-bit values is exact in
-// float (bf16's tiny ones apart), so fused or not makes no difference, and the bits are the same on every host.
-// Hardware adds in an order of its own: only tolerances compare with it.
+// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. A sum runs
+// in float32 from C over k = 0..15 and rounds each step. The product of two 16-bit values is exact in float32 (except
+// tiny bfloat16 products), so that fusing makes no difference and the bits are equal on every host. Hardware adds in
+// another order: tests compare with hardware only within tolerances.
 #include <string.h>
 
 #include "common/dtype.h"

@@ -1,5 +1,6 @@
-// Is this access allowed? Of shared memory: within a declaration, written before, ordered with the other threads' (see
-// machine.h). Of global memory: within a range that was handed out, and no conflict with another block.
+// Checks accesses. An access to shared memory must be within a declaration, read only what was written, and be ordered
+// with the accesses of other threads (see machine.h). An access to global memory must be within a range that was added,
+// and must not conflict with another block.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,7 @@ namespace emulator {
 
 namespace {
 
-// "`tile` + 12"
+// A position within a declaration of shared memory: name and offset, for error messages.
 struct Place {
   const char* name;
   size_t offset;
@@ -60,7 +61,7 @@ const char* verb(Access access) {
   fault(site, "%s %zu bytes out of bounds of shared memory", verb(access), bytes);
 }
 
-// Both of the block's current epoch: may `earlier` be unordered with now?
+// Returns whether two accesses in the block's current epoch are unordered: `earlier` and the current one.
 inline bool unordered(uint64_t earlier, uint64_t now) {
   if (((earlier ^ now) >> kThreadShift & (kMaxThreads - 1)) == 0) return false;
   return warp_of(earlier) != warp_of(now) || warp_epoch_of(earlier) == warp_epoch_of(now);
@@ -70,7 +71,7 @@ inline void access_stamps(Stamps& stamps, size_t offset, Access access, const vo
   const uint64_t now = current.now;
   const uint64_t write = stamps.write;
   const uint64_t read = stamps.read;
-  const bool fresh = write >= current.machine->block_start;  // written in this block
+  const bool fresh = write >= current.machine->block_start;  // whether the bytes were written in this block
   if (access != Access::kWrite && __builtin_expect(!fresh, 0)) fault_state(offset, access, write, site);
   if (fresh) {
     if (__builtin_expect((write & kInFlight) != 0, 0)) fault_state(offset, access, write, site);
@@ -150,7 +151,7 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
   if (bytes == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   for (Range& range : ranges) {
-    // What is known stays known: a second look at an output may read what the first wrote.
+    // A range that was added before keeps its record: when an output is added again, kernels may read what was written.
     const bool within = begin >= range.begin && begin + bytes <= range.begin + range.bytes;
     if (within && (use == Use::kRead || range.use != Use::kRead)) return;
   }
@@ -161,7 +162,7 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
     range.writers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
     range.readers = static_cast<uint32_t*>(calloc(elements, sizeof(uint32_t)));
   }
-  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // NaN in every float type
+  if (use == Use::kFresh) memset(const_cast<void*>(data), 0xff, bytes);  // the bits are NaN in every float type
   ranges.push_back(range);
 }
 
@@ -210,11 +211,11 @@ inline bool contains(const Memory::Range& range, uintptr_t address, size_t bytes
         wrote ? "wrote" : "read");
 }
 
-// Whether this block may not rely on what block `stamp` did.
+// Returns whether this block must not rely on the accesses of the block with this stamp.
 inline bool foreign(const Machine& machine, uint32_t stamp) {
   if (stamp <= machine.memory->base || stamp == machine.block_stamp) return false;
   if (!machine.acquired || machine.published == nullptr) return true;
-  // By several blocks: their atomics.
+  // Stamps of several blocks belong to atomics.
   return stamp >= machine.memory->base + kFirstBlock && !machine.published[stamp - machine.memory->base - kFirstBlock];
 }
 
@@ -257,7 +258,7 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   if (range == nullptr || !contains(*range, address, bytes, access)) {
     range = nullptr;
     for (const Memory::Range& candidate : machine.memory->ranges) {
-      // A writable range comes first: its elements' history counts.
+      // Prefers a writable range, because its elements have a record.
       if (contains(candidate, address, bytes, access) && (range == nullptr || candidate.use != Use::kRead)) {
         range = &candidate;
       }

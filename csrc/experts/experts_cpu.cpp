@@ -1,5 +1,6 @@
-// A mixture's linear layers on the CPU: rows sorted by expert, each run of them (linear/cpu/runs.h) against its own
-// expert's weight and adapter, a call of the adapted layer (linear/cpu/adapted_linear.h).
+// The linear layers of a mixture of experts on the CPU: Y_t = x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ + b_e for the rows t of
+// expert e. Rows are sorted by expert. Each expert's run of rows (linear/cpu/runs.h) is one call of the adapted layer
+// (linear/cpu/adapted_linear.h) with the expert's weight and adapter.
 #include <string.h>
 
 #include <numeric>
@@ -32,14 +33,14 @@ std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t expert
   return runs;
 }
 
-// One expert's matrix of a stack of any strides.
+// Returns one expert's matrix of a stack with any strides, without a copy.
 Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
-// Copies these experts' matrices between a stack [E, N, R] of any strides and the same in one piece, a matrix's rows at
-// a time over all threads: PEFT's lora_B has the experts innermost, where a copy matrix by matrix would fetch a line of
-// memory for each element.
+// Copies the matrices of the given experts between a stack [E, N, R] with any strides and a contiguous stack. All
+// threads copy rows of a matrix: in PEFT's lora_B the experts are the innermost dimension, where copying matrix by
+// matrix would fetch a cache line for each element.
 template <typename T, bool kToStack>
 void copy_stack(const Tensor& stack, T* whole, const std::vector<int64_t>& experts) {
   auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
@@ -64,7 +65,7 @@ void copy_stack(const Tensor& stack, const Tensor& whole, const std::vector<int6
                             : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data), experts);
 }
 
-// What is not of these runs' experts is not filled: of a token's few experts the other ones' copies would be all work.
+// Returns the stack, contiguous. Only the experts of the runs are copied: with few tokens copying all would dominate.
 Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.is_contiguous()) return stack;
   const Tensor whole = empty({stack.size(0), stack.size(1), stack.size(2)}, stack.scalar_type());
@@ -74,14 +75,14 @@ Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   return whole;
 }
 
-// Back into a stack, all experts.
+// Copies all experts of a contiguous stack into `stack`.
 void copy_back(const Tensor& stack, const Tensor& whole) {
   std::vector<int64_t> experts(static_cast<size_t>(stack.size(0)));
   std::iota(experts.begin(), experts.end(), int64_t{0});
   copy_stack<true>(stack, whole, experts);
 }
 
-// The experts' weights: dense [E, N, K], or NF4, each expert's packed for itself, one after the other.
+// The experts' weights: dense [E, N, K], or NF4, where each expert is packed separately, in order.
 struct Weights {
   Tensor weight;
   std::optional<Tensor> absmax, nested_absmax, nested_code, nested_offset;
@@ -136,8 +137,8 @@ Weights checked_weights(const char* op, const Tensor& weight, const std::optiona
   return held;
 }
 
-// The adapters [E, R, K] and [E, N, R] of the experts that have rows, contiguous; without them there is none. out_scale
-// [E, N] float32 makes them DoRA's.
+// The adapters [E, R, K] and [E, N, R], contiguous, of the experts that have rows. lora_A is empty without adapters.
+// With out_scale [E, N] float32 the adapters are DoRA's.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;
@@ -145,7 +146,7 @@ struct Adapters {
 
   int64_t rank() const { return lora_A.has_value() ? lora_A->size(1) : 0; }
 
-  // An expert's mask is of its own run, with its number added to the offset.
+  // The dropout mask of an expert covers its own run. The expert's number is added to the offset.
   Adapter of(int64_t expert) const {
     Adapter adapter;
     if (!lora_A.has_value()) return adapter;
@@ -188,7 +189,7 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
   return held;
 }
 
-// Zeros of each expert without rows in a contiguous stack.
+// Sets the matrices of experts without rows to zero, in a contiguous stack.
 void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   const int64_t experts = stack.size(0);
   if (stack.numel() == 0) return;
@@ -203,7 +204,7 @@ void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   clear_to(experts);
 }
 
-// Zeros in the rows behind the last expert's.
+// Sets the rows after the last expert's rows to zero.
 void clear_rest(const Tensor& matrix, const std::vector<Run>& runs) {
   const int64_t first = runs.empty() ? 0 : runs.back().end, left = matrix.size(0) - first;
   if (left == 0 || matrix.size(1) == 0) return;
@@ -262,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
-  Tensor out_A = grad_A, out_B = grad_B;  // in the adapters' own strides
+  Tensor out_A = grad_A, out_B = grad_B;  // with the strides of lora_A and lora_B
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
     held_s = as_shape(held_s, {held_x.size(0), rank});
@@ -317,7 +318,7 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> absmax,
   constexpr const char* kOp = "dora_experts_weight_norm";
   const Weights weights =
       checked_weights(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, type);
-  // A run here is the rows of an expert's W.
+  // A run is here the rows of an expert's W.
   std::vector<Run> runs;
   if (offsets.has_value()) {
     runs = make_runs(kOp, *offsets, weights.experts, INT64_MAX);

@@ -1,15 +1,16 @@
-// A mixture's linear layers on a GPU: rows sorted by expert, each against its own expert's weight and adapter. What
-// runs, each in launches that do not depend on how many experts there are, and none that waits for the offsets:
+// The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t of
+// expert e. Rows are sorted by expert. The number of launches does not depend on the number of experts, and no launch
+// waits for the offsets. The steps:
 //
-//   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, which
-//              S B_eᵀ, DoRA's g and b_e join in shared memory (product)
-//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, which mask ∘ (P A_e) joins.
-//              Of DoRA g is in the terms of B_e for P, and in dB_e's sum; G = g ∘ dY for dX, and dg: a pass of their
-//              own
+//   forward:   tables of the rows (row_runs); terms of all A_e, B_e (stacks); S: one pass over x; Y: one product, to
+//              which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product)
+//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX: one product, to which mask ∘ (P A_e) is
+//              added. For DoRA, g is in the terms of B_e for P, and in the sum of dB_e. One more pass computes
+//              G = g ∘ dY for dX, and dg
 //   DoRA's norm: terms; one pass over W (dora)
 //
-// Of many rows an expert and dense bfloat16 weights the product is PyTorch's own, where it has one for all experts, and
-// the rest comes onto it.
+// With many rows per expert and dense bfloat16 weights, PyTorch's grouped product computes D W_eᵀ, if PyTorch has one,
+// and a kernel adds the other terms.
 #include <array>
 #include <tuple>
 
@@ -21,11 +22,11 @@
 namespace peft_ext {
 namespace {
 
-// Rows an expert, in the mean, from which on the product is bound by arithmetic, and PyTorch's reads each operand less
-// often than tiles of 64 x 128 do.
+// From this mean number of rows per expert on, arithmetic limits the product, and PyTorch's product is faster, because
+// it reads each operand less often than tiles of 64 x 128 do.
 constexpr int64_t kManyRows = 128;
 
-// Rows [S, columns] in one piece.
+// Checks rows [S, columns], and returns them contiguous.
 Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, int64_t columns, const Tensor& like) {
   STD_TORCH_CHECK(on_device(rows) && rows.get_device_index() == like.get_device_index(), op, ": ", argument,
                   " is on another device than weight, wanted cuda:", like.get_device_index());
@@ -45,7 +46,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
 
 // --- rows
 
-// What is wanted of small rows; see RunRows.
+// The results wanted from small rows; see RunRows.
 struct RowsWanted {
   const PartialSums* partial = nullptr;
   const Tensor* given = nullptr;
@@ -74,13 +75,13 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
   launcher(run_rows_kernel, ceil_div(work.padded_rows * work.padded_rank / 2, kStackThreads), kStackThreads, work);
 }
 
-// A gradient [E, ., .] and which of its strides goes with the pass's columns.
+// A gradient [E, ., .], and the dimension that belongs to the pass's columns.
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;
   int column_dim;
   double scale;
-  const Tensor* column_scale;  // [E, columns], may be null
+  const Tensor* column_scale;  // [E, columns], or null
 };
 
 void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const StackGradient (&gradients)[2]) {
@@ -112,21 +113,22 @@ void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const Sta
 
 // --- products
 
-// The low-rank term of a product.
+// The low-rank term of a product: left rightᵀ.
 struct LowRank {
   const HeldTerms *left, *right;
   const std::optional<Tensor>* kept = nullptr;
-  const DeviceAdapter* dropout = nullptr;  // where the term is dropped
+  const DeviceAdapter* dropout = nullptr;  // null: the term is not dropped
 };
 
-// Whether PyTorch has one product for all experts that takes less than experts_product_kernel does.
+// Returns whether PyTorch has one product for all experts that is faster than experts_product_kernel.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
   if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
 #ifndef PEFT_EXT_EMULATE_CUDA
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, left.get_device_index()));
-  if (major != 9 && major != 10) return false;  // of others it copies `ends` to the host, and multiplies one by one
+  // On other devices PyTorch copies `ends` to the host and runs one product per expert.
+  if (major != 9 && major != 10) return false;
 #endif
   const Tensor& weight = stack.all.weight;
   const bool along = weight.stride(2) == 1, across = weight.stride(1) == 1;
@@ -135,7 +137,7 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
          aligned(left, 16);
 }
 
-// [rows, N or K] = left W_eᵀ, or left W_e. The experts' ends are those of the runs, which lie within the rows.
+// Returns left W_eᵀ or left W_e, [rows, N or K]. The experts' ends are those of the runs, which lie within the rows.
 Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& runs, bool transpose) {
   const Tensor right = transpose ? torch::stable::transpose(stack.all.weight, 1, 2) : stack.all.weight;
   Tensor first_row = runs.first_row;
@@ -148,12 +150,12 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-// What comes to a product at its end.
+// The last operations on a product.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z: where what is scaled goes
+  std::optional<Tensor> bias, scale, z;  // z: receives the value that `scale` scales
 };
 
-// left W_eᵀ, or left W_e, and the low-rank term and what comes at the end, where there are.
+// Returns left W_eᵀ or left W_e, plus the low-rank term and with the last operations, if there are any.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
                        bool transpose, const LowRank* low_rank, const Finish& finish = {}) {
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
@@ -196,7 +198,7 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   whole = whole && multiple(work.inner, kVector) && work.inner < kMaxRankColumns && aligned(left, 16) &&
           aligned(stack.all.weight, 16);
   if (stack.all.is_nf4()) {
-    // A thread's 32 elements have one scale, and lie on 16 bytes.
+    // The 32 elements of a thread must have one scale and be aligned to 16 bytes.
     whole = whole && multiple(stack.all.inputs, kSmallestBlock);
   } else {
     const bool one = view.by_column == 1 || view.by_inner == 1;
@@ -210,7 +212,7 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
 
 // --- DoRA
 
-// G = g_e ∘ dY, if it is wanted, and with z the gradient of g into grad_scale.
+// Returns G = g_e ∘ dY if wanted. With z also writes the gradient of g to grad_scale.
 Tensor scaled_rows(const Tensor& grad, const Tensor* z, const Tensor& scale, const RowRuns& runs, bool wanted,
                    const Tensor& grad_scale) {
   const ScalarType type = grad.scalar_type();
@@ -362,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   HeldTerms p_terms;
   RowsWanted of_p;
   of_p.partial = &p.rows;
-  of_p.after = scaling * adapters.divided();  // what dropout divides by is in P, for both of its products
+  of_p.after = scaling * adapters.divided();  // P contains dropout's factor 1/(1-p), for both of its products
   of_p.transposed = &p_transposed;
   if (needs_grad_x) {
     p_terms = left_terms(held, runs.padded_rows(), adapters.padded, type);
@@ -422,7 +424,7 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
   work.inputs = stack.all.inputs;
   work.norm = launcher.scratch<float>(norm);
   const StackView& view = work.weight;
-  // Of NF4 elements are counted in 32 bits.
+  // The kernel counts the elements of an NF4 weight in 32 bits.
   const bool along = stack.all.is_nf4()
                          ? work.outputs * work.inputs < UINT32_MAX
                          : view.by_inner == 1 && multiple(view.by_column, kVector) && multiple(view.by_expert, kVector);

@@ -1,3 +1,4 @@
+// The instances of the experts' launch functions for bfloat16.
 #include "experts/cuda/product_launch.cuh"
 
 template void peft_ext::launch_experts_product<peft_ext::bf16>(const Launcher&, const ExpertsProduct&,

@@ -1,3 +1,4 @@
+// The instances of the experts' launch functions for float32.
 #include "experts/cuda/product_launch.cuh"
 
 template void peft_ext::launch_experts_product<float>(const Launcher&, const ExpertsProduct&, const ProductVariant&);

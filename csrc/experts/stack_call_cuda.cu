@@ -1,4 +1,4 @@
-// See experts/cuda/stack_call.cuh.
+// Checks, views and splits the weights and adapters of a mixture of experts. See experts/cuda/stack_call.cuh.
 #include "experts/cuda/stack_call.cuh"
 
 #include "linear/cuda/rank_plan.cuh"

@@ -1,4 +1,4 @@
-// The adapted linear layer with an adapter for each sample, on the CPU. See linear/cpu/grouped.h.
+// The adapted linear layer with a LoRA adapter per sample of a batch, on the CPU. See linear/cpu/grouped.h.
 #include <tuple>
 
 #include "linear/cpu/adapted_linear.h"

@@ -1,4 +1,4 @@
-// The adapted linear layer with an adapter for each sample, for CUDA. See linear/cuda/grouped_cuda.cu.
+// The adapted linear layer with a LoRA adapter per sample of a batch, on CUDA. See linear/cuda/grouped_cuda.cu.
 #include <algorithm>
 #include <tuple>
 
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
   for (const int64_t group : adapters)
     STD_TORCH_CHECK(group >= -1 && group < static_cast<int64_t>(lora_A.size()), kOp, ": adapters has ", group,
                     ", wanted -1 to ", static_cast<int64_t>(lora_A.size()) - 1);
-  // Those that a sample has: what no sample asked for costs nothing, and may hold anything.
+  // Only adapters that a sample uses are read. An unused adapter costs nothing and may hold any values.
   std::vector<int64_t> place(lora_A.size(), -1);
   for (const int64_t group : adapters) {
     if (group < 0 || lora_A[static_cast<size_t>(group)].size(0) == 0) {

@@ -1,8 +1,11 @@
-// IA3 operators for CUDA: the linear layer with its input or its output scaled, and the scale alone. See
+// IA3 operators on CUDA: a linear layer with a scaled input or a scaled output, and the scaling alone. See
 // linear/cuda/adapted_linear.cuh.
 //
-//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b), in the pass that makes l ∘ dY
-//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W, both in one pass over U
+//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
+//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W
+//
+// The pass that computes l ∘ dY also computes dl of an output scale. One pass over U computes dX and dl of a
+// feedforward scale.
 #include <tuple>
 
 #include "ia3/glue.h"

@@ -1,4 +1,4 @@
-// Layers as the operators' lists have them.
+// Reads the list arguments of operators on several layers.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 namespace peft_ext {
 
-// What the lists say of a layer; without lora_A it has no adapter.
+// One layer of the lists. Without lora_A the layer has no adapter.
 struct ListedLayer {
   torch::stable::Tensor weight;
   std::optional<torch::stable::Tensor> absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
@@ -21,8 +21,9 @@ struct ListedLayer {
   double scaling = 1.0, dropout_p = 0.0;
 };
 
-// Of each layer those of the ten tensors above that it has, in that order; four sizes (which these are, as bits;
-// blocksize, N, K); two numbers (scaling, dropout_p).
+// Reads the layers. tensors: for each layer, the tensors of ListedLayer that the layer has, in the order of
+// declaration. sizes: four per layer: which tensors the layer has, as bits; blocksize; N; K. numbers: scaling and
+// dropout_p per layer.
 inline std::vector<ListedLayer> listed_layers(const char* op, const std::vector<torch::stable::Tensor>& tensors,
                                               const std::vector<int64_t>& sizes, const std::vector<double>& numbers) {
   constexpr size_t kTensors = 10, kSizes = 4, kNumbers = 2;

@@ -1,4 +1,5 @@
-// LoRA operators for CUDA: the adapted linear layer with a low-rank term. See linear/cuda/adapted_linear.cuh.
+// LoRA operators on CUDA: lora_linear, Y = x Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b, lora_residual, Y = residual + (x̃ Aᵀ ∘ ρ) Bᵀ,
+// and their backwards. See linear/cuda/adapted_linear.cuh.
 #include <tuple>
 
 #include "linear/cuda/adapted_linear.cuh"

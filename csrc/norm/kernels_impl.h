@@ -1,4 +1,5 @@
-// See kernels.h for the contract. Included after the target pragma and after the path's Vec (cpu/simd_<isa>.h).
+// The norm kernels of kernels.h for one instruction set. Include this file after the target pragma and the path's Vec
+// (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"
@@ -28,7 +29,7 @@ void norm_row(const NormRows& work, int64_t row) {
   const float rstd = 1.0f / __builtin_sqrtf(sum[0] / count + work.eps);
   work.rstd[row] = rstd;
   const Vec scale = Vec::broadcast(rstd);
-  // In registers: a store through y could change what lies in `work`.
+  // Copied to registers: the compiler must assume that a store through y changes `work`.
   const float *factor = work.factor, *bias = work.bias;
   const bool round_first = work.round_first;
   for_vectors(columns, [=](auto lanes, int64_t k) {
@@ -57,7 +58,7 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   const auto weighted = [=](auto lanes, int64_t k, Vec value) {
     return factor == nullptr ? value : Vec::mul(value, lanes.load(factor + k));
   };
-  float sum[2] = {0.0f, 0.0f};  // of g ∘ x̂, and of g
+  float sum[2] = {0.0f, 0.0f};  // sums of g ∘ x̂ and of g
   if (work.grad_x != nullptr) {
     sum_vectors(columns, sum, [&](auto lanes, int64_t k, Vec(&sums)[2]) {
       const Vec g = weighted(lanes, k, lanes.load(grad + k));
@@ -81,7 +82,7 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   });
 }
 
-// f with zeros of a type and of another, which is the same or float32.
+// Calls f with zeros of a type and of another type, which is the first type or float32.
 template <typename F>
 void with_own_or_float(DType dtype, DType other, const F& f) {
   with_dtype(dtype, [&](auto zero) {

@@ -1,4 +1,4 @@
-// The norms with NEON. See kernels.h for the contract.
+// The norm kernels of kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "norm/kernels_impl.h"

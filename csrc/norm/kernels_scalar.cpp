@@ -1,4 +1,4 @@
-// The norms on any CPU. See kernels.h for the contract.
+// The norm kernels of kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "norm/kernels_impl.h"
 

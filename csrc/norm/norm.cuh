@@ -3,11 +3,11 @@
 //   x̂ = (x - μ) r     r = 1/√(mean (x - μ)² + eps)     y = x̂ ∘ (w + offset) + b               RMSNorm: μ is 0
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂)),  g = dY ∘ (w + offset)     dw = Σ_t dY ∘ x̂,  db = Σ_t dY
 //
-// A row is a warp's up to kWarpColumns columns, and a block's above. It comes from memory once, eight columns a thread
-// at a time (16 bytes of 16-bit types), and again from L1: what a thread reads again it has read itself. float32 sums:
-// a thread's columns, then lanes, then warps in order. Shared: a sum a warp. The sums of dw and db are of 256 columns
-// and a chunk of rows to a block, partial sums [chunks][K] that a second kernel adds in order. Bytes moved: x once, dY
-// once, y or dX once; dw and db read x and dY once more.
+// A warp owns a row of up to kWarpColumns columns, and a block owns a longer row. A row comes from memory once, eight
+// columns per thread at a time (16 bytes of a 16-bit dtype), and then from L1: a thread reads again only what it has
+// read itself. Sums are float32: over a thread's columns, then over lanes, then over warps, in order. Shared memory:
+// one sum per warp. For dw and db a block sums 256 columns over a chunk of rows; a second kernel adds the partial sums
+// [chunks][K] in order. Bytes moved: x once, dY once, y or dX once; dw and db read x and dY once more.
 #pragma once
 
 #include "linear/cuda/column_reduce.cuh"
@@ -22,26 +22,26 @@ inline int norm_row_threads(int64_t columns) { return columns <= kWarpColumns ? 
 
 struct NormWork {
   const void* x;
-  const void* grad;    // gradient: dY
+  const void* grad;    // for the gradient: dY
   const void* weight;  // [columns], or null: 1
   DType weight_type;
-  bool weight_whole;  // as `whole`
+  bool weight_whole;  // `whole`, for the weight
   float offset;
   const void* bias;  // [columns], or null: 0
   DType bias_type;
   bool bias_whole;
-  void* out;           // y, or dX
-  float *mean, *rstd;  // [rows]; the gradient reads them
+  void* out;           // y, or for the gradient dX
+  float *mean, *rstd;  // [rows]; written by the forward, read by the gradient
   float eps;
-  bool round_first;  // x̂ is rounded to x's type before the weight
+  bool round_first;  // whether x̂ is rounded to x's dtype before it is multiplied by the weight
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8 and all matrices lie on 16 bytes
+  bool whole;  // columns is a multiple of 8, and all matrices are aligned to 16 bytes
   int row_threads;
 };
 
 using NormSums = float[kNormWarps];
 
-// Over a row's threads, to each of them. `shared` is another one each time that a kernel sums.
+// Returns the sum over the threads of a row, at each of them. Each sum of a kernel needs its own `shared`.
 __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
@@ -54,7 +54,7 @@ __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums&
   return sum;
 }
 
-// w + offset, or 1.
+// Loads w + offset, or 1 without a weight.
 __device__ __forceinline__ void load_norm_factor(const NormWork& work, int64_t column, float (&factor)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) factor[i] = 1.0f;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   const int lane = threadIdx.x % work.row_threads;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kNormThreads / work.row_threads) + threadIdx.x / work.row_threads;
-  if (row >= work.rows) return;  // all of the row's threads
+  if (row >= work.rows) return;  // all threads of the row return
   const int64_t begin = lane * kVector, step = work.row_threads * kVector;
   const T* x = static_cast<const T*>(work.x) + row * work.columns;
   const float count = static_cast<float>(work.columns);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(NormWork work) {
   }
 }
 
-// Grid: as above.
+// Grid: ceil(rows · row_threads / kNormThreads).
 template <typename T, typename Grad, bool kCentered>
 __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork work) {
   PEFT_EXT_SHARED(NormSums, shared_along);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_gradient_kernel(NormWork wo
     load_norm_factor(work, column, factor);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      g[i] *= factor[i];  // behind the row's end 0
+      g[i] *= factor[i];  // 0 beyond the end of the row
       along += g[i] * ((values[i] - mean) * rstd);
       if (kCentered) shift += g[i];
     }
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kColumnThreads) norm_columns_kernel(NormColumn
     }
   }
   if (work.weight_sums != nullptr) save_column_sums(weight, work.columns, work.weight_sums, shared);
-  sync_threads();  // until all have read the first sums
+  sync_threads();  // until all threads have read the first sums
   if (work.bias_sums != nullptr) save_column_sums(bias, work.columns, work.bias_sums, shared);
 }
 

@@ -1,5 +1,6 @@
-// RMSNorm and LayerNorm on the CPU; the arithmetic is in kernels_impl.h. A row is one thread's, and the gradients of
-// weight and bias are sums per chunk of tokens: the same bits for any number of threads.
+// RMSNorm and LayerNorm on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread owns
+// a row, and the gradients of weight and bias are sums per chunk of tokens, so that the bits are equal for every number
+// of threads.
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -27,7 +28,7 @@ int64_t columns_of(const char* op, const Tensor& x) {
   return x.size(x.dim() - 1);
 }
 
-// weight + offset in float32; weight itself where it is that.
+// Returns weight + offset in float32, or the weight itself if nothing has to change.
 std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& weight, double offset, int64_t columns) {
   if (!weight.has_value()) return std::nullopt;
   const Tensor held = float_vector(op, "weight", *weight, columns);
@@ -39,7 +40,7 @@ std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& wei
   return sum;
 }
 
-// Of elements that take about as long as a task's start.
+// Returns the number of rows that take about as long as starting a task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
 struct Normed {
@@ -117,7 +118,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
     if (needs_bias) part.grad_bias = to + of_weight;
     isa.gradient(part, first, last);
   });
-  // Copied: what a gradient is a view of lives as long as it.
+  // Copies the sums: a gradient that were a view would keep all of `sums` alive.
   const auto copy_of = [&](int64_t first, ScalarType type) {
     Tensor out = empty({columns}, type);
     torch::stable::copy_(out, torch::stable::narrow(sums, 0, first, columns));
@@ -130,7 +131,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
 
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, double eps, double offset,
                                         bool round_before_weight) {
-  // The type that PyTorch gives a product of x's and the weight's: of two that differ float32.
+  // As in PyTorch, the product of two different dtypes is float32.
   const bool own = !round_before_weight || !weight.has_value() || weight->scalar_type() == x.scalar_type();
   Normed found = norm("rms_norm", x, weight, std::nullopt, eps, offset, false, round_before_weight,
                       own ? x.scalar_type() : ScalarType::Float);

@@ -1,4 +1,4 @@
-// What the CPU's glue and the GPU's share: which shapes there are.
+// A check of shapes that the rotary operators of the CPU and of CUDA share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,7 +7,7 @@
 
 namespace peft_ext {
 
-// q [B, H, T, D], k [B, Hkv, T, D], cos and sin [B or 1, T, D], all of one type.
+// Checks q [B, H, T, D], k [B, Hkv, T, D], and cos and sin [B or 1, T, D], all of one dtype.
 inline void check_rotary(const char* op, const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                          const torch::stable::Tensor& cos, const torch::stable::Tensor& sin) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(2) == q.size(2) &&

@@ -1,9 +1,9 @@
-// Rotary position embedding on the CPU: what each instruction set provides. With x = (x₁, x₂), cos = (c₁, c₂) and
-// sin = (s₁, s₂), halves of a head:
+// The contract of the rotary position embedding on the CPU; each instruction set has a kernel. With the halves
+// x = (x₁, x₂), cos = (c₁, c₂) and sin = (s₁, s₂) of a head:
 //
 //   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
 //
-// float32, one rounding. Each head is read and written once; cos and sin of a token serve all its heads.
+// Arithmetic is float32 and rounds once. Each head is read and written once. cos and sin of a token serve all heads.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@
 
 namespace peft_ext {
 
-// [B, H, T, D], D in one piece.
+// A tensor [B, H, T, D] whose last dimension is contiguous.
 struct Heads {
   const void* x;
   void* y;
@@ -22,15 +22,15 @@ struct Heads {
 };
 
 struct Rotary {
-  DType dtype;  // of all
+  DType dtype;  // dtype of all tensors
   bool back;
   int64_t tokens, size;   // T, D
   Heads parts[2];         // q and k
   const void *cos, *sin;  // [B or 1, T, D] contiguous
-  int64_t cos_batch;      // stride: 0 where one serves all
+  int64_t cos_batch;      // stride; 0 if one cos and sin serve all batches
 };
 
-// Of the tokens [begin, end) of [B T].
+// Rotates the tokens [begin, end) of [B T].
 struct RotaryKernels {
   void (*rotate)(const Rotary& work, int64_t begin, int64_t end);
 };

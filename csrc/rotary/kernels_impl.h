@@ -1,4 +1,5 @@
-// See kernels.h for the contract. Included after the target pragma and after the path's Vec (cpu/simd_<isa>.h).
+// The rotary kernel of kernels.h for one instruction set. Include this file after the target pragma and the path's Vec
+// (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -1,4 +1,4 @@
-// Rotary position embedding with NEON. See kernels.h for the contract.
+// The rotary kernel of kernels.h with NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "rotary/kernels_impl.h"

@@ -1,4 +1,4 @@
-// Rotary position embedding on any CPU. See kernels.h for the contract.
+// The rotary kernel of kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "rotary/kernels_impl.h"
 

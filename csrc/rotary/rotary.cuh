@@ -1,11 +1,11 @@
-// Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With x = (x₁, x₂), cos = (c₁, c₂), sin = (s₁, s₂),
-// halves of a head:
+// Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With the halves x = (x₁, x₂), cos = (c₁, c₂) and
+// sin = (s₁, s₂) of a head:
 //
 //   y₁ = x₁ c₁ - x₂ s₁      y₂ = x₂ c₂ + x₁ s₂                 back:  x₁ = y₁ c₁ + y₂ s₂      x₂ = y₂ c₂ - y₁ s₁
 //
-// A block owns a token, all heads of q and k: cos and sin come from memory once. A thread moves eight columns of both
-// halves at a time. Tensors lie anywhere, heads in one piece. float32, one rounding. Bytes moved: q and k once each
-// way, cos and sin once.
+// A block owns a token with all heads of q and k, so that cos and sin are read from memory once. A thread moves eight
+// columns of both halves at a time. Tensors may have any strides, but heads are contiguous. Arithmetic is float32 and
+// rounds once. Bytes moved: q and k are read and written once, cos and sin are read once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -23,10 +23,10 @@ struct DeviceHeads {
 struct DeviceRotary {
   DeviceHeads q, k;
   const void *cos, *sin;  // [B or 1, T, D]
-  int64_t cos_batch;      // stride: 0 where one serves all
+  int64_t cos_batch;      // stride; 0 if one cos and sin serve all batches
   int64_t tokens;
   int half;    // D / 2
-  bool whole;  // eight columns at a time lie on 16 bytes, everywhere
+  bool whole;  // groups of eight columns are aligned to 16 bytes in all tensors
 };
 
 constexpr int kRotaryThreads = 256;

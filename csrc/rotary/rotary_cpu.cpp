@@ -1,5 +1,5 @@
-// Rotary position embedding on the CPU; the arithmetic is in kernels_impl.h. A token is one thread's: the same bits for
-// any number of threads.
+// Rotary position embedding on the CPU: checks, allocation and threads. The kernel is in kernels_impl.h. One thread
+// owns a token, so that the bits are equal for every number of threads.
 #include <tuple>
 
 #include "cpu/isa.h"

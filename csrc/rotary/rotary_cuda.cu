@@ -1,4 +1,4 @@
-// Rotary position embedding on a GPU: see rotary.cuh. One launch for q and k.
+// Rotary position embedding on CUDA: one launch for q and k. The kernel is in rotary.cuh.
 #include "rotary/rotary.cuh"
 
 #include <tuple>
@@ -19,7 +19,7 @@ DeviceHeads heads_of(const Launcher& launcher, const Tensor& x, const Tensor& y)
   return heads;
 }
 
-// Whether each head lies on 16 bytes.
+// Returns whether every head is aligned to 16 bytes.
 bool whole_heads(const Tensor& x) {
   bool whole = aligned(x, 16);
   for (int64_t d = 0; d < 3; ++d) whole = whole && (x.size(d) == 1 || x.stride(d) % kVector == 0);

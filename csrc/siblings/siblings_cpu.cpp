@@ -1,4 +1,5 @@
-// Layers of one input on the CPU, each with LoRA or without. See linear/cpu/adapted_linear.h.
+// Several linear layers of one input on the CPU, with or without LoRA: Y_i = x W_iᵀ + (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
+// See linear/cpu/adapted_linear.h.
 #include <vector>
 
 #include "linear/cpu/adapted_linear.h"

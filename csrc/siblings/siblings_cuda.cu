@@ -1,4 +1,5 @@
-// Layers of one input for CUDA, each with LoRA or without. See linear/cuda/adapted_linear.cuh.
+// Several linear layers of one input on CUDA, each with or without LoRA: Y_i = x W_iᵀ + (x̃_i A_iᵀ ∘ ρ_i) B_iᵀ + b_i.
+// See linear/cuda/adapted_linear.cuh.
 #include <vector>
 
 #include "linear/cuda/adapted_linear.cuh"

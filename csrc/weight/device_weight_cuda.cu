@@ -1,3 +1,4 @@
+// Checks the arguments of a frozen weight on CUDA. See device_weight.cuh.
 #include "weight/device_weight.cuh"
 
 namespace peft_ext {

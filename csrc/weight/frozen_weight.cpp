@@ -1,3 +1,4 @@
+// Checks the arguments of a frozen weight on the CPU. See frozen_weight.h.
 #include "weight/frozen_weight.h"
 
 namespace peft_ext {

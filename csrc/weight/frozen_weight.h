@@ -1,4 +1,4 @@
-// A frozen weight as the CPU's operators receive it: dense [N, K], or NF4 in bitsandbytes' layout.
+// A frozen weight as an argument of a CPU operator: dense [N, K], or NF4 in bitsandbytes' layout.
 #pragma once
 
 #include "cpu/tensor.h"
@@ -8,33 +8,33 @@ namespace peft_ext {
 
 struct FrozenWeight {
   Tensor weight;                 // dense [N, K], or packed uint8 [ceil(N K / 2), 1]
-  std::optional<Tensor> absmax;  // none: dense. float32 [blocks], or uint8 [blocks] where nested
+  std::optional<Tensor> absmax;  // nullopt for a dense weight; else float32 [blocks], uint8 if nested
   std::optional<Tensor> nested_absmax, nested_code, nested_offset;
   int64_t blocksize = 0;
   std::vector<int64_t> shape;
 
   bool is_nf4() const { return absmax.has_value(); }
-  // Of a matrix: 0 of any other shape, which check_matrix_weight refuses.
+  // N and K of a matrix. A weight of another shape gives 0, and check_matrix_weight refuses such a weight.
   int64_t out_features() const { return shape.size() == 2 ? shape[0] : 0; }
   int64_t in_features() const { return shape.size() == 2 ? shape[1] : 0; }
 };
 
-// The elements of a shape; an error where one is negative, or where 63 bits do not hold their product.
+// Returns the number of elements of a shape. Fails if a size is negative or if the product overflows 63 bits.
 int64_t checked_numel(const std::vector<int64_t>& shape);
 
-// An error that names op, unless NF4 has blocks of this size.
+// Fails with an error that names op if NF4 has no blocks of this size.
 void check_blocksize(const char* op, int64_t blocksize);
 
-// The tensor, contiguous; an error that names op and argument unless it has this type and this many elements.
+// Returns the tensor, contiguous. Fails with an error that names op and argument if its dtype or size is another.
 Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t numel);
 
-// The weight, contiguous, of the sizes and dtypes that its shape asks for; an error that names op and argument
-// otherwise.
+// Returns the weight with contiguous NF4 tensors. Fails with an error that names op and argument if a tensor's size or
+// dtype does not fit the shape.
 FrozenWeight checked_weight(const char* op, Tensor weight, std::optional<Tensor> absmax,
                             std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
                             std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape);
 
-// An error unless the weight is a matrix, and a dense one of the type that it is read in.
+// Fails if the weight is not a matrix, or if a dense weight has another dtype than `type`.
 void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
 }  // namespace peft_ext

@@ -1,14 +1,14 @@
-// The sizes of bitsandbytes' NF4 layout: codes in blocks of one scale, and with double quantization the scales in
-// groups of one float32.
+// Sizes in bitsandbytes' NF4 layout. A block of codes shares one scale. With double quantization, 256 scales share one
+// float32 scale.
 #pragma once
 
 #include <stdint.h>
 
 namespace peft_ext {
 
-constexpr int kSmallestBlock = 32, kLargestBlock = 4096;  // elements; a power of two between them
+constexpr int kSmallestBlock = 32, kLargestBlock = 4096;  // elements; a block size is a power of two in this range
 constexpr int kLog2NestedBlock = 8;
-constexpr int kNestedBlock = 1 << kLog2NestedBlock;  // scales
+constexpr int kNestedBlock = 1 << kLog2NestedBlock;  // scales that share one float32
 constexpr int kNestedCodes = 256;
 
 namespace {

@@ -1,4 +1,4 @@
-"""Modules that hold the state of an adapted or quantized layer; the arithmetic is in ``peft_ext.ops``."""
+"""Modules that hold the state of an adapted or quantized layer; the operators that compute are in ``peft_ext.ops``."""
 
 from .adalora import AdaLoRALinear
 from .bottleneck import BottleneckAdapter

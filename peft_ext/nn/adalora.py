@@ -17,14 +17,15 @@ class AdaLoRALinear(LowRankLinear):
     """``Y = x Wᵀ + s · (dropout(x) Aᵀ ∘ E / (ranknum + 1e-5)) Bᵀ + b``; see :func:`peft_ext.ops.lora_linear`.
 
     Args:
-        in_features, out_features, bias, device, dtype: of the frozen base layer.
-        r: rank to start with. lora_alpha: ``s = lora_alpha``, or r where it is not positive, as PEFT has it.
-        lora_dropout: probability to drop an element of x on the low-rank path, in training.
-        adapter_dtype: of the adapter's parameters; default float32, whatever the base is.
+        in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
+        r: initial rank. lora_alpha: ``s = lora_alpha`` if lora_alpha is positive, otherwise ``s = r``, as in PEFT.
+        lora_dropout: probability that an element of x is dropped on the low-rank path, in training.
+        adapter_dtype: dtype of the adapter's parameters; default float32 for every dtype of the base.
 
-    ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start normal (std 0.02), ``lora_E [r, 1]`` zero: the
-    adapted layer starts as the base. ``ranknum [1]``, a buffer, is r until a rank allocator says otherwise; ranks that
-    it takes away have ``lora_E`` 0. Raises ValueError for r < 1 or lora_dropout outside [0, 1).
+    ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start normal (std 0.02) and ``lora_E [r, 1]`` starts
+    at zero, so the new layer computes the same output as its base. The buffer ``ranknum [1]`` holds r until a rank
+    allocator changes it. A rank that the allocator removes has ``lora_E`` 0. Raises ValueError for r < 1 or for
+    lora_dropout outside [0, 1).
 
     Source: AdaLoRA (arXiv 2303.10512).
     """
@@ -56,7 +57,10 @@ class AdaLoRALinear(LowRankLinear):
         *,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> AdaLoRALinear:
-        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+
+        The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
+        """
         return cls._over(linear, r, lora_alpha, lora_dropout, adapter_dtype)
 
     def _setup(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
@@ -68,7 +72,7 @@ class AdaLoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
+        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)
@@ -79,7 +83,7 @@ class AdaLoRALinear(LowRankLinear):
         return self.lora_alpha if self.lora_alpha > 0 else float(self.r)
 
     def rank_scale(self) -> Tensor:
-        """Returns ``E / (ranknum + 1e-5)``, ``[r]``."""
+        """Returns ``E / (ranknum + 1e-5)``, the factor of each rank, shape ``[r]``."""
         return self.lora_E.flatten() / (self.ranknum + 1e-5)
 
     def adapted(self, x: Tensor) -> Tensor:

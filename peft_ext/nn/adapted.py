@@ -1,4 +1,4 @@
-"""What the adapted layers share: the frozen base, merging with an exact way back, and a pair of low-rank factors."""
+"""Base classes of the adapted layers: the frozen base layer, exact merge and unmerge, and the low-rank factors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from .nf4 import NF4Linear, requantized
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]
 
-_MERGES = "_peft_ext_merges"  # an attribute of a base: how many layers are merged into it
+# Name of an attribute of a base layer: the number of adapted layers that are merged into the base layer.
+_MERGES = "_peft_ext_merges"
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen ``base_layer`` (``nn.Linear`` or :class:`NF4Linear`) under an adapter that can be merged into it.
+    """A frozen ``base_layer`` (``nn.Linear`` or :class:`NF4Linear`) with an adapter that can be merged into the base.
 
-    A subclass has a ``_setup(base, ...)`` that calls :meth:`_hold` and makes the adapter's parameters,
-    :meth:`reset_parameters`, :meth:`adapted`, and :meth:`merged_weight`, and :meth:`merged_bias` if the bias changes.
+    A subclass defines ``_setup(base, ...)``, which calls :meth:`_hold` and creates the adapter's parameters. A subclass
+    also defines :meth:`reset_parameters`, :meth:`adapted` and :meth:`merged_weight`, and defines :meth:`merged_bias`
+    if merging changes the bias.
     """
 
     base_layer: nn.Linear
 
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """Returns an adapted layer over ``linear`` itself; arguments as ``_setup`` takes them."""
+        """Returns an adapted layer whose base is ``linear`` itself. ``args`` and ``kwargs`` are those of ``_setup``."""
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__
             raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear or an NF4Linear")
@@ -54,7 +56,7 @@ class AdaptedLinear(nn.Module):
         return self._unmerged is not None
 
     def _weight(self) -> Union[Tensor, NF4Weight]:
-        """Returns the frozen weight; while merged, the one from before."""
+        """Returns the frozen weight without the adapter, also while the adapter is merged."""
         if self._unmerged is not None:
             return self._unmerged[0]
         return self.base_layer.nf4 if isinstance(self.base_layer, NF4Linear) else self.base_layer.weight
@@ -67,36 +69,39 @@ class AdaptedLinear(nn.Module):
         return self.base_layer(x) if self.merged else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Returns what the layer computes where it is not merged."""
+        """Returns the layer's output while the adapter is not merged."""
         raise NotImplementedError
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """Returns the weight with the adapter folded in; ``weight`` is the base's, dense, in float32 (float64)."""
+        """Returns the weight with the adapter merged. ``weight`` is the dense base weight in float32 or float64."""
         raise NotImplementedError
 
     def _merged_nf4(self, weight: NF4Weight) -> tuple[NF4Weight, Tensor]:
-        """Returns the same of an NF4 weight, requantized, and the relative error that brings."""
+        """Returns the merged NF4 weight, requantized, and the relative error of requantizing, a float64 tensor."""
         return requantized(self.merged_weight(weight.dequantize(torch.float32)), weight)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
-        """Returns the bias with the adapter folded in."""
+        """Returns the bias with the adapter merged."""
         return bias
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the adapter into the base: rounded to its dtype, or requantized to NF4, which moves it by
-        ``base_layer.merge_error``.
+        """Merges the adapter into the base weight.
 
-        Weight and bias from before are kept (not in the state dict), so that :meth:`unmerge` gives back their very
-        bits.
+        A dense merged weight is rounded to the base's dtype. A merged NF4 weight is quantized to NF4 again;
+        ``base_layer.merge_error`` is then the relative error of that quantization. The unmerged weight and bias are
+        kept outside the state dict, and :meth:`unmerge` restores both bit for bit.
+
+        Raises: RuntimeError if ``base_layer.weight`` is not a parameter of ``base_layer``, as under
+        torch.nn.utils.parametrize or prune.
         """
         if self.merged:
             return
         base = self.base_layer
         if "weight" not in base._parameters:
             raise RuntimeError(
-                f"{type(self).__name__}: merge: base_layer's weight is made of others (torch.nn.utils.parametrize or "
-                "prune), wanted a parameter of its own"
+                f"{type(self).__name__}: merge: base_layer.weight is computed from other tensors (by "
+                "torch.nn.utils.parametrize or prune), wanted a parameter of base_layer"
             )
         held = self._weight()
         bias = None if base.bias is None else base.bias.data
@@ -115,16 +120,16 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts back the very bits from before :meth:`merge`.
+        """Restores the weight and bias from before :meth:`merge`, bit for bit.
 
-        Raises: RuntimeError where another layer over the same base was merged after this one, and is still.
+        Raises: RuntimeError if another layer over the same base was merged after this layer and is still merged.
         """
         if self._unmerged is None:
             return
         if self.base_layer.__dict__.get(_MERGES, 0) != self._merges:
             raise RuntimeError(
-                f"{type(self).__name__}: unmerge: another layer over the same base was merged after this one, unmerge "
-                "that one first"
+                f"{type(self).__name__}: unmerge: another layer over the same base was merged after this one, wanted "
+                "that other layer unmerged first"
             )
         weight, bias = self._unmerged
         if isinstance(weight, NF4Weight):
@@ -140,14 +145,14 @@ class AdaptedLinear(nn.Module):
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            # Codes and scales keep their bits under a cast, as NF4Linear's do.
+            # A cast does not change the codes and scales of an NF4 weight, here as in NF4Linear.
             weight = weight.to(self.base_layer.weight.device) if isinstance(weight, NF4Weight) else fn(weight)
             self._unmerged = (weight, bias if bias is None else fn(bias))
         return self
 
 
 class LowRankLinear(AdaptedLinear):
-    """``lora_A [r, in_features]`` and ``lora_B [out_features, r]``, and the dropout on x before them."""
+    """An adapted layer with factors ``lora_A [r, in_features]``, ``lora_B [out_features, r]`` and a dropout on x."""
 
     def _hold_low_rank(self, r: int, lora_alpha: float, lora_dropout: float, dtype: torch.dtype) -> None:
         name, base = type(self).__name__, self.base_layer
@@ -166,15 +171,15 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def _scaled_A(self) -> Tensor:
-        """Returns ``lora_A``, its rows scaled as the method scales each rank."""
+        """Returns ``lora_A``. A method that scales ranks returns ``lora_A`` with its rows scaled."""
         return self.lora_A
 
     def _row_scale(self) -> Optional[Tensor]:
-        """Returns ``g [out_features]``, which scales the rows of ``W + s · B A``; None: nothing does."""
+        """Returns ``g [out_features]``, the factor of each row of ``W + s · B A``, or None if no row is scaled."""
         return None
 
     def delta_weight(self) -> Tensor:
-        """Returns ``s · B A``, A scaled, ``[out_features, in_features]``, in the adapters' dtype."""
+        """Returns ``s · B A`` with A's rows scaled, ``[out_features, in_features]``, in the dtype of lora_A, lora_B."""
         return self.scaling * (self.lora_B @ self._scaled_A())
 
     def merged_weight(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A bottleneck adapter as a module of its own."""
+"""A bottleneck adapter as a separate module, without a base layer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ class BottleneckAdapter(nn.Module):
     """``Y = residual + s · (act(x Dᵀ + b_d) Vᵀ + b_v)``; see :func:`peft_ext.ops.bottleneck_adapter`.
 
     Args:
-        features: of x and Y. bottleneck: M, the rows of D; default ``features // reduction_factor``.
-        activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s, a fixed number. bias: b_d and b_v.
-        init: "normal": weights N(0, 1e-3²), zero biases, near the identity; "bert": N(0, 0.02²), zero biases; "mam":
-            D Kaiming-uniform (a = √5), V and biases zero, the identity.
-        dtype: of the parameters; default float32, whatever the activations are.
+        features: number of features of x and of Y.
+        bottleneck: M, the number of rows of D; default ``features // reduction_factor``.
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
+        scale: s, a constant. bias: whether the biases b_d and b_v exist.
+        init: "normal": weights N(0, 1e-3²) and zero biases, close to the identity; "bert": weights N(0, 0.02²) and
+            zero biases; "mam": D Kaiming-uniform (a = √5), V and both biases zero, exactly the identity.
+        dtype: dtype of the parameters; default float32 for every dtype of x.
 
-    Where it stands is the caller's: after attention and after the feed-forward (Houlsby), ``adapter(sublayer_output)``;
-    after the latter's residual sum (Pfeiffer), ``adapter(sum)``, or ``norm(adapter(norm(sum), sum))`` where a LayerNorm
-    follows; or beside one (parallel), ``adapter(sublayer_input, sublayer_output)``.
+    The caller decides where the adapter runs:
+    after attention and after the feed-forward (Houlsby): ``adapter(sublayer_output)``;
+    after the residual sum that follows the feed-forward (Pfeiffer): ``adapter(sum)``, or
+    ``norm(adapter(norm(sum), sum))`` if a LayerNorm follows the sum;
+    parallel to a sublayer: ``adapter(sublayer_input, sublayer_output)``.
 
-    Raises: ValueError for a bottleneck below 1, an unknown activation or init.
+    Raises: ValueError for a bottleneck below 1, an unknown activation or an unknown init.
 
-    Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel and "mam" He et al.
-    (arXiv 2110.04366).
+    Sources: Houlsby et al. (arXiv 1902.00751); Pfeiffer et al. (arXiv 2005.00247); for the parallel adapter and "mam",
+    He et al. (arXiv 2110.04366).
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class BottleneckAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restarts the adapter, as ``init`` says."""
+        """Initializes the adapter's parameters again, in the way that ``init`` names."""
         if self.init == "mam":
             nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
             nn.init.zeros_(self.up.weight)
@@ -83,7 +87,7 @@ class BottleneckAdapter(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """``[..., features]`` of x's dtype; ``residual``, of x's shape and dtype, is x itself by default."""
+        """Returns Y ``[..., features]`` in x's dtype. ``residual`` has x's shape and dtype; default x itself."""
         return ops.bottleneck_adapter(
             x, self.down.weight, self.down.bias, self.up.weight, self.up.bias,
             scale=self.scale, activation=self.activation, residual=residual,

@@ -21,16 +21,17 @@ class DoRALinear(LoRALinear):
 
     Args:
         in_features, out_features, r, lora_alpha, lora_dropout, bias, use_rslora, device, dtype, adapter_dtype: as
-            :class:`LoRALinear`.
-        dropout_mode: "lora": dropout on the low-rank path alone; "peft": on the base too, as PEFT does it.
-        norm_grad: let the gradient flow through the norm too; the paper, and PEFT, hold it constant.
+            as in :class:`LoRALinear`.
+        dropout_mode: "lora": dropout acts on the low-rank path only; "peft": dropout also acts on the base product, as
+            in PEFT.
+        norm_grad: whether the gradient flows through the norm. The paper and PEFT treat the norm as a constant.
 
-    ``lora_magnitude_vector [out_features]`` starts as the norm of the base weight's rows: the adapted layer starts as
-    the base. On the meta device, or where the base weight comes later, load a state dict or call
-    :meth:`reset_parameters`.
+    ``lora_magnitude_vector [out_features]`` starts as the norm of each row of the base weight, so the new layer
+    computes the same output as its base. If the layer is on the meta device, or the base weight is set later, load a
+    state dict or call :meth:`reset_parameters` afterwards.
 
-    Every forward computes the norm anew. It can't be reused safely: a write through ``param.data`` leaves no trace,
-    neither in the tensor's version nor in its address.
+    Every forward computes the norm again. A cached norm would be unsafe: a write through ``param.data`` changes
+    neither the tensor's version counter nor its address.
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class DoRALinear(LoRALinear):
         norm_grad: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> DoRALinear:
-        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+
+        The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
+        """
         return cls._over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, dropout_mode, norm_grad)
 
     def _setup(
@@ -84,12 +88,12 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
+        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
         super().reset_parameters()
         self.lora_magnitude_vector.copy_(self.weight_norm())
 
     def weight_norm(self) -> Tensor:
-        """``‖W + s·B A‖`` of each row, ``[out_features]`` float32; see :func:`peft_ext.ops.dora_weight_norm`."""
+        """Returns ``‖W + s·B A‖`` of each row, float32 [out_features]; see :func:`peft_ext.ops.dora_weight_norm`."""
         return ops.dora_weight_norm(self._weight(), self.lora_A, self.lora_B, self.scaling)
 
     def adapted(self, x: Tensor) -> Tensor:

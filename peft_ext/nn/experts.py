@@ -1,8 +1,8 @@
-"""The experts of a mixture over NF4 weights, and the way of tokens through experts.
+"""NF4 weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
-A mixture's experts are one module of transformers with two parameters of three dimensions. :class:`NF4Experts` is a
-mixin over that module's class: :func:`nf4_experts` swaps the class and the parameters, and :func:`dense_experts` is the
-way back.
+In transformers the experts of one mixture are one module with two 3-dimensional parameters. :class:`NF4Experts` is a
+mixin for the class of that module. :func:`nf4_experts` replaces the class and the parameters; :func:`dense_experts`
+restores both.
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ __all__ = [
     "routes",
 ]
 
-# What transformers' decorator for experts leaves on their module.
+# Attributes that transformers' decorator for experts sets on the experts' module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 _Run = Callable[[Tensor, Tensor], Tensor]
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the first and the second parameter of a mixture's experts; () of any other module."""
+    """Returns the names of the two 3-dimensional parameters of an experts module, or () for any other module."""
     if is_llama4(module) or all(name in module.__dict__ for name in _DECLARED):
         return first_parameter(module), "down_proj"
     return ()
 
 
-# What PEFT takes in a model with experts for the experts' own names, or the router's, wherever else they stand.
+# PEFT takes these names for the names of experts' or routers' layers, also in modules outside of the experts.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
-    """Returns what a low-rank method's configuration says for a model with experts, by a name of
-    :data:`peft_ext.methods.METHODS`; {} for any other model or method.
+    """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts, else {}.
 
-    LoRA and DoRA adapt the experts, and each method the linear layers that have no name of theirs; the router, which
-    PEFT would adapt by "all-linear" in some models, stays as it is. Beside parameters PEFT has no dropout.
+    ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
+    adapt the experts. Each low-rank method also adapts the linear layers whose names are not names of experts' layers.
+    The router is not adapted, although PEFT's "all-linear" would adapt the router in some models. For LoRA and DoRA
+    the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
@@ -69,14 +70,14 @@ def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
     linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fields: dict[str, Any] = {"target_modules": sorted(linears - _NAMES_OF_EXPERTS - {"lm_head"})}
     if method != "adalora":
-        # What follows the number of the layer is the same in all.
+        # The part of a parameter's name after the layer's number is the same in all layers.
         fields["target_parameters"] = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in held})
         fields["lora_dropout"] = 0.0
     return fields
 
 
 def is_llama4(module: nn.Module) -> bool:
-    """Returns whether the module is Llama 4's experts, which get every token each."""
+    """Returns whether the module is the experts of Llama 4, where every expert gets its own copy of every token."""
     return any(kind.__name__ == "Llama4TextExperts" for kind in type(module).__mro__)
 
 
@@ -85,15 +86,15 @@ def first_parameter(experts: Any) -> str:
 
 
 def is_stored_transposed(experts: Any) -> bool:
-    """Returns whether the dense parameters are stored ``[E, K, N]``."""
+    """Returns whether the dense parameters are stored transposed, ``[E, K, N]`` instead of ``[E, N, K]``."""
     return is_llama4(experts) or experts.is_transposed
 
 
-# --- the way of tokens ------------------------------------------------------------------------------------------------
+# --- the routing of tokens --------------------------------------------------------------------------------------------
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of x [T, K] in the order of experts, each as often as it has experts; dX sums them in the tokens' order."""
+    """Gathers rows of x [T, K], sorted by expert; each token appears once per chosen expert. dX sums these copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Order(torch.autograd.Function):
-    """Rows [S, N] in another order: ``order`` and ``inverse`` undo one another."""
+    """Permutes the rows of y [S, N] by ``order``. ``inverse`` is the inverse permutation, for the backward."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -122,8 +123,11 @@ class _Order(torch.autograd.Function):
 
 
 def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
-    """Returns whether the forward of ``experts`` was called as it should be: with x and, but for Llama 4's, each
-    token's experts ``[T, k]`` and their weights."""
+    """Returns whether ``x`` and ``given`` are valid arguments of the forward of ``experts``.
+
+    The arguments are x ``[T, H]``, the experts ``[T, k]`` of each token and their weights ``[T, k]``. For Llama 4's
+    experts x is the only argument.
+    """
     if x.dim() != 2:
         return False
     if is_llama4(experts):
@@ -136,10 +140,11 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 
 
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
-    """Returns what experts make of tokens ``[T, H]``: sorted by expert they go through ``run(rows, offsets)``, times
-    the routing weights, and come back in order, summed over a token's experts.
+    """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    A number behind the last expert's, as expert parallelism has it, is no expert's.
+    The tokens are sorted by expert. ``run(rows, offsets)`` computes the experts' outputs, which are multiplied by the
+    routing weights, put back in the order of the tokens, and summed over the experts of each token. An expert index
+    of ``num_experts`` or more, which expert parallelism uses, stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -161,7 +166,7 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
 
 
 def gate(experts: Any, rows: Tensor) -> Tensor:
-    """Returns what the experts compute between their two layers, by their own functions."""
+    """Returns the activation between the two linear layers of the experts, computed by the module's own functions."""
     if not getattr(experts, "has_gate", True):
         return experts.act_fn(rows)
     if hasattr(experts, "_apply_gate"):
@@ -175,8 +180,11 @@ _COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", de
 
 @contextmanager
 def computing(experts: NF4Experts, run: _Run) -> Iterator[None]:
-    """Within, the forward of ``experts`` is ``run(rows, offsets)``, with the adapters of wrappers around them: what
-    hooks, of the wrappers or of the experts, are called around."""
+    """Replaces, within the context, the computation of ``experts.forward`` by ``run(rows, offsets)``.
+
+    The wrappers around ``experts`` still run their forwards, so that hooks of the wrappers and of the experts are
+    called.
+    """
     token = _COMPUTING.set((experts, run))
     try:
         yield
@@ -190,7 +198,7 @@ def _computation(experts: Any) -> Optional[_Run]:
 
 
 def is_computing(experts: nn.Module) -> bool:
-    """Returns whether :func:`computing` is under way for these experts."""
+    """Returns whether the code runs within :func:`computing` of these experts."""
     return _computation(experts) is not None
 
 
@@ -198,22 +206,22 @@ def is_computing(experts: nn.Module) -> bool:
 
 
 class NF4Experts:
-    """A mixture's experts with frozen NF4 weights: a mixin over their class in transformers, made at run time.
+    """A mixture's experts with frozen NF4 weights: a mixin for the experts' class in transformers, applied at run time.
 
-    Each parameter is a uint8 parameter ``[E, bytes]`` of the codes of every expert's ``[N, K]``, with buffers
-    ``<name>_absmax`` and, with double quantization, ``<name>_nested_absmax``, ``<name>_nested_code`` and
-    ``<name>_nested_offset``: for each expert bitsandbytes' layout of a weight of its own, see
-    :meth:`peft_ext.NF4Weight.stack`. Casting to another float dtype leaves codes and scales as they are. PEFT's
-    ``target_parameters`` adapts them; :func:`peft_ext.accelerate` runs the adapters.
+    Each dense parameter ``[E, N, K]`` becomes a uint8 parameter ``[E, bytes]`` of NF4 codes, with the buffer
+    ``<name>_absmax``. Double quantization adds the buffers ``<name>_nested_absmax``, ``<name>_nested_code`` and
+    ``<name>_nested_offset``. Each expert has the layout that bitsandbytes uses for one weight, see
+    :meth:`peft_ext.NF4Weight.stack`. A cast of the module to another float dtype does not change codes and scales.
+    PEFT's ``target_parameters`` adapts the parameters; :func:`peft_ext.accelerate` runs the adapters.
     """
 
     stock_class: type
     blocksize: int
     quant_dtype: torch.dtype
-    nf4_shapes: dict[str, torch.Size]  # (E, N, K), by parameter
+    nf4_shapes: dict[str, torch.Size]  # parameter name -> (E, N, K)
 
     def nf4(self, name: str) -> NF4Weight:
-        """Returns a parameter as the weight ``(E, N, K)``, of the same memory."""
+        """Returns the parameter ``name`` as an NF4 weight ``(E, N, K)`` that shares the parameter's memory."""
         held = {scale: self._buffers[f"{name}_{scale}"] for scale in _SCALES}
         nested = None
         if held["nested_absmax"] is not None:
@@ -222,7 +230,7 @@ class NF4Experts:
                          self.blocksize, nested, stacked=True)  # fmt: skip
 
     def set_nf4(self, name: str, weight: NF4Weight) -> None:
-        """Holds a stacked weight as the parameter ``name``, without a copy."""
+        """Sets the parameter ``name`` and its buffers to a stacked NF4 weight, without a copy."""
         self.__dict__.setdefault("nf4_shapes", {})[name] = weight.shape
         self._parameters[name] = nn.Parameter(weight.packed.view(weight.shape[0], -1), requires_grad=False)
         held = weight.tensors()
@@ -232,7 +240,7 @@ class NF4Experts:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in self.__dict__.get("nf4_shapes", ()):
-            # What PEFT reads the sizes of a parameter from where it does not lie as it is: that of the dense one.
+            # If a parameter has ds_shape, PEFT reads the shape from there: set the shape of the dense parameter.
             experts, n, k = self.nf4_shapes[name]
             value.ds_shape = torch.Size((experts, k, n) if is_stored_transposed(self) else (experts, n, k))
         return value
@@ -241,7 +249,7 @@ class NF4Experts:
         given = (*args, *kwargs.values())
         if not routes(self, x, given):
             raise ValueError(
-                f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and came with {len(given)} arguments more, "
+                f"{self.stock_class.__name__}: x has shape {tuple(x.shape)} and {len(given)} other arguments came, "
                 "wanted tokens [T, H], their experts [T, k] and weights [T, k]"
             )
         first, second = expert_parameters(self)
@@ -264,7 +272,7 @@ class NF4Experts:
         return super()._apply(keeping_bits(fn, held), recurse)
 
     def get_extra_state(self) -> Tensor:
-        """The bytes of JSON that say what the codes are."""
+        """Returns the format of the codes (type, blocksize, dtype and shapes) as JSON in a uint8 tensor."""
         shapes = {name: list(shape) for name, shape in self.nf4_shapes.items()}
         dtype = str(self.quant_dtype).removeprefix("torch.")
         about = {"quant_type": "nf4", "blocksize": self.blocksize, "dtype": dtype, "shapes": shapes}
@@ -272,13 +280,13 @@ class NF4Experts:
 
     def set_extra_state(self, state: Any) -> None:
         came, own = (json.loads(bytes(value.tolist())) for value in (state, self.get_extra_state()))
-        dtype = getattr(torch, str(came.get("dtype")), None)  # of the weights that were quantized: the state's, too
+        dtype = getattr(torch, str(came.get("dtype")), None)  # the dense weights' dtype, as saved
         if {**came, "dtype": ""} != {**own, "dtype": ""} or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{self.stock_class.__name__}: the state is of {came}, wanted {own}")
+            raise ValueError(f"{self.stock_class.__name__}: the state has the format {came}, wanted {own}")
         self.quant_dtype = dtype
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class was made at run time: it is made again from the model's.
+        # The class was made at run time and cannot be pickled: unpickling makes the class again from the stock class.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (self.stock_class,), *state
 
@@ -295,7 +303,10 @@ def _class(stock: type) -> type:
 
 
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
-    """Quantizes a mixture's experts in place, expert by expert; the peak is the module and its NF4 weights."""
+    """Quantizes the experts of a mixture in place, one expert at a time.
+
+    The peak memory is that of the dense module and of its NF4 weights.
+    """
     checks.check_blocksize("quantize_nf4", blocksize)
     found = {}
     for name in expert_parameters(experts):
@@ -306,7 +317,7 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Makes dense experts :class:`NF4Experts` of these weights ``(E, N, K)``, by the parameters' names."""
+    """Turns dense experts into :class:`NF4Experts` with these weights ``(E, N, K)``, keyed by parameter name."""
     first = next(iter(weights.values()))
     experts.__class__ = _class(type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype
@@ -315,7 +326,7 @@ def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
 
 
 def dense_experts(experts: Any, dtype: Optional[torch.dtype] = None) -> None:
-    """Undoes :func:`nf4_experts`, but for what quantizing moved."""
+    """Turns :class:`NF4Experts` back into dense experts. The dense weights keep the error of quantizing."""
     for name in list(experts.nf4_shapes):
         dense = experts.nf4(name).dequantize(dtype)
         dense = dense.transpose(1, 2).contiguous() if is_stored_transposed(experts) else dense

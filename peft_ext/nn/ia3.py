@@ -18,12 +18,12 @@ class IA3Linear(AdaptedLinear):
     """``Y = l ∘ (x Wᵀ + b)``, or ``Y = (l ∘ x) Wᵀ + b`` with ``feedforward``; see :func:`peft_ext.ops.ia3_linear`.
 
     Args:
-        in_features, out_features, bias, device, dtype: of the frozen base layer.
+        in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
         feedforward: scale the layer's input instead of its output.
-        adapter_dtype: of ``ia3_l``; default float32, whatever the base is.
+        adapter_dtype: dtype of ``ia3_l``; default float32 for every dtype of the base.
 
-    ``ia3_l``, ``[out_features, 1]`` or with ``feedforward`` ``[1, in_features]``, starts as ones: the adapted layer
-    starts as the base.
+    ``ia3_l`` has shape ``[out_features, 1]``, or ``[1, in_features]`` with ``feedforward``. ``ia3_l`` starts as ones,
+    so the new layer computes the same output as its base.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class IA3Linear(AdaptedLinear):
     def from_linear(
         cls, linear: nn.Linear, *, feedforward: bool = False, adapter_dtype: torch.dtype = torch.float32
     ) -> IA3Linear:
-        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+
+        The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
+        """
         return cls._over(linear, feedforward, adapter_dtype)
 
     def _setup(self, base: nn.Linear, feedforward: bool, dtype: torch.dtype) -> None:
@@ -57,7 +60,7 @@ class IA3Linear(AdaptedLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
+        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
         nn.init.ones_(self.ia3_l)
 
     def adapted(self, x: Tensor) -> Tensor:

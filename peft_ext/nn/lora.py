@@ -18,13 +18,13 @@ class LoRALinear(LowRankLinear):
     """``Y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ + b``; see :func:`peft_ext.ops.lora_linear`.
 
     Args:
-        in_features, out_features, bias, device, dtype: of the frozen base layer.
+        in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
         r: rank. lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
-        lora_dropout: probability to drop an element of x on the low-rank path, in training.
-        adapter_dtype: of ``lora_A`` and ``lora_B``; default float32, whatever the base is.
+        lora_dropout: probability that an element of x is dropped on the low-rank path, in training.
+        adapter_dtype: dtype of ``lora_A`` and ``lora_B``; default float32 for every dtype of the base.
 
-    ``lora_A [r, in_features]`` starts Kaiming-uniform (a = sqrt 5), ``lora_B [out_features, r]`` zero: the adapted
-    layer starts as the base. Raises ValueError for r < 1 or lora_dropout outside [0, 1).
+    ``lora_A [r, in_features]`` starts Kaiming-uniform (a = sqrt 5) and ``lora_B [out_features, r]`` starts at zero, so
+    the new layer computes the same output as its base. Raises ValueError for r < 1 or lora_dropout outside [0, 1).
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class LoRALinear(LowRankLinear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> LoRALinear:
-        """Adapts ``linear`` (an ``nn.Linear`` or :class:`NF4Linear`), which is held, frozen, not copied."""
+        """Returns an adapted layer over ``linear``, an ``nn.Linear`` or :class:`NF4Linear`.
+
+        The new layer freezes ``linear`` and refers to ``linear`` itself, not to a copy.
+        """
         return cls._over(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
 
     def _setup(
@@ -68,7 +71,7 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Restarts the adapter: the layer computes what its base does. The base is left as it is."""
+        """Resets the adapter's parameters, so that the layer computes the base's output. Does not change the base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 

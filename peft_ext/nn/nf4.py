@@ -24,20 +24,22 @@ _BUFFERS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 class NF4Linear(nn.Linear):
     """``Y = X Wᵀ + b`` with W frozen in NF4; see :func:`peft_ext.ops.nf4_linear`.
 
-    A drop-in for ``nn.Linear`` that PEFT adapts like one, and whose ``state_dict`` has bitsandbytes' keys and bits:
-    ``weight`` (packed), ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` and, with
-    double quantization, ``weight.nested_absmax`` and ``weight.nested_quant_map``. Casting the module to another float
-    dtype casts the bias alone: codes and scales keep their bits.
+    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The ``state_dict`` has the keys
+    and bits of bitsandbytes: ``weight`` (packed codes), ``weight.absmax``, ``weight.quant_map``,
+    ``weight.quant_state.bitsandbytes__nf4`` and, with double quantization, ``weight.nested_absmax`` and
+    ``weight.nested_quant_map``. A cast of the module to another float dtype casts the bias only; codes and scales do
+    not change.
 
-    Under FSDP2 (``fully_shard``) the codes, a uint8 parameter ``[bytes, 1]``, are sharded by dimension 0 and gathered
-    as bytes; the scales are buffers, which every process has whole.
+    Under FSDP2 (``fully_shard``) the codes are a uint8 parameter ``[bytes, 1]``, which is sharded along dimension 0 and
+    gathered as bytes. The scales are buffers; every process holds all scales.
 
     Args:
-        in_features, out_features, bias, device: as ``nn.Linear``.
-        dtype: what ``nf4.dtype`` reports and :meth:`dequantize` gives by default.
-        blocksize: see :func:`peft_ext.ops.nf4_quantize`. double_quant: quantize the scales too.
+        in_features, out_features, bias, device: as in ``nn.Linear``.
+        dtype: the value of ``nf4.dtype``, and the default dtype of :meth:`dequantize`.
+        blocksize: see :func:`peft_ext.ops.nf4_quantize`. double_quant: whether the scales are quantized too.
 
-    ``merge_error``: where an adapter was merged into the weight, ``‖Q − W'‖ / ‖W'‖`` of requantizing the merged one.
+    ``merge_error`` is ``‖Q − W'‖ / ‖W'‖`` while an adapter is merged: W' is the merged weight in float32, and Q is W'
+    after quantization to NF4.
     """
 
     merge_error: Optional[float] = None
@@ -61,11 +63,11 @@ class NF4Linear(nn.Linear):
         checks.check_blocksize("NF4Linear", blocksize)
         if dtype is not None:
             checks.check_dtype("NF4Linear", dtype)
-        # A one-element stand-in keeps nn.Linear's initialization from making the dense weight.
+        # nn.Linear gets sizes of 1, so that its constructor does not allocate the dense weight.
         super().__init__(1, 1, bias=False, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Zeros: code 7 everywhere, all scales 0 (on the meta device: shapes alone).
+        # Initial weight: zeros, that is code 7 in all elements and scale 0 in all blocks. On "meta" only shapes exist.
         nf4 = empty_nf4(
             out_features, in_features, blocksize, double_quant, dtype or torch.get_default_dtype(),
             lambda kind, shape: torch.zeros(shape, dtype=kind, device=device),
@@ -77,7 +79,10 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
-        """Quantizes ``linear``'s weight; the bias parameter is shared, the training flag is kept."""
+        """Returns an NF4Linear with ``linear``'s weight quantized to NF4.
+
+        Both layers share the bias parameter. The new layer has ``linear``'s training flag.
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear: linear is {type(linear).__name__}, wanted an nn.Linear")
         nf4 = ops.nf4_quantize(linear.weight, blocksize, double_quant)
@@ -85,7 +90,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def from_nf4(cls, nf4: NF4Weight, bias: Optional[Tensor] = None) -> NF4Linear:
-        """Returns a layer over ``nf4``, whose storage it shares."""
+        """Returns a layer whose weight is ``nf4``. The layer shares ``nf4``'s storage."""
         if not isinstance(nf4, NF4Weight):
             raise TypeError(f"NF4Linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
         if len(nf4.shape) != 2:
@@ -98,17 +103,17 @@ class NF4Linear(nn.Linear):
 
     @property
     def nf4(self) -> NF4Weight:
-        """The weight, sharing this module's storage.
+        """The layer's weight as an NF4Weight, which shares this module's storage.
 
-        Raises: RuntimeError where it is a shard: outside the forward of what ``fully_shard`` wrapped, or under tensor
-        parallelism.
+        Raises: RuntimeError if the weight is a DTensor shard, as outside the forward of a module that ``fully_shard``
+        wrapped, or under tensor parallelism.
         """
         weight = self.weight
         if is_dtensor(weight):
             raise RuntimeError(
-                f"NF4Linear: its weight is a DTensor with placements {weight.placements}, wanted the whole: blocks "
-                "run over the flat weight, and no part of it is a layer. Under fully_shard call the module that was "
-                "wrapped, or its unshard() first; leave the layer out of tensor parallelism"
+                f"NF4Linear: weight is a DTensor with placements {weight.placements}, wanted the whole weight: NF4 "
+                "blocks run over the flat weight, so that no shard is a layer. Under fully_shard call the wrapped "
+                "module, or its unshard() first; leave this layer out of tensor parallelism"
             )
         nested = None
         if self.nested_absmax is not None:
@@ -117,7 +122,7 @@ class NF4Linear(nn.Linear):
         return NF4Weight(weight.detach(), self.absmax, shape, self.quant_dtype, self.blocksize, nested)
 
     def set_nf4(self, nf4: NF4Weight) -> None:
-        """Holds ``nf4`` from now on, without a copy. Raises ValueError if its shape is not this layer's."""
+        """Makes ``nf4`` the layer's weight, without a copy. Raises ValueError if the shape differs from the layer's."""
         if tuple(nf4.shape) != (self.out_features, self.in_features):
             raise ValueError(
                 f"NF4Linear: nf4 has shape {tuple(nf4.shape)}, wanted ({self.out_features}, {self.in_features})"
@@ -133,7 +138,7 @@ class NF4Linear(nn.Linear):
         self.__dict__.pop("merge_error", None)
 
     def set_merged(self, nf4: NF4Weight, error: Union[Tensor, float]) -> None:
-        """Does the same for the weight that merging made, with the relative error of requantizing it."""
+        """Makes ``nf4`` the weight, and sets ``merge_error`` to ``error``, the relative error of requantizing."""
         self.set_nf4(replace(nf4, dtype=self.quant_dtype))
         self.merge_error = float(error)
 
@@ -148,7 +153,7 @@ class NF4Linear(nn.Linear):
         return ops.nf4_linear(x, self.nf4, bias)
 
     def reset_parameters(self) -> None:
-        """The weight comes from a trained layer; only nn.Linear's constructor asks for an initialization."""
+        """Does nothing: the weight comes from a trained layer, and only nn.Linear's constructor calls this method."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
@@ -167,8 +172,10 @@ class NF4Linear(nn.Linear):
     )
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch.distributed.checkpoint.state_dict, which follows a key's dots as attributes, where to go from
-        here for "weight": a parameter has no ``absmax``."""
+        """Makes torch.distributed.checkpoint.state_dict look up the key "weight" in ``_STATE_KEYS``.
+
+        That module follows the dots of a key as attributes, and a parameter has no attribute ``absmax``.
+        """
         return {"weight": "_STATE_KEYS"}
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -183,7 +190,8 @@ class NF4Linear(nn.Linear):
         destination[prefix + "weight.quant_map"] = reference.nf4_code(self.weight.device)
         if self.nested_absmax is not None:
             destination[prefix + "weight.nested_absmax"] = self.nested_absmax
-            destination[prefix + "weight.nested_quant_map"] = self.nested_code.clone()  # safetensors refuses aliases
+            # Save a copy, because safetensors refuses tensors that share memory.
+            destination[prefix + "weight.nested_quant_map"] = self.nested_code.clone()
             about |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
             about["nested_offset"] = 0.0 if self.nested_offset.is_meta else self.nested_offset.item()
         text = json.dumps(about).encode()
@@ -208,7 +216,7 @@ class NF4Linear(nn.Linear):
                 self._hold_state(found, assign)
             except (ValueError, TypeError) as error:
                 errors.append(f"NF4Linear {prefix.rstrip('.')!r}: {error}")
-        elif "weight" in found:  # what is missing is told, and not told where nothing need be whole
+        elif "weight" in found:  # without "weight" only the missing keys are reported, if strict
             errors.append(f"NF4Linear {prefix.rstrip('.')!r}: weight comes without weight.absmax or {QUANT_STATE}, "
                           "wanted a state in 4 bits (quantize_nf4 after the dense state is loaded)")  # fmt: skip
         if self.bias is not None:
@@ -226,9 +234,11 @@ class NF4Linear(nn.Linear):
             unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in own and key != prefix)
 
     def _hold_state(self, found: dict[str, Tensor], assign: bool) -> None:
-        """Copies a state dict's tensors in, on this module's device, once all of them are known to fit; ``assign``:
-        holds them as they are."""
-        read_quant_state(found)  # these are tensors, before one is reshaped
+        """Copies the tensors of a state dict into this module, on this module's device.
+
+        With ``assign`` the module holds the given tensors without a copy. All tensors are checked before any is copied.
+        """
+        read_quant_state(found)  # checks that all entries are tensors, before one is reshaped
         packed, weight = found["weight"].detach(), self.weight
         if packed.dtype is not torch.uint8 and not is_dtensor(packed):  # bitsandbytes' quant_storage
             packed = packed.contiguous().view(torch.uint8)
@@ -253,13 +263,13 @@ class NF4Linear(nn.Linear):
         if not is_dtensor(packed):
             from torch.distributed.tensor import distribute_tensor
 
-            # Every process has the whole of it: nothing has to be sent.
+            # Every process holds all codes, so that no process has to send its part.
             packed = distribute_tensor(packed, weight.device_mesh, weight.placements, src_data_rank=None)
-        weight.copy_(packed)  # in place: fully_shard knows this very parameter
+        weight.copy_(packed)  # in place, because fully_shard refers to this parameter object
         self._set_scales(nf4)
 
     def _copied(self, nf4: NF4Weight) -> bool:
-        """Copies a weight into the tensors that are held, which others may hold, too; False: their sizes are others."""
+        """Copies ``nf4`` into the existing tensors, which other modules may share. Returns False if sizes differ."""
         own, came = self.nf4.tensors(), nf4.tensors()
         if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():
             return False
@@ -274,7 +284,7 @@ class NF4Linear(nn.Linear):
 
 
 def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
-    """Returns why a state dict's bias is none for this layer."""
+    """Returns the reason why a state dict's bias does not fit this layer, or None if the bias fits."""
     if not isinstance(bias, Tensor):
         return f"is {type(bias).__name__}, wanted a Tensor"
     if bias.shape != own.shape:
@@ -287,7 +297,7 @@ def _bias_reason(bias: Any, own: Tensor) -> Optional[str]:
 
 
 def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]]) -> Callable[[Tensor], Tensor]:
-    """Returns ``fn``, of a module's ``_apply``, that moves ``held``, codes and scales, and casts them to no dtype."""
+    """Wraps ``fn``, an argument of ``Module._apply``: codes and scales in ``held`` are moved, but are never cast."""
     kept = {id(tensor) for tensor in held}
 
     def run(tensor: Tensor) -> Tensor:
@@ -298,12 +308,15 @@ def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Returns whether it is one, told by name: importing the class takes torch.distributed."""
+    """Returns whether ``tensor`` is a DTensor, by the class's name: importing the class loads torch.distributed."""
     return type(tensor).__name__ == "DTensor"
 
 
 def requantized(merged: Tensor, nf4: NF4Weight) -> tuple[NF4Weight, Tensor]:
-    """Returns a merged weight, float32, quantized as ``nf4`` is, and the relative error of that as a float64 tensor."""
+    """Returns the float32 weight ``merged``, quantized with ``nf4``'s settings, and the relative error of quantizing.
+
+    The error is a float64 tensor.
+    """
     found = replace(ops.nf4_quantize(merged, nf4.blocksize, nf4.nested is not None), dtype=nf4.dtype)
     norm = torch.linalg.vector_norm(merged, dtype=torch.float64)
     moved = torch.linalg.vector_norm(found.dequantize(torch.float32).sub_(merged), dtype=torch.float64)
@@ -314,7 +327,7 @@ def empty_nf4(
     out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype,
     make: Callable[[torch.dtype, tuple[int, ...]], Tensor],
 ) -> NF4Weight:  # fmt: skip
-    """Returns a weight of the tensors that ``make`` gives for a dtype and a shape."""
+    """Returns an NF4Weight whose tensors are made by ``make(dtype, shape)``."""
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
     nested = None

@@ -1,4 +1,4 @@
-"""Trained keys and values before a sequence's own, in each layer: prefix tuning."""
+"""Prefix tuning: trained keys and values that each attention layer puts before the keys and values of a sequence."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ __all__ = ["PrefixEncoder"]
 
 
 class PrefixEncoder(VirtualTokens):
-    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before those of each layer's attention
+    """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before those of each attention layer l
     (prefix tuning, arXiv 2101.00190).
 
-    ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``, ``[num_virtual_tokens, num_layers·2·kv_dim]``,
-    kv_dim = num_kv_heads·head_dim; a row holds layer by layer the keys, then the values, head by head. Run a frozen
-    Transformers model with it as
+    ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``. P has shape
+    ``[num_virtual_tokens, num_layers·2·kv_dim]`` with kv_dim = num_kv_heads·head_dim. A row of P holds, for each layer,
+    the keys of all heads and then the values of all heads. Use the prefix with a frozen Transformers model as
 
         model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
               past_key_values=prefix.past_key_values(batch_size, model.config))
 
-    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``cache``, and takes both
+    or ``model.generate`` with the same arguments. (Transformers 5.24 calls the argument ``cache``, and accepts both
     names.) Logits and labels keep their length.
 
     Args:
-        num_layers, num_kv_heads, head_dim: of the model's attention; with grouped queries, the heads of the keys.
-        num_virtual_tokens: the prefix's length.
-        projection: reparametrize by the MLP, which is for training alone: see :meth:`bake`.
-        hidden_size: the MLP's; default token_dim. token_dim: E's width under the MLP; default kv_dim, as PEFT's.
-        init_weights: "zero": P starts as zeros, which do take part in the attention; None: as ``nn.Embedding`` and
-            ``nn.Linear`` start.
-        device, dtype: of the parameters; default float32, whatever the model is.
+        num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.
+        num_virtual_tokens: number of positions in the prefix.
+        projection: whether P is computed by the MLP. The MLP is needed in training only, see :meth:`bake`.
+        hidden_size: hidden width of the MLP; default token_dim.
+        token_dim: width of E if the MLP is used; default kv_dim, as in PEFT.
+        init_weights: "zero": P starts as zeros, which still take part in the attention; None: the parameters start as
+            ``nn.Embedding`` and ``nn.Linear`` initialize them.
+        device, dtype: device and dtype of the parameters; default dtype float32 for every dtype of the model.
 
-    State dict (``embedding.weight``, and ``transform.0.*``, ``transform.2.*`` with ``projection``) and rows are those
-    of ``peft.tuners.PrefixEncoder``. Raises ValueError for a size below 1 and for a size of the MLP's without
-    ``projection``, TypeError for a dtype that is no float.
+    The state dict has the keys and row layout of ``peft.tuners.PrefixEncoder``: ``embedding.weight`` and, with
+    ``projection``, ``transform.0.*`` and ``transform.2.*``. Raises ValueError for a size below 1, and for hidden_size
+    or token_dim without ``projection``. Raises TypeError for a dtype that is not a float dtype.
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class PrefixEncoder(VirtualTokens):
         device: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> PrefixEncoder:
-        """Takes layers, key heads and head_dim from a Transformers configuration; the other arguments are the class's.
+        """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        Of an encoder-decoder model the decoder's, of one with several modalities the text's. Where layers differ
-        (Gemma 4) the widest head_dim counts, and each layer takes the part that it has room for; a layer with more
-        heads than that gets no prefix, of which this warns. Raises ValueError for a configuration that lacks them, or
-        whose keys and values differ in width (multi-head latent attention).
+        The other arguments are those of the class. The sizes are the decoder's in an encoder-decoder model, and the
+        text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
+        each layer reads the part that fits. A layer with more key heads than num_kv_heads gets no prefix, with a
+        warning. Raises ValueError if the configuration lacks a size, or if keys and values have different widths
+        (multi-head latent attention).
         """
         layers = _layers(model_config)
         sizes = _widest(layers)
@@ -114,7 +116,7 @@ class PrefixEncoder(VirtualTokens):
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
-        """Restarts as the constructor does."""
+        """Initializes the parameters again, as the constructor does."""
         self.embedding.reset_parameters()
         if self.transform is not None:
             self.transform[0].reset_parameters()
@@ -128,16 +130,16 @@ class PrefixEncoder(VirtualTokens):
                 nn.init.zeros_(parameter)
 
     def flattened(self) -> Tensor:
-        """P ``[num_virtual_tokens, num_layers·2·kv_dim]``: what PEFT saves, as ``prompt_embeddings``.
+        """Returns P ``[num_virtual_tokens, num_layers·2·kv_dim]``, the tensor that PEFT saves as ``prompt_embeddings``.
 
-        Without the MLP it is ``embedding.weight`` itself.
+        Without the MLP, P is the parameter ``embedding.weight`` itself.
         """
         weight = self.embedding.weight
         return weight if self.transform is None else self.transform(weight)
 
     @torch.no_grad()
     def bake(self) -> PrefixEncoder:
-        """Returns a prefix that holds :meth:`flattened` as its embedding, without the MLP: the same keys and values."""
+        """Returns a PrefixEncoder without MLP whose embedding is P, so that keys and values do not change."""
         weight = self.embedding.weight
         sizes = (self.num_layers, self.num_kv_heads, self.head_dim, self.num_virtual_tokens)
         module = PrefixEncoder(*sizes, device="meta", dtype=weight.dtype)
@@ -146,16 +148,20 @@ class PrefixEncoder(VirtualTokens):
         return module.train(self.training)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """As :meth:`PromptEmbedding.load_prompt_embeddings`; the MLP can't be found from its output: ValueError."""
+        """Copies ``prompt_embeddings`` into the embedding; see :meth:`PromptEmbedding.load_prompt_embeddings`.
+
+        Raises ValueError with ``projection``, because the MLP's parameters can't be computed from P.
+        """
         if self.projection:
             raise ValueError("PrefixEncoder: projection is True, wanted False to load prompt_embeddings")
         super().load_prompt_embeddings(prompt_embeddings)
 
     def forward(self, batch_size: int, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """Keys ``[:, 0]`` and values ``[:, 1]`` of each layer, for each of the batch.
+        """Returns the keys ``[:, 0]`` and values ``[:, 1]`` of each layer, repeated for each sequence of the batch.
 
-        ``[num_layers, 2, batch_size, num_kv_heads, num_virtual_tokens, head_dim]``, in ``dtype`` if it is given. The
-        MLP runs once, whatever the batch; the result is a view of :meth:`flattened` unless ``dtype`` casts.
+        The result has shape ``[num_layers, 2, batch_size, num_kv_heads, num_virtual_tokens, head_dim]`` and dtype
+        ``dtype``, default the parameters' dtype. The MLP runs once for every batch size. The result is a view of
+        :meth:`flattened` unless ``dtype`` needs a cast.
         """
         shape = (self.num_virtual_tokens, self.num_layers, 2, self.num_kv_heads, self.head_dim)
         return self._for_each(self.flattened().view(shape).permute(1, 2, 3, 0, 4), 2, batch_size, dtype)
@@ -168,20 +174,21 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """Returns the prefix as the cache that a Transformers model takes and appends to: a new one for each forward.
+        """Returns a cache that holds the prefix, to which a Transformers model appends. Make a new cache each forward.
 
         Args:
-            config: the model's. With it a sliding window drops what it can't see, layers that keep no keys of their
-                own get none, and an encoder-decoder model gets an EncoderDecoderCache, the prefix before the decoder's
-                self-attention. Without it, a plain DynamicCache.
-            dtype: what the model computes in; default config's dtype, or else the parameters'. Give ``model.dtype``
-                for a model that was cast after it was made.
-            peft_order: in an encoder-decoder model, give layer i the prefix ``2i mod num_layers``, as PEFT does, so
-                that its files mean the same here. With an even number of layers half of the prefixes are then used
-                twice and the others never: False gives layer i the prefix i.
+            config: the model's configuration. With config a sliding-window layer drops positions outside of its
+                window, a layer that stores no keys gets no prefix, and an encoder-decoder model gets an
+                EncoderDecoderCache with the prefix in the decoder's self-attention. Without config the cache is a
+                plain DynamicCache.
+            dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
+                ``model.dtype`` for a model that was cast after it was made.
+            peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,
+                so that PEFT's files mean the same here. With an even number of layers PEFT's order uses half of the
+                prefixes twice and the other half never. False gives layer i the prefix i.
 
-        Activation checkpointing turns the cache off, and with it the prefix. Raises ValueError if config's layers,
-        key heads or head_dim are not this prefix's.
+        Activation checkpointing turns the cache off, and so the prefix is not used. Raises ValueError if config's
+        layers, key heads or head_dim differ from those of this prefix.
         """
         with required("transformers", "PrefixEncoder.cache"):
             from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
@@ -198,7 +205,7 @@ class PrefixEncoder(VirtualTokens):
         prefix = self(batch_size, dtype)
         if getattr(config, "is_encoder_decoder", False):
             order = [2 * i % self.num_layers if peft_order else i for i in range(self.num_layers)]
-            # The encoder's keys and values are not there yet: an empty cache has the first forward fill it.
+            # The cache of the cross-attention starts empty, and the first forward fills it from the encoder's output.
             return EncoderDecoderCache(DynamicCache([tuple(prefix[i]) for i in order]), DynamicCache())
         cache = DynamicCache(config=config)
         for i, (layer, (heads, width)) in enumerate(zip(cache.layers, layers, strict=False)):
@@ -213,10 +220,13 @@ class PrefixEncoder(VirtualTokens):
 
 
 def _layers(config: Any) -> list[tuple[int, int]]:
-    """Heads and head_dim of the keys and values that each layer of a Transformers configuration's (text) decoder has
-    in its cache."""
+    """Returns ``(key heads, head_dim)`` of the cached keys and values of each decoder layer.
+
+    ``config`` is a Transformers configuration. For a multimodal model the layers are those of the text decoder.
+    """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    # T5's num_layers are the encoder's; BART's decoder_layers are num_hidden_layers of the text configuration.
+    # T5's num_layers counts the encoder's layers. get_text_config(decoder=True) of BART's configuration gives
+    # decoder_layers as num_hidden_layers.
     num_layers = _read(config, "num_decoder_layers", "num_hidden_layers")
     if getattr(config, "is_heterogeneous", False):
         return [_heads(config.per_layer_config[i]) for i in range(num_layers)]
@@ -230,7 +240,7 @@ def _heads(config: Any) -> tuple[int, int]:
             "one width"
         )
     queries = _read(config, "num_attention_heads")
-    # Falcon, whose newer architecture repeats the keys for every query before they reach the cache.
+    # Falcon's multi_query means one key head, except in its newer architecture, which repeats keys for every query.
     multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     heads = getattr(config, "num_key_value_heads", None) or (1 if multi_query else queries)
     head_dim = getattr(config, "head_dim", None)
@@ -245,7 +255,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first of ``names`` that config has; GPT-2's n_layer and the like answer to the usual ones too."""
+    """Returns the first attribute among ``names`` that config has. GPT-2's n_layer is also found by its common name."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value
@@ -253,5 +263,5 @@ def _read(config: Any, *names: str) -> int:
 
 
 def _widest(layers: list[tuple[int, int]]) -> tuple[int, int, int]:
-    """Returns layers, key heads and head_dim of the prefix that PEFT gives a model of these layers."""
+    """Returns the number of layers, the key heads and the head_dim of the prefix that PEFT makes for these layers."""
     return (len(layers), *max(layers, key=lambda layer: layer[1]))

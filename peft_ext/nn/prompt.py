@@ -1,4 +1,4 @@
-"""Trained embeddings before a sequence's own: prompt tuning."""
+"""Prompt tuning: trained embeddings that are put before the token embeddings of a sequence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["PromptEmbedding", "VirtualTokens"]
 
 
 class VirtualTokens(nn.Module):
-    """``embedding [num_virtual_tokens, width]``, trained: tokens that stand before each sequence of a batch.
+    """Base class of trained virtual tokens: ``embedding [num_virtual_tokens, width]``, put before each sequence.
 
-    A subclass has a ``reset_parameters`` and says what the width holds. ``embedding.weight`` is the key that PEFT's
-    modules have in their state dict.
+    A subclass defines ``reset_parameters`` and the meaning of the width. PEFT's modules have the same state dict key,
+    ``embedding.weight``.
     """
 
     def _hold(self, num_virtual_tokens: int, width: int, device: Any, dtype: torch.dtype) -> None:
@@ -32,19 +32,19 @@ class VirtualTokens(nn.Module):
             raise ValueError(f"{cls.__name__}: {argument} is {value!r}, wanted an integer of at least 1")
 
     def _for_each(self, rows: Tensor, dim: int, batch_size: int, dtype: Optional[torch.dtype]) -> Tensor:
-        """``rows`` in ``dtype``, for each of the batch at a new dimension ``dim``: a view where nothing is to cast."""
+        """Returns ``rows`` in ``dtype``, expanded to ``batch_size`` at a new dimension ``dim``; a view if no cast."""
         self._check_count("batch_size", batch_size)
         if dtype is not None:
             check_dtype(type(self).__name__, dtype)
         sizes = list(rows.shape)
         sizes.insert(dim, batch_size)
         if rows.requires_grad and torch.is_grad_enabled():
-            # Cast last, so that the gradient is summed over the batch in the parameters' dtype.
+            # The cast is last, so that the backward sums the gradient over the batch in the parameters' dtype.
             return rows.unsqueeze(dim).expand(sizes).to(dtype or rows.dtype)
         return rows.to(dtype or rows.dtype).unsqueeze(dim).expand(sizes)
 
     def _extend(self, argument: str, value: object, fill: int, shape: Optional[tuple[int, int]] = None) -> Tensor:
-        """Returns ``value [B, T]`` after ``num_virtual_tokens`` columns of ``fill``, in its own dtype."""
+        """Returns ``value [B, T]`` with ``num_virtual_tokens`` columns of ``fill`` before it, in ``value``'s dtype."""
         name = type(self).__name__
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {argument} is {type(value).__name__}, wanted a Tensor")
@@ -53,15 +53,15 @@ class VirtualTokens(nn.Module):
         return nn.functional.pad(value, (self.num_virtual_tokens, 0), value=fill)
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
-        """Returns the mask ``[B, T]`` with ones before it, ``[B, num_virtual_tokens + T]`` in its own dtype."""
+        """Returns the mask ``[B, T]`` with ones before it: ``[B, num_virtual_tokens + T]``, in the mask's dtype."""
         return self._extend("attention_mask", attention_mask, 1)
 
     @torch.no_grad()
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Copies in the one tensor ``prompt_embeddings`` of a file that PEFT has saved, shaped as ``embedding.weight``.
+        """Copies ``prompt_embeddings``, the only tensor in PEFT's adapter file, into ``embedding.weight``.
 
-        Raises ValueError for another shape. For prompt tuning of an encoder-decoder model PEFT saves twice the rows
-        and uses the first half: load that.
+        Raises ValueError if the shapes differ. For prompt tuning of an encoder-decoder model PEFT saves twice as many
+        rows and uses the first half of the rows: pass only the first half.
         """
         name, weight = type(self).__name__, self.embedding.weight
         check_float(name, "prompt_embeddings", prompt_embeddings)
@@ -73,22 +73,23 @@ class VirtualTokens(nn.Module):
 
 
 class PromptEmbedding(VirtualTokens):
-    """``Y = [P; X]``: trained embeddings ``P`` before those of each sequence (prompt tuning, arXiv 2104.08691).
+    """``Y = [P; X]``: trained embeddings P before the embeddings X of each sequence (prompt tuning, arXiv 2104.08691).
 
     X ``[B, T, token_dim]``, P ``[num_virtual_tokens, token_dim]``, Y ``[B, num_virtual_tokens + T, token_dim]`` in X's
-    dtype. Run a frozen model with it as
+    dtype. Use the prompt with a frozen model as
 
         model(**prompt.prepend(model.get_input_embeddings()(input_ids), attention_mask, labels))
 
-    and drop the first ``num_virtual_tokens`` positions of its output. Nothing is saved for backward.
+    and drop the first ``num_virtual_tokens`` positions of the model's output. Nothing is saved for backward.
 
     Args:
-        num_virtual_tokens: P's rows. token_dim: the width of the model's token embeddings.
-        device, dtype: of the parameter; default float32, whatever the model is.
+        num_virtual_tokens: number of rows of P. token_dim: width of the model's token embeddings.
+        device, dtype: device and dtype of the parameter; default dtype float32 for every dtype of the model.
 
-    ``embedding.weight`` starts normal, as ``nn.Embedding`` does and as PEFT's default; :meth:`from_vocab` and
-    :meth:`from_text` start from the model's own embeddings. State dict and rows are those of
-    ``peft.tuners.PromptEmbedding``. Raises ValueError for a size below 1, TypeError for a dtype that is no float.
+    ``embedding.weight`` starts normal, as in ``nn.Embedding`` and by default in PEFT. :meth:`from_vocab` and
+    :meth:`from_text` start from the model's own embeddings. The state dict has the key and row layout of
+    ``peft.tuners.PromptEmbedding``. Raises ValueError for a size below 1, TypeError for a dtype that is not a float
+    dtype.
     """
 
     def __init__(
@@ -109,11 +110,12 @@ class PromptEmbedding(VirtualTokens):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> PromptEmbedding:
-        """Start as the embeddings of random tokens: uniform over the vocabulary, with repetition; PEFT's SAMPLE_VOCAB.
+        """Returns a prompt that starts as the embeddings of random tokens, as PEFT's SAMPLE_VOCAB does.
 
-        ``embedding`` is the model's (``model.get_input_embeddings()``). It is called, so that an embedding that scales
-        its rows gives what the model reads, and is not kept. The tokens are drawn on ``generator``'s device, without
-        one from the CPU's default generator.
+        Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device;
+        by default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
+        rows come from a call of ``embedding``, so that an embedding that scales its rows gives the model's actual
+        inputs. ``embedding`` is not kept.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         device = "cpu" if generator is None else generator.device
@@ -130,11 +132,11 @@ class PromptEmbedding(VirtualTokens):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> PromptEmbedding:
-        """Start as the embeddings of ``text``: its tokens, cut off or repeated to ``num_virtual_tokens``; PEFT's TEXT.
+        """Returns a prompt that starts as the embeddings of ``text``'s tokens, as PEFT's TEXT does.
 
-        ``tokenizer(text)["input_ids"]`` gives the tokens, special ones included, as a Transformers tokenizer does.
-        ``embedding`` as in :meth:`from_vocab`. Raises ValueError for a text without tokens, or with tokens that
-        ``embedding`` has no row for.
+        The tokens are cut off or repeated to ``num_virtual_tokens``. ``tokenizer(text)["input_ids"]`` gives the tokens,
+        special tokens included, as with a Transformers tokenizer. ``embedding`` as in :meth:`from_vocab`. Raises
+        ValueError for a text without tokens, or with a token for which ``embedding`` has no row.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         if not isinstance(text, str):
@@ -157,11 +159,14 @@ class PromptEmbedding(VirtualTokens):
         return module
 
     def reset_parameters(self) -> None:
-        """Restarts from the normal distribution."""
+        """Initializes the embedding again, from the normal distribution."""
         self.embedding.reset_parameters()
 
     def prompt(self, batch_size: int, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """P for each of the batch, ``[batch_size, num_virtual_tokens, token_dim]``; a view unless ``dtype`` casts."""
+        """Returns P for each sequence of a batch, ``[batch_size, num_virtual_tokens, token_dim]``.
+
+        The result is a view of P unless ``dtype`` needs a cast.
+        """
         return self._for_each(self.embedding.weight, 0, batch_size, dtype)
 
     def forward(self, inputs_embeds: Tensor) -> Tensor:
@@ -176,7 +181,7 @@ class PromptEmbedding(VirtualTokens):
         return torch.cat((self.prompt(inputs_embeds.shape[0], inputs_embeds.dtype), inputs_embeds), dim=1)
 
     def extend_labels(self, labels: Tensor) -> Tensor:
-        """Returns the labels ``[B, T]`` behind -100, which the loss leaves out: ``[B, num_virtual_tokens + T]``."""
+        """Returns labels ``[B, T]`` with -100, which the loss ignores, before them: ``[B, num_virtual_tokens + T]``."""
         return self._extend_labels(labels)
 
     def _extend_labels(self, labels: Tensor, shape: Optional[tuple[int, int]] = None) -> Tensor:
@@ -191,11 +196,11 @@ class PromptEmbedding(VirtualTokens):
         labels: Optional[Tensor] = None,
         token_type_ids: Optional[Tensor] = None,
     ) -> dict[str, Tensor]:
-        """Returns what a model takes in place of these, by name: each with the prompt before it; None stays away.
+        """Returns the keyword arguments for a model: every given argument extended by the prompt, under its own name.
 
-        ``attention_mask``, ``labels`` and ``token_type_ids`` (zeros for the prompt) are ``[B, T]``. A model that is
-        given no mask attends to everything, the prompt included. Labels that are not one per token are no business of
-        the prompt's: leave them out here.
+        ``attention_mask``, ``labels`` and ``token_type_ids`` are ``[B, T]``; the prompt's token type is 0. An argument
+        that is None is left out. A model without ``attention_mask`` attends to all positions, the prompt included. Do
+        not pass labels that are not one per token.
         """
         extended = {"inputs_embeds": self(inputs_embeds)}
         shape = tuple(inputs_embeds.shape[:2])
@@ -212,7 +217,7 @@ class PromptEmbedding(VirtualTokens):
 
 
 def _vocabulary(cls: type, embedding: object) -> int:
-    """Returns how many tokens ``embedding`` has."""
+    """Returns the number of tokens in the vocabulary of ``embedding``."""
     if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
         raise TypeError(
             f"{cls.__name__}: embedding is {type(embedding).__name__}, wanted a module of token embeddings with a "

@@ -1,6 +1,6 @@
-"""The operations in plain PyTorch, for any float dtype: fallback, oracle and baseline.
+"""The package's operations in plain PyTorch, for any float dtype: fallback, oracle and baseline.
 
-In float64 these are the oracle that every kernel is tested against. Nothing here calls ``peft_ext.ops``.
+In float64 these functions are the oracle that every kernel is tested against. No function here calls ``peft_ext.ops``.
 """
 
 from .activations import activation, activation_backward, gated_activation, gated_activation_backward

@@ -1,6 +1,6 @@
-"""Activations, alone and gated, in plain PyTorch.
+"""Activation functions and gated activations, in plain PyTorch.
 
-    y = act(gate) ∘ up        relu2: relu(u)²
+    y = act(u)        gated: y = act(gate) ∘ up        relu2(u) = relu(u)²
 
 Sources: gated units (arXiv 2002.05202), GELU (arXiv 1606.08415), squared ReLU (arXiv 2109.08668).
 """
@@ -56,7 +56,10 @@ def _halves(gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def gated_activation_forward(gate: Tensor, up: Optional[Tensor], activation: str) -> Tensor:
-    """Returns ``act(gate) ∘ up`` in float32 (float64), rounded once; without up gate is the two, side by side."""
+    """Returns ``act(gate) ∘ up``, computed in float32 (float64 for float64 inputs) and rounded once to gate's dtype.
+
+    With up None, ``gate`` holds both factors side by side: the first half of the last dimension is gate, the second up.
+    """
     wide = sum_dtype(gate.dtype)
     first, second = _halves(gate, up)
     return (activated(first.to(wide), activation) * second.to(wide)).to(gate.dtype)
@@ -65,7 +68,7 @@ def gated_activation_forward(gate: Tensor, up: Optional[Tensor], activation: str
 def gated_activation_backward(
     grad: Tensor, gate: Tensor, up: Optional[Tensor], activation: str
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Returns gradients of gate and up: ``dY ∘ up ∘ act'(gate)``, ``dY ∘ act(gate)``."""
+    """Returns the gradients of gate and up: ``dY ∘ up ∘ act'(gate)`` and ``dY ∘ act(gate)``."""
     wide = sum_dtype(gate.dtype)
     first, second = (value.to(wide) for value in _halves(gate, up))
     grad = grad.to(wide)

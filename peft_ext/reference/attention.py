@@ -1,9 +1,9 @@
 """Scaled dot-product attention, in plain PyTorch.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
-    lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
+    lse = ln Σ exp(S)      D = 1 / (1 - p) for the keys that dropout keeps, 0 for the others; D = 1 without dropout
 
-Source: Attention Is All You Need (arXiv 1706.03762); the backward from lse: FlashAttention-2 (arXiv 2307.08691).
+Sources: Attention Is All You Need (arXiv 1706.03762); for the backward from lse, FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_backwar
 
 
 def seen(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool) -> Tensor:
-    """Returns what a query may see, ``[B or 1, H or 1, T, S]``."""
+    """Returns a bool tensor ``[B or 1, H or 1, T, S]``: whether a query may attend to a key."""
     queries, keys = q.shape[2], k.shape[2]
     found = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
     if is_causal:
@@ -37,7 +37,7 @@ def _scores(
 
 
 def _dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
-    """Returns D ∘ x of ``x [B, H, T, S]``; draws are those of ``[B, H, S, T]``."""
+    """Returns D ∘ x for ``x [B, H, T, S]``. The dropout draws are indexed by the transposed layout ``[B, H, S, T]``."""
     return dropped(x.mT, p, seed).mT
 
 
@@ -56,8 +56,10 @@ def scaled_dot_product_attention(
     seed: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out and lse, ``[B, H, T]``, of :func:`peft_ext.ops.scaled_dot_product_attention`; gradients come from
-    PyTorch's autograd. Of a query that sees nothing both are 0."""
+    """Returns ``(out, lse [B, H, T])`` of :func:`peft_ext.ops.scaled_dot_product_attention`.
+
+    For a query that may attend to no key, out and lse are 0. Gradients come from PyTorch's autograd.
+    """
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))
     scores = _scores(q.to(wide), wide_k, mask, is_causal, scale, bias)
@@ -81,8 +83,9 @@ def scaled_dot_product_attention_backward(
     seed: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``,
-    ``dQ = scale dS k``, ``dK = scale dSᵀ q``, P from S and lse; those of k and v summed over the heads that share one.
+    """Returns the gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``,
+    ``dQ = scale dS k``, ``dK = scale dSᵀ q``. P is computed from S and lse. The gradients of k and v are summed over
+    the query heads that share a key head.
     """
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))

@@ -2,9 +2,9 @@
 
     U = x Dᵀ + b_d  [T, M]        H = act(U)        Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
-D ``down_weight [M, K]``, V ``up_weight [N, M]``; without a residual of its own the adapter's is x, and N is K.
+D is ``down_weight [M, K]`` and V is ``up_weight [N, M]``. If no residual is given, the residual is x and N is K.
 
-Sources: Houlsby et al. (arXiv 1902.00751), Pfeiffer et al. (arXiv 2005.00247), in parallel He et al.
+Sources: Houlsby et al. (arXiv 1902.00751); Pfeiffer et al. (arXiv 2005.00247); for the parallel adapter, He et al.
 (arXiv 2110.04366).
 """
 
@@ -34,7 +34,7 @@ def bottleneck_adapter_forward(
     scale: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], U [T, M])``; U is what the backward needs beside x."""
+    """Returns ``(Y [..., N], U [T, M])``. The backward needs x and U."""
     wide = sum_dtype(x.dtype)
     u = F.linear(rows(x).to(wide), down_weight.to(wide), None if down_bias is None else down_bias.to(wide))
     v = F.linear(activated(u, activation), up_weight.to(wide), None if up_bias is None else up_bias.to(wide))
@@ -45,10 +45,11 @@ def bottleneck_adapter_forward(
 def bottleneck_adapter_backward(
     grad: Tensor, x: Tensor, u: Tensor, down_weight: Tensor, up_weight: Tensor, scale: float, activation: str, own: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns gradients of x, down_weight, down_bias, up_weight and up_bias, with ``dU = s · dY V ∘ act'(U)``:
+    """Returns the gradients of x, down_weight, down_bias, up_weight and up_bias. With ``dU = s · dY V ∘ act'(U)``:
 
-    ``dX = dU D`` (plus dY where x is the residual: ``own``), ``dD = dUᵀ x``, ``db_d = Σ dU``, ``dV = s · dYᵀ H``,
-    ``db_v = s · Σ dY``; the biases' in float32 (float64).
+    ``dX = dU D`` (plus dY if ``own``, that is if x is the residual), ``dD = dUᵀ x``, ``db_d = Σ dU``,
+    ``dV = s · dYᵀ H``, ``db_v = s · Σ dY``. The biases' gradients are float32, or float64
+    for float64 inputs.
     """
     wide = sum_dtype(x.dtype)
     flat, u = rows(grad).to(wide), u.to(wide)

@@ -1,4 +1,4 @@
-"""What the references of the adapted linear layers share."""
+"""Functions that the references of several adapted linear layers use."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ..weight import NF4Weight
 from .nf4 import nf4_dequantize
 from .philox import dropout_keep_mask
 
-# Where an output's scale is smaller, the output holds too little of what was scaled (in float16 it may be subnormal,
-# or 0): the backward computes that from x again.
+# If an output's scale is smaller than this, dividing the output by the scale would lose precision (a float16 output may
+# be subnormal or 0). The backward then computes the unscaled output again from x.
 SMALLEST_SCALE = 2.0**-6
 
 
 def dense(weight: Union[Tensor, NF4Weight], dtype: torch.dtype) -> Tensor:
-    """Returns the weight that a product in ``dtype`` takes: NF4 is rounded to it once, a dense one is of it already."""
+    """Returns the dense weight for a product in ``dtype``. An NF4 weight is rounded once to ``dtype``."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Products are summed in float32, or in float64 for float64 inputs."""
+    """Returns the dtype in which products are summed: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows(value: Tensor) -> Tensor:
-    """Returns ``[..., F]`` as ``[T, F]``."""
+    """Returns ``value [..., F]`` reshaped to ``[T, F]``, where T is the product of the leading sizes."""
     return value.reshape(-1, value.shape[-1])
 
 
 def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
-    """Returns ``mask ∘ x / (1 - p)``, or ``x`` where there is no seed."""
+    """Returns ``mask ∘ x / (1 - p)``, or ``x`` itself if ``seed`` is None."""
     if seed is None:
         return x
     return torch.where(dropout_keep_mask(seed, p, x.shape), x * (1.0 / (1.0 - p)), 0.0)
@@ -41,7 +41,7 @@ def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
 def dropout_seed(
     seed: Optional[Tensor], dropout_p: float, training: bool, device: torch.device | str
 ) -> Optional[Tensor]:
-    """Returns the seed of an active dropout, drawn from PyTorch's generator where none is given; None: no dropout."""
+    """Returns the dropout's seed, or None if no dropout is active. A missing seed is drawn by PyTorch's generator."""
     if not training or dropout_p == 0.0:
         return None
     if seed is None:

@@ -1,9 +1,9 @@
-"""Cross entropy of a linear layer's outputs, in plain PyTorch: all logits at once.
+"""Cross entropy of a linear layer's outputs, in plain PyTorch, with the logits of all tokens in memory at once.
 
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-Sources: transformers' causal loss, which takes the logits to float32 first; Gemma 2 (arXiv 2408.00118) for the cap.
+Sources: transformers' causal loss, which casts the logits to float32 first; for softcap, Gemma 2 (arXiv 2408.00118).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["cross_entropy_rows", "linear_cross_entropy"]
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
-    """Returns ``c tanh(a x / c)``, or ``a x`` where c is 0, in float32 or wider."""
+    """Returns ``c tanh(a x / c)``, or ``a x`` if the cap c is 0, in float32 or wider."""
     z = logits.to(sum_dtype(logits.dtype)) * scale
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -37,7 +37,10 @@ def cross_entropy_rows(
     ignore_index: int,
     needs_grad: bool,
 ) -> Tensor:
-    """Returns the loss of each row ``[T]``; with ``needs_grad`` logits become ``row_weight ∘ d loss / d logits``."""
+    """Returns the loss of each row, ``[T]``.
+
+    With ``needs_grad`` the function overwrites ``logits`` with their gradient, ``row_weight ∘ d loss / d logits``.
+    """
     wide = logits.detach().clone() if needs_grad else logits
     with torch.enable_grad():
         if needs_grad:
@@ -67,7 +70,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items_in_batch: Union[Tensor, int, None] = None,
 ) -> Tensor:
-    """As :func:`peft_ext.ops.linear_cross_entropy`, differentiable by autograd."""
+    """See :func:`peft_ext.ops.linear_cross_entropy`; gradients come from PyTorch's autograd."""
     logits = F.linear(rows(hidden), dense(weight, hidden.dtype), bias)
     if lora_A is not None:
         low = rows(hidden if lora_input is None else lora_input)
@@ -80,7 +83,10 @@ def linear_cross_entropy(
 def reduced(
     losses: Tensor, labels: Tensor, ignore_index: int, reduction: str, num_items_in_batch: Union[Tensor, int, None]
 ) -> Tensor:
-    """Returns the losses of tokens, or their sum over what it is to be divided by."""
+    """Returns the losses of all tokens for reduction "none", else their sum, divided by num_items_in_batch if given.
+
+    Without num_items_in_batch, "mean" divides the sum by the number of labels that are not ignored.
+    """
     if reduction == "none":
         return losses.view(labels.shape)
     if num_items_in_batch is not None:

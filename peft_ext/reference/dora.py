@@ -4,7 +4,7 @@
 
 The norm never forms ``W + s·B A``: ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with ``U = W Aᵀ``.
 
-Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant of the gradient.
+Source: DoRA (arXiv 2402.09353). Section 4.3 of the paper treats the norm as a constant in the backward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Returns ``g = magnitude / norm`` in the norm's dtype; 0, with finite gradients, where the norm is 0."""
+    """Returns ``g = magnitude / norm`` in the norm's dtype. If a norm is 0, its g is 0 and the gradients are finite."""
     return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, float("inf"))
 
 
@@ -39,12 +39,15 @@ def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 def dora_weight_norm_forward(
     weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(n [N], U [N, R])`` in float32 (float64); an NF4 weight is dequantized to ``dtype``."""
+    """Returns ``(n [N], U [N, R])`` in float32, or in float64 if ``dtype`` is float64.
+
+    An NF4 weight is dequantized to ``dtype`` first.
+    """
     wide = sum_dtype(dtype)
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
     u = w @ a.t()
     squared = ((w * w).sum(1) + ((2 * u + b @ (a @ a.t())) * b).sum(1)).clamp(min=0)
-    zero = squared == 0  # a square root has no finite gradient there
+    zero = squared == 0  # the gradient of a square root is not finite at 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0), u
 
 
@@ -58,7 +61,10 @@ def dora_weight_norm_backward(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``, ``c = grad / n`` per row, 0 where n is."""
+    """Returns the gradients of lora_A and lora_B, with ``c = grad / n`` per row, and c = 0 where n = 0:
+
+    ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
+    """
     wide = norm.dtype
     w, a, b = dense(weight, dtype).to(wide), lora_A.to(wide), scaling * lora_B.to(wide)
     c = (grad / norm).masked_fill(norm == 0, 0)[:, None]
@@ -97,7 +103,7 @@ def dora_linear_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``(Y [..., N], S [T, R], Z [T, N])``.
 
-    With ``drop_base`` the base product in Z is that of x̃, and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
+    With ``drop_base`` Z contains the base product of x̃ instead of x, and ``Y = x Wᵀ + b + g∘Z - x̃ Wᵀ``.
     """
     wide = sum_dtype(x.dtype)
     w, g, wide_x = dense(weight, x.dtype).to(wide), out_scale.to(wide), x.to(wide)
@@ -131,10 +137,11 @@ def dora_linear_backward(
     seed: Optional[Tensor],
     drop_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns gradients of x, lora_A, lora_B and g (None without z), with ``G = g∘dY`` and ``P = s G B``:
+    """Returns the gradients of x, lora_A, lora_B and g. g's gradient is None if z is None.
 
-    ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``, ``dg = Σ_t dY∘Z``; with ``drop_base``
-    ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. ``z_is_scaled``: z is Y, and ``Z = Y / g``.
+    With ``G = g∘dY`` and ``P = s G B``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = s Gᵀ S``,
+    ``dg = Σ_t dY∘Z``. With ``drop_base``: ``dX = dY W + mask/(1-p) ∘ ((G - dY) W + P A)``. If ``z_is_scaled``, the
+    argument z is Y, and ``Z = Y / g``.
     """
     wide = sum_dtype(x.dtype)
     w, g = dense(weight, x.dtype).to(wide), out_scale.to(wide)
@@ -180,7 +187,7 @@ def dora_linear(
     seed: Optional[Tensor] = None,
     save_output: bool = False,
 ) -> Tensor:
-    """See :func:`peft_ext.ops.dora_linear`; gradients come from PyTorch's autograd, which saves what it needs."""
+    """See :func:`peft_ext.ops.dora_linear`; gradients come from PyTorch's autograd."""
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling, dtype=x.dtype)
     g = output_scale(magnitude, weight_norm if norm_grad else weight_norm.detach())

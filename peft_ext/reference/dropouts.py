@@ -17,5 +17,5 @@ __all__ = ["dropout"]
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Optional[Tensor]) -> Tensor:
-    """Returns what :func:`peft_ext.ops.dropout` does, of x's dtype; x itself without a seed."""
+    """Returns the result of :func:`peft_ext.ops.dropout` in x's dtype. Without a seed the result is x."""
     return dropped(x.to(sum_dtype(x.dtype)), dropout_p, seed).to(x.dtype)

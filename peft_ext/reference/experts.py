@@ -1,9 +1,11 @@
-"""The linear layers of a mixture of experts over sorted rows, each with LoRA, with DoRA or without, in plain PyTorch.
+"""Linear layers of a mixture of experts over rows that are sorted by expert, in plain PyTorch.
 
     Y_t = x_t W_eᵀ + s · (dropout(x_t) A_eᵀ) B_eᵀ + b_e        for every row t of expert e
-    of DoRA, all but b_e times g_e = magnitude_e / ‖W_e + s · B_e A_e‖
+    DoRA multiplies all terms but b_e by g_e = magnitude_e / ‖W_e + s · B_e A_e‖
 
-Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
+The adapter is LoRA, DoRA or none.
+
+Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
 
 from __future__ import annotations
@@ -34,23 +36,23 @@ __all__ = [
 
 
 def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each expert that has rows, and which. Raises ValueError where offsets do not ascend from 0."""
+    """Yields each expert that has rows, and the slice of its rows. Raises ValueError if offsets do not ascend."""
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
         if end < begin:
-            raise ValueError(f"offsets has {end} after {begin}, wanted the rows' ends in ascending order")
+            raise ValueError(f"offsets has {end} after {begin}, wanted the ends of experts' rows in ascending order")
         if end > begin:
             yield expert, slice(begin, end)
         begin = end
 
 
 def wanted_experts(offsets: Optional[Tensor], count: int) -> Iterable[int]:
-    """Returns the experts that have rows; all of them where it is not said which do."""
+    """Returns the numbers of the experts that have rows, or of all ``count`` experts if ``offsets`` is None."""
     return range(count) if offsets is None else (expert for expert, _ in runs(offsets))
 
 
 def weight_of(weight: Union[Tensor, NF4Weight], expert: int) -> Union[Tensor, NF4Weight]:
-    """Returns an expert's ``[N, K]``, of the same memory."""
+    """Returns the weight ``[N, K]`` of an expert, which shares the memory of ``weight``."""
     return weight.expert(expert) if isinstance(weight, NF4Weight) else weight[expert]
 
 
@@ -59,7 +61,7 @@ def _of(values: Optional[Tensor], expert: Union[int, slice]) -> Optional[Tensor]
 
 
 def seed_of(seed: Optional[Tensor], expert: int) -> Optional[Tensor]:
-    """An expert's mask is of its own rows, with its number added to the offset."""
+    """Returns an expert's dropout seed, whose offset is increased by the expert's number. The mask covers its rows."""
     return None if seed is None else seed + torch.tensor([0, expert], device=seed.device)
 
 
@@ -75,8 +77,11 @@ def lora_experts_forward(
     seed: Optional[Tensor],
     out_scale: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [S, N], S [S, R], Z [S, N])``, zeros in the rows of no expert; S is ``[0]`` without adapters, and Z
-    without out_scale g ``[E, N]``, which makes them DoRA's."""
+    """Returns ``(Y [S, N], S [S, R], Z [S, N])``. Rows of no expert are zeros.
+
+    With out_scale, DoRA's g ``[E, N]``, the adapters are DoRA's. S is ``[0]`` without adapters, and Z is ``[0]``
+    without out_scale.
+    """
     wide = sum_dtype(x.dtype)
     y = x.new_zeros(x.shape[0], weight.shape[1])
     s = x.new_zeros(0 if lora_A is None else (x.shape[0], lora_A.shape[1]), dtype=wide)
@@ -109,7 +114,10 @@ def lora_experts_backward(
     out_scale: Optional[Tensor] = None,
     z: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, lora_A, lora_B and g, zeros for what has no rows; ``[0]`` of what is not given."""
+    """Returns the gradients of x, lora_A, lora_B and g.
+
+    The gradient of an expert without rows is zeros. The gradient of an argument that is None is empty, ``[0]``.
+    """
     grad_x = torch.zeros_like(x)
     grads = [x.new_zeros(0) if value is None else torch.zeros_like(value) for value in (lora_A, lora_B, out_scale)]
     for expert, rows in runs(offsets):
@@ -153,7 +161,7 @@ def lora_experts(
         else:
             parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
                                      dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
-    # Without a row the result hangs together with x all the same.
+    # If no expert has a row, this empty term still connects the result with x in the autograd graph.
     return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
 
 

@@ -1,8 +1,8 @@
-"""LoRA over a frozen weight with an adapter for each sample, in plain PyTorch.
+"""LoRA over a frozen weight with a different adapter for each sample of a batch, in plain PyTorch.
 
-    S_i = x_i A_gᵀ         Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b         g = adapters[i];  -1: x_i Wᵀ + b
+    S_i = x_i A_gᵀ         Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b         g = adapters[i];  g = -1: Y_i = x_i Wᵀ + b
 
-Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
+Sources: LoRA (arXiv 2106.09685); for several adapters in one batch, Punica (arXiv 2310.18547).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["grouped_lora_linear", "grouped_lora_linear_forward", "samples_of"]
 
 
 def samples_of(adapters: Sequence[int], group: int) -> list[int]:
-    """Returns which samples have the adapter ``group``."""
+    """Returns the indices of the samples whose adapter is ``group``."""
     return [i for i, adapter in enumerate(adapters) if adapter == group]
 
 
@@ -34,7 +34,7 @@ def grouped_lora_linear_forward(
     scaling: Sequence[float],
     adapters: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [samples, ..., N], S [T, R])``, R the largest rank; S has zeros beyond a token's own rank."""
+    """Returns ``(Y [samples, ..., N], S [T, R])``. R is the largest rank; S is 0 beyond a token's own rank."""
     wide = sum_dtype(x.dtype)
     y = F.linear(x, dense(weight, x.dtype), bias).to(wide)
     rank = max(a.shape[0] for a in lora_A)

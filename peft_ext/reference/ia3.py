@@ -27,8 +27,10 @@ __all__ = [
 def ia3_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], ia3_l: Tensor, feedforward: bool
 ) -> tuple[Tensor, Tensor]:
-    """``(Y [..., N], Z [T, N])``, Z being Y before an output's scale; ia3_l is ``[K]`` with ``feedforward``, else
-    ``[N]``."""
+    """Returns ``(Y [..., N], Z [T, N])``. Z is the output before scaling by ia3_l, or Y with ``feedforward``.
+
+    ia3_l is ``[K]`` with ``feedforward``, otherwise ``[N]``.
+    """
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
     y = (factor * x.to(wide) if feedforward else x.to(wide)) @ w.t()
@@ -46,10 +48,10 @@ def ia3_linear_backward(
     z_is_scaled: bool,
     feedforward: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Returns gradients of x and ia3_l (None for the output's without z): with ``U = dY W``,
+    """Returns the gradients of x and ia3_l. ia3_l's gradient is None if ia3_l scales the output and z is None.
 
-    feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. ``z_is_scaled``: z is
-    Y, and ``Z = Y / l``.
+    With ``U = dY W``: feedforward: ``dX = l∘U``, ``dl = Σ_t x∘U``;  output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``. If
+    ``z_is_scaled``, the argument z is Y, and ``Z = Y / l``.
     """
     wide = sum_dtype(x.dtype)
     w, factor = dense(weight, x.dtype).to(wide), ia3_l.to(wide)
@@ -70,7 +72,7 @@ def ia3_linear_backward(
 
 
 def ia3_scale_forward(x: Tensor, ia3_l: Tensor) -> Tensor:
-    """Returns ``x∘l`` in float32 (float64), rounded once to x's dtype; ia3_l is ``[K]``."""
+    """Returns ``x∘l``, computed in float32 (float64 for float64 inputs), rounded once to x's dtype. ia3_l: ``[K]``."""
     wide = sum_dtype(x.dtype)
     return (x.to(wide) * ia3_l.to(wide)).to(x.dtype)
 
@@ -90,7 +92,7 @@ def ia3_linear(
     feedforward: bool = False,
     save_output: bool = False,
 ) -> Tensor:
-    """See :func:`peft_ext.ops.ia3_linear`; gradients come from PyTorch's autograd, which saves what it needs."""
+    """See :func:`peft_ext.ops.ia3_linear`; gradients come from PyTorch's autograd."""
     return ia3_linear_forward(x, weight, bias, ia3_l.reshape(-1), feedforward)[0]
 
 

@@ -1,10 +1,10 @@
 """LoRA over a frozen dense or NF4 weight, in plain PyTorch.
 
-    x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale  (s without one)
+    x̃ = dropout(x)         S = x̃ Aᵀ         Y = x Wᵀ + (S∘ρ) Bᵀ + b         ρ = s · rank_scale (s if None)
 
-and ``lora_residual``, over a base of any kind that ran before: ``Y = residual + (S∘ρ) Bᵀ``.
+``lora_residual`` adds the low-rank term to the output of any base layer: ``Y = residual + (S∘ρ) Bᵀ``.
 
-Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), AdaLoRA (arXiv 2303.10512) for the scale per rank.
+Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); for the scale of each rank, AdaLoRA (arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Uni
 def lora_linear_forward(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor], *adapter: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(Y [..., N], S [T, R])``; S is what the backward needs beside x and the seed."""
+    """Returns ``(Y [..., N], S [T, R])``. The backward needs x, S and the seed."""
     return lora_residual_forward(x, F.linear(x, dense(weight, x.dtype), bias), *adapter)
 
 
@@ -51,9 +51,10 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns gradients of x, lora_A, lora_B and rank_scale (None where there is none), with ``P = G (B∘ρ)``:
+    """Returns the gradients of x, lora_A, lora_B and rank_scale; the last is None if rank_scale is None.
 
-    ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``, ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.
+    With ``P = G (B∘ρ)``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``,
+    ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.
     """
     low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
     grad_x = ((grad @ dense(weight, x.dtype)).to(low_rank.dtype) + low_rank).to(x.dtype)
@@ -88,13 +89,13 @@ def lora_residual_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """As :func:`lora_linear_backward` without ``G W``; the residual's gradient is ``grad`` itself."""
+    """Returns :func:`lora_linear_backward`'s gradients without the term ``G W``. The residual's is ``grad`` itself."""
     low_rank, *grads = _low_rank_backward(grad, x, lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed)
     return low_rank.to(x.dtype), *grads
 
 
 def _low_rank_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """dX's term of the low rank, as it is summed, and the adapter's gradients."""
+    """Returns the low-rank term of dX, in the dtype of the sums, and the gradients of the adapter."""
     lora_A, lora_B, rank_scale, s, scaling, dropout_p, seed = args
     wide = sum_dtype(x.dtype)
     rho, flat, b = _rho(rank_scale, scaling, wide), rows(grad).to(wide), lora_B.to(wide)

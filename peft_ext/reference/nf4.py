@@ -1,7 +1,7 @@
-"""NF4 quantization in plain PyTorch, bit for bit as bitsandbytes stores it.
+"""NF4 quantization in plain PyTorch, with bitsandbytes' bits.
 
 Sources: QLoRA (arXiv 2305.14314) for the format; bitsandbytes' ``create_dynamic_map()`` for the table of double
-quantization; the 16 codes are in :mod:`peft_ext.weight`.
+quantization. The 16 codes are in :mod:`peft_ext.weight`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SMALLEST_ABSMAX = 1e-38
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
     """Returns the 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
 
-    Built in float64 and float32 in the very order that bitsandbytes uses, so that the bits agree.
+    The values are computed in float64 and float32 in bitsandbytes' order of operations, so that the bits are equal.
     """
     return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
 
@@ -62,9 +62,10 @@ def _thresholds(code: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Returns ``(packed, absmax)`` of the flat weight. A tie takes the lower code; a NaN makes its block code 15.
+    """Returns ``(packed, absmax)`` of the flat weight. A tie takes the lower code. A block with a NaN gets code 15.
 
-    A full block is scaled by ``1 / max(absmax, 1e-38)``; a tail block is divided by it, and stores it so clamped.
+    A full block is multiplied by ``1 / max(absmax, 1e-38)``. A tail block is divided by ``max(absmax, 1e-38)``, which
+    is also its stored absmax.
     """
     flat = weight.detach().reshape(-1).float()
     full = flat.numel() // blocksize * blocksize
@@ -83,10 +84,10 @@ def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes and float32 scales of ``centred = absmax - offset``, 256 a block; a tie takes the lower code.
+    """Returns 8-bit codes and float32 scales of ``centred = absmax - offset``, in blocks of 256 elements.
 
-    The nearest value of ``code`` is taken exactly, as bitsandbytes' CUDA kernel does. Its CPU kernel looks the value
-    up in 65,536 bins and lands on another code for about 0.2% of the scales.
+    Each element gets the exactly nearest value of ``code``, as in bitsandbytes' CUDA kernel; a tie takes the lower
+    code. bitsandbytes' CPU kernel looks an element up in 65,536 bins, and finds another code for about 0.2% of them.
     """
     flat = centred.detach().float()
     blocks = -(-flat.numel() // NESTED_BLOCKSIZE)
@@ -100,7 +101,7 @@ def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def decode_absmax(
     absmax: Tensor, nested_absmax: Optional[Tensor], nested_code: Optional[Tensor], nested_offset: Optional[Tensor]
 ) -> Tensor:
-    """float32 scales; double-quantized ones are multiplied, then added, each step rounded."""
+    """Returns the float32 scales. A double-quantized scale is ``code * nested_absmax + offset``, each step rounded."""
     if nested_absmax is None:
         return absmax
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
@@ -117,7 +118,7 @@ def dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns ``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
+    """Returns the dense weight: ``code[nibble] * absmax`` in float32, rounded once to ``dtype``."""
     numel = 1
     for size in shape:
         numel *= size
@@ -128,8 +129,10 @@ def dequantize(
 
 
 def dequantize_merged(*args: Any) -> Tensor:
-    """``g ∘ (W + s · B A)``, in float32 in this order: ``B A``, times s, plus the dequantized W, times g; then rounded
-    once to ``dtype``. ``lora_A [R, K]``, ``lora_B [N, R]``, ``row_scale`` g ``[N]`` or None for ones.
+    """Returns ``g ∘ (W + s · B A)``, computed in float32 and rounded once to ``dtype``.
+
+    The order of the steps is: ``B A``, times s, plus the dequantized W, times g. ``lora_A [R, K]``, ``lora_B [N, R]``,
+    ``row_scale`` g ``[N]``, or None for ones.
     """
     *weight, lora_A, lora_B, row_scale, scaling, dtype = args
     merged = dequantize(*weight, torch.float32)
@@ -140,7 +143,7 @@ def dequantize_merged(*args: Any) -> Tensor:
 
 
 def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``W' = g ∘ (W + s · B A)`` quantized to ``Q``: packed, absmax, and ``(Σ (Q - W')², Σ W'²)`` float64."""
+    """Quantizes ``W' = g ∘ (W + s · B A)`` to Q: returns packed, absmax and ``(Σ (Q - W')², Σ W'²)`` in float64."""
     *_, blocksize, shape, _lora_A, _lora_B, _row_scale, _scaling = args
     merged = dequantize_merged(*args, torch.float32)
     codes, scales = quantize(merged, blocksize)
@@ -149,16 +152,17 @@ def merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_mean(absmax: Tensor) -> Tensor:
-    """Returns the mean of the scales, float32, 0-d: the same bits for any number of threads, on any device.
+    """Returns the mean of the scales, float32, 0-d, with equal bits for every number of threads and every device.
 
-    As whole numbers, in units of some 2⁻⁴⁰ of the largest scale, they have a sum that no order changes; PyTorch's mean
-    adds in an order that depends on the threads. bitsandbytes takes that mean, so that its last bit may differ.
+    The scales are summed as integers, in units of about 2⁻⁴⁰ of the largest scale, so that the order of the sum does
+    not change the result. PyTorch's mean, which bitsandbytes uses, depends on the number of threads; bitsandbytes' last
+    bit may therefore differ.
     """
     if absmax.numel() == 0:
         return absmax.new_zeros(())
     largest = absmax.amax()
     mantissa, _ = torch.frexp(largest.double())
-    unit = torch.where(mantissa == 0, 1.0, largest.double() / mantissa)  # the power of two above it, exactly
+    unit = torch.where(mantissa == 0, 1.0, largest.double() / mantissa)  # the next power of two above the largest scale
     units = 2.0 ** (62 - absmax.numel().bit_length())
     total = absmax.double().mul_(units / unit).long().sum()
     mean = (total.double() / units * unit / absmax.numel()).float()
@@ -170,7 +174,7 @@ def nested(
     mean: Callable[[Tensor], Tensor] = scale_mean,
     quantized: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = quantize_absmax,
 ) -> tuple[Tensor, NestedAbsmax]:
-    """Returns scales minus their mean in 8 bits, 256 a block: the codes, and what decodes them."""
+    """Returns the scales minus their mean as 8-bit codes in blocks of 256, and the state that decodes the codes."""
     offset = mean(absmax)
     code = dynamic_code(absmax.device)
     codes, nested_absmax = quantized(absmax - offset, code)

@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm over the last dimension, in plain PyTorch.
 
-    x̂ = (x - μ) r      r = 1/√(mean (x - μ)² + eps)      y = x̂ ∘ (w + offset) + b       RMSNorm: μ is 0, no b
+    x̂ = (x - μ) r      r = 1/√(mean (x - μ)² + eps)      y = x̂ ∘ (w + offset) + b       RMSNorm: μ = 0, b = 0
 
 Sources: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450).
 """
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def rms_norm_dtype(x: Tensor, weight: Optional[Tensor], round_before_weight: bool) -> torch.dtype:
-    """The dtype of an RMSNorm: x's, or what PyTorch gives a product of the weight and of x̂ in x's dtype."""
+    """Returns the output dtype of an RMSNorm: x's, or PyTorch's for x̂ in x's dtype times the weight."""
     if weight is None or not round_before_weight:
         return x.dtype
     return torch.promote_types(x.dtype, weight.dtype)
@@ -50,8 +50,8 @@ def rms_norm_forward(
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Optional[Tensor], rstd: Tensor, offset: float
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Returns gradients of x and weight: ``dX = r (g - x̂ mean (g ∘ x̂))``, ``g = dY ∘ (w + offset)``,
-    ``dw = Σ_t dY ∘ x̂``."""
+    """Returns the gradients of x and weight: ``dX = r (g - x̂ mean (g ∘ x̂))`` with ``g = dY ∘ (w + offset)``, and
+    ``dw = Σ_t dY ∘ x̂``. The weight's gradient is None if there is no weight."""
     grad_x, grad_weight, _ = _backward(grad, x, weight, offset, None, rstd)
     return grad_x, grad_weight
 
@@ -89,8 +89,8 @@ def layer_norm_forward(
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Optional[Tensor], mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Optional[Tensor], Tensor]:
-    """Returns gradients of x, weight and bias, the bias's in float32 (float64): with ``g = dY ∘ w``,
-    ``dX = r (g - mean g - x̂ mean (g ∘ x̂))``, ``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``."""
+    """Returns the gradients of x, weight and bias. With ``g = dY ∘ w``: ``dX = r (g - mean g - x̂ mean (g ∘ x̂))``,
+    ``dw = Σ_t dY ∘ x̂``, ``db = Σ_t dY``. The bias's gradient is float32, or float64 for float64 inputs."""
     return _backward(grad, x, weight, 0.0, mean, rstd)
 
 

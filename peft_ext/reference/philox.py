@@ -3,8 +3,8 @@
 Element ``i`` (flat, row-major) takes draw ``i % 8`` of the block with counter
 ``(g mod 2^32, g div 2^32, offset mod 2^32, offset div 2^32)``, ``g = i // 8``, and key
 ``(seed mod 2^32, seed div 2^32)``. Draw ``j`` is the low (``j`` even) or high half of 32-bit word ``j // 2``.
-The element is kept where ``draw >= round(p * 65536)``. So the mask is a function of (seed, offset, p, i) alone
-and is recomputed in the backward instead of being stored.
+Dropout keeps the element if ``draw >= round(p * 65536)``. The mask is a function of (seed, offset, p, i), so that the
+backward computes the mask again instead of storing it.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds are the fewest of
 Philox4x32 that pass BigCrush.
@@ -24,19 +24,19 @@ _MASK32 = 0xFFFFFFFF
 
 
 def dropout_threshold(p: float) -> int:
-    """Returns the bound below which draws are dropped: ``round(p * 65536)``, half to even."""
+    """Returns the smallest draw that dropout keeps: ``round(p * 65536)``, rounded half to even."""
     return round(p * 65536)
 
 
 def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Returns high and low 32 bits of the 64-bit product, by 16-bit halves: int64 has no unsigned product."""
+    """Returns the high and low 32 bits of a 64-bit product, by 16-bit halves, as int64 has no unsigned product."""
     low = a * (multiplier & 0xFFFF)
     high = a * (multiplier >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32 with ``ROUNDS`` (7) rounds; every tensor is int64 and holds 32-bit values."""
+    """Returns one block of Philox4x32 with ``ROUNDS`` (7) rounds. Each tensor is int64 and holds 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -51,8 +51,8 @@ def dropout_keep_mask(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     """Returns a bool tensor of ``shape``: True where dropout keeps the element.
 
     Args:
-        seed: int64 ``[2]``: (seed, offset), read as unsigned.
-        p: probability to drop, ``0 <= p < 1``, in steps of 2^-16.
+        seed: int64 ``[2]``: (seed, offset), each read as an unsigned 64-bit integer.
+        p: probability that an element is dropped, ``0 <= p < 1``, rounded to a multiple of 2^-16.
     """
     numel = 1
     for size in shape:

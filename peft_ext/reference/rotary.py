@@ -1,8 +1,8 @@
 """Rotary position embedding of queries and keys, in plain PyTorch.
 
-    y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), halves of a head
+    y = x ∘ cos + rotate_half(x) ∘ sin        rotate_half((x₁, x₂)) = (-x₂, x₁), where x₁, x₂ are halves of a head
 
-Source: RoFormer (arXiv 2104.09864), in the halves' form of transformers' Llama.
+Source: RoFormer (arXiv 2104.09864), in the form of transformers' Llama, which rotates halves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotated_like"]
 
 
 def rotated_like(x: Tensor) -> Tensor:
-    """Returns memory of x's shape, its dimensions in x's order, where each head is in one piece."""
+    """Returns an empty tensor of x's shape with contiguous heads, and with x's order of strides if that allows it."""
     y = torch.empty_like(x)
     return y if y.stride(-1) == 1 else x.new_empty(x.shape)
 
@@ -40,7 +40,7 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
 
 def rotary_embedding_backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns gradients of q and k: ``dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``,
+    """Returns the gradients of q and k: ``dY ∘ cos + rotate_half⁻¹(dY ∘ sin)``, with
     ``rotate_half⁻¹((y₁, y₂)) = (y₂, -y₁)``."""
     wide = sum_dtype(grad_q.dtype)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)

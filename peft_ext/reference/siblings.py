@@ -1,4 +1,4 @@
-"""Layers of one input, each with LoRA over a frozen weight or without, in plain PyTorch.
+"""Several linear layers with one common input, each with or without a LoRA adapter, in plain PyTorch.
 
     Y_i = x W_iᵀ + (dropout_i(x) A_iᵀ ∘ ρ_i) B_iᵀ + b_i
 

@@ -1,14 +1,14 @@
-"""Methods that PEFT lacks, as methods of PEFT: importing this package registers them.
+"""Fine-tuning methods that PEFT lacks. Importing this package registers the methods with PEFT.
 
-    bottleneck adapters    small networks behind or beside sublayers  tuners.bottleneck
-    BitFit                 biases alone are trained                  tuners.bitfit
-    partial fine-tuning    chosen layers or modules are trained      tuners.partial
-    Diff Pruning           a sparse difference is learned            tuners.diff_pruning
+    bottleneck adapters    small networks after or parallel to sublayers    tuners.bottleneck
+    BitFit                 only biases are trained                          tuners.bitfit
+    partial fine-tuning    only chosen layers or modules are trained        tuners.partial
+    Diff Pruning           a sparse difference to the weights is learned    tuners.diff_pruning
 
-From then on ``peft.get_peft_model(model, BitFitConfig(...))``, ``save_pretrained``, ``PeftModel.from_pretrained`` and
-all else that PEFT does with an adapter works. A process that loads such an adapter must have imported this package
-before; :func:`peft_ext.load_adapter` does so. :func:`from_adapterhub` and :func:`to_adapterhub` read and write
-AdapterHub's bottleneck adapters.
+After the import PEFT's functions accept the new configurations: ``peft.get_peft_model(model, BitFitConfig(...))``,
+``save_pretrained``, ``PeftModel.from_pretrained`` and so on. A process that loads an adapter of these methods must
+import this package first; :func:`peft_ext.load_adapter` imports the package itself. :func:`from_adapterhub` and
+:func:`to_adapterhub` convert AdapterHub's bottleneck adapters.
 """
 
 from .adapterhub import config_from_adapterhub, from_adapterhub, to_adapterhub

@@ -1,11 +1,12 @@
-"""Bottleneck adapters to and from the files of AdapterHub's ``adapters`` package.
+"""Conversion of bottleneck adapters from and to the files of AdapterHub's ``adapters`` package.
 
     AdapterHub:   {place}.adapters.{name}.adapter_down.0.weight         here:   base_model.model.{place}
                   {place}.adapters.{name}.adapter_up.bias  ...                  .bottleneck_adapters.down.weight  ...
 
-The numbers are the same, the functions too: placement "pfeiffer" is its ``SeqBnConfig``, "houlsby" its
-``DoubleSeqBnConfig``, "after_ffn" its ``SeqBnConfig(original_ln_before=False)``. Which place is which depends on the
-architecture: those are known that ``adapters`` writes and :class:`~peft_ext.tuners.BottleneckConfig` has defaults for.
+The tensors have the same values in both formats, and both adapters compute the same function. Placement "pfeiffer" is
+AdapterHub's ``SeqBnConfig``, "houlsby" is ``DoubleSeqBnConfig``, and "after_ffn" is
+``SeqBnConfig(original_ln_before=False)``. The names of the places depend on the model's architecture. This module knows
+the architectures that ``adapters`` supports and for which :class:`~peft_ext.tuners.BottleneckConfig` has defaults.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
-# By model type, behind the name of a layer: AdapterHub's place; ours, where the adapter is behind a sublayer; and
-# ours of the feed-forward's under "pfeiffer", where it is another.
+# Model type -> places within a layer. Each entry holds AdapterHub's place, our place for an adapter directly after the
+# sublayer, and our place of the feed-forward's adapter under "pfeiffer". The last item is None for attention, which has
+# no adapter under "pfeiffer", and "" if the place is the layer itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -51,18 +53,18 @@ _TENSORS = {"adapter_down.0.weight": "down.weight", "adapter_down.0.bias": "down
 _THEIRS = re.compile(rf"{_LAYER}\.(?P<place>.+)\.adapters\.(?P<name>[^.]+)\.(?P<tensor>.+)")
 _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bottleneck_adapters\.(?P<tensor>.+)")
 
-# By mh_adapter, output_adapter, original_ln_before.
+# (mh_adapter, output_adapter, original_ln_before) -> placement.
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip
-# What these adapters have not, of AdapterHub's BnConfig, and the value that means so.
+# Fields of AdapterHub's BnConfig for features that adapters here lack, and the value that switches the feature off.
 _PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gating": False, "phm_layer": False,
           "inv_adapter": None, "dropout": 0.0, "stochastic_depth": 0.0, "original_ln_after": True,
           "residual_before_ln": True}  # fmt: skip
 
 
 def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tuple[str, str]]:
-    """AdapterHub's and our places in the layer of this name."""
+    """Returns pairs (AdapterHub's place, our place) for the adapters in the layer with the name ``layer``."""
     if model_type not in _PLACES:
         raise ValueError(f"{caller}: model_type is {model_type!r}, wanted one of {tuple(sorted(_PLACES))}")
     if placement not in _PLACEMENTS:
@@ -76,18 +78,19 @@ def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tu
 
 
 def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer") -> dict[str, Tensor]:
-    """Returns the tensors of AdapterHub's ``pytorch_adapter.bin`` as PEFT saves this package's bottleneck adapters.
+    """Converts the tensors of AdapterHub's ``pytorch_adapter.bin`` to the names that PEFT saves for this package.
 
-    Write them as ``adapter_model.safetensors`` beside a configuration, or give them to
-    ``peft.set_peft_model_state_dict``. The names of layers stay: a model with another prefix than the one that was
-    saved ("bert.") has it put before them.
+    Write the result as ``adapter_model.safetensors`` next to an adapter configuration, or pass the result to
+    ``peft.set_peft_model_state_dict``. The names of layers are kept. If the new model has another prefix than the saved
+    model (such as "bert."), put the prefix before the names.
 
     Args:
-        state: the file's tensors, of one adapter. model_type: the model's, "bert".
-        placement: of the adapter, see :func:`config_from_adapterhub`.
+        state: the tensors of the file, which holds one adapter.
+        model_type: the model type in the model's configuration, for example "bert".
+        placement: placement of the adapter, see :func:`config_from_adapterhub`.
 
-    Raises: ValueError where an argument is none of the known ones, or a tensor is none of a bottleneck adapter at a
-    place that this placement has.
+    Raises: ValueError if model_type or placement is unknown, or if a tensor does not belong to a bottleneck adapter at
+    a place that the placement has.
     """
     made, names = {}, set()
     for key, tensor in state.items():
@@ -106,9 +109,9 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
 def to_adapterhub(
     state: Mapping[str, Tensor], model_type: str, placement: str = "pfeiffer", adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """Returns PEFT's tensors (``peft.get_peft_model_state_dict``) as AdapterHub's, back from :func:`from_adapterhub`.
+    """Converts PEFT's tensors (``peft.get_peft_model_state_dict``) to AdapterHub's names; inverts from_adapterhub.
 
-    ``adapter_name``: the name that the adapter has in them. Raises: ValueError, as there.
+    ``adapter_name`` is the adapter's name in the result. Raises ValueError in the cases of :func:`from_adapterhub`.
     """
     tensors = {ours: theirs for theirs, ours in _TENSORS.items()}
     made = {}
@@ -124,15 +127,16 @@ def to_adapterhub(
 
 
 def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs: Any) -> BottleneckConfig:
-    """Returns the BottleneckConfig of AdapterHub's: the object "config" in its ``adapter_config.json``.
+    """Converts AdapterHub's adapter configuration, the object "config" in ``adapter_config.json``.
 
     Args:
         config: ``original_ln_before``, ``mh_adapter``, ``output_adapter``, ``non_linearity``, ``reduction_factor`` and
-            the rest of ``BnConfig``. model_type: the model's, "bert".
-        kwargs: of BottleneckConfig: ``task_type``, ``inference_mode`` and the like.
+            the other fields of ``BnConfig``.
+        model_type: the model type in the model's configuration, for example "bert".
+        kwargs: further fields of BottleneckConfig, such as ``task_type`` and ``inference_mode``.
 
-    Raises: ValueError where it has what the adapters here have not: norms of its own, gates, dropout, a learned scale,
-    and where the model type is not known.
+    Raises: ValueError if the model type is unknown, or if config asks for a feature that BottleneckConfig lacks: norms
+    inside of the adapter, gates, dropout or a learned scale.
     """
     for name, plain in _PLAIN.items():
         if config.get(name, plain) != plain:
@@ -153,8 +157,8 @@ def config_from_adapterhub(config: Mapping[str, Any], model_type: str, **kwargs:
             raise ValueError(f"config_from_adapterhub: {name} is {value!r}, wanted a number")
         numbers[field] = float(value)
     if config.get("leave_out"):
-        raise ValueError(f"config_from_adapterhub: leave_out is {config['leave_out']!r}, wanted none; give the other "
-                         "layers as layers_to_transform, and [] here")  # fmt: skip
+        raise ValueError(f"config_from_adapterhub: leave_out is {config['leave_out']!r}, wanted an empty list; name "
+                         "the layers that have adapters in layers_to_transform")  # fmt: skip
     _places("config_from_adapterhub", model_type, placement, "")
     if placement == "houlsby" and not config.get("cross_adapter", False) and model_type in ("t5", "whisper"):
         behind = {"t5": r"SelfAttention\.o|DenseReluDense\.wo", "whisper": r"self_attn\.out_proj|fc2"}[model_type]

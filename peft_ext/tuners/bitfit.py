@@ -1,6 +1,6 @@
-"""BitFit: biases alone are trained.
+"""BitFit: only biases are trained.
 
-    Y = base(x; b)          b: the adapter's, in place of the module's own bias
+    Y = base(x; b)          b: the adapter's bias, used instead of the module's own bias
 
 Source: BitFit, arXiv 2106.10199.
 """
@@ -29,14 +29,17 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^ou
 
 
 def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
-    """Returns which of ``BIAS_KINDS`` a module's bias is: by its class where that is a norm, else by its full name."""
+    """Returns the members of ``BIAS_KINDS`` that describe a module's bias.
+
+    The class decides for a norm. For other modules the full name decides.
+    """
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():
         return {"all", "norm"}
     if any(_ATTENTION.search(part) for part in parts):
         return {"all", "attention", "query"} if _QUERY.fullmatch(parts[-1]) else {"all", "attention"}
     if any(_MLP.search(part) for part in parts):
-        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: transformers' Conv1D
+        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: sizes of transformers' Conv1D
         widens = getattr(module, "out_features", getattr(module, "nf", 0)) > inner
         return {"all", "mlp", "mlp_up"} if widens else {"all", "mlp"}
     return {"all", "other"}
@@ -44,21 +47,23 @@ def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
 
 @dataclass
 class BitFitConfig(TargetConfig):
-    """BitFit: train the parameters named ``bias``, ``b`` of each module in place of its own.
+    """BitFit: trains a bias ``b`` for each target module, which replaces the module's own parameter ``bias``.
 
     Args:
-        bias_kinds: which biases of the targets: "all", or a list of "attention" (its output layer included), "query"
-            (a layer for the queries alone; the paper's b_q), "mlp", "mlp_up" (the feed-forward layer that widens; the
-            paper's b_m2), "norm" and "other". The paper's smaller set is ["query", "mlp_up"].
-        add_bias: linear layers, by names or a regular expression, or "all-linear" (all but the output head), that get
-            a bias of zeros where they have none; Llama has none at all. Quantized layers (NF4Linear, bitsandbytes' 4
-            and 8 bits) too. A bias that one of them has is trained, target or not. Merging leaves the new biases in
-            the model: its config may have to say so (``attention_bias``) before it can be reloaded.
+        bias_kinds: which biases of the targets are trained: "all", or a list of "attention" (the attention's output
+            layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp", "mlp_up" (the
+            feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set is
+            ["query", "mlp_up"].
+        add_bias: linear layers that get a bias of zeros if they have no bias, as all layers of Llama. The value is
+            names, a regular expression, or "all-linear" for all linear layers but the output head. Quantized layers
+            (NF4Linear, bitsandbytes' 4 and 8 bits) are allowed. If a named layer already has a bias, that bias is
+            trained, whether or not the layer is a target. Merging leaves the new biases in the model; to reload the
+            merged model, its config may need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every module that has a bias; a
-            classification head is in modules_to_save (task_type="SEQ_CLS" puts it there).
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a bias is a target. A
+            classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
 
-    Raises: TypeError or ValueError where a field is not of these forms.
+    Raises: TypeError or ValueError if a field has a value of another form.
     """
 
     bias_kinds: Union[list[str], str] = field(
@@ -78,15 +83,15 @@ class BitFitConfig(TargetConfig):
 
 
 class BitFitLayer(ReplacingLayer):
-    """``base_layer`` with the active adapter's bias ``[N]`` in place of its own.
+    """Runs ``base_layer`` with the active adapter's bias ``[N]`` in place of the layer's own bias.
 
-    In the state dict: ``bitfit_tensors.bias``.
+    The key in the state dict is ``bitfit_tensors.bias``.
     """
 
     adapter_layer_names = ("bitfit_tensors",)
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        if not self.names[adapter]:  # another layer owns it
+        if not self.names[adapter]:  # another layer owns the shared bias
             return {}
         base, bias = self.base_layer, self.adapters[adapter].bias
         weight, replaced = base._parameters.get("weight"), base._parameters["bias"]
@@ -94,7 +99,8 @@ class BitFitLayer(ReplacingLayer):
         if replaced is not None or dense:
             bias = bias.to((weight if replaced is None else replaced).dtype)
         if not dense and x is not None:
-            # bitsandbytes casts the bias it finds to its compute dtype, for good: the adapter's must not be found.
+            # bitsandbytes casts its layer's bias to the compute dtype in place. A bias that is cast here already keeps
+            # bitsandbytes from casting the adapter's parameter.
             if not getattr(base, "compute_type_is_set", True):
                 base.set_compute_type(x)
                 base.compute_type_is_set = True
@@ -103,12 +109,13 @@ class BitFitLayer(ReplacingLayer):
 
 
 class BitFitModel(ReplacingTuner):
-    """A model whose biases are trained, see :class:`peft_ext.BitFitConfig`; ``peft.get_peft_model`` makes it.
+    """A model whose biases are trained, made by ``peft.get_peft_model``; see :class:`peft_ext.BitFitConfig`.
 
-    A bias that modules share (BERT's output head) is trained once. Left frozen, with a warning, is the bias of a module
-    that holds other modules with parameters, unless it is one of theirs.
+    A bias that several modules share (in BERT's output head) is trained once. If a module holds submodules with
+    parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
 
-    Raises: ValueError where no bias is found, or where a shared one is a target in one place alone.
+    Raises: ValueError if no bias is found, or if a shared bias belongs both to a target and to a module that is not a
+    target.
     """
 
     prefix = "bitfit_"
@@ -139,7 +146,7 @@ class BitFitModel(ReplacingTuner):
         if not units:
             raise ValueError(
                 f"BitFitConfig: no bias of kind {' or '.join(sorted(kinds))} among the targets in "
-                f"{type(model).__name__}; add_bias gives linear layers one"
+                f"{type(model).__name__}; add_bias adds biases to linear layers"
             )
         modules = dict(base_modules(model))
         trained = {id(modules[name]._parameters["bias"]) for name in units}
@@ -160,7 +167,7 @@ class BitFitModel(ReplacingTuner):
 
 
 def _quantized_from(base: nn.Module) -> torch.dtype:
-    """Returns the float dtype of a quantized layer: its weight's before, or the one it computes in."""
+    """Returns the float dtype of a quantized layer: the dtype before quantizing if known, else the compute dtype."""
     return getattr(base, "quant_dtype", None) or getattr(base, "compute_dtype", None) or torch.float32
 
 

@@ -1,11 +1,11 @@
-"""Bottleneck adapters: a small network behind, or beside, chosen sublayers, as a method of PEFT.
+"""Bottleneck adapters as a method of PEFT: a small network after, or parallel to, chosen sublayers.
 
     after:     Y = h + s · Up(act(Down(h))),  h = base(x)          parallel:  Y = base(x) + s · Up(act(Down(x)))
-    around:    Y = base(z),  z = x + s · Up(act(Down(base(x))))    base: a LayerNorm behind a residual sum x
+    around:    Y = base(z),  z = x + s · Up(act(Down(base(x))))    base: a LayerNorm after a residual sum x
 
-Sources: Houlsby et al. (arXiv 1902.00751): after attention and after the feed-forward; Pfeiffer et al. (arXiv
-2005.00247): after the latter and its residual sum, as AdapterHub's ``adapters`` has it (``SeqBnConfig``); parallel: He
-et al. (arXiv 2110.04366).
+Sources: Houlsby et al. (arXiv 1902.00751) place adapters after attention and after the feed-forward. Pfeiffer et al.
+(arXiv 2005.00247) place an adapter after the residual sum of the feed-forward, as ``SeqBnConfig`` of AdapterHub's
+``adapters`` does. He et al. (arXiv 2110.04366) run the adapter parallel to the feed-forward.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn", "parallel")
 
 
 class _Places(NamedTuple):
-    """Expressions for the full names of: attention's output, the feed-forward's output, the feed-forward, and what
-    Pfeiffer's adapter is put on: the LayerNorm that is behind the feed-forward's residual sum or, where that sum is
-    what a block returns, the block."""
+    """Regular expressions for the full names of the modules on which a placement puts adapters.
+
+    The fields are: attention's output layer, the feed-forward's output layer, the feed-forward, and the place of
+    Pfeiffer's adapter. Pfeiffer's place is the LayerNorm after the feed-forward's residual sum or, if the block returns
+    that sum, the block.
+    """
 
     attention: str
     output: str
@@ -46,14 +49,15 @@ class _Places(NamedTuple):
 
 
 _GATED = _Places(r"self_attn\.o_proj", r"mlp\.down_proj", "mlp", r"layers\.\d+")
-_NORMED = _GATED._replace(summed=None)  # the feed-forward's output goes through a norm of its own before the sum
+# These models put a norm between the feed-forward's output and the residual sum, so that "pfeiffer" has no place.
+_NORMED = _GATED._replace(summed=None)
 _BERT = _Places(r"attention\.output\.dense", r"layer\.\d+\.output\.dense", None, r"layer\.\d+\.output\.LayerNorm")
 _OPT = _Places(r"self_attn\.out_proj", "fc2", None, r"layers\.\d+")
 _DEFAULTS: dict[str, _Places] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"), _GATED),
     **dict.fromkeys(("gemma2", "gemma3_text"), _NORMED),
     **dict.fromkeys(("bert", "roberta"), _BERT),
-    # Attention and feed-forward are added to the residual together: there is no sum of the feed-forward's own.
+    # Phi adds attention and feed-forward to the residual in one sum: the feed-forward has no residual sum of its own.
     "phi": _Places(r"self_attn\.dense", r"mlp\.fc2", "mlp", r"mlp\.fc2"),
     "gpt2": _Places(r"attn\.c_proj", r"mlp\.c_proj", "mlp", r"h\.\d+"),
     "opt": _OPT,
@@ -74,23 +78,25 @@ def _places(model_config: dict[str, Any]) -> Optional[_Places]:
 
 @dataclass
 class BottleneckConfig(TargetConfig):
-    """Bottleneck adapters.
+    """Configuration of bottleneck adapters.
 
     Args:
-        placement: "houlsby": after attention and after the feed-forward; "pfeiffer": after the feed-forward and its
-            residual sum, v + s · Up(act(Down(v))) of the sum v or, where the model has a LayerNorm there (BERT),
-            LayerNorm(v + s · Up(act(Down(LayerNorm(v))))); "after_ffn": after the feed-forward alone, before the sum;
-            "parallel": beside the feed-forward.
-        bottleneck_dim: M; default: the width of what is adapted over ``reduction_factor``.
-        activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s. adapter_bias: whether both projections have one.
+        placement: "houlsby": after attention and after the feed-forward. "pfeiffer": after the residual sum v of the
+            feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT)
+            LayerNorm(v + s · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual
+            sum. "parallel": parallel to the feed-forward.
+        bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``.
+        activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
+        adapter_bias: whether the two projections have biases.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
-        target_modules: names or a regular expression of the modules whose outputs are adapted ("parallel": that are
-            run beside), as PEFT reads them: a container is itself adapted. With "pfeiffer" a LayerNorm among them is
-            run before and behind the adapter. Default: by placement and model type.
+        target_modules: names or a regular expression, as PEFT reads them, of the modules whose outputs are adapted
+            (for "parallel", of the modules to which adapters run parallel). A named container is adapted itself. With
+            "pfeiffer" a targeted LayerNorm runs before and after its adapter. Default: depends on placement and model
+            type.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`.
 
-    Raises: TypeError or ValueError where a field is not of these forms.
+    Raises: TypeError or ValueError if a field has a value of another form.
     """
 
     placement: str = field(default="houlsby", metadata={"help": "One of houlsby, pfeiffer, after_ffn, parallel."})
@@ -108,10 +114,10 @@ class BottleneckConfig(TargetConfig):
             self._fail("placement", self.placement, f"one of {_PLACEMENTS}")
         if self.bottleneck_dim is not None and self.bottleneck_dim < 1:
             self._fail("bottleneck_dim", self.bottleneck_dim, "at least 1")
-        self.adapter(1, "meta")  # the module's own errors
+        self.adapter(1, "meta")  # raises the adapter module's own errors
 
     def adapter(self, features: int, device: Any) -> BottleneckAdapter:
-        """Returns a new adapter of this width."""
+        """Returns a new adapter for ``features`` input and output features."""
         return BottleneckAdapter(
             features, self.bottleneck_dim, reduction_factor=self.reduction_factor, activation=self.activation,
             scale=self.scale, bias=self.adapter_bias, init=self.init_weights, device=device,
@@ -119,10 +125,10 @@ class BottleneckConfig(TargetConfig):
 
 
 class BottleneckLayer(Wrapper):
-    """``base_layer``, whose output goes through the active adapters in turn, or has the parallel ones added to it.
+    """Applies the active adapters, in turn, to the output of ``base_layer``; adds the outputs of parallel adapters.
 
-    In the state dict: ``bottleneck_adapters.{down,up}.{weight,bias}``. A base layer that returns a tuple has its first
-    item adapted. An adapter is not linear: it can't be merged.
+    The keys in the state dict are ``bottleneck_adapters.{down,up}.{weight,bias}``. If the base layer returns a tuple,
+    the first item is adapted. An adapter is not linear, and so can't be merged.
     """
 
     adapter_layer_names = ("bottleneck_adapters",)
@@ -135,8 +141,9 @@ class BottleneckLayer(Wrapper):
         self.bottleneck_place: dict[str, str] = {}  # "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
-        # Of a whole block transformers records what the block itself returns, by a hook, and checkpoints the call of
-        # it: there the adapters are a hook of the block that runs before all others, so that both have them.
+        # For a whole block transformers records the block's output by a forward hook, and checkpoints the call of the
+        # block. The adapters are therefore a hook of the block that runs before all others: then both the recorded
+        # output and the checkpointed call contain the adapters.
         self._hook = None
         if isinstance(base_layer, GradientCheckpointingLayer):
             self._hook = base_layer.register_forward_hook(self._adapt_block, prepend=True, with_kwargs=True)
@@ -153,7 +160,7 @@ class BottleneckLayer(Wrapper):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self) -> list[str]:
-        """Returns the active adapters that this layer has."""
+        """Returns the names of the active adapters that this layer holds."""
         return [name for name in self.active_adapters if name in self.bottleneck_adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,13 +172,13 @@ class BottleneckLayer(Wrapper):
         return self._adapted(args, kwargs, self.base_layer(*args, **kwargs))
 
     def _before_norm(self, names: list[str], x: Tensor) -> Tensor:
-        """``x + s · Up(act(Down(base(x))))`` for each adapter in turn: what base, a LayerNorm, is then run on."""
+        """Returns ``x + s · Up(act(Down(base(x))))``, for each adapter in turn: the input of base, a LayerNorm."""
         for name in names:
             x = self.bottleneck_adapters[name](self.base_layer(x).to(x.dtype), x)
         return x
 
     def _adapted(self, args: tuple, kwargs: dict[str, Any], found: Any) -> Any:
-        """Returns ``found``, which base returned of these arguments, with the adapters behind and beside base."""
+        """Returns ``found``, the output of base for these arguments, with "after" and "parallel" adapters applied."""
         y = found[0] if isinstance(found, tuple) else found
         for name in self.active():
             adapter, place = self.bottleneck_adapters[name], self.bottleneck_place[name]
@@ -186,12 +193,12 @@ class BottleneckLayer(Wrapper):
         return found if self._disable_adapters else self._adapted(args, kwargs, found)
 
     def remove_hook(self) -> None:
-        """Leaves base as it was, where it goes on without this layer."""
+        """Removes the adapters' hook from base, for base's use without this layer."""
         if self._hook is not None:
             self._hook.remove()
 
     def stock_reason(self) -> Optional[str]:
-        """Returns why the adapters' next call takes PyTorch's code, see :func:`peft_ext.explain`; None: it is fused."""
+        """Returns why the adapters' next call runs plain PyTorch, see :func:`peft_ext.explain`, or None if fused."""
         if self._disable_adapters:
             return "adapters are disabled"
         weights = [self.bottleneck_adapters[name].down.weight for name in self.active()]
@@ -206,19 +213,19 @@ class BottleneckLayer(Wrapper):
         raise ValueError(_UNMERGEABLE)
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Does nothing, because an adapter is never merged."""
 
 
-# The width of what a whole sublayer returns, in a transformers config.
+# Names in a transformers config of the number of features that a sublayer returns.
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
-_UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the base layer; unload() takes it off"
+_UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the base layer; unload() removes it"
 
 
 class BottleneckModel(Tuner):
-    """A model with bottleneck adapters, see :class:`peft_ext.BottleneckConfig`; ``peft.get_peft_model`` makes it.
+    """A model with bottleneck adapters, made by ``peft.get_peft_model``; see :class:`peft_ext.BottleneckConfig`.
 
-    Raises: ValueError where the placement has no default for the model type, or no width is known for a target.
+    Raises: ValueError if the placement has no default for the model type, or if the width of a target is unknown.
     """
 
     prefix = "bottleneck_"
@@ -232,7 +239,7 @@ class BottleneckModel(Tuner):
         if places is _NORMED and placement == "pfeiffer":
             raise ValueError(
                 f"BottleneckConfig: placement 'pfeiffer' is not defined for model type {kind!r}, which has a norm "
-                "between the feed-forward and its residual sum; take placement 'after_ffn', or give target_modules"
+                "between the feed-forward and its residual sum; use placement 'after_ffn', or give target_modules"
             )
         chosen: tuple[Optional[str], ...] = (None,)
         if places is not None:
@@ -257,7 +264,7 @@ class BottleneckModel(Tuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         found = super()._check_target_module_exists(peft_config, key)
-        return found and in_layers(peft_config, key)  # which PEFT does not ask where target_modules is an expression
+        return found and in_layers(peft_config, key)  # PEFT ignores layers_to_transform if target_modules is a regex
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -272,7 +279,7 @@ class BottleneckModel(Tuner):
             target.bottleneck_adapters[adapter_name].requires_grad_(False)
 
     def _features(self, target: nn.Module, key: str, config: BottleneckConfig) -> int:
-        """Returns the width that the adapter reads and writes."""
+        """Returns the number of features that the adapter reads and writes."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
@@ -284,11 +291,12 @@ class BottleneckModel(Tuner):
             width = next((model_config[name] for name in _WIDTHS if isinstance(model_config.get(name), int)), None)
         if width is None:
             raise ValueError(
-                f"BottleneckConfig: {key} is a {type(base).__name__} of unknown width; target a linear layer"
+                f"BottleneckConfig: {key} is a {type(base).__name__} of unknown width, wanted a linear layer"
             )
         if config.placement == "parallel" and getattr(base, "in_features", width) != width:
             raise ValueError(
-                f"BottleneckConfig: {key} takes {base.in_features} features and gives {width}; parallel wants as many"
+                f"BottleneckConfig: {key} takes {base.in_features} features and gives {width}, wanted equal numbers "
+                "for placement 'parallel'"
             )
         return width
 

@@ -1,14 +1,15 @@
-"""Diff Pruning: a sparse difference to the pretrained parameters is learned, and the difference alone is saved.
+"""Diff Pruning: learns a sparse difference to the pretrained parameters. Only the difference is saved.
 
-    θ = θ₀ + (z_g·z)∘w                                  z, w: like θ₀;  z_g: one gate of the whole tensor
+    θ = θ₀ + (z_g·z)∘w                                  z, w: shaped like θ₀;  z_g: one gate for the whole tensor
     z = clamp(s·(r − l) + l, 0, 1)                      l = −1.5, r = 1.5
     s = σ(log u − log(1 − u) + α),  u ~ U(1e-4, 1 − 1e-4)
-    loss + λ·Σ σ(α − log(−l/r))                         over the gates of every tensor, z_g's too
+    loss + λ·Σ σ(α − log(−l/r))                         the sum is over the gates z and z_g of every tensor
 
-Then the largest entries of z_g·z∘w are kept, so many as asked for, and go on being trained; the rest is zero for good.
+Pruning keeps a given fraction of the entries of z_g·z∘w: the entries with the largest magnitude. Training continues
+with the kept entries; all other entries stay zero.
 
-Source: Diff Pruning, arXiv 2012.07463, and its authors' code, from which the sum in the penalty is (the paper has
-σ(α − …)·σ(α_g − …)); the gates are the hard concrete ones of arXiv 1712.01312.
+Source: Diff Pruning, arXiv 2012.07463, and its authors' code. The sum in the penalty is that of the code; the paper has
+σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv 1712.01312.
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.diff_pruning_tensors\.(.+)\.va
 
 @dataclass
 class DiffPruningConfig(TargetConfig):
-    """Diff Pruning: learn a difference to the parameters of the targets, sparse after
-    :meth:`peft_ext.tuners.DiffPruningModel.prune`.
+    """Diff Pruning: learns a difference to the parameters of the targets.
+
+    The difference becomes sparse by :meth:`peft_ext.tuners.DiffPruningModel.prune`.
 
     Args:
-        structured: one more gate for each tensor, which opens and closes it as a whole.
+        structured: whether each tensor has one more gate z_g, which opens or closes the difference of the whole tensor.
         sparsity_penalty: λ, the weight of the expected number of open gates in the loss.
-        alpha_init: α of every gate at the start.
-        stretch_low, stretch_high: l < 0 and r > 1, what a gate is stretched to before it is clamped.
-        kept: by tensor ("model.layers.0.mlp.up_proj.weight"), how many entries pruning kept. Set by pruning; loading
-            allocates them from it.
+        alpha_init: initial α of every gate.
+        stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped.
+        kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
+            Pruning sets the field, and loading allocates the entries by the field.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. The default is every parameter; a classification head is in
-            modules_to_save (task_type="SEQ_CLS" puts it there).
+            :class:`~peft_ext.tuners.targets.TargetConfig`. By default every parameter is a target. A classification
+            head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
 
-    Raises: TypeError or ValueError where a field is not of these forms.
+    Raises: TypeError or ValueError if a field has a value of another form.
     """
 
     structured: bool = field(default=True, metadata={"help": "One more gate for each tensor."})
@@ -79,10 +81,10 @@ class DiffPruningConfig(TargetConfig):
 
 
 class DenseDiff(nn.Module):
-    """``(z_g·z)∘w`` of one tensor, before it is pruned.
+    """The difference ``(z_g·z)∘w`` of one tensor before pruning.
 
-    ``w`` and ``alpha`` are like the tensor, ``group`` is 0-d, or absent where gates are not structured. At first w is 0
-    and the difference with it.
+    ``w`` and ``alpha`` have the tensor's shape. ``group``, the α of z_g, is 0-d, and is absent if gates are not
+    structured. w starts as 0, and so does the difference.
     """
 
     def __init__(self, tensor: Tensor, config: DiffPruningConfig) -> None:
@@ -94,7 +96,7 @@ class DenseDiff(nn.Module):
         self.group = nn.Parameter(like.new_full((), config.alpha_init)) if config.structured else None
 
     def gate(self, alpha: Tensor, sample: bool) -> Tensor:
-        """z of ``alpha``, in float32 or more; not sampled it is that of u = ½, whose logarithms cancel: s = σ(α)."""
+        """Returns z for ``alpha``, in float32 or wider. Without ``sample`` u is ½, so that s = σ(α)."""
         low, high = self.stretch
         alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         if sample:
@@ -103,32 +105,32 @@ class DenseDiff(nn.Module):
         return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 
     def difference(self, sample: bool) -> Tensor:
-        """Returns ``(z_g·z)∘w``, in float32 or more."""
+        """Returns ``(z_g·z)∘w`` in float32 or wider."""
         z = self.gate(self.alpha, sample)
         if self.group is not None:
             z = self.gate(self.group, sample) * z
         return z * self.w
 
     def alphas(self) -> list[nn.Parameter]:
-        """Returns α of the gates."""
+        """Returns the parameters α of all gates of this tensor."""
         return [self.alpha] if self.group is None else [self.alpha, self.group]
 
     def open_gates(self) -> Tensor:
-        """Σ σ(α − log(−l/r)): the expected number of gates above 0. 0-d, float32 or more."""
+        """Returns ``Σ σ(α − log(−l/r))``, the expected number of gates above 0; 0-d, float32 or wider."""
         low, high = self.stretch
         wide = torch.promote_types(self.alpha.dtype, torch.float32)
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """θ, summed in float32 or more and rounded to θ₀'s dtype once."""
+        """Returns θ: the sum is computed in float32 or wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 
 class SparseDiff(nn.Module):
     """The entries of one tensor's difference that pruning kept.
 
-    ``indices``: int32 ``[kept]``, ascending, into the flat tensor (int64 where that has 2³¹ elements or more);
-    ``values``: float ``[kept]``, trained.
+    ``indices`` are ascending indices into the flat tensor: int32 ``[kept]``, or int64 for a tensor of 2³¹ elements or
+    more. ``values`` are the trained entries: float ``[kept]``.
     """
 
     def __init__(self, indices: Tensor, values: Tensor) -> None:
@@ -138,12 +140,12 @@ class SparseDiff(nn.Module):
 
     @classmethod
     def allocate(cls, tensor: Tensor, kept: int) -> SparseDiff:
-        """Returns room for ``kept`` entries of ``tensor``, all 0."""
+        """Returns a SparseDiff with ``kept`` entries of value 0, to be filled from a state dict."""
         indices = torch.arange(kept, dtype=_index_dtype(tensor), device=tensor.device)
         return cls(indices, torch.zeros(kept, dtype=tensor.dtype, device=tensor.device))
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """θ: the entries that are not kept have θ₀'s bits."""
+        """Returns θ. An entry that is not kept has the bits of θ₀."""
         flat, index = tensor.detach().reshape(-1), self.indices.long()
         wide = torch.promote_types(torch.promote_types(flat.dtype, self.values.dtype), torch.float32)
         moved = (flat[index].to(wide) + self.values.to(wide)).to(flat.dtype)
@@ -155,12 +157,13 @@ def _index_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class DiffPruningLayer(ReplacingLayer):
-    """``base_layer`` with the active adapter's difference added to its parameters.
+    """Runs ``base_layer`` with the active adapter's difference added to the layer's parameters.
 
-    While training each forward draws its u from torch's default generator, so that recomputation under checkpointing
-    draws it again; a tensor that modules share is drawn once in each. In eval mode, and for merging and pruning, u is
-    ½: z = clamp(σ(α)·(r − l) + l, 0, 1). In the state dict: ``diff_pruning_tensors.<name in the module>``, and below
-    it ``w``, ``alpha`` and ``group``, or ``indices`` and ``values`` once pruned.
+    In training each forward draws u from torch's default generator, so that a recomputation under activation
+    checkpointing draws the same u. If modules share a tensor, each module draws its own u. In eval mode, for merging
+    and for pruning, u is ½: z = clamp(σ(α)·(r − l) + l, 0, 1). The keys in the state dict are
+    ``diff_pruning_tensors.<name in the module>`` followed by ``w``, ``alpha`` and ``group``, or after pruning by
+    ``indices`` and ``values``.
     """
 
     adapter_layer_names = ("diff_pruning_tensors",)
@@ -169,7 +172,7 @@ class DiffPruningLayer(ReplacingLayer):
         return {name: diff.parameters_of(self.base_tensor(name), training) for name, diff in self.diffs(adapter)}
 
     def diffs(self, adapter: str) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Yields name in the base module, and difference, of the tensors that ``adapter`` owns here."""
+        """Yields the name in the base module and the difference of each tensor that ``adapter`` owns in this layer."""
         for name, module in self.adapters[adapter].named_modules():
             if isinstance(module, (DenseDiff, SparseDiff)):
                 yield name, module
@@ -178,14 +181,15 @@ class DiffPruningLayer(ReplacingLayer):
 class DiffPruningModel(ReplacingTuner):
     """A model with a learned difference to its parameters, see :class:`peft_ext.DiffPruningConfig`.
 
-    ``peft.get_peft_model`` makes it; its methods are reached through the PeftModel too. While the model trains, the
-    penalty is added to the ``loss`` of what it returns, and so reaches transformers' Trainer; where Trainer says how
-    many labels a step of several batches has, each batch adds its share. It is not added where the loss is computed
-    outside of the model, as under label smoothing: add :meth:`penalty` there. Until it is pruned w and α are each as
-    large as what they belong to, with gradients and optimizer state on top. The gates want a larger learning rate:
+    ``peft.get_peft_model`` makes the model; the PeftModel forwards the methods. In training the penalty is added to the
+    ``loss`` in the model's output, and so reaches transformers' Trainer. If Trainer passes the number of labels in an
+    optimizer step of several batches, each batch adds the penalty in proportion to its labels. If the loss is computed
+    outside of the model, as under label smoothing, add :meth:`penalty` to that loss. Until pruning w and α each have
+    the size of their tensor; gradients and optimizer state come on top. The gates need a larger learning rate, see
     :meth:`parameter_groups`.
 
-    Raises: ValueError where a target is quantized, or where a shared tensor is a target in one place alone.
+    Raises: ValueError if a target is quantized, or if a shared tensor belongs both to a target and to a module that is
+    not a target.
     """
 
     prefix = "diff_pruning_"
@@ -193,7 +197,8 @@ class DiffPruningModel(ReplacingTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        # On the base model, which is what every way in ends up calling: a PeftModel without a task passes this by.
+        # The hook is on the base model, which every call reaches. A PeftModel without a task type does not call the
+        # tuner's forward.
         self._penalty_hook = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
 
     def make_plan(self, config: DiffPruningConfig, model: nn.Module) -> Plan:
@@ -215,7 +220,7 @@ class DiffPruningModel(ReplacingTuner):
     # --- the penalty --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """``λ·Σ σ(α − log(−l/r))`` over the gates of the adapter in effect, 0-d; 0 where it is pruned or disabled."""
+        """Returns ``λ·Σ σ(α − log(−l/r))`` over the running adapter's gates, 0-d; 0 if pruned, merged or disabled."""
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for _, layer in self.layers():
             if (adapter := layer.running()) is not None:
@@ -228,7 +233,7 @@ class DiffPruningModel(ReplacingTuner):
     def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not module.training or not torch.is_grad_enabled():
             return output
-        # Of return_dict=False: the loss comes first, if there is one.
+        # With return_dict=False the output is a tuple whose first item is the loss, if the output has a loss.
         first = isinstance(output, tuple) and not hasattr(output, "loss")
         if isinstance(output, Mapping):
             loss = output.get("loss")
@@ -255,10 +260,11 @@ class DiffPruningModel(ReplacingTuner):
     # --- optimizing and pruning ---------------------------------------------------------------------------------------
 
     def parameter_groups(self, lr: float, gate_lr: float = 0.1, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """For a torch optimizer: all that is trained, and the gates' α apart, undecayed.
+        """Returns the parameter groups for a torch optimizer: all trained parameters, and the gates' α separately.
 
-        α starts at 5 and has to fall below 0 for a gate to close, which takes an Adam at a usual learning rate some
-        hundred thousand steps; the authors' own rate for α is 0.1.
+        The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from 5 to
+        below 0. At a usual learning rate Adam needs some hundred thousand steps for that; the authors use the rate 0.1
+        for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -268,7 +274,7 @@ class DiffPruningModel(ReplacingTuner):
         ]
 
     def _diffs(self, adapter: Optional[str] = None) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Yields full name of the tensor and difference, of one adapter or of all."""
+        """Yields the tensor's full name and the difference, for one adapter, or for all adapters if None."""
         for key, layer in self.layers():
             for held in layer.adapters if adapter is None else layer.held([adapter]):
                 for name, diff in layer.diffs(held):
@@ -281,20 +287,20 @@ class DiffPruningModel(ReplacingTuner):
         adapter_name: Optional[str] = None,
         optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> dict[str, int]:
-        """Keep the entries of ``z_g·z∘w`` of the largest magnitude, over all tensors, and train them alone from now on.
+        """Keeps the entries of ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only these entries.
 
         Args:
-            target: the fraction of entries to keep, of all that the adapter targets; fewer where fewer are not 0.
-            adapter_name: the active adapter by default.
-            optimizer: one that trains the adapter; in its groups the kept values take w's place, gates leave, and the
-                state of both is dropped. Without it a new optimizer is needed: w and the gates are no parameters any
-                more. Its other parameters, and its learning rates, stay as they are.
+            target: fraction to keep of all entries that the adapter targets. Entries that are 0 are not kept.
+            adapter_name: name of the adapter; default the active adapter.
+            optimizer: an optimizer that trains the adapter. In its groups the kept values replace w, and the gates are
+                removed; the optimizer state of w and of the gates is dropped. Other parameters and the learning rates
+                stay. Without this argument make a new optimizer, because w and the gates are no longer parameters.
 
-        Returns: the new configuration's ``kept``, by full name of the tensor how many entries are kept.
+        Returns: ``kept`` of the new configuration: the number of kept entries, by full name of the tensor.
 
-        Raises: ValueError where target is not in (0, 1] or too small for one entry, where there is no such adapter,
-        where it is pruned already or merged, where every entry is 0 (nothing was trained), or where the optimizer has
-        none of the adapter's parameters.
+        Raises: ValueError if target is not in (0, 1] or keeps less than one entry; if the adapter does not exist, is
+        pruned already or is merged; if every entry is 0 (nothing was trained); or if the optimizer does not train the
+        adapter's parameters.
         """
         adapter = self._one(adapter_name)
         if not 0 < target <= 1:
@@ -306,7 +312,7 @@ class DiffPruningModel(ReplacingTuner):
         dense = dict(self._diffs(adapter))
         limit = int(target * sum(diff.w.numel() for diff in dense.values()))
         if limit < 1:
-            raise ValueError(f"prune: target is {target}, which leaves none of the adapter's entries")
+            raise ValueError(f"prune: target is {target}, which keeps no entry of the adapter, wanted a larger target")
         if optimizer is not None:
             _check_trains(optimizer, dense)
         chosen = _largest(dense, limit)
@@ -321,7 +327,7 @@ class DiffPruningModel(ReplacingTuner):
         if optimizer is not None:
             _exchange(optimizer, {diff: sparse.get(name) for name, diff in dense.items()})
         kept = {name: diff.values.numel() for name, diff in sparse.items()}
-        # A copy: the user's own configuration still describes a new adapter.
+        # The configuration is replaced, not changed: the user's own object still describes a new adapter.
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], kept=kept)
         return dict(kept)
 
@@ -345,7 +351,7 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # A checkpoint may be from before the pruning of this adapter, or after it: what is read decides what is held.
+        # The checkpoint may hold this adapter before or after pruning. The adapter takes the checkpoint's form.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)
@@ -353,7 +359,7 @@ class DiffPruningModel(ReplacingTuner):
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
             held = [parameter for tensors in old for parameter in tensors.parameters()]
             trained = any(parameter.requires_grad for parameter in held)
-            dtypes = {parameter.dtype for parameter in held}  # float32 over a base in less: what is read keeps its bits
+            dtypes = {parameter.dtype for parameter in held}  # the new entries keep this dtype
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
                     new = _allocate(layer, key.removeprefix(_PEFT), layer.names[adapter_name], config)
@@ -370,13 +376,13 @@ def _allocate(layer: DiffPruningLayer, key: str, names: list[str], config: DiffP
 
 
 def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
-    """Returns ``DiffPruningConfig.kept`` of the adapter whose checkpoint this is; None where it is not pruned."""
+    """Returns ``DiffPruningConfig.kept`` of the adapter in the checkpoint ``state_dict``, or None if not pruned."""
     found = ((_KEY.fullmatch(key), tensor) for key, tensor in state_dict.items())
     return {f"{key[1]}.{key[2]}": tensor.numel() for key, tensor in found if key is not None} or None
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns flat indices, ascending, and values of the ``limit`` largest magnitudes of all tensors, without zeros."""
+    """Returns ascending flat indices and values of the ``limit`` largest nonzero magnitudes over all tensors."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0
@@ -402,11 +408,11 @@ def _check_trains(optimizer: torch.optim.Optimizer, dense: dict[str, DenseDiff])
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, diff in dense.items():
         if id(diff.w) not in held:
-            raise ValueError(f"prune: the optimizer does not train {name}, so it can't go on with what is kept of it")
+            raise ValueError(f"prune: the optimizer does not train {name}, wanted an optimizer of the adapter")
 
 
 def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[SparseDiff]]) -> None:
-    """What is kept takes w's place in its group, or nothing does; gates leave."""
+    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in all groups."""
     heirs: dict[nn.Parameter, Optional[nn.Parameter]] = {}
     for dense, sparse in diffs.items():
         heirs[dense.w] = None if sparse is None else sparse.values
@@ -418,13 +424,13 @@ def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[
 
 
 def _share(module: nn.Module, kwargs: dict[str, Any]) -> Union[Tensor, float]:
-    """Returns the part of an optimizer step's labels in this batch, where Trainer says how many there are; else 1."""
+    """Returns this batch's share of the labels of an optimizer step, or 1 if Trainer does not pass their number."""
     total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if total is None or not isinstance(labels, Tensor):
         return 1.0
     decoder = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     if decoder and "CausalLM" in str(getattr(module, "loss_type", "")):
-        labels = labels[..., 1:]  # as Trainer counts them: the first one is never predicted
+        labels = labels[..., 1:]  # Trainer does not count the first label, which is never predicted
     counted = kwargs.get("shift_labels")
     counted = labels if counted is None else counted
     return counted.ne(-100).sum() / torch.as_tensor(total, device=counted.device).reshape(-1)[0]

@@ -1,10 +1,11 @@
-"""What the methods here share: a module that runs with some of its own tensors replaced by the active adapter's.
+"""Base classes of tuners that run a module with some of its tensors replaced by the active adapter's tensors.
 
-    Y = base(x; θ)          θ: base's own tensors, those of the active adapter in place of some
+    Y = base(x; θ)          θ: base's tensors, with some replaced by tensors of the active adapter
 
-Nothing is added to an output: the base module's own forward runs, once, with other tensors in it, so that the result
-has the bits that a model with these tensors would give. The module that is wrapped owns parameters itself; whatever is
-read from outside (``weight``, ``bias``, ``padding_idx``) is read through, with the adapter's tensors in place.
+Nothing is added to an output. The base module's own forward runs once with the replaced tensors, so that the result has
+the same bits as the result of a model with these tensors. A wrapped module owns parameters directly. Reading an
+attribute of the wrapper (``weight``, ``bias``, ``padding_idx``) gives the base module's attribute, with the adapter's
+tensors in place.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from .tuner import Tuner, Wrapper
 
 with required("peft", "peft_ext.tuners"):
     from peft.tuners.tuners_utils import (
-        _ExcludedModule,  # noqa: PLC2701  what PEFT's own lookup returns
+        _ExcludedModule,  # noqa: PLC2701  the return type of PEFT's own lookup
         check_adapters_to_merge,
     )
 
 
 def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
-    """Returns a module that holds ``items`` under their names; dots in a name make submodules.
+    """Returns a module that holds ``items`` under their names. A dot in a name makes a submodule.
 
-    Parameters and modules are registered as what they are, other tensors as buffers.
+    Parameters and modules are registered as parameters and modules, other tensors as buffers.
     """
     root = nn.Module()
     for name, item in items.items():
@@ -52,9 +53,9 @@ def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
 
 
 class ReplacingLayer(Wrapper):
-    """Runs ``base_layer`` with tensors of the active adapter in place of its own.
+    """Runs ``base_layer`` with tensors of the active adapter in place of the layer's own tensors.
 
-    A method gives ``adapter_layer_names``, the one attribute that holds its adapters, and :meth:`own`.
+    A subclass defines ``adapter_layer_names``, the name of the attribute that holds the adapters, and :meth:`own`.
     """
 
     other_param_names = ("names", "tied")
@@ -63,7 +64,8 @@ class ReplacingLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-        # By adapter: the tensors it owns here; and by tensor, the layer and the name in it that own a shared one.
+        # names: adapter -> names of the tensors that the adapter owns in this layer.
+        # tied: adapter -> name of a shared tensor -> the layer that owns the tensor, and the tensor's name there.
         self.names: dict[str, list[str]] = {}
         self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
         self.merged_adapters: list[str] = []
@@ -71,12 +73,12 @@ class ReplacingLayer(Wrapper):
         self._active_adapter = []
         self.training = base_layer.training
 
-    # --- what a method gives ------------------------------------------------------------------------------------------
+    # --- methods of a subclass ----------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Returns the tensors that ``adapter`` owns here, by name, as the base module is to see them.
+        """Returns the tensors that ``adapter`` owns in this layer, by name, in the form that the base module reads.
 
-        ``training``: as during training, where that makes a difference. ``x``: the layer's input, where it is known.
+        ``training``: whether the values are those of training. ``x``: the layer's input, or None if unknown.
         """
         raise NotImplementedError
 
@@ -87,7 +89,7 @@ class ReplacingLayer(Wrapper):
         return getattr(self, self.adapter_layer_names[0])
 
     def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Returns all tensors that are replaced under ``adapter``, those included that another layer owns."""
+        """Returns all tensors that ``adapter`` replaces in this layer, shared tensors of other layers included."""
         found = self.own(adapter, training, x)
         for name, (layer, owned) in self.tied.get(adapter, {}).items():
             owner = found if layer is self else layer.own(adapter, training)
@@ -96,7 +98,7 @@ class ReplacingLayer(Wrapper):
         return found
 
     def running(self) -> Optional[str]:
-        """Returns the adapter that the next forward runs with; None: the base module alone."""
+        """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone."""
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -109,7 +111,7 @@ class ReplacingLayer(Wrapper):
         return names[0] if names else None
 
     def held(self, names: list[str]) -> list[str]:
-        """Returns those of ``names`` that have an adapter here."""
+        """Returns the adapters among ``names`` that this layer holds."""
         return [name for name in names if name in self.adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +120,7 @@ class ReplacingLayer(Wrapper):
             return self.base_layer(*args, **kwargs)
         if _offloaded(self.base_layer):
             name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
-            raise RuntimeError(f"{name}: accelerate offloads it, and puts back its own tensors; keep it on a device")
+            raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         places = []
         try:
@@ -132,7 +134,7 @@ class ReplacingLayer(Wrapper):
                 held[leaf] = tensor
 
     def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
-        """Returns the dictionary, of the base module or one in it, that holds the tensor ``name``, and its key."""
+        """Returns the dictionary of parameters or buffers that holds the base module's tensor ``name``, and its key."""
         path, _, leaf = name.rpartition(".")
         module = self.base_layer.get_submodule(path)
         return module._buffers if leaf in module._buffers else module._parameters, leaf
@@ -142,7 +144,7 @@ class ReplacingLayer(Wrapper):
         return held[leaf]
 
     def _read(self, name: str) -> Any:
-        """Returns the base module's attribute as it is while this layer runs: models read weights from outside too."""
+        """Returns base_layer's attribute as this layer's forward sees it, because models also read weights directly."""
         adapter = self.running()
         replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
         if not any(one == name or one.startswith(f"{name}.") for one in replaced):
@@ -166,10 +168,10 @@ class ReplacingLayer(Wrapper):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Puts an adapter's tensors into the base module; :meth:`unmerge` puts the very bits back.
+        """Copies an adapter's tensors into the base module. :meth:`unmerge` restores the original bits.
 
-        Raises: ValueError where another adapter is merged already, where several are asked for, or where ``safe_merge``
-        and a tensor is not finite.
+        Raises: ValueError if another adapter is merged already, if several adapters are asked for, or if ``safe_merge``
+        is set and a tensor is not finite.
         """
         names = self.held(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -194,7 +196,8 @@ class ReplacingLayer(Wrapper):
             merged = self.base_tensor(name)
             self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
         self._unmerged.clear()
-        # A shared tensor is merged where it is owned, which may be a module that is never called, as T5's embedding.
+        # A shared tensor is merged in the layer that owns the tensor. That layer may be a module that is never called,
+        # such as T5's embedding.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
         self.merged_adapters.clear()
         for layer in owners:
@@ -202,9 +205,9 @@ class ReplacingLayer(Wrapper):
                 layer.unmerge()
 
     def _exchange(self, name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
-        """Puts ``tensor`` where the base module holds ``name``; returns what was there.
+        """Sets the base module's tensor ``name`` to ``tensor`` and returns the previous tensor.
 
-        A parameter stays the same object, or modules that share it would come apart.
+        A parameter stays the same object, so that modules that share the parameter continue to share it.
         """
         held, leaf = self._place(name)
         before = held[leaf]
@@ -219,7 +222,8 @@ class ReplacingLayer(Wrapper):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
-        # Before any forward, or of the modules that share a tensor some would run merged and others not.
+        # Unmerge now, before any forward. Otherwise some of the modules that share a tensor would run merged and
+        # others would not.
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -230,7 +234,7 @@ class ReplacingLayer(Wrapper):
         self.adapters[adapter], self.names[adapter], self.tied[adapter] = tensors, names, tied
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's own casts to the base weight's dtype as well, which rounds an adapter that was saved in float32.
+        # PEFT's method also casts to the base weight's dtype, which would round an adapter that was saved in float32.
         if adapter_name in self.adapters:
             tensors = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in tensors.parameters()):
@@ -238,7 +242,7 @@ class ReplacingLayer(Wrapper):
 
 
 def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Returns a shallow copy of ``module`` in which these of its tensors are replaced."""
+    """Returns a shallow copy of ``module`` with the tensors in ``tensors`` in place of its own."""
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
@@ -264,18 +268,18 @@ def _several(layer: nn.Module, names: list[str]) -> str:
 
 
 class ReplacingTuner(Tuner):
-    """The tuner of a method whose layers are :class:`ReplacingLayer`; it gives :meth:`make_plan` and :meth:`make`."""
+    """Base class of a tuner with :class:`ReplacingLayer`. A subclass defines :meth:`make_plan` and :meth:`make`."""
 
     def make_plan(self, config: Any, model: nn.Module) -> Plan:
-        """Returns which tensors the adapter of ``config`` replaces. Raises ValueError, before anything is changed."""
+        """Returns the tensors that the adapter of ``config`` replaces. Raises ValueError before the model changes."""
         raise NotImplementedError
 
     def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:
-        """Returns what a new adapter holds in ``layer``, the module ``key``, for its tensors ``names``."""
+        """Returns a module with a new adapter's tensors for ``names``, the tensors of ``layer``, the module ``key``."""
         raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config  # PEFT's own refuses target_modules=None, which is each method's default here
+        return peft_config  # PEFT's method refuses target_modules=None, the default here
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         peft_config.target_modules = expand_all_linear(model, peft_config.target_modules, peft_config)
@@ -291,8 +295,8 @@ class ReplacingTuner(Tuner):
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str,
     ) -> None:  # fmt: skip
-        if current_key not in self._plan.units:  # asked for by the keys of a state dict
-            raise ValueError(f"{type(self).__name__}: {current_key} is no target of the adapter {adapter_name!r}")
+        if current_key not in self._plan.units:  # the key comes from a state dict
+            raise ValueError(f"{type(self).__name__}: {current_key} is not a target of the adapter {adapter_name!r}")
         if not isinstance(target, self.tuner_layer_cls):
             target = self.tuner_layer_cls(target)
             setattr(parent, target_name, target)
@@ -302,20 +306,20 @@ class ReplacingTuner(Tuner):
         target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        """Yields full name, in the base model, and layer, of every module that is wrapped."""
+        """Yields the full name in the base model and the layer, for every wrapped module."""
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield name, module
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
-        """PEFT's; refuses adapters that replace the same tensors, before anything is changed."""
+        """Activates adapters as PEFT does. Raises ValueError, before any change, if two replace the same tensors."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, layer in self.layers():
             if len(held := layer.held(names)) > 1:
                 raise ValueError(f"set_adapter: {name}: {_several(layer, held)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    # Tensors that modules share are tied in the adapter too, so PEFT's warnings are about modules_to_save alone.
+    # The adapter ties the tensors that modules share, so that PEFT's warning applies to modules_to_save only.
 
     def _check_tied_modules(self, model: nn.Module, peft_config: TargetConfig) -> None:
         super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))

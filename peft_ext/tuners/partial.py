@@ -1,6 +1,6 @@
-"""Partial fine-tuning: chosen modules or layers are trained whole, and they alone are saved.
+"""Partial fine-tuning: all tensors of chosen modules or layers are trained, and only these tensors are saved.
 
-Y = base(x; θ)          θ: the adapter's copy of every tensor of the module
+Y = base(x; θ)          θ: the adapter's copies of all tensors of the module
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ __all__ = ["PartialConfig", "PartialLayer", "PartialModel"]
 
 @dataclass
 class PartialConfig(TargetConfig):
-    """Partial fine-tuning: train every tensor of the targets; the rest is frozen.
+    """Partial fine-tuning: trains every tensor of the targets. All other tensors are frozen.
 
     Args:
-        num_last_layers: only what lies in the last layers, so many of them, of each stack of the model: T5's encoder
-            and decoder, a vision and a text tower; ``target_modules=["decoder"]`` beside it leaves one.
+        num_last_layers: number of last layers of each stack of the model in which targets are trained. T5 has two
+            stacks, encoder and decoder; a vision-language model has a vision and a text stack. To train layers of one
+            stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
-            :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", means everything
-            below it; None means everything in the layers that num_last_layers or layers_to_transform leaves, and one of
-            the three must be given.
+            :class:`~peft_ext.tuners.targets.TargetConfig`. A container, such as "model.layers.11", stands for all
+            modules below it. With None all modules in the layers of num_last_layers or layers_to_transform are
+            targets. At least one of target_modules, num_last_layers and layers_to_transform must be given.
 
-    Raises: TypeError or ValueError where a field is not of these forms, or where nothing says what to train.
+    Raises: TypeError or ValueError if a field has a value of another form, or if no field chooses what to train.
     """
 
     num_last_layers: Optional[int] = field(
@@ -47,10 +48,11 @@ class PartialConfig(TargetConfig):
 
 
 class PartialLayer(ReplacingLayer):
-    """``base_layer`` with the active adapter's copies in place of its parameters and of its saved buffers.
+    """Runs ``base_layer`` with the active adapter's copies in place of its parameters and saved buffers.
 
-    A copy may be float32 over a base in less (PEFT's ``autocast_adapter_dtype``): it is cast for each forward, and is
-    the master weight of the training. In the state dict: ``partial_tensors.<name in the module>``.
+    A copy may be float32 although the base has a narrower dtype (PEFT's ``autocast_adapter_dtype``). Then the copy is
+    the master weight in training and is cast to the base's dtype for each forward. The keys in the state dict are
+    ``partial_tensors.<name in the module>``.
     """
 
     adapter_layer_names = ("partial_tensors",)
@@ -62,15 +64,15 @@ class PartialLayer(ReplacingLayer):
 
 
 class PartialModel(ReplacingTuner):
-    """A model of which a part is trained, see :class:`peft_ext.PartialConfig`; ``peft.get_peft_model`` makes it.
+    """A model of which a part is trained, made by ``peft.get_peft_model``; see :class:`peft_ext.PartialConfig`.
 
-    The adapter of each name has a copy of what is trained, so that several can be held, switched and disabled. A tensor
-    that modules share, as an embedding and the output head, is copied once and stays shared, where all of them are
-    targets. Where ``target_modules`` names "embed_tokens" or "lm_head", PEFT saves their frozen weight as well;
-    ``save_pretrained(..., save_embedding_layers=False)`` leaves it out.
+    Each adapter has its own copy of the trained tensors, so that several adapters can be held, switched and disabled.
+    If modules share a tensor, such as an embedding and the output head, and all these modules are targets, the tensor
+    is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves their
+    frozen weight; ``save_pretrained(..., save_embedding_layers=False)`` prevents that.
 
-    Raises: ValueError where there is nothing to train, where a target is quantized, or where a shared tensor is a
-    target in one place alone.
+    Raises: ValueError if nothing is left to train, if a target is quantized, or if a shared tensor belongs both to a
+    target and to a module that is not a target.
     """
 
     prefix = "partial_"

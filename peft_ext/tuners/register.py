@@ -1,4 +1,4 @@
-"""A method of this project made one of PEFT's: an entry of its ``PeftType`` enum and of its mappings."""
+"""Registers a method of this package with PEFT: in PEFT's ``PeftType`` enum and in PEFT's mappings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ with required("peft", "peft_ext.tuners"):
     from peft.utils import register_peft_method
     from peft.utils.peft_types import PeftType
 
-_OLDEST = "0.21"  # the first with hooks for a method's own keys in the state dict
+_OLDEST = "0.21"  # the first version of PEFT with hooks for a method's own state dict keys
 
-# What the classes here override in PEFT's: under another name there, theirs would run in place of ours.
+# Methods of PEFT's classes that this package overrides. If PEFT renamed a method, PEFT's method would run instead of
+# this package's method.
 MODEL_HOOKS = (
     "_check_merge_allowed",
     "_check_target_module_exists",
@@ -43,20 +44,20 @@ LAYER_HOOKS = (
 
 
 def _check_peft() -> None:
-    """Raises ImportError where PEFT is too old, or has not what the tuners here override, naming it."""
+    """Raises ImportError if PEFT is too old or lacks a name that the tuners override. The error contains the name."""
     if Version(peft.__version__).release < Version(_OLDEST).release:
         raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
     with required("peft", "peft_ext.tuners"):
-        has(PeftModel, "_enable_peft_forward_hooks")  # it calls its tuner's of that name
+        has(PeftModel, "_enable_peft_forward_hooks")  # a PeftModel calls its tuner's method of this name
         has(BaseTuner, *MODEL_HOOKS)
         has(BaseTunerLayer, *LAYER_HOOKS)
 
 
 def peft_type(name: str) -> PeftType:
-    """Returns the member ``name`` of PEFT's enum, made where it is not there yet.
+    """Returns the member ``name`` of PEFT's ``PeftType`` enum, and adds the member if PEFT lacks it.
 
-    PEFT's own ``register_peft_method`` takes the names of this enum alone. The new member is its value's equal, is
-    found by name and by value, and is pickled as the members that PEFT wrote are.
+    PEFT's ``register_peft_method`` accepts only names of that enum. The new member equals its string value, is found by
+    name and by value, and is pickled like the members that PEFT defines.
     """
     if name not in PeftType.__members__:
         extend_enum(PeftType, name, name)
@@ -64,13 +65,13 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Enters a method into PEFT's mappings under ``name``, lower case, once.
+    """Adds a method to PEFT's mappings under ``name``, in lower case. A second call for one method does nothing.
 
-    From then on ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and the rest of
-    PEFT know it. Importing a module of :mod:`peft_ext.tuners` calls it.
+    Then ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and all other functions
+    of PEFT know the method. The modules of :mod:`peft_ext.tuners` call this function on import.
 
-    Raises: ImportError where PEFT is too old, or has not what the methods here override; RuntimeError where PEFT, or
-    another package, has a method of this name.
+    Raises: ImportError if PEFT is too old or lacks a name that the methods override; RuntimeError if PEFT, or another
+    package, already has a method of this name.
     """
     _check_peft()
     found = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(name.upper()))

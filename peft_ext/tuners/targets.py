@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration means, and which of them share a parameter."""
+"""Finds the modules of a model that a configuration targets, and the parameters that several modules share."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ ALL_LINEAR = "all-linear"
 
 _Names = Optional[Union[list[str], str]]
 
-# Keys of a transformers config, or of one inside it, that count the layers of a stack.
+# Keys of a transformers config, or of a nested config, that hold the number of layers of a stack.
 _LAYER_COUNT = re.compile(r"(n_layers?|num_hidden_layers|num_layers|(en|de)coder_layers|num_(en|de)coder_layers)")
 
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """The fields by which the methods here choose modules; PEFT's, but that a container stands for all below it.
+    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, a container stands for all modules below it.
 
     Args:
-        target_modules: names of modules, full ("model.layers.1.mlp") or their last components ("mlp"); or a regular
-            expression that matches a full name; or "all-linear". A module is a target where it is named, or where
-            something that contains it is. None: the method's default.
-        exclude_modules: names or a regular expression, read the same way; they are no targets.
-        modules_to_save: see PEFT; they are no targets.
-        layers_to_transform: index or indices of layers; targets outside of them are none. The index is the first
-            number in a module's full name.
-        layers_pattern: the name or names, as regular expressions, of what is indexed ("layers", "h"); any by default.
+        target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
+            that matches a full name; or "all-linear". A module is a target if it, or a module that contains it, is
+            named. None: the method's default.
+        exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
+        modules_to_save: see PEFT; these modules are not targets.
+        layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
+            index is the first number in the module's full name.
+        layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
-    Raises: TypeError or ValueError where a field is not of these forms.
+    Raises: TypeError or ValueError if a field has a value of another form.
     """
 
     target_modules: _Names = field(
@@ -75,7 +75,7 @@ class TargetConfig(PeftConfig):
             self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
 
     def _names(self, field_name: str, value: Any) -> Any:
-        """As PEFT's configs keep it: a set in memory, a list on disk."""
+        """Returns names as PEFT's configurations hold them: as a set. ``to_dict`` turns the set into a list."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
@@ -85,7 +85,7 @@ class TargetConfig(PeftConfig):
         return set(value)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets sorted, so that equal configurations give equal files."""
+        """Returns PEFT's dictionary, with every set sorted, so that equal configurations are saved as equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def _fail(self, field_name: str, value: Any, wanted: str) -> None:
@@ -96,7 +96,7 @@ class TargetConfig(PeftConfig):
 
 
 def _and_containers(name: str) -> Iterator[str]:
-    """Yields the name and the names of what contains it, inmost first: a.b.c, a.b, a."""
+    """Yields the module's name and the names of the modules that contain it, innermost first: a.b.c, a.b, a."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -109,7 +109,7 @@ def _named(names: Union[Iterable[str], str], name: str) -> bool:
 
 
 def matches(names: Optional[Union[Iterable[str], str]], name: str) -> bool:
-    """Returns whether ``name``, or the name of what contains it, is among ``names`` or matches the expression."""
+    """Returns whether ``names`` contains, or matches, ``name`` or the name of a module that contains ``name``."""
     return bool(names) and any(_named(names, container) for container in _and_containers(name))
 
 
@@ -126,13 +126,13 @@ def _layer_index(config: TargetConfig, name: str) -> Optional[int]:
 
 
 def in_layers(config: TargetConfig, name: str) -> bool:
-    """Returns whether ``name`` lies in one of the layers that the configuration leaves."""
+    """Returns whether the module ``name`` lies in one of the layers of ``layers_to_transform``."""
     wanted = config.layers_to_transform
     return wanted is None or _layer_index(config, name) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Returns whether ``name`` is a target; everything is where ``target_modules`` is None."""
+    """Returns whether the module ``name`` is a target. With ``target_modules`` None every module counts as named."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 
@@ -141,9 +141,10 @@ def targeted(config: TargetConfig, name: str) -> bool:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields full name and module of everything below ``model``, as before any adapter.
+    """Yields the full name and the module for every module below ``model``, as if the model had no adapter.
 
-    A tuner layer stands for the module it wraps; what adapters added and what ``modules_to_save`` holds are left out.
+    A tuner layer is replaced by the module that the layer wraps. Modules that adapters or ``modules_to_save`` added are
+    left out.
     """
     inside = None
     for name, module in model.named_modules():
@@ -158,7 +159,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields full name and parameter, under every name that it has, as before any adapter."""
+    """Yields the full name and the parameter, as if the model had no adapter. A shared parameter has several names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in _and_containers(name) if container in wrapped), None)
@@ -169,9 +170,9 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
-    """Returns the full names that PEFT means by "all-linear", where ``names`` is that; else ``names``.
+    """Returns the full names that PEFT means by "all-linear" if ``names`` is "all-linear", otherwise ``names``.
 
-    Every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, but for the output head.
+    "all-linear" means every ``nn.Linear``, its quantized subclasses and GPT-2's ``Conv1D``, except the output head.
     """
     if not isinstance(names, str) or names.lower() != ALL_LINEAR:
         return names
@@ -187,11 +188,12 @@ def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
 
 
 def last_layers(model: nn.Module, count: int) -> set[str]:
-    """Returns the full names of the last ``count`` layers of each stack (T5, vision and text have several).
+    """Returns the full names of the last ``count`` layers of each stack. T5 and vision-language models have two stacks.
 
-    A stack is an outermost ``nn.ModuleList``, as long as one of the layer counts in the model's config, if it has any.
+    A stack is an outermost ``nn.ModuleList``. If the model's config has layer counts, the stack's length must be one of
+    these counts.
 
-    Raises: ValueError where there is no stack, or a shorter one.
+    Raises: ValueError if the model has no stack, or a stack with fewer layers than ``count``.
     """
     stacks: dict[str, int] = {}
     for name, module in base_modules(model):
@@ -200,10 +202,10 @@ def last_layers(model: nn.Module, count: int) -> set[str]:
     counts = set(_layer_counts(getattr(model, "config", None)))
     stacks = {name: length for name, length in stacks.items() if length in counts or not counts}
     if not stacks:
-        raise ValueError(f"num_last_layers: found no list of layers in {type(model).__name__}; name target_modules")
+        raise ValueError(f"num_last_layers: {type(model).__name__} has no list of layers, give target_modules instead")
     for name, length in stacks.items():
         if count > length:
-            raise ValueError(f"num_last_layers is {count}, {name} has {length} layers")
+            raise ValueError(f"num_last_layers is {count}, wanted at most {length}, the number of layers of {name}")
     return {f"{name}.{index}" for name, length in stacks.items() for index in range(length - count, length)}
 
 
@@ -223,13 +225,13 @@ def _layer_counts(config: Any) -> Iterator[int]:
 
 @dataclass
 class Plan:
-    """What an adapter replaces.
+    """The tensors that an adapter replaces.
 
     Attributes:
-        units: by the full name of a module that is wrapped, the names in it of the tensors that the adapter owns.
-        tied: by the full name of a module that is wrapped, by the name in it of a tensor that it shares: the unit and
-            the name in there that own it.
-        excluded: full names of what ``exclude_modules`` and ``modules_to_save`` kept out.
+        units: full name of a wrapped module -> names, within that module, of the tensors that the adapter owns there.
+        tied: full name of a wrapped module -> name of a shared tensor in that module -> the unit that owns the tensor,
+            and the tensor's name in that unit.
+        excluded: full names of the modules that ``exclude_modules`` and ``modules_to_save`` excluded.
     """
 
     units: dict[str, list[str]] = field(default_factory=dict)
@@ -240,14 +242,15 @@ class Plan:
 def own_units(
     model: nn.Module, config: TargetConfig, *, within: Optional[Collection[str]] = None, buffers: bool = False
 ) -> dict[str, list[str]]:
-    """Returns the modules to wrap and the names in them of their target tensors: every target parameter is in one.
+    """Returns the modules to wrap, and the names of the target tensors in each. Every target parameter is in one unit.
 
-    A module is wrapped that owns parameters itself, with all below it: a linear layer, a norm, or a mixer whose state
-    matrix lies beside its projections. ``within``: full names; only what is one of them, or below. ``buffers``: saved
-    buffers are target tensors too, such as a batch norm's statistics.
+    A module is wrapped, with all modules below it, if the module itself owns parameters: a linear layer, a norm, or a
+    mixer that has a state matrix besides its projections. ``within``: if given, only modules with these full names and
+    modules below them are wrapped. ``buffers``: whether saved buffers, such as a batch norm's statistics, are target
+    tensors too.
 
-    Raises: ValueError where a parameter is not of an ordinary float dtype, that is quantized; where an adapter of its
-    own lies in a module that would be wrapped.
+    Raises: ValueError if a parameter is quantized (not of a float dtype of 16 to 64 bits), or if a module to be
+    wrapped contains an adapter already.
     """
     units: dict[str, list[str]] = {}
     inside = None
@@ -276,7 +279,7 @@ def _names_in(unit: str, module: nn.Module, config: TargetConfig, buffers: bool)
             continue
         if isinstance(below, BaseTunerLayer):
             raise ValueError(
-                f"{type(config).__name__}: {unit} holds an adapter already, of {full}; target that instead"
+                f"{type(config).__name__}: {unit} already contains an adapter, of {full}; target {full} instead"
             )
         saved = [
             key for key, tensor in below.named_buffers(recurse=False) if key not in below._non_persistent_buffers_set
@@ -285,8 +288,8 @@ def _names_in(unit: str, module: nn.Module, config: TargetConfig, buffers: bool)
         quantized += [key for key in ("qweight", "W_q", "codebooks") if hasattr(below, key)]
         if quantized:
             raise ValueError(
-                f"{type(config).__name__}: {full} is a {type(below).__name__} whose {quantized[0]} is quantized, which "
-                "can't be trained; exclude it, or load the model without quantization"
+                f"{type(config).__name__}: {full} is a {type(below).__name__} whose {quantized[0]} is quantized, and "
+                "can't be trained; exclude the module, or load the model without quantization"
             )
         keys = [key for key, parameter in below._parameters.items() if parameter is not None] + (
             saved if buffers else []
@@ -300,13 +303,13 @@ def _trainable(parameter: Optional[nn.Parameter]) -> bool:
 
 
 def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:
-    """Returns who owns which tensor, where the tensors ``units`` of these modules are replaced.
+    """Returns which module owns which tensor when the tensors ``units`` of these modules are replaced.
 
-    A tensor that several of them hold belongs to the first one in the model. ``skip_tied``: names of tensors that may
-    be held elsewhere too, unreplaced, because nothing reads them there.
+    If several units hold a tensor, the first unit in the model owns the tensor. ``skip_tied``: names of tensors that
+    may also be held, unreplaced, by modules that never read these tensors.
 
-    Raises: ValueError where a tensor is held by a module that is no target as well: its two uses would come apart;
-    where one is a shard (ZeRO-3, DTensor), of which no copy can be trained.
+    Raises: ValueError if a module that is not a target holds a target tensor too, because the two modules would then
+    use different tensors; or if a tensor is a shard (ZeRO-3, DTensor), because a copy of a shard can't be trained.
     """
     places: dict[int, list[str]] = {}
     by_name = {}
@@ -328,8 +331,9 @@ def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], sk
             elsewhere = [other for other in shared if other not in replaced and other not in skip_tied]
             if elsewhere:
                 raise ValueError(
-                    f"{type(config).__name__}: {full} is also {' and '.join(elsewhere)}, which is no target: the two "
-                    "would come apart. Make both targets or neither, or load the model with tie_word_embeddings=False."
+                    f"{type(config).__name__}: {full} is also {' and '.join(elsewhere)}, which is not a target: the "
+                    "two would no longer share one tensor. Make both targets or neither, or load the model with "
+                    "tie_word_embeddings=False."
                 )
             owner = replaced[next(other for other in shared if other in replaced)]
             if owner == (unit, name):

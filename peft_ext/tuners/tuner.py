@@ -1,4 +1,4 @@
-"""What the tuners here share: how they hang layers in, refuse what they can't run, and name what they save."""
+"""Base classes of the tuners: they insert wrapped layers, refuse unsupported calls, and name the saved tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ with required("peft", "peft_ext.tuners"):
 
 
 class Wrapper(nn.Module, BaseTunerLayer):
-    """A layer over a module, ``base_layer``: an attribute that is not its own is the module's."""
+    """A layer that wraps the module ``base_layer``. An attribute that the layer lacks is read from ``base_layer``."""
 
     def _read(self, name: str) -> Any:
         return getattr(self.base_layer, name)
@@ -25,19 +25,20 @@ class Wrapper(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Not what copying looks for, nor the marks of accelerate's hooks: those are the base module's own.
+            # The copy module looks up names that start with "__", and accelerate's hooks use the other names as marks
+            # of the base module. None of these names is read from the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)
 
 
 class Tuner(BaseTuner):
-    """PEFT's, for methods whose layers hold modules, and whose targets need not be linear."""
+    """PEFT's BaseTuner for methods whose adapters are modules and whose targets may be other than linear layers."""
 
     target_module_mapping: dict[str, list[str]] = {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own asks for a weight, which a whole feed-forward has not
+        setattr(parent, child_name, new_module)  # PEFT's method needs a weight, which a feed-forward block lacks
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -49,6 +50,7 @@ class Tuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's looks for the name at the end or one before; what a layer holds here has names with dots of its own.
+        # PEFT's method expects the adapter's name in the last or the second last place of a key. The adapters here hold
+        # modules, so that names with dots may follow the adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

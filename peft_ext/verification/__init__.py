@@ -1,8 +1,8 @@
-"""A user's own model and batch, accelerated against stock, and both against a wider dtype: ``peft_ext.verify``.
+"""``peft_ext.verify``: compares the accelerated model with the stock model, and both with a model in a wider dtype.
 
 compare  the public function, its result, and the three models
-twins    copies over a model's own weights, stock, accelerated and in the wider dtype
-steps    one training step, each block alone, and the rule of what is as good as stock
+twins    copies of a model's modules that share the model's weights: stock, accelerated, and in the wider dtype
+steps    one training step, each block alone, and the limit of each error
 """
 
 from .compare import Compared, Verification, verify

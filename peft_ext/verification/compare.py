@@ -1,10 +1,10 @@
-"""Whether an accelerated model computes what the stock model does, on a user's own model and batch.
+"""Compares the accelerated model with the stock model, on a user's own model and batch.
 
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
 for the loss, the logits and the gradient of each trained parameter. The yardstick is the stock model in float32, or in
-float64 where the model itself computes in float32. All three are copies over the model's own weights, see
-:mod:`.twins`: the model that was given is never called.
+float64 if the model itself computes in float32. All three models are copies that share the user's weights, see
+:mod:`.twins`; the user's model itself is never called.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`peft_ext.verify` found. Prints as a short table: outputs, the five worst gradients, the worst block.
+    """Result of :func:`peft_ext.verify`. Prints a table of the outputs, the five worst gradients and the worst block.
 
     Attributes:
-        rows: the loss, the outputs and each trained gradient.
-        blocks: each fused layer or block alone.
-        about: the model's class, dtype and mode, and the yardstick. notes: sentences on what limits the comparison.
+        rows: comparisons of the loss, of the outputs and of each trained gradient.
+        blocks: comparisons of each fused layer or block, run alone.
+        about: one sentence with the model's class, dtype and mode, and the yardstick.
+        notes: sentences that tell the limits of the comparison.
     """
 
     rows: list[Compared]
@@ -53,12 +54,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every row and every block is within its limit."""
+        """Returns whether every row and every block is within its limit."""
         return all(row.ok for row in (*self.rows, *self.blocks))
 
     @property
     def worst_block(self) -> Optional[Compared]:
-        """Of the blocks over their limit the innermost that is worst; where there is none, the closest to its limit."""
+        """Returns the worst of the innermost blocks over their limits, or the block closest to its limit if none is."""
         wrong = [block for block in self.blocks if not block.ok]
         inner = [block for block in wrong if not any(other.name.startswith(f"{block.name}.") for other in wrong)]
         return max(inner or self.blocks, key=lambda block: block.share, default=None)
@@ -89,41 +90,42 @@ class Verification:
 def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Compares a training step of the accelerated model with the same step of the stock model, tensor by tensor.
 
-    An output is right where its error against the yardstick is at most twice the stock model's own error, a gradient
-    where it is at most three times that (of some hundred gradients of a right model one is 2.5 times as far off), plus
-    a floor: half of the dtype's eps, one eps for a tensor of 16 elements or fewer (the loss is one), and never less
-    than 4e-6. The yardstick is the stock model in float32; where the model computes in float32, in float64. 4-bit
-    weights are dequantized for it to the values that the stock layer multiplies with. Where it can't run (quantized
-    otherwise than NF4, code that takes no float64, too little memory; ``notes`` has the reason), the difference to
-    stock has to be at most 16 eps, or 1e-4.
+    An output's limit is twice the stock model's error against the yardstick, plus a floor. A gradient's limit is
+    three times the stock model's error, plus the floor: of some hundred gradients of a correct model, one has 2.5 times
+    the stock model's error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements or fewer such
+    as the loss, and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model computes in
+    float32. The yardstick multiplies by the same dequantized 4-bit weights as the stock layers. If the yardstick can't
+    run (quantization other than NF4, code that refuses float64, too little memory), the difference between accelerated
+    and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
 
-    Each fused layer and block is also compared alone, by the same rule: its stock and its fused forward run on the
-    input that it has in the stock model. ``worst_block`` is the one to look at.
+    Each fused layer and block is also compared alone, by the same rule: its stock forward and its fused forward run on
+    the input that the stock layer gets in the stock model. ``worst_block`` is the block to look at first.
 
-    Every dropout is off, also those of attention and of adapters: results under two masks can't be compared. Where two
-    stock forwards under two seeds still differ, the model draws random numbers that can't be switched off, and
-    evaluation mode is compared, with gradients. A model in training mode is compared as it is, one in evaluation mode
-    as ``train()`` makes it. Autocast that is on counts for both models, and not for the yardstick.
+    Every dropout is off, also in attention and in adapters, because results under two masks can't be compared. If two
+    stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; evaluation
+    mode is compared then, with gradients. Otherwise the comparison runs in training mode, also for a model in
+    evaluation mode. An autocast that is on applies to the accelerated and the stock model, but not to the yardstick.
 
-    Nothing of ``model`` and ``batch`` changes, also where an error is raised: not weights, buffers, gradients, modes,
-    hooks or classes, and no generator of random numbers. The modules' hooks run in the copies, those of parameters do
-    not.
+    ``model`` and ``batch`` do not change, also if an error is raised: weights, buffers, gradients, modes, hooks and
+    classes stay. The random number generators keep their states. Hooks of modules run in the copies; hooks of
+    parameters do not run.
 
-    Memory: a stock training step in the yardstick's dtype; the weights in that dtype, but for NF4 layers, which are
-    dequantized one at a time (a mixture's NF4 experts are dequantized whole, twice); the logits and the trained
-    gradients three times. Time: about ten stock training steps, fifteen where the base is in NF4.
+    Memory: a stock training step in the yardstick's dtype; the weights in that dtype, except that NF4 layers are
+    dequantized one at a time (NF4 experts of a mixture are dequantized whole, twice); the logits and the trained
+    gradients three times. Time: about ten stock training steps, or fifteen if the base is in NF4.
 
     Args:
-        model: a PeftModel, or any module that :func:`accelerate` takes. Where it is accelerated, it is compared as it
-            stands, else as ``accelerate(model)`` would make it. Of a compiled model the module inside is compared.
-        batch: keyword arguments of the model's forward, as a DataLoader gives them, on the model's device. Without
-            labels, where the output has no loss, the loss is the sum of the outputs times fixed random numbers.
+        model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
+            state; another model is compared in the state that ``accelerate(model)`` would give. For a compiled model
+            the module inside is compared.
+        batch: keyword arguments of the model's forward, as from a DataLoader, on the model's device. If the output has
+            no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 
-    Raises: TypeError where model is no nn.Module, or batch no mapping with strings as keys. ValueError where batch has
-    no tensor or one on another device; where no parameter of model trains; where model is sharded or wrapped for
-    several devices, is on the meta device, can't be copied, holds a closure that calls the model itself where a copy
-    should be called, returns no float tensor, or draws random numbers in evaluation mode, too. What the model's own
-    forward raises is raised as it is.
+    Raises: TypeError if model is not an nn.Module, or batch is not a mapping with string keys. ValueError if batch has
+    no tensor or a tensor on another device; if no parameter of model is trained; or if model is sharded, is wrapped
+    for several devices, is on the meta device, can't be copied, holds a closure that calls the model instead of the
+    copy, returns no float tensor, or draws random numbers in evaluation mode too. An error of the model's own forward
+    is raised unchanged.
     """
     check_module("verify", model)
     model = model._modules.get("_orig_mod") or model
@@ -166,7 +168,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
 
 
 def _check(model: nn.Module, batch: Any) -> list[torch.device]:
-    """Returns the devices of model's parameters. Raises TypeError and ValueError."""
+    """Checks the arguments of ``verify``, and returns the devices of model's parameters."""
     kind = type(model).__name__
     if kind in _WRAPPERS or any(is_fully_sharded(type(module)) for module in model.modules()):
         raise ValueError(f"verify: model is sharded, or wrapped for several devices ({kind}), wanted the plain module")
@@ -188,7 +190,7 @@ def _check(model: nn.Module, batch: Any) -> list[torch.device]:
 
 @contextmanager
 def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
-    """Yields what seeds PyTorch's, Python's and NumPy's generators, whose states are put back behind the block."""
+    """Yields a function that seeds PyTorch's, Python's and NumPy's generators; the exit restores their states."""
     cuda = [device for device in devices if device.type == "cuda"]
     numpy = sys.modules.get("numpy")
     python, numbers = random.getstate(), numpy.random.get_state() if numpy else None
@@ -212,9 +214,9 @@ def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Yields the dtypes of the autocast that modules are called under within the block.
+    """Yields the set of autocast dtypes under which modules are called within the context.
 
-    Raises ValueError there where a module of ``model`` is called, by a closure that a copy shares.
+    Raises ValueError from the call if a copy's closure calls a module of ``model`` itself.
     """
     names, casts = {module: name for name, module in model.named_modules()}, set()
     device = next(model.parameters()).device.type
@@ -222,8 +224,8 @@ def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
     def refuse(module: nn.Module, args: Any) -> None:
         if module in names:
             raise ValueError(
-                f"verify: a copy of model calls {names[module] or 'model'} itself, by a function that holds it (a "
-                "forward replaced by a closure), wanted a bound method"
+                f"verify: a copy of model calls {names[module] or 'model'} itself, through a function that refers to "
+                "model (a forward replaced by a closure), wanted a bound method"
             )
 
         if torch.is_autocast_enabled(device):
@@ -237,7 +239,7 @@ def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
-    """Returns the narrowest float dtype that the model computes in."""
+    """Returns the narrowest float dtype among the parameters, the layers' compute dtypes and the autocast dtypes."""
     found = casts | {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     return next((dtype for dtype in _NARROW if dtype in found), torch.float32)
@@ -247,7 +249,7 @@ def _compute_dtype(model: nn.Module, casts: set[torch.dtype]) -> torch.dtype:
 
 
 def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Returns a copy without dropout, accelerated as the model is, else as ``accelerate`` does, and notes on it."""
+    """Returns an accelerated copy without dropout, and notes. An accelerated ``model`` gives a copy like itself."""
     made = without_dropout(twin(model))
     if not any(type(module) in STOCK for module in model.modules()):
         return accelerate(made), []
@@ -261,10 +263,10 @@ def _fused_twin(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _measured(
     stock: nn.Module, batch: Any, wide: torch.dtype, narrow: torch.dtype, seed: Seed, casts: set[torch.dtype]
 ) -> tuple[Optional[nn.Module], Optional[Results], Optional[str]]:
-    """Returns the yardstick and its step; or why there is none."""
+    """Returns the yardstick and the results of its step, or None, None and the reason why the yardstick can't run."""
     try:
         model = twin(stock, wide, narrow)
-        if "_original_forward" in vars(model):  # of an Accelerator, which wraps the forward in autocast
+        if "_original_forward" in vars(model):  # set by an Accelerator, which wraps the forward in autocast
             model.forward = model._original_forward
         elif casts and not torch.is_autocast_enabled(next(model.parameters()).device.type):
             raise ValueError("its forward switches autocast on")

@@ -1,4 +1,4 @@
-"""A training step of a model, each of its blocks alone, and how far the numbers of two of them are apart."""
+"""A training step of a model, each fused block of the model alone, and the differences between two models' numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["GRADIENT", "Compared", "Results", "Seed", "blocks_alone", "cast", "c
 
 GRADIENT = "gradient of "
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-_CHUNK = 1 << 24  # elements that are compared in float64 at a time
+_CHUNK = 1 << 24  # number of elements that are compared in float64 at a time
 
 Results = dict[str, Tensor]
 Seed = Callable[[int], None]
@@ -31,15 +31,15 @@ Seed = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Compared:
-    """One tensor of a training step, or the worst tensor of one block.
+    """Comparison of one tensor of a training step, or of the worst tensor of one block.
 
     Attributes:
-        name: "loss", "logits" or another output's name, "gradient of" a parameter; of a block the module's name.
-        kind: of a block its class, and the tensor that is closest to its limit; "" otherwise.
-        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` of the accelerated and of the stock model; None where
-            there is no yardstick. Infinity where x is not finite.
+        name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
+        kind: for a block its class, and the name of the tensor that is closest to its limit; otherwise "".
+        error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. Both
+            errors are None without a yardstick. An error is infinity if x is not finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
-        limit: of ``error`` or, where there is no yardstick, of ``difference``.
+        limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Compared:
 
     @property
     def share(self) -> float:
-        """The error over its limit; above 1 the tensor is wrong."""
+        """Returns the error divided by its limit. Above 1 the tensor is wrong."""
         error = self.difference if self.error is None else self.error
         return 0.0 if error in (0, self.stock_error) else error / self.limit
 
@@ -64,20 +64,20 @@ def compared(
     name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
-    """Returns the row of a tensor; None stands for zeros."""
+    """Returns the comparison of a tensor from the accelerated model with the stock model's; None stands for zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
     error, theirs = _error(found, exact.get(what)), _error(right, exact.get(what))
-    few = (right if found is None else found).numel() <= 16  # whose error is one draw or two
+    few = (right if found is None else found).numel() <= 16  # few elements: the error depends on chance
     floor = max(eps if few else eps / 2, 4e-6)
     return Compared(name, kind, error, theirs, difference, (3 if what.startswith(GRADIENT) else 2) * theirs + floor)
 
 
 def _error(found: Optional[Tensor], wanted: Optional[Tensor]) -> float:
-    """Returns ``‖found - wanted‖ / ‖wanted‖``, infinity where that is no number; None stands for zeros.
+    """Returns ``‖found - wanted‖ / ‖wanted‖``, or infinity if that is not a number. None stands for zeros.
 
-    Infinities and NaN at the same place are equal.
+    An infinity or NaN equals an infinity or NaN at the same place of the other tensor.
     """
     if found is None and wanted is None:
         return 0.0
@@ -108,7 +108,7 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Returns a value with the tensors in its mappings, lists and tuples changed."""
+    """Returns a copy of ``value`` with ``change`` applied to every tensor in its mappings, lists and tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -121,7 +121,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Returns the loss that the model gives, and its other outputs: the logits alone where there are any."""
+    """Returns the loss, or None, and the other float outputs of a forward; only the logits if there are logits."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Opt
 
 
 def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
-    """Returns whether two forwards under two seeds differ by more than the order of sums explains."""
+    """Returns whether two forwards under two seeds differ by more than another order of summation explains."""
     with torch.no_grad():
         (loss, first), (again, second) = (_call(model, batch, seed, value) for value in (0, 1))
     pairs = [(loss, again), *((value, second.get(name)) for name, value in first.items())]
@@ -152,9 +152,9 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 
 
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
-    """Returns loss, outputs and trained gradients of a step, by name."""
+    """Runs one forward and backward. Returns the loss, the outputs and the trained parameters' gradients, by name."""
     loss, outputs = _call(model, batch, seed)
-    with torch.no_grad():  # now: the backward frees a head that computes the logits when they are read
+    with torch.no_grad():  # copy before the backward, which frees lazily computed logits
         found = {name: value.detach().clone() for name, value in outputs.items()}
     total = _weighed(outputs.values()) if loss is None else loss.sum()
     if not total.requires_grad:
@@ -169,7 +169,7 @@ def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
 
 
 def _weighed(values: Iterable[Tensor]) -> Any:
-    """Returns the sum of the values times fixed random numbers that bfloat16 holds, the same ones in each dtype."""
+    """Returns the sum of the values times fixed random weights, which bfloat16 represents exactly in every dtype."""
     total: Any = 0
     for value in values:
         generator = torch.Generator(value.device).manual_seed(0)
@@ -185,7 +185,7 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Returns a row for each fused module: in a forward of ``stock``, its input goes through all of its forms."""
+    """Returns one comparison per fused module. The module's forms all run on its input in a forward of ``stock``."""
     found: dict[str, Compared] = {}
     inside = False
 
@@ -197,7 +197,7 @@ def blocks_alone(
             if yardstick is not None:
                 with without_autocast(yardstick):
                     exact = _alone(yardstick.get_submodule(name), cast(args, wide), cast(kwargs, wide))
-        except _REFUSALS:  # a module that can't be called on its own, or twice
+        except _REFUSALS:  # the module can't be called alone, or can't be called twice
             return
         try:
             mine = _alone(ours, args, kwargs)
@@ -225,7 +225,8 @@ def blocks_alone(
     fused_parts = ((name, part) for name, part in fused.named_modules() if not isinstance(part, LanguageModel))
     names = [name for name, part in fused_parts if type(part) in STOCK or isinstance(part, NF4Linear)]
     for name in names:
-        if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):  # a part of that layer
+        # base_layer is compared as a part of the adapter layer that wraps base_layer.
+        if not (name.endswith(".base_layer") and name.removesuffix(".base_layer") in names):
             stock.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
     with torch.no_grad():
         _call(stock, batch, seed)
@@ -233,7 +234,7 @@ def blocks_alone(
 
 
 def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
-    """Returns the outputs of a module alone, and the gradients of its inputs and trained parameters."""
+    """Runs a module alone. Returns its outputs, and the gradients of its inputs and trained parameters, by name."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:

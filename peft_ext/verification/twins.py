@@ -1,7 +1,7 @@
-"""Copies of a model's modules over the model's own weights, which :mod:`.verify` runs in the model's place.
+"""Copies of a model's modules that share the model's weights. :mod:`.compare` runs the copies instead of the model.
 
-p, the model's parameter  →  a Parameter over the same storage: its own .grad, its own .data, no hooks
-a buffer                  →  a copy, since a forward may write to it; codes of 4 bits are shared
+a parameter of the model  →  a Parameter on the same storage, with its own .grad and .data and without hooks
+a buffer of the model     →  a copy, because a forward may write to it; 4-bit codes are shared
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Product(torch.autograd.Function):
-    """``x Wᵀ`` with a W that is dequantized again in the backward, so that no layer's dense weight is kept."""
+    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no layer's dense weight is kept in between."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Dequantized) -> Tensor:
@@ -38,10 +38,10 @@ class _Product(torch.autograd.Function):
 
 
 class Dequantized(nn.Module):
-    """A linear layer over a frozen NF4 weight as plain PyTorch computes it.
+    """A linear layer over a frozen NF4 weight, computed in plain PyTorch.
 
     Args:
-        seen: the dtype that the weight is rounded to before it is multiplied; None: that of x.
+        seen: dtype to which the dequantized weight is rounded before the product; None: the dtype of x.
     """
 
     def __init__(self, nf4: NF4Weight, bias: Optional[nn.Parameter], seen: Optional[torch.dtype] = None) -> None:
@@ -57,7 +57,7 @@ class Dequantized(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The dense weight, made anew: PEFT's DoRA asks for its norm."""
+        """Returns a newly dequantized weight, whose norm PEFT's DoRA computes."""
         return nn.Parameter(self.dense(self.nf4.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,17 +66,17 @@ class Dequantized(nn.Module):
 
 
 def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[torch.dtype] = None) -> nn.Module:
-    """Returns a copy of ``model``'s modules, of the same classes, over the same weights.
+    """Returns a copy of ``model``'s modules, of the same classes, that shares the model's weights.
 
     Args:
-        wide: the dtype that weights and buffers are cast to; 4-bit layers compute in that of their input.
-        seen: with ``wide``, the dtype that 4-bit weights are rounded to before.
+        wide: dtype to which weights and buffers are cast, or None; 4-bit layers then compute in their input's dtype.
+        seen: with ``wide``, the dtype to which dequantized 4-bit weights are rounded before the cast to ``wide``.
 
-    Raises: ValueError where a part of the model can't be copied, or with ``wide`` a 4-bit weight is not NF4.
+    Raises: ValueError if a part of the model can't be copied, or with ``wide``, if a 4-bit weight is not NF4.
     """
     memo: dict[int, Any] = {}
     for name, module in model.named_modules():
-        writes = getattr(module, "max_norm", None) is not None  # an embedding's forward shortens its rows in place
+        writes = getattr(module, "max_norm", None) is not None  # the forward renormalizes rows in place
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = _alias(parameter, memo, wide, writes)
@@ -84,33 +84,33 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             if buffer is not None and id(buffer) not in memo:
                 value = buffer.data if buffer.dtype is torch.uint8 else buffer.data.clone()
                 memo[id(buffer)] = value.to(wide) if wide is not None and value.dtype in _FLOATS else value
-        for value in vars(module).values():  # what a forward left on its module, of a graph of its own
+        for value in vars(module).values():  # tensors that a forward stored, with an autograd graph
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
         if wide is not None and (base := _dequantized(name, module, seen, memo)) is not None:
             memo[id(module)] = base
     try:
         made = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever an object that a module holds raises
+    except Exception as error:  # a module may hold an object whose copy raises any error
         raise ValueError(f"verify: model can't be copied: {str(error).partition(chr(10))[0]}") from error
     for module in made.modules():
-        if is_parametrized(module):  # whose class is the instance's own, and is changed where the module is restored
+        if is_parametrized(module):  # a copy of the class: undoing a parametrization changes the class
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
-        if "support_avx512bf16_for_cpu" in vars(module):  # bitsandbytes repacks the weight in evaluation, for good
+        if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight for good
             module.support_avx512bf16_for_cpu = False
     return made
 
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
-    """Returns a parameter over the storage of another one, or over what ``wide`` makes of it."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes' class, which copies the rest
+    """Returns a parameter on the storage of ``parameter``, or on that storage cast to ``wide``."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes copies all other attributes
         memo[id(state)] = state
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:
         return copy.deepcopy(parameter, memo)
-    value = parameter.data.clone() if writes else parameter.data  # .data: with a version of its own
+    value = parameter.data.clone() if writes else parameter.data  # .data has its own version counter
     if wide is not None and value.dtype in _FLOATS:
         value = value.to(wide)
     made = nn.Parameter(value, requires_grad=parameter.requires_grad)
@@ -131,7 +131,7 @@ def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo
 
 
 def dequantizing(model: nn.Module) -> nn.Module:
-    """Puts plain PyTorch's product in the place of this package's own NF4 modules, in place: their stock form."""
+    """Replaces this package's NF4 modules in ``model`` by modules in plain PyTorch, in place. Returns ``model``."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, NF4Linear):
@@ -142,8 +142,10 @@ def dequantizing(model: nn.Module) -> nn.Module:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Sets to 0, in place, every probability to drop and every jitter, and keeps no cache of keys and values: of
-    modules, of their attributes and of their configurations."""
+    """Sets every dropout and jitter probability in ``model`` to 0, and every ``use_cache`` to False, in place.
+
+    The settings are attributes of modules and of their configurations. Returns ``model``.
+    """
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -54,7 +54,7 @@ _STATES = (
     (b'{"blocksize": ' + b"1" * 5000 + b"}", "is not JSON: Exceeds the limit"),
     (b"[1]", "is a JSON list, wanted an object"),
     (b"null", "is a JSON NoneType, wanted an object"),
-    (b" " * (1 << 20) + b"{}", f"is of {(1 << 20) + 2} bytes, wanted at most {1 << 20}"),
+    (b" " * (1 << 20) + b"{}", f"has {(1 << 20) + 2} bytes, wanted at most {1 << 20}"),
 )
 
 
@@ -115,7 +115,7 @@ def test_tensors_of_a_state(state: dict[str, torch.Tensor], name: str) -> None:
         with pytest.raises((ValueError, TypeError), match=message):
             read_nf4({**state, name: wrong})
     if name.startswith("weight.nested"):
-        with pytest.raises(ValueError, match=f"there is a nested_offset and no {name}"):
+        with pytest.raises(ValueError, match=f"{name} is missing, wanted it because"):
             read_nf4({key: value for key, value in state.items() if key != name})
 
 

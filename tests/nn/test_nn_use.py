@@ -129,7 +129,7 @@ def test_two_layers_over_one_base_unmerge_in_reverse(quantized: bool) -> None:
 
 def test_a_base_that_is_parametrized_is_not_merged_into() -> None:
     layer = LoRALinear.from_linear(nn.utils.parametrizations.weight_norm(nn.Linear(64, 32)), r=4)
-    with pytest.raises(RuntimeError, match="merge: base_layer's weight is made of others"):
+    with pytest.raises(RuntimeError, match="merge: base_layer.weight is computed from other tensors"):
         layer.merge()
     assert not layer.merged
 

@@ -347,11 +347,11 @@ def test_configurations_that_are_refused(make_config, error, match):
 @pytest.mark.parametrize(
     ("name", "config", "match"),
     [
-        ("llama", BitFitConfig(), "no bias of kind all among the targets in LlamaForCausalLM; add_bias gives"),
+        ("llama", BitFitConfig(), "no bias of kind all among the targets in LlamaForCausalLM; add_bias adds"),
         ("gpt2", BitFitConfig(bias_kinds="query"), "no bias of kind query"),
         ("llama", BitFitConfig(add_bias=["nope"]), "add_bias is .'nope'., which is no linear layer"),
         ("llama", PartialConfig(), "give target_modules, num_last_layers or layers_to_transform"),
-        ("llama", PartialConfig(num_last_layers=3), "num_last_layers is 3, model.layers has 2 layers"),
+        ("llama", PartialConfig(num_last_layers=3), "num_last_layers is 3, wanted at most 2, the number of layers of"),
         ("llama", PartialConfig(target_modules=["nope"]), "nothing to train in LlamaForCausalLM"),
         ("llama", PartialConfig(layers_to_transform=5), "nothing to train .* layers_to_transform=5"),
         (
@@ -378,7 +378,7 @@ def test_quantized_and_nested_targets_are_refused():
         with pytest.raises(ValueError, match="q_proj is a NF4Linear whose weight is quantized"):
             peft.get_peft_model(model, config)
     outer = peft.get_peft_model(Mixed(), PartialConfig(target_modules=["layers.1.inner"]))
-    with pytest.raises(ValueError, match="layers.1 holds an adapter already, of layers.1.inner"):
+    with pytest.raises(ValueError, match="layers.1 already contains an adapter, of layers.1.inner"):
         outer.add_adapter("other", PartialConfig(target_modules=["layers.1"]))
     assert list(outer.peft_config) == ["default"]
 

@@ -96,5 +96,5 @@ def test_counts_of_bert_base():
 def test_offloading_is_refused():
     model, _ = make("BitFit", "bert")
     accelerate.cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="BitFitLayer over LayerNorm: accelerate offloads it"):
+    with pytest.raises(RuntimeError, match="BitFitLayer over LayerNorm: accelerate offloads its tensors"):
         logits(model)

@@ -236,7 +236,7 @@ def test_what_can_not_be_run_is_refused():
     with pytest.raises(ValueError, match="adapter_names is given, but a batch of several adapters"):
         model(input_ids=tokens(), adapter_names=["default", "default"])
     config = BottleneckConfig(placement="parallel", target_modules=["down_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="down_proj takes 48 features and gives 32; parallel wants as many"):
+    with pytest.raises(ValueError, match="down_proj takes 48 features and gives 32, wanted equal numbers"):
         peft.get_peft_model(llama(), config)
     with pytest.raises(ValueError, match="act_fn is a SiLU\\w* without parameters; target another"):
         peft.get_peft_model(llama(), BottleneckConfig(target_modules=["act_fn"], task_type="CAUSAL_LM"))

@@ -302,7 +302,7 @@ def test_prune_errors():
     for arguments, match in (
         ({"target": 0}, "target is 0, wanted a fraction"),
         ({"target": 1.5}, "target is 1.5"),
-        ({"target": 1e-9}, "leaves none"),
+        ({"target": 1e-9}, "keeps no entry"),
         ({"adapter_name": "nope"}, "adapter_name is 'nope', wanted one of"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -1,5 +1,5 @@
-// What DoRA asks of a mixture's experts beside the product: the norm of each row of W_e + s B_e A_e, and in the
-// backward G = g_e ∘ dY, whose product dX is, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
+// DoRA for a mixture's experts, besides the product: the norm of each row of W_e + s B_e A_e; and in the backward
+// G = g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -11,16 +11,16 @@ namespace peft_ext {
 // --- the norm
 
 struct StackNorm {
-  StackView weight;                   // a column is an output, a row of W
-  Terms left, right;                  // B and A's transpose, of the first expert
-  int64_t left_stride, right_stride;  // to the next, in 16 bytes
-  const int64_t* ends;                // see has_rows: the norms of the others are zeros
+  StackView weight;                   // a column of the view is an output, that is a row of W
+  Terms left, right;                  // terms of B and of A's transpose, of the first expert
+  int64_t left_stride, right_stride;  // distance to the next expert's terms, in 16 bytes
+  const int64_t* ends;                // see has_rows; the norms of an expert without rows are zeros
   float scaling;
   int64_t outputs, inputs;
   float* norm;  // [experts, outputs]
 };
 
-// Two values as a T holds them.
+// Rounds two values to T.
 template <typename T>
 __device__ __forceinline__ void round_pair(float& low, float& high) {
   if constexpr (sizeof(T) == 2) {
@@ -30,14 +30,15 @@ __device__ __forceinline__ void round_pair(float& low, float& high) {
   }
 }
 
-// What a lane needs of a tile of an NF4 weight: of its two rows, [half], and in each of two pieces, [h], of eight
-// codes, whose scale is one.
+// The part of a tile of an NF4 weight that a lane needs: two rows [half], and in each two groups [h] of eight codes
+// with one scale.
 struct NormCodes {
   uint32_t codes[2][2], stored[2][2];
   float nested[2][2];
 };
 
-// Eight elements of a row of an expert's W from column `first` on, zeros beyond the last; along: they lie in one piece.
+// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. along: the
+// elements are contiguous.
 template <typename T, bool kNf4, bool kAlong>
 __device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
                                              int64_t first, int64_t inputs, float (&values)[kVector]) {
@@ -64,10 +65,10 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
   }
 }
 
-// A block of 4 warps owns 64 rows of an expert's W, a warp 16, and goes through them in tiles of 64 columns: each meets
-// its elements of s B A as expand_kernel makes them, and is squared. What W a lane needs of a tile is on its way while
-// products are made: a dense one's of this tile, codes and scales of the next. float32 sums. Bytes moved: W of the
-// experts that have rows, once.
+// A block of 4 warps owns 64 rows of an expert's W, a warp owns 16, and goes through them in tiles of 64 columns. Each
+// element of W is added to its element of s B A, which is computed as in expand_kernel, and squared. During the
+// products a lane loads its part of W: a dense W of this tile, or codes and scales of the next tile. Sums are float32.
+// Bytes moved: W once, for experts that have rows.
 // Grid: x: tiles of rows; y: experts.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
   const auto inputs = static_cast<uint32_t>(work.inputs);
   [[maybe_unused]] const bool nested = kCodes && nf4.nested_absmax != nullptr;
   [[maybe_unused]] const float offset = nested ? *nf4.nested_offset : 0.0f;
-  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // a lane's share of the table
+  [[maybe_unused]] const float code = kCodes ? kNf4DeviceCode[lane % 16] : 0.0f;  // one of the 16 codes per lane
   const auto load_codes = [&](uint32_t tile, NormCodes& to) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
         }
       }
   };
-  // Each as round(code · scale), as dequantize does.
+  // Each value is round(code · scale), as in dequantize.
   const auto decode = [&](const NormCodes& from, int h, int half, bool there, float (&values)[kVector]) {
     float scale = __uint_as_float(from.stored[h][half]);
     if (nested) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
     if constexpr (kCodes) {
       if (tile + 1 < tiles) load_codes(tile + 1, held);
     }
-    // A fresh accumulator per 64 ranks, as in expand_kernel.
+    // A fresh accumulator per 64 ranks limits the error, as in expand_kernel.
 #pragma unroll 1
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};
@@ -184,12 +185,12 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
 
 struct ScaleRuns {
   const void* grad;    // dY, T [rows, columns], contiguous
-  const void* z;       // Z, the same, or null
+  const void* z;       // Z, T [rows, columns], contiguous, or null
   const float* scale;  // g [experts, columns]
   const RowRun* tiles;
   int64_t columns;
-  void* out;       // G, zeros in the rows of no expert; or null
-  float* partial;  // Σ dY ∘ Z of a tile [tiles, columns], with z
+  void* out;       // G, with zeros in the rows of no expert; or null
+  float* partial;  // Σ dY ∘ Z per tile [tiles, columns], with z
 };
 
 constexpr int kScaleThreads = 256;
@@ -200,7 +201,7 @@ struct ScaleShared {
   float sums[kScaleWarps][kScaleColumns];
 };
 
-// A block owns a tile of 64 rows and 256 columns, a warp every eighth row, a lane 8 columns.
+// A block owns a tile of 64 rows and 256 columns, a warp owns every eighth row, and a lane owns 8 columns.
 // Grid: x: tiles of rows; y: tiles of columns. Bytes moved: dY and Z, read once; G, written once.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // The rows of no expert may hold anything, NaN too.
+    // Rows of no expert may hold any values, NaN included: they are set to 0.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);
@@ -244,10 +245,10 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
   work.partial[blockIdx.x * work.columns + to] = sum;
 }
 
-// dg of each expert, from its tiles' parts, in their order; zeros for one without rows.
+// The gradient of g for each expert: the sum of its tiles' partial sums, in order; zeros for an expert without rows.
 struct ScaleReduce {
   const float* partial;
-  const int32_t* first_tile;  // of RunTables
+  const int32_t* first_tile;  // see RunTables
   int64_t columns;
   float* out;  // [experts, columns]
 };

@@ -1,4 +1,4 @@
-// The experts' kernels as the glue calls them; each element type's are in a translation unit of its own.
+// Host functions that launch the experts' kernels. Each element type has its own translation unit.
 #pragma once
 
 #include "cuda/tensor.cuh"
@@ -16,7 +16,7 @@ struct ProductVariant {
 template <typename T>
 void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work, const ProductVariant& variant);
 
-// onto: a product that is there.
+// Launches experts_onto_kernel, which works on a product that exists already.
 template <typename T>
 void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
 

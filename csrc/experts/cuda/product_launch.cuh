@@ -1,4 +1,4 @@
-// Which of the experts' kernels a call takes; each element type's are compiled in experts_product_<type>_cuda.cu.
+// Selects the instance of the experts' kernels for a call. A type's instances are in experts_product_<type>_cuda.cu.
 #pragma once
 
 #include "experts/cuda/product_call.cuh"

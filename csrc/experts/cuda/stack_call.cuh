@@ -1,4 +1,4 @@
-// A mixture's weights and adapters as the glue of its operators takes them.
+// The weights and adapters of a mixture of experts as arguments of its host functions.
 #pragma once
 
 #include "experts/cuda/stacks.cuh"
@@ -9,9 +9,9 @@ namespace peft_ext {
 
 inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 
-// The experts' weights: dense [E, N, K] of any strides, or NF4, each expert's packed for itself, one after the other.
+// The experts' weights: dense [E, N, K] with any strides, or NF4, where each expert is packed separately, in order.
 struct DeviceStack {
-  DeviceWeight all;  // the sizes of one; a dense weight is [E, N, K]
+  DeviceWeight all;  // sizes of one expert; a dense weight is [E, N, K]
   int64_t experts = 0;
 };
 
@@ -20,13 +20,13 @@ DeviceStack checked_stack(const char* op, const Tensor& weight, const std::optio
                           const std::optional<Tensor>& nested_offset, int64_t blocksize,
                           const std::vector<int64_t>& shape, ScalarType type);
 
-// transpose: a column of the view is an output; an input otherwise.
+// Returns the kernels' view. transpose: a column of the view is an output of the layer; otherwise an input.
 StackView stack_view(const Launcher& launcher, const DeviceStack& stack, bool transpose);
 
 struct StackAdapters {
-  std::optional<Tensor> lora_A, lora_B;  // [E, R, K], [E, N, R], of any strides
+  std::optional<Tensor> lora_A, lora_B;  // [E, R, K] and [E, N, R], with any strides
   std::optional<Tensor> out_scale;       // DoRA's g [E, N] float32
-  DeviceAdapter scale;                   // scaling, dropout_p and the seed alone
+  DeviceAdapter scale;                   // only scaling, dropout_p and seed are used
   int64_t rank = 0, padded = 0;
 
   double divided() const { return scale.seed.has_value() ? 1.0 / (1.0 - scale.dropout_p) : 1.0; }
@@ -36,8 +36,8 @@ StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const s
                                const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale,
                                double scaling, double dropout_p, const std::optional<Tensor>& seed);
 
-// The stacks of a call that become terms, in one launch; of experts without rows, by where each one's end, there are
-// none.
+// Splits the stacks of a call into terms, in one launch. Experts without rows, as told by the ends of the experts'
+// rows, get no terms.
 class StackSplitter {
  public:
   StackSplitter(const Tensor& like, ScalarType type, int64_t experts, const Tensor* ends)
@@ -45,11 +45,11 @@ class StackSplitter {
     if (ends != nullptr) splits_.ends = launcher_.in<int64_t>(*ends);
   }
 
-  // F of a rank pass, [ranks, columns of D], or of the product, [columns of the result, ranks], of each expert: its
-  // matrix or (transpose) that matrix's transpose. inner_scale [E, columns of D], may be null.
+  // F of each expert for a rank pass, [ranks, columns of D], or for the product, [columns of the result, ranks]: its
+  // matrix, or with `transpose` the matrix's transpose. inner_scale [E, columns of D] may be null.
   HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded, const Tensor* inner_scale = nullptr);
   HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded);
-  // L of the product, [rows, ranks].
+  // L of the product for given rows, [rows, ranks].
   HeldTerms left_of_product(const Tensor& stack, int64_t padded);
   void run() const;
 

@@ -1,17 +1,16 @@
-// The frozen weights of a mixture's experts as kernels find them.
+// The frozen weights of all experts of a mixture as an argument of kernels.
 #pragma once
 
 #include "nf4/cuda/nf4.cuh"
 
 namespace peft_ext {
 
-// Frozen weights of all experts: element (column, inner) of expert e is by_expert e + by_column column + by_inner
-// inner.
+// Element (column, inner) of expert e is at by_expert e + by_column column + by_inner inner.
 struct StackView {
-  const void* dense;                       // or null:
-  Nf4View nf4;                             // the first expert's
-  int64_t codes, scales, groups;           // from an expert's to the next's: packed bytes, absmax, nested_absmax
-  int64_t by_expert, by_column, by_inner;  // elements; of NF4 by_expert is 0
+  const void* dense;                       // null for NF4
+  Nf4View nf4;                             // the first expert's weight
+  int64_t codes, scales, groups;           // distances between experts: packed bytes, absmax, nested_absmax
+  int64_t by_expert, by_column, by_inner;  // in elements; by_expert is 0 for NF4
 };
 
 __device__ __forceinline__ Nf4View nf4_of_expert(const StackView& weight, int64_t expert) {

@@ -1,5 +1,5 @@
-// What lies between the passes over a mixture's rows: the terms of each expert's small matrices, and what is made of
-// the passes' partial sums.
+// Kernels between the passes over a mixture's rows: they split each expert's small matrices into terms, and reduce the
+// passes' partial sums.
 #pragma once
 
 #include "linear/cuda/row_runs.cuh"
@@ -7,15 +7,15 @@
 
 namespace peft_ext {
 
-// The terms of each expert's matrix [outer, inner] in a stack of any strides, one after the other; of experts without
-// rows there are none.
+// Splits each expert's matrix [outer, inner], in a stack with any strides, into terms, stored one expert after the
+// other. Experts without rows get no terms.
 struct StackSplit {
   const void* in;
   DType type;
   int64_t outer, inner, by_expert, outer_stride, inner_stride;
   const float* inner_scale;  // [experts, inner], or null: 1
-  TermsOut out;              // of the first expert
-  int64_t out_stride;        // to the next, in words of 4 bytes
+  TermsOut out;              // memory for the first expert's terms
+  int64_t out_stride;        // distance to the next expert's terms, in words of 4 bytes
 };
 
 constexpr int kMaxStackSplits = 2;
@@ -24,12 +24,13 @@ struct StackSplits {
   const int64_t* ends;  // see has_rows
 };
 
-// Whether an expert may have rows, by where each one's end; where there are no ends it counts as one that has.
+// Returns whether an expert has rows, from the ends of the experts' rows. Without ends every expert counts as having
+// rows.
 __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
   return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
 }
 
-// Grid: x: as split_kernel's; y: experts; z: which.
+// Grid: x: as in split_kernel; y: experts; z: which stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   const StackSplit& work = splits.work[blockIdx.z];
   const int64_t expert = blockIdx.y;
@@ -47,22 +48,22 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
   split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
-// What becomes of small rows: value[row][r] = scale · Σ_chunks partial[row of the tiles][r], or those that are there.
+// Makes small rows: value[row][r] = scale · Σ_chunks partial[row in the tiles][r], or scale · given[row][r].
 struct RunRows {
   const float* partial;  // [chunks][padded rows][padded rank], or null:
   const float* given;    // [rows][rank]
   int64_t chunks, padded_rows, rank, padded_rank;
   const RowRun* tiles;
   float scale;
-  float after;          // one more factor, of the terms
-  float* plain;         // [rows][rank], zeros for no expert's; or null
+  float after;          // one more factor, for the terms only
+  float* plain;         // [rows][rank], with zeros for rows of no expert; or null
   TermsOut terms;       // [padded rows, padded rank]
   TermsOut transposed;  // [padded rank, padded rows]
 };
 
 constexpr int kStackThreads = 256;
 
-// Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads). A thread makes two neighbouring ranks.
+// Grid: ceil(padded_rows · padded_rank / 2 / kStackThreads). A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows work) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, padded_row = pair / pairs, r = pair % pairs * 2;
@@ -98,11 +99,11 @@ static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows 
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, padded_row, values[0], values[1]);
 }
 
-// The gradient of each expert's small matrix:
+// Computes the gradient of each expert's small matrix:
 // out[e][column][r] = scale · column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
 struct StackReduce {
   const float* partial;        // [chunks][padded columns][padded rank]
-  const int32_t* first_chunk;  // of RunTables
+  const int32_t* first_chunk;  // see RunTables
   int64_t columns, padded_columns, rank, padded_rank;
   float scale;
   const float* column_scale;  // [experts, columns], or null: 1
@@ -115,8 +116,8 @@ struct StackReduces {
   StackReduce work[2];
 };
 
-// Grid: x: ceil(columns · padded_rank / 2 / kStackThreads) of the larger; y: experts; z: which. A thread makes two
-// neighbouring ranks.
+// Grid: x: ceil(columns · padded_rank / 2 / kStackThreads) for the larger stack; y: experts; z: which stack. A thread
+// computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
   const StackReduce& work = reduces.work[blockIdx.z];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kStackThreads + threadIdx.x;
@@ -129,7 +130,7 @@ static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(Stac
     sums[1] += part.y;
   }
   float scale = work.scale;
-  // Of an expert without rows nothing is read: the sum is 0, whatever its scale.
+  // For an expert without rows the scale is not read, and the sum is 0.
   if (work.column_scale != nullptr && work.first_chunk[expert] != work.first_chunk[expert + 1])
     scale *= work.column_scale[expert * work.columns + column];
 #pragma unroll

@@ -1,5 +1,5 @@
-// The backward: see adapted_linear.h for the formula. The adapter's gradients come first (low_rank.cpp), then dX, by
-// the tiles or by PyTorch's product as in forward.cpp.
+// The backward of the adapted layer, whose formula is in adapted_linear.h. The adapter's gradients are computed first
+// (low_rank.cpp). Then dX is computed by the tiles or by PyTorch's matrix product, chosen as in forward.cpp.
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -11,12 +11,12 @@
 namespace peft_ext {
 namespace {
 
-// Whether PEFT's DoRA has one product for what is kept, and a dot product for each element that is not.
+// Returns whether PEFT's DoRA uses one product for the kept elements, and one dot product per dropped element.
 bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
 
-// by (g - 1) + shift, [N] float32.
+// Returns by (g - 1) + shift, [N] float32.
 Tensor around_one(const BackwardCall& b, float by, float shift) {
   Tensor out = empty({b.size.out}, ScalarType::Float);
   float* values = out.mutable_data_ptr<float>();
@@ -24,7 +24,7 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// room: for the strips of the gradient; held: what of lora_A it refers to.
+// room: memory for the strips of the gradient. held: receives the strips of lora_A to which the result refers.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room, Tensor* held) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
@@ -63,7 +63,8 @@ TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16
   return work;
 }
 
-// dX of layers of one input, by one block of sums, with its own in_scale where there is but one; onto: dX is added to.
+// Computes the sum of the dX of several layers of one input, in one block of sums. in_scale is allowed for a single
+// layer. onto: dX is added to the values in out->grad_x.
 void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto, AdaptedBackward* out) {
   const LinearSizes& size = calls[0]->size;
   std::vector<const FrozenWeight*> weights;
@@ -105,7 +106,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   const Tensor right = behind_dropout(b, &finish, out);
   if (onto) finish.residual = out->grad_x.const_data_ptr();
   const bool in_place = !adapter.in_scale.has_value() && !b.drop_base() && multiplies_in(type, b.g() == nullptr);
-  // Where the product is float32's anyhow, g ∘ dY is not rounded before it.
+  // If the product runs in float32, g ∘ dY stays float32 and is not rounded.
   const bool widens = b.g() != nullptr && !multiplies_in(type, false);
   const Tensor grad = widens ? as_type(b.grad, ScalarType::Float) : b.grad;
   const auto times = [&](float shift) { return column_pass(b.op, grad, &*adapter.out_scale, shift, nullptr).scaled; };
@@ -121,7 +122,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   }
   Tensor before, scale;
   if (b.drop_base() && b.g() != nullptr && products_apart(b.weight, type, size.tokens, adapter.dropout)) {
-    // One product for what is kept, and a dot product for each element that is not.
+    // One product computes dX as if every element were kept. Each dropped element is then replaced by a dot product.
     const Tensor by = around_one(b, adapter.dropout.scale, 1.0f);
     const Tensor product = product_backward(b.op, column_pass(b.op, grad, &by, 0.0f, nullptr).scaled, b.weight, type);
     put_dropped_dots(b.op, b.grad, b.keep, b.weight, product);
@@ -150,7 +151,7 @@ bool tiles_accept(const BackwardCall& b) {
   return b.size.out > 0 && tiles_accept(b.weight, b.type(), b.size.tokens, product);
 }
 
-// Of the panels of layers whose dX is made together: what a core's second cache holds.
+// Bytes of the panels of layers whose dX is computed together. The panels fit the L2 cache of a core.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
@@ -160,7 +161,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
-  // Only the adapters' gradients are made of x.
+  // Only the gradients of adapters depend on x.
   const Tensor held_x =
       x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
@@ -171,7 +172,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
   out.grad_A = out.grad_B = out.grad_rank_scale = none();
   out.grad_in_scale = adapter.in_scale.has_value() ? zeros({size.in}) : none();
   if (adapter.low_rank()) rank_gradients(&call, s, needs_grad_x, &out);
-  // The input scale's gradient comes with dX.
+  // The gradient of the input scale is computed together with dX.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;

@@ -1,3 +1,5 @@
+// The base products x Wᵀ and dY W by PyTorch's matrix product, and the products with dropped elements alone. A product
+// that can't run in x's dtype widens kWidePanel rows of W to float32 at a time.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
@@ -11,10 +13,10 @@ namespace peft_ext {
 
 namespace {
 
-// Rows of W widened to float32 together.
+// Rows of W that are widened to float32 at a time.
 constexpr int64_t kWidePanel = 1024;
 
-// W's rows [begin, end) in float32, [end - begin, K].
+// Returns W's rows [begin, end) in float32, [end - begin, K].
 Tensor wide_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type) {
   Tensor dense = weight.weight;
   const Tensor rows = weight.is_nf4() ? dequantized_rows(op, weight, begin, end, type)
@@ -67,7 +69,7 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 }
 
 bool drops_few(const Dropout& dropout) {
-  // Measured: between a quarter and a third both ways cost the same.
+  // Measured: if between a quarter and a third of the elements is dropped, both ways take equally long.
   constexpr uint32_t kFewDropped = 65536 / 4;
   return dropout.active && dropout.threshold <= kFewDropped;
 }
@@ -80,9 +82,9 @@ bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens,
 
 namespace {
 
-constexpr int64_t kDroppedTokens = 128;  // of one unit of a thread's work
+constexpr int64_t kDroppedTokens = 128;  // tokens in one unit of a thread's work
 
-// run(work, row of W) for kDroppedRows rows of W after the other, whose columns are work's rows.
+// Calls run(work, first row) for each group of kDroppedRows rows of W. work.turned is the transposed group.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {
@@ -102,7 +104,7 @@ void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type
   }
 }
 
-// kernel(work, strip's first, tokens) over `count` rows or columns in strips, and all tokens.
+// Calls kernel(work, first of the strip, first token, last token) for strips of `count` rows or columns and all tokens.
 void over_strips(void (*kernel)(const Dropped&, int64_t, int64_t, int64_t), const Dropped& work, int64_t count,
                  int64_t tokens) {
   const int64_t chunks = ceil_div(tokens, kDroppedTokens);

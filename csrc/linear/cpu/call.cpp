@@ -1,3 +1,4 @@
+// Checks and common preparations of a call of the adapted layer. See call.h.
 #include "linear/cpu/call.h"
 
 namespace peft_ext {

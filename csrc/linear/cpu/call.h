@@ -1,5 +1,5 @@
-// One call of the adapted layer as its parts see it, and the low-rank work that the whole layer and the low-rank term
-// alone (lora_residual) share. See adapted_linear.h for the formula.
+// The state of one call of the adapted layer, and the low-rank functions that the whole layer and lora_residual share.
+// See adapted_linear.h for the formula.
 #pragma once
 
 #include "linear/cpu/adapted_linear.h"
@@ -10,15 +10,15 @@ struct LinearSizes {
   int64_t tokens, in, out, rank, padded;
 };
 
-// The sizes of a call; an error where x, lora_A or lora_B do not have those of the weight.
+// Returns the sizes of a call. Fails if the size of x, lora_A or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
-// ρ [padded rank], zeros beyond the rank.
+// Returns ρ [padded rank], with zeros beyond the rank.
 Tensor rank_scales(const char* op, const Adapter& adapter, int64_t padded);
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One call. y, s and z of `out` are written by one of the three ways below.
+// One call of the forward. One of three ways writes y, s and z of `out`: see forward.cpp.
 struct ForwardCall {
   const char* op;
   const FrozenWeight& weight;
@@ -34,33 +34,33 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// The pass that makes Y and Z of what a product left, but for the low-rank term.
+// Returns the final pass, which computes Y and Z from the base product. The low-rank term is not set yet.
 Expand finishing(const ForwardCall& f);
 
-// S [T, padded rank], into out.s too, and where the base is dropped as well the mask's bits.
+// S [T, padded rank], which is also copied to out.s, and with drop_base the bits of the dropout mask.
 struct Shrunk {
   Tensor s;
   KeepBits keep;
-  GroupedS grouped;  // instead
+  GroupedS grouped;  // S of several adapters, instead of s
 };
 
-// S, by a pass over x.
+// Computes S in one pass over x.
 Shrunk shrink_tokens(const ForwardCall& f);
 
-// y [T, N] float32 (+)= the low-rank term of x [T, K], in float32.
+// Computes the low-rank term of x [T, K] in float32, and writes or adds the term to y [T, N] float32.
 void few_tokens_low_rank(const ForwardCall& f, const Tensor& x, const Tensor& y, bool accumulate);
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// One call. The gradients of the adapter come first, then dX by one of two ways.
+// One call of the backward. The gradients of the adapter are computed first, then dX in one of two ways.
 struct BackwardCall {
   const char* op;
   const FrozenWeight& weight;
   const Adapter& adapter;
   LinearSizes size;
   Tensor grad, x;  // [T, N], [T, K], contiguous
-  Tensor p;        // [T rounded up to 32, padded rank]; what is beyond the last token is multiplied and not stored
-  KeepBits keep;   // where a mask acts and dX is wanted
+  Tensor p;        // [T rounded up to 32, padded rank]; kernels read rows beyond T, but do not store their results
+  KeepBits keep;   // the mask's bits, if dropout is active and dX is wanted
 
   ScalarType type() const { return x.scalar_type(); }
   DType dtype() const { return dtype_of(op, "x", x); }
@@ -69,14 +69,14 @@ struct BackwardCall {
   const float* g() const { return floats(adapter.out_scale); }
 };
 
-// held_x: contiguous; it and what else is referred to must live as long.
+// Checks a call of the backward. The result refers to held_x, which is contiguous, and to the other arguments.
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 
-// P, dB and the rank scale's gradient from dY; dA from x and P; and the mask's bits for dX.
+// Computes P, dB and the gradient of rank_scale from dY, dA from x and P, and the bits of the mask for dX.
 void rank_gradients(BackwardCall* call, const std::optional<Tensor>& s, bool needs_grad_x, AdaptedBackward* out);
 
-// dX = mask/(1-p) ∘ (P A) and what the caller adds; returns what `finish` points to.
+// Sets `finish` up for dX = mask/(1-p) ∘ (P A) + terms of the caller. Returns the tensor to which `finish` points.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

@@ -1,4 +1,5 @@
-// Sums over tokens on all threads: made per chunk of tokens, whose number depends on T alone, and then added in order.
+// Sums over tokens on all threads. A chunk of tokens is summed by one thread, and the chunks' sums are added in order.
+// The number of chunks depends only on T, so that the bits are equal for every number of threads.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 
 namespace peft_ext {
 
-// run(first token, last token, sums) for each chunk into zeroed sums [size]; returns their total, added in order. As
-// many chunks' sums are there at once as threads make, or as are small.
+// Calls run(first token, last token, sums) for each chunk, with zeroed sums [size], and returns the total. Memory is
+// limited to kMostSums floats of sums at a time, but to no fewer chunks than threads.
 template <typename Run>
 Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   if (tokens == 0) return zeros({size});

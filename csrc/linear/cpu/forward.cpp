@@ -1,9 +1,9 @@
-// The forward: see adapted_linear.h for the formula. Which product runs:
+// The forward of the adapted layer, whose formula is in adapted_linear.h. One of three ways computes the base product:
 //
 //   tiles    bfloat16 on a CPU with a bfloat16 dot product: one pass writes Y with all its terms
-//   few      few tokens: W, decoded from NF4 on the way, A and B are each read once, as they lie, in float32
-//   mm       all else is PyTorch's product: in place onto the low-rank term where nothing else is to be done, else in
-//            float32 (W widened a panel at a time), finished in one more pass
+//   few      few tokens: W (decoded from NF4 if needed), A and B are read once, in their own layout, in float32
+//   mm       otherwise: PyTorch's matrix product. If Y has no other operation, the product is added in place onto the
+//            low-rank term. Otherwise the product is float32 (W is widened panel by panel), and another pass finishes Y
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
@@ -15,7 +15,7 @@
 namespace peft_ext {
 namespace {
 
-// Whether forward_few_tokens is the way: one base product, of a weight that can be read row by row.
+// Returns whether forward_few_tokens can run: there is one base product, and W can be read row by row.
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_nf4()) return skinny_accepts(weight, type, tokens);
@@ -24,7 +24,7 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// x [T, K] float32 times a dense Wᵀ, in float32.
+// Returns x [T, K] Wᵀ in float32, for a float32 x and a dense W.
 Tensor few_tokens_product(const ForwardCall& f, const Tensor& x) {
   const Tensor y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
   if (!tiles_take_few_tokens(f.type())) {
@@ -64,14 +64,14 @@ void forward_few_tokens(const ForwardCall& f) {
   run_expand(finish, f.size.tokens);
 }
 
-// What a TileForward refers to.
+// Memory to which a TileForward refers.
 struct TileOperands {
   Tensor strips, rows;
   GroupedTerms grouped;
   DroppedTokens rest;
 };
 
-// Whether the second product of PEFT's DoRA is with the dropped elements alone.
+// Returns whether the second product of PEFT's DoRA uses only the dropped elements.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
 TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileWeight& weight, const bf16* x,
@@ -99,7 +99,7 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
   } else if (adapter.low_rank()) {
     const Tensor rho = rank_scales(f.op, adapter, size.padded);
     const float* s = shrunk.s.const_data_ptr<float>();
-    // The kernel reads whole blocks of rows of ρB.
+    // The kernel reads whole blocks of kColumnStep rows of ρB.
     rows = packed(f.op, "lora_B", *adapter.lora_B, nullptr, rho.const_data_ptr<float>(), false,
                   round_up(size.out, kColumnStep), size.rank);
     work.rank = size.rank;
@@ -115,19 +115,19 @@ TileForward tile_forward(const ForwardCall& f, const Shrunk& shrunk, const TileW
   return work;
 }
 
-// Calls with the same x, their panels one after the other.
+// Runs several calls with one x. The panels of all weights form one list.
 void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<Shrunk>& shrunk) {
   const LinearSizes& size = calls[0].size;
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // of siblings none is
+  const bool apart = rest_apart(calls[0]);  // always false for several layers
   const bf16* x = apart ? nullptr
                         : token_strips(Scratch::kTokens, false, calls[0].x, size.tokens, size.in,
                                        floats(calls[0].adapter.in_scale), nullptr);
   std::vector<TileOperands> held(calls.size());
   std::vector<TileForward> works;
-  std::vector<int64_t> ends;  // of the rows, each W's but the last rounded up to whole panels
+  std::vector<int64_t> ends;  // end of each W in the list of rows; every W but the last is padded to whole panels
   int64_t rows = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
     works.push_back(tile_forward(calls[i], shrunk[i], tiles[i], x, &held[i]));
@@ -144,7 +144,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls, const std::vector<S
              });
 }
 
-// Each row of a float32 matrix as `row`.
+// Sets every row of a float32 matrix to `row`.
 void fill_rows(const Tensor& matrix, const float* row) {
   const int64_t columns = matrix.size(1);
   float* to = matrix.mutable_data_ptr<float>();
@@ -174,12 +174,12 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
   const bool in_place = plain && multiplies_in(type, true) && !skinny_accepts(f.weight, type, size.tokens);
   Tensor x = f.x;
   if (adapter.in_scale.has_value()) {
-    // Where the product is float32's anyhow, l ∘ x is not rounded before it.
+    // If the product runs in float32, l ∘ x stays float32 and is not rounded.
     if (!in_place && !multiplies_in(type, false)) x = as_type(x, ScalarType::Float);
     x = column_pass(f.op, x, &*adapter.in_scale, 0.0f, nullptr).scaled;
   }
   if (in_place) {
-    // The product accumulates onto the other terms, so that nothing of size T x N is read or written but Y.
+    // The product is added onto the other terms in Y, so that Y is the only matrix of size T x N in memory.
     const Tensor y = as_shape(f.out.y, {size.tokens, size.out});
     const bool terms = adapter.low_rank() || f.bias.has_value() || size.in == 0;
     if (terms) run_finish();
@@ -188,28 +188,28 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
     terms ? addmm_(y, x, dense, 1.0) : mm_out(y, x, dense);
     return;
   }
-  // A float32 product is made where Z lies, or Y, and finished there.
+  // In float32 the product is written into Z or Y, and the last pass works there in place.
   const bool there =
       type == ScalarType::Float && !f.drop_base() && size.in > 0 && !skinny_accepts(f.weight, type, size.tokens);
   Tensor before, after;
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // onto its rows, as PyTorch's linear layer does
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as PyTorch's linear layer adds its bias
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;
     } else {
       mm_out(before, x, dense);
     }
-    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // it is there
+    if (finish.rank == 0 && finish.bias_before == nullptr) finish.z = nullptr;  // `before` is Z already
   } else if (!f.drop_base()) {
     before = product_forward(f.op, x, f.weight, type);
   } else {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    if (apart) dropout.scale = 1.0f;  // of x's own values, where x Wᵀ is made of it: scaled they would be rounded
+    if (apart) dropout.scale = 1.0f;  // the product uses unscaled values of x: scaling would round them
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
       const auto times = [&](float by) {
@@ -217,7 +217,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
         std::fill_n(all.mutable_data_ptr<float>(), size.out, by);
         return column_pass(f.op, before, &all, 0.0f, nullptr).scaled;
       };
-      // x Wᵀ - x̃ Wᵀ is the product of what was dropped less what scaling added to that of the rest.
+      // x Wᵀ - x̃ Wᵀ = (dropped elements) Wᵀ - (scale - 1) (kept elements) Wᵀ.
       after = times(1.0f - scale);
       add_dropped_product(f.op, x, shrunk.keep, f.weight, after);
       before = times(scale);
@@ -234,7 +234,7 @@ void forward_by_products(const ForwardCall& f, const Shrunk& shrunk) {
 
 namespace {
 
-// The call, checked, with room for its results; x is [..., K], contiguous.
+// Checks a call and allocates the results. x is [..., K], contiguous.
 ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
                             const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z,
                             const AdaptedForward* room = nullptr) {

@@ -1,3 +1,5 @@
+// The low-rank terms of several adapters in one batch, S_t = x_t A_gᵀ and s_g S_t B_gᵀ for each token t of adapter g.
+// See grouped.h.
 #include "cpu/threads.h"
 #include "linear/cpu/grouped.h"
 
@@ -9,10 +11,10 @@ namespace peft_ext {
 
 namespace {
 
-constexpr int64_t kTaskTokens = 32;           // of a segment, to one thread
-constexpr int64_t kTaskElements = 64 * 1024;  // of a small matrix, to one thread
+constexpr int64_t kTaskTokens = 32;           // tokens of a segment that one thread takes
+constexpr int64_t kTaskElements = 64 * 1024;  // elements of a small matrix that one thread takes
 
-// Rows [begin, end) of a small matrix against a segment's tokens.
+// Multiplies the rows [begin, end) of a small matrix with the tokens of a segment.
 struct FewTask {
   FewTokens work;
   int64_t begin, end;
@@ -43,7 +45,7 @@ void run(const std::vector<FewTask>& tasks) {
   });
 }
 
-// S as the caller of the operator sees it, from a segment's own [tokens, stride].
+// Copies S of the segments, [tokens, stride] each, into the operator's result s.
 void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   float* out = s.mutable_data_ptr<float>();
   std::fill_n(out, s.numel(), 0.0f);
@@ -69,7 +71,7 @@ GroupedS empty_s(const Groups& groups, bool padded) {
   return s;
 }
 
-// make(group) of those that have tokens; unset for the others.
+// Returns make(group) for every adapter that has tokens, and an empty Tensor for the others.
 template <typename Make>
 std::vector<Tensor> of_used(const Groups& groups, const Make& make) {
   std::vector<Tensor> made(groups.lora_A.size());
@@ -204,7 +206,7 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
     Expand work = finish;
     work.rank = s.strides[i];
     if (segment.group >= 0) {
-      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel's rows are the call's tokens
+      work.left = s.of(i) - segment.begin * s.strides[i];  // the kernel indexes rows by the call's token
       work.right = rights[static_cast<size_t>(segment.group)].const_data_ptr<float>();
     }
     for (int64_t t = segment.begin; t < segment.end; t += kTaskTokens)
@@ -222,11 +224,11 @@ void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, con
 GroupedTerms grouped_terms(const char* op, const Groups& groups, const GroupedS& s, int64_t tokens, int64_t out) {
   GroupedTerms made;
   made.held = of_used(groups, [&](size_t g) {
-    // The kernel reads whole blocks of rows of ρB.
+    // The kernel reads whole blocks of kColumnStep rows of ρB.
     const Tensor& b = groups.lora_B[g];
     return packed(op, "lora_B", b, nullptr, scales(groups, g).data(), false, round_up(out, kColumnStep), b.size(1));
   });
-  // A strip has a term of each adapter that its tokens have, with zeros for the tokens of the others.
+  // A strip has one term for each adapter among its tokens. The term is zero for the tokens of other adapters.
   struct Part {
     int64_t group, offset;
   };

@@ -1,9 +1,9 @@
-// Several low-rank adapters in one batch, of which each token has one or none:
+// Several low-rank adapters in one batch. Each token has one adapter or none:
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
-// A segment is a run of tokens of one adapter. Its adapter's matrices are read as they lie (few tokens) or packed once
-// a call; no token is moved, and a token costs its own adapter's rank.
+// A segment is a run of tokens with one adapter. The matrices of an adapter are read in their own layout for few
+// tokens, and packed once per call otherwise. No token is moved in memory. A token costs only the rank of its adapter.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ namespace peft_ext {
 
 struct Segment {
   int64_t begin, end;  // tokens
-  int64_t group;       // -1: no adapter
+  int64_t group;       // index of the adapter, or -1 for none
   int64_t tokens() const { return end - begin; }
 };
 
@@ -23,17 +23,17 @@ struct Groups {
   std::vector<Tensor> lora_A, lora_B;  // [R_g, K], [N, R_g], contiguous
   std::vector<float> scaling;
   std::vector<Segment> segments;  // all tokens, in order
-  int64_t rank = 0;               // the largest
+  int64_t rank = 0;               // the largest rank
 
   int64_t rank_of(const Segment& segment) const { return lora_A[static_cast<size_t>(segment.group)].size(0); }
 };
 
-// Checked. adapters: of each sample, `tokens` of them in all in samples of one length; -1: none.
+// Checks the arguments. adapters: the adapter of each sample, or -1; all samples have `tokens` / samples tokens.
 Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
                    const std::vector<double>& scaling, const std::vector<int64_t>& adapters, int64_t tokens, int64_t in,
                    int64_t out);
 
-// S of every segment: [tokens, stride] float32 at data + offset, its columns beyond the rank zeros.
+// S of every segment: a float32 matrix [tokens, stride] at data + offset. Columns beyond the rank are zeros.
 struct GroupedS {
   Tensor storage;
   std::vector<int64_t> offsets, strides;
@@ -41,16 +41,16 @@ struct GroupedS {
   float* of(size_t segment) const { return static_cast<float*>(storage.mutable_data_ptr()) + offsets[segment]; }
 };
 
-// From x [T, K], and into s [T, groups.rank] as well, zeros where a token has none.
+// Computes S from x [T, K], and also writes S to s [T, groups.rank], with zeros for tokens without an adapter.
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s);
 
-// y [T, N] float32 += the low-rank terms; x [T, K] float32. A and B are read as they lie. Fills s as grouped_shrink.
+// Adds the low-rank terms of x [T, K] float32 to y [T, N] float32. Also writes s, like grouped_shrink.
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
 
-// `finish` on all tokens, each with its own adapter's term.
+// Runs `finish` over all tokens, each token with its own adapter's term.
 void grouped_expand(const char* op, const Groups& groups, const GroupedS& s, const Expand& finish);
 
-// The terms as the tile kernels take them, and what they point to.
+// The low-rank terms in the form of the tile kernels, and the memory to which the terms refer.
 struct GroupedTerms {
   std::vector<TileTerm> terms;
   std::vector<int64_t> first;

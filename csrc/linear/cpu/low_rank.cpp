@@ -1,4 +1,4 @@
-// The low-rank term and its gradients, as a part of the layer and, over a base product that was made elsewhere, alone.
+// The low-rank term S (ρB)ᵀ and its gradients, as a part of the adapted layer, and alone for lora_residual.
 #include <algorithm>
 
 #include "cpu/threads.h"
@@ -55,7 +55,7 @@ Shrunk shrink_tokens(const ForwardCall& f) {
   if (size.in == 0) std::fill_n(s, out.s.numel(), 0.0f);
   run_row_pass(pass, size.tokens);
   if (size.padded != size.rank) {
-    // By hand: a part of a loop is on a thread of its own, where an inference tensor refuses PyTorch's copy.
+    // Copied without PyTorch: on another thread, PyTorch's copy refuses an inference tensor.
     float* given = static_cast<float*>(f.out.s.mutable_data_ptr());
     parallel_for(0, size.tokens, ceil_div(kPackGrain, size.rank), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) std::copy_n(s + t * size.padded, size.rank, given + t * size.rank);
@@ -66,7 +66,7 @@ Shrunk shrink_tokens(const ForwardCall& f) {
 
 namespace {
 
-// d rank_scale [R] from Gᵀ S, whose columns are not scaled by g yet.
+// Returns d rank_scale [R] from sums = Gᵀ S, whose columns are not scaled by g yet.
 Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
   const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, false, b.size.out, b.size.padded);
   const Tensor dots = column_pass(b.op, wide, nullptr, 0.0f, &sums).sums;
@@ -130,7 +130,7 @@ Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* ou
 
 namespace {
 
-// Of the sizes alone, for a base product that was made elsewhere.
+// Returns a weight that has only sizes, for a base product that was computed elsewhere.
 FrozenWeight no_weight(const Adapter& adapter) {
   FrozenWeight weight;
   weight.shape = {adapter.lora_B->size(0), adapter.lora_A->size(1)};

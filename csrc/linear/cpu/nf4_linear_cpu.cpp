@@ -1,4 +1,4 @@
-// The frozen layer over a dense or an NF4 weight on the CPU, forward and dX. See linear/cpu/adapted_linear.h.
+// The linear layer over a frozen dense or NF4 weight on the CPU: Y = x Wᵀ + b, dX = dY W. See adapted_linear.h.
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {

@@ -1,9 +1,9 @@
-// peft_ext::nf4_merge on the CPU: W' = g ∘ (W + s B A), requantized, in one pass over W.
+// peft_ext::nf4_merge on the CPU: W' = g ∘ (W + s B A), quantized to NF4 again, in one pass over W.
 //
-// A thread takes rows that begin and end with a block, some 64 K elements: decodes them, adds the low-rank term, scales
-// the rows, quantizes them, and decodes them again for the error's sums. All of it stays in L2: of W nothing is read or
-// written in memory but codes and scales. float32, as nf4_dequantize_merged; the error's sums in double, in an order
-// that depends on the sizes alone.
+// A thread takes about 64 K elements of whole rows that begin and end with a block. The thread decodes the rows, adds
+// the low-rank term, scales the rows, quantizes them, and decodes them again for the sums of the error. The data of
+// these steps stays in L2, so that only codes and scales of W are read and written in memory. The arithmetic is
+// float32, as in nf4_dequantize_merged. The error's sums are double, in an order that depends only on the sizes.
 #include <algorithm>
 #include <numeric>
 #include <tuple>
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   totals[0] = totals[1] = 0.0;
   if (count == 0) return {codes, scales, error};
 
-  // The fewest rows that end with a block, as many times as fit.
+  // `step` is the fewest rows that end with a block. A chunk has as many multiples of `step` as fit.
   const int64_t step = blocksize / std::gcd(k, blocksize);
   const int64_t rows = step * std::max<int64_t>(1, kMergeElements / (step * k)), chunks = ceil_div(n, rows);
   std::vector<double> sums(static_cast<size_t>(2 * chunks));

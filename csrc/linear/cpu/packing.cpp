@@ -1,3 +1,4 @@
+// Converts the small matrices of an adapter to the kernels' layouts. See packing.h.
 #include "cpu/threads.h"
 #include "linear/cpu/packing.h"
 
@@ -17,7 +18,7 @@ Tensor zeros(const std::vector<int64_t>& shape) {
 
 namespace {
 
-// out [columns, stride] = inᵀ, in [rows, columns], for columns [begin, end) of in.
+// Writes the transposed columns [begin, end) of in [rows, columns] to out [columns, stride].
 template <typename T>
 void transpose_columns(const T* in, int64_t rows, int64_t columns, int64_t begin, int64_t end, float* out,
                        int64_t stride) {
@@ -61,8 +62,8 @@ Tensor packed(const char* op, const char* argument, const Tensor& matrix, const 
   Tensor frame = fills ? empty({frame_rows, frame_columns}, ScalarType::Float) : zeros({frame_rows, frame_columns});
   if (source.numel() == 0) return frame;
   float* out = frame.mutable_data_ptr<float>();
-  const float* down = transpose ? by_column : by_row;    // of the frame's rows
-  const float* across = transpose ? by_row : by_column;  // of its columns
+  const float* down = transpose ? by_column : by_row;    // factors of the frame's rows
+  const float* across = transpose ? by_row : by_column;  // factors of the frame's columns
   with_dtype(dtype_of(op, argument, source), [&](auto zero) {
     const auto* in = static_cast<const decltype(zero)*>(source.const_data_ptr());
     parallel_for(0, filled_rows, ceil_div(kPackGrain, filled_columns), [&](int64_t begin, int64_t end) {
@@ -101,7 +102,7 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, const 
           to[transpose ? rank * columns + column : column * columns + rank] = from_float<T>(value);
         }
     };
-    // Transposed: a block's lines of `sums` stay in L1 for all its ranks.
+    // Transposed: the lines of `sums` in one block stay in L1 for all ranks.
     constexpr int64_t kColumns = 64;
     const int64_t length = transpose ? columns : rows;
     const int64_t grain = ceil_div(kPackGrain, kColumns * (ranks + 1));

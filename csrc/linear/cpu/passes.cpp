@@ -1,3 +1,4 @@
+// Runs the passes of kernels.h over activations and over W on all threads. pass_plan.h decides how a pass is divided.
 #include "linear/cpu/passes.h"
 
 #include <algorithm>
@@ -12,15 +13,15 @@ namespace peft_ext {
 
 namespace {
 
-// What a row of `expand` costs beside its rank, in ranks.
+// The cost of a row of `expand` in addition to the low-rank products, in units of one rank.
 constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");
 static_assert(kTokenStep == kRowsTogether);
-// Rows of W decoded together for a pass over W.
+// Rows of W that are decoded at a time in a pass over W.
 constexpr int64_t kRowChunk = 64;
 
-// W's rows [first, last) in `type`, by the calling thread: where they lie, or decoded into its scratch.
+// Returns W's rows [first, last) in `type`: a pointer into W, or rows decoded into the calling thread's scratch.
 const void* weight_rows(const FrozenWeight& weight, const Tensor& dense, ScalarType type, int64_t first, int64_t last) {
   const int64_t k = weight.in_features(), width = type == ScalarType::Float ? 4 : 2;
   if (!weight.is_nf4()) return static_cast<const char*>(dense.const_data_ptr()) + first * k * width;
@@ -69,7 +70,7 @@ void run_row_pass(const RowPass& pass, int64_t tokens) {
 
 namespace {
 
-// Sums of a pass over the columns [first, last): of one chunk after the other, added in order.
+// Computes the sums of a pass over the columns [first, last), chunk after chunk, added in order.
 void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t chunk = chunk_tokens(tokens), rank = pass.rank;
@@ -108,7 +109,7 @@ Tensor outer_by_columns(const RowPass& pass, int64_t tokens, Tensor* totals) {
   return sums;
 }
 
-// Adds the sums of `count` chunks [count, size] to `total` [size], in order.
+// Adds the sums [count, size] of `count` chunks to `total` [size], in order.
 void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
   if (count == 0) return;
   parallel_for(0, size, kPackGrain, [&](int64_t begin, int64_t end) {
@@ -117,8 +118,8 @@ void add_sums(const float* sums, int64_t count, int64_t size, float* total) {
   });
 }
 
-// width: the columns of a part; all of them where P is made on the way. The first chunk's sums are made where the total
-// will be, the others' beside it, some chunks at a time.
+// width: columns of a part, or all columns if P is computed too. The first chunk's sums are computed in the total's
+// memory. The sums of the other chunks have memory of their own, for some chunks at a time.
 Tensor outer_by_chunks(const RowPass& pass, int64_t tokens, int64_t width, Tensor* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t size = pass.columns * pass.rank, blocks = ceil_div(pass.columns, width);

@@ -1,5 +1,6 @@
-// Rows of one expert after those of another, and the threads that they are shared among: a run that is more than a
-// thread's share has all threads, the others one each. So no count of threads changes a bit.
+// The rows of a batch, sorted by expert, and their division among threads. All threads work together on a run of rows
+// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. The number of
+// threads never changes a bit.
 #pragma once
 
 #include <stdint.h>
@@ -13,13 +14,13 @@
 
 namespace peft_ext {
 
-// Rows [begin, end) of one expert.
+// The rows [begin, end) of one expert.
 struct Run {
   int64_t expert, begin, end;
   int64_t rows() const { return end - begin; }
 };
 
-// run(Run) of each. Their order is not told, and nothing may depend on it.
+// Calls call(run) for each run. The order of the calls is unspecified, and no result may depend on the order.
 template <typename Call>
 void each_run(std::vector<Run> runs, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
@@ -36,7 +37,8 @@ void each_run(std::vector<Run> runs, const Call& call) {
   });
 }
 
-// Part of a tensor's memory as a tensor that no autograd knows: a thread of a loop does not know that it is off.
+// Returns a part of a tensor's memory as a tensor without autograd. Threads of a parallel loop do not inherit the
+// caller's no-grad mode, so that a view of the tensor would be recorded.
 inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_t>& sizes,
                       const std::vector<int64_t>& strides) {
   auto* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
@@ -44,13 +46,13 @@ inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
 }
 
-// Rows [begin, end) of a contiguous matrix.
+// Returns the rows [begin, end) of a contiguous matrix, without a copy.
 inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   const int64_t columns = matrix.size(1);
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
-// m [S, columns], contiguous; beside: what has as many rows, of the same type.
+// Checks that m is [S, columns] and returns m contiguous. beside: if given, a tensor with m's dtype and number of rows.
 inline Tensor checked_rows(const char* op, const char* argument, const Tensor& m, int64_t columns,
                            const Tensor* beside = nullptr) {
   STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == columns, op, ": ", argument, " has ", m.numel(),

@@ -1,4 +1,4 @@
-// The gradient of the output's scale: see adapted_linear.h.
+// The gradient of the output scale, dg = sum_t dY ∘ (Z + b₀). See adapted_linear.h.
 #include <math.h>
 
 #include <vector>
@@ -12,11 +12,11 @@ namespace peft_ext {
 
 namespace {
 
-// Where |g| is smaller, Y = g Z does not give Z back: a float16 Y may be no normal number, of the types with float32's
-// exponents only one that is zero or next to it.
+// If |g| is smaller, Z cannot be computed from Y = g Z: in float16 Y may be subnormal, and in dtypes with float32's
+// exponent range Y may be zero or close to zero.
 float smallest_scale(ScalarType type) { return type == ScalarType::Half ? 0x1p-6f : 0x1p-60f; }
 
-// Rows of a matrix of any type, contiguous.
+// Returns the given rows of a matrix of any dtype, contiguous.
 Tensor gathered_rows(const Tensor& matrix, const std::vector<int64_t>& rows) {
   const int64_t k = matrix.size(1), width = static_cast<int64_t>(matrix.element_size());
   const Tensor held = as_contiguous(matrix);
@@ -30,7 +30,7 @@ Tensor gathered_rows(const Tensor& matrix, const std::vector<int64_t>& rows) {
   return out;
 }
 
-// Those rows of an NF4 weight, decoded.
+// Returns the given rows of an NF4 weight, dequantized.
 Tensor decoded_rows(const char* op, const FrozenWeight& weight, const std::vector<int64_t>& rows, ScalarType type) {
   const int64_t k = weight.in_features(), width = type == ScalarType::Float ? 4 : 2;
   const DType dtype = dtype_of(op, "dtype", type);
@@ -47,7 +47,7 @@ Tensor decoded_rows(const char* op, const FrozenWeight& weight, const std::vecto
   return out;
 }
 
-// Z + b₀ of some outputs, [T, outputs] float32, computed again.
+// Computes Z + b₀ of the given outputs again, [T, outputs] float32.
 Tensor z_again(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter,
                const std::optional<Tensor>& s, const std::optional<Tensor>& bias, const std::vector<int64_t>& outputs) {
   const ScalarType type = x.scalar_type();
@@ -74,7 +74,7 @@ Tensor z_again(const char* op, const Tensor& x, const FrozenWeight& weight, cons
   return z;
 }
 
-// The same outputs of dY [T, N], in its own type.
+// Returns the given columns of dY [T, N], in dY's dtype.
 Tensor gathered_columns(const char* op, const Tensor& grad, const std::vector<int64_t>& columns) {
   const int64_t tokens = grad.size(0), n = grad.size(1);
   const auto count = static_cast<int64_t>(columns.size());

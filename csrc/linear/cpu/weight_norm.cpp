@@ -1,4 +1,4 @@
-// The norms of W + s B A's rows and their gradients: see weight_norm.h.
+// The norm of each row of W + s B A and its gradients. The formulas are in weight_norm.h.
 #include "cpu/threads.h"
 #include "linear/cpu/weight_norm.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 Tensor wide_matrix(const Tensor& matrix) { return as_contiguous(as_type(matrix, ScalarType::Float)); }
 
-// A Aᵀ [R, padded].
+// Returns A Aᵀ [R, padded].
 Tensor gram(const char* op, const Tensor& lora_A) {
   FrozenWeight rows;
   rows.weight = lora_A;
@@ -22,7 +22,7 @@ Tensor gram(const char* op, const Tensor& lora_A) {
   return weight_row_facts(op, rows, lora_A, lora_A.scalar_type()).product;
 }
 
-// B A Aᵀ [N, padded]: B as the large matrix of a pass.
+// Returns B A Aᵀ [N, padded], computed by a pass over B.
 Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
   const int64_t rank = b.size(1), padded = products.size(1);
   const Tensor square = empty({rank, rank}, ScalarType::Float);
@@ -35,7 +35,7 @@ Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
   return weight_row_facts(op, rows, square, ScalarType::Float).product;
 }
 
-// sum_r s b[r] (2 u[r] + s t[r]), in eight sums side by side, which compilers make a vector of.
+// Returns sum_r s b[r] (2 u[r] + s t[r]), in eight parallel sums, so that compilers vectorize the loop.
 float norm_term(const float* b, const float* u, const float* t, float s, int64_t rank) {
   constexpr int64_t kSide = 8;
   float sums[kSide] = {};
@@ -94,7 +94,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   const Tensor held_u = wide_matrix(u);
   const int64_t padded = products.size(1);
   const float s = static_cast<float>(scaling);
-  // cB, and dB
+  // c B and dB are computed here.
   Tensor left = empty({n, rank}, ScalarType::Float), grad_b = empty({n, rank}, ScalarType::Float);
   const float* b_data = b.const_data_ptr<float>();
   float* left_data = left.mutable_data_ptr<float>();
@@ -111,7 +111,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
       }
     }
   });
-  // (cB)ᵀ B [R, R], then dA = s (cB)ᵀ W + s² (cB)ᵀ B A
+  // Computes (c B)ᵀ B [R, R], then dA = s (c B)ᵀ W + s² (c B)ᵀ B A.
   std::vector<float> inner(static_cast<size_t>(rank * rank), 0.0f);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t r = 0; r < rank; ++r)

@@ -1,7 +1,7 @@
-// DoRA's norm of each row of W + s B A, which is never made, and its gradient:
+// DoRA's norm n of each row of W + s B A, and its gradient. The matrix W + s B A is never formed.
 //
 //   n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB),  U = W Aᵀ: one pass over W
-//   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, 0 where n is: one more
+//   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, or 0 where n = 0: one more pass over W
 #pragma once
 
 #include "weight/frozen_weight.h"
@@ -12,12 +12,12 @@ struct WeightNorm {
   Tensor norm, u;  // [N], [N, R] float32
 };
 
-// type: what an NF4 weight is decoded to.
+// type: dtype to which an NF4 weight is decoded.
 WeightNorm weight_norm(const char* op, const FrozenWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type);
 
 struct WeightNormGradient {
-  Tensor grad_A, grad_B;  // of lora_A's and lora_B's types
+  Tensor grad_A, grad_B;  // in the dtypes of lora_A and lora_B
 };
 
 WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const FrozenWeight& weight,

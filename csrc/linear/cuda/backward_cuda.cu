@@ -1,7 +1,7 @@
-// The backward: see adapted_linear.cuh for the formula. What runs, with bytes in units of the activations:
+// The backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
 //
-//   P = dY (ρB) and dB = dYᵀ S: one pass over dY; dA = x̃ᵀ P: one pass over x; dX₀ = mask ∘ (P A): one write;
-//   dX₀ += G W: PyTorch's product
+//   P = dY (ρB) and dB = dYᵀ S: one pass over dY; dA = x̃ᵀ P: one pass over x; dX₀ = mask ∘ (P A): one write of dX;
+//   dX = dX₀ + G W: PyTorch's matrix product, added in place
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -15,12 +15,12 @@ void check_grad(const char* op, const Tensor& grad, const Tensor& x, const Linea
                   size.tokens * size.outputs);
 }
 
-// x's gradient, or [0].
+// Returns a tensor for x's gradient, or [0].
 Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
   return needs_grad_x ? device_empty_like(x) : device_empty(x, {0}, x.scalar_type());
 }
 
-// grad_A and grad_B where there is no token.
+// Sets grad_A and grad_B to zeros if there are no tokens.
 void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
   if (size.rank == 0) return;
   out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
@@ -36,7 +36,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Zeros without a token; otherwise what is asked for is written whole below.
+  // Without tokens the sums are zeros. Otherwise the sums are allocated and written completely below.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);
@@ -57,10 +57,10 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (low_rank)
     grads = rank_gradients(x, flat_grad, flat_x, adapter, size, s, needs_grad_x, other.has_value() ? &*other : nullptr,
                            &out);
-  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // dg is there
+  if (out.grad_out_scale.numel() > 0) other = std::nullopt;  // dg is computed already
 
-  // dX's product is of G = g ∘ dY (with drop_base G - dY) and W, or of dY and g ∘ W, whichever is less to make; dg's
-  // sums come with G.
+  // dX's product is either G W with G = g ∘ dY (with drop_base G - dY), or dY (g ∘ W), whichever takes less work. The
+  // pass that computes G also computes the sums of dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

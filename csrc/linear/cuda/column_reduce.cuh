@@ -1,11 +1,11 @@
-// The second half of column_pass: the partial sums of its chunks, added in order.
+// The second kernel of column_pass: adds the partial sums of the chunks, in order.
 #pragma once
 
 #include "linear/cuda/columns.cuh"
 
 namespace peft_ext {
 
-// sums[c] of all chunks. Grid: ceil(columns / kColumnThreads).
+// out[c] = sum of partial[chunk][c] over all chunks. Grid: ceil(columns / kColumnThreads).
 static __global__ void __launch_bounds__(kColumnThreads)
     column_reduce_kernel(const float* partial, int64_t chunks, int64_t columns, float* out) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;

@@ -1,14 +1,14 @@
-// Passes over activations whose work is per element, or per element and summed over tokens.
+// Elementwise passes over activations, and sums of products over tokens.
 //
-//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; dY's g ∘ dY and dg)
-//   finish:        y = g ∘ (z + b₀) + b₁                                              (DoRA's and IA3's outputs)
-//   scale_rows:    out = g ∘ w, by rows                                             (DoRA's scale in W)
+//   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (IA3; g ∘ dY and dg)
+//   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3)
+//   scale_rows:    out = g ∘ w, row by row                                          (DoRA's scale in W)
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x
 //
-// A thread moves eight columns at a time, 16 bytes of 16-bit types; float32 arithmetic, one rounding. A block of
-// column_pass and finish owns 256 columns and a chunk of rows, a warp every eighth row, so that vectors are read once;
-// partial sums [chunks][columns] are added in order by a second kernel. Shared: 8 KiB, where the warps' sums meet.
-// Bytes moved: each matrix once.
+// A thread moves eight columns at a time, 16 bytes of a 16-bit dtype. Arithmetic is float32 and rounds once. A block of
+// column_pass and finish owns 256 columns and a chunk of rows; a warp owns every eighth row of the chunk, so that each
+// vector of factors is read once. A second kernel adds the partial sums [chunks][columns] in order. Shared memory:
+// 8 KiB, where the sums of the warps are added. Each matrix is read or written once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -18,29 +18,29 @@ namespace peft_ext {
 constexpr int kColumnThreads = 256;
 constexpr int kColumnWarps = kColumnThreads / kWarpSize;
 constexpr int kColumnTile = kWarpSize * kVector;
-constexpr int64_t kColumnRows = 128;  // of a block
+constexpr int64_t kColumnRows = 128;  // rows of a block
 
 struct ColumnWork {
   const void* m;
   const void* other;   // null: no sums
-  const float* scale;  // [columns]; null where out is
+  const float* scale;  // [columns]; null if out is null
   float shift;
-  void* out;    // null: not wanted
+  void* out;    // null: no output
   float* sums;  // [row chunks][columns]
   int64_t rows, columns;
-  bool whole;  // columns is a multiple of 8 and the matrices lie on 16 bytes
+  bool whole;  // columns is a multiple of 8, and the matrices are aligned to 16 bytes
 };
 
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
-// Σ of the warps' sums, to partial sums. All threads of the block.
+// Adds the warps' sums and writes them to the partial sums. All threads of the block call the function.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)  // lanes in a row: no conflicts
+  for (int i = 0; i < kVector; ++i)  // adjacent lanes, adjacent words: no bank conflicts
     shared[threadIdx.x / kWarpSize][i * kWarpSize + threadIdx.x % kWarpSize] = sums[i];
   sync_threads();
-  const int mine = threadIdx.x;  // which column of the tile
+  const int mine = threadIdx.x;  // column of the tile
   const int64_t to = static_cast<int64_t>(blockIdx.y) * kColumnTile + mine;
   if (to < columns) {
     float sum = 0.0f;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kColumnThreads) finish_kernel(Finish work) {
   }
 }
 
-// out = g ∘ w, row n times g[n], of a whole matrix. Grid: x: tiles of kColumnThreads · 8 columns; y: rows.
+// scale_rows: out[n] = g[n] w[n] for all rows n. Grid: x: tiles of kColumnThreads · 8 columns; y: rows.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(const T* w, const float* scale, T* out, int64_t columns) {
@@ -135,11 +135,11 @@ struct Drop {
   const void* add;  // null: 0
   void* out;
   int64_t numel;
-  bool whole;  // all lie on 16 bytes
+  bool whole;  // x, add and out are aligned to 16 bytes
   DeviceDropout dropout;
 };
 
-// Grid: ceil(numel / kVector / kColumnThreads); a thread owns one group of the generator's.
+// Grid: ceil(numel / kVector / kColumnThreads). A thread owns eight elements, whose draws are one block of Philox.
 template <typename T>
 __global__ void __launch_bounds__(kColumnThreads) drop_kernel(Drop work) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kVector;

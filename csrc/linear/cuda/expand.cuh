@@ -1,16 +1,18 @@
-// What a small matrix product brings to a large matrix, in one pass over it:
+// Adds a small matrix product to a large matrix, in one pass over the large matrix:
 //
 //   out [T, N] = (before or 0) + mask ∘ (L Fᵀ) + (g - 1) ∘ z + bias,    L [T, R],  F [N, R]
 //
-// as the low-rank term that PyTorch's product then adds to (Y₀ = S (ρB)ᵀ + b), and dX's term behind the dropout, whose
-// mask the pass that made dA has kept and whose 1/(1-p) is in L; a bottleneck adapter's output on its residual; with g
-// and z as the output of PEFT's DoRA, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ. L and F come in bfloat16
-// terms, three for float32 and two for 16-bit types, R padded to a multiple of 16, or 0 for the bias alone.
+// Uses: the low-rank term and bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added; the low-rank part of dX,
+// whose mask was kept by the pass that computed dA, and whose factor 1/(1-p) is in L; a bottleneck adapter's output
+// plus its residual; and with g and z the output of PEFT's DoRA, Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ. L
+// and F are given as bfloat16 terms, three for float32 results and two for 16-bit results. R is padded to a multiple of
+// 16; R is 0 for the bias alone.
 //
-// A block of 4 warps owns 64 x 64 of out, a warp 16 rows. The columns that a lane's accumulators stand for are chosen
-// so that it holds eight in a row: row g of F's tile 4 h + j of 8 is column 32 h + 8 (g / 2) + 2 j + g % 2, and C's
-// columns 2t, 2t + 1 of the four tiles of h are then 32 h + 8 t …: one store of 16 bytes (32 of float32), one group of
-// the generator's. No shared memory. float32 sums, one rounding. Bytes moved: out, once (twice where it is added to).
+// A block of 4 warps owns 64 x 64 of out, and a warp owns 16 rows. The columns are permuted so that a lane's
+// accumulators are eight adjacent columns: row g of F's tile 4 h + j (of 8 rows) is column 32 h + 8 (g / 2) + 2 j + g %
+// 2, so that C's columns 2t, 2t + 1 of the four tiles of h are the columns from 32 h + 8 t on. So a lane stores 16
+// bytes (32 for float32) at once, and its draws are one block of Philox. No shared memory. Sums are float32 and are
+// rounded once. Bytes moved: out, once (twice with before).
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -20,37 +22,39 @@ namespace peft_ext {
 constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
-// What is added to or dropped from the product; kAny: all of it, whatever the shapes and alignments. kGrouped: kBias of
-// the rows that a RowTable names, each tile with a factor F of its own or none; kGroupedAny: in any shape.
+// The operands besides L Fᵀ. kBias: the bias only. kMask: the kept mask only. kOnto: before, bias and z. kAny: all
+// operands, for any shape and alignment. kGrouped: kBias for the rows of a RowTable, where each tile has its own factor
+// F or none. kGroupedAny: kGrouped for any shape.
 enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
   void* out;
   int64_t rows, columns;
-  Terms left;  // outer: rows, inner: rank
+  Terms left;  // outer: rows, inner: ranks
   Terms right;
-  const void* before;  // T [rows, columns], which may be out itself, or null
-  const void* bias;    // [columns] of bias_type, times bias_scale, or null; kBias: of T, kOnto: float32
+  const void* before;  // T [rows, columns] or null; may be out itself
+  const void* bias;    // [columns] of bias_type, or null; of type T for kBias, float32 for kOnto
   DType bias_type;
   float bias_scale;
   const void* z;          // T [rows, columns], or null
   const float* scale;     // g [columns], with z
-  const uint32_t* kept;   // kMask: the mask's bits, as a rank pass leaves them
-  DeviceDropout dropout;  // kAny: what draws the mask again
-  RowTable table;         // kGrouped, kGroupedAny: which rows; left is in its order
-  int64_t tiles;          // of rows
-  int64_t right_stride;   // from a factor's terms to the next's, in 16 bytes
+  const uint32_t* kept;   // kMask: bits of the mask, in the layout of a rank pass
+  DeviceDropout dropout;  // kAny: parameters to draw the mask again
+  RowTable table;         // kGrouped, kGroupedAny: the table of rows; left is in the table's order
+  int64_t tiles;          // number of tiles of rows
+  int64_t right_stride;   // distance from one factor's terms to the next factor's, in 16 bytes
 };
 
-// The dropped terms that layers of one input bring to its gradient, in one write: out = Σ_i mask_i ∘ (L_i F_iᵀ).
+// Computes the dropped low-rank parts of dX for several layers of one input, in one write: out = Σ_i mask_i ∘ (L_i
+// F_iᵀ).
 constexpr int kMostExpandParts = 8;
 struct ExpandPart {
   Terms left, right;
-  const uint32_t* kept;  // null: nothing is dropped
+  const uint32_t* kept;  // null: no dropout
 };
 struct ExpandSum {
   void* out;
-  int64_t rows, columns;  // of vectors of eight
+  int64_t rows, columns;  // sizes in elements; columns is a multiple of eight
   int count;
   ExpandPart parts[kMostExpandParts];
 };
@@ -58,8 +62,8 @@ struct ExpandSum {
 template <typename T>
 constexpr int kExpandLeftTerms = sizeof(T) == 4 ? 3 : 2;
 
-// C += the 16 x 64 product of a warp, of the `rows`-th 16 rows and a tile of columns, of 16 ranks from 16 `step` on;
-// `factor`: where this tile's F starts.
+// Adds to C a warp's 16 x 64 product over 16 ranks, from rank 16 `step` on: the 16 rows number `rows`, and a tile of 64
+// columns. `factor`: the terms of this tile's F.
 template <typename T, int kRightTerms>
 __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* factor, uint32_t rows,
                                                uint32_t column_tile, int64_t step, float (&c)[2][4][4]) {
@@ -89,7 +93,7 @@ __device__ __forceinline__ void expand_product(const Terms& outer, const uint4* 
     }
 }
 
-// kSteps: the ranks, in steps of 16, of what is known when this is compiled; 0: of what is not.
+// kSteps: number of ranks in steps of 16 if known at compile time, otherwise 0.
 // Grid: x: tiles of rows; y: tiles of columns.
 template <typename T, int kSteps, int kRightTerms, ExpandWork kWork>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work) {
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kExpandTile + warp * 16 + g;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kExpandTile + 8 * t;
 
-  // Where the rows g and g + 8 of this warp's 16 go.
+  // The destinations of the rows g and g + 8 of this warp's 16 rows.
   constexpr bool kTabled = kWork == ExpandWork::kGrouped || kWork == ExpandWork::kGroupedAny;
   [[maybe_unused]] int32_t named[2];
   const uint4* factor = work.right.data;
@@ -112,14 +116,14 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
 
   float sums[2][4][4] = {};
   if (!product) {
-    // Nothing of an adapter's.
+    // The tile has no adapter, so that there is no product.
   } else if constexpr (kSteps > 0) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       expand_product<T, kRightTerms>(work.left, factor, blockIdx.x * 4 + threadIdx.x / kWarpSize, blockIdx.y, step,
                                      sums);
   } else {
-    // A fresh accumulator per 64 ranks: a tensor core's own sum rounds toward zero.
+    // A fresh accumulator per 64 ranks limits the error: a tensor core's own sum rounds toward zero.
     const int64_t steps = work.left.inner / 16;
     for (int64_t first = 0; first < steps; first += 4) {
       float fresh[2][4][4] = {};

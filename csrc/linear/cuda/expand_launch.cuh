@@ -1,4 +1,4 @@
-// Which expand_kernel a call takes; each element type's are compiled in expand_<type>_cuda.cu.
+// Selects the instance of expand_kernel for a call. The instances of an element type are in expand_<type>_cuda.cu.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

@@ -1,8 +1,8 @@
-// The forward: see adapted_linear.cuh for the formula. What runs, with bytes in units of the activations:
+// The forward of the adapted layer, whose formula is in adapted_linear.cuh. The steps:
 //
-//   S: one pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write (expand); Y₀ += x Wᵀ: PyTorch's product
+//   S: one pass over x (rank_pass); Y₀ = S (ρB)ᵀ + b: one write of Y (expand); Y = Y₀ + x Wᵀ: PyTorch's matrix product
 //
-// An NF4 weight is dequantized for the product, but for few tokens of 16-bit types: see few_tokens_cuda.cu.
+// An NF4 weight is dequantized for the product, except for few tokens of 16-bit dtypes: see few_tokens_cuda.cu.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -38,7 +38,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
   const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
-  // Where nobody wants Z, and g costs less in W: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.
+  // If Z is not wanted, and scaling W takes less work than scaling Z: Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁.
   const bool folds = adapter.out_scale.has_value() && !skinny && !want_z && !drop_base &&
                      !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
@@ -70,7 +70,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     } else {
       mm_out(y, held, product);
     }
-    if (want_z) {  // which is Y where nothing scales it
+    if (want_z) {  // here nothing scales Z, so that Y = Z
       Tensor z = out.z;
       torch::stable::copy_(z, y);
     }
@@ -80,7 +80,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
   const Tensor z = want_z ? out.z : drop_base ? device_empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
-  // Where Z + b₀ is kept the product finds b₀ there.
+  // If Z + b₀ is kept, b₀ is written first and the product is added to it.
   const bool bias_first = want_z && before.has_value();
   if (low_rank || bias_first) {
     expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt);

@@ -1,10 +1,10 @@
-// The forward of a mixed batch, an adapter for each sample. What runs, beside PyTorch's product and with launches that
-// do not depend on how many adapters there are:
+// The forward of a mixed batch, which has an adapter for each sample. The number of launches does not depend on the
+// number of adapters. The steps, besides PyTorch's product:
 //
 //   tables and terms of A and B (prepare_groups); S: one pass over x (rank_pass, reduce); Y₀ = (s S) Bᵀ + b (expand)
 //
-// and, of few tokens, where launches count and each adapter's matrices are read once or twice, two launches, of plain
-// FMAs: S (shrink_few), and Y₀, or over an NF4 weight all the rest (few_tokens_cuda.cu).
+// For few tokens the launches dominate, and each adapter's matrices are read once or twice. Two launches with plain
+// FMAs then compute S (shrink_few) and Y₀, or for an NF4 weight everything else (few_tokens_cuda.cu).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/prepare_groups.cuh"
 #include "linear/cuda/shrink_few.cuh"
@@ -12,16 +12,16 @@
 namespace peft_ext {
 namespace {
 
-// What a call has to say more than once.
+// The arguments of a call.
 struct Batch {
   Tensor x;  // [T, K]
   const DeviceGroups& groups;
-  int64_t tokens, length, inputs, outputs;  // length: of a sample
+  int64_t tokens, length, inputs, outputs;  // length: tokens of a sample
   std::vector<Tensor> lora_A, lora_B;       // contiguous
-  int64_t rank = 0;                         // the largest that a sample has
+  int64_t rank = 0;                         // the largest rank of an adapter that a sample uses
 };
 
-// The samples of each adapter in turn, and at last those of none.
+// Calls f(adapter, its samples) for each adapter, and at last f(-1, the samples without an adapter).
 template <typename F>
 void each_group(const Batch& batch, F f) {
   const auto adapters = static_cast<int64_t>(batch.lora_A.size());
@@ -36,7 +36,7 @@ void each_group(const Batch& batch, F f) {
 
 // --- few tokens
 
-// S, and what comes after it finds the adapters' B by.
+// Computes S, and the factors by which the next kernel finds each token's B.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   const Tensor factors =
       device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);
@@ -82,7 +82,7 @@ struct Prepared {
   HeldTerms a, b;
 };
 
-// Which token is where in the table, in runs of neighbours.
+// Assigns each token a row of the table. Adjacent tokens of one adapter form a run.
 std::vector<TokenRun> place_tokens(const Batch& batch, RowTiles* tiles) {
   std::vector<TokenRun> runs;
   each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
@@ -175,7 +175,7 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // Few tokens' kernel makes all of S, the others as many columns as an adapter of a sample has ranks.
+  // The kernel for few tokens writes all of S. The other kernels write as many columns as the largest rank in use.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

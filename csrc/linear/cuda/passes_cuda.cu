@@ -1,3 +1,5 @@
+// Host functions that launch the passes over activations and over W: they plan the grid, allocate partial sums, and
+// select the kernel. The kernels are in rank_pass.cuh, expand.cuh and columns.cuh. See passes.cuh.
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>
@@ -72,7 +74,7 @@ TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
 }
 
 HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
-  // A kernel of its own for what a bfloat16 adapter over a bfloat16 base is: one term.
+  // One term is exact if adapter and base are bfloat16, and has a kernel of its own.
   const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
   return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, nullptr, inner_scale);
 }
@@ -159,7 +161,7 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
 
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
-  // Two passes where P's and Q's sums do not both fit registers, or are not of the same ranks.
+  // P and Q need two passes if their sums do not both fit the registers, or if their ranks differ.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
     PassSums both = rank_pass(input, right, nullptr);
     both.columns = rank_pass(input, nullptr, left).columns;
@@ -203,7 +205,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
                  : wants.squares          ? RankWork::kRowsAndSquares
                  : input.tiles != nullptr ? RankWork::kGroupedRows
                                           : RankWork::kRows;
-  // Where a row of a table starts is counted in 32 bits, of 16 bytes.
+  // The kernel counts where a row of a table starts in 32 bits, in units of 16 bytes.
   if (input.tiles != nullptr)
     variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
   const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
@@ -273,7 +275,7 @@ static RankReduce reduce_work(const Launcher& launcher, const PartialSums& parti
   if (wanted.row_scale != nullptr) work.row_scale = launcher.in<float>(*wanted.row_scale);
   if (wanted.rank_scale != nullptr) work.rank_scale = launcher.in<float>(*wanted.rank_scale);
   if (wanted.plain != nullptr) {
-    // What is not of the ranks that a mixed batch's samples have is there already.
+    // Columns of a mixed batch beyond the ranks in use already hold zeros.
     work.plain = wanted.tiles != nullptr ? launcher.out<float>(*wanted.plain) : launcher.scratch<float>(*wanted.plain);
     work.plain_stride = wanted.plain->size(1);
   }
@@ -308,7 +310,7 @@ void reduce(const PassSums& sums, int64_t rank, const Reduced& rows, const Reduc
 
 namespace {
 
-// What all of expand's work has: the result and the product.
+// Returns the arguments common to all calls of expand: the result and the product.
 ExpandTerms expand_work(const Launcher& launcher, const Tensor& out, const HeldTerms* left, const HeldTerms* right) {
   ExpandTerms work{};
   work.out = launcher.out<void>(out);
@@ -333,7 +335,7 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
     work.before = before->const_data_ptr() == out.const_data_ptr() ? work.out : launcher.in<void>(*before);
     whole = whole && aligned(*before, 16);
   }
-  // What is added besides comes in float32 there, and the bias alone in the result's type.
+  // With another operand the kernel reads the bias in float32. A bias alone is read in the result's dtype.
   const std::optional<Tensor> held_bias = bias.has_value() && (before != nullptr || scaled.has_value())
                                               ? std::optional<Tensor>(as_type(*bias, ScalarType::Float))
                                               : bias;
@@ -462,7 +464,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 }
 
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens) {
-  constexpr int64_t kMostRows = 65535;  // of a grid
+  constexpr int64_t kMostRows = 65535;  // limit of a grid's y dimension
   if (weight.inputs % kVector != 0 || type == ScalarType::Half) return false;
   if (weight.is_nf4()) return weight.outputs * weight.inputs < int64_t{1} << 32;
   return tokens > weight.inputs && weight.outputs <= kMostRows && whole_columns(weight.weight, weight.inputs) &&

@@ -1,9 +1,9 @@
-// What the passes over a mixed batch start from, in one launch: the table of its rows (row_tiles.cuh) and the terms of
-// each adapter's A and B (terms.cuh), padded to the largest rank among them, one after the other.
+// Prepares the passes over a mixed batch, in one launch: the table of the batch's rows (row_tiles.cuh), and the terms
+// of each adapter's A and B (terms.cuh), padded to the largest rank and stored one after the other.
 //
-// Which tokens and matrices comes with the launch's arguments: nothing is copied from the host, and a CUDA graph can
-// hold it. More adapters or runs of tokens than the arguments hold take more launches. Bytes moved: A and B once, their
-// terms, 4 T.
+// The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
+// CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
+// launches. Bytes moved: A and B once, their terms once, and 4 T for the table.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -18,11 +18,11 @@ struct AdapterFactors {
   int32_t rank;
 };
 
-// Tokens that are neighbours in the batch and of one adapter, and so in the table.
+// A run of tokens with one adapter. The tokens are adjacent both in the batch and in the table.
 struct TokenRun {
   int32_t first, count;  // tokens
-  int32_t place;         // in the table
-  int32_t filled;        // of the table from there on: count, or, of an adapter's last, to the end of its tile
+  int32_t place;         // first row in the table
+  int32_t filled;        // rows of the table to fill from there on: count, or up to the end of the tile
   RowTile tile;
 };
 
@@ -31,17 +31,17 @@ constexpr int kPreparedRuns = 64;
 
 struct PrepareGroups {
   int64_t inputs, outputs;
-  TermsOut lora_A, lora_B;     // of the launch's first adapter
-  int64_t stride_A, stride_B;  // to the next, in words of 4 bytes
-  int32_t* rows;               // of the table
+  TermsOut lora_A, lora_B;     // terms of the launch's first adapter
+  int64_t stride_A, stride_B;  // distance to the next adapter's terms, in words of 4 bytes
+  int32_t* rows;               // rows of the table
   RowTile* tiles;
-  int adapters, runs;  // of this launch
+  int adapters, runs;  // numbers in this launch
   AdapterFactors factors[kPreparedAdapters];
   TokenRun run[kPreparedRuns];
 };
 static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
 
-// Grid: x: as split_kernel's; y: each A, each B, the table.
+// Grid: x: as in split_kernel; y: each A, then each B, then the table.
 static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
   const int which = static_cast<int>(blockIdx.y);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;

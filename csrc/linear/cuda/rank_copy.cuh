@@ -1,5 +1,5 @@
-// How tiles of D get into a rank pass's shared memory: what a pass is given, where a stage has what, and the ways from
-// memory that are not cp.async's own. See rank_pass.cuh for the whole.
+// Loads tiles of D into a rank pass's shared memory: the arguments of a pass, the layout of a stage, and the loads that
+// do not use cp.async. See rank_pass.cuh for the whole pass.
 #pragma once
 
 #include "linear/cuda/row_runs.cuh"
@@ -8,52 +8,53 @@
 
 namespace peft_ext {
 
-constexpr int kRankTile = kTileRows;  // of D, both ways
+constexpr int kRankTile = kTileRows;  // rows and columns of a tile of D
 constexpr int kRankThreads = 128;
 
-// What a pass makes. kGroupedRows: P, of the rows that a RowTable names, each tile with a factor of its own. kRunRows,
-// kRunColumns: P, each expert's rows with a factor of its own, and Q of each expert's rows (row_runs.cuh).
+// The results of a pass. kGroupedRows: P for the rows of a RowTable, where each tile has its own factor. kRunRows: P,
+// where each expert has its own factor. kRunColumns: Q for the rows of each expert (row_runs.cuh).
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
-// What is dropped: nothing; what the generator says; or that, and its bits are kept for who needs the mask next.
+// Dropout of a pass: none, drawn, or drawn and kept as bits for a later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// How many tiles are there or on their way: 48 KiB hold no more of float32, and NF4's wait in registers.
+// Number of stages. A stage is a tile in shared memory. float32 tiles are so large that 48 KiB hold only two. An NF4
+// weight needs two, because the codes of the next tile wait in registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
 template <typename T>
-constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes of a stage's row
+constexpr int kRankRow = sizeof(T) == 4 ? 72 * 4 : 64 * 2;  // bytes from one row of a stage to the next
 
 struct RankPass {
-  const void* dense = nullptr;  // D, contiguous, or
-  Nf4View nf4{};                // D as an NF4 weight, rounded to T
+  const void* dense = nullptr;  // D, contiguous; or null for an NF4 weight
+  Nf4View nf4{};                // D as an NF4 weight, whose values are rounded to T
   int64_t rows = 0, columns = 0;
-  const void* beside = nullptr;  // E, as D lies
+  const void* beside = nullptr;  // E, in D's layout
   DeviceDropout dropout;
-  Terms right;                   // F: outer = rank, inner = columns, padded to tiles
-  Terms left;                    // L: outer = rank, inner = rows, padded to tiles
-  int64_t row_tiles = 1;         // of a block
-  int64_t column_tiles = 1;      // of a block
-  int64_t padded_rank = 0;       // of the partial sums
-  int64_t first_rank = 0;        // of those that this launch makes
+  Terms right;                   // F: outer = ranks, inner = columns, padded to tiles
+  Terms left;                    // L: outer = ranks, inner = rows, padded to tiles
+  int64_t row_tiles = 1;         // tiles of rows per block
+  int64_t column_tiles = 1;      // tiles of columns per block
+  int64_t padded_rank = 0;       // padded rank of the partial sums
+  int64_t first_rank = 0;        // first rank that this launch computes
   float* row_sums = nullptr;     // [column chunks][padded rows][padded_rank]
   float* squares = nullptr;      // [column chunks][padded rows]
   float* column_sums = nullptr;  // [row chunks][padded columns][padded_rank]
   float* dots = nullptr;         // [row chunks][padded columns]
   int64_t padded_rows = 0, padded_columns = 0;
-  uint32_t* kept = nullptr;      // the mask: [row tiles][column tiles][kRankThreads], see kKeptBits
-  RowTable table;                // kGroupedRows: which rows
-  int64_t right_stride = 0;      // and from a tile's F, or an expert's, to the next in `right`, in 16 bytes
-  const RowRun* runs = nullptr;  // kRunRows: tiles, kRunColumns: chunks, of which column_sums then are
+  uint32_t* kept = nullptr;      // bits of the mask: [row tiles][column tiles][kRankThreads], see kKeptBits
+  RowTable table;                // kGroupedRows: the table of rows
+  int64_t right_stride = 0;      // distance from one tile's (or expert's) F to the next in `right`, in 16 bytes
+  const RowRun* runs = nullptr;  // kRunRows: tiles; kRunColumns: chunks, one per chunk of column_sums
 };
 
-// A mask's bits lie as the threads of a rank pass draw them. Thread i of a tile has rows 16 j + i / 8, j < 4, and
-// columns i % 8 · 8 … + 7 of it. Bits 15 and 31 of its word, shifted left by 4 j + w, say whether the elements 2 w and
-// 2 w + 1 of row j are kept.
+// Layout of a mask's bits: that in which the threads of a rank pass draw them. Thread i of a tile has the rows
+// 16 j + i / 8, j < 4, and the columns i % 8 · 8 … + 7. Bits 15 and 31 of the thread's word, after a shift to the left
+// by 4 j + w, tell whether the elements 2 w and 2 w + 1 of row j are kept.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
-// Where the warps' dots meet.
+// Shared memory in which the warps' dots are added.
 template <bool kDots>
 struct RankDots {};
 template <>
@@ -66,7 +67,7 @@ struct RankStages : RankDots<kDots> {
   unsigned char tile[kRankStages<T, kNf4>][kRankTile * kRankRow<T>];
 };
 
-// Where in a stage eight elements lie.
+// Returns the offset of eight adjacent elements in a stage.
 template <typename T>
 __device__ __forceinline__ uint32_t rank_offset(int row, int group) {
   if constexpr (sizeof(T) == 4) return row * kRankRow<T> + group * 32;
@@ -87,8 +88,8 @@ __device__ __forceinline__ void save_stage<float>(SharedAt to, const float (&val
                                            __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
 }
 
-// A tile of any shape and alignment at (row, column), element by element, dropped already; rows end at `rows`, and the
-// generator counts them from `drawn` rows later. kTabled: `row` is the table's.
+// Copies a tile of any shape and alignment from (row, column), element by element, and drops it. The rows end at
+// `rows`. The generator counts rows from `drawn` rows later. kTabled: `row` is a row of the table.
 template <typename T, bool kNf4, bool kTabled>
 __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox& philox, SharedAt to, int64_t row,
                                               int64_t column, int64_t rows, int64_t drawn) {
@@ -121,8 +122,8 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
   }
 }
 
-// An NF4 tile's codes and scales, loaded while the tile before it is multiplied, and put into a stage decoded: its
-// scales are a chain of up to three loads.
+// Codes and scales of an NF4 tile. Codes and scales are loaded during the products of the tile before, because loading
+// scales is a chain of up to three loads. The decoded values are then stored into a stage.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];
@@ -141,7 +142,7 @@ __device__ __forceinline__ void rank_load(const RankPass& pass, RankCodes& ahead
 
 template <typename T>
 __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to) {
-  const float code = kNf4DeviceCode[threadIdx.x % 16];  // a lane's share of the table
+  const float code = kNf4DeviceCode[threadIdx.x % 16];  // one of the 16 codes per lane
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     float values[kVector];
@@ -152,7 +153,7 @@ __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to)
   }
 }
 
-// Drops, in the stage, what this thread copied: groups drawn, drawn + step, … of the generator. Returns the mask.
+// Drops the elements in the stage that this thread copied: draws drawn, drawn + step, … Returns the bits of the mask.
 template <typename T, bool kKept>
 __device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
   uint32_t kept = 0;

@@ -1,56 +1,56 @@
-// The products of a large matrix D [T, C] with small ones of R columns, in one pass over D:
+// The products of a large matrix D [T, C] with small matrices of R columns, in one pass over D:
 //
-//   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the rows' sums of squares)
+//   rows:     P [T, R] = D F,   F [C, R]     (S = x̃ Aᵀ;  P = dY (ρB);  W Aᵀ, with the sum of squares of each row)
 //   columns:  Q [C, R] = Dᵀ L,  L [T, R]     (dB = dYᵀ S;  dA = x̃ᵀ P)
-//   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, of dY and Z)
-//   grouped:  P_i = D[rows_i] F_i, of tiles of 64 rows that a table names, each with a factor of its own
-//   (row_tiles.cuh)
-//   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], of the rows of each expert (row_runs.cuh)
+//   dots:     q [C] = Σ_t D[t] ∘ E[t]        (dg, from dY and Z)
+//   grouped:  P_i = D[rows_i] F_i, for tiles of 64 rows that a table names, each with its own factor (row_tiles.cuh)
+//   runs:     P_e = D[rows_e] F_e or Q_e = D[rows_e]ᵀ L[rows_e], for the rows of each expert (row_runs.cuh)
 //
-// D is dense, float32, bfloat16 or float16, x̃ = dropout(x) made on the way, or it is an NF4 weight, decoded on the way.
-// F and L come in bfloat16 terms (linear/cuda/terms.cuh), so sums have float32 precision whatever their type.
+// D is dense (float32, bfloat16 or float16), x̃ = dropout(x) computed on the way, or an NF4 weight decoded on the way. F
+// and L are given as bfloat16 terms (linear/cuda/terms.cuh), so that sums have float32 precision for every dtype.
 //
-// A block of 4 warps owns kAround (or, for columns alone, any number of) tiles of 64 rows, and some tiles of 64
-// columns; warp w owns rows 16 w … of a tile for P, columns 16 w … for Q. Tiles of D pass through kRankStages of shared
-// memory: cp.async fills one while another is used, and the thread that copied eight elements drops them in place.
-// Fragments come by ldmatrix, transposed for Q; those of F and L, which all blocks read, from L1 and L2, as many as
-// registers hold before the wait for D.
-// Shared: kRankStages x [64][64] elements, the eight groups of a row of 16-bit types in the order group ^ row % 8,
-// which spreads ldmatrix over all banks; rows of float32 are padded to 72.
-// Sums: float32, a fresh one per tile and then added, since a tensor core's own sum rounds toward zero. Blocks write
-// partial sums, [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
-// Bytes moved: D once, E once, plus the partial sums twice.
+// A block of 4 warps owns kAround tiles of 64 rows (for columns alone, any number of tiles) and some tiles of 64
+// columns. Warp w owns the rows from 16 w on of a tile for P, and the columns from 16 w on for Q. Tiles of D pass
+// through kRankStages stages of shared memory: cp.async fills one stage while another is used. The thread that copied
+// eight elements also drops them in place. Fragments of D are loaded by ldmatrix, transposed for Q. Fragments of F and
+// L, which all blocks read, come from L1 and L2; a warp loads as many as registers hold before it waits for D.
+// Shared memory: kRankStages x [64][64] elements. The eight groups of a row of a 16-bit dtype lie in the order
+// group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72 elements.
+// Sums: float32. Each tile has fresh sums, which are then added, because a tensor core's own sum rounds toward zero.
+// Blocks write partial sums [chunks][padded rows][padded rank]; a second kernel adds them in order. No atomics.
+// Bytes moved: D once, E once, and the partial sums twice.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
 
 namespace peft_ext {
 
-// How a block's warps share a tile of D and kRanks tiles of 8 ranks: a warp has at most four of them, 32 ranks, and so
-// many rows (columns, for Q) more; it then reads fewer of F's fragments, each for more products.
+// Division of a tile of D and of kRanks tiles of 8 ranks among the warps of a block. A warp has at most four tiles of
+// ranks (32 ranks). With more ranks a warp has more rows (columns, for Q) instead, and so uses each fragment of F for
+// more products.
 template <int kRanks>
 struct RankShare {
-  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // of 8 ranks, of a warp
-  static constexpr int kParts = kRanks / kTiles;          // of the ranks, each another warp's
-  static constexpr int kRuns = kParts;                    // of 16 rows, of a warp
+  static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // tiles of 8 ranks per warp
+  static constexpr int kParts = kRanks / kTiles;          // parts of the ranks, each for another warp
+  static constexpr int kRuns = kParts;                    // runs of 16 rows per warp
   using Sums = float[kRuns][kTiles][4];
 
   static __device__ __forceinline__ int part() { return threadIdx.x / kWarpSize % kParts; }
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarpSize / kParts * kRuns * 16; }
 };
 
-// The fragments of a small factor that a tile of D meets, as many as this warp holds: of each term, of two of the four
-// steps of 16 (kRoomy: of all four), of the tiles of 8 ranks.
+// The fragments of a small factor for one tile of D that this warp holds in registers: of each term, of two of the four
+// steps of 16 (kRoomy: of all four), and of the warp's tiles of 8 ranks.
 template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
-  static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // of 8 ranks in 64
-  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // of a 64 x 64 tile, in 16 bytes
+  static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // tiles of 8 ranks within 64 ranks
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a 64 x 64 tile, in 16 bytes
   static constexpr int kHeld = kRoomy ? 2 : 1;
 
   uint4 held[kHeld][kTerms][kTiles];
 
-  // Where this lane's share of its warp's ranks starts; `halves`: from 64 ranks to the next.
+  // Returns where this lane's part of its warp's ranks starts. `halves`: distance from 64 ranks to the next 64.
   static __device__ __forceinline__ int64_t share(int64_t halves) {
     const int part = RankShare<kRanks>::part(), lane = threadIdx.x % kWarpSize;
     return part / 2 * halves + part % 2 * kTiles * 2 * kWarpSize + lane;
@@ -68,9 +68,9 @@ struct RankFactor {
   }
 };
 
-// A operand, 16 x 16, in terms: of rows 16 `run` … of this warp's, at columns 16 step … of the stage, or (kTransposed)
-// of its columns, at rows 16 step …. `at`: the stage, with what ldmatrix_offset says. kSquares: the squares of rows g
-// and g + 8 are added to.
+// Loads an A operand of 16 x 16 as terms: the rows from 16 `run` on of this warp's rows, at the columns from 16 `step`
+// on of the stage. kTransposed: the operand is transposed, from this warp's columns, at the rows from 16 `step` on.
+// `at`: the stage's address plus ldmatrix_offset. kSquares: the squares of the rows g and g + 8 are added to `squares`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks>
 __device__ __forceinline__ void rank_fragment(const unsigned char* stage, SharedAt at, int run, int step,
                                               uint32_t (&a)[kTermsOf<T>][4], float (&squares)[2]) {
@@ -113,8 +113,8 @@ __device__ __forceinline__ void rank_fragment(const unsigned char* stage, Shared
   }
 }
 
-// What ldmatrix's lanes add to a stage: the matrices of 8 x 8 that make an A operand, those of rows first, or, of the
-// transpose, those of columns.
+// Returns the offset of this lane's ldmatrix address in a stage: the A operand consists of 8 x 8 matrices, in the order
+// of rows first, or for the transpose in the order of columns first.
 template <bool kTransposed, int kRanks>
 __device__ __forceinline__ uint32_t ldmatrix_offset() {
   const int first = RankShare<kRanks>::first_row(), lane = threadIdx.x % kWarpSize;
@@ -122,9 +122,9 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
   return (first + lane % 16) * 128 + (lane / 16 ^ lane % 8) * 16;
 }
 
-// sums += this warp's strip of the stage (kTransposed: of its transpose) times F (L). The factor holds what two steps
-// need and, as a term has been used, gets what the next two do: of this tile, and then of the one at `next`. kRoomy: it
-// holds all.
+// Adds the product of this warp's strip of the stage (kTransposed: of its transpose) with F (or L) to sums. The factor
+// holds the fragments of two steps. As soon as a term is used, its registers are loaded for the next two steps, first
+// of this tile and then of the tile at `next`. kRoomy: the factor holds all steps.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -138,7 +138,7 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[run][n][i] += fresh[n][i];
   };
-  // One after the other: the compiler would otherwise start all loads at once, and run out of registers.
+  // Not unrolled: otherwise the compiler would start all loads at once and run out of registers.
   [[maybe_unused]] constexpr int kUnrolled = kRoomy ? 2 : 1;
 #pragma unroll kUnrolled
   for (int two = 0; two < 2; ++two) {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
   if (Share::kRuns == 1) add(0);
 }
 
-// One warp's partial sums, of its rows and ranks; `to`: of the tile and the first rank.
+// Stores a warp's partial sums. `to`: the address of the tile's first row and the warp's first rank.
 template <int kRanks>
 __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typename RankShare<kRanks>::Sums& sums) {
   using Share = RankShare<kRanks>;
@@ -195,7 +195,7 @@ __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typen
     }
 }
 
-// dots += eight columns of D's and E's rows 16 j …, of what this thread has copied.
+// Adds D ∘ E to dots, for eight columns and the rows 16 j … that this thread copied.
 template <typename T>
 __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)[4][sizeof(T) / 2],
                                           float (&dots)[kVector]) {
@@ -218,11 +218,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
     }
 }
 
-// Row tiles of a block that makes both: their sums are in registers, and the more there are the fewer are Q's partial
-// sums.
+// Tiles of rows per block for passes that compute P and Q. The sums of these tiles stay in registers; the more tiles,
+// the fewer partial sums of Q.
 constexpr int kRankTilesOfBoth = 4;
 
-// Blocks that a multiprocessor must hold: what the compiler may take registers for.
+// Blocks per multiprocessor for which the compiler must limit the registers.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2)
@@ -230,8 +230,8 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
 
-// kWhole: columns is a multiple of 8, a tile's bytes are counted in 32 bits, and D lies on 16 bytes (NF4: on 4).
-// kRanks: tiles of 8 ranks. kTerms: F's; L has three.
+// kWhole: columns is a multiple of 8, a tile's bytes are counted in 32 bits, and D is aligned to 16 bytes (NF4: to 4).
+// kRanks: number of tiles of 8 ranks. kTerms: number of F's terms; L has three.
 // Grid: x: chunks of row_tiles tiles of rows; y: chunks of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
@@ -260,18 +260,18 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t row_tile = kRuns ? run.tile : blockIdx.x * pass.row_tiles;
   const int64_t column_tile = blockIdx.y * pass.column_tiles;
   const int64_t row = kRuns ? run.first : row_tile * kRankTile, column = column_tile * kRankTile;
-  // A block goes along its columns, or, for columns alone, down its rows, of one tile of columns.
+  // A block goes along its columns. For columns alone it goes down its rows, with one tile of columns.
   const int tiles = static_cast<int>(kRows   ? min_of(pass.column_tiles, pass.padded_columns / kRankTile - column_tile)
                                      : kRuns ? (run.rows + kRankTile - 1) / kRankTile
                                              : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
 
-  // Of a whole, dense D: where this thread's next tile of the block lies, and what of D is left from there on.
+  // For a whole, dense D: the address of this thread's next tile, and the part of D that is left from there on.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
   const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;  // from a tile to the next
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
-  // kTabled: where this thread's four rows start, in 16 bytes; all ones where there is none.
+  // kTabled: where this thread's four rows start, in 16 bytes; all ones if there is no row.
   [[maybe_unused]] uint32_t tabled[4];
   if constexpr (kTabled && kWhole) {
 #pragma unroll
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   if constexpr (kMask == RankMask::kKept)
     kept = pass.kept + (row_tile * (pass.padded_columns / kRankTile) + column_tile) * kRankThreads + threadIdx.x;
 
-  // Of F and L: this lane's share of the first fragment.
+  // This lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
   constexpr bool kRoomy = kRanks == 2;  // sums take few registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const auto column_of = [&](int outer) { return column + (kRows ? outer : 0) * kRankTile; };
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
-  // The tile `further` tiles from the one at `outer`, in row tile `held` of the block, is on its way into a stage.
+  // Starts the load of a tile into a stage: `further` tiles after the tile `outer`, in row tile `held` of the block.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    cp_async_commit();  // an empty group as well, so that waiting counts the same at the end
+    cp_async_commit();  // also commit an empty group, so that the wait counts the same at the end
   };
 
   typename Share::Sums row_sums[kAround] = {}, column_sums = {};
@@ -380,12 +380,12 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
         if constexpr (kMask == RankMask::kKept) *kept = bits;
       }
-      sync_threads();  // the stage is there for all, and nobody reads the one before it any more
+      sync_threads();  // the stage is filled for all threads, and the stage before is no longer read
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
       const unsigned char* tile = &shared.tile[0][0] + stage;
       if constexpr (kBoth) {
-        if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {  // the last block's tiles may be fewer
+        if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {  // the last block may have fewer tiles
           const uint4* held_left = left + held * Left::kTile;
           if constexpr (!kRoomy) right_factor.start(right);
           rank_product<T, false, false, kRanks>(tile, rows_at + stage, right_factor, right, nullptr, row_sums[held],
@@ -426,8 +426,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // Four rows of a warp have the same columns, and so have the warps; their sums' place is free again by the next
-      // tile's barrier.
+      // The four rows of a warp have one set of columns, and so have all warps: their dots are added. The shared memory
+      // of these sums is free again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);
@@ -456,7 +456,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       const int64_t at = blockIdx.y * pass.padded_rows + mine;
       rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);
       if constexpr (kSquares) {
-        // The four lanes of a row add theirs.
+        // Adds the squares of a row over its four lanes.
 #pragma unroll
         for (int run = 0; run < Share::kRuns; ++run)
 #pragma unroll

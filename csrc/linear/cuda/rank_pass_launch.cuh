@@ -1,4 +1,4 @@
-// Which rank_pass_kernel a pass takes; each element type's are compiled in rank_pass_<type>_cuda.cu.
+// Selects the instance of rank_pass_kernel for a pass. The instances of a type are in rank_pass_<type>_cuda.cu.
 #pragma once
 
 #include "linear/cuda/passes.cuh"
@@ -10,7 +10,8 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
   launcher(rank_pass_kernel<T, kNf4, kWhole, kRanks, kTerms, kWork, kMask>, grid, kRankThreads, pass);
 }
 
-// Of 16, 32, or as many times 128 (64 of float32, whose terms take registers) and then 64 ranks as there are.
+// Launches a pass over 16 or 32 ranks, or several passes over 128 ranks (64 for float32, whose terms need registers),
+// and then over 64.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);
@@ -19,7 +20,7 @@ void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
     constexpr bool kRuns = kWork == RankWork::kRunRows || kWork == RankWork::kRunColumns;
     constexpr bool kTwice = kWhole && sizeof(T) == 2 && !kRuns;
     for (; pass.first_rank < pass.padded_rank; pass.first_rank += 64) {
-      // Squares are of D alone: each launch finds the same.
+      // Squares depend only on D: each launch computes the same squares.
       if (kTwice && pass.first_rank + 128 <= pass.padded_rank) {
         if constexpr (kTwice) launch_pass<T, kNf4, kWhole, 16, kTerms, kWork, kMask>(launcher, grid, pass);
         pass.first_rank += 64;
@@ -70,12 +71,12 @@ void launch_work(const Launcher& launcher, const Grid& grid, const RankPass& pas
       }
       launch_terms<T, kNf4, kWhole, RankWork::kColumns, RankMask::kNone>(launcher, grid, pass);
       return;
-    default:  // launch_rank_runs'
+    default:  // see launch_rank_runs
       return;
   }
 }
 
-// Over each expert's rows. In shapes that are not whole, a mask is known to the copy alone.
+// Launches a pass over the rows of each expert. If the shape is not whole, only the copy applies the mask.
 template <typename T>
 void launch_rank_runs(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant) {
   constexpr RankMask kNone = RankMask::kNone, kDrawn = RankMask::kDrawn, kKept = RankMask::kKept;

@@ -1,5 +1,5 @@
-// How a rank pass is cut into blocks: from the shape alone, so that the same sums are made in the same order on every
-// card. Host code, pure arithmetic.
+// Divides a rank pass into blocks. The division depends only on the shape, so that all cards compute equal sums. Host
+// code, pure arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -8,20 +8,20 @@
 
 namespace peft_ext {
 
-// D's columns from which on a tile's bytes are not counted in 32 bits: 240 rows of float32 are 4 GiB.
+// From this number of columns on a tile's bytes would overflow 32 bits: 240 rows of float32 are 4 GiB.
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
-// Blocks of a pass that has work for them: some waves of a small card, one or two of a large one. More would only bring
-// more partial sums; a pass that makes both kinds has the more of them to write.
+// Wanted number of blocks: some waves on a small card, one or two on a large card. More blocks would only write more
+// partial sums. A pass that computes P and Q writes more of them, and so has fewer blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 
-// Tiles that a block has at least along the way it goes, where there are: what is on its way at once.
+// Smallest number of tiles of a block along its direction: the number of tiles that are loaded ahead.
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {
-  int64_t row_tiles, column_tiles;    // of a block
-  int64_t row_chunks, column_chunks;  // the grid
+  int64_t row_tiles, column_tiles;    // tiles per block
+  int64_t row_chunks, column_chunks;  // size of the grid
 };
 
 inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_tiles) {
@@ -34,7 +34,7 @@ inline RankPlan plan_rank_pass(RankWork work, int64_t row_tiles, int64_t column_
     plan.column_chunks = divide(column_tiles, plan.column_tiles);
     return plan;
   }
-  // Along the columns for P, down the rows for Q.
+  // A block goes along the columns for P, and down the rows for Q.
   const bool along = work != RankWork::kColumns;
   const int64_t across = along ? row_tiles : column_tiles, tiles = along ? column_tiles : row_tiles;
   const int64_t chunks =

@@ -1,4 +1,4 @@
-// The second half of a rank pass: the partial sums of its chunks, added in order, and what is made of them.
+// The second kernel of a rank pass: adds the partial sums of the chunks in order, and makes the results.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -6,44 +6,44 @@
 
 namespace peft_ext {
 
-// What becomes of partial sums: value[row][r] = scale · row_scale[row] · Σ_chunks partial, and times rank_scale[r]
-// where that is said. Each output may be null. With a table, `row` is its, each tile has its own rank and, for
-// rank_scale, its own scaling, and tiles without a factor, of which there are no sums, are zero.
+// Results: value[row][r] = scale · row_scale[row] · Σ_chunks partial, multiplied by rank_scale[r] where noted. Each
+// output pointer may be null. With a table, `row` is a row of the table, each tile has its own rank and (as rank_scale)
+// its own scaling, and tiles without a factor, which have no partial sums, are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
   int64_t rank, padded_rank;
-  RowTable table;      // tiles null: rows are in order
-  int64_t table_rows;  // of all tiles, padded_rows or more
+  RowTable table;      // table.tiles null: rows are in order
+  int64_t table_rows;  // rows of all tiles, at least padded_rows
   float scale;
   const float* row_scale;   // null: 1
   const float* rank_scale;  // null: 1
-  float after;              // one more factor, with rank_scale
-  float* plain;             // [rows][plain_stride], without rank_scale
+  float after;              // one more factor, applied where rank_scale is
+  float* plain;             // [rows][plain_stride], not multiplied by rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // [padded rows, padded rank], with it
-  TermsOut transposed;  // [padded rank, padded rows], with it
-  void* out;            // with it, of these type and strides
+  TermsOut terms;       // [padded rows, padded rank], multiplied by rank_scale
+  TermsOut transposed;  // [padded rank, padded rows], multiplied by rank_scale
+  void* out;            // multiplied by rank_scale, with the dtype and strides below
   DType type;
   int64_t row_stride, rank_stride;
 };
 
-// Of one pass: P's and Q's.
+// The two reductions of one pass: P's and Q's.
 struct RankReduces {
   RankReduce work[2];
 };
 
 constexpr int kReduceThreads = 256;
 
-// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger, table_rows with a table; y: which. A
-// thread makes two neighbouring ranks.
+// Grid: x: ceil(padded_rows · padded_rank / 2 / kReduceThreads) of the larger reduction, table_rows with a table; y:
+// which reduction. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
   const RankReduce& work = reduces.work[blockIdx.y];
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   const int64_t pairs = work.padded_rank / 2, row = pair / pairs, r = pair % pairs * 2;
   int64_t to = row, rank = work.rank;
   float after = work.after;
-  bool made = row < work.rows;  // there are sums of it
+  bool made = row < work.rows;  // whether there are partial sums of this row
   if (work.table.tiles != nullptr) {
     if (row >= work.table_rows) return;
     const RowTile tile = work.table.tiles[row / kTileRows];

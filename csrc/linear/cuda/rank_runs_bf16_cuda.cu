@@ -1,3 +1,4 @@
+// The instances of launch_rank_runs for bfloat16.
 #include "linear/cuda/rank_pass_launch.cuh"
 
 template void peft_ext::launch_rank_runs<peft_ext::bf16>(const Launcher&, const Grid&, const RankPass&,

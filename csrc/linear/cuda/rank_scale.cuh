@@ -1,4 +1,4 @@
-// The gradient of the ranks' scales, which no pass over activations gives: from dB's own product.
+// The gradient of rank_scale, computed from dB's product instead of a pass over activations.
 #pragma once
 
 #include "cuda/block_sum.cuh"

@@ -1,9 +1,9 @@
-// The rows of a mixture of experts, sorted by expert, as the passes over activations and the experts' product go
-// through them: in tiles of 64 rows of one expert, and in chunks of tiles.
+// Divides the rows of a mixture of experts, which are sorted by expert, for the passes over activations and the
+// experts' product: into tiles of 64 rows of one expert, and into chunks of tiles.
 //
-// An expert's rows fill ceil(rows / 64) tiles, those of no expert, behind the last one's, theirs. Which rows an expert
-// has is known on the device alone: a launch has blocks for as many tiles as there may be, and those that find none
-// leave. Small matrices that go with rows lie in the tiles' order, 64 rows a tile.
+// The rows of an expert fill ceil(rows / 64) tiles. Rows of no expert fill the tiles after the last expert's. Only the
+// device knows which rows an expert has: a launch has blocks for the largest possible number of tiles, and a block
+// without a tile returns. Small matrices that belong to rows are stored in the order of the tiles, 64 rows per tile.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -11,13 +11,13 @@
 namespace peft_ext {
 
 struct RowRun {
-  int32_t first, rows;  // of the matrix; rows 0: there is none
-  int32_t tile;         // the first of its tiles
-  int32_t expert;       // -1: no expert's
-  int32_t before;       // rows of the expert before the first
+  int32_t first, rows;  // rows of the matrix; rows is 0 if the tile is unused
+  int32_t tile;         // first of the run's tiles
+  int32_t expert;       // -1: no expert
+  int32_t before;       // number of the expert's rows before `first`
 };
 
-// A chunk: from so many rows on the sums over an expert's are of several blocks.
+// A chunk: sums over more than kChunkRows rows of an expert are divided among several blocks.
 constexpr int kChunkTiles = 16;
 constexpr int kChunkRows = kChunkTiles * kTileRows;
 

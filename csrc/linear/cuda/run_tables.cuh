@@ -1,5 +1,5 @@
-// The tables of a mixture's rows (row_runs.cuh), made on the device from where each expert's rows end, in one launch of
-// one block: a few sums over the experts, and a search in them for each tile.
+// Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one block:
+// running sums over the experts, and for each tile a search in them.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -7,14 +7,14 @@
 
 namespace peft_ext {
 
-// Tables of the runs, made from where each expert's rows end. Ends that are below the one before, or beyond the rows,
-// are taken as that one, or the rows' end.
+// Arguments of the tables. An end below the previous end counts as the previous end; an end beyond the rows counts as
+// the rows' end.
 struct RunTables {
   const int64_t* ends;  // [experts]
   int64_t experts, rows;
-  int32_t* first_row;    // [experts + 2]: of each expert, of no expert's, and the end
+  int32_t* first_row;    // [experts + 2]: first row of each expert and of no expert, and the end
   int32_t* first_tile;   // [experts + 2]
-  int32_t* first_chunk;  // [experts + 1], without no expert's
+  int32_t* first_chunk;  // [experts + 1], without the rows of no expert
   RowRun* tiles;         // [tile_room]
   RowRun* chunks;        // [chunk_room]
   int64_t tile_room, chunk_room;
@@ -22,7 +22,7 @@ struct RunTables {
 
 constexpr int kRunThreads = 512;
 
-// The sum, or the largest, of what the threads up to this one give; all threads call it.
+// Returns the sum, or the largest, of the values of the threads up to this thread. All threads call the function.
 template <bool kSum>
 __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRunThreads]) {
   sync_threads();
@@ -39,7 +39,8 @@ __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRun
   return shared[threadIdx.x];
 }
 
-// Run i of those that start, by expert, at `first`, [experts + 1] with their count at last, of up to kEach rows.
+// Returns run i, of up to kEach rows. first [experts + 1]: the number of each expert's first run, and the number of
+// runs.
 template <int kEach>
 __device__ __forceinline__ RowRun run_of(const RunTables& work, const int32_t* first, int64_t experts, int32_t i) {
   if (i >= first[experts]) return RowRun{0, 0, 0, -1, 0};
@@ -62,7 +63,7 @@ static __global__ void __launch_bounds__(kRunThreads) row_runs_kernel(RunTables 
     const int64_t e = base + threadIdx.x;
     const int64_t asked = e < work.experts ? work.ends[e] : work.rows;
     const auto own_end = static_cast<int32_t>(asked < 0 ? 0 : min_of(asked, work.rows));
-    // Ends only ascend; what those before this round's say comes with `row`.
+    // Ends are made ascending. `row` holds the largest end of the rounds before.
     running<false>(own_end > row ? own_end : row, shared);
     const int32_t end = shared[threadIdx.x], begin = threadIdx.x == 0 ? row : shared[threadIdx.x - 1];
     const int32_t last_end = shared[kRunThreads - 1], rows = end - begin;

@@ -1,9 +1,9 @@
-// S [T, R] = x̃ Aᵀ for few tokens, in one launch: what generation runs, where a launch costs more than the arithmetic.
+// S [T, R] = x̃ Aᵀ for few tokens, in one launch. In generation a launch costs more than the arithmetic.
 //
-// A block owns one rank and kShrinkTokens tokens; its threads share K, eight inputs at a time, and read A's row once
-// for all its tokens. float32 FMAs; a warp's sums meet by shuffles, the warps' in shared memory, always in the same
-// order. In a mixed batch a block's tokens are of one adapter. Bytes moved: A once a group of tokens, x once a rank
-// (from L2 but for the first).
+// A block owns one rank and kShrinkTokens tokens. Its threads share K, eight inputs at a time, and read A's row once
+// for all tokens. The arithmetic is float32 FMAs. The sums of a warp's lanes are added by shuffles, and those of the
+// warps in shared memory, always in one order. In a mixed batch the tokens of a block have one adapter. Bytes moved: A
+// once per group of tokens; x once per rank (from L2 after the first time).
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -17,16 +17,16 @@ constexpr int kShrinkTokens = 4;
 struct ShrinkFew {
   const void* x;       // T [tokens, inputs]
   const void* lora_A;  // [rank, inputs]
-  DType type;          // lora_A's
+  DType type;          // dtype of lora_A
   int64_t tokens, inputs, rank;
-  bool whole, whole_A;  // inputs is a multiple of 8 and the matrix lies on 16 bytes
+  bool whole, whole_A;  // inputs is a multiple of 8, and the matrix is aligned to 16 bytes
   DeviceDropout dropout;
   float* s;  // [tokens, rank]
 };
 
 using ShrinkShared = float[kShrinkTokens][kShrinkWarps];
 
-// x̃ A[r] of kShrinkTokens tokens, token_of(t) of thread t; -1: none.
+// Returns x̃ A[r] for kShrinkTokens tokens. Thread t returns that of token token_of(t); -1: no token.
 template <typename T, typename TokenOf>
 __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void* lora_A, DType type, bool whole_A,
                                                int64_t r, TokenOf token_of) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
     work.s[(first + threadIdx.x) * work.rank + r] = sum;
 }
 
-// Tokens of one adapter in a mixed batch.
+// Tokens with one adapter in a mixed batch.
 struct TokenGroup {
   const void* lora_A;  // [factor.rank, inputs]
   DType type_A;
@@ -88,10 +88,11 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// A launch's arguments, so that nothing is copied from the host. s: [tokens, rank], zeros beyond a token's own.
+// All arguments of a launch, so that nothing is copied from the host. s: [tokens, rank], zeros beyond a token's own
+// rank.
 struct ShrinkGrouped {
-  ShrinkFew few;         // x, inputs, whole, rank and s
-  TokenFactor* factors;  // [tokens], for what comes after the product
+  ShrinkFew few;         // only x, inputs, whole, rank and s are used
+  TokenFactor* factors;  // [tokens], for the kernel after the product
   TokenGroup groups[kGroupedFewTokens];
 };
 static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");

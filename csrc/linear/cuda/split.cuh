@@ -1,11 +1,11 @@
-// Small matrices into their terms; see linear/cuda/terms.cuh.
+// split_kernel: splits small matrices into bfloat16 terms; see linear/cuda/terms.cuh.
 #pragma once
 
 #include "linear/cuda/terms.cuh"
 
 namespace peft_ext {
 
-// Grid: x: ceil(outer · inner / 2 / kSplitThreads) blocks of the largest, padded; y: which matrix.
+// Grid: x: ceil(outer · inner / 2 / kSplitThreads) for the largest padded matrix; y: which matrix.
 static __global__ void __launch_bounds__(kSplitThreads) split_kernel(Splits splits) {
   split_pair_of(splits.work[blockIdx.y], static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }

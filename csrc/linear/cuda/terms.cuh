@@ -1,9 +1,9 @@
-// A float as a sum of bfloat16 terms, so that tensor cores make products of float32 precision.
+// Splits a float into a sum of bfloat16 terms, so that tensor cores compute products with float32 precision.
 //
-// v = v₀ + v₁ + v₂, v_i the bfloat16 nearest to what v_0 … v_{i-1} leave: 8 bits each, and float32's range. A bfloat16
-// has one term, a float16 two, a float32 three. Of a product of sums, the terms i, j with i + j <= 2 are made: what is
-// left out is below 2⁻²⁴ of it. Where the result is rounded to 16 bits at once, two terms and i + j <= 1 do: below
-// 2⁻¹⁶.
+// v = v₀ + v₁ + v₂, where v_i is the bfloat16 nearest to v - v₀ - … - v_{i-1}. Each term has 8 bits, and float32's
+// range. A bfloat16 has one term, a float16 two, a float32 three. A product of two such sums computes the products of
+// the terms i, j with i + j <= 2; the omitted ones are below 2⁻²⁴ of the result. If the result is rounded to 16 bits at
+// once, two terms with i + j <= 1 are enough: the omitted products are below 2⁻¹⁶.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -19,7 +19,7 @@ inline constexpr int kTermsOf<f16> = 2;
 template <>
 inline constexpr int kTermsOf<bf16> = 1;
 
-// Pairs of terms of two floats, the first in the low halves.
+// Returns the terms of two floats in pairs: the first float's term is in the low half of a word.
 template <int kTerms>
 __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&terms)[kTerms]) {
 #pragma unroll
@@ -33,16 +33,16 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// The orders that a small matrix's terms lie in: each is the order of the fragments of one operand, so that a lane's
-// share is 16 bytes and a warp's 512 in a row, and a 64 x 64 tile's are together, at distances that the compiler knows.
+// Memory orders of a small matrix's terms. Each order is that of the fragments of one operand: a lane's part is 16
+// bytes, a warp's 512 bytes are contiguous, and a 64 x 64 tile is contiguous, at offsets that the compiler knows.
 enum class TermsOrder : int {
-  kPass,   // B of a rank pass: outer are ranks, inner what is summed over; of a lane two steps of 16
-  kLeft,   // A of expand: outer are rows, inner ranks
-  kRight,  // B of expand: outer are columns, inner ranks; of a lane two tiles of 8, see expand.cuh
+  kPass,   // B of a rank pass: outer = ranks, inner = summed; a lane has two steps of 16
+  kLeft,   // A of expand: outer = rows, inner = ranks
+  kRight,  // B of expand: outer = columns, inner = ranks; a lane has two tiles of 8, see expand.cuh
 };
 
-// A small matrix [outer, inner] in terms, zeros where padded. inner is summed over, and padded to a multiple of 16 (of
-// 64 in kPass); outer is padded to 16, to 32, or to a multiple of 64 (kRight: to that).
+// A small matrix [outer, inner] as terms, zero-padded. inner is the summed dimension, padded to a multiple of 16
+// (kPass: of 64). outer is padded to 16, to 32, or to a multiple of 64 (kRight: to a multiple of 64).
 struct Terms {
   const uint4* data = nullptr;
   int count = 0;
@@ -51,10 +51,10 @@ struct Terms {
   TermsOrder order = TermsOrder::kPass;
 };
 
-// Words of 4 bytes, each a pair of terms along inner, of a step of 16: of eight of outer.
+// Number of 4-byte words, each a pair of terms along inner, in a step of 16 for eight values of outer.
 constexpr int kFragmentWords = 64;
 
-// Where the pair (outer, inner), (outer, inner + 1) of one term lies, in words. `count` terms lie there.
+// Returns the offset of the pair (outer, inner), (outer, inner + 1) of one term, in words. count: number of terms.
 __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64_t outer_padded, int64_t inner_padded,
                                               int term, int64_t outer, int64_t inner) {
   const int upper = static_cast<int>(inner % 16 / 8), t = static_cast<int>(inner % 8 / 2);
@@ -67,14 +67,14 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
     const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
     return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
   }
-  const int64_t column = outer % 64, tile = column % 8 / 2;  // of 8 columns; its row is g
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // tile of 8 columns; g is the row within it
   const int64_t g = column % 32 / 8 * 2 + column % 2;
   const int64_t fragment =
       ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;
   return fragment * (2 * kFragmentWords) + (g * 4 + t) * 4 + tile % 2 * 2 + upper;
 }
 
-// Terms to be written.
+// Memory to write terms to.
 struct TermsOut {
   uint32_t* data = nullptr;  // null: not wanted
   int count = 0;
@@ -82,7 +82,7 @@ struct TermsOut {
   TermsOrder order = TermsOrder::kPass;
 };
 
-// The terms of the pair (outer, inner), (outer, inner + 1).
+// Writes the terms of the pair (outer, inner), (outer, inner + 1).
 __device__ __forceinline__ void save_terms(const TermsOut& out, int64_t outer, int64_t inner, float low, float high) {
   uint32_t terms[kMaxTerms];
   split_pair<kMaxTerms>(low, high, terms);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void save_terms(const TermsOut& out, int64_t outer, i
       out.data[terms_word(out.order, out.count, out.outer, out.inner, term, outer, inner)] = terms[term];
 }
 
-// The same of (outer, inner), (outer + 1, inner): halves of two words.
+// Writes the terms of (outer, inner) and (outer + 1, inner), which are halves of two words.
 __device__ __forceinline__ void save_terms_across(const TermsOut& out, int64_t outer, int64_t inner, float low,
                                                   float high) {
   uint32_t terms[kMaxTerms];
@@ -108,10 +108,10 @@ __device__ __forceinline__ void save_terms_across(const TermsOut& out, int64_t o
   }
 }
 
-// C_n += A B_n of a 16 x 16 fragment A and kTiles of B, over the products of A's kLeft terms with B's term `right`,
-// those whose sum of indices is below kTerms: what is left out is smaller than what kTerms terms can hold. A term's
-// smallest products come first: a tensor core rounds toward zero, and would take up to an ulp of the large ones for
-// each that follows them.
+// Adds A B_n to C_n, for a 16 x 16 fragment A and kTiles fragments B_n. The function multiplies A's kLeft terms with
+// B's term `right`, for pairs of terms whose sum of indices is below kTerms: the omitted products are smaller than
+// kTerms terms can represent. The smallest products are added first: a tensor core rounds toward zero, and each small
+// product after a large one could cost up to an ulp of the large one.
 template <int kTiles, int kLeft, int kTerms>
 __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t (&a)[kLeft][4],
                                           const uint32_t (&b)[kTiles][2], int right) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void mma_terms(float (&c)[kTiles][4], const uint32_t 
   }
 }
 
-// The terms of in[o, i] · outer_scale[o] · inner_scale[i], for a matrix of any strides.
+// Writes the terms of in[o, i] · outer_scale[o] · inner_scale[i], for a matrix with any strides.
 struct Split {
   const void* in;
   DType type;
@@ -133,7 +133,7 @@ struct Split {
   TermsOut out;
 };
 
-// One pair of each term, the pair-th along what is contiguous in the matrix.
+// Computes all terms of one pair of elements. Pairs are counted along the contiguous dimension of the matrix.
 __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
 constexpr int kMaxSplits = 3;
 constexpr int kSplitThreads = 256;
 
-// The small matrices of one call, in one launch: each alone would be all launch.
+// The small matrices of one call. One launch splits them all, because a launch takes longer than splitting a matrix.
 struct Splits {
   Split work[kMaxSplits];
 };

@@ -1,10 +1,10 @@
-// DoRA's norm, from what one pass over W leaves (linear/cuda/rank_pass.cuh): U = W Aᵀ [N, R], the rows' sums of
-// squares, and M = A Aᵀ [R, R]. W + s B A is never made.
+// DoRA's norm n of each row of W + s B A, which is never formed. One pass over W (linear/cuda/rank_pass.cuh) computes
+// U = W Aᵀ [N, R] and the rows' sums of squares; M = A Aᵀ [R, R].
 //
-//   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), no lower than 0
+//   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //
-// and its gradient, c = dn / n (0 where n is):  dB = c s (U + s B M);  dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W is
-// one more pass over W. A warp owns a row of W, its lanes the ranks. float32 throughout.
+// The gradient, with c = dn / n, or 0 where n = 0:  dB = c s (U + s B M);  dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
+// is one more pass over W. A warp owns a row of W, and its lanes own the ranks. All arithmetic is float32.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -28,7 +28,7 @@ struct Norm {
   float* grad_B;  // backward: [rows, rank]
 };
 
-// (B M)[r] of one row.
+// Returns (B M)[r] for one row of B.
 __device__ __forceinline__ float norm_product(const Norm& work, const float* b, int64_t r) {
   float sum = 0.0f;
   for (int64_t q = 0; q < work.rank; ++q) sum += b[q] * work.products[r * work.rank + q];  // M is symmetric
@@ -51,7 +51,7 @@ static __global__ void __launch_bounds__(kNormThreads) dora_norm_kernel(Norm wor
   if (lane == 0) work.norm[row] = sqrtf(sum < 0.0f ? 0.0f : sum);
 }
 
-// Grid: the same.
+// Grid: ceil(rows / kNormRows).
 static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel(Norm work) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kWarpSize;
   if (row >= work.rows) return;
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(kNormThreads) dora_norm_backward_kernel
   }
 }
 
-// dA[r, k] = s outer[k, r] + s² Σ_q inner[q, r] A[q, k]:  outer = Wᵀ (cB) [inputs, rank], inner = Bᵀ (cB) [rank, rank].
+// dA[r, k] = s outer[k, r] + s² Σ_q inner[q, r] A[q, k],  outer = Wᵀ (cB) [inputs, rank], inner = Bᵀ (cB) [rank, rank].
 struct NormGradA {
   const float* outer;
   const float* inner;

@@ -1,11 +1,11 @@
-// The norms of W + s B A's rows and their gradients: see weight_norm.cuh.
+// The norm of each row of W + s B A and its gradients. The formulas are in weight_norm.cuh.
 #include "linear/cuda/passes.cuh"
 #include "linear/cuda/weight_norm.cuh"
 
 namespace peft_ext {
 namespace {
 
-// A matrix in terms, as a rank pass takes F (its ranks first) over a D of that type.
+// Returns a matrix as terms, as the factor F (ranks first) of a rank pass over a D of dtype `type`.
 HeldTerms split_right(const Tensor& matrix, ScalarType type) {
   Splitter splitter(matrix, type);
   const HeldTerms held = splitter.right_of_pass(matrix, false);
@@ -13,7 +13,7 @@ HeldTerms split_right(const Tensor& matrix, ScalarType type) {
   return held;
 }
 
-// A Aᵀ [R, R] float32.
+// Returns A Aᵀ [R, R] float32.
 Tensor gram(const Tensor& a) {
   const HeldTerms terms = split_right(a, a.scalar_type());
   const int64_t rank = a.size(0);

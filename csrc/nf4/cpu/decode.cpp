@@ -1,3 +1,5 @@
+// Dequantizes NF4 weights on the CPU, on one or all threads: w_i = code[q_i] * absmax_b, by the kernels of
+// nf4_kernels.h.
 #include "nf4/cpu/decode.h"
 
 #include "cpu/isa.h"
@@ -35,7 +37,7 @@ const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
 
 namespace {
 
-// Blocks [begin, end), by one thread. `out` is where the first element of block `begin` goes.
+// Dequantizes the blocks [begin, end) on one thread. `out` points to the first element of block `begin`.
 void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
   const int64_t n = checked_numel(weight.shape), width = dtype == DType::kF32 ? 4 : 2;
   const Scales scales(weight);
@@ -43,14 +45,14 @@ void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, v
   float buffer[kScaleChunk];
   for (int64_t first = begin; first < end; first += kScaleChunk) {
     const int64_t last = min_i64(first + kScaleChunk, end);
-    // The kernel writes block b at b blocks from its argument.
+    // The kernel writes block b at an offset of b blocks from the pointer that it gets.
     char* origin = static_cast<char*>(out) - begin * weight.blocksize * width;
     nf4_kernels().dequantize(packed, scales.decode(first, last, buffer), n, weight.blocksize, first, last, origin,
                              dtype);
   }
 }
 
-// Blocks [begin, end), over all threads.
+// Dequantizes the blocks [begin, end) on all threads.
 void dequantize_into(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
   const int64_t width = dtype == DType::kF32 ? 4 : 2;
   parallel_for(begin, end, ceil_div(kDecodeGrain, weight.blocksize), [&](int64_t first, int64_t last) {

@@ -1,4 +1,4 @@
-// NF4 weights on the CPU, decoded: whole, by rows, by runs, or their scales alone.
+// Dequantizes NF4 weights on the CPU: whole weights, rows, ranges of elements, or only scales.
 #pragma once
 
 #include "nf4/cpu/nf4_kernels.h"
@@ -6,17 +6,17 @@
 
 namespace peft_ext {
 
-// Elements a thread takes at least: about 20 microseconds of work.
+// Smallest number of elements that a thread takes: about 20 microseconds of work.
 constexpr int64_t kDecodeGrain = 1 << 16;
-// Blocks whose scales are decoded together.
+// Number of blocks whose scales are decoded at a time.
 constexpr int64_t kScaleChunk = 512;
 
-// The float32 scales of any range of blocks, double-quantized ones decoded.
+// The scales of any range of blocks in float32. Double-quantized scales are decoded.
 class Scales {
  public:
   explicit Scales(const FrozenWeight& weight);
 
-  // The scales of blocks [begin, end), in buffer, which has room for them, or where they were.
+  // Returns the scales of the blocks [begin, end): a pointer into the weight, or scales decoded into `buffer`.
   const float* decode(int64_t begin, int64_t end, float* buffer) const;
 
  private:
@@ -25,24 +25,24 @@ class Scales {
   Nf4Scales held_{};
 };
 
-// [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized.
+// Returns [N, K] in `type`: the dense weight itself, or the dequantized NF4 weight.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// The same for one product within a call: an NF4 weight is decoded into the calling thread's scratch, where the next
-// one is decoded, too.
+// Returns the dense weight for one product within a call. An NF4 weight is decoded into the calling thread's scratch;
+// the next call overwrites the scratch.
 Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// How many scales of a weight have to be decoded: those of an NF4 weight with double quantization.
+// Returns the number of scales that have to be decoded: 0 without double quantization.
 int64_t nested_scales(const FrozenWeight& weight);
 
-// The scales of all blocks of an NF4 weight in float32: its own, or decoded into `room`, which has room for them.
+// Returns the float32 scales of all blocks of an NF4 weight: the weight's own, or scales decoded into `room`.
 const float* all_scales(const FrozenWeight& weight, float* room);
 
-// Elements [begin, end) of an NF4 weight's flat tensor, decoded by the calling thread into `room`, which holds the
-// blocks that they touch; returns where element `begin` lies in it.
+// Decodes the flat elements [begin, end) of an NF4 weight on the calling thread. `room` must hold all blocks that the
+// range touches. Returns the address of element `begin` in `room`.
 const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
 
-// Rows [begin, end) of an NF4 weight in `type`, decoded over all threads.
+// Returns the rows [begin, end) of an NF4 weight in `type`, decoded on all threads.
 Tensor dequantized_rows(const char* op, const FrozenWeight& weight, int64_t begin, int64_t end, ScalarType type);
 
 }  // namespace peft_ext

@@ -1,11 +1,12 @@
-// NF4 with AVX2. See nf4_kernels.h for the contract.
+// The NF4 kernels of nf4_kernels.h with AVX2.
 //
-// Quantize: 8 values at a time find their code by bisection, whose pivots come from register tables. Dequantize: a
-// block's 16 products code * absmax are made and rounded once; bfloat16/float16 words are looked up as two byte planes
-// (pshufb), float32 in two halves of eight (vpermps) chosen by the code's high bit. Same bits as a product per element.
+// Quantize: 8 values at a time find their codes by bisection, with pivots from register tables. Dequantize: the 16
+// products code * absmax of a block are computed and rounded once, and then looked up. bfloat16 and float16 words are
+// looked up as two planes of bytes (pshufb), float32 values in two tables of eight (vpermps), selected by the code's
+// high bit. The results have the same bits as one product per element.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx2.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"
@@ -13,8 +14,9 @@
 namespace peft_ext {
 namespace {
 
-// By bisection, whose pivots a lane looks up by what it found so far, a number from 0 down: a comparison is -1 where
-// true. Entry 8 - i is that of -i, and entry 0 of 0. `!(pivot >= value)`: a NaN is above all of them.
+// Pivots of the bisection. A lane's pivot depends on the number found so far. A comparison gives -1 if true, so that
+// the numbers go from 0 down: entry 8 - i is the pivot of -i, and entry 0 that of 0. `!(pivot >= value)` puts a NaN
+// above all pivots.
 struct Pivots {
   alignas(32) float values[3][8] = {};
 
@@ -25,7 +27,7 @@ struct Pivots {
 };
 constexpr Pivots kPivots;
 
-// Scaled values -> codes, one a 32-bit lane.
+// Returns the codes of scaled values, one per 32-bit lane.
 inline __m256i encode8(__m256 scaled) {
   const auto above = [&](__m256 pivot) { return _mm256_castps_si256(_mm256_cmp_ps(pivot, scaled, _CMP_NGE_UQ)); };
   __m256i found = above(_mm256_set1_ps(nf4_threshold(7)));
@@ -36,11 +38,12 @@ inline __m256i encode8(__m256 scaled) {
   return _mm256_sub_epi32(_mm256_setzero_si256(), found);
 }
 
-// 32 codes -> 16 bytes, the first of each two the high nibble.
+// Packs 32 codes into 16 bytes. The first code of each pair is the high nibble.
 inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
       _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
-  // Fours of bytes lie by lanes of 128 bits: the lower halves of all vectors, then the upper ones.
+  // The packs leave groups of four bytes ordered by 128-bit lanes: the lower halves of all vectors, then the upper
+  // halves.
   const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   const __m256i words = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(1 << 8 | 16));
   const __m256i packs = _mm256_packus_epi16(words, words);
@@ -49,7 +52,8 @@ inline void store_codes(uint8_t* packed, const __m256i* codes) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+  // The maximum is taken of the bits without sign, as integers. A NaN's bits are above infinity's: NaN wins, as in
+  // amax.
   const __m256i sign_free = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   for (int64_t i = 0; i < blocksize; i += 8)
@@ -70,7 +74,7 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   }
 }
 
-// The low and high bytes of a block's 16 two-byte products, each as a pshufb table in both lanes.
+// The low and the high bytes of a block's 16 two-byte products, as pshufb tables that are repeated in both lanes.
 struct BytePlanes {
   __m256i low, high;
 };
@@ -82,7 +86,7 @@ inline BytePlanes byte_planes(__m128i first8, __m128i last8) {
   return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
 }
 
-// 16 bytes -> 32 elements of two bytes.
+// Expands 16 bytes to 32 elements of two bytes.
 inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i nibble = _mm_set1_epi8(15);
@@ -98,7 +102,7 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
-// 4 bytes -> 8 elements.
+// Expands 4 bytes to 8 elements.
 inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
   int32_t four;
   memcpy(&four, packed, sizeof(four));
@@ -109,7 +113,7 @@ inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) 
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// A block's 16 products.
+// The 16 products of a block.
 struct Products {
   __m256 first8, last8;
 

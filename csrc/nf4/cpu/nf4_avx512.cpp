@@ -1,12 +1,12 @@
-// NF4 with AVX-512 F/BW/DQ/VL. See nf4_kernels.h for the contract.
+// The NF4 kernels of nf4_kernels.h with AVX-512 F/BW/DQ/VL.
 //
-// Quantize: 16 values at a time find in register tables the one threshold that their code hangs on.
-// Dequantize: a block's 16 products code * absmax are made and rounded once; then two codes a lane look up
-// bfloat16/float16 words (vpermw), or one code a lane looks up float32 (vpermps). Same bits as a product per element.
-// Both read and write memory once: 0.53 bytes of NF4 against 2 or 4 bytes an element.
+// Quantize: 16 values at a time look up, in register tables, the one threshold that decides their code. Dequantize: the
+// 16 products code * absmax of a block are computed and rounded once, and then looked up: bfloat16 and float16 words
+// with two codes per lane (vpermw), float32 with one code per lane (vpermps). The results have the same bits as one
+// product per element. Both kernels read and write memory once: 0.53 bytes of NF4, and 2 or 4 bytes, per element.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_avx512.h"
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"
@@ -14,11 +14,11 @@
 namespace peft_ext {
 namespace {
 
-// Scaled values lie in [-1, 1], cut into bins of which none holds two thresholds: a value's code is the number of
-// thresholds below its bin, and one more where it is above the bin's own (infinity: there is none). An entry holds that
-// for the bin of its number; the lowest five bits of a float near kZero are the bin.
+// Bins of scaled values in [-1, 1]; no bin contains two thresholds. The code of a value is the number of thresholds
+// below its bin, plus one if the value is above the bin's own threshold (infinity if the bin has none). The arrays hold
+// both for each bin. The bin is in the lowest five bits of the float value * kPerUnit + kZero.
 struct Bins {
-  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // 1.5 * 2^23: the last bit of those is 1
+  static constexpr float kPerUnit = 14.6f, kZero = 12582912.0f + 16.0f;  // floats of 1.5 * 2^23 have a unit of 1
   alignas(64) float bound[32] = {};
   alignas(64) int32_t below[32] = {};
 
@@ -32,7 +32,7 @@ struct Bins {
     }
   }
 
-  // Whether each threshold has a bin, and lies in it by more than what rounding moves a value.
+  // Returns whether each threshold lies in a bin, away from the bin's edges by more than the rounding of a value.
   constexpr bool are_sound() const {
     for (int bin = 0; bin < 32; ++bin) {
       const float off = bound[bin] * kPerUnit - static_cast<float>(bin - 16);
@@ -44,7 +44,7 @@ struct Bins {
 constexpr Bins kBins;
 static_assert(kBins.are_sound());
 
-// Scaled values, each a number, -> codes * step, one a 32-bit lane.
+// Returns codes * step for scaled values that are not NaN, one per 32-bit lane.
 struct Encoder {
   __m512 bounds[2];
   __m512i below[2], step;
@@ -65,13 +65,14 @@ struct Encoder {
   }
 };
 
-// 16 codes -> 8 bytes: an even lane is the high nibble of the byte it shares with the next.
+// Packs 16 codes into 8 bytes. An even lane is the high nibble of the byte that it shares with the next lane.
 inline void store_codes(uint8_t* packed, __m512i codes) {
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
-// The largest of the magnitudes, as integers of their bits: a NaN's are above infinity's, so it wins as in torch.amax.
+// Returns the largest magnitude, compared as integers. A NaN's bits are above infinity's, so that a NaN wins as in
+// amax.
 inline float largest_of(const float* in, int64_t blocksize) {
   const __m512i sign_free = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
@@ -97,7 +98,7 @@ inline float largest_of(const f16* in, int64_t blocksize) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(largest_word_of(in, blocksize))));
 }
 
-// A block that holds something infinite: 0 for each other value, and NaN for that one, which has code 15.
+// Encodes a block that contains an infinity: each finite value becomes 0, and infinity becomes NaN, which has code 15.
 template <typename T>
 inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (inverse > 0.0f) return false;
@@ -112,7 +113,7 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   for (int64_t i = 0; i < blocksize; i += 16)
     store_codes(packed + i / 2, encoder(_mm512_mul_ps(load16(in + i), _mm512_set1_ps(inverse))));
 }
-// Two values a lane: the first of them is the high nibble.
+// Encodes two values per lane. The first value is the high nibble.
 inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (encoded_unbounded(in, blocksize, inverse, packed)) return;
   const Encoder high(16), low(1);
@@ -126,15 +127,15 @@ inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* pa
   }
 }
 
-// 16 bytes -> 32 elements. The index of an even word is the byte's high nibble, of an odd word its low one; vpermw
-// reads five bits, and the table holds the 16 values twice, so bit 4 does not matter.
+// Expands 16 bytes to 32 elements. The index of an even word is the byte's high nibble, that of an odd word the low
+// nibble. vpermw reads five bits of an index, but the table holds the 16 values twice, so that bit 4 has no effect.
 inline void expand_words(const uint8_t* packed, __m512i table, void* out) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// 8 bytes -> 16 elements, by the same trick on 32-bit lanes: vpermps reads four bits.
+// Expands 8 bytes to 16 elements, in the same way with 32-bit lanes: vpermps reads four bits of an index.
 inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
@@ -156,7 +157,7 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, f16* out) 
   for (int64_t i = 0; i < count; i += 32) expand_words(packed + i / 2, table, out + i);
 }
 
-// One half of each of 256 floats: a word of 16 bits, 64 of which a vpermi2w looks up.
+// The low or the high halves of 256 floats, as 16-bit words. A vpermi2w looks up 64 of them.
 struct ScaleHalves {
   __m512i words[8];
 
@@ -170,7 +171,7 @@ struct ScaleHalves {
     }
   }
 
-  // Of 32 codes, one a word.
+  // Returns the halves for 32 codes, one per word.
   __m512i at(__m512i codes) const {
     const __mmask32 second = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
     const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
@@ -185,7 +186,7 @@ struct ScaleHalves {
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
   const ScaleHalves low(scales.code, 0), high(scales.code, 1);
-  // Halves are put together within lanes of 128 bits: four codes of the first 16 and four of the others lie in each.
+  // The halves are joined within 128-bit lanes. Each lane then holds four of the first 16 codes and four of the others.
   const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {

@@ -1,19 +1,21 @@
 // The skinny NF4 product for bfloat16 with AVX512-BF16.
 //
-//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, of up to kScaledSums tokens,
+//   y[t, n] = sum_k x[t, k] bf16(code[q] * absmax),  or, for up to kScaledSums tokens,
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
-// 64 bytes of W are 128 elements, taken as 32 words of four codes each: shifted by 0, 4, 8 and 12 bits, their low bits
-// are the indices of four registers of weights. So no code is moved to a lane of its own; x lies in the same order,
-// permuted once for all rows. vpermw looks up, vdpbf16ps multiplies and adds pairs in float32.
-// Of few tokens the table holds the codes, and is the same for all: a group's sums, whose lower lanes are one block's
-// and whose upper ones the next's, are multiplied by the scales. Of more tokens that multiplication would be one for
-// each of them, and the table holds the products instead: of two blocks, 16 each, rounded to bfloat16 once
-// (vcvtne2ps2bf16, which takes subnormals for zero); bit 4 of an index says which. Either rounding is 2^-9 of a weight
-// at most. The weight is read once, 0.53 bytes an element, and never written. One thread owns rows.
+// 64 bytes of W are 128 elements, read as 32 words of four codes each. The low bits of a word after shifts by 0, 4, 8
+// and 12 bits are the indices for four registers of weights. So no code has to move to a lane of its own; instead x is
+// permuted to the same order once for all rows. vpermw looks weights up, and vdpbf16ps multiplies and adds pairs in
+// float32.
+// For few tokens the table holds the codes, one table for all blocks. A group's sums are then multiplied by the scales:
+// the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums would take
+// one multiplication per token, so the table holds the products code * absmax of two blocks, 16 each, rounded once to
+// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero); bit 4 of an index selects the block. The rounding error
+// of a code or a product is at most 2^-9 of a weight. The weight is read once, 0.53 bytes per element, and never
+// written. One thread owns whole rows.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include <immintrin.h>
 
 #include "nf4/nf4_code.h"
@@ -23,19 +25,20 @@
 namespace peft_ext {
 namespace {
 
-// Register j of a group of kNibbleGroup holds, in lane i, the element 4 i + kNibble[j].
+// Lane i of register j of a group of kNibbleGroup elements holds element 4 i + kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
-// Tokens up to which sums are scaled, and not the table.
+// Largest number of tokens for which sums are scaled instead of the table.
 constexpr int kScaledSums = 4;
 
-// The codes in bfloat16, twice: vpermw takes five bits of an index, of which a shifted word's fifth is another code's.
+// The codes in bfloat16, twice: vpermw reads five bits of an index, and the fifth bit of a shifted word belongs to
+// another code.
 __m512i code_table() {
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code));
 }
 
-// Rows [n, n + kRows) with kTokens <= kScaledSums tokens.
+// Computes the rows [n, n + kRows) for kTokens <= kScaledSums tokens.
 template <int kTokens, int kRows>
 inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
   const int64_t k = work.columns, stride = nibble_columns(k);
@@ -56,7 +59,7 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       if (whole) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, _mm512_set1_ps(work.absmax[block(flat + kSkinnyStep)]));
-      } else {  // half a group; x is zero where there is no weight
+      } else {  // half of a group; x is zero where there is no weight
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       for (int t = 0; t < kTokens; ++t) fresh[r][t] = _mm512_setzero_ps();
@@ -81,17 +84,17 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
     for (int t = 0; t < kTokens; ++t) work.y[(first_token + t) * work.rows + n + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
-// Rows [n, n + kRows) with kTokens tokens: a register of x serves kRows products.
+// Computes the rows [n, n + kRows) for kTokens tokens. A register of x serves kRows products.
 template <int kTokens, int kRows>
 inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
-  // A sum waits for the product before it: eight or more of them keep the unit busy. Their number does not depend on
-  // kRows, so that a row has the same bits beside others and alone.
+  // A sum must wait for the product before: with eight or more sums the multiplier is always busy. kSums does not
+  // depend on kRows, so that the bits of a row do not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
-  // The first 16 words belong to the first block of a group.
+  // The first 16 words of a group belong to its first block.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)
@@ -105,13 +108,13 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
         return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
       };
       const __m512 first = scaled(flat);
-      // The next block's rows: several rows at once are too many streams for the hardware to look ahead on.
+      // Prefetches the next block's rows: several rows at a time are too many streams for the hardware prefetcher.
       _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
       __m512 second = _mm512_setzero_ps();
       if (j + kNibbleGroup <= k) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
         second = scaled(flat + kSkinnyStep);
-      } else {  // half a group; x is zero where there is no weight
+      } else {  // half of a group; x is zero where there is no weight
         words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
       }
       table[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
@@ -129,7 +132,7 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
       }
     }
   }
-  // Unrolled, or the sums live in memory and are stored in every step.
+  // The loop must be unrolled: otherwise the sums live in memory and are stored in every step.
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8

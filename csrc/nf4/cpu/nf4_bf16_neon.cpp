@@ -1,17 +1,17 @@
-// The skinny NF4 product for bfloat16 with bfloat16's dot product (BFDOT).
+// The skinny NF4 product for bfloat16 with Arm's bfloat16 dot product (BFDOT).
 //
 //   y[t, n] = sum_blocks absmax sum_k x[t, k] bf16(code[q])
 //
-// 16 bytes of W are 32 elements: the high halves of the bytes are the even ones' codes, the low halves the odd ones'.
-// Looked up by byte, low and high bytes put together, they are four registers of weights; x lies in that order,
-// permuted once for all rows. BFDOT multiplies and adds pairs in float32; a step's sums are multiplied by its block's
-// scale. The rounding of the codes is 2^-9 of a weight at most, as a rounded product's is. The weight is read once,
-// 0.53 bytes an element, and never written. One thread owns rows.
+// 16 bytes of W are 32 elements: the high nibbles are the codes of the even elements, the low nibbles those of the odd
+// elements. Low and high bytes of the weights are looked up by code and joined to four registers of weights. x is
+// permuted to the same order once for all rows. BFDOT multiplies and adds pairs in float32; the sums of a step are then
+// multiplied by the block's scale. The rounding error of the codes is at most 2^-9 of a weight, like that of a rounded
+// product. The weight is read once, 0.53 bytes per element, and never written. One thread owns whole rows.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "cpu/simd_neon.h"
 #include "cpu/token_groups.h"
 #include "nf4/cpu/nf4_codes_neon.h"

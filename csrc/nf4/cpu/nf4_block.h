@@ -1,5 +1,5 @@
-// Portable NF4 code for one block: the scalar path, and the tails of the vector paths.
-// Included after the target pragma of the file that uses it, so that it is compiled for that instruction set.
+// Portable NF4 code for one block: used by the scalar path, and for the tails of the vector paths. The file is included
+// after the target pragma, so that each instruction set compiles its own copy.
 #pragma once
 
 #include "common/dtype.h"
@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// NaN-propagating, as torch.amax is.
+// Returns the largest magnitude. A NaN wins, as in torch.amax.
 template <typename T>
 inline float block_absmax(const T* x, int64_t count) {
   float absmax = 0.0f;
@@ -27,7 +27,7 @@ inline int nf4_encode(float scaled) {
   return code;
 }
 
-// The codes of scaled(value) of each value.
+// Writes the code of scaled(value) for each value.
 template <typename T, typename Scaled>
 inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_t* packed) {
   for (int64_t i = 0; i < count; i += 2) {
@@ -37,8 +37,8 @@ inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_
   }
 }
 
-// The tail block of a tensor: it is divided by its absmax, which is stored clamped, where a full block is multiplied by
-// the reciprocal (bitsandbytes' rule).
+// Quantizes the tail block of a tensor by bitsandbytes' rule: values are divided by the clamped absmax, which is also
+// stored. In a full block values are multiplied by the reciprocal.
 template <typename T>
 inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* absmax) {
   const float largest = block_absmax(x, count);
@@ -46,7 +46,7 @@ inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* abs
   encode_block(x, count, [&](float value) { return value / *absmax; }, packed);
 }
 
-// Elements [first, first + count) of the block that starts at packed; first is even.
+// Dequantizes the elements [first, first + count) of the block that starts at `packed`. first is even.
 template <typename T>
 inline void dequantize_block(const uint8_t* packed, float absmax, int64_t first, int64_t count, T* out) {
   T table[16];

@@ -1,9 +1,10 @@
-// Quantize and dequantize block by block, written once. Included after the target pragma, by a file that defines
+// Quantizes and dequantizes blocks: code that all vector paths share. Include this file after the target pragma, by a
+// file that defines
 //
-//   float largest_of(const T* in, int64_t blocksize);                        of the magnitudes; a NaN wins
-//   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);           the codes of in * inverse
-//   void expand(const uint8_t* packed, float scale, int64_t count, T* out);  code * scale as T, a multiple of 32 of
-//   them
+//   float largest_of(const T* in, int64_t blocksize);                        returns the largest magnitude; a NaN wins
+//   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);      writes the codes of in * inverse
+//   void expand(const uint8_t* packed, float scale, int64_t count, T* out);  writes code * scale; count is a multiple
+//                                                                            of 32
 #pragma once
 
 #include "nf4/cpu/nf4_block.h"
@@ -11,8 +12,8 @@
 namespace peft_ext {
 namespace {
 
-// Whole blocks are taken some at a time: all their largest values, then all their codes, so that no block waits for the
-// division of the one before. 4,096 elements stay in L1 from the first to the second.
+// Full blocks are taken several at a time: first all absmax, then all codes, so that no block waits for the division of
+// the block before. 4,096 elements stay in L1 between the two.
 constexpr int64_t kBlocksTogether = 16, kElementsTogether = 4096;
 
 void quantize(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,

@@ -1,4 +1,4 @@
-// Codes and their tables in NEON registers.
+// NF4 codes and lookup tables in NEON registers.
 #pragma once
 
 #include <arm_neon.h>
@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// The codes of 32 elements: the first of each byte is its high half.
+// The codes of 32 elements. The even element of each byte is the high nibble.
 struct Nibbles {
   uint8x16_t even, odd;
 };
@@ -18,7 +18,7 @@ inline Nibbles nibbles(const uint8_t* packed) {
   return {vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15))};
 }
 
-// A table of 16 values as planes of bytes, the lowest first.
+// A table of 16 values as planes of bytes; the lowest byte is first.
 using WordPlanes = uint8x16x2_t;
 using FloatPlanes = uint8x16x4_t;
 

@@ -1,5 +1,5 @@
-// NF4 operators on the CPU: checks, allocation, threads. The arithmetic is in nf4_<isa>.cpp, that of the scales of
-// double quantization, a 64th of the elements, here.
+// NF4 operators on the CPU: checks, allocation and threads. The kernels are in nf4_<isa>.cpp. The quantization of
+// scales, which are at most 1/32 of the elements, is in this file.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -30,17 +30,18 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   return {packed, absmax};
 }
 
-// The nearest of an ascending table of 256: the number of thresholds between them that lie below a value.
+// Finds the nearest value in an ascending table of 256 values: the result is the number of thresholds (midpoints) below
+// the value.
 //
-// Values of one sign, exponent and first bits of the mantissa share a bin, which knows how many thresholds lie below
-// it; what lies within it is counted, one threshold of the dynamic map at most. The first bin is what is below 2^-22,
-// nearer to 0 than that map's thresholds, the last what is 1 and more.
+// Values with one sign, exponent and first bits of the mantissa share a bin. The bin knows the number of thresholds
+// below it; thresholds within the bin are counted, at most one for the dynamic map. The first bin holds the values
+// below 2^-22, which are nearer to 0 than any threshold of that map. The last bin holds the values of 1 and above.
 class NearestScale {
  public:
   explicit NearestScale(const float* table) {
     for (int i = 0; i < 255; ++i) thresholds_[i] = (table[i] + table[i + 1]) / 2;
     thresholds_[255] = __builtin_inff();
-    for (int i = 0; i < 256; ++i) ordered_[i] = in_order(thresholds_[i] + 0.0f);  // 0 is not below -0
+    for (int i = 0; i < 256; ++i) ordered_[i] = in_order(thresholds_[i] + 0.0f);  // adding 0.0f turns -0 into 0
     int next = 0, before = 0;
     const auto enter = [&](float least, uint8_t& below) {
       while (!(thresholds_[next] >= least)) ++next;
@@ -54,7 +55,7 @@ class NearestScale {
     most_ = 255 - before > most_ ? 255 - before : most_;
   }
 
-  // Of kNestedBlock values that are numbers, or fewer.
+  // Writes the codes of `count` values, at most kNestedBlock, none of them NaN.
   void codes(const float* values, float factor, int64_t count, uint8_t* out) const {
     int32_t ordered[kNestedBlock], bins[kNestedBlock];
     for (int64_t i = 0; i < count; ++i) {
@@ -69,11 +70,11 @@ class NearestScale {
       const int below = below_[bins[i]];
       out[i] = static_cast<uint8_t>(below + (ordered_[below] < ordered[i]));
     }
-    for (int more = 1; more < most_; ++more)  // the dynamic map has one in a bin
+    for (int more = 1; more < most_; ++more)  // most_ is 1 for the dynamic map
       for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(out[i] + (ordered_[out[i]] < ordered[i]));
   }
 
-  uint8_t code(float value) const {  // NaN: 255
+  uint8_t code(float value) const {  // a NaN has code 255
     int code = 0;
     for (int i = 0; i < 255; ++i) code += !(thresholds_[i] >= value);
     return static_cast<uint8_t>(code);
@@ -84,20 +85,20 @@ class NearestScale {
 
   static uint32_t first_bits(int bin) { return static_cast<uint32_t>(bin + kFirst) << kShift; }
 
-  // Integers that are ordered as the numbers are: compared in half the time.
+  // Maps a float to an integer with the same order. Comparing integers takes half the time.
   static int32_t in_order(float value) {
     const auto bits = static_cast<int32_t>(float_to_bits(value));
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
   float thresholds_[256];
-  int32_t ordered_[256];      // the thresholds
-  uint8_t below_[2 * kBins];  // of positive values, of negative ones
-  int most_ = 0;              // thresholds in a bin
+  int32_t ordered_[256];      // thresholds_, mapped by in_order
+  uint8_t below_[2 * kBins];  // for positive values, then for negative values
+  int most_ = 0;              // largest number of thresholds in a bin
 };
 
-// The mean of scales, magnitudes all: as whole numbers, in units of some 2^-40 of the largest, whose sum no order
-// changes.
+// Returns the mean of the scales, which are magnitudes. The scales are summed as integers, in units of about 2^-40 of
+// the largest scale, so that the order of the sum does not change the result.
 Tensor nf4_scale_mean_cpu(Tensor absmax) {
   constexpr const char* kOp = "nf4_scale_mean";
   constexpr int64_t kChunk = 8192;
@@ -109,7 +110,7 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = 0.0f;
   if (n == 0) return mean;
 
-  // As integers of the bits: a NaN's are above infinity's, so it wins.
+  // Bits are compared as integers: a NaN's bits are above infinity's, so that a NaN wins.
   std::vector<uint32_t> most(static_cast<size_t>(chunks));
   parallel_for(0, chunks, kDecodeGrain / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -123,7 +124,7 @@ Tensor nf4_scale_mean_cpu(Tensor absmax) {
   *out = largest;
   if (largest == 0.0f || !std::isfinite(largest)) return mean;
 
-  int above = 0, length = 0;  // the largest is below 2^above, n below 2^length
+  int above = 0, length = 0;  // the largest is below 2^above, and n is below 2^length
   std::frexp(static_cast<double>(largest), &above);
   while (n >> length != 0) ++length;
   const double by = std::ldexp(1.0, 62 - length - above);
@@ -157,7 +158,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cpu(Tensor centred, Tensor code) 
   parallel_for(0, groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t start = group * kNestedBlock, stop = min_i64(start + kNestedBlock, n);
-      uint32_t most = 0;  // as integers of the bits: a NaN's are above infinity's, so it wins
+      uint32_t most = 0;  // compared as integers, so that a NaN wins
       for (int64_t i = start; i < stop; ++i) {
         const uint32_t bits = float_to_bits(in[i]) & 0x7fffffffu;
         most = bits > most ? bits : most;

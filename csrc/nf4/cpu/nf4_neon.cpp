@@ -1,8 +1,8 @@
-// NF4 with NEON. See nf4_kernels.h for the contract.
+// The NF4 kernels of nf4_kernels.h with NEON.
 //
-// Quantize: 16 values at a time count the thresholds below them. Dequantize: a block's 16 products code * absmax are
-// made and rounded once, and looked up by byte (tbl): two planes of bytes for a word of 16 bits, four for a float,
-// which the stores of several registers put together. Same bits as a product per element.
+// Quantize: 16 values at a time count the thresholds below them. Dequantize: the 16 products code * absmax of a block
+// are computed and rounded once, and looked up by byte (tbl): two planes of bytes for a 16-bit word, four for a float,
+// which interleaving stores join. The results have the same bits as one product per element.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "nf4/cpu/nf4_block.h"
@@ -12,7 +12,7 @@
 namespace peft_ext {
 namespace {
 
-// Scaled values -> codes: a comparison is -1 where true. A NaN is below no threshold and counts all 15.
+// Returns the codes of scaled values. A comparison gives -1 if true. A NaN is below no threshold and has code 15.
 inline uint32x4_t encode4(float32x4_t scaled) {
   uint32x4_t code = vdupq_n_u32(15);
   for (int i = 0; i < 15; ++i) code = vaddq_u32(code, vcgeq_f32(vdupq_n_f32(nf4_threshold(i)), scaled));
@@ -21,7 +21,8 @@ inline uint32x4_t encode4(float32x4_t scaled) {
 
 template <typename T>
 inline float largest_of(const T* in, int64_t blocksize) {
-  // The maximum of the sign-free bits, as integers: a NaN's are above infinity's, so it wins as in torch.amax.
+  // The maximum is taken of the bits without sign, as integers. A NaN's bits are above infinity's: NaN wins, as in
+  // amax.
   const uint32x4_t sign_free = vdupq_n_u32(0x7fffffff);
   uint32x4_t most = vdupq_n_u32(0);
   for (int64_t i = 0; i < blocksize; i += 4)
@@ -39,7 +40,7 @@ inline void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packe
   }
 }
 
-// The codes of 16 elements, in their order, to bytes of words or of floats in memory.
+// Looks up 16 codes, in order, and stores the 16-bit words or floats to memory.
 inline void store_looked_up(uint8x16_t index, const WordPlanes& planes, uint8_t* out) {
   const uint8x16x2_t bytes = {{vqtbl1q_u8(planes.val[0], index), vqtbl1q_u8(planes.val[1], index)}};
   vst2q_u8(out, bytes);
@@ -62,7 +63,7 @@ inline void expand(const uint8_t* packed, float scale, int64_t count, T* out) {
   }
 }
 
-// 256 values are four times what one tbl of four registers takes: the portable loop has no worse way.
+// One tbl reads a quarter of the 256 values, so that the portable loop is as fast.
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; ++i) out[i - begin] = decode_scale(scales, i);
 }

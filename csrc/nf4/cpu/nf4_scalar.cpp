@@ -1,4 +1,4 @@
-// NF4 on any CPU. See nf4_kernels.h for the contract.
+// The NF4 kernels of nf4_kernels.h in plain C++, for any CPU.
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"
 

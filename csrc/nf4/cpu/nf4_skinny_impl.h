@@ -1,12 +1,13 @@
-// The skinny NF4 product, written once over Vec. Included after the target pragma, by a file that defines
+// The skinny NF4 product, y[t, n] = sum_k x[t, k] w[n, k], over the type Vec. Include this file after the target
+// pragma, by a file that defines
 //
 //   struct Table;                                      the 16 values of a block in registers
-//   Table make_table(float absmax, DType dtype);       rounded to dtype, as float32
-//   void decode(const uint8_t* packed, const Table& table, Vec* w);   kSkinnyStep values
+//   Table make_table(float absmax, DType dtype);       returns the values rounded to dtype, as float32
+//   void decode(const uint8_t* packed, const Table& table, Vec* w);   decodes kSkinnyStep values
 //
-// A row of w is decoded in registers and multiplied with every token before the next step is read: the weight is read
-// once, 0.53 bytes an element, and never written. One thread owns rows of w, so a sum has one order for any number of
-// threads. Sums are float32.
+// A step of a row of w is decoded in registers and multiplied with every token before the next step is read. The weight
+// is read once, 0.53 bytes per element, and never written. One thread owns whole rows of w, so that a sum has one order
+// for every number of threads. Sums are float32.
 #pragma once
 
 #include "nf4/cpu/nf4_kernels.h"
@@ -19,7 +20,7 @@ constexpr int kStepVecs = static_cast<int>(kSkinnyStep) / Vec::kWidth;
 
 template <int kTokens>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
-  // With few tokens one sum a token would wait for the product before it: several sums a token keep the units busy.
+  // A sum must wait for the product before. With few tokens several sums per token keep the multiplier busy.
   constexpr int kSums = kTokens >= 4 ? 1 : kStepVecs < 4 ? kStepVecs : 4;
   const int64_t k = work.columns;
   const int64_t first_block = begin * k >> work.block_shift;

@@ -1,3 +1,5 @@
+// The product of few tokens and an NF4 weight, x Wᵀ: selects a kernel, prepares x, and divides the rows of W among the
+// threads.
 #include "nf4/cpu/skinny.h"
 
 #include <algorithm>
@@ -12,8 +14,8 @@ namespace {
 
 struct SkinnyKernel {
   void (*run)(const Nf4Skinny& work, int64_t begin, int64_t end);
-  int64_t tokens;  // at most; 0: there is none
-  // Of the kernels that take bfloat16: a row of x in their order, `group` columns at a time. Others take float32.
+  int64_t tokens;  // largest number of tokens; 0: there is no kernel
+  // For kernels on bfloat16: permutes a row of x to the kernel's order, `group` columns at a time. Null for float32.
   void (*order)(const bf16* x, int64_t columns, bf16* out) = nullptr;
   int64_t group = 1;
 };
@@ -29,10 +31,10 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
-// Rows that a kernel takes at once, at most: a chunk of rows is a multiple, or its last rows go one by one.
+// Largest number of rows that a kernel takes at a time. A chunk of rows is a multiple, except for the last rows.
 constexpr int64_t kRowsTogether = 4;
 
-// Rows whose scales are decoded together.
+// Returns the number of rows whose scales are decoded at a time.
 int64_t skinny_chunk(const FrozenWeight& weight) {
   const int64_t rows = kScaleChunk * weight.blocksize / weight.in_features();
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
@@ -74,7 +76,8 @@ Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weigh
   const Scales scales(weight);
   const bool nested = nested_scales(weight) > 0;
   parallel_for(0, n, ceil_div(kDecodeGrain, k * work.tokens), [&](int64_t begin, int64_t end) {
-    // Rows whose scales are decoded together: about kScaleChunk blocks, and whole kernel calls; all, where nothing is.
+    // Scales of about kScaleChunk blocks, in whole kernel calls, are decoded at a time; or all rows if nothing is
+    // decoded.
     const int64_t rows = nested ? skinny_chunk(weight) : end - begin;
     std::vector<float> buffer(nested ? static_cast<size_t>(rows * k / weight.blocksize + 2) : 0);
     for (int64_t first = begin; first < end; first += rows) {

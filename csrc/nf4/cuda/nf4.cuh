@@ -1,12 +1,13 @@
 // NF4 dequantize:  w_i = round(code[q_i] · s_b [· g_row]),  b = i / blocksize,  s_b = absmax_b, or, double-quantized,
 //                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
-// packed [ceil(n/2)] uint8, the high nibble the even element; n = the flat size of any shape; out [n] float32, bfloat16
-// or float16. blocksize is a power of two >= 32, so 32 aligned elements share one scale.
-// Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 of them. Output is up to
-// eight ninths of the traffic, so lanes lie along it: step by step lane l makes the l-th next 16 bytes (8 elements; 4
-// of float32), and each store of a warp is 512 bytes in a row. Its loads are then 4 (2) bytes a lane, also in a row.
-// Tables: the 16 codes lie one a lane and are read by shuffle, never in conflict. No shared memory, no barrier.
-// Rounding: float32 product and sum, each rounded, never an FMA; then once to nearest even.
+// packed [ceil(n/2)] uint8, where the high nibble is the even element; n is the flat size of any shape; out [n]
+// float32, bfloat16 or float16. blocksize is a power of two >= 32, so that 32 aligned elements share one scale.
+// Ownership: a warp owns 1024 consecutive elements. Lane l decodes the scale of the l-th 32 elements. Up to 8/9 of the
+// traffic is output, so lanes are ordered along the output: in each step lane l computes the l-th next 16 bytes (8
+// elements; 4 of float32), so that a store of a warp is 512 contiguous bytes. A warp's loads are contiguous too, 4 (2)
+// bytes per lane.
+// Tables: each lane holds one of the 16 codes and other lanes read the code by shuffle, without bank conflicts. No
+// shared memory. Rounding: float32 product and sum, each rounded, never an FMA; then rounded once to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
 
@@ -16,25 +17,25 @@
 
 namespace peft_ext {
 
-// An NF4 weight as every kernel takes it. nested_* are null unless absmax is double-quantized.
+// An NF4 weight as an argument of kernels. nested_* are null unless absmax is double-quantized.
 struct Nf4View {
   const uint8_t* packed;  // aligned to 4 bytes
-  const void* absmax;     // float, or uint8_t where nested_absmax is given
+  const void* absmax;     // float, or uint8_t with nested_absmax
   const float* nested_absmax;
   const float* nested_code;
-  const float* nested_offset;  // on the device: reading it on the host would wait for the stream
+  const float* nested_offset;  // on the device, because reading it on the host would wait for the stream
   int64_t numel;
   int log2_blocksize;
 };
 
-constexpr int kNf4Group = 32;                    // elements of one scale, at every blocksize
-constexpr int kNf4Tile = kWarpSize * kNf4Group;  // elements a warp owns
-constexpr int kNf4Warps = 8;                     // of a thread block
+constexpr int kNf4Group = 32;                    // elements that share a scale at every blocksize
+constexpr int kNf4Tile = kWarpSize * kNf4Group;  // elements per warp
+constexpr int kNf4Warps = 8;                     // warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
-constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on holds
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // 1536 threads: the most that every architecture from 8.0 on can hold
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
 
-// kNf4Code where a kernel can index it.
+// A copy of kNf4Code that device code can index.
 __device__ const float kNf4DeviceCode[16] = {
     kNf4Code[0], kNf4Code[1], kNf4Code[2],  kNf4Code[3],  kNf4Code[4],  kNf4Code[5],  kNf4Code[6],  kNf4Code[7],
     kNf4Code[8], kNf4Code[9], kNf4Code[10], kNf4Code[11], kNf4Code[12], kNf4Code[13], kNf4Code[14], kNf4Code[15],
@@ -46,7 +47,7 @@ __device__ __forceinline__ float nf4_scale(const Nf4View& weight, int64_t block)
   return fadd_rn(fmul_rn(code, weight.nested_absmax[block >> kLog2NestedBlock]), *weight.nested_offset);
 }
 
-// The 16 bytes that one lane stores at a time, and the codes they come from.
+// The 16 bytes that a lane stores at a time, and the type of the codes for them.
 template <typename T>
 struct Nf4Vector {
   using Codes = uint32_t;
@@ -75,14 +76,14 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// g of each row, and a row's length in vectors of Nf4Vector, of which a weight has less than 2^32.
+// The factor g of each row, and the length of a row in vectors of Nf4Vector. A weight has fewer than 2^32 vectors.
 struct Nf4RowScale {
   const float* scale;
   uint32_t vectors;
 };
 
-// This warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight; otherwise
-// every access is checked. All lanes take part either way, as each holds a part of the tables.
+// Dequantizes this warp's tile of the block that starts at element `first`. kWhole: the block lies within the weight;
+// otherwise every access is checked. All lanes take part either way, because each holds a part of the tables.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {
@@ -110,8 +111,8 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     }
   }
 
-  // Keeps the codes' loads above. A double-quantized scale is a chain of two loads, which the compiler would start and
-  // wait for first; so the codes are under way meanwhile.
+  // This barrier keeps the loads of the codes before the loads of the scales. A double-quantized scale is a chain of
+  // two loads, for which the compiler would wait first; now the codes are loaded at the same time.
   __syncwarp();
   const float code = kNf4DeviceCode[lane % 16];
   const int64_t group = first + lane * kNf4Group;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
     float values[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      // Nibble i ^ 1: the high one of a byte comes first. The shuffle itself drops the bits above it.
+      // Nibble i ^ 1, because the high nibble of a byte is first. The shuffle ignores the bits above the nibble.
       values[i] = fmul_rn(shuffle(code, codes[step] >> (4 * (i ^ 1)), 16), step_scale);
     }
     if constexpr (kScaled) {
@@ -135,7 +136,7 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
       }
     }
     if (kWhole || element + kSize <= weight.numel) {
-      store_vector(out + element, values);  // not streaming: a GEMM reads it next
+      store_vector(out + element, values);  // not a streaming store, because a GEMM reads the weight next
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -145,11 +146,11 @@ __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* ou
   }
 }
 
-// Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads; out is aligned to 16 bytes.
+// Grid: ceil(numel / kNf4BlockTile) blocks of kNf4Threads. out is aligned to 16 bytes.
 template <typename T, bool kScaled>
 __global__ void __launch_bounds__(kNf4Threads, kNf4BlocksPerMultiprocessor - (kScaled ? 2 : 0))
     nf4_dequantize_kernel(Nf4View weight, T* out, Nf4RowScale rows) {
-  // The choice is by block, not by warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
+  // The branch is per block, not per warp: the compiler sees that it is uniform, and shuffles need no re-convergence.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNf4BlockTile;
   if (first + kNf4BlockTile <= weight.numel) {
     nf4_dequantize_tile<T, true, kScaled>(weight, out, first, rows);

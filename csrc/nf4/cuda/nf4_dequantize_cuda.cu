@@ -1,4 +1,4 @@
-// peft_ext::nf4_dequantize for CUDA: one launch, of the pass that products take as well.
+// peft_ext::nf4_dequantize on CUDA: one launch of the kernel in nf4.cuh, which other operators use too.
 #include "nf4/cuda/nf4_weight.cuh"
 
 namespace peft_ext {
@@ -38,7 +38,7 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& ab
                            const std::optional<Tensor>& nested_offset, int64_t blocksize,
                            const std::vector<int64_t>& shape, ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
-  const bool wide = dtype == ScalarType::Double;  // the float32 value in a wider type: for checks, not for speed
+  const bool wide = dtype == ScalarType::Double;  // float32 values in a wider dtype: for tests, not for speed
   if (!wide) check_kernel_dtype(kOp, "dtype", dtype);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;

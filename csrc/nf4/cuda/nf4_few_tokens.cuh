@@ -1,18 +1,18 @@
-// A handful of tokens against an NF4 weight, in one launch, with all that comes after the product:
+// Few tokens against an NF4 weight, in one launch, with all operations after the product:
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
-// W is the A operand of mma.sync as it lies, 16 outputs by 16 inputs. The order in which inputs are summed is free: of
-// a slab of 64 inputs lane t of a row takes 16 in a row, 8 bytes, and of step s its inputs 16 t + 4 s … + 3 stand for
-// columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment; the B operand takes x in the same order, 16 bytes for two steps.
-// A byte of W becomes a pair of T by one read of a table, [256 bytes][32 lanes] so that no two lanes meet in a bank; it
-// holds the codes alone, and a block of 64 inputs' product is multiplied by its scale in float32: nearer to the exact
-// weight than to round each product of code and scale to T, as dequantize does.
-// A block of 8 warps owns 16 outputs, warp w slabs w, w + 8, …, so that a row's bytes are read in a row; the warps'
-// sums meet in shared memory, in order: no partial sums in memory, no second launch, the same bits on every card. W's
-// bytes of four slabs are on their way in registers, x's of one; lane t of a row decodes the scale of every fourth
-// slab, from a byte that was loaded four slabs before. Shared: 32 KiB, the table and, after it, the sums. Bytes moved:
-// W once; x once a block, from L2 and L1.
+// W is the A operand of mma.sync without rearranging, 16 outputs by 16 inputs. The order in which inputs are summed is
+// free: of a slab of 64 inputs, lane t of a row takes 16 consecutive inputs, 8 bytes. In step s its inputs
+// 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in the same order,
+// 16 bytes for two steps. A byte of W becomes a pair of T by one lookup in a table [256 bytes][32 lanes], which has no
+// bank conflicts. The table holds the codes alone. The product over a block of 64 inputs is multiplied by its scale in
+// float32, which is nearer to the exact weight than rounding each product of code and scale to T, as dequantize does.
+// A block of 8 warps owns 16 outputs. Warp w owns the slabs w, w + 8, …, so that the bytes of a row are read
+// contiguously. The warps' sums are added in shared memory, in order: no partial sums in memory, no second launch, and
+// equal bits on every card. W's bytes of four slabs are loaded ahead into registers, and x's of one slab. Lane t of a
+// row decodes the scale of every fourth slab, from a byte that was loaded four slabs before. Shared memory: 32 KiB, for
+// the table and then for the sums. Bytes moved: W once; x once per block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -22,23 +22,23 @@ namespace peft_ext {
 
 constexpr int kFewThreads = 256;
 constexpr int kFewWarps = kFewThreads / kWarpSize;
-constexpr int kFewRows = 16;  // outputs of a block
+constexpr int kFewRows = 16;  // outputs per block
 constexpr int kLog2FewSlab = 6;
 constexpr int kFewSlab = 1 << kLog2FewSlab;  // inputs that share a scale
-constexpr int kFewAhead = 4;                 // slabs of a warp on their way
+constexpr int kFewAhead = 4;                 // slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
-// What a token of a mixed batch finds its adapter's B by.
+// The adapter's B for one token of a mixed batch.
 struct TokenFactor {
   const void* lora_B;  // [outputs, rank]
   DType type;
-  int32_t rank;  // 0: none
+  int32_t rank;  // 0: no adapter
   float scaling;
 };
 
-// What comes after a product of few tokens.
+// The operations after a product of few tokens.
 struct TokensFinish {
-  const TokenFactor* factors;  // [tokens], instead of lora_B, its type, rank_scale and scaling, or null
+  const TokenFactor* factors;  // [tokens] or null; if given, replaces lora_B, lora_B_type, rank_scale and scaling
   int64_t rank;
   const float* s;      // [tokens, rank]
   const void* lora_B;  // [outputs, rank] of lora_B_type
@@ -49,7 +49,7 @@ struct TokensFinish {
   const void* bias_before;  // b₀, T [outputs], or null
   const void* bias_after;   // b₁
   void* y;                  // T [tokens, outputs]
-  void* z;                  // the same before g and b₁, or null
+  void* z;                  // T [tokens, outputs]: y before g and b₁; or null
 };
 
 struct FewWork {
@@ -64,7 +64,7 @@ struct FewShared {
   uint32_t words[256][kWarpSize];
 };
 
-// Of output n and some tokens from `first` on, `tokens` in all: from the product's sums.
+// Finishes output n for kTokens of the `tokens` tokens, from token `first` on, given the sums of the product.
 template <typename T, int kTokens>
 __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t outputs, int64_t n, int first,
                                               int tokens, const float (&sums)[kTokens]) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_tokens(const TokensFinish& work, int64_t 
   }
 }
 
-// The scales of a lane's two rows, on their way: what is stored of one, and, of a double-quantized one, what that says.
+// The scales of a lane's two rows while they are loaded: the stored scale and, if double-quantized, its decoded parts.
 template <bool kNested>
 struct FewScales {
   using Stored = std::conditional_t<kNested, uint8_t, float>;
@@ -135,18 +135,18 @@ struct FewScales {
   }
 };
 
-// kTiles: of 8 tokens. Grid: ceil(outputs / kFewRows).
+// kTiles: tiles of 8 tokens. Grid: ceil(outputs / kFewRows).
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_tokens_kernel(FewWork work) {
   PEFT_EXT_SHARED(FewShared, shared);
-  // By a shuffle, so that the compiler knows it to be the same in all lanes, and how often a warp loops with it.
+  // A shuffle tells the compiler that `warp` is equal in all lanes, and so is the number of the loop's rounds.
   const int warp = shuffle(static_cast<int>(threadIdx.x / kWarpSize), 0);
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFewRows;
   const int slabs = static_cast<int>(work.inputs / kFewSlab), steps = (slabs - warp + kFewWarps - 1) / kFewWarps;
-  // Beyond the last output or token a lane works on the last one's, and nobody takes what it finds.
+  // A lane beyond the last output or token computes the last one again, and its result is not stored.
   const uint8_t* codes[2];
-  uint32_t row_slab[2];  // where a row starts, in slabs
+  uint32_t row_slab[2];  // first slab of a row
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min_of(first + g + 8 * i, work.outputs - 1) * work.inputs;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     x[tile] =
         static_cast<const T*>(work.x) + min_of(tile * 8 + g, work.tokens - 1) * work.inputs + warp * kFewSlab + 16 * t;
 
-  // Of step `further` from where the pointers are, which is step `at`; nothing where a warp has no such step.
+  // Loads the codes of the step `further` after step `at`, where the pointers are. Does nothing beyond the last step.
   uint2 words[kFewAhead][2];
   const auto load_codes = [&](int at, int further, uint2(&to)[2]) {
     if (at + further >= steps) return;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
         tokens[tile][i] =
             load_cached(reinterpret_cast<const uint4*>(x[tile] + further * (kFewWarps * kFewSlab) + 8 * i));
   };
-  // This lane's slab among four steps: its two rows' blocks.
+  // This lane decodes one slab of four steps: the blocks of its two rows.
   const int shift = work.weight.log2_blocksize - kLog2FewSlab;
   const auto blocks_of = [&](int step, uint32_t (&blocks)[2]) {
     const int mine = warp + (step + t) * kFewWarps, slab = mine < slabs ? mine : slabs - 1;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   blocks_of(kFewAhead, blocks);
   ahead.load(work.weight, blocks);
 
-  // The table, 32 bytes' pairs a warp, four a round: a row of 128 bytes is one pair for all lanes.
+  // Fills the table: a warp writes the pairs of 32 bytes, four per round. A row of 128 bytes is one pair for all lanes.
   {
     const int byte = warp * kWarpSize + lane;
     const uint32_t pair = pack2<T>(kNf4DeviceCode[byte >> 4], kNf4DeviceCode[byte & 15]);
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
   }
   sync_threads();
   const SharedAt table = shared_at(&shared);
-  // The pair of byte `byte` of a word: 128 bytes of the table apart, and of those this lane's.
+  // Returns the pair of byte `byte` of a word. The rows of the table are 128 bytes apart, and each lane has its own
+  // word.
   const auto pair_of = [&](uint32_t word, int byte) {
     const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
     return load_shared_4(table + ((shifted & 0x7f80u) | lane * 4u));
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     ahead.look_up(work.weight, blocks);
 #pragma unroll
     for (int j = 0; j < kFewAhead; ++j) {
-      if (group + j >= steps) break;  // all lanes of a warp have as many
+      if (group + j >= steps) break;  // uniform: all lanes of a warp have equally many steps
       const float upper = shuffle(scales[0], j, 4), lower = shuffle(scales[1], j, 4);
       float fresh[kTiles][4] = {};
 #pragma unroll
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     for (int tile = 0; tile < kTiles; ++tile) x[tile] += kFewAhead * kFewWarps * kFewSlab;
   }
 
-  sync_threads();  // the table is read no more
+  sync_threads();  // the table is no longer read
   float (&meeting)[kFewWarps][kFewTokens][kFewRows] =
       *reinterpret_cast<float (*)[kFewWarps][kFewTokens][kFewRows]>(&shared);
 #pragma unroll

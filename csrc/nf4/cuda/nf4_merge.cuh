@@ -1,16 +1,16 @@
 // NF4 dequantize with a row scale and a low-rank merge:
-//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh, g none: no product
+//   out[n, k] = round(g[n] · (code[q] · s_b + scaling · sum_r B[n, r] A[r, k])),  b as in nf4.cuh; without g no factor
 // packed and scales of W [N, K] as in nf4.cuh, A [R, K], B [N, R], g [N] float32 -> out [N, K] float32, bfloat16 or
-// float16. K, N and R are any.
-// Ownership: a thread block owns a tile of 64 rows and 128 columns; a thread 4 rows, and of each the columns 4c to
-// 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's shared rows without conflict and store 128 (256) bytes
-// in a row.
-// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB: one is computed with while
-// cp.async fills the other. The pad spreads the transposed writes over the banks, and keeps 16-byte reads aligned.
-// Rounding: float32; the sum by FMA in order of r, then times scaling, plus code · s_b (rounded before), times g, each
-// rounded; then once to nearest even.
-// Bytes moved: those of nf4.cuh, + 4RK + 4RN + 4N; the panels of A and B come from L2 when read again, 768 R a tile.
-// R FMAs an element, in float32: at a rank above a few these, not bytes, are the time.
+// float16. K, N and R are any sizes.
+// Ownership: a thread block owns a tile of 64 rows and 128 columns. A thread owns 4 rows, and in each the columns 4c to
+// 4c + 3 and 64 + 4c to 64 + 4c + 3, so that 16 lanes read A's shared rows without conflict and store 128 (256)
+// contiguous bytes.
+// Shared memory: two slabs of 16 ranks, A [16][128] and B transposed [16][64 + 4], 24.5 KiB. One slab is used while
+// cp.async fills the other. The padding spreads the transposed writes over the banks and keeps 16-byte reads aligned.
+// Rounding: float32. The sum is by FMA in the order of r, then times scaling, plus code · s_b (rounded before), times
+// g, each step rounded; then rounded once to nearest even.
+// Bytes moved: those of nf4.cuh, plus 4RK + 4RN + 4N. Panels of A and B come from L2 when read again, 768 R per tile.
+// An element takes R float32 FMAs: for more than a few ranks the FMAs limit the speed, not the bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -19,13 +19,13 @@
 
 namespace peft_ext {
 
-constexpr int kMergeRows = 64;      // of a tile
-constexpr int kMergeColumns = 128;  // of a tile
-constexpr int kMergeRanks = 16;     // of a slab
+constexpr int kMergeRows = 64;      // rows per tile
+constexpr int kMergeColumns = 128;  // columns per tile
+constexpr int kMergeRanks = 16;     // ranks per slab
 constexpr int kMergePitch = kMergeRows + 4;
 constexpr int kMergeThreads = 256;
 constexpr int kMergeThreadRows = 4;
-constexpr int kMergeChunk = 4;  // columns in a row that a thread owns
+constexpr int kMergeChunk = 4;  // consecutive columns of a thread
 constexpr int kMergeChunks = 2;
 constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // threads along a row
 static_assert(kMergeLanes * (kMergeRows / kMergeThreadRows) == kMergeThreads, "the threads cover the tile once");
@@ -46,11 +46,11 @@ struct MergeSlab {
   float b[kMergeRanks][kMergePitch];
 };
 
-// Starts the copies of ranks [first, first + kMergeRanks) of both factors; zeros beyond R, N and K.
+// Starts copying the ranks [first, first + kMergeRanks) of both factors, with zeros beyond R, N and K.
 template <bool kAligned>
 __device__ __forceinline__ void merge_stage(const Nf4Merge& merge, MergeSlab& slab, int first, int64_t row,
                                             int64_t column) {
-  // Lanes along a row of A, 16 or 4 bytes each.
+  // Lanes go along a row of A and copy 16 or 4 bytes each.
   constexpr int kWidth = kAligned ? 4 : 1;
   constexpr int kAcross = kMergeColumns / kWidth, kDown = kMergeThreads / kAcross;
   const int k = threadIdx.x % kAcross * kWidth;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void merge_stage(const Nf4Merge& merge, MergeSlab& sl
     rank += kDown;
     a += kDown * merge.columns;
   }
-  // Lanes along a row of B, 64 bytes of it; they land in as many rows of the slab.
+  // Lanes go along a row of B, 64 bytes, and write to different rows of the slab.
   constexpr int kRows = kMergeThreads / kMergeRanks;
   rank = threadIdx.x % kMergeRanks;
   int n = threadIdx.x / kMergeRanks;
@@ -90,9 +90,9 @@ __device__ __forceinline__ void merge_store(T* out, const float (&values)[kMerge
   *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]));
 }
 
-// kAligned: K is a multiple of 4. Then a chunk starts on a byte of the codes, lies in one quantization block, within K
-// or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads, along K first; out
-// is aligned to 16 bytes.
+// kAligned: K is a multiple of 4. If kAligned, a chunk starts at a whole byte of the codes, lies in one quantization
+// block, lies within K or beyond it, and is stored at once. Grid: ceil(N / 64) · ceil(K / 128) blocks of kMergeThreads,
+// along K first. out is aligned to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge merge, T* out) {
   PEFT_EXT_SHARED(MergeSlab[2], slabs);
@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   const int64_t tile_row = blockIdx.x / across * kMergeRows, tile_column = blockIdx.x % across * kMergeColumns;
   const int own_row = threadIdx.x / kMergeLanes * kMergeThreadRows;
   const int own_column = threadIdx.x % kMergeLanes * kMergeChunk;
-  constexpr int kApart = kMergeChunk * kMergeLanes;  // from a thread's first chunk to its second
+  constexpr int kApart = kMergeChunk * kMergeLanes;  // distance of a thread's two chunks
 
   merge_stage<kAligned>(merge, slabs[0], 0, tile_row, tile_column);
   cp_async_commit();
-  // Codes and scales, a chain of up to three loads, beside the first slab's copy.
-  uint32_t codes[kMergeThreadRows];  // 16 bits a chunk
+  // Loads codes and scales, a chain of up to three loads, while the first slab is copied.
+  uint32_t codes[kMergeThreadRows];  // 16 bits per chunk
   float scales[kMergeThreadRows][kMergeChunks];
 #pragma unroll
   for (int i = 0; i < kMergeThreadRows; ++i) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
         }
       }
     }
-    sync_threads();  // the slab is filled anew in the next round
+    sync_threads();  // the slab is filled again in the next round
   }
 
   const float code = kNf4DeviceCode[threadIdx.x % 16];
@@ -165,14 +165,14 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
       float values[kMergeChunk];
 #pragma unroll
       for (int c = 0; c < kMergeChunk; ++c) {
-        uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high one of a byte comes first
+        uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high nibble of a byte is first
         float scale = scales[i][j];
         if (!kAligned && row_in && column + c < merge.columns) {
           const uint32_t byte = merge.weight.packed[(element + c) / 2];
           nibble = (element + c) % 2 == 0 ? byte >> 4 : byte;
           scale = nf4_scale(merge.weight, (element + c) >> merge.weight.log2_blocksize);
         }
-        // The shuffle itself drops the bits above the nibble.
+        // The shuffle ignores the bits above the nibble.
         const float base = fmul_rn(shuffle(code, static_cast<int>(nibble), 16), scale);
         // A product by one is exact.
         values[c] = fmul_rn(row_scale, fadd_rn(base, fmul_rn(merge.scaling, sums[i][j * kMergeChunk + c])));
@@ -189,14 +189,15 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
   }
 }
 
-// How far requantizing has moved a weight: Σ (w' - w)² and Σ w², w' as the new codes have it. A block sums every
-// gridDim.x-th kErrorThreads elements, as many blocks whatever the card, and a second kernel adds theirs in order.
+// The error of requantizing a weight: Σ (w' - w)² and Σ w², where w' is decoded from the new codes. A block sums every
+// gridDim.x-th group of kErrorThreads elements. The number of blocks does not depend on the card. A second kernel adds
+// the blocks' sums in order.
 constexpr int kErrorThreads = 256;
 constexpr int kErrorBlocks = 512;
 
 using MergeErrorShared = BlockSums<kErrorThreads>[2];
 
-// partial: [blocks][2].
+// Computes partial [blocks][2].
 static __global__ void __launch_bounds__(kErrorThreads)
     nf4_merge_error_kernel(Nf4View requantized, const float* merged, float* partial) {
   PEFT_EXT_SHARED(MergeErrorShared, shared);
@@ -216,7 +217,7 @@ static __global__ void __launch_bounds__(kErrorThreads)
   }
 }
 
-// Grid: 1, of two threads.
+// Grid: 1 block of two threads.
 static __global__ void nf4_merge_error_sum_kernel(const float* partial, int64_t blocks, double* out) {
   double sum = 0.0;
   for (int64_t block = 0; block < blocks; ++block) sum += partial[block * 2 + threadIdx.x];

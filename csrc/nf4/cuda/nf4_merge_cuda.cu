@@ -1,5 +1,5 @@
-// peft_ext::nf4_dequantize_merged for CUDA: checks what came, and launches one kernel; and peft_ext::nf4_merge, which
-// quantizes its result.
+// peft_ext::nf4_dequantize_merged on CUDA: checks the arguments and launches one kernel. peft_ext::nf4_merge also
+// quantizes the merged weight.
 #include "nf4/cuda/nf4_merge.cuh"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-// A factor or the row scale, of any float type, as float32.
+// Returns a factor or the row scale, of any float dtype, as float32.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
   STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
                   " is on another device than weight, wanted cuda:", weight.get_device_index());
@@ -65,11 +65,11 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
                     shape_of(*row_scale), ", wanted [", rows, "]");
   }
 
-  // All of these are held until the launch: the memory of a copy must not be given out before it.
+  // These tensors live until the launch, so that the memory of a copy is not reused before.
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
-  const bool wide = dtype == ScalarType::Double;  // the float32 value in a wider type: for checks, not for speed
+  const bool wide = dtype == ScalarType::Double;  // float32 values in a wider dtype: for tests, not for speed
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {

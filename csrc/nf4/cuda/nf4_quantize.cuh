@@ -1,15 +1,16 @@
-// NF4 quantize:  s_b = max |w_i| over block b,  q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))};  a tail block
-// divides by max(s_b, 1e-38), and stores that.
-// w [n] float32, bfloat16 or float16, flat -> packed [ceil(n/2)] uint8, the high nibble the even element (an odd n pads
-// a zero), absmax [ceil(n/blocksize)] float32. blocksize is a power of two from 32 to 4096.
-// Ownership: a thread block owns 8192 elements, whole blocks all; a warp 1024 of them; step by step lane l takes the
-// l-th next 16 bytes. They stay in registers from the maximum to the codes: w is read once.
-// Maximum: of the bits without the sign, as integers: a NaN is above infinity, and stays, as in torch.amax. Lanes of a
-// block meet by shuffles; above 1024 elements warps meet in shared memory: 8 words, one barrier. Then lane l takes the
-// l-th block of the warp: it makes the reciprocal, stores the maximum, beside others', and is asked by shuffle.
-// Codes: [-1, 1] has 31 bins, rint(15 v), each with one threshold at most. Lane l holds that of bin l (mod 32), and how
-// many lie below it: two shuffles and one compare find a code, exactly, ties and all.
-// Rounding: float32; reciprocal and product each once. A NaN has code 15, as in the reference.
+// NF4 quantize:  s_b = max |w_i| over block b,  q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}.  A tail block is
+// divided by max(s_b, 1e-38), which is also the stored scale.
+// w [n] float32, bfloat16 or float16, flat -> packed [ceil(n/2)] uint8, where the high nibble is the even element (an
+// odd n is padded with a zero), absmax [ceil(n/blocksize)] float32. blocksize is a power of two from 32 to 4096.
+// Ownership: a thread block owns 8192 elements, which are whole NF4 blocks; a warp owns 1024 of them. In each step lane
+// l takes the l-th next 16 bytes. The elements stay in registers between the maximum and the codes, so that w is read
+// once. Maximum: of the bits without sign, as integers. A NaN is above infinity and is kept, as in torch.amax. The
+// lanes of an NF4 block combine by shuffles. For more than 1024 elements warps combine in shared memory: 8 words, one
+// barrier. Then lane l takes the l-th NF4 block of the warp: the lane computes the reciprocal, stores the maximum
+// (adjacent lanes, adjacent words), and other lanes read the reciprocal by shuffle.
+// Codes: [-1, 1] has 31 bins, rint(15 v), each with at most one threshold. Lane l holds the threshold of bin l (mod 32)
+// and the number of thresholds below the bin: two shuffles and one comparison find the exact code, ties included.
+// Rounding: float32; reciprocal and product are each rounded once. A NaN has code 15, as in the reference.
 // Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
@@ -21,18 +22,18 @@
 
 namespace peft_ext {
 
-constexpr int kQuantizeWarps = 8;  // of a thread block
+constexpr int kQuantizeWarps = 8;  // warps per thread block
 constexpr int kQuantizeThreads = kQuantizeWarps * kWarpSize;
-constexpr int kQuantizeTile = 1024;  // elements a warp owns
+constexpr int kQuantizeTile = 1024;  // elements per warp
 constexpr int kQuantizeBlockTile = kQuantizeWarps * kQuantizeTile;
 constexpr int kQuantizeBlocksPerMultiprocessor = 4;
 
 // ---- codes
 
-// What lane l holds for bin l (0 to 15) or l - 32 (negative bins).
+// The values that lane l holds for bin l (0 to 15) or bin l - 32 (negative bins).
 struct Nf4Bins {
-  float threshold[kWarpSize];  // the one within the bin; 2, above every value, where there is none
-  uint32_t below[kWarpSize];   // thresholds of lower bins
+  float threshold[kWarpSize];  // threshold within the bin; 2, above every value, if there is none
+  uint32_t below[kWarpSize];   // number of thresholds in lower bins
 };
 
 constexpr int nf4_bin(float value) { return static_cast<int>(15.0f * value + 15.5f) - 15; }
@@ -50,7 +51,8 @@ constexpr Nf4Bins nf4_bins() {
   return bins;
 }
 
-// No two thresholds share a bin, and none is so near a bin's edge that rounding could take it to the next.
+// Returns whether no two thresholds share a bin, and no threshold is so close to a bin's edge that rounding could move
+// it.
 constexpr bool nf4_bins_hold_one_threshold() {
   for (int i = 0; i < 15; ++i) {
     if (i > 0 && nf4_bin(nf4_threshold(i)) == nf4_bin(nf4_threshold(i - 1))) return false;
@@ -74,14 +76,14 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
   return value;
 }
 
-// Appends to `codes`, as its lowest nibble, the number of thresholds below `scaled`, which is a few ulp outside [-1, 1]
-// at most. All lanes; `threshold` and `below` are this lane's of kNf4DeviceBins.
+// Appends to `codes`, as its lowest nibble, the number of thresholds below `scaled`, which is at most a few ulp outside
+// of [-1, 1]. All lanes. `threshold` and `below` are this lane's values of kNf4DeviceBins.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
-  scaled = fminf(scaled, 1.0f);  // takes a NaN to 1, which has its code, 15
-  // 1.5 · 2^23 has a unit of one: the sum is rounded to an integer, in two's complement in its low bits.
+  scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15 like NaN
+  // Floats of 1.5 · 2^23 have a unit of one: the sum is rounded to an integer, in two's complement in its low bits.
   const int bin = static_cast<int>(float_as_bits(fma_rn(scaled, 15.0f, 12582912.0f)));
   codes = (codes << 4) + shuffle(below, bin);
-  // The sign of the difference, added at once, where a compare would take a select more.
+  // Adds the sign bit of the difference: a comparison would need one more select instruction.
   return codes + (float_as_bits(fadd_rn(shuffle(threshold, bin), -scaled)) >> 31);
 }
 
@@ -89,7 +91,7 @@ __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled
 
 __device__ __forceinline__ uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// How a word of w is read. A magnitude is |w|'s bits, at the top of a word; below them, what does not count.
+// The layout of a word of w. A magnitude is the bits of |w|, at the top of a word; the lower bits do not count.
 template <typename T>
 struct QuantizeWord {
   static constexpr int kSize = 2;
@@ -112,7 +114,7 @@ struct QuantizeWord<float> {
   __device__ static __forceinline__ uint32_t bits(float value) { return float_as_bits(value); }
 };
 
-// The codes of one lane's 16 bytes.
+// The type of the codes of one lane's 16 bytes.
 template <typename T>
 struct QuantizeCodes {
   using Type = uint32_t;
@@ -123,10 +125,10 @@ struct QuantizeCodes<float> {
 };
 
 __device__ __forceinline__ float at_least_smallest(float absmax) {
-  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN is kept
 }
 
-// 16 bytes of w, or, where they are checked, the `left` elements that are there, then zeros.
+// Loads 16 bytes of w, or, if checked, the `left` elements that exist, followed by zeros.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
   using Word = QuantizeWord<T>;
@@ -149,21 +151,21 @@ __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&w
   }
 }
 
-// The tile from element `first` on, `left` of whose elements lie in w. kWhole: all do; otherwise every access is
-// checked, and the tail block, if one is there, is treated as such.
+// Quantizes the tile that starts at element `first`, of whose elements `left` lie in w. kWhole: all elements lie in w;
+// otherwise every access is checked, and a tail block is divided instead of multiplied.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int left, int log2_blocksize,
                                                   uint8_t* packed, float* absmax,
                                                   uint32_t (&warp_magnitudes)[kQuantizeWarps]) {
   using Word = QuantizeWord<T>;
   using Codes = typename QuantizeCodes<T>::Type;
-  constexpr int kSize = 4 * Word::kSize;      // elements of a lane's 16 bytes
-  constexpr int kStride = kWarpSize * kSize;  // of a step
+  constexpr int kSize = 4 * Word::kSize;      // elements in a lane's 16 bytes
+  constexpr int kStride = kWarpSize * kSize;  // elements per step
   constexpr int kSteps = kQuantizeTile / kStride;
 
   const int blocksize = 1 << log2_blocksize;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int mine = warp * kQuantizeTile + lane * kSize;  // of the tile
+  const int mine = warp * kQuantizeTile + lane * kSize;  // offset in the tile
   w += first + mine;
   uint32_t words[kSteps][4];
 #pragma unroll
@@ -180,7 +182,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
 #pragma unroll
     for (int i = 0; i < 4; ++i) magnitudes[step] = max_u32(magnitudes[step], Word::magnitude(words[step][i]));
   }
-  // Steps of one block first: they need no shuffle.
+  // Combines the steps of one NF4 block first, because that needs no shuffle.
 #pragma unroll
   for (int apart = 1; apart < kSteps; apart *= 2) {
     if (apart * kStride < blocksize) {
@@ -214,7 +216,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int step = 1; step < kSteps; ++step) magnitudes[step] = magnitudes[0];
   }
 
-  // Lane l takes the l-th block of this warp's elements; where they are fewer, or lie in one, the others idle.
+  // Lane l takes the l-th NF4 block of this warp's elements. If there are fewer blocks than lanes, the other lanes
+  // idle.
   const int start = lane << log2_blocksize;
   uint32_t magnitude = 0;
 #pragma unroll
@@ -238,7 +241,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     const float step_divisor = kWhole ? 1.0f : shuffle(divisor, block);
     const int element = mine + step * kStride;
     const bool tail = !kWhole && (element | (blocksize - 1)) >= left;
-    // Read again: there are not registers enough for elements and for checks.
+    // Loads the elements again: there are not enough registers for both the elements and the checks.
     if (!kWhole) quantize_load<T, kWhole>(w + step * kStride, left - element, words[step]);
     uint32_t codes = 0;
     float values[kSize];
@@ -246,10 +249,10 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int i = 0; i < 4; ++i) Word::values(words[step][i], values + i * Word::kSize);
 #pragma unroll
     for (int nibble = kSize - 1; nibble >= 0; --nibble) {
-      const int i = nibble ^ 1;  // the even element is the high nibble
+      const int i = nibble ^ 1;  // the high nibble is the even element
       float scaled = fmul_rn(values[i], step_inverse);
       if (tail) scaled = values[i] / step_divisor;
-      if (!kWhole && element + i >= left) scaled = 0.0f;  // what pads an odd count
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // padding of an odd count
       codes = nf4_append_code(codes, scaled, threshold, below);
     }
     uint8_t* to = packed + step * kStride / 2;
@@ -264,12 +267,12 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
   }
 }
 
-// Grid: ceil(numel / kQuantizeBlockTile) blocks of kQuantizeThreads; w is aligned to 16 bytes, packed to 4.
+// Grid: ceil(numel / kQuantizeBlockTile) blocks of kQuantizeThreads. w is aligned to 16 bytes, packed to 4.
 template <typename T>
 __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiprocessor)
     nf4_quantize_kernel(const T* w, int64_t numel, int log2_blocksize, uint8_t* packed, float* absmax) {
   PEFT_EXT_SHARED(uint32_t[kQuantizeWarps], warp_magnitudes);
-  // The choice is by thread block, so shuffles and the barrier are met by all.
+  // The branch is per thread block, so that all threads meet the shuffles and the barrier.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQuantizeBlockTile;
   if (first + kQuantizeBlockTile <= numel) {
     nf4_quantize_tile<T, true>(w, first, kQuantizeBlockTile, log2_blocksize, packed, absmax, warp_magnitudes);
@@ -282,12 +285,12 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 // ---- the scales of a double-quantized weight
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
-// the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, as it is.
-// A warp owns a group, 8 values a lane; thresholds lie in shared memory, 1 KiB, found by bisection: there is one scale
-// for 32 weights at least, so bank conflicts cost nothing that shows. A NaN is code 255.
-// Bytes moved: 5n + 4n/256, and the table once a thread block.
+// the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
+// A warp owns a group, 8 values per lane. Thresholds lie in shared memory, 1 KiB, and are searched by bisection: there
+// is at most one scale per 32 weights, so that bank conflicts hardly matter. A NaN has code 255.
+// Bytes moved: 5n + 4n/256, and the table once per thread block.
 
-// Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads; x is aligned to 16 bytes, codes to 4.
+// Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, codes to 4.
 static __global__ void __launch_bounds__(kQuantizeThreads)
     nf4_quantize_absmax_kernel(const float* x, const float* code, int64_t numel, uint8_t* codes, float* absmax) {
   PEFT_EXT_SHARED(float[kNestedCodes - 1], thresholds);

@@ -1,11 +1,11 @@
-// peft_ext::nf4_quantize and peft_ext::nf4_quantize_absmax for CUDA: check what came, and launch one kernel each.
+// peft_ext::nf4_quantize and peft_ext::nf4_quantize_absmax on CUDA: check the arguments and launch one kernel each.
 #include "nf4/cuda/nf4_quantize.cuh"
 #include "nf4/cuda/nf4_weight.cuh"
 
 namespace peft_ext {
 namespace {
 
-// `tensor` as kernels read it: dense, and aligned to 16 bytes. It nearly always is; a copy otherwise.
+// Returns a contiguous tensor aligned to 16 bytes: `tensor` itself, which is the usual case, or a copy.
 Tensor dense_and_aligned(const Tensor& tensor) {
   const Tensor dense = as_contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);

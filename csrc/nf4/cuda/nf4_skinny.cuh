@@ -1,16 +1,16 @@
-// Some tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ,  T <= 64, W decoded on its way to the tensor cores.
+// Up to 64 tokens against an NF4 weight:  Z [T, N] = x [T, K] Wᵀ, where W is decoded on its way to the tensor cores.
 //
-// W is the A operand of mma.sync, as it lies: row-major, 16 outputs by 16 inputs. The order in which inputs are summed
-// is free, so lane t of a row takes 16 consecutive ones of every 64, 8 bytes in a row: of step s (16 of the 64 inputs)
-// its inputs 16 t + 4 s … + 3 stand for columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand takes x in
-// the same order, which makes it 16 bytes in a row of x for two steps. A block of 4 warps owns 128 outputs, a warp 32,
-// and a chunk of K (split-K: one weight alone must fill the device); slabs of 64 inputs pass through kSkinnyStages of
-// shared memory by cp.async: W's bytes, which only the lane that copied them reads, and x's, padded by 16 bytes a row,
-// which spreads a quarter warp's 16-byte loads over all banks. A double-quantized scale is a
-// chain of two loads: the first is made two slabs ahead, the second one. Sums: float32; partial sums [chunks of
-// K][T][padded N], which skinny_finish_kernel adds in order, with all that comes after: the low-rank term, g and the
-// biases. Weights are rounded to T as dequantize does, then multiplied. Bytes moved: W once, x once a block, the
-// partial sums twice (they stay in L2).
+// W is the A operand of mma.sync without rearranging: row-major, 16 outputs by 16 inputs. The order in which inputs are
+// summed is free, so lane t of a row takes 16 consecutive inputs of every 64, 8 contiguous bytes. In step s (16 of the
+// 64 inputs) its inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand
+// takes x in the same order, so that two steps read 16 contiguous bytes of a row of x. A block of 4 warps owns 128
+// outputs, a warp 32, and a chunk of K (split-K, because one weight alone must fill the device). Slabs of 64 inputs
+// pass through kSkinnyStages stages of shared memory by cp.async: W's bytes, which only the lane that copied them
+// reads, and x's rows, padded by 16 bytes, so that 16-byte loads of a quarter warp spread over all banks. A
+// double-quantized scale is a chain of two loads: the first is started two slabs ahead, the second one slab ahead. Sums
+// are float32. skinny_finish_kernel adds the partial sums [chunks of K][T][padded N] in order, and computes the
+// low-rank term, g and the biases. Weights are rounded to T, as in dequantize, before they are multiplied. Bytes moved:
+// W once, x once per block, the partial sums twice (they stay in L2).
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -19,8 +19,8 @@
 namespace peft_ext {
 
 constexpr int kSkinnyThreads = 128;
-constexpr int kSkinnyRows = 128;  // outputs of a block
-constexpr int kSkinnySlab = 64;   // inputs of a stage
+constexpr int kSkinnyRows = 128;  // outputs per block
+constexpr int kSkinnySlab = 64;   // inputs per stage
 constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
@@ -34,13 +34,13 @@ struct Skinny {
   int64_t padded_outputs;
 };
 
-// As many as 48 KiB hold.
+// Number of stages: as many as fit into 48 KiB.
 template <int kTokenTiles>
 constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // by (tile of 16 rows, upper or lower 8 of it), then by thread
+  uint2 codes[4][kSkinnyThreads];  // [tile of 16 rows, upper or lower 8 rows][thread]
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  // A lane's four scales: what is stored of them, two slabs ahead; what that stands for, one slab ahead; then they.
+  // A lane's four scales: the stored scales are loaded two slabs ahead, and looked up one slab ahead.
   const bool nested = work.weight.nested_absmax != nullptr;
   const float offset = nested ? *work.weight.nested_offset : 0.0f;
   uint32_t stored[4] = {};
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // x is there for all, and nobody reads the stage before it any more
+    sync_threads();  // x is complete for all threads, and the stage before is no longer read
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
       }
 }
 
-// Where skinny_finish_kernel finds the product.
+// The product that skinny_finish_kernel reads.
 struct SkinnySums {
   const float* partial;
   int64_t chunks, padded_outputs;
@@ -188,10 +188,10 @@ struct SkinnySums {
   int64_t outputs;
 };
 
-constexpr int kFinishTokens = 8;  // of a thread, which reads its row of B once for them
+constexpr int kFinishTokens = 8;  // tokens per thread, which reads its row of B once for all of them
 
-// What TokensFinish says, of Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads); y: ceil(tokens /
-// kFinishTokens).
+// Computes the operations of TokensFinish on the sums Σ_chunks partial. Grid: x: ceil(outputs / kSkinnyThreads);
+// y: ceil(tokens / kFinishTokens).
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads) skinny_finish_kernel(SkinnySums product, TokensFinish work) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kSkinnyThreads + threadIdx.x;

@@ -1,4 +1,4 @@
-// NF4 weights on a GPU: quantized, viewed by kernels, decoded whole.
+// Host functions for NF4 weights on CUDA: quantizing, views for kernels, and dequantizing a whole weight.
 #pragma once
 
 #include <tuple>
@@ -10,11 +10,11 @@ namespace peft_ext {
 
 Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight);
 
-// [N, K] in `type`: the dense weight itself, or the NF4 weight dequantized; of an NF4 weight with K a multiple of 8,
-// row n times row_scale[n], where that is given, rounded once.
+// Returns [N, K] in `type`: the dense weight itself, or the dequantized NF4 weight. For an NF4 weight with K a multiple
+// of 8, row_scale may be given: row n is multiplied by row_scale[n] and rounded once.
 Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 
-// Packed codes and float32 scales of a weight of any float type and shape.
+// Returns packed codes and float32 scales of a weight of any float dtype and shape.
 std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize);
 
 }  // namespace peft_ext

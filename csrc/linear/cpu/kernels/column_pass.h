@@ -1,4 +1,4 @@
-// Columns scaled and summed in one pass (ColumnPass). Included after the target pragma.
+// ColumnPass: scales the columns of a matrix and sums columns, in one pass. Include this file after the target pragma.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// sums alone in float32, which needs no room between: rows together, each column's products added in their order.
+// Computes only sums, in float32, without an intermediate copy: a few rows at a time, each column's products added in
+// order.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);
@@ -59,7 +60,7 @@ void column_range(const ColumnPass& pass, int64_t begin, int64_t end) {
   }
 }
 
-// out alone in float32, which needs no room between.
+// Computes only the scaled matrix, in float32, without an intermediate copy.
 void scale_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const float* from = static_cast<const float*>(pass.m) + t * pass.columns;

@@ -1,7 +1,7 @@
-// Products with the few elements that dropout hides (Dropped), in float32. Included after the target pragma.
+// Dropped: float32 products with the few elements that dropout drops. Include this file after the target pragma.
 //
-// W's columns are rows here. A strip of kDroppedStrip of W's rows, or of its columns, stays in cache while the tokens
-// pass by; each element of a token then costs a row of the strip, or a dot product with one.
+// W comes transposed, so that W's columns are rows here. A strip of kDroppedStrip of W's rows, or of its columns, stays
+// in cache while all tokens use it. Each dropped element costs one row of the strip, or one dot product with a row.
 #pragma once
 
 #include "cpu/row_loop.h"
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-// f(column) for each column of [begin, end) that the token drops; begin is a multiple of 32.
+// Calls f(column) for each column of [begin, end) that dropout drops for the token. begin is a multiple of 32.
 template <typename F>
 inline void for_dropped(const Dropped& work, int64_t token, int64_t begin, int64_t end, const F& f) {
   for (int64_t k = begin; k < end; k += 32) {

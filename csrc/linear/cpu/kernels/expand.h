@@ -1,7 +1,7 @@
-// Y of what a product left and the low-rank term (Expand). Included after the target pragma.
+// Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma.
 //
-// kTokens rows by kVecs vectors of sums in registers, over the rank; `right` streams from L2 once for kTokens rows. y
-// is written once.
+// kTokens rows by kVecs vectors of sums stay in registers over the whole rank. `right` is read from L2 once per kTokens
+// rows. y is written once.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"
@@ -34,7 +34,7 @@ inline void expand_block(const Expand& expand, int64_t t, int64_t n, int64_t wid
   }
 }
 
-// y = scale ∘ before, in float32, which needs no room between; y may be where before is.
+// Computes y = scale ∘ before in float32, without an intermediate copy. y and before may be the same memory.
 void scale_rows(const Expand& expand, int64_t begin, int64_t end, int64_t first, int64_t last) {
   for (int64_t t = begin; t < end; ++t) {
     const float* from = expand.before + t * expand.columns;

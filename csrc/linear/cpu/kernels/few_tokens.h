@@ -1,4 +1,5 @@
-// Few tokens against the rows of a matrix, each read once (FewTokens). Included after the target pragma.
+// FewTokens: multiplies few tokens with the rows of a matrix, each row read once. Include this file after the target
+// pragma.
 #pragma once
 
 #include "cpu/token_groups.h"
@@ -7,11 +8,11 @@
 namespace peft_ext {
 namespace {
 
-// The values of tokens behind the last whole vector of a row, and zeros.
+// For each token, the values after the last whole vector of a row, padded with zeros.
 template <int kCount>
 using Tails = float[kCount][Vec::kWidth];
 
-// Values in float32: where they lie, or in a buffer.
+// Returns x in float32: x itself, or a converted copy in the buffer.
 inline const float* widened(const float* x, int64_t, float*) { return x; }
 template <typename T>
 inline const float* widened(const T* x, int64_t count, float* buffer) {
@@ -19,12 +20,12 @@ inline const float* widened(const T* x, int64_t count, float* buffer) {
   return buffer;
 }
 
-// A row's sums with each token. Short rows (B's have the rank's length) are all reduction: no sum that no vector was
-// added to takes part in it.
+// Computes the sums of one row with each token. Rows of B have the rank's length, so that most of the time goes into
+// adding up vectors: only vectors that hold a sum are added up.
 template <typename T, int kCount>
 inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, const Tails<kCount>& tails,
                            float* sums) {
-  // One token's sum would wait for the product before it.
+  // With few tokens several sums per token are needed, because a sum must wait for the product before.
   constexpr int kSums = kCount >= 4 ? 1 : 4;
   constexpr int kStep = kSums * Vec::kWidth;
   static_assert(kPanel % kStep == 0, "the tail is the last panel's");

@@ -1,7 +1,7 @@
-// The low-rank path on the CPU, and what else passes over activations once: what each instruction set provides.
+// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of them.
 //
-// Matrices of rank are float32, their rank padded with zeros to a multiple of kRankStep. Sums are float32 in an order
-// that depends on the sizes alone.
+// Matrices with a dimension of the rank are float32, and the rank is padded with zeros to a multiple of kRankStep. The
+// order of all sums depends only on the sizes.
 #pragma once
 
 #include <stdint.h>
@@ -12,18 +12,18 @@
 namespace peft_ext {
 
 constexpr int64_t kRankStep = 16;
-// Rows and columns that a pass takes together.
+// Rows and columns that a pass takes at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
-// One pass over the rows [begin, end) and the columns [first, last) of m [T, K], dropped on the way when dropout is
-// active (flat index t K + k); all columns where `right` or squares are given, else `first` is a multiple of
-// kColumnStep:
+// One pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, m is dropped
+// first (flat index t K + k). With `right` or squares the pass must take all columns; otherwise `first` is a multiple
+// of kColumnStep. The pass computes, for each pointer that is given:
 //   right given:    out[t, r] = sum_k m[t, k] right[k, r]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ
 //   left given:     acc[k, r] += sum_t m[t, k] left[t, r]          dA = Pᵀ x̃, dB = dYᵀ S
 //   totals given:   totals[k] += sum_t m[t, k]                     db of a bias
 //   squares given:  squares[t] = sum_k m[t, k]²
-//   keep given:     the mask as bits: k % 32 of word k / 32 of a row
+//   keep given:     bits of the mask: bit k % 32 of word k / 32 of a row
 struct RowPass {
   const void* m;
   DType dtype;
@@ -40,17 +40,18 @@ struct RowPass {
   int64_t keep_words = 0;
 };
 
-// The end of a product that was made elsewhere, or of the low-rank one alone. For the rows [begin, end) and the columns
-// [first, last), first a multiple of kColumnStep:
+// The last pass over a base product, or over the low-rank product alone. For the rows [begin, end) and the columns
+// [first, last), where first is a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual
-// each element written once, rounded once to dtype. All but left and right may be absent; rank 0 has no low-rank term.
+// Each element is written once and rounded once to dtype. A null pointer leaves its term out. With rank 0 the low-rank
+// term is left out.
 struct Expand {
   void* y;
   void* z = nullptr;
   DType dtype;
   int64_t columns;
   int64_t rank;    // padded
-  int64_t stride;  // of right's rows and of the vectors: columns, padded with zeros to a multiple of kColumnStep
+  int64_t stride;  // row stride of right, and length of vectors: columns, zero-padded to a multiple of kColumnStep
   Dropout dropout;
   const float* left = nullptr;         // [T, rank]
   const float* right = nullptr;        // [rank, stride]
@@ -64,10 +65,10 @@ struct Expand {
 
 constexpr int64_t kColumnStep = 32;
 
-// Few tokens against the rows [begin, end) of w: y[t, n] (+)= sum_k x[t, k] w[n, k]. w is read once.
+// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once.
 struct FewTokens {
   const void* w;  // [rows, columns]
-  DType dtype;    // of w
+  DType dtype;    // dtype of w
   int64_t rows, columns, tokens;
   const float* x;  // [tokens, columns]
   float* y;        // [tokens, rows]
@@ -82,7 +83,7 @@ struct ColumnPass {
   const void* m;
   DType dtype;
   int64_t columns;
-  void* out = nullptr;  // of dtype
+  void* out = nullptr;  // [T, K] of dtype
   const float* scale = nullptr;
   float shift = 0.0f;
   const void* other = nullptr;
@@ -90,7 +91,7 @@ struct ColumnPass {
   float* sums = nullptr;  // [K], zeroed by the caller
 };
 
-// out = mask/(1-p) ∘ m for the flat elements [begin, end), begin a multiple of kDropTogether.
+// Computes out = mask/(1-p) ∘ m for the flat elements [begin, end). begin is a multiple of kDropTogether.
 struct DropElements {
   const void* m;
   DType dtype;
@@ -99,19 +100,19 @@ struct DropElements {
 };
 constexpr int64_t kDropTogether = 512;
 
-// Products with the elements that a mask hides, where they are few. W [N, K] comes as its columns, some rows of it at a
-// time. For the tokens [begin, end):
-//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over the k that are hidden, for kDroppedStrip n from `row` on
-//   dropped_dots      out[t, k] (+)= sum_n m[t, n] W[n, k], for the k of kDroppedStrip from `column` on that are hidden
+// Products with the elements that the mask drops, for few dropped elements. W [N, K] comes transposed, a group of its
+// rows at a time. For the tokens [begin, end):
+//   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`
+//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`
 struct Dropped {
   const void* m;
   DType dtype;
-  int64_t m_stride;  // of m's rows
+  int64_t m_stride;  // row stride of m
   int64_t columns;   // K
-  int64_t rows;      // of W, at most kDroppedRows
+  int64_t rows;      // rows of W in this group, at most kDroppedRows
   const uint32_t* keep;
   int64_t keep_words;
-  const float* turned;  // [K, stride], zeros behind the last of `rows`
+  const float* turned;  // [K, stride]: the group of rows, transposed and zero-padded
   int64_t stride;       // a multiple of kDroppedStrip
   float* out;
   int64_t out_stride;

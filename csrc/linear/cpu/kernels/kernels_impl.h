@@ -1,5 +1,5 @@
-// All kernels of a CPU path: after this file a kernel table can be filled. Included after the target pragma and after
-// the path's Vec (cpu/simd_<isa>.h).
+// Includes all kernels of one instruction set, so that a kernel table can be filled. Include this file after the target
+// pragma and after the instruction set's Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "linear/cpu/kernels/column_pass.h"

@@ -1,4 +1,4 @@
-// The low-rank path with NEON. See kernels.h for the contract.
+// The kernels of kernels.h, compiled for NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "linear/cpu/kernels/kernels_impl.h"

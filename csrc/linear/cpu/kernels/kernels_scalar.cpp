@@ -1,4 +1,4 @@
-// The low-rank path on any CPU. See kernels.h for the contract.
+// The kernels of kernels.h in plain C++, for any CPU.
 #include "cpu/simd_scalar.h"
 #include "linear/cpu/kernels/kernels_impl.h"
 

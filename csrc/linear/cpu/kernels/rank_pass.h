@@ -1,9 +1,9 @@
-// The rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃ (RowPass), and x̃ alone. Included after the target pragma.
+// RowPass: the rank pass, S = x̃ Aᵀ and dA = Pᵀ x̃, and x̃ alone. Include this file after the target pragma.
 //
-// kTokens rows by kPanel columns are widened to float32 (and dropped) in L1; each value is then broadcast against a row
-// of `right` (sum kept in registers over the panel) and against a row of `left` (sum kept in `acc`). The panel is the
-// outer loop: its rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 over all tokens. m is read once,
-// in its own dtype; nothing of its size is written.
+// kTokens rows by kPanel columns of m are widened to float32, and dropped, in L1. Each value is then multiplied with a
+// row of `right`, whose sums stay in registers over the panel, and with a row of `left`, whose sums are kept in `acc`.
+// The outer loop runs over panels: a panel's rows of `right` and `acc`, 2 x kPanel x rank x 4 bytes, stay in L2 for all
+// tokens. m is read once, in its own dtype, and no other matrix of m's size is read or written.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"
@@ -11,7 +11,7 @@
 namespace peft_ext {
 namespace {
 
-// The sum of products over `count` values, in vectors and then over their lanes.
+// Returns the sum of `count` products, added in vectors first, and then over the lanes of a vector.
 inline float dot(const float* a, const float* b, int64_t count) {
   Vec sum = Vec::zero();
   int64_t i = 0;
@@ -24,7 +24,7 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-// Rows [t, t + tokens), columns [k, k + width) of m, widened and dropped.
+// Loads rows [t, t + tokens) and columns [k, k + width) of m, widened and dropped.
 template <typename T>
 inline void load_block(const RowPass& pass, int64_t t, int tokens, int64_t k, int64_t width, RowBlock* block) {
   for (int i = 0; i < tokens; ++i) {

@@ -1,5 +1,5 @@
-// What the kernels of a CPU path share: rows widened to float32 in L1. Written once over Vec (cpu/simd_<isa>.h);
-// included after the target pragma.
+// A block of rows that is widened to float32 in L1, used by several kernels. The code is written over the type Vec
+// (cpu/simd_<isa>.h), and included after the target pragma.
 #pragma once
 
 #include "cpu/philox_impl.h"

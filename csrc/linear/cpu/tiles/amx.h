@@ -1,5 +1,6 @@
-// The tile instructions of AMX-BF16, one macro each: a tile's number is part of the instruction. Tiles are 16 rows of
-// 64 bytes. Include after target_amx.h. amx_emulated.h has the same names in plain code.
+// Macros for the tile instructions of AMX-BF16. The definitions are macros because the number of a tile register is
+// part of the instruction. A tile has 16 rows of 64 bytes. Include this file after target_amx.h. amx_emulated.h has the
+// same macros in C++.
 #pragma once
 
 #include <immintrin.h>
@@ -24,12 +25,12 @@ inline void amx_release() { _tile_release(); }
 }  // namespace
 }  // namespace peft_ext
 
-// of 1 KiB in a row
+// Loads a tile from 1 KiB of contiguous memory.
 #define AMX_LOAD(tile, base) _tile_loadd(tile, base, 64)
-// rows that lie `stride` bytes apart
+// Loads a tile whose rows are `stride` bytes apart.
 #define AMX_LOAD_ROWS(tile, base, stride) _tile_loadd(tile, base, stride)
 #define AMX_STORE(tile, base) _tile_stored(tile, base, 64)
-// sums [16][16] += rows [16][32] lanes [16 pairs][16][2]
+// Computes sums [16][16] += rows [16][32] lanes [16 pairs][16][2].
 #define AMX_PRODUCT(sums, rows, lanes) _tile_dpbf16ps(sums, rows, lanes)
-// The compiler does not know that a tile load reads memory: what was stored before must be there.
+// The compiler does not know that a tile load reads memory: the barrier makes it finish earlier stores.
 #define AMX_MEMORY_BARRIER() __asm__ volatile("" ::: "memory")

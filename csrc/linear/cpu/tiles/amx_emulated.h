@@ -1,6 +1,6 @@
-// What amx.h has, in plain code, so that the AMX kernels are tested where there is no AMX. The sums of a product are
-// made as the instruction makes them: even and odd products of a row in two chains, their total added to the old sum.
-// It aborts where a tile is used before amx_configure().
+// The macros of amx.h in plain C++, so that the AMX kernels can be tested on a CPU without AMX. The order of the sums
+// is that of the instruction: even and odd products of a row form two chains, whose total is added to the old sum. The
+// process aborts if a tile is used before amx_configure().
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,5 @@
-// dX of one panel of W's columns. Included after the target pragma and the files of an instruction set.
+// The backward for one panel of W's columns: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). Include this file after the
+// target pragma and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -9,7 +10,7 @@ namespace {
 
 inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
-// block += P A + H W; the whole block is masked then, and has to be clear before, where the layer has a mask.
+// Adds P A + H W to the block, and then masks the whole block. With a mask the block must be zero before the call.
 inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const bf16* lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
@@ -26,7 +27,7 @@ inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, 
   }
 }
 
-// The block as it is in dX.
+// Loads the present values of dX into the block.
 inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
   block->each([&](Row v, int r, int j) {
     const int64_t k = work.weight.columns, at = column + j * kStrip;
@@ -35,7 +36,8 @@ inline void load_sums(const TileBackward& work, int64_t column, int64_t token, B
   });
 }
 
-// dX of `count` layers, each with the lanes of its W; columns: with `given`, W's columns from `column` on; term: room.
+// Computes a block of the sum of dX of `count` layers. lanes: W's columns as right strips, for each layer. columns:
+// with `given`, W's columns from `column` on, as rows. term: memory for one more block.
 inline void backward_block(const TileBackward* works, int count, int64_t column, int64_t strip,
                            const bf16* const* lanes, const bf16* columns, Block* block, Block* term, Ahead* ahead) {
   const TileBackward& work = works[0];

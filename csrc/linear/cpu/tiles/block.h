@@ -1,17 +1,18 @@
-// A block of up to 2 x 2 strips of sums, which stays in L1: cleared, added to, and written once. Included after the
-// target pragma and after the files of an instruction set, which have
+// A block of up to 2 x 2 strips of sums, which stays in L1. The kernels clear a block, add products to it, and write
+// its results once. Include this file after the target pragma and after the files of an instruction set, which define
 //   Row: 16 sums, with the operations of the Vec of simd_<isa>.h
-//   transposed(part, rows): the columns of 16 x 16 sums
-//   store_row(out, first, second, count): two rows one after the other, rounded; `count` of the 32 are stored
-//   kLowRankRows: rows of sums that stay in registers together
+//   transposed(part, rows): returns the columns of 16 x 16 sums
+//   store_row(out, first, second, count): rounds two Rows and stores the first `count` of their 32 values
+//   kLowRankRows: number of rows of sums that stay in registers at a time
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep, kDecodeStrips:
-//     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB
-//     and a step of `ahead` for each kRowsOfStep rows of it and each tile of the depth, or none
-//   rows_of(matrix, columns), kFewStrips: rows of a row-major matrix as such a left operand, whole tiles of it, which
-//     up to so many strips of tokens are multiplied with; none: always a copy in strips
-//   decodes_rows(weight), decoded_rows(weight, row): whether rows of this W can be such a left operand, decoded on the
-//     way, of one strip of tokens, and that
-//   class TileUnit: an object lives while a task multiplies.
+//     c[i][j] += left strip i times right strip j, for up to 2 x 2 strips; c[i][j] is [16][16] float32, 1 KiB. The
+//     function may call ahead->fetch() once per kRowsOfStep rows and tile of the depth
+//   rows_of(matrix, columns), kFewStrips: whole tiles of a row-major matrix as a left operand without a copy. This way
+//     is used for up to kFewStrips strips of tokens; with kFewStrips 0 W is always copied to strips
+//   decodes_rows(weight): whether rows of this W can be a left operand that is decoded during the product with one
+//     strip of tokens
+//   decoded_rows(weight, row): that left operand
+//   class TileUnit: an object of the class exists while a task multiplies.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -19,7 +20,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int kBlockStrips = 2;  // strips of a block, either way
+constexpr int kBlockStrips = 2;  // strips of a block, in rows and in lanes
 constexpr int kBlockElements = kBlockStrips * kBlockStrips * kStrip * kStrip;
 
 template <typename Left>
@@ -36,7 +37,7 @@ struct Block {
   void clear() {
     for (int i = 0; i < kBlockElements; i += kStrip) Row::zero().store(c + i);
   }
-  // f(sums, row of the block, right strip) -> sums, for every row of every part.
+  // Replaces the sums of every row of every part by f(sums, row of the block, right strip).
   template <typename F>
   void each(const F& f) {
     for (int i = 0; i < left; ++i)
@@ -48,8 +49,8 @@ struct Block {
   }
 };
 
-// Column j of the block's parts: c += left [rows, rank] right [rank, 16], in float32: the low-rank term, of some lanes
-// where kSome says so.
+// Adds left [rows, rank] right [rank, 16] to column j of the block's parts, in float32: the low-rank term. With kSome,
+// only the given lanes change.
 template <bool kSome>
 inline void add_low_rank(const float* left, const float* right, int64_t rank, int j, Block* block, uint16_t lanes) {
   for (int row = 0; row < block->left * kStrip; row += kLowRankRows) {
@@ -68,13 +69,13 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, in
   }
 }
 
-// The same of every column; right [strips, rank, 16].
+// Adds the low-rank term to every column of the block. right is [strips, rank, 16].
 inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }
 
-// The block, whose rows are columns of out and whose lanes are rows of out, transposed into out [tokens, columns];
-// more: what is added, of each of the block's tokens kPanelStep values, or null.
+// Writes the block transposed into out [tokens, columns]: the block's rows are columns of out, and its lanes are rows
+// of out. more: null, or kPanelStep values per token of the block, which are added.
 inline void store_transposed(Block* block, bf16* out, int64_t token, int64_t tokens, int64_t column, int64_t columns,
                              const float* more = nullptr) {
   for (int j = 0; j < block->right; ++j) {

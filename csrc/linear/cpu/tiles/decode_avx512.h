@@ -1,5 +1,5 @@
-// W as panels of strips: rows of it for the forward, columns for the backward, decoded from NF4 on the way. In AVX-512
-// with BF16; included after the target pragma.
+// Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward. An
+// NF4 weight is decoded during the conversion. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-// The 16 values of a block, rounded to bfloat16, twice: vpermw reads five bits of an index whose fifth is noise.
+// Returns the 16 values of a block, rounded to bfloat16, twice: vpermw reads a fifth bit of each index, which is noise.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));
@@ -21,7 +21,7 @@ inline __m512i decode32(const uint8_t* packed, __m512i table) {
   return _mm512_permutexvar_epi16(index, table);
 }
 
-// Any run of a weight's flat elements, wherever its blocks and bytes begin.
+// Decodes any run of a weight's flat elements. The run may begin and end anywhere in a block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   if (w.dense != nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = w.dense[flat + i];
@@ -44,7 +44,7 @@ inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* o
   }
 }
 
-// Up to 64 columns from `column`, a multiple of 64, of a row as two registers, zeros beyond `count`.
+// Decodes up to 64 columns of a row into two registers, with zeros beyond `count`. `column` is a multiple of 64.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, __m512i* out) {
   const int64_t flat = row * w.columns + column;
   if (aligned) {
@@ -64,7 +64,7 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = _mm512_load_si512(run + 32);
 }
 
-// Rows [begin, end) as left strips over the columns.
+// Converts the rows [begin, end) to left strips over the columns.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.columns);
   const bool aligned = aligned_blocks(w);
@@ -81,7 +81,7 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
-// Columns [begin, end), begin a multiple of kPanelStep, as right strips over the rows.
+// Converts the columns [begin, end) to right strips over the rows. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);

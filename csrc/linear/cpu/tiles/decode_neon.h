@@ -1,5 +1,5 @@
-// W as panels of strips: rows of it for the forward, columns for the backward, decoded from NF4 on the way, on Arm.
-// Included after the target pragma and the microkernel's file.
+// Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. An NF4 weight is
+// decoded during the conversion. Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -20,14 +20,14 @@ inline Values32 values32(const bf16* from) {
   return out;
 }
 
-// The first so many, and zeros behind them.
+// Loads the first `count` values, and zeros after them.
 inline Values32 values32(const bf16* from, int64_t count) {
   bf16 lanes[kTileDepth] = {};
   if (count > 0) memcpy(lanes, from, static_cast<size_t>(min_i64(kTileDepth, count)) * sizeof(bf16));
   return values32(lanes);
 }
 
-// The 16 values of a block, rounded to bfloat16.
+// Returns the 16 values of a block, rounded to bfloat16.
 inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
   const Vec scale = Vec::broadcast(w.absmax[block]);
   Vec values[4];
@@ -38,7 +38,7 @@ inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
 
 inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
   const Nibbles codes = nibbles(packed);
-  uint16x8_t words[2][2];  // of the even elements, of the odd ones
+  uint16x8_t words[2][2];  // words of the even elements, and words of the odd elements
   for (int i = 0; i < 2; ++i) {
     const uint8x16_t index = i == 0 ? codes.even : codes.odd;
     const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
@@ -49,7 +49,7 @@ inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
            vzip1q_u16(words[0][1], words[1][1]), vzip2q_u16(words[0][1], words[1][1])}};
 }
 
-// Any run of an NF4 weight's flat elements, wherever its blocks and bytes begin.
+// Decodes any run of an NF4 weight's flat elements. The run may begin and end anywhere in a block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   for (int64_t i = 0; i < count;) {
     const int64_t at = flat + i, block = at >> w.block_shift;
@@ -64,7 +64,7 @@ inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* o
   }
 }
 
-// Up to 64 columns from `column`, a multiple of 64, of a row, zeros beyond `count`.
+// Decodes up to 64 columns of a row, with zeros beyond `count`. `column` is a multiple of 64.
 inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t column, int64_t count, Values32* out) {
   const int64_t flat = row * w.columns + column;
   if (aligned) {
@@ -86,7 +86,7 @@ inline void decode64(const TileWeight& w, bool aligned, int64_t row, int64_t col
   out[1] = values32(run + 32);
 }
 
-// 32 of the depth of row or lane i of a strip, into the tile.
+// Stores 32 values of the depth of row (or lane) i of a strip into the tile.
 inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   for (int q = 0; q < 4; ++q) {
     vst1_u16(words_of(tile + tile_offset(i, 8 * q)), vget_low_u16(values.words[q]));
@@ -94,7 +94,7 @@ inline void put_row(const Values32& values, int64_t i, bf16* tile) {
   }
 }
 
-// Rows [begin, end) as strips over the columns.
+// Converts the rows [begin, end) to strips over the columns.
 inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.columns);
   const bool aligned = aligned_blocks(w);
@@ -111,7 +111,7 @@ inline void weight_rows(const TileWeight& w, int64_t begin, int64_t end, bf16* p
   }
 }
 
-// Columns [begin, end), begin a multiple of kPanelStep, as strips of lanes over the rows.
+// Converts the columns [begin, end) to strips of lanes over the rows. begin is a multiple of kPanelStep.
 inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* panel) {
   const int64_t tiles = tiles_of(w.rows), strip = tiles * kTile;
   const bool aligned = aligned_blocks(w);
@@ -125,7 +125,7 @@ inline void weight_lanes(const TileWeight& w, int64_t begin, int64_t end, bf16* 
       for (int64_t i = 0; i < min_i64(kDepthStep, w.rows - row); ++i)
         decode64(w, aligned, row + i, column, count, values[i]);
       bf16* out = base + tile_offset(0, row);
-      // Eight columns of four rows: [a0 b0 c0 d0 a1 b1 c1 d1], and three pairs more.
+      // Interleaves eight columns of four rows to [a0 b0 c0 d0 a1 b1 c1 d1], and to three more pairs.
       for (int64_t j = 0; j < 2 * strips; ++j) {
         const auto of_row = [&](int i) { return values[i][j / 4].words[j % 4]; };
         const uint32x4_t ab[2] = {vreinterpretq_u32_u16(vzip1q_u16(of_row(0), of_row(1))),

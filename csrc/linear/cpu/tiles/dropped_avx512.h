@@ -1,13 +1,13 @@
-// The part of a product that dropout hides, where the base is dropped as well and few elements are. Included after the
-// target pragma.
+// The products with the few dropped elements, if dropout acts on the base too, as in PEFT's DoRA. Include this file
+// after the target pragma.
 //
-//   forward   x Wᵀ = D + E:  D = (mask ∘ x) Wᵀ is the product that x̃ Wᵀ needs anyhow, E that of the elements dropped:
-//             E[t] = sum over them of x[t, k] W[:, k], W's columns k as rows, two of them in one step of the dot
-//             product
-//   backward  where the mask has a bit, dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all of them, and
-//             where it has none, dX[t, k] = dY[t] · W[:, k], one dot product for each of the few
+//   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
+//             E[t] = sum over dropped k of x[t, k] W[:, k]. W's columns k lie in rows. One step of the dot product
+//             takes two of them
+//   backward  kept elements: dX = (dY ∘ (1 + (g - 1) / (1 - p))) W + ..., one product for all of them
+//             dropped elements: dX[t, k] = dY[t] · W[:, k], one dot product for each element
 //
-// So W's columns have to lie in rows, which a panel is turned to once, beside its strips.
+// Forward and backward need W's columns as rows. A panel of W is transposed once for that, in memory after its strips.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -16,14 +16,14 @@
 namespace peft_ext {
 namespace {
 
-// Of two registers' words every second one.
+// Returns indices that select every second word of two registers, beginning at word `from`.
 inline __m512i alternate_words(int from) {
   alignas(64) uint16_t index[32];
   for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(2 * i + from);
   return _mm512_load_si512(index);
 }
 
-// A panel of left strips as its columns: out [32 tiles, kPanelStep].
+// Transposes a panel of left strips: out [32 tiles, kPanelStep] has W's columns as rows.
 inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   const __m512i even = alternate_words(0), odd = alternate_words(1);
   for (int64_t half = 0; half < ceil_div(strips, 2); ++half)
@@ -43,7 +43,7 @@ inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* ou
     }
 }
 
-// A panel of right strips as its lanes: out [16 strips, 32 tiles].
+// Converts a panel of right strips to rows, one per lane: out [16 strips, 32 tiles].
 inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < strips; ++s)
     for (int64_t d = 0; d < tiles; ++d) {
@@ -56,7 +56,7 @@ inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* o
     }
 }
 
-// See TileKernels.
+// See TileKernels::dropped_entries.
 void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t t = begin; t < end; ++t) {
@@ -68,7 +68,7 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
       const __m512i values = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, work.m + t * work.depth + k));
       const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(k)));
       const __m512i entries = _mm512_or_si512(values, _mm512_slli_epi32(columns, 16));
-      // Not past the token's own entries: its neighbour may be another thread's.
+      // The store must not write past the token's entries: another thread may write the next token's.
       const int count = __builtin_popcount(mask);
       _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(first_bits(count)),
                                _mm512_maskz_compress_epi32(mask, entries));
@@ -79,7 +79,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// out [kPanelStep] = sum of entries' values times W's columns, those that the first kHalves * 32 of turned's row are.
+// out [kPanelStep] = sum over entries of the entry's value times W's column. The first kHalves * 32 values of a row of
+// `turned` are used.
 template <int kHalves>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   constexpr int kPairs = static_cast<int>(kDroppedStep) / 2;
@@ -99,7 +100,7 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
         sums[q][half][1] = _mm512_dpbf16_ps(sums[q][half][1], high, x);
       }
     }
-  // Unpacking leaves four of each eight rows in either register.
+  // Unpacking left four of each eight rows in either register: these indices restore the order.
   const __m512i front = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i back = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   for (int half = 0; half < kHalves; ++half) {
@@ -110,7 +111,7 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
   }
 }
 
-// E of up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
+// Computes E for up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
 inline void dropped_product(const TileForward& work, int64_t rows, int64_t token, const bf16* turned, float* out) {
   for (int64_t t = token; t < min_i64(work.tokens, token + 2 * kStrip); ++t) {
     const uint32_t* entries = work.rest.entries + work.rest.first[t];
@@ -119,7 +120,7 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// out[i] = grad · rows[i], of `depth` values; rows are padded with zeros.
+// out[i] = grad · rows[i], dot products of `depth` values. The rows are padded with zeros.
 template <int kCount>
 inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float* out) {
   __m512 sums[kCount][2];
@@ -139,7 +140,7 @@ inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float
   for (int i = 0; i < kCount; ++i) out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
 }
 
-// The block's elements without a bit of the mask; columns: W's from `column` on, each [rows rounded up to 32].
+// Sets the dropped elements of the block. columns: W's columns from `column` on, each [rows rounded up to 32].
 inline void dropped_dots(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t n = work.weight.rows, stride = tiles_of(n) * kTileDepth;
   const uint32_t inside = first_bits(min_i64(32, work.weight.columns - column));

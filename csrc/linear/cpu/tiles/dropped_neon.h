@@ -1,5 +1,5 @@
-// The part of a product that dropout hides, on Arm: what dropped_avx512.h explains. Included after the target pragma
-// and the microkernel's file.
+// The products with the few dropped elements, on Arm. dropped_avx512.h explains the algorithm. Include this file after
+// the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// A panel of strips of rows as its columns: out [32 tiles, kPanelStep].
+// Transposes a panel of strips of rows: out [32 tiles, kPanelStep] has W's columns as rows.
 inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < ceil_div(strips, 2) * 2; ++s)
     for (int64_t d = 0; d < tiles * kTileDepth; ++d)
@@ -16,7 +16,7 @@ inline void turn_rows(const bf16* panel, int64_t strips, int64_t tiles, bf16* ou
         out[d * kPanelStep + s * kStrip + i] = s < strips ? panel[s * tiles * kTile + tile_offset(i, d)] : bf16{};
 }
 
-// A panel of strips of lanes as them: out [16 strips, 32 tiles].
+// Converts a panel of strips of lanes to rows, one per lane: out [16 strips, 32 tiles].
 inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* out) {
   for (int64_t s = 0; s < strips; ++s)
     for (int64_t i = 0; i < kStrip; ++i)
@@ -25,7 +25,7 @@ inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* o
                  vld1_u16(words_of(panel + s * tiles * kTile + tile_offset(i, d))));
 }
 
-// See TileKernels.
+// See TileKernels::dropped_entries.
 void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     uint32_t* to = out.entries + out.first[t];
@@ -40,8 +40,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
   }
 }
 
-// out [kPanelStep] = sum of entries' values times W's columns, those that the first kCount of turned's row are. A pair
-// of entries at a time, whose columns' values are put side by side for BFDOT.
+// out [kPanelStep] = sum over entries of the entry's value times W's column. The first kCount values of a row of
+// `turned` are used. Entries are taken in pairs, whose columns are interleaved for BFDOT.
 template <int kCount>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   static_assert(kDroppedStep % 2 == 0);
@@ -64,7 +64,7 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
   }
 }
 
-// E of up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
+// Computes E for up to 32 tokens from `token` on and `rows` rows of W: out [32, kPanelStep].
 inline void dropped_product(const TileForward& work, int64_t rows, int64_t token, const bf16* turned, float* out) {
   for (int64_t t = token; t < min_i64(work.tokens, token + 2 * kStrip); ++t) {
     const uint32_t* entries = work.rest.entries + work.rest.first[t];
@@ -73,7 +73,7 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// grad · row, of `depth` values; the row is padded with zeros.
+// Returns grad · row, a dot product of `depth` values. The row is padded with zeros.
 inline float dot(const bf16* grad, int64_t depth, const bf16* row) {
   float32x4_t sums[4];
   for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);
@@ -86,7 +86,7 @@ inline float dot(const bf16* grad, int64_t depth, const bf16* row) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(sums[0], sums[1]), vaddq_f32(sums[2], sums[3])));
 }
 
-// The block's elements without a bit of the mask; columns: W's from `column` on, each [rows rounded up to 32].
+// Sets the dropped elements of the block. columns: W's columns from `column` on, each [rows rounded up to 32].
 inline void dropped_dots(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t n = work.weight.rows, stride = tiles_of(n) * kTileDepth;
   const uint32_t inside = first_bits(min_i64(32, work.weight.columns - column));

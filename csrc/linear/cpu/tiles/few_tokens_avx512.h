@@ -1,5 +1,5 @@
-// Few tokens against the rows of a dense W as they lie, by the dot product of AVX512-BF16. Included after the target
-// pragma.
+// TileFewTokens: multiplies few tokens with the rows of a dense W in row-major order, by the dot product of
+// AVX512-BF16. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"
@@ -26,11 +26,11 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
     }
 }
 
-// kRows rows at once, so that a register of x serves them all; of their length, x's tokens side by side stream through
-// L1 but for few inputs. A row's sum is the same beside others and alone.
+// Multiplies kRows rows at a time, so that one load of x serves all of them. x is packed with the tokens side by side,
+// and is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
-  // A sum waits for the product before it: four or more of them keep the unit busy.
+  // A sum must wait for the product before: with four or more sums the multiplier is always busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
   __m512 sums[kRows][kTokens][kSums];
@@ -77,7 +77,7 @@ inline void few_tokens_of(const TileFewTokens& work, int64_t begin, int64_t end)
   for (; row < end; ++row) few_tokens_block<kTokens, 1>(work, row);
 }
 
-// Of at most 8 tokens.
+// Runs the kernel for at most 8 tokens.
 inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t end) {
   switch (work.tokens) {
     case 1:
@@ -101,8 +101,8 @@ inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t e
 
 void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
   if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
-  // All groups of tokens pass by a few rows, which stay in L2 meanwhile: W is read from memory once.
-  constexpr int64_t kRows = 12;  // a multiple of what a block of any number of tokens takes
+  // All groups of tokens use a few rows, which stay in L2 meanwhile, so that W is read from memory once.
+  constexpr int64_t kRows = 12;  // a multiple of kRows of few_tokens_block for every number of tokens
   const int64_t length = tiles_of(work.columns) * kTileDepth;
   for (int64_t row = begin; row < end; row += kRows)
     for (int64_t t = 0; t < work.tokens; t += kFewestTokens) {

@@ -1,4 +1,5 @@
-// The forward of one panel of W's rows. Included after the target pragma and the files of an instruction set.
+// The forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁. Include this file after the target pragma
+// and the files of an instruction set.
 #pragma once
 
 #include "linear/cpu/tiles/block.h"
@@ -11,7 +12,7 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
   return values != nullptr && i < count ? values[i] : otherwise;
 }
 
-// rest: of each of the block's tokens the product of what was dropped, from `row` on, where it is known.
+// Computes one block. rest: null, or for each token of the block the product with its dropped elements, from `row` on.
 template <typename Left>
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, const Left& rows, const float* rest,
                           Block* block, Block* base, Ahead* ahead) {
@@ -42,7 +43,7 @@ inline void forward_block(const TileForward& work, int64_t row, int64_t strip, c
         [&](Row v, int r, int) { return Row::add(v, Row::broadcast(value_at(work.bias_before, row + r, n, 0.0f))); });
   if (work.z != nullptr) store_transposed(block, work.z, strip * kStrip, work.tokens, row, n);
   if (work.dropped != nullptr) {
-    // With the rest apart, the base is D = mask ∘ x Wᵀ, and x Wᵀ - x̃ Wᵀ is the rest less (1 / (1 - p) - 1) D.
+    // With `rest` base is D = (mask ∘ x) Wᵀ, and x Wᵀ - x̃ Wᵀ = rest - (1 / (1 - p) - 1) D.
     const Row share = Row::broadcast(rest != nullptr ? 1.0f - work.dropped_scale : -1.0f);
     block->each([&](Row v, int r, int j) {
       const Row without = Row::load(base->part(r / kStrip, j) + r % kStrip * kStrip);
@@ -65,7 +66,8 @@ void forward(const TileForward& work, int64_t begin, int64_t end, int64_t first,
   alignas(64) float rest[kBlockStrips * kStrip * kPanelStep];
   const bool apart = work.rest.first != nullptr;
   bf16* turned = panel + kPanelStep / kStrip * length;
-  // Few tokens pass by a few times: a copy of W would cost more than its rows as they lie, in L2 after the first time.
+  // A few strips of tokens read W's rows from W itself: after the first strip the rows are in L2, and a copy of W would
+  // cost more.
   const bool as_they_lie = last - first <= kFewStrips && !apart && whole_tiles(work.weight, begin, end);
   const bool one_strip = last - first == 1 && !apart && decodes_rows(work.weight);
   if (!as_they_lie && !one_strip) weight_rows(work.weight, begin, end, panel);

@@ -1,9 +1,9 @@
-// multiply() of the tile kernels with AMX-BF16. Its contract is in block.h. Included after the target pragma and after
-// amx.h or amx_emulated.h.
+// multiply() of the tile kernels with AMX-BF16. block.h has the contract. Include this file after the target pragma and
+// after amx.h or amx_emulated.h.
 //
-// 2 x 2 tiles of sums stay in the unit; a step of depth loads two tiles of rows and two of lanes for four products of
-// 16 x 16 x 32. Tiles that are loaded again and again lie in 1 KiB in a row: at a matrix's own stride all 16 rows of
-// one would fall into one set of L1.
+// 2 x 2 tiles of sums stay in tile registers. Each step of the depth loads two tiles of rows and two tiles of lanes for
+// four products of 16 x 16 x 32. Tiles that are loaded repeatedly lie in 1 KiB of contiguous memory: with the stride of
+// a matrix all 16 rows of a tile could fall into one set of L1.
 #pragma once
 
 #include <stdint.h>
@@ -18,22 +18,22 @@ struct TileUnit {
   ~TileUnit() { amx_release(); }
 };
 
-constexpr int kPart = kStrip * kStrip;  // floats of a tile of sums
+constexpr int kPart = kStrip * kStrip;  // number of floats in a tile of sums
 constexpr int64_t kRowsOfStep = 2 * kStrip;
 constexpr int64_t kDecodeStrips = 6;
-constexpr int64_t kFewStrips = 8;  // measured: 128 tokens read the rows of W again from L2, sooner than a copy
+constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's rows from L2 again is faster than a copy
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
 
-// Where rows are: `strip` elements from 16 rows to the next, `tile` from 32 of the depth to the next, `row` between
-// rows.
+// A left operand. Distances in elements: `strip` from 16 rows to the next 16, `tile` from 32 of the depth to the next
+// 32, and `row` from a row to the next.
 struct Rows {
   const bf16* at;
   int64_t strip, tile, row;
 };
 
 inline Rows strips_of(const bf16* left, int64_t tiles) { return Rows{left, tiles * kTile, kTile, kTileDepth}; }
-// Rows of a matrix as they lie.
+// Returns the rows of a row-major matrix as a left operand.
 inline Rows rows_of(const bf16* matrix, int64_t columns) { return Rows{matrix, kStrip * columns, kTileDepth, columns}; }
 
 template <bool kTwoLeft, bool kTwoRight>
@@ -65,8 +65,8 @@ inline void multiply_tiles(const Rows& left, const bf16* right, int64_t tiles, f
   if (kTwoLeft && kTwoRight) AMX_STORE(3, c + 3 * kPart);
 }
 
-// Nothing is fetched ahead: at 48 to 512 tokens a 4096 x 4096 step was 4 to 11% slower with it, where the products are
-// so fast that the fetches stand in the way of the tiles' own loads.
+// The function does not prefetch: with prefetching, a 4096 x 4096 step with 48 to 512 tokens was 4 to 11% slower,
+// because the prefetches delay the loads of tiles.
 inline void multiply(const Rows& left, int left_strips, const bf16* right, int right_strips, int64_t tiles, float* c,
                      Ahead*) {
   if (left_strips == 2 && right_strips == 2) return multiply_tiles<true, true>(left, right, tiles, c);

@@ -1,11 +1,11 @@
-// multiply() of the tile kernels with AVX512-BF16's dot product. Its contract is in block.h. Included after the target
-// pragma.
+// multiply() of the tile kernels with the dot product of AVX512-BF16. block.h has the contract. Include this file after
+// the target pragma.
 //
-// 8 rows by 2 strips of lanes are 16 sums in registers: each pair of depth loads two registers of lanes and broadcasts
-// eight pairs of rows, 10 loads for 16 products, so that the products bound it where one is issued per cycle. One strip
-// alone is multiplied with 16 rows of NF4, of which no panel is made: 64 columns of them are decoded into L1, a row
-// after every 32 products with the 64 before, in the shuffle and store units that the products leave idle. (Rows of a
-// dense W come from memory sooner one after the other, into a panel.)
+// 8 rows by 2 strips of lanes are 16 sums in registers. Each pair of the depth loads two registers of lanes and
+// broadcasts eight pairs of rows: 10 loads for 16 products, so that the products limit the speed, at one per cycle.
+// A single strip is multiplied with 16 rows of NF4 without making a panel: 64 columns are decoded into L1, one row
+// after every 32 products with the 64 columns before. Decoding uses the shuffle and store units, which the products
+// leave idle. (For a dense W reading row after row into a panel is faster.)
 #pragma once
 
 #include <immintrin.h>
@@ -21,12 +21,12 @@ struct TileUnit {
 };
 
 constexpr int kRowsTogether = 8;
-constexpr int64_t kRowsOfStep = kRowsTogether;  // of the block, that one step of the depth multiplies
+constexpr int64_t kRowsOfStep = kRowsTogether;  // rows of the block that one step of the depth multiplies
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
 constexpr int64_t kFewStrips = 0;
 
-// Rows of W, from `row` on, as a left operand that is decoded while it is multiplied with one strip.
+// Rows of W from `row` on, as a left operand that is decoded during its product with one strip.
 struct DecodedRows {
   const TileWeight* weight;
   int64_t row;
@@ -34,8 +34,8 @@ struct DecodedRows {
 inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
 inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
 
-// Columns [column, column + 64) of a row, zeros beyond the last one; what comes four such steps later is fetched, the
-// first columns of the next strip's row after the last ones of this one's.
+// Decodes the columns [column, column + 64) of a row, with zeros beyond the last column. Prefetches the columns of four
+// calls later; after the last columns of a row these are the first columns of the row 16 rows below.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
   const int64_t far = column + 4 * kPanelStep;
   __builtin_prefetch(
@@ -51,7 +51,7 @@ inline void multiply_decoded(const TileWeight& w, int64_t row, const bf16* right
   __m512 sums[kStrip];
   for (int r = 0; r < kStrip; ++r) sums[r] = _mm512_load_ps(c + r * kStrip);
   for (int r = 0; r < kStrip; ++r) decode_row(w, row + r, 0, held[0] + r * kPanelStep);
-  for (int64_t d = 0; d < tiles; d += 2) {  // columns are a multiple of 64
+  for (int64_t d = 0; d < tiles; d += 2) {  // the number of columns is a multiple of 64
     const bf16* rows = held[d / 2 % 2];
     bf16* next = held[(d / 2 + 1) % 2];
     const bf16* lanes = right + d * kTile;

@@ -1,9 +1,10 @@
-// multiply() of the tile kernels with Arm's matrix product of bfloat16 (BFMMLA). Its contract is in block.h. Included
-// after the target pragma.
+// multiply() of the tile kernels with Arm's bfloat16 matrix product (BFMMLA). block.h has the contract. Include this
+// file after the target pragma.
 //
-// BFMMLA multiplies two rows and two lanes of four of the depth, the sums of 2 x 2 in one register. So both operands'
-// tiles lie as [8 steps of four of the depth][8 pairs][2][4], of rows or of lanes: a register is one pair's step. 8
-// rows by 8 lanes are 16 sums in registers: each step of the depth loads four pairs of either for 16 products.
+// BFMMLA multiplies two rows and two lanes with four values of the depth each; one register holds the 2 x 2 sums. So
+// both operands' tiles have the layout [8 steps of four of the depth][8 pairs of rows or lanes][2][4], where a register
+// holds one step of one pair. 8 rows by 8 lanes are 16 sums in registers. Each step of the depth loads four pairs of
+// rows and four pairs of lanes for 16 products.
 #pragma once
 
 #include <arm_neon.h>
@@ -18,8 +19,8 @@ struct TileUnit {
   TileUnit() {}
 };
 
-constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // elements of a pair's step
-constexpr int kPairs = 4;                                  // of rows and of lanes together
+constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;  // elements in one step of a pair
+constexpr int kPairs = 4;                                  // pairs of rows, and pairs of lanes, in registers at a time
 constexpr int64_t kRowsOfStep = 2 * kPairs;
 constexpr int64_t kDecodeStrips = 1;
 inline const bf16* rows_of(const bf16* matrix, int64_t) { return matrix; }
@@ -27,14 +28,14 @@ constexpr int64_t kFewStrips = 0;
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline const bf16* decoded_rows(const TileWeight&, int64_t) { return nullptr; }
 
-// Where element [i, d] of a strip of rows or lanes lies.
+// Returns the offset of element [i, d] in a strip of rows or lanes.
 constexpr int64_t tile_offset(int64_t i, int64_t d) {
   return d / kTileDepth * kTile + d % kTileDepth / kDepthStep * kStrip * kDepthStep + i * kDepthStep + d % kDepthStep;
 }
 
 inline bfloat16x8_t pair_of(const bf16* x) { return vreinterpretq_bf16_u16(vld1q_u16(words_of(x))); }
 
-// 8 rows by 8 lanes; left and right: of the first of their pairs.
+// Multiplies 8 rows by 8 lanes. left and right point to the first pair.
 inline void multiply_pairs(const bf16* left, const bf16* right, int64_t tiles, float* c, Ahead* ahead) {
   float32x4_t sums[kPairs][kPairs];
 #pragma GCC unroll 4

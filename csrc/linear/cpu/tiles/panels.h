@@ -1,5 +1,5 @@
-// Where a panel of W lies, and what of the next one is fetched while it is multiplied. Included after the target
-// pragma.
+// The position of a panel in W, and the parts of the next panel that are prefetched during the products with a panel.
+// Include this file after the target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -9,12 +9,12 @@ namespace {
 
 inline int64_t tiles_of(int64_t depth) { return ceil_div(depth, kTileDepth); }
 
-// Whether kPanelStep columns from a multiple of kPanelStep lie in one block of one row, on a whole byte.
+// Returns whether kPanelStep columns from a multiple of kPanelStep always lie in one block and begin at a whole byte.
 inline bool aligned_blocks(const TileWeight& w) {
   return w.dense == nullptr && w.columns % kPanelStep == 0 && (int64_t{1} << w.block_shift) % kPanelStep == 0;
 }
 
-// Whether rows [begin, end) are tiles as they lie in the matrix.
+// Returns whether the rows [begin, end) of a dense W consist of whole tiles, which need no copy.
 inline bool whole_tiles(const TileWeight& w, int64_t begin, int64_t end) {
   return w.dense != nullptr && w.columns % kTileDepth == 0 && (end - begin) % kStrip == 0;
 }
@@ -26,8 +26,8 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// The rows after `end`, which lie one after the other, and the columns after `end`, a run of each row: what the next
-// panel is made of, in `steps`.
+// Return the memory to prefetch for the next panel during `steps` steps: the rows after `end`, which are contiguous, or
+// the columns after `end`, which are one run in each row.
 inline Ahead rows_ahead(const TileWeight& w, int64_t end, int64_t steps) {
   const int64_t rows = min_i64(kPanelStep, w.rows - end);
   const char* at = element_address(w, end * w.columns);
@@ -41,10 +41,10 @@ inline Ahead columns_ahead(const TileWeight& w, int64_t end, int64_t steps) {
                                       : Ahead{};
 }
 
-constexpr int64_t kRowsAhead = 32;  // of the columns' decoding
+constexpr int64_t kRowsAhead = 32;  // number of rows between prefetching and decoding, for columns
 
-// Columns [column, column + 64) of two rows, some rows before they are decoded: rows are a page apart or half, and the
-// hardware does not look ahead from one to the next.
+// Prefetches the columns [column, column + 64) of two rows, kRowsAhead rows before they are decoded. Rows are half a
+// page or more apart, and the hardware prefetcher does not cross pages.
 inline void fetch_rows(const TileWeight& w, int64_t row, int64_t column) {
   for (int64_t ahead = row + kRowsAhead; ahead < min_i64(row + kRowsAhead + 2, w.rows); ++ahead) {
     const char* at = element_address(w, ahead * w.columns + column);

@@ -1,13 +1,14 @@
-// How the tile kernels' work is cut for threads. Pure arithmetic, free of torch: nothing here searches or tries, so
-// that it ends for every input.
+// Divides the work of the tile kernels among threads. Pure arithmetic without torch and without a search, so that it
+// ends for every input.
 //
-//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens: what is never cut
-//   block    token strips that all of W passes over before the next ones do: so many that they stay in cache
-//   part     what one thread does: of each block a range of its units, panel after panel
+//   unit     a panel of kPlanRows rows of W against kPlanStrip * step tokens; a unit is never divided
+//   block    token strips that all of W is multiplied with before the next block; a block's strips stay in cache
+//   part     the work of one thread: a range of units in each block, panel after panel
 //
-// Every unit is in one range. A range is cut by units, or, where decoding a panel twice would cost more than waiting,
-// by whole panels: whichever keeps the busiest thread shorter. In strips of products, a panel's decoding being `decode`
-// of them, the busiest part of a block costs at most the mean part and one unit and two panels decoded.
+// Every unit is in exactly one range. A range ends at any unit, or only at whole panels if decoding a panel twice would
+// cost more than waiting: the plan takes the way with the shorter busiest thread. Costs are in strips of products;
+// decoding a panel costs `decode` strips. The busiest part of a block costs at most the mean part, plus one unit, plus
+// decoding two panels.
 #pragma once
 
 #include <stdint.h>
@@ -17,9 +18,9 @@ namespace peft_ext {
 constexpr int64_t kPlanRows = 64;   // rows (or columns) of W decoded together
 constexpr int64_t kPlanStrip = 16;  // tokens of a strip
 
-// Bytes of the tokens' strips that all panels pass over before the next tokens: they stay in L3.
+// Largest number of bytes in a block's token strips, which stay in L3 while all panels use them.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
-// Units of each part in a block, at least, where there are several blocks: one unit too many is then little.
+// Smallest number of units per part in a block, if there are several blocks: one unit too many then costs little.
 constexpr int64_t kPlanUnits = 32;
 
 // Rows [row, end) of W against token strips [first, last).
@@ -28,21 +29,21 @@ struct PlanRange {
 };
 
 struct TilePlan {
-  int64_t rows, strips;           // of the whole call
-  int64_t step;                   // strips that stay together
-  int64_t panels, steps, blocks;  // steps: of the strips, the last one shorter
-  int64_t parts;                  // at most as many as threads; 0 where there is nothing to do
-  bool whole_panels;              // a panel of a block is one part's
+  int64_t rows, strips;           // sizes of the whole call
+  int64_t step;                   // strips that stay together in a unit
+  int64_t panels, steps, blocks;  // steps: number of groups of `step` strips; the last group may be shorter
+  int64_t parts;                  // at most the number of threads; 0 without work
+  bool whole_panels;              // whether each panel of a block belongs to one part
 
   int64_t first_step(int64_t block) const { return steps * block / blocks; }
 
-  // Units [begin, end) of a block, panel by panel, that are a part's.
+  // Returns the first unit of a part in a block. Units are counted panel by panel.
   int64_t first_unit(int64_t part, int64_t block) const {
     const int64_t of_panel = first_step(block + 1) - first_step(block);
     return whole_panels ? panels * part / parts * of_panel : panels * of_panel * part / parts;
   }
 
-  // run(PlanRange) for each panel of a part, or a piece of one, block after block.
+  // Calls run(PlanRange) for each panel, or piece of a panel, of a part, block after block.
   template <typename Run>
   void each(int64_t part, const Run& run) const {
     for (int64_t block = 0; block < blocks; ++block) {
@@ -59,7 +60,7 @@ struct TilePlan {
   }
 };
 
-// W [rows, depth] (or its columns) against so many tokens; decode: what decoding a panel costs in strips of products.
+// Plans W [rows, depth] (or its columns) against `tokens` tokens. decode: cost of decoding a panel, in strips.
 inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t step, int64_t decode, int64_t threads) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
@@ -69,7 +70,7 @@ inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t 
   const int64_t step_bytes = most(1, ceil(depth, 32) * 32) * kPlanStrip * 2 * step;
   const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
   plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
-  // Of the first block, which is as large as any or one step smaller.
+  // The first block, which is as large as the largest block, or one step smaller, decides.
   const int64_t of_panel = ceil(plan.steps, plan.blocks), units = plan.panels * of_panel;
   plan.parts = units < threads ? units : threads;
   const int64_t each = ceil(units, plan.parts), touched = (each - 1 + of_panel - 1) / of_panel + 1;

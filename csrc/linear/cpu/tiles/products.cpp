@@ -1,3 +1,5 @@
+// Runs the tile kernels on all threads: selects the instruction set, decides which calls the tiles accept, and converts
+// weights and activations to the operands of tiles.h.
 #include "linear/cpu/tiles/products.h"
 
 #include "cpu/isa.h"
@@ -31,12 +33,13 @@ namespace {
 
 bool on_amx() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxEmulated; }
 
-// Of fewer tokens, a dense weight's rows by vectors (TileFewTokens), and PyTorch's product for dX, cost less. Measured:
-// AVX512-BF16 copies W into panels, which most of a strip's tokens pay for, of a weight that comes from memory later
-// than of one in a cache; of such a one a second strip that is not half full costs more than it brings. AMX multiplies
-// the rows of W as they lie, where tiles divide them; for dX it has to interleave them, which takes longer than its
-// products do, but for a weight so small that the call is most of it; from 128 tokens on it does, some 7% slower, since
-// no count of threads changes a bit of it.
+// Returns whether the tiles are faster. With fewer tokens, the alternatives are vectors over the rows of a dense weight
+// (TileFewTokens), and PyTorch's product for dX. The bounds are measured. With AVX512-BF16 the tiles copy W into
+// panels, which pays off if most tokens of a strip are used. A large weight comes from memory, and its copy pays off
+// only for more tokens. For a large weight a second strip that is less than half full costs more than it saves. AMX
+// multiplies the rows of W without a copy if tiles divide them. For dX, AMX must interleave rows, which takes longer
+// than the products, except for a small weight, where the overhead of the call dominates. From 128 tokens on AMX is
+// used for dX although it is about 7% slower, because the bits of AMX's dX do not depend on the number of threads.
 bool enough_tokens(const Tensor& weight, TileProduct product, int64_t tokens) {
   constexpr int64_t kSmall = int64_t{1} << 20, kLarge = int64_t{1} << 23;
   const int64_t elements = weight.numel();

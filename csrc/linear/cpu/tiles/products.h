@@ -1,4 +1,4 @@
-// The tile kernels on all threads: which weights and tokens they take and strips of activations.
+// Runs the tile kernels on all threads: tells which weights and tokens they accept, and makes strips of activations.
 #pragma once
 
 #include "linear/cpu/passes.h"
@@ -11,35 +11,36 @@
 
 namespace peft_ext {
 
-// Null where the CPU path in use has none.
+// Returns the tile kernels of the current CPU path, or null if the path has none.
 const TileKernels* tile_kernels();
 
 enum class TileProduct {
   kForward,
   kBackward,
-  kPlainBackward  // whose product PyTorch's could be as well, added onto the low-rank term
+  kPlainBackward  // a backward for which PyTorch's product, added onto the low-rank term, is an alternative
 };
 
-// Whether the tiles accept this many tokens of this type against the weight.
+// Returns whether the tiles accept this number of tokens of this dtype for the weight.
 bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, TileProduct product);
 
-// Whether TileFewTokens serves the tokens of a dense weight that the tiles do not accept.
+// Returns whether TileFewTokens computes the tokens of a dense weight that the tiles do not accept.
 bool tiles_take_few_tokens(ScalarType type);
 
-// As the tiles take them, in order; what is decoded of their scales is in a scratch of the calling thread.
+// Returns the weights in the form of the tile kernels, in order. Decoded scales lie in the calling thread's scratch.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
-// [tokens, depth] as strips, into `room` for strips_elements(tokens, depth), or into a scratch of the calling thread.
+// Converts m [tokens, depth] to strips in `room`, for strips_elements(tokens, depth), or in the calling thread's
+// scratch.
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Whether the tiles make a product with dropped elements alone: not where they multiply with all of W in the time that
-// a vector takes for a twentieth of it.
+// Returns whether the tiles compute the products with dropped elements separately. The tiles do not if a product with
+// all of W takes about as long as vectors need for a twentieth of W.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
-// The elements of m [tokens, depth] that are not kept; what it points to is in `held`.
+// The dropped elements of m [tokens, depth]. `entries` points into the other fields.
 struct DroppedTokens {
   std::vector<int64_t> first;
   Tensor held;  // int32 storage as float32
@@ -47,11 +48,11 @@ struct DroppedTokens {
 };
 DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, const KeepBits& keep);
 
-// Of a panel of W with so many elements, of the calling thread.
+// Returns the calling thread's scratch for a panel of W with this many elements.
 bf16* panel_scratch(int64_t elements);
 
-// run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, over all threads.
-// strip_step: strips that stay together. panel: elements that a panel takes.
+// Calls run(begin, end, first strip, last strip, panel) over all panels of W and all token strips, on all threads.
+// strip_step: strips that stay together. panel: number of elements of a panel's scratch.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, int64_t panel, const Run& run) {
   static_assert(kPlanRows == kPanelStep && kPlanStrip == kStrip);

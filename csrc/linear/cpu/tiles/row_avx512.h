@@ -1,4 +1,5 @@
-// The rows of a block in AVX-512 with BF16: see block.h. Included after the target pragma.
+// Row, 16 sums of a block in one register, in AVX-512 with BF16. See block.h. Include this file after the target
+// pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"

@@ -1,4 +1,4 @@
-// The rows of a block on Arm, 16 sums in four registers: see block.h. Included after the target pragma.
+// Row, 16 sums of a block in four registers, on Arm. See block.h. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_neon.h"
@@ -10,7 +10,7 @@ struct Row {
   static constexpr int kWidth = 16, kParts = kWidth / Vec::kWidth;
   Vec part[kParts];
 
-  // f(i) -> a Vec, for each part.
+  // Returns the Row of f(i), a Vec for each part i.
   template <typename F>
   static Row of(const F& f) {
     return {{f(0), f(1), f(2), f(3)}};
@@ -31,11 +31,11 @@ struct Row {
   static Row mul(Row a, Row b) {
     return of([&](int i) { return Vec::mul(a.part[i], b.part[i]); });
   }
-  // a in the lanes whose bit is set, b in the others.
+  // Returns a in the lanes whose bit is set, and b in the other lanes.
   static Row where(uint32_t bits, Row a, Row b) {
     return of([&](int i) { return Vec::where(bits >> i * Vec::kWidth, a.part[i], b.part[i]); });
   }
-  // The first so many, and zeros behind them.
+  // Loads the first `count` values, and zeros after them.
   template <typename T>
   static Row load_as(const T* x, int64_t count) {
     T lanes[kWidth] = {};
@@ -69,7 +69,7 @@ inline void transposed(const float* part, Row* rows) {
     }
 }
 
-// Eight sums, rounded by the instruction.
+// Rounds eight sums with one instruction per half.
 inline bfloat16x8_t rounded8(Vec first, Vec second) {
   return vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first.v), second.v);
 }

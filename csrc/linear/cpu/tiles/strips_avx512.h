@@ -1,4 +1,5 @@
-// Activations as strips, dropped and scaled on the way. In AVX-512 with BF16; included after the target pragma.
+// Converts activations to strips, dropped and scaled on the way, in AVX-512 with BF16. Include this file after the
+// target pragma.
 #pragma once
 
 #include "linear/cpu/tiles/panels.h"
@@ -7,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// 32 columns from d of a row of m, zeros beyond the matrix.
+// Returns 32 columns from d of a row of m, with zeros beyond the matrix.
 inline __m512i token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return _mm512_setzero_si512();
   const int64_t left = work.depth - d;

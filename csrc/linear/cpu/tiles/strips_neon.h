@@ -1,5 +1,5 @@
-// Activations as strips, dropped and scaled on the way, on Arm. Rows and lanes lie alike. Included after the target
-// pragma and the microkernel's file.
+// Converts activations to strips, dropped and scaled on the way, on Arm. Strips of rows and of lanes have one layout.
+// Include this file after the target pragma and the microkernel's file.
 #pragma once
 
 #include "linear/cpu/tiles/decode_neon.h"
@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-// 32 columns from d of a row of m, zeros beyond the matrix.
+// Returns 32 columns from d of a row of m, with zeros beyond the matrix.
 inline Values32 token_values(const TokenStrips& work, int64_t row, int64_t d) {
   if (row >= work.tokens) return Values32{};
   const int64_t left = min_i64(kTileDepth, work.depth - d);

@@ -1,5 +1,5 @@
-// The tile kernels in AVX-512 with BF16 but for the microkernel: after this file a kernel table can be filled. Included
-// after the target pragma and the microkernel's file (see block.h).
+// Includes the tile kernels in AVX-512 with BF16, except the microkernel, so that a kernel table can be filled.
+// Include this file after the target pragma and the microkernel's file (see block.h).
 #pragma once
 
 #include "linear/cpu/tiles/row_avx512.h"
@@ -7,6 +7,6 @@
 #include "linear/cpu/tiles/dropped_avx512.h"
 #include "linear/cpu/tiles/few_tokens_avx512.h"
 #include "linear/cpu/tiles/strips_avx512.h"
-// What the files above give is what these are written in.
+// The files below use the definitions of the files above.
 #include "linear/cpu/tiles/backward.h"
 #include "linear/cpu/tiles/forward.h"

@@ -1,7 +1,7 @@
-// The tile kernels with AVX512-BF16's dot product. See tiles.h for the contract.
+// The tile kernels of tiles.h with the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "linear/cpu/tiles/microkernel_avx512.h"
 #include "linear/cpu/tiles/tiles_avx512.h"
 

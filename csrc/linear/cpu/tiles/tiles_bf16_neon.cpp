@@ -1,21 +1,21 @@
-// The tile kernels with Arm's matrix product of bfloat16. See tiles.h for the contract.
+// The tile kernels of tiles.h with Arm's bfloat16 matrix product.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)
 #include "cpu/target_bf16_neon.h"
-// The target must be set before these headers are read.
+// These headers must be included after the target pragma.
 #include "linear/cpu/tiles/microkernel_neon.h"
 #include "linear/cpu/tiles/row_neon.h"
-// What the files above give is what these are written in.
+// The files below use the definitions of the files above.
 #include "linear/cpu/tiles/dropped_neon.h"
 #include "linear/cpu/tiles/strips_neon.h"
-// And these in all of them.
+// The files below use the definitions of all files above.
 #include "linear/cpu/tiles/backward.h"
 #include "linear/cpu/tiles/forward.h"
 
 namespace peft_ext {
 
-// Few tokens are PyTorch's.
+// The path has no kernels for few tokens: PyTorch's product computes few tokens.
 const TileKernels kTileKernelsNeonBf16 = {kDecodeStrips, token_strips, token_strips, dropped_entries,
                                           forward,       backward,     nullptr,      nullptr};
 

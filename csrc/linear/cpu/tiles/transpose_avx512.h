@@ -1,4 +1,4 @@
-// 16 x 16 words in registers, transposed. Included after the target pragma.
+// Transposes 16 x 16 words of 32 bits in registers. Include this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"
