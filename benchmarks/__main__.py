@@ -6,8 +6,8 @@ see a path that the CPU has besides its best one, force ours and PyTorch's:
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks
 
-``--device cuda`` compares on a GPU: the cases that have a goal first, each row written when it is there, the table of
-goals last. A row that fails is named, the others still run, and the exit status is 1.
+``--device cuda`` compares on a GPU. The result file is written anew after each row. A row that fails is named, the
+other rows still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import benchmarks
 
 from . import cuda
-from .goals import goals_table, has_goal
+from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
@@ -70,7 +70,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser.add_argument("--compile-tokens", type=_numbers, help="T at which torch.compile takes part; '' for none")
     parser.add_argument("--limit", type=float, help="seconds, after which no row is begun")
     parser.add_argument("--out", type=Path, help="result file, or the folder for it; default: benchmarks/results, "
-                        "<isa or GPU>-<date>.json")  # fmt: skip
+                        "layer-<ops>-<isa or GPU>-<date>.json")  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     args = parser.parse_args(argv)
     for what, asked, known in (("benchmark", args.ops, found), ("shape", args.shapes or (), SHAPES),
@@ -88,20 +88,15 @@ def main(argv: Optional[list[str]] = None) -> None:
                       forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]
     limits = {"limit_s": args.limit or limit_s, "row_s": row_s}
-    (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, args.out)
+    subject = "layer-all" if args.ops == found else f"layer-{'_'.join(args.ops)}"
+    (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, subject, args.out)
 
 
 SETTINGS = {("cpu", False): FULL, ("cpu", True): QUICK, ("cuda", False): CUDA, ("cuda", True): CUDA_QUICK}
 KINDS = {"cpu": ("rotating", "hot"), "cuda": ("rotating", "hot", "graph")}
-RESULTS = Path(__file__).parent / "results"
 
 
-def _result_file(asked: Optional[Path], name: str) -> Path:
-    asked = asked or RESULTS
-    return asked / name if asked.is_dir() else asked
-
-
-def _on_the_cpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
+def _on_the_cpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     about = machine()
     ceilings = measured_ceilings()
     print(f"{about['cpu']}, {about['threads']} threads, path {about['isa']}: copy {ceilings['copy_gb_s']:.1f} GB/s, "
@@ -111,17 +106,16 @@ def _on_the_cpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]
     print_table(rows, ceilings)
     for name in left_out:
         print(f"left out, no time: {name}")
-    out = _result_file(out, f"{about['isa']}-{about['date']}.json")
+    out = result_path(subject, about, out)
     save(out, about, rows, ceilings, left_out)
     print(f"written: {out}")
 
 
-def _on_a_gpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
-    cases.sort(key=lambda case: not has_goal(case.op, case.case, case.tokens, case.weights))
+def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     ceilings = cuda.measured_ceilings()
     gpu = cuda.about_gpu()  # after them: the clocks of a device at work
-    about = {**machine(), "device": "cuda", "gpu": gpu}
-    out = _result_file(out, f"{cuda.slug(gpu['name'])}-{about['date']}.json")
+    about = {**machine(), "gpu": gpu}
+    out = result_path(subject, about, out)
     print(f"{gpu['name']}: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product "
           f"{ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s, float32 {ceilings['matmul_f32_tflop_s']:.1f}")  # fmt: skip
     done: list[Row] = []
@@ -136,13 +130,13 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) 
         return cuda.graph_clock if case.weights == "graph" else cuda.event_clock
 
     rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
-    result = save(out, about, rows, ceilings, left_out, failed=failed)
+    save(out, about, rows, ceilings, left_out, failed=failed)
     print_table(rows, ceilings)
     for name in left_out:
         print(f"left out, no time: {name}")
     for name in failed:
         print(f"failed: {name}")
-    print(f"written: {out}\n\n{goals_table(result)}")
+    print(f"written: {out}")
     if failed:
         sys.exit(1)
 

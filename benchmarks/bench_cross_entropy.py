@@ -61,4 +61,4 @@ def _loss(problem: Problem, compile: bool) -> Comparison:
     return Comparison(contenders, moved, 4 * tokens * k * VOCABULARY, absent=absent)
 
 
-VARIANTS = (Variant("linear_cross_entropy", "V=49152", _loss, tokens=(512,), summary_tokens=(512,)),)
+VARIANTS = (Variant("linear_cross_entropy", "V=49152", _loss, tokens=(512,)),)

@@ -115,7 +115,7 @@ def _norm(base: str, problem: Problem, compile: bool) -> Comparison:
 
 VARIANTS = (
     *(
-        Variant("dora_weight_norm", f"{name} base", partial(_norm, base), (None,), (), graph=True)
+        Variant("dora_weight_norm", f"{name} base", partial(_norm, base), (None,), graph=True)
         for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
     ),
     Variant("dora_linear", "bf16 base", partial(_layer, "bf16", 0.0, "lora"), everywhere=True),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
 
-from .grid import SUMMARY_TOKENS, Variant
+from .grid import Variant
 from .harness import Comparison, Contender
 from .peers import (
     DTYPES,
@@ -180,7 +180,6 @@ VARIANTS = (
             f"{name}, {_quantized(dq)}",
             partial(_quantize, dq, name),
             (None,),
-            (None,),
             everywhere=True,
             devices=("cpu", "cuda") if name == "bf16" else ("cuda",),
         )
@@ -193,7 +192,6 @@ VARIANTS = (
             f"to {str(dtype).removeprefix('torch.')}, {_quantized(dq)}",
             partial(_dequantize, dq, dtype),
             (None,),
-            (None,),
             everywhere=True,
             devices=("cuda",) if name == "fp16" else ("cpu", "cuda"),
             graph=True,
@@ -201,6 +199,6 @@ VARIANTS = (
         for dq in (False, True)
         for name, dtype in DTYPES.items()
     ),
-    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), (1,), graph=True),
-    Variant("nf4_linear", "forward + backward", partial(_linear, True), None, SUMMARY_TOKENS, everywhere=True),
+    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), graph=True),
+    Variant("nf4_linear", "forward + backward", partial(_linear, True), everywhere=True),
 )

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import result_path, write
 from .harness import machine
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, SIZE = 50, 64
 KINDS = ("frozen", "stock", "ours")
 CALLS = ("forward in training", "step", "forward in evaluation")
@@ -132,12 +132,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/e2e-calls-<isa>-<date>.json")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-calls-<isa>-<date>.json")
     args = parser.parse_args()
     about = machine()
     result = {"machine": about, **measure(args.rounds, args.repeats)}
-    out = args.out or RESULTS / f"e2e-calls-{about['isa']}-{about['date']}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path("layer-calls", about, args.out)
+    write(out, result)
     print(f"written: {out}")
 
 

@@ -7,7 +7,6 @@ of one sample return is kept until it ends, so that no output is written to a ca
 
 from __future__ import annotations
 
-import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 from .harness import Contender
 
-__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings", "slug"]
+__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
 # nvidia-smi's fields, by the names that a result file has.
@@ -128,8 +127,3 @@ def about_gpu() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError, IndexError):
         return about
     return about | dict(zip(SMI, (value.strip() for value in line.split(",")), strict=False))
-
-
-def slug(name: str) -> str:
-    """A GPU's name in a file's: "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -28,9 +28,9 @@ from typing import Any
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
 
 from . import mixture
+from .files import result_path, write
 from .harness import machine
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT = "Question of a bank's customer: {text}\nIntent:"
 
 
@@ -327,6 +327,14 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _subject(args: argparse.Namespace) -> str:
+    """Returns the beginning of the result file's name."""
+    if args.command != "methods":
+        return f"{'step' if args.command == 'experts' else 'run'}-{args.command}"
+    shape = [args.shape] * (args.shape != "smollm2")
+    return "-".join(["step", *(shape + ["checkpointing"] * args.checkpointing or ["methods"])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -362,7 +370,7 @@ def main() -> None:
         command.add_argument("--length", type=int, default=256)
     for command in (one, two, three, five):
         command.add_argument(
-            "--out", type=Path, help="result file; default: benchmarks/results/e2e-<command>-<isa>-<date>.json"
+            "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
         )
     args = parser.parse_args()
     if args.command == "method":
@@ -374,13 +382,8 @@ def main() -> None:
         return
     measure = {"speed": speed, "intents": intents, "methods": methods, "experts": mixture.compare}[args.command]
     result = {"machine": machine(), **measure(args)}
-    about = result["machine"]
-    shape, checkpointing = getattr(args, "shape", "smollm2"), getattr(args, "checkpointing", False)
-    other = [shape] * (shape != "smollm2") + ["checkpointing"] * checkpointing
-    name = "-".join(["steps", *other]) if other else args.command
-    out = args.out or RESULTS / f"e2e-{name}-{about['isa']}-{about['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path(_subject(args), result["machine"], args.out)
+    write(out, result)
     print(f"written: {out}")
 
 

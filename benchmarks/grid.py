@@ -20,7 +20,6 @@ SHAPES = {
     "8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
     "wide": ((4096, 14336),),
 }
-SUMMARY_TOKENS = (512, 2048)
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Variant:
     Attributes:
         build: ``(problem, compile) -> Comparison``.
         tokens: where not those of the run: (1,), or (None,) for an operator that has no tokens.
-        summary_tokens: those that stand for the rest in a short table.
         everywhere: at the models' shapes too, not at 4096 x 4096 alone.
         devices: those it is compared on.
         graph: no autograd, so that a CUDA graph can hold its calls.
@@ -40,7 +38,6 @@ class Variant:
     case: str
     build: Callable[[Problem, bool], Comparison]
     tokens: Optional[tuple[Optional[int], ...]] = None
-    summary_tokens: tuple[Optional[int], ...] = SUMMARY_TOKENS
     everywhere: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     graph: bool = False
@@ -109,5 +106,4 @@ def _case(variant: Variant, tokens: Optional[int], k: int, n: int, weights: str,
         return variant.build(problem, compiles and not captured)
 
     where = f"{k}->{n}" if tokens is None else f"T={tokens} {k}->{n}"
-    summary = main and weights == "rotating" and tokens in variant.summary_tokens
-    return Case(variant.op, f"{where}, {variant.case}", tokens, k, n, weights, build, summary)
+    return Case(variant.op, f"{where}, {variant.case}", tokens, k, n, weights, build)

@@ -6,7 +6,6 @@ products. A :data:`Clock` takes the time: the host's here, a GPU's in :mod:`.cud
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,8 @@ from peft_ext.bench import Clock, Contender, host_clock, interleave, median_rati
 from peft_ext.bench.timer import error_text, seconds_of
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import COMPOSED, OPS, has_kernel
+
+from . import files
 
 __all__ = [
     "Case",
@@ -68,7 +69,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison to be made. ``summary``: it is one of the few that stand for the rest in a short table."""
+    """One comparison to be made."""
 
     op: str
     case: str
@@ -77,7 +78,6 @@ class Case:
     n: int
     weights: str
     build: Callable[[], Comparison]
-    summary: bool = False
 
 
 @dataclass
@@ -97,7 +97,6 @@ class Row:
     k: int
     n: int
     weights: str
-    summary: bool
     milliseconds: dict[str, float]
     speedup: dict[str, float]
     quartiles: dict[str, tuple[float, float]]
@@ -289,13 +288,10 @@ def save(
     ceilings: dict[str, float],
     left_out: Iterable[str] = (),
     **more: Any,
-) -> dict[str, Any]:
-    """Write a result file, and return what it holds; the tables in the documents are drawn from these."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more,
-              "rows": [asdict(row) for row in rows]}  # fmt: skip
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+) -> None:
+    """Writes a result file."""
+    result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more}
+    files.write(path, {**result, "rows": [asdict(row) for row in rows]})
 
 
 def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[float]]) -> str:

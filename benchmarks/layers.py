@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import result_path, write
 from .harness import machine, measured_ceilings
 
-RESULTS = Path(__file__).parent / "results"
 RANK = 16
 # Bytes that the weights of a shape fill, in as many layers, and the most layers: more than a core's caches.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
@@ -42,7 +42,6 @@ class Plan:
     methods: tuple[str, ...]
 
 
-LORA = ("LoRA", "LoRA, dropout 0.05", "QLoRA", "QLoRA, dropout 0.05")
 PLANS = {
     torch.bfloat16: Plan(
         (
@@ -52,13 +51,14 @@ PLANS = {
             (768, 768), (768, 2304), (768, 3072), (3072, 768),  # BERT-base, GPT-2
         ),
         (16, 64, 256, 1024, 4096),
-        LORA,
+        ("LoRA", "QLoRA, dropout 0.05"),
     ),
     torch.float32: Plan(
-        ((576, 576), (576, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 512)), (512,), (*LORA, "DoRA", "IA3")
+        ((576, 576), (576, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 512)), (512,),
+        ("LoRA", "LoRA, dropout 0.05", "QLoRA", "QLoRA, dropout 0.05", "DoRA", "IA3"),
     ),
 }  # fmt: skip
-NAMES = {torch.bfloat16: "layers", torch.float32: "float32"}
+NAMES = {torch.bfloat16: "layer-shapes", torch.float32: "layer-float32"}
 
 
 class Layers(nn.Module):
@@ -174,14 +174,14 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/e2e-layers-<isa>-<date>.json, "
-                        "of float32 e2e-float32-<isa>-<date>.json")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-shapes-<isa>-<date>"
+                        ".json, of float32 layer-float32-<isa>-<date>.json")  # fmt: skip
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     about = machine()
     result = {"machine": about, **measure(dtype, args.rounds)}
-    out = args.out or RESULTS / f"e2e-{NAMES[dtype]}-{about['isa']}-{about['date']}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path(NAMES[dtype], about, args.out)
+    write(out, result)
     print(f"written: {out}")
 
 
