@@ -132,7 +132,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-calls-<isa>-<date>.json")
+    parser.add_argument(
+        "--out", type=Path, help="result file; default: benchmarks/results/layer-calls-<isa>-<date>.json"
+    )
     args = parser.parse_args()
     about = machine()
     result = {"machine": about, **measure(args.rounds, args.repeats)}

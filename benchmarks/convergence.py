@@ -4,8 +4,7 @@
 ``python -m benchmarks.convergence --draw``   write docs/convergence.md from the newest result file
 
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name, whose tokens alone have
-a loss. The two runs of a method take each step one after the other, so that a time ratio is of neighbours on a busy
-machine; what they record is the loss on the labels, without the terms that AdaLoRA and Diff Pruning add to it.
+a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff Pruning add.
 
 In bfloat16 the base is bfloat16 and the adapter float32. In float32 the same start is widened and trained for the first
 steps alone: it is what both bfloat16 runs round.
@@ -18,7 +17,6 @@ import csv
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 import warnings
@@ -35,15 +33,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .convergence_methods import FLOAT32, METHODS, MakeBase, Method, build, quantized_base
 from .convergence_page import DTYPES, LONGEST, Row, curve_text, draw, held_out_text, max_difference
-from .e2e import PROMPT, RESULTS
+from .e2e import PROMPT
+from .files import newest, result_path, write
 from .harness import machine
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-PATTERN = "e2e-convergence-*.json"
+NAME = "run-convergence-avx512_bf16"  # of the result file that the document shows, without its date
 IGNORED = -100  # the label that the loss leaves out
-WARMUP = 2  # steps that the time ratio leaves out: the first ones allocate
 
 Batch = dict[str, Tensor]
 
@@ -76,7 +74,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 class _Run:
-    """One model in training: its optimizer, its losses, its seconds by step."""
+    """One model in training: its optimizer and the loss of each step."""
 
     def __init__(self, method: Method, model: nn.Module, pruned: Optional[int]) -> None:
         self.method, self.model, self.pruned = method, model.train(), pruned
@@ -88,11 +86,9 @@ class _Run:
             groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=0.0)
         self.losses: list[float] = []
-        self.seconds: list[float] = []
 
     def step(self, number: int, batch: Batch) -> None:
         torch.manual_seed(number)  # two models that draw masks alike draw the same
-        start = time.perf_counter()
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
@@ -101,7 +97,6 @@ class _Run:
         self.optimizer.zero_grad()
         if number == self.pruned:
             self.tuner.prune(self.method.keep, optimizer=self.optimizer)
-        self.seconds.append(time.perf_counter() - start)
         loss, count = label_loss(output.logits.detach(), batch["labels"])
         self.losses.append(loss.item() / count)
 
@@ -148,12 +143,9 @@ def compare(
     explained = peft_ext.explain(ours)
     before = {kind: held_out_loss(run.model, held_out) for kind, run in runs.items()}
     for number, batch in enumerate(train[:taken]):
-        kinds = list(runs) if number % 2 else list(reversed(runs))  # neither always finds the caches warm
-        for kind in kinds:
-            runs[kind].step(number, batch)
+        for run in runs.values():
+            run.step(number, batch)
     after = {kind: held_out_loss(run.model, held_out) for kind, run in runs.items()}
-    measured = [run.seconds[WARMUP if taken > WARMUP else 0 :] for run in runs.values()]
-    ratios = [stock / own for own, stock in zip(*measured, strict=True)] if twin is not None else []
     return {
         "method": name,
         "dtype": dtype,
@@ -168,8 +160,6 @@ def compare(
         "held_out": {
             kind: {"before": round(before[kind], 6), "after": round(after[kind], 6)} for kind in runs
         },
-        "step_s": {kind: round(statistics.median(s), 4) for kind, s in zip(runs, measured, strict=True)},
-        "time_ratio": round(statistics.median(ratios), 3) if ratios else None,
         "reload_difference": _reloaded(method, ours, make_base, dtype, held_out[0]),
     }  # fmt: skip
 
@@ -293,22 +283,14 @@ def measure(options: argparse.Namespace, out: Path) -> None:
         steps = options.steps if dtype == "bfloat16" else min(options.steps, options.steps_float32)
         row = compare(name, make_base, train, held_out, dtype=dtype, steps=steps)
         result["rows"].append(row)
-        part = out.with_suffix(".json.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(out)
+        write(out, result)
         difference = max_difference(row)
         print(
             f"{name}, {dtype}: {curve_text(row, 'ours')}, held out {held_out_text(row, 'ours')}; curves differ by "
             f"{'-' if difference is None else f'{difference:.2g}'}, reloaded by {row['reload_difference']['max']:.2g}; "
-            f"{row['fused']} of {row['layers']} fused, time {row['time_ratio']}; {time.perf_counter() - start:.0f} s",
+            f"{row['fused']} of {row['layers']} fused; {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-
-
-def newest() -> Optional[Path]:
-    """The newest result file."""
-    return max(RESULTS.glob(PATTERN), default=None, key=lambda path: path.name)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -323,18 +305,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--steps-float32", type=int, default=12, help="of them, in float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=64, help="questions")
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/e2e-convergence-<date>.json")
+    parser.add_argument(
+        "--out", type=Path, help="result file; default: benchmarks/results/run-convergence-<isa>-<date>.json"
+    )
     options = parser.parse_args(argv)
     for name, value in _settings(options).items():
         if value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, wanted 1 or more")
     if options.draw:
-        if (path := options.out or newest()) is None or not path.exists():
+        found = options.out and options.out.exists() and json.loads(options.out.read_text())
+        if not (result := found if options.out else newest(NAME)):
             parser.error("nothing was measured yet: there is no result file")
-        DOCUMENT.write_text(draw(json.loads(path.read_text())), encoding="utf-8")
+        DOCUMENT.write_text(draw(result), encoding="utf-8")
         print(f"written: {DOCUMENT}")
         return
-    out = options.out or RESULTS / f"e2e-convergence-{time.strftime('%Y-%m-%d')}.json"
+    out = result_path("run-convergence", machine(), options.out)
     measure(options, out)
     print(f"written: {out}")
 
