@@ -115,6 +115,8 @@ def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, e
 
 
 VARIANTS = tuple(
-    Variant("grouped_lora_linear", f"{name} base, {ADAPTERS} adapters", partial(_mixed, base), (8, 512), everywhere=True)
+    Variant(
+        "grouped_lora_linear", f"{name} base, {ADAPTERS} adapters", partial(_mixed, base), (8, 512), everywhere=True
+    )
     for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
 )

@@ -1,13 +1,13 @@
-"""Adapted layers at the shapes that people train on CPUs, against the frozen layer and PEFT's own.
+"""Times adapted layers at the shapes that people train on CPUs, beside the frozen layer and PEFT's layer.
 
-``python -m benchmarks.layers`` times a training step of one layer, forward and backward: frozen in PyTorch, as PEFT has
-it (over NF4 with bitsandbytes' layer), and as ours. The layers of a shape follow each other, as those of a model do, so
-that no weight is in the caches from the call before; the contenders take turns, and ratios are of each round: their
-median and quartiles are written. Rank 16, float32 adapters.
+``python -m benchmarks.layers`` times a training step of one layer, forward and backward, of three contenders: PyTorch's
+frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Many
+layers of a shape follow each other, as in a model, so that no weight is in a cache from an earlier call. The contenders
+take turns. The result file has the median and the quartiles of each round's ratios. Rank 16, float32 adapters.
 
-In bfloat16 (the default) at every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, from
-16 to 4,096 tokens. ``--dtype float32``: what a CPU without a bfloat16 dot product trains in, on 512 tokens, DoRA and
-IA3 too. To see another path than the CPU's best, force ours and PyTorch's as for ``python -m benchmarks``.
+bfloat16, the default: every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, with 16 to
+4,096 tokens. ``--dtype float32``: some of the shapes with 512 tokens, DoRA and IA3 too, since CPUs without bfloat16
+instructions train in float32. To measure another path than the CPU's best, force it as for ``python -m benchmarks``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .files import result_path, write
 from .harness import machine, measured_ceilings
 
 RANK = 16
-# Bytes that the weights of a shape fill, in as many layers, and the most layers: more than a core's caches.
+# Bytes that the layers of a shape fill together, more than the caches of a core, and the largest number of layers.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured in a dtype: ``(K, N)`` of the layers, tokens of a step, and the methods."""
+    """The measurements in a dtype: ``(K, N)`` of the layers, tokens of a step, and methods."""
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
@@ -95,7 +95,7 @@ def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
 
 
 class Contender:
-    """Layers of one shape, a step of one after the other."""
+    """Layers of one shape, each step on the next layer."""
 
     def __init__(self, kind: str, make: Callable[..., nn.Module], config: Any, k: int, n: int, dtype: torch.dtype):
         import peft
@@ -113,7 +113,7 @@ class Contender:
         self.layers, self.turn = list(model.layers), 0
 
     def step(self, x: Tensor, grad: Tensor) -> float:
-        """Seconds of a step of the next layer."""
+        """Returns the seconds of a step of the next layer."""
         layer = self.layers[self.turn]
         self.turn = (self.turn + 1) % len(self.layers)
         x.grad = None
@@ -131,7 +131,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, Any]:
 
 
 def _calls(tokens: int, k: int, n: int) -> int:
-    """Of a contender in a round: short steps are timed as the mean of several."""
+    """Returns how many steps a round times for each contender: several where a step is short."""
     return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
 
 
@@ -151,7 +151,7 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    contenders[name].step(x, grad)  # what another left in the caches is not its own time
+                    contenders[name].step(x, grad)  # not timed: the caches hold the data of another contender
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
                     if i > 0:  # the first warms up
                         times[name].append(mean)
