@@ -1,7 +1,7 @@
-"""``python -m benchmarks [nf4 lora ...]``: run the benchmarks, print a table, write the result file.
+"""``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
-A full run takes at most 20 minutes on two cores, ``--quick`` at most 3; rows that do not fit are named in the file. To
-see a path that the CPU has besides its best one, force ours and PyTorch's:
+A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the file names the rows that were left
+out. To measure another path of the CPU than its best one, force the path in peft_ext and in PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks
@@ -31,13 +31,13 @@ from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
-# tokens, hot_tokens, shape_tokens, shapes, weights, compile_tokens; then the run's limit and a row's timing in seconds.
-# The limits leave room for the row that is running when they are reached.
+# The first six fields of Options; then the limit of the run and the timing of a row, in seconds. The limits leave time
+# for the row that is running when the limit is reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Compared in a forward alone: on a GPU few tokens, on the CPU those of a mixed batch, one for each of its samples.
+# Numbers of tokens at which forwards alone are compared: few tokens on a GPU; a mixed batch of 8 samples on the CPU.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# On a GPU operators without tokens are compared at another shape too.
+# On a GPU operators without tokens are compared at the shape "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 
@@ -57,18 +57,22 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", default=found, help=f"which ({', '.join(found)}); default: all")
+    parser.add_argument("ops", nargs="*", default=found, help=f"benchmarks to run ({', '.join(found)}); default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--quick", action="store_true", help="4096x4096 at few T, rotating weights, no compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="4096x4096, T=512 and T=1, rotating weights, no torch.compile"
+    )
     parser.add_argument(
         "--tokens", type=_numbers, help="T, comma-separated; default: 1 to 2048 (on a GPU 8192) at 4096x4096, 512 "
         "elsewhere"
     )  # fmt: skip
-    parser.add_argument("--shapes", type=_names, help=f"beside 4096x4096 ({', '.join(SHAPES)}), comma-separated")
-    parser.add_argument("--weights", type=_names, help="rotating,hot: through 1 GB of weights, or the same one again; "
-                        "on a GPU graph: rotating ones, in a CUDA graph")  # fmt: skip
+    parser.add_argument(
+        "--shapes", type=_names, help=f"shapes besides 4096x4096 ({', '.join(SHAPES)}), comma-separated"
+    )
+    parser.add_argument("--weights", type=_names, help="rotating: through 1 GB of weights; hot: the same weight again; "
+                        "graph: rotating weights in a CUDA graph, on a GPU alone")  # fmt: skip
     parser.add_argument("--compile-tokens", type=_numbers, help="T at which torch.compile takes part; '' for none")
-    parser.add_argument("--limit", type=float, help="seconds, after which no row is begun")
+    parser.add_argument("--limit", type=float, help="seconds after which no row starts")
     parser.add_argument("--out", type=Path, help="result file, or the folder for it; default: benchmarks/results, "
                         "layer-<ops>-<isa or GPU>-<date>.json")  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
@@ -113,7 +117,7 @@ def _on_the_cpu(cases: list[Case], limits: dict[str, float], subject: str, out: 
 
 def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     ceilings = cuda.measured_ceilings()
-    gpu = cuda.about_gpu()  # after them: the clocks of a device at work
+    gpu = cuda.about_gpu()  # after the ceilings, to read the clocks of a busy device
     about = {**machine(), "gpu": gpu}
     out = result_path(subject, about, out)
     print(f"{gpu['name']}: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product "

@@ -1,13 +1,13 @@
-"""Loss curves of every method on real data, accelerated and not, from the same start over the same batches.
+"""Records loss curves of every method on real data, accelerated and not, from the same start over the same batches.
 
-``python -m benchmarks.convergence``          train what the result file lacks; each method is written as it ends
-``python -m benchmarks.convergence --draw``   write docs/convergence.md from the newest result file
+``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each at its end
+``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
 
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name, whose tokens alone have
 a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff Pruning add.
 
-In bfloat16 the base is bfloat16 and the adapter float32. In float32 the same start is widened and trained for the first
-steps alone: it is what both bfloat16 runs round.
+A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run converts the same start to float32 and trains
+the first steps alone: both bfloat16 runs round that run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference would be compared with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared with itself
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
 NAME = "run-convergence-avx512_bf16"  # of the result file that the document shows, without its date
-IGNORED = -100  # the label that the loss leaves out
+IGNORED = -100  # label of the tokens that the loss leaves out
 
 Batch = dict[str, Tensor]
 
@@ -50,9 +50,9 @@ Batch = dict[str, Tensor]
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """The summed loss on the tokens that have a label, and their number.
+    """Returns the summed loss of the tokens that have a label, and the number of these tokens.
 
-    ``logits [B, P + T, V]``, P virtual tokens first where the method has them; ``labels [B, T]``.
+    ``logits [B, P + T, V]``, with P virtual tokens first where the method has some; ``labels [B, T]``.
     """
     logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     chosen = labels != IGNORED
@@ -61,7 +61,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    """Mean over the label tokens; the model is in eval mode for it."""
+    """Returns the mean loss over the label tokens, with the model in eval mode."""
     was_training = model.training
     model.eval()
     found = [label_loss(model(**_inputs(batch)).logits, batch["labels"]) for batch in held_out]
@@ -88,11 +88,11 @@ class _Run:
         self.losses: list[float] = []
 
     def step(self, number: int, batch: Batch) -> None:
-        torch.manual_seed(number)  # two models that draw masks alike draw the same
+        torch.manual_seed(number)  # so that two models with the same dropout draw the same masks
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
-        if hasattr(self.tuner, "update_and_allocate"):  # it wants the gradients, and the parameters after the step
+        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA reads the gradients and the updated parameters
             self.tuner.update_and_allocate(number)
         self.optimizer.zero_grad()
         if number == self.pruned:
@@ -110,14 +110,14 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Train method ``name`` and its twin side by side, and let the saved adapter be read again.
+    """Trains method ``name`` and its twin side by side, and loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.
-        make_base: gives a bfloat16 causal language model with Llama's names, a new one with the same weights each time.
+        make_base: makes a new bfloat16 causal language model with Llama's names and with the same weights each time.
         train: a batch for each step of the whole run, see :func:`batches`. held_out: batches of other examples.
-        dtype: "bfloat16" or "float32", of the base; a float32 start is the bfloat16 one, widened.
-        steps: the first steps alone, of a run that is planned for all of them.
+        dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
+        steps: number of first steps that are trained, of a run that is planned for all batches.
 
     Returns: a row of the result file.
 
@@ -165,7 +165,7 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """The largest difference of the logits on a batch, padding left out, and the largest logit."""
+    """Returns the largest difference of a logit after a reload, padding left out, and the largest logit."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:
@@ -185,8 +185,9 @@ def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str,
 
 
 def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> list[tuple[str, str]]:
-    """``count`` prompts and completions of BANKING77, drawn without repetition; questions of ``LONGEST`` characters
-    at most.
+    """Returns ``count`` prompts and completions of BANKING77, drawn without repetition.
+
+    Questions have at most ``LONGEST`` characters.
 
     Raises: FileNotFoundError where the folder has no such split; ValueError where it has fewer questions.
     """
@@ -202,7 +203,7 @@ def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> li
 
 
 def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], end: int) -> Iterator[Batch]:
-    """``input_ids`` and ``labels``, int64 ``[T]``, of each prompt and completion; ``end`` closes the completion."""
+    """Yields ``input_ids`` and ``labels``, int64 ``[T]``, of each prompt and completion; ``end`` ends a completion."""
     for prompt, completion in pairs:
         asked, answer = encode(prompt), [*encode(completion), end]
         yield {
@@ -212,7 +213,10 @@ def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]
 
 
 def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
-    """``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right; the last may be smaller."""
+    """Returns batches of ``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right.
+
+    The last batch may be smaller.
+    """
     rows, found = list(examples), []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -230,7 +234,7 @@ def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
 
 
 def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
-    """How to make the model, its encoding, its end token and its padding token."""
+    """Returns a function that makes the model, its encoding, its end token and its padding token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -250,7 +254,7 @@ def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
 
 
 def _plan(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Methods and dtypes, those of bfloat16 first."""
+    """Returns the methods and dtypes of a run, those of bfloat16 first."""
     plan = [(name, "bfloat16") for name in METHODS] + [(name, "float32") for name in FLOAT32]
     return [(name, dtype) for name, dtype in plan if name in (options.methods or METHODS)]
 
@@ -261,7 +265,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
-    """Train what ``out`` lacks; it is written after each method."""
+    """Trains the methods that ``out`` lacks, and writes ``out`` after each method."""
     from peft_ext.integrations.transformers import keep_freed_memory
 
     result = {"machine": machine(), "settings": _settings(options), "rows": []}
@@ -298,11 +302,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         prog="python -m benchmarks.convergence", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--draw", action="store_true", help="write the document, train nothing")
+    parser.add_argument("--draw", action="store_true", help="write the document; train nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with BANKING77's train.csv and test.csv")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--steps-float32", type=int, default=12, help="of them, in float32")
+    parser.add_argument("--steps-float32", type=int, default=12, help="first steps in float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=64, help="questions")
     parser.add_argument(
