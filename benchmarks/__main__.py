@@ -60,7 +60,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser.add_argument("ops", nargs="*", default=found, help=f"benchmarks to run ({', '.join(found)}); default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument(
-        "--quick", action="store_true", help="4096x4096, T=512 and T=1, rotating weights, no torch.compile"
+        "--quick", action="store_true", help="4096x4096 at one or two T, rotating weights, no torch.compile"
     )
     parser.add_argument(
         "--tokens", type=_numbers, help="T, comma-separated; default: 1 to 2048 (on a GPU 8192) at 4096x4096, 512 "

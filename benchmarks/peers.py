@@ -321,7 +321,7 @@ def value_of(exact: Exact) -> Exact:
 
 
 def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Returns ``(contenders, absent)``. A peer that cannot be made is absent; an error of the first (ours) is raised."""
+    """Returns ``(contenders, absent)``. A peer that cannot be made is absent; an error of the first, ours, rises."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():

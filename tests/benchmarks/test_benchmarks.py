@@ -1,6 +1,6 @@
-"""The benchmarks on toy layers: what is refused, what a row says, and that the documents show the result files.
+"""Runs the benchmarks on toy layers: refusals, contents of rows and files, and documents that show the result files.
 
-A GPU's are run on the CPU here, with the clocks of a device that is not there: what is compared, and what is written.
+The benchmarks of a GPU run on the CPU here, with replaced clocks.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s":
 
 @pytest.fixture
 def small(monkeypatch):
-    """A few rotating weights and rounds; pools and float64 results of other sizes are not kept."""
+    """Sets few rotating weights and rounds, and afterwards drops the cached weights and float64 results."""
     monkeypatch.setattr(peers, "ROTATING_BYTES", 4 * 32 * 64 * 2)
     monkeypatch.setattr(harness, "MAX_ROUNDS", 5)
     monkeypatch.setattr(grid, "SHAPES", {grid.MAIN: ((64, 32),)})
@@ -229,14 +229,23 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
     for one in cases:
         comparison = one.build()
         errors, absent = harness.verify(one.op, comparison)
-        # PyTorch's grouped product takes no experts as small as these.
+        # PyTorch's grouped product refuses experts as small as these.
         assert set(absent) <= ({"PEFT", "frozen"} if name == "experts" else {"bitsandbytes, repacked"})
-        # Peers within a few roundings of bf16: the float64 result is theirs too, their dropout's mask included.
-        # bitsandbytes finds some nested scales by a coarser table.
+        # Peers are within a few roundings of bf16 of their own float64 result, which has their dropout's mask.
+        # bitsandbytes quantizes some nested scales by a coarser table.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
             known = isinstance(found, dict) or peer.startswith("torch")  # else why there is nothing to compare with
             assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
+
+
+def test_every_variant_is_a_case_of_a_full_run():
+    for device, settings in (("cpu", command.FULL), ("cuda", command.CUDA)):
+        options = grid.Options(*settings[:6], device, command.FORWARD[device])
+        for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+            variants = importlib.import_module(f"benchmarks.{path.stem}").VARIANTS
+            wanted = {(variant.op, variant.case) for variant in variants if device in variant.devices}
+            assert {(one.op, one.case.partition(", ")[2]) for one in grid.cases(variants, options)} == wanted
 
 
 def test_the_command_writes_a_result_file_that_draws(small, monkeypatch, tmp_path):
@@ -270,7 +279,7 @@ GPU = {"name": "NVIDIA Toy 80GB", "capability": "9.0", "multiprocessors": 4, "me
 
 @pytest.fixture
 def device_log(monkeypatch):
-    """What is asked of torch.cuda, in order; each event is one millisecond after the one recorded before it."""
+    """Returns the calls to torch.cuda in order. Each event is one millisecond after the event before."""
     log = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""Loss curves, accelerated and not: every method on a tiny model and a made-up text, and BANKING77 where it is here."""
+"""Loss curves of every method, accelerated and not, on a tiny model and a made-up text, and on BANKING77."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode(text):
 
 
 def made_up(count, start=0):
-    """Numbers, and whether they are even."""
+    """Makes a text of numbers and whether each is even."""
     numbers = range(start, start + count)
     return [(f"The number {n}{'!' * (n % 3)} is", " even" if n % 2 == 0 else " odd") for n in numbers]
 
@@ -49,7 +49,7 @@ def row_of(name, dtype="bfloat16", steps=None):
 
 
 def falls(row):
-    """Of both runs the held-out loss, and the training loss, which pruning raises again."""
+    """Returns whether the held-out loss of both runs falls, and the training loss too where nothing was pruned."""
     end = None if row["pruned"] is None else row["pruned"] + 1
     curves = [losses[:end] for losses in row["losses"].values()]
     return all(statistics.mean(curve[-3:]) < statistics.mean(curve[:3]) - 0.02 for curve in curves) and all(
@@ -173,7 +173,7 @@ def test_the_document_is_what_the_result_file_gives():
 
 
 def result_of(curves, reloaded=0.0):
-    """A result file of LoRA and prefix tuning with these curves of ours; the other's are 3.0."""
+    """Returns a result of some methods with these curves of ours; all losses of the twins are 3.0."""
     rows = [
         {
             "method": name, "dtype": dtype, "twin": "PEFT", "steps": 2, "lr": 1e-3, "pruned": None, "trainable": 4,
