@@ -49,7 +49,7 @@ def row_of(name, dtype="bfloat16", steps=None):
 
 
 def falls(row):
-    """Returns whether the held-out loss of both runs falls, and the training loss too where nothing was pruned."""
+    """Returns whether the held-out losses of both runs fall, and their training losses up to a pruning."""
     end = None if row["pruned"] is None else row["pruned"] + 1
     curves = [losses[:end] for losses in row["losses"].values()]
     return all(statistics.mean(curve[-3:]) < statistics.mean(curve[:3]) - 0.02 for curve in curves) and all(
