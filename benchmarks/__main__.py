@@ -1,13 +1,13 @@
-"""``python -m benchmarks [nf4 lora ...]``: run the benchmarks, print a table, write the result file.
+"""``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
-A full run takes at most 20 minutes on two cores, ``--quick`` at most 3; rows that do not fit are named in the file. To
-see a path that the CPU has besides its best one, force ours and PyTorch's:
+A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the file names the rows that were left
+out. To measure another path of the CPU than its best one, force the path in peft_ext and in PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python -m benchmarks
 
-``--device cuda`` compares on a GPU: the cases that have a goal first, each row written when it is there, the table of
-goals last. A row that fails is named, the others still run, and the exit status is 1.
+``--device cuda`` compares on a GPU. The result file is written anew after each row. A row that fails is named, the
+other rows still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ import torch
 import benchmarks
 
 from . import cuda
-from .goals import goals_table, has_goal
+from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
-# tokens, hot_tokens, shape_tokens, shapes, weights, compile_tokens; then the run's limit and a row's timing in seconds.
-# The limits leave room for the row that is running when they are reached.
+# The first six fields of Options; then the limit of the run and the timing of a row, in seconds. The limits leave time
+# for the row that is running when the limit is reached.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Compared in a forward alone: on a GPU few tokens, on the CPU those of a mixed batch, one for each of its samples.
+# Numbers of tokens at which forwards alone are compared: few tokens on a GPU; a mixed batch of 8 samples on the CPU.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# On a GPU operators without tokens are compared at another shape too.
+# On a GPU operators without tokens are compared at the shape "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 
@@ -57,20 +57,24 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", default=found, help=f"which ({', '.join(found)}); default: all")
+    parser.add_argument("ops", nargs="*", default=found, help=f"benchmarks to run ({', '.join(found)}); default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--quick", action="store_true", help="4096x4096 at few T, rotating weights, no compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="4096x4096 at one or two T, rotating weights, no torch.compile"
+    )
     parser.add_argument(
         "--tokens", type=_numbers, help="T, comma-separated; default: 1 to 2048 (on a GPU 8192) at 4096x4096, 512 "
         "elsewhere"
     )  # fmt: skip
-    parser.add_argument("--shapes", type=_names, help=f"beside 4096x4096 ({', '.join(SHAPES)}), comma-separated")
-    parser.add_argument("--weights", type=_names, help="rotating,hot: through 1 GB of weights, or the same one again; "
-                        "on a GPU graph: rotating ones, in a CUDA graph")  # fmt: skip
+    parser.add_argument(
+        "--shapes", type=_names, help=f"shapes besides 4096x4096 ({', '.join(SHAPES)}), comma-separated"
+    )
+    parser.add_argument("--weights", type=_names, help="rotating: through 1 GB of weights; hot: the same weight again; "
+                        "graph: rotating weights in a CUDA graph, on a GPU alone")  # fmt: skip
     parser.add_argument("--compile-tokens", type=_numbers, help="T at which torch.compile takes part; '' for none")
-    parser.add_argument("--limit", type=float, help="seconds, after which no row is begun")
+    parser.add_argument("--limit", type=float, help="seconds after which no row starts")
     parser.add_argument("--out", type=Path, help="result file, or the folder for it; default: benchmarks/results, "
-                        "<isa or GPU>-<date>.json")  # fmt: skip
+                        "layer-<ops>-<isa or GPU>-<date>.json")  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     args = parser.parse_args(argv)
     for what, asked, known in (("benchmark", args.ops, found), ("shape", args.shapes or (), SHAPES),
@@ -88,20 +92,15 @@ def main(argv: Optional[list[str]] = None) -> None:
                       forward_tokens)  # fmt: skip
     variants = [v for name in args.ops for v in importlib.import_module(f"benchmarks.bench_{name}").VARIANTS]
     limits = {"limit_s": args.limit or limit_s, "row_s": row_s}
-    (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, args.out)
+    subject = "layer-all" if args.ops == found else f"layer-{'_'.join(args.ops)}"
+    (_on_a_gpu if args.device == "cuda" else _on_the_cpu)(list(cases(variants, options)), limits, subject, args.out)
 
 
 SETTINGS = {("cpu", False): FULL, ("cpu", True): QUICK, ("cuda", False): CUDA, ("cuda", True): CUDA_QUICK}
 KINDS = {"cpu": ("rotating", "hot"), "cuda": ("rotating", "hot", "graph")}
-RESULTS = Path(__file__).parent / "results"
 
 
-def _result_file(asked: Optional[Path], name: str) -> Path:
-    asked = asked or RESULTS
-    return asked / name if asked.is_dir() else asked
-
-
-def _on_the_cpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
+def _on_the_cpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     about = machine()
     ceilings = measured_ceilings()
     print(f"{about['cpu']}, {about['threads']} threads, path {about['isa']}: copy {ceilings['copy_gb_s']:.1f} GB/s, "
@@ -111,17 +110,16 @@ def _on_the_cpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]
     print_table(rows, ceilings)
     for name in left_out:
         print(f"left out, no time: {name}")
-    out = _result_file(out, f"{about['isa']}-{about['date']}.json")
+    out = result_path(subject, about, out)
     save(out, about, rows, ceilings, left_out)
     print(f"written: {out}")
 
 
-def _on_a_gpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) -> None:
-    cases.sort(key=lambda case: not has_goal(case.op, case.case, case.tokens, case.weights))
+def _on_a_gpu(cases: list[Case], limits: dict[str, float], subject: str, out: Optional[Path]) -> None:
     ceilings = cuda.measured_ceilings()
-    gpu = cuda.about_gpu()  # after them: the clocks of a device at work
-    about = {**machine(), "device": "cuda", "gpu": gpu}
-    out = _result_file(out, f"{cuda.slug(gpu['name'])}-{about['date']}.json")
+    gpu = cuda.about_gpu()  # after the ceilings, to read the clocks of a busy device
+    about = {**machine(), "gpu": gpu}
+    out = result_path(subject, about, out)
     print(f"{gpu['name']}: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 product "
           f"{ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s, float32 {ceilings['matmul_f32_tflop_s']:.1f}")  # fmt: skip
     done: list[Row] = []
@@ -136,13 +134,13 @@ def _on_a_gpu(cases: list[Case], limits: dict[str, float], out: Optional[Path]) 
         return cuda.graph_clock if case.weights == "graph" else cuda.event_clock
 
     rows, left_out = run(cases, ceilings, **limits, report=report, clock_of=clock_of, device="cuda", failed=failed)
-    result = save(out, about, rows, ceilings, left_out, failed=failed)
+    save(out, about, rows, ceilings, left_out, failed=failed)
     print_table(rows, ceilings)
     for name in left_out:
         print(f"left out, no time: {name}")
     for name in failed:
         print(f"failed: {name}")
-    print(f"written: {out}\n\n{goals_table(result)}")
+    print(f"written: {out}")
     if failed:
         sys.exit(1)
 

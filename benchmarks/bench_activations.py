@@ -1,8 +1,9 @@
-"""A gated activation's training step in bf16, gate and up in one tensor as Phi-3 has them, against plain PyTorch.
+"""Times a gated activation's training step in bf16 beside plain PyTorch; gate and up are one tensor, as in Phi-3.
 
     y = act(gate) ∘ up
 
-The floor reads gate and up and writes y, and reads them and dY and writes their gradients.
+The least work reads gate and up and writes y in the forward. In the backward it reads gate, up and dY and writes the
+gradients of gate and up.
 """
 
 from __future__ import annotations

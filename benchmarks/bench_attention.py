@@ -1,11 +1,11 @@
-"""Attention of q, k and v in bf16 or float32, heads of 64, a fourth as many for k and v, against PyTorch's own.
+"""Times attention in bf16 or float32 beside PyTorch's: heads of 64 values, and a fourth as many heads for k and v.
 
-    dropout(softmax(scale q kᵀ + bias)) v, query i over all keys, or over the keys j <= i
+    dropout(softmax(scale q kᵀ + bias)) v        query i sees all keys, or the keys j <= i (causal)
 
-Sequences of 512 tokens, as many as there are. q is of K columns, k and v are of K / 4; they are views of one x. The
-floor multiplies what is seen, seven products of the scores, or of half of them. PyTorch's function is given no mask, so
-that it takes its fastest way; with a dropout it has none but the formula. The bias is of each head, the same for all
-sequences, as T5's relative positions are.
+The tokens are cut into sequences of 512. q has K columns, k and v have K / 4 each; all three are views of one x. The
+least work has seven products of the scores' size, or of half that size where causal. PyTorch's function gets no mask,
+so that it takes its fastest path; with a dropout it computes the plain formula. The bias is one matrix for each head,
+the same for all sequences, like T5's relative positions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A bottleneck adapter's training step, bf16 activations and float32 parameters, against the same in plain PyTorch.
+"""Times a bottleneck adapter's training step with bf16 activations and float32 parameters, beside plain PyTorch.
 
-    Y = x + gelu(x Dᵀ) Vᵀ,  M = 64; there is no frozen weight: N is K
+    Y = x + gelu(x Dᵀ) Vᵀ        M = 64; the adapter has no frozen weight, and N is K
 
-PEFT has no such method. The floor reads x and dY twice and writes Y and dX.
+PEFT has no such method. The least work reads x and dY twice and writes Y and dX.
 """
 
 from __future__ import annotations

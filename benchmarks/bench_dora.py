@@ -1,11 +1,12 @@
-"""One DoRA layer's training step, its norm included, bf16 base and float32 adapters of rank 16, against PEFT's layer.
+"""Times one DoRA layer's training step, norm included, with float32 adapters of rank 16 beside PEFT's layer.
 
-The norm changes with every step, so each step computes it: the floor counts ``U = W Aᵀ`` and ``|W|²`` in one pass over
-W that the forward makes anyway. With dropout in PEFT's mode the base runs on the dropped x, too, and on its gradient:
-the floor counts what was dropped, as the rest is the product that there is anyhow. In "lora" mode dropout acts on the
-low rank alone, another function with another float64 result than PEFT's.
+The norm changes in every step, so that each step computes it. The least work counts ``U = W Aᵀ`` and ``|W|²`` without
+another read of W, since the forward reads W for its product. In mode "peft" the dropout also acts on the base term: the
+least work adds the products of the dropped elements, in the forward and in the backward. In mode "lora" dropout acts on
+the low rank alone, which is another function with another float64 result than PEFT's.
 
-The norm alone, too, against the dense way: W dequantized (by our own operator), W + s B A formed, its rows' norms.
+The norm alone is timed beside the dense computation: our own operator dequantizes W, W + s B A is formed, and PyTorch
+takes the norms of the rows.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _norm(base: str, problem: Problem, compile: bool) -> Comparison:
 
 VARIANTS = (
     *(
-        Variant("dora_weight_norm", f"{name} base", partial(_norm, base), (None,), (), graph=True)
+        Variant("dora_weight_norm", f"{name} base", partial(_norm, base), (None,), graph=True)
         for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
     ),
     Variant("dora_linear", "bf16 base", partial(_layer, "bf16", 0.0, "lora"), everywhere=True),

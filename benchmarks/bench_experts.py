@@ -1,10 +1,11 @@
-"""64 experts with LoRA of rank 16 each in a training step: bf16 or NF4 weights, float32 adapters, rows by chance.
+"""Times a training step of 64 experts, each with LoRA of rank 16: bf16 or NF4 weights, float32 adapters.
 
     Y_t = x_t W_eᵀ + s · (x_t A_eᵀ) B_eᵀ        for every row t of expert e
 
-The layer's weight [N, K] is that of 64 experts [N / 8, K / 8], and each of T tokens has eight rows. "PEFT" is its
-formula: W + s B A of all experts is made, and multiplied by PyTorch's grouped product. "frozen" is that product alone,
-of the bf16 weights. The floor: the weights, x and dY read, Y and dX written, and the products of W and of the ranks.
+The 64 weights [N / 8, K / 8] are cut from one weight [N, K]. Each of T tokens has eight rows, and each row goes to an
+expert at random. "PEFT" is PEFT's computation: it forms W + s B A of all experts and multiplies by PyTorch's grouped
+product. "frozen" is the grouped product of the bf16 weights alone. The least work reads the weights, x and dY, writes Y
+and dX, and computes the products of W and of the ranks.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from .grid import Variant
 from .harness import Comparison, Contender
 from .peers import RANK, SCALING, Problem, Turns, draw_seed, functional, gather, layer_bytes
 
-EXPERTS, PARTS = 64, 8  # PARTS² experts' weights are one layer's
+EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights of experts
 
 
 @lru_cache(maxsize=1)
 def _routing(rows: int, device: str) -> Tensor:
-    """Where each expert's rows end, where each row goes to any of them alike."""
+    """Returns the end of each expert's rows, where each row goes to an expert at random."""
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
     return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)
@@ -42,7 +43,7 @@ def _adapters(k: int, n: int, device: str) -> dict[str, Tensor]:
 
 
 def _stack(weight: Any) -> Any:
-    """A layer's weight as that of the experts."""
+    """Returns a layer's weight [N, K] as the stacked weights of the experts."""
     n, k = weight.shape
     shape = (EXPERTS, n // PARTS, k // PARTS)
     if isinstance(weight, NF4Weight):

@@ -1,9 +1,9 @@
-"""A mixed batch: eight samples of one batch, each with an adapter of its own, without autograd, as PEFT serves it.
+"""Times a mixed batch: eight samples of one batch, each with its own adapter, in a forward without autograd.
 
-T tokens are eight samples of T / 8 (fewer tokens, fewer samples); T = 8 is generation, a token each. PEFT
-(``adapter_names``) takes a sample's rows out of x and adds to its rows of the output, one adapter after the other. The
-floor is the frozen layer's product and the low rank's two. "frozen" is PyTorch's bf16 F.linear alone: what the adapters
-may cost at all is ours less that.
+T tokens are eight samples of T / 8 tokens, or fewer samples where T is below 8. T = 8 is generation, one token a
+sample. PEFT (``adapter_names``) takes the rows of a sample out of x and adds to the sample's rows of the output, one
+adapter after the other. The least work is the frozen layer's product and the two products of the low rank. "frozen" is
+PyTorch's bf16 F.linear alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .harness import Comparison, Contender
 from .peers import RANK, SCALING, Problem, Turns, dense, frozen, gather, peft_config, peft_name, stock_linear
 
 ADAPTERS = 8
-SETS = 4  # of eight adapters, in turn: together with the weights they do not stay in the cache
+SETS = 4  # sets of eight adapters that take turns, so that no set stays in a cache
 
 Adapters = tuple[list[Tensor], list[Tensor]]
 
@@ -89,7 +89,7 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
-    """PEFT's layer with eight adapters, called with the name of each sample's."""
+    """Returns PEFT's layer with eight adapters, called with the adapter's name of each sample."""
     from peft import get_peft_model
 
     model, set_next_weight = stock_linear(problem, base)
@@ -115,6 +115,8 @@ def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, e
 
 
 VARIANTS = tuple(
-    Variant("grouped_lora_linear", f"{name} base, {ADAPTERS} adapters", partial(_mixed, base), (8, 512), (8, 512), True)
+    Variant(
+        "grouped_lora_linear", f"{name} base, {ADAPTERS} adapters", partial(_mixed, base), (8, 512), everywhere=True
+    )
     for base, name in (("bf16", "bf16"), ("nf4", "NF4"))
 )

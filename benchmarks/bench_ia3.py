@@ -1,8 +1,9 @@
-"""One IA3 layer's training step, bf16 or NF4 base and a float32 vector, against PEFT's layer; and the scaling alone.
+"""Times one IA3 layer's training step over a bf16 or NF4 base beside PEFT's layer, and the scaling alone.
 
-    output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ
+    output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
 
-The floor is the frozen layer's two products; the gradient of l is a sum over Y or x, which are read once more for it.
+The least work is the frozen layer's two products, and one more read of Y (output) or x (feedforward) for the gradient
+of l.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
-    """``y = x∘l`` and its gradients: x, grad and x again read; y and dx written. There is no weight: N is K."""
+    """Builds ``y = x∘l`` and its gradients. The least work reads x twice and grad, and writes y and dx; N is K."""
     problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""One LoRA layer's training step, bf16 base and float32 adapters of rank 16, against PEFT's own layer.
+"""Times one LoRA layer's training step with float32 adapters of rank 16 beside PEFT's own layer.
 
-The floor is the frozen layer's two products and the low rank's six. "frozen" is PyTorch's bf16 F.linear doing the two
-alone, so that ``frozen 0.80x`` reads: the frozen layer takes 0.80 of our adapted one's time. On a GPU Unsloth's
-autograd function is a peer, which has no dropout.
+The least work is the frozen layer's two products and the six products of the low rank. "frozen" is PyTorch's bf16
+F.linear with the two products alone: ``frozen 0.80x`` says that the frozen layer takes 0.80 of our adapted layer's
+time. On a GPU Unsloth's autograd function, which has no dropout, is a peer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .peers import (
     peft_config,
 )
 
-_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's: alpha over the rank that is left
+_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's scaling: alpha over the number of unpruned ranks
 
 
 def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:

@@ -1,7 +1,7 @@
-"""NF4 on one weight: quantize, dequantize and the linear layer, against bitsandbytes and plain bf16.
+"""Times NF4's quantize, dequantize and linear layer on one weight, beside bitsandbytes and plain bf16.
 
-A quantize reads 2 bytes and writes 0.53 an element, a dequantize the reverse; both must have the reference's bits. The
-linear layer does 2 T N K products forward and as many for dX; its bf16 peer is the frozen ``F.linear``.
+Quantizing reads 2 bytes an element and writes 0.53; dequantizing does the reverse. Both must give the reference's bits.
+The linear layer takes 2 T N K operations in the forward and as many for dX. Its bf16 peer is the frozen ``F.linear``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
 
-from .grid import SUMMARY_TOKENS, Variant
+from .grid import Variant
 from .harness import Comparison, Contender
 from .peers import (
     DTYPES,
@@ -132,7 +132,7 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
         return contender(forward, enter=NF4Weight.to_bitsandbytes)
 
     def repacked() -> Contender:
-        """In evaluation bitsandbytes' layer replaces its weight by one packed for AVX-512 BF16."""
+        """Returns bitsandbytes' product with the weight that its layer packs for AVX-512 BF16 in evaluation."""
         from bitsandbytes import matmul_4bit
         from bitsandbytes.functional import (
             _convert_weight_packed_for_cpu,  # noqa: PLC2701  what its layer calls
@@ -172,14 +172,13 @@ def _quantized(double_quant: bool) -> str:
     return "double-quantized" if double_quant else "plain"
 
 
-# Operators without tokens; float16, and float32 to quantize, on a GPU alone.
+# float16, and quantizing float32, are compared on a GPU alone.
 VARIANTS = (
     *(
         Variant(
             "nf4_quantize",
             f"{name}, {_quantized(dq)}",
             partial(_quantize, dq, name),
-            (None,),
             (None,),
             everywhere=True,
             devices=("cpu", "cuda") if name == "bf16" else ("cuda",),
@@ -193,7 +192,6 @@ VARIANTS = (
             f"to {str(dtype).removeprefix('torch.')}, {_quantized(dq)}",
             partial(_dequantize, dq, dtype),
             (None,),
-            (None,),
             everywhere=True,
             devices=("cuda",) if name == "fp16" else ("cpu", "cuda"),
             graph=True,
@@ -201,6 +199,6 @@ VARIANTS = (
         for dq in (False, True)
         for name, dtype in DTYPES.items()
     ),
-    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), (1,), graph=True),
-    Variant("nf4_linear", "forward + backward", partial(_linear, True), None, SUMMARY_TOKENS, everywhere=True),
+    Variant("nf4_linear", "forward", partial(_linear, False), (1, 4, 16), graph=True),
+    Variant("nf4_linear", "forward + backward", partial(_linear, True), everywhere=True),
 )

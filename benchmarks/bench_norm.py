@@ -1,8 +1,8 @@
-"""A norm's training step over bf16 activations with a frozen weight, against transformers' form and torch's own.
+"""Times a norm's training step over bf16 activations with a frozen weight, beside transformers' and PyTorch's norms.
 
     RMSNorm: y = w ∘ x / √(mean x² + eps)        LayerNorm: y = w ∘ (x - μ) / √(mean (x - μ)² + eps) + b
 
-The floor reads x and writes y, and reads x and dY and writes dX. There is no frozen matrix: N is K.
+The least work reads x and writes y in the forward, and reads x and dY and writes dX in the backward. N is K.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Rotary positions of q and k in bf16, heads of 128 and a fourth as many for k, against transformers' form.
+"""Times rotary positions of q and k in bf16 beside transformers' code: heads of 128 values, a fourth as many for k.
 
     y = x ∘ cos + rotate_half(x) ∘ sin
 
-The floor reads q and k and writes them, forward and backward. q is of K columns, k of K / 4; they are views of one x.
+The least work reads and writes q and k once in the forward and once in the backward. q has K columns, k has K / 4;
+both are views of one x.
 """
 
 from __future__ import annotations

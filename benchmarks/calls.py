@@ -1,8 +1,9 @@
-"""What a layer's call costs beside arithmetic: Python, dispatch and autograd, which a GPU waits for in small models.
+"""Times the call of a layer beside its arithmetic: Python, dispatch and autograd.
 
-``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on two tokens (4-bit: 40, which bitsandbytes
-dequantizes for), on one thread, frozen, as PEFT's and as ours: a forward in training, a step, a forward in evaluation.
-The three take turns; microseconds a layer are medians of rounds, and ratios medians of each round's.
+``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
+those layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
+dequantizes the weight only then. Timed are a forward in training, a step, and a forward in evaluation. The three models
+take turns. Microseconds a layer are medians over rounds; a ratio is the median of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import result_path, write
 from .harness import machine
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, SIZE = 50, 64
 KINDS = ("frozen", "stock", "ours")
 CALLS = ("forward in training", "step", "forward in evaluation")
@@ -50,7 +51,7 @@ def _linear4bit() -> nn.Module:
 
 
 def _configs() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Any]]:
-    """By method: what makes a layer, an input, and PEFT's configuration."""
+    """Returns, for each method, a function that makes a layer, an input, and PEFT's configuration."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     targets = [f"layers.{i}" for i in range(LAYERS)]
@@ -81,7 +82,7 @@ def _model(kind: str, make: Callable[[], nn.Module], config: Any) -> nn.Module:
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
-    """Microseconds a layer, the best of some repeats: what interrupts one is not the call's."""
+    """Returns microseconds a layer, the least of some repeats: an interruption of a call is not the call's time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -108,7 +109,7 @@ def measure(rounds: int, repeats: int) -> dict[str, Any]:
     for method, (make, x, config) in _configs().items():
         models = {kind: _model(kind, make, config) for kind in KINDS}
         found: dict[str, dict[str, list[float]]] = {call: {kind: [] for kind in KINDS} for call in CALLS}
-        # In evaluation bitsandbytes repacks a weight, which then can't train: that comes last.
+        # Evaluation comes last: bitsandbytes repacks the weight for it, and a repacked weight cannot train.
         for calls in (CALLS[:2], CALLS[2:]):
             for i in range(rounds + 1):
                 for kind, model in models.items():
@@ -132,12 +133,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/e2e-calls-<isa>-<date>.json")
+    parser.add_argument(
+        "--out", type=Path, help="result file; default: benchmarks/results/layer-calls-<isa>-<date>.json"
+    )
     args = parser.parse_args()
     about = machine()
     result = {"machine": about, **measure(args.rounds, args.repeats)}
-    out = args.out or RESULTS / f"e2e-calls-{about['isa']}-{about['date']}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path("layer-calls", about, args.out)
+    write(out, result)
     print(f"written: {out}")
 
 

@@ -1,19 +1,17 @@
-"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draw docs/images/*.svg from the newest result files.
+"""``python -m benchmarks.charts [--check] [--out FOLDER]``: draws docs/images/*.svg from the newest result files.
 
-``layers``     the time of each adapted layer's step, the frozen bf16 layer's = 1
-``roofline``   what each operator reaches, over what its bytes and products allow
-``training``   tokens/s and peak memory of whole training steps, against PEFT and bitsandbytes
-``losses``     loss curves of every method, accelerated and not
+``layers``       time of a LoRA, AdaLoRA or IA3 layer's training step, relative to the frozen bf16 layer
+``layers-dora``  time of a DoRA layer's training step, relative to the frozen bf16 layer
+``training``     tokens/s and peak memory of whole training steps, relative to PEFT and bitsandbytes
+``losses``       loss curves of every method, accelerated and not
 
-``layers`` and ``roofline`` are drawn once more for each GPU that was measured, ``-<gpu>`` in their names. Each number
-is one of a result file: what is not in it is not drawn, and the chart or its caption says so. The same files give the
-same bytes. ``--check`` writes nothing and fails where a picture is not what it would draw.
+Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. The same files give
+the same bytes. ``--check`` writes nothing and fails where a committed picture differs from its result file.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -21,37 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.chart import Panel, Picture, Scale, identifier, rows_scale, text_width
+from peft_ext.chart import Picture, Scale, identifier, rows_scale, text_width
 from peft_ext.files import atomic_file
 
-from . import tables
-from .convergence import PATTERN as LOSSES
+from .convergence import NAME as LOSSES
 from .convergence_methods import TWINS
-from .cuda import slug
-from .grid import MAIN, Options, cases
-from .tables import KERNELS, METHODS, Result, about, about_gpu, is_of_a_gpu, newest, newest_by_gpu
+from .files import Result, is_of_a_gpu, newest, newest_by_gpu, slug
+from .grid import MAIN
+from .tables import DORA, LABELS, LORA, METHODS, ROOT, about, about_gpu
 
-IMAGES = tables.ROOT / "docs" / "images"
-TOKENS = {"cpu": 512, "cuda": 2048}  # where torch.compile takes part
-# The layers with an adapter, in their order; an operator's benchmark has its name.
-ADAPTED = {"lora_linear": "LoRA", "grouped_lora_linear": "Mixed batch", "dora_linear": "DoRA", "ia3_linear": "IA3"}
+IMAGES = ROOT / "docs" / "images"
+TOKENS = {"cpu": 512, "cuda": 2048}  # the numbers of tokens at which torch.compile takes part
+ADAPTED = ("lora_linear", "dora_linear", "ia3_linear")  # operators of layers with an adapter
 BASES = {"bf16": "bf16 base", "nf4": "NF4 base"}
-# Of each operator's point in the roofline; one that is not here is a star.
-MARK = {"lora_linear": "circle", "dora_linear": "square", "ia3_linear": "up", "grouped_lora_linear": "plus",
-        "nf4_linear": "diamond", "bottleneck_adapter": "down", "dora_weight_norm": "cross"}  # fmt: skip
 
 
-def stock_name(row: Result) -> Optional[str]:
-    """The row's peer that is PEFT or bitsandbytes, as they come."""
-    return next((name for name in row["milliseconds"] if name in ("PEFT", "PEFT + bitsandbytes", "bitsandbytes")), None)
-
-
-def about_run(result: Result) -> str:
-    return about_gpu(result) if is_of_a_gpu(result) else f"{about(result)}."
-
-
-def _device(result: Result) -> str:
-    return "cuda" if is_of_a_gpu(result) else "cpu"
+def _about(result: Result) -> str:
+    return f"{about_gpu(result) if is_of_a_gpu(result) else about(result)}."
 
 
 # --- adapted layers ---------------------------------------------------------------------------------------------------
@@ -59,45 +43,38 @@ def _device(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer's row. ``times``: by contender, of the frozen layer's; empty where it is not in the file."""
+    """A row of a result file. ``times``: each contender's time over the frozen bf16 layer's; ``base``: of BASES."""
 
-    op: str
     label: str
     base: str
     times: dict[str, float]
 
 
+def _tokens(result: Result) -> int:
+    return TOKENS["cuda" if is_of_a_gpu(result) else "cpu"]
+
+
 def _label(op: str, case: str) -> tuple[str, str]:
-    """``(label, base)`` of a case such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
+    """Returns ``(label, base)`` of a case such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
     _, *parts = case.split(", ")
     base = next(key for key, text in BASES.items() if text in parts)
     rest = [part for part in parts if part not in BASES.values()]
-    name = rest.pop(0) if "AdaLoRA" in rest else ADAPTED[op]
-    label = ", ".join([name, *rest])
-    if op == "grouped_lora_linear":
-        label += ",\nforward alone"
+    label = ", ".join(rest if "AdaLoRA" in rest else [LABELS[op], *rest])
     return re.sub(r", (dropout \S+) (\w)", r",\n\1 \2", label), base
 
 
 def adapted_layers(result: Result) -> list[Layer]:
-    """What the benchmarks have of 4096 x 4096 at :data:`TOKENS`, rotating weights: each with its times, or with none.
+    """Returns the file's 4096 x 4096 layers with an adapter at :data:`TOKENS` and with rotating weights.
 
     A time is the quotient of two medians of the file: the contender's ratio to ours over the frozen layer's.
     """
-    device = _device(result)
-    options = Options((TOKENS[device],), (), (), (), ("rotating",), (), device)
-    rows = {(row["op"], row["case"], row.get("weights", "hot")): row for row in result["rows"]}
     layers = []
-    for op in ADAPTED:
-        variants = importlib.import_module(f"benchmarks.bench_{op.removesuffix('_linear')}").VARIANTS
-        for case in cases([variant for variant in variants if variant.op == op], options):
-            if case.tokens != TOKENS[device]:
-                continue
-            ratios = rows.get((op, case.case, "rotating"), {"speedup": {}})["speedup"]
-            times = {"ours": 1 / ratios["frozen"]} if ratios.get("frozen") else {}
-            if times:
-                times |= {name: ratio / ratios["frozen"] for name, ratio in ratios.items() if name != "frozen"}
-            layers.append(Layer(op, *_label(op, case.case), times))
+    for row in result["rows"]:
+        ratios, shape = row["speedup"], (row["tokens"], row["k"], row["n"])
+        if row["op"] in ADAPTED and shape == (_tokens(result), int(MAIN), int(MAIN)) and row["weights"] == "rotating":
+            if frozen := ratios.get("frozen"):
+                times = {name: ratio / frozen for name, ratio in ratios.items() if name != "frozen"}
+                layers.append(Layer(*_label(row["op"], row["case"]), {"ours": 1 / frozen, **times}))
     return layers
 
 
@@ -105,15 +82,15 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-# By contender: its colour, and its words in the legend where these are not its name.
+# Colour of each contender, and its text in the legend where that differs from the contender's name.
 LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
 WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 
 
 def layers(result: Result) -> Optional[Picture]:
-    """Bars of each adapted layer's time, the frozen layer's = 1; None where no such row is in the file."""
+    """Draws a bar for each layer and contender: the time over the frozen layer's. None where the file has no layer."""
     found = adapted_layers(result)
-    if not any(layer.times for layer in found):
+    if not found:
         return None
     labels = list(dict.fromkeys(layer.label for layer in found))
     times = {(layer.label, layer.base): {_contender(name): time for name, time in layer.times.items()}
@@ -133,15 +110,15 @@ def layers(result: Result) -> Optional[Picture]:
         panel.reference(identifier("layers", base, "frozen"), 1)
         panel.bars([times.get((label, base), {}) for label in labels], looks,
                    [identifier(f"layers.{base}", label) for label in labels])  # fmt: skip
-    tokens = TOKENS[_device(result)]
     drops = any("on the low rank" in layer.label and "stock" in times[layer.label, layer.base] for layer in found)
-    missing = [f"{layer.label} over {layer.base}".replace("\n", " ") for layer in found if not layer.times]
     picture.caption(
-        f"One {MAIN} x {MAIN} linear layer, {tokens} tokens, rank 16, float32 adapter, weights out of the cache; "
-        "forward and backward, where not said otherwise. Dashed: PyTorch's bf16 layer with no adapter, same run.",
-        "PEFT has no dropout on the low rank alone: beside it stands its own, which drops the base term too." * drops,
-        f"Not in the result file: {'; '.join(missing)}." if missing else "",
-        about_run(result),
+        f"One {MAIN} x {MAIN} linear layer, {_tokens(result)} tokens, rank 16, float32 adapter, forward and backward. "
+        "Each call reads its weight from memory, not from a cache. Dashed: PyTorch's bf16 layer without an adapter, in "
+        "the same run.",
+        "PEFT cannot drop on the low rank alone: PEFT's bar is its own function, which drops on the base term too."
+        if drops
+        else "",
+        _about(result),
     )
     return picture
 
@@ -151,116 +128,11 @@ def _gutter(labels: list[str]) -> float:
     return 12 + max(text_width(line) for label in labels for line in label.split("\n"))
 
 
-# --- roofline ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """A row's floor in FLOP a byte, and what was reached of it in FLOP a second. ``base``: a key of :data:`BASES`."""
-
-    op: str
-    case: str
-    base: str
-    intensity: float
-    ours: float
-    peer: Optional[float]
-
-
-def roofline_points(result: Result) -> tuple[list[Point], list[str]]:
-    """``(points, operators without products)`` of 4096 x 4096 with weights out of the cache.
-
-    The peer is PEFT or bitsandbytes, or plain PyTorch where these have no such operator.
-    """
-    points, without = [], []
-    for row in result["rows"]:
-        if (row["k"], row["n"], row.get("weights", "hot")) != (int(MAIN), int(MAIN), "rotating"):
-            continue
-        if not row["flops"]:
-            without.append(row["op"])
-            continue
-        times = row["milliseconds"]
-        peer = stock_name(row) or next((name for name in ("torch eager", "dense") if name in times), None)
-        reached = {name: 1e3 * row["flops"] / times[name] for name in ("ours", peer) if name}
-        base = "nf4" if row["op"].startswith("nf4") or BASES["nf4"] in row["case"] else "bf16"
-        points.append(Point(row["op"], row["case"], base, row["flops"] / row["bytes_moved"], reached["ours"],
-                            reached.get(peer)))  # fmt: skip
-    return points, list(dict.fromkeys(without))
-
-
-def roofline(result: Result) -> Optional[Picture]:
-    """Each row a point, ours and the peer's; None where no row has products."""
-    points, without = roofline_points(result)
-    if not points:
-        return None
-    ops = [op for op in MARK if any(point.op == op for point in points)]
-    ops += sorted({point.op for point in points} - {*ops})
-    roofs = {text: 1e12 * result["ceilings"][key] for text, key in PRODUCTS.items() if result["ceilings"].get(key)}
-    best, *lower = sorted(roofs, key=roofs.__getitem__, reverse=True)
-    copy = 1e9 * result["ceilings"]["copy_gb_s"]
-    picture = Picture(
-        "Roofline: what each operator reaches of what bytes and products allow",
-        [("ours", "peft_ext", "circle"), ("open stock", "PEFT or bitsandbytes, else plain PyTorch", "circle"),
-         *(("soft", op, MARK.get(op, "star")) for op in ops),
-         ("ink", f"memory copy, {copy / 1e9:.3g} GB/s, up to {best} product, {_flops(roofs[best])}", "line"),
-         *(("ink dash", f"{text} product, {_flops(roofs[text])}", "line") for text in lower)],
-    )  # fmt: skip
-    reached = [value for point in points for value in (point.ours, point.peer) if value is not None]
-    wide = [*(point.intensity for point in points), max(roofs.values()) / copy]
-    x = Scale(min(wide) / 1.6, max(wide) * 1.8, log=True)
-    y = Scale(min(*reached, *roofs.values()) / 1.6, max(*reached, *roofs.values()) * 1.7, log=True)
-    panels = picture.panels(len(BASES), height=340, left=46, titles=["bf16 base, or none", "NF4 base"], x=x, y=y,
-                            x_label="FLOP/byte of the floor")  # fmt: skip
-    for panel, base in zip(panels, BASES, strict=True):
-        panel.x_axis()
-        panel.y_axis(unit=1e9, labels=panel is panels[0])
-        _roofs(panel, copy, roofs, base)
-        here = [point for point in points if point.base == base]
-        for point in here:
-            if point.peer is not None:
-                panel.curve("", [(point.intensity, point.peer), (point.intensity, point.ours)], "compiled thin")
-        for point in here:
-            if point.peer is not None:
-                panel.mark(identifier("roofline", point.op, point.case, "peer"), MARK.get(point.op, "star"),
-                           point.intensity, point.peer, "open stock")  # fmt: skip
-        for point in here:
-            panel.mark(identifier("roofline", point.op, point.case, "ours"), MARK.get(point.op, "star"),
-                       point.intensity, point.ours, "ours")  # fmt: skip
-    tokens = sorted({row["tokens"] for row in result["rows"] if row["tokens"]})
-    counts = f", {tokens[0]} to {tokens[-1]} tokens" if tokens else ""
-    picture.caption(
-        f"Upwards: GFLOP/s, FLOP of the floor over the time. {MAIN} x {MAIN}{counts}, weights out of the cache; a thin "
-        "line joins ours and its peer. The floor is the bytes and products of the least work that the operator takes, "
-        "for both alike: what a contender does beyond it lowers its point. The other lines: this machine's memory copy "
-        "and PyTorch's products, in the same run.",
-        f"Without products, so not here: {', '.join(without)}." if without else "",
-        about_run(result),
-    )
-    return picture
-
-
-PRODUCTS = {"bf16": "matmul_bf16_tflop_s", "float32": "matmul_f32_tflop_s"}
-
-
-def _roofs(panel: Panel, copy: float, roofs: dict[str, float], base: str) -> None:
-    """Draws the copy's slope up to the faster product, and each product's line from where the copy reaches it."""
-    peak = max(roofs.values())
-    for text, value in roofs.items():
-        panel.curve(identifier("roofline", base, "ceiling", text),
-                    [(max(value / copy, panel.x.low), value), (panel.x.high, value)],
-                    "ink" if value == peak else "ink dash")  # fmt: skip
-    low = max(panel.x.low, panel.y.low / copy)
-    panel.curve(identifier("roofline", base, "ceiling", "copy"), [(low, low * copy), (peak / copy, peak)], "ink")
-
-
-def _flops(value: float) -> str:
-    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
-
-
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
 def training(result: Result) -> Optional[Picture]:
-    """Tokens/s and peak memory as ratios to PEFT and bitsandbytes; None where no method is in the file."""
+    """Draws tokens/s and peak memory over those of PEFT and bitsandbytes. None where the file has no row."""
     rows = result["rows"]
     if not rows:
         return None
@@ -285,7 +157,7 @@ def training(result: Result) -> Optional[Picture]:
     picture.caption(
         f"{result['what'][0].upper()}{result['what'][1:]}. In grey: the two that are divided. Stock: PEFT's own "
         "layers; the base of QLoRA and QDoRA is bitsandbytes' NF4 layer in both.",
-        about_run(result),
+        _about(result),
     )
     return picture
 
@@ -294,7 +166,7 @@ def training(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """A panel for each method in bfloat16, ours and its twin's; how far they are apart, in float32 too."""
+    """Draws a panel for each method: our loss curve and its twin's in bfloat16, and their largest differences."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None
@@ -325,7 +197,7 @@ def losses(result: Result) -> Optional[Picture]:
         f"Upwards: loss on the labels, bfloat16 base. SmolLM2-135M-Instruct on BANKING77, {settings['steps']} steps of "
         f"{settings['batch']} questions. In grey: the largest difference of the two curves; in float32 over the first "
         f"{settings['steps_float32']} steps.",
-        about_run(result),
+        _about(result),
     )
     return picture
 
@@ -334,7 +206,7 @@ CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
-    """With what a method is compared, where that is not PEFT, and how far the two curves are apart."""
+    """Returns the twin's name where the twin is not PEFT, and the largest difference of the curves in each dtype."""
     lines = []
     for name, found in (("bf16", row), ("float32", exact)):
         if found and "twin" in found["losses"]:
@@ -352,17 +224,14 @@ def _apart(curves: dict[str, list[float]]) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-CHARTS = {"layers": (KERNELS, layers), "roofline": (KERNELS, roofline), "training": (METHODS, training),
+CHARTS = {"layers": (LORA, layers), "layers-dora": (DORA, layers), "training": (METHODS, training),
           "losses": (LOSSES, losses)}  # fmt: skip
 
 
 def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
-    """``(name, SVG, why there is none)`` of each chart."""
-    todo = [(name, draw, newest(pattern), f"no result file {pattern}") for name, (pattern, draw) in CHARTS.items()]
-    for result in newest_by_gpu():
-        if "rows" in result and "ceilings" in result:
-            where = slug(result["machine"]["gpu"]["name"])
-            todo += [(f"{name}-{where}", CHARTS[name][1], result, "") for name in ("layers", "roofline")]
+    """Yields ``(name, SVG or None, why there is no SVG)`` for each picture."""
+    todo = [(name, draw, newest(file), f"no result file {file}-<date>.json") for name, (file, draw) in CHARTS.items()]
+    todo += [(f"layers-{slug(found['machine']['gpu']['name'])}", layers, found, "") for found in newest_by_gpu()]
     for name, draw, result, why in todo:
         picture = None if result is None else draw(result)
         if picture is None:

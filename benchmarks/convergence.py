@@ -1,14 +1,13 @@
-"""Loss curves of every method on real data, accelerated and not, from the same start over the same batches.
+"""Records loss curves of every method on real data, accelerated and not, from the same start over the same batches.
 
-``python -m benchmarks.convergence``          train what the result file lacks; each method is written as it ends
-``python -m benchmarks.convergence --draw``   write docs/convergence.md from the newest result file
+``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each at its end
+``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
 
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name, whose tokens alone have
-a loss. The two runs of a method take each step one after the other, so that a time ratio is of neighbours on a busy
-machine; what they record is the loss on the labels, without the terms that AdaLoRA and Diff Pruning add to it.
+a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff Pruning add.
 
-In bfloat16 the base is bfloat16 and the adapter float32. In float32 the same start is widened and trained for the first
-steps alone: it is what both bfloat16 runs round.
+A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run converts the same start to float32 and trains
+the first steps alone: both bfloat16 runs round that run.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import csv
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 import warnings
@@ -26,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference would be compared with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared with itself
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +33,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .convergence_methods import FLOAT32, METHODS, MakeBase, Method, build, quantized_base
 from .convergence_page import DTYPES, LONGEST, Row, curve_text, draw, held_out_text, max_difference
-from .e2e import PROMPT, RESULTS
+from .e2e import PROMPT
+from .files import newest, result_path, write
 from .harness import machine
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-PATTERN = "e2e-convergence-*.json"
-IGNORED = -100  # the label that the loss leaves out
-WARMUP = 2  # steps that the time ratio leaves out: the first ones allocate
+NAME = "run-convergence-avx512_bf16"  # of the result file that the document shows, without its date
+IGNORED = -100  # label of the tokens that the loss leaves out
 
 Batch = dict[str, Tensor]
 
@@ -52,9 +50,9 @@ Batch = dict[str, Tensor]
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """The summed loss on the tokens that have a label, and their number.
+    """Returns the summed loss of the tokens that have a label, and the number of these tokens.
 
-    ``logits [B, P + T, V]``, P virtual tokens first where the method has them; ``labels [B, T]``.
+    ``logits [B, P + T, V]``, with P virtual tokens first where the method has some; ``labels [B, T]``.
     """
     logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     chosen = labels != IGNORED
@@ -63,7 +61,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    """Mean over the label tokens; the model is in eval mode for it."""
+    """Returns the mean loss over the label tokens, with the model in eval mode."""
     was_training = model.training
     model.eval()
     found = [label_loss(model(**_inputs(batch)).logits, batch["labels"]) for batch in held_out]
@@ -76,7 +74,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 class _Run:
-    """One model in training: its optimizer, its losses, its seconds by step."""
+    """One model in training: its optimizer and the loss of each step."""
 
     def __init__(self, method: Method, model: nn.Module, pruned: Optional[int]) -> None:
         self.method, self.model, self.pruned = method, model.train(), pruned
@@ -88,20 +86,17 @@ class _Run:
             groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=0.0)
         self.losses: list[float] = []
-        self.seconds: list[float] = []
 
     def step(self, number: int, batch: Batch) -> None:
-        torch.manual_seed(number)  # two models that draw masks alike draw the same
-        start = time.perf_counter()
+        torch.manual_seed(number)  # so that two models with the same dropout draw the same masks
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
-        if hasattr(self.tuner, "update_and_allocate"):  # it wants the gradients, and the parameters after the step
+        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA reads the gradients and the updated parameters
             self.tuner.update_and_allocate(number)
         self.optimizer.zero_grad()
         if number == self.pruned:
             self.tuner.prune(self.method.keep, optimizer=self.optimizer)
-        self.seconds.append(time.perf_counter() - start)
         loss, count = label_loss(output.logits.detach(), batch["labels"])
         self.losses.append(loss.item() / count)
 
@@ -115,14 +110,14 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Train method ``name`` and its twin side by side, and let the saved adapter be read again.
+    """Trains method ``name`` and its twin side by side, and loads the saved adapter over a new base.
 
     Args:
         name: a key of ``METHODS``.
-        make_base: gives a bfloat16 causal language model with Llama's names, a new one with the same weights each time.
+        make_base: makes a new bfloat16 causal language model with Llama's names and with the same weights each time.
         train: a batch for each step of the whole run, see :func:`batches`. held_out: batches of other examples.
-        dtype: "bfloat16" or "float32", of the base; a float32 start is the bfloat16 one, widened.
-        steps: the first steps alone, of a run that is planned for all of them.
+        dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
+        steps: number of first steps that are trained, of a run that is planned for all batches.
 
     Returns: a row of the result file.
 
@@ -148,12 +143,9 @@ def compare(
     explained = peft_ext.explain(ours)
     before = {kind: held_out_loss(run.model, held_out) for kind, run in runs.items()}
     for number, batch in enumerate(train[:taken]):
-        kinds = list(runs) if number % 2 else list(reversed(runs))  # neither always finds the caches warm
-        for kind in kinds:
-            runs[kind].step(number, batch)
+        for run in runs.values():
+            run.step(number, batch)
     after = {kind: held_out_loss(run.model, held_out) for kind, run in runs.items()}
-    measured = [run.seconds[WARMUP if taken > WARMUP else 0 :] for run in runs.values()]
-    ratios = [stock / own for own, stock in zip(*measured, strict=True)] if twin is not None else []
     return {
         "method": name,
         "dtype": dtype,
@@ -168,14 +160,12 @@ def compare(
         "held_out": {
             kind: {"before": round(before[kind], 6), "after": round(after[kind], 6)} for kind in runs
         },
-        "step_s": {kind: round(statistics.median(s), 4) for kind, s in zip(runs, measured, strict=True)},
-        "time_ratio": round(statistics.median(ratios), 3) if ratios else None,
         "reload_difference": _reloaded(method, ours, make_base, dtype, held_out[0]),
     }  # fmt: skip
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """The largest difference of the logits on a batch, padding left out, and the largest logit."""
+    """Returns the largest difference of a logit after a reload, padding left out, and the largest logit."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:
@@ -195,8 +185,9 @@ def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str,
 
 
 def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> list[tuple[str, str]]:
-    """``count`` prompts and completions of BANKING77, drawn without repetition; questions of ``LONGEST`` characters
-    at most.
+    """Returns ``count`` prompts and completions of BANKING77, drawn without repetition.
+
+    Questions have at most ``LONGEST`` characters.
 
     Raises: FileNotFoundError where the folder has no such split; ValueError where it has fewer questions.
     """
@@ -212,7 +203,7 @@ def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> li
 
 
 def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], end: int) -> Iterator[Batch]:
-    """``input_ids`` and ``labels``, int64 ``[T]``, of each prompt and completion; ``end`` closes the completion."""
+    """Yields ``input_ids`` and ``labels``, int64 ``[T]``, of each prompt and completion; ``end`` ends a completion."""
     for prompt, completion in pairs:
         asked, answer = encode(prompt), [*encode(completion), end]
         yield {
@@ -222,7 +213,10 @@ def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]
 
 
 def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
-    """``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right; the last may be smaller."""
+    """Returns batches of ``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right.
+
+    The last batch may be smaller.
+    """
     rows, found = list(examples), []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -240,7 +234,7 @@ def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
 
 
 def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
-    """How to make the model, its encoding, its end token and its padding token."""
+    """Returns a function that makes the model, its encoding, its end token and its padding token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -260,7 +254,7 @@ def _smollm2() -> tuple[MakeBase, Callable[[str], list[int]], int, int]:
 
 
 def _plan(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Methods and dtypes, those of bfloat16 first."""
+    """Returns the methods and dtypes of a run, those of bfloat16 first."""
     plan = [(name, "bfloat16") for name in METHODS] + [(name, "float32") for name in FLOAT32]
     return [(name, dtype) for name, dtype in plan if name in (options.methods or METHODS)]
 
@@ -271,7 +265,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
-    """Train what ``out`` lacks; it is written after each method."""
+    """Trains the methods that ``out`` lacks, and writes ``out`` after each method."""
     from peft_ext.integrations.transformers import keep_freed_memory
 
     result = {"machine": machine(), "settings": _settings(options), "rows": []}
@@ -293,22 +287,14 @@ def measure(options: argparse.Namespace, out: Path) -> None:
         steps = options.steps if dtype == "bfloat16" else min(options.steps, options.steps_float32)
         row = compare(name, make_base, train, held_out, dtype=dtype, steps=steps)
         result["rows"].append(row)
-        part = out.with_suffix(".json.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(out)
+        write(out, result)
         difference = max_difference(row)
         print(
             f"{name}, {dtype}: {curve_text(row, 'ours')}, held out {held_out_text(row, 'ours')}; curves differ by "
             f"{'-' if difference is None else f'{difference:.2g}'}, reloaded by {row['reload_difference']['max']:.2g}; "
-            f"{row['fused']} of {row['layers']} fused, time {row['time_ratio']}; {time.perf_counter() - start:.0f} s",
+            f"{row['fused']} of {row['layers']} fused; {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-
-
-def newest() -> Optional[Path]:
-    """The newest result file."""
-    return max(RESULTS.glob(PATTERN), default=None, key=lambda path: path.name)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -316,25 +302,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         prog="python -m benchmarks.convergence", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--draw", action="store_true", help="write the document, train nothing")
+    parser.add_argument("--draw", action="store_true", help="write the document; train nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with BANKING77's train.csv and test.csv")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--steps-float32", type=int, default=12, help="of them, in float32")
+    parser.add_argument("--steps-float32", type=int, default=12, help="first steps in float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=64, help="questions")
-    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/e2e-convergence-<date>.json")
+    parser.add_argument(
+        "--out", type=Path, help="result file; default: benchmarks/results/run-convergence-<isa>-<date>.json"
+    )
     options = parser.parse_args(argv)
     for name, value in _settings(options).items():
         if value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, wanted 1 or more")
     if options.draw:
-        if (path := options.out or newest()) is None or not path.exists():
+        found = options.out and options.out.exists() and json.loads(options.out.read_text())
+        if not (result := found if options.out else newest(NAME)):
             parser.error("nothing was measured yet: there is no result file")
-        DOCUMENT.write_text(draw(json.loads(path.read_text())), encoding="utf-8")
+        DOCUMENT.write_text(draw(result), encoding="utf-8")
         print(f"written: {DOCUMENT}")
         return
-    out = options.out or RESULTS / f"e2e-convergence-{time.strftime('%Y-%m-%d')}.json"
+    out = result_path("run-convergence", machine(), options.out)
     measure(options, out)
     print(f"written: {out}")
 

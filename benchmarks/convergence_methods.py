@@ -1,4 +1,4 @@
-"""The methods whose loss curves are compared, how each is trained, and what runs beside it from the same start."""
+"""The methods whose loss curves are compared, with their settings and their twins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ MakeBase = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is trained, and what with.
+    """The settings of a method's run, and its twin.
 
-    ``config(steps, layers)``: PEFT's configuration for a run of so many steps of a model of so many layers. ``twin``:
-    "PEFT", its own layers; "reference", PyTorch's operators in place of ours; "parameters", the model's own parameters
-    trained without an adapter, which is the same in float32 alone; "" where nothing else has the method. ``prune_at``:
-    the part of the run after which Diff Pruning keeps the part ``keep`` of its entries.
+    Attributes:
+        config: ``(steps, layers)`` -> PEFT's configuration for a run of ``steps`` of a model with ``layers``.
+        twin: "PEFT": PEFT's own layers; "reference": PyTorch's operators in place of ours; "parameters": the model's
+            own parameters, trained without an adapter, which compute the same function in float32 alone; "": no twin.
+        prune_at: part of the run after which Diff Pruning keeps the part ``keep`` of its entries.
     """
 
     config: Callable[[int, int], Any]
@@ -41,7 +42,10 @@ class Method:
 
 
 def _config(name: str, **fields: Any) -> Callable[[int, int], Any]:
-    """The configuration of that name, "package:class"; a field may be a function of the steps and the layers."""
+    """Returns a function that makes the configuration ``name``, "package:class".
+
+    A field may be a function of the steps and the layers.
+    """
 
     def config(steps: int, layers: int) -> Any:
         given = {key: value(steps, layers) if callable(value) else value for key, value in fields.items()}
@@ -76,13 +80,13 @@ METHODS = {
     "Diff Pruning": Method(_DIFF_PRUNING, 2e-3, "", prune_at=0.5),
     "partial": Method(_PARTIAL, 2e-4, "parameters"),
 }
-# Where in float32 there is something to learn: not from masks that differ, nor of what no kernel of ours computes.
+# Methods that run in float32 too: not those whose masks differ from the twin's, nor those without a kernel of ours.
 FLOAT32 = ("LoRA", "QLoRA", "DoRA", "AdaLoRA", "IA3", "bottleneck", "BitFit", "partial")
 TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own parameters", "": "–"}
 
 
 def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[nn.Module, Optional[nn.Module]]:
-    """The accelerated model, and its twin with the same start, or None where there is none in this dtype."""
+    """Returns the accelerated model and its twin with the same start, or None where this dtype has no twin."""
     import peft_ext
     from peft_ext.nn import BottleneckAdapter
 
@@ -93,7 +97,7 @@ def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[
         warnings.simplefilter("ignore")
         model = peft_ext.get_peft_model(model, method.config(steps, layers), accelerate=False)
     for key, parameter in model.named_parameters():
-        if ".ranknum." in key:  # over a base that is not float32 PEFT trains AdaLoRA's divisor, and does not save it
+        if ".ranknum." in key:  # PEFT trains AdaLoRA's divisor over a base that is not float32, and does not save it
             parameter.requires_grad_(False)
     if dtype == "float32":
         model = model.float()
@@ -133,7 +137,7 @@ def _reference_adapter() -> type[nn.Module]:
 
 
 def _parameters(method: Method, make_base: MakeBase) -> nn.Module:
-    """The base in float32; what BitFit or partial fine-tuning trains requires grad, and nothing else does."""
+    """Returns the float32 base in which only the parameters of BitFit or of partial fine-tuning require grad."""
     model = make_base().float().requires_grad_(False)
     if method.config is _PARTIAL:
         for layer in model.base_model.layers[-2:]:

@@ -1,13 +1,12 @@
-"""Times on a GPU, by its own events, and what it can do at most.
+"""Times calls on a GPU with CUDA events, and measures the GPU's ceilings.
 
-A call is timed between two events, or as a share of a CUDA graph of many calls. Nothing waits for the device inside.
-Between events a short call costs what the host takes to launch it; in a graph, what the kernels take. What the calls
-of one sample return is kept until it ends, so that no output is written to a cache line of the call before.
+A call is timed between two events, or as a part of a CUDA graph of many calls. No call waits for the device. Between
+events a short call takes the time of its launch on the host; in a graph a call takes the time of its kernels. The
+outputs of all calls of a sample are kept until the sample ends, so that no output reuses cached memory of another call.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -17,10 +16,10 @@ import torch
 
 from .harness import Contender
 
-__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings", "slug"]
+__all__ = ["about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# nvidia-smi's fields, by the names that a result file has.
+# Fields of nvidia-smi, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
 
@@ -30,7 +29,7 @@ def _event() -> Any:
 
 
 def event_clock(contender: Contender) -> Callable[[], float]:
-    """The median of :data:`CALLS` calls that are queued one after the other, each between two events."""
+    """Returns a function that times :data:`CALLS` queued calls, each between two events, and returns their median."""
     marks = [(_event(), _event()) for _ in range(CALLS)]
 
     def sample() -> float:
@@ -48,14 +47,14 @@ def event_clock(contender: Contender) -> Callable[[], float]:
 
 
 def graph_clock(contender: Contender) -> Callable[[], float]:
-    """The time of a graph of :data:`GRAPH_CALLS` calls, each on the next weights, over their number.
+    """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the time of one call.
 
-    Each sample replays it twice: the first replay keeps the device busy until the second one, which is timed, is
-    queued. Raises what the capture raises.
+    Each call of the graph takes the next weight. A sample replays the graph twice: the first replay keeps the device
+    busy until the second, timed replay is queued. Raises the exception of a failed capture.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate their workspaces at the first calls
+    with torch.cuda.stream(side):  # before the capture: libraries allocate their workspaces in the first calls
         for _ in range(3):
             contender.take()
             contender.run()
@@ -81,7 +80,10 @@ def graph_clock(contender: Contender) -> Callable[[], float]:
 
 
 def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
-    """GB/s of a copy, bytes read plus written; TFLOP/s of PyTorch's square product in bf16 and float32; the best."""
+    """Measures GB/s of a copy (bytes read plus written), and TFLOP/s of PyTorch's products in bf16 and float32.
+
+    Each figure is the best of ``repeats``.
+    """
     start, end = _event(), _event()
 
     def best(run: Callable[[], Any]) -> float:
@@ -112,7 +114,7 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
 
 def about_gpu() -> dict[str, Any]:
-    """Name, capability, sizes, CUDA's version; driver and clocks as nvidia-smi reads them now, where it is there."""
+    """Returns name, capability, sizes and CUDA's version; with nvidia-smi also the driver and the current clocks."""
     found = torch.cuda.get_device_properties(0)
     about = {
         "name": found.name,
@@ -128,8 +130,3 @@ def about_gpu() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError, IndexError):
         return about
     return about | dict(zip(SMI, (value.strip() for value in line.split(",")), strict=False))
-
-
-def slug(name: str) -> str:
-    """A GPU's name in a file's: "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,11 +1,11 @@
-"""Whole runs, accelerated against stock (PEFT + bitsandbytes): ``peft-ext finetune`` on a real model, and bare steps.
+"""Compares whole training runs and steps: accelerated, and stock (PEFT + bitsandbytes).
 
-``python -m benchmarks.e2e speed``                   tokens/s and peak memory, runs in turn, and the loss curves
-``python -m benchmarks.e2e methods``                 the same for steps of every method, on random weights
+``python -m benchmarks.e2e speed``                   peft-ext finetune: tokens/s, peak memory and losses
+``python -m benchmarks.e2e methods``                 steps of every method on random weights: tokens/s and peak memory
 ``python -m benchmarks.e2e experts``                 steps of LoRA on a mixture's experts, beside the frozen model's
-``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv), over seeds
+``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
-Each run is a process of its own, so that peak memory is its own. All write a result file.
+Each run is its own process, so that its peak memory counts nothing else. Each command writes a result file.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from typing import Any
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be timed as if it were a kernel
 
 from . import mixture
+from .files import result_path, write
 from .harness import machine
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT = "Question of a bank's customer: {text}\nIntent:"
 
 
 def finetune(output: Path, *arguments: str) -> dict[str, Any]:
-    """One run; what it wrote into run.json."""
+    """Runs ``peft-ext finetune`` once and returns its run.json."""
     command = [sys.executable, "-m", "peft_ext", "finetune", "--output", str(output), "--overwrite", *arguments]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((output / "run.json").read_text())
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Ratios are of runs that follow each other. Losses are compared without dropout: the masks are not the same."""
+    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. Ratios compare runs that follow each other.
+
+    Losses are compared in two more runs without dropout, since the two contenders draw different masks.
+    """
     steps = ("--max-steps", str(args.steps), "--eval-fraction", "0.03")
     kinds = {"ours": (), "stock": ("--stock",)}
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
@@ -73,7 +76,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(runs: dict[str, list[dict[str, Any]]], name: str) -> float:
-    """Median over the turns of ours over stock."""
+    """Returns the median over the turns of our figure over stock's."""
     return round(statistics.median(o[name] / s[name] for o, s in zip(*runs.values(), strict=True)), 3)
 
 
@@ -83,7 +86,7 @@ def _short(run: dict[str, Any]) -> str:
 
 
 def intents(args: argparse.Namespace) -> dict[str, Any]:
-    """Question to intent as text; right is the generated line that equals the intent's name."""
+    """Trains on questions and intents as text, and counts the generated lines that equal the intent's name."""
     train, test = (_read(args.data / name) for name in ("train.csv", "test.csv"))
     picked = random.Random(0).sample(test, args.questions)
     accuracy: dict[str, list[float]] = {"ours": [], "stock": []}
@@ -111,7 +114,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """The adapter over the NF4 base, the same way for both kinds: greedy, 32 questions at a time."""
+    """Returns the part of right answers of an adapter over the NF4 base: greedy, 32 questions at a time."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,7 +146,7 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """``quantized``: the base is bitsandbytes' Linear4bit, NF4 and double-quantized, in both contenders."""
+    """A PEFT method. ``quantized``: the base is bitsandbytes' Linear4bit (double-quantized NF4) in both contenders."""
 
     peft_type: str
     quantized: bool = False
@@ -161,7 +164,6 @@ METHODS = {
     "IA3": Method("IA3"),
     "AdaLoRA": Method("ADALORA"),
 }
-# SmolLM2-135M's shape.
 SMOLLM2 = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -171,7 +173,7 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-# Llama 3.2 1B's width, in four layers of its sixteen.
+# The width of Llama 3.2 1B, with 4 layers instead of 16.
 LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -186,7 +188,7 @@ KINDS = ("ours", "stock")
 
 
 def peft_config(method: Method, steps: int) -> Any:
-    """Rank 16 on every linear layer but the head."""
+    """Returns PEFT's configuration of a method: rank 16 on every linear layer but the head."""
     import peft
 
     if method.peft_type == "IA3":
@@ -198,13 +200,13 @@ def peft_config(method: Method, steps: int) -> Any:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    if method.peft_type == "ADALORA":  # every step is one that gives up ranks
+    if method.peft_type == "ADALORA":  # ranks are pruned in every step
         return peft.AdaLoraConfig(init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + 2, **common)
     return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
 
 
 def build_model(method: Method, steps: int, sizes: dict[str, Any]) -> Any:
-    """A Llama of ``sizes`` with random bf16 weights, the same for both contenders, in training."""
+    """Returns a Llama of ``sizes`` with an adapter, in training. Both contenders get the same random bf16 weights."""
     import torch
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -235,13 +237,13 @@ def train(
     method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
     checkpointing: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """``steps`` measured steps after one to warm up: forward, backward, AdamW over the adapters, zero_grad."""
+    """Times ``steps`` training steps after one that warms up: forward, backward, AdamW over the adapters, zero_grad."""
     import torch
 
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory, peak_memory_mib
 
-    keep_freed_memory()  # in both: it is a setting of the process, not of a kernel
+    keep_freed_memory()  # in both contenders: a setting of the process, not of a kernel
     model = build_model(method, steps, sizes)
     if checkpointing:
         model.enable_input_require_grads()
@@ -275,7 +277,7 @@ def train(
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and stock in turn, each run a process of its own; ratios are of runs that follow each other."""
+    """Runs both contenders of each method in turn, each run in its own process. Ratios compare neighbouring runs."""
     rows = []
     for name in args.methods:
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
@@ -314,17 +316,25 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         "fused": ours[0]["fused"],
         "layers": ours[0]["layers"],
         "losses": {kind: runs[kind][0]["losses"] for kind in KINDS},
-        # With dropout the masks are not the same, and the losses are not compared.
+        # With dropout the contenders draw different masks, so that their losses are not comparable.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
 
 
 def _names(text: str) -> list[str]:
-    """Methods by the beginning of their names, ``;`` between them; nothing: all."""
+    """Returns the methods whose names begin with one of the parts of ``text``, which ";" divides."""
     found = [name for part in text.split(";") for name in METHODS if name.lower().startswith(part.strip().lower())]
     if not found:
         raise argparse.ArgumentTypeError(f"no method {text!r}; there are {'; '.join(METHODS)}")
     return list(dict.fromkeys(found))
+
+
+def _subject(args: argparse.Namespace) -> str:
+    """Returns the beginning of the result file's name."""
+    if args.command != "methods":
+        return f"{'step' if args.command == 'experts' else 'run'}-{args.command}"
+    shape = [args.shape] * (args.shape != "smollm2")
+    return "-".join(["step", *(shape + ["checkpointing"] * args.checkpointing or ["methods"])])
 
 
 def main() -> None:
@@ -362,7 +372,7 @@ def main() -> None:
         command.add_argument("--length", type=int, default=256)
     for command in (one, two, three, five):
         command.add_argument(
-            "--out", type=Path, help="result file; default: benchmarks/results/e2e-<command>-<isa>-<date>.json"
+            "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
         )
     args = parser.parse_args()
     if args.command == "method":
@@ -374,13 +384,8 @@ def main() -> None:
         return
     measure = {"speed": speed, "intents": intents, "methods": methods, "experts": mixture.compare}[args.command]
     result = {"machine": machine(), **measure(args)}
-    about = result["machine"]
-    shape, checkpointing = getattr(args, "shape", "smollm2"), getattr(args, "checkpointing", False)
-    other = [shape] * (shape != "smollm2") + ["checkpointing"] * checkpointing
-    name = "-".join(["steps", *other]) if other else args.command
-    out = args.out or RESULTS / f"e2e-{name}-{about['isa']}-{about['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path(_subject(args), result["machine"], args.out)
+    write(out, result)
     print(f"written: {out}")
 
 

@@ -1,4 +1,4 @@
-"""Which cases there are: every benchmark's variants, over layer shapes, tokens, and hot or rotating weights."""
+"""Lists the cases of the benchmarks: each variant at layer shapes, numbers of tokens and kinds of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .peers import Problem
 __all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
 
 MAIN = "4096"
-# (K, N) of the linear layers; Llama-3-8B's square one is the shape that every run has.
+# (K, N) of the linear layers of some models. Every run has MAIN, Llama-3-8B's square layer.
 SHAPES = {
     MAIN: ((4096, 4096),),
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
@@ -20,27 +20,24 @@ SHAPES = {
     "8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
     "wide": ((4096, 14336),),
 }
-SUMMARY_TOKENS = (512, 2048)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to compare, at any shape.
+    """A comparison that can be built at any shape.
 
     Attributes:
         build: ``(problem, compile) -> Comparison``.
-        tokens: where not those of the run: (1,), or (None,) for an operator that has no tokens.
-        summary_tokens: those that stand for the rest in a short table.
-        everywhere: at the models' shapes too, not at 4096 x 4096 alone.
-        devices: those it is compared on.
-        graph: no autograd, so that a CUDA graph can hold its calls.
+        tokens: numbers of tokens; None: those of the run; (None,): the operator has no tokens.
+        everywhere: the variant is compared at the models' shapes too, not only at 4096 x 4096.
+        devices: devices on which the variant is compared.
+        graph: the variant has no autograd, so that a CUDA graph can hold its calls.
     """
 
     op: str
     case: str
     build: Callable[[Problem, bool], Comparison]
     tokens: Optional[tuple[Optional[int], ...]] = None
-    summary_tokens: tuple[Optional[int], ...] = SUMMARY_TOKENS
     everywhere: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     graph: bool = False
@@ -48,15 +45,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Options:
-    """What to run.
+    """The choice of cases for a run.
 
     Attributes:
-        tokens: at 4096 x 4096 with rotating weights; hot_tokens: with hot ones; shape_tokens: at the models' shapes,
-        where None is for operators without tokens.
-        shapes: names of :data:`SHAPES`, beside the 4096 x 4096 one.
-        weights: "rotating", "hot", and on a GPU "graph": rotating ones, the calls captured in a CUDA graph.
-        compile_tokens: those at which torch.compile takes part, at 4096 x 4096: it takes seconds to compile each.
-        device: "cpu" or "cuda". forward_tokens: where forwards without autograd are compared as well.
+        tokens, hot_tokens: numbers of tokens at 4096 x 4096 with rotating and with hot weights.
+        shape_tokens: numbers of tokens at the models' shapes; None stands for operators without tokens.
+        shapes: names of :data:`SHAPES` besides MAIN.
+        weights: "rotating", "hot", and on a GPU "graph": rotating weights, the calls captured in a CUDA graph.
+        compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compiles for seconds.
+        device: "cpu" or "cuda".
+        forward_tokens: numbers of tokens at which forwards without autograd are compared as well.
     """
 
     tokens: Sequence[int]
@@ -70,7 +68,7 @@ class Options:
 
 
 def cases(variants: Sequence[Variant], options: Options) -> Iterator[Case]:
-    """The 4096 x 4096 layer first; cases that share their weights follow each other."""
+    """Yields the cases, those of the 4096 x 4096 layer first. Cases that share their weights follow each other."""
     for weights in options.weights:
         tokens = options.hot_tokens if weights == "hot" else (*options.tokens, *options.forward_tokens)
         yield from _cases(variants, MAIN, weights, (*tokens, None), options)
@@ -93,7 +91,7 @@ def _cases(
 
 
 def _has(variant: Variant, tokens: Optional[int], options: Options) -> bool:
-    """Whether the variant is compared at ``tokens``; on a GPU a forward is at each of the run's."""
+    """Returns whether the variant is compared at ``tokens``. On a GPU forwards are compared at all of the run's."""
     if variant.tokens is None:
         return tokens is not None and tokens not in options.forward_tokens
     if options.device == "cuda" and None not in variant.tokens:
@@ -109,5 +107,4 @@ def _case(variant: Variant, tokens: Optional[int], k: int, n: int, weights: str,
         return variant.build(problem, compiles and not captured)
 
     where = f"{k}->{n}" if tokens is None else f"T={tokens} {k}->{n}"
-    summary = main and weights == "rotating" and tokens in variant.summary_tokens
-    return Case(variant.op, f"{where}, {variant.case}", tokens, k, n, weights, build, summary)
+    return Case(variant.op, f"{where}, {variant.case}", tokens, k, n, weights, build)

@@ -1,12 +1,11 @@
-"""Comparisons of operators, by the timer of :mod:`peft_ext.bench`: verified first, then timed in turn, in one process.
+"""Compares operators with the timer of :mod:`peft_ext.bench`: verifies each result, then times all in turn.
 
-The ceilings are measured in the same run: the bandwidth of memory, of a copy and of reading, and PyTorch's own
-products. A :data:`Clock` takes the time: the host's here, a GPU's in :mod:`.cuda`.
+The ceilings of a machine are measured in the same run: the bandwidth of a copy and of reading, and the rates of
+PyTorch's own products. A :data:`Clock` takes the times: the host's clock here, a GPU's in :mod:`.cuda`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,8 @@ from peft_ext.bench import Clock, Contender, host_clock, interleave, median_rati
 from peft_ext.bench.timer import error_text, seconds_of
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import COMPOSED, OPS, has_kernel
+
+from . import files
 
 __all__ = [
     "Case",
@@ -43,19 +44,20 @@ __all__ = [
 ]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
-# What decides which instructions run, ours and PyTorch's; a result file says which of them were set.
+# Environment variables that choose the instructions of peft_ext and PyTorch. A result file records those that are set.
 ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
                "OMP_NUM_THREADS")  # fmt: skip
 
 
 @dataclass
 class Comparison:
-    """Contenders, "ours" first, and what must be moved and computed.
+    """The contenders, "ours" first, and the least work that the operator takes.
 
     Attributes:
-        absent: peers that are not here, and why.
-        bytes_moved, flops: of the floor; reads: hardly a byte of them is written, so that the floor is that of reading;
-            tolerance: the largest relative error that ours may have, 0: the very bits.
+        bytes_moved, flops: bytes and operations of that work.
+        reads: nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
+        tolerance: largest relative error that ours may have; with 0 ours must have the same bits.
+        absent: reason for each peer that cannot run.
     """
 
     contenders: dict[str, Contender]
@@ -68,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison to be made. ``summary``: it is one of the few that stand for the rest in a short table."""
+    """A comparison at one shape. ``build`` makes its contenders."""
 
     op: str
     case: str
@@ -77,18 +79,20 @@ class Case:
     n: int
     weights: str
     build: Callable[[], Comparison]
-    summary: bool = False
 
 
 @dataclass
 class Row:
-    """What came out.
+    """The result of a comparison.
 
     Attributes:
-        milliseconds: median by contender. speedup: each one's ratio to ours (above 1: ours is faster), the median over
-            rounds; quartiles: the first and the third of these. reads: the floor is that of reading.
-        errors: by contender, by output: relative to float64, as Frobenius norms; or why there is none.
-        absent: peers that could not run, and why. roofline: by contender, the floor in percent of the time.
+        milliseconds: median time of each contender.
+        speedup: time of each peer over ours, the median over rounds; above 1, ours is faster.
+        quartiles: first and third quartile of these ratios.
+        errors: relative error of each contender's outputs to float64 (Frobenius norm), or why it is not verified.
+        absent: reason for each peer that could not run.
+        bytes_moved, flops, reads: of the :class:`Comparison`.
+        roofline: least time of that work (see :func:`floor_ms`) in percent of each contender's time.
     """
 
     op: str
@@ -97,7 +101,6 @@ class Row:
     k: int
     n: int
     weights: str
-    summary: bool
     milliseconds: dict[str, float]
     speedup: dict[str, float]
     quartiles: dict[str, tuple[float, float]]
@@ -114,7 +117,10 @@ class Row:
 
 
 def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
-    """GB/s of a 256 MB copy and of reading, TFLOP/s of PyTorch's square product in bf16 and float32; the best ones."""
+    """Measures GB/s of a 256 MB copy and of reading, and TFLOP/s of PyTorch's products in bf16 and float32.
+
+    Each figure is the best of ``repeats``.
+    """
     source, target = torch.ones(size << 15), torch.empty(size << 15)
 
     def best(run: Callable[[], Any]) -> float:
@@ -136,19 +142,19 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """The longer of the bytes, at the bandwidth of a copy or of reading, and the products, at the faster measured one.
+    """Returns the least time of some work: the longer of the time to move its bytes and the time of its products.
 
-    That one is bf16's, but where a path without bf16 instructions is forced, PyTorch's float32 is the faster one.
+    The products run at the faster of PyTorch's measured rates. On a path without bf16 instructions that is float32's.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
     bandwidth = ceilings["copy_gb_s"]
-    if reads:  # of which the first result files have no ceiling
+    if reads:  # a GPU's ceilings have no bandwidth of reading
         bandwidth = max(bandwidth, ceilings.get("read_gb_s", 0.0))
     return 1e3 * max((bytes_moved or 0) / (bandwidth * 1e9), (flops or 0) / (peak * 1e12))
 
 
 def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, float], reads: bool = False) -> str:
-    """What was reached of the ceiling that the floor is of: "812 GB/s" or "0.41 TFLOP/s"."""
+    """Returns the reached rate, such as "812 GB/s" or "0.41 TFLOP/s", of the ceiling that bounds the work."""
     if floor_ms(bytes_moved, 0, ceilings, reads) >= floor_ms(0, flops, ceilings):
         return f"{bytes_moved / milliseconds / 1e6:.3g} GB/s"
     return f"{flops / milliseconds / 1e9:.3g} TFLOP/s"
@@ -158,9 +164,10 @@ def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, 
 
 
 def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns ``(errors, absent)`` by contender. Raises AssertionError where ours is off by more than the tolerance.
+    """Returns the errors and the reasons of absence by contender.
 
-    A peer that can't run (torch.compile without a compiler, ...) is absent, with the error's first line.
+    Raises AssertionError where ours is off by more than the tolerance. A peer that cannot run, such as torch.compile
+    without a compiler, is absent with the first line of its error.
     """
     errors, absent = timer.verify(op, comparison.contenders, comparison.tolerance)
     return errors, {**comparison.absent, **absent}
@@ -169,10 +176,10 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
 def compare(
     case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0, clock: Clock = host_clock
 ) -> Row:
-    """Verify, then time in interleaved rounds that take about ``budget_s`` in all, five at least.
+    """Verifies, then times at least five interleaved rounds that take about ``budget_s`` seconds in all.
 
-    A peer that can't be timed by ``clock`` (a graph that it can't be captured in) is absent. One that takes longer
-    than ``timer.LONGEST_CALL_S`` (bfloat16 on a CPU without instructions for it) is timed once.
+    A peer that ``clock`` cannot time, such as a call that cannot be captured in a CUDA graph, is absent. A peer that
+    takes longer than ``timer.LONGEST_CALL_S``, such as bfloat16 on a CPU without bfloat16 instructions, is timed once.
     """
     errors, absent = verify(case.op, comparison)
     samples: dict[str, Callable[[], float]] = {}
@@ -218,11 +225,12 @@ def run(
     device: str = "cpu",
     failed: Optional[list[str]] = None,
 ) -> tuple[list[Row], list[str]]:
-    """``(rows, names of cases that were not run)``: about ``row_s`` of timing a row, ``limit_s`` in all.
+    """Returns the rows, and the names of the cases that were left out.
 
-    Setting up, verifying and compiling count. A row that is likely to pass the limit is left out and named: five
-    rounds of five contenders at the floor, and as much again for the set-up, is a row's least. An error of ours ends
-    the run; with a list ``failed`` it is added there, and the run goes on.
+    A row takes about ``row_s`` seconds of timing, the run at most ``limit_s`` seconds, with set-up, verification and
+    compilation. A case is left out where five rounds of five contenders at the least time, and as much again for the
+    set-up, would pass the limit. An error of ours ends the run; with a list ``failed`` the error is added to the list,
+    and the run goes on.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)
@@ -256,9 +264,9 @@ def run(
 
 
 def check_kernels(ops: set[str], device: str = "cpu") -> None:
-    """Exit where an op would run the reference, which must not be timed as if it were a kernel.
+    """Exits where an operator has no kernel, since its reference must not be timed as if it were a kernel.
 
-    Without PEFT_EXT_REQUIRE=1, which ``python -m benchmarks`` sets by default, it is timed all the same.
+    With PEFT_EXT_REQUIRE=0 the reference is timed (``python -m benchmarks`` sets PEFT_EXT_REQUIRE=1 by default).
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
         return
@@ -270,7 +278,7 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to judge a number: processor, threads, paths, versions."""
+    """Returns processor, threads, CPU paths, environment variables, date and versions of this run."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -289,22 +297,19 @@ def save(
     ceilings: dict[str, float],
     left_out: Iterable[str] = (),
     **more: Any,
-) -> dict[str, Any]:
-    """Write a result file, and return what it holds; the tables in the documents are drawn from these."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more,
-              "rows": [asdict(row) for row in rows]}  # fmt: skip
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+) -> None:
+    """Writes a result file."""
+    result = {"machine": about, "ceilings": ceilings, "left_out": list(left_out), **more}
+    files.write(path, {**result, "rows": [asdict(row) for row in rows]})
 
 
 def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[float]]) -> str:
-    """Each contender's ratio, and its quartiles where they are known and tell more than the ratio."""
+    """Returns the ratio and the quartiles of each peer as text."""
     return ", ".join(f"{name} {ratio:.2f}x{spread_text(quartiles.get(name))}" for name, ratio in speedup.items())
 
 
 def spread_text(quartiles: Optional[Sequence[float]]) -> str:
-    """ " (1.02 to 1.10)"; nothing where there are none, or where both are printed alike."""
+    """Returns quartiles such as " (1.02 to 1.10)"; nothing where there are none, or where both are printed alike."""
     low, high = (f"{value:.2f}" for value in quartiles or (0.0, 0.0))
     return "" if low == high else f" ({low} to {high})"
 

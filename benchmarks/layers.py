@@ -1,13 +1,13 @@
-"""Adapted layers at the shapes that people train on CPUs, against the frozen layer and PEFT's own.
+"""Times adapted layers at the shapes that people train on CPUs, beside the frozen layer and PEFT's layer.
 
-``python -m benchmarks.layers`` times a training step of one layer, forward and backward: frozen in PyTorch, as PEFT has
-it (over NF4 with bitsandbytes' layer), and as ours. The layers of a shape follow each other, as those of a model do, so
-that no weight is in the caches from the call before; the contenders take turns, and ratios are of each round: their
-median and quartiles are written. Rank 16, float32 adapters.
+``python -m benchmarks.layers`` times a training step of one layer, forward and backward, of three contenders: PyTorch's
+frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Many
+layers of a shape follow each other, as in a model, so that no weight is in a cache from an earlier call. The contenders
+take turns. The result file has the median and the quartiles of each round's ratios. Rank 16, float32 adapters.
 
-In bfloat16 (the default) at every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, from
-16 to 4,096 tokens. ``--dtype float32``: what a CPU without a bfloat16 dot product trains in, on 512 tokens, DoRA and
-IA3 too. To see another path than the CPU's best, force ours and PyTorch's as for ``python -m benchmarks``.
+bfloat16, the default: every linear layer of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, BERT-base and GPT-2, with 16 to
+4,096 tokens. ``--dtype float32``: some of the shapes with 512 tokens, DoRA and IA3 too, since CPUs without bfloat16
+instructions train in float32. To measure another path than the CPU's best, force it as for ``python -m benchmarks``.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import result_path, write
 from .harness import machine, measured_ceilings
 
-RESULTS = Path(__file__).parent / "results"
 RANK = 16
-# Bytes that the weights of a shape fill, in as many layers, and the most layers: more than a core's caches.
+# Bytes that the layers of a shape fill together, more than the caches of a core, and the largest number of layers.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured in a dtype: ``(K, N)`` of the layers, tokens of a step, and the methods."""
+    """The measurements in a dtype: ``(K, N)`` of the layers, tokens of a step, and methods."""
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
     methods: tuple[str, ...]
 
 
-LORA = ("LoRA", "LoRA, dropout 0.05", "QLoRA", "QLoRA, dropout 0.05")
 PLANS = {
     torch.bfloat16: Plan(
         (
@@ -52,13 +51,14 @@ PLANS = {
             (768, 768), (768, 2304), (768, 3072), (3072, 768),  # BERT-base, GPT-2
         ),
         (16, 64, 256, 1024, 4096),
-        LORA,
+        ("LoRA", "QLoRA, dropout 0.05"),
     ),
     torch.float32: Plan(
-        ((576, 576), (576, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 512)), (512,), (*LORA, "DoRA", "IA3")
+        ((576, 576), (576, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 512)), (512,),
+        ("LoRA", "LoRA, dropout 0.05", "QLoRA", "QLoRA, dropout 0.05", "DoRA", "IA3"),
     ),
 }  # fmt: skip
-NAMES = {torch.bfloat16: "layers", torch.float32: "float32"}
+NAMES = {torch.bfloat16: "layer-shapes", torch.float32: "layer-float32"}
 
 
 class Layers(nn.Module):
@@ -95,7 +95,7 @@ def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
 
 
 class Contender:
-    """Layers of one shape, a step of one after the other."""
+    """Layers of one shape, each step on the next layer."""
 
     def __init__(self, kind: str, make: Callable[..., nn.Module], config: Any, k: int, n: int, dtype: torch.dtype):
         import peft
@@ -113,7 +113,7 @@ class Contender:
         self.layers, self.turn = list(model.layers), 0
 
     def step(self, x: Tensor, grad: Tensor) -> float:
-        """Seconds of a step of the next layer."""
+        """Returns the seconds of a step of the next layer."""
         layer = self.layers[self.turn]
         self.turn = (self.turn + 1) % len(self.layers)
         x.grad = None
@@ -131,7 +131,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, Any]:
 
 
 def _calls(tokens: int, k: int, n: int) -> int:
-    """Of a contender in a round: short steps are timed as the mean of several."""
+    """Returns how many steps a round times for each contender: several where a step is short."""
     return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
 
 
@@ -151,7 +151,7 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    contenders[name].step(x, grad)  # what another left in the caches is not its own time
+                    contenders[name].step(x, grad)  # not timed: the caches hold the data of another contender
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
                     if i > 0:  # the first warms up
                         times[name].append(mean)
@@ -174,14 +174,14 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/e2e-layers-<isa>-<date>.json, "
-                        "of float32 e2e-float32-<isa>-<date>.json")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-shapes-<isa>-<date>"
+                        ".json, of float32 layer-float32-<isa>-<date>.json")  # fmt: skip
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     about = machine()
     result = {"machine": about, **measure(dtype, args.rounds)}
-    out = args.out or RESULTS / f"e2e-{NAMES[dtype]}-{about['isa']}-{about['date']}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = result_path(NAMES[dtype], about, args.out)
+    write(out, result)
     print(f"written: {out}")
 
 

@@ -1,4 +1,4 @@
-"""A mixture's experts in a training step, as transformers keeps them: a stack of matrices."""
+"""Times training steps of a mixture-of-experts model whose experts are stacked matrices, as in transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# Of Qwen3-MoE: 4 layers of 64 experts of 512 and 256, of which a token has 4.
+# A Qwen3-MoE of 4 layers, each with 64 experts of 512 x 256; the router gives a token to 4 experts.
 MIXTURE = {
     "hidden_size": 512,
     "intermediate_size": 256,
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """``steps`` measured forwards and backwards of one of KINDS after one to warm up; no optimizer."""
+    """Times ``steps`` forwards and backwards of one of KINDS, after one that warms up. There is no optimizer."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -62,7 +62,7 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         )  # fmt: skip
-        # PEFT has no DoRA on experts: its other layers are PEFT's, and those of the experts ours, not accelerated.
+        # PEFT has no DoRA on experts: "dora sums" has peft_ext's layers on experts, not accelerated, and PEFT's others.
         accelerate = kind not in ("stock", "dora sums")
         dropout = 0.05 if kind == "dropout" else 0.0
         model = peft_ext.get_peft_model(model, config, accelerate=accelerate, experts_dropout=dropout)
@@ -84,7 +84,7 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Each kind in turn, each run a process of its own; ratios are of runs that follow each other."""
+    """Runs the kinds in turn, each run in its own process. Ratios compare runs that follow each other."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

@@ -1,8 +1,8 @@
-"""What the comparisons of layers share: a layer's inputs and weights, and the contenders around them.
+"""Inputs, weights and contenders that the comparisons of layers share.
 
 A layer is ``x [T, K]``, ``grad [T, N]`` and a frozen ``W [N, K]`` in bfloat16, dense or in double-quantized NF4, with
-float32 adapters, on the CPU or on a GPU. "hot" has one weight; "rotating" has so many that they fill
-:data:`ROTATING_BYTES`: the same values, each copy in memory of its own, so that one float64 result verifies them all.
+float32 adapters, on the CPU or on a GPU. With "hot" weights a layer has one weight. With "rotating" weights it has
+copies that fill :data:`ROTATING_BYTES`; all have the same values, so that one float64 result verifies them all.
 Adapters rotate with the weights.
 """
 
@@ -60,7 +60,7 @@ Exact = Callable[[], dict[str, Tensor]]
 
 
 class Turns(Generic[_Item]):
-    """Items in turn, over and over."""
+    """Gives its items in turn, again and again."""
 
     def __init__(self, items: Iterable[_Item]) -> None:
         self.items = list(items)
@@ -82,7 +82,7 @@ def _generator(device: str) -> torch.Generator:
 
 
 def _repeated(tensor: Tensor, count: int) -> list[Tensor]:
-    """``count`` copies of ``tensor``, one after the other in one allocation."""
+    """Returns ``count`` copies of ``tensor``, one after the other in one allocation."""
     return list(tensor.expand(count, *tensor.shape).contiguous().unbind()) if count > 1 else [tensor]
 
 
@@ -93,11 +93,11 @@ def _first(k: int, n: int, device: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
-    """Quantized on the CPU, so that a fault of a GPU's quantize kernel does not hide one of another's."""
+    """Returns a weight quantized on the CPU: an error of a GPU's quantize kernel must not hide another kernel's."""
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# One pool of each kind is held: cases of the same shape follow each other.
+# One pool of each kind is kept, since cases of the same shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -119,7 +119,7 @@ def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[di
     def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> list[Tensor]:
         return _repeated(torch.randn(*shape, generator=draw, device=device) * std + mean, count)
 
-    # A as PEFT starts it (uniform of this variance), B as after some steps, so that its product counts.
+    # A has the variance of PEFT's initialization. B is not zero, so that an error in B's term shows.
     pools = {
         "lora_A": normal(rank, k, std=(3 * k) ** -0.5),
         "lora_B": normal(n, rank, std=0.02),
@@ -133,14 +133,14 @@ def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[di
 
 @lru_cache(maxsize=16)
 def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
-    """``(x Wᵀ, grad W)`` in float64: what nearly all the exact results of one shape share."""
+    """Returns ``(x Wᵀ, grad W)`` in float64, which most exact results of one shape share."""
     problem = Problem(*problem_key)
     weight = problem.wide_weight(base)
     return problem.x.detach().double() @ weight.t(), problem.grad.double() @ weight
 
 
 class _ExactBase(torch.autograd.Function):
-    """``x Wᵀ`` in float64; taken from :func:`_exact_products` where x and the gradient are the problem's own."""
+    """``x Wᵀ`` in float64. For the problem's own x and gradient the products come from :func:`_exact_products`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
@@ -161,7 +161,7 @@ class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
     ``weights("bf16")`` and ``weights("nf4")`` give a frozen weight at a time, ``adapters`` a dict of leaves.
-    ``captured``: the calls will be captured in a CUDA graph, which can't hold a copy from the host.
+    ``captured``: the calls are captured in a CUDA graph, which cannot hold a copy from the host.
     """
 
     def __init__(
@@ -177,8 +177,10 @@ class Problem:
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """``base``: one of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain"; one for all contenders, so that
-        nobody finds a weight in the cache that another one has just read."""
+        """Returns the weights in a base, one of :data:`DTYPES`, "nf4" (double-quantized) or "nf4-plain".
+
+        All contenders share the turns, so that no contender finds a weight in a cache that another has just read.
+        """
         if base not in self._turns:
             if base in DTYPES:
                 pool: list[Any] = _dense_pool(self.k, self.n, self.least_bytes, self.device, base)
@@ -199,7 +201,7 @@ class Problem:
         return first.nbytes
 
     def wide_weight(self, base: str) -> Tensor:
-        """The weight that a bf16 layer computes with, in float64."""
+        """Returns, in float64, the weight that a bf16 layer computes with."""
         if base == "bf16":
             return _first(self.k, self.n, self.device).double()
         return dense(_first_nf4(self.k, self.n, base == "nf4", self.device)).double()
@@ -207,7 +209,7 @@ class Problem:
     def exact(
         self, base: str, formula: Callable[..., Tensor], names: Iterable[str] = (), mask: Optional[Callable] = None
     ) -> Exact:
-        """A float64 result for :class:`Contender`: the value of ``formula`` and its gradients by autograd.
+        """Returns a function that computes a float64 result: the value of ``formula`` and autograd's gradients.
 
         ``formula(linear, x, mask, **adapters)``: linear is ``x -> x Wᵀ``; mask is ``keep / (1 - p)``, or 1.
         """
@@ -225,7 +227,7 @@ class Problem:
 
 
 def dense(weight: Weight) -> Tensor:
-    """The bf16 weight in plain PyTorch."""
+    """Returns the bf16 weight, dequantized in plain PyTorch."""
     return reference.nf4_dequantize(weight, torch.bfloat16) if isinstance(weight, NF4Weight) else weight
 
 
@@ -233,17 +235,17 @@ def dense(weight: Weight) -> Tensor:
 
 
 def draw_seed(problem: Problem) -> Tensor:
-    """The seed of a call, from PyTorch's generator, as the ops draw it where none is given."""
+    """Returns a seed from PyTorch's generator, drawn like the seed of an operator that is given none."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
 
 
 def philox_mask(problem: Problem, p: float) -> Callable[[], Tensor]:
-    """The mask of a call that used :func:`draw_seed`, over ``1 - p``."""
+    """Returns a function that draws the mask of a call that used :func:`draw_seed`, over ``1 - p``."""
     return lambda: reference.dropout_keep_mask(draw_seed(problem), p, problem.x.shape).double() / (1 - p)
 
 
 def torch_mask(problem: Problem, p: float, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The mask of ``F.dropout`` on x in ``dtype``, over ``1 - p``."""
+    """Returns a function that draws the mask of ``F.dropout`` on x in ``dtype``, over ``1 - p``."""
     ones = partial(torch.ones, problem.x.shape, dtype=dtype, device=problem.device)
     return lambda: (F.dropout(ones(), p) != 0).double() / (1 - p)
 
@@ -255,7 +257,7 @@ def _trained(
     problem: Problem, take: Callable[[], Any], forward: Callable[[Tensor], Tensor],
     parameters: Callable[[], dict[str, Tensor]], exact: Union[Exact, str],
 ) -> Contender:  # fmt: skip
-    """Forward and backward; the gradients of the step before go first, as zero_grad drops them."""
+    """Returns a contender that runs forward and backward, after it has dropped the gradients of the step before."""
     x, grad = problem.x, problem.grad
 
     def run() -> Tensor:
@@ -277,10 +279,14 @@ def functional(
     exact: Union[Exact, str], *, training: bool = True, enter: Callable[[Any], Any] = lambda weight: weight,
     adapters: Optional[Turns[dict[str, Tensor]]] = None,
 ) -> Contender:  # fmt: skip
-    """``forward(x, enter(weight), *adapters)`` with the named adapters; with its backward, or without autograd.
+    """Returns a contender of ``forward(x, enter(weight), *adapters)``.
 
-    ``weights``: a base of the problem, or weights of the contender's own. ``enter`` runs once for each, not timed.
-    ``adapters``: others than the problem's.
+    Args:
+        weights: a base of the problem, or the contender's own weights. names: names of the adapters that are passed.
+        exact: function of the float64 result, or why there is none.
+        training: run the backward too; else run without autograd.
+        enter: function that converts a weight, called once for each weight and not timed.
+        adapters: adapters in place of the problem's.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -304,18 +310,18 @@ def functional(
 
 
 def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``enter`` of an item of ``turns``, computed beforehand: on a GPU it can wait for the device."""
+    """Returns a lookup of ``enter(item)``, computed here for all items: on a GPU ``enter`` may wait for the device."""
     entered = {id(item): enter(item) for item in turns.items}
     return lambda item: entered[id(item)]
 
 
 def value_of(exact: Exact) -> Exact:
-    """Of a float64 result, the value alone: for contenders without autograd."""
+    """Returns a function of the value alone of a float64 result, for contenders without autograd."""
     return lambda: {"y": exact()["y"]}
 
 
 def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """``(contenders, absent)``: a peer whose package is not here or does not load is absent; ours must be there."""
+    """Returns ``(contenders, absent)``. A peer that cannot be made is absent; an error of the first, ours, rises."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
@@ -329,19 +335,19 @@ def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Conten
 
 
 def frozen(problem: Problem, *, training: bool = True) -> Contender:
-    """PyTorch's bf16 ``F.linear`` over the frozen weight: forward and the gradient of x."""
+    """Returns PyTorch's bf16 ``F.linear`` over the frozen weight: the forward, and in training the gradient of x."""
     exact = problem.exact("bf16", lambda linear, x, mask: linear(x))
     return functional(problem, "bf16", F.linear, (), exact if training else value_of(exact), training=training)
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.compile`` for the one shape; it compiles at the first call, which the verification makes."""
+    """Returns ``forward`` under ``torch.compile`` for one shape. The verification's call, not timed, compiles it."""
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
 def bitsandbytes_linear(nf4: NF4Weight, bias: Optional[Tensor] = None) -> nn.Module:
-    """bitsandbytes' ``Linear4bit`` over the storage of ``nf4``."""
+    """Returns bitsandbytes' ``Linear4bit`` over the storage of ``nf4``."""
     from bitsandbytes.nn import Linear4bit
 
     layer = Linear4bit(nf4.in_features, nf4.out_features, bias=bias is not None, compute_dtype=torch.bfloat16,
@@ -353,7 +359,7 @@ def bitsandbytes_linear(nf4: NF4Weight, bias: Optional[Tensor] = None) -> nn.Mod
 
 
 def _set_weight(layer: nn.Module, weight: Tensor) -> None:
-    """``weight``: dense, or bitsandbytes' Params4bit."""
+    """Sets a layer's weight: a dense tensor, or bitsandbytes' Params4bit."""
     if hasattr(weight, "quant_state"):
         layer.weight = weight
         layer.quant_state = weight.quant_state
@@ -366,7 +372,7 @@ def peft_name(base: str) -> str:
 
 
 def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
-    """A model of one linear layer "proj", as PEFT adapts it, and what gives such a layer the problem's next weight."""
+    """Returns a model with one linear layer "proj", and a function that gives such a layer the next weight."""
     weights = problem.weights(base)
     first = weights.items[0]
     if base == "bf16":
@@ -379,16 +385,16 @@ def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[
 
 
 def peft_config(name: str, **fields: Any) -> Any:
-    """PEFT's configuration of that name, for the layer of :func:`stock_linear`."""
+    """Returns PEFT's configuration class ``name`` for the layer of :func:`stock_linear`."""
     import peft
 
     return getattr(peft, name)(target_modules=["proj"], **fields)
 
 
 def peft_layer(problem: Problem, base: str, config: Any, parameters: dict[str, str], exact: Exact) -> Contender:
-    """PEFT's own layer, training.
+    """Returns PEFT's own layer in training.
 
-    ``config``: see :func:`peft_config`. ``parameters``: by the adapter's name, what the layer calls it.
+    ``config``: see :func:`peft_config`. ``parameters``: names of the layer's parameters by our names of the adapters.
     """
     from peft import get_peft_model
 
@@ -423,12 +429,13 @@ def layer_comparison(
     peft_formula: Optional[Callable[..., Tensor]] = None,
     more: Optional[dict[str, Callable[[Exact], Contender]]] = None,
 ) -> Comparison:
-    """An adapted layer's training step: ours, PEFT, PyTorch eager and compiled, and the frozen layer.
+    """Returns the comparison of an adapted layer's training step: ours, PEFT, PyTorch eager and compiled, and frozen.
 
     Args:
-        ours, eager: ``(x, weight, *adapters)``; the compiled contender is ``eager`` compiled.
-        formula: in float64, see :meth:`Problem.exact`; ``peft_formula``: PEFT's and eager's, where it is another one.
-        config: makes PEFT's configuration. where: by the adapter's name, what PEFT's layer calls it.
+        ours, eager: functions of ``(x, weight, *adapters)``; the contender torch.compile is ``eager`` compiled.
+        formula: float64 formula of ours, see :meth:`Problem.exact`. peft_formula: formula of PEFT and eager, where
+            different.
+        config: makes PEFT's configuration. where: names of the layer's parameters by our names of the adapters.
         more: other peers that compute ``formula``, without dropout.
     """
     theirs, names = peft_formula or formula, tuple(where)
@@ -437,7 +444,7 @@ def layer_comparison(
         return draw(problem, dropout, *args) if dropout else None
 
     exact = problem.exact(base, formula, names, mask(philox_mask))
-    # PEFT drops elements of x in the adapters' float32, eager in x's own dtype; without dropout all results are one.
+    # PEFT drops elements of x in the adapters' float32, eager in x's dtype. Without dropout all have one exact result.
     shared = theirs is formula and not dropout
     exact_peft = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.float32))
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
@@ -467,7 +474,7 @@ def weightless_comparison(
     bytes_moved: int,
     flops: int = 0,
 ) -> Comparison:
-    """The training step of an operator that has no frozen weight: ours, PyTorch eager and compiled."""
+    """Returns the comparison of an operator without a frozen weight: a training step of ours and of PyTorch's."""
     exact = problem.exact("bf16", formula, names)
 
     def contender(forward: Callable[..., Tensor]) -> Contender:
@@ -481,16 +488,16 @@ def weightless_comparison(
 
 
 def layer_bytes(problem: Problem, base: str) -> int:
-    """What a frozen layer's training step moves: W twice; x, grad read, Y, dX written."""
+    """Returns the bytes that a frozen layer's training step moves: W twice, x and grad read, Y and dX written."""
     return 2 * problem.weight_bytes(base) + 2 * 2 * problem.tokens * (problem.k + problem.n)
 
 
 def low_rank_bytes(problem: Problem) -> int:
-    """What a low-rank adapter adds: x once more for dA, S twice; A and B read twice and their gradients written."""
+    """Returns the bytes that a low-rank adapter adds: x once more, S twice, A and B twice, and their gradients."""
     tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
     return 2 * tokens * k + 2 * 4 * tokens * r + 3 * 4 * r * (k + n)
 
 
 def low_rank_flops(problem: Problem) -> int:
-    """Its six products: S, S Bᵀ, P, dB, dA, P A."""
+    """Returns the operations of a low-rank adapter's six products: S, S Bᵀ, P, dB, dA, P A."""
     return 6 * problem.tokens * problem.rank * (problem.k + problem.n)

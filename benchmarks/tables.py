@@ -1,236 +1,130 @@
-"""``python -m benchmarks.tables [--check]``: draw the documents' tables from the newest result files.
+"""``python -m benchmarks.tables [--check]``: draws the tables of README.md and docs/performance.md from result files.
 
-No figure is typed by hand. A place is marked ``<!-- measured NAME: python -m benchmarks.tables -->``, down to
-``<!-- /measured -->``; NAME is one of :data:`DRAWN`, and README's summary has none. ``--check`` writes nothing and
-fails where a document is not what it would draw.
+A table stands between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
+of :data:`DRAWN`; README's place has no NAME. Each table shows the newest result file of one name, and says the file's
+machine and date. ``--check`` writes nothing and fails where a document differs from its result files.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from .goals import goals_table
-from .harness import floor_ms, rate, ratio_text
-from .layers import RANK
+from .files import Result, newest, newest_by_gpu
+from .harness import ratio_text, spread_text
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
 NOTHING = "Not measured yet."
-KERNELS, METHODS = "[!e]*.json", "e2e-methods-*.json"
 
-Result = dict[str, Any]
+# Result files that the documents show, without their date.
+LORA, DORA = "layer-lora_ia3-avx512_bf16", "layer-dora_dropouts-avx512_bf16"
+NF4, ATTENTION = "layer-nf4-avx512_bf16", "layer-attention-avx512_bf16"
+METHODS = "step-methods-avx512_bf16"
 
-
-# --- result files -----------------------------------------------------------------------------------------------------
-
-
-def results(pattern: str) -> list[Result]:
-    """From the oldest to the newest."""
-    found = [(path.name, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
-    return [result for _, result in sorted(found, key=lambda item: (item[1]["machine"]["date"], item[0]))]
-
-
-def is_of_a_gpu(result: Result) -> bool:
-    return result["machine"].get("device") == "cuda"
-
-
-def is_forced(result: Result) -> bool:
-    """Whether the run was kept off the best path that its CPU has."""
-    return "PEFT_EXT_CPU_ISA" in result["machine"].get("environment", {})
-
-
-def newest(pattern: str) -> Optional[Result]:
-    """The newest of those that ran on their CPU's best path."""
-    free = [result for result in results(pattern) if not is_forced(result) and not is_of_a_gpu(result)]
-    return free[-1] if free else None
-
-
-def newest_forced(pattern: str) -> list[Result]:
-    """The newest of each path that was forced."""
-    forced = [result for result in results(pattern) if is_forced(result) and not is_of_a_gpu(result)]
-    return list({result["machine"]["isa"]: result for result in forced}.values())
-
-
-def newest_by_gpu() -> list[Result]:
-    """The newest of each GPU."""
-    return list({found["machine"]["gpu"]["name"]: found for found in results("*.json") if is_of_a_gpu(found)}.values())
+LABELS = {"lora_linear": "LoRA", "dora_linear": "DoRA", "ia3_linear": "IA3", "nf4_linear": "NF4",
+          "scaled_dot_product_attention": "attention"}  # fmt: skip
 
 
 def about(result: Result) -> str:
+    """Returns processor, threads, CPU path, set variables, date and versions of a run."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     environment = "".join(f", {name}={value}" for name, value in machine.get("environment", {}).items())
-    return (f"{machine['cpu']}, {machine['threads']} threads, path {machine['isa']}{environment}; {machine['date']}; "
-            f"{versions}")  # fmt: skip
-
-
-def about_ceilings(result: Result) -> str:
-    ceilings = result["ceilings"]
-    f32 = ceilings.get("matmul_f32_tflop_s")
-    read = ceilings.get("read_gb_s")
-    return (f"a copy of {ceilings['copy_gb_s']:.0f} GB/s{'' if read is None else f', reading at {read:.0f} GB/s'}, "
-            f"a bf16 product of {1e3 * ceilings['matmul_bf16_tflop_s']:.0f} GFLOP/s"
-            f"{'' if f32 is None else f', a float32 one of {1e3 * f32:.0f} GFLOP/s'}")  # fmt: skip
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-def roofline(row: Result, result: Result) -> float:
-    """The floor in percent of our time."""
-    floor = floor_ms(row["bytes_moved"], row["flops"], result["ceilings"], row.get("reads", False))
-    return 100 * floor / next(iter(row["milliseconds"].values()))
-
-
-def ratios(row: Result) -> str:
-    return ratio_text(row["speedup"], row.get("quartiles", {}))
-
-
-def by_operator(rows: list[Result]) -> list[Result]:
-    """Those of an operator together, in the order in which they ran."""
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    return sorted(rows, key=lambda row: ops.index(row["op"]))
-
-
-def absent_text(rows: list[Result]) -> str:
-    absent = {f"{name} ({reason})" for row in rows for name, reason in row.get("absent", {}).items()}
-    return f"Absent where no ratio is shown: {'; '.join(sorted(absent))}." if absent else ""
-
-
-def kernel_table(result: Result, keep: Callable[[Result], bool]) -> str:
-    rows = [row for row in result["rows"] if keep(row)]
-    if not rows:
-        return NOTHING
-    lines = ["| operator | case | weights | faster than | % of roofline |", "|---|---|---|---|---|"]
-    for row in by_operator(rows):
-        lines.append(f"| `{row['op']}` | {row['case']} | {row.get('weights', 'hot')} | {ratios(row)} | "
-                     f"{roofline(row, result):.0f} |")  # fmt: skip
-    if absent := absent_text(rows):
-        lines += ["", absent]
-    return "\n".join(lines)
-
-
-def operator(*ops: str) -> Callable[[], str]:
-    def draw() -> str:
-        result = newest(KERNELS)
-        return NOTHING if result is None else kernel_table(result, lambda row: row["op"] in ops)
-
-    return draw
-
-
-def of_its_own(run: str, *ops: str) -> Callable[[], str]:
-    """Of a run of its own (``python -m benchmarks attention --out benchmarks/results/e2e-attention-...``)."""
-
-    def draw() -> str:
-        pattern = f"e2e-{run}-*.json"
-        found = [result for result in [newest(pattern), *newest_forced(pattern)] if result is not None]
-        return "\n\n".join(
-            f"{about(result)}. Ceilings of this run: {about_ceilings(result)}.\n\n"
-            f"{kernel_table(result, lambda row: row['op'] in ops)}"
-            for result in found
-        ) or NOTHING  # fmt: skip
-
-    return draw
-
-
-def error_table() -> str:
-    """By operator: the largest relative error to float64, ours and each peer's, over the cases that both have."""
-    result = newest(KERNELS)
-    worst: dict[str, dict[str, float]] = {}
-    for row in result["rows"] if result else ():
-        for name, errors in row.get("errors", {}).items():
-            if isinstance(errors, dict):
-                of_op = worst.setdefault(row["op"], {})
-                of_op[name] = max(of_op.get(name, 0.0), *errors.values())
-    if not worst:
-        return NOTHING
-    names = list(dict.fromkeys(name for errors in worst.values() for name in errors))
-    lines = [f"| operator | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for op, errors in worst.items():
-        cells = ("" if (error := errors.get(name)) is None else f"{error:.1e}" if error else "0" for name in names)
-        lines.append(f"| `{op}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def machine_text() -> str:
-    result = newest(KERNELS)
-    if result is None:
-        return NOTHING
-    return f"Machine: {about(result)}.\nCeilings of this run: {about_ceilings(result)}."
-
-
-def isa_tables() -> str:
-    """For each forced path: the rows of the summary, and the slowest against PEFT and bitsandbytes of all rows."""
-    parts = []
-    for result in newest_forced(KERNELS):
-        stock = [(ratio, name, row) for row in result["rows"] for name, ratio in row["speedup"].items()
-                 if name.startswith(("PEFT", "bitsandbytes"))]  # fmt: skip
-        worst = ""
-        if stock:
-            ratio, name, row = min(stock, key=lambda item: item[0])
-            worst = (f"Of {len(stock)} ratios to PEFT and bitsandbytes the least is {ratio:.2f}x: `{row['op']}`, "
-                     f"{row['case']}, {row['weights']}, to {name}.")  # fmt: skip
-        parts += [f"### {result['machine']['isa']}", f"{about(result)}. Ceilings: {about_ceilings(result)}. {worst}",
-                  kernel_table(result, lambda row: row.get("summary", True))]  # fmt: skip
-        parts += [methods_table(found) for found in newest_forced(METHODS)
-                  if found["machine"]["isa"] == result["machine"]["isa"]]  # fmt: skip
-    return "\n\n".join(parts) or NOTHING
-
-
-# --- a GPU ------------------------------------------------------------------------------------------------------------
+    return (f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, path {machine['isa']}"
+            f"{environment}; {machine['date']}; {versions}")  # fmt: skip
 
 
 def about_gpu(result: Result) -> str:
-    machine, ceilings = result["machine"], result["ceilings"]
+    """Returns the GPU, its clocks, CUDA and driver, date and versions of a run."""
+    machine = result["machine"]
     gpu = machine["gpu"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     driver = f", driver {gpu['driver']}" if "driver" in gpu else ""
-    clocks = "".join(f", {what} {gpu[key]} of {gpu[most]} MHz" for what, key, most in
-                     (("SM clock", "sm_mhz", "max_sm_mhz"), ("memory clock", "memory_mhz", "max_memory_mhz"))
-                     if key in gpu and most in gpu)  # fmt: skip
+    clock = f", SM clock {gpu['sm_mhz']} of {gpu['max_sm_mhz']} MHz" if "max_sm_mhz" in gpu else ""
     return (f"{gpu['name']}, capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, "
-            f"{gpu['memory_gib']} GiB{clocks}; CUDA {gpu['cuda']}{driver}; {machine['date']}; {versions}. "
-            f"Ceilings of this run: a copy of {ceilings['copy_gb_s']:.0f} GB/s, a bf16 product of "
-            f"{ceilings['matmul_bf16_tflop_s']:.0f} TFLOP/s, a float32 one of "
-            f"{ceilings['matmul_f32_tflop_s']:.1f} TFLOP/s.")  # fmt: skip
+            f"{gpu['memory_gib']} GiB{clock}; CUDA {gpu['cuda']}{driver}; {machine['date']}; {versions}")  # fmt: skip
 
 
-def gpu_kernel_table(result: Result) -> str:
-    lines = [
-        "| operator | case | weights | ms | faster than | reached | % of roofline |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in by_operator(result["rows"]):
-        ours = row["milliseconds"]["ours"]
-        reached = rate(row["bytes_moved"], row["flops"], ours, result["ceilings"], row.get("reads", False))
-        lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {ours:.3f} | {ratios(row)} | {reached} | "
-                     f"{roofline(row, result):.0f} |")  # fmt: skip
+def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
+    """Returns a table of ``{(row, column): text}``, rows and columns in their order in the dictionary.
+
+    A " | " in ``corner`` and in the row's name divides two columns.
+    """
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (corner.count(" | ") + 1 + len(columns)) + "|"]
+    return "\n".join(lines + [f"| {' | '.join([row, *(cells.get((row, c), '') for c in columns)])} |" for row in rows])
+
+
+# --- operators and layers ---------------------------------------------------------------------------------------------
+
+
+def peers_table(result: Result, op: str, peers: Iterable[str]) -> str:
+    """Returns a row for each case and peer, a column for each number of tokens: the peer's time over ours."""
+    found = {(row["case"].partition(", ")[2], row["tokens"]): row for row in result["rows"] if row["op"] == op}
+    cases, all_tokens = dict.fromkeys(case for case, _ in found), sorted({tokens for _, tokens in found})
+    cells = {}
+    for case, peer, tokens in itertools.product(cases, peers, all_tokens):
+        row = found.get((case, tokens))
+        if row and peer in row["speedup"]:
+            layer = case if case.startswith("AdaLoRA") else f"{LABELS.get(op, op)}, {case}"
+            ratio = f"{row['speedup'][peer]:.2f}{spread_text(row['quartiles'][peer])}"
+            cells[f"{layer} | {peer}", f"T={tokens}"] = ratio
+    return _table("layer | compared with", cells)
+
+
+def cases_table(rows: Iterable[Result]) -> str:
+    """Returns a row for each case, with our time and every peer's time over ours."""
+    lines = ["| operator | case | weights | ms | faster than |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {row['milliseconds']['ours']:.3f} | "
+                     f"{ratio_text(row['speedup'], row['quartiles'])} |")  # fmt: skip
     return "\n".join(lines)
 
 
+def quantize_table(result: Result) -> str:
+    return cases_table(row for row in result["rows"] if row["op"] in ("nf4_quantize", "nf4_dequantize"))
+
+
 def gpu_tables() -> str:
-    """For each GPU that was measured: the goals, then every row."""
+    """Returns every row of each GPU that was measured."""
     parts = []
     for result in newest_by_gpu():
-        parts += [f"### {result['machine']['gpu']['name']}", about_gpu(result), goals_table(result),
-                  gpu_kernel_table(result)]  # fmt: skip
-        if absent := absent_text(result["rows"]):
-            parts.append(absent)
-        if unfinished := [*result["left_out"], *result.get("failed", ())]:
-            parts.append(f"Not measured: {'; '.join(unfinished)}.")
+        parts += [f"### {result['machine']['gpu']['name']}", f"{about_gpu(result)}.", cases_table(result["rows"])]
+        absent = {f"{peer} ({why})" for row in result["rows"] for peer, why in row["absent"].items()}
+        if missing := [*sorted(absent), *result["left_out"], *result["failed"]]:
+            parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(parts) or "No GPU has been measured."
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+def _of_frozen(row: Result) -> str:
+    return f"{row['of_frozen']['median']:.2f}; {row['over_stock']['median']:.2f}"
+
+
+def shapes_table(result: Result) -> str:
+    rows = sorted(result["rows"], key=lambda row: row["method"])
+    cells = {(f"{row['method']} | {row['k']}->{row['n']}", f"T={row['tokens']}"): _of_frozen(row) for row in rows}
+    return _table("method | layer", cells)
+
+
+def float32_table(result: Result) -> str:
+    return _table("method", {(row["method"], f"{row['k']}->{row['n']}"): _of_frozen(row) for row in result["rows"]})
+
+
+def calls_table(result: Result) -> str:
+    cells = {(row["method"], call): f"{value['stock']:.0f}, {value['ours']:.0f} ({value['of_stock']:.2f})"
+             for row in result["rows"] for call, value in row.items() if call != "method"}  # fmt: skip
+    return _table("microseconds a layer: PEFT, ours (ours over PEFT)", cells)
+
+
+# --- whole steps and runs ---------------------------------------------------------------------------------------------
 
 
 def span(values: Iterable[float]) -> str:
@@ -251,14 +145,13 @@ def speed_table(result: Result) -> str:
 {perplexity["stock"]["after"]:.2f} | |
 | the same without dropout | {plain["ours"]["after"]:.3f} | {plain["stock"]["after"]:.3f} | |
 
-Without dropout the losses differ by {result["mean_loss_difference"]:.4f} in the mean over the steps and
-{result["max_loss_difference"]:.4f} at most. PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds it to a
-base output that is already rounded, which swallows part of a young adapter's small terms; here the sum is rounded once.
-{about(result)}."""
+Without dropout the losses of the two runs differ by {result["mean_loss_difference"]:.4f} in the mean over the steps and
+by {result["max_loss_difference"]:.4f} at most. PEFT's 4-bit layer rounds the adapter's term to bfloat16 and adds that
+term to a base output that is already rounded, which swallows part of a young adapter's small terms. peft_ext rounds the
+sum once."""
 
 
 def methods_table(result: Result) -> str:
-    """Ratios alone; the medians are in the result file."""
     lines = [f"**A training step** of {result['what']}, against PEFT + bitsandbytes.", "",
              "| method | tokens/s | peak memory | layers fused |", "|---|---|---|---|"]  # fmt: skip
     lines += [
@@ -268,14 +161,14 @@ def methods_table(result: Result) -> str:
     compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
     if compared:
         lines += ["", f"Without dropout the losses of the steps differ by {max(compared):.4f} at most."]
-    return "\n".join([*lines, "", f"{about(result)}."])
+    return "\n".join(lines)
 
 
 def intents_table(result: Result) -> str:
     def listed(kind: str) -> str:
         return ", ".join(f"{100 * value:.1f}%" for value in result["accuracy"][kind])
 
-    return f"""**Accuracy**, {result["what"]}, one figure a seed: peft_ext {listed("ours")}; PEFT + bitsandbytes
+    return f"""**Accuracy**, {result["what"]}, one figure for each seed: peft_ext {listed("ours")}; PEFT + bitsandbytes
 {listed("stock")}."""
 
 
@@ -286,111 +179,46 @@ def experts_table(result: Result) -> str:
         f"| {row['name']} | {row['time']:.2f} | {row['memory']:.2f} | {row['weights']:.2f} | {row['over_stock']:.2f}x |"
         for row in result["rows"]
     ]
-    return "\n".join([*lines, "", f"{about(result)}."])
+    return "\n".join(lines)
 
 
-def experts_text() -> str:
-    result = newest("e2e-experts-*.json")
-    return NOTHING if result is None else experts_table(result)
-
-
-def methods_text() -> str:
-    result = newest(METHODS)
-    return NOTHING if result is None else methods_table(result)
-
-
-def _methods_of(pattern: str) -> str:
-    result = newest(pattern)
-    return NOTHING if result is None else methods_table(result)
-
-
-def summary() -> str:
-    drawers = (("e2e-speed-*.json", speed_table), (METHODS, methods_table), ("e2e-intents-*.json", intents_table))
-    parts = [draw(result) for pattern, draw in drawers if (result := newest(pattern)) is not None]
-    return "\n\n".join(parts) or NOTHING
-
-
-def calls_text() -> str:
-    if (result := newest("e2e-calls-*.json")) is None:
-        return NOTHING
-    calls = [name for name in result["rows"][0] if name != "method"]
-    lines = ["| microseconds a layer: PEFT, ours (ours over PEFT) | " + " | ".join(calls) + " |",
-             "|---" * (1 + len(calls)) + "|"]  # fmt: skip
-    for row in result["rows"]:
-        cells = (f"{row[c]['stock']:.0f}, {row[c]['ours']:.0f} ({row[c]['of_stock']:.2f})" for c in calls)
-        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{about(result)}."])
-
-
-def float32_text() -> str:
-    found = [result for result in results("e2e-float32-*.json") if not is_of_a_gpu(result)]
-    if not found:
-        return NOTHING
-    result = found[-1]  # forced, mostly
-    shapes = list(dict.fromkeys((row["k"], row["n"]) for row in result["rows"]))
-    cells = {(row["method"], row["k"], row["n"]): row for row in result["rows"]}
-    lines = ["| of the frozen layer's time; times as fast as PEFT's | " + " | ".join(f"{k}->{n}" for k, n in shapes)
-             + " |", "|---" * (1 + len(shapes)) + "|"]  # fmt: skip
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = (cells[(method, *shape)] for shape in shapes)
-        told = (f"{row['of_frozen']['median']:.2f}; {_spread(row['over_stock'])}" for row in rows)
-        lines.append(f"| {method} | " + " | ".join(told) + " |")
-    return "\n".join([*lines, "", f"{about(result)}."])
-
-
-def layers_text() -> str:
-    result = newest("e2e-layers-*.json")
-    if result is None:
-        return NOTHING
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    cells = {(row["k"], row["n"], row["tokens"], row["method"]): row for row in result["rows"]}
-    lines = ["| layer | T | floor | " + " | ".join(methods) + " |", "|---" * (3 + len(methods)) + "|"]
-    for k, n, tokens in dict.fromkeys(key[:3] for key in cells):
-        rows = [cells[(k, n, tokens, method)] for method in methods]
-        told = (f"{_spread(row['of_frozen'])}; {_spread(row['over_stock'])}" for row in rows)
-        lines.append(f"| {k}->{n} | {tokens} | {_rank_floor(rows[0], result):.2f} | " + " | ".join(told) + " |")
-    return "\n".join([*lines, "", f"{about(result)}. Ceilings of this run: {about_ceilings(result)}."])
-
-
-def _rank_floor(row: Result, result: Result) -> float:
-    """Of the frozen layer's time: that, and the products of the rank at the rate of PyTorch's float32 product."""
-    products = 6 * row["tokens"] * RANK * (row["k"] + row["n"])
-    return 1 + products / result["ceilings"]["matmul_f32_tflop_s"] / 1e9 / row["milliseconds"]["frozen"]
-
-
-def _spread(ratio: dict[str, Any]) -> str:
-    low, high = ratio["quartiles"]
-    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
+    """Returns, for each ``(name of a result file, table of a result)``, the table and the run that it is from."""
+    found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
+    return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
+
+def _operator(name: str, op: str, *peers: str) -> Callable[[], str]:
+    return partial(shown, (name, partial(peers_table, op=op, peers=peers)))
+
+
+STOCK = ("PEFT", "PEFT + bitsandbytes", "frozen")
 DRAWN: dict[str, Callable[[], str]] = {
-    "": summary,
-    "machine": machine_text,
-    "errors": error_table,
-    "nf4": of_its_own("nf4", "nf4_quantize", "nf4_dequantize", "nf4_linear"),
-    "lora": of_its_own("lora", "lora_linear"),
-    "mixed": operator("grouped_lora_linear"),
-    "bottleneck": operator("bottleneck_adapter"),
-    "dora": of_its_own("dora", "dora_linear", "dora_weight_norm"),
-    "ia3": of_its_own("lora", "ia3_linear", "ia3_scale"),
-    "attention": of_its_own("attention", "scaled_dot_product_attention"),
-    "dropout": of_its_own("dora", "dropout"),
-    "methods": methods_text,
-    "experts": experts_text,
-    "calls": calls_text,
-    "float32": float32_text,
-    "layers": layers_text,
-    "1b": partial(_methods_of, "e2e-steps-1b-*.json"),
-    "checkpointing": partial(_methods_of, "e2e-steps-checkpointing-*.json"),
-    "paths": isa_tables,
+    "": partial(shown, ("run-speed-avx512_bf16", speed_table), (METHODS, methods_table),
+                ("run-intents-avx512", intents_table)),
+    "methods": partial(shown, (METHODS, methods_table)),
+    "1b": partial(shown, ("step-1b-avx512_bf16", methods_table)),
+    "checkpointing": partial(shown, ("step-checkpointing-avx512_bf16", methods_table)),
+    "experts": partial(shown, ("step-experts-avx512_bf16", experts_table)),
+    "lora": _operator(LORA, "lora_linear", *STOCK),
+    "ia3": _operator(LORA, "ia3_linear", *STOCK),
+    "dora": _operator(DORA, "dora_linear", *STOCK),
+    "dropout": _operator(DORA, "dropout", "torch eager"),
+    "nf4": _operator(NF4, "nf4_linear", "bitsandbytes", "bitsandbytes, repacked", "frozen"),
+    "quantize": partial(shown, (NF4, quantize_table)),
+    "attention": _operator(ATTENTION, "scaled_dot_product_attention", "torch eager"),
+    "shapes": partial(shown, ("layer-shapes-avx512_bf16", shapes_table)),
+    "calls": partial(shown, ("layer-calls-avx512_bf16", calls_table)),
+    "float32": partial(shown, ("layer-float32-avx2", float32_table)),
     "gpu": gpu_tables,
-}
+}  # fmt: skip
 
 
 def draw(text: str, where: str = "the document") -> str:
-    """``text`` with every marked place drawn anew. Raises SystemExit where there is none, or a name is unknown."""
+    """Returns ``text`` with every marked place drawn. Raises SystemExit for an unknown NAME, or where no place is."""
 
     def place(match: re.Match[str]) -> str:
         name = (match[2] or "").strip()
@@ -398,14 +226,16 @@ def draw(text: str, where: str = "the document") -> str:
             raise SystemExit(f"error: {where} marks a place {name!r}, wanted one of {', '.join(filter(None, DRAWN))}")
         return f"{match[1]}\n\n{DRAWN[name]()}\n\n{match[3]}"
 
-    drawn, count = MARK.subn(place, text)
+    after, count = MARK.subn(place, text)
     if count == 0:
         raise SystemExit(f"error: {where} has no place marked <!-- measured: python -m benchmarks.tables -->")
-    return drawn
+    return after
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is not up to date")
     args = parser.parse_args(argv)
     for path in DOCUMENTS:

@@ -224,17 +224,13 @@ def make_venv(runner: Runner) -> str:
 
 
 def summary(runner: Runner, found: dict[str, str], result: Optional[Path], card: str) -> None:
-    """The steps, the goals, and what the model of the kernels says of the same rows last."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.goals import goals_table
-
+    """Prints the result of each step, and the model's times of the measured rows beside the measured ones."""
     runner.say("")
     for name, wrong in found.items():
         runner.say(f"gpu: {name:<10} {wrong or 'passed'}")
     if result is not None:
         measured = json.loads(result.read_text())
-        runner.say(f"gpu: results   {result}\n\n{goals_table(measured)}")
-        runner.say(f"\n{cuda_model.beside(measured, card)}")
+        runner.say(f"gpu: results   {result}\n\n{cuda_model.beside(measured, card)}")
 
 
 def main(argv: Optional[list[str]] = None) -> int:

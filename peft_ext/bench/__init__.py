@@ -1,7 +1,7 @@
-"""The one timer, of ``peft-ext bench`` and of the project's own benchmarks.
+"""The timer of ``peft-ext bench`` and of the project's own benchmarks.
 
-timer.py verifies contenders against float64, then times all of them in turn; layer.py puts one adapted layer of ours
-against PEFT's and bitsandbytes'.
+timer.py verifies contenders against float64, then times all contenders in turn. layer.py compares one adapted layer of
+ours with PEFT's and bitsandbytes'.
 """
 
 from .timer import (

@@ -1,8 +1,8 @@
-"""One adapted layer's training step: ours against PEFT's and bitsandbytes', verified against float64, then timed.
+"""Verifies one adapted layer's training step against float64 and times it beside PEFT's and bitsandbytes' layers.
 
 A linear layer [N, K] = [hidden, hidden], bfloat16 or NF4 with double quantization, float32 adapters, no dropout;
-forward and backward of ``x [T, K]``. Ours is PEFT's very layer after :func:`peft_ext.accelerate`; the stock one has the
-same weights. The layer's weights stay in whatever cache holds them, for all alike.
+forward and backward of ``x [T, K]``. Our layer is PEFT's layer after :func:`peft_ext.accelerate`; the stock layer has
+the same weights. All layers keep one weight, which a cache may hold from call to call.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from .. import ops, reference
 from ..nn import NF4Linear
 from .timer import Contender, host_clock, interleave, median_ratios, quartile_ratios, verify
 
-METHODS = ("lora", "dora", "ia3")  # whose layers have operators of their own
+METHODS = ("lora", "dora", "ia3")  # methods whose layers have operators of their own
 BASES = ("bf16", "nf4")
 OURS, FROZEN = "ours", "frozen layer"
 
-_TOLERANCE = 1e-2  # of bfloat16 products, whose own rounding is 2e-3 to 4e-3, relative to the norm
+_TOLERANCE = 1e-2  # largest relative error (norm) of bfloat16 products, whose rounding alone is 2e-3 to 4e-3
 _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """The layer would not run fused here, and why."""
+    """Says why the layer would not run fused here."""
 
 
 class NotRight(Exception):
-    """Our layer is off from float64: nothing was timed."""
+    """Says how far our layer is off from float64; nothing was timed."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One layer. By contender: the median of ``milliseconds``, ``ratio`` to ours (above 1: ours is faster), ``error``.
+    """The figures of one layer by contender.
 
-    ``quartiles``: the first and the third of the rounds' ratios, whose median ``ratio`` is.
-    ``error``: the largest over y and all gradients, relative to float64, as Frobenius norms. ``absent``: why.
+    Attributes:
+        milliseconds: median time of a step.
+        ratio: time over ours, the median over rounds (above 1: ours is faster). quartiles: of the rounds' ratios.
+        error: largest relative error to float64 over y and all gradients (Frobenius norm).
+        absent: reason for each contender that could not run.
     """
 
     method: str
@@ -57,10 +60,7 @@ class Result:
 
 
 def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
-    """Returns what a layer's step takes, of about ``seconds`` of timing in all, three rounds at least.
-
-    Raises NotFused or NotRight.
-    """
+    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused or NotRight."""
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)
@@ -99,7 +99,7 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
 
 
 def stock_name(base: str) -> str:
-    """Returns the name of who computes the stock layer."""
+    """Returns the name of the stock contender: the libraries that compute the stock layer."""
     return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
 
 
@@ -114,7 +114,7 @@ def _config(method: str, rank: int) -> Any:
 
 
 class _Problem:
-    """Inputs, the frozen weight and the adapter's values of one case; what PEFT makes of them; the float64 result."""
+    """Inputs, frozen weight and adapter values of one case; makes PEFT's layers and the float64 result from them."""
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden
@@ -130,7 +130,7 @@ class _Problem:
         return torch.randn(*shape, generator=self.draw).to(self.device)
 
     def layer(self, stock: bool) -> Any:
-        """Returns PEFT's layer, training; fused unless ``stock``. NF4 is bitsandbytes' where that is installed."""
+        """Returns PEFT's layer in training, fused unless ``stock``. With bitsandbytes installed, NF4 is Linear4bit."""
         from ..integrations.bitsandbytes import to_linear4bit
         from ..model import get_peft_model
 
@@ -152,14 +152,14 @@ class _Problem:
         return layer.train()
 
     def _value(self, name: str, parameter: Any) -> Any:
-        """Returns what is drawn once for both layers: B and the vectors as after some steps, so that they count."""
+        """Returns a parameter's value, drawn once for both layers. B is not zero and the vectors differ from 1."""
         if name not in self.values:
             drawn = self._normal(*parameter.shape)
             if "lora_A" in name:
                 drawn *= (3 * self.hidden) ** -0.5
             elif "lora_B" in name:
                 drawn *= 0.02
-            else:  # magnitude and ia3_l, around what PEFT starts them with
+            else:  # magnitude and ia3_l: around PEFT's initial values
                 drawn = parameter.float() * (1 + 0.1 * drawn)
             self.values[name] = drawn
         return self.values[name]
@@ -169,7 +169,7 @@ class _Problem:
         return self.weight if self.nf4 is None else reference.nf4_dequantize(self.nf4, torch.bfloat16)
 
     def exact(self) -> dict[str, Any]:
-        """Returns y and the gradients in float64, by :mod:`peft_ext.reference` and autograd."""
+        """Returns y and the gradients in float64, from :mod:`peft_ext.reference` and autograd."""
         x, weight = self.x.detach().double().requires_grad_(), self.dense().double()
         held = {name: value.double().requires_grad_() for name, value in self.values.items()}
         if self.method == "ia3":
@@ -195,5 +195,5 @@ class _Problem:
         return run
 
     def outputs(self, parameters: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
-        """Returns what tells y and the gradients of a step from what it returned."""
+        """Returns a function of a step's return value that gives y and the gradients of that step."""
         return lambda y: {"y": y.detach(), "x": self.x.grad, **{name: p.grad for name, p in parameters.items()}}

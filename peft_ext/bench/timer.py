@@ -1,12 +1,12 @@
-"""Verify against float64 first, then time all contenders in turn, in one process.
+"""Verifies contenders against float64, then times all contenders in turn, in one process.
 
-Machines are shared and clocks drift, so a lone time says little: every round runs each contender once, in rotating
-order, and a ratio is the median over rounds of the two times of the same round. Before each call, outside the timed
-part, a contender takes its weights: the same ones again ("hot"), or the next of so many that no cache holds them
-("rotating"). A short call is timed as one of several in a row, as a generation runs them: alone it would pay for what
-the contender before it left in the caches and for threads that had gone to sleep.
+Machines are shared and clocks drift, so that a single time says little. Every round runs each contender once, in
+rotating order, and a ratio is the median over rounds of two times of the same round. Before each call, outside the
+timed part, a contender takes its weights: the same weights again ("hot"), or the next of so many weights that no cache
+holds them ("rotating"). A short call is timed as the mean of several calls in a row, as in generation: a single call
+would pay for the data that another contender left in the caches, and for threads that had gone to sleep.
 
-A comparison without a float64 result is not possible: :class:`Contender` asks for it.
+:class:`Contender` requires a float64 result, so that nothing is compared unverified.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-SEED = 0  # of each verified call and of the mask that its float64 result draws
-LONGEST_CALL_S = 5.0
-# A call below the first is repeated until the calls take the second together, or are so many.
-SHORT_CALL_S, SHORT_CALLS_S, SHORT_CALLS = 5e-3, 20e-3, 200
+SEED = 0  # seed of each verified call, and of the mask that its float64 result draws
+LONGEST_CALL_S = 5.0  # seconds of a call above which a peer is timed once
+SHORT_CALL_S = 5e-3  # seconds of a call below which the call is repeated
+SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200  # seconds of all repetitions together, and their largest number
 
 
 @dataclass
 class Contender:
-    """One way to compute what is compared.
+    """One way to compute the operator that is compared.
 
     Attributes:
         run: the timed call.
-        outputs: what a call computed, by name, from what it returned.
-        exact: the same in float64, by the same names; called under the seed that the call had, so that it can draw the
-            same dropout mask. A peer whose mask nobody can draw again has the reason instead.
-        take: what comes before each call and is not timed: the weights of this call.
+        outputs: function of the call's return value that gives the call's results by name.
+        exact: function that gives the float64 results by the same names. It runs under the seed of the call, so that it
+            draws the same dropout mask. For a peer whose mask cannot be drawn again: the reason, as a string.
+        take: function that takes the weights of a call; it runs before each call and is not timed.
     """
 
     run: Callable[[], Any]
@@ -46,12 +46,12 @@ class Contender:
     take: Callable[[], Any] = lambda: None
 
 
-# Gets a contender ready, and returns what takes one time of it: the seconds of a call.
+# Prepares a contender and returns a function that takes one time: the seconds of a call.
 Clock = Callable[[Contender], Callable[[], float]]
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """Returns the seconds of a call, a GPU's work included where one is in use."""
+    """Returns the seconds of a call. Where CUDA is in use, the work on the GPU is included."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_initialized():
@@ -60,7 +60,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def host_clock(contender: Contender) -> Callable[[], float]:
-    """Returns what takes the host's time of a call: of a short one, the mean of several, a first one not counted."""
+    """Returns a function that takes the host's time of a call: for a short call the mean of several after a first."""
 
     def once() -> float:
         contender.take()
@@ -79,7 +79,7 @@ def host_clock(contender: Contender) -> Callable[[], float]:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Returns ``|value - exact| / |exact|``, Frobenius; the norm of the difference where exact is zero."""
+    """Returns ``|value - exact| / |exact|`` (Frobenius norms), or ``|value - exact|`` where exact is zero."""
     if value.numel() != exact.numel():
         raise ValueError(f"relative_error: value has shape {tuple(value.shape)}, wanted {tuple(exact.shape)}")
     difference = (value.detach().double().reshape(-1) - exact.double().reshape(-1)).norm().item()
@@ -87,20 +87,20 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def error_text(error: Exception) -> str:
-    """Returns an error's class and the first line of what it says."""
+    """Returns the class of an error and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def verify(
     op: str, contenders: Mapping[str, Contender], tolerance: float
 ) -> tuple[dict[str, Union[dict[str, float], str]], dict[str, str]]:
-    """Returns ``(errors, absent)`` by contender, ours first: relative errors by output, and why a peer can't run.
+    """Returns ``(errors, absent)`` by contender, ours first: relative errors by output, and why a peer cannot run.
 
-    Raises AssertionError where ours is off by more than ``tolerance``; 0: it has the very bits.
+    Raises AssertionError where ours is off by more than ``tolerance``; with 0 ours must have the same bits.
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}
-    exact_by_function: dict[int, dict[str, Tensor]] = {}  # peers with one float64 result share it
+    exact_by_function: dict[int, dict[str, Tensor]] = {}  # peers with the same function share its result
     for turn, (name, contender) in enumerate(contenders.items()):
         contender.take()
         torch.manual_seed(SEED)
@@ -133,11 +133,11 @@ def verify(
 def interleave(
     samples: Mapping[str, Callable[[], float]], budget_s: float, *, least: int, most: int
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each sample by round, of rounds that take about ``budget_s`` in all.
+    """Returns the seconds of each sample by round; the rounds take about ``budget_s`` seconds in all.
 
-    A first round warms up and is not counted; it tells how many there can be, between ``least`` and ``most``. Of a
-    sample that takes longer than ``LONGEST_CALL_S`` in it that time is all there is: bfloat16 on a CPU without
-    instructions for it. The first sample is not one of these, however long it takes.
+    A first round warms up and is not counted. From its time follows the number of rounds, between ``least`` and
+    ``most``. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as bfloat16 on a CPU without
+    bfloat16 instructions, keeps that one time. The first sample, ours, takes part in all rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     spent = {name: seconds_of(lambda name=name: times[name].append(samples[name]())) for name in samples}
@@ -152,12 +152,12 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns each one's time over the first one's, the median over rounds (above 1: the first is faster)."""
+    """Returns each contender's time over the first contender's, the median over rounds."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 
 def quartile_ratios(times: Mapping[str, list[float]]) -> dict[str, tuple[float, float]]:
-    """Returns the first and the third quartile of what :func:`median_ratios` has the median of."""
+    """Returns the first and the third quartile of the ratios whose median :func:`median_ratios` returns."""
 
     def quartiles(ratios: list[float]) -> tuple[float, float]:
         if len(ratios) == 1:

@@ -1,8 +1,9 @@
-"""The benchmarks on toy layers: what is refused, what a row says, and that the documents show the result files.
+"""Runs the benchmarks on toy layers: refusals, contents of rows and files, and documents that show the result files.
 
-A GPU's are run on the CPU here, with the clocks of a device that is not there: what is compared, and what is written.
+The benchmarks of a GPU run on the CPU here, with replaced clocks.
 """
 
+import argparse
 import importlib
 import json
 import sys
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
-command, cuda, e2e, goals, grid, harness, mixture, peers, tables = (
+command, cuda, e2e, files, grid, harness, layers, mixture, peers, tables = (
     importlib.import_module(f"benchmarks.{name}")
-    for name in ("__main__", "cuda", "e2e", "goals", "grid", "harness", "mixture", "peers", "tables")
+    for name in ("__main__", "cuda", "e2e", "files", "grid", "harness", "layers", "mixture", "peers", "tables")
 )
 gpu = importlib.import_module("gpu")
 timer = importlib.import_module("peft_ext.bench.timer")
@@ -30,7 +31,7 @@ CEILINGS = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1, "matmul_f32_tflop_s":
 
 @pytest.fixture
 def small(monkeypatch):
-    """A few rotating weights and rounds; pools and float64 results of other sizes are not kept."""
+    """Sets few rotating weights and rounds, and afterwards drops the cached weights and float64 results."""
     monkeypatch.setattr(peers, "ROTATING_BYTES", 4 * 32 * 64 * 2)
     monkeypatch.setattr(harness, "MAX_ROUNDS", 5)
     monkeypatch.setattr(grid, "SHAPES", {grid.MAIN: ((64, 32),)})
@@ -228,14 +229,23 @@ def test_every_comparison_runs_and_agrees_with_float64(small, name):
     for one in cases:
         comparison = one.build()
         errors, absent = harness.verify(one.op, comparison)
-        # PyTorch's grouped product takes no experts as small as these.
+        # PyTorch's grouped product refuses experts as small as these.
         assert set(absent) <= ({"PEFT", "frozen"} if name == "experts" else {"bitsandbytes, repacked"})
-        # Peers within a few roundings of bf16: the float64 result is theirs too, their dropout's mask included.
-        # bitsandbytes finds some nested scales by a coarser table.
+        # Peers are within a few roundings of bf16 of their own float64 result, which has their dropout's mask.
+        # bitsandbytes quantizes some nested scales by a coarser table.
         for peer, found in errors.items():
             limit = 0.1 if one.op == "nf4_quantize" or peer == "bitsandbytes, repacked" else 0.015
             known = isinstance(found, dict) or peer.startswith("torch")  # else why there is nothing to compare with
             assert known and (isinstance(found, str) or max(found.values()) < limit), (one.op, one.case, peer, found)
+
+
+def test_every_variant_is_a_case_of_a_full_run():
+    for device, settings in (("cpu", command.FULL), ("cuda", command.CUDA)):
+        options = grid.Options(*settings[:6], device, command.FORWARD[device])
+        for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+            variants = importlib.import_module(f"benchmarks.{path.stem}").VARIANTS
+            wanted = {(variant.op, variant.case) for variant in variants if device in variant.devices}
+            assert {(one.op, one.case.partition(", ")[2]) for one in grid.cases(variants, options)} == wanted
 
 
 def test_the_command_writes_a_result_file_that_draws(small, monkeypatch, tmp_path):
@@ -251,8 +261,7 @@ def test_the_command_writes_a_result_file_that_draws(small, monkeypatch, tmp_pat
     for row in result["rows"]:
         assert {"ours", "frozen", "torch eager"} < set(row["milliseconds"]), row
         assert row["tokens"] == 2 and row["weights"] == "rotating"
-    table = tables.kernel_table(result, lambda row: True)
-    assert table.count("\n") == 1 + len(result["rows"])
+    assert tables.cases_table(result["rows"]).count("\n") == 1 + len(result["rows"])
 
 
 def test_the_command_refuses_unknown_names():
@@ -270,7 +279,7 @@ GPU = {"name": "NVIDIA Toy 80GB", "capability": "9.0", "multiprocessors": 4, "me
 
 @pytest.fixture
 def device_log(monkeypatch):
-    """What is asked of torch.cuda, in order; each event is one millisecond after the one recorded before it."""
+    """Returns the calls to torch.cuda in order. Each event is one millisecond after the event before."""
     log = []
 
     class Event:
@@ -344,12 +353,9 @@ def test_what_is_compared_on_a_gpu():
     captured = {one.op for one in cases if one.weights == "graph"}
     assert captured == {"nf4_dequantize", "nf4_linear", "dora_weight_norm"}
     assert not [one for one in linear if one.weights == "graph" and "backward" in one.case]
-    for goal in goals.GOALS:
-        rows = [one for one in cases if goal.wants(one.op, one.case, one.tokens, one.weights)]
-        assert {one.tokens for one in rows} == set(goal.tokens), goal.name
 
 
-def test_the_command_on_a_gpu_writes_each_row_and_draws_the_goals(small, monkeypatch, tmp_path, capsys):
+def test_the_command_on_a_gpu_writes_each_row(small, monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("PEFT_EXT_REQUIRE", "0")
@@ -365,69 +371,51 @@ def test_the_command_on_a_gpu_writes_each_row_and_draws_the_goals(small, monkeyp
     command.main(["dora", "nf4", "--device", "cuda", "--tokens", "2", "--shapes", "", "--compile-tokens", "",
                   "--out", str(tmp_path)])  # fmt: skip
     (path,) = tmp_path.iterdir()
-    assert path.name.startswith("nvidia-toy-80gb-") and path.suffix == ".json"
+    assert path.name.startswith("layer-dora_nf4-nvidia-toy-80gb-") and path.suffix == ".json"
     result = json.loads(path.read_text())
-    assert result["machine"]["device"] == "cuda" and result["machine"]["gpu"] == GPU and result["failed"] == []
+    assert result["machine"]["gpu"] == GPU and result["failed"] == []
     assert saved == [*range(1, len(result["rows"]) + 1), len(result["rows"])]
-    goal_rows = [goals.has_goal(row["op"], row["case"], row["tokens"], row["weights"]) for row in result["rows"]]
-    assert goal_rows.index(False) == sum(goal_rows) > 0  # first
     assert {"ours", "dense"} == set(next(r for r in result["rows"] if r["op"] == "dora_weight_norm")["milliseconds"])
     for row in result["rows"]:
         peer = {"nf4_dequantize": "bitsandbytes", "dora_linear": "PEFT"}.get(row["op"], "ours")
         assert any(name.startswith(peer) for name in row["milliseconds"]), row
         assert (row["weights"] == "graph") <= ("torch eager" not in row["milliseconds"]), row
-    out = capsys.readouterr().out
-    assert out.rstrip().endswith(goals.goals_table(result))
-    assert "LoRA with dropout, of the frozen layer's time |  | at most 1.12x | not measured |" in out
+    assert capsys.readouterr().out.endswith(f"written: {path}\n")
 
 
 def gpu_result():
-    def row(op, case, tokens, weights, speedup, roofline=50.0):
+    def row(op, case, tokens, weights, speedup):
         return {"op": op, "case": case, "tokens": tokens, "weights": weights, "milliseconds": {"ours": 0.5},
-                "speedup": speedup, "roofline": {"ours": roofline}, "bytes_moved": 4 * 10**6, "flops": 0, "absent": {},
-                "errors": {"ours": {"y": 0.5}}, "summary": True}  # fmt: skip
+                "speedup": speedup, "quartiles": {name: (ratio, ratio) for name, ratio in speedup.items()},
+                "absent": {}}  # fmt: skip
 
     rows = [
-        row("nf4_dequantize", "4096->4096, to bfloat16, plain", None, "graph", {"bitsandbytes": 1.25}, 92.4),
-        row("nf4_dequantize", "4096->4096, to bfloat16, plain", None, "rotating", {"bitsandbytes": 9.0}, 99.0),
+        row("nf4_dequantize", "4096->4096, to bfloat16, plain", None, "graph", {"bitsandbytes": 1.25}),
+        row("nf4_dequantize", "4096->4096, to bfloat16, plain", None, "rotating", {"bitsandbytes": 9.0}),
         row("nf4_linear", "T=8 4096->4096, forward", 8, "graph", {}),
         row("nf4_linear", "T=4 4096->4096, forward", 4, "graph", {"bitsandbytes": 9.0}),
         row("lora_linear", "T=8192 4096->4096, bf16 base, dropout 0.05", 8192, "rotating", {"frozen": 0.8}),
     ]
     rows[2]["absent"] = {"bitsandbytes": "ModuleNotFoundError: No module named 'bitsandbytes'"}
-    machine = {"cpu": "CPU", "threads": 2, "isa": "avx512", "environment": {}, "date": "2026-01-02", "device": "cuda",
+    machine = {"cpu": "CPU", "threads": 2, "isa": "avx512", "environment": {}, "date": "2026-01-02",
                "versions": {"torch": "2.11.0"}, "gpu": GPU}  # fmt: skip
     return {"machine": machine, "ceilings": CEILINGS, "left_out": ["ia3_scale: T=1, rotating"], "failed": [],
             "rows": rows}  # fmt: skip
 
 
-def test_goals_are_drawn_beside_what_was_measured():
-    dequantized, few = "4096->4096, to bfloat16, plain", "T=8 4096->4096, forward"
-    assert goals.goal_rows(gpu_result()) == [
-        ("`nf4_dequantize`, of the copy bandwidth", dequantized, "at least 90%", "92%", "yes"),
-        ("`nf4_dequantize`, faster than bitsandbytes", dequantized, "at least 1.30x", "1.25x", "no"),
-        ("`nf4_linear`, faster than bitsandbytes", few, "at least 1.50x", "the peer is absent", ""),
-        ("DoRA's norm, faster than the dense way", "", "at least 3.00x", "not measured", ""),
-        ("LoRA with dropout, of the frozen layer's time", "T=8192 4096->4096, bf16 base, dropout 0.05", "at most 1.12x",
-         "1.25x", "no"),
-        ("DoRA, of the frozen layer's time", "", "at most 1.30x", "not measured", ""),
-        ("IA3, of the frozen layer's time", "", "at most 1.10x", "not measured", ""),
-    ]  # fmt: skip
-    assert goals.goals_table(gpu_result()).count("\n") == 8
-
-
 def test_a_gpu_has_tables_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     assert tables.gpu_tables() == "No GPU has been measured."
-    (tmp_path / "nvidia-toy-80gb-2026-01-02.json").write_text(json.dumps(gpu_result()))
+    result = gpu_result()
+    path = files.result_path("layer-all", result["machine"])
+    assert path == tmp_path / "layer-all-nvidia-toy-80gb-2026-01-02.json"
+    files.write(path, result)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     text = tables.gpu_tables()
     assert "### NVIDIA Toy 80GB" in text and "SM clock 100 of 200 MHz; CUDA 13.0, driver 1.2.3; 2026-01-02" in text
-    assert (
-        "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x | 8 GB/s | 80 |"
-        in text
-    )
-    assert "bitsandbytes (ModuleNotFoundError" in text and "Not measured: ia3_scale: T=1, rotating." in text
-    assert tables.machine_text() == tables.error_table() == tables.NOTHING  # no CPU's
+    assert "| `nf4_dequantize` | 4096->4096, to bfloat16, plain | graph | 0.500 | bitsandbytes 1.25x |" in text
+    assert "Not measured: bitsandbytes (ModuleNotFoundError" in text and "; ia3_scale: T=1, rotating." in text
+    assert tables.DRAWN["lora"]() == tables.NOTHING  # no CPU's
 
 
 def test_without_a_gpu_the_commands_say_so(monkeypatch, capsys):
@@ -519,6 +507,7 @@ def test_methods_are_named_by_their_beginnings():
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not files.RESULTS.is_dir(), reason="the result files are not here: not a checkout")
 @pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_result_files(path):
     text = path.read_text()
@@ -532,29 +521,10 @@ def test_drawing_refuses_a_document_it_does_not_know():
         tables.draw("<!-- measured prefix: python -m benchmarks.tables --><!-- /measured -->")
 
 
-def test_forced_paths_have_tables_of_their_own(monkeypatch, tmp_path):
-    row = {"op": "lora_linear", "case": "T=2 64->32, bf16 base", "weights": "rotating", "summary": True,
-           "milliseconds": {"ours": 1.0, "PEFT": 1.2}, "speedup": {"PEFT": 1.2}, "bytes_moved": 10**6, "flops": 0,
-           "absent": {}, "errors": {"ours": {"y": 0.001}}}  # fmt: skip
-    for isa, environment in (("avx512", {}), ("avx2", {"PEFT_EXT_CPU_ISA": "avx2"})):
-        machine = {"cpu": "CPU", "threads": 2, "isa": isa, "environment": environment, "date": "2026-01-01",
-                   "versions": {}}  # fmt: skip
-        result = {"machine": machine, "ceilings": CEILINGS, "rows": [row]}
-        (tmp_path / f"{isa}-2026-01-01.json").write_text(json.dumps(result))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "path avx512;" in tables.machine_text() and "avx2" not in tables.machine_text()
-    paths = tables.isa_tables()
-    assert "### avx2" in paths and "avx512" not in paths and "the least is 1.20x" in paths
-    assert "| `lora_linear` | T=2 64->32, bf16 base | rotating | PEFT 1.20x | 10 |" in paths
-    assert "| `lora_linear` | 1.0e-03 |" in tables.error_table()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_are_compared_and_drawn(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from benchmarks import layers, tables
-
     methods = layers.PLANS[dtype].methods
     monkeypatch.setitem(layers.PLANS, dtype, layers.Plan(((64, 128), (128, 64)), (12,), methods))
     monkeypatch.setattr(layers, "MOST_LAYERS", 2)
@@ -563,12 +533,49 @@ def test_layers_are_compared_and_drawn(dtype, monkeypatch: pytest.MonkeyPatch) -
     assert len(result["rows"]) == 2 * len(methods)
     for row in result["rows"]:
         assert all(row[ratio]["median"] > 0 for ratio in ("of_frozen", "stock_of_frozen", "over_stock"))
-    monkeypatch.setattr(tables, "results", lambda pattern: [result])
-    drawn = (tables.layers_text if dtype is torch.bfloat16 else tables.float32_text)().splitlines()
-    if dtype is torch.float32:
-        assert "64->128 | 128->64" in drawn[0] and len(drawn) == 2 + len(methods) + 2
-        return
-    assert drawn[0].endswith(" | ".join(["floor", *methods]) + " |") and len(drawn) == 2 + 2 + 2
     first = result["rows"][0]
-    floor = 1 + 6 * 12 * 16 * 192 / CEILINGS["matmul_f32_tflop_s"] / 1e9 / first["milliseconds"]["frozen"]
-    assert drawn[2].startswith(f"| 64->128 | 12 | {floor:.2f} | {first['of_frozen']['median']:.2f} (")
+    cell = f"{first['of_frozen']['median']:.2f}; {first['over_stock']['median']:.2f}"
+    if dtype is torch.float32:
+        drawn = tables.float32_table(result).splitlines()
+        assert drawn[0] == "| method | 64->128 | 128->64 |" and len(drawn) == 2 + len(methods)
+        assert drawn[2].startswith(f"| LoRA | {cell} |")
+    else:
+        drawn = tables.shapes_table(result).splitlines()
+        assert drawn[:2] == ["| method | layer | T=12 |", "|---|---|---|"] and len(drawn) == 2 + 2 * len(methods)
+        assert drawn[2] == f"| LoRA | 64->128 | {cell} |"
+
+
+def test_the_newest_file_of_exactly_that_name_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    assert files.newest("layer-nf4-avx2") is None
+    names = ("layer-nf4-avx2-2026-01-02", "layer-nf4-avx2-2026-01-03", "layer-nf4-avx2_x-2026-01-09",
+             "layer-nf4-avx2-other-2026-01-09", "a-layer-nf4-avx2-2026-01-09")  # fmt: skip
+    for turn, name in enumerate(names):
+        files.write(tmp_path / f"{name}.json", {"turn": turn})
+    assert files.newest("layer-nf4-avx2") == {"turn": 1}
+
+
+def test_ratios_stand_by_case_peer_and_tokens():
+    def row(case, tokens, **speedup):
+        return {"op": "lora_linear", "case": f"T={tokens} 8->8, {case}", "tokens": tokens, "speedup": speedup,
+                "quartiles": {name: (ratio - 0.1, ratio) for name, ratio in speedup.items()}}  # fmt: skip
+
+    rows = [row("bf16 base", 16, PEFT=1.2, frozen=0.9, other=3.0), row("bf16 base", 1, PEFT=1.5),
+            row("AdaLoRA, bf16 base", 1, PEFT=2.0), {**row("bf16 base", 1, PEFT=9.0), "op": "ia3_linear"}]  # fmt: skip
+    assert tables.peers_table({"rows": rows}, "lora_linear", ("PEFT", "frozen")).splitlines() == [
+        "| layer | compared with | T=1 | T=16 |",
+        "|---|---|---|---|",
+        "| LoRA, bf16 base | PEFT | 1.50 (1.40 to 1.50) | 1.20 (1.10 to 1.20) |",
+        "| LoRA, bf16 base | frozen |  | 0.90 (0.80 to 0.90) |",
+        "| AdaLoRA, bf16 base | PEFT | 2.00 (1.90 to 2.00) |  |",
+    ]
+
+
+def test_a_results_name_says_what_was_run():
+    def subject(command, **given):
+        return e2e._subject(argparse.Namespace(command=command, **given))
+
+    assert [subject("speed"), subject("intents"), subject("experts")] == ["run-speed", "run-intents", "step-experts"]
+    assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
+    assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
+    assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"

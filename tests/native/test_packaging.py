@@ -32,9 +32,9 @@ pytestmark = pytest.mark.cpu_only("packaging is the same for every device")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# What lies in a checkout and is no part of it; .ci and .gitignore serve the repository alone.
+# Names in a checkout that no source distribution holds: build outputs, benchmarks/results, .ci and .gitignore.
 NOT_SHIPPED = (".git", ".ci", ".gitignore", ".venv*", "build", "dist", "outputs", "data", "*.egg-info", "__pycache__",
-               "*.pyc", "*.so", "*.o", ".*_cache", "_build")  # fmt: skip
+               "*.pyc", "*.so", "*.o", ".*_cache", "_build", "results")  # fmt: skip
 
 
 # --- version ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Result files: ``benchmarks/results/<kind>-<subject>-<CPU path or GPU>-<date>.json``.
+
+The kind is ``layer`` (operators and single layers), ``step`` (whole training steps) or ``run`` (whole training runs).
+A committed file comes from one run of one command. It keeps only the rows that a table or a picture shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from peft_ext.files import atomic_file
+
+__all__ = ["RESULTS", "Result", "is_of_a_gpu", "newest", "newest_by_gpu", "result_path", "slug", "write"]
+
+RESULTS = Path(__file__).parent / "results"
+
+Result = dict[str, Any]
+
+
+def result_path(subject: str, machine: dict[str, Any], out: Optional[Path] = None) -> Path:
+    """Returns the path of a result file: ``out`` itself, or a file in the folder ``out`` (default: ``results/``).
+
+    Args:
+        subject: kind and subject, such as "layer-nf4". machine: the dictionary of :func:`.harness.machine`.
+    """
+    if out is not None and not out.is_dir():
+        return out
+    place = slug(machine["gpu"]["name"]) if "gpu" in machine else machine["isa"]
+    return (out or RESULTS) / f"{subject}-{place}-{machine['date']}.json"
+
+
+def write(path: Path, result: Result) -> None:
+    """Writes a result file with one line for each field and each row. An interrupted write leaves the old file."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n  ".join(map(json.dumps, value))
+            return f"[\n  {rows}\n ]"
+        return json.dumps(value)
+
+    fields = ",\n ".join(f"{json.dumps(name)}: {text(value)}" for name, value in result.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(f"{{\n {fields}\n}}\n")
+
+
+def newest(name: str) -> Optional[Result]:
+    """Returns the newest result whose file is called ``<name>-<date>.json``; None where there is none."""
+    found = sorted(RESULTS.glob(f"{name}-????-??-??.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
+def newest_by_gpu() -> list[Result]:
+    """Returns, for each GPU, the newest result of ``python -m benchmarks --device cuda``."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("layer-all-*.json"))]
+    return list({result["machine"]["gpu"]["name"]: result for result in found if is_of_a_gpu(result)}.values())
+
+
+def is_of_a_gpu(result: Result) -> bool:
+    return "gpu" in result["machine"]
+
+
+def slug(name: str) -> str:
+    """Returns a GPU's name as a file name contains it, such as "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
