@@ -281,7 +281,7 @@ MEASURED = {
 def beside(result: dict, name: str) -> str:
     """The rows of a result file that the model has, measured and computed; ``name``: the card's."""
     card = next((card for known, card in CARDS.items() if known in name), None)
-    lines = ["| of the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
+    lines = ["| time / the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
     for method, (op, case) in MEASURED.items():
         for row in result["rows"]:
             frozen = row["speedup"].get("frozen")
@@ -304,20 +304,21 @@ def tables() -> str:
     for tokens in (1, 16):
         row = (microseconds(decode(card, 4096, 4096, tokens)) for card in CARDS.values())
         lines.append(f"| NF4, T = {tokens} | " + " | ".join(row) + " |")
-    lines += ["", "| of the frozen layer's time, T = | " + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]
+    lines += ["", "| time / the frozen layer's time, for T = | "
+              + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in LAYERS:
         row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
         lines.append(f"| {method} | " + " | ".join(row) + " |")
-    lines += ["", "| a layer of Llama 3 8B, of the frozen one's time, T = |"
+    lines += ["", "| time of a layer of Llama 3 8B / time of the frozen layer, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in ("LoRA", "LoRA, dropout", "QLoRA, dropout"):
-        for how, together in (("alone", False), ("those of one input together", True)):
+        for how, together in (("each linear layer alone", False), ("layers with one input together", True)):
             row = (f"{llama_layer(card, t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
             lines.append(f"| {method}: {how} | " + " | ".join(row) + " |")
     sizes = (4096, 32768)
-    lines += ["", "| a step of 128 experts 2048 -> 768, rows = | "
+    lines += ["", "| time of a step of 128 experts 2048 -> 768, for rows = | "
               + " | ".join(f"{c}, {rows}" for c in CARDS for rows in sizes) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(sizes) + 1) + "|")
     kinds: dict[str, dict[str, Any]] = {
@@ -332,14 +333,15 @@ def tables() -> str:
                 row.append(frozen if how is None else sum(experts(card, rows, 128, 768, 2048, **how)))
         lines.append(f"| {kind} | " + " | ".join(map(microseconds, row)) + " |")
     few = (1, 8, 64)
-    lines += ["", "| a forward of QLoRA, eight of 128 experts 2048 -> 1536, T = | "
+    lines += ["", "| time of a forward of QLoRA, eight of 128 experts 2048 -> 1536, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in few) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(few) + 1) + "|")
     active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # that have a row
     row = [microseconds(experts(card, 8 * t, active[t], 1536, 2048, "NF4")[0]) for card in CARDS.values() for t in few]
     lines.append("| LoRA over NF4 | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
-    lines += ["", "| eight adapters, of one's time, T = | " + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]
+    lines += ["", "| forward with eight adapters / forward with one adapter, for T = | "
+              + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]  # fmt: skip
     lines.append("|---" * (len(columns) + 1) + "|")
     for base in ("bf16", "NF4"):
         row = (f"{mixed(CARDS[c], t, 8, base) / mixed(CARDS[c], t, 1, base):.2f}" for c, t in columns)
