@@ -1,11 +1,12 @@
 """Compiles the CUDA kernels and compares their resources with the committed tables; needs nvcc, and no GPU.
 
-Torch's headers of a CPU build are enough. Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120; files with
-a hot loop also for sm_86 and 89. The check fails in these cases: a file does not compile without a warning; a kernel spills registers or keeps an array in local
-memory; an object needs a symbol outside of torch's stable ABI; the registers or the shared memory of a kernel differ
-from docs/ptxas.tsv; the instructions of a hot loop differ from docs/slots.tsv (see slots.py). ``--write`` writes the
-new values into the tables, so that a review sees each change. ``--archs`` compiles for some architectures alone, and
-``--only`` some files alone; both compare, or write, only the rows of these architectures and files.
+Torch's headers of a CPU build are enough. Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120; files with a
+hot loop also for sm_86 and 89. The check fails in these cases: a file does not compile without a warning; a kernel
+spills registers or keeps an array in local memory; an object needs a symbol outside of torch's stable ABI; the
+registers or the shared memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from
+docs/slots.tsv (see slots.py). ``--write`` writes the new values into the tables, so that a review sees each change.
+``--archs`` compiles for some architectures alone, and ``--only`` some files alone; both compare, or write, only the
+rows of these architectures and files.
 """
 
 from __future__ import annotations
