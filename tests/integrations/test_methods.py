@@ -2,8 +2,8 @@
 
     PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py
 
-draws it anew. A test that is a column runs once for each method and returns the cell; its docstring is what the
-document says of the column.
+draws it again. A test that is a column runs once for each method and returns the cell. The docstring of such a test
+explains the column in the document.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ def column(title: str) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Llama on disk, for what loads it as users do."""
+    """Saves the Llama to disk, for tests that load it as users do."""
     folder = tmp_path_factory.mktemp("llama")
     LLAMA.build().save_pretrained(folder)
     return folder
 
 
 def make_base(kind: str, llama: Optional[Path] = None, skip: tuple[str, ...] = ()) -> hf.PreTrainedModel:
-    """The Llama, "dense", in "nf4", or on "bitsandbytes" but for ``skip``, as transformers loads it."""
+    """Returns the Llama, "dense", in "nf4", or in "bitsandbytes" (except for the modules ``skip``), as transformers
+    loads it.
+    """
     if kind != "bitsandbytes":
         model = LLAMA.build()
         return peft_ext.quantize_nf4(model, progress=False) if kind == "nf4" else model
@@ -107,18 +109,18 @@ def adapted(
     make: Callable[..., PeftModel] = peft_ext.get_peft_model,
     moved: bool = True,
 ) -> PeftModel:
-    """The method's model, over its own base by default, as after some training; the same for each ``make``."""
+    """Returns the method's model, by default over its own base, as after some training; equal for each ``make``."""
     base = make_base(METHODS[name].base) if base is None else base
     torch.manual_seed(3)
     model = make(base, METHODS[name].config())
     for key, parameter in model.named_parameters():
-        if "ranknum" in key:  # over a base that is not float32 PEFT leaves this count to the optimizer
+        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train this count
             parameter.requires_grad_(False)
     return (moved_away(model) if moved else model).eval()
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
-    """The quantized linears by the names that they have in the base model."""
+    """Returns the quantized linear layers, by their names in the base model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (NF4Linear, bnb.nn.Linear4bit)
     found = {key: module for key, module in base.named_modules() if isinstance(module, kinds)}
@@ -126,7 +128,7 @@ def quantized(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dense_twin(name: str, model: PeftModel) -> PeftModel:
-    """The same adapter over a dense base whose weights are those of ``model``, dequantized."""
+    """Returns the same adapter over a dense base with the dequantized weights of ``model``."""
     base = make_base("dense")
     for key, module in quantized(model).items():
         nf4 = module.nf4 if isinstance(module, NF4Linear) else peft_ext.NF4Weight.from_bitsandbytes(module.weight)
@@ -138,7 +140,7 @@ def dense_twin(name: str, model: PeftModel) -> PeftModel:
 
 
 def unfused(model: nn.Module) -> tuple[str, ...]:
-    """The reasons that explain has for what is not fused, each once, or that nothing is adapted."""
+    """Returns explain's reasons for layers that are not fused, each once, or a sentence that nothing is adapted."""
     rows = peft_ext.explain(model).rows
     reasons = dict.fromkeys(row.reason for row in rows if not row.fused)
     return (
@@ -160,7 +162,7 @@ def said(error: Exception) -> str:
 
 
 def run(module: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Output and gradients of the inputs and of every trained parameter, from a fixed output gradient."""
+    """Returns output and gradients of the inputs and of every trained parameter, for a fixed output gradient."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     y = call(module, *inputs)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
@@ -190,7 +192,7 @@ def test_nn_module(name: str) -> Cell:
 
 
 def slope(model: PeftModel, gradients: dict[str, Tensor], reach: float = 2e-3) -> float:
-    """The loss's central difference along ``gradients``, each brought to length 1."""
+    """Returns the central difference of the loss along ``gradients``, each scaled to length 1."""
     losses = []
     for sign in (1, -1):
         there = copy.deepcopy(model)
@@ -217,9 +219,7 @@ def test_get_peft_model(name: str) -> Cell:
         assert lengths > 0 and all(value.norm() > 0 for value in gradients.values())
         assert slope(model, gradients) == pytest.approx(lengths, rel=1e-2)
     plain = logits(make_base(METHODS[name].base), INPUTS)
-    assert (
-        error_of(logits(model, INPUTS)[:, -plain.shape[1] :], plain) > 1e-3
-    )  # an adapter that does nothing is no test
+    assert error_of(logits(model, INPUTS)[:, -plain.shape[1] :], plain) > 1e-3  # the adapter has an effect
     return Cell(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained")
 
 
@@ -262,7 +262,7 @@ def test_trainer(name: str, tmp_path: Path) -> Cell:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-# Runs where peft_ext is not imported, and then imports it.
+# The code of a process that has not imported peft_ext, and imports it later.
 _READER = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -295,13 +295,13 @@ torch.save((alone, beside), f"{folder}/read.pt")
 
 
 def exchange_base(name: str, llama: Path) -> hf.PreTrainedModel:
-    """A base that stock PEFT has too."""
+    """Returns a base model that stock PEFT supports too."""
     return make_base("dense" if METHODS[name].base == "dense" else "bitsandbytes", llama)
 
 
 @dataclass
 class StockReader:
-    """A process of stock PEFT that reads what accelerated models saved; ``wanted``: their logits, by method."""
+    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has their logits, by method."""
 
     process: subprocess.Popen
     folder: Path
@@ -309,7 +309,9 @@ class StockReader:
 
     @functools.cached_property
     def found(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Logits or an error by method, without peft_ext; of those with an error again, with it imported."""
+        """Returns logits or an error by method, without peft_ext; and, for methods with an error, again with peft_ext
+        imported.
+        """
         self.process.wait(timeout=600)
         assert self.process.returncode == 0, (self.folder / "errors").read_text()
         return torch.load(self.folder / "read.pt")
@@ -317,7 +319,7 @@ class StockReader:
 
 @pytest.fixture(scope="module", autouse=True)
 def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
-    """Started at once: it takes seconds to import what it needs, beside the tests of other columns."""
+    """Starts the process early, because its imports take seconds, beside the tests of other columns."""
     folder, wanted = tmp_path_factory.mktemp("read"), {}
     for name in METHODS:
         model = adapted(name, exchange_base(name, llama))
@@ -374,7 +376,7 @@ def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
     stock = adapted(name, exchange_base(name, llama), make=peft.get_peft_model)
     stock.save_pretrained(tmp_path)
     loaded = peft_ext.load_adapter(exchange_base(name, llama), tmp_path)
-    # As a stock reader above: training mode keeps bitsandbytes from repacking the stock model's weights.
+    # As for the stock reader above, training mode keeps bitsandbytes from repacking the stock model's weights.
     with torch.no_grad():
         assert_close(logits(loaded, INPUTS), stock.train(METHODS[name].base != "dense")(**INPUTS).logits)
     made = peft_ext.explain(adapted(name, exchange_base(name, llama)))
@@ -409,7 +411,8 @@ def test_merge(name: str) -> Cell:
     for key, module in quantized(merged).items():
         weight = peft_ext.ops.nf4_quantize(dense.get_submodule(key).weight, double_quant=True)
         off = (module.dequantize(torch.float32) - weight.dequantize(torch.float32)).abs() > 1e-6
-        assert off.float().mean() < 1e-2, key  # where a sum, rounded in another order, falls beside a threshold
+        # A sum that is rounded in another order may fall on the other side of a threshold.
+        assert off.float().mean() < 1e-2, key
     return Cell(
         "requantized",
         ("The merge rounds the sum of base and adapter to NF4 again, and this rounding changes the logits.",),
@@ -417,7 +420,9 @@ def test_merge(name: str) -> Cell:
 
 
 def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str, ...]]:
-    """The method over a base that is quantized; where that is refused, with what it trains left dense, and a note."""
+    """Returns the method over a quantized base. If that is refused, the trained modules are left dense, and a note says
+    so.
+    """
     try:
         return adapted(name, make_base(kind, llama)), ()
     except (ValueError, RuntimeError) as error:
@@ -498,14 +503,15 @@ def test_compile(name: str) -> Cell:
         found = outcome(torch.compile(module, backend="aot_eager"))
         notes = tuple(f"torch.compile says: {reason}." for reason in reasons)
         cell = Cell(f"{explained.graph_break_count} graph breaks", notes)
-    flat = {key for key, value in wanted.items() if not value.any()}  # the gate of a tensor that is wide open
+    # The gate of a tensor is fully open and has no gradient.
+    flat = {key for key, value in wanted.items() if not value.any()}
     assert not any(found[key].any() for key in flat) and "y" not in flat
     assert_close(*({key: value for key, value in each.items() if key not in flat} for each in (found, wanted)))
     return cell
 
 
 def operators(model: nn.Module) -> OperatorCalls:
-    """What a training step calls of peft_ext's operators."""
+    """Returns the operators of peft_ext that a training step calls."""
     with OperatorCalls() as seen:
         step(model, BATCH)
     return seen
@@ -536,7 +542,7 @@ def test_fused_on_cpu(name: str) -> Cell:
 
 
 def cuda_operators() -> set[str]:
-    """The operators that csrc registers for CUDA."""
+    """Returns the operators that csrc registers for CUDA."""
     found = set()
     for path in (ROOT / "csrc").rglob("*_cuda.cu"):
         source = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
