@@ -1,4 +1,4 @@
-"""Builds the native libraries: ``peft_ext._C`` (CPU kernels, pybind11) and, where wanted, ``peft_ext._C_cuda``.
+"""Builds the native libraries: ``peft_ext._C`` (CPU kernels, pybind11) and, if wanted, ``peft_ext._C_cuda``.
 
 Both go through torch's stable ABI, so one build runs on every torch from TORCH_TARGET on. Environment:
     FORCE_CUDA=1            CUDA kernels or an error; =0: CPU only; unset: CUDA where nvcc and a CUDA torch are there
@@ -19,15 +19,19 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-ARCHS_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # what an older nvcc knows
-NAMED_BEFORE_8_0 = ("Maxwell", "Pascal", "Volta", "Turing")  # of TORCH_CUDA_ARCH_LIST, with or without more
-# Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses its form of it.
+ARCHS_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"  # the architectures that an nvcc before 12.8 knows
+# Names in TORCH_CUDA_ARCH_LIST, with or without a suffix, of architectures before 8.0.
+NAMED_BEFORE_8_0 = ("Maxwell", "Pascal", "Volta", "Turing")
+# Not in pyproject.toml: setuptools before 77, which the pin of torch may leave installed, refuses this form of a
+# licence.
 METADATA = {"license": "Apache-2.0", "license_files": ["LICENSE"], "zip_safe": False}
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").read_text()).group(1)
 
 
 def find_torch():
-    """Torch of this process, or else (in pip's isolated build) of the environment that is installed into."""
+    """Returns torch of this process, or otherwise (in pip's isolated build) torch of the environment that is installed
+    into.
+    """
     try:
         import torch
     except ModuleNotFoundError:
@@ -47,11 +51,11 @@ def say(message):
 
 
 def find_cudart(torch, nvcc):
-    """The CUDA runtime library that pip brought with torch, or else the toolkit's; None where neither is there."""
+    """Returns the CUDA runtime library that pip installed with torch, or else the toolkit's; None if neither exists."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     found = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so*"))
-    major = (torch.version.cuda or "").split(".")[0]  # those of two CUDA releases may lie side by side
+    major = (torch.version.cuda or "").split(".")[0]  # libraries of two CUDA releases may be side by side
     found.sort(key=lambda path: path.suffix != f".{major}")
     for home in (CUDA_HOME, nvcc and Path(nvcc).resolve().parents[1]):
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
@@ -66,7 +70,7 @@ def nvcc_release(nvcc):
 
 
 def kernel_archs(asked, release):
-    """Of the architectures asked for, or of the default's, those that the kernels compile for; "" where none is."""
+    """Returns those of the requested (or default) architectures that the kernels compile for; "" if there is none."""
     if not asked:
         return DEFAULT_ARCHS if release >= (12, 8) else ARCHS_BEFORE_12_8
     archs = asked.replace(" ", ";").split(";")
@@ -77,7 +81,9 @@ def kernel_archs(asked, release):
 
 
 def cuda_runtime(torch):
-    """The CUDA runtime to link with, or None for no CUDA library; decided as the docstring above says, and printed."""
+    """Returns the CUDA runtime to link with, or None for no CUDA library. Decides as the docstring of this file says,
+    and prints the decision.
+    """
     from torch.utils.cpp_extension import CUDA_HOME
 
     asked = os.environ.get("FORCE_CUDA", "")
@@ -110,8 +116,10 @@ def cuda_runtime(torch):
 
 
 def linker_flags():
-    """Exports of the module alone, symbols bound at load and then read-only, no executable stack."""
-    # -fvisibility=hidden leaves the templates of namespace std visible; a script does not.
+    """Linker flags: only the module is exported, symbols are bound at load and then read-only, the stack is not
+    executable.
+    """
+    # -fvisibility=hidden leaves the templates of namespace std visible; a version script hides them.
     script = ROOT / "build/exports.map"
     script.parent.mkdir(exist_ok=True)
     script.write_text("{ global: PyInit_*; local: *; };\n")
@@ -131,8 +139,8 @@ def extensions(torch):
         ("PEFT_EXT_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
         ("PEFT_EXT_CUDA", "true" if cudart else "false"),
     ]
-    # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels pick their own.
-    # The prefix maps keep the folders of the build out of error messages, which name the source file.
+    # No contraction: NF4's bits are a product and a sum, each rounded. No -march: the kernels choose their own
+    # instruction set. The prefix maps keep the folders of the build out of error messages that name the source file.
     prefix_maps = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0", *prefix_maps]
     link_flags = linker_flags() if sys.platform == "linux" else []
@@ -183,7 +191,8 @@ def main():
 
         class Build(BuildExtension):
             def build_extensions(self):
-                # Some interpreters (pyenv's, shared) have every extension search the folder that they lie in.
+                # Some interpreters (pyenv's, shared) add the folder of their own library to the search path of every
+                # extension.
                 for linker in ("linker_so", "linker_so_cxx"):
                     command = getattr(self.compiler, linker, None) or []
                     setattr(self.compiler, linker, [word for word in command if not word.startswith("-Wl,-rpath")])
@@ -193,7 +202,7 @@ def main():
     elif {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         sys.exit("peft_ext: torch is needed to build, and was not found: pip install torch")
     else:
-        # Metadata and source distributions need no torch; a build in an environment without one asks for it.
+        # Metadata and source distributions need no torch; a build in an environment without torch asks for torch.
         setup(setup_requires=["torch>=2.11"], **METADATA)
 
 

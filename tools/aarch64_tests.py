@@ -2,9 +2,9 @@
 
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
-The library is cross-compiled; Debian's Python for Arm, PyTorch and what the tests import come from the registries into
-build/aarch64, 5 GB once, and nothing outside of it changes. Needed: Debian, aarch64-linux-gnu-g++ and qemu-aarch64.
-The emulated CPU has bfloat16's instructions. It tells what is right and nothing about speed.
+The library is cross-compiled. Debian's Python for Arm, PyTorch and the packages that the tests import are downloaded
+into build/aarch64 (5 GB, once); nothing else on the machine changes. Needs Debian, aarch64-linux-gnu-g++ and
+qemu-aarch64. The emulated CPU has bfloat16 instructions. The run checks results and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DEBIAN = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}
 PATHS = ("neon_bf16", "neon", "scalar")
 PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
-# What tests import beside the package's own requirements.
+# Packages that the tests import in addition to the package's own requirements.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# As setup.py has them, but for the optimization: the emulator's time goes elsewhere.
+# The flags of setup.py, except for the optimization level: most of the emulator's time is spent elsewhere.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# Compilers for the emulated machine, and threads that share one core.
+# Excluded tests: they need a compiler for the emulated machine, or compare threads, which share one core there.
 NOT_THESE = "not compile and not opcheck and not two_threads"
 
 
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def make_system() -> None:
-    """Unpacks Debian's Python for Arm, and what it needs, into SYSTEM."""
+    """Unpacks Debian's Python for Arm, and the packages that Python needs, into SYSTEM."""
     if (SYSTEM / "usr/bin/python3").is_symlink():
         return
     apt = BUILD / "apt"
@@ -95,9 +95,9 @@ def make_system() -> None:
 
 
 def make_site(version: str) -> None:
-    """Installs what tests import into SITE, with the oldest torch that is supported.
+    """Installs the packages that the tests import, and the oldest supported torch, into SITE.
 
-    From PyPI: what pip is set to here may have packages for this machine alone.
+    Uses PyPI: the index that pip is set to on this machine may have packages for this machine alone.
     """
     if SITE.exists():
         return
@@ -122,7 +122,7 @@ def build(version: str) -> Path:
         f"-isystem {SYSTEM}/usr/include {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
     )
     group = Group(f"{FLAGS} {headers}", native_build.module_sources())
-    # The interpreter brings Python's symbols.
+    # The interpreter provides Python's symbols.
     link = f"-L{libraries} -Wl,-rpath,{libraries} -Wl,--unresolved-symbols=ignore-all -ltorch_cpu"
     try:
         return native_build.build(BUILD / "libpeft_ext.so", [group], link, COMPILER)

@@ -1,10 +1,10 @@
-"""Computes what the inner loop of the tile kernels takes on Arm's cores: no such machine has run it.
+"""Computes the time of the tile kernels' inner loop on Arm cores. The loop has not run on such a core.
 
     python tools/arm_loop.py [--cores neoverse-v1,neoverse-v2,neoverse-n2,apple-m2]
 
-The loop is cut out of what aarch64-linux-gnu-g++ makes of it, and LLVM's model of a core (llvm-mca, 19 or newer) tells
-the cycles of one pass through it, all loads in L1, and the bound of its busiest unit. A product (BFMMLA) multiplies
-2 x 4 by 4 x 2 elements: 32 FLOP.
+aarch64-linux-gnu-g++ compiles the loop. llvm-mca (19 or newer), LLVM's model of a core, computes the cycles of one
+iteration with all loads in L1, and the lower bound of the busiest execution unit. A product (BFMMLA) multiplies 2 x 4
+by 4 x 2 elements, which is 32 FLOP.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def main() -> int:
 
 
 def inner_loop(listing: str) -> list[str]:
-    """The instructions of the shortest loop around a product: from the target of a backward branch to it."""
+    """Returns the instructions of the shortest loop around a product: from the target of a backward branch to the
+    branch.
+    """
     lines = [(int(found[1], 16), found[2]) for found in re.finditer(r"^ +([0-9a-f]+):\t(.+)$", listing, re.MULTILINE)]
     loops = []
     for at, (address, text) in enumerate(lines):

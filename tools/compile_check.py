@@ -3,7 +3,8 @@
     python tools/compile_check.py clang     clang++; the library is loaded and runs the operators' tests of one dtype
     python tools/compile_check.py aarch64   aarch64-linux-gnu-g++; compiled only, with this machine's headers of Python
 
-Each into a folder of its own below build/; what changed is compiled again. Without the compiler it fails.
+Each compiler has its own folder below build/, and compiles only sources that changed. Fails if the compiler is not
+installed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from native_build import ROOT, Group
 BUILD = ROOT / "build/compilers"
 COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++"}
 DEBIAN = {"clang": "clang", "aarch64": "g++-aarch64-linux-gnu"}
-# As setup.py has them. The other machine's code is not run: it is not optimized either.
+# The flags of setup.py. Code for the other machine is not run, so it is not optimized.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",

@@ -1,11 +1,12 @@
-"""Compile gate for the CUDA kernels; needs nvcc and torch's headers (a CPU build's will do), no GPU.
+"""Compiles the CUDA kernels and compares their resources with the committed tables; needs nvcc, and no GPU.
 
-Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120, those with a hot loop for sm_86 and 89 as well. Fails
-where one does not compile without a warning, a kernel spills registers or keeps an array in memory, an object needs a
-symbol outside torch's stable ABI, or a kernel's registers or shared memory (docs/ptxas.tsv) or its hot loop's
-instructions (docs/slots.tsv, see slots.py) are not those of the committed tables: what a change costs is part of its
-review. --write takes them over; --archs compiles for some alone, and --only some files alone, and both compare, or take
-over, what the tables say of those.
+Torch's headers of a CPU build are enough. Every csrc/**/*_cuda.cu is compiled for sm_80, 90, 100 and 120; files with a
+hot loop also for sm_86 and 89. The check fails in these cases: a file does not compile without a warning; a kernel
+spills registers or keeps an array in local memory; an object needs a symbol outside of torch's stable ABI; the
+registers or the shared memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from
+docs/slots.tsv (see slots.py). ``--write`` writes the new values into the tables, so that a review sees each change.
+``--archs`` compiles for some architectures alone, and ``--only`` some files alone; both compare, or write, only the
+rows of these architectures and files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ARCHS = ("80", "90", "100", "120")
 
 
 def find(tool: str) -> str | None:
-    """A tool of the CUDA toolkit, on PATH or under CUDA_HOME."""
+    """Returns the path of a tool of the CUDA toolkit, on PATH or under CUDA_HOME."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(tool) or shutil.which(tool, path=os.path.join(home, "bin"))
 
@@ -39,7 +40,7 @@ def find(tool: str) -> str | None:
 def compile_command(
     nvcc: str, source: Path, output: Path, include: Path, archs: tuple[str, ...], keep: Path | None = None
 ) -> list[str]:
-    """``keep``: a folder for what comes between source and object, the machine code among it."""
+    """``keep`` is a folder for intermediate files such as the machine code."""
     target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
     return [
         nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17",
@@ -53,7 +54,7 @@ def compile_command(
 
 
 def kernel_rows(log: str) -> list[dict[str, object]]:
-    """What ptxas -v says of each kernel."""
+    """Returns what ptxas -v reports for each kernel."""
     rows: list[dict[str, object]] = []
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -75,7 +76,7 @@ def demangle(names: list[str]) -> list[str]:
     if tool is None or not names:
         return names
     text = subprocess.run([tool], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    # Without return type, namespace and arguments: the kernel and what it is instantiated with.
+    # The name of the kernel and its template arguments, without return type, namespace and arguments.
     names = [re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", line) for line in text.splitlines()]
     for enum, values in slots.enumerators().items():
         names = [re.sub(rf"\({enum}\)(\d+)", lambda found: values[int(found[1])], name) for name in names]  # noqa: B023
@@ -83,7 +84,9 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
-    """The rows of slots.tsv that a file's machine code has; ``rows``: of its kernels, from kernel_rows."""
+    """Returns the rows of slots.tsv for the machine code of a file. ``rows`` are the rows of its kernels from
+    kernel_rows.
+    """
     code = sass.disassemble(cubin, nvdisasm)
     names = dict(zip(demangle(list(code)), code, strict=True))
     used = {str(row["kernel"]): row for row in rows}
@@ -97,7 +100,7 @@ def hot_rows(cubin: Path, arch: str, nvdisasm: str, rows: list[dict[str, object]
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
-    """One line a kernel, with its registers on each architecture and its shared memory."""
+    """Returns a line for each kernel with its registers on each architecture and its shared memory."""
     archs = sorted({str(row["arch"]) for row in rows}, key=int)
     found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for row in rows:
@@ -110,14 +113,14 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
 
 
 def release(nvcc: str) -> str:
-    """ "13.0", of "Cuda compilation tools, release 13.0, V13.0.88"."""
+    """Returns "13.0" for "Cuda compilation tools, release 13.0, V13.0.88"."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
     return found[1] if found else "unknown"
 
 
 def of_archs(table: str, archs: list[str]) -> str:
-    """What a table says of some architectures: in columns of their own (ptxas.tsv), or in rows (slots.tsv)."""
+    """Returns the part of a table about some architectures: columns of ptxas.tsv, or rows of slots.tsv."""
     header, *rows = [line.split("\t") for line in table.splitlines()]
     if "arch" in header:
         rows = [row for row in rows if row[header.index("arch")] in archs]
@@ -126,7 +129,9 @@ def of_archs(table: str, archs: list[str]) -> str:
 
 
 def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
-    """A table's rows of the files ``only`` (by stem; none: all), and those of others, without the header."""
+    """Returns the rows of a table that belong to the files ``only`` (stems; empty: all files), and the other rows,
+    without the header.
+    """
     loops = {entry.name: entry.file for entry in slots.HOT}
 
     def asked(row: str) -> bool:
@@ -138,7 +143,9 @@ def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
 
 
 def compare(path: Path, table: str, nvcc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
-    """What differs from a committed table, which says what compiler it was made with; another's is not compared."""
+    """Returns the differences from a committed table. A table of another compiler, which its first line names, is not
+    compared.
+    """
     wanted = f"# nvcc {release(nvcc)}\n{table}"
     if write:
         header = wanted.splitlines()[:2]
@@ -187,7 +194,7 @@ def main() -> int:
             return 1
 
     failures, rows, hot = [], [], []
-    # Those that take longest first: short files that instantiate most, and then the long ones.
+    # The files that take longest come first: short files with many instances, then long files.
     with_hot = {entry.file for entry in slots.HOT}
     sources = sorted(
         (ROOT / "csrc").rglob("*_cuda.cu"), key=lambda path: (path.stat().st_size > 500, -path.stat().st_size)
@@ -195,7 +202,7 @@ def main() -> int:
     if unknown := only - {path.stem for path in sources}:
         parser.error(f"no file {', '.join(sorted(unknown))} in csrc/")
     sources = [path for path in sources if not only or path.stem in only]
-    asked: dict[str, list[str]] = {}  # what each object needs from elsewhere
+    asked: dict[str, list[str]] = {}  # the symbols that each object needs from other objects
     offered: set[str] = set()
     jobs = os.cpu_count() or 2
     work_list = [
@@ -222,7 +229,7 @@ def main() -> int:
                 shutil.rmtree(keep)
             return str(source.relative_to(ROOT)), done.stdout, output, done.returncode == 0, found
 
-        # One architecture at a time, so that all cores have work however long the longest file is.
+        # All files of one architecture are compiled at a time, so that all cores have work during the longest file.
         for (_, arch), (name, log, output, compiles, found) in zip(work_list, pool.map(check, work_list), strict=True):
             hot += found
             rows += [{"file": name} | row for row in kernel_rows(log) if arch in ARCHS]
@@ -233,7 +240,7 @@ def main() -> int:
             offered |= stable_abi.defined_symbols(output)
     for name, symbols in asked.items():
         found = stable_abi.violations([symbol for symbol in symbols if symbol not in offered], include)
-        # Of some files alone the package's own functions are in others.
+        # With ``--only``, other files define some of the package's own functions.
         failures += [f"{name}: {line}" for line in found if not (only and line.startswith("peft_ext::"))]
 
     for row, kernel in zip(rows, demangle([str(row["kernel"]) for row in rows]), strict=True):

@@ -1,15 +1,15 @@
-"""How long the CUDA kernels should take, computed from docs/slots.tsv; no card is asked.
+"""Computes the time of the CUDA kernels from docs/slots.tsv. Needs no GPU.
 
-A pass over an activation takes as long as the slowest of these:
+A pass over an activation takes the largest of these times:
 
-    memory     bytes / what of a card's bandwidth a kernel gets
-    slots      a tile's warp instructions, one a cycle and scheduler; a tile is one warp's of each of four schedulers
-    ALU, FMA   the same of those instructions that a pipe takes two cycles for
-    tensor     its products, 2,048 multiplications each, at what the card's tensor cores make
-    L1         its rows of 128 bytes, of four warps, one a cycle
-    waits      what a warp takes alone, over the warps of a scheduler that take turns
+    memory     the bytes / the bandwidth that a kernel reaches
+    slots      a tile's warp instructions, one in each cycle; each of the four schedulers has a tile of its own
+    ALU, FMA   the ALU (FMA) instructions of a tile, two cycles each
+    tensor     the products of a tile, 2,048 multiplications each, at the rate of the tensor cores
+    L1         the rows of 128 bytes that four warps read and write, one in each cycle
+    waits      the time of a warp that runs alone / the number of warps of a scheduler
 
-docs/kernels.md has the tables, between the lines that mark them; ``--write`` draws them again, and a test compares.
+docs/kernels.md shows the tables between two marks. ``--write`` draws them again, and a test compares them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import slots
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
-LAUNCH = 2.5e-6  # a small kernel, all launch
-REACHED = 0.92  # of the bandwidth
+LAUNCH = 2.5e-6  # seconds of a small kernel, which is all launch
+REACHED = 0.92  # share of the bandwidth that a kernel reaches
 SIZES = (512, 2048, 4096, 8192)
-MIXED_SIZES = (8, 512, 2048, 8192)  # of a mixed batch
+MIXED_SIZES = (8, 512, 2048, 8192)  # tokens of a mixed batch
 
 
 @dataclass(frozen=True)
 class Card:
-    """bandwidth: bytes a second. tensor: 16-bit multiplications of a multiprocessor and cycle. product: FLOP/s that a
-    large matrix product reaches in practice."""
+    """bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor in a cycle. product: FLOP/s that
+    a large matrix product reaches in practice.
+    """
 
     arch: str
     multiprocessors: int
@@ -51,7 +52,7 @@ CARDS = {
 
 
 def loops(card: Card) -> dict[str, dict[str, float]]:
-    """The rows of the table for a card, numbers as such."""
+    """Returns the rows of the table for a card by loop, with numbers as floats."""
     found = {}
     for row in slots.read():
         if row["arch"] == card.arch:
@@ -60,15 +61,15 @@ def loops(card: Card) -> dict[str, dict[str, float]]:
 
 
 def tile_cycles(loop: dict[str, float], card: Card) -> float:
-    """What a multiprocessor takes for a tile, memory aside."""
+    """Returns the cycles that a multiprocessor needs for a tile, without memory."""
     products = loop["mma"] * 4 * 2048 / card.tensor
-    warps = loop["blocks"]  # of a scheduler: each block has one on each
+    warps = loop["blocks"]  # warps of a scheduler: each block has one warp on each scheduler
     return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
                loop["alone"] / warps)  # fmt: skip
 
 
 def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card) -> float:
-    """Seconds of a pass over an activation [rows, columns] that moves so many bytes."""
+    """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes."""
     tiles = -(-rows // 64) * -(-columns // 64)
     compute = tiles * tile_cycles(loops(card)[name], card) / card.multiprocessors / card.clock
     return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
@@ -83,7 +84,9 @@ def product(t: int, n: int, k: int, card: Card) -> float:
 
 
 def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
-    """Bytes of a pass's partial sums, written and read; as csrc/linear/cuda/rank_plan.cuh cuts it."""
+    """Returns the bytes of a pass's partial sums, written and read; csrc/linear/cuda/rank_plan.cuh chooses the
+    chunks.
+    """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
         row_chunks = -(-row_tiles // 4)
@@ -97,7 +100,7 @@ def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
-    """Seconds of each part of a layer, bf16 with float32 adapters of rank 16."""
+    """Returns the seconds of each part of a layer, bf16 with float32 adapters of rank 16."""
     x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
     rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
     return {
@@ -120,7 +123,7 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
     }
 
 
-# What a training step of a layer runs besides the frozen layer's two products.
+# The parts of a layer's training step in addition to the frozen layer's two products.
 LAYERS: dict[str, list[str]] = {
     "LoRA": ["S", "Y0", "P and dB", "dA", "dX0", *["launch"] * 5],
     "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5],
@@ -132,31 +135,35 @@ LAYERS: dict[str, list[str]] = {
 
 
 def ratio(method: str, card: Card, t: int) -> float:
-    """Of the layer's time to the frozen layer's, forward and backward."""
+    """Returns the time of a layer divided by the time of the frozen layer, forward and backward."""
     found = parts(card, t)
     frozen = 2 * found["product"]
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
 
 
 def decode(card: Card, n: int, k: int, tokens: int) -> float:
-    """A forward of a few tokens against NF4: one launch, W read once; S's launch not counted."""
+    """Returns the seconds of a forward with few tokens over NF4: one launch that reads W once, without the launch for
+    S.
+    """
     loop = loops(card)["NF4, T <= 8" if tokens <= 8 else "NF4, T <= 16"]
-    weights = n * k / card.multiprocessors / 32  # of a lane, with the lanes of a multiprocessor one after another
+    # Weights of one lane, if all lanes of a multiprocessor ran one after another.
+    weights = n * k / card.multiprocessors / 32
     schedulers, warps = 4, 2 * loop["blocks"]
     cycles = weights * max(loop["slots"] / schedulers, 2 * loop["alu"] / schedulers, loop["transactions"],
                            loop["alone"] / (schedulers * warps))  # fmt: skip
     return max(cycles / card.clock, 0.516 * n * k / (card.bandwidth * REACHED)) + 2e-6
 
 
-# The adapted layers of a layer of Llama 3 8B, by what they get: outputs of each, and inputs.
+# The adapted linear layers in a layer of Llama 3 8B, grouped by their input: outputs of each, and inputs.
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
 
 
 def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
-    """Of the time of LLAMA_LAYER with adapters to that of the frozen one, forward and backward; no attention, no norm.
+    """Returns the time of LLAMA_LAYER with adapters divided by its time without, forward and backward, without
+    attention and norms.
 
-    Both add the gradients that layers of one input bring to it, in passes of their own. ``together``: not where they
-    have adapters; one pass writes the terms of all, and the products add to it.
+    Without adapters, passes of their own add the gradients of layers with one input. ``together`` avoids these passes
+    with adapters: one pass writes the low-rank terms of all layers, and the products add to them.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -178,11 +185,13 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     return adapted / frozen
 
 
-MANY_ROWS = 128  # of an expert in the mean, from which on a dense product is PyTorch's; kManyRows
+MANY_ROWS = 128  # mean rows of an expert from which on PyTorch computes the dense product; kManyRows
 
 
 def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
-    """Rows [rows, k] against as many experts' weights as have rows; each weight meets a tile of up to 64 rows."""
+    """Returns the seconds of the product of [rows, k] with the weights of all experts that have rows; each weight meets
+    tiles of up to 64 rows.
+    """
     moved = (2.0 if base == "bf16" else 0.516) * active * n * k + 2.0 * rows * (n + k)
     if base == "bf16" and rows >= MANY_ROWS * active:
         onto = over_memory(4.0 * rows * n, card)
@@ -190,9 +199,9 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     loop = loops(card)["experts, Y" if base == "bf16" else "experts, NF4, Y"]
     tiles = active * -(-rows // active // 64)
     blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
-    # A slab of 64 x 128 weights is 32 of a lane; a block has two warps on each scheduler, one alone waits for itself.
-    # The warps of 32 rows that a tile does not have make no products, and load nothing for them: per product half an
-    # ldmatrix of four rows of 128 bytes, and three instructions in four.
+    # A slab of 64 x 128 weights is 32 weights for each lane. A block has two warps on each scheduler; a warp that runs
+    # alone waits for its own loads. Groups of 32 rows that a tile does not have make no products and load nothing for
+    # them. This saves, for each product, half an ldmatrix of four rows of 128 bytes, and three instructions in four.
     less = 0.5 if -(-rows // tiles) <= 32 else 1.0
     products = loop["mma"] * less
     slots, transactions = loop["slots"] - 1.75 * (1 - less), loop["transactions"] - 2 * (1 - less)
@@ -207,8 +216,9 @@ def experts(
     card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16,
     dora: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Forward and backward of LoRA, in float32, on so many experts [n, k] that have as many rows each; of DoRA with the
-    norms of their weights."""
+    """Returns the seconds of forward and backward of LoRA (or of DoRA with the norms of its weights), in float32, for
+    experts [n, k] with equally many rows each.
+    """
     bandwidth, padded = card.bandwidth * REACHED, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))
     sums = 2 * 4.0 * padded * rank * max(1, min(768 // (padded // 64), -(-k // 64 // 2)))
@@ -217,7 +227,7 @@ def experts(
     def over(loop: str, columns: int, moved: float) -> float:
         return over_tiles(loop + drawn if loop + drawn in loops(card) else loop, padded, columns, moved, card)
 
-    # Terms are three for a rank pass and two for a product, of two bytes each.
+    # A rank pass uses three terms and a product two terms, of two bytes each.
     forward = 2 * LAUNCH + (a * 2.5 + b * 2) / bandwidth + LAUNCH
     forward += over("S of experts", k, 2.0 * rows * k + a * 1.5 + sums) + experts_product(
         card, rows, active, n, k, base
@@ -237,24 +247,27 @@ def experts(
     return forward, backward
 
 
-FEW = 64  # tokens of a mixed batch that take launches of plain FMAs; kGroupedFewTokens
+FEW = 64  # tokens of a mixed batch up to which plain FMA kernels run; kGroupedFewTokens
 
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
-    """A mixed batch's forward, float32 adapters, as many tokens of each; of one: lora_linear's, or it is the same.
+    """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
+    For one adapter, this is the time of lora_linear, or equal to it.
 
-    Adapters come from memory; their terms, which the passes read right after, from L2, as those of one do.
+    Adapters are read from memory. Their terms are read from L2, because the passes read the terms immediately.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
-        # A and B are read once, in launches that hide nothing behind.
+        # A and B are read once, in launches that hide no other time.
         adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
         if base == "NF4":
-            return decode(card, n, k, t) + adapter - LAUNCH  # which has no launch for what it adds to
+            # No separate launch makes the product that the low-rank term is added to.
+            return decode(card, n, k, t) + adapter - LAUNCH
         return product_of_few(t, n, k, card) + adapter
     tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
     rows = tiles * 64
-    terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)  # read, and three or two terms written
+    # The adapter is read, and three or two terms are written.
+    terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)
     low_rank = [
         terms,
         over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows"), card),
@@ -269,7 +282,8 @@ def product_of_few(t: int, n: int, k: int, card: Card) -> float:
     return max(product(t, n, k, card), over_memory(2.0 * n * k, card))
 
 
-# Rows of a result file that are a layer of LAYERS at 4096 x 4096: the operator, and how its case ends.
+# Rows of a result file that correspond to a layer of LAYERS at 4096 x 4096: the operator, and the end of its case's
+# name.
 MEASURED = {
     "LoRA": ("lora_linear", " 4096->4096, bf16 base"),
     "LoRA, dropout": ("lora_linear", " 4096->4096, bf16 base, dropout 0.05"),
@@ -279,9 +293,11 @@ MEASURED = {
 
 
 def beside(result: dict, name: str) -> str:
-    """The rows of a result file that the model has, measured and computed; ``name``: the card's."""
+    """Returns a table of the measured and the computed times for the rows of a result file. ``name`` is the card's
+    name.
+    """
     card = next((card for known, card in CARDS.items() if known in name), None)
-    lines = ["| of the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
+    lines = ["| time / the frozen layer's time | T | measured | computed |", "|---|---|---|---|"]
     for method, (op, case) in MEASURED.items():
         for row in result["rows"]:
             frozen = row["speedup"].get("frozen")
@@ -296,7 +312,7 @@ def microseconds(seconds: float) -> str:
 
 
 def tables() -> str:
-    """What docs/kernels.md shows."""
+    """Returns the tables of docs/kernels.md."""
     lines = ["| 4096 x 4096, T = 8192 | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
     by_card = {name: parts(card, 8192) for name, card in CARDS.items()}
     for part in next(iter(by_card.values())):
@@ -304,20 +320,21 @@ def tables() -> str:
     for tokens in (1, 16):
         row = (microseconds(decode(card, 4096, 4096, tokens)) for card in CARDS.values())
         lines.append(f"| NF4, T = {tokens} | " + " | ".join(row) + " |")
-    lines += ["", "| of the frozen layer's time, T = | " + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]
+    lines += ["", "| time / the frozen layer's time, for T = | "
+              + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in LAYERS:
         row = (f"{ratio(method, card, t):.2f}" for card in CARDS.values() for t in SIZES)
         lines.append(f"| {method} | " + " | ".join(row) + " |")
-    lines += ["", "| a layer of Llama 3 8B, of the frozen one's time, T = |"
+    lines += ["", "| time of a layer of Llama 3 8B / time of the frozen layer, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in ("LoRA", "LoRA, dropout", "QLoRA, dropout"):
-        for how, together in (("alone", False), ("those of one input together", True)):
+        for how, together in (("each linear layer alone", False), ("layers with one input together", True)):
             row = (f"{llama_layer(card, t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
             lines.append(f"| {method}: {how} | " + " | ".join(row) + " |")
     sizes = (4096, 32768)
-    lines += ["", "| a step of 128 experts 2048 -> 768, rows = | "
+    lines += ["", "| time of a step of 128 experts 2048 -> 768, for rows = | "
               + " | ".join(f"{c}, {rows}" for c in CARDS for rows in sizes) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(sizes) + 1) + "|")
     kinds: dict[str, dict[str, Any]] = {
@@ -332,14 +349,15 @@ def tables() -> str:
                 row.append(frozen if how is None else sum(experts(card, rows, 128, 768, 2048, **how)))
         lines.append(f"| {kind} | " + " | ".join(map(microseconds, row)) + " |")
     few = (1, 8, 64)
-    lines += ["", "| a forward of QLoRA, eight of 128 experts 2048 -> 1536, T = | "
+    lines += ["", "| time of a forward of QLoRA, eight of 128 experts 2048 -> 1536, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in few) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(few) + 1) + "|")
-    active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # that have a row
+    active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # experts that have a row
     row = [microseconds(experts(card, 8 * t, active[t], 1536, 2048, "NF4")[0]) for card in CARDS.values() for t in few]
     lines.append("| LoRA over NF4 | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
-    lines += ["", "| eight adapters, of one's time, T = | " + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]
+    lines += ["", "| forward with eight adapters / forward with one adapter, for T = | "
+              + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]  # fmt: skip
     lines.append("|---" * (len(columns) + 1) + "|")
     for base in ("bf16", "NF4"):
         row = (f"{mixed(CARDS[c], t, 8, base) / mixed(CARDS[c], t, 1, base):.2f}" for c, t in columns)
@@ -351,7 +369,7 @@ BEGIN, END = "<!-- computed by tools/cuda_model.py -->", "<!-- end of what is co
 
 
 def page(text: str) -> str:
-    """The page with the tables in place."""
+    """Returns the page with new tables."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
 

@@ -17,39 +17,42 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build/emulated"
 NAMESPACE = "peft_ext_emulated"
 
-_libraries: list[object] = []  # keeps the ops' definitions alive
+_libraries: list[object] = []  # keeps the definitions of the operators alive
 
-# The hooks of function entry and exit would check nothing.
+# The hooks at function entry and exit are off, because they would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
-# No contraction: see setup.py. Line numbers, for the faults' messages, take no more than -g1.
+# -ffp-contract=off: see setup.py. -g1 is enough for line numbers in the messages about faults.
 COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall -I{CSRC}"
 
 
 def missing() -> str | None:
-    """Why the emulator can't be built here, or None."""
+    """Returns the reason why the emulator cannot be built on this machine, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the emulator is for x86-64 Linux, this is {platform.machine()} {sys.platform}"
     return native_build.missing_tools()
 
 
 def build(name: str, sources: list[Path], flags: str = "", libraries: str = "") -> Path:
-    """A shared library of the emulator and ``sources``, which are instrumented; built where something changed."""
-    kernels = (  # a kernel's frame has to fit a fiber's stack, 64 KiB
+    """Builds a shared library of the emulator and ``sources``, which are instrumented, if a source changed."""
+    kernels = (  # the stack frame of a kernel has to fit a fiber's stack of 64 KiB
         f"{COMMON} {SANITIZE} -Wno-unknown-pragmas -Werror=frame-larger-than=32768 -DPEFT_EXT_EMULATE_CUDA "
         f"-include emulator/device.h {flags} -x c++"
     )
-    # The emulator comes first: the linker keeps the first copy of an inline function, and its own are not instrumented.
+    # The emulator comes first: the linker keeps the first copy of an inline function, and the emulator's own copies are
+    # not instrumented.
     groups = Group(COMMON, sorted((CSRC / "emulator").glob("*.cpp"))), Group(kernels, sources)
     return native_build.build(BUILD / f"lib{name}.so", groups, f"-Wl,--as-needed,-z,defs {libraries}")
 
 
 def build_ops() -> Path:
-    """build/emulated/libpeft_ext_emulated.so, with every CUDA op."""
+    """Builds build/emulated/libpeft_ext_emulated.so with every CUDA operator."""
     return build(NAMESPACE, sorted(CSRC.rglob("*_cuda.cu")), *native_build.torch_flags())
 
 
 def load() -> Path:
-    """Build what changed, declare each op of peft_ext in the namespace peft_ext_emulated, register its kernels."""
+    """Builds what changed, declares each operator of peft_ext in the namespace peft_ext_emulated, and registers its
+    kernels.
+    """
     import torch
 
     import peft_ext.ops  # noqa: F401  declares the ops

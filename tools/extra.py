@@ -1,4 +1,4 @@
-"""Prints what an extra of the installed package asks for, so that pip can install it without building the package anew.
+"""Prints the requirements of an extra of the installed package, for pip to install without building the package.
 
 python -m pip install $(python tools/extra.py docs examples)
 """
@@ -15,7 +15,7 @@ PACKAGE = "peft_ext"
 
 
 def requirements(extra: str) -> Iterator[str]:
-    """Yields the requirements of ``extra``, those of the extras that it names among them."""
+    """Yields the requirements of ``extra`` and of the extras that it includes."""
     for requirement in map(Requirement, requires(PACKAGE) or ()):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue

@@ -3,10 +3,10 @@
     python tools/forms.py            draws both, from the installed transformers and the releases of RELEASES
     python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
 
-Each release is read in a process of its own; those that are not installed are taken from PyPI, wheels alone, into
-build/forms. A form gets a row where the formula of a kind passes the proof for a class that has it (proof.py of
-peft_ext/integrations/model_blocks). The row of an attention also says which of its layers get one input, which is read
-here in its source (:mod:`reads_of_attention`): nothing of that is decided when a model is accelerated.
+Each release of transformers is read in a process of its own. Releases that are not installed are downloaded from PyPI,
+wheels alone, into build/forms. A form gets a row if the formula of a kind passes the proof for a class that has the
+form (proof.py of peft_ext/integrations/model_blocks). The row of an attention also names the layers that receive one
+input, which this tool reads from the source (:mod:`reads_of_attention`); ``accelerate`` decides nothing of this.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASES = ("5.1.0", "5.4.0", "5.8.0", "5.12.0", "5.15.0", "5.20.0", "5.24.0")
 TABLE = ROOT / "peft_ext/integrations/forms/forms.tsv"
 PAGE = ROOT / "docs/known-forms.md"
-# The architectures whose classes the page counts one by one: decoders and encoders that are used most.
+# The architectures whose classes the page counts one by one: the decoders and encoders that are used most.
 DECODERS = (
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma4 phi phi3 phimoe gpt_oss"
     " deepseek_v2 deepseek_v3 glm glm4 glm4_moe olmo olmo2 olmo3 olmoe granite granitemoe smollm3 falcon gpt_neox gpt2"
@@ -41,9 +41,9 @@ KINDS = {"norm": ("rms_norm", "layer_norm"), "attention": ("attention", "project
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the rows that are known, and a file for the rest
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # the known rows, and a file for the result
     args = parser.parse_args()
-    logging.disable(logging.ERROR)  # transformers warns of packages that some of its modules miss
+    logging.disable(logging.ERROR)  # transformers warns about packages that some of its modules miss
     warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)
@@ -83,7 +83,8 @@ def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     known.write_text(json.dumps(found))
     if not place.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place)]
-        subprocess.run([*pip, f"transformers=={release}"], check=True)  # and the releases of others that it wants
+        # And the releases of other packages that this release needs.
+        subprocess.run([*pip, f"transformers=={release}"], check=True)
     environment = {
         **os.environ,
         "PYTHONPATH": f"{place}{os.pathsep}{ROOT}",
@@ -131,7 +132,7 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]]) -> str:
 
 
 def classes() -> Iterator[Any]:
-    """Yields the classes of modules of the transformers that is imported, and PyTorch's that are known."""
+    """Yields the module classes of the imported transformers, and the known ones of PyTorch."""
     import transformers
     from torch import nn
 
@@ -142,7 +143,7 @@ def classes() -> Iterator[Any]:
         name = ".".join(("transformers", *file.relative_to(package).with_suffix("").parts))
         try:
             module = importlib.import_module(name)
-        except Exception:  # a package that it needs is not there
+        except Exception:  # a package that the module needs is not installed
             continue
         for value in list(vars(module).values()):
             if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == name:
@@ -150,8 +151,9 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows that the imported transformers gives, and how many classes of each architecture are known.
-    ``known`` are rows that have been proved in another release; a form is the same code in each."""
+    """Returns the rows for the imported transformers, and the number of known classes of each architecture. ``known``
+    are rows that were proved with another release; a form is the same code in each release.
+    """
     from reads_of_attention import attention_formulas
 
     from peft_ext.integrations.forms import Row, Unknown, form_of
@@ -210,7 +212,7 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns by architecture and kind how many classes are known, and the names of those that are not."""
+    """Returns the number of known classes by architecture and kind, and the names of the unknown classes."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         parts, name = cls.__module__.split("."), cls.__name__.lower()

@@ -1,11 +1,12 @@
-"""Everything that needs an NVIDIA GPU, in one go: build, proof, tests on the device, sanitizer, training, benchmarks.
+"""Runs everything that needs an NVIDIA GPU: build, proof, tests on the device, sanitizer, training, benchmarks.
 
     python tools/gpu.py [--seconds 570] [--steps build,proof,battery,sanitizer,training,bench]
                         [--out benchmarks/results] [tests of the battery]
 
-Standard library alone. The python that runs it is used where its torch is a CUDA build; else .venv is made, with the
-torch of pip's default index. Each step has a limit of its own, a share of the time that is left; a step that fails or
-is cut off is named and the next ones run, and the exit status is 1. Log and results are written as they come.
+Uses only the standard library. If torch of the running Python is a CUDA build, this Python is used; otherwise .venv is
+created with the torch of pip's default index. Each step has a time limit, a share of the remaining time. If a step
+fails or is cut off, its name is printed, the next steps run, and the exit status is 1. The log and the results are
+written during the run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import cuda_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-# Each step's share of the time that it and those after it have.
+# Weights: a step may use its weight / (the sum of its own and all later weights) of the remaining time.
 SHARES = {"build": 30, "proof": 3, "battery": 25, "sanitizer": 20, "training": 8, "bench": 40}
 PROBE = """
 import json, torch
@@ -48,16 +49,16 @@ sys.exit(any(found.values()))
 """
 PROOF_SECONDS = 60.0
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# In what follows the kernels run whatever the proof has found.
+# Environment of the steps after the proof: the kernels run whatever the proof has found.
 UNPROVED = {"PEFT_EXT_PROVE": "0"}
-NOT_RUN = "not run"  # what a step says that can't run here, and did not fail
-# A case of every operator in one dtype, of odd sizes that no tile divides, and of sizes that the copies by 16 bytes and
-# the kernels for few tokens take.
+NOT_RUN = "not run"  # the output of a step that cannot run here, which is no failure
+# A case of every operator in one dtype, with odd sizes that no tile divides, and with sizes for which 16-byte copies
+# and the kernels for few tokens are used.
 SANITIZED = "test_values_and_gradients and -bfloat16] and (515 or 192 or (64 and 96))"
 
 
 def probe(python: str) -> Optional[dict]:
-    """What the torch of ``python`` is and sees; None where it has none."""
+    """Returns the description of torch in ``python`` and of its GPU; None if torch is not installed."""
     done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
@@ -67,7 +68,7 @@ def driver_is_here() -> bool:
 
 
 class Runner:
-    """Runs commands one after the other, each within the time left, their output on the screen and in the log."""
+    """Runs commands one after the other, each within the remaining time, with output on the screen and in the log."""
 
     def __init__(self, seconds: float, log: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.end, self.log, self.clock = clock() + seconds, log, clock
@@ -80,7 +81,9 @@ class Runner:
         print(text, file=self.log, flush=True)
 
     def run(self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None) -> str:
-        """What went wrong, or "". At its limit the command is killed, and all that it started."""
+        """Returns what went wrong, or "". At its time limit, the command and all processes that it started are
+        killed.
+        """
         self.say(f"$ {' '.join(command)}")
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -96,7 +99,7 @@ class Runner:
         try:
             status = process.wait(timeout=max(1.0, limit))
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGINT)  # pytest then says what failed so far
+            os.killpg(process.pid, signal.SIGINT)  # pytest then prints the failures so far
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -119,21 +122,23 @@ def build(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> st
         "TORCH_CUDA_ARCH_LIST": gpu["arch"],
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1),
     }
-    # Without it there is nothing to run: it may take all the time but a little.
+    # Without the build there is nothing to run, so the build may take nearly all the time.
     wrong = runner.run([python, "setup.py", "build_ext", "--inplace"], max(limit, runner.left() - 60), environment)
     return wrong or runner.run([python, "-m", "peft_ext", "doctor"], 60, {"PEFT_EXT_REQUIRE": "1"})
 
 
 def proof(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    """What a user's first call there finds: each family of kernels against the plain way, and timed."""
-    # However little a slow build has left: it says most in the least time.
+    """Runs the proof that the first use on a GPU runs: each family of kernels is compared with plain PyTorch, and
+    timed.
+    """
+    # The proof runs even if a slow build leaves little time, because it says most in the least time.
     return runner.run([python, "-c", PROOF], max(limit, PROOF_SECONDS), {"PEFT_EXT_REQUIRE": "1"})
 
 
 def battery(runner: Runner, python: str, gpu: dict, out: Path, limit: float, *, named: Sequence[str] = ()) -> str:
     own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
-    # Values first; what torch.compile traces takes longest and says least of a kernel. Each launch is waited for, so
-    # that a fault is the fault of the test that it stands at.
+    # Tests of values run first. Tests of torch.compile take longest and say least about a kernel. CUDA_LAUNCH_BLOCKING
+    # makes each fault appear in the test that caused it.
     slow = "test_compiles or test_opcheck"
     tests = [python, "-m", "pytest", "-q", "--device", "cuda"]
     end, environment = runner.clock() + limit, {"CUDA_LAUNCH_BLOCKING": "1"}
@@ -153,11 +158,11 @@ def sanitizer(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -
     wrong = []
     end = runner.clock() + limit
     for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
-        # API errors: torch asks for what a driver may not have, and handles the answer.
-        # Of the kernels, only those of this package: the others would take most of the time.
+        # API errors are not reported, because torch asks for features that a driver may lack, and handles the answer.
+        # Only kernels of this package are checked: the others would take most of the time.
         command = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
                    "--error-exitcode", "1", *tests]  # fmt: skip
-        # Each allocation of its own, or an access behind one would be inside torch's cache.
+        # Without torch's caching, each tensor is an allocation of its own, so that an access behind a tensor is found.
         found = runner.run(command, share * (end - runner.clock()), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         wrong += [f"{check}: {found}"] if found else []
     return "; ".join(wrong)
@@ -168,7 +173,7 @@ def training(runner: Runner, python: str, gpu: dict, out: Path, limit: float) ->
 
 
 def bench(runner: Runner, python: str, gpu: dict, out: Path, limit: float) -> str:
-    # Time to import and to measure the ceilings, and for the row that is running when the limit is reached.
+    # Seconds for the import, the measurement of the machine's rates, and the row that is running at the limit.
     rows = max(10.0, limit - 40)
     return runner.run([python, "-m", "benchmarks", "--device", "cuda", "--limit", f"{rows:.0f}", "--out", str(out)],
                       limit)  # fmt: skip
@@ -187,7 +192,7 @@ STEPS = {
 def run_steps(
     runner: Runner, names: list[str], python: str, gpu: dict, out: Path, tests: Sequence[str] = ()
 ) -> dict[str, str]:
-    """By step, what went wrong, or ""; the limit of each is its share of the time that is left."""
+    """Returns what went wrong in each step, or "". The limit of each step is its share of the remaining time."""
     steps = STEPS | {"battery": functools.partial(STEPS["battery"], named=tests)} if tests else STEPS
     found = {}
     for turn, name in enumerate(names):
@@ -244,7 +249,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if unknown := set(names) - set(STEPS):
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step's processes do not outlive this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process of a step outlives this program
     python = sys.executable
     gpu = probe(python)
     own_torch = gpu is not None and gpu["cuda"] is not None

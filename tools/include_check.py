@@ -1,10 +1,10 @@
-"""Checks the direction of #include in csrc/: each folder includes those below it alone, and no file itself by a detour.
+"""Checks the direction of #include in csrc/: each folder includes only folders of lower levels, and no file itself.
 
     python tools/include_check.py [--graph]
 
-Floors from below: common; emulator; cpu and cuda; weight; nf4; linear; and on top the operators' glue, a folder each,
-none of which includes another. What is for the CPU includes nothing that is for CUDA, and the other way round. Prints
-each include that is not so, and fails; ``--graph`` prints how many includes lead from folder to folder.
+The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; linear; and the folders of the operators, none
+of which includes another. Files for the CPU include no files for CUDA, and files for CUDA none for the CPU. Prints each
+wrong include and fails if there is one. ``--graph`` prints the number of includes between each two folders.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def includes(csrc: Path) -> dict[str, list[str]]:
-    """Returns the files of the library, and what each includes of it."""
+    """Returns the files of the library, with the files of the library that each includes."""
     sources = [path for path in sorted(csrc.rglob("*")) if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
     return {str(path.relative_to(csrc)): INCLUDE.findall(path.read_text()) for path in sources}
 
 
 def device(file: str) -> str:
-    """Returns "cpu" or "cuda" where a file is for that alone, and else nothing."""
+    """Returns "cpu" or "cuda" if a file is for this device alone, and otherwise nothing."""
     if file.endswith((".cu", ".cuh")):
         return "cuda"
     return "cpu" if "cpu" in Path(file).parts or file.endswith(".cpp") else ""
 
 
 def faults(graph: dict[str, list[str]]) -> list[str]:
-    """Returns what is wrong with the includes, a line each."""
+    """Returns a line for each wrong include."""
     found = []
     for file, included in graph.items():
         folder = Path(file).parts[0]

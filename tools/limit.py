@@ -1,9 +1,10 @@
-"""Runs a command that may take so long, and no longer: then it and all that it started are ended, and it says so.
+"""Runs a command with a time limit. At the limit, ends the command and all processes that it started, and says so.
 
     python tools/limit.py SECONDS COMMAND...
 
-The exit status is the command's, or 124 where it was ended. Its Python processes first print where they are, as far as
-they can: a process under pytest writes the stack of every thread. Needs psutil. Ctrl-C reaches the command as ever.
+The exit status is the command's, or 124 if the command was ended. Before a Python process is ended, it prints where it
+is, as far as possible: a process under pytest writes the stack of every thread. Needs psutil. Ctrl-C reaches the
+command as usual.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 import psutil
 
-ENDED = 124  # as timeout(1) has it
-GRACE = 10.0  # seconds that a process has for its stacks
+ENDED = 124  # the exit status of timeout(1)
+GRACE = 10.0  # seconds that a process has to write its stacks
 
 
 def run(command: Sequence[str], seconds: float, **how: Any) -> int:
-    """Its exit status, as a shell tells it; ``how`` goes to ``subprocess.Popen``."""
+    """Returns the exit status of the command, as a shell reports it. ``how`` is passed to ``subprocess.Popen``."""
     process = subprocess.Popen(command, **how)
     try:
         code = process.wait(timeout=seconds)
@@ -33,17 +34,18 @@ def run(command: Sequence[str], seconds: float, **how: Any) -> int:
         end(process)
         print(f"limit: ended after {seconds:g} s: {shown}", file=sys.stderr, flush=True)
         return ENDED
-    except KeyboardInterrupt:  # the command got it too, and has its own way to end
+    except KeyboardInterrupt:  # the command received the signal too, and ends in its own way
         return process.wait()
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends it and all that it started, and what is begun anew meanwhile."""
+    """Ends the process and all processes that it started, also those that are started meanwhile."""
     parent = psutil.Process(process.pid)
     until = time.monotonic() + GRACE
     asked: set[psutil.Process] = set()
     while time.monotonic() < until and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-        # The youngest first: a launcher would take its children with it before they have said where they are.
+        # The youngest process is ended first: a launcher would end its children before they have printed where they
+        # are.
         found = [*reversed(parent.children(recursive=True)), parent]
         for each in (each for each in found if each not in asked):
             print(f"limit: process {_shown(each)}", file=sys.stderr, flush=True)
@@ -73,7 +75,7 @@ def _shown(process: psutil.Process) -> str:
 
 def _send(process: psutil.Process, number: int) -> None:
     try:
-        process.send_signal(number)  # not to another process that got the same number
+        process.send_signal(number)  # so that no other process with the same number is ended
     except psutil.NoSuchProcess:
         pass
 

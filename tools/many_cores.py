@@ -1,11 +1,11 @@
-"""What a layer's training step is on 16, 64 and 192 cores, computed from how its work is cut; nothing here is measured.
+"""Computes a layer's training step on 16, 64 and 192 cores from the division of its work. Nothing is measured.
 
-    efficiency = time of one core / (cores x time of so many)
+    efficiency = time on one core / (number of cores x time on that number of cores)
 
-LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase of the step takes as long as its busiest thread: the
-tiles' by tiles/plan.h itself, the passes' by pass_plan.h. Work is in FLOP, at the rates :data:`RATES`. The model leaves
-out barriers, the memory bandwidth that all cores share, and a clock that falls under load: a machine does worse.
-``python tools/many_cores.py --write`` puts the table into docs/performance.md.
+The step is LoRA of rank 16 over bfloat16 on the AVX512-BF16 path. Each phase takes as long as its busiest thread:
+tiles/plan.h itself divides the work of the tiles, pass_plan.h the work of the passes. Work is counted in FLOP, at the
+rates :data:`RATES`. Barriers, shared memory bandwidth and clocks that fall under load are
+left out, so a real machine is slower. ``python tools/many_cores.py --write`` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYERS = ((576, 576), (192, 576), (2048, 2048), (4096, 4096), (14336, 4096))
 TOKENS = (256, 1024, 4096)
 # FLOP/s of one core in PyTorch's bf16 and float32 products, measured on two cores of an AMD EPYC (AVX512-BF16).
 RATES = (0.43863003778049436e12 / 2, 0.19164653666482515e12 / 2)
-DECODE = 1  # what the AVX512-BF16 tiles give as decode_strips
+DECODE = 1  # the value of decode_strips in the AVX512-BF16 tiles
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -35,7 +35,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class Plans:
-    """The compiled plans."""
+    """Compiles and loads the plans."""
 
     def __init__(self, folder: Path) -> None:
         self.program = folder / "tile_plan"
@@ -45,13 +45,13 @@ class Plans:
 
     @cache  # noqa: B019  it lives as long as the script
     def busiest(self, cores: int, tokens: int, rows: int, depth: int) -> float:
-        """FLOP of the busiest thread; decoding is in it."""
+        """Returns the FLOP of the busiest thread, including the decoding."""
         found = self._ask("cost", cores, tokens, rows, depth, DECODE)
         share, strips = float(found[3]), ceil_div(tokens, 16) + DECODE * int(found[1])
         return share * ceil_div(rows, 64) * strips * 2 * 64 * depth * 16 / cores
 
     def passes(self, cores: int, tokens: int, out: int, inner: int) -> float:
-        """FLOP of the busiest thread in S, in P and dB, and in dA."""
+        """Returns the FLOP of the busiest thread in S, in P and dB, and in dA."""
         return 2 * sum(map(int, self._ask("passes", cores, tokens, out, inner, RANK)))
 
     def _ask(self, *arguments: object) -> list[str]:

@@ -1,4 +1,7 @@
-"""Builds shared libraries of csrc/ other than those of setup.py: with ninja, only what changed, one build at a time."""
+"""Builds shared libraries of csrc/ other than those of setup.py, one at a time, with ninja.
+
+Only changed sources are compiled.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """What of the tools is not there, or None."""
+    """Returns which of the tools is missing, or None."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None
@@ -48,7 +51,9 @@ def _escape(path: Path | str) -> str:
 
 
 def torch_flags() -> tuple[str, str]:
-    """For compiler and linker: torch's stable headers at the oldest torch that is supported, and libtorch_cpu."""
+    """Returns flags for compiler and linker: torch's stable headers for the oldest supported torch, and
+    libtorch_cpu.
+    """
     include = stable_abi.torch_include()
     if include is None:
         raise RuntimeError("torch not found")
@@ -62,9 +67,10 @@ def torch_flags() -> tuple[str, str]:
 
 
 def module_flags(python: Path | None = None) -> str:
-    """For the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, what setup.py defines.
+    """Returns flags for the sources of ``peft_ext._C``: their folder, the headers of Python and pybind11, the macros of
+    setup.py.
 
-    ``python``: the folder of Python's headers; default: this one's.
+    ``python`` is the folder of Python's headers, by default of this Python.
     """
     import pybind11
     import torch
@@ -80,14 +86,14 @@ def module_flags(python: Path | None = None) -> str:
 
 
 def module_sources() -> list[Path]:
-    """Those of ``peft_ext._C``, as setup.py finds them."""
+    """Returns the sources of ``peft_ext._C``, as setup.py finds them."""
     return sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
 
 
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
-    """``folder``, to be put on PYTHONPATH, with the package in it: this checkout's Python, linked, and ``library``.
+    """Makes ``folder`` a package for PYTHONPATH, with links to this checkout's Python files and to ``library``.
 
-    ``suffix``: of an extension module of the Python that imports it; default: this one's.
+    ``suffix`` is the suffix of an extension module, by default of this Python.
     """
     inside = folder / "peft_ext"
     inside.mkdir(parents=True, exist_ok=True)
@@ -100,14 +106,14 @@ def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     return folder
 
 
-# `python -m pytest` would put the checkout, and its own library, before what is on PYTHONPATH.
+# `python -m pytest` would put the checkout, with its own library, before the folders of PYTHONPATH.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def build(library: Path, groups: Iterable[Group], link: str | None = "", compiler: str = "g++") -> Path:
-    """``library`` of the groups' sources, whose objects lie beside it in a folder of its name.
+    """Builds ``library`` from the groups' sources. The objects are in a folder beside it with the library's name.
 
-    ``link``: flags; None compiles and links nothing. Raises RuntimeError with the compiler's output.
+    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with the compiler's output.
     """
     folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
     folder.mkdir(parents=True, exist_ok=True)

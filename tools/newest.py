@@ -2,10 +2,10 @@
 
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
-They go into an environment of their own, which sees the packages of this one below them; the native library is the one
-that is built. Which share of that transformers' norms, attentions and MLPs has a known form is printed; the others run
-stock. Where they are the versions of this environment, on which `make test` ran, no test is run but with --always.
-The last line says which they were and what came of it.
+The packages are installed into an environment of its own, on top of this environment's packages, with the native
+library that is already built. The program prints which share of the norms, attentions and MLPs of this transformers has
+a known form; the others run stock. If the versions are those of this environment, for which `make test` has run, no
+test runs without --always. The last line names the versions and the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-TESTS = ("tests/integrations",)  # the folder, so that a new file of tests is run without a change here
+TESTS = ("tests/integrations",)  # the folder, so that a new test file runs without a change here
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
 
@@ -31,7 +31,7 @@ def versions(python: str) -> dict[str, str]:
 
 
 def install(folder: Path) -> str:
-    """The Python of an environment in ``folder``, with the newest PACKAGES."""
+    """Returns the Python of an environment in ``folder`` with the newest PACKAGES."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin/python")
     paths = {"base": str(folder), "platbase": str(folder)}
@@ -59,7 +59,7 @@ def main() -> int:
     if newest == here and not options.always:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
-    # As many processes as `make test` has; this checkout's package is the first on the path.
+    # Uses as many processes as `make test`. The package of this checkout is the first on the path.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -1,12 +1,12 @@
-"""The default fine-tuning, a few steps of it, forced to each CPU path of the build: what a user of that CPU would get.
+"""Runs a few steps of the default fine-tuning on each CPU path of the build, to show what a user of each CPU would get.
 
     python tools/paths.py [--steps 5] [--seconds 600] [--paths avx2,avx512_bf16] [--dtype auto] [--json FILE]
 
-Each path is a process of its own with a wall limit, in which this package, PyTorch's own kernels, oneDNN and MKL (which
-multiplies float32, and has a limit of its own) may use that path's instructions and no others. Everything else is
-``peft-ext finetune`` without options, but for the steps and for fewer held-out examples, which the portable path would
-read for minutes. Prints a table; the exit status is 1 where a run failed or took too long, where held-out losses differ
-by more than rounding explains, or where AVX2 takes more than AT_MOST times as long as AVX512-BF16.
+Each path runs in a process of its own with a time limit. In this process, peft_ext, PyTorch's kernels, oneDNN and MKL
+(which multiplies float32, and has a setting of its own) may use the instructions of this path alone. All other options
+are the defaults of ``peft-ext finetune``, except for the number of steps and of held-out examples, which the scalar
+path would read for minutes. Prints a table. The exit status is 1 if a run failed or took too long, if held-out losses
+differ by more than rounding explains, or if AVX2 takes more than AT_MOST times as long as AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-# By path of the package: what PyTorch, oneDNN and MKL may use. MKL obeys on Intel's CPUs.
+# For each path of the package: the settings for PyTorch, oneDNN and MKL. MKL follows its setting on Intel CPUs.
 LIMITS = {
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -33,19 +33,20 @@ LIMITS = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
                     "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "amx": {},
-    # On 64-bit Arm nothing is forced but this package's own path.
+    # On 64-bit Arm only the path of this package is forced.
     "neon": {},
     "neon_bf16": {},
 }  # fmt: skip
-AT_MOST = 4.0  # of AVX512-BF16's time
-APART = 0.01  # held-out losses of few steps: bfloat16's rounding moves them by some 1e-3 of themselves
+AT_MOST = 4.0  # limit of the AVX2 time, as a multiple of the AVX512-BF16 time
+# Largest relative difference of held-out losses; bfloat16's rounding changes them by about 1e-3 in a few steps.
+APART = 0.01
 EVAL_FRACTION = 0.02
 COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One path's run. ``failed`` says why the rest is missing."""
+    """The run of one path. ``failed`` says why the other fields are missing."""
 
     path: str
     dtype: str = ""
@@ -58,14 +59,14 @@ class Result:
 
 
 def environment(path: str) -> dict[str, str]:
-    """This process's, with the path forced and no other limit than its own."""
+    """Returns the environment of this process with the path forced, and without other limits."""
     ours = {name for limits in LIMITS.values() for name in limits} | {"DNNL_MAX_CPU_ISA"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | LIMITS[path] | {"PEFT_EXT_CPU_ISA": path, "PEFT_EXT_REQUIRE": "1"}
 
 
 def read(path: str, document: dict[str, Any]) -> Result:
-    """What a run.json says."""
+    """Returns the figures in a run.json."""
     perplexity = document["perplexity"]
     return Result(
         path, document["machine"]["dtype"].partition(":")[0], document["tokens_per_s"], document["median_step_s"],
@@ -74,7 +75,7 @@ def read(path: str, document: dict[str, Any]) -> Result:
 
 
 def run(path: str, steps: int, seconds: float, dtype: str, python: str = sys.executable) -> Result:
-    """The run, ended with all that it started once ``seconds`` are over."""
+    """Runs one path, and ends the run with all its processes after ``seconds``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", COMMAND, "finetune", "--output", folder, "--overwrite", "--max-steps", str(steps),
                    "--eval-fraction", str(EVAL_FRACTION), "--dtype", dtype]  # fmt: skip
@@ -107,7 +108,7 @@ def table(results: list[Result]) -> str:
 
 
 def faults(results: list[Result]) -> list[str]:
-    """What is wrong with them."""
+    """Returns what is wrong with the runs."""
     wrong = [f"{one.path}: {one.failed}" for one in results if one.failed]
     ran = {one.path: one for one in results if not one.failed}
     for which in ("held_out_before", "held_out_after"):

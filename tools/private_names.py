@@ -1,8 +1,8 @@
-"""Fails where a module of the package takes a private name of another one: what is shared is public in its module.
+"""Fails if a module of the package imports a private name of another module: shared names are public in their module.
 
     python tools/private_names.py
 
-ruff's PLC2701 looks at the names of other packages alone, and import-linter at modules.
+ruff's PLC2701 checks only the names of other packages, and import-linter checks only modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _is_private(name: str) -> bool:
 
 
 def _module(file: Path, node: ast.ImportFrom) -> Path:
-    """Returns where the module lies from which a relative import takes names."""
+    """Returns the folder of the module from which a relative import takes names."""
     folder = file.parent
     for _ in range(node.level - 1):
         folder = folder.parent
@@ -29,7 +29,7 @@ def _module(file: Path, node: ast.ImportFrom) -> Path:
 
 
 def private_names(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields line and name of what ``file`` takes of other modules' private names."""
+    """Yields line and name of each private name of another module that ``file`` uses."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     modules = set()
     for node in ast.walk(tree):

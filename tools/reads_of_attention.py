@@ -1,6 +1,6 @@
-"""What the source of an attention's forward tells: which layers get one input, and how it asks for its function.
+"""Reads from the source of an attention's forward which layers receive one input, and how it calls its function.
 
-Used by tools/forms.py, when the table of forms is drawn; a row is looked at by people before it is committed.
+tools/forms.py uses this module to draw the table of forms. People look at each row before it is committed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft_ext.integrations.forms import Form
 
 __all__ = ["attention_formulas", "groups_in"]
 
-# What a forward over rotary positions reads beside its layers and options.
+# Attributes that a forward with rotary positions reads besides its layers and options.
 _READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}
 _COMPARED = tuple(f"self.config._attn_implementation {operator} 'eager'" for operator in ("!=", "=="))
 _OPTIONS = {
@@ -27,7 +27,7 @@ _OPTIONS = {
 
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas that a class may have, the one that says most first."""
+    """Yields the kinds and formulas that a class may have, the most specific first."""
     groups, asks = groups_in(cls.forward), _asks_by_config(cls.forward)
     inputs = ",".join("+".join(names) for names in groups)
     if asks and groups and len(groups[0]) == 3:
@@ -41,7 +41,7 @@ def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, s
 
 
 def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, str]]:
-    """Yields how the forward of this package for rotary positions may stand for the class's; the proof decides."""
+    """Yields how the package's forward for rotary positions may replace the class's forward; the proof decides."""
     reads = set(form.reads) - set(groups[0]) - _READS
     norms = {"q_norm", "k_norm"} <= reads
     reads -= {"q_norm", "k_norm"}
@@ -64,8 +64,9 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
 
 
 def _asks_by_config(forward: Callable) -> bool:
-    """Returns whether a forward reads ``self.config._attn_implementation`` to choose its function in the registry, and
-    for nothing else, and hands its configuration to nobody."""
+    """Returns whether a forward reads ``self.config._attn_implementation`` only to choose its function in the registry,
+    and passes its configuration to no other code.
+    """
     tree = _tree(forward)
     if tree is None or "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(forward).__code__.co_names:
         return False
@@ -100,10 +101,12 @@ def _tree(forward: Callable) -> Optional[ast.AST]:
 
 
 def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
-    """Returns the names of a forward's children that are called with one variable, by group; none where it can't tell.
+    """Returns the names of a forward's children that are called with one variable, by group; an empty result if this
+    cannot be decided.
 
-    Of one group are calls ``self.name(variable)`` in one run of statements, all of which run or none, where nothing
-    between them gives the variable another value, or writes into it or a child past what autograd sees.
+    The calls of a group have the form ``self.name(variable)`` and are in one run of statements, all of which run or
+    none. Between them, no code assigns the variable, or writes into the variable or a child in a way that autograd does
+    not see.
     """
     if (tree := _tree(forward)) is None:
         return ()
@@ -118,7 +121,7 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
     current: dict[str, list[str]] = {}
     for statement in statements:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue  # which runs when it is called, maybe again in the backward
+            continue  # such code runs when it is called, maybe again in the backward
         inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
         for block in inner:
             _scan(block, found)
@@ -137,7 +140,7 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
 
 
 def _writes(node: ast.AST) -> bool:
-    """Returns whether a node asks for some ``data``, or writes into what is the module's."""
+    """Returns whether a node reads an attribute ``data``, or writes into an attribute of the module."""
     if isinstance(node, ast.Attribute):
         return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"
     if not isinstance(node, ast.Call):
@@ -158,7 +161,9 @@ def _is_block(value: Any) -> bool:
 
 
 def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields child and variable of each ``self.child(variable)`` in a statement that runs for sure, as they run."""
+    """Yields child and variable of each ``self.child(variable)`` in a statement that certainly runs, in the order of
+    execution.
+    """
     if isinstance(node, (ast.Lambda, ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
         return
     for child in ast.iter_child_nodes(node):

@@ -1,11 +1,11 @@
-"""Runs tests on the CPU library as a sanitizer instruments it. Needs g++ with libasan and libtsan, ninja; Linux.
+"""Runs tests on a CPU library that a sanitizer instruments. Needs Linux, g++ with libasan and libtsan, and ninja.
 
     python tools/sanitize.py address [pytest arguments]     AddressSanitizer and UndefinedBehaviorSanitizer
     python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
 
-Without arguments: the shape sweep at small sizes, 1,000 calls on all CPU paths in turn. Only csrc/ is instrumented,
-Python and torch are not; their memory is guarded by the sanitizer's malloc all the same. ThreadSanitizer does not see
-how torch's threads wait for one another, so in its build the loops run on threads of
+Without arguments, runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only csrc/ is
+instrumented, not Python and torch; the sanitizer's malloc guards their memory too. ThreadSanitizer does not see how
+torch's threads wait for each other, so in its build the loops run on the threads of
 ``tests/native/sanitize/threads.cpp``.
 """
 
@@ -28,7 +28,7 @@ FLAGS = {
 }
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 OPTIONS = {
-    # Python and torch free at exit what they please; a failed allocation is an error that a test asks for.
+    # Python and torch leave memory allocated at exit. Some tests provoke a failed allocation and expect an error.
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 def missing(kind: str) -> str | None:
-    """Why ``kind`` can't run here, or None."""
+    """Returns the reason why ``kind`` cannot run here, or None."""
     if sys.platform != "linux":
         return f"the sanitizers are for Linux, this is {sys.platform}"
     return native_build.missing_tools() or next(
@@ -47,12 +47,12 @@ def missing(kind: str) -> str | None:
 
 
 def _runtime(name: str) -> str:
-    """The path of one of g++'s runtime libraries; the bare name where there is none."""
+    """Returns the path of one of g++'s runtime libraries, or the bare name if there is none."""
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
 def build(kind: str) -> Path:
-    """A folder with the package in it: this checkout's Python, linked, and the instrumented library."""
+    """Builds a folder with the package: links to this checkout's Python files, and the instrumented library."""
     flags, libraries = native_build.torch_flags()
     common = (
         f"-O1 -g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
@@ -67,17 +67,17 @@ def build(kind: str) -> Path:
 
 
 def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """What runs ``python <arguments>`` on the instrumented library, and its environment."""
+    """Returns the command and the environment that run ``python <arguments>`` on the instrumented library."""
     site = build(kind)
     preload = ":".join(_runtime(name) for name in RUNTIMES[kind])
     options = {name: f"{value}:{os.environ.get(name, '')}" for name, value in OPTIONS[kind].items()}
     environment = {**os.environ, **options, "LD_PRELOAD": preload, "PYTHONPATH": str(site),
                    "PEFT_EXT_REQUIRE": "1", "PEFT_EXT_SANITIZER": kind, "PYTHONMALLOC": "malloc"}  # fmt: skip
-    # The sanitizers lay their shadow memory at addresses of their own.
+    # The sanitizers need fixed addresses for their shadow memory.
     return ["setarch", "--addr-no-randomize", sys.executable, *arguments], environment
 
 
-# Whether the sanitizer speaks up: torch's memory, the instrumented library, one planted fault.
+# Planted faults that the sanitizer must report. The instrumented library makes each fault in memory of torch.
 PLANTED = {"address": ("address", "undefined"), "thread": ("thread",)}
 WANTED = {"address": "heap-buffer-overflow", "undefined": "signed integer overflow", "thread": "data race"}
 PLANT = """
@@ -89,7 +89,7 @@ getattr(library, "planted_" + sys.argv[1])(ctypes.c_void_p(values.data_ptr()), c
 
 
 def check_planted(kind: str) -> None:
-    """Exits where a fault of the kind goes unreported: then the silence of the tests would say nothing."""
+    """Exits if a planted fault is not reported: the tests' silence would then mean nothing."""
     for fault in PLANTED[kind]:
         line, environment = command(kind, ["-c", PLANT, fault])
         environment.update(OPTIONS[kind])
@@ -109,7 +109,7 @@ def main() -> int:
         sys.exit(f"sanitize: {why}")
     check_planted(args.kind)
     rest = rest or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
-    # pytest would hold what the process writes to its file descriptors, and the process dies of a report.
+    # pytest would capture the process's file descriptors, and the process ends with a report.
     line, environment = command(args.kind, ["-c", native_build.PYTEST, "--capture=sys", *rest])
     return subprocess.run(line, env=environment, cwd=ROOT).returncode
 

@@ -1,8 +1,8 @@
-"""What the machine code of a compiled kernel says: its hot loop's warp instructions, by pipe, and its waits.
+"""Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
 
-nvdisasm prints a kernel's instructions. Its hot loop is the outermost one that holds all the matrix products that any
-holds (or, without a loop, the whole kernel); loops in it that hold products count as often as they are said to run.
-Each instruction is an issue slot of a warp.
+nvdisasm prints a kernel's instructions. The hot loop is the outermost loop that holds all matrix products that any loop
+holds (or the whole kernel, if there is no loop). Inner loops that hold products count as often as ``trips`` says. Each
+instruction is an issue slot of a warp.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# Which pipe issues an instruction, by what its name starts with; the first match counts. U...: the uniform datapath.
+# The pipe that issues an instruction, by the start of its name; the first match counts. U...: the uniform datapath.
 PIPES = (
     ("mma", r"HMMA|IMMA|HGMMA"),
     ("control", r"BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|LDGDEPBAR|DEPBAR|BAR|ERRBAR|CALL|RET|YIELD|BREAK|PLOP3|UPLOP3"),
@@ -38,7 +38,9 @@ class Instruction:
         return next(pipe for pipe, pattern in PIPES if re.match(pattern, self.name))
 
     def _operands(self) -> tuple[list[str], list[str]]:
-        """Operands written, and read. Stores, branches and barriers write no register."""
+        """Returns the operands that an instruction writes, and reads. Stores, branches and barriers write no
+        register.
+        """
         parts = [part.strip() for part in re.split(r",(?![^\[]*\])", self.operands)] if self.operands else []
         if self.name.startswith(("ST", "LDGSTS", "BRA", "BAR", "EXIT", "RED", "DEPBAR", "ISETP", "FSETP", "PLOP3")):
             return [], parts
@@ -49,7 +51,7 @@ class Instruction:
 
     @property
     def _width(self) -> int:
-        """Registers of the result."""
+        """Returns the number of registers of the result."""
         if self.pipe == "mma" or re.search(r"\.128|LDSM.*\.4", self.name):
             return 4
         return 2 if re.search(r"\.64|\.WIDE", self.name) else 1
@@ -63,7 +65,7 @@ class Instruction:
     def reads(self) -> set[int]:
         found: set[int] = set()
         for position, part in enumerate(self._operands()[1]):
-            # A matrix product reads four registers, two and four; a store of 128 bits its data's four.
+            # A matrix product reads four, two and four registers; a store of 128 bits reads four.
             span = (4, 2, 4)[min(position, 2)] if self.pipe == "mma" else 1
             if self.name.startswith(("STG", "STS")) and not part.startswith(("[", "desc")):
                 span = self._width
@@ -72,14 +74,14 @@ class Instruction:
         return found
 
 
-# Cycles until a result can be read, about; what an L1 miss adds is hidden by other warps, if by anything.
+# Approximate cycles until a result can be read. Other warps have to hide the additional time of an L1 miss.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 
 
 @dataclass
 class Loop:
-    """The instructions that one warp issues in an iteration, in their order."""
+    """The instructions that one warp issues in an iteration, in order."""
 
     instructions: list[Instruction]
 
@@ -88,7 +90,9 @@ class Loop:
 
     @property
     def transactions(self) -> int:
-        """Rows of 128 bytes that a warp's memory instructions move between registers and L1 or shared memory."""
+        """Returns the rows of 128 bytes that a warp's memory instructions move between registers and L1 or shared
+        memory.
+        """
         rows = 0
         for instruction in self.instructions:
             if instruction.pipe == "memory" and not instruction.name.startswith(("LDC", "S2R")):
@@ -97,7 +101,9 @@ class Loop:
         return rows
 
     def load_to_use(self) -> int | None:
-        """The fewest instructions between a load from global memory and the first use of what it brings."""
+        """Returns the smallest number of instructions between a load from global memory and the first use of its
+        value.
+        """
         distances = []
         for i, load in enumerate(self.instructions):
             if not load.name.startswith("LDG."):
@@ -110,10 +116,12 @@ class Loop:
         return min(distances, default=None)
 
     def cycles_alone(self) -> int:
-        """Cycles of an iteration for a warp alone: one instruction a cycle, each when what it reads is there."""
+        """Returns the cycles of an iteration for a warp that runs alone: it issues one instruction in a cycle, when its
+        operands are ready.
+        """
         ready: dict[int, int] = {}
         time = start = 0
-        for _ in range(2):  # the second iteration meets what the first has left
+        for _ in range(2):  # the second iteration uses results of the first
             start = time
             for instruction in self.instructions:
                 waits = [ready.get(register, 0) for register in instruction.reads]
@@ -125,7 +133,7 @@ class Loop:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel of a cubin, by its mangled name."""
+    """Returns the instructions of each kernel of a cubin, by its mangled name."""
     text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}
@@ -154,7 +162,7 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
 
 
 def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
-    """See the top of this file. ``trips``: how often loops with products in it run."""
+    """Finds the hot loop, see the top of this file. ``trips`` says how often inner loops with products run."""
     spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
 
@@ -166,7 +174,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
 
     with_products = [span for span in spans if products(span)]
     if not with_products:
-        # Up to the branch to itself that ends a kernel, without what fills its last line.
+        # The kernel's end is a branch to itself; the padding behind it is left out.
         end = next((n for n, i in enumerate(instructions) if i.target == i.address), len(instructions))
         return Loop([i for i in instructions[:end] if i.name != "NOP"])
     most = max(map(products, with_products))
@@ -176,14 +184,14 @@ def hot_loop(instructions: list[Instruction], trips: int = 1) -> Loop:
     found = body(outer)
     for first, last in sorted(inner):
         if first < at:
-            continue  # within the one before
+            continue  # within the previous loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * trips
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])
 
 
 def find_nvdisasm() -> str | None:
-    """nvdisasm on PATH, of the CUDA toolkit, or of the package nvidia-cuda-nvdisasm."""
+    """Returns the path of nvdisasm: on PATH, from the CUDA toolkit, or from the package nvidia-cuda-nvdisasm."""
     if tool := shutil.which("nvdisasm") or shutil.which("nvdisasm", path="/usr/local/cuda/bin"):
         return tool
     import sysconfig

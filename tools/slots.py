@@ -1,7 +1,7 @@
-"""The hot loops of the CUDA kernels: what each issues, per tile or per weight, on each architecture.
+"""Lists the hot loops of the CUDA kernels, and what each issues, per tile or per weight, on each architecture.
 
-``HOT`` names them; cuda_check.py measures them in what it has compiled and compares with docs/slots.tsv, and
-cuda_model.py computes from that table how long the kernels should take.
+``HOT`` names the loops. cuda_check.py measures them in the compiled code and compares with docs/slots.tsv;
+cuda_model.py computes the time of the kernels from this table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs/slots.tsv"
-# Of a multiprocessor: threads, kilobytes of shared memory, blocks. Each has 65,536 registers; a block takes 1 KB more
-# than it asks for.
+# Limits of a multiprocessor: threads, kilobytes of shared memory, blocks. Each has 65,536 registers; a block takes 1 KB
+# of shared memory more than it asks for.
 ARCHS = {
     "80": (2048, 164, 32), "86": (1536, 100, 16), "89": (1536, 100, 24), "90": (2048, 228, 32), "100": (2048, 228, 32),
     "120": (1536, 100, 24),
@@ -30,8 +30,8 @@ COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "t
 class Hot:
     """A kernel's hot loop.
 
-    ``kernel``: its name and template arguments, demangled. ``units``: tiles, or weights of a lane, of an iteration.
-    ``trips``: how often a loop in it runs. ``threads``: of a block.
+    ``kernel``: its demangled name and template arguments. ``units``: tiles, or weights of a lane, in an iteration.
+    ``trips``: how often an inner loop runs. ``threads``: threads of a block.
     """
 
     name: str
@@ -56,7 +56,7 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 
 def _product(name: str, nf4: bool, order: str) -> Hot:
-    # Of a weight: an iteration is two slabs of 64 x 128, 64 weights a lane, against 64 rows.
+    # Counted per weight: an iteration is two slabs of 64 x 128, 64 weights of each lane, against 64 rows.
     return Hot(name, "experts_product_bf16_cuda",
                f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)  # fmt: skip
 
@@ -65,7 +65,7 @@ def _expand(name: str, steps: int, work: str, *, terms: int = 2) -> Hot:
     return Hot(name, "expand_bf16_cuda", f"expand_kernel<bf16, {steps}, {terms}, {work}>")
 
 
-# bf16 activations, float32 adapters of rank 16 unless the name says otherwise; a tile is 64 x 64.
+# All loops have bf16 activations and float32 adapters of rank 16 unless the name says otherwise; a tile is 64 x 64.
 HOT = (
     _pass("S", 16, "kRows"),
     _pass("S, dropout", 16, "kRows", "kDrawn"),
@@ -95,10 +95,10 @@ HOT = (
     _product("experts, dX", False, "kAcross"),
     _product("experts, NF4, Y", True, "kAlong"),
     _product("experts, NF4, dX", True, "kAcross"),
-    # An iteration is a tile of 64 x 64 of a W.
+    # An iteration is a tile of 64 x 64 of one weight W.
     Hot("the norm of experts", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, false, true>"),
     Hot("the norm of experts, NF4", "experts_product_bf16_cuda", "experts_norm_kernel<bf16, true, true>"),
-    # Two rows of a warp, eight columns of a lane.
+    # An iteration has two rows of a warp and eight columns of a lane.
     Hot("g dY and dg of experts", "experts_product_bf16_cuda", "scale_runs_kernel<bf16, true>", units=2, threads=256),
     _expand("Y0", 1, "kBias"),
     _expand("Y0, bf16 adapter", 1, "kBias", terms=1),
@@ -107,19 +107,19 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
-    # An iteration is one of the layers of one input.
+    # An iteration is one of the layers with one input.
     Hot("dX0 of a layer among several", "expand_bf16_cuda", "expand_sum_kernel<bf16, 2>"),
-    # Of a weight: an iteration is four slabs of 16 x 64, 128 weights a lane.
+    # Counted per weight: an iteration is four slabs of 16 x 64, 128 weights of each lane.
     Hot("NF4, T <= 8", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 1, true>", units=128, threads=256),
     Hot("NF4, T <= 16", "few_tokens_cuda", "nf4_few_tokens_kernel<bf16, 2, true>", units=128, threads=256),
-    # An iteration is a slab of 32 x 64, 64 weights a lane.
+    # An iteration is a slab of 32 x 64, 64 weights of each lane.
     Hot("NF4, T <= 32", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 4>", units=64),
     Hot("NF4, T <= 64", "few_tokens_cuda", "nf4_skinny_kernel<bf16, 8>", units=64),
 )
 
 
 def enumerators() -> dict[str, list[str]]:
-    """The names of the values of the kernels' enums, which compilers know by number."""
+    """Returns the names of the values of the kernels' enums; compilers print their numbers."""
     found = {}
     for path in sorted((ROOT / "csrc").rglob("*.cuh")):
         for name, values in re.findall(r"enum class (\w+)(?: : \w+)? \{([^}]*)\}", path.read_text()):
@@ -128,7 +128,7 @@ def enumerators() -> dict[str, list[str]]:
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
-    """How many blocks a multiprocessor holds."""
+    """Returns the number of blocks that a multiprocessor holds."""
     most_threads, kilobytes, most_blocks = ARCHS[arch]
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // (of_warp * (threads // 32))
@@ -137,7 +137,7 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
-    """A row of the table. ``used``: registers, stack and shared bytes, as ptxas says."""
+    """Returns a row of the table. ``used`` are registers, stack and shared bytes, as ptxas reports them."""
     loop = sass.hot_loop(instructions, hot.trips)
     load_to_use = loop.load_to_use()
     counts = {"slots": len(loop.instructions), "transactions": loop.transactions, "alone": loop.cycles_alone()}
@@ -149,7 +149,7 @@ def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dic
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
-    """In the order of HOT and of the architectures."""
+    """Sorts rows in the order of HOT and of the architectures."""
     order = [hot.name for hot in HOT]
     found = sorted(rows, key=lambda row: (order.index(row["loop"]), int(row["arch"])))
     lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in found)]
@@ -157,7 +157,7 @@ def table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def read() -> list[dict[str, str]]:
-    """The committed table, but for its first line, which says the compiler."""
+    """Returns the committed table without its first line, which names the compiler."""
     with TABLE.open() as file:
         next(file)
         return list(csv.DictReader(file, delimiter="\t"))

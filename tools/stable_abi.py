@@ -1,4 +1,6 @@
-"""Does a native library ask of torch only what the oldest supported torch has? Standard library alone.
+"""Checks that a native library needs only symbols that the oldest supported torch has.
+
+Uses the standard library alone.
 
 Torch's shim headers say from which version on a function exists: ``#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0``.
 """
@@ -19,13 +21,13 @@ _SHIM_SYMBOL = re.compile(r"\b(?:aoti_torch|torch)_\w+")
 
 
 def torch_include() -> Path | None:
-    """The headers of the installed torch, found without importing it."""
+    """Returns the headers of the installed torch, which is not imported."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None else Path(spec.submodule_search_locations[0], "include")
 
 
 def declared_since(text: str) -> dict[str, tuple[int, int]]:
-    """Each function that a shim header declares, and the torch version whose guard it stands under."""
+    """Returns each function that a shim header declares, with the torch version of its guard."""
     since: dict[str, tuple[int, int]] = {}
     guards: list[tuple[int, int]] = []
     for line in text.splitlines():
@@ -44,14 +46,16 @@ def declared_since(text: str) -> dict[str, tuple[int, int]]:
 
 
 def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
-    """What an object, or with ``dynamic`` a shared library, needs from elsewhere; C++ names demangled."""
+    """Returns the symbols that an object needs from other objects, or, with ``dynamic``, a shared library; C++ names
+    demangled.
+    """
     command = ["nm", "-uC", *(["-D"] if dynamic else []), str(path)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
 
 
 def defined_symbols(path: Path) -> set[str]:
-    """What an object offers to others; C++ names demangled."""
+    """Returns the symbols that an object defines for others; C++ names demangled."""
     listing = subprocess.run(
         ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
     ).stdout
@@ -59,7 +63,7 @@ def defined_symbols(path: Path) -> set[str]:
 
 
 def violations(symbols: list[str], include: Path) -> list[str]:
-    """One line for each symbol that the stable ABI of ``TARGET`` does not hold; empty is good."""
+    """Returns a line for each symbol outside of the stable ABI of ``TARGET``; an empty result is good."""
     since: dict[str, tuple[int, int]] = {}
     for header in (path for pattern in _SHIMS for path in sorted((include / "torch/csrc").glob(pattern))):
         for name, version in declared_since(header.read_text()).items():

@@ -1,11 +1,11 @@
-"""Runs tests over and over while another test run keeps the machine busy, and counts failures. Needs pytest-repeat.
+"""Repeats tests while another test run keeps the machine busy, and counts failures. Needs pytest-repeat.
 
     python tools/steady.py                                         the tests of SHORT 50 times, those of LONG 5 times
     python tools/steady.py --times 200 tests/files/test_files.py   these tests alone, by pytest's names for them
 
 A test that looks at memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
-busy one. Those are listed here; a test that does so and is not listed belongs in the list. Fails where one fails, or
-where a process ends otherwise or does not end.
+busy one. Each such test belongs in the list below. The program fails if a test fails, or if a process ends abnormally
+or does not end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
-# Those that take some seconds; so many repetitions fit in one process, whose imports they share.
+# Tests that take some seconds; many repetitions run in one process and share its imports.
 SHORT = (
     "tests/ops/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
     "tests/ops/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
@@ -43,7 +43,7 @@ SHORT = (
     "tests/benchmarks/test_benchmarks.py::test_a_step_is_cut_off_with_all_that_it_started_and_its_output_kept",
     "tests/cli/test_cli.py::test_ctrl_c_saves_a_checkpoint",
 )
-LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with what their tests share
+LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole files, because their tests share setup
     "tests/run/test_cli_config.py",
     "tests/faults/test_limits.py",
     "tests/run/test_report.py",
@@ -70,7 +70,7 @@ LONG = (  # memory, processes, a terminal, a browser, threads; whole files, with
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """So many test runs beside, each begun again as it ends, until the block is left."""
+    """Keeps ``count`` test runs going beside the block, and starts each again when it ends."""
     again = 'while :; do "$0" -m pytest -q -p no:cacheprovider "$@"; done'
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     beside = [
@@ -89,7 +89,7 @@ def load(runs: int) -> Iterator[None]:
 
 
 class Outcomes:
-    """By test: how often it passed, and failed, and the longest time it took; skipped ones are left out."""
+    """Returns for each test how often it passed and failed and its longest time; skipped tests are left out."""
 
     def __init__(self) -> None:
         self.passed: dict[str, int] = defaultdict(int)
@@ -101,7 +101,8 @@ class Outcomes:
             kinds = {child.tag for child in case}
             if "skipped" in kinds:
                 continue
-            # Without the parameters: they are pytest-repeat's number, and a test's own would make a table of thousands.
+            # Names without parameters: they are pytest-repeat's number, and a test's own parameters would make
+            # thousands of rows.
             name = f"{case.get('classname')}.{case.get('name')}".partition("[")[0]
             self.longest[name] = max(self.longest[name], float(case.get("time", 0)))
             (self.failed if kinds & {"failure", "error"} else self.passed)[name] += 1
@@ -116,7 +117,9 @@ class Outcomes:
 
 
 def run(tests: list[str], count: int, seconds: float, outcomes: Outcomes) -> str:
-    """Runs each test ``count`` times in one process: what went wrong beside failures, or nothing; its output if any."""
+    """Runs each test ``count`` times in one process. Returns what went wrong besides failures, or nothing, and the
+    output if any.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--count", str(count),
@@ -130,7 +133,7 @@ def run(tests: list[str], count: int, seconds: float, outcomes: Outcomes) -> str
             outcomes.add(report)
         if done.returncode:
             print(done.stdout[-12000:], flush=True)
-        # 1: a test failed, which the table says.
+        # Exit status 1: a test failed, which the table shows.
         return "" if done.returncode in (0, 1) and report.exists() else f"pytest ended with {done.returncode}"
 
 

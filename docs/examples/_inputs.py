@@ -1,7 +1,7 @@
-"""What the examples share: their options, a model, and text to adapt it to. Nothing here uses peft_ext.
+"""Options, models and training data that all examples use. This file does not use peft_ext.
 
-The text is the language reference that comes with Python, so that only the model is ever downloaded; with ``--tiny``
-not even that.
+The training text is the language reference that comes with Python, so only the model is downloaded. With ``--tiny``,
+nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from transformers import (
 
 
 def options_of(script: str) -> argparse.ArgumentParser:
-    """The options that every example has."""
+    """Returns a parser with the options that every example has."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a name on the hub")
-    parser.add_argument("--tiny", action="store_true", help="a random model of two layers instead: nothing is fetched")
+    parser.add_argument("--tiny", action="store_true", help="use a random model of two layers and download nothing")
     parser.add_argument("--max-steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--output", type=Path, default=Path("outputs") / Path(script).stem, help="the adapter's folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs") / Path(script).stem, help="folder for the adapter"
+    )
     return parser
 
 
 def load(options: argparse.Namespace, experts: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, in bfloat16 (the tiny one in float32), and its tokenizer. ``experts``: of the tiny one."""
+    """Returns the base model in bfloat16, and its tokenizer. The tiny model is float32 and has ``experts`` experts."""
     torch.manual_seed(0)
     if options.tiny:
         return _tiny(experts)
@@ -50,7 +52,7 @@ def load(options: argparse.Namespace, experts: int = 0) -> tuple[PreTrainedModel
 
 
 def _tiny(experts: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random Llama, or a Qwen3-MoE, and a tokenizer whose tokens are bytes."""
+    """Returns a random Llama, or a Qwen3-MoE if ``experts`` > 0, and a tokenizer whose tokens are bytes."""
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,7 +70,7 @@ def _tiny(experts: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> list[dict[str, list[int]]]:
-    """``count`` blocks of ``length`` tokens, to train a language model on."""
+    """Returns ``count`` blocks of ``length`` tokens each, as training data of a language model."""
 
     def tokens() -> Iterator[int]:
         while True:
@@ -81,14 +83,14 @@ def blocks(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 64) -> 
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, count: int, size: int = 4) -> torch.utils.data.DataLoader:
-    """``count`` batches of ``size`` blocks each, as tensors."""
+    """Returns a loader of ``count`` batches, with ``size`` blocks in each batch, as tensors."""
     tensors = [{name: torch.tensor(ids) for name, ids in block.items()} for block in blocks(tokenizer, count * size)]
     generator = torch.Generator().manual_seed(0)
     return torch.utils.data.DataLoader(tensors, batch_size=size, shuffle=True, generator=generator)
 
 
 def questions(count: int, length: int = 100) -> list[dict[str, str]]:
-    """``count`` prompts with the answer that is wanted, ``chosen``, and that to another question, ``rejected``."""
+    """Returns ``count`` prompts with the right answer, ``chosen``, and the answer to another prompt, ``rejected``."""
     names = sorted(topics)
     texts = [" ".join(topics[name].split())[:length] for name in names]
     picked = [number % len(names) for number in range(count)]
@@ -98,13 +100,13 @@ def questions(count: int, length: int = 100) -> list[dict[str, str]]:
 
 
 def summary(losses: list[float]) -> str:
-    """How the loss went. Raises ValueError where there is none, or one is no number."""
+    """Returns a line with the first and the last loss. Raises ValueError if there is no loss, or one is not finite."""
     if not losses or not all(map(math.isfinite, losses)):
         raise ValueError(f"the losses are {losses}")
     return f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"
 
 
 def figures(metrics: dict[str, float]) -> str:
-    """What peft_ext's callback measured, of the metrics that ``Trainer.train`` returns."""
+    """Returns a line with the measurements of peft_ext's callback, taken from the metrics of ``Trainer.train``."""
     names = ("tokens_per_s", "fused_share", "peak_mib", "peak_cuda_mib")
     return ", ".join(f"{name} {metrics[name]:g}" for name in names if name in metrics)

@@ -1,4 +1,4 @@
-"""LoRA in a loop of one's own with Hugging Face accelerate, two batches to an optimizer step.
+"""Trains LoRA in a loop with Hugging Face accelerate, with two batches in each optimizer step.
 
 python docs/examples/accelerate_loop.py --max-steps 20    or    accelerate launch docs/examples/accelerate_loop.py
 """
@@ -40,7 +40,7 @@ def main() -> None:
 
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
         model.save_pretrained(options.output)
         print(summary(losses))
 

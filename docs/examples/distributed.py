@@ -1,4 +1,4 @@
-"""LoRA in several processes, with PyTorch's DDP or FSDP2.
+"""Trains LoRA in several processes with PyTorch's DDP or FSDP2.
 
 torchrun --nproc-per-node 2 docs/examples/distributed.py --strategy fsdp2 --max-steps 20
 """
@@ -22,7 +22,7 @@ import peft_ext  # peft_ext, line 1 of 3
 
 
 def join() -> torch.device:
-    """Be one of torchrun's processes, or the only one; and the device to train on."""
+    """Joins the process group of torchrun, or creates a group of one process. Returns the device to train on."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -36,9 +36,9 @@ def join() -> torch.device:
 
 
 def wrap(model: PeftModel, strategy: str) -> nn.Module:
-    """What the loop calls. FSDP2 changes the model in place, a unit for each decoder layer."""
+    """Returns the wrapped model that the loop calls. FSDP2 changes the model in place and shards each decoder layer."""
     if strategy == "ddp":
-        # Buffers are the frozen base's: none has to be sent before each forward.
+        # All buffers belong to the frozen base, so no buffer has to be sent before each forward.
         parameters = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # before 2.13
         return DistributedDataParallel(model, **{name: False})
@@ -49,19 +49,24 @@ def wrap(model: PeftModel, strategy: str) -> nn.Module:
 
 def main() -> None:
     parser = options_of(__file__)
-    parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp", help="whole copies, or shards")
+    parser.add_argument(
+        "--strategy",
+        choices=["ddp", "fsdp2"],
+        default="ddp",
+        help="ddp: each process holds a whole copy; fsdp2: the model is sharded",
+    )
     options = parser.parse_args()
     device = join()
     rank, processes = dist.get_rank(), dist.get_world_size()
     model, tokenizer = load(options)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).to(device)
-    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: before a layer of its own is wrapped
+    peft_ext.accelerate(model)  # peft_ext, line 2 of 3: before the model is wrapped
     model.train()
     trained = wrap(model, options.strategy)
     optimizer = torch.optim.AdamW((p for p in trained.parameters() if p.requires_grad), lr=1e-3)
 
-    torch.manual_seed(rank)  # from here on: every process drops out what it likes
+    torch.manual_seed(rank)  # from here on, each process draws its own dropout masks
     losses: list[float] = []
     for batch in islice(batches(tokenizer, options.max_steps * processes), rank, None, processes):
         loss = trained(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
@@ -72,11 +77,11 @@ def main() -> None:
         dist.all_reduce(total)
         losses.append(total.item() / processes)
 
-    # Shards are gathered, of the adapter alone; every process takes part.
+    # Gathers the shards of the adapter alone. Every process has to take part.
     gather = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     adapter = get_model_state_dict(model, options=gather)
     if rank == 0:
-        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+        print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
         model.save_pretrained(options.output, state_dict=adapter)
         print(summary(losses))
     dist.barrier()  # a process that ends while gloo's threads still hold its last tensors can abort (pytorch #179291)

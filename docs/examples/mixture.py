@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture, over their NF4 weights, in a plain PyTorch loop.
+"""Trains LoRA on the experts of a mixture, over NF4 weights, in a plain PyTorch loop.
 
 python docs/examples/mixture.py --max-steps 20
 """
@@ -19,14 +19,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(options, experts=8)
     experts = [name for name, _ in model.named_parameters() if name.endswith(("experts.gate_up_proj", ".down_proj"))]
-    # As they are called in every layer: "mlp.experts.gate_up_proj".
+    # The names of the parameters within a layer, such as "mlp.experts.gate_up_proj".
     parameters = sorted({".".join(name.split(".")[-3:]) for name in experts if ".experts." in name})
     peft_ext.quantize_nf4(model.to(device))
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], target_parameters=parameters,
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    model = peft_ext.get_peft_model(model, config, experts_dropout=0.05)  # PEFT itself has no dropout there
+    model = peft_ext.get_peft_model(model, config, experts_dropout=0.05)  # stock PEFT has no dropout on experts
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 
     model.train()

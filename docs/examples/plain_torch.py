@@ -1,4 +1,4 @@
-"""LoRA in a plain PyTorch loop.
+"""Trains LoRA in a plain PyTorch loop.
 
 python docs/examples/plain_torch.py --max-steps 20
 """
@@ -30,7 +30,7 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+    print(peft_ext.explain(model))  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
     model.save_pretrained(options.output)
     print(summary(losses))
 

@@ -1,8 +1,8 @@
-"""LoRA with transformers' Trainer: evaluations, answers and checkpoints on the way, TensorBoard where it is installed.
+"""Trains LoRA with transformers' Trainer, with evaluations, sample answers, checkpoints and TensorBoard, if installed.
 
 python docs/examples/trainer.py --max-steps 20            then    tensorboard --logdir outputs/trainer
-python docs/examples/trainer.py --max-steps 40 --resume   goes on from the last checkpoint
-python docs/examples/trainer.py --packed                  a batch is one row of texts of any length, without padding
+python docs/examples/trainer.py --max-steps 40 --resume   continues from the last checkpoint
+python docs/examples/trainer.py --packed                  puts the texts of a batch into one row without padding
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peft_ext.integrations.transformers import PeftExtCallback  # peft_ext, line
 
 
 class Answer(TrainerCallback):
-    """Prints how the model goes on from a prompt, after each evaluation."""
+    """Prints the model's continuation of a prompt after each evaluation."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
@@ -41,10 +41,14 @@ class Answer(TrainerCallback):
 
 def main() -> None:
     parser = options_of(__file__)
-    parser.add_argument("--save-steps", type=int, default=10, help="steps between two checkpoints, and evaluations")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations a second time")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--packed", action="store_true", help="no padding: the texts of a batch one after the other")
+    parser.add_argument(
+        "--save-steps", type=int, default=10, help="steps between two checkpoints and between two evaluations"
+    )
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute activations again in the backward to save memory"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    parser.add_argument("--packed", action="store_true", help="put the texts of a batch into one row, without padding")
     options = parser.parse_args()
 
     model, tokenizer = load(options)
@@ -52,7 +56,7 @@ def main() -> None:
     model = get_peft_model(model, config)
     data = blocks(tokenizer, 72)
     collator = DataCollatorWithPadding(tokenizer)
-    if options.packed:  # position_ids say where a text begins, to attention and to the loss
+    if options.packed:  # position_ids tell attention and the loss where each text begins
         data = [{"input_ids": row["input_ids"][: 16 + 7 * i % 48]} for i, row in enumerate(data)]
         collator = DataCollatorWithFlattening()
     tensorboard = importlib.util.find_spec("tensorboard") is not None
@@ -72,7 +76,7 @@ def main() -> None:
     )  # fmt: skip
     meter = PeftExtCallback().attach(trainer)  # peft_ext, line 2 of 3
     metrics = trainer.train(resume_from_checkpoint=options.resume or None).metrics
-    print(meter.explanation)  # peft_ext, line 3 of 3: what was fused, and why what was not was not
+    print(meter.explanation)  # peft_ext, line 3 of 3: which layers were fused, and why the others were not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

@@ -1,4 +1,4 @@
-"""LoRA with TRL's DPOTrainer: of two answers the chosen one. The reference is the base: the adapter, switched off.
+"""Trains LoRA with TRL's DPOTrainer on pairs of answers. The reference model is the base model without its adapter.
 
 python docs/examples/trl_dpo.py --max-steps 20
 """
@@ -12,7 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from peft_ext.integrations.transformers import PeftExtCallback  # peft_ext, line 1 of 4
-from peft_ext.integrations.trl import DPOTrainer  # peft_ext, line 2 of 4: TRL's own, and its loss without the logits
+from peft_ext.integrations.trl import DPOTrainer  # peft_ext, line 2 of 4: TRL's class with a loss that stores no logits
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         args=DPOConfig(
             str(options.output), max_steps=options.max_steps, per_device_train_batch_size=4, max_length=128, beta=0.1,
             learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=not torch.cuda.is_available(),  # TRL trains under bfloat16 autocast, on a CPU only if asked to
+            use_cpu=not torch.cuda.is_available(),  # on a CPU, TRL's bfloat16 autocast needs this option
         ),
         train_dataset=Dataset.from_list(questions(64)),
         processing_class=tokenizer,
@@ -31,7 +31,7 @@ def main() -> None:
     )  # fmt: skip
     meter = PeftExtCallback().attach(trainer)  # peft_ext, line 3 of 4
     metrics = trainer.train().metrics
-    print(meter.explanation)  # peft_ext, line 4 of 4: what was fused, and why what was not was not
+    print(meter.explanation)  # peft_ext, line 4 of 4: which layers were fused, and why the others were not
     trainer.save_model()
     print(figures(metrics))
     print(summary([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

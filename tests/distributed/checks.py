@@ -1,8 +1,8 @@
-"""What test_distributed.py runs in several processes: ``torchrun checks.py FOLDER CHECK...``.
+"""Checks that test_distributed.py runs in several processes: ``torchrun checks.py FOLDER CHECK...``.
 
-Every process runs every check and writes ``FOLDER/<rank>.json``: by check, "ok" or the traceback. A process that fails
-stops, and torchrun ends the others: they would wait for it. The checks of FSDP2 alone are in checks_fsdp2.py, those of
-a mixture of experts in checks_experts.py.
+Every process runs every check and writes ``FOLDER/<rank>.json``, with "ok" or a traceback for each check. If a check
+fails in a process, the process stops and torchrun ends the others, which would wait for it. checks_fsdp2.py has the
+checks of FSDP2 alone, checks_experts.py those of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def ddp_joins_layers_of_one_input(folder: Path) -> None:
 
 @check
 def ddp_over_bfloat16(folder: Path) -> None:
-    """A product's sums may go in another order for another number of rows, and then round to the next bfloat16: half of
-    2^-8, at each of some thirty products on the way."""
+    """For another number of rows, a product may add its terms in another order and then round to the next bfloat16.
+    Each of about thirty products may differ by half of 2^-8.
+    """
     alone, model = make(base="nf4 bfloat16"), DDP(make(base="nf4 bfloat16"))
     assert_all_fused(model)
     assert abs(mean(step(model, mine())) - step(alone, batch()).item()) <= 2**-8
@@ -124,7 +125,9 @@ def ddp_saves_the_adapter_of_one_process(folder: Path) -> None:
 
 @check
 def ddp_accumulates_without_sending(folder: Path) -> None:
-    """Two half batches, the first within no_sync: the gradients of one step, and before the second each its own."""
+    """Two half batches, the first within no_sync, give the gradients of one step. Before the second half, each process
+    has gradients of its own.
+    """
     alone, model = make(base="nf4"), DDP(make(base="nf4"))
     step(alone, batch())
     halves = [{name: part[half::2] for name, part in mine().items()} for half in (0, 1)]
@@ -135,12 +138,12 @@ def ddp_accumulates_without_sending(folder: Path) -> None:
     (model(**halves[1]).loss / 2).backward()
     assert_same_gradients(model, alone)
     model.zero_grad()
-    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()  # as DPO's loss is of two forwards
+    ((model(**mine()).loss + model(**mine()).loss) / 2).backward()  # two forwards before a backward, as in DPO's loss
     assert_close(gradients(model), gradients(alone))
 
 
 class Branches(nn.Module):
-    """Of its two layers a call may leave one out."""
+    """A module with two layers; a call may skip one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +172,9 @@ def ddp_finds_unused_parameters(folder: Path) -> None:
 
 @check
 def ddp_leaves_the_logits_to_the_loss(folder: Path) -> None:
-    """Also where DDP copies what a model returns: in each step, as Trainer wants of a PeftModel, or in the first."""
+    """Tests DDP also with options that make it copy the model's output: in each step (find_unused_parameters, which
+    Trainer sets for a PeftModel), or in the first step (static_graph).
+    """
     for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
         for of, counts in ((lambda model: model, (STEPS, 0)), (LossOutside, (0, 0)), (Entropy, (STEPS, STEPS))):
             wanted = train_alone(of(make()))
@@ -182,8 +187,8 @@ def ddp_leaves_the_logits_to_the_loss(folder: Path) -> None:
 
 @check
 def ddp_leaves_the_buffers_alone_where_told(folder: Path) -> None:
-    """The scales of NF4Linear are buffers, which DDP sends before each forward unless it is told not to."""
-    scales = 4 * LAYERS  # absmax and what decodes it
+    """The scales of NF4Linear are buffers. DDP sends buffers before each forward unless an option says otherwise."""
+    scales = 4 * LAYERS  # absmax and the three buffers that decode it
     assert len(DDP(make(base="nf4")).modules_buffers) >= scales
     wanted = train_alone(make(base="nf4"))
     names = {"broadcast_buffers", "forward_sync_buffers"} & set(inspect.signature(DDP).parameters)
@@ -198,7 +203,7 @@ def ddp_leaves_the_buffers_alone_where_told(folder: Path) -> None:
 
 @check
 def gradient_checkpointing_changes_nothing(folder: Path) -> None:
-    """With dropout, whose masks the recomputation has to draw again."""
+    """The recomputation has to draw the same dropout masks."""
     for base in ("float32", "nf4"):
         for wrap in (DDP, shard):
             found = []
@@ -220,7 +225,7 @@ def gradient_checkpointing_changes_nothing(folder: Path) -> None:
 
 @check
 def dropout_is_each_process_its_own(folder: Path) -> None:
-    """Masks follow the process's generator: the same seed gives the same, one of its own another."""
+    """Masks follow the generator of the process: the same seed gives the same masks, another seed gives other masks."""
     for wrap in (DDP, shard):
         model = wrap(make(base="nf4", lora_dropout=0.5))
         losses = []
@@ -255,7 +260,7 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
 
 @check
 def fsdp1_computes_the_logits(folder: Path) -> None:
-    """Its parameters are views of a flat one, which it frees after the forward."""
+    """FSDP1 makes parameters views of a flat parameter, which it frees after the forward."""
     decoder = type(make().get_base_model().model.layers[0])
     for of in (lambda model: model, LossOutside, Entropy):
         wanted = train_alone(of(make(accelerated=False)))
@@ -301,7 +306,7 @@ def tensor_parallel_layers_run_stock(folder: Path) -> None:
         assert peft_ext.explain(model).rows[0].reason == reason
         with raises(RuntimeError, "leave the layer out of tensor parallelism"):
             parallel(x)
-    # What fully_shard gathers of a tensor parallel layer is a DTensor still.
+    # fully_shard gathers a tensor parallel layer to a DTensor, not to a plain tensor.
     model, parallel = layer("float32")
     parallelize_module(parallel, mesh, gathered)
     size = dist.get_world_size()
@@ -323,8 +328,9 @@ def _my_columns(y: Tensor) -> Tensor:
 
 @check
 def accelerate_library(folder: Path) -> None:
-    """Accelerator over DDP, with accumulation; and what its FSDP2 plugin does to a model, which on the CPU its own
-    prepare leaves out."""
+    """Tests Accelerator over DDP with gradient accumulation, and the code of its FSDP2 plugin, which
+    Accelerator.prepare does not use on a CPU.
+    """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -386,7 +392,7 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # leaving in order would wait for the others
+        os._exit(1)  # a regular exit would wait for the other processes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the checks of distributed/ share: a model, steps of it in one process and in several, and what must be equal."""
+"""Code that the checks of distributed/ share: a model, its steps in one process and in several, and comparisons."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from peft_ext.integrations.model_blocks.loss import Call
 from peft_ext.nn import NF4Linear
 
 LLAMA = ARCHITECTURES["Llama"]
-LAYERS = 14  # that LoRA adapts of it
+LAYERS = 14  # linear layers that LoRA adapts in the model
 STEPS = 3
 METHODS = ("LoRA", "DoRA", "IA3", "AdaLoRA")
 
-# Sums of a batch in two or four parts round otherwise than whole ones: a few units in the last place of a loss near 5,
-# and of the largest entry of a gradient, in float32, in which adapters, losses and gradients are whatever the base.
+# Bounds for the rounding of sums over a batch in two or four parts: a few units in the last place of a loss near 5, and
+# of the largest entry of a gradient, in float32. Adapters, losses and gradients are float32 over every base.
 LOSS = 4e-6
 GRADIENT = 2e-5
 
@@ -52,7 +52,7 @@ def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, **config: Any) -> PeftModel:
-    """The same model in every process: Llama with an adapter as after some training, in training mode."""
+    """Returns the same model in every process: a Llama with an adapter as after some training, in training mode."""
     model = quantize(LLAMA.build(), base)
     if method == "AdaLoRA":
         chosen = AdaLoraConfig(
@@ -73,18 +73,18 @@ def make(method: str = "LoRA", base: str = "float32", accelerated: bool = True, 
 
 
 def batch() -> dict[str, Tensor]:
-    """The whole batch, of which each process gets a part of as many tokens as any other's."""
+    """Returns the whole batch. Each process gets a part with the same number of tokens."""
     return LLAMA.batch()
 
 
 def long_batch() -> dict[str, Tensor]:
-    """So many tokens in each process that layers of one input are computed together; whole, or one's part of it."""
+    """Returns a whole batch with enough tokens in each process for layers of one input to be computed together."""
     ids = torch.arange(160).reshape(4, 40) % LLAMA.batch()["input_ids"].max()
     return {"input_ids": ids, "labels": ids}
 
 
 def part(whole: dict[str, Tensor], rank: Optional[int] = None) -> dict[str, Tensor]:
-    """A process's part: this one's."""
+    """Returns the part of a process, by default of this process."""
     rank = dist.get_rank() if rank is None else rank
     return {name: tensor.chunk(dist.get_world_size())[rank] for name, tensor in whole.items()}
 
@@ -94,7 +94,7 @@ def mine() -> dict[str, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    # Not Adam, which makes steps of one size out of gradients that are rounding alone.
+    # SGD instead of Adam, because Adam makes a step of full size from a gradient that is only rounding.
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
@@ -108,7 +108,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor], optimizer: Optional[torch.
 
 
 class LossOutside(nn.Module):
-    """A loop's own loss, of the logits that the wrapped model returns."""
+    """The loss of a training loop, computed from the logits that the wrapped model returns."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class LossOutside(nn.Module):
 
 
 class Entropy(LossOutside):
-    """The model's own loss, and another of its logits."""
+    """The model's own loss, and another loss of its logits."""
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         out = self.model(**inputs)
@@ -134,13 +134,13 @@ def mean(loss: Tensor) -> float:
 
 
 def train(model: nn.Module, steps: int = STEPS, optimizer: Optional[torch.optim.Optimizer] = None) -> list[float]:
-    """The losses over the whole batch, of which each process sees its part."""
+    """Trains the wrapped model and returns the losses over the whole batch. Each process trains on its part."""
     optimizer = optimizer_of(model) if optimizer is None else optimizer
     return [mean(step(model, mine(), optimizer)) for _ in range(steps)]
 
 
 def train_alone(model: nn.Module, steps: int = STEPS) -> list[float]:
-    """The same of one process with the whole batch."""
+    """Trains one process on the whole batch and returns the losses."""
     optimizer = optimizer_of(model)
     return [step(model, batch(), optimizer).item() for _ in range(steps)]
 
@@ -180,7 +180,7 @@ def assert_close(came: dict[str, Tensor], wanted: dict[str, Tensor], bound: floa
 def assert_losses(came: list[float], wanted: list[float], bound: float = LOSS) -> None:
     assert len(came) == len(wanted)
     assert max(abs(a - b) for a, b in zip(came, wanted, strict=True)) <= bound, (came, wanted)
-    assert max(wanted) - min(wanted) > 100 * bound, wanted  # the steps did something
+    assert max(wanted) - min(wanted) > 100 * bound, wanted  # the steps changed the loss
 
 
 def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
@@ -193,8 +193,9 @@ def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[dict[str, int]]:
-    """How many calls of adapter layers ran on the op, "fused", of those in a group, "joint", and on PEFT's own path,
-    "stock"."""
+    """Counts calls of adapter layers: on the operator ("fused"), on the operator for layers of one input ("joint"), and
+    on PEFT's own code ("stock").
+    """
     counts = {"fused": 0, "joint": 0, "stock": 0}
     kinds = (LowRank, IA3Layer)
     before = [kind._fused for kind in kinds]
@@ -226,7 +227,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def counted_losses() -> Iterator[dict[str, int]]:
-    """How many losses were computed without logits, and how many logits were computed that a loss was to take."""
+    """Counts losses that were computed without logits, and whole logits that were computed for a loss."""
     found, loss, logits = {"fused": 0, "whole": 0}, Call.loss, Call.logits
 
     def counted_loss(call: Call, *args: Any, **kwargs: Any) -> Optional[Tensor]:
@@ -246,20 +247,20 @@ def counted_losses() -> Iterator[dict[str, int]]:
 
 
 def assert_loss(model: nn.Module, reason: str) -> None:
-    """What explain says of the loss."""
+    """Tests the row of the loss in ``explain``."""
     (row,) = (row for row in peft_ext.explain(model).blocks if row.kind == "loss")
     assert row.reason == reason and row.fused == (reason == "logits in chunks"), row
 
 
 def assert_same_gradients(model: nn.Module, alone: nn.Module, bound: float = GRADIENT) -> None:
-    """In every process, and those of one process with the whole batch."""
+    """Tests that gradients are equal in all processes, and equal to those of one process with the whole batch."""
     found = gradients(model)
     assert_same_everywhere(found)
     assert_close(found, gradients(alone), bound)
 
 
 def assert_joins(model: nn.Module, alone: nn.Module) -> None:
-    """q, k, v and gate, up of each of two layers are computed together; their gradients are those of one process."""
+    """q, k, v, and gate, up of two layers are computed together; their gradients equal those of one process."""
     step(alone, long_batch())
     with counted_calls() as calls:
         step(model, part(long_batch()))
@@ -268,7 +269,7 @@ def assert_joins(model: nn.Module, alone: nn.Module) -> None:
 
 
 def assert_trains(model: nn.Module, wanted: list[float], fused: int = STEPS * LAYERS, stock: int = 0) -> None:
-    """With these losses, and so many calls of adapter layers on each path."""
+    """Tests that training gives these losses, with this number of calls of adapter layers on each path."""
     with counted_calls() as calls:
         assert_losses(train(model), wanted)
     assert (calls["fused"], calls["stock"]) == (fused, stock), calls
@@ -290,7 +291,7 @@ def assert_all_fused(model: nn.Module) -> None:
 
 
 def assert_same_files(one: Path, several: Path) -> None:
-    """Two adapters of one format, equal to rounding."""
+    """Tests that two adapters have one format and equal values up to rounding."""
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in several.iterdir())
     assert (one / "adapter_config.json").read_bytes() == (several / "adapter_config.json").read_bytes()
     assert_close(*(load_file(path / "adapter_model.safetensors") for path in (several, one)))

@@ -1,4 +1,4 @@
-"""Checks of a mixture's experts in several processes: every one has tokens of its own, for experts of their own."""
+"""Checks of a mixture's experts in several processes: each process has its own tokens, for its own experts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = [(name, method, nf4) for name in ("Qwen3-MoE", "gpt-oss") for method in 
 
 
 def make(name: str = "Qwen3-MoE", method: str = "LoRA", nf4: bool = False, seed: int = 0, **options: Any) -> PeftModel:
-    """The same mixture in every process, with adapters on its experts and attention, in training mode."""
+    """Returns the same mixture in every process, with adapters on its experts and attention, in training mode."""
     model = base(name, seed=seed)
     parameters = targets(model)
     model = peft_ext.quantize_nf4(model, progress=False) if nf4 else model
@@ -90,7 +90,9 @@ def fsdp2_experts_take_the_steps_of_one_process(folder: Path) -> None:
 
 @check
 def fsdp2_shards_the_experts(folder: Path) -> None:
-    """A process holds some experts' codes, and whole scales; without a token for any expert it takes part as well."""
+    """A process holds the codes of some experts, and whole scales. A process without a token for an expert takes part
+    in the communication too.
+    """
     alone, model = make(nf4=True), shard(make(nf4=True))
     for one, other in zip(experts_of(alone), experts_of(model), strict=True):
         for name in one.nf4_shapes:
@@ -101,7 +103,7 @@ def fsdp2_shards_the_experts(folder: Path) -> None:
     held = torch.tensor([experts_of(model)[0]._parameters["down_proj"].to_local().shape[0]])
     dist.all_reduce(held)
     assert held.item() == 6
-    for _ in range(2):  # as trainers that call a model twice before a backward
+    for _ in range(2):  # two forwards before a backward, as some trainers call a model
         (model(**part(batch())).loss + model(**part(batch())).loss).backward()
         (alone(**batch()).loss + alone(**batch()).loss).backward()
     assert_close(gradients(model), gradients(alone))
@@ -146,7 +148,9 @@ def fsdp2_experts_state_goes_both_ways(folder: Path) -> None:
 
 @check
 def fsdp2_around_the_wrappers_of_experts(folder: Path) -> None:
-    """fully_shard of a wrapper itself changes its class: before accelerate it is left to PEFT, and behind it fused."""
+    """fully_shard of a wrapper changes its class. Before accelerate, the wrapper then stays PEFT's; after accelerate,
+    it stays fused.
+    """
     alone, model = make(), make()
     for layer in model.get_base_model().model.layers:
         fully_shard(layer.mlp.experts)

@@ -1,4 +1,4 @@
-"""Checks of FSDP2: shards of codes and adapters, whole scales, state dicts and checkpoints both ways."""
+"""Checks of FSDP2: shards of codes and adapters, whole scales, state dicts and checkpoints in both directions."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def fsdp2_joins_layers_of_one_input(folder: Path) -> None:
 
 @check
 def fsdp2_without_resharding_and_with_two_forwards(folder: Path) -> None:
-    """As DPO's and GRPO's trainers call a model: twice before a backward."""
+    """Calls a model twice before a backward, as the trainers of DPO and GRPO do."""
     alone, model = make(base="nf4"), shard(make(base="nf4"), reshard_after_forward=False)
     for _ in range(2):
         for trained, inputs in ((alone, batch()), (model, mine())):
@@ -97,7 +97,9 @@ def fsdp2_without_resharding_and_with_two_forwards(folder: Path) -> None:
 
 @check
 def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
-    """Of a root that keeps its parameters until the backward, as by default; of one that frees them they are made."""
+    """The loss needs no whole logits if the root keeps its parameters until the backward, which is the default. If the
+    root frees its parameters, whole logits are computed.
+    """
     targets = ["q_proj", "down_proj"]
     for names in (targets, [*targets, "lm_head"]):
         config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -113,7 +115,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # One unit alone: the hook on what it returns is all that gathers and reduces.
+            # The whole model is one unit: only the hook on its output gathers and reduces.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
@@ -127,7 +129,7 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
 
 @check
 def fsdp2_with_whole_codes(folder: Path) -> None:
-    """For PyTorch 2.11, which shards floats alone."""
+    """The way for PyTorch 2.11, which shards only float parameters."""
     model = make(base="nf4")
     codes = {parameter for parameter in model.parameters() if parameter.dtype is torch.uint8}
     shard(model, ignored_params=codes)
@@ -148,7 +150,7 @@ def fsdp2_accumulates_without_sending(folder: Path) -> None:
 
 @check
 def fsdp2_shards_the_codes(folder: Path) -> None:
-    """Each process has its part of the packed bytes, and whole scales; what is gathered is the very bytes."""
+    """Each process has its part of the packed bytes, and whole scales. The gathered bytes are the original bytes."""
     whole_model, model = make(base="nf4"), shard(make(base="nf4"))
     size, rank = dist.get_world_size(), dist.get_rank()
     seen = []
@@ -170,7 +172,9 @@ def fsdp2_shards_the_codes(folder: Path) -> None:
 
 @check
 def fsdp2_shards_unevenly(folder: Path) -> None:
-    """165 bytes of codes, 11 rows and rank 3: nothing of it divides by the processes, and some of them hold nothing."""
+    """With 165 bytes of codes, 11 rows and rank 3, nothing divides by the number of processes, and some processes hold
+    nothing.
+    """
 
     def build() -> PeftModel:
         torch.manual_seed(1)
@@ -198,7 +202,7 @@ def fsdp2_shards_unevenly(folder: Path) -> None:
 
 @check
 def fsdp2_casts_no_codes(folder: Path) -> None:
-    """A mixed precision policy casts parameters as it gathers them: floats, and not the codes and scales."""
+    """A mixed precision policy casts gathered float parameters, and neither codes nor scales."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     alone = make(base="nf4").to(torch.bfloat16)
     model = shard(make(base="nf4"), mp_policy=policy)
@@ -206,7 +210,7 @@ def fsdp2_casts_no_codes(folder: Path) -> None:
     with counted_calls() as calls:
         loss = step(model, mine())
     assert (calls["fused"], calls["stock"]) == (LAYERS, 0), calls
-    # Both compute in bfloat16, whose products a batch's size may sum in another order.
+    # Both models compute in bfloat16, whose products may add in another order for another batch size.
     assert abs(mean(loss) - step(alone, batch()).item()) <= 2**-7
     for (name, before), (_, after) in zip(nf4_layers(make(base="nf4")), nf4_layers(model), strict=True):
         assert torch.equal(whole(after.weight), before.weight), name
@@ -232,7 +236,7 @@ def fsdp2_saves_the_adapter_of_one_process(folder: Path) -> None:
 
 @check
 def fsdp2_state_dict_goes_both_ways(folder: Path) -> None:
-    """bitsandbytes' keys: gathered, loaded by one process, and loaded into shards of another model."""
+    """A gathered state dict has bitsandbytes' keys. One process can load it, and so can the shards of another model."""
     model = shard(make(base="nf4"))
     model.eval()
     with torch.no_grad():
@@ -258,12 +262,14 @@ def fsdp2_state_dict_goes_both_ways(folder: Path) -> None:
 
 
 def _scales_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What every process has to bring: broadcast_from_rank0 sends parameters, and scales are none."""
+    """Returns the entries that every process has to provide: broadcast_from_rank0 sends parameters, and scales are
+    buffers.
+    """
     return {name: tensor for name, tensor in state.items() if ".weight." in name}
 
 
 def _moved(model: PeftModel) -> PeftModel:
-    """The same with other weights."""
+    """Returns the model with other weights."""
     torch.manual_seed(11)
     with torch.no_grad():
         for name, layer in nf4_layers(model):
@@ -277,7 +283,9 @@ def _moved(model: PeftModel) -> PeftModel:
 
 @check
 def fsdp2_goes_on_from_a_checkpoint(folder: Path) -> None:
-    """Sharded files of torch.distributed.checkpoint, the adapter and its optimizer alone; the unbroken run's losses."""
+    """Saves sharded files of torch.distributed.checkpoint, only with the adapter and its optimizer. The resumed run has
+    the losses of the uninterrupted run.
+    """
     options = StateDictOptions(ignore_frozen_params=True)
 
     def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -306,7 +314,9 @@ def fsdp2_goes_on_from_a_checkpoint(folder: Path) -> None:
 
 @check
 def fsdp2_around_single_layers(folder: Path) -> None:
-    """An adapter's layer wrapped by itself: fused if it was accelerated before, and otherwise explain says why not."""
+    """An adapter layer that is sharded by itself stays fused if it was accelerated before; otherwise explain gives the
+    reason.
+    """
     wanted = train_alone(make(base="nf4"))
 
     def wrap(model: PeftModel, chosen: Callable[[Any], bool]) -> PeftModel:
@@ -333,7 +343,7 @@ def fsdp2_around_single_layers(folder: Path) -> None:
     assert reasons == {"the adapter's part: hooks on base_layer would not run"}
     assert_trains(bases, wanted)
 
-    def is_trained(module: Any) -> bool:  # as PEFT's fsdp_auto_wrap_policy chooses
+    def is_trained(module: Any) -> bool:  # the choice of PEFT's fsdp_auto_wrap_policy
         return type(module) is nn.Linear and module.weight.requires_grad
 
     leaves = wrap(make(base="nf4"), is_trained)
@@ -344,14 +354,15 @@ def fsdp2_around_single_layers(folder: Path) -> None:
 
 @check
 def shards_say_that_they_are_shards(folder: Path) -> None:
-    """What can't be done to a shard says so, and changes nothing."""
+    """An operation that is not possible on a shard says so, and changes nothing."""
     model = shard(make(base="nf4"))
     (name, layer), *_ = nf4_layers(model)
     for call in (layer.dequantize, lambda: layer(torch.ones(1, layer.in_features)), model.merge_adapter):
         with raises(RuntimeError, "NF4Linear: its weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
-    with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):  # asked without what gathers it
+    # Explain is asked about a part, without the module that gathers it.
+    with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):
         assert_all_fused(inner)
     with raises(TypeError, "weight is a DTensor, wanted a plain parameter"):
         peft_ext.quantize_nf4(shard(make()), progress=False)
@@ -360,7 +371,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
 
 @check
 def hybrid_sharding(folder: Path) -> None:
-    """Shards in each half of the processes, whole copies across: the mesh of several machines."""
+    """Shards in each half of the processes, and whole copies across the halves, as on several machines."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
     alone, model = make("DoRA", "nf4"), shard(make("DoRA", "nf4"), mesh=mesh)
     assert_all_fused(model)

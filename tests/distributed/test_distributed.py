@@ -1,7 +1,7 @@
-"""Several processes over gloo, on the CPU: what DDP, FSDP2, tensor parallelism and accelerate make of fused layers.
+"""Tests fused layers in several processes over gloo on the CPU: with DDP, FSDP2, tensor parallelism and accelerate.
 
-The checks are those of distributed/checks*.py. ``torchrun`` starts two processes once for all of them, and four once
-for those that depend on the number; a test here reports one check.
+The checks are in distributed/checks*.py. ``torchrun`` starts two processes once for all checks, and four processes once
+for the checks that depend on the number. Each test here reports one check.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checks.py")
-SECONDS = 720  # a run takes 50 on two cores, and what runs beside it may slow it down; what hangs is ended
+SECONDS = 720  # time limit of a run; it takes about 50 s on two cores, and longer on a busy machine
 
 CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
           for name in re.findall(r"^@check\ndef (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
-OF_FOUR = ("hybrid_sharding",)  # a mesh of two by two
+OF_FOUR = ("hybrid_sharding",)  # checks that need a mesh of two by two
 ALSO_OF_FOUR = (
     "ddp_gradients_are_the_same_everywhere",
     "fsdp2_shards_the_codes",
@@ -43,7 +43,7 @@ ALSO_OF_FOUR = (
     "fsdp2_shards_the_experts",
     *OF_FOUR,
 )
-# PyTorch 2.11 makes a parameter that wants gradients out of each shard, which uint8 can't: pytorch/pytorch#177844.
+# PyTorch 2.11 makes each shard a parameter that requires gradients, which uint8 cannot: pytorch/pytorch#177844.
 SHARDS_BYTES = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 13)
 NEEDS_BYTES = re.compile("fsdp2(?!_with_whole)|hybrid|shards|checkpointing|dropout|wrapping|tensor|accelerate_library")
 
@@ -55,7 +55,7 @@ RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(nam
 
 
 def torchrun(processes: int, *command: str) -> tuple[int, str]:
-    """The exit code and all that was printed; its processes are gone when it returns."""
+    """Returns the exit code and all output. No process of the run is left when the function returns."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     run = subprocess.Popen(
@@ -65,7 +65,7 @@ def torchrun(processes: int, *command: str) -> tuple[int, str]:
     try:
         out, _ = run.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGTERM)  # torchrun ends its processes, which are sessions of their own
+        os.killpg(run.pid, signal.SIGTERM)  # torchrun then ends its workers, which have sessions of their own
         try:
             out, _ = run.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -76,7 +76,9 @@ def torchrun(processes: int, *command: str) -> tuple[int, str]:
 
 
 class Results(dict[int, tuple[list[dict[str, str]], str]]):
-    """By number of processes: what each of them found, and what was printed. The first test that asks starts them."""
+    """By number of processes: the result of each process, and the output. The first test that asks starts the
+    processes.
+    """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self.folders = folders

@@ -1,10 +1,10 @@
-"""What the documents say holds: every Python block runs, every command parses, every link leads somewhere, every public
-name has its place in the reference.
+"""Tests of the documents: every Python block runs, every command parses, every link has a target, and every public name
+is in the reference.
 
     PEFT_EXT_REDRAW=1 python -m pytest tests/docs/test_docs.py
 
-draws the option tables of docs/cli.md anew. The site itself, its links and references among them, is built by
-``make docs``, strictly.
+draws the option tables of docs/cli.md again. ``make docs`` builds the site with all its links and references, and
+treats warnings as errors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.cpu_only("documents are the same for every device")
 @dataclass(frozen=True)
 class Block:
     page: Path
-    line: int  # of its first line
+    line: int  # line number of the block's first line
     language: str
     text: str
 
@@ -67,7 +67,7 @@ _FENCE = re.compile(r"^(`{3,}|~{3,})(.*)$")
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page."""
+    """Yields the fenced blocks of a page."""
     opened: Optional[tuple[str, str, int]] = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), 1):
@@ -99,7 +99,7 @@ def test_the_collector_finds_blocks_and_what_is_in_them(tmp_path: Path) -> None:
 
 
 def _readme() -> dict[str, Any]:
-    """What a reader of README has before: a model and its configuration, data, tensors of a layer."""
+    """Returns the names that README's code assumes: a model and its configuration, data, tensors of a layer."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
@@ -122,7 +122,9 @@ def _readme() -> dict[str, Any]:
 
 
 def _scaling() -> dict[str, Any]:
-    """What a program has that torchrun started: a group of processes, here of one, and a way to load the base."""
+    """Returns the names of a program that torchrun started: a group of one process, and a function that loads the
+    base.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     names = {name: getattr(state_dict, name) for name in ("StateDictOptions", "get_model_state_dict")}
     return {
@@ -138,7 +140,7 @@ def _scaling() -> dict[str, Any]:
 
 
 def _small_model() -> dict[str, Any]:
-    """A small model in the folder my/model, and data of questions and answers."""
+    """Makes a small model in the folder my/model, and data of questions and answers."""
     from tiny_run import write_tiny_model
 
     write_tiny_model(Path("my/model"))
@@ -158,14 +160,14 @@ WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for bloc
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace for each page; a block that begins with ``>>>`` shows what it prints."""
+    """The blocks of a page run in order, in one namespace. A block that begins with ``>>>`` shows its output."""
     monkeypatch.chdir(tmp_path)
     before = BEFORE.get(name(page))
     namespace: dict[str, Any] = {"__name__": "__main__", **(before() if before else {})}
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transformers' and PEFT's own, of what they will rename
+            warnings.simplefilter("ignore")  # transformers and PEFT warn about names that they will change
             for block in blocks(page):
                 if block.language == "python":
                     _run(block, namespace)
@@ -177,13 +179,13 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def _run(block: Block, namespace: dict[str, Any]) -> None:
     if block.text.startswith(">>>"):
         test = doctest.DocTestParser().get_doctest(block.text, {}, block.where, str(block.page), block.line - 1)
-        test.globs = namespace  # shared, where get_doctest copies
+        test.globs = namespace  # the namespace is shared; get_doctest copies it
         said: list[str] = []
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
         runner.run(test, out=said.append, clear_globs=False)
         assert runner.summarize(verbose=False).failed == 0, "".join(said)
         return
-    # Line numbers of a traceback are the page's.
+    # Pads the code so that line numbers of a traceback are those of the page.
     code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec", flags=0, dont_inherit=True)
     exec(code, namespace)
 
@@ -198,7 +200,7 @@ def test_a_wrong_output_and_a_wrong_name_fail(tmp_path: Path) -> None:
 
 
 def test_languages_are_known_ones() -> None:
-    """A block of Python under another name would not be run."""
+    """A block of Python under another language name would not run."""
     known = {"python", "bash", "text", "diff", "json", "yaml", "cpp", "bibtex", "svg"}
     for page in PAGES:
         for block in blocks(page):
@@ -206,7 +208,7 @@ def test_languages_are_known_ones() -> None:
 
 
 def test_docstrings_have_no_examples_that_nothing_runs() -> None:
-    """There are none; where one comes, it is run."""
+    """There are no examples in docstrings now; a new one is run here."""
     failed = 0
     for module in sorted({m for m in sys.modules if m.split(".")[0] == "peft_ext"}):
         for test in doctest.DocTestFinder(exclude_empty=True).find(sys.modules[module], module):
@@ -219,7 +221,7 @@ def test_docstrings_have_no_examples_that_nothing_runs() -> None:
 
 
 def shell_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command, without comments and without what is set before it."""
+    """Yields the words of each command, without comments and without variables that are set before the command."""
     for line in text.replace("\\\n", " ").splitlines():
         for part in re.split(r"\s(?:&&|\|\||[|;])\s", line):
             words = shlex.split(part, comments=True)
@@ -230,7 +232,7 @@ def shell_lines(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> Optional[str]:
-    """What is wrong with a command that a document shows; None: nothing."""
+    """Returns what is wrong with a command that a document shows, or None."""
     program, *rest = words
     program = Path(program).name
     if program == "python" and rest[:2] == ["-m", "peft_ext"]:
@@ -269,7 +271,7 @@ def _check_cli(arguments: list[str]) -> Optional[str]:
         return None
     try:
         command.make_context(arguments[0], list(arguments[1:]))
-    except Exception as error:  # typer's or click's, see peft_ext.cli.main
+    except Exception as error:  # an error of typer or click, see peft_ext.cli.main
         if not hasattr(error, "format_message"):
             raise
         return error.format_message()
@@ -306,7 +308,7 @@ def test_a_wrong_command_fails(line: str, said: str) -> None:
 
 
 def test_inline_commands_and_options_exist() -> None:
-    """Names of commands in running text: `peft-ext merge`, `peft-ext finetune --stock`."""
+    """Tests names of commands and options in running text: `peft-ext merge`, `peft-ext finetune --stock`."""
     wrong = []
     for page in PAGES:
         for command, options in re.findall(r"`peft-ext ([a-z]+)((?: --[a-z-]+)*)[^`]*`", page.read_text()):
@@ -374,7 +376,7 @@ _LINK = re.compile(r"(?<!\\)\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|(?:src|srcset
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's names of a page's headings."""
+    """Returns GitHub's names of a page's headings."""
     found: dict[str, int] = {}
     text = re.sub(r"^(`{3,}).*?^\1`*\s*$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     names = set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
@@ -404,7 +406,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 
 def test_files_that_the_documents_name_are_there() -> None:
-    """`csrc/linear/passes.h`, `tests/support/op_db.py`: paths in running text."""
+    """Tests paths in running text: `csrc/linear/passes.h`, `tests/support/op_db.py`."""
     wrong = []
     for page in PAGES:
         for path in re.findall(r"`((?:csrc|peft_ext|tests|benchmarks|tools|docs)/[\w./-]+)`", page.read_text()):
@@ -415,7 +417,7 @@ def test_files_that_the_documents_name_are_there() -> None:
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
-# Modules whose __all__ is the public surface, and the page where each name stands.
+# Modules whose __all__ is public, and the page that documents the names of each.
 PUBLIC = {
     "peft_ext": "peft_ext",
     "peft_ext.ops": "ops",
@@ -435,7 +437,7 @@ _DIRECTIVE = re.compile(r"^\.\. (?:auto(?:function|class|exception|module)|py:da
 
 
 def _objects() -> dict[int, str]:
-    """Every object that a directive names, by identity."""
+    """Returns every object that a directive names, by the identity of the object."""
     found = {}
     for page in (DOCS / "api").glob("*.md"):
         for path in _DIRECTIVE.findall(page.read_text()):
@@ -468,7 +470,7 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
 
 
 def test_every_public_name_has_a_docstring_that_says_what_is_raised() -> None:
-    """Operators and functions that check their arguments: formula or sentence first, and errors."""
+    """Tests operators, and functions that check their arguments: formula or sentence first, then errors."""
     for operator in peft_ext.ops.__all__:
         text = getattr(peft_ext.ops, operator).__doc__
         assert "Raises:" in text, f"ops.{operator} does not say what it raises"
@@ -484,7 +486,7 @@ def test_every_public_name_has_a_docstring_that_says_what_is_raised() -> None:
 
 
 def test_configuration_imports_nothing_beyond_its_extensions() -> None:
-    """No extension that fetches: what is built is read without a network."""
+    """No extension fetches anything, so the site can be built without a network."""
     tree = ast.parse((DOCS / "conf.py").read_text())
     values = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign)
               for t in node.targets if isinstance(t, ast.Name)}  # fmt: skip

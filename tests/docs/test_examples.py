@@ -1,6 +1,6 @@
-"""The trainers: PeftExtCallback under transformers' Trainer, and every script of docs/examples on its tiny model.
+"""Tests PeftExtCallback with transformers' Trainer, and every script of docs/examples on its tiny model.
 
-The scripts run in this process, which has imported what they need; one runs as its reader starts it.
+The scripts run in this process, which has imported their packages; one script runs as a user starts it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from peft_ext.integrations.transformers import PeftExtCallback
 
 pytestmark = [
     pytest.mark.cpu_only("trainers choose their device themselves"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # transformers', of names that TRL and PEFT use
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # transformers warns about names that TRL and PEFT use
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps the first run's precision and device for the process, and takes a GPU where it sees one."""
+    """accelerate keeps the precision and the device of the first run for the process, and uses a GPU if it sees one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -67,7 +67,7 @@ def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- the callback -----------------------------------------------------------------------------------------------------
 
 LLAMA = ARCHITECTURES["Llama"]
-LAYERS = 14  # that LoRA adapts of it
+LAYERS = 14  # linear layers that LoRA adapts in the model
 LENGTH = LLAMA.inputs()["input_ids"].shape[1]
 
 
@@ -79,7 +79,9 @@ def adapted(**config: Any) -> PeftModel:
 def trainer_of(
     model: nn.Module, folder: Path, *callbacks: hf.TrainerCallback, batch: Any = None, **arguments: Any
 ) -> hf.Trainer:
-    """Over the rows of the tiny batch or another, two to a batch and two batches to a step; every step is logged."""
+    """Returns a Trainer over the rows of the tiny batch or another batch, with two rows in a batch and two batches in a
+    step. Every step is logged.
+    """
     batch = LLAMA.batch() if batch is None else batch
     rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     arguments = {
@@ -103,7 +105,7 @@ def fused(model: nn.Module) -> int:
 
 
 class Reporter(hf.TrainerCallback):
-    """Keeps what it is given, as those that write to TensorBoard do."""
+    """Keeps the logs, as callbacks that write to TensorBoard do."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -113,7 +115,7 @@ class Reporter(hf.TrainerCallback):
 
 
 class Generator(hf.TrainerCallback):
-    """Generates after each evaluation."""
+    """Generates an answer after each evaluation."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, ...]] = []
@@ -152,7 +154,7 @@ def test_as_an_argument_of_trainer_it_comes_after_the_reporters(tmp_path: Path) 
 
 @pytest.mark.parametrize("counted", ["no", "all"])
 def test_the_tokens_are_those_of_the_steps(tmp_path: Path, counted: str) -> None:
-    """Neither evaluation nor generation nor a second forward of gradient checkpointing adds to them."""
+    """Evaluation, generation and the second forward of gradient checkpointing add nothing to the counted tokens."""
     meter, generator = PeftExtCallback(), Generator()
     trainer = trainer_of(
         adapted(), tmp_path, meter, generator, eval_strategy="steps", eval_steps=1, gradient_checkpointing=True,
@@ -167,7 +169,7 @@ def test_the_tokens_are_those_of_the_steps(tmp_path: Path, counted: str) -> None
 
 
 def test_a_forward_without_gradients_is_no_training(tmp_path: Path) -> None:
-    """A reference's, say, in the middle of a step."""
+    """For example, the forward of a reference model in the middle of a step."""
 
     class Refers(hf.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +202,7 @@ def test_it_trains_what_the_stock_classes_train(tmp_path: Path, checkpointing: b
         weights.append(trained_weights(model))
         assert fused(model) == (LAYERS if accelerated else 0) and meter.fused_share == accelerated
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][-1] < curves[0][0]
-    # Adam divides by a gradient's own size, so that a rounding of a tiny one may move its entry by a part of a step.
+    # Adam divides by the size of a gradient, so the rounding of a tiny gradient may move its entry by a part of a step.
     assert (weights[0] - weights[1]).abs().max() < 0.01 * (weights[0] - trained_weights(adapted())).abs().max()
 
 
@@ -247,7 +249,7 @@ def test_it_explains_under_the_autocast_of_the_steps(tmp_path: Path, monkeypatch
 
 
 class Regression(nn.Module):
-    """A model that has no embedding of any kind."""
+    """A model that has no embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +297,7 @@ MARK = re.compile(r"\s*# peft_ext, line (\d) of [34].*")
 
 
 def marked(name: str) -> list[tuple[int, str]]:
-    """The number and the code of each line that an example adds for peft_ext."""
+    """Returns the number and the code of each line that an example adds for peft_ext."""
     lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
     return [(int(MARK.search(line)[1]), MARK.sub("", line)) for line in lines if MARK.search(line)]
 
@@ -309,7 +311,7 @@ def run_example(script: Path, monkeypatch: pytest.MonkeyPatch, *options: str) ->
 
 
 def loss_of(out: str) -> tuple[float, float, int]:
-    """The first loss, the last one and their number, as an example prints them."""
+    """Returns the first loss, the last loss and the number of losses that an example prints."""
     first, last, count = re.search(r"^loss: (\S+) -> (\S+) in (\d+) steps$", out, re.MULTILINE).groups()
     return float(first), float(last), int(count)
 
@@ -328,7 +330,7 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     if PeftExtCallback.__name__ in marked(name)[0][1]:
         assert re.search(r"^tokens_per_s \S+, fused_share 1, peak_mib ", out, re.MULTILINE)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
-    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # they start at 0
+    moved = [bool(tensor.any()) for key, tensor in adapter.items() if "lora_B" in key]  # the parameters start at 0
     assert len(moved) == LAYERS and all(moved)
 
 
@@ -347,7 +349,7 @@ def test_the_example_of_a_mixture(
 def test_three_lines_or_four_and_no_more_are_for_peft_ext(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Without them the script is stock PEFT's, and trains as well; the documentation shows these very lines."""
+    """Without these lines, the script is stock PEFT's and trains too; the documentation shows the same lines."""
     assert [number for number, _ in marked(name)] == [1, 2, 3, 4][: 4 if NEEDS[name] == "trl" else 3]
     document = (ROOT / "docs" / "trainers.md").read_text().splitlines()
     for _, code in marked(name):
@@ -378,7 +380,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 def test_resumed_trainer_goes_where_the_unbroken_one_goes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """With dropout, gradient accumulation, evaluation and generation on the way."""
+    """The training has dropout, gradient accumulation, evaluation and generation."""
     run = (EXAMPLES / "trainer.py", monkeypatch, *options, "--save-steps", "2", "--max-steps", "4", "--output")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_example(*run, str(whole))
@@ -400,7 +402,9 @@ def test_resumed_trainer_goes_where_the_unbroken_one_goes(
 
 
 def test_packed_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Loss and gradients of texts in one row, without padding, are those of each text on its own, and stock's."""
+    """Loss and gradients of texts in one row, without padding, equal those of the separate texts, and those of
+    stock.
+    """
     options = ("--packed", "--max-steps", str(STEPS), "--output", str(tmp_path))
     run_example(EXAMPLES / "trainer.py", monkeypatch, *options)
     first, last, count = loss_of(capsys.readouterr().out)

@@ -1,6 +1,6 @@
-"""Every public name stays where it is: public_names.txt has them by import path, and none may be lost.
+"""Tests that every public name stays where it is: public_names.txt lists the names by import path.
 
-A new one may be added to the list; one is taken out of it in a release that says so in CHANGELOG.md.
+New names may be added to the list. A name is removed from the list in a release whose CHANGELOG.md says so.
 """
 
 import importlib

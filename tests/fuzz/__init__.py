@@ -1,11 +1,11 @@
-"""Fuzzing of what takes bytes from outside: seeded mutations of valid files, and what may come of each.
+"""Fuzzing of code that reads bytes from outside: seeded mutations of valid files, and the allowed results of each.
 
-    python -m tests.fuzz --minutes 60        from the repository's root; prints and saves what it finds
+    python -m tests.fuzz --minutes 60        run from the repository's root; prints and saves its findings
 
-A target takes bytes, and returns or raises one of its refusals: an error that says what is wrong. Anything else is a
-finding: another exception, more than ``SLOWEST`` seconds, an output that is not finite, a file left behind. Mutations
-know the formats: flips, cuts and splices of bytes, of the header of safetensors and of its length, and in JSON swapped
-types, absurd numbers, added, lost and repeated keys, deep nesting.
+A target takes bytes and either returns or raises one of its refusals, which are errors that say what is wrong.
+Everything else is a finding: another exception, more than ``SLOWEST`` seconds, a non-finite output, a file that is left
+behind. Mutations know the formats. They flip, cut and splice bytes, the header of safetensors and its length. In JSON
+they swap types, use absurd numbers, add, remove and repeat keys, and nest deeply.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _mutated_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each container and key in a JSON value."""
+    """Yields each container and key in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in list(items):
         yield value, key
@@ -119,7 +119,7 @@ def _as_safetensors(data: bytes, draw: random.Random) -> Optional[bytes]:
 
 
 def mutated(target: Target, draw: random.Random) -> bytes:
-    """One of the target's valid inputs, mutated; or now and then as it is."""
+    """Returns one of the target's valid inputs, mutated, or now and then unchanged."""
     data = draw.choice(target.seeds())
     for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
         shaped = None
@@ -143,7 +143,9 @@ def _as_lines(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """``run(data, folder)`` takes the bytes; ``refusals`` are the errors that it may raise, each with a message."""
+    """A target: ``run(data, folder)`` takes the bytes; ``refusals`` are the errors that it may raise, each with a
+    message.
+    """
 
     name: str
     format: str  # "json", "safetensors", "lines" or "bytes"
@@ -153,7 +155,7 @@ class Target:
 
 
 class Finding(AssertionError):
-    """What must not come of any input."""
+    """A result that no input may have."""
 
 
 @contextlib.contextmanager
@@ -175,7 +177,7 @@ def _limit(seconds: float) -> Iterator[None]:
 
 
 def run(target: Target, data: bytes, folder: Path) -> str:
-    """What came of it, in a word or two. Raises Finding."""
+    """Returns the result in a word or two. Raises Finding."""
     started = time.perf_counter()
     try:
         with _limit(SLOWEST), warnings.catch_warnings():
@@ -236,7 +238,7 @@ def _nf4(data: bytes, folder: Path) -> None:
         raise Finding(f"the weight has shape {tuple(y.shape)}, told was {shape}")
 
 
-# A LoRA adapter's two files.
+# The two files of a LoRA adapter.
 
 
 def _base() -> nn.Module:
@@ -248,7 +250,7 @@ _FILES: dict[str, dict[str, bytes]] = {}
 
 
 def _adapter_files() -> dict[str, dict[str, bytes]]:
-    """By method, the files of a small adapter."""
+    """Returns the files of a small adapter, by method."""
     import tempfile
 
     import peft
@@ -281,18 +283,18 @@ def _load(files: dict[str, bytes], folder: Path) -> None:
     with torch.no_grad():
         y = model(torch.ones(2, 16))
         if all(parameter.abs().max() < 1e6 for parameter in model.parameters() if parameter.numel()):
-            _finite(y)  # else it may well be too large for its dtype
+            _finite(y)  # a larger value may overflow its dtype
 
 
 def _adapter_target(method: str, part: str, format: str, file: str) -> Target:
-    """One of an adapter's two files mutated, the other as it is."""
-    # PEFT's own refusals: a size that does not fit is PyTorch's RuntimeError, layers that are not there KeyErrors.
+    """Returns the two files of an adapter, one mutated and the other unchanged."""
+    # PEFT's own refusals: PyTorch's RuntimeError for a size that does not fit, KeyErrors for layers that do not exist.
     refusals = (ValueError, TypeError, OSError, RuntimeError, LookupError, AttributeError)
     return Target(f"{method}-{part}", format, lambda: [_adapter_files()[method][file]],
                   lambda data, folder: _load({**_adapter_files()[method], file: data}, folder), refusals)  # fmt: skip
 
 
-# A model's config.json, the index of its files, a run.json, data, the options of a run.
+# Other files: a model's config.json, the index of its files, a run.json, data, the options of a run.
 
 
 def _model_seeds() -> list[bytes]:

@@ -1,4 +1,6 @@
-"""``python -m tests.fuzz``: mutate and try until the time is up; what is found is saved, and a line repeats it."""
+"""``python -m tests.fuzz``: mutates and tries inputs until the time is up. Saves each finding, and prints a line that
+repeats it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def main() -> int:
 def _try(target: Target, seed: str, out: Path, findings: set[tuple[str, str]]) -> str:
     data = mutated(target, random.Random(seed))
     out.mkdir(parents=True, exist_ok=True)
-    last = out / f"{target.name}-last"  # what is left where the process itself ends
+    last = out / f"{target.name}-last"  # the input that is left if the process itself ends
     last.write_bytes(data)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,21 +1,23 @@
-"""The model fuzzer: random models, adapters and lives of both; accelerated they do what PEFT alone does.
+"""The model fuzzer: random models, adapters and actions. The accelerated model must do the same as PEFT alone.
 
-A case is its seed. Drawn from it: an architecture of ``tiny_models`` and its sizes, the base layers (dense, NF4,
-bitsandbytes'; float32, bfloat16, float16), a PEFT configuration, and a life: training steps, evaluations, generation;
+A seed determines a case: an architecture of ``tiny_models`` and its sizes, the base layers (dense, NF4, bitsandbytes';
+float32, bfloat16, float16), a PEFT configuration, and a list of actions: training steps, evaluations, generation;
 adapters added, weighted, toggled, disabled, merged, deleted, saved and loaded; hooks, layers whose output is changed in
-place, checkpointing, autocast, a base that trains, copies, pickles, restore. One model lives it under PEFT alone, an
-accelerated one beside it, from the same weights and seeds. A failure prints the one line that repeats it.
+place, checkpointing, autocast, a base that trains, copies, pickles, restore. The same actions are applied to one model
+under PEFT alone and to one accelerated model, from the same weights and seeds. A failure prints the line that repeats
+it.
 
-    python tests/fuzz/model_fuzz.py --cases 300                 from seed 0
-    python tests/fuzz/model_fuzz.py --minutes 60 [--seed N]     from a seed of the clock; what `make model-fuzz` does
+    python tests/fuzz/model_fuzz.py --cases 300                 cases from seed 0
+    python tests/fuzz/model_fuzz.py --minutes 60 [--seed N]     from a seed of the clock; used by `make model-fuzz`
     python tests/fuzz/model_fuzz.py --case 17                   one case, told step by step
 
-What is compared: outputs, the loss and every gradient; parameters and buffers, bit for bit, after each step that
-changes them; files, byte for byte; errors. What PEFT refuses has to be refused in the same words, and nothing else.
+The fuzzer compares outputs, the loss and every gradient; parameters and buffers, bitwise, after each step that changes
+them; files, byte by byte; errors. An error of PEFT must also occur in the accelerated model, in the same words, and no
+other error may occur.
 
-Cases run in a process of their own, which is ended where one takes longer than ``LIMIT``: a hang is a failure too.
-What a case does is in ``model_life``, its two models and how far apart they may be in ``model_pair``, a call of one in
-``model_probe``.
+Cases run in a separate process, which is ended if a case takes longer than ``LIMIT``: a hang is a failure too.
+``model_life`` has the actions, ``model_pair`` the two models and the allowed differences, ``model_probe`` one call of a
+model.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ from tiny_models import FAMILIES
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
 
-LIMIT = 60.0  # seconds of a case, which takes some 0.3: more than the slowest machine's import of an architecture
-WARM_UP = -1  # a case before the first, for what is imported as it is needed
+LIMIT = 60.0  # seconds of a case; a case takes about 0.3, and this is longer than the slowest import of an architecture
+WARM_UP = -1  # a case before the first, so that later cases need no imports
 
 
 def reproducer(seed: int) -> str:
@@ -60,7 +62,7 @@ def reproducer(seed: int) -> str:
 
 def run_case(seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None
              ) -> tuple[Optional[str], Statistics]:  # fmt: skip
-    """Why the case fails, or None; and what was seen on the way."""
+    """Returns why the case fails, or None, and what was seen."""
     case = Case(seed, say, family)
     try:
         with warnings.catch_warnings():
@@ -73,10 +75,10 @@ def run_case(seed: int, say: Callable[[str], None] = lambda text: None, family: 
 
 
 def serve() -> None:
-    """Runs the cases whose seeds come in, and writes one line of JSON for each."""
+    """Runs the cases whose seeds arrive on stdin, and writes one line of JSON for each."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not be taken for an answer
     for line in sys.stdin:
         seed = int(line)
         faulthandler.dump_traceback_later(0.95 * LIMIT, file=sys.stderr)
@@ -90,7 +92,7 @@ def serve() -> None:
 
 
 class Worker:
-    """A process that runs cases; it is ended, and begun anew, where one does not come back or ends it."""
+    """A process that runs cases. It is ended and started again if a case does not return or ends the process."""
 
     COMMAND = (sys.executable, os.fspath(Path(__file__).resolve()), "--serve")
 
@@ -102,7 +104,7 @@ class Worker:
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        self.ask(WARM_UP, 10 * LIMIT)  # imports are no case's time
+        self.ask(WARM_UP, 10 * LIMIT)  # imports do not count as time of a case
 
     def ask(self, seed: int, limit: float) -> Optional[dict[str, Any]]:
         with contextlib.suppress(BrokenPipeError):
@@ -137,7 +139,9 @@ class Worker:
 def fuzz(
     seeds: Iterable[int], until: float = math.inf, worker: Optional[Worker] = None
 ) -> tuple[Statistics, list[str]]:
-    """What was drawn and seen, and a report of every failure, which is printed as it comes; stops at ``until``."""
+    """Runs cases until ``until``. Returns what was drawn and seen, and a report of every failure, which is printed at
+    once.
+    """
     worker = Worker() if worker is None else worker
     found, failures = Statistics(), []
     try:

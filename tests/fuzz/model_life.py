@@ -1,4 +1,4 @@
-"""A life of the fuzzer's two models: what is drawn to be done to both, step by step."""
+"""The actions that the fuzzer draws and applies to both models, step by step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peft_ext.nn import NF4Linear
 
 
 class Case(Pair):
-    """Two models and what is done to both; ``live`` draws it all."""
+    """Two models and the actions on both; ``live`` draws all of them."""
 
     def live(self) -> None:
         self.draw()
@@ -53,7 +53,7 @@ class Case(Pair):
         backward = self.maybe(0.75)
         drawn = {
             "training": self.maybe(0.6), "backward": backward, "autocast": self.rounds and self.maybe(0.4),
-            # Of one token there is none to foretell.
+            # A sequence of one token has no token to predict.
             "own_loss": self.maybe(0.7) and self.sizes.length > 1,
             "steps": self.rng.choice((1, 1, 1, 2)) if backward else 1,
             "disabled": self.maybe(0.1), "inference": self.maybe(0.3), "seed": self.new_seed(),
@@ -83,15 +83,16 @@ class Case(Pair):
     def act_add(self) -> None:
         name = f"other{len(self.names)}"
         if self.nf4 and self.method in ("AdaLoRA", "IA3"):
-            return self.act_train()  # what of a second one trains PEFT settles otherwise over a weight of bytes
-        # Over an NF4Linear that has no adapter yet PEFT can't start a DoRA.
+            # Over a weight of bytes, PEFT decides otherwise which parameters of a second adapter train.
+            return self.act_train()
+        # PEFT cannot start a DoRA over an NF4Linear that has no adapter yet.
         method = self.rng.choice(("LoRA",) if self.nf4 else ("LoRA", "LoRA", "DoRA"))
         method = self.method if self.method in ("IA3", "AdaLoRA") else method
         config = self.draw_config(method)
         config.bias = "none"
         if hasattr(config, "lora_dropout") and not self.drops:
             config.lora_dropout = 0.0
-        config.inference_mode = method == "AdaLoRA"  # only one may train
+        config.inference_mode = method == "AdaLoRA"  # only one AdaLoRA adapter may train
         self.tell(f"  {method} {changed(config)}")
         seed = self.new_seed()
 
@@ -100,7 +101,7 @@ class Case(Pair):
                 register_layers(mine := copy.deepcopy(config), model)
                 model.add_adapter(name, mine, autocast_adapter_dtype=self.autocast_adapters)
             finally:
-                if model is self.fused:  # layers that are new are stock until then, also where PEFT got no further
+                if model is self.fused:  # new layers are stock until this call, also if PEFT raised before the end
                     peft_ext.accelerate(model)
             stir(model, name, torch.Generator().manual_seed(seed))
 
@@ -159,7 +160,7 @@ class Case(Pair):
         self.tell(f"  safe_merge={safe}, {some or 'the active ones'}")
         was, self.merged = self.merged, True
         if not self.both("merge_adapter", lambda model: model.merge_adapter(some, safe_merge=safe)):
-            if self.nf4:  # PEFT has changed a weight that it does not count as merged; we have not
+            if self.nf4:  # PEFT has changed a weight that it does not count as merged; the accelerated model has not
                 self.ended = True
                 return
             self.merged = was or any(layer.merged for layer in tuners(self.stock).values())
@@ -171,7 +172,7 @@ class Case(Pair):
         merged = self.merged
         self.both("unmerge_adapter", lambda model: model.unmerge_adapter(), compare_state=not merged)
         if merged and self.nf4:
-            # The dense weight is what it was but for rounding, and the NF4 one exactly.
+            # The dense weight is restored up to rounding, and the NF4 weight exactly.
             stock = dict(self.stock.named_parameters())
             for name, module in self.fused.named_modules():
                 if isinstance(module, NF4Linear):
@@ -188,13 +189,13 @@ class Case(Pair):
         self.probe(self.drawn_probe())
 
     def act_mix(self) -> None:
-        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has it of LoRA alone
+        if self.method in ("IA3", "AdaLoRA") and self.maybe(0.8):  # PEFT has mixed batches for LoRA alone
             return self.act_toggle()
         size = next(len(value) for value in self.batch.values() if isinstance(value, Tensor))
         names = tuple(self.rng.choice([*self.names, "__base__"]) for _ in range(size))
         probe = self.drawn_probe(training=self.maybe(0.1), disabled=False, adapter_names=names, own_loss=False)
         if not self.probe(replace(probe, steps=1)):
-            self.ended = True  # what raises in a mixed batch leaves PEFT's hooks for it behind
+            self.ended = True  # an error in a mixed batch leaves PEFT's hooks behind
 
     def act_hook(self) -> None:
         layers = list(tuners(self.stock))
@@ -229,7 +230,7 @@ class Case(Pair):
     def act_unhook(self) -> None:
         def unhook(model: nn.Module) -> None:
             for name in self.hooked:
-                with contextlib.suppress(AttributeError):  # an adapter's, which is deleted
+                with contextlib.suppress(AttributeError):  # a hook of an adapter that was deleted
                     module = model.get_submodule(name)
                     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                         hooks.clear()
@@ -266,7 +267,7 @@ class Case(Pair):
         self.base_trains = wanted and chance == 1.0
         self.tell(f"  {chance:.0%} of the parameters {'train' if wanted else 'are frozen'}")
         self.both("requires_grad_", change, compare_state=not self.nf4)
-        if self.nf4:  # a dense weight may train and an NF4 one can't
+        if self.nf4:  # a dense weight may train, an NF4 weight cannot
             for name, parameter in self.fused.named_parameters():
                 if parameter.dtype is torch.uint8:
                     self.stock.get_parameter(name).requires_grad_(False)
@@ -288,7 +289,7 @@ class Case(Pair):
         wrong = [name for name, module in self.fused.named_modules() if type(module) in STOCK]
         if wrong:
             raise Failed(f"restore: {wrong} are still fused")
-        if not (self.nf4 and self.method != "IA3"):  # PEFT's own path over an NF4Linear has no DoRA
+        if not (self.nf4 and self.method != "IA3"):  # PEFT's own code has no DoRA over an NF4Linear
             self.probe(self.drawn_probe())
         self.fused = peft_ext.accelerate(self.fused)
         after = {name: type(module) for name, module in self.fused.named_modules()}
@@ -300,7 +301,7 @@ class Case(Pair):
         if self.nf4:
             return
         states = [model.state_dict() for model in (self.stock, self.fused)]
-        # What PEFT parametrizes on each call, an expert's stack, is the last of its module's parameters after it.
+        # PEFT parametrizes an expert's stack in each call, which makes the stack the last parameter of its module.
         stacked = any(getattr(config, "target_parameters", None) for config in self.stock.peft_config.values())
         names = [sorted(state) if stacked else list(state) for state in states]
         if names[0] != names[1]:
@@ -383,8 +384,9 @@ class Case(Pair):
         self.dtype = torch.float64
         probe = self.drawn_probe(autocast=False)
         for name, wanted in (found := self.call(probe) or [{}, {}])[0].items():
-            # What a model computes in float32 whatever its dtype, as a rotation is, has that much.
-            if wanted is not None and not wanted.isfinite().all():  # a mask that float64 has not
+            # Values that a model computes in float32 in every dtype, such as rotary positions, have only float32
+            # precision.
+            if wanted is not None and not wanted.isfinite().all():  # a mask of the model does not work in float64
                 self.seen.counts["not finite in PEFT"] += 1
             elif wanted is not None and not distance(found[1][name], wanted) <= TIGHT * wanted.norm().item() + 1e-9:
                 raise Failed(f"{probe} in float64: {name} is {distance(found[1][name], wanted):.1e} off PEFT's")
@@ -392,14 +394,14 @@ class Case(Pair):
         self.dtype = torch.float32
 
     def leave(self) -> None:
-        """The model without PEFT's layers, merged or not."""
+        """Compares the models after the removal of PEFT's layers, merged or not."""
         if self.nf4 or self.hooked:
             return
         merge = self.maybe(0.7)
         self.tell("  merge_and_unload" if merge else "  unload")
         if self.both("leave", lambda model: model.merge_and_unload() if merge else model.unload()):
-            # What is no adapter's stays fused until restore: norms, a head and its model without the logits, and where
-            # this CPU has no product in the dtype the frozen linear layers, an adapter's base among them.
+            # Parts that belong to no adapter stay fused until restore: norms, a head and its model without the logits,
+            # and, if this CPU has no product in the dtype, the frozen linear layers, including the bases of adapters.
             kept = (Block, FusedLinear, LanguageModel)
             left = [name for name, module in self.fused.named_modules()
                     if type(module) in STOCK and not isinstance(module, kept)]  # fmt: skip
@@ -419,7 +421,7 @@ ACTIONS = {
 
 @torch.no_grad()
 def _step(model: nn.Module, seed: int) -> None:
-    """What an optimizer does: every parameter that trains is changed in place."""
+    """Changes every trained parameter in place, as an optimizer does."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -429,7 +431,7 @@ def _step(model: nn.Module, seed: int) -> None:
 
 
 def contents(name: str, data: bytes) -> Any:
-    """A file's bytes, or of a configuration its values: what was a set has no order."""
+    """Returns the bytes of a file, or the values of a configuration, in which former sets have no order."""
     if not name.endswith(".json"):
         return data
     return {key: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value

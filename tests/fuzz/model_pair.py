@@ -1,4 +1,4 @@
-"""Two models of the fuzzer, drawn from a seed: under PEFT alone and accelerated; and how far apart they may be."""
+"""The two models of the fuzzer, drawn from a seed: under PEFT alone and accelerated; and how much they may differ."""
 
 from __future__ import annotations
 
@@ -36,31 +36,32 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # --- how far apart ----------------------------------------------------------------------------------------------------
 
-# float32. Sums of at most some 200 terms in another order, through two layers and back; most are 1e-7 to 1e-6 of a
-# tensor's norm.
+# Bound in float32, for sums of at most about 200 terms in another order, through two layers and back. Most differences
+# are 1e-7 to 1e-6 of a tensor's norm.
 TIGHT = 2e-5
-NO_FLOAT64 = ("XGLM",)  # whose mask raises there
-# What is further apart is judged by float64: a gradient that is zero but for rounding (a key's bias, which the softmax
-# does not see) has no digits, and neither has PEFT's. Our error may be so many times PEFT's, beside this share of
-# the tensor and that of the largest gradient there is.
+NO_FLOAT64 = ("XGLM",)  # architectures whose mask raises an error in float64
+# Larger differences are judged by float64: a gradient that is zero except for rounding (a key's bias, which the softmax
+# does not see) has no correct digits, here and in PEFT. Our error may be AGAINST_FLOAT64 times PEFT's, plus OF_TENSOR
+# of the tensor and OF_LARGEST of the largest gradient.
 AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
-# 16 bits, against the same model in float32, by PEFT's error there. Two roundings of one model are two draws, whose
-# quotient spreads with how few numbers they go through: the gradients of a query and a key, all through the softmax of
-# a few keys, are each 0.1 to 6 times as far off as PEFT's over other weights, the logits 0.7 to 1.2 times. So these
-# cases have some tokens, and PEFT's error counts for no less than the median of it over the call's tensors. Of some
-# 5,000 tensors of more than FEW elements ours was at most 1.9 times that. A tensor of few elements is no statistic: a
-# router's bias over two experts is one number, and the quotient of two draws exceeds 10 in 6 of 100. Together, each by
-# its norm, the tensors of a call were 0.6 to 1.7 times as far off in 98 of 100, and 2.5 at most. Over all calls of a
-# run the factors lie evenly about 1, with a deviation of 0.3 in the logarithm: from MANY on, a mean that is off by a
-# tenth is no chance. A term that is left out, or of the wrong sign, is 1 where PEFT's errors are 0.01.
+# Bounds in 16 bits: errors are measured against the same model in float32, and compared with PEFT's errors. Two
+# roundings of one model are two random draws. Their quotient varies more if the values go through few numbers: the
+# gradients of a query and a key, which go through the softmax of a few keys, have 0.1 to 6 times PEFT's error over
+# other weights, the logits 0.7 to 1.2 times. So these cases have several tokens, and PEFT's error counts at least as
+# the median over the call's tensors. Among about 5,000 tensors of more than FEW elements, our error was at most 1.9
+# times that value. A tensor of few elements says little: a router's bias over two experts is one number, and the
+# quotient of two draws exceeds 10 in 6 of 100 cases. For all tensors of a call together, each divided by its norm, our
+# error was 0.6 to 1.7 times PEFT's in 98 of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms
+# of the factors are symmetric about 0 with a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is
+# significant. A missing term, or a term with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
 ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 8.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
-ROUNDED_FLOOR = 2.0  # epsilons of the dtype, of a tensor's norm and of a hundredth of the largest gradient's
+ROUNDED_FLOOR = 2.0  # in epsilons of the dtype, of a tensor's norm and of a hundredth of the largest gradient's norm
 
 
 class Failed(AssertionError):
-    """What the accelerated model does otherwise than PEFT."""
+    """A difference between the accelerated model and PEFT's."""
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -68,7 +69,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def require_alike(what: str, name: str, found: Tensor, wanted: Tensor) -> None:
-    """Raises where the two are of different dtypes or shapes."""
+    """Raises if the two tensors have different dtypes or shapes."""
     if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
         raise Failed(f"{what}: {name} is {found.dtype} {tuple(found.shape)}, PEFT's {wanted.dtype} "
                      f"{tuple(wanted.shape)}")  # fmt: skip
@@ -79,19 +80,21 @@ def require_alike(what: str, name: str, found: Tensor, wanted: Tensor) -> None:
 
 @dataclass
 class Statistics:
-    """Of cases: what they drew, and the logarithms of our error over PEFT's in the calls that round to 16 bits."""
+    """Counts of what cases drew, and the logarithms of our error over PEFT's in calls that round to 16 bits."""
 
     counts: Counter = field(default_factory=Counter)
     rounded: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        """The geometric mean of our error over PEFT's."""
+        """Returns the geometric mean of our error over PEFT's."""
         return math.exp(statistics.fmean(self.rounded)) if self.rounded else 1.0
 
 
 class OwnDropout(PhiloxDropout):
-    """A model's own, as the fused one is: PyTorch's where x is not in one piece, or float64."""
+    """Replaces a dropout of the stock model: draws as the fused one does, and as PyTorch for a non-contiguous x or
+    float64.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         fused = x.is_contiguous() and x.dtype is not torch.float64
@@ -99,7 +102,7 @@ class OwnDropout(PhiloxDropout):
 
 
 class Pair:
-    """Two models of one draw, PEFT's and the accelerated one: what is done to both is compared."""
+    """Two models of one draw, PEFT's and the accelerated one. Every action on both is compared."""
 
     def __init__(self, seed: int, say: Callable[[str], None] = lambda text: None, family: Optional[str] = None) -> None:
         self.seed, self.say = seed, say
@@ -110,7 +113,7 @@ class Pair:
         self.names, self.merged, self.hooked = ["default"], False, []
         self.loads, self.base_trains = 0, False
         self.ended = False
-        self.theirs_together: list[float] = []  # PEFT's error in 16 bits, of all tensors of each call so far
+        self.theirs_together: list[float] = []  # PEFT's error in 16 bits over all tensors of each call so far
 
     # --- draws
 
@@ -132,17 +135,17 @@ class Pair:
         self.say(text)
 
     def draw(self) -> None:
-        """Architecture, sizes, base, method; and the two models."""
+        """Draws architecture, sizes, base and method, and makes the two models."""
         rng = self.rng
         self.method, self.base = self.pick(METHODS), self.pick(BASES)
         self.dtype = next((dtype for name, dtype in DTYPES.items() if name in self.base), torch.float32)
-        # Where something rounds to 16 bits a router's choice may flip, and a ReLU's side: there each token goes to all
-        # experts, and activations are smooth.
-        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # float32 but for the 4-bit layers
+        # If values are rounded to 16 bits, a router may choose another expert, and a ReLU may take the other side. In
+        # these cases each token goes to all experts, and activations are smooth.
+        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # float32 except for the 4-bit layers
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
-        if self.rounds and self.family == "DistilBERT":  # whose head has a ReLU whatever the configuration says
+        if self.rounds and self.family == "DistilBERT":  # the head of DistilBERT has a ReLU for every configuration
             self.family = "BERT"
-        if self.rounds and self.family == "NLLB-MoE":  # of which no token goes to all experts
+        if self.rounds and self.family == "NLLB-MoE":  # NLLB-MoE cannot send each token to all experts
             self.family = "BART"
         hidden, heads, kv_heads = rng.choice([(32, 4, 2), (48, 2, 1), (64, 4, 2), (40, 1, 1)])
         if self.base.startswith("bnb"):
@@ -164,7 +167,7 @@ class Pair:
             try:
                 self.stock, self.fused = self.adapted()
                 break
-            except Exception as error:  # a configuration that PEFT has not got: nothing is accelerated yet
+            except Exception as error:  # PEFT does not support the configuration; nothing is accelerated yet
                 if attempt == 7:
                     raise RuntimeError(f"{self.family}: PEFT takes no configuration, the last one: {error}") from error
         prepared = ", prepared for k-bit training" if self.kbit else ""
@@ -174,10 +177,12 @@ class Pair:
         self.seen.counts.update([f"family {self.family}", f"method {self.method}", f"base {self.base}"])
 
     def fresh(self, dense: bool = False) -> nn.Module:
-        """The model without an adapter; over NF4 dense, for PEFT's DoRA can't start from an NF4Linear."""
+        """Returns the model without an adapter. NF4 bases are still dense, because PEFT's DoRA cannot start from an
+        NF4Linear.
+        """
         model = in_dtype(self.architecture.build(self.model_seed), self.dtype)
         if self.base.startswith("bnb") and not dense:
-            # bitsandbytes' own kernels are wrong where a row is no multiple of a block.
+            # bitsandbytes' own kernels are wrong if a row is not a multiple of a block.
             spared = {id(layer) for name, layer in model.named_modules() if set(name.split(".")) & apart(model)}
             model = quantize(
                 model, self.base, (), only=lambda linear: linear.in_features % 64 == 0 and id(linear) not in spared
@@ -186,15 +191,17 @@ class Pair:
                 model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
-                    module.support_avx512bf16_for_cpu = False  # it repacks in evaluation, and no longer trains then
-                    if module.bias is not None:  # which it casts for good in its first call
+                    # Bitsandbytes repacks in evaluation, and then does not train.
+                    module.support_avx512bf16_for_cpu = False
+                    if module.bias is not None:  # bitsandbytes casts the bias for good in its first call
                         module.bias.data = module.bias.data.to(module.compute_dtype)
         return model
 
     def adapted(self) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(self.model_seed)
         model, config = self.fresh(), copy.deepcopy(self.config)
-        register_layers(config, model)  # DoRA on experts, which PEFT has not: its peer is our wrapper's plain way
+        # Stock PEFT has no DoRA on experts: the stock model uses our wrapper's unfused code.
+        register_layers(config, model)
         model = get_peft_model(model, config, autocast_adapter_dtype=self.autocast_adapters)
         stir(model, "default", torch.Generator().manual_seed(self.model_seed))
         fused = copy.deepcopy(model)
@@ -208,7 +215,7 @@ class Pair:
         return model, peft_ext.accelerate(fused)
 
     def draw_config(self, method: str, plain: bool = False) -> PeftConfig:
-        """A configuration; a ``plain`` one spares what is in an expert's stack, where PEFT has but LoRA."""
+        """Draws a configuration. ``plain`` leaves out experts, for which PEFT has LoRA alone."""
         rng, model = self.rng, self.outline
         known = linears(model)
         heads = [name for name in known if name in (*HEADS, "pre_classifier", "embed_out", "proj_out")]
@@ -265,7 +272,7 @@ class Pair:
     # --- both models
 
     def attempt(self, what: str, do: Callable[[nn.Module], Any]) -> Optional[list[Any]]:
-        """What comes of it for PEFT's model and the accelerated one; None where both refuse, in the same words."""
+        """Returns the results of PEFT's model and of the accelerated model; None if both raise the same error."""
         results, errors = [], []
         for model in (self.stock, self.fused):
             try:
@@ -276,7 +283,7 @@ class Pair:
         return results if self.allowed(what, errors) else None
 
     def both(self, what: str, do: Callable[[nn.Module], Any], compare_state: bool = True) -> bool:
-        """Does it to both, which may return another model; False where both refuse."""
+        """Applies an action to both models, which may return another model. Returns False if both raise."""
         seed = self.new_seed()
 
         def seeded(model: nn.Module) -> Any:
@@ -292,29 +299,33 @@ class Pair:
         return True
 
     def allowed(self, what: str, errors: list[Optional[Exception]]) -> bool:
-        """Whether both did it; where both refused alike it is told; the rest raises."""
+        """Returns whether both models did the action. Reports an error that both raise; raises for every other
+        error.
+        """
         theirs, ours = errors
         if theirs is None and ours is None:
             return True
-        if "NF4 experts, and this one is not fused: hooks on" in str(ours):  # over bytes there is no other way to run
+        if "NF4 experts, and this one is not fused: hooks on" in str(ours):  # NF4 experts have no unfused code
             self.seen.counts["hooks on NF4 experts"] += 1
             self.ended = True
             return False
         if theirs is None and "compress_statistics" in str(ours):
-            # A pickled and copied Params4bit is a plain parameter, until bitsandbytes' own forward has run over it.
+            # A pickled and copied Params4bit is a plain parameter until bitsandbytes' own forward has run over it.
             self.ended = True
             return False
         if theirs is None:
             trace = "".join(traceback.format_exception(ours)[-3:])
             raise Failed(f"{what}: PEFT does it, accelerated {type(ours).__name__}: {ours}\n{trace}")
         self.seen.counts["refused by PEFT"] += 1
-        # bitsandbytes forbids to change its 4-bit product in place; here the next thing that is wrong is what is said.
+        # bitsandbytes forbids an in-place change of its 4-bit product. The accelerated model raises the next error
+        # instead.
         if ours is None or "MatMul4Bit is a view" in str(theirs):
             self.tell(f"  only PEFT refuses: {type(theirs).__name__}: {first_line(theirs)}")
             self.seen.counts["refused by PEFT alone"] += 1
             self.ended = True
             return False
-        if "shapes cannot be multiplied" in str(theirs) and isinstance(ours, ValueError):  # ours names the argument
+        # Our error names the argument.
+        if "shapes cannot be multiplied" in str(theirs) and isinstance(ours, ValueError):
             return False
         if type(theirs) is not type(ours) or plain(theirs) != plain(ours):
             raise Failed(f"{what}: PEFT refuses with {type(theirs).__name__}: {first_line(theirs)}; accelerated with "
@@ -323,7 +334,9 @@ class Pair:
         return False
 
     def compare_state(self, what: str) -> None:
-        """Parameters and buffers are the same bits, but for NF4 weights; and what trains is the same."""
+        """Tests that parameters and buffers are bitwise equal, except for NF4 weights, and that the same parameters
+        train.
+        """
         theirs, ours = (
             dict(model.named_parameters()) | dict(model.named_buffers()) for model in (self.stock, self.fused)
         )
@@ -338,12 +351,12 @@ class Pair:
             if self.nf4 and self.merged:
                 continue
             if self.nf4 and "lora_" in name and found.shape == wanted.shape:
-                # PEFT casts a new adapter to its base's dtype, which it does not see in bytes; and a DoRA's magnitude
-                # starts from a norm, whose sum has another order over them.
+                # PEFT casts a new adapter to its base's dtype, which it cannot see for NF4 bytes. The magnitude of a
+                # DoRA starts from a norm, which is summed in another order over NF4.
                 if distance(found, wanted) <= 4e-3 * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             if self.base.startswith("bnb") and name.endswith("base_layer.bias") and found.dtype != wanted.dtype:
-                # bitsandbytes' own forward casts it for good, before a merge's way back subtracts from it.
+                # bitsandbytes' own forward casts the bias for good, before the unmerge subtracts from it.
                 if distance(found, wanted) <= torch.finfo(torch.bfloat16).eps * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             require_alike(what, name, found, wanted)
@@ -353,9 +366,10 @@ class Pair:
             raise Failed(f"{what}: accelerated has {sorted(ours.keys() - theirs.keys())} too")
 
     def share_masks(self, probe: Probe) -> None:
-        """PEFT's dropout draws as the op does in each layer that is fused, so that both drop the same.
+        """Makes PEFT's dropout draw as the operator does in each fused layer, so that both drop the same elements.
 
-        Of a DoRA in float32 over 4-bit layers that compute in 16 bits the parts are fused, and the dropout is torch's.
+        For a DoRA in float32 over 4-bit layers that compute in 16 bits, only the parts are fused and the dropout is
+        torch's.
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=probe.autocast):
             explained = peft_ext.explain(self.fused)
@@ -372,7 +386,7 @@ class Pair:
                         setattr(other, hooks, getattr(dropout, hooks))
 
     def share_own_masks(self) -> None:
-        """The model's own dropouts draw as the op does where they are fused."""
+        """Makes the dropouts of the stock model draw as the operator does where they are fused."""
         fused = {row.name for row in peft_ext.explain(self.fused).blocks if row.kind == "dropout" and row.fused}
         for name, module in list(self.stock.named_modules()):
             if type(module) in (nn.Dropout, OwnDropout) and "lora_dropout" not in name:
@@ -381,7 +395,7 @@ class Pair:
                 setattr(self.stock.get_submodule(parent), child, kind(module.p).train(module.training))
 
     def call(self, probe: Probe) -> Optional[list[Parts]]:
-        """What PEFT's and the accelerated model give; None where both refuse."""
+        """Returns the values of PEFT's and of the accelerated model; None if both raise."""
         self.tell(f"  {probe}")
         self.share_own_masks()
         if self.drops:
@@ -391,14 +405,14 @@ class Pair:
         return self.attempt(str(probe), lambda model: measure(model, self.batch, probe, self.dtype))
 
     def probe(self, probe: Probe) -> bool:
-        """Calls both models and compares; False where both refuse."""
+        """Calls both models and compares; returns False if both raise."""
         if (found := self.call(probe)) is None:
             return False
         rows = peft_ext.explain(self.fused).rows
         self.seen.counts.update(
             {"layers": len(rows), "fused layers": sum(row.fused for row in rows), "calls compared": 1}
         )
-        # Merged into NF4, a weight is rounded to 4 bits again, and PEFT's dense twin's is not.
+        # A merge into NF4 rounds the weight to 4 bits again; a merge into PEFT's dense twin does not.
         if not (self.merged and self.nf4):
             self.compare(probe, *found)
         return True
@@ -418,7 +432,7 @@ class Pair:
                 require_alike(str(probe), name, ours[name], wanted)
         pairs = {name: (ours[name], wanted) for name, wanted in theirs.items() if wanted is not None and wanted.numel()}
         if not probe.own_loss:
-            del pairs["loss"]  # a sum of terms of either sign, each of which is compared
+            del pairs["loss"]  # the loss is a sum of terms of either sign, and each term is compared
         if not all(wanted.isfinite().all() for _, wanted in pairs.values()):
             self.seen.counts["not finite in PEFT"] += 1
             return
@@ -437,9 +451,9 @@ class Pair:
         norms = ((exact[name] if exact else theirs).norm().nan_to_num().item() for name, (_, theirs) in pairs.items()
                  if name.startswith("grad"))  # fmt: skip
         largest = max(norms, default=0.0)
-        largest = max(largest, 1.0)  # where but a key trains, and there is one key, all gradients are rounding
+        largest = max(largest, 1.0)  # if only a key trains and there is one key, all gradients are only rounding
         for name in far:
-            if not exact or not exact[name].isfinite().all():  # a model may have no float64, as masks for it have not
+            if not exact or not exact[name].isfinite().all():  # some models have no float64, because their masks do not
                 ours, theirs = pairs[name]
                 slack = OF_LARGEST * largest if name.startswith("grad") else 0
                 if not distance(ours, theirs) <= 50 * TIGHT * theirs.double().norm().item() + slack:
@@ -473,8 +487,8 @@ class Pair:
             all_ours, all_theirs = (
                 math.sqrt(sum(min(errors[name][side], 1.0) ** 2 for name in several) / len(several)) for side in (0, 1)
             )
-            # The tensors of a call follow one loss, and are near float32 or off it together: how far is a matter of the
-            # model, which its other calls tell too.
+            # All tensors of a call depend on one loss, so their errors are small or large together. The size of the
+            # errors depends on the model, which its other calls show too.
             self.theirs_together.append(all_theirs)
             usual_all = max(all_theirs, statistics.median(self.theirs_together))
             if not all_ours <= ROUNDED_ALL * usual_all + ROUNDED_FLOOR * eps:
@@ -488,7 +502,7 @@ class Pair:
 
 
 def changed(config: PeftConfig) -> str:
-    """What of a configuration is not the default."""
+    """Returns the parts of a configuration that differ from the defaults."""
     default = type(config)() if not isinstance(config, AdaLoraConfig) else AdaLoraConfig(total_step=1)
     return ", ".join(f"{name}={value!r}" for name, value in sorted(vars(config).items())
                      if not name.startswith("_") and value != getattr(default, name, None)
@@ -500,7 +514,7 @@ def first_line(error: Exception) -> str:
 
 
 def plain(error: Exception) -> str:
-    """A message without addresses, a folder's name, a module's innards, and what a class or tensor is called where."""
+    """Returns a message without addresses, folder names, the text of a module, and class or tensor names."""
     line = (str(error).strip().splitlines() or [""])[0]
     return re.sub(
         r"0x[0-9a-f]+|/\S*/(stock|fused)\b|\bFused(?=[A-Z])|\bNF4(?=Linear\b)|\[(CPU|torch\.)\w+(?= \[)", "", line

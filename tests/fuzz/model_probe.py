@@ -1,4 +1,4 @@
-"""What the model fuzzer does to one model: how it is built, hooked and called, and what is looked at of a call."""
+"""One model of the model fuzzer: how it is built, hooked and called, and which values of a call are compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Parts = dict[str, Optional[Tensor]]
 
 
 def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on PEFT's own path over the same weights, dequantized, in ``dtype``: the truth for narrower ones."""
+    """Returns a copy of the model on PEFT's own code over the same weights, dequantized, in ``dtype``: the exact values
+    for narrower dtypes.
+    """
     model = copy.deepcopy(model)
     model.zero_grad()
     for parent in list(model.modules()):
@@ -32,7 +34,8 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(base, NF4Linear):
                 weight = base.dequantize()
             elif isinstance(base, bnb.nn.Linear4bit):
-                state = getattr(base.weight, "quant_state", None) or base.quant_state  # a pickle keeps the second
+                # After a pickle, only the second is left.
+                state = getattr(base.weight, "quant_state", None) or base.quant_state
                 weight = peft_ext.NF4Weight.from_bitsandbytes(base.weight, state).dequantize(base.compute_dtype)
             else:
                 continue
@@ -41,15 +44,17 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             dense.bias = base.bias
             dense._forward_hooks, dense._forward_pre_hooks = base._forward_hooks, base._forward_pre_hooks
             setattr(parent, name, dense)
-        if isinstance(parent, ia3.Linear4bit):  # which casts to float32
+        if isinstance(parent, ia3.Linear4bit):  # this class casts to float32
             parent.__class__, parent.fan_in_fan_out = ia3.Linear, False
         if hasattr(getattr(parent, "config", None), "_experts_implementation"):
-            parent.config._experts_implementation = "eager"  # the grouped products have no float64
+            parent.config._experts_implementation = "eager"  # the grouped products do not support float64
     return model.to(dtype)
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """As transformers loads it: what it keeps in float32 stays so, and so do a rotation's frequencies."""
+    """Casts a model as transformers loads it: modules that transformers keeps in float32, and rotary frequencies, stay
+    float32.
+    """
     keep = {*kept_in_float32(model), "inv_freq", "original_inv_freq"}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not keep & set(name.split(".")):
@@ -62,12 +67,14 @@ def kept_in_float32(model: nn.Module) -> set[str]:
 
 
 def apart(model: nn.Module) -> set[str]:
-    """Parts of the names of what is not to be quantized; Mamba reads the weight of its dt_proj past the layer."""
+    """Returns parts of the names of modules that must not be quantized; Mamba reads the weight of its dt_proj
+    directly.
+    """
     return {*HEADS, "dt_proj", *kept_in_float32(model)}
 
 
 def linears(model: nn.Module) -> dict[str, list[str]]:
-    """The full names of the linear layers by the last part of the name, which is how target_modules has them."""
+    """Returns the full names of the linear layers by the last part of the name, as target_modules uses them."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear", "Linear4bit", "NF4Linear"):
@@ -76,7 +83,7 @@ def linears(model: nn.Module) -> dict[str, list[str]]:
 
 
 def stir(model: nn.Module, name: str, generator: torch.Generator) -> None:
-    """Adapter ``name`` as after some training: PEFT starts from B = 0, or from what is as large as W."""
+    """Gives adapter ``name`` values as after some training: PEFT starts from B = 0, or from values as large as W."""
     spread(model, name)
     for layer in tuners(model).values():
         if name in getattr(layer, "lora_embedding_B", {}):
@@ -124,7 +131,7 @@ IN_PLACE = ("add_", "mul_", "relu_", "neg_", "tanh_")
 
 @dataclass(frozen=True)
 class Probe:
-    """How a model is called, and what of it is looked at."""
+    """How a model is called, and which of its values are compared."""
 
     training: bool = True
     backward: bool = True
@@ -148,7 +155,7 @@ class Probe:
 
 
 def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.dtype) -> Parts:
-    """Outputs, loss and gradients of one call, floating inputs in ``dtype``."""
+    """Returns outputs, loss and gradients of one call, with floating inputs in ``dtype``."""
     model.train(probe.training)
     model.zero_grad()
     torch.manual_seed(probe.seed)
@@ -168,7 +175,7 @@ def measure(model: nn.Module, batch: dict[str, Any], probe: Probe, dtype: torch.
             stack.enter_context(torch.inference_mode() if probe.inference else torch.no_grad())
         for _ in range(probe.steps):
             output = model(**given)
-            getattr(output, "logits", None)  # which are an item once they were asked for
+            getattr(output, "logits", None)  # the logits are an item of the output after this access
             floats = {key: value for key, value in output.items()
                       if isinstance(value, Tensor) and value.is_floating_point() and key != "loss"}  # fmt: skip
             loss = getattr(output, "loss", None)

@@ -1,11 +1,11 @@
-"""The shape sweep: random calls of every operator, values and gradients, against the float64 oracle.
+"""The shape sweep: random calls of every operator, with values and gradients compared with the float64 reference.
 
-A case is its seed: operator, options, dtypes, sizes, strides, blocksize, rank and number of threads are drawn from it,
-and the CPU path from those that this machine has. Sizes go from 0 to 5,000, and to 200,000 where the other is small. A
-failure prints the one line that repeats it.
+A seed determines a case: operator, options, dtypes, sizes, strides, blocksize, rank, number of threads, and one of the
+CPU paths of this machine. Sizes go from 0 to 5,000, and to 200,000 if the other size is small. A failure prints the
+line that repeats it.
 
-    python tests/fuzz/sweep.py --cases 2000            from seed 0
-    python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; what `make sweep` does
+    python tests/fuzz/sweep.py --cases 2000            cases from seed 0
+    python tests/fuzz/sweep.py --minutes 60            from a seed of the clock; used by `make sweep`
     python tests/fuzz/sweep.py --seed 17 --isa avx2    one case
 """
 
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of 128 threads that spin as they wait nothing would come
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with 128 threads that spin while they wait, nothing would finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -39,11 +39,11 @@ from torch import Tensor
 from peft_ext import _native
 from peft_ext.weight import BLOCKSIZES
 
-# Multiply-adds of one case's products, at most: a case takes some hundredths of a second.
+# Largest number of multiply-adds in one case's products: a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5
-MANY = 128  # threads, at most; 16 for small sizes
-SLOW, STDERR = 120.0, 2  # seconds after which a case that still runs is named, and where
-FEW = 64  # elements of a part, up to which one draw says little
+MANY = 128  # largest number of threads; 16 for small sizes
+SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
+FEW = 64  # elements of a result up to which one draw says little
 EMULATED = "emulated CUDA"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")
@@ -51,7 +51,7 @@ LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "r
 
 @dataclass(frozen=True)
 class Drawn:
-    """One case of the sweep: everything but the values, which torch's generator gives for the same seed."""
+    """One case of the sweep without its values, which torch's generator draws from the same seed."""
 
     seed: int
     case: Case
@@ -68,13 +68,13 @@ class Drawn:
                 f"{self.isa}, {self.threads} threads")  # fmt: skip
 
     def reproducer(self) -> str:
-        """The command that runs this case alone."""
+        """Returns the command that runs this case alone."""
         where = "--emulated" if self.isa == EMULATED else f"--isa {self.isa}{' --small' if self.small else ''}"
         return f"python tests/fuzz/sweep.py --seed {self.seed} {where}"
 
 
 def _size(rng: random.Random, most: int) -> int:
-    """Even in the logarithm, and often at or beside a multiple of what kernels count in."""
+    """Draws a size, even in the logarithm, often at or beside a multiple of the kernels' block sizes."""
     size = round(most ** rng.random())
     if size > 16 and rng.random() < 0.5:
         unit = rng.choice([u for u in (8, 16, 32, 64, 128) if u <= size])
@@ -83,19 +83,21 @@ def _size(rng: random.Random, most: int) -> int:
 
 
 def _threads(rng: random.Random, small: bool) -> int:
-    """One to four; of every eighth case up to MANY, even in the logarithm: more than there are cores."""
+    """Draws one to four threads, and in every eighth case up to MANY, even in the logarithm: more than there are
+    cores.
+    """
     return round((16 if small else MANY) ** rng.random()) if rng.random() < 0.125 else rng.choice((1, 1, 2, 2, 3, 4))
 
 
 def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ...], int, int, int]:
-    """(shape of the tokens, K, N, R): what the budget allows, which is less where many threads wait for each other."""
+    """Draws (shape of the tokens, K, N, R) within the budget, which is smaller if many threads wait for each other."""
     most, most_r, budget = (300, 70, SMALL_BUDGET) if small else (5000, 512, BUDGET if threads <= 8 else BUDGET / 3)
     t, k, n, r = (_size(rng, m) for m in (most, most, most, most_r))
-    if rng.random() < 0.1:  # huge and thin
+    if rng.random() < 0.1:  # one size is huge and another one small
         thin, huge = rng.randrange(3), _size(rng, 40 * most)
         t, k, n = (huge if i == thin else min(size, 8) for i, size in enumerate((t, k, n)))
         r = min(r, 8)
-    while t * (k * n + r * (k + n)) + r * k * n > budget:  # r * k * n: DoRA's norm
+    while t * (k * n + r * (k + n)) + r * k * n > budget:  # r * k * n is the work of DoRA's norm
         largest = max(t, k, n, r)
         t, k, n, r = (max(1, size * 2 // 3) if size == largest else size for size in (t, k, n, r))
     if rng.random() < 0.02:
@@ -110,7 +112,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
 
 
 def _case(rng: random.Random) -> Case:
-    """An operator with options of its own: those of ``op_db``'s factories, drawn."""
+    """Draws an operator with options of its own, by the factories of ``op_db``."""
     maybe = lambda chance=0.5: rng.random() < chance  # noqa: E731
     base = rng.choice(("dense", "nf4", "nested"))
     if base != "dense":
@@ -158,8 +160,9 @@ def _case(rng: random.Random) -> Case:
 
 
 def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
-    """Attention with options of its own, and a shape of as many tokens as its scores leave room for, and as many as
-    its gradients, differences of sums that are rounded to the dtype, are no matter of luck."""
+    """Draws attention with options of its own and a shape. The number of tokens keeps the scores within the budget, and
+    keeps the gradients, which are differences of rounded sums, from being mostly rounding.
+    """
     heads, kv_heads = rng.choice(((1, 1), (2, 1), (3, 3), (4, 2), (8, 1)))
     case = row_cases.attention_case(
         heads, kv_heads, rng.choice(("all", "causal", "causal", "padding", "documents", "bits")),
@@ -172,7 +175,7 @@ def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
 
 
 def _away_from_zero(case: Case) -> Case:
-    """ReLU's slope jumps at 0: values are drawn until no product is so near it that rounding could choose the side."""
+    """ReLU's slope jumps at 0: draws values until no product is so near 0 that rounding could choose the side."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         while True:
@@ -186,14 +189,15 @@ def _away_from_zero(case: Case) -> Case:
 
 
 def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
-    """The case of ``seed``; the path is ``isa``, or one of this machine's in turn."""
+    """Draws the case of ``seed``. The path is ``isa``, or one of this machine's paths in turn."""
     rng = random.Random(seed)
     case, threads = _case(rng), _threads(rng, small)
     shape = _shape(rng, small, threads)
     if case.op == "grouped_lora" and not shape[0]:
         shape = ((1,), *shape[1:])
-    # Of few columns W and s B A may cancel in a row, and then its norm, from the sum of their products, has few digits
-    # left; of one column the bottleneck's whole gradient may cancel, and has no yardstick (see the shapes in op_db).
+    # With few columns, W and s B A may cancel in a row, and the row's norm, a sum of their products, then has few
+    # correct digits. With one column, the bottleneck's whole gradient may cancel, and nothing is left to compare with
+    # (see the shapes in op_db).
     few = {"dora": 8, "bottleneck": 2, "norm": 8}.get(case.op, 1)
     shape = (shape[0], max(shape[1], few), *shape[2:])
     if case.name.startswith("bottleneck-relu"):
@@ -209,7 +213,7 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, or at an address that is a multiple of one element alone."""
+    """Returns the same values with other strides, or at an address that is only a multiple of the element size."""
     if layout == "transposed" and value.dim() > 1:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "every other" and value.dim() > 0:
@@ -227,7 +231,9 @@ Parts = dict[str, Tensor]
 
 
 def measure(drawn: Drawn, values: int) -> tuple[Parts, Parts, Parts]:
-    """Value and gradients of the operator, of plain PyTorch and of the oracle, on values of the seed ``values``."""
+    """Returns value and gradients of the operator, of plain PyTorch and of the reference, for values of the seed
+    ``values``.
+    """
     case, dtype, shape = drawn.case, drawn.dtype, drawn.shape
     torch.manual_seed(values)
     sample = case.make(dtype, shape)
@@ -244,9 +250,9 @@ def measure(drawn: Drawn, values: int) -> tuple[Parts, Parts, Parts]:
 
 
 def check(drawn: Drawn) -> None:
-    """Raises AssertionError where the operator is further from float64 than plain PyTorch may be.
+    """Raises AssertionError if the operator's error is above the bound, which depends on plain PyTorch's error.
 
-    A part of a few elements is no statistic: where such a one is too far, nine draws of the values are taken together.
+    A result of few elements says little: if its error is too large, nine draws of the values are compared together.
     """
     case, shape = drawn.case, drawn.shape
     got, plain, exact = measure(drawn, drawn.seed)
@@ -274,7 +280,7 @@ def check(drawn: Drawn) -> None:
 
 def sweep(seeds: Iterator[int] | range, *, isa: str | None = None, small: bool = False, until: float = float("inf"),
           verbose: bool = False) -> tuple[collections.Counter, list[str]]:  # fmt: skip
-    """Counts by operator and path, and a report of every failure; stops at ``until`` (``time.monotonic``)."""
+    """Returns counts by operator and path, and a report of every failure; stops at ``until`` (``time.monotonic``)."""
     module, before = _native.STATE.module, (torch.get_num_threads(), _native.STATE.isa)
     counts: collections.Counter = collections.Counter()
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""The fuzz targets on a few hundred seeded inputs each; ``python -m tests.fuzz --minutes 60`` goes on from there."""
+"""Runs the fuzz targets on a few hundred seeded inputs each; ``python -m tests.fuzz --minutes 60`` runs longer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The model fuzzer's part of every test run: 200 cases of fixed seeds; and that it finds what is wrong. See
-``model_fuzz.py``."""
+"""Runs 200 cases of the model fuzzer with fixed seeds, and tests that the fuzzer finds errors. See
+``model_fuzz.py``.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +139,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_case_that_hangs_or_dies_fails_with_the_line_that_repeats_it() -> None:
-    """The process of cases answers the warm-up, and then does not come back on 3 and ends on 5."""
+    """The process of cases answers the warm-up, does not return from case 3, and ends in case 5."""
     server = """
 import sys, time
 for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The shape sweep's part of every test run: 2,000 cases of fixed seeds, on all CPU paths in turn; see ``sweep.py``."""
+"""Runs 2,000 cases of the shape sweep with fixed seeds, on all CPU paths in turn; see ``sweep.py``."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ SMALL_CHUNK = 50  # under the emulator or a sanitizer
 
 @pytest.fixture(autouse=True)
 def _a_case_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
-    """On pytest's own standard error: what is captured is lost when a process that hangs is ended."""
+    """Names a case that hangs on pytest's own standard error: captured output is lost when the process is ended."""
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         stderr = os.dup(2)
     monkeypatch.setattr(sweep, "STDERR", stderr)

@@ -1,5 +1,6 @@
-"""In each test here a layer whose call is known is asked for its reasons as well, and LayerNorms
-are not PyTorch's where elements are few, as they are in tests."""
+"""In these tests, a fused layer asks for its reasons even if its call is known, and fused LayerNorms run for few
+elements too, because the tests use few.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ norm = pytest.importorskip("peft_ext.integrations.model_blocks.norm")
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What were few, by dtype."""
+    """Returns the former limits of few elements, by dtype."""
     usual = norm.LEAST
     monkeypatch.setattr(norm, "LEAST", {})
     return usual

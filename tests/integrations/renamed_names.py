@@ -1,9 +1,9 @@
-"""A PEFT, transformers or bitsandbytes in which names have changed, and what peft_ext then does and says.
+"""Changes names in PEFT, transformers or bitsandbytes, and shows what peft_ext then does and says.
 
-``python renamed_names.py peft_folder tmp_folder`` reads cases from stdin, JSON: by name of the case, its edits of a
-copy of PEFT ([file, pattern, replacement]; file "*" is every file; without a pattern the file is renamed) and what is
-deleted from loaded modules ([module, name]). Each runs in a fork of this process, which has loaded torch and
-transformers, and not yet PEFT; what they found is printed as JSON.
+``python renamed_names.py peft_folder tmp_folder`` reads cases from stdin as JSON. By name, each case has its edits of a
+copy of PEFT ([file, pattern, replacement]; file "*" means every file; without a pattern the file is renamed) and the
+names to delete from loaded modules ([module, name]). Each case runs in a fork of this process, which has loaded torch
+and transformers, but not PEFT. The findings are printed as JSON.
 """
 
 import json
@@ -24,7 +24,7 @@ LAYERS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA 4bit", "DoRA 4bit", "AdaLoRA 4
 
 
 def _base(kind):
-    """A model of one linear layer; the names of the kinds are in LAYERS."""
+    """Returns a model of one linear layer; LAYERS has the names of the kinds."""
     model = nn.Sequential()
     if kind.endswith("4bit"):
         linear = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
@@ -62,7 +62,7 @@ def _models():
 
 
 def _found(folder, deleted):
-    """What accelerate, explain and the package's other parts do: which layers are fused, what is warned and raised."""
+    """Returns what accelerate, explain and other parts of the package do: fused layers, warnings, errors."""
     sys.path.insert(0, str(folder))
     import peft
 
@@ -78,7 +78,7 @@ def _found(folder, deleted):
             try:
                 explained = peft_ext.explain(peft_ext.accelerate(model))
                 fused[kind] = [row.fused for row in explained.rows]
-                if "8bit" not in kind:  # whose kernels are a GPU's
+                if "8bit" not in kind:  # the kernels of the 8-bit layers need a GPU
                     model(torch.ones(2, 64)).sum().backward() if kind != "Linear4bit" else model(torch.ones(2, 64))
             except Exception as error:
                 errors[kind] = f"{type(error).__name__}: {error}"
@@ -98,7 +98,8 @@ def main():
     found = {}
     for number, (name, case) in enumerate(json.load(sys.stdin).items()):
         folder = tmp / str(number)
-        shutil.copytree(installed, folder / "peft")  # with its compiled files, which know their sources by time
+        # The copy includes compiled files, which refer to their sources by modification time.
+        shutil.copytree(installed, folder / "peft")
         for file, pattern, replacement in case["edits"]:
             if pattern is None:
                 (folder / "peft" / file).rename(folder / "peft" / replacement)

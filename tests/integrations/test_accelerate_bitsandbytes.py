@@ -1,4 +1,6 @@
-"""accelerate over bitsandbytes' layers of 4 and 8 bits, adapted and plain: numbers, dtypes, and what stays."""
+"""Tests of accelerate over bitsandbytes' 4-bit and 8-bit layers, adapted and plain: numbers, dtypes, and what does not
+change.
+"""
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_a_plain_4bit_linear(nested, compute, x_dtype):
     eps = max(torch.finfo(t).eps for t in (compute, x_dtype))
     for actual, wanted in ((ys[1], ys[0]), (found[1].grad, found[0].grad)):
         assert (actual.double() - wanted.double()).norm() <= 2 * eps * wanted.double().norm()
-    assert fused[0].bias.dtype is torch.float32  # bitsandbytes has cast its own for good
+    assert fused[0].bias.dtype is torch.float32  # the stock layer has cast its bias for good
     assert stock[0].bias.dtype is compute
 
 
@@ -75,11 +77,11 @@ def test_a_4bit_weight_is_never_repacked(adapted):
     fused = peft_ext.accelerate(model).eval()
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     layer = next(module for module in fused.modules() if isinstance(module, bnb.nn.Linear4bit))
-    layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it
+    layer.support_avx512bf16_for_cpu = True  # the value on a CPU with AVX-512 BF16
     packed = layer.weight.data.clone()
     with torch.no_grad():
         fused(torch.randn(2, K).bfloat16())
-        fused(torch.randn(2, K).double())  # the stock path
+        fused(torch.randn(2, K).double())  # this call runs stock code
         if adapted:
             with fused.disable_adapter():
                 fused(torch.randn(2, K).bfloat16())
@@ -92,8 +94,9 @@ def test_a_4bit_weight_is_never_repacked(adapted):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_training_after_evaluation_has_the_gradients_of_training_alone(quant_type):
-    """Where the CPU has AVX-512 BF16, bitsandbytes repacks in evaluation: of 4-bit weights below others the gradients
-    are lost then."""
+    """On a CPU with AVX-512 BF16, bitsandbytes repacks in evaluation, and the gradients of 4-bit layers below are then
+    lost.
+    """
 
     def grads(evaluated):
         torch.manual_seed(3)
@@ -145,7 +148,7 @@ def test_4bit_weights_that_stay_stock():
 
 @every_method
 def test_a_plain_adapter_class_over_a_4bit_layer(method):
-    """Where the model does not say that it was loaded in 4 bits, PEFT adapts a Linear4bit with its plain Linear."""
+    """If the model does not say that it was loaded in 4 bits, PEFT adapts a Linear4bit with its plain Linear."""
     model = quantize(MLP(), "bnb")
     del model.is_loaded_in_4bit
     model = get_peft_model(model, config_of(method))
@@ -157,7 +160,7 @@ def test_a_plain_adapter_class_over_a_4bit_layer(method):
 
 
 def test_a_4bit_weight_of_inference_mode_trains_as_in_peft():
-    """PEFT's merge and unmerge make one, where they run in inference mode."""
+    """PEFT's merge and unmerge make such a weight if they run in inference mode."""
     base = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     with torch.inference_mode():
         weight = torch.randn(32, 64)
@@ -194,7 +197,7 @@ def test_an_8bit_base_runs_on_its_own(train):
     x = inputs("bfloat16", (21,))
     found, wanted = run(fused, x), run(stock, x)
     assert found.keys() == wanted.keys()
-    for name, value in wanted.items():  # eight bits of x: a rounding that moves moves them
+    for name, value in wanted.items():  # x has eight bits, so a difference in rounding changes the values
         assert found[name].dtype is value.dtype
         assert (found[name] - value).norm() <= 2e-2 * value.norm(), name
     assert type(first(peft_ext.restore(fused))) is lora.Linear8bitLt

@@ -1,4 +1,6 @@
-"""accelerate on DoRA: where its dropout acts, PEFT's cache of the norm, and over NF4, which stock PEFT can't adapt."""
+"""Tests of accelerate on DoRA: the two dropouts, PEFT's cache of the norm, and DoRA over NF4, which stock PEFT cannot
+adapt.
+"""
 
 import copy
 import functools
@@ -52,7 +54,7 @@ def test_doras_dropout_can_act_on_the_low_rank_path_alone():
     torch.testing.assert_close(y, wanted)
     torch.manual_seed(5)
     other = first(peft_ext.accelerate(copy.deepcopy(model)))(x)
-    assert (other - wanted).norm() > 0.01 * wanted.norm()  # PEFT's mode, with the same mask
+    assert (other - wanted).norm() > 0.01 * wanted.norm()  # PEFT's dropout with the same mask gives another function
     for eval_mode in (fused.eval(), peft_ext.accelerate(fused)):
         torch.testing.assert_close(eval_mode(x), model.eval()(x))
 
@@ -107,7 +109,7 @@ def test_doras_cache_is_honoured(monkeypatch):
         key = "weight-norm-default"
         torch.testing.assert_close(cached._dora_cache[key], theirs._dora_cache[key])
     fused(x)
-    assert not cached._dora_cache  # as PEFT, which forgets it outside
+    assert not cached._dora_cache  # PEFT forgets the norm outside of the cache, too
     with DoraCaching():
         fused(x)
         assert cached._dora_cache
@@ -119,7 +121,9 @@ def test_doras_cache_is_honoured(monkeypatch):
 
 @pytest.mark.parametrize("base", ["nf4", "nf4 bfloat16"])
 def test_dora_over_nf4(base):
-    """Added to an accelerated model, made before the model was quantized, or by PEFT's hook for a class of layers."""
+    """DoRA is added to an accelerated model, made before the model was quantized, or made by PEFT's hook for a layer
+    class.
+    """
     model = peft_ext.accelerate(make(base))
     model.add_adapter("dora", config_of("DoRA"))
     model.set_adapter("dora")
@@ -144,7 +148,7 @@ def test_other_variants_over_nf4_are_a_clear_error():
 
 
 def test_dora_on_a_quantized_base_is_made_loaded_and_added(tmp_path):
-    """PEFT takes the norm of the weight as it makes the layer, and an NF4Linear's it can't take."""
+    """PEFT computes the norm of the weight when it makes the layer, which fails for an NF4Linear."""
     torch.manual_seed(0)
     dense = MLP()
     config = functools.partial(config_of, "DoRA")

@@ -1,4 +1,4 @@
-"""Merging adapters of accelerated models: as PEFT's, and into NF4, which stock PEFT can't."""
+"""Tests of merging adapters of accelerated models: like PEFT's merge, and into NF4, which stock PEFT cannot do."""
 
 import copy
 
@@ -37,7 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ("method", "base"),
     [
         *((method, base) for method in METHODS for base in ("float32", "bfloat16")),
-        *((method, base) for method in ("LoRA", "DoRA") for base in ("bnb", "bnb nested")),  # the others PEFT refuses
+        # PEFT refuses the other methods.
+        *((method, base) for method in ("LoRA", "DoRA") for base in ("bnb", "bnb nested")),
     ],
 )
 def test_merging_is_pefts(method, base, safe):
@@ -61,7 +62,8 @@ def test_merging_is_pefts(method, base, safe):
 @every_method
 def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, base, safe):
     model = peft_ext.accelerate(make_method(method, base).eval())
-    twin = dense_twin(peft_ext.restore(copy.deepcopy(model)), torch.float32).float()  # PEFT's own merge, in float32
+    # The reference is PEFT's own merge, in float32.
+    twin = dense_twin(peft_ext.restore(copy.deepcopy(model)), torch.float32).float()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = inputs(base)
     unmerged, nf4 = model(x), first(model).base_layer.nf4
@@ -72,14 +74,14 @@ def test_merging_into_nf4_requantizes_and_unmerging_gives_the_bits_back(method, 
         layer, dense = layer.base_layer, dense.base_layer
         wanted = peft_ext.ops.nf4_quantize(dense.weight, nf4.blocksize, nf4.nested is not None)
         found = layer.dequantize(torch.float32)
-        # A code may fall on the other side of a threshold, where the merged weight was rounded differently.
+        # A code may fall on the other side of a threshold if the merged weight was rounded differently.
         assert ((found - wanted.dequantize(torch.float32)).abs() > 1e-6).float().mean() < 1e-2
         torch.testing.assert_close(layer.bias.float(), dense.bias.float(), rtol=1e-2, atol=1e-3)
         error = (found - dense.weight).norm() / dense.weight.norm()
         assert layer.merge_error == pytest.approx(error.item(), rel=0.05)
         assert f"requantizing moved its weight by {layer.merge_error:.2%}" in row.reason
         assert layer.nf4.dtype is nf4.dtype and layer.weight.dtype is torch.uint8
-    # NF4 keeps about 10% of a weight's norm as error; the adapter's share is far above it
+    # NF4 has an error of about 10% of a weight's norm; the adapter's part is far above this error.
     assert (model(x) - unmerged).norm() < 0.5 * unmerged.norm()
     merged, error = first(model).base_layer.nf4, first(model).base_layer.merge_error
     with pytest.raises(RuntimeError, match="is merged into an NF4 weight"):
@@ -177,7 +179,7 @@ def test_merging_dora_after_lora_into_nf4_takes_the_norm_of_the_unmerged_weight(
     norm = (weight + delta).norm(dim=1, keepdim=True)
     wanted = layer.lora_magnitude_vector["default"].weight[:, None] / norm * (weight + plain + delta)
     layer.merge(adapter_names=["plain"])
-    layer.merge(adapter_names=["default"])  # in two steps: from the weight that was kept
+    layer.merge(adapter_names=["default"])  # the merge runs in two steps and starts from the weight that was kept
     nf4 = layer.base_layer.nf4
     expected = peft_ext.ops.nf4_quantize(wanted, nf4.blocksize, nf4.nested is not None).dequantize(torch.float32)
     assert ((nf4.dequantize(torch.float32) - expected).abs() > 1e-6).float().mean() < 1e-2

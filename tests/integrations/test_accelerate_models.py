@@ -1,4 +1,4 @@
-"""What an accelerated model goes through: restore, copies, files, other adapters, training; what explain says."""
+"""Tests of operations on an accelerated model: restore, copies, files, other adapters, training; and of explain."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_restore_leaves_nothing_behind(method, base):
     model = make_method(method, base, **dropout_of(method, 0.1))
     before, keys, text = state_of(model), list(model.state_dict()), repr(model)
     bits = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(2):  # again: harmless
+    for _ in range(2):  # the second call changes nothing
         assert peft_ext.accelerate(model) is model
     changed = [name for name, (kind, _) in state_of(model).items() if kind is not before[name][0]]
     assert len(changed) == (4 if base.startswith("bnb") else 2)
@@ -99,7 +99,7 @@ def test_saved_files_are_the_same_and_stock_peft_loads_them(method, base, tmp_pa
         assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
     x = inputs(base)
     wanted = model(x)
-    if (method, base) == ("IA3", "bnb"):  # PEFT unloads none
+    if (method, base) == ("IA3", "bnb"):  # PEFT cannot unload this combination
         plain = MLP()
         plain.up, plain.down = (layer.base_layer for layer in tuners(model).values())
         plain.is_loaded_in_4bit = True
@@ -108,7 +108,7 @@ def test_saved_files_are_the_same_and_stock_peft_loads_them(method, base, tmp_pa
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "after").eval()
     torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peft_ext.accelerate(loaded)(x), wanted, rtol=1e-4, atol=1e-5)
-    # and a model that is accelerated loads what stock PEFT saved
+    # An accelerated model loads files of stock PEFT.
     loaded.load_adapter(tmp_path / "before", adapter_name="again")
     loaded.set_adapter("again")
     assert peft_ext.explain(loaded).fused_share == 1.0
@@ -123,7 +123,7 @@ def test_adapters_come_and_go(method, base):
         make_method(method, base).train(base == "bnb")
     )  # in eval mode bitsandbytes rounds x to bfloat16
     x = inputs(base)
-    # AdaLoRA allows one trainable adapter
+    # AdaLoRA allows one trainable adapter.
     config = {"inference_mode": True} if method == "AdaLoRA" else {}
 
     def agree(change):
@@ -164,7 +164,7 @@ SWAPPED = {"small": {"r": 4, "lora_alpha": 3}, "large": {"r": 9, "lora_alpha": 7
     ("base", "compiled"), [*((base, False) for base in BASES), ("float32", True), ("nf4 bfloat16", True)]
 )
 def test_swapped_adapters_are_pefts(base, compiled, tmp_path):
-    """PEFT's hotswap makes the scale a tensor and pads the rank: another adapter, in the same graph."""
+    """PEFT's hotswap makes the scale a tensor and pads the rank, so another adapter runs in the same graph."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for name, config in SWAPPED.items():
@@ -268,7 +268,7 @@ def test_a_trainer_run_has_pefts_losses(tmp_path):
 
 
 def test_the_rank_allocator_prunes_as_under_peft():
-    """Ten steps of AdaLoRA: the same losses, the same budget, the same ranks; then the pruned ranks are cut out."""
+    """Ten steps of AdaLoRA give the same losses, budget and ranks; then the pruned ranks are cut out."""
 
     def train(model):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -1,4 +1,6 @@
-"""accelerate on live PEFT models: output and gradients are as good as PEFT's, of PEFT's dtypes, under its dropout."""
+"""Tests of accelerate on live PEFT models: output and gradients are as exact as PEFT's, with PEFT's dtypes and
+dropout.
+"""
 
 import copy
 
@@ -65,7 +67,9 @@ def test_output_and_gradients_are_as_good_as_pefts(method, config, base, mode):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @every_method
 def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, compute):
-    """As behind prepare_model_for_kbit_training's norms: PEFT adds the adapter in float32, and so do we."""
+    """Activations are float32, as after prepare_model_for_kbit_training: PEFT adds the adapter in float32, and so does
+    peft_ext.
+    """
     errors = {"stock": 0.0, "fused": 0.0}
     for _ in range(4):
         model = MLP(lambda k, n: four_bit(k, n, compute))
@@ -73,13 +77,13 @@ def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, comput
         model = get_peft_model(model, config_of(method, **dropout_of(method, dropout)))
         spread(model)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # as large as the base's own output
+            if "lora_B" in name:  # makes the adapter's term as large as the base's output
                 parameter.data *= 8
         stock, fused = both(model.train())
         wide = copy.deepcopy(model)
         for layer in tuners(wide).values():
             layer.base_layer.compute_dtype = torch.float32
-        if method != "DoRA":  # whose dropped base takes PyTorch's own mask, as PEFT does
+        if method != "DoRA":  # DoRA's dropped base uses PyTorch's own mask, as in PEFT
             with_philox(stock), with_philox(wide)
         x = inputs("float32", (21,))
         truth = run(wide, x)
@@ -108,7 +112,7 @@ def test_a_llama_has_pefts_loss_and_gradients(train):
     for (name, wanted), (_, actual) in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
         if wanted.requires_grad:
             error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
-            assert error < 1e-5, name  # float32 through two layers; a wrong sign gives 2
+            assert error < 1e-5, name  # bound for float32 through two layers; a wrong sign gives 2
 
 
 def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
@@ -133,9 +137,9 @@ def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
     for y in (first, second):
         kept = y != 0
         torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.75))
-        # 12,800 draws: a standard deviation of 0.0038; six of them
+        # 12,800 draws have a standard deviation of 0.0038; the bound is six of them.
         assert abs(kept.float().mean().item() - 0.75) < 0.023
-    layer.lora_dropout.eval()  # the dropout module's own mode counts, not the layer's
+    layer.lora_dropout.eval()  # the mode of the dropout module decides, not the mode of the layer
     assert layer.training and torch.equal(layer(x)[:, :K], x)
 
 
@@ -152,7 +156,8 @@ def test_adapters_keep_their_dtype(method, adapter_dtype):
 def test_adapters_that_are_transposed_views():
     model = make().train()
     layer = model.base_model.model.up
-    layer.lora_A["default"].weight = nn.Parameter(torch.randn(K, 8).t())  # as PEFT ties them to an embedding's
+    # PEFT ties adapters of an embedding in this way.
+    layer.lora_A["default"].weight = nn.Parameter(torch.randn(K, 8).t())
     compare(model, inputs(tokens=(21,)))
     assert not layer.lora_A["default"].weight.is_contiguous()
 
@@ -171,7 +176,7 @@ def test_several_active_adapters_of_one_scale_and_one_active_twice():
     model = make_several(names=("default", "other", "default")).train()
     compare(model, inputs(tokens=(21,)))
     model = peft_ext.accelerate(make_several(lora_dropout=0.5).eval())
-    assert peft_ext.explain(model).fused_share == 1.0  # the masks alone are what can't be joined
+    assert peft_ext.explain(model).fused_share == 1.0  # only the dropout masks prevent one call for several adapters
 
 
 # --- an adapter for each sample ---------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ NAMES = ["default", "other", "__base__", "other", "third", "default", "default"]
 
 
 def mixed(base="float32", **config):
-    """Three adapters of other ranks, scales and targets; "third" is on one layer alone."""
+    """Returns a model with three adapters of different ranks, scales and targets; "third" is on one layer alone."""
     model = make(base, **config)
     model.add_adapter("other", LoraConfig(target_modules=["up", "down"], r=2, lora_alpha=7, init_lora_weights=False))
     model.add_adapter("third", LoraConfig(target_modules=["down"], r=11, init_lora_weights=False))
@@ -198,7 +203,7 @@ def grouped_calls(monkeypatch):
 
 
 def as_nf4(model):
-    """PEFT's own layers over NF4Linear in place of bitsandbytes' Linear4bit."""
+    """Replaces bitsandbytes' Linear4bit by NF4Linear under PEFT's own layers."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -219,7 +224,7 @@ def test_a_mixed_batch_is_one_call_as_good_as_pefts_loop(base, length, grouped_c
     exact = run(in_float64(stock), x.double(), adapter_names=NAMES)
     found = run(fused, x, adapter_names=NAMES)
     assert len(grouped_calls) == 2
-    if base.startswith("bnb"):  # PEFT adds in place to bitsandbytes' output: it has no gradient there
+    if base.startswith("bnb"):  # PEFT adds in place to bitsandbytes' output, which has no gradient there
         wanted = run(as_nf4(stock), x, adapter_names=NAMES)
     else:
         wanted = run(stock, x, adapter_names=NAMES)
@@ -255,7 +260,7 @@ def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_call
     model.base_model.model.up.lora_dropout["other"] = nn.Dropout(0.3).eval()
     STOCK_MIXED[about](model)
     stock, fused = both(model)
-    peft_ext.restore(fused.base_model.model.down)  # where it is fused: so that all bits can be compared
+    peft_ext.restore(fused.base_model.model.down)  # restores a fused layer, so that all bits can be compared
     x, found = inputs(tokens=(len(NAMES), 5)), []
     for model in (stock, fused):
         torch.manual_seed(3)
@@ -267,7 +272,7 @@ def test_a_mixed_batch_that_is_not_fused_is_pefts_to_the_bit(about, grouped_call
 def test_extra_arguments_and_the_argument_check():
     stock, fused = both(mixed())
     x = inputs(tokens=(len(NAMES), 5))
-    for layers in (("third",), ("__base__",)):  # the first layer has neither
+    for layers in (("third",), ("__base__",)):  # the first layer has neither of these adapters
         up = [first(model)(x, adapter_names=[*layers] * len(NAMES)) for model in (stock, fused)]
         assert torch.equal(*up)
     for model in (stock, fused):
@@ -301,7 +306,7 @@ def test_autocast_gives_pefts_dtype(method, base, x_dtype):
     stock_base = base in (
         "bnb",
         "bnb nested",
-    )  # a layer that computes in float32 does so under autocast too: on its own
+    )  # a layer that computes in float32 does so under autocast too, with its own forward
     assert explanation.fused_share == (0.0 if stock_base and method in ("DoRA", "IA3") else 1.0)
     alone = "autocast computes in bfloat16, the layer's compute_dtype is float32" if stock_base else ""
     assert all(alone in row.reason and bool(alone) == bool(row.reason) for row in explanation.rows)
@@ -334,7 +339,7 @@ def assert_layers_return_pefts_dtype(stock, fused, x_dtype):
 @pytest.mark.parametrize("method", METHODS[1:])
 @every_dtype
 def test_a_4bit_layer_returns_pefts_dtype_under_cudas_autocast(method, x_dtype, monkeypatch):
-    """PEFT's 4-bit layers ask for CUDA's autocast, on every device; here the CPU's stands in for it."""
+    """PEFT's 4-bit layers ask for CUDA's autocast on every device; the test replaces it by the CPU's autocast."""
     stock, fused = both(make_method(method, "bnb bfloat16").train())
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": enabled(device))
@@ -353,7 +358,9 @@ def test_a_4bit_layer_returns_pefts_dtype(method, x_dtype, base):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_falcons_linear_with_a_bias_is_float32_under_autocast_as_in_peft(method, bias):
-    """It adds the bias apart: autocast multiplies in bfloat16, and the sum with a float32 bias is float32."""
+    """FalconLinear adds its bias separately: autocast multiplies in bfloat16, and the sum with a float32 bias is
+    float32.
+    """
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
     class Model(nn.Module):

@@ -1,4 +1,6 @@
-"""accelerate on live PEFT models: what is not fused is PEFT's own to the bit, and explain has the reason."""
+"""Tests of accelerate on live PEFT models: layers that are not fused are bitwise equal to PEFT's, and explain has the
+reason.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -146,7 +148,7 @@ COMMON = {
     "patched": (_patch_layer, "replaced on the instance"),
     "float64": (lambda m: m.double(), "float64"),
 }
-ON_ITS_OWN = {  # DoRA is not fused over such a base; of the others the adapter's part is
+ON_ITS_OWN = {  # DoRA is not fused over such a base; for the other methods the adapter's part is fused
     "base requires grad": (lambda m: first(m).base_layer.weight.requires_grad_(), "requires grad"),
     "base hook": (HOOKS["forward hook on the base"], "hooks on base_layer"),
 }
@@ -178,7 +180,7 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Fused, over the base layer's own forward where a reason says why.
+# Each case is fused over the base layer's own forward, and gives a reason.
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -210,7 +212,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     assert row.name == "base_model.model.up"
     if case.startswith("LoRA: "):
         assert row.kind == ("aLoRA over Linear" if case == "LoRA: aLoRA" else "LoRA over Linear")
-    # Where the other layer is fused, it takes PEFT's class again, so that all bits can be compared.
+    # If the other layer is fused, it gets PEFT's class back, so that all bits can be compared.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
@@ -224,8 +226,8 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     stock = make(base, **config).train()
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
-    wide = copy.deepcopy(stock).double()  # every layer in float64, hooks and all
-    for model in (fused, wide):  # hooks and patched forwards of the first are bound to it
+    wide = copy.deepcopy(stock).double()  # every layer in float64, including hooks
+    for model in (fused, wide):  # hooks and patched forwards of the first model are bound to it
         for layer in tuners(model).values():
             base_layer = layer.base_layer
             base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()
@@ -246,7 +248,7 @@ def test_over_a_base_that_runs_on_its_own_the_adapters_part_is_fused(method, nam
     stock = make_method(method).train()
     fused = copy.deepcopy(stock)
     for model in (stock, fused):
-        for layer in ("up", "down"):  # (IA)³ has one of each kind
+        for layer in ("up", "down"):  # (IA)³ has one layer of each kind
             prepare(SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(up=getattr(model, layer)))))
     peft_ext.accelerate(fused)
     rows = peft_ext.explain(fused).rows
@@ -327,13 +329,13 @@ def no_kernels(monkeypatch):
 @every_base
 @every_method
 def test_without_a_native_kernel_the_stock_path_runs(method, base, no_kernels):
-    """The reference behind the op is correct and slower than PEFT: it must not run in a layer's place."""
+    """The reference behind the operator is correct but slower than PEFT, so it must not replace a layer."""
     model = make_method(method, base)
     stock, fused = stock_of(model), peft_ext.accelerate(model)
     x = inputs(base, (21,))
     for train in (False, True):
         found, wanted = run(fused.train(train), x), run(stock.train(train), x)
-        if method == "DoRA" and base.startswith("nf4"):  # over another weight, the dequantized one
+        if method == "DoRA" and base.startswith("nf4"):  # the stock layer has another weight, the dequantized one
             torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
         else:
             assert_identical(found, wanted)
@@ -362,7 +364,7 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in reasons._CALLED[op]:  # the forward alone is not enough
+    for name in reasons._CALLED[op]:  # a kernel for the forward alone is not enough
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)
@@ -411,7 +413,7 @@ def test_a_flat_shard_is_not_read(shape):
     base = first(fused).base_layer
     base.weight.data = torch.zeros(shape)
     assert "shard" in peft_ext.explain(fused).rows[0].reason
-    with pytest.raises(RuntimeError):  # PyTorch's own error, from PEFT's path
+    with pytest.raises(RuntimeError):  # PyTorch's own error, from PEFT's code
         fused(inputs())
 
 
@@ -484,7 +486,7 @@ def test_convolutions_stay_as_they_are(method):
 
 
 def test_a_dora_whose_lora_b_has_a_bias():
-    """PEFT makes none; an ``add_adapter`` that failed on its way can leave one behind."""
+    """PEFT never makes such a layer; an ``add_adapter`` that failed half-way can leave one behind."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(K, N)), LoraConfig(r=3, target_modules=["0"], use_dora=True))
     layer = model.base_model.model[0]

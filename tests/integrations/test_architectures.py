@@ -1,7 +1,8 @@
-"""accelerate on transformers' architectures: PEFT's own layers, same weights, batch and seed, are what it has to equal.
+"""Tests of accelerate on transformers' architectures: results must equal PEFT's own layers with the same weights, batch
+and seed.
 
-The models keep their own dropout in training, with PyTorch's masks here, so an adapter layer that draws from the
-generator where PEFT's does not gives another loss.
+The models keep their own dropout in training, with PyTorch's masks here. So an adapter layer that does not draw from
+the generator where PEFT's layer draws gives another loss.
 """
 
 from __future__ import annotations
@@ -77,17 +78,17 @@ LAYERS = {
     "Mixtral": ((12, 12), (8, 8),   (4, 4)),
 }  # fmt: skip
 
-# The reasons of the layers that are not.
+# The reasons of the layers that are not fused.
 REASONS: dict[tuple[str, str], dict[str, int]] = {}
 
 GENERATING = [name for name, architecture in ARCHITECTURES.items() if architecture.generates]
 
 
 def assert_as_good(actual: Step, stock: Step, exact: Step) -> None:
-    """Dtypes are PEFT's; the error of all gradients together, each weighed alike, is at most twice PEFT's.
+    """Dtypes are PEFT's. The error of all gradients together, with equal weights, is at most twice PEFT's error.
 
-    Most of it is the model's own rounding, which is another draw where a layer rounds once less: 0.6 to 1.7 times its
-    error is seen over other batches.
+    Most of the error is the model's own rounding, which is another random draw if a layer rounds once less: over other
+    batches, our error is 0.6 to 1.7 times PEFT's.
     """
     assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in stock.items()}
     ours, theirs = (
@@ -133,7 +134,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="module", params=cases(ARCHITECTURES))
 def case(request: pytest.FixtureRequest) -> Case:
-    """Shared by the tests of one architecture and method, which change copies alone."""
+    """The tests of one architecture and method share a case, and change only copies."""
     return Case(*request.param)
 
 
@@ -150,7 +151,7 @@ def test_the_layers_that_should_be_are_fused(case: Case) -> None:
     assert {row.name for row in explanation.rows} == set(tuners(case.fused))
     reasons = Counter(row.reason for row in explanation.rows if not row.fused)
     assert reasons == REASONS.get((case.name, case.method), {}), explanation
-    # explain takes a layer's word for it; the operators that a call runs are what happens.
+    # explain trusts what a layer says; the operators that a call runs are what really happens.
     for training in (False, True):
         with OperatorCalls() as seen:
             case.fused.train(training)(**case.batch)
@@ -170,7 +171,7 @@ def test_logits_loss_and_gradients_are_pefts(case: Case) -> None:
     layers = peft_ext.accelerate(copy.deepcopy(case.fused), blocks=False)
     with layers.disable_adapter():
         assert torch.equal(logits(layers, case.batch), plain)
-    assert error_of(plain, adapted) > 0.1  # else a layer that forgot its adapter might pass
+    assert error_of(plain, adapted) > 0.1  # otherwise a layer that ignores its adapter might pass
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -178,13 +179,14 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
     model = copy.deepcopy(case.fused)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     batch = {key: value.clone() for key, value in case.batch.items()}
-    if reentrant:  # it gives a block gradients where an input of it has one
+    if reentrant:  # reentrant checkpointing gives a block gradients only if an input of the block has one
         model.enable_input_require_grads()
         batch = {key: value.requires_grad_(value.is_floating_point()) for key, value in batch.items()}
     with OperatorCalls() as seen:
         found = step(model, batch)
     assert_close(found, case.fused_step)
-    # Of a block's forward nothing is kept: what is fused inside one, and not a pooler, runs again in its backward.
+    # Checkpointing keeps nothing of a block's forward. Fused layers inside a block, not in a pooler, run again in its
+    # backward.
     rows = [row for row in peft_ext.explain(model).rows if row.fused]
     again = sum(any(part.isdigit() for part in row.name.split(".")) for row in rows)
     assert seen.calls[case.operator] == case.fused_layers + again
@@ -192,7 +194,7 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
 
 
 def test_bfloat16_models_are_as_good_as_pefts(case: Case) -> None:
-    """Under float32 adapters, as PEFT makes them; what transformers keeps in float32 stays so."""
+    """Adapters are float32, as PEFT makes them; modules that transformers keeps in float32 stay float32."""
     stock = copy.deepcopy(case.stock)
     keep = set(stock.base_model.model._keep_in_fp32_modules or ())
     for name, parameter in stock.named_parameters():
@@ -208,7 +210,7 @@ def test_bfloat16_models_are_as_good_as_pefts(case: Case) -> None:
 
 def test_autocast_is_as_good_as_pefts(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        if (case.name, case.method) == ("Falcon", "DoRA"):  # whose bias is added apart, in float32
+        if (case.name, case.method) == ("Falcon", "DoRA"):  # FalconLinear adds its bias separately, in float32
             reasons = {row.reason for row in peft_ext.explain(case.fused).rows}
             assert reasons == {"autocast multiplies in bfloat16, and the bias is added apart, in float32"}
         else:
@@ -229,7 +231,7 @@ def test_over_nf4_it_is_pefts_over_the_dequantized_weights(case: Case) -> None:
     assert_close(step(fused, case.batch), step(stock, case.batch))
 
 
-@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # it takes seconds
+@pytest.mark.parametrize("case", cases(["Llama"])[:1], indirect=True)  # one case, because it takes seconds
 def test_a_model_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     model = copy.deepcopy(case.fused).base_model.model  # PEFT's own wrapper breaks the graph
@@ -290,7 +292,7 @@ def test_greedy_tokens_are_pefts(case: Case) -> None:
     assert len(wanted.logits) == 5 and found.past_key_values is not None
     for ours, theirs in zip(found.logits, wanted.logits, strict=True):
         assert_close(ours, theirs)
-    # An encoder runs once, and a decoder's keys and values of it are kept: of T5's 16 IA3 layers 6 run for each token.
+    # An encoder runs once, and a decoder keeps its keys and values: of T5's 16 IA3 layers, 6 run for each token.
     assert seen.calls[case.operator] >= (1 + 4 * 6 / 16) * case.fused_layers
 
 
@@ -301,7 +303,7 @@ def test_a_quantized_t5_runs() -> None:
     architecture = ARCHITECTURES["T5"]
     batch, wanted = architecture.batch(), architecture.build()
     model = peft_ext.quantize_nf4(architecture.build(), progress=False)
-    # NF4 keeps about 10% of a weight's norm as error
+    # NF4 has an error of about 10% of a weight's norm.
     assert error_of(logits(model, batch), logits(wanted, batch)) < 0.5
 
 
@@ -318,7 +320,8 @@ def test_the_head_of_a_quantized_classifier_trains(name: str) -> None:
 # --- how many parameters train ----------------------------------------------------------------------------------------
 
 
-# What a configuration does not say is as of the model named: transformers' defaults are Llama-7B, GPT-2 and BERT-base.
+# Values that a configuration does not give are those of the named model: transformers' defaults are Llama-7B, GPT-2 and
+# BERT-base.
 SIZES: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PretrainedConfig], str]] = {
     "Llama-7B": (hf.LlamaForCausalLM, hf.LlamaConfig, "CAUSAL_LM"),
     "Llama-3-8B": (
@@ -372,7 +375,9 @@ TRAINABLE = {
     ("name", "method"), [(name, method) for name, methods in TRAINABLE.items() for method in methods]
 )
 def test_the_published_models_train_as_many_parameters(name: str, method: str) -> None:
-    """On the meta device, where acceleration changes no parameter and every layer says that it has no memory."""
+    """The model is on the meta device. Acceleration changes no parameter there, and every layer says that it has no
+    memory.
+    """
     model_class, config, task = SIZES[name]
     with torch.device("meta"):
         model = get_peft_model(model_class(config()), PEFT_CONFIGS[method](task), low_cpu_mem_usage=True)

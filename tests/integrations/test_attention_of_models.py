@@ -1,4 +1,6 @@
-"""Attention within a model's own forward: the operator where it takes the call, the model's own function elsewhere."""
+"""Tests of attention within a model's own forward: the operator runs for supported calls, the model's function
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.skipif(_native.STATE.isa not in attention._PATHS, reaso
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPS = {**SMALL, "num_key_value_heads": 2}
-# Groups of heads, their sizes, norms before, windows, experts; values of another size than keys.
+# Architectures with grouped heads, head sizes, norms, windows, experts, and values of another size than keys.
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPS)),
     "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPS)),
@@ -57,7 +59,7 @@ def build(
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operator's, forward and backward, and PyTorch's own."""
+    """Counts the calls of the operator, forward and backward, and of PyTorch's function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ def test_a_step_is_the_stock_one(name: str, masked: bool) -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "DeepSeek-V3"])
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model's is luck
+    for seed in range(6):  # one model alone may be chance
         exact = step(build(DECODERS[name], seed=seed))
         narrow = [build(DECODERS[name], torch.bfloat16, seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -130,7 +132,7 @@ RELATIVE: dict[str, Callable[..., nn.Module]] = {
     "T5": lambda **how: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | how)),
     "UMT5": lambda **how: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5 | how)),
 }
-# More keys than the buckets tell apart; q and k without a scale.
+# More keys than there are buckets of positions; q and k without a scale.
 T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
       "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8,
       "relative_attention_max_distance": 16}  # fmt: skip
@@ -143,7 +145,7 @@ def test_relative_positions_are_added_to_the_scores(name: str, masked: bool) -> 
     more = {"labels": IDS[:, :21].contiguous()} | ({"attention_mask": left_padding().flip(1)} if masked else {})
     assert rows(model) == [(True, "")] * 6 and calls(model, **more) == 6 and calls(stock, **more) == 0
     assert_alike(step(model, **more), step(stock, **more))
-    # Under autocast PyTorch's own rounds them too.
+    # PyTorch's function also rounds them under autocast.
     with torch.autocast("cpu", torch.bfloat16):
         assert calls(model, **more) == 6
 
@@ -167,13 +169,13 @@ def test_relative_positions_that_train_are_the_models_own() -> None:
     more = {"labels": IDS[:, :21].contiguous()}
     with Calls() as counted:
         found = step(model, **more)
-    assert counted.ours == 2  # of the encoder by the decoder, which has no positions
+    assert counted.ours == 2  # the decoder's attention to the encoder, which has no positions
     assert any("relative_attention_bias" in name for name in found)
     assert_alike(found, step(stock, **more))
 
 
 def test_who_sees_nothing_beside_relative_positions() -> None:
-    """What hides a key there is a finite number, so that all keys are seen alike where all are hidden."""
+    """The mask adds a finite number to hidden keys, so a query whose keys are all hidden sees all keys equally."""
     stock, model = build(RELATIVE["T5"]), peft_ext.accelerate(build(RELATIVE["T5"]))
     mask = torch.ones_like(IDS)
     mask[1] = 0
@@ -191,7 +193,7 @@ def test_a_decoder_that_looks_at_an_encoder() -> None:
 
     stock, model = build(make), peft_ext.accelerate(build(make))
     more = {"attention_mask": left_padding().flip(1), "labels": IDS[:, :21].contiguous()}
-    assert calls(model, **more) == 3  # of itself, twice, and of the other
+    assert calls(model, **more) == 3  # two self-attentions and one attention to the other sequence
     assert_alike(step(model, **more), step(stock, **more))
 
 
@@ -207,7 +209,7 @@ def test_packed_texts_see_their_own() -> None:
 
 
 def test_generation_is_the_stock_one() -> None:
-    """The prompt is the operator's, a token at a time PyTorch's own."""
+    """The operator computes the prompt, and PyTorch's function each further token."""
     stock, model = (m.eval() for m in (build(DECODERS["Llama"]), peft_ext.accelerate(build(DECODERS["Llama"]))))
     more = {"max_new_tokens": 9, "do_sample": False, "attention_mask": left_padding()}
     with Calls() as counted:
@@ -221,7 +223,9 @@ def dropping() -> nn.Module:
 
 
 def test_dropout_of_probabilities_is_the_operators() -> None:
-    """Its mask is another than PyTorch's, of the same generator: what it gives is stock's in the mean."""
+    """The operator's mask differs from PyTorch's and comes from the same generator, so results agree with stock on
+    average.
+    """
     model = peft_ext.accelerate(build(dropping))
     assert calls(model) == 2
     wanted = step(model)
@@ -264,7 +268,9 @@ def test_another_implementation_is_the_models() -> None:
 
 
 def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes transformers' function's place, before or after ``accelerate``; back again, it is fused again."""
+    """Tests functions that replace transformers' function, before or after ``accelerate``. When the function is back,
+    the attention is fused again.
+    """
     model, seen = peft_ext.accelerate(build(DECODERS["Llama"])), []
 
     def other(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -284,7 +290,7 @@ def test_a_function_of_others_is_called(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wrapper_of_transformers_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may do more than what it wraps."""
+    """A wrapper may do more than the function that it wraps."""
     seen = []
 
     @functools.wraps(sdpa_attention_forward)
@@ -312,7 +318,7 @@ assert tests.rows(model) == [(True, "")] * 2
 
 
 def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
-    """Nothing was accelerated there, and its first step is under checkpointing's hooks."""
+    """The other process has accelerated nothing, and its first step is under checkpointing's hooks."""
     torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")
     here = Path(__file__).parent
     subprocess.run(
@@ -358,7 +364,7 @@ def test_autocast_computes_it_in_bfloat16() -> None:
 def test_more_keys_on_amx_are_pytorchs_own(
     keys: dict[bool, int], of_ours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of bfloat16 without dropout; what is computed is the same."""
+    """The case is bfloat16 without dropout; the results are the same."""
     model = peft_ext.accelerate(build(DECODERS["Llama"], torch.bfloat16))
     wide = peft_ext.accelerate(build(DECODERS["Llama"]))
     monkeypatch.setattr(type(_native.STATE), "isa", property(lambda _: "amx"))
@@ -379,7 +385,7 @@ KINDS = ("added mask", "few queries", "scale", "position bias", "position bias o
 
 @pytest.mark.parametrize("what", KINDS)
 def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
-    """Its values, its gradients, its errors."""
+    """Compares values, gradients and errors."""
     q, k, v = (torch.randn(2, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
     module, mask, more = nn.Module(), None, {"scaling": 0.3}
     module.num_key_value_groups, module.is_causal = 2, what != "not causal"
@@ -391,12 +397,12 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
         more["scaling"] = -0.3
     elif what.startswith("position bias"):
         more["position_bias"] = torch.randn(1, 4, 20, 20)
-        if what.endswith("more keys"):  # whoever is causal sees the first alone
+        if what.endswith("more keys"):  # causal attention sees the first key alone
             k, v = (torch.cat((x, x), 2) for x in (k, v))
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):
             more["position_bias"] = torch.randn(1, 3, 20, 20)
-        elif what.endswith("a mask"):  # from which a query sees nothing
+        elif what.endswith("a mask"):  # with this mask, a query sees nothing
             mask = torch.rand(2, 1, 20, 20) > 0.5
             mask[1, :, 3] = False
         elif what.endswith("a float"):
@@ -429,7 +435,7 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
 
 
 def test_the_memory_of_a_step_is_estimated_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a mask is given, stock makes keys and values of every head of theirs, and saves them."""
+    """If a mask is given, stock makes and saves the keys and values of every head."""
     model = peft_ext.accelerate(build(DECODERS["Llama"]))
     found = peft_ext.estimate_memory(model, batch_size=4, sequence_length=300, padding=True)
     monkeypatch.setattr(attention, "_PATHS", ())

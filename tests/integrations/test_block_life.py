@@ -1,5 +1,6 @@
-"""What happens to a model whose blocks are fused: code that is replaced, hooks, PyTorch's tools around a
-module, copies, restore. Each is compared with the same model without this package."""
+"""Tests of events in the life of a model with fused blocks: replaced code, hooks, PyTorch's tools around a module,
+copies, restore. Each is compared with the same model without peft_ext.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def gpt2() -> nn.Module:
 
 
 def gated(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A Llama's MLP and norms, in a model that is nobody's."""
+    """Returns a Llama's MLP and norms in a plain module."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(**SMALL)
     parts = modeling_llama.LlamaRMSNorm(32), modeling_llama.LlamaMLP(config), nn.LayerNorm(32), nn.Linear(32, 32)
@@ -131,7 +132,9 @@ REPLACED = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_runs(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before accelerate, or after it and then accelerated again: the values are stock's, and explain says stock."""
+    """Code is replaced before accelerate, or after accelerate, which is then called again: values are stock's, and
+    explain says stock.
+    """
     owner, attribute, value, kind = REPLACED[name]
     stock = llama()
     ours = copy.deepcopy(stock)
@@ -146,7 +149,7 @@ def test_what_is_replaced_runs(name: str, when: str, monkeypatch: pytest.MonkeyP
     assert all("call accelerate(model) again" in row.reason for row in said)
     peft_ext.accelerate(ours)
     assert_alike(stock, ours)
-    assert (result(stock)[0] - plain[0]).abs() > 1e-4  # it does compute something else
+    assert (result(stock)[0] - plain[0]).abs() > 1e-4  # the replacement computes something else
     assert True not in fused(ours, kind)
     monkeypatch.undo()
     assert_alike(stock, peft_ext.accelerate(ours))
@@ -220,7 +223,7 @@ def test_what_changes_on_a_module(name: str, when: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["q_norm", "act", "row", "out", "inner", "known"])
 def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
-    """What a fused class has beside hides no child."""
+    """Additional attributes of a fused class hide no child of the module."""
     stock = gated()
     stock.get_base_model()[1].add_module(kind, nn.Identity())
     ours = peft_ext.accelerate(copy.deepcopy(stock))
@@ -233,7 +236,7 @@ def test_a_child_of_any_name_is_the_models(kind: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["down_proj", "q_proj"])
 def test_hooks_that_write_past_versions(name: str) -> None:
-    """As those who take neurons out do it."""
+    """Hooks write into tensors as programs do that switch off neurons."""
 
     def erase(module: nn.Module, args: tuple) -> None:
         args[0].data[..., :20].zero_()
@@ -312,7 +315,7 @@ def test_forward_mode_goes_past_blocks_and_layers() -> None:
 
 
 def test_layers_that_are_checkpointed_beside_their_own_cache() -> None:
-    """The recomputation adds to the cache again, and has to save what was saved before."""
+    """The recomputation adds to the cache again, and must save the same tensors as before."""
     stock = llama()
     ours = peft_ext.accelerate(copy.deepcopy(stock))
     layers = list(ours.get_base_model().model.layers)
@@ -341,7 +344,7 @@ def test_global_hooks_see_the_activation(x: Tensor) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_was_saved_and_then_changed_in_place_is_refused(blocks: bool, x: Tensor) -> None:
-    """As autograd does, which does not look where there are hooks on what is saved."""
+    """autograd itself refuses such a change, but does not check if hooks on saved tensors are set."""
     model = peft_ext.accelerate(gated(), blocks=blocks)
     x.requires_grad_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

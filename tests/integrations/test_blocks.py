@@ -1,4 +1,4 @@
-"""Norms and MLPs on fused operators: known by their code, and like the model's own."""
+"""Tests of norms and MLPs on fused operators: their code is known, and results are like the model's own."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_step_is_the_stock_one(name: str, trained: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_as_good_as_stock(name: str) -> None:
     errors = [0.0, 0.0]
-    for seed in range(6):  # one model's is luck
+    for seed in range(6):  # one model alone may be chance
         exact = step(build(name, seed=seed))
         narrow = [build(name, torch.bfloat16, seed=seed) for _ in errors]
         for i, model in enumerate((narrow[0], peft_ext.accelerate(narrow[1]))):
@@ -105,7 +105,9 @@ def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, T5LayerNorm, GemmaRMSNorm])
 def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of_x) -> None:
-    """T5's norm returns its weight's dtype, Llama's what PyTorch gives the product, Gemma's x's."""
+    """T5's norm returns the dtype of its weight, Llama's the dtype that PyTorch gives the product, Gemma's the dtype of
+    x.
+    """
     torch.manual_seed(0)
     module = kind(32).to(of_weight)
     x, found = torch.randn(3, 32).to(of_x), []
@@ -120,13 +122,13 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
         found.append((y.detach(), leaf.grad))
     for ours, stock in zip(found[1], found[0], strict=True):
         assert ours.dtype is stock.dtype
-        narrow = torch.bfloat16 in (of_x, of_weight)  # where stock rounds on its way back, too
+        narrow = torch.bfloat16 in (of_x, of_weight)  # stock rounds in the backward, too
         torch.testing.assert_close(ours, stock, rtol=2**-6 if narrow else 1e-5, atol=0.05 if narrow else 1e-4)
 
 
 @pytest.mark.parametrize("under", ["meta", "bfloat16", "inference"])
 def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> None:
-    """The first model of a class may be made on the meta device, or in another default dtype."""
+    """The first model of a class may be made on the meta device, or with another default dtype."""
     model = get_peft_model(MODELS["Llama"][0](), LoraConfig(target_modules="all-linear"))
     if under == "meta":
         with torch.device("meta"):
@@ -153,7 +155,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> N
 
 
 class Odd(nn.Module):
-    """Looks like an RMSNorm, and is another function."""
+    """Looks like an RMSNorm, but computes another function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +166,7 @@ class Odd(nn.Module):
 
 
 class Cubed(Odd):
-    """The values of an RMSNorm, and another gradient."""
+    """Has the values of an RMSNorm, but another gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps).detach()
@@ -200,7 +202,7 @@ def test_what_takes_it_back() -> None:
 
 
 def test_nothing_wide_is_saved() -> None:
-    """Of a bfloat16 model a norm keeps x and float32 numbers of rows; stock keeps float32 activations."""
+    """A norm in a bfloat16 model keeps x and a few float32 numbers of each row; stock keeps float32 activations."""
     saved = []
     for model in (build("Llama", torch.bfloat16), peft_ext.accelerate(build("Llama", torch.bfloat16))):
         norm, wide = model.get_base_model().model.norm, []
@@ -214,7 +216,7 @@ def test_nothing_wide_is_saved() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Knows the memory that was made within, and how much of it is still there."""
+    """Counts the memory that is allocated within the block, and how much of it is still in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,13 +236,15 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_mlp_keeps_gate_and_up_and_the_ranks(dropout: float) -> None:
-    """Beside x and y: of a token 2 I numbers in bfloat16 and three S in float32, and with dropout the seeds."""
+    """Besides x and y, an MLP keeps 2 I bfloat16 numbers and three float32 S of each token, and with dropout the
+    seeds.
+    """
     inner, r, tokens = 64, 4, 80
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "intermediate_size": inner})).bfloat16()
     config = LoraConfig(r=r, target_modules="all-linear", lora_dropout=dropout)
     mlp = peft_ext.accelerate(get_peft_model(model, config)).train().get_base_model().model.layers[0].mlp
     x = torch.randn(2, tokens // 2, 32, dtype=torch.bfloat16, requires_grad=True)
-    mlp(x)  # what is made once for all calls
+    mlp(x)  # makes everything that is made once for all calls
     with Alive() as alive:
         y = mlp(x)
     kept = alive.bytes() - y.numel() * 2
@@ -288,7 +292,7 @@ def adapted(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MLPS)
 def test_a_step_through_mlps_is_the_stock_one(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # the same masks
+    monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)  # gives both the same masks
     stock = adapted(name, checkpointing)
     torch.manual_seed(3)
     stock = step(stock)
@@ -324,7 +328,7 @@ def test_a_gate_changed_before_the_backward_is_found() -> None:
     mlp = model.get_base_model().model.layers[1].mlp
     mlp.gate_proj.register_forward_hook(lambda _layer, _args, out: kept.append(out))
     loss = model(**IDS).loss
-    kept[0].data.mul_(1.0)  # autograd does not see it
+    kept[0].data.mul_(1.0)  # a change that autograd does not see
     with torch.no_grad():
         kept[0].add_(1.0)
     with pytest.raises(RuntimeError, match="changed in place|modified by an inplace"):
@@ -332,7 +336,7 @@ def test_a_gate_changed_before_the_backward_is_found() -> None:
 
 
 def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
-    """A hook before the last layer that changes its input: that is no longer what the activation gives."""
+    """A hook before the last layer changes the layer's input, which is then no longer the activation's output."""
     found = []
 
     def shift(_layer: nn.Module, args: tuple[Tensor]) -> None:
@@ -347,7 +351,7 @@ def test_what_a_hook_changes_in_place_is_kept_as_it_is() -> None:
 
 
 class Shifted(nn.Module):
-    """Looks like an MLP, and is another function."""
+    """Looks like an MLP, but computes another function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +363,7 @@ class Shifted(nn.Module):
 
 
 class Unknown(Shifted):
-    """An activation that no operator has."""
+    """An activation that no operator computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,7 +396,9 @@ def test_an_activation_that_was_replaced_is_used() -> None:
 
 @pytest.mark.parametrize("regional", [False, True], ids=["model", "each layer"])
 def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
-    """PEFT's issue 3020: what its dropout draws was another in the backward, of layers compiled with dynamic shapes."""
+    """PEFT's issue 3020: in layers compiled with dynamic shapes, the backward drew another dropout mask than the
+    forward.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", lora_dropout=0.25, init_lora_weights=False)
@@ -421,7 +427,7 @@ def test_compiled_with_checkpointing_and_dropout(regional: bool) -> None:
 
 
 def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Models whose own dropouts act, and an adapter's."""
+    """Returns a model whose own dropouts act, and an adapter's dropout."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "BERT":
@@ -437,7 +443,9 @@ def with_dropouts(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
 def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PyTorch's masks it is the step it was; with its own it draws as many, again in each step."""
+    """With PyTorch's masks, the step equals stock's. With its own masks, the model draws as many, new ones in each
+    step.
+    """
     stock, model = with_dropouts(kind, dtype), peft_ext.accelerate(with_dropouts(kind, dtype))
     rows = [row for row in peft_ext.explain(model).blocks if row.kind == "dropout"]
     assert len(rows) >= 5 and all(row.fused for row in rows) and not any("lora" in row.name for row in rows)
@@ -445,10 +453,10 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
     monkeypatch.setattr(ops, "dropout", lambda x, p: drawn.append(p) or real(x, p))
     torch.manual_seed(1)
     first = step(model)["loss"]
-    assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each drew new masks
+    assert drawn == [0.2] * len(drawn) and len(drawn) == 5 and step(model)["loss"] != first  # each step drew new masks
     torch.manual_seed(1)
     assert step(model)["loss"] == first
-    # Without adapters' and attention's dropouts, whose masks are others as well.
+    # Dropouts of adapters and of attention are off, because their masks differ as well.
     monkeypatch.setattr(ops, "dropout", torch.nn.functional.dropout)
     for one in (stock, model):
         for name, module in one.named_modules():
@@ -469,7 +477,7 @@ def test_the_dropouts_of_a_model(kind: str, dtype: torch.dtype, monkeypatch: pyt
 
 
 def test_dropouts_that_stay_as_they_are() -> None:
-    """What is dropped in place, or never, or all; adapters' own; and after restore all."""
+    """Stock dropouts: in-place ones, probabilities of 0 and 1, those of adapters, and all dropouts after restore."""
     model = with_dropouts("BERT")
     layers = [nn.Dropout(0.5, inplace=True), nn.Dropout(0.0), nn.Dropout(1.0), nn.Dropout1d(0.5), nn.Dropout(0.5)]
     model.get_base_model().more = nn.ModuleList(layers)
@@ -479,9 +487,9 @@ def test_dropouts_that_stay_as_they_are() -> None:
     layers[0](x)
     assert set(x.unique().tolist()) == {0.0, 2.0} and layers[2](x).count_nonzero() == 0
     own = layers[4]
-    assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # not contiguous
+    assert set(own(torch.ones(40, 4).t()).unique().tolist()) == {0.0, 2.0}  # the input is not contiguous
     assert own(torch.ones(4, dtype=torch.float64)).dtype is torch.float64 and own(torch.ones(0, 3)).shape == (0, 3)
-    assert own(input=x).shape == x.shape  # by PyTorch's name of it
+    assert own(input=x).shape == x.shape  # called with PyTorch's name of the argument
     own.p = 1.0
     assert own.block_reason() == "it drops in place, or all" and own(x).count_nonzero() == 0
     own.p, own.forward = 0.5, lambda x: x + 1
@@ -507,7 +515,7 @@ def test_a_norm_is_called_by_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_few_elements_are_normed_by_pytorch(dtype, few_elements, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU its call is the shorter one; what it is compiled to is not chosen by the size of a batch."""
+    """On a CPU, PyTorch's call takes less time for few elements. A compiled graph does not choose by the batch size."""
     monkeypatch.setattr(norm, "LEAST", few_elements)
     layer = peft_ext.accelerate(with_dropouts("GPT-2")).get_base_model().transformer.ln_f.to(dtype)
     rows = few_elements[dtype] // 32

@@ -1,4 +1,4 @@
-"""What a call of a fused layer takes of Python, and which calls are known without asking their reasons again."""
+"""Tests how much Python a call of a fused layer runs, and which calls skip the reasons because they are known."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fused_layer(method: str, base: str = "dense") -> Any:
 
 
 def python_calls(call: Callable[[], Any]) -> list[str]:
-    """Returns the names of the Python functions that a call runs, its own excepted."""
+    """Returns the names of the Python functions that a call runs, except for the call itself."""
     names: list[str] = []
 
     def note(frame: FrameType, event: str, arg: object) -> None:
@@ -72,11 +72,11 @@ def test_a_call_takes_few_calls_of_python(method: str, base: str, monkeypatch: p
     if (method, base) == ("DoRA", "nf4"):
         pytest.skip("the weight is decoded for its norm, in calls of its own")
     layer, x = fused_layer(method, base), torch.randn(16, SIZE, requires_grad=True)
-    monkeypatch.undo()  # the fixture that asks for the reasons of each known call
+    monkeypatch.undo()  # undoes the fixture that asks for the reasons of each known call
     layer(x)
     calls = python_calls(lambda: layer(x))
     assert len(calls) <= MOST_CALLS, calls
-    assert not [name for name in calls if "check_" in name]  # the operator's own checks, after the layer's
+    assert not [name for name in calls if "check_" in name]  # the operator does not repeat the layer's checks
 
 
 # --- a call that is known, and then is another ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""DoRA on the experts of mixtures, which PEFT has not: its layer of our own, accelerated, against sums of weights."""
+"""Tests of DoRA on the experts of mixtures, which PEFT does not have: our accelerated layer against sums of weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(name: str = "Qwen3-MoE", **fields: Any) -> Any:
 
 @torch.no_grad()
 def moved(model: PeftModel) -> PeftModel:
-    """The magnitudes are not the norms any more."""
+    """Moves the magnitudes away from the norms."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.mul_(1 + 0.2 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
@@ -52,21 +52,22 @@ def adapt(name: str = "Qwen3-MoE", model: nn.Module | None = None, accelerate: b
 
 @torch.no_grad()
 def with_sums(model: PeftModel) -> nn.Module:
-    """The base model with what DoRA says of each weight, made here from PEFT's own sum, in float64."""
+    """Returns the base model with DoRA's weights, which are made here from PEFT's own sum, in float64."""
     model = copy.deepcopy(model)
     for wrapper in [m for m in model.modules() if isinstance(m, ParamWrapper)]:
         experts = wrapper.get_base_layer()
         weight = getattr(experts, wrapper.parameter_name)
         magnitude = wrapper.lora_magnitude_vector["default"].weight.double()
         summed = weight.double() + ParamWrapper.get_delta_weight(wrapper, "default").double()
-        transposed = experts.is_transposed if hasattr(experts, "is_transposed") else True  # Llama 4 says nothing
+        # Llama 4 has no such attribute.
+        transposed = experts.is_transposed if hasattr(experts, "is_transposed") else True
         inputs = 1 if transposed else 2
         assert magnitude.shape == summed.sum(inputs).shape
         norm = torch.linalg.vector_norm(summed, dim=inputs, keepdim=True)
         weight.copy_(magnitude.unsqueeze(inputs) * summed / norm)
     for module in [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]:
         module.merge()
-    # The wrappers are left out of the way of the tokens.
+    # Takes the wrappers out of the model's forward.
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, ParamWrapper) and not isinstance(parent, ParamWrapper):
@@ -109,7 +110,8 @@ def test_files_merging_and_back(name: str, tmp_path: Path) -> None:
         assert all(row.fused and row.kind.startswith("DoRA") for row in experts_rows(again))
         assert torch.equal(again.eval()(**batch()).logits, wanted)
         with pytest.raises(ValueError, match="does not work with use_dora=True"):
-            PeftModel.from_pretrained(base(name), tmp_path)  # PEFT alone does not give another function
+            # Stock PEFT raises an error and does not compute another function.
+            PeftModel.from_pretrained(base(name), tmp_path)
         before = {n: p.clone() for n, p in model.state_dict().items()}
         model.merge_adapter()
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
@@ -133,7 +135,7 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing() -> None:
-    """The magnitudes start as the norms, with an adapter that is not zeros as well."""
+    """The magnitudes start as the norms, also for an adapter whose matrices are not zero."""
     torch.manual_seed(0)
     for init in (True, False):
         model = peft_ext.get_peft_model(base(), config(init_lora_weights=init, target_modules=[])).eval()
@@ -160,7 +162,7 @@ def test_a_step_lowers_the_loss_and_moves_the_magnitudes() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    assert len(before) == 2 * 2 + 2  # of two parameters of two layers, and o_proj's
+    assert len(before) == 2 * 2 + 2  # two parameters in each of two layers, and o_proj in each layer
 
 
 def test_several_adapters_switched_and_together() -> None:
@@ -187,7 +189,7 @@ def test_several_adapters_switched_and_together() -> None:
 
 
 def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
-    """Whichever comes first, and whether or not the model was accelerated when it came."""
+    """The two adapters may come in either order, and the model may be accelerated before or not."""
     adapt().save_pretrained(tmp_path)
     wanted = peft_ext.load_adapter(base(), tmp_path).eval()(**batch()).logits
     for accelerate in (True, False):
@@ -196,7 +198,7 @@ def test_a_dora_adapter_beside_pefts_lora(tmp_path: Path) -> None:
         model = peft_ext.load_adapter(model, tmp_path, "more", accelerate=accelerate).eval()
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-5)
     accelerated = peft_ext.get_peft_model(base(), config(use_dora=False))
-    accelerated.add_adapter("own", config())  # PEFT's own wrapper would make it LoRA without a word
+    accelerated.add_adapter("own", config())  # PEFT's own wrapper would make it LoRA without a warning
     assert any("own" in n and "magnitude" in n and "experts" in n for n, _ in accelerated.named_parameters())
 
 
@@ -295,6 +297,6 @@ def test_a_magnitude_of_zero_merges_and_says_that_it_is_no_way_back() -> None:
         torch.testing.assert_close(model(**batch()).logits, wanted, rtol=1e-4, atol=1e-4)
     held: Tensor = wrapper.get_param()
     assert torch.isfinite(held).all()
-    for _ in range(2):  # it says so again
+    for _ in range(2):  # the warning is repeated
         with pytest.raises(RuntimeError, match="a magnitude is 0"):
             model.unmerge_adapter()

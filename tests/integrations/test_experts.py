@@ -1,4 +1,4 @@
-"""LoRA on the experts of mixtures: PEFT's target_parameters, accelerated, against PEFT alone."""
+"""Tests of LoRA on the experts of mixtures: PEFT's target_parameters, accelerated, against PEFT alone."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
 
 @every_model
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
-    """In the median of eleven: in 16 bits a token may go to another expert, in the one model or in the other."""
-    eager = None if name == "Llama 4" else "eager"  # the others' own multiply no float64
+    """Compares medians of eleven runs: in 16 bits, a token may go to another expert in either model."""
+    eager = None if name == "Llama 4" else "eager"  # the other implementations do not multiply float64
     ratios = []
     for seed in range(11):
         truth = step(adapt(base(name, torch.bfloat16, eager, seed)).double())
@@ -118,7 +118,7 @@ def test_under_autocast_and_checkpointing() -> None:
 
 
 def test_dropout_on_the_low_rank_path() -> None:
-    """Against a float64 step of the same masks; without training, and in files, nothing of it."""
+    """Compares with a float64 step with the same masks. Evaluation and files have no dropout."""
     model, plain = (peft_ext.accelerate(adapt(base()), experts_dropout=p) for p in (0.4, 0.0))
     assert {row.kind.partition(" over")[0] for row in experts_rows(model)} == {"LoRA with dropout 0.4"}
     assert torch.equal(model.eval()(**batch()).logits, plain.eval()(**batch()).logits)
@@ -259,7 +259,7 @@ def test_what_is_not_fused_says_why_and_is_pefts() -> None:
 
 
 def test_a_token_without_an_expert_gets_nothing() -> None:
-    """As expert parallelism marks it: with a number behind the last."""
+    """A token without an expert has an expert number beyond the last, as expert parallelism marks it."""
     model = peft_ext.accelerate(adapt(base())).eval()
     experts = model.get_base_model().model.layers[0].mlp.experts
     x, index = torch.randn(5, 32), torch.tensor([[0, 1], [6, 2], [6, 6], [3, 4], [5, 0]])
@@ -327,7 +327,7 @@ def test_nf4_experts_state_files_and_copies(tmp_path: Path) -> None:
     held = sum(t.numel() * t.element_size() for t in (*experts._parameters.values(), *experts._buffers.values())
                if t is not None)  # fmt: skip
     dense = base(dtype=torch.bfloat16).model.layers[0].mlp.experts
-    # A table of 1 KiB for each of two parameters, of few weights here.
+    # A table of 1 KiB for each of two parameters, which have few weights here.
     assert held - 2 * 1024 <= 0.28 * sum(p.numel() * p.element_size() for p in dense.parameters())
 
 
@@ -366,7 +366,7 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
 
 
 def test_hooks_around_nf4_experts_run() -> None:
-    """PEFT calls each wrapper and the experts within, and nothing of an adapter but its weights."""
+    """PEFT calls each wrapper and the inner experts, but no module of an adapter: it uses the weights alone."""
     plain, model = (
         peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))) for _ in range(2)
     )
@@ -406,7 +406,9 @@ def test_hooks_around_nf4_experts_run() -> None:
 
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
-    """What runs instead of the experts' own forward, or compiled, is an error: nothing else could add the adapter."""
+    """If other code runs instead of the experts' own forward, or under compile, there is an error: nothing else could
+    add the adapter.
+    """
     model = peft_ext.accelerate(adapt(peft_ext.quantize_nf4(base()), target_parameters=targets(base()))).eval()
     wanted = model(**batch()).logits
     held = model.get_base_model().model.layers[0].mlp.experts.get_base_layer()
@@ -425,7 +427,7 @@ def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
 
 
 def test_nf4_experts_that_are_sharded_by_themselves_are_refused(tmp_path: Path) -> None:
-    """Their hook would gather what the op has to have before."""
+    """The hook of such a shard would gather the weights only after the operator needs them."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
@@ -452,7 +454,9 @@ def test_hooks_on_the_factors_of_experts_are_never_called() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_an_adapter_that_leaves_the_experts_alone(quantized: bool) -> None:
-    """Its experts are the base's; over one of the two parameters the other has its own alone."""
+    """The adapter leaves the experts as they are in the base; if it adapts one of the two parameters, the other is the
+    base's.
+    """
     model = base()
     model = peft_ext.quantize_nf4(model) if quantized else model
     model, plain = adapt(model, target_parameters=targets(base())), adapt(dequantized(base()) if quantized else base())
@@ -492,7 +496,7 @@ def test_adapters_of_several_dtypes_under_autocast() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
 def test_all_linear_as_peft_reads_it(name: str) -> None:
-    """Which are the experts, with other ranks, and the router, which PEFT computes."""
+    """ "all-linear" adapts the experts, with other ranks, and the router, which PEFT computes."""
     found = []
     for accelerated in (False, True):
         model = adapt(base(name), target_modules="all-linear", target_parameters=None)
@@ -519,7 +523,7 @@ def test_experts_that_are_modules_run_as_fused_layers() -> None:
     for one in (plain, model):
         one(input_ids=ids, labels=ids).loss.backward()
     for wanted, found in zip(plain.parameters(), model.parameters(), strict=True):
-        if wanted.grad is not None or found.grad is not None:  # an expert without a token has none
+        if wanted.grad is not None or found.grad is not None:  # an expert without a token has no gradient
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6)
     wanted, found = ([sorted(m.__dict__) for m in one.modules()] for one in (plain, peft_ext.restore(model)))
     assert found == wanted

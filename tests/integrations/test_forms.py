@@ -1,5 +1,6 @@
-"""The known forms: how code is compared, that each row is true of the classes that have it, and that anything else that
-a forward reaches is another form."""
+"""Tests of the known forms: how code is compared, that each row is true for its classes, and that a change of anything
+that a forward uses gives another form.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ ROWS = read_rows(TABLE.read_text())
 
 @functools.cache
 def classes_by_digest() -> dict[str, list[Any]]:
-    """The installed transformers' classes of each row."""
+    """Returns the installed transformers' classes of each row."""
     found: dict[str, list[Any]] = {}
     for cls in tool.classes():
         if not isinstance(row := row_of(cls), str):
@@ -58,7 +59,7 @@ class Plain(nn.Module):
 
 
 class Annotated(nn.Module):
-    """Another name, words and types."""
+    """A class with another name, other comments and other annotations."""
 
     @torch.jit.unused if False else (lambda forward: forward)
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ def test_rows_of_functions() -> None:
 
 @pytest.mark.parametrize("name", ["offset", "rounds", "eps", "act", "inner", "gated", "norms", "cache", "options"])
 def test_a_wrong_formula_is_disproved(name: str) -> None:
-    """The proof can fail: each value of a formula, changed, is found."""
+    """The proof can fail: it finds each changed value of a formula."""
     others = {"offset": {"0": "1", "1": "0"}, "rounds": {"yes": "no", "no": "yes"}, "gated": {"yes": "no", "no": "yes"},
               "norms": {"head": "flat", "flat": "head"}, "cache": {"cache:kwargs": "cache:plain"}}  # fmt: skip
     tried = 0
@@ -266,7 +267,9 @@ BLOCKS = [digest for digest, row in ROWS.items() if row.kind in ("rms_norm", "ml
 def test_whatever_a_known_forward_reaches_makes_another_form_when_it_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each class of the installed transformers that has a known form, each thing that its code finds by name."""
+    """Covers each class of the installed transformers that has a known form, and each thing that its code finds by
+    name.
+    """
     counted, held = 0, []
     for digest in BLOCKS:
         for cls in classes_by_digest().get(digest, ())[:1]:
@@ -297,7 +300,7 @@ def test_activations_by_their_form() -> None:
              "gelu_new": "gelu_tanh", "gelu_python": None, "quick_gelu": None, "gelu_10": None, "mish": None,
              "tanh": None, "linear": None, "gelu_accurate": None}  # fmt: skip
     assert {name: activation_name(ACT2FN[name]) for name in names} == names
-    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # whose cube leaves float16's range
+    assert activation_name(ACT2FN["gelu_new"], torch.float16) is None  # the cube in this activation overflows float16
     assert activation_name(F.silu) == "silu" and activation_name(torch.tanh) is None
     assert (
         activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh" and activation_name(nn.SiLU(inplace=True)) is None
@@ -352,7 +355,7 @@ def test_register_form() -> None:
 
 
 class Louder(nn.Module):
-    """An MLP's output, and one in a hundred more."""
+    """Returns an MLP's output, one hundredth larger."""
 
     def forward(self, x):
         return self.down(self.act(self.gate(x)) * self.up(x)) * 1.01

@@ -1,4 +1,6 @@
-"""A name that another release of PEFT, bitsandbytes or transformers does not have costs what it must, and is said."""
+"""If another release of PEFT, bitsandbytes or transformers lacks a name, peft_ext loses what needs the name, and says
+so.
+"""
 
 import ast
 import json
@@ -24,7 +26,7 @@ OUTSIDE = ("peft", "transformers", "bitsandbytes")
 
 
 def word(name):
-    """The name renamed in all of PEFT."""
+    """Renames the name in all of PEFT."""
     return [["*", rf"\b{name}\b", f"{name}Renamed"]]
 
 
@@ -34,7 +36,7 @@ def of(method, *bases):
 
 _DENSE = ("LoRA", "DoRA", "AdaLoRA", "IA3", "Conv1D")
 _DORA = of("DoRA")
-# What goes on without the name: edits of PEFT, what is deleted from loaded modules, the layers that are not fused.
+# Cases that work without the name: edits of PEFT, names deleted from loaded modules, and the layers that are not fused.
 OPTIONAL = {
     "peft.tuners.tuners_utils.check_adapters_to_merge": (word("check_adapters_to_merge"), [], set()),
     "peft.tuners.lora.Linear": (
@@ -85,10 +87,10 @@ OPTIONAL = {
     "transformers.utils.ModelOutput": ([], [["transformers.utils", "ModelOutput"]], set()),
     "peft.PeftModel": ([], [["peft", "PeftModel"]], set()),
     "peft.tuners.tuners_utils.BaseTunerLayer": (
-        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain has no rows of adapters
+        [], [["peft.tuners.tuners_utils", "BaseTunerLayer"]], None,  # explain then has no rows of adapters
     ),
 }  # fmt: skip
-# Attributes that the fused layers read of the stock ones.
+# Attributes that the fused layers read from the stock layers.
 READ = {
     "cast_input_dtype_enabled": (word("cast_input_dtype_enabled"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),
     "lora_variant": (word("lora_variant"), {k for k in LAYERS if "LoRA" in k or "DoRA" in k}),
@@ -97,7 +99,7 @@ READ = {
     "is_feedforward": (word("is_feedforward"), of("IA3")),
     "_cache_get": (word("_cache_get"), _DORA),
 }
-# Names without which something can't be used; the acceleration of a live model does not need them.
+# Names without which some function cannot be used; the acceleration of a live model does not need them.
 REQUIRED = {
     "register_peft_method": word("register_peft_method"),
     "_remove_adapter_name_from_key": word("_remove_adapter_name_from_key"),
@@ -160,7 +162,9 @@ def test_what_can_not_be_used_without_a_name_says_so(found, name):
 
 
 def imports(kind):
-    """Module and names of what the package takes from outside, at import, within ``with kind(...)``; all by None."""
+    """Returns module and name of everything that the package imports from outside within ``with kind(...)``; None:
+    all.
+    """
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())
         inside = {}

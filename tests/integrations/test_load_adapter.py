@@ -1,4 +1,6 @@
-"""peft_ext.get_peft_model and load_adapter: as PEFT's, accelerated; AdaLoRA over bfloat16; files that are refused."""
+"""Tests of peft_ext.get_peft_model and load_adapter: like PEFT's, but accelerated; AdaLoRA over bfloat16; refused
+files.
+"""
 
 import copy
 import warnings
@@ -73,7 +75,7 @@ def test_load_adapter(tmp_path):
 
 @pytest.mark.parametrize("beside", [False, True], ids=["fresh", "beside another"])
 def test_what_is_within_a_saved_module_is_a_part_of_the_model(tmp_path, beside):
-    """RoBERTa's head has layers of its own, which PEFT saves without the word modules_to_save."""
+    """RoBERTa's head has layers of its own, which PEFT saves without listing them in modules_to_save."""
     config = transformers.RobertaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                         num_attention_heads=2, num_labels=3)  # fmt: skip
     base = transformers.RobertaForSequenceClassification(config)
@@ -93,7 +95,9 @@ def test_what_is_within_a_saved_module_is_a_part_of_the_model(tmp_path, beside):
 
 
 def test_an_adapter_of_tied_embeddings_is_loaded_beside_another(tmp_path):
-    """The head's tensor is the embedding's: PEFT has more names for it than the file, and wraps the head twice."""
+    """The head's tensor is the embedding's: PEFT has more names for the tensor than the file, and wraps the head
+    twice.
+    """
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                       num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
     base = transformers.LlamaForCausalLM(config)
@@ -137,13 +141,13 @@ def train_ada_lora(model, steps=16):
 
 
 def without_loss(model):
-    """PEFT adds a term to an AdaLoRA model's loss for the adapter that trains, and fails where none does."""
+    """PEFT adds a term to an AdaLoRA model's loss for the trainable adapter, and fails if there is none."""
     with torch.no_grad():
         return model.eval()(input_ids=batch(model.get_base_model())["input_ids"]).logits
 
 
 def without_lost_ranks(model):
-    """A copy whose tensors are cut to the ranks that are left, as they are on disk: sums of as many terms."""
+    """Returns a copy whose tensors are cut to the remaining ranks, as in the file, so that sums have as many terms."""
     model = copy.deepcopy(model)
     ranks = {name.removesuffix(".default"): kept for name, kept in model.peft_config["default"].rank_pattern.items()}
     for name, layer in model.base_model.model.named_modules():

@@ -1,4 +1,6 @@
-"""The loss of a language model without whole logits, and everything that uses logits of a model that trains."""
+"""Tests of the loss of a language model without whole logits, and of all code that uses logits of a model that
+trains.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "T5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "BERT": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
 }
-WHOLE = ("Gemma 2", "Cohere", "Granite", "T5", "BERT")  # whose forward uses the logits, or has a loss of its own
+# The forward of these models uses the logits, or computes the loss itself.
+WHOLE = ("Gemma 2", "Cohere", "Granite", "T5", "BERT")
 
 
 def build(name: str = "Llama", targets: Any = "all-linear", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -80,7 +83,7 @@ def reason(model: nn.Module) -> str:
 
 
 def waits(out: Any) -> bool:
-    """Whether the logits of an output were not computed yet."""
+    """Returns whether the logits of an output have not been computed yet."""
     return between._CALL in out.__dict__
 
 
@@ -109,7 +112,7 @@ def test_a_step_is_the_stock_step(name: str, items: Any) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lora_on_the_head(dropout: float) -> None:
-    """The head's dropout is PEFT's own, so that the masks are the same from the same seed."""
+    """The head's dropout is PEFT's own, so the same seed gives the same masks."""
     for targets in (["lm_head"], ["lm_head", "q_proj"][: 1 if dropout else 2]):
         stock = step(build("Llama", targets, lora_dropout=dropout))
         ours = step(peft_ext.accelerate(build("Llama", targets, lora_dropout=dropout)))
@@ -146,7 +149,7 @@ def test_accelerate_takes_them_to_float32() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=str)
 @pytest.mark.parametrize("items", [None, torch.tensor(0)], ids=str)
 def test_a_step_in_which_no_label_counts(dtype: torch.dtype, targets: Any, items: Optional[Tensor]) -> None:
-    """As under a plain Trainer: the loss is NaN, the adapter's gradients are zeros."""
+    """As in a plain Trainer, the loss is NaN, and the adapter's gradients are zeros."""
     labels = torch.full((3, 17), -100)
     for model in (build("Llama", targets, dtype), peft_ext.accelerate(build("Llama", targets, dtype))):
         loss, grads, _ = step(model, labels=labels, num_items_in_batch=items)
@@ -416,7 +419,7 @@ def test_another_thread_gets_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_that_was_made_of_ours_is_not_made_again() -> None:
-    """As fully_shard makes one of a model that it wraps itself."""
+    """fully_shard makes such a class if it wraps the model itself."""
     model = peft_ext.accelerate(build())
     base = model.get_base_model()
     made = base.__class__ = type("Sharded", (type(base),), {})
@@ -440,5 +443,5 @@ def test_heads_and_forwards_that_have_whole_logits() -> None:
     base, forward = model.get_base_model(), model.get_base_model().forward
     base.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert reason(model).startswith("the model's forward was replaced")
-    base._original_forward = forward  # accelerate's mixed precision, which calls it
+    base._original_forward = forward  # accelerate's mixed precision calls this attribute
     assert reason(model) == "logits in chunks" and waits(step(model)[2])

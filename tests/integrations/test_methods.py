@@ -1,9 +1,9 @@
-"""Every method in every way that it can be used: docs/methods.md is the table of what these tests see.
+"""Tests every method in every use, and draws the results as the table in docs/methods.md.
 
     PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py
 
-draws it anew. A test that is a column runs once for each method and returns the cell; its docstring is what the
-document says of the column.
+draws it again. A test that is a column runs once for each method and returns the cell. The docstring of such a test
+explains the column in the document.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ DOCUMENT = ROOT / "docs" / "methods.md"
 REDRAW = "PEFT_EXT_REDRAW=1 python -m pytest tests/integrations/test_methods.py"
 
 TABLE = Table(
-    f"Each cell is one test of `tests/integrations/test_methods.py` on a Llama of {LAYERS} layers, and says what the "
-    "test saw as it ran; a dash has its reason in a footnote. The tests fail where this document differs from what "
-    "they see, until it is drawn anew:",
+    f"Each cell shows the result of one test of `tests/integrations/test_methods.py` on a Llama of {LAYERS} layers. A "
+    "footnote gives the reason for each dash. The list below the table explains the columns. The tests fail if this "
+    "page differs from their results. This command draws the page again:",
     REDRAW,
     tuple(METHODS),
 )
 
 
 def column(title: str) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
-    """A test of every method whose cells are the column ``title``, and its docstring what the document says of it."""
+    """Registers a test as the column ``title``: its results are the cells, its docstring explains the column."""
 
     def wrap(test: Callable[..., Cell]) -> Callable[..., None]:
         TABLE.columns[title] = " ".join(inspect.getdoc(test).split())
@@ -83,14 +83,16 @@ def column(title: str) -> Callable[[Callable[..., Cell]], Callable[..., None]]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Llama on disk, for what loads it as users do."""
+    """Saves the Llama to disk, for tests that load it as users do."""
     folder = tmp_path_factory.mktemp("llama")
     LLAMA.build().save_pretrained(folder)
     return folder
 
 
 def make_base(kind: str, llama: Optional[Path] = None, skip: tuple[str, ...] = ()) -> hf.PreTrainedModel:
-    """The Llama, "dense", in "nf4", or on "bitsandbytes" but for ``skip``, as transformers loads it."""
+    """Returns the Llama, "dense", in "nf4", or in "bitsandbytes" (except for the modules ``skip``), as transformers
+    loads it.
+    """
     if kind != "bitsandbytes":
         model = LLAMA.build()
         return peft_ext.quantize_nf4(model, progress=False) if kind == "nf4" else model
@@ -107,18 +109,18 @@ def adapted(
     make: Callable[..., PeftModel] = peft_ext.get_peft_model,
     moved: bool = True,
 ) -> PeftModel:
-    """The method's model, over its own base by default, as after some training; the same for each ``make``."""
+    """Returns the method's model, by default over its own base, as after some training; equal for each ``make``."""
     base = make_base(METHODS[name].base) if base is None else base
     torch.manual_seed(3)
     model = make(base, METHODS[name].config())
     for key, parameter in model.named_parameters():
-        if "ranknum" in key:  # over a base that is not float32 PEFT leaves this count to the optimizer
+        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train this count
             parameter.requires_grad_(False)
     return (moved_away(model) if moved else model).eval()
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
-    """The quantized linears by the names that they have in the base model."""
+    """Returns the quantized linear layers, by their names in the base model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (NF4Linear, bnb.nn.Linear4bit)
     found = {key: module for key, module in base.named_modules() if isinstance(module, kinds)}
@@ -126,7 +128,7 @@ def quantized(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dense_twin(name: str, model: PeftModel) -> PeftModel:
-    """The same adapter over a dense base whose weights are those of ``model``, dequantized."""
+    """Returns the same adapter over a dense base with the dequantized weights of ``model``."""
     base = make_base("dense")
     for key, module in quantized(model).items():
         nf4 = module.nf4 if isinstance(module, NF4Linear) else peft_ext.NF4Weight.from_bitsandbytes(module.weight)
@@ -138,11 +140,13 @@ def dense_twin(name: str, model: PeftModel) -> PeftModel:
 
 
 def unfused(model: nn.Module) -> tuple[str, ...]:
-    """The reasons that explain has for what is not fused, each once, or that nothing is adapted."""
+    """Returns explain's reasons for layers that are not fused, each once, or a sentence that nothing is adapted."""
     rows = peft_ext.explain(model).rows
     reasons = dict.fromkeys(row.reason for row in rows if not row.fused)
     return (
-        tuple(f"{_capital(reason)}." for reason in reasons) if rows else ("No layer is adapted: the model's own run.",)
+        tuple(f"{_capital(reason)}." for reason in reasons)
+        if rows
+        else ("The method adapts no layer, so all layers of the model run their own code.",)
     )
 
 
@@ -158,7 +162,7 @@ def said(error: Exception) -> str:
 
 
 def run(module: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Output and gradients of the inputs and of every trained parameter, from a fixed output gradient."""
+    """Returns output and gradients of the inputs and of every trained parameter, for a fixed output gradient."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     y = call(module, *inputs)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
@@ -168,8 +172,8 @@ def run(module: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Tenso
 
 @column("nn module")
 def test_nn_module(name: str) -> Cell:
-    """The module of `peft_ext.nn` on its own, forward and backward: output and gradients are those of
-    `peft_ext.reference`, or of the formula in plain PyTorch, in float64.
+    """The test runs the module of `peft_ext.nn` alone, forward and backward. Output and gradients agree with
+    `peft_ext.reference`, or with the formula in plain PyTorch, in float64.
     """
     kinds = []
     for make in METHODS[name].alone:
@@ -184,11 +188,11 @@ def test_nn_module(name: str) -> Cell:
         return Cell(f"`{kind}`")
     layers = tuners(adapted(name)).values()
     assert layers and all(isinstance(layer, ReplacingLayer) for layer in layers)
-    return Cell.none(f"{_capital(name)} puts its tensors in place of the base modules' own: it adds no module.")
+    return Cell.none(f"{_capital(name)} replaces the tensors of the base model's modules, and adds no module.")
 
 
 def slope(model: PeftModel, gradients: dict[str, Tensor], reach: float = 2e-3) -> float:
-    """The loss's central difference along ``gradients``, each brought to length 1."""
+    """Returns the central difference of the loss along ``gradients``, each scaled to length 1."""
     losses = []
     for sign in (1, -1):
         there = copy.deepcopy(model)
@@ -201,8 +205,9 @@ def slope(model: PeftModel, gradients: dict[str, Tensor], reach: float = 2e-3) -
 
 @column("`get_peft_model`")
 def test_get_peft_model(name: str) -> Cell:
-    """`peft_ext.get_peft_model`, forward and backward: logits, loss and gradients are stock PEFT's; for a method that
-    PEFT lacks, the loss changes along the gradient as the gradient says. Shown: how many parameters it trains.
+    """The test runs a model of `peft_ext.get_peft_model`, forward and backward. Logits, loss and gradients agree with
+    stock PEFT. For a method that PEFT does not have, the gradient agrees with a finite difference of the loss. The
+    cell shows the number of trained parameters.
     """
     model = adapted(name)
     found = step(model, BATCH)
@@ -214,16 +219,14 @@ def test_get_peft_model(name: str) -> Cell:
         assert lengths > 0 and all(value.norm() > 0 for value in gradients.values())
         assert slope(model, gradients) == pytest.approx(lengths, rel=1e-2)
     plain = logits(make_base(METHODS[name].base), INPUTS)
-    assert (
-        error_of(logits(model, INPUTS)[:, -plain.shape[1] :], plain) > 1e-3
-    )  # an adapter that does nothing is no test
+    assert error_of(logits(model, INPUTS)[:, -plain.shape[1] :], plain) > 1e-3  # the adapter has an effect
     return Cell(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained")
 
 
 @column("Trainer")
 def test_trainer(name: str, tmp_path: Path) -> Cell:
-    """Four steps of transformers' `Trainer`, AdaLoRA and Diff Pruning with their callbacks: the loss falls, what is
-    trained moves and the rest does not.
+    """transformers' `Trainer` runs four steps; AdaLoRA and Diff Pruning use their callbacks. The loss falls, trained
+    parameters change, and all other parameters do not change.
     """
     method = METHODS[name]
     model, callback = adapted(name, moved=False), method.callback()
@@ -259,7 +262,7 @@ def test_trainer(name: str, tmp_path: Path) -> Cell:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-# Runs where peft_ext is not imported, and then imports it.
+# The code of a process that has not imported peft_ext, and imports it later.
 _READER = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -292,13 +295,13 @@ torch.save((alone, beside), f"{folder}/read.pt")
 
 
 def exchange_base(name: str, llama: Path) -> hf.PreTrainedModel:
-    """A base that stock PEFT has too."""
+    """Returns a base model that stock PEFT supports too."""
     return make_base("dense" if METHODS[name].base == "dense" else "bitsandbytes", llama)
 
 
 @dataclass
 class StockReader:
-    """A process of stock PEFT that reads what accelerated models saved; ``wanted``: their logits, by method."""
+    """A process of stock PEFT that reads adapters of accelerated models. ``wanted`` has their logits, by method."""
 
     process: subprocess.Popen
     folder: Path
@@ -306,7 +309,9 @@ class StockReader:
 
     @functools.cached_property
     def found(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Logits or an error by method, without peft_ext; of those with an error again, with it imported."""
+        """Returns logits or an error by method, without peft_ext; and, for methods with an error, again with peft_ext
+        imported.
+        """
         self.process.wait(timeout=600)
         assert self.process.returncode == 0, (self.folder / "errors").read_text()
         return torch.load(self.folder / "read.pt")
@@ -314,7 +319,7 @@ class StockReader:
 
 @pytest.fixture(scope="module", autouse=True)
 def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockReader]:
-    """Started at once: it takes seconds to import what it needs, beside the tests of other columns."""
+    """Starts the process early, because its imports take seconds, beside the tests of other columns."""
     folder, wanted = tmp_path_factory.mktemp("read"), {}
     for name in METHODS:
         model = adapted(name, exchange_base(name, llama))
@@ -332,7 +337,9 @@ def stock_reader(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @column("save, load")
 def test_save_and_load(name: str, tmp_path: Path) -> Cell:
-    """`save_pretrained`, then `peft_ext.load_adapter` into a fresh base: the very logits, as many layers fused."""
+    """`save_pretrained` saves the adapter, and `peft_ext.load_adapter` loads it into a new base model. The logits are
+    bitwise equal, and the same layers are fused.
+    """
     model = adapted(name)
     model.save_pretrained(tmp_path)
     loaded = peft_ext.load_adapter(make_base(METHODS[name].base), tmp_path)
@@ -343,8 +350,8 @@ def test_save_and_load(name: str, tmp_path: Path) -> Cell:
 
 @column("PEFT reads ours")
 def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
-    """Stock `PeftModel.from_pretrained`, in a process that has not imported peft_ext, reads what an accelerated model
-    saved: the same logits. QLoRA: over bitsandbytes' base.
+    """Stock `PeftModel.from_pretrained` loads an adapter that an accelerated model saved, in a process that has not
+    imported peft_ext. The logits agree. For QLoRA, the base is bitsandbytes'.
     """
     alone, beside = (found.get(name) for found in stock_reader.found)
     found = beside if isinstance(alone, str) else alone
@@ -353,20 +360,23 @@ def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
     assert isinstance(alone, Tensor) is METHODS[name].in_peft
     if isinstance(alone, Tensor):
         return Cell("same logits")
-    return Cell("same logits, with `import peft_ext.tuners`", (f"Without it PEFT says `{' '.join(alone.split())}`.",))
+    return Cell(
+        "same logits, with `import peft_ext.tuners`",
+        (f"Without this import, PEFT raises `{' '.join(alone.split())}`.",),
+    )
 
 
 @column("we read PEFT's")
 def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
-    """`peft_ext.load_adapter` reads what stock PEFT saved: the same logits, as many layers fused as in a model made
-    here. QLoRA: over bitsandbytes' base.
+    """`peft_ext.load_adapter` loads an adapter that stock PEFT saved. The logits agree, and as many layers are fused as
+    in a model of `peft_ext.get_peft_model`. For QLoRA, the base is bitsandbytes'.
     """
     if not METHODS[name].in_peft:
-        return Cell.none("PEFT has no such method: every file of it is one of peft_ext's.")
+        return Cell.none("PEFT does not have this method, so stock PEFT cannot save such an adapter.")
     stock = adapted(name, exchange_base(name, llama), make=peft.get_peft_model)
     stock.save_pretrained(tmp_path)
     loaded = peft_ext.load_adapter(exchange_base(name, llama), tmp_path)
-    # As a stock reader above: training mode keeps bitsandbytes from repacking the stock model's weights.
+    # As for the stock reader above, training mode keeps bitsandbytes from repacking the stock model's weights.
     with torch.no_grad():
         assert_close(logits(loaded, INPUTS), stock.train(METHODS[name].base != "dense")(**INPUTS).logits)
     made = peft_ext.explain(adapted(name, exchange_base(name, llama)))
@@ -379,18 +389,18 @@ def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
 
 @column("merge")
 def test_merge(name: str) -> Cell:
-    """`merge_and_unload`: a plain transformers model with the adapted one's logits; over NF4, with the codes of the
-    merged weight.
+    """`merge_and_unload` returns a plain transformers model with the logits of the adapted model. Over NF4, the test
+    compares the codes with those of the quantized merged weight.
     """
     model = adapted(name)
     wanted = logits(model, INPUTS)
     try:
         merged = copy.deepcopy(model).merge_and_unload()
     except ValueError as error:
-        return Cell.none(f"`merge_and_unload` says {said(error)}.")
+        return Cell.none(f"`merge_and_unload` raises {said(error)}.")
     except AttributeError as error:
         assert model.active_peft_config.is_prompt_learning and not tuners(model)
-        return Cell.none(f"{_capital(name)} has no layer to merge into: {said(error)}.")
+        return Cell.none(f"{_capital(name)} adapts no layer, so there is nothing to merge: {said(error)}.")
     assert type(peft_ext.restore(merged)) is LLAMA.model
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
     if not quantized(model):
@@ -401,24 +411,30 @@ def test_merge(name: str) -> Cell:
     for key, module in quantized(merged).items():
         weight = peft_ext.ops.nf4_quantize(dense.get_submodule(key).weight, double_quant=True)
         off = (module.dequantize(torch.float32) - weight.dequantize(torch.float32)).abs() > 1e-6
-        assert off.float().mean() < 1e-2, key  # where a sum, rounded in another order, falls beside a threshold
+        # A sum that is rounded in another order may fall on the other side of a threshold.
+        assert off.float().mean() < 1e-2, key
     return Cell(
-        "requantized", ("Merging rounds base plus adapter to NF4 anew, once, so logits move by that rounding.",)
+        "requantized",
+        ("The merge rounds the sum of base and adapter to NF4 again, and this rounding changes the logits.",),
     )
 
 
 def over_4_bits(name: str, kind: str, llama: Path) -> tuple[PeftModel, tuple[str, ...]]:
-    """The method over a base that is quantized; where that is refused, with what it trains left dense, and a note."""
+    """Returns the method over a quantized base. If that is refused, the trained modules are left dense, and a note says
+    so.
+    """
     try:
         return adapted(name, make_base(kind, llama)), ()
     except (ValueError, RuntimeError) as error:
         refused = said(error)
     if kind == "nf4":
         model = peft_ext.quantize_nf4(adapted(name), progress=False)
-        return peft_ext.accelerate(model), (f"Adapted first, then `quantize_nf4`. The other way round: {refused}.",)
+        return peft_ext.accelerate(model), (
+            f"The model was adapted first, then quantized by `quantize_nf4`. The other order raises {refused}.",
+        )
     layers = tuners(adapted(name)).items()
     skip = tuple(key.removeprefix("base_model.model.") for key, layer in layers if isinstance(layer, ReplacingLayer))
-    note = f"Loaded with what it trains in `llm_int8_skip_modules`. Without: {refused}."
+    note = f"The base was loaded with the trained modules in `llm_int8_skip_modules`. Without this option: {refused}."
     return adapted(name, make_base(kind, llama, skip)), (note,)
 
 
@@ -434,15 +450,15 @@ def base_cell(name: str, kind: str, llama: Path) -> Cell:
 
 @column("NF4 base")
 def test_nf4_base(name: str, llama: Path) -> Cell:
-    """Over `peft_ext.quantize_nf4`, double-quantized, forward and backward: logits, loss and gradients are those over
-    the dequantized weights. Shown: how many linears are in NF4.
+    """The test runs the method over a base of `peft_ext.quantize_nf4`, double-quantized, forward and backward. Logits,
+    loss and gradients agree with those over the dequantized weights. The cell shows how many linear layers are in NF4.
     """
     return base_cell(name, "nf4", llama)
 
 
 @column("bitsandbytes base")
 def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
-    """The same over `Linear4bit`, as transformers loads it, nested."""
+    """The test of the NF4 base, over double-quantized `Linear4bit` layers as transformers loads them."""
     return base_cell(name, "bitsandbytes", llama)
 
 
@@ -451,9 +467,9 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 
 @column("compile")
 def test_compile(name: str) -> Cell:
-    """`torch.compile(fullgraph=True)`, forward and backward, of the last layer's adapted MLP; where the layer
-    itself is adapted, of that; of prefix and prompt tuning, of the whole PeftModel. Outputs and gradients are the eager
-    ones.
+    """`torch.compile(fullgraph=True)` compiles the adapted MLP of the last layer, forward and backward. If the method
+    adapts the layer itself, the layer is compiled; for prefix and prompt tuning, the whole PeftModel. Outputs and
+    gradients agree with those of eager mode.
     """
     model = adapted(name).train()
     if tuners(model):
@@ -486,15 +502,16 @@ def test_compile(name: str) -> Cell:
         torch._dynamo.reset()
         found = outcome(torch.compile(module, backend="aot_eager"))
         notes = tuple(f"torch.compile says: {reason}." for reason in reasons)
-        cell = Cell(f"{explained.graph_break_count} breaks", notes)
-    flat = {key for key, value in wanted.items() if not value.any()}  # the gate of a tensor that is wide open
+        cell = Cell(f"{explained.graph_break_count} graph breaks", notes)
+    # The gate of a tensor is fully open and has no gradient.
+    flat = {key for key, value in wanted.items() if not value.any()}
     assert not any(found[key].any() for key in flat) and "y" not in flat
     assert_close(*({key: value for key, value in each.items() if key not in flat} for each in (found, wanted)))
     return cell
 
 
 def operators(model: nn.Module) -> OperatorCalls:
-    """What a training step calls of peft_ext's operators."""
+    """Returns the operators of peft_ext that a training step calls."""
     with OperatorCalls() as seen:
         step(model, BATCH)
     return seen
@@ -507,8 +524,8 @@ OF_BLOCKS = {
 
 @column("fused on CPU")
 def test_fused_on_cpu(name: str) -> Cell:
-    """Layers that `explain` says are fused, of those that are adapted; each calls its operator once in a training step,
-    and every operator that the step calls, the blocks' included, is a native kernel.
+    """The cell shows how many of the adapted layers are fused, as `explain` reports. In a training step, each fused
+    layer calls its operator once, and every operator of the step, including those of the blocks, has a native kernel.
     """
     model = adapted(name)
     rows = peft_ext.explain(model).rows
@@ -525,7 +542,7 @@ def test_fused_on_cpu(name: str) -> Cell:
 
 
 def cuda_operators() -> set[str]:
-    """The operators that csrc registers for CUDA."""
+    """Returns the operators that csrc registers for CUDA."""
     found = set()
     for path in (ROOT / "csrc").rglob("*_cuda.cu"):
         source = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
@@ -536,8 +553,8 @@ def cuda_operators() -> set[str]:
 
 @column("fused on CUDA")
 def test_fused_on_cuda(name: str) -> Cell:
-    """The operators that a training step calls have kernels that `csrc` registers for CUDA. Those kernels are tested
-    elsewhere, under the emulator: no GPU has run this table.
+    """The cell shows how many operators of a training step have a CUDA kernel in `csrc`. Other tests run these kernels
+    under the emulator; no test of this table has run on a GPU.
     """
     model = adapted(name)
     calls = operators(model).calls
@@ -545,7 +562,11 @@ def test_fused_on_cuda(name: str) -> Cell:
         return Cell.none(*unfused(model))
     assert any(operator.endswith("_backward") for operator in calls)
     without = sorted(set(calls) - cuda_operators())
-    notes = (f"No CUDA kernel: {', '.join(f'`{operator}`' for operator in without)}.",) if without else ()
+    notes = (
+        (f"These operators have no CUDA kernel: {', '.join(f'`{operator}`' for operator in without)}.",)
+        if without
+        else ()
+    )
     return Cell(f"{len(calls) - len(without)} of {len(calls)} operators", notes)
 
 

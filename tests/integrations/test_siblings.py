@@ -1,4 +1,6 @@
-"""Adapter layers that get the same tensor are computed together, as a row of a form says, and never a stale result."""
+"""Tests that adapter layers with the same input are computed together, as a row of a form says, and never return a
+stale result.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Attention(nn.Module):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attention of these tests has a row, as those of transformers have."""
+    """Gives the attention of these tests a row, as attentions of transformers have."""
     digest = form_of(Attention).digest
     monkeypatch.setitem(REGISTERED, digest, Row(digest, "projections", (("inputs", "+".join(NAMES)),)))
 
@@ -70,7 +72,7 @@ def draw(dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 class Together(TorchDispatchMode):
-    """Counts the layers of each call of lora_linears."""
+    """Counts the layers in each call of lora_linears."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ def gradients(model: Any, x: Tensor, forward: Callable[..., tuple[Tensor, ...]])
 
 
 def both(**how: Any) -> tuple[Any, Any]:
-    """The layers alone, and together."""
+    """Returns a model whose layers run alone, and one whose layers run together."""
     model = build(**how).train()
     return peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
 
@@ -130,12 +132,13 @@ class Odd(nn.Module):
         (Attention.forward, (NAMES,)),
         (Odd.forward, (("a", "l", "m"), ("b", "f"), ("c", "d"), ("i", "j"))),
         (hf.models.llama.modeling_llama.LlamaAttention.forward, (NAMES,)),
-        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets what the decoder has
+        (hf.models.t5.modeling_t5.T5Attention.forward, (("k", "v"),)),  # q gets the decoder's states
         (hf.models.whisper.modeling_whisper.WhisperAttention.forward, (("k_proj", "v_proj"),)),
-        (hf.models.detr.modeling_detr.DetrSelfAttention.forward, (("q_proj", "k_proj"),)),  # with positions
+        # Q and k get the states with positions added.
+        (hf.models.detr.modeling_detr.DetrSelfAttention.forward, (("q_proj", "k_proj"),)),
         (nn.Linear.forward, ()),
         (len, ()),
-        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # without a source
+        (eval("lambda self, x: (self.a(x), self.b(x))"), ()),  # code without a source
     ],
 )
 def test_the_groups_are_read_in_the_source(forward: Any, groups: tuple) -> None:
@@ -179,7 +182,7 @@ def test_outputs_have_the_same_bits_and_gradients_agree(how: dict[str, Any]) -> 
     wanted, found = gradients(alone, x, alone), gradients(joint, x, joint)
     assert found.keys() == wanted.keys() and len(found) > 4
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if x.dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.05}
-    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # summed before it is rounded
+    torch.testing.assert_close(found.pop("x"), wanted.pop("x"), **tolerance)  # the sum is made before it is rounded
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
@@ -194,7 +197,7 @@ def test_autocast_and_evaluation_and_no_gradients() -> None:
         assert seen.layers == [3]
     with torch.inference_mode(), Together() as seen:
         assert all(map(torch.equal, outputs(joint, draw(torch.float32)), outputs(alone, draw(torch.float32))))
-    assert not seen.layers  # an inference tensor does not say whether it was changed
+    assert not seen.layers  # an inference tensor has no version that shows a change
 
 
 def test_bitsandbytes_layers() -> None:
@@ -298,7 +301,7 @@ CHANGES = [change_x, change_weights, change_scale, replace_weights, disable, eva
 @pytest.mark.filterwarnings("ignore")
 def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     model = build(LoraConfig(r=4, target_modules=list(NAMES), init_lora_weights=False, lora_dropout=0.0)).train()
-    if change in (evaluate, change_dropout):  # all but nothing is kept
+    if change in (evaluate, change_dropout):  # the dropout keeps almost nothing
         for layer in (attention(model).k_proj, attention(model).v_proj):
             layer.lora_dropout["default"] = nn.Dropout(0.99)
     alone, joint = peft_ext.accelerate(copy.deepcopy(model), blocks=False), peft_ext.accelerate(model)
@@ -306,7 +309,7 @@ def test_what_changes_between_the_calls_counts(change: Callable) -> None:
     with Together() as seen:
         found = outputs(attention(joint), draw(), change)
     wanted = outputs(attention(alone), draw(), change)
-    assert seen.layers == [3]  # it was there to be taken
+    assert seen.layers == [3]  # the result of the three layers was waiting
     assert all(map(torch.equal, found, wanted))
     assert torch.equal(found[0], before[0]) and not any(map(torch.equal, found[1:], before[1:]))
 

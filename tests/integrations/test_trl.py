@@ -1,4 +1,6 @@
-"""TRL's trainers with the loss on linear_cross_entropy: losses, gradients and metrics of TRL's own, in less memory."""
+"""Tests of TRL's trainers with the loss on linear_cross_entropy: TRL's own losses, gradients and metrics, in less
+memory.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,15 @@ from peft_ext.integrations.transformers import PeftExtCallback
 
 pytestmark = [
     pytest.mark.cpu_only("trainers choose their device themselves"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL's, of its own options
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL warns about its own options
 ]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 WORDS = ("<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-# ‖ours - TRL's‖ / ‖TRL's‖ of a step's gradients that rounding explains.
+# Largest ‖ours - TRL's‖ / ‖TRL's‖ of a step's gradients that rounding explains.
 WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-# What no trainer computes from the loss: times, and what PeftExtCallback and Trainer count of the model.
+# Figures that no trainer computes from the loss: times, and what PeftExtCallback and Trainer count.
 LEFT_OUT = ("runtime", "per_second", "step_time", "tokens_per_s", "peak_mib", "fused_share", "total_flos")
 SFT, DPO, KTO, GRPO, RLOO = "SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer"
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -50,7 +52,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps the first run's precision and device for the process, and takes a GPU where it sees one."""
+    """accelerate keeps the precision and the device of the first run for the process, and uses a GPU if it sees one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     yield
     _forget()
@@ -62,7 +64,7 @@ def _forget() -> None:
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Tokens are bytes."""
+    """Returns a tokenizer whose tokens are bytes."""
     bytewise = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(WORDS)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
@@ -102,7 +104,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 class Gradients(hf.TrainerCallback):
-    """Keeps each step's."""
+    """Keeps the gradients of each step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -149,7 +151,7 @@ def history(trainer: Any) -> list[dict[str, float]]:
 def assert_alike(
     name: str, folder: Path, model: Any = None, within: float = WITHIN[torch.float32], **options: Any
 ) -> Any:
-    """Trains with TRL's own trainer and with ours; every figure that is logged, and all gradients, are alike."""
+    """Trains with TRL's own trainer and with ours; every logged figure and all gradients agree."""
     model = llama() if model is None else model
     stock, wanted = run(getattr(trl, name), folder, copy.deepcopy(model), **options)
     with warnings.catch_warnings():
@@ -167,7 +169,7 @@ def compare(found: list[dict[str, float]], wanted: list[dict[str, float]], withi
     for ours_, trls in zip(found, wanted, strict=True):
         assert ours_.keys() == trls.keys()
         for key, value in trls.items():
-            # Of a margin or a ratio of two runs of the same model, which are 0 and 1, the rounding alone is left.
+            # A margin (0) or a ratio (1) of two runs of the same model shows nothing but rounding.
             assert ours_[key] == pytest.approx(value, rel=10 * within, abs=10 * within), key
 
 
@@ -243,7 +245,7 @@ def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
         ("Granite", {"logits_scaling": 4.0}),
         ("Cohere", {"logit_scale": 0.3}),
         ("Qwen3", {}),
-        ("Phi", {}),  # its head has a bias
+        ("Phi", {}),  # the head of Phi has a bias
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -254,7 +256,7 @@ def test_heads(name: str, kind: str, sizes: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["NF4Linear", "Linear4bit"])
 def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: Path) -> None:
-    """TRL can't multiply by a packed weight."""
+    """TRL cannot multiply by a packed weight."""
     model = llama(vocab=320)
     packed = peft_ext.nn.NF4Linear.from_linear(model.lm_head)
     model.lm_head.weight.data = packed.dequantize()
@@ -263,7 +265,7 @@ def test_a_head_in_nf4_gives_what_trl_gives_of_its_values(kind: str, tmp_path: P
     if kind == "Linear4bit":
         pytest.importorskip("bitsandbytes")
         to_linear4bit(quantized, torch.float32)
-        quantized.is_loaded_in_4bit = False  # TRL would train the adapter in bfloat16
+        quantized.is_loaded_in_4bit = False  # otherwise TRL would train the adapter in bfloat16
     wanted = run(trl.SFTTrainer, tmp_path, model)
     found = run(ours.SFTTrainer, tmp_path, quantized)
     assert found[0].loss_reason is None
@@ -321,7 +323,7 @@ def test_a_call_without_it_is_the_models_own(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, reason: str, model: Any = None, kind: type = ours.SFTTrainer, **options: Any) -> Any:
-    """Constructs a trainer that says why its loss is TRL's, once."""
+    """Constructs a trainer that warns once why its loss is TRL's."""
     with pytest.warns(UserWarning, match=f"the loss is TRL's own: {reason}") as said:
         trainer = trainer_of(kind, folder, model, **options)
     assert sum("TRL's own" in str(warning.message) for warning in said) == 1
@@ -406,7 +408,7 @@ def test_lora_on_the_head_is_refused_by_trl(tmp_path: Path) -> None:
 
 
 def started(*arguments: str, processes: int = 0) -> dict[str, Any]:
-    """What this file, run as a script, prints."""
+    """Returns what this file prints if it is run as a script."""
     paths = [str(Path(peft_ext.__file__).parents[1]), *sys.path]
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -440,7 +442,7 @@ def test_two_processes_under_ddp(tmp_path: Path) -> None:
 
 
 def _memory(name: str, folder: str) -> dict[str, Any]:
-    """Two steps of accelerated LoRA on the same number of tokens; of DPO half of the rows are chosen."""
+    """Runs two steps of accelerated LoRA on the same number of tokens. For DPO, half of the rows are chosen answers."""
     model, meter = llama(vocab=VOCAB), PeftExtCallback()
     generator = torch.Generator().manual_seed(0)
     given = {"gradient_checkpointing": False, "per_device_train_batch_size": TEXTS}

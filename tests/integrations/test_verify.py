@@ -1,4 +1,4 @@
-"""verify: it finds nothing where nothing is wrong, names the block where something is, and changes nothing."""
+"""Tests that verify finds nothing in a correct model, names a wrong block, and changes nothing."""
 
 import random
 import types
@@ -33,7 +33,7 @@ def tokens(count=12):
 
 
 def everything(model, batch):
-    """All that verify must leave alone: objects by their identity, tensors by version and bits, too."""
+    """Returns everything that verify must not change: objects by identity, and tensors by version and bits."""
 
     def bits(tensor):
         return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -122,7 +122,7 @@ def test_dropouts_of_every_kind_are_off(name, accelerated):
     found = peft_ext.verify(model, batch)
     assert_unchanged(model, batch, before)
     assert found.ok and "training mode" in found.about, found
-    if name == "Falcon":  # whose MLP has the probability as an attribute
+    if name == "Falcon":  # Falcon's MLP keeps the probability as an attribute
         assert any(block.kind.startswith("FalconMLP") for block in found.blocks)
         assert any("accelerated anew" in note for note in found.notes) == accelerated
 
@@ -156,9 +156,9 @@ def test_autocast_counts_and_the_yardstick_has_none():
 def test_autocast_in_the_forward(prepared):
     model, batch = peft_ext.accelerate(llama().train()), tokens()
     if prepared:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # clears the state of other tests in this process
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-        AcceleratorState._reset_state(reset_partial_state=True)  # which other tests' are not to find
+        AcceleratorState._reset_state(reset_partial_state=True)  # so that other tests do not find this state
     else:
         inner = model.forward.__func__
         model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(inner), model)

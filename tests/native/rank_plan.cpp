@@ -1,5 +1,5 @@
-// Every small grid of tiles and some large ones, cut as a rank pass is: each tile is in one block, no block is empty,
-// and blocks are as many as were wanted, or one a tile. Prints what is wrong, and how many plans there were.
+// Divides every small grid of tiles and some large ones as a rank pass does. Tests that each tile is in one block, no
+// block is empty, and there are as many blocks as wanted, or one for each tile. Prints errors and the number of plans.
 #include <stdio.h>
 
 #include "linear/cuda/rank_plan.cuh"
@@ -17,7 +17,7 @@ bool check(RankWork work, int64_t rows, int64_t columns) {
   bool right = covers(rows, plan.row_tiles, plan.row_chunks) && covers(columns, plan.column_tiles, plan.column_chunks);
   const bool both = work == RankWork::kBoth || work == RankWork::kBothAndDots;
   const int64_t across = work == RankWork::kColumns ? columns : both ? (rows + 3) / 4 : rows;
-  // Not more than is wanted, but for what one way alone brings.
+  // Not more blocks than wanted, except for the blocks that one direction alone needs.
   const int64_t blocks = plan.row_chunks * plan.column_chunks;
   right = right && (blocks <= (both ? kRankBlocksOfBoth : kRankBlocksWanted) || blocks == across);
   right = right && (work != RankWork::kColumns || plan.column_tiles == 1) && (!both || plan.row_tiles == 4);

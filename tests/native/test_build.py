@@ -1,4 +1,4 @@
-"""What was built and how it loads: stable ABI, layout of the sources, imports, messages."""
+"""Tests of the build and the loading: stable ABI, layout of the sources, imports, messages."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__mo
 
 
 def python(code: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, on the package in ``path``, without PEFT_EXT_ settings and without a GPU."""
+    """Runs code in a new interpreter, with the package in ``path``, without PEFT_EXT_ settings and without a GPU."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PEFT_EXT_")}
-    place = str(path or PACKAGE.parent)  # also the working directory, which comes before PYTHONPATH
+    place = str(path or PACKAGE.parent)  # also the working directory, which Python searches before PYTHONPATH
     clean |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": place} | env
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_EDITABLE_INSTALLS + code], env=clean, cwd=place, capture_output=True, text=True
@@ -50,7 +50,7 @@ def python(code: str, path: Path | None = None, **env: str) -> subprocess.Comple
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """A copy of the package that holds no native library."""
+    """Makes a copy of the package without native libraries."""
     ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "peft_ext", ignore=ignore)
     return tmp_path
@@ -85,7 +85,9 @@ def test_libraries_need_only_the_stable_abi_of_the_target(stem):
 @pytest.mark.skipif(any(shutil.which(tool) is None for tool in ("nm", "readelf")), reason="binutils not found")
 @pytest.mark.skipif(sys.platform != "linux", reason="of ELF libraries")
 def test_libraries_export_their_module_alone_and_are_hardened():
-    """Of what ``wheels.faults`` looks for, nothing; tests/native/test_packaging.py has libraries with each fault."""
+    """The built libraries have none of the ``wheels.faults``; tests/native/test_packaging.py has libraries with each
+    fault.
+    """
     found = sorted(PACKAGE.glob("_C*.so"))
     if not found:
         pytest.skip("no native library is built")
@@ -145,7 +147,9 @@ def test_architectures_without_bfloat16_are_left_out(setup_script, capsys, asked
 
 
 def test_another_release_of_cuda_is_no_failed_install(setup_script, monkeypatch, tmp_path, capsys):
-    """The torch that pip takes is of CUDA 13, the system's nvcc often of 12: PyTorch's build would stop there."""
+    """pip's default torch uses CUDA 13, and the system's nvcc is often 12. PyTorch's extension builder would raise an
+    error.
+    """
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
     nvcc.chmod(0o755)
@@ -211,11 +215,11 @@ def test_an_include_that_runs_the_wrong_way_is_found(graph, said):
 def test_every_op_has_its_file_in_every_tree():
     ops = {path.stem for path in (ROOT / "peft_ext/ops").glob("[!_]*.py")}
     ops -= {"checks", "layer_lists", "library", "prove"}
-    # The folders below the glue are what the ops share; of NF4's own ops the products are in linear.
+    # The folders of the lower levels are shared by the operators; the products of NF4's own operators are in linear.
     shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert folders - shared == ops
-    # philox is the random generator that ops share.
+    # philox is the random generator that operators share.
     assert {path.stem for path in (ROOT / "peft_ext/reference").glob("[!_]*.py")} - {"philox", "common"} == ops
     benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert ops <= benchmarks, f"no benchmarks/bench_<op>.py for {sorted(ops - benchmarks)}"

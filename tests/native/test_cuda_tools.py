@@ -1,4 +1,4 @@
-"""What is said of the CUDA kernels' machine code: how it is counted, and that the documents say what is computed."""
+"""Tests of the analysis of the CUDA kernels' machine code, and of the computed tables in the documents."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_load_s_first_use_is_a_product_s_operand(kernels: dict) -> None:
     assert load.writes == {4, 5, 6, 7} and load.reads == {2, 3}
     assert product.writes == {20, 21, 22, 23} and product.reads == {16, 17, 18, 19, 4, 5, 20, 21, 22, 23}
     assert loop.load_to_use() == 4
-    # The product waits for the load; all but it and what follows is done meanwhile.
+    # The product waits for the load. The instructions before the product run during the wait.
     assert sass.LATENCY["global"] < loop.cycles_alone() < sass.LATENCY["global"] + 20
 
 
@@ -102,7 +102,7 @@ def test_the_table_has_every_hot_loop_on_every_architecture() -> None:
     assert all(row["stack"] == "0" for row in rows)
 
 
-# Slots a tile (a weight) that the loops are to stay below on sm_90.
+# Upper limits for the slots of each loop on sm_90, per tile or per weight.
 GOALS = {
     "S": 140, "S, dropout": 380, "Y0": 350, "P and dB": 450, "dA, dropout": 390, "dX0, dropout": 500,
     "NF4, T <= 8": 3.5, "NF4, T <= 16": 3.5,
@@ -131,19 +131,19 @@ def test_the_page_has_what_is_computed() -> None:
 
 
 def test_the_model_knows_how_a_pass_is_cut() -> None:
-    """Its partial sums are those of csrc/linear/cuda/rank_plan.cuh, whose numbers are read there."""
+    """The model's partial sums are those of csrc/linear/cuda/rank_plan.cuh, whose constants the test reads."""
     plan = (ROOT / "csrc/linear/cuda/rank_plan.cuh").read_text() + (ROOT / "csrc/linear/cuda/rank_pass.cuh").read_text()
     number = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = (\d+);", plan)}
     assert number["kRankBlocksWanted"] == 768 and number["kRankBlocksOfBoth"] == 384
     assert number["kRankTilesAtLeast"] == 2 and number["kRankTilesOfBoth"] == 4
-    # 8192 x 4096, rank 16: 128 row tiles share 768 blocks, six each; of both, 32 chunks of rows and 11 of columns.
+    # 8192 x 4096, rank 16: 128 row tiles share 768 blocks, six each; for "both", 32 chunks of rows and 11 of columns.
     assert cuda_model.partial_sums(8192, 4096, 16, "rows") == 2 * 4 * 16 * 6 * 8192
     assert cuda_model.partial_sums(8192, 4096, 16, "columns") == 2 * 4 * 16 * 12 * 4096
     assert cuda_model.partial_sums(8192, 4096, 16, "both") == 2 * 4 * 16 * (11 * 8192 + 32 * 4096)
 
 
 def test_a_pass_is_cut_by_its_shape_alone_and_each_tile_is_in_one_block(tmp_path: Path) -> None:
-    """By enumeration in C++, see tests/native/rank_plan.cpp; what it includes asks no device for anything."""
+    """Enumerates the plans in C++, see tests/native/rank_plan.cpp; the included headers need no device."""
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")

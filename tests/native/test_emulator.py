@@ -1,5 +1,6 @@
-"""The emulator of CUDA: its checks find planted faults and pass what is right, its instructions do as PTX says, and
-the CUDA ops run under it."""
+"""Tests of the CUDA emulator: it finds planted faults and accepts correct kernels, its instructions behave as PTX says,
+and the CUDA operators run under it.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ def library() -> ctypes.CDLL:
 
 @pytest.fixture
 def run(library):
-    """Launches a kernel of tests/native/emulator/kernels.cu; returns ``out``, a copy of what is given, after it."""
+    """Launches a kernel of tests/native/emulator/kernels.cu, and returns a copy of ``out`` after the launch."""
 
     def launch(name, words, out=(), grid=(2, 1, 1), threads=64, dynamic_shared=0, scratch=False) -> list[int]:
         memory = torch.zeros(4, 256, dtype=torch.int64)
         memory[0] = torch.tensor(words)
         memory[2, : len(out)] = torch.tensor(out)
-        memory = memory.to(torch.int32)  # in and out are rows 0 and 2: what lies between is nobody's
+        memory = memory.to(torch.int32)  # in and out are rows 0 and 2; no tensor owns the row between them
         message = ctypes.create_string_buffer(2048)
         failed = library.run_kernel(
             name.encode(), (ctypes.c_int64 * 3)(*grid), threads, ctypes.c_int64(dynamic_shared),
@@ -49,8 +50,8 @@ def run(library):
 WORDS = [(i * 2654435761 + 12345) % 2**32 for i in range(256)]
 SMALL = list(range(256))
 
-# Kernel, what the message says, and of which block and thread: where a fault is of many threads, the first that runs
-# into it; with a barrier that some never reach, the first that waits.
+# Kernel, expected message, and the block and thread that it names: for a fault of many threads, the first thread that
+# has it; for a barrier that some threads never reach, the first thread that waits.
 FAULTS = [
     ("read_past_end", "reads 4 bytes out of bounds of global memory; the nearest is byte 1024 of a", 1, 37),
     ("write_before_begin", "writes 4 bytes out of bounds of global memory; the nearest is byte -4 of", 1, 37),
@@ -99,7 +100,7 @@ def test_fault_is_found_and_its_right_twin_passes(run, name, says, block, thread
     want = run(name, SMALL, **arguments(name))
     place = rf"{name}<true>, block \({block}, 0, 0\), thread {thread}, kernels\.cu:[\d?]+"
     says = says.replace(" + ", r" \+ ")
-    for _ in range(2):  # the second time on what the abandoned launch left
+    for _ in range(2):  # the second launch runs on the memory that the abandoned launch left
         with pytest.raises(RuntimeError, match=f"emulator: {place}: .*{says}"):
             run(name + "_broken", SMALL, **arguments(name))
         assert run(name, SMALL, **arguments(name)) == want
@@ -168,23 +169,23 @@ def test_asynchronous_copies(run):
 
 
 def a_place(lane: int, i: int) -> tuple[int, int]:
-    """Row and column of A's element a_i, i = 0..7."""
+    """Returns row and column of A's element a_i, i = 0..7."""
     row = lane // 4 if i in (0, 1, 4, 5) else lane // 4 + 8
     return row, lane % 4 * 2 + (i & 1) + (8 if i >= 4 else 0)
 
 
 def b_place(lane: int, i: int) -> tuple[int, int]:
-    """Row and column of B's element b_i, i = 0..3."""
+    """Returns row and column of B's element b_i, i = 0..3."""
     return lane % 4 * 2 + (i & 1) + (8 if i >= 2 else 0), lane // 4
 
 
 def c_place(lane: int, i: int) -> tuple[int, int]:
-    """Row and column of C's and D's element c_i, i = 0..3."""
+    """Returns row and column of C's and D's element c_i, i = 0..3."""
     return lane // 4 + (8 if i >= 2 else 0), lane % 4 * 2 + (i & 1)
 
 
 def registers(matrix: torch.Tensor, place, count: int) -> list[int]:
-    """Each lane's registers of two 16-bit elements, the first in the low half."""
+    """Returns each lane's registers of two 16-bit elements, with the first in the low half."""
     bits = matrix.view(torch.int16).int() & 0xFFFF
     halves = [[bits[place(lane, i)].item() for i in range(count)] for lane in range(32)]
     return [row[i] | row[i + 1] << 16 for row in halves for i in range(0, count, 2)]
@@ -192,7 +193,7 @@ def registers(matrix: torch.Tensor, place, count: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype,name", [(torch.bfloat16, "mma_bf16"), (torch.float16, "mma_f16")])
 def test_mma_fragments(run, dtype, name):
-    # Distinct integers, and products whose sums float32 holds exactly: a value at a wrong place shows.
+    # Distinct integers whose products have sums that float32 holds exactly, so that a value at a wrong place is seen.
     a = (torch.arange(256) * 37 % 256).view(16, 16).to(dtype)
     b = (torch.arange(128) * 53 % 128 - 64).view(16, 8).to(dtype)
     c = (torch.arange(128) * 1001.0).view(16, 8)
@@ -243,7 +244,7 @@ def ops():
 
 
 def dequantize_args(numel: int, blocksize: int, nested: bool) -> tuple:
-    """An NF4 weight that holds every code, as the operator takes it; a flat shape."""
+    """Returns an NF4 weight with every code, as the operator's arguments, with a flat shape."""
     weight = torch.randn(numel) * torch.rand(numel).mul(-8).exp()
     _, absmax, *rest = reference.nf4_quantize(weight, blocksize, nested).op_args()
     packed = torch.randint(0, 256, ((numel + 1) // 2, 1), dtype=torch.uint8)

@@ -1,5 +1,6 @@
-"""What is shipped: the version from one place, floors that agree, a source distribution that is whole, a wheel without
-what is not the package's, libraries without what a shipped library must not have, licences."""
+"""Tests of what is shipped: one version, equal minimum versions, a complete source distribution, a wheel with only the
+package's files, hardened libraries, licences.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ STRAYS = ("outputs/demo/model.safetensors", "build/temp/isa.o", "data/banking77/
 
 @pytest.fixture(scope="module")
 def source_distribution(tmp_path_factory):
-    """Of a checkout that is in use: the checkout's own files, those in the source distribution, and its PKG-INFO."""
+    """Builds a source distribution of a used checkout. Returns the checkout's own files, the distribution's files, and
+    its PKG-INFO.
+    """
     checkout = tmp_path_factory.mktemp("checkout") / "peft_ext"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*NOT_SHIPPED))
     files = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
@@ -132,7 +135,7 @@ def test_what_a_wheel_must_not_hold_is_found():
 
 
 def compiled(folder: Path, source: str, *flags: str) -> Path:
-    """``_C.so`` of a C source, hardened unless the flags say otherwise."""
+    """Compiles a C source to ``_C.so``, hardened unless the flags say otherwise."""
     (folder / "source.c").write_text(source)
     (folder / "exports.map").write_text("{ global: PyInit_*; local: *; };")
     library = folder / "_C.so"
@@ -182,7 +185,7 @@ def test_the_tools_of_ci_are_pinned_once():
     assert pinned.keys() >= {*licenses.TOOLS, *built_with, "pytest"}
     assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pinned.values()), pinned
     for place in ("Makefile", ".ci/run"):
-        if (ROOT / place).exists():  # the source distribution has no .ci
+        if (ROOT / place).exists():  # a source distribution has no .ci
             for name, version in re.findall(r"([\w-]+)==([\d.]+)", (ROOT / place).read_text()):
                 assert name == "torch" or pinned.get(name) == version, f"{place} pins {name}=={version}"
 

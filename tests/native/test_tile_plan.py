@@ -1,4 +1,6 @@
-"""The plan that cuts the tile kernels' work for threads, by enumeration in C++: see tests/native/tile_plan.cpp."""
+"""Tests the plan that divides the tile kernels' work among threads, by enumeration in C++: see
+tests/native/tile_plan.cpp.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_plan_ends_covers_each_tile_once_and_is_balanced(program: Path) -> None:
-    """1 to 512 threads, 1 to 16,384 tokens, the layers of ten model families: a choice; `make threads` takes all."""
+    """Covers a choice from 1 to 512 threads, 1 to 16,384 tokens and the layers of ten model families; `make threads`
+    runs all.
+    """
     found = subprocess.run([program, "check", "512", "some"], capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout
     assert " 0 broken" in found.stdout

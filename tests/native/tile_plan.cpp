@@ -1,15 +1,15 @@
-// csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part
-// within the bound that the header states. Three uses:
+// Tests csrc/linear/cpu/tiles/plan.h by enumeration: each plan ends, covers every tile once, and keeps the busiest part
+// within the bound that the header states. The program has three uses:
 //
-//   tile_plan check THREADS STRIPS   all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, every layer below;
-//   with
-//                                    `some` for STRIPS a choice of both
-//   tile_plan cost THREADS TOKENS N K DECODE   "parts blocks whole_panels share decoded": what the busiest part does
-//   over
-//                                    the mean of all threads, and panels decoded over panels
-//   tile_plan passes THREADS TOKENS N K R   multiplications of the busiest thread in the passes of a layer's step: S,
-//   then
-//                                    P and dB, then dA (linear/cpu/pass_plan.h)
+//   tile_plan check THREADS STRIPS
+//       tests all of 1..THREADS threads and 1..STRIPS strips of 16 tokens, with every layer below; if STRIPS is `some`,
+//       a choice of both
+//   tile_plan cost THREADS TOKENS N K DECODE
+//       prints "parts blocks whole_panels share decoded": share is the work of the busiest part divided by the mean of
+//       all threads, decoded is the number of decoded panels divided by the number of panels
+//   tile_plan passes THREADS TOKENS N K R
+//       prints the multiplications of the busiest thread in the passes of a layer's step: S, then P and dB, then dA
+//       (linear/cpu/pass_plan.h)
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,12 +45,12 @@ constexpr Layer kLayers[] = {
 
 struct Summary {
   int64_t plans = 0, broken = 0;
-  double worst_many = 0.0, worst_few = 0.0;  // idle share of calls with kPlanUnits units a thread, and of the others
+  double worst_many = 0.0, worst_few = 0.0;  // idle share with kPlanUnits units per thread; of others
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a part of a block costs, in strips of products.
+// Returns the cost of a part of a block, in strips of products.
 int64_t part_cost(const TilePlan& plan, int64_t part, int64_t block, int64_t decode, int64_t* panels) {
   const int64_t begin = plan.first_unit(part, block), end = plan.first_unit(part + 1, block);
   const int64_t of_panel = plan.first_step(block + 1) - plan.first_step(block);
@@ -85,7 +85,7 @@ void check(const TilePlan& plan, int64_t threads, int64_t decode, Summary* summa
     }
     expect(at == units, "all units");
     const double mean = static_cast<double>(units * plan.step + plan.panels * decode) / static_cast<double>(threads);
-    // With fewer units than threads a unit is what the busiest has.
+    // With fewer units than threads, the busiest thread has one unit.
     expect(static_cast<double>(most) <= mean + static_cast<double>(plan.step + 2 * decode), "the bound");
     mean_total += mean;
     most_total += static_cast<double>(most);
@@ -95,7 +95,7 @@ void check(const TilePlan& plan, int64_t threads, int64_t decode, Summary* summa
   worst = std::max(worst, idle);
 }
 
-// Every strip of every panel exactly once, by painting.
+// Tests by marking that every strip of every panel occurs exactly once.
 bool paints(const TilePlan& plan) {
   std::vector<uint8_t> seen(static_cast<size_t>(plan.panels * plan.strips));
   bool whole = true;
@@ -128,7 +128,7 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
-// The passes' plan: nobody has less than a fair share, one thread reads m once, and the sums that are kept are bounded.
+// The plan of the passes: no thread has less than a fair share, one thread reads m once, and kept sums are bounded.
 void check_passes(int64_t most_threads, Summary* summary) {
   const auto expect = [&](bool holds, const char* what, int64_t tokens, int64_t columns, int64_t rank,
                           int64_t threads) {

@@ -1,4 +1,4 @@
-"""The modules: state, round trips, merging. Their arithmetic is the ops' and is tested there."""
+"""Tests of the modules: state, round trips, merging. The tests of the operators cover their arithmetic."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "n
 BASE = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 
-# Every adapted layer: its class, the arguments of its own, and its trainable parameters.
+# Every adapted layer: its class, its own arguments, and its trainable parameters.
 ADAPTED = {
     "lora": (LoRALinear, {"r": 4}, ["lora_A", "lora_B"]),
     "dora": (DoRALinear, {"r": 4}, ["lora_magnitude_vector", "lora_A", "lora_B"]),
@@ -35,7 +35,7 @@ THEIRS = pytest.mark.cpu_only("it takes bitsandbytes' CPU tensors")
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device: torch.device) -> Iterator[None]:
-    """Modules and tensors are made where the operators run."""
+    """Makes modules and tensors on the device of the operators."""
     with nullcontext() if device.type == "cpu" else device:
         yield
 
@@ -46,7 +46,7 @@ def make_base(base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> n
 
 
 def make_adapted(kind: str, base: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
-    """A layer whose adapter does something: each of its parameters is moved away from where it starts."""
+    """Returns a layer whose adapter has an effect: each of its parameters is moved away from its start."""
     cls, own, trainable = ADAPTED[kind]
     module = cls.from_linear(make_base(base, dtype), **own, **kwargs)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_nf4_linear_state_dict_round_trip(double_quant: bool) -> None:
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
-    fresh = NF4Linear(65, 33, double_quant=not double_quant)  # the file decides
+    fresh = NF4Linear(65, 33, double_quant=not double_quant)  # the state dict decides
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(3, 65)
     assert torch.equal(fresh(x), module(x))
@@ -131,7 +131,7 @@ def test_casting_keeps_codes_and_scales(double_quant: bool) -> None:
 
 
 def test_eval_then_train_then_save_is_bit_identical() -> None:
-    """bitsandbytes' layer repacks itself in eval; this one must not."""
+    """bitsandbytes' layer repacks itself in eval mode; NF4Linear must not."""
     module = NF4Linear.from_linear(nn.Linear(64, 32, dtype=torch.bfloat16))
     before = {k: v.clone() for k, v in module.state_dict().items()}
     x = torch.randn(1, 64, dtype=torch.bfloat16)
@@ -188,12 +188,12 @@ def test_an_adapted_layer_starts_as_its_base_and_trains_its_adapter_alone(kind: 
 @BASE
 @KIND
 def test_an_adapted_layer_is_its_merged_weight(kind: str, base: str) -> None:
-    """What forward computes and what merge writes are one formula."""
+    """``forward`` and ``merge`` use one formula."""
     module = make_adapted(kind, base).double().eval()
     x = torch.randn(5, 65, dtype=torch.float64)
     weight = module.base_layer.dequantize(torch.float64) if base == "nf4" else module.base_layer.weight
     bias = module.merged_bias(module.base_layer.bias)
-    # DoRA's norm is that of the NF4 weight as it was quantized from: float32.
+    # DoRA's norm is computed from the NF4 weight as it was quantized, which is from float32.
     tolerance = 1e-12 if base == "dense" else 1e-6
     wanted = nn.functional.linear(x, module.merged_weight(weight), bias)
     torch.testing.assert_close(module(x), wanted, rtol=tolerance, atol=tolerance)
@@ -207,11 +207,11 @@ def test_merge_and_exact_unmerge(kind: str, base: str, dtype: torch.dtype) -> No
     x = torch.randn(5, 65, dtype=dtype)
     before, bits = module(x), {k: v.clone() for k, v in module.state_dict().items()}
     module.merge()
-    module.merge()  # a second time changes nothing
+    module.merge()  # a second merge changes nothing
     assert module.merged and "merged=True" in repr(module)
     assert module.state_dict().keys() == bits.keys()
     merged = module(x)
-    # A merge rounds the weight once; into NF4 it costs a quantization error.
+    # A merge rounds the weight once; a merge into NF4 has a quantization error.
     bound = 0.2 if base == "nf4" else 20 * torch.finfo(dtype).eps
     assert (merged - before).norm() <= bound * before.norm()
     assert torch.equal(copy.deepcopy(module)(x), merged)
@@ -292,7 +292,7 @@ def test_an_adapted_layer_compiles_without_a_graph_break(kind: str) -> None:
 
 
 def test_dora_norm_follows_every_change() -> None:
-    """Through data too, which leaves no trace in a tensor's version."""
+    """Changes through ``.data``, which do not change a tensor's version, are seen too."""
     module = make_adapted("dora", "dense").eval()
     x = torch.randn(3, 65)
 
@@ -361,7 +361,7 @@ def test_from_and_to_bitsandbytes_share_storage(double_quant: bool) -> None:
 
 @THEIRS
 def test_bits_are_bitsandbytes() -> None:
-    """Real weights' shapes and dtypes, full and tail blocks, against bitsandbytes itself."""
+    """Compares with bitsandbytes: shapes and dtypes of real weights, full and tail blocks."""
     bnb = pytest.importorskip("bitsandbytes")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((64, 64), (33, 65), (7, 31), (1, 1), (576, 1536)):
@@ -374,8 +374,10 @@ def test_bits_are_bitsandbytes() -> None:
 
 @THEIRS
 def test_double_quantization_against_bitsandbytes() -> None:
-    """The map has its bits; the offset is PyTorch's mean there, whose last bits its threads decide, and exact here, and
-    the scales of the scales go with it; its CPU's 8-bit codes miss the nearest for about 0.2% of the scales."""
+    """The code table has bitsandbytes' bits. The offset is PyTorch's mean there, whose last bits depend on its threads,
+    and exact here; the scales of the scales follow the offset. bitsandbytes' 8-bit codes on the CPU are not the nearest
+    for about 0.2% of the scales.
+    """
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(576, 1536)
     ours = ops.nf4_quantize(weight, 64, double_quant=True)

@@ -1,4 +1,4 @@
-"""nn.BottleneckAdapter: inits, placements, and the state that a module carries."""
+"""Tests of nn.BottleneckAdapter: initializations, placements, and the state of the module."""
 
 import copy
 import io

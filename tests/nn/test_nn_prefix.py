@@ -1,4 +1,4 @@
-"""Prefix tuning: plain Transformers models with the module compute what PEFT's models compute."""
+"""Prefix tuning: plain Transformers models with the module compute the same as PEFT's models."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from virtual_token_models import BATCH, GROUPED, MODELS, VOCAB, P, T, make_input
 
 from peft_ext.nn.prefix import PrefixEncoder
 
-# Transformers 5.24 calls the argument cache, and warns of the name that its releases since 5.0 take.
+# Transformers 5.24 renamed the argument for the cache and warns about the name that releases since 5.0 use.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 PROJECTION = pytest.mark.parametrize("projection", [False, True], ids=["embedding", "mlp"])
@@ -23,7 +23,7 @@ MATCHED = ("llama", "gpt2", "gemma2", "qwen3", "bert", "t5", "t5-even")
 
 
 def run_prefix(model: nn.Module, prefix: PrefixEncoder, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
-    """The logits of a plain model behind the prefix."""
+    """Returns the logits of a plain model with the prefix."""
     cache = prefix.past_key_values(len(inputs["input_ids"]), model.config, **kwargs)
     if not model.config.is_encoder_decoder:  # the encoder sees no prefix, and the decoder is given no mask
         inputs = {**inputs, "attention_mask": prefix.extend_mask(inputs["attention_mask"])}
@@ -35,8 +35,9 @@ def peft_prefix(kind: str, model: nn.Module, **config: Any) -> peft.PeftModel:
 
 
 def run_peft_prefix(theirs: peft.PeftModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of PEFT's model. Its forward for classification looks for an argument that Transformers 5.24 has
-    renamed, and raises: there, its cache before its base model."""
+    """Returns the logits of PEFT's model. PEFT's forward for classification uses an argument that Transformers 5.24 has
+    renamed, and raises; there, the cache is given to its base model.
+    """
     if theirs.active_peft_config.task_type != "SEQ_CLS":
         return theirs(**inputs).logits
     mask = torch.cat((torch.ones(BATCH, P), inputs["attention_mask"]), dim=1)
@@ -108,7 +109,7 @@ def test_prefix_files_are_pefts_both_ways(projection: bool, tmp_path) -> None:
 
 
 def test_prefix_layout() -> None:
-    """A row is layer by layer the keys, then the values, head by head."""
+    """A row holds the keys, then the values, of each layer in turn, head by head."""
     prefix = PrefixEncoder(3, 2, 4, P)
     out = prefix(BATCH)
     assert out.shape == (3, 2, BATCH, 2, P, 4)
@@ -128,7 +129,7 @@ def test_prefix_runs_the_mlp_once_and_copies_nothing() -> None:
     plain = prefix.bake()
     assert plain(8).untyped_storage().data_ptr() == plain.embedding.weight.untyped_storage().data_ptr()
     with torch.no_grad():
-        assert plain(8, torch.bfloat16).stride(2) == 0  # cast once, whatever the batch
+        assert plain(8, torch.bfloat16).stride(2) == 0  # the prefix is cast once for any batch size
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -152,7 +153,9 @@ def test_prefix_has_the_shapes_that_the_model_caches(kind: str) -> None:
 
 
 def test_prefix_of_layers_that_differ() -> None:
-    """Gemma 4: a layer takes the part that it has room for, one that reuses another's keys takes nothing."""
+    """Gemma 4: a layer takes the part of the prefix that fits, and a layer that reuses another layer's keys takes
+    nothing.
+    """
     layers = {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -185,7 +188,7 @@ def test_prefix_of_layers_that_differ() -> None:
 
 
 def test_prefix_of_some_layers_without_keys() -> None:
-    """Qwen3-Next: linear attention keeps a state, not keys; it gets no prefix."""
+    """Qwen3-Next: linear attention keeps a state instead of keys, and gets no prefix."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
               "linear_value_head_dim": 8}  # fmt: skip
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
@@ -200,7 +203,7 @@ def test_prefix_of_some_layers_without_keys() -> None:
 
 
 def test_prefix_order_of_an_encoder_decoder_model() -> None:
-    """PEFT's order leaves every second prefix out where the layers are even in number."""
+    """PEFT's order leaves out every second prefix if the number of layers is even."""
     model = make_model("t5-even")
     prefix, inputs = PrefixEncoder.from_config(model.config, P), make_inputs(model)
     for peft_order, wanted in ((True, [True, False]), (False, [True, True])):
@@ -219,11 +222,11 @@ def test_prefix_without_a_config_is_a_plain_cache() -> None:
     logits = model(inputs["input_ids"], attention_mask=mask, past_key_values=cache).logits
     assert torch.equal(logits, run_prefix(model, prefix, inputs))
     assert cache.get_seq_length() == P + T
-    assert prefix.past_key_values(BATCH).get_seq_length() == P  # a new one each time
+    assert prefix.past_key_values(BATCH).get_seq_length() == P  # each call makes a new cache
 
 
 def test_generation_with_a_prefix() -> None:
-    """Greedy generation, with the cache that grows, is the forward's argmax, step by step."""
+    """Greedy generation with its growing cache gives the argmax of the forward in each step."""
     model = make_model("llama")
     prefix, ids = PrefixEncoder.from_config(model.config, P), torch.randint(3, VOCAB, (BATCH, T))
     mask = prefix.extend_mask(torch.ones_like(ids))
@@ -239,17 +242,20 @@ def test_generation_with_a_prefix() -> None:
 
 @PROJECTION
 def test_prefix_in_the_models_dtype(projection: bool) -> None:
-    """Float32 parameters over a bfloat16 model: cast as PEFT casts, the gradient summed over the batch in float32."""
+    """Float32 parameters over a bfloat16 model are cast as in PEFT, and the gradient is summed over the batch in
+    float32.
+    """
     model = make_model("llama").to(torch.bfloat16)
     theirs = peft_prefix("llama", model, prefix_projection=projection)
     prefix = PrefixEncoder.from_config(model.config, P, projection=projection)
     prefix.load_state_dict(their_encoder(theirs).state_dict())
     inputs = make_inputs(model)
-    assert model.config.dtype is not torch.bfloat16  # as of the model before its cast, so it has to be said
+    # The configuration still has the dtype before the cast, so the dtype has to be given.
+    assert model.config.dtype is not torch.bfloat16
     wanted, got = theirs(**inputs).logits, run_prefix(model, prefix, inputs, dtype=model.dtype)
     assert got.dtype is torch.bfloat16
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
-    if not projection:  # the same bits in: the same bits out; a sum in bfloat16 is off by 1e-3
+    if not projection:  # equal inputs give bitwise equal outputs; a sum in bfloat16 differs by 1e-3
         wanted.sum().backward()
         got.sum().backward()
         torch.testing.assert_close(

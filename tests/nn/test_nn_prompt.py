@@ -1,4 +1,6 @@
-"""Prompt tuning: plain Transformers models with the module compute what PEFT's compute; both kinds as modules."""
+"""Prompt tuning: plain Transformers models with the module compute the same as PEFT's models; prompt and prefix as
+modules.
+"""
 
 import copy
 import pickle
@@ -16,7 +18,7 @@ from virtual_token_models import GROUPED, VOCAB, P, T, make_inputs, make_model, 
 from peft_ext.nn.prefix import PrefixEncoder
 from peft_ext.nn.prompt import PromptEmbedding
 
-# Transformers 5.24 calls the argument cache, and warns of the name that its releases since 5.0 take.
+# Transformers 5.24 renamed the argument for the cache and warns about the name that releases since 5.0 use.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -39,7 +41,7 @@ def test_prompt_logits_loss_and_gradients_are_pefts(kind: str, dtype: torch.dtyp
     assert torch.equal(got.logits, wanted.logits) and torch.equal(got.loss, wanted.loss)
     wanted.loss.backward()
     got.loss.backward()
-    # In bfloat16 too: the gradient is summed over the batch in float32, where a sum in bfloat16 is off by 1e-3.
+    # The gradient is summed over the batch in float32 for bfloat16 too; a sum in bfloat16 would differ by 1e-3.
     torch.testing.assert_close(
         prompt.embedding.weight.grad, their_encoder(theirs).embedding.weight.grad, rtol=1e-6, atol=0
     )
@@ -71,7 +73,7 @@ def test_prompt_forward_and_its_gradients() -> None:
     assert torch.equal(x.grad, direction[:, P:])
     torch.testing.assert_close(prompt.embedding.weight.grad, direction[:, :P].sum(0))
     assert prompt.prompt(7).shape == (7, P, 4)
-    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()  # no copy for the batch
+    assert prompt.prompt(7).data_ptr() == prompt.embedding.weight.data_ptr()  # the batch needs no copy
 
 
 def test_prepend_extends_what_it_is_given() -> None:
@@ -127,7 +129,7 @@ def test_from_vocab_is_pefts_from_the_same_seed() -> None:
     torch.manual_seed(3)
     theirs = peft.PromptEmbedding(config, embedding)
     torch.manual_seed(3)
-    nn.Embedding(P, 8)  # whose random start theirs has drawn before the tokens
+    nn.Embedding(P, 8)  # PEFT draws the random start of an embedding before it draws the tokens
     prompt = PromptEmbedding.from_vocab(embedding, P)
     assert torch.equal(prompt.embedding.weight, theirs.embedding.weight)
 
@@ -136,7 +138,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
     embedding = nn.Embedding(3, 8)
     draws = [PromptEmbedding.from_vocab(embedding, 40, torch.Generator().manual_seed(s)).embedding for s in (1, 1, 2)]
     rows = {tuple(row) for row in embedding.weight.tolist()}
-    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # of 40 draws, each of 3 comes up
+    assert {tuple(row) for row in draws[0].weight.tolist()} == rows  # in 40 draws, each of the 3 rows occurs
     assert torch.equal(draws[0].weight, draws[1].weight) and not torch.equal(draws[0].weight, draws[2].weight)
     before = embedding.weight.clone()
     with torch.no_grad():
@@ -145,7 +147,7 @@ def test_from_vocab_draws_rows_and_keeps_a_copy() -> None:
 
 
 def test_prompt_starts_as_what_the_model_reads() -> None:
-    """Gemma scales its embeddings in their module: the prompt starts as scaled ones."""
+    """Gemma's embedding module scales its output: the prompt starts with scaled embeddings."""
     config = transformers.Gemma2Config(**{**GROUPED, "num_hidden_layers": 1, "head_dim": 8})
     embedding = transformers.Gemma2ForCausalLM(config).get_input_embeddings()
     prompt = PromptEmbedding.from_text("is bad", word_level(), embedding, 2)

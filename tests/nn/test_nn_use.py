@@ -1,4 +1,4 @@
-"""Modules as PyTorch's own tools use them: export, transforms, states loaded in place, merges over one base."""
+"""The modules with PyTorch's own tools: export, transforms, states that are loaded in place, merges over one base."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def module(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def jacobian(module: nn.Module, x: Tensor) -> Tensor:
-    """Row by row, by plain backward calls."""
+    """Returns the Jacobian, computed row by row with plain backward calls."""
     x = x.clone().requires_grad_()
     return torch.stack([torch.autograd.grad(value, x, retain_graph=True)[0] for value in module(x).flatten()])
 

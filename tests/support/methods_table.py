@@ -79,7 +79,8 @@ class Table:
         about = "\n".join(_filled(f"- **{title}**: {text}", "  ") for title, text in self.columns.items())
         notes = "\n".join(_filled(f"[^{number}]: {note}", "    ") for note, number in numbers.items())
         command = f"```bash\n{self.command}\n```"
-        parts = ["# Methods", _filled(self.introduction), command, table, about, notes, _drawn_with()]
+        title = "# What the tests see of each method"
+        parts = [title, _filled(self.introduction), command, table, about, notes, _drawn_with()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
 

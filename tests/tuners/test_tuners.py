@@ -1,4 +1,4 @@
-"""BitFit, partial fine-tuning and Diff Pruning as methods of PEFT: numbers, files, and what a model can go through."""
+"""Tests of BitFit, partial fine-tuning and Diff Pruning as PEFT methods: numbers, files, and operations on a model."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_starts_as_the_base_model_and_trains_its_own_tensors_alone(method, name)
     model, base = make(method, name)
     wanted = logits(base)
     assert torch.equal(logits(model), wanted)
-    assert torch.equal(logits(model.train()), wanted)  # a difference of 0, whatever the gates
+    assert torch.equal(logits(model.train()), wanted)  # the difference is 0 for any gates
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_parameters(model)) and all(f".{PREFIX[method]}" in n for n in trained)
     assert set(gradients(model)) == trained
@@ -170,7 +170,7 @@ def test_merged_unmerged_disabled_and_unloaded(method, name):
     model.merge_adapter(safe_merge=True)
     assert torch.equal(logits(model), wanted)
     assert get_model_status(model).merged_adapters == ["default"]
-    assert_same(get_peft_model_state_dict(model), saved)  # what is saved is the adapter, merged or not
+    assert_same(get_peft_model_state_dict(model), saved)  # the saved state is the adapter's, merged or not
     clone = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for one in (model, clone):
         one.unmerge_adapter()
@@ -179,7 +179,7 @@ def test_merged_unmerged_disabled_and_unloaded(method, name):
     model.merge_adapter()
     own = {p.data_ptr() for p in adapter_parameters(model).values()}
     assert not any(p.data_ptr() in own for n, p in model.named_parameters() if "_tensors." not in n)
-    with model.disable_adapter():  # all of it at once, whatever a forward reaches
+    with model.disable_adapter():  # disables all adapter layers at once, also those that a forward does not reach
         assert get_model_status(model).merged_adapters == []
         model.merge_adapter()
         assert torch.equal(logits(model), logits(base))
@@ -254,7 +254,7 @@ def test_gradient_checkpointing(method, reentrant):
     model.base_model.model.enable_input_require_grads()
     torch.manual_seed(5)
     actual = gradients(model)
-    assert_same(actual, wanted)  # under Diff Pruning too: the same u is drawn again
+    assert_same(actual, wanted)  # under Diff Pruning, the second forward draws the same u
 
 
 @pytest.mark.parametrize("method", ["BitFit", "diff"])
@@ -293,7 +293,8 @@ def test_generates_and_is_injected_without_a_peft_model(method):
     injected = inject_adapter_in_model(config_of(method, "gpt2"), copy.deepcopy(base))
     assert type(injected) is GPT2LMHeadModel and torch.equal(logits(injected), logits(base))
     loss = injected(**batch(injected)).loss
-    assert (injected.train()(**batch(injected)).loss > loss) == (method == "diff")  # its penalty comes along
+    # The injected model's loss includes the penalty of Diff Pruning.
+    assert (injected.train()(**batch(injected)).loss > loss) == (method == "diff")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +395,7 @@ def test_shards_are_refused_and_what_can_not_be_wrapped_stays_frozen():
         def __init__(self):
             super().__init__()
             self.inner = Mixed()
-            self.inner.bias = nn.Parameter(torch.zeros(8))  # beside a list of layers
+            self.inner.bias = nn.Parameter(torch.zeros(8))  # a parameter beside a list of layers
 
     for config in (BitFitConfig(), PartialConfig(target_modules=["inner"]), DiffPruningConfig()):
         with pytest.warns(UserWarning, match="inner.bias stays frozen"):
@@ -403,7 +404,7 @@ def test_shards_are_refused_and_what_can_not_be_wrapped_stays_frozen():
 
 
 def test_registering():
-    register("bitfit", BitFitConfig, BitFitModel)  # once more is no error
+    register("bitfit", BitFitConfig, BitFitModel)  # registering again is no error
     with pytest.raises(RuntimeError, match="PEFT has a method 'lora' already"):
         register("lora", BitFitConfig, BitFitModel)
     kind = BitFitConfig().peft_type

@@ -1,4 +1,4 @@
-"""Bottleneck adapters compute what AdapterHub's do, with AdapterHub's tensors: values, hidden states and gradients."""
+"""Bottleneck adapters with AdapterHub's tensors compute AdapterHub's values, hidden states and gradients."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ import peft_ext  # noqa: E402
 from peft_ext import BottleneckConfig  # noqa: E402
 from peft_ext.tuners import config_from_adapterhub, from_adapterhub, to_adapterhub  # noqa: E402
 
-# float32 over two layers, one of whose norms may divide by little; WANTED has seven digits, and the errors of another
-# CPU's float32 (4e-6 of what float64 gives, at most).
+# Bounds for float32 over two layers, one of whose norms may divide by a small number. WANTED has seven digits, and
+# contains the errors of another CPU's float32 (at most 4e-6 of the float64 result).
 _CLOSE = {"rtol": 1e-5, "atol": 5e-6}
 _DIGITS = 1e-6
 
@@ -90,7 +90,7 @@ def test_unloaded_blocks_have_no_hooks_left():
 
 
 def test_several_adapters_around_a_norm_run_in_turn():
-    """As AdapterHub's Stack: each sees the norm of the sum so far, and the norm is run on the last sum."""
+    """As in AdapterHub's Stack, each adapter sees the norm of the sum so far, and the norm runs on the last sum."""
     model = adapted("bert", "pfeiffer")
     model.add_adapter("b", config_from_adapterhub(CONFIGS["pfeiffer"], "bert"))
     model.base_model.set_adapter(["default", "b"])

@@ -1,4 +1,4 @@
-"""BitFit: the biases it finds and adds, over every kind of linear layer."""
+"""Tests which biases BitFit finds and adds, over every kind of linear layer."""
 
 import copy
 
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_the_bias_of_every_linear_kind_runs_in_the_base_modules_own_forward():
-    """NF4Linear, bitsandbytes' 4 and 8 bits, fused or not: the bias is added where the module itself adds one."""
+    """Covers NF4Linear and bitsandbytes' 4-bit and 8-bit layers, fused or not: the module's own forward adds the
+    bias.
+    """
 
     class Net(nn.Module):
         def __init__(self, linear):
@@ -56,7 +58,7 @@ def test_the_bias_of_every_linear_kind_runs_in_the_base_modules_own_forward():
             twin = copy.deepcopy(plain)
             twin = (peft_ext.accelerate(twin) if fused else twin).eval()
             x = torch.randn(5, 64, dtype=dtype)
-            # bitsandbytes repacks a weight for good in eval mode without gradients: every run here has one.
+            # bitsandbytes repacks a weight for good in eval mode without gradients, so each run makes a new layer.
             y = model(x.requires_grad_())
             assert torch.equal(y, twin(x)), kind
             spread(model)
@@ -84,7 +86,7 @@ def test_counts_of_bert_base():
             model = BertForSequenceClassification(BertConfig())
         return peft.get_peft_model(model, BitFitConfig(**config)).get_nb_trainable_parameters()[0]
 
-    assert count() - 2 == 102_912  # the head's two biases are no target once the head is trained whole
+    assert count() - 2 == 102_912  # if the head is trained whole, its two biases are no targets
     assert count(task_type="SEQ_CLS") == 104_450
     assert count(bias_kinds=["query", "mlp_up"]) == 12 * (768 + 3072)
     kinds = {kind: count(bias_kinds=kind) for kind in ("attention", "mlp", "norm", "other")}

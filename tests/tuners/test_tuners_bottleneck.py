@@ -1,4 +1,4 @@
-"""Bottleneck adapters as a method of PEFT: places, numbers, files, several adapters."""
+"""Tests of bottleneck adapters as a PEFT method: places, numbers, files, several adapters."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def llama(seed=0):
 
 
 def adapted(base=None, **config):
-    """A Llama, or ``base``, under bottleneck adapters, but for them as PyTorch computes it."""
+    """Returns a Llama, or ``base``, with bottleneck adapters; everything else is stock."""
     config = BottleneckConfig(task_type="CAUSAL_LM", **config)
     return peft_ext.get_peft_model(llama() if base is None else base, config, blocks=False)
 
@@ -166,7 +166,7 @@ def test_errors():
 
 
 _LAYERS = {"layers.0", "layers.1"}
-EXPECTED = {  # by placement: which modules of a layer
+EXPECTED = {  # by placement: the adapted modules of a layer
     "Llama": {"houlsby": {"o_proj", "down_proj"}, "pfeiffer": _LAYERS, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
     "Gemma2": {"houlsby": {"o_proj", "down_proj"}, "after_ffn": {"down_proj"}, "parallel": {"mlp"}},
     "Phi": {"houlsby": {"dense", "fc2"}, "pfeiffer": {"fc2"}, "after_ffn": {"fc2"}, "parallel": {"mlp"}},
@@ -227,7 +227,7 @@ def test_layers_to_transform_and_a_sublayer_called_by_keywords():
     config = BottleneckConfig(
         target_modules=["self_attn"], bottleneck_dim=4, init_weights="bert", task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(llama(), config)  # it returns a tuple, and takes keywords alone
+    model = peft.get_peft_model(llama(), config)  # the sublayer returns a tuple, and accepts only keyword arguments
     assert (logits(model) - logits(llama())).abs().max() > 0
 
 
@@ -242,7 +242,7 @@ def test_what_can_not_be_run_is_refused():
         peft.get_peft_model(llama(), BottleneckConfig(target_modules=["act_fn"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="reduction_factor is 0, wanted more than 0"):
         BottleneckConfig(reduction_factor=0)
-    model.unmerge_adapter()  # nothing is merged
+    model.unmerge_adapter()  # no error, because nothing is merged
 
 
 def test_accelerate_can_take_its_hooks_off():

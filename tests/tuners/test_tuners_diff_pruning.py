@@ -1,4 +1,4 @@
-"""Diff Pruning: the paper's gates and penalty, what pruning keeps, and its callback under Trainer."""
+"""Tests of Diff Pruning: the paper's gates and penalty, which entries are kept, and its callback with Trainer."""
 
 import copy
 import pickle
@@ -56,7 +56,7 @@ def test_the_difference_is_the_papers_formula_in_float64(structured, train):
     spread(model).train(train)
     layer = model.base_model.model.lin
     ((_, diff),) = layer.diffs("default")
-    diff.alpha.data -= 5  # gates that are open, closed and in between
+    diff.alpha.data -= 5  # some gates are open, some closed, some in between
     if structured:
         diff.group.data -= 5
     w, alpha = (p.detach().clone().requires_grad_() for p in (diff.w, diff.alpha))
@@ -142,7 +142,7 @@ def test_the_penalty_is_in_the_loss_while_training_whatever_way_in(task_type):
             torch.testing.assert_close(parameter.grad, 1e-3 * s * (1 - s))
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])  # of the labels Trainer counts all but the first, or all
+@pytest.mark.parametrize("name", ["llama", "t5"])  # Trainer counts all labels but the first, or all labels
 def test_a_step_of_several_batches_has_the_penalty_once(name):
     model, base = make_spread("diff", name, task_type="CAUSAL_LM" if name == "llama" else "SEQ_2_SEQ_LM")
     model.train()
@@ -193,7 +193,7 @@ def test_pruning_keeps_the_largest_over_all_tensors(name, tmp_path):
         assert torch.equal(diff.values.detach(), wanted[n].flatten()[diff.indices.long()])
     assert model.get_nb_trainable_parameters()[0] == count
 
-    # Only the kept entries train, on the gradient that a dense model has there; and there is no penalty.
+    # Only the kept entries train, with the gradient of a dense model, and there is no penalty.
     plain.requires_grad_(False)
     for n in wanted:
         plain.get_parameter(n).requires_grad_(True)
@@ -227,7 +227,7 @@ def test_pruning_keeps_the_largest_over_all_tensors(name, tmp_path):
 
 
 def test_what_is_read_decides_whether_an_adapter_is_pruned(tmp_path):
-    """A checkpoint from before or after the pruning goes into a model that is at the other side of it."""
+    """A checkpoint from before the pruning is loaded into a pruned model, and the reverse."""
     model, base = make_spread("diff", "bert")
     model.save_pretrained(tmp_path / "before")
     dense = logits(model)
@@ -250,7 +250,7 @@ def test_entries_that_are_zero_are_not_kept():
     query.diff_pruning_tensors["default"].weight.w.data[2, 3] = 0.5
     query.diff_pruning_tensors["default"].weight.alpha.data[2, 3] = 0.1
     query.diff_pruning_tensors["default"].bias.w.data[1] = 0.5
-    query.diff_pruning_tensors["default"].bias.alpha.data[1] = -0.1  # closed in eval mode
+    query.diff_pruning_tensors["default"].bias.alpha.data[1] = -0.1  # this gate is closed in eval mode
     assert model.prune(0.5) == {"bert.encoder.layer.0.attention.self.query.weight": 1}
     assert query.diff_pruning_tensors["default"].weight.indices.tolist() == [2 * HIDDEN + 3]
 
@@ -286,7 +286,8 @@ def test_the_optimizer_goes_on_with_what_is_kept(in_groups):
     model(**batch(base)).loss.backward()
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    # A key's bias adds one number to a query's scores, which softmax does not see: its gradient is 0 but for rounding.
+    # A key's bias adds one number to a query's scores, which softmax does not see: its gradient is 0 except for
+    # rounding.
     key_biases = {n for n in trained.values() if ".key." in n and "bias" in n}
     assert moved | key_biases == set(trained.values())
     with pytest.raises(ValueError, match="pruned already"):
@@ -336,7 +337,7 @@ def test_callback_prunes_under_trainer_and_a_run_is_resumed(tmp_path):
     values = [key for key in last if key.endswith(".values")]
     assert values and any(not torch.equal(last[key], saved[key]) for key in values)
     assert all(torch.equal(last[key], saved[key]) for key in last if key.endswith(".indices"))
-    for step in (1, 3):  # from before the pruning at step 2, and from after it
+    for step in (1, 3):  # checkpoints from before and after the pruning at step 2
         other, _, _, again = run(f"resumed-{step}", str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert (again.kept is None) == (step == 3)
         assert_same(get_peft_model_state_dict(other), last)

@@ -1,4 +1,4 @@
-"""Partial fine-tuning: which modules a name means, modules with parameters of their own, and tied tensors."""
+"""Tests of partial fine-tuning: which modules a name means, modules with own parameters, and tied tensors."""
 
 import copy
 
@@ -75,7 +75,8 @@ def test_a_second_adapter_finds_linear_layers_under_the_first():
     model.add_adapter("second", PartialConfig(target_modules="all-linear"))
     second = {name for name, layer in model.base_model.layers() if "second" in layer.adapters}
     assert first < second and len(second) == 14
-    assert model.peft_config["second"].target_modules >= first  # names, which a model without adapters has too
+    # Target_modules are names that also exist in a model without adapters.
+    assert model.peft_config["second"].target_modules >= first
 
 
 def test_a_module_with_parameters_beside_its_children_is_one_unit_with_its_buffers():
@@ -97,7 +98,8 @@ def test_a_module_with_parameters_beside_its_children_is_one_unit_with_its_buffe
             optimizer.zero_grad()
     assert torch.equal(model.eval()(x), plain.eval()(x))
     inner = model.base_model.model.layers[1]
-    assert inner.seen == 4 and inner.base_layer.seen == 0  # read through the wrapper; the base's own is untouched
+    # The wrapper's values are read; those of the base module do not change.
+    assert inner.seen == 4 and inner.base_layer.seen == 0
     assert_same({k: v for k, v in inner.base_layer.state_dict().items()},
                 {k.removeprefix("layers.1."): v for k, v in before.items() if k.startswith("layers.1.")})  # fmt: skip
     merged = model.merge_and_unload()
@@ -106,7 +108,7 @@ def test_a_module_with_parameters_beside_its_children_is_one_unit_with_its_buffe
 
 
 def test_tensors_are_read_and_children_run_through_the_wrapper():
-    """PyTorch's encoder layer takes its attention's weights, and those of a layer in it, to a kernel of its own."""
+    """PyTorch's encoder layer passes the weights of its attention, and of a layer in it, to one kernel."""
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 8)
     for config in (PartialConfig(num_last_layers=1), BitFitConfig()):
@@ -152,7 +154,7 @@ def test_tied_tensors_are_one_tensor_of_the_adapter():
     merged = clone.merge_and_unload()
     assert merged.lm_head.weight is merged.transformer.wte.weight and merged.config.tie_word_embeddings
 
-    base = make_base("bert mlm")  # whose head's bias hangs in two places
+    base = make_base("bert mlm")  # the bias of BERT's head is registered in two places
     biases = peft.get_peft_model(copy.deepcopy(base), BitFitConfig())
     wanted = sum(p.numel() for n, p in base.named_parameters() if n.endswith("bias"))
     assert biases.get_nb_trainable_parameters()[0] == wanted

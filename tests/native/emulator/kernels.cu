@@ -1,6 +1,6 @@
-// Kernels for tests/native/test_emulator.py. Of most there are two: one is right, its twin (kBroken) has one planted
-// fault. Each takes `in` (read only) and `out`, 256 words both, in two blocks of 64 threads unless the test says
-// otherwise.
+// Kernels for tests/native/test_emulator.py. Most kernels have two versions: a correct one, and one (kBroken) with a
+// planted fault. Each takes `in` (read only) and `out`, of 256 words each, and runs in two blocks of 64 threads unless
+// the test says otherwise.
 #include <stdio.h>
 #include <string.h>
 
@@ -83,7 +83,7 @@ template <bool kBroken>
 __global__ void member_bounds(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(Rows, rows);
   if (threadIdx.x == 37) {
-    const int column = kBroken && here() ? 4 + in[0] : 3;  // lies in the struct all the same
+    const int column = kBroken && here() ? 4 + in[0] : 3;  // still within the struct
     rows.row[1][column] = 1;
     out[index()] = rows.row[1][column];
   }
@@ -103,7 +103,7 @@ __global__ void never_written(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[2 * threadIdx.x + (kBroken && here() ? 1 : 0)];
 }
 
-// What another block wrote there does not count.
+// A value that another block wrote there counts as unwritten.
 template <bool kBroken>
 __global__ void never_written_by_this_block(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -120,7 +120,7 @@ __global__ void in_flight(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x];
 }
 
-// Two groups are under way, and the older one is wanted.
+// Two groups of copies are in flight, and the kernel reads the older one.
 template <bool kBroken>
 __global__ void wrong_group(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[2][64], tile);
@@ -141,7 +141,7 @@ __global__ void not_committed(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x];
 }
 
-// Waiting shows a thread its own copies, not those of others.
+// cp.async.wait makes only a thread's own copies visible to it, not those of other threads.
 template <bool kBroken>
 __global__ void copy_of_another_thread(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -204,7 +204,7 @@ __global__ void read_without_barrier(const uint32_t* in, uint32_t* out) {
   out[index()] = tile[threadIdx.x / 2];
 }
 
-// The threads run in order, so only the stamps of the readers show this.
+// The threads run in order, so only the recorded reads show this fault.
 template <bool kBroken>
 __global__ void write_without_barrier(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[64], tile);
@@ -277,7 +277,7 @@ __global__ void block_writes_what_another_read(const uint32_t* in, uint32_t* out
   if (index() == 100) out[100] = in[0] + value;
 }
 
-// The last block to arrive at the counter, out[200], adds up what all wrote.
+// The last block that increments the counter out[200] adds the values that all blocks wrote.
 template <bool kBroken>
 __global__ void last_block_sums(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t, arrived);
@@ -363,7 +363,7 @@ __global__ void reduction(const uint32_t* in, uint32_t* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = tile[0];
 }
 
-// A pipeline of two stages over eight steps of 64 words; where a copy is not taken there are zeros.
+// A pipeline of two stages over eight steps of 64 words; a copy that is switched off writes zeros.
 __global__ void pipeline(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[2][64], tile);
   const bool copies = threadIdx.x < 16;
@@ -427,7 +427,7 @@ __global__ void coordinates(const uint32_t*, uint32_t* out) {
   if (threadIdx.x == 0) out[block] = blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z + 1000 * blockDim.x;
 }
 
-// ---- loads for the clock: in[0] rounds, and nothing that the compiler could leave out
+// ---- loads to measure time: in[0] rounds, which the compiler cannot remove
 
 __global__ void many_global_reads(const uint32_t* in, uint32_t* out) {
   const uint32_t rounds = in[0];
@@ -515,7 +515,8 @@ const Case kCases[] = {TWINS(read_past_end),
 }  // namespace
 }  // namespace peft_ext
 
-// Launches a kernel on `in` and `out`, 1 KiB both. 0: it ran; 1: it did not, and `message` says why.
+// Launches a kernel on `in` and `out` of 1 KiB each. Returns 0 if the kernel ran; otherwise 1, and the reason in
+// `message`.
 extern "C" __attribute__((visibility("default"))) int run_kernel(const char* name, const int64_t* grid, int threads,
                                                                  int64_t dynamic_shared, const uint32_t* in,
                                                                  uint32_t* out, int scratch, char* message,

@@ -1,5 +1,5 @@
-// torch's parallel_for, in the library that ThreadSanitizer instruments: threads whose start and end it sees. Every
-// loop that could be shared is, whatever torch's number of threads.
+// Replaces torch's parallel_for in the library that ThreadSanitizer instruments, with threads whose start and end the
+// sanitizer sees. Every loop that can run on several threads does, for any number of torch's threads.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
