@@ -44,6 +44,7 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
     assert_alike(step(peft_ext.restore(model)), wanted, 0.0)
 
 
+@pytest.mark.slow
 @every_model
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
     """Compares medians of eleven runs: in 16 bits, a token may go to another expert in either model."""
@@ -157,6 +158,7 @@ def test_explain_names_the_parameters() -> None:
     assert kinds == {"LoRA over Qwen3MoeExperts.down_proj", "LoRA over Qwen3MoeExperts.gate_up_proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_under_torch_compile(quantized: bool) -> None:
     torch._dynamo.reset()

@@ -199,6 +199,7 @@ def _order(row: Row) -> tuple:
     return row.kind, -row.classes, row.example, row.digest
 
 
+@pytest.mark.slow
 def test_no_kind_is_missing_and_most_classes_are_known() -> None:
     found = {ROWS[digest].kind for digest in classes_by_digest()}
     assert found >= {"rms_norm", "mlp", "attention", "activation", "layer_norm", "dropout"}
@@ -210,6 +211,7 @@ PROVED = sorted(digest for digest, row in ROWS.items()
                 if row.kind in ("rms_norm", "mlp", "activation", "layer_norm") or row.get("forward"))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("digest", PROVED, ids=lambda digest: f"{ROWS[digest].kind}-{ROWS[digest].example}")
 def test_a_row_is_true_of_the_classes_that_have_it(digest: str) -> None:
     if not (classes := classes_by_digest().get(digest)):
@@ -367,6 +369,7 @@ def test_a_small_difference_is_a_difference() -> None:
         peft_ext.register_form(Louder, "mlp", **formula)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "said"), [("Own", 0, "register_form(Own"), ("Capped", 1, "no formula passes")]
 )

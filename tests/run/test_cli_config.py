@@ -482,6 +482,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
         os.close(here)
 
 
+@pytest.mark.slow
 @posix
 def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_path):
     """A process for each command would be most of the time: they share one."""
