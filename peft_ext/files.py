@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -30,16 +31,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
-from ._imports import required
+from filelock import lock_descriptor
 
-try:
-    import fcntl
-except ImportError:  # Windows: leftovers can't be told from what is being written, and stay
-    fcntl = None
+from ._imports import required
 
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
-_PART, _OLD = "part", "old"
+# Endings of hidden folders: of one that is being written, and of an old one that was moved aside.
+_PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -61,19 +60,15 @@ def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Itera
         kwargs.setdefault("encoding", "utf-8")
     target = Path(os.path.realpath(path))
     _remove_leftovers(target)
-    part, file = _locked_file(target, mode.replace("w", "x"), kwargs)
-    try:
-        with file:
+    with _hidden_folder(target) as folder:
+        part = folder / target.name
+        with open(part, mode, **kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, part)
-            os.replace(part, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, part)
+        os.replace(part, target)
     _sync_folder(target.parent)
 
 
@@ -101,23 +96,18 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    inside = _must_stay(target)
-    part, lock = _locked_folder(target / target.name if inside else target)
-    try:
+    stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
+    with _hidden_folder(target / target.name if stays else target) as part:  # afterwards: nothing, or the old folder
         yield part
-        if keep and target.is_dir() and not inside:
+        if keep and target.is_dir() and not stays:
             _carry_over(target, part)
         _sync_tree(part)
-        if inside:
+        if stays:
             check_free(target, overwrite)
             _move_into(part, target, keep)
         else:
             _put(part, target, overwrite)
-        _sync_folder(target if inside else target.parent)
-    finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(part, ignore_errors=True)  # on success: nothing, or the old folder
+        _sync_folder(target if stays else target.parent)
 
 
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
@@ -217,93 +207,64 @@ def not_whole(folder: Path) -> Optional[str]:
     return None
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
+# --- hidden folders, each locked by the process that writes it; a process that dies lets go of its locks --------------
 
 
-def _hidden(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.{kind}")
+def _hidden(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{ending}")
+
+
+def _is_hidden(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.suffix in (_PART, _OLD)
+
+
+@contextlib.contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``target``, locked, and removes the folder as the block ends."""
+    while True:
+        part = _hidden(target, _PART)
+        part.mkdir()
+        handle = os.open(part, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_descriptor(handle)
+        if part.exists():  # else another process took the folder for a leftover before this process had the lock
+            break
+        os.close(handle)
+    try:
+        yield part
+    finally:
+        os.close(handle)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the hidden folders that killed processes left of ``target``.
+
+    A folder that was moved aside comes back to its place where nothing took that place.
+    """
+    hidden = f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}"
+    for folder in (target.parent, target):
+        with contextlib.suppress(OSError):
+            for entry in [*folder.glob(hidden + _PART), *folder.glob(hidden + _OLD)]:
+                if entry.suffix == _OLD and not target.exists():
+                    entry.rename(target)
+                    continue
+                handle = os.open(entry, os.O_RDONLY)
+                try:
+                    if lock_descriptor(handle, blocking=False):
+                        shutil.rmtree(entry, ignore_errors=True)
+                finally:
+                    os.close(handle)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
+    """Raises OSError where ``target`` can't become a folder: a file, a loop of links, a folder in use."""
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     if target.is_symlink():  # the resolved path of a loop
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
-    if not overwrite and target.is_dir() and not all(map(_leftover, target.iterdir())):
+    if not overwrite and target.is_dir() and not all(map(_is_hidden, target.iterdir())):
         raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
-
-
-def _must_stay(target: Path) -> bool:
-    """Returns whether a folder can't be renamed, or must not: the process's relative paths stay in the old one."""
-    if not target.is_dir():
-        return False
-    return target.is_mount() or Path.cwd().is_relative_to(target)
-
-
-def _leftover(entry: Path) -> bool:
-    return entry.name.startswith(".") and entry.suffix in (f".{_PART}", f".{_OLD}")
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what killed runs left of ``target``; a folder moved aside comes back if nothing took its place."""
-    start, size = f".{target.name}.", len(secrets.token_hex(6))
-    for folder in (target.parent, target):
-        with contextlib.suppress(OSError):
-            for entry in list(folder.iterdir()) if folder.is_dir() else []:
-                token = entry.name.removeprefix(start).partition(".")[0]
-                if not (_leftover(entry) and entry.name.startswith(start) and len(token) == size):
-                    continue
-                if entry.suffix == f".{_OLD}" and not target.exists():
-                    entry.rename(target)
-                elif _abandoned(entry):
-                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
-
-
-# --- locks: a process that dies lets go of them -----------------------------------------------------------------------
-
-
-def _lock(handle: int, wait: bool) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # held, or a file system without locks
-        return False
-    return True
-
-
-def _abandoned(entry: Path) -> bool:
-    if fcntl is None:
-        return False
-    handle = os.open(entry, os.O_RDONLY)
-    try:
-        return _lock(handle, wait=False)
-    finally:
-        os.close(handle)
-
-
-def _locked_folder(target: Path) -> tuple[Path, Optional[int]]:
-    """Returns a new hidden folder beside ``target``, and the handle that holds its lock."""
-    while True:
-        part = _hidden(target, _PART)
-        part.mkdir()
-        if fcntl is None:
-            return part, None
-        handle = os.open(part, os.O_RDONLY)
-        _lock(handle, wait=True)
-        if part.exists():  # else another process took it for a leftover before the lock was there
-            return part, handle
-        os.close(handle)
-
-
-def _locked_file(target: Path, mode: str, kwargs: dict[str, Any]) -> tuple[Path, IO[Any]]:
-    while True:
-        part = _hidden(target, _PART)
-        file = open(part, mode, **kwargs)
-        _lock(file.fileno(), wait=True)
-        if part.exists():
-            return part, file
-        file.close()
 
 
 # --- putting ----------------------------------------------------------------------------------------------------------
@@ -312,12 +273,10 @@ def _locked_file(target: Path, mode: str, kwargs: dict[str, Any]) -> tuple[Path,
 def _put(part: Path, target: Path, overwrite: bool) -> None:
     if target.is_dir():
         shutil.copymode(target, part)
-        if overwrite and any(target.iterdir()):
+        if overwrite:
             if not _exchange(part, target):
                 _move_aside(part, target)
             return
-        if os.name == "nt":
-            target.rmdir()
     try:
         os.rename(part, target)  # onto an empty folder, or an error
     except OSError as error:
@@ -373,7 +332,7 @@ def _carry_over(old: Path, new: Path) -> None:
     """Links into ``new`` what ``old`` has and it has not."""
     for entry in old.iterdir():
         place, there = new / entry.name, os.path.lexists(new / entry.name)
-        if _leftover(entry):
+        if _is_hidden(entry):
             continue
         if entry.is_dir() and not entry.is_symlink():
             if not there:
@@ -398,20 +357,18 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir():
             _sync_tree(entry)
         elif entry.is_file():
-            handle = os.open(entry, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(entry)
     _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems refuse fsync of a folder
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-            os.fsync(handle)
+        os.fsync(handle)
     finally:
         os.close(handle)

@@ -23,7 +23,7 @@ from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 from .sources.adapter import checked_config
 from .sources.expressions import check_expressions
-from .sources.weight_files import check_finite, weight_shapes
+from .sources.weight_files import check_finite
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
@@ -139,8 +139,7 @@ def load_adapter(
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-            if missing := _missing_keys(model, adapter_name, result.missing_keys):
-                raise ValueError(_missing(folder, missing))
+            _check_keys(model, adapter_name, folder, result.missing_keys, result.unexpected_keys)
             _unwrap_tied_heads(model)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
@@ -150,9 +149,9 @@ def load_adapter(
             register_layers(kwargs["config"], model)
         if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
-        absent: list[str] = []
-        hook = model.register_load_state_dict_post_hook(lambda module, keys: absent.extend(keys.missing_keys))
+        # from_pretrained does not return the result of its load_state_dict, which runs this hook of the base.
+        found: list[Any] = []
+        hook = model.register_load_state_dict_post_hook(lambda module, keys: found.append(keys))
         try:
             model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
         except RuntimeError as error:
@@ -160,13 +159,11 @@ def load_adapter(
             raise
         finally:
             hook.remove()
-        if missing := _missing_keys(model, adapter_name, absent):
-            raise ValueError(_missing(folder, missing))
+        for keys in found:
+            _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
         if not is_trainable:  # where PEFT casts AdaLoRA's and (IA)³'s tensors, they are left trainable
             model.requires_grad_(False)
     _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
-    if not key_mapping:
-        _warn_of_extra(model, adapter_name, folder / SAFETENSORS_WEIGHTS_NAME)
     freeze_ranknum(model)
     if not accelerate:
         return model
@@ -260,50 +257,31 @@ def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
 
 
-def _missing_keys(model: PeftModel, adapter_name: str, absent: list[str]) -> list[str]:
-    """Returns the keys of ``absent`` that are the adapter's, and no other name of a tensor that was read.
+def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Checks the result of PEFT's ``load_state_dict``: ValueError for a missing tensor, a warning for one too many.
 
-    PEFT lists those of other adapters too, whose names have this one in them. Tied embeddings share one tensor of an
-    adapter, which a file has once.
+    PEFT's list of missing keys has those of other adapters too, whose names contain this adapter's. Tied embeddings
+    share one tensor of an adapter, which a file has once.
     """
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    unread = set(absent)
+    config, file = model.peft_config[adapter_name], folder / SAFETENSORS_WEIGHTS_NAME
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    tensors, unread = dict(model.named_parameters(remove_duplicate=False)), set(missing)
     read = {id(tensor) for key, tensor in tensors.items() if key not in unread}
-    own = (key for key in dict.fromkeys(absent) if prefix in key and adapter_name in key.split("."))
-    return [key for key in own if key not in tensors or id(tensors[key]) not in read]
+    own = (key for key in missing if prefix in key and adapter_name in key.split("."))
+    if lacks := [key for key in dict.fromkeys(own) if key not in tensors or id(tensors[key]) not in read]:
+        raise ValueError(f"load_adapter: {file} lacks {len(lacks)} of the adapter's tensors, first {lacks[0]}")
+    extra = [] if config.is_prompt_learning else sorted(without_copies(unexpected))
+    if extra:
+        name, key = type(model.get_base_model()).__name__, extra[0].replace(f".{adapter_name}.", ".")
+        warnings.warn(f"load_adapter: {file} has {key}, which is no part of {name}: it was left out", stacklevel=3)
 
 
-def _missing(folder: Path, keys: list[str]) -> str:
-    return (
-        f"load_adapter: {folder / SAFETENSORS_WEIGHTS_NAME} lacks {len(keys)} of the adapter's tensors, first {keys[0]}"
-    )
+def without_copies(keys: list[str]) -> list[str]:
+    """Returns the keys of an adapter's file without those that are there twice.
 
-
-def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
-    """Warns of a tensor in the file that PEFT has put nowhere, without a word: of a layer that the model has not."""
-    if model.peft_config[adapter_name].is_prompt_learning:
-        return
-    # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
-    twice = (".modules_to_save.", ".original_module.")
-    modules = {saved for name, _ in model.named_modules() for saved in _as_saved(name, adapter_name)}
-    for key in weight_shapes(file):
-        if key.rpartition(".")[0] not in modules and not any(part in key for part in twice):
-            name = type(model.get_base_model()).__name__
-            warnings.warn(f"load_adapter: {file} has {key}, which is no part of {name}: it was left out", stacklevel=3)
-            return
-
-
-def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
-    """Yields a module's name as files may have it: without the adapter's, wherever that stands in it, and for what is
-    within a module of ``modules_to_save`` without that word too."""
-    yield name
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part == adapter_name:
-            yield ".".join(parts[:index] + parts[index + 1 :])
-            if index > 0 and parts[index - 1] == "modules_to_save":
-                yield ".".join(parts[: index - 1] + parts[index + 1 :])
+    With bias="all" PEFT saves the biases of ``modules_to_save`` once more, under their own place in the tree.
+    """
+    return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 
 
 def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional, TypeVar
@@ -361,5 +360,4 @@ def _progress(items: list[_Item]) -> Iterable[_Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    bar: Any = tqdm(items, desc="NF4", unit="layer", leave=False, disable=not sys.stderr.isatty())
-    return bar
+    return tqdm(items, desc="NF4", unit="layer", leave=False, disable=None)

@@ -12,6 +12,7 @@ from typing import Optional, Union
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
@@ -133,9 +134,13 @@ def merge_to_dense(
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         plan = Plan(base, config, weights, dtype)
         del weights
-        with writer.bar(progress, plan.nbytes) as advance, atomic_folder(output, overwrite=overwrite) as folder:
+        disable = None if progress else True  # None: only where standard error is no terminal
+        with (
+            tqdm(desc="merging", total=plan.nbytes, unit="B", unit_scale=True, leave=False, disable=disable) as bar,
+            atomic_folder(output, overwrite=overwrite) as folder,
+        ):
             _check_room(folder, plan.nbytes)
-            files = plan.write(folder, max_shard_size, advance)
+            files = plan.write(folder, max_shard_size, bar.update)
             writer.write_beside(base, plan.config, folder)
     return MergeReport(
         output=output, files=tuple(files), nbytes=plan.nbytes, base=base.name, model_class=type(base.model).__name__,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..files import atomic_file
-from ..model import register_layers
+from ..model import register_layers, without_copies
 from ..sources.expressions import check_expressions
 from ..sources.json_file import first_line
 from ..sources.model import INDEX
@@ -327,9 +327,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
         raise MergeError(f"merge_to_dense: the adapter's file has no {error.args[0]}") from error
     finally:
         del model.__dict__["load_state_dict"]
-    # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
-    twice = (".modules_to_save.", ".original_module.")
-    if extra := sorted(key for key in result.unexpected_keys if not any(part in key for part in twice)):
+    if extra := sorted(without_copies(result.unexpected_keys)):
         fail(f"the adapter's file has {extra[0]}, which is no part of {type(base.model).__name__} with {kind}")
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix and prefix in key and _ADAPTER in key]

@@ -1,13 +1,11 @@
-"""The files of a merged model, tensor by tensor, and the bar on the screen."""
+"""Writes the files of a merged model, one tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,17 +64,3 @@ def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def bar(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
-    if not progress or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: Iterable[Any] = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=nbytes)
-        yield lambda done: bar.advance(task, done)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -39,9 +40,6 @@ _LARGEST = torch.finfo(torch.float32).max
 # PEFT makes tensors of r before it cuts them.
 _TRUNCATING = ("pissa", "olora")
 
-# Files that PEFT would unpickle to start from; the saved adapter has all that they gave.
-_PICKLES = ("prompt_tuning_init_state_dict_path",)
-
 
 def read_config(file: Path) -> PeftConfig:
     """Returns the configuration in ``file``, its fields checked.
@@ -55,20 +53,22 @@ def read_config(file: Path) -> PeftConfig:
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{file}: peft_type is {shown(kind)}, wanted the name of a method, such as 'LORA'")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    for name, hint in _hints(config_class).items():
-        if name not in values or (values[name] is None and defaults[name] is None):
-            continue
-        if not _is_of(values[name], hint):
-            raise ValueError(f"{file}: {name} is {shown(values[name])}, wanted {_described(hint)}")
+    try:
+        hints = typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
+        hints = {}
+    for field in dataclasses.fields(config_class):
+        value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
+        if value is not field.default and not _is_of(value, hint):
+            raise ValueError(f"{file}: {field.name} is {shown(value)}, wanted {inspect.formatannotation(hint)}")
     task = values.get("task_type")
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    for name in _PICKLES:
-        path = values.get(name)
-        if isinstance(path, str) and not path.endswith(".safetensors"):
-            raise ValueError(f"{file}: {name} is {shown(path)}, a pickle, which runs code as it is read")
+    path = values.get("prompt_tuning_init_state_dict_path")  # the saved adapter has all that this file gave
+    if isinstance(path, str) and not path.endswith(".safetensors"):
+        raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
+                         "it is read")  # fmt: skip
     kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError)
     with raised_as(ValueError, f"{file}: ", *kinds, chained=True):
         return PeftConfig.from_pretrained(str(file.parent))
@@ -92,58 +92,24 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{file}: layer_replication makes more than {MOST_LAYERS} layers")
 
 
-def _hints(config_class: type) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(config_class) if field.init}
-    try:
-        hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
-        hints = {}
-    return {name: hint for name, hint in hints.items() if name in names}
-
-
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` may stand for a field of this annotation; what is not told from it fits."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    """Returns whether JSON's ``value`` may stand for a field of this annotation; other annotations take any value."""
+    arguments = typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
+    if kind in (Union, types.UnionType):
         return any(_is_of(value, argument) for argument in arguments)
-    if hint is type(None):
-        return value is None
-    if origin is typing.Literal:
+    if kind is typing.Literal:
         return isinstance(value, tuple({type(argument) for argument in arguments}))
-    if origin in (list, tuple, set) or hint in (list, tuple, set):
+    if kind in (list, tuple, set):
         inner = [argument for argument in arguments if argument is not Ellipsis]
         return isinstance(value, list) and (len(inner) != 1 or all(_is_of(item, inner[0]) for item in value))
-    if origin is dict or hint is dict:
-        keeps = len(arguments) != 2 or (
-            isinstance(value, dict) and all(_is_of(v, arguments[1]) for v in value.values())
-        )
-        return isinstance(value, dict) and keeps
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and -_LARGEST <= value <= _LARGEST
-    if hint is str:
-        return isinstance(value, str)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return isinstance(value, str)
-    return True
-
-
-def _described(hint: Any) -> str:
-    """Returns an annotation in JSON's words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        # Sorted: typing may give back a union of the same types in the order of another one.
-        return " or ".join(sorted({_described(argument) for argument in arguments if argument is not type(None)}))
-    if origin in (list, tuple, set) or hint in (list, tuple, set):
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return f"a list of {_described(inner[0])}" if len(inner) == 1 else "a list"
-    if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is dict or hint is dict:
-        return "an object" if len(arguments) != 2 else f"an object of {_described(arguments[1])}"
-    return {bool: "true or false", int: "a number", float: "a number", str: "text"}.get(hint, "a name")
+    if kind is dict:
+        return isinstance(value, dict) and (len(arguments) != 2 or all(_is_of(v, arguments[1]) for v in value.values()))
+    if kind in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        kind = str
+    return isinstance(value, kind) if kind in (bool, str, type(None)) else True
 
 
 def checked_config(folder: Path) -> PeftConfig:
