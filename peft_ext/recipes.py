@@ -26,6 +26,7 @@ from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
 from .run.data import IGNORED, Corpus, read_records, tokenize
+from .sources.model import load_tokenizer
 
 __all__ = [
     "apply_lora_to_model",
@@ -98,12 +99,7 @@ def setup_peft_training(
     """
     if method not in METHODS:
         raise ValueError(f"setup_peft_training: method is {method!r}, wanted one of {tuple(METHODS)}")
-    from transformers import AutoTokenizer
-
-    model = _load(model_name)
-    tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = _load(model_name), load_tokenizer(str(model_name))
     if method == "qlora":
         quantize_nf4(model, progress=False)
     config_class, given = method_config(method, "CAUSAL_LM")

@@ -7,9 +7,11 @@ of Mamba, a head of MobileBERT that joins two weights.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import linecache
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Optional
 
@@ -56,30 +58,19 @@ def _methods(owner: type) -> list[ast.AST]:
     except TypeError:  # a class of a compiled module, or of none
         file = None
     # A class without a source: nothing is known.
-    body = [] if file is None else _classes(file).get(owner.__qualname__, [])
+    body = [] if file is None else _classes(file).get(owner.__name__, [])
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
 
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by qualified name."""
-    found: dict[str, list[ast.stmt]] = {}
-
-    def enter(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            below = prefix
-            if isinstance(child, ast.ClassDef):
-                found[prefix + child.name] = child.body
-                below = f"{prefix}{child.name}."
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                below = f"{prefix}{child.name}.<locals>."
-            enter(child, below)
-
-    try:
-        enter(ast.parse("".join(linecache.getlines(file))), "")
-    except SyntaxError:
-        pass
+    """Returns the bodies of a source file's classes, by name; classes of one name are taken together."""
+    found: dict[str, list[ast.stmt]] = defaultdict(list)
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
+            if isinstance(node, ast.ClassDef):
+                found[node.name] += node.body
     return found
 
 
