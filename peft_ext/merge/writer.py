@@ -18,7 +18,7 @@ from .errors import as_merge_error, fail
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig
 
-# Files beside the weights that a model is used with: tokenizer, chat template, processor.
+# Files of the tokenizer, the chat template and the processor, which are copied from the base.
 _BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
@@ -30,9 +30,10 @@ _BESIDE = (
 def write_safetensors(
     stream: BinaryIO, planned: dict[str, Tensor], take: Callable[[str], Tensor], advance: Callable[[int], None]
 ) -> None:
-    """Writes the safetensors format, tensor by tensor: the library's own writer wants them all in memory.
+    """Writes a safetensors file one tensor at a time; the library's own writer needs all tensors in memory.
 
-    Wide dtypes come first, so that each tensor is aligned.
+    Tensors of wide dtypes come first, so that each tensor is aligned. ``take(name)`` returns a tensor; ``advance(n)``
+    is called after n bytes.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
     with as_merge_error(ValueError):
@@ -49,7 +50,7 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Writes tokenizer files, generation_config.json and, last, config.json, without which nothing is loaded."""
+    """Writes tokenizer files, generation_config.json and, last, config.json: without it no model can be loaded."""
     model = base.model
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():

@@ -1,10 +1,10 @@
-"""Adapters that strangers wrote: what PEFT is about to be given is checked first; an error is one line.
+"""Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
 
-    adapter_config.json:        a JSON object, a method that is known, each field of its type, no size beyond the file's
-    adapter_model.safetensors:  a header that the safetensors library takes, numbers that are finite
-    run.json, beside them:      how the base was held that the adapter was trained on
+    adapter_config.json:        a JSON object, a known method, each field of its type, no size beyond the weights' sizes
+    adapter_model.safetensors:  a header that the safetensors library accepts, finite numbers
+    run.json, beside them:      whether the adapter was trained over an NF4 base
 
-Nothing in a folder is imported or unpickled.
+No code of an adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Starts from factors of the base weight, which has no more of them than its shorter side: r may be beyond that, and
-# PEFT makes tensors of r before it cuts them.
+# Initializations from a decomposition of the base weight, whose rank is at most its shorter side. r may be larger: PEFT
+# allocates tensors of rank r before it truncates them.
 _TRUNCATING = ("pissa", "olora")
 
 
 def read_config(file: Path) -> PeftConfig:
-    """Returns the configuration in ``file``, its fields checked.
+    """Returns the configuration in ``file`` and checks the types of its fields.
 
-    Raises: OSError as ``open`` does; ValueError, one line, for what is no configuration of a method that is known.
+    Raises: OSError as ``open`` does; ValueError, one line, for a file that is no configuration of a known method.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
@@ -75,7 +75,7 @@ def read_config(file: Path) -> PeftConfig:
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    """Checks what PEFT takes without a word, or takes apart as it builds the model."""
+    """Checks the values that PEFT does not check, or checks only as it builds the model."""
     for name, value in values.items():
         if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
@@ -93,7 +93,7 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` may stand for a field of this annotation; other annotations take any value."""
+    """Returns whether JSON's ``value`` fits a field of this annotation. An unknown annotation fits any value."""
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (Union, types.UnionType):
@@ -113,10 +113,10 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def checked_config(folder: Path) -> PeftConfig:
-    """Returns the configuration of the adapter in ``folder``, held against the header of its weights.
+    """Returns the configuration of the adapter in ``folder``, checked against the header of the adapter's weights.
 
-    Raises: OSError where one of the files is not there or can't be read; ValueError, one line, see :func:`read_config`,
-    for weights that are no safetensors, and for a configuration that asks for larger tensors than there are.
+    Raises: OSError where one of the two files can't be read; ValueError, one line, as :func:`read_config` raises it,
+    for weights that are no safetensors, and for a configuration that asks for larger tensors than the weights have.
     """
     config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     largest = max((size for shape in weights.values() for size in shape), default=0)
@@ -132,7 +132,7 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """Yields the sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
+    """Yields field, size and largest accepted size of the tensors that PEFT allocates before it reads the weights."""
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
         if str(config.init_lora_weights).startswith(_TRUNCATING):
@@ -140,7 +140,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # its file has the ranks that are left, of those that rank_pattern lists
+    elif method == "ADALORA":  # the file has the ranks that are left; rank_pattern lists all ranks of the start
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
@@ -150,11 +150,11 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` that wrote ``adapter``, and the ``kind`` of its data.
+    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``, and the ``kind`` of the run's data.
 
-    Empty where nothing tells them.
+    Empty where there is no run.json of such a run.
 
-    Raises SourceError where a run.json is there and can't be read: which base the adapter belongs to is in it.
+    Raises SourceError where run.json can't be read: merging without it could take another base than the trained one.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"
@@ -168,7 +168,7 @@ def training_options(adapter: Path) -> dict[str, Any]:
         quant, blocksize = options["quant"], options.get("blocksize", 64)
         if quant not in ("nf4", "none"):
             raise SourceError(
-                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': mend it, or take it away"
+                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': correct or remove the file"
             )
         if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise SourceError(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")

@@ -1,10 +1,8 @@
-"""What is not merged, or not written: errors and kills in the middle, refusals; and the command, which says so."""
+"""What is not merged, or not written: errors in the middle, refusals; and the command, which says so."""
 
 import errno
 import json
-import os
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from faults.points import forked  # noqa: E402
 from merged_models import CAUSAL, MODELS, dequantized, lora, same_as_on, trained  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -22,7 +19,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from peft_ext import BottleneckConfig  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
-from peft_ext.merge import MergeError, merge_to_dense, writer  # noqa: E402
+from peft_ext.merge import MergeError, merge_to_dense  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on tied weights and new heads
 
@@ -49,26 +46,6 @@ def test_an_error_in_the_middle_leaves_the_old_folder(made, tmp_path, monkeypatc
         merge_to_dense(base, adapter, tmp_path / "out", overwrite=True)
     assert caught.value.errno == errno.ENOSPC
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_killed_in_the_middle_leaves_no_folder_and_the_next_run_clears_up(made, tmp_path):
-    base, adapter = made("Llama", lora("q_proj"))
-
-    def killed(stream, planned, take, advance):
-        stream.write(b"half")
-        stream.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def work() -> int:
-        writer.write_safetensors = killed
-        merge_to_dense(base, adapter, tmp_path / "out")
-        return 1
-
-    assert forked(work) == (-signal.SIGKILL, "")
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", "", ".part"]
-    merge_to_dense(base, adapter, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

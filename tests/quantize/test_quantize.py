@@ -364,16 +364,6 @@ def test_merged_into_nf4_it_is_refused():
     dequantize_nf4(model, progress=False)
 
 
-def test_mamba_reads_the_weight_of_its_step_sizes():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, state_size=4)
-    model = transformers.MambaForCausalLM(config)
-    quantize_nf4(model, progress=False)
-    mixer = model.backbone.layers[0].mixer
-    assert type(mixer.dt_proj) is nn.Linear and type(mixer.in_proj) is NF4Linear
-    assert model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
-
-
 def test_all_of_a_classifier_can_be_trained_over_nf4():
     """PEFT saves, and trains, what ends in "classifier": DistilBERT's pre_classifier too."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
