@@ -92,14 +92,14 @@ def merge_to_dense(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MergeReport:
-    """Merges a saved adapter into its base and writes a dense model in transformers' format: ``W' = merge(W, adapter)``.
+    """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
     The written model computes what the adapted model computes in evaluation. The folder has weights in safetensors,
     config.json, generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. The adapter
     may be of any method whose layers can merge: LoRA (with rsLoRA, DoRA, patterns, Conv1D, embeddings,
     target_parameters, trainable tokens), AdaLoRA, IA3 and PEFT's others, BitFit, partial fine-tuning, Diff Pruning;
-    each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two separate weights, and
-    the config unties them.
+    each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two separate
+    weights, and the config unties them.
 
     Args:
         model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in

@@ -248,7 +248,7 @@ class Plan:
         return {name: found[name] for name in locals_}
 
     def _widen(self, module: nn.Module) -> dict[str, Tensor]:
-        """Replaces the module's parameters by float32 copies and returns the copies. Other modules may share the old ones."""
+        """Replaces the module's parameters by float32 copies and returns them. Other modules may share the old ones."""
         wide = {}
         for prefix, below in list(module.named_modules()):
             for name, parameter in below._parameters.items():
