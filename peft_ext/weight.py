@@ -1,13 +1,14 @@
-"""NF4Weight: a frozen [N, K] weight in bitsandbytes' own NF4 layout, never repacked.
+"""NF4Weight: a frozen [N, K] weight in bitsandbytes' NF4 layout, which is never repacked.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
 * ``packed``: uint8 ``[ceil(N*K/2), 1]``, row-major, the high nibble holds the even element;
 * ``absmax``: float32 ``[ceil(N*K/blocksize)]``, one scale per block of the *flat* tensor;
-* double quantization: ``absmax`` is uint8 and ``nested`` holds what decodes it;
-* the weights of experts ``[E, N, K]``: each packed for itself, the tensors of all one after the other.
+* double quantization: ``absmax`` is uint8, and ``nested`` has the tensors that decode ``absmax``;
+* weights of experts ``[E, N, K]``: each expert is packed separately, and the experts' tensors are concatenated.
 
-The 16 codes are here (source: bitsandbytes' ``get_4bit_type("nf4")``), and the way from and to its ``Params4bit``.
+This module also has the 16 codes (source: bitsandbytes' ``get_4bit_type("nf4")``), and the conversions from and to
+bitsandbytes' ``Params4bit``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """What decodes a double-quantized absmax: ``code[absmax_u8] * absmax[i // 256] + offset``.
+    """The tensors that decode a double-quantized absmax: ``code[absmax_u8] * absmax[i // 256] + offset``.
 
     ``absmax`` float32 ``[ceil(blocks/256)]``; ``code`` float32 ``[256]``, ascending;
     ``offset`` float32, 0-d: the mean that was subtracted before quantization.
@@ -90,14 +91,14 @@ class NF4Weight:
         packed: uint8 ``[ceil(N*K/2), 1]``, two codes a byte, high nibble first.
         absmax: float32 ``[blocks]``, or uint8 ``[blocks]`` when ``nested`` is given.
         shape: ``(N, K)``: output and input features (any shape is stored; the linear ops want 2-D).
-        dtype: the dtype the weight was quantized from, and dequantizes to by default.
-        blocksize: elements that share one absmax.
+        dtype: the dtype from which the weight was quantized, and the default dtype of :meth:`dequantize`.
+        blocksize: number of elements that share one absmax.
         nested: state of the double quantization, or None.
-        stacked: whether ``shape`` is ``(E, N, K)`` of weights that are packed each for itself, see :meth:`stack`.
+        stacked: whether ``shape`` is ``(E, N, K)`` and each expert is packed separately, see :meth:`stack`.
 
     Raises:
-        TypeError: what is no tensor, no integer size or no float dtype.
-        ValueError: a size, dtype, layout, device or block size that does not fit the others.
+        TypeError: a field is no tensor, a size is no integer, or ``dtype`` is no float dtype.
+        ValueError: a size, dtype, layout, device or block size does not fit the other fields.
     """
 
     packed: Tensor
@@ -116,7 +117,7 @@ class NF4Weight:
             raise ValueError(f"NF4Weight: blocksize is {self.blocksize!r}, wanted one of {BLOCKSIZES}")
         if self.dtype not in FLOATS:
             raise TypeError(f"NF4Weight: dtype is {self.dtype!r}, wanted one of {', '.join(map(str, FLOATS))}")
-        n = math.prod(shape)  # torch.Size.numel() is of 64 bits, and wraps
+        n = math.prod(shape)  # torch.Size.numel() overflows beyond 64 bits
         if n < 0 or (n and min(shape, default=1) < 0):
             raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
         if self.stacked and len(shape) != 3:
@@ -136,11 +137,11 @@ class NF4Weight:
             )
         else:
             raise TypeError(f"NF4Weight: nested is {type(nested).__name__}, wanted a NestedAbsmax or None")
-        # One condition: a weight is made anew on each call of a layer.
+        # One condition for speed: a layer makes an NF4Weight on each call.
         device = packed.device if isinstance(packed, Tensor) else None
         for name, tensor, dtype, count in held:
             if name == "nested.offset" and isinstance(tensor, Tensor) and tensor.device != device:
-                # A number on the CPU may stand beside tensors elsewhere, as in PyTorch's operators.
+                # A 0-d tensor on the CPU may be combined with tensors elsewhere, as in PyTorch's operators.
                 tensor = tensor.to(device)
                 object.__setattr__(self, "nested", replace(nested, offset=tensor))
             if not (
@@ -154,12 +155,12 @@ class NF4Weight:
 
     @staticmethod
     def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
-        """Returns weights ``(N, K)`` of one kind as one ``(E, N, K)``: the tensors of each, one after the other.
+        """Returns weights ``(N, K)`` of one kind as one weight ``(E, N, K)``, whose tensors are concatenated.
 
-        So each expert keeps bitsandbytes' layout of a weight of its own, the offset of the double quantization too; the
-        table of its codes is one for all.
+        Each expert keeps bitsandbytes' layout of a separate weight, and its own offset of the double quantization. All
+        experts share the table of the nested codes.
 
-        Raises: TypeError or ValueError where they are none, not alike, or not 2-D.
+        Raises: TypeError or ValueError where ``weights`` is empty, or its weights differ in kind or are not 2-D.
         """
         if not weights or not all(isinstance(weight, NF4Weight) for weight in weights):
             raise TypeError("NF4Weight.stack: weights is empty or not of NF4Weights, wanted one for each expert")
@@ -183,7 +184,7 @@ class NF4Weight:
         )  # fmt: skip
 
     def expert(self, index: int) -> NF4Weight:
-        """Returns one weight ``(N, K)`` of a stack, of the same memory."""
+        """Returns the weight ``(N, K)`` of one expert, which shares the memory of the stack."""
         if not self.stacked:
             raise ValueError(
                 f"NF4Weight.expert: the weight has shape {tuple(self.shape)}, wanted one of NF4Weight.stack"
@@ -213,9 +214,9 @@ class NF4Weight:
         raise ValueError(f"NF4Weight: {name} is on {tensor.device}, packed is on {self.packed.device}")
 
     def check_scales(self) -> None:
-        """Reads the scales: ValueError where one is none that quantizing gives, as a wrong bit in a file makes it.
+        """Raises ValueError where a scale has a value that quantizing never gives, as after a bit error in a file.
 
-        Finite and not negative; of double quantization the table ascends, and the offset is finite.
+        Scales are finite and not negative. The table of a double quantization ascends, and its offset is finite.
         """
         held = self.tensors()
         for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
@@ -243,7 +244,7 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by packed codes, scales and, if any, the double-quantization state."""
+        """Bytes of the packed codes, the scales and the state of a double quantization."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -278,23 +279,23 @@ class NF4Weight:
         return torch.ops.peft_ext.nf4_dequantize(*self.op_args(), dtype)
 
     def op_args(self) -> tuple[Any, ...]:
-        """Returns the weight as the ops' schemas take it: six tensors or None, then block size and shape."""
+        """Returns the weight as arguments of the operators: five tensors or None, then block size and shape."""
         nested = self.nested
         decode = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
         return (self.packed, self.absmax, *decode, self.blocksize, list(self.shape))
 
     @staticmethod
     def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Weight:
-        """Shares the storage of a bitsandbytes ``Params4bit``; nothing is copied.
+        """Returns the weight of a bitsandbytes ``Params4bit``, which shares its storage.
 
         Args:
             weight: the ``Params4bit``, or its packed tensor if ``quant_state`` is given.
-            quant_state: bitsandbytes' ``QuantState``; default: the one the parameter carries.
+            quant_state: bitsandbytes' ``QuantState``; default: the parameter's own.
 
         Raises:
             TypeError: ``weight`` is no tensor.
-            ValueError: not quantized yet, not NF4, or repacked for bitsandbytes' CPU inference; another table of codes;
-                scales that are not finite, see :meth:`check_scales`.
+            ValueError: the weight is not quantized yet, is not NF4, is repacked for bitsandbytes' CPU inference, has
+                another table of codes, or has wrong scales, see :meth:`check_scales`.
         """
         nf4 = nf4_from_params4bit(weight, quant_state)
         if not is_nf4_table((quant_state if quant_state is not None else weight.quant_state).code):
@@ -303,17 +304,17 @@ class NF4Weight:
         return nf4
 
     def to_bitsandbytes(self) -> Any:
-        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage; nothing is copied."""
+        """Returns a bitsandbytes ``Params4bit`` that shares this weight's storage."""
         return params4bit_from_nf4(self)
 
 
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
     """Returns shape, dtype, block size and nested offset from a state dict in bitsandbytes' format, without prefix.
 
-    ``found[QUANT_STATE]`` holds JSON, a byte an element. The tensors beside it are asked whether they are what they
-    stand for; their sizes are :class:`NF4Weight`'s to check.
+    ``found[QUANT_STATE]`` is JSON text, one byte an element. This function checks the types, the layouts and the table
+    of codes of the other entries; :class:`NF4Weight` checks their sizes.
 
-    Raises: TypeError for what is no tensor; ValueError that says what came and what was wanted.
+    Raises: TypeError for an entry that is no tensor; ValueError with the value that came and the value wanted.
     """
     held = found[QUANT_STATE]
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1 or held.is_meta:
@@ -359,9 +360,9 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
 
 
 def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
-    """Returns the weight of a state dict in bitsandbytes' format, without prefix; nothing is copied.
+    """Returns the weight of a state dict in bitsandbytes' format, without prefix, which shares the dict's tensors.
 
-    Raises: as :func:`read_quant_state` does, and ValueError where sizes or scales do not fit.
+    Raises: the errors of :func:`read_quant_state`, and ValueError where sizes or scales do not fit.
     """
     shape, dtype, blocksize, offset = read_quant_state(found)
     nested = None
@@ -379,7 +380,10 @@ def nf4_code(device: torch.device | str = "cpu") -> Tensor:
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Returns whether these are NF4's 16 codes, in any float dtype, or not told; the operators have them built in."""
+    """Returns whether ``code`` has NF4's 16 codes in any float dtype; True for None and for a meta tensor.
+
+    The operators have NF4's codes built in and take no other table.
+    """
     if code is None or code.is_meta:
         return True
     wanted = nf4_code()
@@ -402,7 +406,7 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """Returns the reason why a bitsandbytes ``QuantState`` is no NF4Weight, or None where it is one."""
+    """Returns the reason why a bitsandbytes ``QuantState`` can't be an NF4Weight; None where it can."""
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
     if (kind := getattr(quant_state, "quant_type", None)) != "nf4":
@@ -421,10 +425,10 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
         raise ValueError(f"NF4Weight.from_bitsandbytes: {reason}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"NF4Weight.from_bitsandbytes: weight is {type(weight).__name__}, wanted a Tensor")
-    # A plain tensor, from here on: each attribute of bitsandbytes' tensor subclass costs a call into Python.
+    # A plain tensor: each attribute of bitsandbytes' tensor subclass costs a call into Python.
     with torch._C.DisableTorchFunctionSubclass():
         packed = weight.data
-    if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+    if packed.dtype != torch.uint8:  # quant_storage: bitsandbytes stores the bytes in another dtype
         packed = packed.reshape(-1).view(torch.uint8)
     nested = None
     if state.nested:
