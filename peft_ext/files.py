@@ -142,7 +142,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
             folder = target if name == "default" else target / name
             for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
                 if (folder / file).exists():
-                    text = "save_adapter: there is an adapter, give overwrite=True"
+                    text = "save_adapter: the folder has an adapter, give overwrite=True"
                     raise FileExistsError(errno.EEXIST, text, str(folder))
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
@@ -198,7 +198,7 @@ def not_whole(folder: Path) -> Optional[str]:
         files = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        return f"no {_SEAL}, it was not written to its end"
+        return f"no {_SEAL}: the folder was not written to its end"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{_SEAL} can't be read"
     for name, (size, digest) in listed.items():
@@ -208,7 +208,7 @@ def not_whole(folder: Path) -> Optional[str]:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if _digest(path) != digest:
-            return f"{name} is not what was written"
+            return f"{name} has other content than was written"
     return None
 
 
@@ -269,7 +269,7 @@ def check_free(target: Path, overwrite: bool) -> None:
     if target.is_symlink():  # realpath returns a link only where the links form a loop
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
     if not overwrite and target.is_dir() and not all(map(_is_hidden, target.iterdir())):
-        raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
+        raise FileExistsError(errno.EEXIST, "the folder exists and is not empty", str(target))
 
 
 # --- putting ----------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def _put(part: Path, target: Path, overwrite: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target)) from None
+        raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
 
 
 def _move_aside(part: Path, target: Path) -> None:

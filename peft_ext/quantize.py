@@ -300,7 +300,7 @@ def _replace_all(
     op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
 ) -> None:
     if not places:
-        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
+        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=3)
     for done, same in enumerate(_progress(places) if progress else places):
         try:
             replace_group(same, make)

@@ -81,7 +81,7 @@ def base_of(
         return base
     by = "as asked for"
     if base_quant is None:
-        by = "as its run.json has it" if trained else "the adapter's folder tells of none"
+        by = "as the adapter's run.json has it" if trained else "as the adapter's folder has no run.json"
         base_quant = trained.get("quant", "none")
     base.quant, base.quant_text = base_quant, f"{base_quant}, {by}"
     if base_quant == "nf4":

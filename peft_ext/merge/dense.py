@@ -192,18 +192,18 @@ def _adapter_config(folder: Path) -> PeftConfig:
         config = checked_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "ADAPTION_PROMPT":
-        fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: it can't be merged")
+        fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: merging is impossible")
     if kind == "BOTTLENECK":
-        fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: it can't be merged")
+        fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: merging is impossible")
     if kind in _SHARED:
-        fail(f"{kind} has tensors that its layers share: merging it is not supported yet")
+        fail(f"{kind} has tensors that its layers share: {kind} can't be merged yet")
     if getattr(config, "layer_replication", None):
-        fail("layer_replication has several layers share one weight, each with an adapter of its own, of which a dense "
-             "weight holds one: it can't be merged")  # fmt: skip
+        fail("layer_replication has several layers share one weight, each with an adapter of its own. A dense weight "
+             "can hold one adapter: merging is impossible")  # fmt: skip
     if (init := init_that_changes_base(config)) is not None:
         fail(
             f"init_lora_weights is {init!r}, which changed the base's own weights before training; save the adapter "
-            "with path_initial_model_for_weight_conversion, which makes it one to the base as it is"
+            "with path_initial_model_for_weight_conversion, which makes it an adapter to the unchanged base"
         )
     config.inference_mode = True
     return config

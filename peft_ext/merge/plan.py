@@ -169,7 +169,7 @@ class Plan:
             fail(f"a plain {type(fresh).__name__} has no {extra[0]}, which the adapter adds")
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
-                fail(f"a plain {type(fresh).__name__} has {name}, which the base has not")
+                fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
             self.origin[name] = ("", "")  # zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():

@@ -104,4 +104,6 @@ def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[fl
         why = f"is no regular expression that can be used: {lines.pop().removeprefix('error ')}"
     number = int(lines[-1]) if lines else 0
     field, _, expression = asked[number]
-    raise ValueError(f"{field} has the expression {shown(expression)}, which {why or 'ended the process'}")
+    raise ValueError(
+        f"{field} has the expression {shown(expression)}, which {why or 'ended the process that matched it'}"
+    )

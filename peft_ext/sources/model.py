@@ -71,7 +71,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     # Every error of the hub is reported as an error of the name.
-    about = f"{what} is {text}: no such folder, and not what the hub gives ("
+    about = f"{what} is {text}: there is no such folder, and the hub gives none ("
     with raised_as(SourceError, about, Exception, after=")", chained=True):
         return Path(snapshot_download(text, allow_patterns=patterns))
 

@@ -59,7 +59,7 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}, which is not written")
+            raise ValueError(f"{name} is {tensor.dtype}, a dtype that safetensors does not have")
         end = offset + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end

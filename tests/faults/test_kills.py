@@ -102,13 +102,13 @@ def test_a_run_resumes_past_a_damaged_checkpoint(finetune, runs, tmp_path):
 def test_a_folder_is_whole_as_long_as_it_is_what_was_sealed(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/c").write_text("text")
-    assert not_whole(tmp_path / "a") == "no sealed.json, it was not written to its end"
+    assert not_whole(tmp_path / "a") == "no sealed.json: the folder was not written to its end"
     seal(tmp_path / "a")
     assert not_whole(tmp_path / "a") is None
     (tmp_path / "a/b/c").write_text("texts")
     assert not_whole(tmp_path / "a") == "b/c has 5 bytes of 4"
     (tmp_path / "a/b/c").write_text("test")
-    assert not_whole(tmp_path / "a") == "b/c is not what was written"
+    assert not_whole(tmp_path / "a") == "b/c has other content than was written"
     for text in ("[]", "{", '{"b/c": 1}', "[" * 10**5):
         (tmp_path / "a/sealed.json").write_text(text)
         assert not_whole(tmp_path / "a") == "sealed.json can't be read"
@@ -237,7 +237,7 @@ def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "write_safetensors", _once(slow, write))
-        with pytest.raises(FileExistsError, match="another process has written it meanwhile") as caught:
+        with pytest.raises(FileExistsError, match="another process has written this folder meanwhile") as caught:
             merge_to_dense(dense / "base", dense / "two", out, max_shard_size="100KB")
     assert caught.value.filename == str(out)
     assert content(out) == content(dense / "from one") and not hidden(tmp_path)

@@ -196,7 +196,7 @@ def test_the_command_says_what_it_did(made, tmp_path, capsys):
     said, complaints = capsys.readouterr()
     assert complaints == ""
     lines = said.splitlines()
-    assert lines[0] == f"base: {base}, LlamaForCausalLM; quantization none, the adapter's folder tells of none"
+    assert lines[0] == f"base: {base}, LlamaForCausalLM; quantization none, as the adapter's folder has no run.json"
     assert lines[1] == f"adapter: {adapter}, LORA, merged into 3 modules"
     assert lines[2].startswith("largest relative change of a weight: ") and lines[2].endswith(
         "model.embed_tokens.weight"
@@ -205,7 +205,7 @@ def test_the_command_says_what_it_did(made, tmp_path, capsys):
     assert lines[4].startswith("written: ") and lines[4].endswith(" files, bfloat16")
     assert lines[5].startswith(f"saved: {out} in ")
     assert main(arguments) == 2
-    assert capsys.readouterr() == ("", f"error: {out}: the folder is there and is not empty\n")
+    assert capsys.readouterr() == ("", f"error: {out}: the folder exists and is not empty\n")
     assert main([*arguments, "--overwrite"]) == 0
     capsys.readouterr()
     assert main([*arguments, "--overwrite", "--model", "./nowhere"]) == 2
@@ -219,7 +219,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     (adapter / "run.json").write_text(json.dumps(run))
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     said = capsys.readouterr().out
-    assert "quantization nf4, double quantization, blocks of 128, as its run.json has it" in said
+    assert "quantization nf4, double quantization, blocks of 128, as the adapter's run.json has it" in said
     trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # finetune's own
     assert not same_as_on(dequantized(trained_on, 128), adapter, tmp_path / "out")
     checkpoint = adapter / "checkpoints/checkpoint-3"
