@@ -1,4 +1,4 @@
-"""What is not merged, or not written: errors in the middle, refusals; and the command, which says so."""
+"""merge_to_dense: errors in the middle of writing, refusals, and the messages of the command."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from peft_ext import BottleneckConfig  # noqa: E402
 from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.merge import MergeError, merge_to_dense  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on tied weights and new heads
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights and new heads
 
 # --- nothing half-written ---------------------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def test_an_error_in_the_middle_leaves_the_old_folder(made, tmp_path, monkeypatc
 
 
 def edited(adapter: Path, out: Path, edit) -> Path:
-    """A copy of the adapter, its tensors edited."""
+    """Copies the adapter to ``out``, applies ``edit`` to its tensors, and returns ``out``."""
     shutil.copytree(adapter, out)
     tensors = load_file(out / "adapter_model.safetensors")
     edit(tensors)
@@ -220,7 +220,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     said = capsys.readouterr().out
     assert "quantization nf4, double quantization, blocks of 128, as the adapter's run.json has it" in said
-    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # finetune's own
+    trained_on = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # the dtype that finetune uses
     assert not same_as_on(dequantized(trained_on, 128), adapter, tmp_path / "out")
     checkpoint = adapter / "checkpoints/checkpoint-3"
     checkpoint.mkdir(parents=True)
@@ -228,7 +228,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
         shutil.copy(adapter / name, checkpoint)
     assert merge_to_dense(None, checkpoint, tmp_path / "early").base_quant == "nf4"
     assert merge_to_dense(None, checkpoint, tmp_path / "plain", base_quant="none").base_quant == "none"
-    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # another program's
+    (adapter / "run.json").write_text(json.dumps({"options": {"quant": "int3"}}))  # as another program would write it
     with pytest.raises(MergeError, match="options have the quant 'int3', wanted 'nf4' or 'none'"):
         merge_to_dense(None, adapter, tmp_path / "other")
 
@@ -236,7 +236,7 @@ def test_the_command_takes_the_base_that_a_run_trained_on(made, tmp_path, capsys
 def test_warnings_and_bars_are_given_back(made, tmp_path):
     base, adapter = made("Llama", lora("q_proj"))
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.enable_progress_bar()  # a command that another test ran in this process has none
+    transformers.utils.logging.enable_progress_bar()  # a command run by another test of this process disables it
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merge_to_dense(base, adapter, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What quantize_nf4 leaves dense: layers whose weight a model's own code reads, routers, PEFT's sums of weights."""
+"""Layers that quantize_nf4 leaves dense: with weights that other code reads, routers, PEFT's target_parameters."""
 
 from __future__ import annotations
 
