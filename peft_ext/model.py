@@ -34,7 +34,6 @@ with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft.utils import (
         CONFIG_NAME,
         SAFETENSORS_WEIGHTS_NAME,
-        WEIGHTS_NAME,
         load_peft_weights,
         set_peft_model_state_dict,
     )
@@ -122,7 +121,7 @@ def load_adapter(
     loaded, key_mapping = isinstance(model, PeftModel), kwargs.get("key_mapping")
     if loaded and adapter_name in model.peft_config:
         raise ValueError(f"load_adapter: the model has an adapter {adapter_name!r} already, give another adapter_name")
-    folder = _safetensors_folder(str(path), kwargs)
+    folder = _adapter_folder(str(path), kwargs)
     try:
         config = kwargs["config"] if "config" in kwargs and not loaded else checked_config(folder)
         if isinstance(config, PeftConfig):
@@ -290,31 +289,17 @@ def without_copies(keys: list[str]) -> list[str]:
     return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 
 
-def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Returns the adapter's folder. Raises where it has no safetensors: PEFT would read a pickle then."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return _hub_folder(path, kwargs)
-    folder = folder / (kwargs.get("subfolder") or "")
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return folder
-    if (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(
-            f"load_adapter: {folder} has {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}; save the adapter "
-            "again with safe_serialization=True"
-        )
-    raise FileNotFoundError(f"load_adapter: {folder} has no {SAFETENSORS_WEIGHTS_NAME}")
-
-
-def _hub_folder(repository: str, kwargs: dict[str, Any]) -> Path:
+def _adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
+    """Returns the adapter's folder, which for the name of a repository is the folder in the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path, kwargs.get("subfolder") or "")
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **_of_hub(kwargs))
-        hf_hub_download(repository, CONFIG_NAME, **_of_hub(kwargs))  # beside it
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            file = hf_hub_download(path, name, **_of_hub(kwargs))
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"load_adapter: {repository} is no folder, and no repository within reach") from error
+        raise FileNotFoundError(f"load_adapter: {path} is no folder, and no repository within reach") from error
     except EntryNotFoundError as error:
-        wanted = f"{SAFETENSORS_WEIGHTS_NAME} and {CONFIG_NAME}"
-        raise ValueError(f"load_adapter: the repository {repository} has not both {wanted}") from error
+        raise ValueError(f"load_adapter: the repository {path} has no {name}") from error
     return Path(file).parent

@@ -178,7 +178,7 @@ def _replaces_weights(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
 
-def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, Place]]:
+def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[Place]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -199,7 +199,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         name = f"{prefix}.{attribute}" if prefix else attribute
         # accelerate may have replaced the layer's class by a fused one.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
-            yield name, Place(name, module, attribute, adapted)
+            yield Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)
 
@@ -209,10 +209,11 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # by a weight's id: ids of the layers that are quantized with it
-    for name, place in _walk(model, "", False, set()):
-        linear = place.linear
+    for place in _walk(model, "", False, set()):
+        name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
-            _check_linear(name, linear)
+            _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
+            _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
     # A weight that another module holds too stays dense: that module would keep a dense weight of its own.
@@ -281,11 +282,6 @@ def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.
 def _check_forward(op: str, name: str, linear: nn.Module) -> None:
     if "forward" in linear.__dict__:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
-
-
-def _check_linear(name: str, linear: nn.Linear) -> None:
-    _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
-    _check_forward("quantize_nf4", name, linear)
 
 
 def _check_weight(name: str, weight: Any) -> None:

@@ -184,11 +184,7 @@ def init_that_changes_base(config: PeftConfig) -> Optional[str]:
 def _adapter_config(folder: Path) -> PeftConfig:
     if not (folder / CONFIG_NAME).is_file():
         fail(f"no {CONFIG_NAME} in {folder}, wanted an adapter in PEFT's format")
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        pickle = (folder / WEIGHTS_NAME).is_file()
-        came = f"{WEIGHTS_NAME}, a pickle, which runs code as it is read, and no " if pickle else "no "
-        fail(f"{folder} has {came}{SAFETENSORS_WEIGHTS_NAME}")
-    with as_merge_error(ValueError):
+    with as_merge_error(ValueError, FileNotFoundError):
         config = checked_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "ADAPTION_PROMPT":

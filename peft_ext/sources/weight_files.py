@@ -22,6 +22,9 @@ _DTYPES = {
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
     if not file.is_file():
+        if (pickle := file.with_suffix(".bin")).is_file():
+            raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "
+                             "is read: save the adapter again with safe_serialization=True")  # fmt: skip
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:
         with safe_open(file, "pt") as opened:

@@ -91,9 +91,7 @@ def test_no_command_reads_a_pickle(made, tmp_path, capsys) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(Evil(), adapter / "adapter_model.bin")
     for command in commands(adapter, tmp_path, base):
-        assert "has no adapter_model.safetensors" in refused(capsys, *command, unchanged=tmp_path).replace(
-            "has adapter_model.bin, a pickle, and no", "has no"
-        ).replace("has adapter_model.bin, a pickle, which runs code as it is read, and no", "has no")
+        assert "has adapter_model.bin, a pickle, and no " in refused(capsys, *command, unchanged=tmp_path), command
     with pytest.raises(ValueError, match="a pickle"):
         peft_ext.load_adapter(nn.Linear(4, 4), adapter)
     weights = base / "model.safetensors"

@@ -89,7 +89,7 @@ def test_refuses_adapters_that_do_not_fit(made, tmp_path):
     assert "adapter_model.safetensors: " in refused(base, narrow, out)
     torch.save({}, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    assert "has adapter_model.bin, a pickle, which runs code as it is read" in refused(base, adapter, out)
+    assert "has adapter_model.bin, a pickle, and no adapter_model.safetensors" in refused(base, adapter, out)
     (adapter / "adapter_config.json").unlink()
     assert refused(base, adapter, out) == f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format"
     assert not out.exists()
