@@ -47,18 +47,12 @@ try:
     resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)  # also where the parent was killed
 except (ImportError, OSError, ValueError):
     pass
-asked = json.load(sys.stdin)
-for number, (form, expression) in enumerate(asked["expressions"]):
+patterns, names = json.load(sys.stdin)
+for number, pattern in enumerate(patterns):
     print(number, flush=True)
-    try:
-        matches = re.compile(form.replace("{}", expression)).match
-        for name in asked["names"]:
-            matches(name)
-    except (re.error, RecursionError, OverflowError, MemoryError) as error:
-        print("error", getattr(error, "msg", str(error)).replace("\\n", " ") or type(error).__name__, flush=True)
-        break
-else:
-    print("done", flush=True)
+    matches = re.compile(pattern).match
+    for name in names:
+        matches(name)
 """
 
 
@@ -89,21 +83,16 @@ def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[fl
     if not asked or not sys.executable:
         return
     seconds = _SECONDS if seconds is None else seconds
-    names = [name for name, _ in model.named_modules()]
-    text = json.dumps({"expressions": [entry[1:] for entry in asked], "names": names})
+    patterns = [form.replace("{}", expression) for _, form, expression in asked]
+    text = json.dumps([patterns, [name for name, _ in model.named_modules()]])
     command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES), str(math.ceil(seconds) + 1)]
     try:
-        out = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds).stdout
-        why = None
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds)
+        if done.returncode == 0:
+            return
+        out, said = done.stdout, done.stderr.decode(errors="replace").splitlines() or ["the process ended"]
+        why = f"is no regular expression that can be used: {said[-1].partition(': ')[2] or said[-1]}"
     except subprocess.TimeoutExpired as error:
         out, why = error.stdout or b"", f"takes more than {seconds:g} s to match the names of the model's modules"
-    lines = out.decode(errors="replace").split("\n")[:-1]
-    if why is None and lines[-1:] == ["done"]:
-        return
-    if lines[-1:] and lines[-1].startswith("error "):
-        why = f"is no regular expression that can be used: {lines.pop().removeprefix('error ')}"
-    number = int(lines[-1]) if lines else 0
-    field, _, expression = asked[number]
-    raise ValueError(
-        f"{field} has the expression {shown(expression)}, which {why or 'ended the process that matched it'}"
-    )
+    field, _, expression = asked[int((out.split() or [0])[-1])]
+    raise ValueError(f"{field} has the expression {shown(expression)}, which {why}")
