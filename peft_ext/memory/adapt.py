@@ -53,9 +53,8 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
     """Accelerates the model, or restores PEFT's and transformers' own layers."""
     if not accelerated:
         integration.restore(model)
-    elif not any(
-        type(module) in STOCK for module in model.modules()
-    ):  # no layer is fused yet: a second call would reset dora_dropout
+    # A second call would reset dora_dropout.
+    elif not any(type(module) in STOCK for module in model.modules()):
         with warnings.catch_warnings():  # the heads and norms of a model without adapters are fused too
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)

@@ -72,9 +72,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
             return products * 2 * rows * (out_features if backward else in_features)
         # PyTorch's product, in 16 bits and then in float32
         return products * 6 * rows * (in_features if backward else out_features) if _scales(given) else 0
-    if (
-        STATE.isa == "scalar" and products == 1 and not _scales(given)
-    ):  # PyTorch's own product, added to the other terms
+    # PyTorch's own product, which is added to the other terms.
+    if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_nf4 else 0
     panel = panel_rows * in_features  # of W, widened; of NF4 decoded to 16 bits first
     size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_nf4 else 0)

@@ -98,9 +98,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    shared = copy.deepcopy(
-        model, {id(tensor): tensor for tensor in tensors}
-    )  # new modules that share the caller's tensors
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # new modules, the caller's tensors
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
@@ -200,9 +198,7 @@ def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                for expert, into in zip(
-                    parameter.detach().cpu(), dense, strict=True
-                ):  # each expert is quantized as [N, K]
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # each is quantized as [N, K]
                     if transposed:
                         expert, into = expert.T, into.T
                     into.copy_(through_nf4(expert.contiguous()))

@@ -449,9 +449,7 @@ class OperatorCalls(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
-            layers = (
-                args[0] if name.endswith("_backward") else args[3][::2]
-            )  # one gradient, or one scaling, for each layer
+            layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
             scaled = args[12] is not None  # the scale vector of DoRA
