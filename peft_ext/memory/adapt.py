@@ -53,7 +53,7 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
     """Accelerates the model, or restores PEFT's and transformers' own layers."""
     if not accelerated:
         integration.restore(model)
-    # A second call would reset dora_dropout.
+    # A second call of accelerate would reset the dora_dropout of fused layers.
     elif not any(type(module) in STOCK for module in model.modules()):
         with warnings.catch_warnings():  # the heads and norms of a model without adapters are fused too
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")

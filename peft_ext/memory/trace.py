@@ -32,7 +32,7 @@ from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
 from .workspace import LOSS, workspace_bytes
 
-_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 # Errors of a forward under FakeTensorMode that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
