@@ -18,4 +18,4 @@ def fail(text: str) -> NoReturn:
 
 def as_merge_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
     """Raises errors of these kinds as MergeError, whose message is ``about`` and the first line of the error."""
-    return raised_as(MergeError, f"merge_to_dense: {about}", *kinds, chained=True)
+    return raised_as(MergeError, f"merge_to_dense: {about}", *kinds)

@@ -70,7 +70,7 @@ def read_config(file: Path) -> PeftConfig:
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
                          "it is read")  # fmt: skip
     kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError)
-    with raised_as(ValueError, f"{file}: ", *kinds, chained=True):
+    with raised_as(ValueError, f"{file}: ", *kinds):
         return PeftConfig.from_pretrained(str(file.parent))
 
 
@@ -160,7 +160,7 @@ def training_options(adapter: Path) -> dict[str, Any]:
         file = folder / "run.json"
         if not file.is_file():
             continue
-        with raised_as(SourceError, "", OSError, ValueError, chained=True):
+        with raised_as(SourceError, "", OSError, ValueError):
             document = read_object(file)
         options, examples = document.get("options"), document.get("examples")
         if not isinstance(options, dict) or "quant" not in options:

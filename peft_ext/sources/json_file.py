@@ -64,14 +64,12 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def raised_as(
-    kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "", chained: bool = False
-) -> Iterator[None]:
+def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
     """Raises errors of ``kinds`` as ``kind``. The message is ``about``, :func:`first_line`, ``after``."""
     try:
         yield
     except kinds as error:
-        raise kind(f"{about}{first_line(error)}{after}") from (error if chained else None)
+        raise kind(f"{about}{first_line(error)}{after}") from error
 
 
 def shown(value: object) -> str:

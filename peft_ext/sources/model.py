@@ -72,7 +72,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
 
     # Every error of the hub is reported as an error of the name.
     about = f"{what} is {text}: there is no such folder, and the hub gives none ("
-    with raised_as(SourceError, about, Exception, after=")", chained=True):
+    with raised_as(SourceError, about, Exception, after=")"):
         return Path(snapshot_download(text, allow_patterns=patterns))
 
 
@@ -88,10 +88,10 @@ def read_model_config(folder: Path) -> Any:
     """Checks and returns the transformers configuration in ``folder``. Raises SourceError."""
     from transformers import AutoConfig
 
-    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
+    with raised_as(SourceError, "model ", OSError, ValueError):
         check_model_config(folder / "config.json")
     # An untrusted file can make transformers raise any error.
-    with raised_as(SourceError, f"model {folder}: ", Exception, chained=True):
+    with raised_as(SourceError, f"model {folder}: ", Exception):
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None would ask on the terminal
 
 
@@ -215,7 +215,7 @@ def load_model(
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
     about = read_model_config(folder)
-    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
+    with raised_as(SourceError, "model ", OSError, ValueError):
         if (folder / INDEX).is_file():
             check_index(folder / INDEX)
     try:
