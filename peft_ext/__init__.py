@@ -3,10 +3,10 @@
 Fused kernels behind ``peft_ext.ops`` and ``peft_ext.nn``, and one line for a live Hugging Face model::
 
     import peft_ext
-    peft_ext.accelerate(model)      # a PeftModel, in place; restore(model) undoes it, explain(model) tells
+    peft_ext.accelerate(model)      # a PeftModel, in place; restore(model) undoes the call
 
-``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone; what touches Hugging Face imports it when
-used.
+``import peft_ext``, ``.ops``, ``.nn`` and ``.reference`` need torch alone. Functions that need Hugging Face's packages
+import them on first use.
 """
 
 from __future__ import annotations

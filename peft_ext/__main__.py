@@ -1,4 +1,4 @@
-"""``python -m peft_ext``: the same as ``peft-ext``."""
+"""Runs the command ``peft-ext`` as ``python -m peft_ext``."""
 
 import sys
 

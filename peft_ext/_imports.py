@@ -1,11 +1,11 @@
-"""Names of PEFT, bitsandbytes and transformers, which another release may have renamed: what is missing is said.
+"""Imports names of PEFT, bitsandbytes and transformers that another release may have renamed, and reports missing ones.
 
     with optional("peft", "DoRA layers are not fused"):         warns, naming the name and what it costs; goes on
         from peft.tuners.lora.variants import DoraLinearVariant
     with required("peft", "peft_ext.get_peft_model"):           raises, naming the name and who needs it
         from peft import PeftModel
 
-A package that is not installed is no fault of its release, and ``optional`` says nothing of it.
+``optional`` does not warn where the package itself is not installed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 
-# What was missing so far, a sentence for each name, in the order in which it was found; explain lists them.
+# One sentence for each missing name, in the order in which the names were found missing. ``explain`` lists them.
 MISSING: list[str] = []
 
 
 def version(package: str) -> str:
-    """Returns the package's name and its installed version, or its name alone where it has none."""
+    """Returns the package's name and installed version, or the name alone where the package is not installed."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -29,7 +29,7 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warns, once, that ``what`` of an installed package is not as this one knows it, and what that costs."""
+    """Warns once that an installed package differs from the releases known here: ``what`` differs, at the ``cost``."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)
@@ -37,20 +37,20 @@ def say_missing(package: str, what: str, cost: str) -> None:
 
 
 def has(kind: type, *names: str) -> None:
-    """Raises ImportError, which ``optional`` and ``required`` know, where the class lacks an attribute of these."""
+    """Raises ImportError, for ``optional`` and ``required`` to handle, where ``kind`` lacks one of ``names``."""
     for name in names:
         if not hasattr(kind, name):
             raise ImportError(f"{kind.__module__}.{kind.__qualname__} has no {name}")
 
 
 def _is_absent(package: str) -> bool:
-    """Returns whether the package itself is not installed, and it is not a name in it, or a package that it needs."""
+    """Returns whether the package is not installed; then a failed import is not about a name in the package."""
     return find_spec(package) is None
 
 
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
-    """Goes on after an import that fails; the names must have been given a value before. ``cost`` is a sentence."""
+    """Continues after a failed import and warns. The names need values from before. ``cost`` completes the warning."""
     try:
         yield
     except ImportError as error:
@@ -60,9 +60,9 @@ def optional(package: str, cost: str) -> Iterator[None]:
 
 @contextmanager
 def required(package: str, user: str) -> Iterator[None]:
-    """Says, of an import that fails, which release lacks the name and what can't be used without it.
+    """Raises the ImportError of a failed import again, with the package's version and the ``user`` of the name.
 
-    Raises: ImportError; where the package is not installed, Python's own.
+    Raises: ImportError; where the package is not installed, the original error.
     """
     try:
         yield

@@ -1,13 +1,13 @@
-"""Loads the native libraries, says once what is wrong where it can't, and reports what is in use.
+"""Loads the native libraries, warns once about a failure, and reports the libraries in use.
 
-Two libraries: ``_C`` (CPU kernels, and the pybind11 part) and ``_C_cuda`` (CUDA kernels, loaded where torch is a CUDA
-build). Both register kernels for the operators declared in ``peft_ext.ops``; without them the operators run the
-reference, correct and slow.
+There are two libraries: ``_C`` (CPU kernels, and the pybind11 part) and ``_C_cuda`` (CUDA kernels, loaded where torch
+is a CUDA build). Both register kernels for the operators declared in ``peft_ext.ops``; without them the operators run
+the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
-        Arm scalar, neon, neon_bf16); an unknown or unsupported one is an error.
-    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error, not a warning.
+        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match is an error instead of a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from ._version import __version__
 
-# The CPU paths whose bfloat16 products are the package's own, on a bfloat16 dot product of the CPU.
+# The CPU paths with bfloat16 products of this package, on the CPU's bfloat16 dot-product instructions.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
 MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip install -e .)"
@@ -33,7 +33,7 @@ MEND = "pip install --force-reinstall --no-deps peft_ext   (in a checkout: pip i
 
 @dataclass
 class NativeState:
-    """What was found at import."""
+    """The native libraries found at import, and why one was not loaded."""
 
     module: Optional[ModuleType] = None
     cpu_error: Optional[str] = None
@@ -108,7 +108,7 @@ def _load_cuda() -> None:
 
 
 def load() -> NativeState:
-    """Loads what is there; called once, at import."""
+    """Loads the native libraries that exist. ``import peft_ext`` calls this function once."""
     _load_cpu()
     _load_cuda()
     return STATE

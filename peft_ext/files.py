@@ -1,18 +1,19 @@
-"""Files and folders written whole or not at all: what a path names is the old content or the new, at every moment.
+"""Atomic writes: at every moment a path holds its whole old content or its whole new content.
 
 ::
 
     with atomic_file("run.json") as file:
         file.write(text)
     with atomic_folder("model", overwrite=True) as folder:
-        ...                              # write into folder; it takes the path's place as the block ends
+        ...                              # write into folder; it replaces "model" as the block ends
     save_adapter(model, "adapter")       # PEFT's save_pretrained in such a folder
 
-Content is written beside its place under a hidden name, flushed to the disk (fsync), then renamed. On an error, a full
-disk among them, what was there stays, and what was written goes. What a killed run left is removed by the next one.
+New content is written into a hidden folder beside its place, flushed to the disk (fsync), then renamed. After an error,
+such as a full disk, the old content is still there and the hidden folder is removed. The hidden folder of a killed
+process is removed by the next write to the same place.
 
-A folder that others write in place, as the Trainer does its checkpoints, is sealed once it is whole: a list of its
-files, with their sizes and SHA-256, is written last, and tells later whether it still is.
+The Trainer writes its checkpoints in place. :func:`seal` therefore writes a list of a finished folder's files, with
+their sizes and SHA-256, and :func:`not_whole` compares the folder with that list later.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -30,30 +32,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
-from ._imports import required
+from filelock import lock_descriptor
 
-try:
-    import fcntl
-except ImportError:  # Windows: leftovers can't be told from what is being written, and stay
-    fcntl = None
+from ._imports import required
 
 __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 
-_PART, _OLD = "part", "old"
+# Endings of hidden folders: of one that is being written, and of an old one that was moved aside.
+_PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
 def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
-    """Yields an open file whose content is at ``path`` once the block has ended, and nowhere if it raises.
+    """Yields an open file, which replaces ``path`` as the block ends. If the block raises, ``path`` does not change.
 
     Args:
-        path: the file, there or not; its folder is there. A symbolic link is followed, the link stays.
+        path: the file, which need not exist; its folder must exist. A symbolic link is followed and stays a link.
         mode: "w" or "wb".
-        kwargs: ``open``'s others: ``encoding`` (default: utf-8), ``newline`` and the like.
+        kwargs: further arguments of ``open``: ``encoding`` (default: utf-8), ``newline`` and the like.
 
-    Raises: ValueError where mode is another; OSError as ``open``, ``write`` and ``os.replace`` raise it.
+    Raises: ValueError for another mode; OSError as ``open``, ``write`` and ``os.replace`` raise it.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_file: mode is {mode!r}, wanted 'w' or 'wb'")
@@ -61,79 +61,72 @@ def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Itera
         kwargs.setdefault("encoding", "utf-8")
     target = Path(os.path.realpath(path))
     _remove_leftovers(target)
-    part, file = _locked_file(target, mode.replace("w", "x"), kwargs)
-    try:
-        with file:
+    with _hidden_folder(target) as folder:
+        part = folder / target.name
+        with open(part, mode, **kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, part)
-            os.replace(part, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, part)
+        os.replace(part, target)
     _sync_folder(target.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
-    """Yields a new folder to write into, which is at ``path`` once the block has ended, and nowhere if it raises.
+    """Yields a new folder, which replaces ``path`` as the block ends; if the block raises, ``path`` does not change.
 
-    A folder that is there is exchanged for the new one by a single call of the system (Linux ``renameat2``), so that
-    ``path`` is never missing. Where a file system has no such call it is moved aside first: a process killed between
-    the two leaves the old folder under a hidden name, and the next call puts it back. A folder that can't be renamed, a
-    mount point or the working folder of this process, is written file by file, in the order in which they were made.
+    One system call (Linux ``renameat2``) exchanges an existing folder for the new one, so that ``path`` always exists.
+    On a file system without that call the old folder is first moved aside: a process killed between the two renames
+    leaves the old folder under a hidden name, and the next write to ``path`` puts the old folder back. A folder that
+    can't be renamed (a mount point, the working folder of this process) is written file by file, in the order in which
+    the files were made.
 
     Args:
-        path: the folder, there or not; folders above it are made. A symbolic link is followed, the link stays.
-        overwrite: replace a folder that is there and not empty, whole: nothing of it stays.
-        keep: with overwrite: files of the old folder that the new one has not stay, by hard links where these can be
-            made. Subfolders are merged.
+        path: the folder, which need not exist; its parent folders are made. A symbolic link is followed and stays.
+        overwrite: replace a folder that is not empty. Nothing of the old folder stays.
+        keep: with overwrite: files of the old folder that are not in the new folder stay, by hard links where the file
+            system has them. Subfolders are merged.
 
-    Yields: the folder to write into, empty, on the file system of ``path``.
+    Yields: an empty folder to write into, on the file system of ``path``.
 
-    Raises: FileExistsError where ``path`` is a folder that is not empty, without overwrite; NotADirectoryError where it
-    is a file; OSError as the system raises it.
+    Raises: FileExistsError where ``path`` is a folder that is not empty and overwrite is False; NotADirectoryError
+    where ``path`` is a file; OSError as the system raises it.
     """
     target = Path(os.path.realpath(path))
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    inside = _must_stay(target)
-    part, lock = _locked_folder(target / target.name if inside else target)
-    try:
+    stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
+    with _hidden_folder(target / target.name if stays else target) as part:  # after _put: gone, or the old folder
         yield part
-        if keep and target.is_dir() and not inside:
+        if keep and target.is_dir() and not stays:
             _carry_over(target, part)
         _sync_tree(part)
-        if inside:
+        if stays:
             check_free(target, overwrite)
             _move_into(part, target, keep)
         else:
             _put(part, target, overwrite)
-        _sync_folder(target if inside else target.parent)
-    finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(part, ignore_errors=True)  # on success: nothing, or the old folder
+        _sync_folder(target if stays else target.parent)
 
 
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
-    """Calls ``model.save_pretrained(path)``, atomic: configuration and weights are both the old or both the new.
+    """Calls ``model.save_pretrained(path)`` atomically: configuration and weights are both old or both new.
 
-    For PEFT's methods and for this project's; weights are safetensors. Other files in the folder stay as they are
-    (checkpoints, logs, the adapters of other names); see :func:`peft_ext.files.atomic_folder` on how it is replaced.
-    Names in the configuration are sorted; ``save_pretrained`` alone writes them in another order in each process.
+    Saves adapters of PEFT's methods and of this package's; the weights are safetensors. Other files in the folder
+    (checkpoints, logs, adapters of other names) stay; :func:`peft_ext.files.atomic_folder` replaces the folder. Names
+    in the configuration are sorted: ``save_pretrained`` alone writes them in another order in each process.
 
     Args:
         model: a PeftModel.
-        path: the folder. overwrite: replace an adapter that is in it.
-        kwargs: ``save_pretrained``'s others: ``selected_adapters``, ``save_embedding_layers`` and the like.
+        path: the folder.
+        overwrite: replace an adapter that is in the folder.
+        kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
 
-    Raises: TypeError where model has no adapters; ValueError where kwargs ask for a pickle; FileExistsError where there
-    is an adapter in ``path``, without overwrite; OSError as the system raises it.
+    Raises: TypeError where ``model`` is no PeftModel; ValueError where kwargs ask for a pickle; FileExistsError where
+    the folder has an adapter and overwrite is False; OSError as the system raises it.
     """
     with required("peft", "peft_ext.save_adapter"):
         from peft import PeftModel
@@ -149,7 +142,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
             folder = target if name == "default" else target / name
             for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
                 if (folder / file).exists():
-                    text = "save_adapter: there is an adapter, give overwrite=True"
+                    text = "save_adapter: the folder has an adapter, give overwrite=True"
                     raise FileExistsError(errno.EEXIST, text, str(folder))
     with atomic_folder(target, overwrite=True, keep=True) as folder:
         card = target / "README.md"
@@ -160,8 +153,10 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 
 
 def sort_names(model: Any, folder: Path) -> None:
-    """Sorts the names in the configurations that ``model.save_pretrained(folder)`` wrote, so that equal runs give equal
-    files. PEFT holds ``target_modules`` and the like as sets, whose order is another one in each process."""
+    """Sorts the names in the configurations that ``model.save_pretrained(folder)`` wrote: equal runs give equal files.
+
+    PEFT holds ``target_modules`` and the like as sets, and the order of a set of strings changes between processes.
+    """
     for name, config in model.peft_config.items():
         path = (folder if name == "default" else folder / name) / "adapter_config.json"
         sets = [key for key, value in vars(config).items() if isinstance(value, set)]
@@ -172,7 +167,7 @@ def sort_names(model: Any, folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Flushes ``folder`` to the disk, then writes the list of its files into it. Raises OSError."""
+    """Flushes ``folder`` to the disk, then writes the list of the folder's files into the folder. Raises OSError."""
     (folder / _SEAL).unlink(missing_ok=True)
     _sync_tree(folder)
     files = {}
@@ -193,17 +188,17 @@ def _digest(path: Path) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Returns whether there is a list of files in ``folder``; they may have changed since."""
+    """Returns whether :func:`seal` wrote its list into ``folder``. Does not check the files."""
     return (folder / _SEAL).is_file()
 
 
 def not_whole(folder: Path) -> Optional[str]:
-    """Returns what of a sealed folder is not as it was when it was sealed; None where all is."""
+    """Returns how a folder first differs from the list that :func:`seal` wrote, in words; None: no difference."""
     try:
         files = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        return f"no {_SEAL}, it was not written to its end"
+        return f"no {_SEAL}: the folder was not written to its end"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{_SEAL} can't be read"
     for name, (size, digest) in listed.items():
@@ -213,97 +208,68 @@ def not_whole(folder: Path) -> Optional[str]:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if _digest(path) != digest:
-            return f"{name} is not what was written"
+            return f"{name} has other content than was written"
     return None
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
+# --- hidden folders, each locked by the process that writes it; a process that dies lets go of its locks --------------
 
 
-def _hidden(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.{kind}")
+def _hidden(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{ending}")
 
 
-def check_free(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-    if target.is_symlink():  # the resolved path of a loop
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
-    if not overwrite and target.is_dir() and not all(map(_leftover, target.iterdir())):
-        raise FileExistsError(errno.EEXIST, "the folder is there and is not empty", str(target))
+def _is_hidden(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.suffix in (_PART, _OLD)
 
 
-def _must_stay(target: Path) -> bool:
-    """Returns whether a folder can't be renamed, or must not: the process's relative paths stay in the old one."""
-    if not target.is_dir():
-        return False
-    return target.is_mount() or Path.cwd().is_relative_to(target)
-
-
-def _leftover(entry: Path) -> bool:
-    return entry.name.startswith(".") and entry.suffix in (f".{_PART}", f".{_OLD}")
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what killed runs left of ``target``; a folder moved aside comes back if nothing took its place."""
-    start, size = f".{target.name}.", len(secrets.token_hex(6))
-    for folder in (target.parent, target):
-        with contextlib.suppress(OSError):
-            for entry in list(folder.iterdir()) if folder.is_dir() else []:
-                token = entry.name.removeprefix(start).partition(".")[0]
-                if not (_leftover(entry) and entry.name.startswith(start) and len(token) == size):
-                    continue
-                if entry.suffix == f".{_OLD}" and not target.exists():
-                    entry.rename(target)
-                elif _abandoned(entry):
-                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
-
-
-# --- locks: a process that dies lets go of them -----------------------------------------------------------------------
-
-
-def _lock(handle: int, wait: bool) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # held, or a file system without locks
-        return False
-    return True
-
-
-def _abandoned(entry: Path) -> bool:
-    if fcntl is None:
-        return False
-    handle = os.open(entry, os.O_RDONLY)
-    try:
-        return _lock(handle, wait=False)
-    finally:
-        os.close(handle)
-
-
-def _locked_folder(target: Path) -> tuple[Path, Optional[int]]:
-    """Returns a new hidden folder beside ``target``, and the handle that holds its lock."""
+@contextlib.contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``target``, locked, and removes the folder as the block ends."""
     while True:
         part = _hidden(target, _PART)
         part.mkdir()
-        if fcntl is None:
-            return part, None
         handle = os.open(part, os.O_RDONLY)
-        _lock(handle, wait=True)
-        if part.exists():  # else another process took it for a leftover before the lock was there
-            return part, handle
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_descriptor(handle)
+        if part.exists():  # else another process took the folder for a leftover before this process had the lock
+            break
         os.close(handle)
+    try:
+        yield part
+    finally:
+        os.close(handle)
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def _locked_file(target: Path, mode: str, kwargs: dict[str, Any]) -> tuple[Path, IO[Any]]:
-    while True:
-        part = _hidden(target, _PART)
-        file = open(part, mode, **kwargs)
-        _lock(file.fileno(), wait=True)
-        if part.exists():
-            return part, file
-        file.close()
+def _remove_leftovers(target: Path) -> None:
+    """Removes the hidden folders that killed processes left of ``target``.
+
+    A folder that was moved aside comes back to its place where nothing took that place.
+    """
+    hidden = f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}"
+    for folder in (target.parent, target):
+        with contextlib.suppress(OSError):
+            for entry in [*folder.glob(hidden + _PART), *folder.glob(hidden + _OLD)]:
+                if entry.suffix == _OLD and not target.exists():
+                    entry.rename(target)
+                    continue
+                handle = os.open(entry, os.O_RDONLY)
+                try:
+                    if lock_descriptor(handle, blocking=False):
+                        shutil.rmtree(entry, ignore_errors=True)
+                finally:
+                    os.close(handle)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raises OSError where ``target`` is a file, a loop of links, or, without overwrite, a folder that is not empty."""
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    if target.is_symlink():  # realpath returns a link only where the links form a loop
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
+    if not overwrite and target.is_dir() and not all(map(_is_hidden, target.iterdir())):
+        raise FileExistsError(errno.EEXIST, "the folder exists and is not empty", str(target))
 
 
 # --- putting ----------------------------------------------------------------------------------------------------------
@@ -312,18 +278,16 @@ def _locked_file(target: Path, mode: str, kwargs: dict[str, Any]) -> tuple[Path,
 def _put(part: Path, target: Path, overwrite: bool) -> None:
     if target.is_dir():
         shutil.copymode(target, part)
-        if overwrite and any(target.iterdir()):
+        if overwrite:
             if not _exchange(part, target):
                 _move_aside(part, target)
             return
-        if os.name == "nt":
-            target.rmdir()
     try:
-        os.rename(part, target)  # onto an empty folder, or an error
+        os.rename(part, target)  # replaces an empty folder; raises for any other
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target)) from None
+        raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
 
 
 def _move_aside(part: Path, target: Path) -> None:
@@ -338,7 +302,7 @@ def _move_aside(part: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step; False where the system or the file system can't."""
+    """Swaps the names of two folders in one system call; returns False where the system or the file system has none."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -353,7 +317,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_into(part: Path, target: Path, keep: bool) -> None:
-    """Moves each file of ``part`` to its place, oldest first: what makes a folder complete is written last."""
+    """Moves each file of ``part`` into ``target``, oldest first: the file that completes a folder is written last."""
     entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
     names = {entry.name for entry in entries}
     for entry in entries:
@@ -370,10 +334,10 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Links into ``new`` what ``old`` has and it has not."""
+    """Links the files of ``old`` that are missing in ``new`` into ``new``."""
     for entry in old.iterdir():
         place, there = new / entry.name, os.path.lexists(new / entry.name)
-        if _leftover(entry):
+        if _is_hidden(entry):
             continue
         if entry.is_dir() and not entry.is_symlink():
             if not there:
@@ -398,20 +362,18 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir():
             _sync_tree(entry)
         elif entry.is_file():
-            handle = os.open(entry, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(entry)
     _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems refuse fsync of a folder
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-            os.fsync(handle)
+        os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""The machine and its packages, as a result's reader needs them to judge a number."""
+"""Names of the processor and versions of packages, which a report states, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 def cpu_name() -> str:
-    """Returns the processor's name as it tells it, or its architecture."""
+    """Returns the processor's model name, or its architecture where the name is unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -24,7 +24,7 @@ def cpu_name() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the installed versions of these packages, by default of those that a training run uses."""
+    """Returns the installed versions of ``packages``; default: the packages that a training run uses."""
     found = {}
     for name in packages or _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -33,15 +33,15 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
-    """Returns the bytes that a device has, that are free, and that this process takes of them already (0 on a GPU)."""
+    """Returns the bytes of a device's memory, its free bytes, and the bytes that this process uses (0 on a GPU)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0
-    import psutil  # accelerate brings it
+    import psutil  # a dependency of accelerate
 
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    for limit, used in _container_limits():  # which the machine's own numbers don't show
+    for limit, used in _container_limits():  # psutil does not know a container's limit
         total, free = min(total, limit), min(free, max(0, limit - used))
     return total, free, psutil.Process().memory_info().rss
 

@@ -1,8 +1,8 @@
-"""The methods of parameter-efficient fine-tuning, in one table that everything else reads.
+"""The table of the methods of parameter-efficient fine-tuning.
 
 ``peft-ext finetune``, ``explain`` and ``recommend``, :func:`peft_ext.estimate_memory` and the documents take their
-methods from :data:`METHODS`. A configuration's class stands here by its full name, so that importing this module needs
-neither PEFT nor torch; :func:`make_config` imports it.
+methods from :data:`METHODS`. The table has the full name of a configuration's class, so that importing this module
+needs neither PEFT nor torch; :func:`make_config` imports the class.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 __all__ = ["KINDS", "METHODS", "Method", "method_config", "make_config"]
 
-# What a method does to a model.
+# The kinds of methods, and what each kind does to a model.
 KINDS = {
     "low-rank": "adds a product of two thin matrices to a frozen weight",
     "vector": "multiplies the outputs of a layer",
@@ -23,7 +23,7 @@ KINDS = {
     "selective": "trains parameters of the model itself",
 }
 
-# Heads that PEFT trains whole for these tasks, and would adapt as well where all layers are targets.
+# Tasks whose head PEFT trains as a whole, and the heads' names. Where all layers are targets PEFT would adapt them too.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 
@@ -33,17 +33,17 @@ class Method:
     """One method.
 
     Attributes:
-        title, quantized_title: what people call it, over dense weights and over NF4.
+        title, quantized_title: the method's usual name over dense weights, and over NF4.
         kind: one of :data:`KINDS`.
         config_class: the full name of its configuration's class.
-        learning_rate: of a run where none is given. Few parameters want a larger one.
-        page: of docs/methods, where its formula stands.
-        fields: the configuration's fields, beside ``task_type``, where nothing else is asked for.
-        quant: of a run's frozen base where none is given: "nf4" or "none".
-        can_quantize: whether it can train over NF4 layers that are its targets.
-        can_merge: whether it can be merged into the base.
-        can_resume: whether a run can go on from a checkpoint of it.
-        can_checkpoint: whether it works with gradient checkpointing.
+        learning_rate: default learning rate of a run. A method with few parameters has a larger one.
+        page: name of the page in docs/methods that has the method's formula.
+        fields: default values of the configuration's fields other than ``task_type``.
+        quant: default quantization of a run's frozen base: "nf4" or "none".
+        can_quantize: whether the method's target layers may be NF4.
+        can_merge: whether the adapter can be merged into the base.
+        can_resume: whether a run can resume from a checkpoint.
+        can_checkpoint: whether the method works with gradient checkpointing.
     """
 
     title: str
@@ -72,14 +72,14 @@ METHODS: dict[str, Method] = {
                      {**_LORA, "use_rslora": True}),
     "qlora": Method("QLoRA", "QLoRA", "low-rank", "peft.LoraConfig", 2e-4, "lora", _LORA),
     "dora": Method("DoRA", "QDoRA", "low-rank", "peft.LoraConfig", 2e-4, "dora", {**_LORA, "use_dora": True}),
-    # PEFT saves the ranks that are left in tensors of other shapes than a new adapter's.
+    # PEFT saves pruned tensors, whose shapes differ from those of a new adapter.
     "adalora": Method("AdaLoRA", "AdaLoRA over NF4", "low-rank", "peft.AdaLoraConfig", 1e-3, "adalora",
                       {"target_modules": "all-linear", "init_r": 12, "target_r": 8, "total_step": 1000},
                       can_resume=False),
     "ia3": Method("IA3", "IA3 over NF4", "vector", "peft.IA3Config", 8e-3, "ia3"),
     "bottleneck": Method("bottleneck adapters", "bottleneck adapters over NF4", "bottleneck",
                          "peft_ext.tuners.BottleneckConfig", 1e-3, "bottleneck", can_merge=False),
-    # Prefixes go through the cache, which checkpointing turns off.
+    # The prefixes are in the key-value cache, which checkpointing turns off.
     "prefix": Method("prefix tuning", "prefix tuning over NF4", "prompt", "peft.PrefixTuningConfig", 1e-2,
                      "prefix-and-prompt", _TOKENS, can_merge=False, can_checkpoint=False),
     "prompt": Method("prompt tuning", "prompt tuning over NF4", "prompt", "peft.PromptTuningConfig", 3e-2,
@@ -93,9 +93,9 @@ METHODS: dict[str, Method] = {
 
 
 def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """Returns the full name of a method's configuration and its fields, where nothing else is asked for.
+    """Returns the full name of the class of a method's configuration, and the default values of its fields.
 
-    For a task whose head PEFT trains whole, the head is left out of what the method adapts.
+    For a task whose head PEFT trains as a whole, the fields exclude the head from the adapted layers.
     """
     entry = METHODS[method]
     fields: dict[str, Any] = {"task_type": task_type, **entry.fields}
@@ -105,6 +105,6 @@ def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, di
 
 
 def make_config(config_class: str, fields: Mapping[str, Any]) -> Any:
-    """Returns an object of the class of that full name, made with ``fields``."""
+    """Imports the class of the full name ``config_class`` and returns an object made with ``fields``."""
     module, _, name = config_class.rpartition(".")
     return getattr(importlib.import_module(module), name)(**fields)

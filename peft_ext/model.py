@@ -1,4 +1,4 @@
-"""PEFT's two ways to an adapted model, with this project's methods known and its kernels in place."""
+"""``get_peft_model`` and ``load_adapter``: PEFT's functions, with this package's methods and fused operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Linear
 from .sources.adapter import checked_config
 from .sources.expressions import check_expressions
-from .sources.weight_files import check_finite, weight_shapes
+from .sources.weight_files import check_finite
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
@@ -34,7 +34,6 @@ with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft.utils import (
         CONFIG_NAME,
         SAFETENSORS_WEIGHTS_NAME,
-        WEIGHTS_NAME,
         load_peft_weights,
         set_peft_model_state_dict,
     )
@@ -53,22 +52,23 @@ def get_peft_model(
     experts_dropout: float = 0.0,
     **kwargs: Any,
 ) -> PeftModel:
-    """Calls ``peft.get_peft_model``, then :func:`peft_ext.accelerate`: a new adapter on ``model``, in place.
+    """Adds a new adapter to ``model`` in place by ``peft.get_peft_model``, then calls :func:`peft_ext.accelerate`.
 
-    Other than in PEFT, AdaLoRA's divisor ``ranknum`` is frozen over every base: PEFT trains it over one that is not
-    float32, and does not save it.
+    Unlike in PEFT, AdaLoRA's divisor ``ranknum`` is frozen over every base. Over a base that is not float32, PEFT
+    trains ``ranknum`` and does not save it.
 
     Args:
         model: a transformers model, or any module.
-        config: of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or DiffPruningConfig.
+        config: a configuration of one of PEFT's methods, or a BottleneckConfig, BitFitConfig, PartialConfig or
+            DiffPruningConfig.
         adapter_name: the new adapter's name.
-        accelerate: put the layers on the fused ops; what can't be fused stays stock. False: PEFT's model as it is.
+        accelerate: put the layers on the fused operators; layers that can't be fused stay PEFT's. False: PEFT's model.
         blocks, dora_dropout, experts_dropout: see :func:`peft_ext.accelerate`.
-        kwargs: PEFT's others: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
+        kwargs: further arguments of PEFT: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
 
-    Returns: the PeftModel, around the same model.
+    Returns: the PeftModel around the same model.
 
-    Raises: TypeError where config is no PeftConfig; whatever PEFT raises for a configuration that does not fit.
+    Raises: TypeError where config is no PeftConfig; PEFT's errors for a configuration that does not fit the model.
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
@@ -92,36 +92,36 @@ def load_adapter(
     experts_dropout: Optional[float] = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """Loads a saved adapter onto ``model``, active, then calls :func:`peft_ext.accelerate`.
+    """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    Other than in PEFT, an adapter of AdaLoRA that gave up ranks keeps the file's bits over a base that is not float32
-    (unless ``autocast_adapter_dtype=False``), and its divisor ``ranknum`` is frozen. A second adapter of trained tokens
-    over tied embeddings leaves a model that runs: PEFT wraps its head twice.
+    This function differs from PEFT in three points. An AdaLoRA adapter that has pruned ranks keeps the bits of its file
+    over a base that is not float32 (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen.
+    A model with a second adapter of trainable tokens over tied embeddings runs, whose head PEFT would wrap twice.
 
     Args:
-        model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets one adapter more.
+        model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
-        adapter_name: the name it gets here; the one it was saved under is not on disk.
-        is_trainable: train it on; otherwise it is frozen and the model is put in eval mode.
-        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. None: what the layers of a
-            PeftModel have, which a load does not change.
-        kwargs: PEFT's others: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``, ``key_mapping``,
-            ``subfolder``, ``revision``, ``token`` and the like.
+        adapter_name: the adapter's name in the model. The file does not have the name under which it was saved.
+        is_trainable: the adapter can be trained further; False: the adapter is frozen and the model in eval mode.
+        accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. None: the values that the layers
+            of a PeftModel have.
+        kwargs: further arguments of PEFT: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``,
+            ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
-    Returns: the PeftModel: ``model`` itself where it is one, which is as it was where the load fails. Warns of tensors
-    of the file that no part of it takes.
+    Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. A load that fails leaves a
+    PeftModel unchanged. Warns where no part of the model takes a tensor of the file.
 
-    Raises: TypeError where model is no module; ValueError where the weights are no safetensors (a pickle runs code as
-    it is read), or not finite, where the configuration has a field that is not of its type, asks for larger tensors
-    than the file has, or has a regular expression that does not end in ten seconds, where the file lacks a tensor, or
-    where the PeftModel has an adapter of this name; FileNotFoundError where there are no weights, or no configuration.
+    Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
+    it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
+    file has, or has a regular expression that does not end in ten seconds; where the file lacks a tensor; or where the
+    PeftModel has an adapter of this name. FileNotFoundError where the weights or the configuration are missing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")
     loaded, key_mapping = isinstance(model, PeftModel), kwargs.get("key_mapping")
     if loaded and adapter_name in model.peft_config:
         raise ValueError(f"load_adapter: the model has an adapter {adapter_name!r} already, give another adapter_name")
-    folder = _safetensors_folder(str(path), kwargs)
+    folder = _adapter_folder(str(path), kwargs)
     try:
         config = kwargs["config"] if "config" in kwargs and not loaded else checked_config(folder)
         if isinstance(config, PeftConfig):
@@ -135,12 +135,11 @@ def load_adapter(
     }
     if loaded:
         with _as_it_was_on_failure(model, adapter_name):
-            if accelerate:  # a layer over NF4 that is to take a DoRA adapter has to be ours before it
+            if accelerate:  # a layer over NF4 must be a fused one before it gets a DoRA adapter
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-            if missing := _missing_keys(model, adapter_name, result.missing_keys):
-                raise ValueError(_missing(folder, missing))
+            _check_keys(model, adapter_name, folder, result.missing_keys, result.unexpected_keys)
             _unwrap_tied_heads(model)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
     else:
@@ -148,11 +147,11 @@ def load_adapter(
             kwargs["config"] = config
         if "config" in kwargs:
             register_layers(kwargs["config"], model)
-        if key_mapping is None:  # PEFT's own default, here and not for an adapter beside others
+        if key_mapping is None:  # PEFT's default in from_pretrained; PeftModel.load_adapter has none
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        # from_pretrained keeps to itself which keys its load_state_dict did not find; the base is a part of that call.
-        absent: list[str] = []
-        hook = model.register_load_state_dict_post_hook(lambda module, keys: absent.extend(keys.missing_keys))
+        # from_pretrained does not return the result of its load_state_dict, which runs this hook of the base.
+        found: list[Any] = []
+        hook = model.register_load_state_dict_post_hook(lambda module, keys: found.append(keys))
         try:
             model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
         except RuntimeError as error:
@@ -160,13 +159,11 @@ def load_adapter(
             raise
         finally:
             hook.remove()
-        if missing := _missing_keys(model, adapter_name, absent):
-            raise ValueError(_missing(folder, missing))
-        if not is_trainable:  # where PEFT casts AdaLoRA's and (IA)³'s tensors, they are left trainable
+        for keys in found:
+            _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
+        if not is_trainable:  # PEFT leaves AdaLoRA's and IA3's tensors trainable where it casts them
             model.requires_grad_(False)
     _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
-    if not key_mapping:
-        _warn_of_extra(model, adapter_name, folder / SAFETENSORS_WEIGHTS_NAME)
     freeze_ranknum(model)
     if not accelerate:
         return model
@@ -174,14 +171,14 @@ def load_adapter(
 
 
 def _held(model: nn.Module, attribute: str, default: Any) -> Any:
-    """Returns what :func:`peft_ext.accelerate` left on a model's layers under this name."""
+    """Returns the first value that :func:`peft_ext.accelerate` stored on a layer as ``attribute``, or the default."""
     found = (module.__dict__[attribute] for module in model.modules() if attribute in module.__dict__)
     return next(found, default)
 
 
 @contextmanager
 def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Takes back, where a load fails, the adapter that it began, and what it did to modes and classes."""
+    """If the block raises, removes the new adapter and restores the modules' modes, classes and options."""
     before = [
         (
             module,
@@ -209,21 +206,26 @@ def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]
 
 
 def _unwrap_tied_heads(model: nn.Module) -> None:
-    """Takes off the layer that PEFT puts within a tied head's own, for each adapter of trainable tokens but the first:
-    no forward passes through both. They share the embedding's tensors."""
+    """Removes the inner of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
+
+    A forward can't pass through both layers. Both share the embedding's tensors.
+    """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, TrainableTokensLayer):
             module.base_layer = module.base_layer.get_base_layer()
 
 
 def _raise_of_sizes(error: Exception) -> None:
+    """Raises PyTorch's error of sizes that do not match as a ValueError."""
     if isinstance(error, RuntimeError) and "size mismatch" in str(error):
         raise ValueError(f"load_adapter: {error}") from error
 
 
 def register_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Registers, with a configuration of DoRA, the layers for what PEFT can't adapt by it: NF4Linear, since PEFT takes
-    the norm of the weight, and the experts of a mixture."""
+    """Registers layers with a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's experts.
+
+    PEFT's DoRA takes the norm of a dense weight.
+    """
     if not getattr(config, "use_dora", False):
         return
     if any(isinstance(module, NF4Linear) for module in model.modules()):
@@ -232,7 +234,7 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Freezes AdaLoRA's divisor: PEFT does, and makes it a new parameter, which trains, where it casts it."""
+    """Freezes AdaLoRA's divisor ``ranknum``, which PEFT freezes too, but makes trainable where PEFT casts it."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -241,12 +243,12 @@ def freeze_ranknum(model: nn.Module) -> None:
 def _load_unrounded(
     model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    """Reads AdaLoRA's tensors once more: those with fewer ranks PEFT makes, and fills, in the dtype of the base."""
+    """Loads AdaLoRA's tensors a second time, unrounded: PEFT makes tensors of pruned ranks in the base's dtype."""
     config = model.peft_config[adapter_name]
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have lost those ranks already
+    rank_pattern, config.rank_pattern = config.rank_pattern, None  # the layers have no pruned ranks any more
     try:
         set_peft_model_state_dict(
             model, weights, adapter_name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False)
@@ -256,81 +258,48 @@ def _load_unrounded(
 
 
 def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns those of ``kwargs`` that say where, and which, a file on the hub is."""
+    """Returns the entries of ``kwargs`` that are arguments of ``hf_hub_download``."""
     return {key: kwargs[key] for key in inspect.signature(hf_hub_download).parameters if key in kwargs}
 
 
-def _missing_keys(model: PeftModel, adapter_name: str, absent: list[str]) -> list[str]:
-    """Returns the keys of ``absent`` that are the adapter's, and no other name of a tensor that was read.
+def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Checks the result of PEFT's ``load_state_dict``: ValueError for a missing tensor, a warning for one too many.
 
-    PEFT lists those of other adapters too, whose names have this one in them. Tied embeddings share one tensor of an
-    adapter, which a file has once.
+    PEFT's list of missing keys has those of other adapters too, whose names contain this adapter's. Tied embeddings
+    share one tensor of an adapter, which a file has once.
     """
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    unread = set(absent)
+    config, file = model.peft_config[adapter_name], folder / SAFETENSORS_WEIGHTS_NAME
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    tensors, unread = dict(model.named_parameters(remove_duplicate=False)), set(missing)
     read = {id(tensor) for key, tensor in tensors.items() if key not in unread}
-    own = (key for key in dict.fromkeys(absent) if prefix in key and adapter_name in key.split("."))
-    return [key for key in own if key not in tensors or id(tensors[key]) not in read]
+    own = (key for key in missing if prefix in key and adapter_name in key.split("."))
+    if lacks := [key for key in dict.fromkeys(own) if key not in tensors or id(tensors[key]) not in read]:
+        raise ValueError(f"load_adapter: {file} lacks {len(lacks)} of the adapter's tensors, first {lacks[0]}")
+    extra = [] if config.is_prompt_learning else sorted(without_copies(unexpected))
+    if extra:
+        name, key = type(model.get_base_model()).__name__, extra[0].replace(f".{adapter_name}.", ".")
+        warnings.warn(f"load_adapter: {file} has {key}, which is no part of {name}: it was left out", stacklevel=3)
 
 
-def _missing(folder: Path, keys: list[str]) -> str:
-    return (
-        f"load_adapter: {folder / SAFETENSORS_WEIGHTS_NAME} lacks {len(keys)} of the adapter's tensors, first {keys[0]}"
-    )
+def without_copies(keys: list[str]) -> list[str]:
+    """Returns ``keys`` of an adapter's file without keys of tensors that the file has twice.
+
+    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
+    """
+    return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 
 
-def _warn_of_extra(model: PeftModel, adapter_name: str, file: Path) -> None:
-    """Warns of a tensor in the file that PEFT has put nowhere, without a word: of a layer that the model has not."""
-    if model.peft_config[adapter_name].is_prompt_learning:
-        return
-    # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
-    twice = (".modules_to_save.", ".original_module.")
-    modules = {saved for name, _ in model.named_modules() for saved in _as_saved(name, adapter_name)}
-    for key in weight_shapes(file):
-        if key.rpartition(".")[0] not in modules and not any(part in key for part in twice):
-            name = type(model.get_base_model()).__name__
-            warnings.warn(f"load_adapter: {file} has {key}, which is no part of {name}: it was left out", stacklevel=3)
-            return
-
-
-def _as_saved(name: str, adapter_name: str) -> Iterator[str]:
-    """Yields a module's name as files may have it: without the adapter's, wherever that stands in it, and for what is
-    within a module of ``modules_to_save`` without that word too."""
-    yield name
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part == adapter_name:
-            yield ".".join(parts[:index] + parts[index + 1 :])
-            if index > 0 and parts[index - 1] == "modules_to_save":
-                yield ".".join(parts[: index - 1] + parts[index + 1 :])
-
-
-def _safetensors_folder(path: str, kwargs: dict[str, Any]) -> Path:
-    """Returns where the adapter lies. Where there are no safetensors PEFT takes a pickle, which is refused here."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return _hub_folder(path, kwargs)
-    folder = folder / (kwargs.get("subfolder") or "")
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return folder
-    if (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(
-            f"load_adapter: {folder} has {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}; save the adapter "
-            "again with safe_serialization=True"
-        )
-    raise FileNotFoundError(f"load_adapter: {folder} has no {SAFETENSORS_WEIGHTS_NAME}")
-
-
-def _hub_folder(repository: str, kwargs: dict[str, Any]) -> Path:
+def _adapter_folder(path: str, kwargs: dict[str, Any]) -> Path:
+    """Returns the adapter's folder, which for the name of a repository is the folder in the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path, kwargs.get("subfolder") or "")
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, **_of_hub(kwargs))
-        hf_hub_download(repository, CONFIG_NAME, **_of_hub(kwargs))  # beside it
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            file = hf_hub_download(path, name, **_of_hub(kwargs))
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"load_adapter: {repository} is no folder, and no repository within reach") from error
+        raise FileNotFoundError(f"load_adapter: {path} is no folder, and no repository within reach") from error
     except EntryNotFoundError as error:
-        wanted = f"{SAFETENSORS_WEIGHTS_NAME} and {CONFIG_NAME}"
-        raise ValueError(f"load_adapter: the repository {repository} has not both {wanted}") from error
+        raise ValueError(f"load_adapter: the repository {path} has no {name}") from error
     return Path(file).parent

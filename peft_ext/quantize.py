@@ -1,9 +1,8 @@
-"""A model's linear layers to NF4 and back, in place."""
+"""Converts a model's linear layers to NF4 and back, in place."""
 
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional, TypeVar
@@ -21,13 +20,13 @@ __all__ = ["dequantize_nf4", "quantize_nf4"]
 _Model = TypeVar("_Model", bound=nn.Module)
 _Item = TypeVar("_Item")
 
-# Heads of the task: small, and trained or read in full precision.
+# Names of heads. A head is small, and it is trained or read in full precision.
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
-# What sends a token to experts: always, and where experts stand beside it.
+# Names of routers, and names of modules that are routers where experts stand beside them.
 _ROUTERS, _GATES = ("router", "shared_expert_gate"), ("gate",)
 
-# What an NF4Linear has beside an nn.Linear's attributes.
+# Attributes of an NF4Linear that an nn.Linear does not have.
 _NF4_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype")
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if re.match("_(forward|backward|is_full_backward)_", name))
@@ -43,26 +42,26 @@ def quantize_nf4(
 ) -> _Model:
     """Replaces every ``nn.Linear`` of ``model`` by a frozen :class:`peft_ext.nn.NF4Linear`, in place.
 
-    The experts of a mixture, which transformers keeps as parameters of three dimensions in one module, become
-    :class:`peft_ext.nn.NF4Experts`, each expert quantized for itself; the router stays as it is.
+    The experts of a mixture, which transformers keeps as 3-D parameters of one module, become
+    :class:`peft_ext.nn.NF4Experts`; each expert is quantized separately and the router stays dense.
 
-    A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. Left as
-    they are: subclasses of ``nn.Linear``, layers under a name in ``skip`` or under one that a transformers model keeps
-    in float32 (``_keep_in_fp32_modules``), those whose weight the code of another module reads past the layer (T5's
-    ``wo``, Mamba's ``dt_proj``; told by the source of the classes), routers, what an adapter of PEFT adds (its base
-    layer is quantized, but under ``target_parameters``), what an adapter replaces whole (partial fine-tuning, Diff
-    Pruning), and a layer whose weight is tied to something that stays dense, as a head to its embedding. Layers that
-    share one weight share the quantized one. Forward and backward hooks are kept. The weights are frozen, the biases
-    too, except under an adapter, whose configuration decides on them.
+    A layer's dense weight is freed before the next layer is quantized: the peak is the model plus one layer. These
+    layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a transformers
+    model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads directly (T5's
+    ``wo``, Mamba's ``dt_proj``; found in the source of the classes); routers; the layers that a PEFT adapter adds, and
+    the base layer under ``target_parameters`` (other base layers are quantized); layers that an adapter replaces
+    (partial fine-tuning, Diff Pruning); and a layer whose weight is tied to a dense one, such as a head's to the
+    embedding's. Layers that share one weight share the quantized one. Forward and backward hooks are kept. Weights and
+    biases are frozen, except biases under an adapter, whose configuration decides.
 
     Args:
         model: any module, on any real device.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
-        skip: names; a layer is left alone if one of them is a component of its dotted name. Default: the heads of
-            language models and of classifiers.
+        skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. Default: the
+            heads of language models and of classifiers.
         progress: show a progress bar (if tqdm is there), on a terminal only.
 
-    Returns: ``model``. Warns where nothing was there to be replaced. :func:`dequantize_nf4` is the way back.
+    Returns: ``model``. Warns where the model has no layer to replace. :func:`dequantize_nf4` converts back.
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
@@ -86,7 +85,7 @@ def quantize_nf4(
             module = NF4Linear.from_linear(linear, blocksize, double_quant)
         else:
             module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
-            module.weight = first.weight  # the parameter itself, so that they stay tied in a copy
+            module.weight = first.weight  # the parameter itself, so that the layers stay tied in a copy of the model
         _carry_over(linear, module)
         return module
 
@@ -100,24 +99,23 @@ def quantize_nf4(
 def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progress: bool = True) -> _Model:
     """Replaces every :class:`peft_ext.nn.NF4Linear` of ``model`` by an ``nn.Linear``, in place: ``W = code ∘ absmax``.
 
-    The way back from :func:`quantize_nf4`, though not to the weights from before it: W is what the quantized layer
-    multiplied with, and the model computes the same. Call it before ``merge_adapter`` or ``merge_and_unload`` of an
-    adapter that was trained over NF4: a merge into NF4 rounds W plus adapter to 4 bits anew, which moves each weight by
-    as much as quantizing did, and one into W rounds to its dtype. ``peft_ext.merge_to_dense`` does it layer by layer,
-    to a file.
+    The dense W is the weight that the quantized layer multiplied with, not the weight from before quantizing; the model
+    computes the same results. Call this function before ``merge_adapter`` or ``merge_and_unload`` of an adapter that
+    was trained over NF4: a merge into NF4 rounds W plus adapter to 4 bits again, which moves each weight by as much as
+    quantizing did; a merge into the dense W rounds to W's dtype. ``peft_ext.merge_to_dense`` merges layer by layer,
+    into a file.
 
-    A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay as they are, on the fused ops
-    where they were; layers that share one weight, or a layer in two places, share the dense one; hooks are kept. The
-    weights stay frozen, and the biases as they were, in the weight's dtype. Subclasses of NF4Linear are left as they
-    are, and so are bitsandbytes' layers.
+    A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
+    layers that shared one weight share the dense one; hooks are kept. The weights stay frozen. The biases get the
+    weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
 
     Args:
-        model: any module, on any real device; a PeftModel too, if nothing is merged into its NF4 weights.
-        dtype: of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default: each
-            weight's own, from which it was quantized.
+        model: any module, on any real device; also a PeftModel, if no adapter is merged into its NF4 weights.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
+            the dtype from which each weight was quantized.
         progress: show a progress bar (if tqdm is there), on a terminal only.
 
-    Returns: ``model``. Warns where nothing was there to be replaced.
+    Returns: ``model``. Warns where the model has no layer to replace.
 
     Raises:
         TypeError: ``model`` is itself an NF4Linear, or no module; dtype.
@@ -156,10 +154,9 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
 
 class Place:
-    """Where a linear layer hangs: its parent's attribute. Holds no reference to the layer, which is to be freed.
+    """The place of a linear layer: an attribute of its parent. Holds no reference to the layer, which can be freed.
 
-    ``name``: dotted, from the model. ``keeps_bias``: whether what replaces it has a bias that trains if the layer's
-    did.
+    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias stays trainable after replacement.
     """
 
     def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
@@ -171,17 +168,17 @@ class Place:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Returns whether it is a tuner layer or wrapper of PEFT's, told without importing PEFT, or of ours."""
+    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or of this package. Does not import PEFT."""
     return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
 
 
 def _replaces_weights(module: nn.Module) -> bool:
-    """Returns whether an adapter has a weight of its own in place of its base layer's, which then must stay dense."""
+    """Returns whether an adapter replaces its base layer's weight by its own; such a base layer must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
 
-def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[tuple[str, Place]]:
+def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[Place]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -191,7 +188,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):
             return
-        # LoRA's sum of weights, of PEFT's target_parameters.
+        # A layer of PEFT's target_parameters, which adds LoRA's product to the dense weight.
         if isinstance(getattr(module, "parameter_name", None), str):
             return
         adapted = True
@@ -200,25 +197,26 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         if child is None:
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
-        # accelerate may have put it on an op.
+        # accelerate may have replaced the layer's class by a fused one.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
-            yield name, Place(name, module, attribute, adapted)
+            yield Place(name, module, attribute, adapted)
         else:
             yield from _walk(child, name, adapted, seen)
 
 
 def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
-    """Returns the layers to quantize, checked; places whose weight is one and the same are one group."""
+    """Checks and returns the layers to quantize, in groups of places that share one weight."""
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
-    layers: dict[int, set[int]] = {}  # by weight: the layers that are quantized with it
-    for name, place in _walk(model, "", False, set()):
-        linear = place.linear
+    layers: dict[int, set[int]] = {}  # by a weight's id: ids of the layers that are quantized with it
+    for place in _walk(model, "", False, set()):
+        name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
-            _check_linear(name, linear)
+            _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
+            _check_forward("quantize_nf4", name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
-    # Anything else that holds the same parameter would be left with a dense copy of its own.
+    # A weight that another module holds too stays dense: that module would keep a dense weight of its own.
     for module in model.modules():
         for parameter in module._parameters.values():
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:
@@ -227,14 +225,14 @@ def linear_groups(model: nn.Module, skip: set[str]) -> list[list[Place]]:
 
 
 def _kept_in_float32(model: nn.Module) -> Iterator[Iterable[str]]:
-    """Yields names, dotted ones among them, that transformers keeps in float32."""
+    """Yields the names of modules that transformers keeps in float32. A name may have dots."""
     for module in model.modules():
         yield getattr(module, "_keep_in_fp32_modules", None) or ()
         yield getattr(module, "_keep_in_fp32_modules_strict", None) or ()
 
 
 def _gates(model: nn.Module) -> set[str]:
-    """Returns the names of linear layers within a gate that stands beside experts."""
+    """Returns the names of all modules within a gate that stands beside experts."""
     found = set()
     for name, module in model.named_modules():
         if "experts" not in module._modules:
@@ -247,7 +245,7 @@ def _gates(model: nn.Module) -> set[str]:
 
 
 def _nf4_places(model: nn.Module) -> list[list[Place]]:
-    """Returns the layers to dequantize, checked; places of one layer, or of one weight, are one group."""
+    """Checks and returns the layers to dequantize, in groups of places that share one layer or one weight."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None
@@ -267,7 +265,7 @@ def _nf4_places(model: nn.Module) -> list[list[Place]]:
 
 
 def experts_to_quantize(model: nn.Module, skip: set[str]) -> list[tuple[str, nn.Module]]:
-    """Returns the mixtures' experts to quantize, by name, checked."""
+    """Checks and returns the mixtures' experts to quantize, with their names."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, NF4Experts) or not (parameters := expert_parameters(module)):
@@ -286,11 +284,6 @@ def _check_forward(op: str, name: str, linear: nn.Module) -> None:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _check_linear(name: str, linear: nn.Linear) -> None:
-    _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)))
-    _check_forward("quantize_nf4", name, linear)
-
-
 def _check_weight(name: str, weight: Any) -> None:
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         raise TypeError(f"quantize_nf4: {name} is a {type(weight).__name__}, wanted a plain parameter")
@@ -303,7 +296,7 @@ def _replace_all(
     op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
 ) -> None:
     if not places:
-        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace, it is left as it was", stacklevel=3)
+        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=3)
     for done, same in enumerate(_progress(places) if progress else places):
         try:
             replace_group(same, make)
@@ -320,7 +313,7 @@ def _replace_all(
 
 
 def _choose_dora(layer: nn.Module) -> None:
-    """Sets PEFT's variant of DoRA anew, which is another one over NF4: accelerate does so on its own layers."""
+    """Sets PEFT's DoRA variant of a fused layer again: the variant over NF4 is another one than over a dense base."""
     if getattr(layer, "lora_variant", None):
         from .integrations.adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
         from .integrations.adapter_layers.lora import Lora
@@ -332,9 +325,10 @@ def _choose_dora(layer: nn.Module) -> None:
 
 
 def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
-    """Puts ``make(linear, first)`` in place of each linear; ``first``: what was made of one of its weight, or None.
+    """Replaces each linear layer of a group by ``make(linear, first)``.
 
-    All are made before the first is put: where one can't be, none is replaced.
+    ``first`` is the new layer that was made first for the group's weight, or None. All new layers are made before the
+    first one is put in its place: if one can't be made, none is replaced.
     """
     done: dict[int, nn.Module] = {}
     for place in same:
@@ -350,10 +344,10 @@ def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Modu
 
 def _carry_over(linear: nn.Linear, module: nn.Linear) -> None:
     for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear, hooks))  # the dict itself, so that handles still remove
+        setattr(module, hooks, getattr(linear, hooks))  # the dict itself, so that the hooks' handles still work
     for name, value in linear.__dict__.items():
         if name not in module.__dict__ and name not in _NF4_ATTRIBUTES:
-            setattr(module, name, value)  # marks that others left on the layer
+            setattr(module, name, value)  # attributes that other code stored on the layer
 
 
 def _progress(items: list[_Item]) -> Iterable[_Item]:
@@ -361,5 +355,4 @@ def _progress(items: list[_Item]) -> Iterable[_Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    bar: Any = tqdm(items, desc="NF4", unit="layer", leave=False, disable=not sys.stderr.isatty())
-    return bar
+    return tqdm(items, desc="NF4", unit="layer", leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""The usual steps of parameter-efficient fine-tuning as functions, thin over PEFT, transformers and this package.
+"""Functions for the usual steps of parameter-efficient fine-tuning, each a few calls of PEFT and this package.
 
 ::
 
@@ -6,9 +6,9 @@
     train_with_peft(model, tokenizer, dataset)                             # writes ./peft-adapter
     merged = load_and_merge_adapter("my/model", "./peft-adapter")
 
-They are the functions of a common lesson on PEFT, by its names and arguments, accelerated; docs/lesson.md has its
-examples beside ours. For more than that there are :func:`peft_ext.run.finetune` and the functions that these call.
-Models are read from safetensors alone, and no code of a model's folder is run.
+The functions have the names and arguments of a common lesson on PEFT; docs/lesson.md shows the lesson's examples
+beside these. :func:`peft_ext.run.finetune` has more options. Models are read from safetensors only, and code in a
+model's folder is never run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
 from .run.data import IGNORED, Corpus, read_records, tokenize
+from .sources.model import load_tokenizer
 
 __all__ = [
     "apply_lora_to_model",
@@ -43,9 +44,9 @@ def apply_lora_to_model(
     model: nn.Module, rank: int = 8, alpha: float = 16.0, target_modules: Sequence[str] = ("q_proj", "v_proj"),
     dropout: float = 0.0,
 ) -> nn.Module:  # fmt: skip
-    """Returns ``model`` with a LoRA adapter on its linear layers of these names, fused: ``Y = xWᵀ + (α/r)·(xAᵀ)Bᵀ``.
+    """Adds a fused LoRA adapter to the linear layers named in ``target_modules``: ``Y = xWᵀ + (α/r)·(xAᵀ)Bᵀ``.
 
-    The result is a PeftModel around the same model, whose own weights are frozen.
+    Returns a PeftModel around ``model``, whose own weights are frozen.
 
     Raises: ValueError where no layer has one of the names.
     """
@@ -60,7 +61,7 @@ def setup_qlora(
 ) -> nn.Module:
     """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head.
 
-    Scaling is 2 (alpha is twice the rank). It prints how many parameters train.
+    Scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
 
     Raises: OSError or ValueError where the model can't be read.
     """
@@ -84,26 +85,22 @@ def setup_peft_training(
     model_name: Union[str, Path], method: str = "lora", output_dir: Union[str, Path, None] = None, *,
     prompt_text: Optional[str] = None, **fields: Any,
 ) -> tuple[nn.Module, Any]:  # fmt: skip
-    """Returns a causal language model with the adapter of a method, accelerated, and its tokenizer.
+    """Returns a causal language model with an adapter of ``method``, accelerated, and the model's tokenizer.
 
     Args:
         model_name: a folder or a hub name.
         method: one of :data:`peft_ext.methods.METHODS`; "qlora" quantizes the model to NF4.
-        output_dir: accepted as in the lesson, where nothing is written either; :func:`train_with_peft` takes it.
-        prompt_text: for "prompt": what the virtual tokens start from, instead of random numbers.
-        fields: of the method's configuration, instead of the table's: ``r=8``, ``target_modules=["q_proj"]``.
+        output_dir: ignored, as in the lesson; :func:`train_with_peft` has the argument that counts.
+        prompt_text: for "prompt": the text that initializes the virtual tokens, instead of random numbers.
+        fields: fields of the method's configuration, which replace the defaults of the table: ``r=8``,
+            ``target_modules=["q_proj"]``.
 
-    Raises: ValueError where there is no such method; OSError or ValueError where the model can't be read; what PEFT
-    raises for a configuration that does not fit.
+    Raises: ValueError where there is no such method; OSError or ValueError where the model can't be read; PEFT's errors
+    for a configuration that does not fit.
     """
     if method not in METHODS:
         raise ValueError(f"setup_peft_training: method is {method!r}, wanted one of {tuple(METHODS)}")
-    from transformers import AutoTokenizer
-
-    model = _load(model_name)
-    tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = _load(model_name), load_tokenizer(str(model_name))
     if method == "qlora":
         quantize_nf4(model, progress=False)
     config_class, given = method_config(method, "CAUSAL_LM")
@@ -123,12 +120,13 @@ def train_with_peft(
 
     Args:
         train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
-            are tokenized as ``peft_ext.run.data`` does it.
-        output_dir, adapter_dir: for the Trainer's checkpoints, and for the adapter.
-        arguments: TrainingArguments' others. Without them: 3 epochs of batches of 4, 4 of them a step, at a learning
-            rate of 2e-4 after 100 steps of warm-up.
+            :mod:`peft_ext.run.data` tokenizes.
+        output_dir: folder of the Trainer's checkpoints.
+        adapter_dir: folder of the trained adapter.
+        arguments: further TrainingArguments. Defaults: 3 epochs of batches of 4, 4 batches a step, a learning rate of
+            2e-4 after 100 steps of warm-up.
 
-    AdaLoRA's budget and Diff Pruning's second phase have their callbacks.
+    Callbacks update AdaLoRA's rank budget and begin Diff Pruning's second phase.
 
     Raises: TypeError where the model has no adapter; peft_ext.run.RunError where rows have none of these columns.
     """
@@ -157,11 +155,11 @@ def train_with_peft(
 
 
 def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Union[str, Path]) -> nn.Module:
-    """Returns the base with a saved adapter merged into its weights: a plain model of transformers.
+    """Merges a saved adapter into its base and returns the base, a plain transformers model.
 
-    :func:`peft_ext.merge_to_dense` does the same from folder to folder, a layer in memory at a time.
+    :func:`peft_ext.merge_to_dense` merges from folder to folder with one layer in memory at a time.
 
-    Raises: ValueError where the method can't be merged, or what :func:`peft_ext.load_adapter` raises.
+    Raises: ValueError where the method can't be merged; the errors of :func:`peft_ext.load_adapter`.
     """
     model = load_adapter(_load(base_model_name), adapter_path)
     if not hasattr(model, "merge_and_unload"):
@@ -171,7 +169,7 @@ def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Unio
 
 
 def _load(name: Union[str, Path]) -> nn.Module:
-    """Returns a causal language model from safetensors, on a GPU where there is one, in what computes fast here."""
+    """Returns a causal language model from safetensors, on a GPU if there is one, in a dtype that is fast there."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if not torch.cuda.is_available() and _cpu.why_float32() else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Sizes and dtypes as people read them."""
+"""Formats sizes and dtypes for people."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _DECIMAL = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 
 
 def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
-    """Returns a size with three digits and its unit: "2.28 GiB"; "–" where there is none.
+    """Returns a size with three digits and its unit: "2.28 GiB"; "–" for None.
 
-    Memory is counted in binary units, files on a disk in decimal ones (``binary=False``): "19.6 MB".
+    ``binary`` gives binary units, for memory; ``binary=False`` gives decimal units, for files: "19.6 MB".
     """
     if size is None:
         return "–"
@@ -21,7 +21,7 @@ def format_bytes(size: Optional[float], *, binary: bool = True) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Returns a size in the GB that cards are sold by, which have 2³⁰ bytes: "23.1 GB"."""
+    """Returns a size in the GB of graphics cards, which are 2³⁰ bytes: "23.1 GB"."""
     return f"{size / 2**30:.1f} GB"
 
 

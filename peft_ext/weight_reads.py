@@ -1,15 +1,17 @@
-"""Which linear layers a model reads the weight of itself, past the layer: those must stay what they are.
+"""Finds linear layers whose weight another module's code reads directly: such a layer must stay dense.
 
-What is read is told by the source of the modules' classes: ``self.wo.weight.dtype`` of T5, ``self.dt_proj.weight @ dt``
-of Mamba, a head of MobileBERT that joins two weights.
+The source of the modules' classes is searched for reads such as T5's ``self.wo.weight.dtype``, Mamba's
+``self.dt_proj.weight @ dt``, and a head of MobileBERT that concatenates two weights.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import linecache
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Optional
 
@@ -17,13 +19,13 @@ from torch import nn
 
 __all__ = ["weights_read_past"]
 
-# Methods that set weights up, before there is anything to quantize.
+# Methods that initialize weights: they run before a model is quantized.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# Where a test has this name it asks for another arithmetic, which nobody trains in.
+# A branch on this option (tensor parallelism of pretraining) is never taken in fine-tuning.
 _NEVER = "pretraining_tp"
-# Their layers know a base in 4 bits.
+# Packages whose layers accept a 4-bit base.
 _OF_ADAPTERS = ("peft", "peft_ext")
-# A method that names one of these reads a dtype for what may be bytes.
+# A method that uses one of these names expects that a weight may have the dtype uint8.
 _KNOWS_BYTES = ("uint8", "is_floating_point")
 
 
@@ -36,7 +38,7 @@ def weights_read_past(model: nn.Module) -> set[str]:
 
 @functools.cache
 def _reads(kind: type) -> frozenset[str]:
-    """Returns the paths, from a module of the class, of those whose ``weight`` a method of it reads."""
+    """Returns the dotted paths of submodules whose ``weight`` a method of the class reads."""
     found: set[str] = set()
     for owner in kind.__mro__:
         if owner is nn.Module:
@@ -53,38 +55,27 @@ def _reads(kind: type) -> frozenset[str]:
 def _methods(owner: type) -> list[ast.AST]:
     try:
         file = inspect.getsourcefile(owner)
-    except TypeError:  # a class of a compiled module, or of none
+    except TypeError:  # a class of a compiled module, or without a module
         file = None
-    # A class without a source: nothing is known.
-    body = [] if file is None else _classes(file).get(owner.__qualname__, [])
+    # Nothing is known of a class without a source.
+    body = [] if file is None else _classes(file).get(owner.__name__, [])
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
 
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by qualified name."""
-    found: dict[str, list[ast.stmt]] = {}
-
-    def enter(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            below = prefix
-            if isinstance(child, ast.ClassDef):
-                found[prefix + child.name] = child.body
-                below = f"{prefix}{child.name}."
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                below = f"{prefix}{child.name}.<locals>."
-            enter(child, below)
-
-    try:
-        enter(ast.parse("".join(linecache.getlines(file))), "")
-    except SyntaxError:
-        pass
+    """Returns the bodies of a source file's classes, by name; classes of one name are taken together."""
+    found: dict[str, list[ast.stmt]] = defaultdict(list)
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
+            if isinstance(node, ast.ClassDef):
+                found[node.name] += node.body
     return found
 
 
 def _weights(node: ast.AST, of: str = "") -> Iterator[tuple[str, str]]:
-    """Yields path and what is asked of the weight, "" where it is taken whole, of each ``self.path.weight``."""
+    """Yields the path of each ``self.path.weight``, and the attribute read of the weight; "" for the whole weight."""
     if isinstance(node, ast.Attribute):
         path = _path(node.value) if node.attr == "weight" else None
         if path:
@@ -108,7 +99,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _path(node: ast.AST) -> Optional[str]:
-    """Returns "a.b" of ``self.a.b``; None: it is another expression."""
+    """Returns "a.b" for the expression ``self.a.b``; None for any other expression."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

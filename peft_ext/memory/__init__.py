@@ -1,17 +1,17 @@
-"""Memory of one training step, from a trace of that very step without memory.
+"""Memory of one training step, from a trace of that step with tensors that have no data.
 
     total = max over time of Σ bytes of the tensors alive:
-            weights + quantization + adapters + optimizer          all the time
+            weights + quantization + adapters + optimizer          during the whole step
           + activations + logits                                   from the forward to their use in the backward
-          + gradients                                              from their backward to the optimizer's step
-          + temporary                                              inside an operator, a layer, a loss
+          + gradients                                              from the backward to the optimizer's step
+          + temporary                                              inside an operator, a layer or a loss
 
-The model is copied without its data, adapted by PEFT, quantized, put on the fused operators, and then runs forward,
-backward and the optimizer's part under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the
-real step, of every operator of PyTorch, PEFT, transformers and this package, but no tensor has data. A dispatch mode
-notes when each storage is made and when it dies. So what a layer saves for its backward, what checkpointing drops and
-computes again, what is shared, and at which moment all of it is largest is read off, for any architecture and any PEFT
-method, rather than modelled.
+The model is copied without its data, adapted by PEFT, quantized and put on the fused operators. Then forward and
+backward run under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the real step, for every
+operator of PyTorch, PEFT, transformers and this package, but no tensor has data. A dispatch mode notes when each
+storage is made and when it is freed. The trace therefore shows the tensors that a layer saves for its backward, the
+tensors that checkpointing drops and computes again, shared tensors, and the moment of the peak, for any architecture
+and any PEFT method. The optimizer's states and temporary tensors are added from a table of sizes.
 """
 
 from .adapt import adapt_on_meta

@@ -1,4 +1,4 @@
-"""The model that is traced: adapted by PEFT on the meta device, with checkpointing, on the fused operators."""
+"""Prepares the model of a trace: adapts it by PEFT on the meta device, checkpoints it, puts it on fused operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .stand_ins import Dequantized
 def adapt_on_meta(
     model: nn.Module, config: Any, method: Optional[str], task_type: Optional[str], wants_checkpointing: bool
 ) -> nn.Module:
-    """Returns the model with the adapter of ``config``, or of the method's own one, on the meta device."""
+    """Returns the model with the adapter of ``config``, or of the method's own configuration, on the meta device."""
     if config is None and method in (None, "full"):
         return model.requires_grad_(True) if method else model
     import peft
@@ -39,7 +39,7 @@ def adapt_on_meta(
     config = copy.deepcopy(config)
     config.inference_mode = False
     if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # another start, of the same shapes
+        config.init_lora_weights = True  # the usual initialization, whose tensors have the same shapes
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
     register_layers(config, model)
@@ -50,21 +50,22 @@ def adapt_on_meta(
 
 
 def put_on_ops(model: nn.Module, accelerated: bool) -> None:
-    """Accelerates the model, or restores it."""
+    """Accelerates the model, or restores PEFT's and transformers' own layers."""
     if not accelerated:
         integration.restore(model)
-    elif not any(type(module) in STOCK for module in model.modules()):  # else its dora_dropout would be forgotten
-        with warnings.catch_warnings():  # of a model without adapters, whose heads and norms are fused all the same
+    # A second call of accelerate would reset the dora_dropout of fused layers.
+    elif not any(type(module) in STOCK for module in model.modules()):
+        with warnings.catch_warnings():  # the heads and norms of a model without adapters are fused too
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)
 
 
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Turns checkpointing on where it is wanted, or on already; the generator's state can't be kept in a trace."""
+    """Turns checkpointing on if it is wanted or already on, without saving the generator's state: a trace has none."""
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # transformers' newer name, and the older one
+    for what in ("activation", "gradient"):  # transformers' new name and its old name
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

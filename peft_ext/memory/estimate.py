@@ -1,4 +1,4 @@
-"""``estimate_memory``: the arguments are checked, the model is prepared without its data, and its step is traced."""
+"""``estimate_memory``: checks its arguments, prepares the model without its data and traces one training step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .trace import VALUES_WANTED, Step
 METHODS = ("full", *methods.METHODS)
 QUANTIZATIONS = ("nf4", "int8")
 
-_MOST_TOKENS = 2**40  # beyond it the bytes of a tensor would be more than 64 bits hold
+_MOST_TOKENS = 2**40  # above this, the byte count of a tensor would not fit in 64 bits
 
 
 def estimate_memory(
@@ -43,44 +43,44 @@ def estimate_memory(
     task_type: Optional[str] = None,
     inputs: Optional[Mapping[str, Any]] = None,
 ) -> MemoryEstimate:
-    """Returns the bytes of one training step, ``max_t Σ bytes alive at t``, without allocating any of them.
+    """Estimates the memory of one training step, ``max_t Σ bytes alive at t``, without allocating that memory.
 
-    Traced, not modelled, see the module: a second or two for 7 billion parameters, on a machine without a GPU. What is
-    not seen is memory that an operator takes for itself: a few MB a thread on the CPU; on CUDA the workspace of cuBLAS,
-    and attention is taken to save q, k, v, its output and the log-sum-exp, as the CPU's kernel and both of CUDA's do.
-    The dequantized weight that this package's operators need there is counted.
+    The step is traced, see :mod:`peft_ext.memory`, in a second or two for 7 billion parameters, without a GPU. A trace
+    does not see the scratch memory of PyTorch's operators: a few MB a thread on the CPU, the workspace of cuBLAS on
+    CUDA. The estimate assumes that attention saves q, k, v, its output and the log-sum-exp, as PyTorch's CPU kernel
+    and both of its CUDA kernels do. It counts the dequantized weights of this package's operators.
 
     Args:
         model: a model of transformers, a PeftModel over one, or any module (then with ``inputs``), on any device, the
-            meta device included; or a transformers configuration, from which the model is built on the meta device.
-            It is not changed, and its data is not read.
-        config: a PEFT configuration to adapt it with, or one of the ``METHODS``, as in ``method``; None: the model
-            trains what requires a gradient.
+            meta device included; or a transformers configuration, from which a model is built on the meta device. The
+            model is not changed, and its data is not read.
+        config: a PEFT configuration to adapt the model with, or one of the ``METHODS``, as in ``method``; None: the
+            parameters that require a gradient are trained.
         method: one of :data:`peft_ext.methods.METHODS`, as the table has it: "lora", "rslora", "dora" (r 16, all linear
-            layers), "qlora" (the same over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix", "prompt" (20
+            layers), "qlora" ("lora" over NF4), "adalora" (init_r 12), "ia3" (PEFT's layers), "prefix", "prompt" (20
             virtual tokens), "bitfit" (every bias), "bottleneck" (after attention and feed-forward), "diff-pruning" (all
             linear layers, before it prunes), "partial" (the last two layers); or "full".
-        batch_size, sequence_length: of the inputs: tokens are their product.
-        dtype: of the frozen weights; default: the model's own, or its configuration's.
+        batch_size, sequence_length: size of the inputs; the number of tokens is their product.
+        dtype: dtype of the frozen weights; default: the model's own, or the configuration's.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None.
-        gradient_checkpointing: layers save their input alone, and are computed again in the backward. A model on which
-            it is on already keeps it.
+        gradient_checkpointing: a layer saves its input alone and is computed again in the backward. A model whose
+            checkpointing is on already keeps it on.
         quantization: "nf4": as :func:`peft_ext.quantize_nf4` with ``blocksize`` and ``double_quant``; "int8": as
             bitsandbytes' Linear8bitLt. Heads stay dense.
-        accelerated: as :func:`peft_ext.accelerate` leaves the model; False: PEFT's own layers, over bitsandbytes'
-            Linear4bit where it is quantized, which dequantizes a weight on each use.
-        autocast: dtype of autocast around the forward, as Trainer's ``bf16=True`` has it.
-        padding: sequences of unequal length, so that attention takes a mask; False: without one.
-        device: "cuda" or "cpu", where it is to run; default: where the model is, "cuda" for one on the meta device.
-        task_type: PEFT's, for the head of a model built from a configuration and for ``method``; default: config's, or
-            what the configuration's ``architectures`` says, or language modelling.
-        inputs: keyword arguments for the model's forward, instead of batch_size and sequence_length; only shapes and
-            dtypes of tensors are used. The loss is the output's ``loss``, or else the sum of the output.
+        accelerated: the model runs as :func:`peft_ext.accelerate` leaves it; False: on PEFT's own layers, and a
+            quantized base on bitsandbytes' Linear4bit, which dequantizes a weight on each use.
+        autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.
+        padding: the sequences have unequal lengths, so that attention takes a mask; False: no mask.
+        device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
+        task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
+            task, or the one of the configuration's ``architectures``, or language modelling.
+        inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
+            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of an output without one.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
-    Sources: activations by what is saved: Korthikanti et al., arXiv 2205.05198; checkpointing: Chen et al., arXiv
+    Sources: memory of saved activations: Korthikanti et al., arXiv 2205.05198; checkpointing: Chen et al., arXiv
     1604.06174; 8-bit optimizer states: Dettmers et al., arXiv 2110.02861; NF4: QLoRA, arXiv 2305.14314.
     """
     if isinstance(config, str):
@@ -110,7 +110,7 @@ def profile_step(
     device: Union[str, torch.device, None] = None, task_type: Optional[str] = None,
     inputs: Optional[Mapping[str, Any]] = None,
 ) -> tuple[Profile, str]:  # fmt: skip
-    """Traces as :func:`estimate_memory` does; returns what was found, and what was traced, in words."""
+    """Traces a step as :func:`estimate_memory` does; returns the profile, and a description of the traced step."""
     if not isinstance(model, nn.Module):
         model, dtype = build_model(model, task_type, dtype)
     place = _device(model, device)

@@ -1,4 +1,4 @@
-"""What the optimizers hold of a parameter."""
+"""Sizes of the optimizers' states."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from torch import Tensor
 
 
 def _plain(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns torch.optim's sizes: states like the parameter."""
+    """Returns the sizes of torch.optim's states: each state has the parameter's shape and dtype."""
     return lambda p: [p.numel() * p.element_size()] * states
 
 
 def _wide(states: int) -> Callable[[Tensor], list[int]]:
+    """Returns the sizes of float32 states of the parameter's shape."""
     return lambda p: [4 * p.numel()] * states
 
 
 def _eight_bit(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns bitsandbytes' sizes: a byte an element and a float32 for each 256; float32 below 4096 elements."""
+    """Returns the sizes of bitsandbytes' 8-bit states: a byte an element and a float32 for each 256 elements.
+
+    The states of a parameter with fewer than 4096 elements are float32.
+    """
     return lambda p: [p.numel() + 4 * -(-p.numel() // 256) if p.numel() >= 4096 else 4 * p.numel()] * states
 
 
@@ -27,8 +31,8 @@ def _adafactor(p: Tensor) -> list[int]:
     return [4 * p[..., 0].numel(), 4 * p[..., 0, :].numel()]
 
 
-# By name: the states of one parameter, in bytes, and tensors like all parameters that a step makes on the way, on CUDA,
-# where torch.optim takes all of them at once (on the CPU it is one parameter after the other).
+# By an optimizer's name: the function that returns the bytes of each state of one parameter, and the number of
+# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once.
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], list[int]], int]] = {
     "adamw": (_plain(2), 1),
     "adam": (_plain(2), 1),

@@ -1,4 +1,4 @@
-"""What a traced step needs: bytes by kind in each phase, and the estimate that is made of them."""
+"""The result of a trace: bytes by kind in each phase of a step, and the estimate made of these phases."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training step; prints as a table.
+    """Bytes of one training step, by kind of memory. ``str`` gives a table.
 
-    Each kind is the most that there is of it at any moment; ``peak`` is what there is of each at the moment when the
-    sum is largest, and ``total`` is that sum. So a kind may be larger than its part of the peak: while the loss is
-    computed there are no gradients yet.
+    The field of a kind is the largest number of bytes of this kind at any moment. ``peak`` has the bytes of each kind
+    at the moment when their sum is largest, and ``total`` is that sum. A kind's field may be larger than its entry in
+    ``peak``: while the loss is computed, for example, there are no gradients yet.
 
     Attributes:
-        weights: parameters of the base model, packed where they are quantized, and its buffers.
-        quantization: scales of quantized weights and what decodes them.
-        adapters: trainable parameters of a model that is partly frozen, and the adapters that are not active.
-        gradients: of every trainable parameter.
-        optimizer: the optimizer's states, and the importance scores that AdaLoRA keeps beside them.
-        activations: what the forward saves for the backward, without logits.
-        logits: from the language model's head to the loss, and back: logits, their float32 copies and gradients.
-        temporary: what lives within a layer, an operator or the optimizer's step alone.
-        total: the peak.
+        weights: parameters and buffers of the base model; quantized parameters count in their packed form.
+        quantization: scales of quantized weights, and the tables and offsets that decode the scales.
+        adapters: trainable parameters of a partly frozen model, and adapters that are not active.
+        gradients: gradients of all trainable parameters.
+        optimizer: the optimizer's states, and AdaLoRA's importance scores.
+        activations: tensors that the forward saves for the backward, without the logits.
+        logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
+        temporary: tensors that live only within a layer, an operator or the optimizer's step.
+        total: sum of the bytes at the peak.
         peak: bytes by kind at the peak.
-        parameters, trainable: how many there are.
-        about: what was traced, in one line.
+        parameters, trainable: numbers of all parameters and of the trainable ones.
+        about: description of the traced step, in one line.
     """
 
     weights: int
@@ -53,9 +53,9 @@ class MemoryEstimate:
         """Returns whether ``total`` is at most ``1 - headroom`` of a card's memory.
 
         Args:
-            gpu_memory_gb: in GiB, as cards are sold ("24 GB").
-            headroom: the part that tensors don't get: CUDA's context (0.3 to 0.6 GiB), the workspaces of cuBLAS, and
-                what PyTorch's allocator loses between blocks.
+            gpu_memory_gb: memory of the card in GiB, as cards are sold ("24 GB").
+            headroom: fraction of the memory that tensors can't use: CUDA's context (0.3 to 0.6 GiB), the workspaces of
+                cuBLAS, and the fragmentation of PyTorch's allocator.
 
         Raises: ValueError where gpu_memory_gb is not positive, or headroom not in ``[0, 1)``.
         """
@@ -78,11 +78,11 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Profile:
-    """Bytes by kind in each phase of the step: at its peak, and the most of each kind.
+    """Bytes by kind in each phase of a step: ``peaks`` at the phase's peak, ``most`` the maximum of each kind.
 
-    The phases are the forward; the backward of the head and the last layer of a stack, of the layers between, of its
-    first layer, of what is before it; and the optimizer's step. In all but those between, the peak grows linearly with
-    the number of equal layers, which the largest of the peaks does not.
+    The phases are the forward; the backward of the head and of the last layer of a stack, of the layers between, of the
+    first layer, and of the modules before the stack; and the optimizer's step. In every phase but that of the layers
+    between, the peak grows linearly with the number of equal layers. The maximum over all phases does not.
     """
 
     peaks: dict[str, dict[str, int]]
@@ -99,9 +99,9 @@ class Profile:
         )  # fmt: skip
 
     def extrapolate(self, other: Profile, steps: float) -> Profile:
-        """Returns ``self + steps · (other - self)``: of more layers, from two profiles of few.
+        """Returns ``self + steps · (other - self)``: the profile of a model with more layers, from two with few layers.
 
-        A peak between first and last layer is no larger than both of theirs, and may be missing.
+        The phase of the layers between may be missing: its peak is at most the larger peak of the first and last layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -1,10 +1,11 @@
-"""Models and configurations without their data.
+"""Models without their data.
 
-    meta      shape and dtype: to build, copy and adapt a model on
-    stand-in  one element seen as the whole, a plain CPU tensor to all who ask: to quantize and accelerate a model on
+    meta      a tensor on the meta device, with which a model is built, copied and adapted
+    stand-in  one element expanded to the shape of a tensor: a plain CPU tensor, with which a model is quantized and
+              accelerated
 
-A model is built from a transformers configuration, or copied, with no tensor larger than one element; bitsandbytes'
-layers, and those that are to be quantized, become layers that hold stand-ins of what they would hold.
+A model is built from a transformers configuration, or copied, with no tensor larger than one element. bitsandbytes'
+layers, and the layers that are to be quantized, become layers whose packed weights and scales are such tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..weight import NF4Weight
 def build_model(
     config: Any, task_type: Optional[str] = None, dtype: Optional[torch.dtype] = None
 ) -> tuple[nn.Module, torch.dtype]:
-    """Returns the model of a transformers configuration, on the meta device, and the dtype of its weights to be."""
+    """Returns the model of a transformers configuration on the meta device, and the dtype for its weights."""
     import transformers
 
     if not isinstance(config, transformers.PretrainedConfig):
@@ -53,12 +54,12 @@ def _meta(t: Tensor) -> Tensor:
 
 
 def stand_in(t: Tensor) -> Tensor:
-    """Returns one element seen as the whole: a plain CPU tensor to all who ask for shape, dtype and type."""
+    """Returns one element expanded to the shape of ``t``: a plain CPU tensor of the same shape and dtype."""
     return torch.empty((), dtype=t.dtype).expand(t.shape)
 
 
 def fake(t: Tensor) -> Tensor:
-    """Returns a fake tensor, under FakeTensorMode."""
+    """Returns a tensor like ``t``, which under FakeTensorMode is a fake tensor."""
     return torch.empty(t.shape, dtype=t.dtype)
 
 
@@ -68,13 +69,13 @@ def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
-    """Returns a copy on the meta device; bitsandbytes' layers become what they hold and do."""
+    """Returns a copy on the meta device. bitsandbytes' layers become layers that hold and compute as much."""
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point():
-            if not (partly and t.requires_grad):  # an adapter keeps its own
+            if not (partly and t.requires_grad):  # an adapter keeps its dtype
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
         if (other := _of_bitsandbytes(module, accelerated)) is not None:
@@ -89,8 +90,8 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
 
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Replaces every parameter and buffer by another of its shape and dtype; what was one stays one."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not given away again
+    """Replaces every parameter and buffer by ``make(tensor)``; modules that shared a tensor share the new one."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the old tensor alive, so that no other gets its id
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, t in held.items():
@@ -101,16 +102,16 @@ def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 class Dequantized(nn.Module):
-    """A frozen linear layer whose quantized weight is dequantized, whole, on each use: bitsandbytes' layers.
+    """Stands for bitsandbytes' linear layers: a frozen layer that dequantizes its whole weight on each use.
 
-    ``weight`` is the dense weight, made anew for who asks, as PEFT does when it dequantizes one.
+    Each read of ``weight`` makes a dense weight, as PEFT does when it dequantizes a layer.
     """
 
     def __init__(self, held: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
-        self.saves_x = "packed" not in held  # int8: bitsandbytes holds x, though nothing of it is needed
+        self.saves_x = "packed" not in held  # int8: bitsandbytes saves x, though its backward does not need x
         for name, t in held.items():
             self.register_buffer(name, t)
         self.bias = bias
@@ -144,7 +145,7 @@ class _DequantizedLinear(torch.autograd.Function):
 def _quantized(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
 ) -> nn.Module:
-    """Returns a quantized linear layer of stand-ins: this package's where ``fused``, or else bitsandbytes'."""
+    """Returns a quantized linear layer of stand-ins: this package's if ``fused``, else one like bitsandbytes'."""
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)
@@ -153,7 +154,7 @@ def _quantized(
 
 
 def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module]:
-    """Returns what stands for one of bitsandbytes' linear layers; None for any other module."""
+    """Returns the layer that replaces one of bitsandbytes' linear layers; None for any other module."""
     if not isinstance(module, QUANTIZED):
         return None
     bias = module.bias if module.bias is None else _like(module.bias, _meta)
@@ -172,7 +173,7 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 
 
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
-    """Quantizes as quantize_nf4 does, or bitsandbytes: the same layers, of no data."""
+    """Replaces the layers that quantize_nf4 or bitsandbytes would quantize by quantized layers without data."""
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
@@ -192,7 +193,7 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
 
 
 def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Returns NF4 weights of no data in place of a parameter."""
+    """Returns the NF4 weights, without data, that replace a parameter of experts."""
     dense = module._parameters[name]
     count, n, k = dense.transpose(1, 2).shape if is_stored_transposed(module) else dense.shape
     one = empty_nf4(n, k, blocksize, double_quant, dense.dtype,

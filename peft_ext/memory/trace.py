@@ -1,4 +1,4 @@
-"""One training step over fake tensors, and when each storage of it is made and dies."""
+"""Runs one training step over fake tensors and notes when each storage is made and freed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (  # noqa: PLC2701  tracing without data has no public names
+from torch._subclasses.fake_tensor import (  # noqa: PLC2701  PyTorch has no public names for these
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -32,15 +32,15 @@ from .profile import KINDS, Profile
 from .stand_ins import Dequantized, fake, replace_tensors
 from .workspace import LOSS, workspace_bytes
 
-_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
-# What a forward raises here that depends on the values of its tensors.
+# Errors of a forward under FakeTensorMode that depends on the values of its tensors.
 VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
 class _Storage:
-    """When a storage was made and when it died, on the trace's clock."""
+    """Size and kind of a storage, and when it was made and freed on the trace's clock."""
 
     size: int
     kind: str
@@ -49,7 +49,7 @@ class _Storage:
 
 
 class _Storages(TorchDispatchMode):
-    """Notes every storage that an operator returns, and its end."""
+    """Notes every storage that an operator returns, and when the storage is freed."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Storages(TorchDispatchMode):
         return self.all[-1]
 
     def note(self, t: Tensor, kind: Optional[str] = None) -> _Storage:
-        """Returns the storage of ``t``, noted as of ``kind`` where that is given."""
+        """Returns the note of the storage of ``t``; sets its kind if ``kind`` is given."""
         storage = t.untyped_storage()
         found = self._of.get(storage)
         if found is None:
@@ -90,7 +90,7 @@ class _Storages(TorchDispatchMode):
         storage.died = self.clock
 
     def mark(self) -> int:
-        """Returns now, a moment at which what was made before is there."""
+        """Returns the next tick of the clock, at which everything made before is alive."""
         self.clock += 1
         return self.clock
 
@@ -98,10 +98,10 @@ class _Storages(TorchDispatchMode):
 def _grouped_mm(
     a: Tensor, b: Tensor, offs: Optional[Tensor] = None, bias: Any = None, out_dtype: Optional[torch.dtype] = None
 ) -> Tensor:
-    """Returns what the products of a mixture's groups have room in: PyTorch's fake one takes bfloat16 alone.
+    """Returns an empty result of ``aten._grouped_mm``, whose own fake kernel accepts bfloat16 only.
 
     [T, K] [E, K, N] -> [T, N]; [M, T] [T, N] -> [E, M, N], the weight's gradient; [E, M, K] [K, T] -> [M, T];
-    [E, M, K] [E, K, N] -> [E, M, N]. ``offs`` [E] says where the groups of T end.
+    [E, M, K] [E, K, N] -> [E, M, N]. ``offs`` [E] has the end of each group along T.
     """
     shape = [a.shape[-2], b.shape[-1]]
     if a.dim() == b.dim():
@@ -110,11 +110,11 @@ def _grouped_mm(
 
 
 def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
-    """Yields bytes alive by kind, and their sum, at each moment at which they grow."""
+    """Yields the moment, the bytes alive by kind, and their sum, each time a storage is made."""
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0
-    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, ends come first
+    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, frees go before allocations
         alive[s.kind] += s.size if made else -s.size
         total += s.size if made else -s.size
         if made:
@@ -134,7 +134,7 @@ class Step:
     def run(
         self, inputs: Optional[Mapping[str, Any]], batch_size: Any, sequence_length: Any, padding: bool, autocast: Any
     ) -> None:
-        # Not fake: what a module holds beside parameters and buffers, as PEFT's prompt methods their token numbers.
+        # A tensor that is neither parameter nor buffer is not fake, such as the token numbers of PEFT's prompt methods.
         with FakeTensorMode(allow_non_fake_inputs=True), _not_packed(), accepting(FakeTensor):
             replace_tensors(self.model, fake)
             if inputs is None:
@@ -163,7 +163,7 @@ class Step:
                     self.storages.add(size, "optimizer")
 
     def _adapters(self) -> set[int]:
-        """Returns what counts as adapters: what trains in a partly frozen model, and PEFT's inactive ones."""
+        """Returns the ids of the adapters' parameters: trainable ones of a partly frozen model, and inactive ones."""
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if len(trained) == sum(1 for _ in self.model.parameters()):
             return set()
@@ -214,7 +214,7 @@ class Step:
         self.begins.append((self.storages.mark(), phase))
 
     def _enter_layer(self, stack: int, index: int, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Notes where the backward is: once the gradient of a layer's input is there, at the layer before it."""
+        """Marks the phases of the backward: the gradient of a layer's input ends the backward of this layer."""
         x = args[0] if args else kwargs.get("hidden_states")
         if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
             before = "before" if index == 0 else "first" if index == 1 else "between"
@@ -227,7 +227,7 @@ class Step:
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()
-        for s in storages:  # what the forward made and did not hold for the backward
+        for s in storages:  # storages of the forward that were freed before the backward
             if s.kind == "activations" and s.died is not None and s.died <= self.forward_end:
                 s.kind = "temporary"
         begins = [*self.begins, (end + 1, "")]
@@ -243,7 +243,7 @@ class Step:
             if total > totals.get(phase, -1):
                 totals[phase], peaks[phase] = total, dict(alive)
         parameters = list(self.model.parameters())
-        # A quantized weight's parameter, or buffer, holds two elements a byte.
+        # The packed tensor of a quantized weight has two elements a byte.
         packed = [m for m in self.model.modules() if isinstance(m, (NF4Linear, Dequantized))]
         count = sum(p.numel() for p in parameters) + sum(m.out_features * m.in_features for m in packed)
         count -= sum(m.weight.numel() for m in packed if isinstance(m, NF4Linear))
@@ -255,7 +255,7 @@ class Step:
 
 @contextlib.contextmanager
 def _not_packed() -> Iterator[None]:
-    """Keeps transformers from taking every fake batch, which it can't look into, for a packed one with a mask."""
+    """Makes transformers treat fake batches as not packed: the values of fake ``position_ids`` can't be read."""
     masks = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None:
@@ -274,7 +274,7 @@ def _not_packed() -> Iterator[None]:
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """Returns a model's stacks of layers of one class; lists within a layer, as of experts, are none."""
+    """Returns the model's outermost lists of layers of one class. A list within a layer, as of experts, is no stack."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in found) or not isinstance(module, nn.ModuleList):
@@ -292,7 +292,7 @@ def _loss(out: Any) -> Tensor:
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
-    """Returns token numbers and labels as the model's head takes them."""
+    """Returns token numbers, and labels of the form that the model's head takes."""
     base = base_model(model)
     accepted = inspect.signature(base.forward).parameters
     if "input_ids" not in accepted:
@@ -312,7 +312,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            if base.config.pad_token_id is None:  # any number does, in the copy
+            if base.config.pad_token_id is None:  # the model is a copy, and any number will do
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = numbers(*tokens)

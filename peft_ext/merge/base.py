@@ -1,4 +1,4 @@
-"""The base of a merge: a model of dense modules, wherever it comes from and however its weights are held."""
+"""Reads the base of a merge, from a folder or from memory, dense or in NF4, as a model of dense modules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Read = Callable[[], Tensor]
 
 @dataclass
 class Base:
-    """A model of dense modules. ``dense``: by id, how to read the parameters that only stand for a weight."""
+    """A model of dense modules. ``dense``: by a parameter's id, the function that reads the weight it stands for."""
 
     model: PreTrainedModel
     dense: dict[int, _Read]
@@ -41,10 +41,10 @@ class Base:
     folder: Optional[Path]
     quant: str = "none"
     quant_text: str = "none"
-    absent: tuple[str, ...] = ()  # parameters that the base's files have not
+    absent: tuple[str, ...] = ()  # names of parameters that are missing in the base's files
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor, on the CPU; an NF4 weight as float32."""
+        """Returns the tensor on the CPU; returns an NF4 weight dequantized to float32."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -81,7 +81,7 @@ def base_of(
         return base
     by = "as asked for"
     if base_quant is None:
-        by = "as its run.json has it" if trained else "the adapter's folder tells of none"
+        by = "as the adapter's run.json has it" if trained else "as the adapter's folder has no run.json"
         base_quant = trained.get("quant", "none")
     base.quant, base.quant_text = base_quant, f"{base_quant}, {by}"
     if base_quant == "nf4":
@@ -98,14 +98,14 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # modules of our own, tensors of theirs
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # new modules, the caller's tensors
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
 
 
 def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
-    """Returns the weight of a layer that holds it in NF4; MergeError for what other quantizers made."""
+    """Returns the NF4 weight of a layer; None for a dense layer. Raises MergeError for another quantization."""
     if isinstance(module, NF4Linear):
         return module.nf4
     kind = type(module).__name__
@@ -118,7 +118,7 @@ def _nf4_of(module: nn.Module, name: str) -> Optional[NF4Weight]:
 
 
 def _stand_in(base: Base) -> int:
-    """Puts a dense layer without memory of its own in place of each NF4 one; returns how many."""
+    """Replaces each NF4 layer by a dense layer without data; returns the number of replaced layers."""
     count = 0
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
@@ -149,16 +149,16 @@ def _stand_in(base: Base) -> int:
 
 
 def _without_memory(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
-    """Returns a parameter whose elements are all one: PEFT finds a dense weight of this dtype and shape on the CPU."""
+    """Returns a parameter whose elements share one memory cell; PEFT sees a dense CPU weight of this shape."""
     return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
 
 
 def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
-    """Makes a mixture's NF4 experts, a module of our own, dense ones without memory, in place."""
+    """Makes NF4 experts dense experts without data, in place. ``experts`` is the merge's own copy of the module."""
     held = {name: experts.nf4(name) for name in experts.nf4_shapes}
     for name, nf4 in held.items():
         experts.set_nf4(name, nf4.to("meta"))
-    dense_experts(experts)  # of their shapes and dtypes alone
+    dense_experts(experts)  # on the meta device: shapes and dtypes alone
     transposed = is_stored_transposed(experts)
     for name, nf4 in held.items():
         shape = experts._parameters[name].shape
@@ -172,7 +172,7 @@ def _stand_in_of_experts(base: Base, experts: NF4Experts) -> None:
 
 
 def _reverses(conversion: Any) -> bool:
-    """Returns whether transformers can undo a conversion: not those that put a quantizer's tensors together."""
+    """Returns whether transformers can undo a conversion; it can't undo those that join a quantizer's tensors."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):
@@ -181,7 +181,7 @@ def _reverses(conversion: Any) -> bool:
 
 
 def _quantize(base: Base, blocksize: int, double_quant: bool) -> None:
-    """Makes each weight that quantize_nf4 would quantize be read through NF4."""
+    """Makes ``Base.read`` quantize and dequantize each weight that quantize_nf4 would quantize."""
 
     def through_nf4(weight: Tensor) -> Tensor:
         return ops.nf4_quantize(weight, blocksize, double_quant).dequantize(torch.float32)

@@ -1,4 +1,4 @@
-"""``merge_to_dense``: what is asked for is checked, the base is read, the plan made, and the folder written."""
+"""``merge_to_dense``: checks its arguments, reads the base, plans the output and writes the folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Optional, Union
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
@@ -33,27 +34,32 @@ with required("transformers", "peft_ext.merge_to_dense"):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 
-# Initializations that change the base's weights: the adapter is one to a base that is on no disk.
+# Initializations that change the base's weights: the adapter belongs to a changed base, which is in no file.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
-# Methods whose layers refer to one bank of tensors, where each module is merged on its own.
+# Methods whose layers share one bank of tensors: a merge of one module at a time can't read the bank.
 _SHARED = ("VBLORA", "UNILORA", "TINYLORA")
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_to_dense` did.
+    """The result of :func:`merge_to_dense`.
 
     Attributes:
-        output: the folder. files: names of the weight files in it. nbytes: bytes of its tensors.
-        base, model_class: the base's folder or name, and the class of the model that was written.
-        base_quant: how the base's weights were taken: "nf4" or "none". base_quant_text: the same, with what decided.
+        output: the folder.
+        files: names of the weight files in the folder.
+        nbytes: bytes of the tensors that were written.
+        base: the base's folder or name.
+        model_class: class of the model that was written.
+        base_quant: quantization of the base's weights: "nf4" or "none".
+        base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
-        dtype: of the output, or None where each tensor kept its own.
-        merged: modules that the adapter changed. tensors, parameters: of the output.
-        untied: names of tied weights that are weights of their own now, since the adapter changed one of them.
-        largest_change: ‖W' − W‖ / ‖W‖ of the tensor in which it is largest, and its name; (None, 0.0): none measured.
-        seconds: of the whole.
+        dtype: dtype of the output, or None where each tensor kept its own dtype.
+        merged: number of modules that the adapter changed.
+        tensors, parameters: numbers of tensors and of elements that were written.
+        untied: names of weights that were tied in the base and are separate now, as the adapter changed one of the two.
+        largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and that ratio; (None, 0.0): none measured.
+        seconds: seconds that the merge took.
     """
 
     output: Path
@@ -86,38 +92,39 @@ def merge_to_dense(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MergeReport:
-    """Merges a saved adapter into its base and writes the dense model that results, in transformers' format.
+    """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
-    The result is the adapted model's function in evaluation: weights in safetensors, config.json,
-    generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. Every method whose layers
-    can merge is taken: LoRA and its kind (rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable
-    tokens), AdaLoRA, IA3 and PEFT's others, BitFit, partial fine-tuning, Diff Pruning; ``modules_to_save`` with each. A
-    weight that is tied to an adapted one becomes one of its own, where the adapted model treats them as two; the config
-    says so.
+    The written model computes what the adapted model computes in evaluation. The folder has weights in safetensors,
+    config.json, generation_config.json and the base's tokenizer files; ``from_pretrained`` alone loads it. The adapter
+    may be of any method whose layers can merge: LoRA (with rsLoRA, DoRA, patterns, Conv1D, embeddings,
+    target_parameters, trainable tokens), AdaLoRA, IA3 and PEFT's others, BitFit, partial fine-tuning, Diff Pruning;
+    each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two separate
+    weights, and the config unties them.
 
     Args:
-        model: a folder or hub name of a dense model, or of one that bitsandbytes quantized to NF4; or a model in
-            memory, dense, quantized by :func:`peft_ext.quantize_nf4` or by bitsandbytes, which is left as it is. None:
-            the one that the adapter names.
+        model: a folder or hub name of a dense model or of a model that bitsandbytes quantized to NF4; or a model in
+            memory: dense, or quantized by :func:`peft_ext.quantize_nf4` or by bitsandbytes. A model in memory is not
+            changed. None: the base that the adapter's configuration names.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name; safetensors.
-        output: a folder, new or empty; it appears whole as the work is done, see :func:`peft_ext.files.atomic_folder`.
-        dtype: of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the base's.
-            What a model keeps in float32 stays so, and what is no float.
+        output: a folder, new or empty. The finished folder appears in one step, see
+            :func:`peft_ext.files.atomic_folder`.
+        dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
+            base's. Tensors that the model's class keeps in float32, and tensors of integers, keep their dtypes.
         max_shard_size: bytes of a weight file, as a number or as "5GB".
-        base_quant: the base that the adapter is added to: "nf4": as quantize_nf4 makes it from a dense ``model``, then
-            dequantized; "none": as it is. None: what ``peft-ext finetune`` says in the run.json beside the adapter that
-            it was trained on, or else as it is.
-        blocksize, double_quant: of base_quant "nf4"; None: run.json's, or else 64.
-        overwrite: replace a model's folder that is there, whole.
+        base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
+            the adapter is added; "none": the weights are taken as they are. None: the quantization in the run.json that
+            ``peft-ext finetune`` wrote beside the adapter; without a run.json "none".
+        blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
+        overwrite: replace the folder of a model.
         progress: show a progress bar, on a terminal only.
 
-    Returns: what was done.
+    Returns: a report of the merge.
 
     Raises:
         TypeError: ``model`` is no transformers model.
-        MergeError: a method, an initialization or a quantization that can't be merged; an adapter of
-            another architecture, of other shapes, with keys too few or too many, or in a pickle; a wrong option.
-        OSError: ``output`` is there, can't be written, or does not fit on the disk; nothing is left half-written.
+        MergeError: a method, an initialization or a quantization that can't be merged; an adapter of another
+            architecture, of other shapes, with missing or unknown tensors, or in a pickle; a wrong option.
+        OSError: ``output`` exists, can't be written, or does not fit on the disk. No partial folder is left.
     """
     started = time.perf_counter()
     dtype = _dtype(dtype)
@@ -133,9 +140,13 @@ def merge_to_dense(
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         plan = Plan(base, config, weights, dtype)
         del weights
-        with writer.bar(progress, plan.nbytes) as advance, atomic_folder(output, overwrite=overwrite) as folder:
+        disable = None if progress else True  # None: only where standard error is no terminal
+        with (
+            tqdm(desc="merging", total=plan.nbytes, unit="B", unit_scale=True, leave=False, disable=disable) as bar,
+            atomic_folder(output, overwrite=overwrite) as folder,
+        ):
             _check_room(folder, plan.nbytes)
-            files = plan.write(folder, max_shard_size, advance)
+            files = plan.write(folder, max_shard_size, bar.update)
             writer.write_beside(base, plan.config, folder)
     return MergeReport(
         output=output, files=tuple(files), nbytes=plan.nbytes, base=base.name, model_class=type(base.model).__name__,
@@ -146,7 +157,7 @@ def merge_to_dense(
     )  # fmt: skip
 
 
-# --- checks before anything is loaded ---------------------------------------------------------------------------------
+# --- checks before the weights are loaded -----------------------------------------------------------------------------
 
 
 def _dtype(dtype: Union[torch.dtype, str, None]) -> Optional[torch.dtype]:
@@ -165,7 +176,7 @@ def _check_options(base_quant: Optional[str], blocksize: Optional[int]) -> None:
 
 
 def init_that_changes_base(config: PeftConfig) -> Optional[str]:
-    """Returns the adapter's ``init_lora_weights`` where that changes the base's own weights, now and on each load."""
+    """Returns the adapter's ``init_lora_weights`` where this initialization changes the base's weights; else None."""
     init = getattr(config, "init_lora_weights", None)
     return init if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else None
 
@@ -173,26 +184,22 @@ def init_that_changes_base(config: PeftConfig) -> Optional[str]:
 def _adapter_config(folder: Path) -> PeftConfig:
     if not (folder / CONFIG_NAME).is_file():
         fail(f"no {CONFIG_NAME} in {folder}, wanted an adapter in PEFT's format")
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        pickle = (folder / WEIGHTS_NAME).is_file()
-        came = f"{WEIGHTS_NAME}, a pickle, which runs code as it is read, and no " if pickle else "no "
-        fail(f"{folder} has {came}{SAFETENSORS_WEIGHTS_NAME}")
-    with as_merge_error(ValueError):
+    with as_merge_error(ValueError, FileNotFoundError):
         config = checked_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "ADAPTION_PROMPT":
-        fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: it can't be merged")
+        fail(f"{kind} adds tokens or keys to the input, which no weight of the base can hold: merging is impossible")
     if kind == "BOTTLENECK":
-        fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: it can't be merged")
+        fail("BOTTLENECK adds layers with an activation, which no weight of the base can hold: merging is impossible")
     if kind in _SHARED:
-        fail(f"{kind} has tensors that its layers share: merging it is not supported yet")
+        fail(f"{kind} has tensors that its layers share: {kind} can't be merged yet")
     if getattr(config, "layer_replication", None):
-        fail("layer_replication has several layers share one weight, each with an adapter of its own, of which a dense "
-             "weight holds one: it can't be merged")  # fmt: skip
+        fail("layer_replication has several layers share one weight, each with an adapter of its own. A dense weight "
+             "can hold one adapter: merging is impossible")  # fmt: skip
     if (init := init_that_changes_base(config)) is not None:
         fail(
             f"init_lora_weights is {init!r}, which changed the base's own weights before training; save the adapter "
-            "with path_initial_model_for_weight_conversion, which makes it one to the base as it is"
+            "with path_initial_model_for_weight_conversion, which makes it an adapter to the unchanged base"
         )
     config.inference_mode = True
     return config

@@ -1,4 +1,4 @@
-"""What can't be merged, as one line."""
+"""The error of a merge, and helpers that raise it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sources.json_file import raised_as
 
 
 class MergeError(ValueError):
-    """What can't be merged, and why: one line that names what came and what was wanted."""
+    """A merge is impossible. The message is one line with the value that came and the value that was wanted."""
 
 
 def fail(text: str) -> NoReturn:
@@ -17,5 +17,5 @@ def fail(text: str) -> NoReturn:
 
 
 def as_merge_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
-    """Raises MergeError for errors of these kinds: ``about``, and what they say."""
-    return raised_as(MergeError, f"merge_to_dense: {about}", *kinds, chained=True)
+    """Raises errors of these kinds as MergeError, whose message is ``about`` and the first line of the error."""
+    return raised_as(MergeError, f"merge_to_dense: {about}", *kinds)

@@ -1,4 +1,4 @@
-"""The plan of a merge, and its tensors: what is written, from where, and one module at a time merged."""
+"""Plans the tensors of a merged model, then merges one module at a time and writes the planned tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._imports import required
 from ..files import atomic_file
-from ..model import register_layers
+from ..model import register_layers, without_copies
 from ..sources.expressions import check_expressions
 from ..sources.json_file import first_line
 from ..sources.model import INDEX
@@ -39,9 +39,10 @@ _ADAPTER = "default"
 
 
 class Plan:
-    """The plan, complete before anything is written: names, shapes and dtypes of the output, and where each is from.
+    """Names, shapes, dtypes and origins of all tensors of the output, known before the first tensor is written.
 
-    ``origin`` of a name: (path of the adapted module, name in it), or ("", name): the base's own tensor.
+    ``origin`` of a tensor: (path of the adapted module, name within the module); ("", name) for a tensor that the
+    adapter does not change; ("", "") for zeros.
     """
 
     def __init__(
@@ -98,13 +99,13 @@ class Plan:
             else:
                 origins[name] = (path, local)
         for path, layer in self.targets.items():
-            if isinstance(layer, ReplacingLayer):  # a bias that the module had not
+            if isinstance(layer, ReplacingLayer):  # a bias that the adapter adds
                 for local in layer.names.get(_ADAPTER, ()):
                     origins.setdefault(f"{path}.{local}", (path, local))
         return origins
 
     def _untie(self) -> None:
-        """Finds which tied weights the adapter tore apart: then the config must not tie them on loading."""
+        """Finds the tied weights of which the adapter changed one, and unties them in the config."""
         groups: dict[int, list[str]] = defaultdict(list)
         for name, tensor in self.before.items():
             groups[id(tensor)].append(name)
@@ -112,7 +113,7 @@ class Plan:
             if len(names) < 2:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
-            for name in names:  # loaded in place of one of them: PEFT writes it into all
+            for name in names:  # a loaded tensor replaced one of the tied ones; PEFT's own load writes into all
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
             kept = names[0]
@@ -125,7 +126,7 @@ class Plan:
             apart = type(self.config).from_dict({**self.config.to_dict(), "tie_word_embeddings": False})
             about, wanted = apart.to_dict(), self.config.to_dict()
             wanted["tie_word_embeddings"] = False
-            # T5 takes the flag for another thing; transformers ties no weights that differ in the files, flag or not.
+            # T5 derives another option from this flag. transformers never ties weights that differ in the files.
             if about == wanted:
                 self.config.tie_word_embeddings = False
 
@@ -136,7 +137,7 @@ class Plan:
         return torch.equal(self._value(one).float(), self._value(other).float())
 
     def _planned(self, name: str) -> Tensor:
-        """Returns a tensor without memory, of the shape and dtype that is written."""
+        """Returns a meta tensor of the shape and dtype that are written."""
         path, local = self.origin[name]
         if name in self.before:
             shape, dtype = self.before[name].shape, self.before[name].dtype
@@ -156,7 +157,7 @@ class Plan:
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
     def _check_against_config(self) -> None:
-        """Sees that a model made from the config alone has just these tensors; lets the config ask for added biases."""
+        """Checks that a model made from the config alone has the planned tensors; sets its flags for added biases."""
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -168,7 +169,7 @@ class Plan:
             fail(f"a plain {type(fresh).__name__} has no {extra[0]}, which the adapter adds")
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
-                fail(f"a plain {type(fresh).__name__} has {name}, which the base has not")
+                fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
             self.origin[name] = ("", "")  # zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():
@@ -183,9 +184,9 @@ class Plan:
                     del self.meta[name], self.origin[name]
 
     def _grouped(self) -> list[tuple[list[str], dict[str, Tensor]]]:
-        """Returns what is read together, and what becomes of it in the files, with the hub's names and shapes.
+        """Returns groups of tensors that are converted together: the model's names, and the files' tensors by name.
 
-        As little as possible together: a tensor, or a layer where transformers' conversion makes one of several.
+        A group is as small as possible: one tensor, or one layer where transformers' conversion joins several tensors.
         """
         model, meta = self.base.model, self.meta
         whole = revert_weight_conversion(model, dict(meta))
@@ -197,7 +198,7 @@ class Plan:
         for parts in ([[name] for name in meta], list(by_layer.values())):
             try:
                 groups = [(names, revert_weight_conversion(model, {n: meta[n] for n in names})) for names in parts]
-            except Exception:  # a conversion that wants more than there is in a group
+            except Exception:  # a conversion that needs more tensors than the group has
                 continue
             found = [(n, (t.shape, t.dtype)) for _, outputs in groups for n, t in outputs.items()]
             if len(found) == len(wanted) and dict(found) == wanted:
@@ -207,7 +208,7 @@ class Plan:
     # - the tensors -
 
     def _value(self, name: str) -> Tensor:
-        """Returns the tensor, in float32 where it was merged."""
+        """Returns a planned tensor; a merged tensor is in float32."""
         path, local = self.origin[name]
         if path == "":
             return self.base.read(self.after[local]) if local else torch.zeros(self.meta[name].shape)
@@ -216,7 +217,7 @@ class Plan:
         return self._made[path][local]
 
     def _make(self, path: str) -> dict[str, Tensor]:
-        """Returns the tensors of an adapted module after merging, by its layer's own merge, in float32."""
+        """Merges an adapted module by its layer's own ``merge`` and returns the module's tensors in float32."""
         target = self.targets[path]
         inner = target.original_module if isinstance(target, AuxiliaryTrainingWrapper) else target.get_base_layer()
         before = {} if isinstance(target, ModulesToSaveWrapper) else self._widen(inner)
@@ -247,7 +248,7 @@ class Plan:
         return {name: found[name] for name in locals_}
 
     def _widen(self, module: nn.Module) -> dict[str, Tensor]:
-        """Puts float32 copies in place of the module's parameters, which other modules may share; returns them."""
+        """Replaces the module's parameters by float32 copies and returns them. Other modules may share the old ones."""
         wide = {}
         for prefix, below in list(module.named_modules()):
             for name, parameter in below._parameters.items():
@@ -259,13 +260,13 @@ class Plan:
         return wide
 
     def _group(self, names: list[str]) -> dict[str, Tensor]:
-        """Returns a group's tensors as they are written."""
+        """Returns the tensors of a group in the names, shapes and dtypes of the files."""
         found = {}
         for name in names:
             found[name] = self._value(name).to(self.meta[name].dtype)
             path = self.origin[name][0]
             self._uses[path] -= 1
-            if path and not self._uses[path]:  # nothing else is made of this module: give it up
+            if path and not self._uses[path]:  # the last use of this module: free it
                 del self._made[path]
                 self.targets[path] = nn.Identity()
                 parent, _, leaf = path.rpartition(".")
@@ -275,7 +276,7 @@ class Plan:
     # - the files -
 
     def write(self, folder: Path, max_shard_size: Union[int, str], advance: Callable[[int], None]) -> list[str]:
-        """Writes the tensors, one group at a time, and the index of several files; returns the files' names."""
+        """Writes the tensors one group at a time, then an index of several files; returns the files' names."""
         with as_merge_error(ValueError, about=f"max_shard_size is {max_shard_size!r}: "):
             split = split_torch_state_dict_into_shards(
                 self.outputs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -305,7 +306,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
-    """Puts PEFT's layers on the base, with the adapter's tensors as they lie in its file. Raises MergeError."""
+    """Adapts the base by PEFT and loads the adapter's tensors without a copy or a cast. Raises MergeError."""
     kind = str(config.peft_type.value)
     with as_merge_error(ValueError, about=f"the adapter's {CONFIG_NAME}: "):
         check_expressions(config, base.model)
@@ -316,7 +317,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
         model = get_peft_model(base.model, config, _ADAPTER, low_cpu_mem_usage=kind != "ADALORA").eval()
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
-        # Not copied: that would round to the base's dtype, and write into weights that the caller's model shares.
+        # A copy would round to the base's dtype, and would write into weights that are shared with the caller's model.
         return type(model).load_state_dict(model, state, strict=strict, assign=True)
 
     model.__dict__["load_state_dict"] = assign
@@ -327,9 +328,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
         raise MergeError(f"merge_to_dense: the adapter's file has no {error.args[0]}") from error
     finally:
         del model.__dict__["load_state_dict"]
-    # With bias="all" PEFT saves the biases of modules_to_save once more, under their own place in the tree.
-    twice = (".modules_to_save.", ".original_module.")
-    if extra := sorted(key for key in result.unexpected_keys if not any(part in key for part in twice)):
+    if extra := sorted(without_copies(result.unexpected_keys)):
         fail(f"the adapter's file has {extra[0]}, which is no part of {type(base.model).__name__} with {kind}")
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix and prefix in key and _ADAPTER in key]
@@ -340,7 +339,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
 
 
 def _find_targets(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields path and module of what PEFT wrapped, the outermost ones."""
+    """Yields path and module of the outermost layers that PEFT wrapped."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

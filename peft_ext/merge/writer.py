@@ -1,13 +1,11 @@
-"""The files of a merged model, tensor by tensor, and the bar on the screen."""
+"""Writes the files of a merged model, one tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from .errors import as_merge_error, fail
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig
 
-# Files beside the weights that a model is used with: tokenizer, chat template, processor.
+# Files of the tokenizer, the chat template and the processor, which are copied from the base.
 _BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
@@ -32,9 +30,10 @@ _BESIDE = (
 def write_safetensors(
     stream: BinaryIO, planned: dict[str, Tensor], take: Callable[[str], Tensor], advance: Callable[[int], None]
 ) -> None:
-    """Writes the safetensors format, tensor by tensor: the library's own writer wants them all in memory.
+    """Writes a safetensors file one tensor at a time; the library's own writer needs all tensors in memory.
 
-    Wide dtypes come first, so that each tensor is aligned.
+    Tensors of wide dtypes come first, so that each tensor is aligned. ``take(name)`` returns a tensor; ``advance(n)``
+    is called after n bytes.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
     with as_merge_error(ValueError):
@@ -51,7 +50,7 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Writes tokenizer files, generation_config.json and, last, config.json, without which nothing is loaded."""
+    """Writes tokenizer files, generation_config.json and, last, config.json: without it no model can be loaded."""
     model = base.model
     for name in _BESIDE if base.folder is not None else ():
         if (base.folder / name).is_file():
@@ -66,17 +65,3 @@ def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def bar(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
-    if not progress or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: Iterable[Any] = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=nbytes)
-        yield lambda done: bar.advance(task, done)

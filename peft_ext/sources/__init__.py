@@ -1,1 +1,1 @@
-"""Where a model, its configuration and its quantization come from, and the checks of what comes from outside."""
+"""Reads models and adapters from folders and from the hub, and checks untrusted files."""

@@ -1,16 +1,17 @@
-"""Adapters that strangers wrote: what PEFT is about to be given is checked first; an error is one line.
+"""Checks the files of an untrusted adapter before PEFT reads them. Each error is one line.
 
-    adapter_config.json:        a JSON object, a method that is known, each field of its type, no size beyond the file's
-    adapter_model.safetensors:  a header that the safetensors library takes, numbers that are finite
-    run.json, beside them:      how the base was held that the adapter was trained on
+    adapter_config.json:        a JSON object, a known method, each field of its type, no size beyond the weights' sizes
+    adapter_model.safetensors:  a header that the safetensors library accepts, finite numbers
+    run.json, beside them:      whether the adapter was trained over an NF4 base
 
-Nothing in a folder is imported or unpickled.
+No code of an adapter's folder is imported, and no file is unpickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -35,18 +36,15 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Starts from factors of the base weight, which has no more of them than its shorter side: r may be beyond that, and
-# PEFT makes tensors of r before it cuts them.
+# Initializations from a decomposition of the base weight, whose rank is at most its shorter side. r may be larger: PEFT
+# allocates tensors of rank r before it truncates them.
 _TRUNCATING = ("pissa", "olora")
-
-# Files that PEFT would unpickle to start from; the saved adapter has all that they gave.
-_PICKLES = ("prompt_tuning_init_state_dict_path",)
 
 
 def read_config(file: Path) -> PeftConfig:
-    """Returns the configuration in ``file``, its fields checked.
+    """Returns the configuration in ``file`` and checks the types of its fields.
 
-    Raises: OSError as ``open`` does; ValueError, one line, for what is no configuration of a method that is known.
+    Raises: OSError as ``open`` does; ValueError, one line, for a file that is no configuration of a known method.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
@@ -55,27 +53,29 @@ def read_config(file: Path) -> PeftConfig:
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{file}: peft_type is {shown(kind)}, wanted the name of a method, such as 'LORA'")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    for name, hint in _hints(config_class).items():
-        if name not in values or (values[name] is None and defaults[name] is None):
-            continue
-        if not _is_of(values[name], hint):
-            raise ValueError(f"{file}: {name} is {shown(values[name])}, wanted {_described(hint)}")
+    try:
+        hints = typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
+        hints = {}
+    for field in dataclasses.fields(config_class):
+        value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
+        if value is not field.default and not _is_of(value, hint):
+            raise ValueError(f"{file}: {field.name} is {shown(value)}, wanted {inspect.formatannotation(hint)}")
     task = values.get("task_type")
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    for name in _PICKLES:
-        path = values.get(name)
-        if isinstance(path, str) and not path.endswith(".safetensors"):
-            raise ValueError(f"{file}: {name} is {shown(path)}, a pickle, which runs code as it is read")
+    path = values.get("prompt_tuning_init_state_dict_path")  # the saved adapter has all that this file gave
+    if isinstance(path, str) and not path.endswith(".safetensors"):
+        raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
+                         "it is read")  # fmt: skip
     kinds = (ValueError, TypeError, KeyError, AttributeError, ImportError, OverflowError)
-    with raised_as(ValueError, f"{file}: ", *kinds, chained=True):
+    with raised_as(ValueError, f"{file}: ", *kinds):
         return PeftConfig.from_pretrained(str(file.parent))
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    """Checks what PEFT takes without a word, or takes apart as it builds the model."""
+    """Checks the values that PEFT does not check, or checks only as it builds the model."""
     for name, value in values.items():
         if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
@@ -92,65 +92,31 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{file}: layer_replication makes more than {MOST_LAYERS} layers")
 
 
-def _hints(config_class: type) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(config_class) if field.init}
-    try:
-        hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # an annotation for type checkers alone: PEFT's own checks remain
-        hints = {}
-    return {name: hint for name, hint in hints.items() if name in names}
-
-
 def _is_of(value: Any, hint: Any) -> bool:
-    """Returns whether JSON's ``value`` may stand for a field of this annotation; what is not told from it fits."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    """Returns whether JSON's ``value`` fits a field of this annotation. An unknown annotation fits any value."""
+    arguments = typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
+    if kind in (Union, types.UnionType):
         return any(_is_of(value, argument) for argument in arguments)
-    if hint is type(None):
-        return value is None
-    if origin is typing.Literal:
+    if kind is typing.Literal:
         return isinstance(value, tuple({type(argument) for argument in arguments}))
-    if origin in (list, tuple, set) or hint in (list, tuple, set):
+    if kind in (list, tuple, set):
         inner = [argument for argument in arguments if argument is not Ellipsis]
         return isinstance(value, list) and (len(inner) != 1 or all(_is_of(item, inner[0]) for item in value))
-    if origin is dict or hint is dict:
-        keeps = len(arguments) != 2 or (
-            isinstance(value, dict) and all(_is_of(v, arguments[1]) for v in value.values())
-        )
-        return isinstance(value, dict) and keeps
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and -_LARGEST <= value <= _LARGEST
-    if hint is str:
-        return isinstance(value, str)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return isinstance(value, str)
-    return True
-
-
-def _described(hint: Any) -> str:
-    """Returns an annotation in JSON's words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        # Sorted: typing may give back a union of the same types in the order of another one.
-        return " or ".join(sorted({_described(argument) for argument in arguments if argument is not type(None)}))
-    if origin in (list, tuple, set) or hint in (list, tuple, set):
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return f"a list of {_described(inner[0])}" if len(inner) == 1 else "a list"
-    if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is dict or hint is dict:
-        return "an object" if len(arguments) != 2 else f"an object of {_described(arguments[1])}"
-    return {bool: "true or false", int: "a number", float: "a number", str: "text"}.get(hint, "a name")
+    if kind is dict:
+        return isinstance(value, dict) and (len(arguments) != 2 or all(_is_of(v, arguments[1]) for v in value.values()))
+    if kind in (int, float):  # PEFT takes a lora_alpha of 0.5 for its int
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        kind = str
+    return isinstance(value, kind) if kind in (bool, str, type(None)) else True
 
 
 def checked_config(folder: Path) -> PeftConfig:
-    """Returns the configuration of the adapter in ``folder``, held against the header of its weights.
+    """Returns the configuration of the adapter in ``folder``, checked against the header of the adapter's weights.
 
-    Raises: OSError where one of the files is not there or can't be read; ValueError, one line, see :func:`read_config`,
-    for weights that are no safetensors, and for a configuration that asks for larger tensors than there are.
+    Raises: OSError where one of the two files can't be read; ValueError, one line, as :func:`read_config` raises it,
+    for weights that are no safetensors, and for a configuration that asks for larger tensors than the weights have.
     """
     config, weights = read_config(folder / CONFIG_NAME), weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     largest = max((size for shape in weights.values() for size in shape), default=0)
@@ -166,7 +132,7 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """Yields the sizes of tensors that PEFT makes before it reads the file, and the most that each may be."""
+    """Yields field, size and largest accepted size of the tensors that PEFT allocates before it reads the weights."""
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
         if str(config.init_lora_weights).startswith(_TRUNCATING):
@@ -174,7 +140,7 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
         yield "r", config.r, largest
         for name, value in (config.rank_pattern or {}).items():
             yield f"rank_pattern[{shown(name)}]", value, largest
-    elif method == "ADALORA":  # its file has the ranks that are left, of those that rank_pattern lists
+    elif method == "ADALORA":  # the file has the ranks that are left; rank_pattern lists all ranks of the start
         listed = (len(value) for value in (config.rank_pattern or {}).values() if isinstance(value, list))
         yield "init_r", config.init_r, max(largest, *listed, 0)
     elif method == "BOTTLENECK" and config.bottleneck_dim is not None:
@@ -184,17 +150,17 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` that wrote ``adapter``, and the ``kind`` of its data.
+    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``, and the ``kind`` of the run's data.
 
-    Empty where nothing tells them.
+    Empty where there is no run.json of such a run.
 
-    Raises SourceError where a run.json is there and can't be read: which base the adapter belongs to is in it.
+    Raises SourceError where run.json can't be read: merging without it could take another base than the trained one.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"
         if not file.is_file():
             continue
-        with raised_as(SourceError, "", OSError, ValueError, chained=True):
+        with raised_as(SourceError, "", OSError, ValueError):
             document = read_object(file)
         options, examples = document.get("options"), document.get("examples")
         if not isinstance(options, dict) or "quant" not in options:
@@ -202,7 +168,7 @@ def training_options(adapter: Path) -> dict[str, Any]:
         quant, blocksize = options["quant"], options.get("blocksize", 64)
         if quant not in ("nf4", "none"):
             raise SourceError(
-                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': mend it, or take it away"
+                f"{file}: options have the quant {quant!r:.60}, wanted 'nf4' or 'none': correct or remove the file"
             )
         if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise SourceError(f"{file}: options have the blocksize {blocksize!r:.60}, wanted one of {BLOCKSIZES}")

@@ -1,6 +1,8 @@
-"""Regular expressions of a configuration that a stranger wrote: each ends in time on every module's name.
+"""Checks that the regular expressions of an untrusted configuration end in bounded time on every module's name.
 
-They run in a process of its own that is given so much time: where one does not end, neither would PEFT's.
+A child process runs each expression first, with a time limit: PEFT would match the same expressions with Python's
+``re``, which has no limit. The package ``regex`` has one, but is no check for ``re``: regex matches some expressions at
+once on which ``re`` backtracks without end.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from .json_file import shown
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_SECONDS = 10.0
-_BYTES = 1 << 30
+_SECONDS = 10.0  # time limit of the child process
+_BYTES = 1 << 30  # memory limit of the child process
 
-# As PEFT and peft_ext.tuners put each together. What is searched for is the name of a module.
+# The forms in which PEFT and peft_ext.tuners put the expression of each field; the subject is a module's name.
 _WHOLE = "(?:{})\\Z"
 _FORMS = {
     "target_modules": (_WHOLE,),
@@ -42,32 +44,26 @@ import json, re, sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)  # where nobody is left to end it
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)  # also where the parent was killed
 except (ImportError, OSError, ValueError):
     pass
-asked = json.load(sys.stdin)
-for number, (form, expression) in enumerate(asked["expressions"]):
+patterns, names = json.load(sys.stdin)
+for number, pattern in enumerate(patterns):
     print(number, flush=True)
-    try:
-        matches = re.compile(form.replace("{}", expression)).match
-        for name in asked["names"]:
-            matches(name)
-    except (re.error, RecursionError, OverflowError, MemoryError) as error:
-        print("error", getattr(error, "msg", str(error)).replace("\\n", " ") or type(error).__name__, flush=True)
-        break
-else:
-    print("done", flush=True)
+    matches = re.compile(pattern).match
+    for name in names:
+        matches(name)
 """
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields field, form and expression of all that the configuration has, but for plain names."""
+    """Yields field, form and expression of each expression of the configuration. Leaves out plain names."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _FORMS:
             forms = _FORMS[field.name]
             if not isinstance(value, str) and forms == (_WHOLE,):
-                continue  # names, which are compared as they are
+                continue  # a list of names: PEFT compares them and matches no expression
             given = [value] if isinstance(value, str) else list(value or ())
         elif field.name.endswith("_pattern") and isinstance(value, dict):
             forms, given = _OF_A_KEY, list(value)
@@ -79,28 +75,24 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
-    """Raises ValueError, one line, where an expression of ``config`` is none, or does not end in ``seconds``.
+    """Raises ValueError, one line, where an expression of ``config`` is invalid or does not end within ``seconds``.
 
-    A backtracking expression can take longer than anybody waits, and nothing in this process could stop it: Python's
-    ``re`` has no limit. So they run in a child first, each against the name of each module of ``model``.
+    The child process matches each expression against the name of each module of ``model``.
     """
     asked = list(_expressions(config))
     if not asked or not sys.executable:
         return
     seconds = _SECONDS if seconds is None else seconds
-    names = [name for name, _ in model.named_modules()]
-    text = json.dumps({"expressions": [entry[1:] for entry in asked], "names": names})
+    patterns = [form.replace("{}", expression) for _, form, expression in asked]
+    text = json.dumps([patterns, [name for name, _ in model.named_modules()]])
     command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES), str(math.ceil(seconds) + 1)]
     try:
-        out = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds).stdout
-        why = None
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds)
+        if done.returncode == 0:
+            return
+        out, said = done.stdout, done.stderr.decode(errors="replace").splitlines() or ["the process ended"]
+        why = f"is no regular expression that can be used: {said[-1].partition(': ')[2] or said[-1]}"
     except subprocess.TimeoutExpired as error:
         out, why = error.stdout or b"", f"takes more than {seconds:g} s to match the names of the model's modules"
-    lines = out.decode(errors="replace").split("\n")[:-1]
-    if why is None and lines[-1:] == ["done"]:
-        return
-    if lines[-1:] and lines[-1].startswith("error "):
-        why = f"is no regular expression that can be used: {lines.pop().removeprefix('error ')}"
-    number = int(lines[-1]) if lines else 0
-    field, _, expression = asked[number]
-    raise ValueError(f"{field} has the expression {shown(expression)}, which {why or 'ended the process'}")
+    field, _, expression = asked[int((out.split() or [0])[-1])]
+    raise ValueError(f"{field} has the expression {shown(expression)}, which {why}")

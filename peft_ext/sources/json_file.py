@@ -1,4 +1,4 @@
-"""JSON files that strangers wrote, and how their values are shown in an error, which is one line."""
+"""Reads untrusted JSON files, and shows values and errors on one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 _MOST_BYTES = 16 << 20
 _DEEPEST = 32
-_SHOWN = 60  # characters of a value, in a message
+_SHOWN = 60  # characters of a value in a message, at most
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON {type(values).__name__}, wanted an object")
     level: list[Any] = [values]
-    for _ in range(_DEEPEST):  # PEFT and transformers walk it by calls within calls
+    for _ in range(_DEEPEST):  # PEFT and transformers walk nested values by recursion
         level = [
             child
             for value in level
@@ -38,7 +38,10 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
-    """Returns the value of JSON. Raises ValueError, one line: ``where``, with ``has_lines`` the line in it, and why."""
+    """Returns the value of the JSON ``text``.
+
+    Raises ValueError, one line: ``where``, the line number if ``has_lines``, and the reason.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -51,9 +54,9 @@ def parse(where: str, text: str, *, has_lines: bool = True) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error says, on one line; its class's name where it says nothing.
+    """Returns the first line of an error's message, or the name of the error's class where the message is empty.
 
-    Of a state dict that does not fit it is the first shape that does not, and not which class it does not fit.
+    For a state dict whose shapes do not fit, returns the line of the first wrong shape: the line before names a class.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if line.startswith("size mismatch")] or lines
@@ -61,18 +64,16 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def raised_as(
-    kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "", chained: bool = False
-) -> Iterator[None]:
-    """Raises errors of these kinds as one of ``kind``: :func:`first_line` between ``about`` and ``after``."""
+def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
+    """Raises errors of ``kinds`` as ``kind``. The message is ``about``, :func:`first_line`, ``after``."""
     try:
         yield
     except kinds as error:
-        raise kind(f"{about}{first_line(error)}{after}") from (error if chained else None)
+        raise kind(f"{about}{first_line(error)}{after}") from error
 
 
 def shown(value: object) -> str:
-    """Returns ``repr(value)``, cut to what a message has room for."""
+    """Returns ``repr(value)``, shortened to at most ``_SHOWN`` characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python writes

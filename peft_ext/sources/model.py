@@ -1,7 +1,7 @@
-"""Models that strangers wrote: their folder, configuration, class, quantization and weights; an error is one line.
+"""Reads untrusted models: folder, configuration, class, quantization and weights. Each error is one line.
 
-config.json:    a JSON object, no more layers than a model can have; no code of the folder's own
-the index:      safetensors files beside it alone
+config.json:    a JSON object with at most MOST_LAYERS layers; code in the model's folder is never run
+the index:      names safetensors files in the same folder and no others
 quantization:   none, or bitsandbytes' NF4
 """
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from .json_file import first_line, raised_as, read_object, shown
 
-# By PEFT's name of a task: the class that its adapters are trained on, where the base's own class is of another task.
+# By PEFT's name of a task: the transformers class of the model, used where the base's own class is for another task.
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -42,16 +42,20 @@ _HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weigh
 
 
 class SourceError(ValueError):
-    """What a folder can't be used for, and why: one line that names what came and what was wanted."""
+    """A model or adapter can't be used. The message is one line with the value that came and the value wanted."""
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns the folder ``name``, or the one in the hub's cache that a hub name stands for. Raises SourceError.
+    """Returns the folder ``name``, or, for the name of a repository on the hub, its folder in the hub's cache.
 
-    ``what`` names the argument in an error; of a repository the files that match ``patterns`` are fetched.
+    Args:
+        what: the argument's name in an error.
+        patterns: the files of a repository that are downloaded.
+
+    Raises: SourceError.
     """
     text = str(name)
     try:
@@ -66,14 +70,14 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
         raise SourceError(f"{what} is {text}, no such folder")
     from huggingface_hub import snapshot_download
 
-    # Whatever the hub raises, only the name can be mended.
-    about = f"{what} is {text}: no such folder, and not what the hub gives ("
-    with raised_as(SourceError, about, Exception, after=")", chained=True):
+    # Every error of the hub is reported as an error of the name.
+    about = f"{what} is {text}: there is no such folder, and the hub gives none ("
+    with raised_as(SourceError, about, Exception, after=")"):
         return Path(snapshot_download(text, allow_patterns=patterns))
 
 
 def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
-    """Returns :func:`find_folder` of a model. Raises SourceError where there is no config.json in it."""
+    """Returns :func:`find_folder` of a model. Raises SourceError where the folder has no config.json."""
     folder = find_folder("model", name, patterns)
     if not (folder / "config.json").is_file():
         raise SourceError(f"no config.json in {folder}, wanted a model in transformers' format")
@@ -81,20 +85,20 @@ def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
 
 
 def read_model_config(folder: Path) -> Any:
-    """Returns the transformers configuration in ``folder``, checked. Raises SourceError."""
+    """Checks and returns the transformers configuration in ``folder``. Raises SourceError."""
     from transformers import AutoConfig
 
-    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
+    with raised_as(SourceError, "model ", OSError, ValueError):
         check_model_config(folder / "config.json")
-    # Whatever a file of others makes transformers raise.
-    with raised_as(SourceError, f"model {folder}: ", Exception, chained=True):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None: it would ask on the terminal
+    # An untrusted file can make transformers raise any error.
+    with raised_as(SourceError, f"model {folder}: ", Exception):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # None would ask on the terminal
 
 
 def check_model_config(file: Path) -> None:
-    """Raises ValueError, one line, where a model's ``file`` is no JSON object, or asks for what no model has.
+    """Raises ValueError, one line, where ``file`` is no JSON object, or has a size that no model has.
 
-    transformers makes an object for each layer and expert, before it has looked for weights.
+    transformers makes an object for each layer and each expert before it reads the weights.
     """
 
     def check_sizes(values: dict[str, Any]) -> None:
@@ -110,9 +114,9 @@ def check_model_config(file: Path) -> None:
 
 
 def check_index(file: Path) -> None:
-    """Raises ValueError, one line, where an index of safetensors names another kind of file, or one elsewhere.
+    """Raises ValueError, one line, where an index of safetensors names another kind of file or a file elsewhere.
 
-    transformers unpickles what an index names and does not end in .safetensors.
+    transformers unpickles a file of the index whose name does not end in .safetensors.
     """
     names = read_object(file).get("weight_map")
     if not isinstance(names, dict):
@@ -122,13 +126,13 @@ def check_index(file: Path) -> None:
             raise ValueError(f"{file}: weight_map has {shown(name)}, wanted the name of a .safetensors file beside it")
 
 
-# --- what a configuration says ----------------------------------------------------------------------------------------
+# --- fields of a configuration ----------------------------------------------------------------------------------------
 
 
 def is_nf4(folder: Path, about: Any) -> bool:
-    """Returns whether the weights in ``folder``, of the configuration ``about``, are bitsandbytes' NF4, or dense.
+    """Returns True where the weights in ``folder`` are bitsandbytes' NF4, and False where they are dense.
 
-    Raises SourceError where they are quantized in another way.
+    ``about`` is the model's configuration. Raises SourceError where the weights are quantized in another way.
     """
     found = getattr(about, "quantization_config", None)
     if found is None:
@@ -142,7 +146,7 @@ def is_nf4(folder: Path, about: Any) -> bool:
 
 
 def model_class(about: Any, config: Any) -> Any:
-    """Returns the class that an adapter was trained on: the base's own, unless the adapter's task is another one.
+    """Returns the class of the model that an adapter was trained on: the base's own, unless the adapter's task differs.
 
     Args: about: the base's configuration. config: the adapter's.
     """
@@ -164,9 +168,9 @@ def model_class(about: Any, config: Any) -> Any:
 
 
 def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
-    """Returns the number of labels, where the adapter brings the head and the base's config has another one.
+    """Returns the number of labels of the adapter's head where the base's configuration has another number; else None.
 
-    Args: about: the base's configuration. config: the adapter's. shapes: of the adapter's tensors, by name.
+    Args: about: the base's configuration. config: the adapter's. shapes: shapes of the adapter's tensors, by name.
     """
     heads = [shape for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not heads or heads[-1][0] == about.num_labels:
@@ -179,7 +183,7 @@ def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
 
 @dataclass
 class LoadedModel:
-    """A model from a folder. ``absent``: names of its parameters that the folder's files have not."""
+    """A model loaded from a folder. ``absent``: names of the parameters that are missing in the folder's files."""
 
     model: Any
     name: str
@@ -194,11 +198,13 @@ def load_model(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, Any],
 ) -> LoadedModel:
-    """Returns the base of an adapter, as it was trained on it, from safetensors alone. Raises SourceError.
+    """Loads the base of an adapter in the form that the adapter was trained on, from safetensors. Raises SourceError.
 
     Args:
-        name: a folder or a hub name; None: the one that the adapter's configuration names.
-        config: the adapter's configuration. adapter: its folder. shapes: of its tensors, see :func:`head_labels`.
+        name: a folder or a hub name; None: the base that the adapter's configuration names.
+        config: the adapter's configuration.
+        adapter: the adapter's folder.
+        shapes: shapes of the adapter's tensors, by name.
         trained: see :func:`peft_ext.sources.adapter.training_options`.
     """
     name = name if name is not None else config.base_model_name_or_path
@@ -209,7 +215,7 @@ def load_model(
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
     about = read_model_config(folder)
-    with raised_as(SourceError, "model ", OSError, ValueError, chained=True):
+    with raised_as(SourceError, "model ", OSError, ValueError):
         if (folder / INDEX).is_file():
             check_index(folder / INDEX)
     try:
@@ -221,7 +227,7 @@ def load_model(
         )  # fmt: skip
     except SourceError:
         raise
-    except Exception as error:  # whatever a file of others makes transformers raise
+    except Exception as error:  # an untrusted file can make transformers raise any error
         raise SourceError(f"model {folder}: {first_line(error)}") from error
     if wrong := sorted(map(str, info["mismatched_keys"])):
         raise SourceError(f"model {folder}: {wrong[0]} has another shape in the files than in the config")
@@ -229,7 +235,7 @@ def load_model(
 
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a folder, which has a token to pad with. Raises what transformers does."""
+    """Returns the tokenizer in a folder, with a padding token. Raises the errors of transformers."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
@@ -239,11 +245,10 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
 
 
 def widen(model: Any) -> None:
-    """Casts a transformers model, loaded in bfloat16, to float32 in place, a parameter at a time; codes and scales of 4
-    bits keep theirs.
+    """Casts a transformers model, loaded in bfloat16, to float32 in place, one parameter at a time.
 
-    Buffers that are in no file, as Gemma 3's scale of its embeddings, are made anew: their roundings to bfloat16 are
-    not what the model computes in float32.
+    4-bit codes and their scales keep their dtypes. Buffers that are in no file, such as Gemma 3's scale of its
+    embeddings, are made again in float32: their values in bfloat16 are rounded.
     """
     from accelerate import init_empty_weights
 
@@ -260,18 +265,18 @@ def widen(model: Any) -> None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Returns the model under a PeftModel's adapters; another one itself."""
+    """Returns the base of a PeftModel; returns any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_head(model: nn.Module) -> Optional[nn.Module]:
-    """Returns the layer of a model of transformers, or of a PeftModel over one, that computes its logits."""
+    """Returns the layer that computes the logits of a transformers model or of a PeftModel; None: no such layer."""
     get = getattr(base_model(model), "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def task_of(model: nn.Module) -> Optional[str]:
-    """Returns the task that a model of transformers has its head for, by its class's name; None: that says nothing."""
+    """Returns the task of a transformers model's head, told by the name of the model's class; None: unknown."""
     name = type(model).__name__
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "CausalLM": "CAUSAL_LM",
              "QuestionAnswering": "QUESTION_ANS", "LMHead": "CAUSAL_LM"}  # fmt: skip
@@ -283,7 +288,7 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Keeps transformers' bars and warnings off the screen: of weights that PEFT finds tied, of new heads."""
+    """Hides transformers' progress bars and all warnings, such as PEFT's about tied weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file: what its header says, and the header of one to be written."""
+"""Checks the tensors of a safetensors file, and makes the header of a new file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ _DTYPES = {
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors in ``file``, from its header. Raises: ValueError, one line, OSError."""
     if not file.is_file():
+        if (pickle := file.with_suffix(".bin")).is_file():
+            raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "
+                             "is read: save the adapter again with safe_serialization=True")  # fmt: skip
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:
         with safe_open(file, "pt") as opened:
@@ -31,7 +34,7 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_floats(file: Path, prefix: str) -> None:
-    """Raises ValueError where a tensor of the adapter's is of no float dtype: PEFT would cast it."""
+    """Raises ValueError where a tensor whose name contains ``prefix`` has no float dtype: PEFT would cast it."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             dtype = opened.get_slice(name).get_dtype()
@@ -40,7 +43,7 @@ def check_floats(file: Path, prefix: str) -> None:
 
 
 def check_finite(file: Path) -> None:
-    """Raises ValueError where a number in the safetensors ``file`` is not finite, as a wrong bit can make it."""
+    """Raises ValueError where a number in the safetensors ``file`` is not finite, as after a bit error."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             tensor = opened.get_tensor(name)
@@ -49,16 +52,17 @@ def check_finite(file: Path) -> None:
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns what a safetensors file of ``tensors``, which may be on the meta device, begins with.
+    """Returns the header of a safetensors file of ``tensors``, which may be on the meta device.
 
-    8 bytes are the length of the rest, little-endian; the rest is JSON, padded with spaces to a multiple of 8. The data
-    follows in the order of ``tensors``, without gaps. Raises ValueError for a dtype that the format does not have.
+    The first 8 bytes are the length of the JSON text after them, little-endian. Spaces pad the JSON text to a multiple
+    of 8 bytes. The data follows the header in the order of ``tensors``, without gaps. Raises ValueError for a dtype
+    that the format does not have.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}, which is not written")
+            raise ValueError(f"{name} is {tensor.dtype}, a dtype that safetensors does not have")
         end = offset + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end

@@ -1,4 +1,4 @@
-"""Runs and models that the tests of faults begin with; what they import is looked for by the tests themselves."""
+"""Runs and models for the tests of faults. The tests themselves skip where a package is missing."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def finetune(tiny):
-    """``finetune(output, *options)``: exit code and standard error of a run of 4 steps in a process of its own."""
+    """Returns ``finetune(output, *options)``: exit code and standard error of a forked run of 4 steps."""
     from faults.points import forked, start
 
     from peft_ext.cli.main import main
@@ -31,7 +31,7 @@ def finetune(tiny):
 
 @pytest.fixture(scope="session")
 def runs(finetune, tmp_path_factory):
-    """An earlier run, and the one that is not disturbed."""
+    """Returns the folders of an earlier run, and of a run without a fault."""
     folder = tmp_path_factory.mktemp("runs")
     assert finetune(folder / "old", "--rank", "2", "--seed", "1") == (0, "")
     assert finetune(folder / "unbroken") == (0, "")
@@ -40,7 +40,7 @@ def runs(finetune, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
-    """A folder with ``base``, adapters ``one`` and ``two``, and the dense models ``from one`` and ``from two``."""
+    """Returns a folder with ``base``, adapters ``one`` and ``two``, and merged models ``from one``, ``from two``."""
     import peft
     from tiny_models import ARCHITECTURES
 

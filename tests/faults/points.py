@@ -1,7 +1,7 @@
-"""Forks of the test's process that are killed, or end, at a chosen moment of what they write.
+"""Forks the test's process and kills the fork at a chosen moment of its writing.
 
-A moment is before or after a call that changes the disk, or the middle of a file's content: with ``killed_at(0)``,
-``killed_at(1)`` and so on, a process is killed at each of them once.
+A moment is before or after a call that changes the disk, or in the middle of writing a file. Calls of ``killed_at(0)``,
+``killed_at(1)`` and so on, in a fork each, kill at every moment once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-SECONDS = 600  # that a fork may take, which takes some
+SECONDS = 600  # a forked test process is killed after this time
 
 
 def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
-    """What ``work`` returns, or minus the signal that ended it, and what it printed to standard error."""
+    """Runs ``work`` in a fork. Returns its result, or minus the signal that ended the fork, and its standard error."""
     child, stream = start(work, stdout)
     with stream:
         text = stream.read()
@@ -29,7 +29,10 @@ def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
 
 
 def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrapper]:
-    """The fork's process id, and its standard error; ``stdout``: of the fork; -1: none; -2: standard error."""
+    """Forks; returns the process id and the fork's standard error.
+
+    ``stdout`` is the fork's standard output: a descriptor, -1 for /dev/null, -2 for standard error.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -38,9 +41,9 @@ def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrap
             signal.alarm(SECONDS)
             os.dup2(write, 2)
             os.dup2({-1: os.open(os.devnull, os.O_WRONLY), -2: write}.get(stdout, stdout), 1)
-            # Not pytest's, which collects what is printed.
+            # Replaces pytest's streams, which capture the output.
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+            torch.set_num_threads(1)  # a fork has no threads of the pool
             code = work()
         except SystemExit as end:
             code = end.code
@@ -60,7 +63,7 @@ def ended(child: int) -> int:
 
 
 def killed_at(at: int, below: Path) -> None:
-    """Kill this process at its ``at``-th moment, counted from 0, among those of files under ``below``."""
+    """Makes this process kill itself at its ``at``-th moment (from 0), of those that concern files under ``below``."""
     import peft.peft_model
     import safetensors.torch
 
@@ -101,7 +104,7 @@ def killed_at(at: int, below: Path) -> None:
     around(safetensors.torch, "save_file", half=True)
 
     class Half(io.TextIOWrapper):
-        """A text file that is on the disk up to its middle before it is there whole."""
+        """A text file that writes and flushes the first half of each text before the second half."""
 
         def write(self, text: str) -> int:
             super().write(text[: len(text) // 2])

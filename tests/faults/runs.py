@@ -1,4 +1,4 @@
-"""What the tests of faults look at: a run's folder, an adapter, what is left of writing, the line of an error."""
+"""Helpers of the tests of faults: a run's folder, an adapter, leftovers of writing, the line of an error."""
 
 import json
 import os
@@ -27,12 +27,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def hidden(folder: Path) -> list[str]:
-    """What atomic writing has left, anywhere."""
+    """Returns the leftovers of atomic writing anywhere below ``folder``."""
     return sorted(str(p) for p in folder.rglob(".*") if p.suffix in (".part", ".old") or p.name == ".lock")
 
 
 def adapter(folder: Path):
-    """The adapter's bytes, None where there is none; one that can't be read is an error."""
+    """Returns the bytes of the adapter's weights; None: no adapter. Raises where the adapter can't be read."""
     if not ((folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists()):
         return None
     json.loads((folder / "adapter_config.json").read_text())
@@ -41,7 +41,7 @@ def adapter(folder: Path):
 
 
 def assert_readable(out: Path, *whole: Path) -> None:
-    """Of the adapters of ``whole`` one is there, and what tells of a run is not half a file."""
+    """Asserts that ``out`` has an adapter of one of the folders ``whole``, and no partial file of a run."""
     found = {bits for folder in (out, out / checkpoints.PREVIOUS) if (bits := adapter(folder)) is not None}
     assert found and found <= {adapter(folder) for folder in whole}
     if (out / "run.json").exists():
@@ -58,7 +58,7 @@ def assert_same_run(out: Path, unbroken: Path) -> None:
 
 
 def refused(code_and_text) -> str:
-    """The one line of an error; a warning that a report could not be drawn may come before it."""
+    """Returns the line of an error. A warning that a report could not be drawn may come before the line."""
     code, text = code_and_text
     lines = [line for line in text.splitlines() if not line.startswith("warning: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, text)
@@ -66,11 +66,11 @@ def refused(code_and_text) -> str:
 
 
 def merge_command(dense: Path, output: Path, *options: str, base: Optional[Path] = None) -> list[str]:
-    """The command line that merges adapter ``two`` of ``dense`` into its base, or into another one."""
+    """Returns the command line that merges adapter ``two`` of ``dense`` into its base or into ``base``."""
     return ["merge", "--model", str(base or dense / "base"), "--adapter", str(dense / "two"), "--output", str(output),
             *options]  # fmt: skip
 
 
 def second_adapter(dense: Path) -> peft.PeftModel:
-    """The base of ``dense`` with adapter ``two``."""
+    """Returns the base of ``dense`` with adapter ``two``."""
     return peft.PeftModel.from_pretrained(ARCHITECTURES["Llama"].model.from_pretrained(dense / "base"), dense / "two")

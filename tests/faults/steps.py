@@ -1,4 +1,4 @@
-"""What workers of a DataLoader compute, in a module that is quickly imported by a process that is spawned."""
+"""Computations of DataLoader workers, in a small module that a spawned process imports quickly."""
 
 import torch
 
@@ -6,7 +6,7 @@ from peft_ext import ops
 
 
 def step(seed: int = 0, quantized: bool = False) -> torch.Tensor:
-    """Output and gradients of an adapted layer, in one tensor."""
+    """Returns output and gradients of an adapted layer in one tensor."""
     torch.manual_seed(seed)
     x = torch.randn(48, 128, requires_grad=True)
     weight, a, b = torch.randn(96, 128), torch.randn(4, 128, requires_grad=True), torch.randn(96, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Kills at every moment, damaged checkpoints, two writers: what was there stays, and runs go on from what is whole."""
+"""Kills at many moments, damaged checkpoints, two writers: old content stays, and runs resume from a whole one."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from peft_ext.files import atomic_folder, not_whole, save_adapter, seal
 from peft_ext.merge import merge_to_dense, writer
 from peft_ext.run import Options, RunError, checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python's, that forking a process with threads may hang
-# "N:FIRST": every N-th of the moments of a run is tried, from FIRST on. "1:0" for all of them, which takes an hour.
+pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
+# "N:FIRST": kill at every N-th moment of a run, from FIRST on. "1:0" kills at every moment and takes an hour.
 EVERY, FIRST = map(int, os.environ.get("PEFT_EXT_TEST_KILLS", "149:63").split(":"))
 
 
@@ -45,7 +45,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_loses_nothing(finetune, runs, tm
         code, text = finetune(out, "--resume")
         assert "Traceback" not in text
         tried.append(code)
-        if code == 2:  # before the first checkpoint was whole
+        if code == 2:  # killed before the first checkpoint was whole
             assert "error: --resume: " in text
             assert_readable(out, old)
             code, text = finetune(out, "--overwrite")
@@ -62,7 +62,7 @@ def damaged(path: Path, how: str) -> None:
         path.unlink()
     elif how == "cut":
         path.write_bytes(data[: len(data) // 2])
-    else:  # as many bytes, one of them another
+    else:  # changes one byte
         path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(runs, tmp_path, caplog, how):
         last, before = out / "checkpoints/checkpoint-4", out / "checkpoints/checkpoint-2"
         assert checkpoints.check_output(options) == last and not caplog.messages
         damaged(last / name, how)
-        if name == "sealed.json" and how == "changed":  # which file's entry that was can't be told
+        if name == "sealed.json" and how == "changed":  # the changed entry may be that of any file
             continue
         assert checkpoints.check_output(options) == before
         (said,) = caplog.messages
@@ -102,13 +102,13 @@ def test_a_run_resumes_past_a_damaged_checkpoint(finetune, runs, tmp_path):
 def test_a_folder_is_whole_as_long_as_it_is_what_was_sealed(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/c").write_text("text")
-    assert not_whole(tmp_path / "a") == "no sealed.json, it was not written to its end"
+    assert not_whole(tmp_path / "a") == "no sealed.json: the folder was not written to its end"
     seal(tmp_path / "a")
     assert not_whole(tmp_path / "a") is None
     (tmp_path / "a/b/c").write_text("texts")
     assert not_whole(tmp_path / "a") == "b/c has 5 bytes of 4"
     (tmp_path / "a/b/c").write_text("test")
-    assert not_whole(tmp_path / "a") == "b/c is not what was written"
+    assert not_whole(tmp_path / "a") == "b/c has other content than was written"
     for text in ("[]", "{", '{"b/c": 1}', "[" * 10**5):
         (tmp_path / "a/sealed.json").write_text(text)
         assert not_whole(tmp_path / "a") == "sealed.json can't be read"
@@ -118,7 +118,7 @@ def test_a_folder_is_whole_as_long_as_it_is_what_was_sealed(tmp_path):
 
 
 def kills(every: int, folder: Path, prepare: Callable[[], None], work: Callable[[], None]) -> Iterator[str]:
-    """What a fork that does ``work`` said, killed at its first moment, ``every`` later and so on, until one ends."""
+    """Yields the output of forks of ``work``, killed at moment 0, ``every``, 2 ``every`` ..., until one fork ends."""
     for at in range(0, 10**6, every):
         prepare()
 
@@ -146,7 +146,7 @@ def test_killed_at_any_moment_a_merge_leaves_the_old_model_or_the_new(dense, tmp
         found = content(out)
         assert found in (old, new), text
         seen.append(found == new)
-        with atomic_folder(out, overwrite=True) as folder:  # the next writer of whatever kind clears up
+        with atomic_folder(out, overwrite=True) as folder:  # any later write to the same place removes the leftovers
             (folder / "a").write_text("")
         assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["a"]
         shutil.rmtree(out)
@@ -181,7 +181,7 @@ def test_killed_at_any_moment_an_adapter_is_the_old_or_the_new(dense, tmp_path):
 
 
 def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """The other process ends, and removes its lock file, between this one's opening of it and its lock."""
+    """Another process removes its lock file after this process opened the file and before it locked the file."""
     fcntl = pytest.importorskip("fcntl")
     real, lock = fcntl.flock, tmp_path / ".lock"
     calls = []
@@ -195,7 +195,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with checkpoints.sole_writer(tmp_path):
-            assert lock.exists()  # made anew, and locked
+            assert lock.exists()  # a new file, which is locked
     except RunError as error:
         assert "another process is writing to it" in str(error)
     assert calls
@@ -209,7 +209,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
         for _ in range(2):
             line = refused(finetune(out, "--overwrite"))
             assert line == f"error: --output {out}: another process is writing to it"
-            with atomic_folder(out, overwrite=True, keep=True) as folder:  # as the adapter is saved; the lock stays
+            with atomic_folder(out, overwrite=True, keep=True) as folder:  # as an adapter is saved; the lock file stays
                 (folder / "new").write_text("")
             before["new"] = b""
         assert {name: data for name, data in content(out).items() if name != ".lock"} == before
@@ -226,7 +226,7 @@ def test_a_second_run_into_the_same_folder_is_refused(finetune, runs, tmp_path):
 
 
 def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path):
-    """The second to end finds a model that was not there when it began."""
+    """The merge that ends second finds a model that did not exist when this merge began."""
     out, write = tmp_path / "out", writer.write_safetensors
     outcome = []
 
@@ -237,14 +237,14 @@ def test_of_two_merges_into_one_folder_each_is_whole_or_refused(dense, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "write_safetensors", _once(slow, write))
-        with pytest.raises(FileExistsError, match="another process has written it meanwhile") as caught:
+        with pytest.raises(FileExistsError, match="another process has written this folder meanwhile") as caught:
             merge_to_dense(dense / "base", dense / "two", out, max_shard_size="100KB")
     assert caught.value.filename == str(out)
     assert content(out) == content(dense / "from one") and not hidden(tmp_path)
 
 
 def _once(first, then):
-    """``first`` on the first call, ``then`` on the others, those within the first one too."""
+    """Returns a function that calls ``first`` on its first call and ``then`` on every other call."""
     calls = []
 
     def call(*args):

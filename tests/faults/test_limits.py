@@ -1,4 +1,4 @@
-"""What hangs is ended, named, and no success: a test in native code, one that holds the GIL, a whole command."""
+"""Time limits: a test that hangs in native code, a test that holds the GIL, and a whole command are ended and named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if os.name != "posix":
     pytest.skip("pause() is POSIX's", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-HANGS = {  # without the GIL, as PyTorch's operators run; and with it, which no thread of Python can interrupt
+HANGS = {  # without the GIL, as in PyTorch's operators; with the GIL no Python thread could interrupt the test
     "native": "ctypes.CDLL(None).pause()",
     "native with the GIL": "ctypes.PyDLL(None).pause()",
     "native loop": "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)",
@@ -29,7 +29,7 @@ def test_after(): pass
 
 
 def ended(command: list[str], cwd: Path, seconds: float = 300) -> tuple[int, str]:
-    """Exit status and output; fails where ``seconds``, many times what it takes, are not enough."""
+    """Returns exit status and output. Fails after ``seconds``, many times the usual duration."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, timeout=seconds)  # fmt: skip
@@ -37,7 +37,7 @@ def ended(command: list[str], cwd: Path, seconds: float = 300) -> tuple[int, str
 
 
 def under_pytest(folder: Path, hang: str, *options: str) -> tuple[int, str]:
-    """With the limits of pyproject.toml, less time."""
+    """Runs pytest with the options of pyproject.toml and a shorter time limit."""
     (folder / "test_it.py").write_text(TESTS.format(hang=hang))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
                f"--rootdir={folder}", *options, str(folder / "test_it.py")]  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_command_that_ends_has_its_own_status(tmp_path: Path) -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """A child of a child in a session of its own, as torchrun's are; each writes its stack."""
+    """The grandchild has its own session, like torchrun's children. Each process writes its stack."""
     child = "import faulthandler, os, ctypes; faulthandler.enable(); os.setsid(); open(str(os.getpid()), 'w').close()"
     (tmp_path / "child.py").write_text(f"{child}\ndef inner(): ctypes.PyDLL(None).pause()\ninner()\n")
     parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, 'child.py']); time.sleep(10**6)"
@@ -88,7 +88,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 
 
 def runs(number: int) -> bool:
-    """What has ended may be a zombie for as long as nobody asks for its status."""
+    """Returns whether the process runs. An ended process is a zombie until its parent reads its status."""
     try:
         return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

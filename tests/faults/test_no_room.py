@@ -1,4 +1,4 @@
-"""Full disks, outputs that can't be written, no memory: what failed is said in a line, and what was there stays."""
+"""Full disks, outputs that can't be written, no memory: a one-line error, and the old content stays."""
 
 import contextlib
 import errno
@@ -35,14 +35,14 @@ from peft_ext.nn import NF4Linear
 from peft_ext.quantize import dequantize_nf4
 from peft_ext.run import Options, checkpoints, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python's, that forking a process with threads may hang
+pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(tmp_path):
-    """``small.path``, a file system of its own of 4 MiB; ``small.leave(n)`` fills it up to n bytes."""
+    """``small.path`` is a file system of 4 MiB; ``small.leave(n)`` fills it until n bytes are free."""
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, text=True)
@@ -64,7 +64,7 @@ def small(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-# Bytes that are free as the run begins: none, too few for a checkpoint, for the second one, for the adapter.
+# Free bytes as the run begins: none, too few for a checkpoint, for the second checkpoint, for the adapter.
 @pytest.mark.parametrize("free", [0, 65_536, 180_000, 420_000])
 def test_a_run_on_a_full_disk_says_so_and_keeps_what_was_there(finetune, runs, small, free):
     out = small.path / "out"
@@ -90,7 +90,7 @@ def test_a_run_on_a_full_disk_says_so_and_keeps_what_was_there(finetune, runs, s
 
 
 def limited(nbytes: int):
-    """No file of this process larger than that: a full disk for who may not mount one."""
+    """Returns a function that limits the size of this process's files, like a full disk, without root's rights."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
@@ -157,7 +157,7 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
     def nobody() -> None:
         os.setuid(65534)
 
-    # pytest's own folders are root's alone, which is a case of its own: what the run reads is out of reach.
+    # Another user can't read pytest's folders: the run can't read its model and data.
     assert refused(finetune(tmp_path / "out", before=nobody)).endswith(": Permission denied")
     with tempfile.TemporaryDirectory() as name:
         closed = Path(name)
@@ -209,11 +209,11 @@ def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-HELD: list[torch.Tensor] = []  # memory that the allocator had free
+HELD: list[torch.Tensor] = []  # takes the memory that the allocator has free
 
 
 def limit_memory(room: int) -> None:
-    """From now on this process gets ``room`` MiB of memory, in blocks of up to 1 MiB, and no more."""
+    """Limits this process to ``room`` more MiB of memory, in blocks of up to 1 MiB."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + (room << 20), resource.RLIM_INFINITY))
     for size in (256, 64, 16, 4, 1):
         with contextlib.suppress(RuntimeError):
@@ -228,7 +228,7 @@ def unlimit_memory() -> None:
 
 
 def said_without_memory(function: Callable, model: nn.Module) -> str:
-    """The error of ``function`` on the model with 4 MiB to take."""
+    """Returns the error of ``function`` on the model with 4 MiB of free memory."""
     limit_memory(4)
     try:
         with pytest.raises((RuntimeError, MemoryError)) as caught:
@@ -273,7 +273,7 @@ def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeyp
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2, 3)[fails]:  # the second call for its weight, or the third: from_linear makes one too
+        if len(calls) == (2, 3)[fails]:  # the call for the second weight; from_linear calls from_nf4 too
             raise MemoryError
         return make(*args, **kwargs)
 
@@ -333,7 +333,7 @@ def test_a_run_without_memory_says_what_takes_less(finetune, runs, tmp_path):
 
 
 def test_an_operator_without_memory_says_it_as_pytorch_does():
-    """Trainer's auto_find_batch_size goes on with a smaller batch where an error says so."""
+    """The Trainer's auto_find_batch_size retries with a smaller batch after an error with this text."""
     accelerate_memory = pytest.importorskip("accelerate.utils.memory")
 
     def work() -> int:

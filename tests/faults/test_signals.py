@@ -1,4 +1,4 @@
-"""Signals, pipes that nobody reads, forks and threads: a run ends as asked and goes on, kernels work in all of them."""
+"""Signals, closed pipes, forks and threads: a run ends as asked and resumes, and kernels work in forks and threads."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ from peft_ext.cli.main import main
 from peft_ext.files import not_whole
 from peft_ext.run import errors, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python's, that forking a process with threads may hang
+pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
 
 # --- signals and pipes ------------------------------------------------------------------------------------------------
 
 
 def signalled(finetune, out: Path, *numbers: int, before=None) -> tuple[int, str]:
-    """A long run that gets signals while it trains, the next one after something is said of the one before."""
+    """Runs a long training and sends it signals, the next one after the run has printed its answer to the last."""
     child, stream = finetune(out, "--max-steps", "100000", "--save-steps", "0", stdout=-2, before=before)
     text = ""
     with stream:
@@ -43,7 +43,7 @@ def signalled(finetune, out: Path, *numbers: int, before=None) -> tuple[int, str
 
 
 def at_steps(do: Callable[[int], None]) -> None:
-    """From now on ``do`` runs before each step of a training in this process, whose number it takes, from 1 on."""
+    """Makes every training of this process call ``do`` with the number of each step (from 1) before the step."""
     import transformers
 
     step, done = transformers.Trainer.training_step, []
@@ -59,7 +59,7 @@ def at_steps(do: Callable[[int], None]) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_that_ends_a_run_saves_a_checkpoint(finetune, tmp_path, name):
     number = getattr(signal, name)
-    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  what runs the tests may ignore it, as nohup does
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  the tests may run under nohup, which ignores SIGHUP
     code, text = signalled(finetune, tmp_path / "out", number, before=heard)
     assert code == 128 + number, text
     assert "stopping after this step, with a checkpoint; a second signal stops at once" in text
@@ -70,7 +70,7 @@ def test_a_signal_that_ends_a_run_saves_a_checkpoint(finetune, tmp_path, name):
 
 def test_a_second_signal_ends_a_run_at_once(finetune, tmp_path):
     def slow(number: int) -> None:
-        if number > 1:  # until the second signal comes, however long that takes to send
+        if number > 1:  # waits for the second signal
             time.sleep(points.SECONDS)
 
     code, text = signalled(finetune, tmp_path / "out", signal.SIGINT, signal.SIGINT, before=lambda: at_steps(slow))
@@ -110,7 +110,7 @@ def test_sigusr1_saves_a_checkpoint_and_the_run_goes_on(finetune, runs, tmp_path
 
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch):
-    """As in a program that embeds Python: signal.signal returns None then, and can't put that back."""
+    """A program that embeds Python has such handlers: signal.signal returns None and can't restore the handler."""
     from peft_ext.cli import chat
 
     foreign, real = {signal.SIGTERM, signal.SIGALRM}, (signal.signal, signal.getsignal)
@@ -147,7 +147,7 @@ def test_nobody_reads_what_is_printed(finetune, runs, tmp_path):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_dataloader_run_kernels(two_threads, context):
-    step()  # with two threads, which a fork does not have
+    step()  # starts two threads, which a fork does not have
     loader = torch.utils.data.DataLoader(Steps(), batch_size=None, num_workers=2 if context == "fork" else 1,
                                          timeout=600, multiprocessing_context=context)  # fmt: skip
     torch.testing.assert_close(list(loader), [step(i, quantized=True) for i in range(4)], rtol=0, atol=0)
@@ -163,7 +163,7 @@ def test_a_fork_runs_kernels_on_one_thread(two_threads):
 
 
 def losses(seed: int, steps: int = 6) -> list[float]:
-    """Of a model of its own, with random numbers of its own."""
+    """Returns the losses of a training of model ``seed`` with its own random numbers."""
     adapted = models[seed]
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
@@ -190,7 +190,7 @@ def model(seed: int) -> nn.Module:
 
 
 def in_threads(*work: Callable[[], object]) -> list:
-    """What each of them returns, all begun at the same moment."""
+    """Runs the functions in threads that start at the same moment, and returns their results."""
     barrier = threading.Barrier(len(work))
 
     def run(call: Callable[[], object]) -> object:

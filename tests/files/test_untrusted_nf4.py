@@ -1,7 +1,7 @@
-"""NF4 states from outside that are broken or absurd: as a state dict, in a layer, as bitsandbytes has them.
+"""Untrusted NF4 states that are broken or absurd: as a state dict, in a layer, and as bitsandbytes' objects.
 
-What comes of them is an error in one line that says what is wrong; never a crash, a traceback of the command line, a
-wait without an end, an output half-written, or numbers that are silently wrong. ``tests/fuzz`` looks for more.
+Each of them must end in a one-line error that names the fault: no crash, no traceback of the command line, no endless
+wait, no partial output and no wrong numbers. ``tests/fuzz`` searches for more such files.
 """
 
 from __future__ import annotations

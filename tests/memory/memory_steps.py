@@ -1,4 +1,4 @@
-"""Models to estimate, and what a real training step of one allocates."""
+"""Models for tests of the estimate, and measurements of real training steps."""
 
 import copy
 
@@ -32,7 +32,7 @@ def lora(**changes):
 
 
 def held(model, optimizer):
-    """Bytes of the tensors that outlive a step, each storage once."""
+    """Returns the bytes of the tensors that outlive a step. Counts each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
@@ -50,7 +50,7 @@ def held(model, optimizer):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """PyTorch's products in 16 bits take memory for each thread, which on these sizes would count."""
+    """One thread: PyTorch's 16-bit products allocate memory for each thread, much for these small sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def one_thread():
 
 
 def measured(model, autocast=None, padding=False):
-    """Peak bytes of a training step after the first, as PyTorch's profiler sees the allocator."""
+    """Returns the peak bytes of the second training step, as PyTorch's profiler sees the allocator."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 512, (2, 64))
@@ -85,7 +85,7 @@ def measured(model, autocast=None, padding=False):
 
 
 def allocated(run):
-    """Peak bytes of a call, as PyTorch's profiler sees the allocator."""
+    """Returns the peak bytes of a call, as PyTorch's profiler sees the allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -123,5 +123,5 @@ def estimated(config, adapter, nf4=False, checkpointing=False, **changes):
 
 
 def assert_near(estimate, wanted, within=0.02):
-    """2 per cent: what the kernels take for themselves is bounded, not traced; on real sizes it is 0.1 per cent."""
+    """Asserts a difference below 2 %: scratch memory is an upper bound. For real sizes the difference is 0.1 %."""
     assert abs(estimate.total / wanted - 1) < within, f"estimated {estimate.total:,}, measured {wanted:,}\n{estimate}"

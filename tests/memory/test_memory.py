@@ -1,4 +1,4 @@
-"""estimate_memory: against what real training steps allocate, and against what is known exactly."""
+"""estimate_memory, compared with the allocations of real training steps and with exactly known sizes."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
 from peft_ext.ops import cross_entropy  # noqa: E402
 from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 
-pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
+pytestmark = pytest.mark.cpu_only("the estimated steps run on the CPU or not at all")
 
 # --- a real step ------------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def test_bitsandbytes_layers_too(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
-    """Its fake one takes bfloat16 alone."""
+    """PyTorch's fake kernel of the grouped product accepts bfloat16 only."""
     config = lora(target_modules=["q_proj"])
     how = {"dtype": dtype, "accelerated": False}
     assert_near(estimated(MIXTRAL, config, **how), measured(adapted(MIXTRAL, config, **how)))
@@ -112,7 +112,7 @@ def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
 
 @pytest.mark.parametrize("accelerated", [True, False])
 def test_trained_tokens_beside_lora(accelerated: bool):
-    """PEFT's wrapper names its tensors with a dot: "token_adapter.trainable_tokens_delta"."""
+    """PEFT's wrapper has a dot in the name of its tensors: "token_adapter.trainable_tokens_delta"."""
     config, how = lora(trainable_token_indices=[1, 2, 3]), {**BF16, "accelerated": accelerated}
     estimate = estimated(LLAMA, config, **how)
     model = adapted(LLAMA, config, **how)
@@ -162,7 +162,7 @@ def test_a_fused_layer_saves_x_and_s():
     inputs = {"input": torch.empty(tokens, features, dtype=torch.bfloat16)}
     seed = 2 * 8
     assert estimate_memory(model, inputs=inputs).activations == 2 * tokens * features + 4 * tokens * rank + seed
-    # PEFT's own: x dropped in the adapters' dtype too; its mask as well where x needs a gradient.
+    # PEFT's own layer also saves the dropped x in the adapter's dtype, and the mask where x needs a gradient.
     stock = estimate_memory(model, inputs=inputs, accelerated=False).activations
     assert stock == (2 + 4) * tokens * features + 4 * tokens * rank
 
@@ -193,7 +193,7 @@ def test_logits_in_float32_and_their_gradient():
 
 
 def test_a_real_step_has_a_chunk_of_logits(monkeypatch):
-    """Stock has logits, their log probabilities and the gradient, 5 MB each; a chunk is a tenth of that."""
+    """Stock transformers has logits, log probabilities and gradient, 5 MB each; a chunk is a tenth of 5 MB."""
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 2**19)
     large = copy.deepcopy(LLAMA)
     large.vocab_size, logits = 9999, 2 * 64 * 9999 * 4
@@ -303,7 +303,7 @@ def test_several_adapters():
     model = adapted(LLAMA, lora(), accelerated=False)
     model.add_adapter("other", lora(r=16))
     one = estimate_memory(model, **TOKENS)
-    assert one.adapters == 3 * one.gradients  # the inactive one lies there too
+    assert one.adapters == 3 * one.gradients  # the inactive adapter is in memory too
     model.base_model.set_adapter(["default", "other"])
     two = estimate_memory(model, **TOKENS)
     assert two.adapters == two.gradients == one.adapters
@@ -323,7 +323,7 @@ def test_gpu_sized_models_take_no_memory():
     )  # fmt: skip
     estimate = estimate_memory(config, "lora", quantization="nf4", dtype=torch.bfloat16, **TOKENS)
     assert estimate.parameters > 3.8e9
-    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51  # half a byte each
+    assert 0.5 < (estimate.weights - 2 * 2 * 128256 * 8192) / (2 * 855_638_016) < 0.51  # half a byte an element
 
 
 def test_transformers_mask_detection_is_put_back():
@@ -373,7 +373,7 @@ def test_an_encoder_and_decoder():
     assert estimate.about.startswith("T5ForConditionalGeneration, LORA r=16, nf4")
     assert estimate.logits > 2 * 64 * 97 * 4
     dense = estimate_memory(config, "lora", **TOKENS)
-    wo = 2 * 2 * 64 * 128  # transformers reads the dtype of wo: it stays dense
+    wo = 2 * 2 * 64 * 128  # wo stays dense: transformers reads its dtype
     layers = dense.parameters - dense.trainable - 97 * 64 - wo
     assert 0.85 * 4 * layers < dense.weights - estimate.weights < 4 * layers
 
@@ -422,7 +422,7 @@ def test_extrapolates_to_more_layers(method, checkpointing):
 
 
 def test_extrapolates_to_another_moment():
-    """Few layers need most where the backward ends, at a large embedding; many where it begins, at the logits."""
+    """The peak is at the end of the backward (the embedding) with few layers, at its begin (logits) with many."""
     config = copy.deepcopy(LLAMA)
     config.vocab_size = 4096
 

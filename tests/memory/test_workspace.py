@@ -1,4 +1,4 @@
-"""What operators take for themselves in an estimate: against what they allocate."""
+"""The scratch memory of operators in an estimate, compared with their allocations."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import peft_ext
 from peft_ext import _cpu, _native, ops
 from peft_ext.memory import estimate_memory, workspace
 
-pytestmark = pytest.mark.cpu_only("what is estimated runs on the CPU, or nowhere")
+pytestmark = pytest.mark.cpu_only("the estimated steps run on the CPU or not at all")
 
 
 def test_a_dequantized_weight_is_temporary():
@@ -24,7 +24,7 @@ def test_a_dequantized_weight_is_temporary():
 
 @pytest.mark.parametrize("isa", ["amx", "avx2"])
 def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.MonkeyPatch):
-    """In bfloat16: strips of the activations, or, without a dot product of the type, float32 copies."""
+    """In bfloat16 the scratch is strips of the activations, or float32 copies on a CPU without bfloat16 products."""
     monkeypatch.setattr(type(_native.STATE), "isa", isa)
     tokens, k, n = 512, 256, 1024
     model = nn.Sequential(peft_ext.nn.NF4Linear(k, n, bias=False), nn.Linear(n, 8, dtype=torch.bfloat16))
@@ -40,7 +40,7 @@ def test_what_the_cpu_multiplies_is_temporary(isa: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("rank", [0, 64], ids=["head", "LoRA on the head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int):
-    """Where this CPU has no product of the dtype, a chunk's logits in float32 too; of an adapter sums and parts."""
+    """The scratch of a loss has a chunk's logits, in float32 too where widened, and sums for an adapter's gradients."""
     if dtype in _cpu.widened_dtypes() and dtype is torch.bfloat16 and _native.STATE.isa in _native.TILE_PATHS:
         pytest.skip("the tiles' strips, which are counted, are no tensors of PyTorch's")
     tokens, vocab, k = 512, 4096, 128
@@ -48,7 +48,7 @@ def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int)
     lora_A, lora_B = (torch.randn(rank, k), torch.randn(vocab, rank)) if rank else (None, None)
     weight = ops.checks.weight_args(torch.randn(vocab, k).to(dtype))
     layer = (hidden, *weight, None, None, lora_A, lora_B, 1.0)
-    loss = (1.0, 0.0, 0.0, -100, chunk, True)  # no cap, no smoothing, summed
+    loss = (1.0, 0.0, 0.0, -100, chunk, True)  # no softcap, no label smoothing, a sum
     args = (*layer, labels, torch.ones(tokens), *loss, True, bool(rank), False)
     results = sum(t.nbytes for t in workspace.LOSS(*args))
     wanted = allocated(lambda: workspace.LOSS(*args)) - results
@@ -57,7 +57,7 @@ def test_what_a_loss_takes_for_itself(dtype: torch.dtype, rank: int, chunk: int)
 
 
 def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch):
-    """By oneDNN, on an AVX-512 without its instructions, where the package's portable path leaves the product to it."""
+    """oneDNN packs the weight on AVX-512 without bfloat16 instructions, where the portable path calls oneDNN."""
     model = adapted(LLAMA, lora(), torch.bfloat16)
     chunk, weight = 2 * 2 * 64 * 512, 2 * 512 * 128
     seen = {}

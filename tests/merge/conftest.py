@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture
 def made(tmp_path):
-    """``made(model, config)``: folders base and adapter."""
+    """Returns ``made(model, config)``, which saves a base and an adapter and returns the two folders."""
     from merged_models import MODELS, trained
 
     def make(name, config, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""An adapter and its base as one dense model: loaded by transformers alone, it is what the adapted model was."""
+"""merge_to_dense: the written model, loaded by transformers alone, computes what the adapted model computes."""
 
 import copy
 import importlib.util
@@ -29,7 +29,7 @@ from peft_ext import (  # noqa: E402
 )
 from peft_ext.merge import MergeError, merge_to_dense, writer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on tied weights and new heads
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights and new heads
 needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
@@ -46,7 +46,7 @@ def logits(model, name):
 
 
 def assert_merged(name, base, adapter, out, *, dtype=torch.float32, tight=2e-5, bits=True):
-    """The folder's logits are the adapted model's; in float32 its tensors are PEFT's own merged ones."""
+    """Asserts that the folder has the adapted model's logits and, with ``bits``, the tensors of PEFT's own merge."""
     kind = MODELS[name].model
     reference = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32), adapter)
     model, about = kind.from_pretrained(out, dtype="auto", output_loading_info=True)
@@ -143,14 +143,14 @@ def test_a_pruned_difference(tmp_path):
     assert {name: count for name, count in changed.items() if count} == kept
 
 
-# PEFT's own merge writes one of two tied weights over the other.
+# PEFT's own merge of one of two tied weights changes both.
 UNTIED = {
     "embedding": ("Llama, tied", lora("embed_tokens"), ("lm_head.weight",)),
     "embedding, Conv1D": ("GPT-2", lora("wte", "c_attn"), ("lm_head.weight",)),
     "head": ("Llama, tied", lora("lm_head"), ("lm_head.weight",)),
     "both": ("Llama, tied", lora("lm_head", "embed_tokens"), ("lm_head.weight",)),
     "one saved": ("Llama, tied", lora("q_proj", modules_to_save=["lm_head"]), ("lm_head.weight",)),
-    # T5's config can't say it without another meaning.
+    # T5's flag tie_word_embeddings has a second meaning, so the config does not change.
     "head of T5": ("T5", lora("lm_head", "q", task_type="SEQ_2_SEQ_LM"), ("lm_head.weight",)),
 }
 
@@ -306,7 +306,7 @@ def test_what_is_used_beside_the_weights_comes_along(made, tmp_path):
 
 
 class Allocations(TorchDispatchMode):
-    """The largest storage that an operator made, and the most bytes of such that were alive at once."""
+    """Measures the largest storage that an operator made, and the peak of all such storages alive."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ class Allocations(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not func.is_view:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # in place, or nothing to do
+                if storage._cdata not in given:  # the operator worked in place or returned its input
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self.largest = max(self.largest, storage.nbytes())
         self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}

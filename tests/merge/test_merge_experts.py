@@ -1,4 +1,4 @@
-"""A mixture of experts over NF4, merged: each expert is taken as quantize_nf4 makes it."""
+"""merge_to_dense of a mixture of experts over NF4: each expert is quantized as quantize_nf4 does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 import peft_ext  # noqa: E402
 from peft_ext.merge import MergeError, merge_to_dense  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on target_parameters
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about target_parameters
 
 ADAPTERS = {
     "experts": {},
@@ -35,7 +35,7 @@ each_case = pytest.mark.parametrize("name, adapter", CASES)
 
 
 def saved(tmp_path: Path, name: str, adapter: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Path]:
-    """A base, and the folder of an adapter for it, as after some training over NF4."""
+    """Returns a base, and the folder of an adapter with values as after some training over NF4."""
     base = mixtures.base(name, dtype)
     base.save_pretrained(tmp_path / "base")
     quantized = peft_ext.quantize_nf4(copy.deepcopy(base))
@@ -48,13 +48,13 @@ def saved(tmp_path: Path, name: str, adapter: str, dtype: torch.dtype = torch.fl
 
 
 def in_float32(model: nn.Module, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
-    """A copy, quantized and dequantized to float32."""
+    """Returns a copy that was quantized and then dequantized to float32."""
     quantized = peft_ext.quantize_nf4(copy.deepcopy(model), blocksize=blocksize, double_quant=double_quant)
     return peft_ext.dequantize_nf4(quantized, dtype=torch.float32).float()
 
 
 def assert_merged_on(dense: nn.Module, adapter: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """The folder has the very bits of PEFT's merge of the adapter into ``dense``."""
+    """Asserts that the folder has the bits of PEFT's merge of the adapter into ``dense``."""
     wanted = peft_ext.load_adapter(copy.deepcopy(dense), adapter).merge_and_unload().state_dict()
     found = type(dense).from_pretrained(out, dtype="auto").state_dict()
     assert found.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""What quantize_nf4 leaves dense: layers whose weight a model's own code reads, routers, PEFT's sums of weights."""
+"""Layers that quantize_nf4 leaves dense: with weights that other code reads, routers, PEFT's target_parameters."""
 
 from __future__ import annotations
 
@@ -64,6 +64,9 @@ MODELS = {
     "LongT5": lambda: hf.LongT5ForConditionalGeneration(
         hf.LongT5Config(vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
     ),
+    "Mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ),
     "MobileBERT": lambda: hf.MobileBertForMaskedLM(
         hf.MobileBertConfig(**SMALL, embedding_size=16, intra_bottleneck_size=16)
     ),
@@ -79,7 +82,10 @@ MODELS = {
                           moe_intermediate_size=32, shared_expert_intermediate_size=32)
     ),
 }  # fmt: skip
-DENSE = {"LongT5": "wo", "MobileBERT": "dense", "Switch": "wo", "HunYuan": "wg", "Qwen2-MoE": "shared_expert_gate"}
+DENSE = {
+    "LongT5": "wo", "Mamba": "dt_proj", "MobileBERT": "dense", "Switch": "wo", "HunYuan": "wg",
+    "Qwen2-MoE": "shared_expert_gate",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,8 +1,8 @@
-"""What AdapterHub's ``adapters`` computes with its bottleneck adapters, on tiny models whose weights are a formula.
+"""Results of AdapterHub's ``adapters`` with its bottleneck adapters, on tiny models whose weights are a formula.
 
-``python tests/support/adapterhub_numbers.py``, in an environment with ``adapters``, prints the table that ``WANTED``
-is; it was computed with adapters 1.3.0, transformers 4.57.6 and torch 2.13.0. Nothing is drawn or downloaded, so that
-the same weights are made under any version of the libraries.
+``python tests/support/adapterhub_numbers.py``, in an environment with ``adapters``, prints the table ``WANTED``, which
+was computed with adapters 1.3.0, transformers 4.57.6 and torch 2.13.0. No weight is random or downloaded, so that every
+version of the libraries makes the same weights.
 """
 
 import zlib
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def numbers(name, shape, offset=0.0, scale=0.5):
-    """``offset + scale · sin(0.7 i + c)``, c of the name."""
+    """Returns ``offset + scale · sin(0.7 i + c)``, where c is a checksum of ``name``."""
     steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.7 + zlib.crc32(name.encode()) % 1000
     return (offset + scale * torch.sin(steps)).reshape(shape).float()
 
@@ -67,8 +67,11 @@ def inputs(kind):
 
 
 def measured(model, kind, trained):
-    """The last hidden state, the second of the hidden states, and the derivative of the former, weighted, along
-    ``numbers`` of each trained tensor; ``trained`` gives those tensors by AdapterHub's names."""
+    """Returns the last hidden state, the second hidden state, and a directional derivative.
+
+    The derivative is that of the weighted last hidden state along ``numbers`` of each tensor in ``trained``, which has
+    the trained tensors by AdapterHub's names.
+    """
     given = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs(kind).items()}
     y = model(**given).last_hidden_state
     y.backward(numbers("gradient", y.shape).to(y.dtype))

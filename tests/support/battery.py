@@ -1,4 +1,4 @@
-"""How a result is judged: an operator's values and gradients beside plain PyTorch's error of the float64 oracle.
+"""Judges an operator's values and gradients: their error from a float64 oracle, relative to plain PyTorch's error.
 
 Tolerance: a kernel's error is at most 1.5 times that of plain PyTorch in the same dtype, plus the rounding of the
 result itself; in float32 a few ulp of the sum's length.
@@ -13,13 +13,13 @@ import torch
 from op_db import Case, Sample, randn, wide
 from torch import Tensor
 
-Parts = dict[str, Tensor]  # of a result: the value, "y", and the gradients by name
+Parts = dict[str, Tensor]  # a result: the value "y", and the gradients by name
 
 
 def run(function: Any, sample: Sample, grad: Tensor | None = None, *, keep_strides: bool = False) -> dict[str, Tensor]:
-    """Value, and gradients for a given output gradient, of ``function``; back on the CPU.
+    """Returns the value of ``function``, and its gradients for a given output gradient, on the CPU.
 
-    On copies of the inputs, or on the inputs themselves, as they lie, where ``keep_strides``.
+    ``keep_strides``: call it on the inputs themselves with their strides instead of on copies.
     """
     copy = (lambda value: value.detach()) if keep_strides else (lambda value: value.detach().clone())
     inputs = {k: copy(v) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
@@ -49,9 +49,9 @@ def assert_close(
     got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
     product: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Each part within 1.5x plain PyTorch's error of the oracle, in the norm and at the worst element.
+    """Asserts that each part's error is at most 1.5 times plain PyTorch's, in the norm and at the worst element.
 
-    ``product``: the dtype of the product that ``from_product`` is computed from; default: y's.
+    ``product``: dtype of the product from which the parts in ``from_product`` are computed; default: y's dtype.
     """
     for name in got:
         assert_part_close(name, got, plain, exact, terms, from_product, product)
@@ -61,17 +61,17 @@ def assert_part_close(
     name: str, got: Parts, plain: Parts, exact: Parts, terms: int, from_product: Sequence[str] = (),
     product: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """``assert_close`` of one part: the value, "y", or a gradient."""
+    """Asserts as :func:`assert_close` does, for one part: the value "y" or a gradient."""
     value, want = got[name], exact[name]
     assert value.shape == want.shape, name
     if value.numel() == 0:
         return
     ulp = torch.finfo(value.dtype).eps
-    if name in from_product:  # what it is computed from was rounded
+    if name in from_product:  # the part is computed from a rounded product
         ulp = max(ulp, torch.finfo(product or got["y"].dtype).eps)
     error, yardstick = (value.double() - want).abs(), (plain[name].double() - want).abs()
-    # What rounding the exact result once costs, and a few ulp of float32 for the order of the sum.
-    # One element is no statistic: plain PyTorch may have been lucky, and an intermediate's rounding counts too.
+    # The error of rounding the exact result once, and a few float32 ulp for the order of the sum.
+    # For a single element plain PyTorch's error may be zero by chance: the rounding of an intermediate is allowed too.
     rounding = ulp * want.abs() / (1 if want.count_nonzero() <= 1 else 2)
     floor = rounding + terms**0.5 * torch.finfo(torch.float32).eps * want.abs().max()
     assert error.norm() <= 1.5 * yardstick.norm() + floor.norm(), (name, error.norm(), yardstick.norm())

@@ -1,4 +1,4 @@
-"""The command line run in this process: what it prints, and the one line with which it refuses."""
+"""Runs the command line in this process and returns its output or its one-line error."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _run(capsys: pytest.CaptureFixture, arguments: tuple[object, ...]) -> tuple[
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """What a command prints, all of it on standard output."""
+    """Returns the output of a command that succeeds and prints nothing to standard error."""
     code, out, err = _run(capsys, arguments)
     assert code == 0 and err == "", err
     return out
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object, unchanged: Optional[Path] = None) -> str:
-    """The one line that a command ends with; in the folder ``unchanged`` it has written nothing."""
+    """Returns the one-line error of a command. Asserts that the command wrote nothing into ``unchanged``."""
     before = sorted(unchanged.rglob("*")) if unchanged else []
     code, out, err = _run(capsys, arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, (arguments, code, out, err)

@@ -1,4 +1,4 @@
-"""Kernels as a test calls them: CUDA's on a GPU where there is one, and under the emulator; the CPU's."""
+"""Functions by which tests call kernels: CUDA kernels on a GPU or under the emulator, and CPU kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
 def emulated_ops() -> Any:
-    """The CUDA kernels under the emulator, as operators on CPU tensors. Skips where it can't be built."""
+    """Returns the CUDA kernels under the emulator, as operators on CPU tensors. Skips where it can't be built."""
     emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")
     if why := emulated_cuda.missing():
         pytest.skip(why)
@@ -26,7 +26,7 @@ def emulated_ops() -> Any:
 
 
 def kernels(where: str) -> Callable[..., Any]:
-    """``call(name, *args)``: the op's kernel on CPU tensors, moved where it runs; results on the CPU. Skips without."""
+    """Returns ``call(name, *args)``, which runs an operator's kernel on ``where`` and returns CPU tensors. May skip."""
     if where == "cpu":
         namespace, device = torch.ops.peft_ext, "cpu"
     elif where == "cuda":
@@ -55,7 +55,7 @@ def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    """A NaN is any NaN."""
+    """Asserts that dtypes, shapes and bits are equal. All NaNs count as equal."""
     assert got.dtype == want.dtype and got.shape == want.shape
     got, want = (value.nan_to_num(-7.0) if value.is_floating_point() else value for value in (got, want))
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[want.element_size()]

@@ -1,4 +1,4 @@
-"""Cases of a mixture's linear layers."""
+"""Cases of the operators over the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft_ext import NF4Weight, ops, reference
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
-_EXPERTS = 5  # of which the second and the last get nothing
+_EXPERTS = 5  # the second and the last expert get no rows
 
 
 def _ends(rows: int) -> list[int]:
-    """Where each expert's rows end; some are no expert's."""
+    """Returns the end of each expert's rows. Some rows belong to no expert."""
     first, third = rows // 4, rows // 4 + (rows + 1) // 2
     last = max(third, rows - rows // 8)
     return [first, first, third, last, last]
@@ -42,20 +42,20 @@ def _experts_inputs(base: str, dtype: torch.dtype, shape: tuple, adapters: torch
         "offsets": torch.tensor(_ends(rows)),
         "compute": dtype,
         "lora_A": randn(_EXPERTS, r, k, dtype=adapters, scale=0.1),
-        # As PEFT keeps it: the ranks before the experts.
+        # PEFT's layout: ranks before experts.
         "lora_B": randn(n, r, _EXPERTS, dtype=adapters, scale=0.1).permute(2, 0, 1),
     }
 
 
 def _dropped_rows(rows: Tensor, expert: int, dropout_p: float) -> Tensor:
-    """The rows of an expert, which has a mask of its own."""
+    """Returns the rows of an expert after dropout. Each expert has its own mask."""
     seed = SEED + torch.tensor([0, expert])
     kept = torch.where(reference.dropout_keep_mask(seed, dropout_p, rows.shape), rows / (1 - dropout_p), 0.0)
     return kept if dropout_p else rows
 
 
 def _by_expert(x: Tensor, weight: Any, offsets: Tensor, run: Any) -> Tensor:
-    """run(its weight, its rows, its number) of each expert, and zeros in the rows of none."""
+    """Returns ``run(weight, rows, index)`` of each expert, and zeros for the rows of no expert."""
     parts, begin = [], 0
     for expert, end in enumerate(offsets.tolist()):
         own, rows, begin = (

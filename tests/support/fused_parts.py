@@ -1,4 +1,4 @@
-"""What tests of the parts of a forward share: rotary positions, attention."""
+"""Helpers that the tests of rotary positions and of attention share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_taken_back(
     calls: Callable[[nn.Module], int],
     rows: Callable[[nn.Module], list[tuple[bool, str]]],
 ) -> None:
-    """The part survives copies of the model, and goes with ``blocks=False`` and with ``restore``; of two layers."""
+    """Asserts that a fused part of two layers survives copies, and goes with ``blocks=False`` and ``restore``."""
     kinds, wanted = [type(module) for module in model.modules()], step(model)
     peft_ext.accelerate(model)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):

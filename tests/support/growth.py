@@ -1,9 +1,9 @@
-"""What a step leaves behind, as a slope: the growth over each of several windows of steps, and its lower quartile.
+"""Measures leaks: the memory growth per step in each of several windows of steps, and the lower quartile of them.
 
-A process that works allocates once in a while: a buffer that stdio keeps, a block in malloc's cache of a thread, a name
-that Python interns. That lands in some windows and spares others, however busy the machine is, and a cache that fills
-is full one day: the last windows are looked at, and more are measured until they are flat, or there are so many that
-nothing but a leak is left. A leak is in every window, so it is in every lower quartile.
+A process without a leak still allocates at times: a buffer of stdio, a block in malloc's cache of a thread, a string
+that Python interns. Such growth is in some windows only, and a cache is full one day. The last windows are judged, and
+more windows are measured until the last ones are flat or MOST_WINDOWS are measured. A leak is in every window, and so
+in every lower quartile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Mallinfo2(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Held:
-    """What this process has: bytes that malloc gave out, resident bytes, tensors, and Python's memory blocks."""
+    """Memory of this process: bytes allocated by malloc, resident bytes, tensors, and Python's memory blocks."""
 
     malloc: float
     resident: float
@@ -41,7 +41,7 @@ class Held:
 
     @classmethod
     def now(cls) -> Held:
-        """Skips the test where the C library does not tell what it has given out."""
+        """Returns the current numbers. Skips the test where the C library has no ``mallinfo2``."""
         libc = ctypes.CDLL(None)
         if not hasattr(libc, "mallinfo2"):
             pytest.skip("the C library does not tell what it has given out")
@@ -55,17 +55,17 @@ class Held:
         return cls(given.uordblks + given.hblkhd, resident, tensors, objects)
 
 
-# A step may leave less than this. Measured over operators and trainings it is under a byte of malloc, no resident page
-# and no tensor, and at first a Python block, which becomes none as the interpreter's caches fill.
+# A step must leave less than this. Operators and trainings leave under one byte of malloc, no resident page and no
+# tensor. They leave one Python block a step at first, and none once the interpreter's caches are full.
 MOST = Held(malloc=8, resident=1024, tensors=0.5, objects=0.75)
 
 
 def assert_flat(step: Callable[[int], object], window: int, warm: int) -> None:
-    """After ``warm`` steps, a step leaves less than MOST, in the lower quartile of WINDOWS windows of so many steps."""
+    """Asserts that a step leaves less than MOST, in the lower quartile of WINDOWS windows, after ``warm`` steps."""
     for index in range(warm):
         step(index)
     gc.collect()
-    gc.freeze()  # what is there already is not looked at again, which would be most of the time
+    gc.freeze()  # later collections skip the existing objects, which would take most of the time
     try:
         _assert_flat(step, window, warm)
     finally:

@@ -1,4 +1,4 @@
-"""Cases of what stands behind a layer: bottleneck adapters, the loss over a vocabulary."""
+"""Cases of bottleneck adapters and of the loss over a vocabulary."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bottleneck_case(
                      *([f"{adapter_dtype}".removeprefix("torch.")] if adapter_dtype else [])])  # fmt: skip
     return Case(
         name, "bottleneck", make, call, plain,
-        # One element alone is cancellation near a zero of the activation's slope, and plain PyTorch may be lucky.
+        # With one element, a zero of the activation's slope cancels, and plain PyTorch's error may be 0 by chance.
         shapes=[shape for shape in SHAPES if shape[1] > 1],
         result=lambda dtype, shape: (dtype, (*shape[0], shape[1] if own else shape[2])),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def cross_entropy_case(
     base: str, *, with_bias: bool = False, adapter_dtype: Any = None, own_input: bool = False, reduction: str = "sum",
     **options: float,
 ) -> Case:  # fmt: skip
-    """N is the vocabulary. Some labels are ignored; ``own_input``: the adapter has an input of its own."""
+    """N is the size of the vocabulary. Some labels are ignored. ``own_input``: the adapter has a separate input."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, _ = shape
@@ -85,7 +85,7 @@ def cross_entropy_case(
         )  # fmt: skip
 
     def plain(hidden, weight, labels, bias, lora_A, lora_B, lora_input, compute):
-        # As transformers does it: a linear layer in hidden's dtype, PEFT's adapter on it, all in float32 from there on.
+        # As transformers does: a linear layer in hidden's dtype with PEFT's adapter, then everything in float32.
         logits = F.linear(hidden, dequantized(weight, compute).to(hidden.dtype), bias)
         if lora_A is not None:
             low = hidden if lora_input is None else lora_input
@@ -99,7 +99,7 @@ def cross_entropy_case(
 
     name = case_name("linear_cross_entropy", base, 0.0, adapter_dtype, bias=with_bias, own_input=own_input,
                       **dict.fromkeys([reduction, *options], True))  # fmt: skip
-    # The mean of no labels is not a number, and the gradient of one token's adapter is a sum that may cancel.
+    # The mean over no labels is NaN, and the adapter's gradient of one token is a sum that may cancel.
     shapes = [shape for shape in SHAPES if reduction != "mean" or torch.Size(shape[0]).numel() > 1]
     return Case(
         name, "cross_entropy", make, call, plain, shapes=shapes, from_product=("y", "bias", "lora_A", "lora_B"),

@@ -16,7 +16,7 @@ from peft_ext import NF4Weight, ops, reference
 
 
 def nf4_weight(n: int, k: int, dtype: torch.dtype, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Quantized by the reference, so that a fault of the quantize kernel does not hide one of another's."""
+    """Returns a weight quantized by the reference: an error of the quantize kernel can't hide another error."""
     return reference.nf4_quantize(randn(n, k, dtype=dtype, scale=0.05), blocksize, double_quant)
 
 
@@ -55,7 +55,7 @@ def dequantize_case(blocksize: int, double_quant: bool) -> Case:
 
 
 def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight that a kernel computes with, in its compute dtype."""
+    """Returns the dense weight with which a kernel computes, in the compute dtype."""
     return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
@@ -87,7 +87,7 @@ def seed_beside(x: Any) -> Tensor:
 
 
 def base_weight(base: str, n: int, k: int, dtype: torch.dtype) -> Any:
-    """A frozen weight: "dense", "nf4", or "nested" (NF4 with double quantization), and ":" and a blocksize, or 64."""
+    """Returns a frozen weight: "dense", "nf4" or "nested" (double quantization), with ":blocksize" (default 64)."""
     kind, _, blocksize = base.partition(":")
     if kind == "dense":
         return randn(n, k, dtype=dtype, scale=0.05)
@@ -127,7 +127,7 @@ def lora_case(
                                dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
 
     def plain(x, weight, lora_A, lora_B, bias, compute, rank_scale):
-        # As PEFT does it where all is of one dtype: dropout, two projections, a product, a sum, each rounded.
+        # As PEFT does with a single dtype: dropout, two projections, a product, a sum, each rounded.
         y = F.linear(x, dequantized(weight, compute).to(x.dtype), bias)
         lora_A = lora_A.to(x.dtype) if rank_scale is None else lora_A.to(x.dtype) * rank_scale.to(x.dtype)[:, None]
         return y + F.linear(F.linear(dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
@@ -142,7 +142,7 @@ _OTHER_SEED = SEED + 1
 def lora_linears_case(
     base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False
 ) -> Case:
-    """Two adapters of other ranks, the second one's mask another, and a layer without; the results side by side."""
+    """Two layers with adapters of different ranks and masks, and a layer without an adapter; results concatenated."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, k, n, r = shape
@@ -232,7 +232,7 @@ def grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any 
         return ops.grouped_lora_linear(x, weight, *groups, adapters, bias, scaling=scaling)
 
     def plain(x, weight, bias, compute, adapters, A0, A1, A2, A3, B0, B1, B2, B3):
-        # As PEFT does it: the base on all samples, then each adapter on its own.
+        # As PEFT does: the base on all samples, then each adapter on its own samples.
         y = F.linear(x, dequantized(weight, compute).to(x.dtype), bias)
         for group, (a, b) in enumerate(((A0, B0), (A1, B1), (A2, B2), (A3, B3))):
             index = torch.tensor([i for i, adapter in enumerate(adapters) if adapter == group], dtype=torch.int64)
@@ -248,7 +248,7 @@ def grouped_lora_case(base: str, *, with_bias: bool = False, adapter_dtype: Any 
 
 
 def plain_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """As PEFT does it: the sum is formed, everything in the weight's dtype."""
+    """Returns the norm as PEFT computes it: of the dense sum, in the weight's dtype."""
     return torch.linalg.norm(weight + 0.75 * (lora_B.to(weight.dtype) @ lora_A.to(weight.dtype)), dim=1)
 
 
@@ -299,7 +299,7 @@ def dora_case(
         g = magnitude.to(x.dtype) / weight_norm
         low_rank = F.linear(F.linear(dropped(x, dropout_p), low_a), low_b) * 0.75
         y = F.linear(x, dense, bias)
-        # As PEFT does it: without dropout it scales the result less the bias, else a product with the dropped x.
+        # As PEFT does: without dropout PEFT scales the result minus the bias, else a product with the dropped x.
         if dropout_mode == "peft" and dropout_p:
             return y + ((g - 1) * F.linear(dropped(x, dropout_p), dense) + g * low_rank)
         unbiased = y if bias is None else y - bias
@@ -320,7 +320,7 @@ def dora_case(
 
 
 def shrink_some(scale: Tensor) -> None:
-    """Some outputs are scaled away, or nearly: of those the result tells little of the product."""
+    """Scales some outputs to zero or nearly to zero: their results say little about the product."""
     for first, factor in ((3, 0.0), (5, 1e-4), (6, 1e-30)):
         scale[first::16] *= factor
 

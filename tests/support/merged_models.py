@@ -1,4 +1,4 @@
-"""Bases and adapters to be merged, as after some training."""
+"""Bases and adapters for tests of merging. The adapters have values as after some training."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ def lora(*targets: str, **options):
 
 
 def trained(model, config):
-    """The model adapted, its adapter as after some training."""
+    """Returns the adapted model, whose adapter has values as after some training."""
     torch.manual_seed(3)
     adapted = get_peft_model(model, config).eval()
     spread(adapted)
@@ -37,7 +37,7 @@ def trained(model, config):
 
 
 def dequantized(model, blocksize=64, double_quant=True):
-    """The model with each weight that quantize_nf4 quantizes replaced by what it stands for, in float32."""
+    """Returns a float32 copy, with each weight that quantize_nf4 quantizes replaced by its dequantized values."""
     dense = copy.deepcopy(model).float()
     for name, module in quantize_nf4(
         copy.deepcopy(model), blocksize=blocksize, double_quant=double_quant

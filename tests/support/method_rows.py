@@ -1,4 +1,4 @@
-"""The rows of docs/methods.md: each method's configuration, the base it is for, and its module of peft_ext.nn."""
+"""The rows of docs/methods.md: each method's configuration, its base, and its module of peft_ext.nn."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from peft_ext.nn import (
 
 LLAMA = ARCHITECTURES["Llama"]
 BATCH = LLAMA.batch()
-INPUTS = LLAMA.inputs()  # without labels: of an AdaLoRA that is loaded to infer, PEFT's own loss raises
-STEPS = 4  # of a Trainer's run
+INPUTS = LLAMA.inputs()  # without labels: PEFT's loss raises for an AdaLoRA that is loaded for inference
+STEPS = 4  # steps of a Trainer's run
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A module of peft_ext.nn, moved away from where it starts, and how it is run and what it has to give.
+    """A module of peft_ext.nn with values as after some training, how to call it, and the oracle of its result.
 
-    ``oracle`` is given a float64 copy of the module and of the inputs, and calls none of the operators.
+    ``oracle`` gets float64 copies of the module and of the inputs, and calls no operator of this package.
     """
 
     module: nn.Module
@@ -48,7 +48,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: how a Llama is adapted, over which base, and the module of peft_ext.nn, where there is one."""
+    """A row: the configuration with which a Llama is adapted, its base, and modules of peft_ext.nn, if any."""
 
     config: Callable[[], PeftConfig]
     alone: tuple[Callable[[], Alone], ...] = ()
@@ -67,7 +67,7 @@ def _linear(nf4: bool) -> nn.Linear:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """The frozen weight in float64."""
+    """Returns the frozen weight, dequantized to float64 where it is NF4."""
     base = module.base_layer
     return base.nf4.dequantize(torch.float32).double() if isinstance(base, NF4Linear) else base.weight
 
@@ -135,7 +135,7 @@ def _prompt() -> Alone:
 
 
 def _prefix() -> Alone:
-    """Behind a Llama, whose logits say whether keys and values are where it looks for them."""
+    """The prefix in a Llama, whose logits are right only if keys and values are in the right places."""
     model = LLAMA.build().requires_grad_(False)
     ids, size = BATCH["input_ids"], len(BATCH["input_ids"])
 
@@ -143,7 +143,7 @@ def _prefix() -> Alone:
         return model(ids, past_key_values=m.past_key_values(size, model.config)).logits
 
     def oracle(m: Any) -> Tensor:
-        # A row of the embedding: layer by layer the keys, then the values, head by head.
+        # Order of an embedding row: layers; in a layer the keys, then the values; in each of these the heads.
         heads, width = m.num_kv_heads, m.head_dim
         pieces = m.embedding.weight.split(width, dim=1)
         halves = [torch.stack(pieces[i : i + heads]).expand(size, -1, -1, -1) for i in range(0, len(pieces), heads)]

@@ -1,4 +1,4 @@
-"""The table of methods and ways in docs/methods.md: cells as tests saw them, drawn as Markdown."""
+"""The table of docs/methods.md: cells that tests fill in, drawn as Markdown."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NONE = "—"
 
 @dataclass(frozen=True)
 class Cell:
-    """``text`` in a few words; ``notes``, each a footnote, shared by the cells that say the same."""
+    """A cell: ``text`` of a few words, and footnotes. Cells with equal notes share a footnote."""
 
     text: str
     notes: tuple[str, ...] = ()
 
     @classmethod
     def none(cls, *reasons: str) -> Cell:
-        """A cell without meaning, and why. Raises ValueError where no reason is given."""
+        """Returns an empty cell with the reasons for it. Raises ValueError where no reason is given."""
         if not reasons or not all(reasons):
             raise ValueError(f"Cell.none: reasons are {reasons}, wanted at least one")
         return cls(_NONE, reasons)
@@ -39,8 +39,9 @@ class Table:
     """Rows by name, columns by title, and a cell for each pair.
 
     Args:
-        introduction: the paragraph above the table. command: what draws it anew, below the introduction.
-        columns: by title, what the column's tests do; the tests add theirs as they are defined.
+        introduction: the paragraph above the table.
+        command: the command that draws the table again, shown below the introduction.
+        columns: by a column's title, a description of its tests; each test adds its column as it is defined.
     """
 
     introduction: str
@@ -65,7 +66,7 @@ class Table:
         """The document. Raises ValueError where a cell is missing."""
         if missing := self.missing():
             raise ValueError(f"Table: {len(missing)} cells are missing, the first is {missing[0]}")
-        numbers: dict[str, int] = {}  # by footnote, in the order in which a reader meets them
+        numbers: dict[str, int] = {}  # by footnote, in reading order
 
         def drawn(cell: Cell) -> str:
             marks = [f"[^{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes]
@@ -89,12 +90,12 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _drawn_with() -> str:
-    # Without a local part such as +cpu: the table is the same for every build of a release.
+    # No local part such as +cpu: every build of a release gives the same table.
     return _VERSIONS + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES) + "."
 
 
 def split(document: str) -> tuple[str, str]:
-    """A drawn document without its last line, and this line: the libraries it is of."""
+    """Splits a drawn document into its text and its last line, which has the libraries' versions."""
     body, _, last = document.rstrip("\n").rpartition("\n\n")
     if not last.startswith(_VERSIONS):
         raise ValueError(f"split: the document ends in {last[:60]!r}, wanted a line that starts with {_VERSIONS!r}")

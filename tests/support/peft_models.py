@@ -17,7 +17,7 @@ from peft_ext.nn import NF4Experts, NF4Linear
 from peft_ext.nn.experts import dense_experts
 from peft_ext.reference import lora as reference
 
-K, HIDDEN, N = 64, 128, 64  # multiples of 64: where they are not, bitsandbytes' own CPU dequantize is wrong
+K, HIDDEN, N = 64, 128, 64  # multiples of 64: bitsandbytes' CPU dequantize is wrong for other sizes
 BASES = ("float32", "bfloat16", "nf4", "nf4 bfloat16", "bnb", "bnb nested", "bnb bfloat16")
 METHODS = ("LoRA", "DoRA", "IA3", "AdaLoRA")
 
@@ -50,7 +50,7 @@ def four_bit(in_features, out_features, compute_dtype=torch.float32, nested=Fals
 
 
 def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
-    """The same model over another base: "float32", "nf4", "bnb nested", ...; but for what is called as in ``skip``."""
+    """Returns the model over another base: "float32", "nf4", "bnb nested", ...; layers named in ``skip`` stay."""
     dtype = dtype_of(base)
     model = model.to(dtype)
     for parent in list(model.modules()):
@@ -65,7 +65,7 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
                     compress_statistics="nested" in base, quant_type="nf4",
                 )  # fmt: skip
                 layer.load_state_dict(linear.state_dict())
-                if linear.bias is not None:  # as loaded: bitsandbytes casts it in its first forward, for good
+                if linear.bias is not None:  # as after loading: bitsandbytes' first forward casts the bias for good
                     layer.bias.data = layer.bias.data.to(dtype)
                 setattr(parent, name, layer.to("cpu"))
     model.is_loaded_in_4bit = base.startswith("bnb")
@@ -73,14 +73,14 @@ def quantize(model, base, skip=("lm_head",), only=lambda linear: True):
 
 
 def eight_bit(linear):
-    """A layer of bitsandbytes with the linear's weight, which its first call quantizes."""
+    """Returns an 8-bit layer of bitsandbytes with the linear layer's weight, which the first call quantizes."""
     layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
 
 def config_of(method, **config):
-    """A PEFT configuration of one of METHODS for MLP's two layers, of which IA3 takes one as feedforward."""
+    """Returns a PEFT configuration of one of METHODS for MLP's two layers; IA3 has one of them as feedforward."""
     config = {"target_modules": ["up", "down"], **config}
     if method == "IA3":
         return IA3Config(**{"feedforward_modules": ["down"], "init_ia3_weights": False, **config})
@@ -91,7 +91,7 @@ def config_of(method, **config):
 
 
 def make_method(method, base="float32", **config):
-    """A DoRA over NF4 starts dense: stock PEFT can't take the norm of an NF4Linear."""
+    """Returns MLP with an adapter. A DoRA is made over dense weights: stock PEFT has no norm of an NF4Linear."""
     late = method == "DoRA" and base.startswith("nf4")
     model = get_peft_model(quantize(MLP(), str(dtype_of(base)) if late else base), config_of(method, **config))
     if late:
@@ -105,12 +105,12 @@ def make(base="float32", **config):
 
 
 def dropout_of(method, p):
-    """The argument of :func:`make_method` that drops out; IA3 has none."""
+    """Returns the dropout argument of :func:`make_method`; IA3 has no dropout."""
     return {} if method == "IA3" else {"lora_dropout": p}
 
 
 def spread(model, name="default"):
-    """Adapter ``name`` of DoRA, IA3 or AdaLoRA as after some training, where PEFT draws 0, 1, N(0, 1) or the norm."""
+    """Gives adapter ``name`` of DoRA, IA3 or AdaLoRA values as after some training instead of PEFT's initial ones."""
     for layer in tuners(model).values():
         if name in getattr(layer, "lora_magnitude_vector", {}):
             magnitude = layer.lora_magnitude_vector[name].weight
@@ -120,11 +120,11 @@ def spread(model, name="default"):
         if name in getattr(layer, "lora_E", {}):
             layer.lora_A[name].data *= 0.1
             layer.lora_B[name].data *= 0.1
-            layer.ranknum[name].requires_grad_(False)  # over a base that is not float32 PEFT forgets to
+            layer.ranknum[name].requires_grad_(False)  # PEFT leaves it trainable over a base that is not float32
 
 
 def dense_twin(model, dtype=None):
-    """A copy with each NF4Linear and a mixture's experts dequantized, to its own dtype: what stock PEFT can run."""
+    """Returns a copy that stock PEFT can run: each NF4Linear and a mixture's experts are dequantized to their dtype."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -156,7 +156,7 @@ def tuners(model):
 
 
 def both(model):
-    """The model untouched, and an accelerated copy."""
+    """Returns the unchanged model and an accelerated copy."""
     return model, peft_ext.accelerate(copy.deepcopy(model))
 
 
@@ -165,7 +165,7 @@ def inputs(base="float32", tokens=(3, 7)):
 
 
 def run(model, x, **kwargs):
-    """Output, gradient of x and of every trainable parameter, from a fixed seed and a fixed output gradient."""
+    """Returns the output and the gradients of x and of every trainable parameter, from a fixed seed."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(3)
@@ -177,7 +177,7 @@ def run(model, x, **kwargs):
 
 
 class PhiloxDropout(nn.Module):
-    """Dropout that draws its seed and its mask as the fused op does, for a layer on PEFT's own path."""
+    """Dropout for a layer on PEFT's own path, with the seed and the mask of the fused operator."""
 
     def __init__(self, p):
         super().__init__()
@@ -198,7 +198,7 @@ def with_philox(model):
 
 
 def in_float64(model):
-    """PEFT's own path over the same weights, dequantized, in float64."""
+    """Returns a float64 copy over dequantized weights, on PEFT's own path."""
     model = copy.deepcopy(model)
     for layer in tuners(model).values():
         base = layer.base_layer
@@ -212,15 +212,15 @@ def in_float64(model):
         wide.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
         wide.bias = nn.Parameter(base.bias.detach().double(), requires_grad=base.bias.requires_grad)
         layer.base_layer = wide
-        if isinstance(layer, ia3.IA3Layer):  # the 4-bit class casts to float32
+        if isinstance(layer, ia3.IA3Layer):  # PEFT's class of 4-bit layers casts to float32
             layer.__class__, layer.fan_in_fan_out = ia3.Linear, False
     return model.double()
 
 
 def assert_as_good(actual, stock, exact):
-    """Against float64 an error at most 1.5 times that of PEFT, plus what float32 sums of some 100 terms round.
+    """Asserts that each error from float64 is at most 1.5 times PEFT's, plus the rounding of float32 sums of 100 terms.
 
-    A tensor of few elements may be 2 eps off: both errors are a draw or two, and PEFT's may be next to nothing.
+    A tensor of at most 16 elements may be off by 2 eps: PEFT's error may be near zero by chance.
     """
     assert actual.keys() == stock.keys() == exact.keys()
     eps = 2 * torch.finfo(stock["x"].dtype).eps
@@ -234,7 +234,7 @@ def assert_as_good(actual, stock, exact):
 
 
 def assert_identical(actual, wanted):
-    """Of dictionaries of tensors, None where there is no gradient."""
+    """Asserts that two dictionaries have equal tensors. A missing gradient is None."""
     torch.testing.assert_close(dict(actual), dict(wanted), rtol=0, atol=0, equal_nan=True)
 
 
@@ -246,7 +246,7 @@ def state_of(model):
 
 
 def assert_restored(model, before):
-    """The classes of all modules, and what they hold, are those of ``before``, a :func:`state_of`."""
+    """Asserts that all modules have the classes and the attributes of ``before``, a result of :func:`state_of`."""
     after = state_of(model)
     assert after.keys() == before.keys()
     for name, (kind, held) in before.items():
@@ -254,13 +254,13 @@ def assert_restored(model, before):
 
 
 def activate(model, names):
-    """Several adapters active and trainable, which AdaLoRA's model itself refuses."""
+    """Makes several adapters active and trainable, layer by layer: AdaLoRA's model refuses several."""
     for layer in tuners(model).values():
         layer.set_adapter(names)
 
 
 def make_several(method="LoRA", base="float32", names=("default", "other"), **other):
-    """A model with two adapters of one method, both active."""
+    """Returns a model with two active adapters of one method."""
     model = make_method(method, base)
     sizes = {"LoRA": {"r": 3, "lora_alpha": 5}, "AdaLoRA": {"init_r": 5, "inference_mode": True}, "IA3": {}}[method]
     torch.manual_seed(2)
@@ -271,14 +271,14 @@ def make_several(method="LoRA", base="float32", names=("default", "other"), **ot
 
 
 def stock_of(model):
-    """What PEFT computes, on its own path: over NF4Linear, where DoRA has none, over the dequantized weight."""
+    """Returns a copy on PEFT's own path. A DoRA's NF4 base is dequantized: PEFT has no DoRA over NF4Linear."""
     has_dora = any(getattr(layer, "lora_variant", None) for layer in tuners(model).values())
     model = peft_ext.restore(copy.deepcopy(model))
     return dense_twin(model) if has_dora else model
 
 
 def compare(model, x):
-    """Accelerates the model, all of whose layers have to be fused, and returns what it computes, as good as PEFT's."""
+    """Accelerates the model, asserts that all layers are fused and as exact as PEFT's, and returns the results."""
     fused = peft_ext.accelerate(model)
     stock, exact = stock_of(model), in_float64(peft_ext.restore(copy.deepcopy(model)))
     assert peft_ext.explain(fused).fused_share == 1.0, peft_ext.explain(fused)

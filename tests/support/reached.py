@@ -1,4 +1,4 @@
-"""Everything that the code of a forward finds by name, and other things to put in its place: for tests of forms."""
+"""Finds everything that the code of a forward reads by name, and makes replacements for it, for tests of forms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_ext.integrations.forms import digest
 
 
 class Place(NamedTuple):
-    """Where code finds something: an attribute ``name`` of ``owner``, or an item of a function's globals."""
+    """A place that code reads: the attribute ``name`` of ``owner``, or an item of a function's globals."""
 
     owner: Any
     name: str
@@ -76,7 +76,7 @@ def code_cells(function: types.FunctionType) -> tuple[str, ...]:
 
 
 def another(value: Any) -> Any:
-    """Returns something to stand in the place of ``value`` that gives other results, or None where there is nothing."""
+    """Returns a replacement of ``value`` that gives other results; None where there is no such replacement."""
     if isinstance(value, (staticmethod, classmethod)):
         return type(value)(another(value.__func__))
     if isinstance(value, torch.dtype):
@@ -92,7 +92,7 @@ def another(value: Any) -> Any:
     if isinstance(value, type) or not callable(value):
         return None
 
-    @functools.wraps(value)  # with the name, the module and the signature of what it stands for
+    @functools.wraps(value)  # keeps the name, the module and the signature of ``value``
     def otherwise(*args: Any, **kwargs: Any) -> Any:
         result = value(*args, **kwargs)
         return result * 1.25 if isinstance(result, Tensor) else result

@@ -22,7 +22,7 @@ def _of_x(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 
 
 def rms_norm_case(kind: str = "llama", *, weight_dtype: Any = None, weighted: bool = True) -> Case:
-    """``kind``: "llama" or "gemma", and what transformers' layer of that name computes."""
+    """``kind``: "llama" or "gemma". The plain result is that of transformers' layer of this name."""
     gemma = kind == "gemma"
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
@@ -51,7 +51,7 @@ def rms_norm_case(kind: str = "llama", *, weight_dtype: Any = None, weighted: bo
 
 
 def layer_norm_case(vectors: str = "weight bias", vector_dtype: Any = None) -> Case:
-    """``vectors``: those that there are."""
+    """``vectors``: names of the vectors that the layer has."""
     names = vectors.split()
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
@@ -83,7 +83,7 @@ def _plain_activation(x: Tensor, activation: str) -> Tensor:
 
 
 def _off_zero(x: Tensor) -> Tensor:
-    """ReLU's slope jumps there, and plain PyTorch's finite differences with it."""
+    """Moves values away from zero, where ReLU's slope and so its finite differences jump."""
     return x.masked_fill(x.abs() < 1e-3, 0.5)
 
 
@@ -92,7 +92,7 @@ def _of_n(dtype: torch.dtype, shape: tuple) -> tuple[torch.dtype, tuple]:
 
 
 def gated_activation_case(activation: str, form: str = "two") -> Case:
-    """``form``: "two" tensors, "halves" of one that is given, or "views" of one."""
+    """``form``: gate and up are "two" tensors, "halves" of one given tensor, or "views" of one tensor."""
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         tokens, n = shape[0], shape[2]
@@ -134,7 +134,7 @@ def activation_case(activation: str) -> Case:
 
 
 def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, contiguous: bool = False) -> Case:
-    """q and k are transposed views; ``one_cos``: for the whole batch. The result is both, one after the other."""
+    """q and k are transposed views. ``one_cos``: one cos and sin for the batch. The results are concatenated."""
 
     def sizes(shape: tuple) -> tuple[int, int, int]:
         """(B, T, D): of a shape's tokens and its rank, as even as a head must be."""
@@ -144,7 +144,7 @@ def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, con
 
     def make(dtype: torch.dtype, shape: tuple) -> Sample:
         b, t, d = sizes(shape)
-        # Halves that differ, which no model's angles have.
+        # The two halves differ, unlike the angles of any model.
         inputs = {name: randn(1 if one_cos else b, t, d, dtype=dtype) for name in ("cos", "sin")}
         for name, count in (("q", heads), ("k", kv_heads)):
             values = randn(b, t, count, d, dtype=dtype).transpose(1, 2)
@@ -201,9 +201,12 @@ def attention_case(
     dropout_p: float = 0.0,
     biased: str = "",
 ) -> Case:
-    """q, k and v are transposed views of heads of twice the rank, values of ``other_values`` more, and one less where
-    ``odd``; ``sees``: "all", "causal", "padding" (some queries see nothing), "documents" or "bits" (of each head);
-    ``biased``: "heads" (of x's dtype, transposed) or "keys" (float32, -inf here and there)."""
+    """q, k and v are transposed views, whose head size is twice the shape's rank.
+
+    ``other_values`` is added to the head size of the values, and ``odd`` subtracts one from the head size. ``sees``:
+    "all", "causal", "padding" (some queries see no key), "documents" or "bits" (a mask for each head). ``biased``:
+    "heads" (x's dtype, transposed) or "keys" (float32, some entries -inf).
+    """
 
     def lengths(shape: tuple) -> tuple[int, int, int]:
         """(B, T, D): a shape of one dimension of tokens is one sequence of them."""
@@ -253,7 +256,7 @@ def attention_case(
         if sees == "causal":
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         probabilities = scores.softmax(-1)
-        if mask is not None:  # of rows that see nothing zeros, and no NaN in their gradients
+        if mask is not None:  # rows that see no key give zeros, and no NaN in their gradients
             probabilities = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
         if dropout_p:
             keep = reference.dropout_keep_mask(SEED, dropout_p, probabilities.mT.shape).mT.to(q.device)
@@ -267,6 +270,6 @@ def attention_case(
     traits = "-more_keys" * bool(more_keys) + "-values" * bool(other_values) + "-odd" * odd + "-contiguous" * contiguous
     traits += f"-dropout{dropout_p}" * bool(dropout_p) + f"-bias_of_{biased}" * bool(biased)
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
-    # Of one key the scores have no gradient: what is left of it is rounding, beside nothing.
+    # With one key the gradient of the scores is zero, and rounding errors have nothing to be compared with.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
     return Case(name, "attention", make, call, plain, result=result, shapes=shapes)

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that people adapt: transformers' own classes, with a batch for each."""
+"""Tiny random models of commonly adapted architectures, of transformers' own classes, with a batch for each."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model and its batch. ``hidden`` and ``inner`` are multiples of 64, a block of NF4, where bitsandbytes'
-    kernels are to take them; a token goes to ``active`` of the ``experts``."""
+    """Sizes of a model and its batch.
+
+    For bitsandbytes' kernels, ``hidden`` and ``inner`` must be multiples of 64, the block size of NF4. A token goes to
+    ``active`` of the ``experts``.
+    """
 
     hidden: int = 64
     inner: int = 128
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2  # fewer keys than queries: a narrow k_proj and v_proj
-    head_dim: int = 32  # where an architecture has it apart from hidden / heads
+    head_dim: int = 32  # in architectures where it is independent of hidden / heads
     vocab: int = 128
     experts: int = 2
-    active: int = 2  # of two both: a choice may flip with a rounding
-    smooth: bool = False  # no ReLU, whose side a rounding may choose
+    active: int = 2  # both of two experts: a rounding may change a choice
+    smooth: bool = False  # without ReLU: a rounding may change the side of its kink
     batch: int = 8
     length: int = 9
 
@@ -138,9 +141,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, what to give it and what of it to adapt.
+    """How to make a model, its inputs, and the modules to adapt.
 
-    ``inputs`` without labels are also what it generates from; ``lora``, ``dora`` (``lora`` where None) and ``ia3`` are
+    Text is generated from ``inputs`` too, which have no labels. ``lora``, ``dora`` (None: ``lora``) and ``ia3`` are
     arguments of PEFT's configurations, empty for the list of layers that PEFT has for the architecture. ``labels`` is
     None where the model has a loss of its own or none at all.
     """
@@ -159,7 +162,7 @@ class Architecture:
         return self.model.can_generate()
 
     def build(self, seed: int = 1) -> hf.PreTrainedModel:
-        """The model, with the same weights each time; biases and norms, which start at 0 and 1, as after training."""
+        """Returns the model with fixed weights. Biases and norms have values as after training, not 0 and 1."""
         torch.manual_seed(seed)
         model = self.model(copy.deepcopy(self.config)).eval()
         with torch.no_grad():
@@ -172,7 +175,7 @@ class Architecture:
         return {**self.inputs(), **({} if self.labels is None else {"labels": self.labels()})}
 
     def peft_config(self, method: str) -> PeftConfig:
-        """A configuration of "LoRA", "DoRA" or "IA3" that starts from weights as after some training."""
+        """Returns a configuration of "LoRA", "DoRA" or "IA3" whose initial weights are as after some training."""
         if method == "IA3":
             return IA3Config(task_type=self.task, init_ia3_weights=False, **self.ia3)
         targets = self.dora if method == "DoRA" and self.dora is not None else self.lora
@@ -188,7 +191,7 @@ class Architecture:
 
 
 def _of(stem: str, head: str, sizes: dict[str, Any]) -> tuple[type[hf.PreTrainedModel], hf.PretrainedConfig]:
-    """transformers' class of a model and its configuration, by their names."""
+    """Returns transformers' class of a model, and a configuration with these sizes."""
     return getattr(hf, f"{stem}{head}"), getattr(hf, f"{stem}Config")(**sizes)
 
 
@@ -236,8 +239,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "Phi3": lambda s: _decoder(s, "Phi3", {**s.grouped, "resid_pdrop": 0.1}, **_ia3(["qkv_proj"], ["down_proj"])),
     "GPT-2": lambda s: _decoder(s, "GPT2", s.gpt, "LMHeadModel"),
     "Falcon": lambda s: _falcon(s, bias=True, hidden_dropout=0.1),
-    # Without a bias and without dropout nothing stands between a layer and the sum, which Falcon makes in place; IA3
-    # scales what goes into it.
+    # Without bias and dropout, Falcon adds a layer's output to the residual in place; IA3 scales that output.
     "Falcon-7B": lambda s: _falcon(s, bias=False, **_ia3(["query_key_value", "dense_4h_to_h"], [])),
     "Falcon-40B": lambda s: _falcon(s, bias=False, new_decoder_architecture=True, num_kv_heads=s.kv_heads),
     "OPT": lambda s: _decoder(
@@ -251,8 +253,8 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
     "GPT-NeoX": lambda s: _decoder(s, "GPTNeoX", s.decoder),
     "Cohere": lambda s: _decoder(s, "Cohere", s.grouped, **_LLAMA_IA3),
     "Cohere2": lambda s: _decoder(s, "Cohere2", {**s.grouped, "sliding_window": 4}, **_LLAMA_IA3),
-    # A token goes to one expert of two, whose choice a rounding may flip, or to the one that there is; the second layer
-    # is dense, and the routed sum is added in place to what the shared expert returns.
+    # One expert instead of two where each token goes to one: a rounding could change a token's choice. The second layer
+    # is dense. The routed sum is added to the shared expert's output in place.
     "Llama4": lambda s: Architecture(
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
@@ -293,7 +295,7 @@ _TESTED: dict[str, Callable[[Sizes], Architecture]] = {
             "target_modules": _ATTENTION,
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
-        dora={"target_modules": _ATTENTION},  # PEFT has none of an expert's weights
+        dora={"target_modules": _ATTENTION},  # PEFT has no DoRA of an expert's weights
     ),
 }  # fmt: skip
 
@@ -364,7 +366,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
          "hidden_dim": s.inner, "initializer_range": s.spread, "pad_token_id": 0},
     ),
     "ELECTRA": lambda s: _classifier(s, "Electra", {**s.encoder, "embedding_size": 24}),
-    # Its layers are one, called again and again.
+    # All its layers are one module, which is called several times.
     "ALBERT": lambda s: _classifier(s, "Albert", {**s.encoder, "embedding_size": 24}),
     "DeBERTa-v2": lambda s: _classifier(
         s, "DebertaV2",
@@ -378,7 +380,7 @@ _MORE: dict[str, Callable[[Sizes], Architecture]] = {
     ),
     "BART": lambda s: _seq2seq(s, "Bart", {**s.bart, **_POSITIONS}),
     "mBART": lambda s: _seq2seq(s, "MBart", {**s.bart, **_POSITIONS}),
-    "NLLB-MoE": lambda s: _seq2seq(  # whose experts are modules; a ReLU of so few tokens may decide all
+    "NLLB-MoE": lambda s: _seq2seq(  # its experts are modules; with few tokens one ReLU may change everything
         s, "NllbMoe",
         {**s.bart, **_POSITIONS, "num_experts": s.experts, "encoder_sparse_step": 1, "decoder_sparse_step": 1,
          "expert_capacity": 64, "router_jitter_noise": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
@@ -413,7 +415,7 @@ FAMILIES = (*_TESTED, *_MORE)
 
 
 def architecture(name: str, sizes: Optional[Sizes] = None) -> Architecture:
-    """Of one of ``FAMILIES``, in these sizes."""
+    """Returns the architecture of one of ``FAMILIES`` in these sizes."""
     make = _TESTED[name] if name in _TESTED else _MORE[name]
     return make(Sizes() if sizes is None else sizes)
 
@@ -427,15 +429,15 @@ ARCHITECTURES = {name: architecture(name) for name in _TESTED}
 
 # Logits, loss and gradients by name.
 Step = dict[str, Optional[Tensor]]
-# What differs is the order of float32 sums over at most 128 terms, through two layers and back: up to 5e-6 of a
-# gradient's norm is seen. A bfloat16 rounding somewhere is 2e-3, a term left out of any layer is above 1e-2.
+# The order of float32 sums of at most 128 terms differs, through two layers and back, which changes a gradient by up to
+# 5e-6 of its norm. A bfloat16 rounding changes it by 2e-3, a missing term of a layer by more than 1e-2.
 TOLERANCE = 2e-5
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts the calls of peft_ext's operators by name, on this thread, which is also where the CPU's backward runs.
+    """Counts the calls of peft_ext's operators by name on this thread, on which the CPU's backward runs too.
 
-    Those of one that is a composition of others are not counted. Layers that are computed together count one by one.
+    An operator that is a composition of others is not counted. Siblings count one by one.
     """
 
     def __init__(self) -> None:
@@ -447,10 +449,10 @@ class OperatorCalls(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("lora_linears", "lora_linears_backward") and func.namespace == "peft_ext":
-            layers = args[0] if name.endswith("_backward") else args[3][::2]  # gradients, and a scaling of each
+            layers = args[0] if name.endswith("_backward") else args[3][::2]  # a gradient or a scaling for each layer
             self.calls[name.replace("linears", "linear")] += sum(layer is not None for layer in layers)
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
-            scaled = args[12] is not None  # by DoRA's
+            scaled = args[12] is not None  # the scale vector of DoRA
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
         elif func.namespace == "peft_ext" and name not in COMPOSED:
             self.calls[name] += 1
@@ -463,7 +465,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
-    """Logits, loss and the gradient of each trainable parameter of a training step from a fixed seed."""
+    """Returns logits, loss and the gradient of each trainable parameter of a training step from a fixed seed."""
     model.train().zero_grad()
     torch.manual_seed(4)
     output = model(**batch)
@@ -477,7 +479,7 @@ def error_of(actual: Tensor, wanted: Tensor) -> float:
 
 
 def assert_close(actual: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
-    """Every tensor that ``wanted`` has is there and within ``tolerance`` of its norm, which is not zero."""
+    """Asserts that ``actual`` has ``wanted``'s tensors, each within ``tolerance`` times its norm, which is not zero."""
     if isinstance(wanted, Tensor):
         actual, wanted = {"logits": actual}, {"logits": wanted}
     assert actual.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""A tiny random model and data in a folder, and runs of the command line on it."""
+"""A tiny random model and data in a folder, and runs of the command line on them."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with ``model`` (Llama, random, byte tokenizer), and data files."""
+    """A folder with ``model`` (a random Llama with a byte tokenizer) and data files."""
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_model(folder / "model")
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(24)]
@@ -57,7 +57,7 @@ def write_tiny_model(folder: Path, experts: int = 0) -> None:
 
 
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
-    """Returns the exit code of a few steps on the tiny model."""
+    """Runs a few steps of finetune on the tiny model and returns the exit code."""
     return main(
         ["finetune", "--model", str(tiny / "model"), "--data", str(tiny / data), "--output", str(output),
          "--batch-size", "2", "--block-size", "64", "--rank", "4", "--max-steps", str(steps), *options]
@@ -65,5 +65,5 @@ def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl",
 
 
 def report(output: Path) -> dict:
-    """Returns what a run wrote into run.json."""
+    """Returns the content of a run's run.json."""
     return json.loads((output / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""Tiny models under BitFit, partial fine-tuning and Diff Pruning, and what an adapter of theirs has to compute."""
+"""Tiny models under BitFit, partial fine-tuning and Diff Pruning, and references for their adapters."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ def make_base(name):
     torch.manual_seed(1)
     model = _MODELS[name]()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # zeros and ones at first, which hide a bias that is dropped or a norm that is swapped
+        if parameter.dim() == 1:  # zeros and ones would hide a missing bias or a swapped norm
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
@@ -84,7 +84,7 @@ def adapter_parameters(model, adapter="default"):
 
 
 def spread(model, adapter="default", seed=3):
-    """The adapter as after some training."""
+    """Gives the adapter values as after some training, and returns the model."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapter_parameters(model, adapter).items():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -113,7 +113,7 @@ def gradients(model):
 
 
 def reference(model, base, adapter="default"):
-    """The base model with the adapter's tensors written into it, and they alone trained."""
+    """Returns a copy of the base with the adapter's tensors written into it. These tensors alone are trainable."""
     plain = copy.deepcopy(base)
     plain.requires_grad_(False)
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -131,7 +131,7 @@ def reference(model, base, adapter="default"):
 
 
 def of_base(name):
-    """The base model's name of a tensor of an adapter."""
+    """Returns the name that a tensor of an adapter has in the base model."""
     head, _, tail = name.removeprefix("base_model.model.").rpartition("_tensors.default.")
     return f"{head.rpartition('.')[0]}.{tail}"
 
@@ -140,7 +140,7 @@ def state_bits(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-# Of dictionaries of tensors: the same names, dtypes and bits.
+# Asserts that two dictionaries of tensors have equal names, dtypes and bits.
 assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -149,7 +149,7 @@ def wrapped(model):
 
 
 class Mixer(nn.Module):
-    """A module with a parameter of its own beside its projections, as state-space layers have."""
+    """A module with its own parameter beside its projections, like a state-space layer."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ class Mixed(nn.Module):
 
 
 def rows_for(base):
-    """Twelve rows of data, of which a Trainer makes its batches."""
+    """Returns twelve rows of data for a Trainer."""
     ids = torch.randint(3, VOCAB, (12, 6), generator=torch.Generator().manual_seed(4))
     labels = ids[:, 0] % 2 if isinstance(base, BertForSequenceClassification) else ids
     return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]

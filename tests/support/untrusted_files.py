@@ -1,4 +1,4 @@
-"""A tiny model and adapter in folders, and copies of them that are broken, absurd or meant to do harm."""
+"""Copies of a model's and an adapter's folder that are broken, absurd or malicious."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# Backtracks for longer than the universe is old on the name of a layer.
+# On the name of a layer this expression backtracks without end.
 EVIL = "([a-z_.0-9]+)+!"
 
 
 @contextmanager
 def one_line(start: str, within: str = "", kind: type[Exception] = ValueError, most: int = 10**6) -> Iterator[None]:
-    """What is run raises an error of one line of less than ``most`` characters, which begins so and has ``within``."""
+    """Asserts that the block raises a one-line error that begins with ``start`` and contains ``within``."""
     with pytest.raises(kind) as caught:
         yield
     text = str(caught.value)
@@ -27,7 +27,7 @@ def one_line(start: str, within: str = "", kind: type[Exception] = ValueError, m
 
 
 def edited(folder: Path, out: Path, name: str = "adapter_config.json", **changes: Any) -> Path:
-    """A copy of ``folder`` with fields of a JSON file changed."""
+    """Copies ``folder`` to ``out`` and changes fields of a JSON file there. Returns ``out``."""
     shutil.copytree(folder, out, dirs_exist_ok=True)
     (out / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
     return out

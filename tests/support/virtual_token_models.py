@@ -1,4 +1,4 @@
-"""Models of every kind of configuration that prefix and prompt tuning meet, and PEFT's models of both."""
+"""Models of every kind that prefix and prompt tuning have to handle, and PEFT's models of both methods."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_heads": 4,
 MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 3}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "num_hidden_layers": 2, "head_dim": 12}),
-    # The window is shorter than the prefix.
+    # The attention window is shorter than the prefix.
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "num_hidden_layers": 2, "head_dim": 12,
                                                      "sliding_window": 4}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4,
@@ -33,17 +33,17 @@ MODELS = {
     "bert": ("BertConfig", "BertForSequenceClassification", {**SMALL, "num_hidden_layers": 2}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {**T5, "num_layers": 3, "num_decoder_layers": 3}),
     "t5-even": ("T5Config", "T5ForConditionalGeneration", {**T5, "num_layers": 2, "num_decoder_layers": 2}),
-    # Heads that do not share d_model out, and a decoder of its own depth: PEFT can't run these.
+    # heads * d_kv differs from d_model, and encoder and decoder differ in depth: PEFT can't run these models.
     "t5-odd-sizes": ("T5Config", "T5ForConditionalGeneration", {**T5, "num_heads": 6, "num_layers": 2,
                                                                 "num_decoder_layers": 3}),
     "bart": ("BartConfig", "BartForConditionalGeneration", {"vocab_size": VOCAB, "d_model": 32, "encoder_ffn_dim": 40,
                                                             "decoder_ffn_dim": 40, **DECODER_LAYERS}),
 }  # fmt: skip
-TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # of the others: CAUSAL_LM
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "t5-even": "SEQ_2_SEQ_LM"}  # all other kinds: CAUSAL_LM
 
 
 def make_model(kind: str) -> transformers.PreTrainedModel:
-    """A random model whose attention has something to choose from: weights well above the usual 0.02."""
+    """Returns a random model with weights well above the usual 0.02, so that its attention is not uniform."""
     config_class, model_class, arguments = MODELS[kind]
     own = getattr(transformers, config_class)(**{"initializer_range": 0.3, **arguments})
     return getattr(transformers, model_class)(own).eval().requires_grad_(False)
@@ -59,7 +59,7 @@ def make_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_peft(kind: str, model: nn.Module, config: type[peft.PromptLearningConfig], **options: Any) -> peft.PeftModel:
-    """PEFT's model of a copy, with P virtual tokens."""
+    """Returns PEFT's model around a copy, with P virtual tokens."""
     config = config(task_type=TASKS.get(kind, "CAUSAL_LM"), num_virtual_tokens=P, **options)
     return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
