@@ -23,7 +23,7 @@ from ..reference import attention as reference
 from ..reference import common
 from ..reference.rotary import rotated_like
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["scaled_dot_product_attention"]
@@ -66,6 +66,7 @@ define(
     f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor out, Tensor lse)",
     reference=_reference,
     fake=_fake,
+    family="attention",
     cuda=False,
 )
 define(
@@ -73,8 +74,20 @@ define(
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) -> (Tensor q, Tensor k, Tensor v)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="attention",
     cuda=False,
 )
+
+
+@proof("attention")
+def _proof(inputs):
+    size, draw = 32, inputs.draw
+    q, k, v = (draw(2, 17, heads, size).transpose(1, 2) for heads in (4, 2, 2))
+    for how in ((None, True, 0.2, 0.0, None, None), (None, False, 0.2, 0.1, inputs.seed, None)):
+        yield "scaled_dot_product_attention", (q, k, v, *how)
+        out, lse = _reference(q, k, v, *how)
+        grad = draw(*out.shape)
+        yield "scaled_dot_product_attention_backward", (grad, q, k, v, out, lse, *how)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -110,6 +123,7 @@ def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias:
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("scaled_dot_product_attention", "scaled_dot_product_attention_backward")
 def scaled_dot_product_attention(
     q: Tensor,
     k: Tensor,

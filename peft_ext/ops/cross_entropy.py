@@ -24,7 +24,7 @@ from ..reference import common
 from ..reference import cross_entropy as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["linear_cross_entropy"]
@@ -121,6 +121,7 @@ define(
     "int ignore_index, bool needs_grad) -> Tensor",
     reference=reference.cross_entropy_rows,
     fake=_rows_fake,
+    family="cross_entropy",
 )
 # Losses [T], or Σ row_weight · loss, and that sum's gradients. A composition of other operators on every device.
 define(
@@ -131,8 +132,21 @@ define(
     " -> (Tensor losses, Tensor grad_hidden, Tensor grad_lora_input, Tensor grad_A, Tensor grad_B, Tensor grad_bias)",
     reference=_forward,
     fake=_forward_fake,
+    family="cross_entropy",
     composed=True,
 )
+
+
+@proof("cross_entropy")
+def _proof(inputs):
+    labels = inputs.integers(0, inputs.n, inputs.t)
+    labels[::7] = -100
+    row_weight = inputs.draw(inputs.t, of=torch.float32)
+    for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
+        yield "cross_entropy_rows", (inputs.grad, labels, row_weight, *loss, -100, True)
+    adapter = (None, inputs.a, inputs.b, 0.5)
+    how = (labels, row_weight, 1.0, 0.0, 0.0, -100, 64, True, True, True, True)
+    yield "linear_cross_entropy", (inputs.x, *inputs.dense, inputs.bias, *adapter, *how)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -181,6 +195,7 @@ _linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, set
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("cross_entropy_rows")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Union[Tensor, NF4Weight],

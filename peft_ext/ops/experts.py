@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import experts as reference
+from ..reference import nf4 as nf4_reference
 from ..reference.dora import output_scale
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["dora_experts", "dora_experts_weight_norm", "experts_linear", "lora_experts"]
@@ -134,6 +135,7 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SCALE}, bool want_z) -> (Tensor y, Tensor s, Tensor z)",
     reference=_forward,
     fake=_forward_fake,
+    family="experts",
 )
 define(
     "lora_experts_backward",
@@ -141,13 +143,31 @@ define(
     " bool needs_grad_scale) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="experts",
 )
 define(
     "dora_experts_weight_norm",
     f"({WEIGHT}, Tensor? offsets, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
     reference=_norm_reference,
     fake=_norm_fake,
+    family="experts",
 )
+
+
+@proof("experts")
+def _proof(inputs):
+    x, t, k, n, draw = inputs.x, inputs.t, inputs.k, inputs.n, inputs.draw
+    stack = [nf4_reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True) for _ in range(3)]
+    several = (draw(3, n, k, scale=k**-0.5), None, None, None, None, 0, [3, n, k])
+    a, b = draw(3, 16, k, of=torch.float32, scale=k**-0.5), draw(3, n, 16, of=torch.float32, scale=0.25)
+    ends = torch.tensor([t // 2, t // 2, t - 3], device=inputs.device)
+    for weight, p in ((several, 0.1), (NF4Weight.stack(stack).op_args(), 0.0)):
+        for g in (None, inputs.vector(3, n)):
+            adapter, scale, trains = (ends, a, b, g), (0.5, p, inputs.seed if p else None), g is not None
+            yield "lora_experts", (x, *weight, draw(3, n), *adapter, *scale, trains)
+            _, s, z = _forward(x, *weight, None, *adapter, *scale, trains)
+            yield "lora_experts_backward", (inputs.grad, x, *weight, *adapter, s, z, *scale, True, trains)
+        yield "dora_experts_weight_norm", (*weight, ends, a, b, 0.5, inputs.dtype)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -201,6 +221,7 @@ _lora_experts = register_autograd("lora_experts", _backward, setup_context=_setu
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("lora_experts", "lora_experts_backward")
 def lora_experts(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -242,6 +263,7 @@ def lora_experts(
     return _call("lora_experts", x, weight, offsets, bias, adapter)
 
 
+@public("lora_experts", "lora_experts_backward", "dora_experts_weight_norm")
 def dora_experts(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -280,6 +302,7 @@ def dora_experts(
     return _call("dora_experts", x, weight, offsets, bias, adapter)
 
 
+@public("dora_experts_weight_norm")
 def dora_experts_weight_norm(
     weight: Union[Tensor, NF4Weight],
     lora_A: Tensor,
@@ -323,6 +346,7 @@ def dora_experts_weight_norm(
     return _ops.dora_experts_weight_norm(*checks.weight_args(weight), offsets, lora_A, lora_B, float(scaling), dtype)
 
 
+@public("lora_experts", "lora_experts_backward")
 def experts_linear(
     x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor] = None
 ) -> Tensor:

@@ -20,7 +20,7 @@ from ..reference import common
 from ..reference import grouped_lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["grouped_lora_linear"]
@@ -50,7 +50,19 @@ define(
     " -> (Tensor y, Tensor s)",
     reference=_forward_reference,
     fake=_forward_fake,
+    family="grouped_lora",
 )
+
+
+@proof("grouped_lora")
+def _proof(inputs):
+    t, k, n = inputs.t, inputs.k, inputs.n
+    a2, b2 = inputs.draw(40, k, of=torch.float32, scale=k**-0.5), inputs.draw(n, 40, of=torch.float32, scale=0.25)
+    groups = [inputs.a, a2], [inputs.b, b2], [0.5, 2.0]
+    yield "grouped_lora_linear", (inputs.x.view(2, t // 2, k), *inputs.dense, inputs.bias, *groups, [1, 0])
+    few = inputs.draw(3, 1, k)
+    for weight in (inputs.dense, inputs.nf4):
+        yield "grouped_lora_linear", (few, *weight, inputs.bias, *groups, [1, 0, -1])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -130,6 +142,7 @@ torch.library.register_autograd(f"{NAMESPACE}::grouped_lora_linear", _backward, 
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("grouped_lora_linear", "lora_linear_backward")
 def grouped_lora_linear(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],

@@ -1,4 +1,7 @@
-"""How an operator is declared: schema, reference fallback and fake in one call.
+"""How an operator is declared, and the registry of all operators.
+
+:func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
+kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
 
 The native libraries only add kernels for the CPU and CUDA dispatch keys. Where one has none (no native library, or a
 device without a kernel) the dispatcher takes the reference, registered for every backend.
@@ -9,9 +12,10 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional, TypeVar
 
 import torch
 
@@ -26,34 +30,90 @@ WEIGHT = (
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
-OPS: list[str] = []
+_F = TypeVar("_F", bound=Callable[..., Any])
 
-# Those of them that have no CUDA kernel: on a GPU the public function calls PyTorch's own.
-WITHOUT_CUDA: set[str] = set()
 
-# Operators that are a composition of others where no device has a kernel of their own, with it.
-COMPOSED: dict[str, Callable[..., Any]] = {}
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the dispatcher, ``peft_ext::<name>``.
 
-# What runs where no kernel is registered, by operator.
-REFERENCES: dict[str, Callable[..., Any]] = {}
+    Attributes:
+        reference: what runs where no kernel is registered.
+        family: name of the operators whose CUDA kernels are proved, and dropped, together.
+        composed: whether the reference is a composition of other operators, which is all that a device without a
+            kernel of its own needs.
+        cuda: whether the CUDA library has a kernel of the operator. Where it has none, of an operator that is not
+            composed, the public function calls PyTorch's own on a GPU.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    family: str
+    composed: bool
+    cuda: bool
+
+
+# Every operator of the dispatcher, by name: whoever needs a list of operators asks this registry.
+OPERATORS: dict[str, Operator] = {}
+
+# By public function of peft_ext.ops: the operators that the function calls, in its forward and backward.
+PUBLIC: dict[str, tuple[str, ...]] = {}
+
+# By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
+PROOFS: dict[str, Callable[[Any], Iterator[tuple[str, tuple]]]] = {}
+
+
+def cuda_families() -> dict[str, list[str]]:
+    """Returns by family the names of the operators that have CUDA kernels."""
+    found: dict[str, list[str]] = {}
+    for op in OPERATORS.values():
+        if op.cuda:
+            found.setdefault(op.family, []).append(op.name)
+    return found
 
 
 def define(
-    name: str, schema: str, *, reference: Callable, fake: Callable, composed: bool = False, cuda: bool = True
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    family: str,
+    composed: bool = False,
+    cuda: bool = True,
 ) -> None:
-    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered: of a composed one everywhere,
-    where not ``cuda`` on GPUs."""
+    """Declares ``peft_ext::<name>`` to PyTorch and to the registry; see :class:`Operator`.
+
+    ``fake`` returns the empty results that a compiler needs.
+    """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     reference = _outside_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _with_finite_numbers(name, schema, fake), lib=LIBRARY)
-    if composed:
-        COMPOSED[name] = reference
-        return
-    REFERENCES[name] = reference
-    OPS.append(name)
-    if not cuda:
-        WITHOUT_CUDA.add(name)
+    OPERATORS[name] = Operator(name, reference, family, composed, cuda and not composed)
+
+
+def proof(family: str) -> Callable[[_F], _F]:
+    """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
+
+    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call is the family's main one, which is timed.
+    """
+
+    def register(calls: _F) -> _F:
+        PROOFS[family] = calls
+        return calls
+
+    return register
+
+
+def public(*operators: str) -> Callable[[_F], _F]:
+    """Registers a public function with the operators that the function calls, in its forward and backward."""
+
+    def register(function: _F) -> _F:
+        PUBLIC[function.__name__] = operators
+        return function
+
+    return register
 
 
 def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[..., Any]:

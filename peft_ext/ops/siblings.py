@@ -25,7 +25,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
 from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
-from .library import NAMESPACE, below_autograd, by_reference, define, records_graph, tokens
+from .library import NAMESPACE, below_autograd, by_reference, define, proof, public, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -89,13 +89,29 @@ define(
     f"(Tensor x, {LAYERS}) -> Tensor[]",
     reference=_forward,
     fake=_forward_fake,
+    family="siblings",
 )
 define(
     "lora_linears_backward",
     f"(Tensor?[] grads, Tensor x, {LAYERS}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="siblings",
 )
+
+
+@proof("siblings")
+def _proof(inputs):
+    x, grad, a, b = inputs.x, inputs.grad, inputs.a, inputs.b
+    (w, *_), (packed, absmax, nested, code, offset, blocksize, shape) = inputs.dense, inputs.nf4
+    of_nf4 = [tensor for tensor in (packed, absmax, nested, code, offset) if tensor is not None]
+    held = [w, inputs.bias, a, b, inputs.seed, *of_nf4, a, b, w]
+    sizes = [0b1011100001, 0, *shape, 0b11000011 | (0b11100 if nested is not None else 0), blocksize, *shape, 1,
+             0, *shape]  # fmt: skip
+    layers = (held, sizes, [0.5, 0.1, 0.5, 0.0, 1.0, 0.0])
+    yield "lora_linears", (x, *layers)
+    s = _forward(x, *layers)[3:]
+    yield "lora_linears_backward", ([grad, grad, grad], x, *layers, s, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -156,6 +172,7 @@ torch.library.register_autograd(f"{NAMESPACE}::lora_linears", _backward, setup_c
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("lora_linears", "lora_linears_backward")
 def lora_linears(
     x: Tensor,
     weights: Sequence[Union[Tensor, NF4Weight]],

@@ -40,7 +40,7 @@ import peft_ext
 from peft_ext.integrations import peft as integration
 from peft_ext.integrations.adapter_layers import dora, reasons
 from peft_ext.integrations.adapter_layers.base import FUSED as FUSED_BY_STOCK
-from peft_ext.ops.library import COMPOSED, OPS
+from peft_ext.ops.library import OPERATORS, PUBLIC
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -362,14 +362,14 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in reasons._CALLED[op]:  # the forward alone is not enough
+    for name in PUBLIC[op]:  # the forward alone is not enough
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)
     monkeypatch.setattr(reasons.STATE, "cuda_error", "not built")
-    everything = {name for called in reasons._CALLED.values() for name in called}
+    everything = {name for called in PUBLIC.values() for name in called}
     assert loaded(*everything) == "it is on a GPU, and the CUDA library is not loaded (not built)"
-    assert set(reasons._CALLED[op]) <= {*OPS, *COMPOSED}
+    assert set(PUBLIC[op]) <= set(OPERATORS)
 
 
 def test_inputs_that_do_not_fit_fail_or_pass_as_in_peft():
