@@ -138,6 +138,7 @@ def _proof(inputs):
         of_norm, u = _norm_reference(*norm)
         to_norm = inputs.draw(n, of=torch.float32)
         yield "dora_weight_norm_backward", (to_norm, *weight, a, b, of_norm, u, 0.5, dtype)
+    yield "dora_linear", (x, *inputs.nf4, inputs.bias, a, b, g, 0.5, 0.1, inputs.seed, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

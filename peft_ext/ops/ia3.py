@@ -106,6 +106,7 @@ def _proof(inputs):
     yield "ia3_linear_backward", (inputs.grad, x, *dense, bias, l_out, z, False, False, True, True)
     yield "ia3_scale", (x, l_in)
     yield "ia3_scale_backward", (inputs.draw(inputs.t, inputs.k), x, l_in, True, True)
+    yield "ia3_linear", (x, *inputs.nf4, bias, l_in, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

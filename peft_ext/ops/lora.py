@@ -117,6 +117,7 @@ def _proof(inputs):
         yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
     yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
     yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
+    yield "lora_linear", (x, *inputs.dense, None, a, b, inputs.vector(16), 0.5, 0.1, inputs.seed)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
