@@ -1,11 +1,11 @@
-"""Scaled dot-product attention of a CPU, forward and backward, scores never whole.
+"""Scaled dot-product attention on a CPU, forward and backward. The matrix of scores is never stored whole.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-Backward, S, P and D made again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘
-out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias, out, lse, one float32 a query
-and head, and the seed.
+The backward computes S, P and D again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
+``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias,
+out, lse (one float32 a query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -36,7 +36,7 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns memory of the result, in the order in which the next layer takes it."""
+    """Returns memory for the result ``[B, H, T, Dv]``, laid out as ``[B, T, H, Dv]``, which the next layer reads."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)

@@ -1,12 +1,12 @@
-"""Cross entropy of a linear layer's outputs, of which no more than a chunk of tokens is ever there.
+"""Cross entropy of a linear layer's outputs. The logits exist for one chunk of tokens at a time.
 
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or what a dropout made of it. The weight is frozen, so what the backward needs is known as soon as a chunk's
-losses are: the forward overwrites the chunk's logits with their gradient, multiplies it by W, and leaves dh [T, K] and,
-of a head with LoRA, dA and dB: the two products that the logits and their gradient take anyway, and nothing of size
-[T, V] but one chunk.
+h̃ is h, or h after a dropout. The weight is frozen, so the forward can compute the gradients as soon as it has a chunk's
+losses: it overwrites the chunk's logits with their gradient and multiplies this gradient by W. The forward keeps
+dh [T, K] and, for a head with LoRA, dA and dB. Its products are those of a forward and a backward, and no tensor is
+larger than a chunk's logits.
 
 Sources: transformers' causal loss, which takes the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -31,7 +31,7 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# Bytes of the logits of a chunk: enough tokens for the product to pay, and little beside the rest of a step.
+# Bytes of a chunk's logits: enough tokens for an efficient product, and little memory beside the rest of a step.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -88,14 +88,15 @@ def _forward(hidden, *args):
 
 
 def _plain_product(x, weight):
-    """Returns whether PyTorch's own product is taken: of a dense weight, where it has instructions for the dtype."""
+    """Returns whether PyTorch's product is used: for a dense weight, where the CPU has instructions for the dtype."""
     return weight[1] is None and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):
-    """Returns the gradients in the operator's order, without elements where one is not wanted.
+    """Returns memory for the gradients in the operator's order. A gradient that is not wanted has no elements.
 
-    The bias's is a sum over tokens that is scaled only in the backward: float32, which float16's range would not hold.
+    The bias's gradient is float32: it is a sum over tokens that is scaled only in the backward, and the sum may exceed
+    float16's range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)

@@ -1,4 +1,4 @@
-"""Dropout of a CPU, whose mask is made twice and never written.
+"""Dropout on a CPU. The mask is never stored: forward and backward each compute it.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 

@@ -1,17 +1,16 @@
-"""The linear layers of a mixture of experts over rows that are sorted by expert, with LoRA or DoRA for each expert or
-without.
+"""The linear layers of a mixture of experts, over rows that are sorted by expert, with LoRA, with DoRA or alone.
 
     x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Z_t = x_t W_eᵀ + s · S_t B_eᵀ        t a row of expert e
     Y_t = Z_t + b_e,  or of DoRA  Y_t = g_e ∘ Z_t + b_e,  g_e = magnitude_e / ‖W_e + s · B_e A_e‖  per row
 
 Backward, over the rows of each expert, with ``G = dY``, of DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved: x, S, the seed and, for dg, Z. No weight but its own is read for a row, no sum W + s B A is made, and an expert
-without rows costs nothing, its norm included.
+Saved: x, S, the seed and, for dg, Z. A row reads only its own expert's weight, the sum W + s B A is never formed, and
+an expert without rows costs nothing, also for its norm.
 
-On the CPU one loop over the experts, on all threads. On a GPU one product for all experts, which decodes an NF4 weight
-on its way and takes the low-rank term and the bias before its one rounding; how many rows an expert has is read on the
-device alone, so that nothing waits for it.
+On the CPU the operator is one loop over the experts, on all threads. On a GPU it is one product for all experts, which
+decodes an NF4 weight inside the product and adds the low-rank term and the bias before the one rounding. Only the
+device reads the number of rows of an expert, so the host never waits.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """

@@ -2,7 +2,7 @@
 
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
-Backward: of each adapter as :func:`peft_ext.ops.lora_linear`'s on its own samples. Saved: x and S.
+Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved: x and S.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
 """
@@ -122,7 +122,7 @@ def _backward(ctx, grad, _grad_s):
 
 
 def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
-    """Of these samples: neighbours are a view, and nothing comes from the host for them."""
+    """Returns an index of these samples: for neighbouring samples a slice, which needs no copy to the device."""
     if samples[-1] - samples[0] + 1 == len(samples):
         return slice(samples[0], samples[-1] + 1)
     return torch.tensor(samples, device=device)

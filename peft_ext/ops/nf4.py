@@ -41,7 +41,7 @@ def _dequantize_fake(weight, *args):
 
 
 def _dense(weight, absmax, *rest):
-    """Returns the weight in the dtype that is asked for last; a dense one is of it already."""
+    """Returns the dense weight: an NF4 weight is decoded to the dtype in the last argument."""
     return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
 
 
@@ -75,7 +75,7 @@ define(
     fake=_quantize_fake,
     family="nf4",
 )
-# On a GPU by PyTorch's sums.
+# Has no CUDA kernel: on a GPU the reference runs, by PyTorch's sums.
 define(
     "nf4_scale_mean",
     "(Tensor absmax) -> Tensor",
@@ -170,13 +170,14 @@ def _linear_backward(ctx, grad):
 
 
 def refuse_double_backward(op: str) -> None:
-    """The backward operators have no gradient of their own: asked for one, they would drop it without a word."""
+    """Raises RuntimeError where a gradient of a gradient is wanted: backward operators have none, and autograd would
+    silently treat their results as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: the gradient of a gradient (create_graph=True) is not supported")
 
 
 def sum_rows(grad: Tensor) -> Tensor:
-    """The gradient of a bias: the sum over all leading dimensions, accumulated in float32 by PyTorch."""
+    """Returns a bias's gradient: the sum over all dimensions but the last, which PyTorch accumulates in float32."""
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 

@@ -1,15 +1,17 @@
-"""The CUDA kernels' first use on a kind of card: each family is tried against the plain way, and left where it differs.
+"""Proves the CUDA kernels at their first use on a model of GPU, and drops the families of kernels that fail.
 
-Before the first operator that runs on a GPU, or the first layer that is accelerated there, small inputs go through
-each family's operators twice, forward and backward: through the kernels, and through the reference, which is plain
-PyTorch. A family that disagrees by more than rounding, raises, or is slower is dropped: its operators run the
-reference from then on, a warning says so, and so do ``peft-ext explain`` and ``peft-ext doctor``.
+The proof runs before the first operator on a GPU, or before the first layer is accelerated there. Small inputs go
+through each family's operators, forward and backward, twice: through the kernels and through the reference, which is
+plain PyTorch. A family is dropped if its kernels differ from the reference by more than rounding, raise an error, or
+are slower than the reference. The operators of a dropped family run the reference. A warning, ``peft-ext explain`` and
+``peft-ext doctor`` name the dropped families.
 
 Environment:
-    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a kind of card once for a build of peft_ext, of torch and its CUDA,
-        and remembers in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that) that all agreed; what did
-        not is tried again in the next process, but for what faulted, which no process survives: that is dropped from
-        then on. ``always`` proves all in every process; ``0`` never; else a ValueError.
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a model of GPU once for each build of peft_ext, of torch and of its
+        CUDA. The result is remembered in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if all
+        families agreed; else the next process proves again. A family whose kernels ended a process by a fault is
+        remembered too, and stays dropped. ``always`` proves in every process, ``0`` never. Another value raises
+        ValueError.
 """
 
 from __future__ import annotations
@@ -38,26 +40,26 @@ __all__ = ["DROPPED", "first_use", "prove", "proved", "report"]
 # Operators whose kernels were dropped, and why.
 DROPPED: dict[str, str] = {}
 
-CAPABILITY = (8, 0)  # of the oldest cards that the library has kernels for
-_FAULTS = " | faults"  # of a key: the families that end a process
+CAPABILITY = (8, 0)  # compute capability of the oldest GPUs that the library has kernels for
+_FAULTS = " | faults"  # suffix of the key under which the cache holds the families that ended a process
 
 # Tokens, input features and output features of the inputs; the large ones are timed.
 SMALL, LARGE = (130, 192, 136), (1024, 1024, 1024)
 
-SLOWER = 1.25  # times the plain way's time: a family is dropped
-# ‖kernel - plain‖ / ‖plain‖ that rounding explains, an intermediate's of 16 bits among it.
+SLOWER = 1.25  # a family is dropped if its kernel takes more than this many times the reference's time
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediates of 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 _ops = getattr(torch.ops, NAMESPACE)
-_found: dict[str, dict[str, str]] = {}  # by card, by family: "" where it agrees
-_overriding: list[torch.library.Library] = []  # what drops kernels, as long as it lives
+_found: dict[str, dict[str, str]] = {}  # by GPU name, by family: "", or why the family was dropped
+_overriding: list[torch.library.Library] = []  # the registrations that replace kernels; they end with these objects
 _done = False
 _lock = threading.Lock()
 
 
 def first_use() -> None:
-    """Proves the kernels of the cards that are here, once in a process; not under a compiler or a captured graph."""
-    if torch.compiler.is_compiling() or _done:  # in this order: compiled code does not watch _done
+    """Proves the kernels on this machine's GPUs, once in a process. Does nothing under a compiler or graph capture."""
+    if torch.compiler.is_compiling() or _done:  # in this order: compiled code must not guard on _done
         return
     _prove_here()
 
@@ -69,7 +71,7 @@ def proved(*names: str) -> Optional[str]:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Returns what is known, by card and family: "" where the kernels agree, else why they were dropped."""
+    """Returns by GPU name and family "" where the kernels agreed with the reference, else why they were dropped."""
     return {card: dict(families) for card, families in _found.items()}
 
 
@@ -80,11 +82,11 @@ def _prove_here() -> None:
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-        return  # fake tensors, or a graph that would hold the proof
+        return  # with fake tensors nothing runs, and a captured graph would replay the proof
     with _lock:
         if _done:
             return
-        _done = True  # what is proved calls no public operator, and another thread goes on meanwhile
+        _done = True  # the proof calls no public operator; other threads go on without waiting for the proof
         here = torch.cuda.current_device()
         for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
             card = torch.cuda.get_device_name(index)
@@ -94,7 +96,7 @@ def _prove_here() -> None:
 
 
 def _of_card(card: str, index: int) -> dict[str, str]:
-    """What is known or found of a card: of one that is known or too old without a context on it."""
+    """Returns the result of a GPU's proof by family. No CUDA context is made on a GPU that is known or too old."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < CAPABILITY:
         wanted = ".".join(map(str, CAPABILITY))
@@ -106,7 +108,7 @@ def _of_card(card: str, index: int) -> dict[str, str]:
             try:
                 found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
             except torch.OutOfMemoryError:
-                return {}  # another process proves it
+                return {}  # no verdict: another process proves this GPU
             except KernelFault as fault:
                 _remember_fault(card, index, fault)
                 raise
@@ -130,12 +132,12 @@ def _drop_all(card: str, key: str) -> None:
 
 
 def drop(families: list[str], why: str, key: str = "CUDA") -> None:
-    """Lets the operators of families run the reference on tensors of a dispatch key."""
+    """Makes the operators of ``families`` run the reference for the dispatch key ``key``, and warns."""
     named = ", ".join(families)
     warnings.warn(f"peft_ext: {named}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
+        warnings.simplefilter("ignore")  # PyTorch warns that a kernel is overridden, which is the purpose here
         for name in (name for family in families for name in cuda_families()[family]):
             DROPPED[name] = why
             library.impl(name, OPERATORS[name].reference, key, allow_override=True)
@@ -171,13 +173,13 @@ def _recall(card: str, index: int) -> Optional[dict[str, str]]:
 
 
 def _faulted(card: str, index: int) -> dict[str, str]:
-    """The families that ended an earlier process, and how."""
+    """Returns the families whose kernels ended an earlier process, and how they did."""
     found = {} if _asked() == "always" else _held().get(_key(card, index) + _FAULTS)
     return {family: str(why) for family, why in found.items()} if isinstance(found, dict) else {}
 
 
 def _remember(card: str, index: int, found: dict[str, str]) -> dict[str, str]:
-    if not any(found.values()):  # else a card that others use may be slow today
+    if not any(found.values()):  # a family may have failed only because other users made the GPU slow
         _put(_key(card, index), sorted(cuda_families()))
     return found
 
@@ -192,14 +194,14 @@ def _put(key: str, value: Any) -> None:
         with atomic_file(_cache()) as file:
             json.dump(_held() | {key: value}, file, indent=1)
     except (OSError, RuntimeError):
-        pass  # a home that can't be written: the next process proves again
+        pass  # the home folder can't be written: the next process proves again
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
 class KernelFault(RuntimeError):
-    """A kernel after which the card answers nothing in this process."""
+    """A kernel fault that leaves the GPU unusable for the rest of the process."""
 
     def __init__(self, family: str, device: torch.device, why: str):
         super().__init__(
@@ -210,10 +212,10 @@ class KernelFault(RuntimeError):
 
 
 def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[str, str]] = None) -> dict[str, str]:
-    """Tries every family on a device; returns by family "", or what is wrong. ``timed``: what is slow is wrong;
-    ``faulted``: families that are not tried again, and why.
+    """Proves every family on a device; returns by family "", or why the family failed.
 
-    Whatever device, mode or precision the caller has set.
+    ``timed``: whether a slow kernel fails too. ``faulted``: families that are not run again, and why. The caller's
+    default device, autograd mode, autocast and matmul precision have no influence.
     """
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
@@ -250,14 +252,14 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
         if timed:
             dtype = torch.bfloat16
             name, arguments = next(calls(family, device, dtype, LARGE))
-            if why := _disagrees(name, arguments, dtype):  # more than one block, and paths for large shapes alone
+            if why := _disagrees(name, arguments, dtype):  # several thread blocks, and kernels for large shapes
                 return f"{why}, of 1024 x 1024 x 1024"
             ours, plain = _seconds([_native_op(name), OPERATORS[name].reference], arguments, device)
             if ours > SLOWER * plain:
                 return f"{name} takes {ours / plain:.1f} times the reference's time"
     except torch.OutOfMemoryError:
-        raise  # says nothing of the kernels
-    except Exception as error:  # whatever a kernel raises on a card that it does not fit
+        raise  # a lack of memory is no fault of the kernels
+    except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
         if "out of memory" in str(error).lower():
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
@@ -286,7 +288,7 @@ def _native_op(name: str) -> Callable[..., Any]:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Returns the results, and what the operator wrote in place: in copies of those arguments."""
+    """Returns the results and the arguments that the operator writes to. These arguments are copied before the call."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -309,7 +311,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
 
 
 def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
-    """The median of some calls of each, in turn, after two that warm up: who else uses the card slows both."""
+    """Returns the median seconds of each call. The calls alternate, so that other users of the GPU slow all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(9):
         for call, taken in zip(calls, times, strict=True):

@@ -1,13 +1,14 @@
-"""Layers of one input as one operator: LoRA, or none, over frozen weights, dense or NF4.
+"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, each with LoRA or without.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, written once, and each layer's own gradients as in
 :mod:`.lora`. Saved: x, each S and seed.
 
-On the CPU x is packed once for all W, and the sum of dX is in float32 as far as the panels of all W fit a core's cache,
-but of few tokens, where each layer's is added to dX. On a GPU the forward is that of :func:`lora_linear` layer by
-layer, and the terms behind all dropouts are written once, onto which the products go.
+On the CPU x is packed once for all weights. dX is summed in float32 over the layers if the panels of all weights fit a
+core's cache; for few tokens each layer's part is added to dX in x's dtype. On a GPU the forward runs
+:func:`lora_linear` layer by layer. The backward there writes the low-rank terms of dX first, and the products with the
+weights add to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
@@ -151,7 +152,7 @@ _kernel = below_autograd(_ops.lora_linears.default)
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The same of eager calls, see :func:`.library.register_autograd`."""
+    """The autograd Function of eager calls, see :func:`.library.register_autograd`."""
 
     @staticmethod
     def forward(ctx, sizes, numbers, x, *tensors):
