@@ -186,7 +186,8 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "offset":
         return torch.cat([value.new_zeros(1), value.reshape(-1)])[1:].view(value.shape)
     if layout == "rows apart" and value.dim() > 1:
-        wide = value.new_full((*value.shape[:-1], value.shape[-1] + 3), float("nan"))
+        between = float("nan") if value.is_floating_point() else -1
+        wide = value.new_full((*value.shape[:-1], value.shape[-1] + 3), between)
         wide[..., : value.shape[-1]] = value
         return wide[..., : value.shape[-1]]
     return value
