@@ -225,7 +225,7 @@ def check(drawn: Drawn) -> None:
         assert got.dtype == want.dtype and got.shape == want.shape, (got.dtype, got.shape)
         assert torch.equal(got, want), f"{(got != want).sum()} of {got.numel()} elements differ"
         return
-    terms = max(shape[1], shape[2], torch.Size(shape[0]).numel())
+    terms = max(*shape[1:], torch.Size(shape[0]).numel())  # of the longest sum: the rank is one too
     suspect = []
     for name in got:
         try:
