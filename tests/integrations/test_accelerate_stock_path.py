@@ -455,8 +455,7 @@ def test_layers_of_other_types_stay_as_they_are():
     rows = {row.name.rpartition(".")[2]: row for row in peft_ext.explain(fused).rows}
     assert "Conv1D" not in rows["linear"].kind and "Subclass is a subclass of PEFT's Linear" in rows["linear"].reason
     assert rows["conv1d"] == integration.Row("base_model.model.conv1d", "LoRA over Conv1D", True, "")
-    assert rows["embedding"].reason == "LoRA over Embedding is not fused yet"
-    assert [name for name, row in rows.items() if row.fused] == ["conv1d"]
+    assert [name for name, row in rows.items() if row.fused] == ["conv1d", "embedding"]
 
 
 class Others(nn.Module):

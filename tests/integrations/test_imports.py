@@ -37,6 +37,9 @@ _DORA = of("DoRA")
 # What goes on without the name: edits of PEFT, what is deleted from loaded modules, the layers that are not fused.
 OPTIONAL = {
     "peft.tuners.tuners_utils.check_adapters_to_merge": (word("check_adapters_to_merge"), [], set()),
+    "peft.tuners.lora.Embedding": (
+        [["tuners/lora/__init__.py", "Embedding, Linear, ", "Embedding as Renamed, Linear, "]], [], set(),
+    ),
     "peft.tuners.lora.Linear": (
         [["tuners/lora/__init__.py", "Embedding, Linear, ", "Embedding, Linear as Renamed, "]],
         [], {"LoRA", "DoRA", "LoRA Conv1D"},

@@ -338,7 +338,7 @@ def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optio
         like = pairs[0][0]
         if a.dtype is not like.dtype or a.device != like.device:
             return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}", []
-        if reason := _scaling_reason(layer.scaling[name], a):
+        if reason := scaling_reason(layer.scaling[name], a):
             return reason, []
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)", []
@@ -388,7 +388,8 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
     return reason, lora_A, lora_B
 
 
-def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+    """Returns why the ops can't take an adapter's scaling. ``like``: the adapter's lora_A."""
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
     # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.
