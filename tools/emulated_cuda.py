@@ -56,12 +56,12 @@ def load() -> Path:
     import torch
 
     import peft_ext.ops  # noqa: F401  declares the ops
-    from peft_ext.ops.library import OPS, WITHOUT_CUDA
+    from peft_ext.ops.library import OPERATORS
 
     path = build_ops()
     if not _libraries:
         library = torch.library.Library(NAMESPACE, "DEF")
-        for name in set(OPS) - WITHOUT_CUDA:
+        for name in (op.name for op in OPERATORS.values() if op.cuda):
             schema = str(getattr(torch.ops.peft_ext, name).default._schema)
             library.define(schema.removeprefix("peft_ext::"))
         torch.ops.load_library(str(path))

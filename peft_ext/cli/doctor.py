@@ -63,7 +63,7 @@ def doctor() -> int:
             _row(f"{family} on {card}", f"dropped: {why}" if why else "agrees with the reference")
 
     _section("operators")
-    for name in library.OPS:
+    for name in library.OPERATORS:
         kernels = [key for key in ("CPU", "CUDA") if library.has_kernel(name, key)]
         _row(name, ", ".join(kernels) or "reference only")
 

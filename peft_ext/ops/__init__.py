@@ -9,6 +9,7 @@ from .bottleneck import bottleneck_adapter
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_weight_norm
 from .dropouts import dropout
+from .embedding import lora_embedding
 from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
@@ -34,6 +35,7 @@ __all__ = [
     "ia3_scale",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_embedding",
     "lora_linear",
     "lora_experts",
     "lora_linears",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import activations as reference
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["activation", "gated_activation"]
@@ -66,20 +66,34 @@ define(
     "(Tensor gate, Tensor? up, int activation) -> Tensor",
     reference=_gated_reference,
     fake=_gated_fake,
+    family="activations",
 )
 define(
     "gated_activation_backward",
     "(Tensor grad, Tensor gate, Tensor? up, int activation) -> (Tensor grad_gate, Tensor grad_up)",
     reference=_gated_backward_reference,
     fake=_gated_backward_fake,
+    family="activations",
 )
-define("activation", "(Tensor x, int activation) -> Tensor", reference=_reference, fake=_fake)
+define("activation", "(Tensor x, int activation) -> Tensor", reference=_reference, fake=_fake, family="activations")
 define(
     "activation_backward",
     "(Tensor grad, Tensor x, int activation) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="activations",
 )
+
+
+@proof("activations")
+def _proof(inputs):
+    x, t, k, draw = inputs.x, inputs.t, inputs.k, inputs.draw
+    gate, up = draw(t, 2 * k).chunk(2, -1)
+    yield "gated_activation", (gate, up, 3)
+    yield "gated_activation_backward", (draw(t, k), gate, up, 3)
+    for kind in range(len(reference.ACTIVATIONS)):
+        yield "activation", (x, kind)
+        yield "activation_backward", (draw(t, k), x, kind)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -121,6 +135,7 @@ def _number(op: str, activation: str) -> int:
     return reference.ACTIVATIONS.index(activation)
 
 
+@public("gated_activation", "gated_activation_backward")
 def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Tensor:
     """``y = act(gate) ∘ up`` in float32, rounded once.
 
@@ -146,6 +161,7 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     return _gated_activation(gate, up, kind)
 
 
+@public("activation", "activation_backward")
 def activation(x: Tensor, activation: str) -> Tensor:
     """``y = act(x)`` in float32, rounded once.
 

@@ -1,11 +1,11 @@
-"""Scaled dot-product attention of a CPU, forward and backward, scores never whole.
+"""Scaled dot-product attention on a CPU, forward and backward. The matrix of scores is never stored whole.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-Backward, S, P and D made again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘
-out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias, out, lse, one float32 a query
-and head, and the seed.
+The backward computes S, P and D again from q, k, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
+``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved: q, k, v, the mask, the bias,
+out, lse (one float32 a query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -23,7 +23,7 @@ from ..reference import attention as reference
 from ..reference import common
 from ..reference.rotary import rotated_like
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["scaled_dot_product_attention"]
@@ -36,7 +36,7 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns memory of the result, in the order in which the next layer takes it."""
+    """Returns memory for the result ``[B, H, T, Dv]``, laid out as ``[B, T, H, Dv]``, which the next layer reads."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)
@@ -66,6 +66,7 @@ define(
     f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor out, Tensor lse)",
     reference=_reference,
     fake=_fake,
+    family="attention",
     cuda=False,
 )
 define(
@@ -73,8 +74,20 @@ define(
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) -> (Tensor q, Tensor k, Tensor v)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="attention",
     cuda=False,
 )
+
+
+@proof("attention")
+def _proof(inputs):
+    size, draw = 32, inputs.draw
+    q, k, v = (draw(2, 17, heads, size).transpose(1, 2) for heads in (4, 2, 2))
+    for how in ((None, True, 0.2, 0.0, None, None), (None, False, 0.2, 0.1, inputs.seed, None)):
+        yield "scaled_dot_product_attention", (q, k, v, *how)
+        out, lse = _reference(q, k, v, *how)
+        grad = draw(*out.shape)
+        yield "scaled_dot_product_attention_backward", (grad, q, k, v, out, lse, *how)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -110,6 +123,7 @@ def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias:
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("scaled_dot_product_attention", "scaled_dot_product_attention_backward")
 def scaled_dot_product_attention(
     q: Tensor,
     k: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference import bottleneck as reference
 from ..reference import common
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["bottleneck_adapter"]
@@ -64,6 +64,7 @@ define(
     "float scale, int activation) -> (Tensor y, Tensor u)",
     reference=_reference,
     fake=_fake,
+    family="bottleneck",
 )
 define(
     "bottleneck_adapter_backward",
@@ -72,7 +73,19 @@ define(
     "Tensor grad_up_bias)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="bottleneck",
 )
+
+
+@proof("bottleneck")
+def _proof(inputs):
+    x, k, draw = inputs.x, inputs.k, inputs.draw
+    down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
+    down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)
+    forward = (x, x, down, down_bias, up, up_bias, 0.5, 0)
+    yield "bottleneck_adapter", forward
+    u = _reference(*forward)[1]
+    yield "bottleneck_adapter_backward", (draw(inputs.t, k), x, u, down, up, 0.5, 0, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -107,6 +120,7 @@ _bottleneck_adapter = register_autograd("bottleneck_adapter", _backward, setup_c
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("bottleneck_adapter", "bottleneck_adapter_backward")
 def bottleneck_adapter(
     x: Tensor,
     down_weight: Tensor,

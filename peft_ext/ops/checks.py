@@ -22,9 +22,12 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
-    """Returns whether x, a frozen weight and a bias of an eager call are such that no check here has anything against
-    them, at a part of the checks' time: tensors of the usual kind that fit one another, outside autocast, and no
-    float64. False: the checks say what they say."""
+    """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
+
+    That is a call outside autocast, on plain tensors that fit one another, none of them float64. Everything accepted
+    here is also accepted by the single checks, which take several times as long. False says nothing: the single checks
+    decide, and raise the error.
+    """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
         return False
@@ -55,7 +58,7 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def fits_vector(value: Any, x: Tensor) -> bool:
-    """Returns the same of one float a feature; its shape is left to be seen."""
+    """Fast path for a per-feature float tensor such as a bias. The shape is not checked."""
     return (
         type(value) in _PLAIN and value.dtype in _OF_KERNELS and value.layout is torch.strided and not value.is_nested
         and value.device == x.device
@@ -63,14 +66,14 @@ def fits_vector(value: Any, x: Tensor) -> bool:
 
 
 def fits_seed(seed: Any, x: Tensor) -> bool:
-    """Returns the same of a dropout's seed."""
+    """Fast path for a dropout's seed."""
     if type(seed) is not Tensor or seed.dtype is not torch.int64 or seed.layout is not torch.strided:
         return False
     return seed.shape == (2,) and seed.device == x.device
 
 
 def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
-    """Returns the same of a call with lora_A and lora_B."""
+    """Fast path for a call with lora_A and lora_B, see :func:`fits_linear`."""
     if not fits_linear(x, weight, bias) or not fits_vector(lora_A, x) or not fits_vector(lora_B, x):
         return False
     shape, of_a = weight.shape, lora_A.shape
@@ -84,7 +87,7 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Returns x, weight and bias of a call with lora_A and lora_B as they are computed with, all of them checked."""
+    """Checks the operands of a layer with lora_A and lora_B; returns x, weight and bias in autocast's dtype, if any."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -197,7 +200,10 @@ def check_lora(op: str, weight: Union[Tensor, NF4Weight], lora_A: Tensor, lora_B
 
 
 def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Checks the same for a base of ``shape`` ``[N, K]``, on the device of ``beside``, the argument ``name``."""
+    """Checks lora_A ``[R, K]`` and lora_B ``[N, R]`` for a base weight of ``shape`` ``(N, K)``.
+
+    Both must lie on the device of the tensor ``beside``, which an error calls ``name``.
+    """
     out_features, in_features = shape
     for argument, value in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_float(op, argument, value)
@@ -369,8 +375,8 @@ def check_attention(
     op: str, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], is_causal: bool, scale: Optional[float],
     bias: Optional[Tensor],
 ) -> None:  # fmt: skip
-    """Checks q ``[B, H, T, D]``, k ``[B, Hkv, S, D]`` and v ``[B, Hkv, S, Dv]``, floats, of one dtype and device, a
-    mask of bools and a bias of floats or none, and what is said of them."""
+    """Checks q ``[B, H, T, D]``, k ``[B, Hkv, S, D]`` and v ``[B, Hkv, S, Dv]`` of one dtype and one device, an
+    optional mask of bools, an optional bias of floats, is_causal and scale."""
     if q.dim() != 4:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wanted [B, H, T, D]")
     batch, heads, queries, size = q.shape
@@ -437,9 +443,9 @@ def weight_args(weight: Union[Tensor, NF4Weight]) -> tuple:
 
 
 def unpack_weight(weight: Tensor, absmax: Optional[Tensor], *args: Any) -> Union[Tensor, NF4Weight]:
-    """Undoes :func:`weight_args`, for the reference fallback; after them comes the dtype that an NF4 weight is of.
+    """Undoes :func:`weight_args` for the reference. The last argument is the dtype that an NF4 weight was made from.
 
-    The layers' weights alone: one of three dimensions is that of experts.
+    A weight of three dimensions is a stack of experts' weights.
     """
     *decode, blocksize, shape, dtype = args
     if absmax is None:
@@ -459,7 +465,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, NF4Weight], Optional[Tensor]]:
-    """Returns x, weight and bias as a linear layer takes them under autocast: in its dtype, NF4 as it is."""
+    """Returns x, a dense weight and bias in autocast's dtype, as a linear layer takes them. NF4 stays as it is."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
@@ -472,8 +478,8 @@ def under_a_transform() -> bool:
 
 
 def wants_reference(*values: Optional[Tensor]) -> bool:
-    """Returns whether the reference is to compute: no kernel takes float64, nor knows forward-mode differentiation and
-    torch.func's transforms."""
+    """Returns whether the reference must compute: for float64, forward-mode differentiation or a transform of
+    torch.func, which no kernel supports."""
     if not torch.compiler.is_compiling() and under_a_transform():
         return True
     for value in values:  # a generator would take twice as long

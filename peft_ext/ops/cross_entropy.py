@@ -1,12 +1,12 @@
-"""Cross entropy of a linear layer's outputs, of which no more than a chunk of tokens is ever there.
+"""Cross entropy of a linear layer's outputs. The logits exist for one chunk of tokens at a time.
 
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or what a dropout made of it. The weight is frozen, so what the backward needs is known as soon as a chunk's
-losses are: the forward overwrites the chunk's logits with their gradient, multiplies it by W, and leaves dh [T, K] and,
-of a head with LoRA, dA and dB: the two products that the logits and their gradient take anyway, and nothing of size
-[T, V] but one chunk.
+h̃ is h, or h after a dropout. The weight is frozen, so the forward can compute the gradients as soon as it has a chunk's
+losses: it overwrites the chunk's logits with their gradient and multiplies this gradient by W. The forward keeps
+dh [T, K] and, for a head with LoRA, dA and dB. Its products are those of a forward and a backward, and no tensor is
+larger than a chunk's logits.
 
 Sources: transformers' causal loss, which takes the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -24,14 +24,14 @@ from ..reference import common
 from ..reference import cross_entropy as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# Bytes of the logits of a chunk: enough tokens for the product to pay, and little beside the rest of a step.
+# Bytes of a chunk's logits: enough tokens for an efficient product, and little memory beside the rest of a step.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -88,14 +88,15 @@ def _forward(hidden, *args):
 
 
 def _plain_product(x, weight):
-    """Returns whether PyTorch's own product is taken: of a dense weight, where it has instructions for the dtype."""
+    """Returns whether PyTorch's product is used: for a dense weight, where the CPU has instructions for the dtype."""
     return weight[1] is None and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):
-    """Returns the gradients in the operator's order, without elements where one is not wanted.
+    """Returns memory for the gradients in the operator's order. A gradient that is not wanted has no elements.
 
-    The bias's is a sum over tokens that is scaled only in the backward: float32, which float16's range would not hold.
+    The bias's gradient is float32: it is a sum over tokens that is scaled only in the backward, and the sum may exceed
+    float16's range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
@@ -121,6 +122,7 @@ define(
     "int ignore_index, bool needs_grad) -> Tensor",
     reference=reference.cross_entropy_rows,
     fake=_rows_fake,
+    family="cross_entropy",
 )
 # Losses [T], or Σ row_weight · loss, and that sum's gradients. A composition of other operators on every device.
 define(
@@ -131,8 +133,21 @@ define(
     " -> (Tensor losses, Tensor grad_hidden, Tensor grad_lora_input, Tensor grad_A, Tensor grad_B, Tensor grad_bias)",
     reference=_forward,
     fake=_forward_fake,
+    family="cross_entropy",
     composed=True,
 )
+
+
+@proof("cross_entropy")
+def _proof(inputs):
+    labels = inputs.integers(0, inputs.n, inputs.t)
+    labels[::7] = -100
+    row_weight = inputs.draw(inputs.t, of=torch.float32)
+    for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
+        yield "cross_entropy_rows", (inputs.grad, labels, row_weight, *loss, -100, True)
+    adapter = (None, inputs.a, inputs.b, 0.5)
+    how = (labels, row_weight, 1.0, 0.0, 0.0, -100, 64, True, True, True, True)
+    yield "linear_cross_entropy", (inputs.x, *inputs.dense, inputs.bias, *adapter, *how)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -181,6 +196,7 @@ _linear_cross_entropy = register_autograd("linear_cross_entropy", _backward, set
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("cross_entropy_rows")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Union[Tensor, NF4Weight],

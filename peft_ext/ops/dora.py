@@ -23,7 +23,7 @@ from ..reference import common
 from ..reference import dora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["dora_linear", "dora_weight_norm"]
@@ -96,6 +96,7 @@ define(
     f"({WEIGHT}, {_LORA}, float scaling, ScalarType dtype) -> (Tensor norm, Tensor u)",
     reference=_norm_reference,
     fake=_norm_fake,
+    family="dora",
 )
 define(
     "dora_weight_norm_backward",
@@ -103,6 +104,7 @@ define(
     " -> (Tensor grad_A, Tensor grad_B)",
     reference=_norm_backward_reference,
     fake=_norm_backward_fake,
+    family="dora",
 )
 define(
     "dora_linear",
@@ -110,6 +112,7 @@ define(
     " -> (Tensor y, Tensor s, Tensor z)",
     reference=_forward_reference,
     fake=_forward_fake,
+    family="dora",
 )
 define(
     "dora_linear_backward",
@@ -117,7 +120,25 @@ define(
     " bool needs_grad_x, bool needs_grad_scale) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="dora",
 )
+
+
+@proof("dora")
+def _proof(inputs):
+    x, a, b, n, dense, dtype = inputs.x, inputs.a, inputs.b, inputs.n, inputs.dense, inputs.dtype
+    g = inputs.vector(n)
+    forward = (x, *dense, inputs.bias, a, b, g, 0.5, 0.0, None, False, True)
+    yield "dora_linear", forward
+    _, s, z = _forward_reference(*forward)
+    yield "dora_linear_backward", (inputs.grad, x, *dense, a, b, g, s, z, False, 0.5, 0.0, None, False, True, True)
+    for weight in (dense, inputs.nf4):
+        norm = (*weight, a, b, 0.5, dtype)
+        yield "dora_weight_norm", norm
+        of_norm, u = _norm_reference(*norm)
+        to_norm = inputs.draw(n, of=torch.float32)
+        yield "dora_weight_norm_backward", (to_norm, *weight, a, b, of_norm, u, 0.5, dtype)
+    yield "dora_linear", (x, *inputs.nf4, inputs.bias, a, b, g, 0.5, 0.1, inputs.seed, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -188,6 +209,7 @@ _dora_linear = register_autograd("dora_linear", _backward, setup_context=_setup_
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("dora_weight_norm", "dora_weight_norm_backward")
 def dora_weight_norm(
     weight: Union[Tensor, NF4Weight],
     lora_A: Tensor,
@@ -223,6 +245,7 @@ def dora_weight_norm(
     return _dora_weight_norm(*checks.weight_args(weight), lora_A, lora_B, float(scaling), dtype)
 
 
+@public("dora_linear", "dora_linear_backward", "dora_weight_norm")
 def dora_linear(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],

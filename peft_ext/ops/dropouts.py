@@ -1,4 +1,4 @@
-"""Dropout of a CPU, whose mask is made twice and never written.
+"""Dropout on a CPU. The mask is never stored: forward and backward each compute it.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import common
 from ..reference import dropouts as reference
 from . import checks
-from .library import by_reference, define, register_autograd
+from .library import by_reference, define, proof, public, register_autograd
 
 __all__ = ["dropout"]
 
@@ -30,7 +30,19 @@ def _fake(x, dropout_p, seed):
     return x.new_empty(x.shape)
 
 
-define("dropout", "(Tensor x, float dropout_p, Tensor seed) -> Tensor", reference=_reference, fake=_fake, cuda=False)
+define(
+    "dropout",
+    "(Tensor x, float dropout_p, Tensor seed) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    family="dropouts",
+    cuda=False,
+)
+
+
+@proof("dropouts")
+def _proof(inputs):
+    yield "dropout", (inputs.x, 0.1, inputs.seed)
 
 
 def _setup_context(ctx, inputs, output):
@@ -45,6 +57,7 @@ def _backward(ctx, grad):
 _dropout = register_autograd("dropout", _backward, setup_context=_setup_context)
 
 
+@public("dropout")
 def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: Optional[Tensor] = None) -> Tensor:
     """``mask ∘ x / (1 - p)``, as :func:`torch.nn.functional.dropout`.
 

@@ -1,17 +1,16 @@
-"""The linear layers of a mixture of experts over rows that are sorted by expert, with LoRA or DoRA for each expert or
-without.
+"""The linear layers of a mixture of experts, over rows that are sorted by expert, with LoRA, with DoRA or alone.
 
     x̃_t = mask/(1-p) ∘ x_t      S_t = x̃_t A_eᵀ      Z_t = x_t W_eᵀ + s · S_t B_eᵀ        t a row of expert e
     Y_t = Z_t + b_e,  or of DoRA  Y_t = g_e ∘ Z_t + b_e,  g_e = magnitude_e / ‖W_e + s · B_e A_e‖  per row
 
 Backward, over the rows of each expert, with ``G = dY``, of DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved: x, S, the seed and, for dg, Z. No weight but its own is read for a row, no sum W + s B A is made, and an expert
-without rows costs nothing, its norm included.
+Saved: x, S, the seed and, for dg, Z. A row reads only its own expert's weight, the sum W + s B A is never formed, and
+an expert without rows costs nothing, also for its norm.
 
-On the CPU one loop over the experts, on all threads. On a GPU one product for all experts, which decodes an NF4 weight
-on its way and takes the low-rank term and the bias before its one rounding; how many rows an expert has is read on the
-device alone, so that nothing waits for it.
+On the CPU the operator is one loop over the experts, on all threads. On a GPU it is one product for all experts, which
+decodes an NF4 weight inside the product and adds the low-rank term and the bias before the one rounding. Only the
+device reads the number of rows of an expert, so the host never waits.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -26,10 +25,11 @@ from torch import Tensor
 
 from ..reference import common
 from ..reference import experts as reference
+from ..reference import nf4 as nf4_reference
 from ..reference.dora import output_scale
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["dora_experts", "dora_experts_weight_norm", "experts_linear", "lora_experts"]
@@ -134,6 +134,7 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SCALE}, bool want_z) -> (Tensor y, Tensor s, Tensor z)",
     reference=_forward,
     fake=_forward_fake,
+    family="experts",
 )
 define(
     "lora_experts_backward",
@@ -141,13 +142,31 @@ define(
     " bool needs_grad_scale) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="experts",
 )
 define(
     "dora_experts_weight_norm",
     f"({WEIGHT}, Tensor? offsets, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
     reference=_norm_reference,
     fake=_norm_fake,
+    family="experts",
 )
+
+
+@proof("experts")
+def _proof(inputs):
+    x, t, k, n, draw = inputs.x, inputs.t, inputs.k, inputs.n, inputs.draw
+    stack = [nf4_reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True) for _ in range(3)]
+    several = (draw(3, n, k, scale=k**-0.5), None, None, None, None, 0, [3, n, k])
+    a, b = draw(3, 16, k, of=torch.float32, scale=k**-0.5), draw(3, n, 16, of=torch.float32, scale=0.25)
+    ends = torch.tensor([t // 2, t // 2, t - 3], device=inputs.device)
+    for weight, p in ((several, 0.1), (NF4Weight.stack(stack).op_args(), 0.0)):
+        for g in (None, inputs.vector(3, n)):
+            adapter, scale, trains = (ends, a, b, g), (0.5, p, inputs.seed if p else None), g is not None
+            yield "lora_experts", (x, *weight, draw(3, n), *adapter, *scale, trains)
+            _, s, z = _forward(x, *weight, None, *adapter, *scale, trains)
+            yield "lora_experts_backward", (inputs.grad, x, *weight, *adapter, s, z, *scale, True, trains)
+        yield "dora_experts_weight_norm", (*weight, ends, a, b, 0.5, inputs.dtype)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -201,6 +220,7 @@ _lora_experts = register_autograd("lora_experts", _backward, setup_context=_setu
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("lora_experts", "lora_experts_backward")
 def lora_experts(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -242,6 +262,7 @@ def lora_experts(
     return _call("lora_experts", x, weight, offsets, bias, adapter)
 
 
+@public("lora_experts", "lora_experts_backward", "dora_experts_weight_norm")
 def dora_experts(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -280,6 +301,7 @@ def dora_experts(
     return _call("dora_experts", x, weight, offsets, bias, adapter)
 
 
+@public("dora_experts_weight_norm")
 def dora_experts_weight_norm(
     weight: Union[Tensor, NF4Weight],
     lora_A: Tensor,
@@ -323,6 +345,7 @@ def dora_experts_weight_norm(
     return _ops.dora_experts_weight_norm(*checks.weight_args(weight), offsets, lora_A, lora_B, float(scaling), dtype)
 
 
+@public("lora_experts", "lora_experts_backward")
 def experts_linear(
     x: Tensor, weight: Union[Tensor, NF4Weight], offsets: Tensor, bias: Optional[Tensor] = None
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
-Backward: of each adapter as :func:`peft_ext.ops.lora_linear`'s on its own samples. Saved: x and S.
+Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved: x and S.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
 """
@@ -20,7 +20,7 @@ from ..reference import common
 from ..reference import grouped_lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["grouped_lora_linear"]
@@ -50,7 +50,19 @@ define(
     " -> (Tensor y, Tensor s)",
     reference=_forward_reference,
     fake=_forward_fake,
+    family="grouped_lora",
 )
+
+
+@proof("grouped_lora")
+def _proof(inputs):
+    t, k, n = inputs.t, inputs.k, inputs.n
+    a2, b2 = inputs.draw(40, k, of=torch.float32, scale=k**-0.5), inputs.draw(n, 40, of=torch.float32, scale=0.25)
+    groups = [inputs.a, a2], [inputs.b, b2], [0.5, 2.0]
+    yield "grouped_lora_linear", (inputs.x.view(2, t // 2, k), *inputs.dense, inputs.bias, *groups, [1, 0])
+    few = inputs.draw(3, 1, k)
+    for weight in (inputs.dense, inputs.nf4):
+        yield "grouped_lora_linear", (few, *weight, inputs.bias, *groups, [1, 0, -1])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -110,7 +122,7 @@ def _backward(ctx, grad, _grad_s):
 
 
 def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
-    """Of these samples: neighbours are a view, and nothing comes from the host for them."""
+    """Returns an index of these samples: for neighbouring samples a slice, which needs no copy to the device."""
     if samples[-1] - samples[0] + 1 == len(samples):
         return slice(samples[0], samples[-1] + 1)
     return torch.tensor(samples, device=device)
@@ -130,6 +142,7 @@ torch.library.register_autograd(f"{NAMESPACE}::grouped_lora_linear", _backward, 
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("grouped_lora_linear", "lora_linear_backward")
 def grouped_lora_linear(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import ia3 as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["ia3_linear", "ia3_scale"]
@@ -76,6 +76,7 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor ia3_l, bool feedforward, bool want_z) -> (Tensor y, Tensor z)",
     reference=_linear_reference,
     fake=_linear_fake,
+    family="ia3",
 )
 define(
     "ia3_linear_backward",
@@ -83,14 +84,29 @@ define(
     f" {_NEEDS}) -> {_GRADS}",
     reference=_linear_backward_reference,
     fake=_linear_backward_fake,
+    family="ia3",
 )
-define("ia3_scale", "(Tensor x, Tensor ia3_l) -> Tensor", reference=reference.ia3_scale, fake=_scale_fake)
+define("ia3_scale", "(Tensor x, Tensor ia3_l) -> Tensor", reference=reference.ia3_scale, fake=_scale_fake, family="ia3")
 define(
     "ia3_scale_backward",
     f"(Tensor grad, Tensor x, Tensor ia3_l, {_NEEDS}) -> {_GRADS}",
     reference=_scale_backward_reference,
     fake=_scale_backward_fake,
+    family="ia3",
 )
+
+
+@proof("ia3")
+def _proof(inputs):
+    x, dense, bias = inputs.x, inputs.dense, inputs.bias
+    l_out, l_in = inputs.vector(inputs.n), inputs.vector(inputs.k)
+    forward = (x, *dense, bias, l_out, False, True)
+    yield "ia3_linear", forward
+    z = _linear_reference(*forward)[1]
+    yield "ia3_linear_backward", (inputs.grad, x, *dense, bias, l_out, z, False, False, True, True)
+    yield "ia3_scale", (x, l_in)
+    yield "ia3_scale_backward", (inputs.draw(inputs.t, inputs.k), x, l_in, True, True)
+    yield "ia3_linear", (x, *inputs.nf4, bias, l_in, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -144,6 +160,7 @@ _ia3_scale = register_autograd("ia3_scale", _scale_backward, setup_context=_scal
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("ia3_linear", "ia3_linear_backward")
 def ia3_linear(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -199,6 +216,7 @@ def checked_ia3_linear(
     return _ia3_linear(x, *checks.weight_args(weight), bias, ia3_l, feedforward, want_z)
 
 
+@public("ia3_scale", "ia3_scale_backward")
 def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     """``Y = l ∘ x`` in float32, rounded once to x's dtype.
 

@@ -1,9 +1,9 @@
-"""Layers of one call as an operator's lists have them.
+"""The layers of one call as flat lists, which an operator's schema can express.
 
-Autograd knows lists of tensors without a None alone. So of each layer, in a row, the tensors that it has of weight,
-absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B, rank_scale and seed; four sizes: which these
-are, as bits from the first on, blocksize, N, K; two numbers: scaling and dropout_p. Without lora_A a layer has no
-adapter.
+Autograd accepts no None in a list of tensors. So the list ``tensors`` holds, layer after layer, those of ten tensors
+that the layer has: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B, rank_scale, seed.
+The list ``sizes`` has four integers a layer: a bit mask of the tensors that are present (bit 0: weight), blocksize, N
+and K. The list ``numbers`` has two floats a layer: scaling and dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BIAS, _LORA_A = 5, 6
 
 
 def places(sizes: Sequence) -> list[list[Optional[int]]]:
-    """Returns of each layer where in the list each of its ten tensors is; None: it has none."""
+    """Returns for each layer the position in ``tensors`` of each of its ten tensors, or None for an absent tensor."""
     found, at = [], 0
     for i in range(0, len(sizes), _SIZES):
         held: list[Optional[int]] = []
@@ -40,7 +40,8 @@ def places(sizes: Sequence) -> list[list[Optional[int]]]:
 
 
 def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
-    """Returns of each layer the weight as a schema takes it, bias, lora_A, lora_B, rank_scale, seed, scaling, p."""
+    """Returns for each layer: the weight's arguments in a schema, bias, lora_A, lora_B, rank_scale, seed, scaling and
+    dropout_p."""
     found = []
     for i, held in enumerate(places(sizes)):
         *weight, bias, lora_A, lora_B, rank_scale, seed = (None if at is None else tensors[at] for at in held)
@@ -56,9 +57,9 @@ def own_gradients(
 ) -> list[Optional[Tensor]]:  # fmt: skip
     """Returns the gradients of a list's tensors.
 
-    Args: needs: which of the tensors need one. layers: their :func:`places`. given: which layers' results have one.
-    gradients: of lora_A, lora_B and rank_scale of each layer, in a row, or None. bias_gradient: of the bias of a layer,
-    by its number.
+    Args: needs: for each tensor, whether it needs a gradient. layers: the layers' :func:`places`. given: for each
+    layer, whether its result has a gradient. gradients: those of lora_A, lora_B and rank_scale, layer after layer, or
+    None. bias_gradient: computes the gradient of a bias from the layer's number.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
     for i, layer in enumerate(layers):
@@ -73,24 +74,29 @@ def own_gradients(
 
 
 def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]]) -> list[bool]:
-    """Returns of each layer, by its :func:`places`, whether its adapter needs a gradient."""
+    """Returns for each layer, given by its :func:`places`, whether its adapter needs a gradient."""
     return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in layers]
 
 
 class Listed(NamedTuple):
-    """A call's arguments: checked, and as the lists have them."""
+    """The checked arguments of a call.
+
+    Attributes:
+        lists: tensors, sizes and numbers, see the module. options: keyword arguments of the reference, a list entry a
+            layer. is_wide: whether a tensor is float64.
+    """
 
     x: Tensor
     lists: tuple[list[Tensor], list[int], list[float]]
-    options: dict[str, Any]  # what the reference takes, an entry for each layer
-    is_wide: bool  # something is float64
+    options: dict[str, Any]
+    is_wide: bool
 
 
 def listed(
     op: str, x: Any, weights: Sequence, lora_As: Sequence, lora_Bs: Sequence, biases: Optional[Sequence],
     rank_scales: Optional[Sequence], scalings: Any, dropout_ps: Any, training: bool, seeds: Optional[Sequence],
 ) -> Listed:  # fmt: skip
-    """Returns the arguments of :func:`lora_linears`, all of them checked."""
+    """Checks the arguments of :func:`peft_ext.ops.lora_linears` and returns them as flat lists."""
     count = len(weights)
     if count == 0:
         raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")
@@ -140,5 +146,5 @@ def listed(
 
 
 def no_rank(x: Tensor) -> Tensor:
-    """Returns what S is of a layer without an adapter."""
+    """Returns the empty tensor that stands for S of a layer without an adapter."""
     return x.new_empty(0, dtype=common.sum_dtype(x.dtype))

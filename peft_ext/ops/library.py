@@ -1,4 +1,7 @@
-"""How an operator is declared: schema, reference fallback and fake in one call.
+"""How an operator is declared, and the registry of all operators.
+
+:func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
+kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
 
 The native libraries only add kernels for the CPU and CUDA dispatch keys. Where one has none (no native library, or a
 device without a kernel) the dispatcher takes the reference, registered for every backend.
@@ -9,9 +12,10 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional, TypeVar
 
 import torch
 
@@ -26,38 +30,98 @@ WEIGHT = (
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
-OPS: list[str] = []
+_F = TypeVar("_F", bound=Callable[..., Any])
 
-# Those of them that have no CUDA kernel: on a GPU the public function calls PyTorch's own.
-WITHOUT_CUDA: set[str] = set()
 
-# Operators that are a composition of others where no device has a kernel of their own, with it.
-COMPOSED: dict[str, Callable[..., Any]] = {}
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the dispatcher, ``peft_ext::<name>``.
 
-# What runs where no kernel is registered, by operator.
-REFERENCES: dict[str, Callable[..., Any]] = {}
+    Attributes:
+        reference: what runs where no kernel is registered.
+        family: name of the operators whose CUDA kernels are proved, and dropped, together.
+        composed: whether the reference is a composition of other operators, which is all that a device without a
+            kernel of its own needs.
+        cuda: whether the CUDA library has a kernel of the operator. Where it has none, of an operator that is not
+            composed, the public function calls PyTorch's own on a GPU.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    family: str
+    composed: bool
+    cuda: bool
+
+
+# Every operator of the dispatcher, by name: whoever needs a list of operators asks this registry.
+OPERATORS: dict[str, Operator] = {}
+
+# By public function of peft_ext.ops: the operators that the function calls, in its forward and backward.
+PUBLIC: dict[str, tuple[str, ...]] = {}
+
+# By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
+PROOFS: dict[str, Callable[[Any], Iterator[tuple[str, tuple]]]] = {}
+
+
+def cuda_families() -> dict[str, list[str]]:
+    """Returns by family the names of the operators that have CUDA kernels."""
+    found: dict[str, list[str]] = {}
+    for op in OPERATORS.values():
+        if op.cuda:
+            found.setdefault(op.family, []).append(op.name)
+    return found
 
 
 def define(
-    name: str, schema: str, *, reference: Callable, fake: Callable, composed: bool = False, cuda: bool = True
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    family: str,
+    composed: bool = False,
+    cuda: bool = True,
 ) -> None:
-    """Declares ``peft_ext::<name>``; ``reference`` runs where no kernel is registered: of a composed one everywhere,
-    where not ``cuda`` on GPUs."""
+    """Declares ``peft_ext::<name>`` to PyTorch and to the registry; see :class:`Operator`.
+
+    ``fake`` returns the empty results that a compiler needs.
+    """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     reference = _outside_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _with_finite_numbers(name, schema, fake), lib=LIBRARY)
-    if composed:
-        COMPOSED[name] = reference
-        return
-    REFERENCES[name] = reference
-    OPS.append(name)
-    if not cuda:
-        WITHOUT_CUDA.add(name)
+    OPERATORS[name] = Operator(name, reference, family, composed, cuda and not composed)
+
+
+def proof(family: str) -> Callable[[_F], _F]:
+    """Registers a generator of ``(operator, arguments)``: the calls that prove a family's kernels on new hardware.
+
+    The generator takes a :class:`.proof_inputs.ProofInputs`. The first call is the family's main one, which is timed.
+    """
+
+    def register(calls: _F) -> _F:
+        PROOFS[family] = calls
+        return calls
+
+    return register
+
+
+def public(*operators: str) -> Callable[[_F], _F]:
+    """Registers a public function with the operators that the function calls, in its forward and backward."""
+
+    def register(function: _F) -> _F:
+        PUBLIC[function.__name__] = operators
+        return function
+
+    return register
 
 
 def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[..., Any]:
-    """Has a fake check the numbers that a compiler knows, which :func:`.checks.check_scale` can't where it traces."""
+    """Returns a fake that also checks the operator's float arguments.
+
+    While a compiler traces, :func:`.checks.check_scale` checks nothing, but the fake sees the numbers that are
+    constants.
+    """
     parts = [part.split() for part in schema.split(" -> ")[0].strip("()").split(", ")]
     numbers = [(at, part[-1]) for at, part in enumerate(parts) if part[0] in ("float", "float[]")]
 
@@ -79,14 +143,14 @@ def register_autograd(
 ) -> Callable[..., Any]:
     """Registers an operator's backward, and returns the operator, to be called with all its arguments.
 
-    Eager calls go past what torch.library registers, which the compilers see and which takes as long as all the rest of
-    Python on the way to a kernel: with gradients through a Function of their own, without them to the kernel at once.
-    Not for operators that take lists of tensors.
+    Compilers see the backward that torch.library registers. Eager calls bypass that registration, which takes as long
+    as the rest of the Python code before a kernel: a call that needs gradients goes through an autograd Function made
+    here, any other call goes to the kernel directly. Operators that take lists of tensors are not supported.
 
-    ``trained``: the positions of the arguments that can have a gradient, of an operator whose first output alone has
-    one. Autograd then sees these arguments alone in an eager call, since each argument costs it about a microsecond;
-    the returned function returns the first output; ``setup_context`` and ``backward`` read ``ctx.needs``, an entry for
-    each argument, in place of ``ctx.needs_input_grad``.
+    ``trained``: the positions of the arguments that can have a gradient, for an operator whose first output alone is
+    differentiable. In an eager call autograd then sees only these arguments, since each argument costs about a
+    microsecond. The returned function returns the first output. ``setup_context`` and ``backward`` read ``ctx.needs``,
+    which has an entry for each argument, instead of ``ctx.needs_input_grad``.
     """
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     kernel = below_autograd(op)
@@ -113,13 +177,17 @@ def register_autograd(
 
 
 def _function(name: str, forward: Callable, backward: Callable) -> Callable[..., Any]:
-    """Returns a Function's apply; Function.apply's own Python, a tenth of a call, is about torch.func's transforms."""
+    """Returns the ``apply`` of a new autograd Function.
+
+    The C++ ``apply`` of the base class is taken: the Python one serves torch.func's transforms and takes a tenth of a
+    call.
+    """
     made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply
 
 
 def _noting_needs(setup_context: Callable) -> Callable[..., None]:
-    """Returns what torch.library takes of an operator whose ``setup_context`` reads ``ctx.needs``."""
+    """Returns a ``setup_context`` for torch.library that sets ``ctx.needs`` before the operator's own runs."""
 
     def run(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
@@ -132,7 +200,7 @@ def _noting_needs(setup_context: Callable) -> Callable[..., None]:
 def _first_output(
     op: Any, kernel: Callable, backward: Callable, setup_context: Callable, trained: Sequence[int]
 ) -> Callable[..., Any]:
-    """Returns the operator's first output; see :func:`register_autograd`, ``trained``."""
+    """Returns a function that calls the operator and returns its first output; see :func:`register_autograd`."""
     guard, taken = _guard(), operator.itemgetter(*trained)
 
     # A Function takes the arguments as one tuple and, for autograd, the trained ones among them again.
@@ -161,15 +229,17 @@ def _first_output(
 
 
 def _guard() -> Callable[[], Any]:
-    """Returns the context within which calls go past autograd; of a torch that has it by another name, one that does
-    nothing, so that calls take the longer way."""
+    """Returns the context manager within which calls bypass autograd.
+
+    In a version of torch without that private class it is one that does nothing: calls are slower and still right.
+    """
     return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def below_autograd(op: Callable) -> Callable[..., Any]:
-    """Returns the operator, called past what is registered for autograd: for where nothing is to be recorded.
+    """Returns a function that calls the operator below autograd, so that nothing is recorded.
 
-    By what torch.library does it with itself.
+    torch.library itself uses the same guard.
     """
     guard = _guard()
 
@@ -181,7 +251,7 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager one on a plain tensor; of a subclass the dispatcher decides."""
+    """Returns whether a call on x is an eager call on a plain tensor. The dispatcher decides about subclasses."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 
@@ -191,7 +261,7 @@ def records_graph(x: torch.Tensor) -> bool:
 
 
 def _outside_autocast(reference: Callable) -> Callable:
-    """Gives a reference's products the dtypes it says; autocast would make those in float32 16-bit ones."""
+    """Returns the reference, run without autocast, which would compute the reference's float32 products in 16 bits."""
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:
@@ -202,13 +272,16 @@ def _outside_autocast(reference: Callable) -> Callable:
 
 
 def by_reference(reference: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A public reference, where no kernel serves, as for float64 operands. PyTorch's autograd differentiates it."""
+    """Calls a public reference without autocast, for operands that no kernel takes, such as float64.
+
+    PyTorch's autograd differentiates the result.
+    """
     with torch.autocast(args[0].device.type, enabled=False):
         return reference(*args, **kwargs)
 
 
 def tokens(x: torch.Tensor) -> int | torch.SymInt:
-    """T: the product of x's dimensions but the last, for a fake."""
+    """Returns T, the product of all dimensions of x but the last one, for a fake."""
     count = 1
     for size in x.shape[:-1]:
         count = count * size
@@ -216,5 +289,5 @@ def tokens(x: torch.Tensor) -> int | torch.SymInt:
 
 
 def has_kernel(name: str, dispatch_key: str) -> bool:
-    """Whether a native library registered a kernel of ``peft_ext::<name>`` for "CPU" or "CUDA"."""
+    """Returns whether a kernel of ``peft_ext::<name>`` is registered for a dispatch key such as "CPU" or "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)

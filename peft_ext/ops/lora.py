@@ -21,7 +21,7 @@ from ..reference import common
 from ..reference import lora as reference
 from ..weight import NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linear", "lora_residual"]
@@ -80,6 +80,7 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias, {_ADAPTER}, {_SCALE}) -> (Tensor y, Tensor s)",
     reference=_forward_reference,
     fake=_forward_fake,
+    family="lora",
 )
 define(
     "lora_linear_backward",
@@ -87,12 +88,14 @@ define(
     " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_rank_scale)",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="lora",
 )
 define(
     "lora_residual",
     f"(Tensor x, Tensor residual, {_ADAPTER}, {_SCALE}) -> (Tensor y, Tensor s)",
     reference=reference.lora_residual_forward,
     fake=_residual_fake,
+    family="lora",
 )
 define(
     "lora_residual_backward",
@@ -100,7 +103,21 @@ define(
     " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_rank_scale)",
     reference=_residual_backward_reference,
     fake=_backward_fake,
+    family="lora",
 )
+
+
+@proof("lora")
+def _proof(inputs):
+    x, grad, a, b = inputs.x, inputs.grad, inputs.a, inputs.b
+    for weight, p in ((inputs.dense, 0.1), (inputs.nf4, 0.0)):
+        scale = (0.5, p, inputs.seed if p else None)
+        yield "lora_linear", (x, *weight, inputs.bias, a, b, None, *scale)
+        s = _forward_reference(x, *weight, inputs.bias, a, b, None, *scale)[1]
+        yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
+    yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
+    yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
+    yield "lora_linear", (x, *inputs.dense, None, a, b, inputs.vector(16), 0.5, 0.1, inputs.seed)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -167,6 +184,7 @@ _lora_residual = register_autograd(
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("lora_linear", "lora_linear_backward")
 def lora_linear(
     x: Tensor,
     weight: Union[Tensor, NF4Weight],
@@ -232,6 +250,7 @@ def checked_lora_linear(
     return _lora_linear(x, *checks.weight_args(weight), *args)
 
 
+@public("lora_residual", "lora_residual_backward")
 def lora_residual(
     x: Tensor,
     residual: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import nf4 as reference
 from ..weight import NestedAbsmax, NF4Weight
 from . import checks
-from .library import NAMESPACE, WEIGHT, by_reference, define, register_autograd
+from .library import NAMESPACE, WEIGHT, by_reference, define, proof, public, register_autograd
 
 __all__ = ["frozen_linear", "nf4_dequantize", "nf4_linear", "nf4_merge", "nf4_quantize"]
 
@@ -41,7 +41,7 @@ def _dequantize_fake(weight, *args):
 
 
 def _dense(weight, absmax, *rest):
-    """Returns the weight in the dtype that is asked for last; a dense one is of it already."""
+    """Returns the dense weight: an NF4 weight is decoded to the dtype in the last argument."""
     return weight if absmax is None else reference.dequantize(weight, absmax, *rest)
 
 
@@ -73,13 +73,15 @@ define(
     "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
     reference=reference.quantize,
     fake=_quantize_fake,
+    family="nf4",
 )
-# On a GPU by PyTorch's sums.
+# Has no CUDA kernel: on a GPU the reference runs, by PyTorch's sums.
 define(
     "nf4_scale_mean",
     "(Tensor absmax) -> Tensor",
     reference=reference.scale_mean,
     fake=lambda absmax: absmax.new_empty(()),
+    family="nf4",
     cuda=False,
 )
 define(
@@ -87,12 +89,14 @@ define(
     "(Tensor centred, Tensor code) -> (Tensor codes, Tensor absmax)",
     reference=reference.quantize_absmax,
     fake=_quantize_absmax_fake,
+    family="nf4",
 )
 define(
     "nf4_dequantize",
     f"({WEIGHT}, ScalarType dtype) -> Tensor",
     reference=reference.dequantize,
     fake=_dequantize_fake,
+    family="nf4",
 )
 # g ∘ (W + s·B A) of a 2-D weight, rounded once: what merging into NF4 starts from. lora_A [R, K], lora_B [N, R] and
 # row_scale [N] are of any float dtype. No gradient.
@@ -101,6 +105,7 @@ define(
     f"({WEIGHT}, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scaling, ScalarType dtype) -> Tensor",
     reference=reference.dequantize_merged,
     fake=_dequantize_fake,
+    family="nf4",
 )
 # W' = g ∘ (W + s·B A) quantized to Q of the same block size; error: (Σ (Q - W')², Σ W'²) float64. No gradient.
 define(
@@ -109,6 +114,7 @@ define(
     " -> (Tensor packed, Tensor absmax, Tensor error)",
     reference=reference.merge,
     fake=_merge_fake,
+    family="nf4",
 )
 # The weight may be a dense one as well, of x's dtype.
 define(
@@ -116,13 +122,32 @@ define(
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
     reference=_linear_reference,
     fake=_linear_fake,
+    family="nf4",
 )
 define(
     "nf4_linear_backward",
     f"(Tensor grad, {WEIGHT}) -> Tensor",
     reference=_linear_backward_reference,
     fake=_linear_backward_fake,
+    family="nf4",
 )
+
+
+@proof("nf4")
+def _proof(inputs):
+    x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
+    factors = (inputs.a, inputs.b, None, 0.5)
+    few = inputs.draw(3, k)
+    yield "nf4_linear", (x, *nf4, inputs.bias)
+    yield "nf4_linear", (few, *nf4, inputs.bias)
+    yield "nf4_linear_backward", (inputs.grad, *nf4)
+    yield "nf4_dequantize", (*nf4, dtype)
+    yield "nf4_dequantize_merged", (*nf4, *factors, dtype)
+    yield "nf4_merge", (*nf4, *factors)
+    yield "nf4_quantize", (inputs.draw(n, k), 64)
+    absmax = inputs.draw(n * k // 64, of=torch.float32)
+    yield "nf4_quantize_absmax", (absmax, reference.dynamic_code().to(inputs.device))
+    yield "nf4_scale_mean", (absmax,)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -145,13 +170,14 @@ def _linear_backward(ctx, grad):
 
 
 def refuse_double_backward(op: str) -> None:
-    """The backward operators have no gradient of their own: asked for one, they would drop it without a word."""
+    """Raises RuntimeError where a gradient of a gradient is wanted: backward operators have none, and autograd would
+    silently treat their results as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: the gradient of a gradient (create_graph=True) is not supported")
 
 
 def sum_rows(grad: Tensor) -> Tensor:
-    """The gradient of a bias: the sum over all leading dimensions, accumulated in float32 by PyTorch."""
+    """Returns a bias's gradient: the sum over all dimensions but the last, which PyTorch accumulates in float32."""
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
@@ -161,6 +187,7 @@ _nf4_linear = register_autograd("nf4_linear", _linear_backward, setup_context=_l
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("nf4_quantize", "nf4_quantize_absmax")
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantizes a weight to NF4, bit for bit as bitsandbytes does.
 
@@ -187,6 +214,7 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize, nested)
 
 
+@public("nf4_merge")
 def nf4_merge(
     nf4: NF4Weight,
     lora_A: Tensor,
@@ -231,6 +259,7 @@ def _no_wider(value: Tensor) -> Tensor:
     return value.float() if value.dtype is torch.float64 else value
 
 
+@public("nf4_dequantize")
 def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tensor:
     """``code[q] · absmax`` in float32, rounded once to ``dtype``; double-quantized scales are decoded on the way.
 
@@ -246,6 +275,7 @@ def nf4_dequantize(nf4: NF4Weight, dtype: Optional[torch.dtype] = None) -> Tenso
     return nf4.dequantize(dtype)
 
 
+@public("nf4_linear", "nf4_linear_backward")
 def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen NF4 weight, W rounded to x's dtype as :func:`nf4_dequantize` does.
 
@@ -271,6 +301,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     return _nf4_linear(x, *nf4.op_args(), bias)
 
 
+@public("nf4_linear", "nf4_linear_backward")
 def frozen_linear(x: Tensor, weight: Union[Tensor, NF4Weight], bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen weight: ``F.linear``, or :func:`nf4_linear`, on this package's own product.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import norm as reference
 from ..reference.common import sum_dtype
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd, tokens
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd, tokens
 from .nf4 import refuse_double_backward
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -75,6 +75,7 @@ define(
     "(Tensor x, Tensor? weight, float eps, float offset, bool round_before_weight) -> (Tensor y, Tensor rstd)",
     reference=reference.rms_norm_forward,
     fake=_rms_fake,
+    family="norm",
 )
 define(
     "rms_norm_backward",
@@ -82,12 +83,14 @@ define(
     " -> (Tensor grad_x, Tensor grad_weight)",
     reference=_rms_backward_reference,
     fake=_rms_backward_fake,
+    family="norm",
 )
 define(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     reference=reference.layer_norm_forward,
     fake=_layer_fake,
+    family="norm",
 )
 define(
     "layer_norm_backward",
@@ -95,7 +98,20 @@ define(
     "bool needs_grad_bias) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     reference=_layer_backward_reference,
     fake=_layer_backward_fake,
+    family="norm",
 )
+
+
+@proof("norm")
+def _proof(inputs):
+    x, t, k, draw = inputs.x, inputs.t, inputs.k, inputs.draw
+    w, b = inputs.vector(k), draw(k, of=torch.float32)
+    yield "rms_norm", (x, w, 1e-6, 0.0, True)
+    rstd = reference.rms_norm_forward(x, w, 1e-6, 0.0, True)[1]
+    yield "rms_norm_backward", (draw(t, k, of=torch.float32), x, w, rstd, 0.0, True, True)
+    yield "layer_norm", (x, w, b, 1e-5)
+    mean, rstd = reference.layer_norm_forward(x, w, b, 1e-5)[1:]
+    yield "layer_norm_backward", (draw(t, k), x, w, mean, rstd, True, True, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -152,6 +168,7 @@ def _check(op: str, x: Tensor, eps: float, **vectors: Optional[Tensor]) -> None:
         raise ValueError(f"{op}: eps is {eps!r}, wanted 0 or more")
 
 
+@public("rms_norm", "rms_norm_backward")
 def rms_norm(
     x: Tensor, weight: Optional[Tensor], eps: float, *, offset: float = 0.0, round_before_weight: bool = True
 ) -> Tensor:
@@ -181,6 +198,7 @@ def rms_norm(
     return _rms_norm(x, weight, float(eps), float(offset), bool(round_before_weight))[0]
 
 
+@public("layer_norm", "layer_norm_backward")
 def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float) -> Tensor:
     """``y = (x - μ) / √(mean (x - μ)² + eps) ∘ w + b``, means over the last dimension: ``F.layer_norm`` over it.
 

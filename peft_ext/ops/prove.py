@@ -1,15 +1,17 @@
-"""The CUDA kernels' first use on a kind of card: each family is tried against the plain way, and left where it differs.
+"""Proves the CUDA kernels at their first use on a model of GPU, and drops the families of kernels that fail.
 
-Before the first operator that runs on a GPU, or the first layer that is accelerated there, small inputs go through
-each family's operators twice, forward and backward: through the kernels, and through the reference, which is plain
-PyTorch. A family that disagrees by more than rounding, raises, or is slower is dropped: its operators run the
-reference from then on, a warning says so, and so do ``peft-ext explain`` and ``peft-ext doctor``.
+The proof runs before the first operator on a GPU, or before the first layer is accelerated there. Small inputs go
+through each family's operators, forward and backward, twice: through the kernels and through the reference, which is
+plain PyTorch. A family is dropped if its kernels differ from the reference by more than rounding, raise an error, or
+are slower than the reference. The operators of a dropped family run the reference. A warning, ``peft-ext explain`` and
+``peft-ext doctor`` name the dropped families.
 
 Environment:
-    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a kind of card once for a build of peft_ext, of torch and its CUDA,
-        and remembers in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (``~/.cache`` without that) that all agreed; what did
-        not is tried again in the next process, but for what faulted, which no process survives: that is dropped from
-        then on. ``always`` proves all in every process; ``0`` never; else a ValueError.
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a model of GPU once for each build of peft_ext, of torch and of its
+        CUDA. The result is remembered in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``) only if all
+        families agreed; else the next process proves again. A family whose kernels ended a process by a fault is
+        remembered too, and stays dropped. ``always`` proves in every process, ``0`` never. Another value raises
+        ValueError.
 """
 
 from __future__ import annotations
@@ -30,50 +32,34 @@ from torch import Tensor
 from .. import _native
 from .._version import __version__
 from ..files import atomic_file
-from ..reference import nf4 as reference
-from ..weight import NF4Weight
-from .library import NAMESPACE, REFERENCES
+from .library import NAMESPACE, OPERATORS, PROOFS, cuda_families
+from .proof_inputs import ProofInputs
 
-__all__ = ["DROPPED", "FAMILIES", "first_use", "prove", "proved", "report"]
-
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "nf4": ("nf4_quantize", "nf4_quantize_absmax", "nf4_dequantize", "nf4_dequantize_merged", "nf4_merge", "nf4_linear",
-            "nf4_linear_backward"),
-    "lora": ("lora_linear", "lora_linear_backward", "lora_residual", "lora_residual_backward"),
-    "siblings": ("lora_linears", "lora_linears_backward"),
-    "grouped_lora": ("grouped_lora_linear",),
-    "experts": ("lora_experts", "lora_experts_backward", "dora_experts_weight_norm"),
-    "dora": ("dora_weight_norm", "dora_weight_norm_backward", "dora_linear", "dora_linear_backward"),
-    "ia3": ("ia3_linear", "ia3_linear_backward", "ia3_scale", "ia3_scale_backward"),
-    "bottleneck": ("bottleneck_adapter", "bottleneck_adapter_backward"),
-    "cross_entropy": ("cross_entropy_rows",),
-    "activations": ("gated_activation", "gated_activation_backward", "activation", "activation_backward"),
-    "rotary": ("rotary_embedding", "rotary_embedding_backward"),
-    "norm": ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward"),
-}  # fmt: skip
+__all__ = ["DROPPED", "first_use", "prove", "proved", "report"]
 
 # Operators whose kernels were dropped, and why.
 DROPPED: dict[str, str] = {}
 
-CAPABILITY = (8, 0)  # of the oldest cards that the library has kernels for
-_FAULTS = " | faults"  # of a key: the families that end a process
+CAPABILITY = (8, 0)  # compute capability of the oldest GPUs that the library has kernels for
+_FAULTS = " | faults"  # suffix of the key under which the cache holds the families that ended a process
 
-SLOWER = 1.25  # times the plain way's time: a family is dropped
-# ‖kernel - plain‖ / ‖plain‖ that rounding explains, an intermediate's of 16 bits among it.
+# Tokens, input features and output features of the inputs; the large ones are timed.
+SMALL, LARGE = (130, 192, 136), (1024, 1024, 1024)
+
+SLOWER = 1.25  # a family is dropped if its kernel takes more than this many times the reference's time
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediates of 16 bits are rounded too.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 _ops = getattr(torch.ops, NAMESPACE)
-_found: dict[str, dict[str, str]] = {}  # by card, by family: "" where it agrees
-_overriding: list[torch.library.Library] = []  # what drops kernels, as long as it lives
+_found: dict[str, dict[str, str]] = {}  # by GPU name, by family: "", or why the family was dropped
+_overriding: list[torch.library.Library] = []  # the registrations that replace kernels; they end with these objects
 _done = False
 _lock = threading.Lock()
 
-_Call = tuple[str, tuple]
-
 
 def first_use() -> None:
-    """Proves the kernels of the cards that are here, once in a process; not under a compiler or a captured graph."""
-    if torch.compiler.is_compiling() or _done:  # in this order: compiled code does not watch _done
+    """Proves the kernels on this machine's GPUs, once in a process. Does nothing under a compiler or graph capture."""
+    if torch.compiler.is_compiling() or _done:  # in this order: compiled code must not guard on _done
         return
     _prove_here()
 
@@ -85,7 +71,7 @@ def proved(*names: str) -> Optional[str]:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Returns what is known, by card and family: "" where the kernels agree, else why they were dropped."""
+    """Returns by GPU name and family "" where the kernels agreed with the reference, else why they were dropped."""
     return {card: dict(families) for card, families in _found.items()}
 
 
@@ -96,11 +82,11 @@ def _prove_here() -> None:
         _done = True
         return
     if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-        return  # fake tensors, or a graph that would hold the proof
+        return  # with fake tensors nothing runs, and a captured graph would replay the proof
     with _lock:
         if _done:
             return
-        _done = True  # what is proved calls no public operator, and another thread goes on meanwhile
+        _done = True  # the proof calls no public operator; other threads go on without waiting for the proof
         here = torch.cuda.current_device()
         for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != here):
             card = torch.cuda.get_device_name(index)
@@ -110,11 +96,11 @@ def _prove_here() -> None:
 
 
 def _of_card(card: str, index: int) -> dict[str, str]:
-    """What is known or found of a card: of one that is known or too old without a context on it."""
+    """Returns the result of a GPU's proof by family. No CUDA context is made on a GPU that is known or too old."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < CAPABILITY:
         wanted = ".".join(map(str, CAPABILITY))
-        return dict.fromkeys(FAMILIES, f"its compute capability is {major}.{minor}, wanted {wanted} or more")
+        return dict.fromkeys(cuda_families(), f"its compute capability is {major}.{minor}, wanted {wanted} or more")
     if _asked() == "0":
         return {}
     if (found := _recall(card, index)) is None:
@@ -122,7 +108,7 @@ def _of_card(card: str, index: int) -> dict[str, str]:
             try:
                 found = _remember(card, index, prove(torch.device("cuda", index), faulted=_faulted(card, index)))
             except torch.OutOfMemoryError:
-                return {}  # another process proves it
+                return {}  # no verdict: another process proves this GPU
             except KernelFault as fault:
                 _remember_fault(card, index, fault)
                 raise
@@ -146,15 +132,15 @@ def _drop_all(card: str, key: str) -> None:
 
 
 def drop(families: list[str], why: str, key: str = "CUDA") -> None:
-    """Lets the operators of families run the reference on tensors of a dispatch key."""
+    """Makes the operators of ``families`` run the reference for the dispatch key ``key``, and warns."""
     named = ", ".join(families)
     warnings.warn(f"peft_ext: {named}: {why}. The reference, plain PyTorch, is used.", RuntimeWarning, stacklevel=4)
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
-        for name in (name for family in families for name in FAMILIES[family]):
+        warnings.simplefilter("ignore")  # PyTorch warns that a kernel is overridden, which is the purpose here
+        for name in (name for family in families for name in cuda_families()[family]):
             DROPPED[name] = why
-            library.impl(name, REFERENCES[name], key, allow_override=True)
+            library.impl(name, OPERATORS[name].reference, key, allow_override=True)
     _overriding.append(library)
 
 
@@ -182,19 +168,19 @@ def _key(card: str, index: int) -> str:
 
 
 def _recall(card: str, index: int) -> Optional[dict[str, str]]:
-    known = _asked() != "always" and _held().get(_key(card, index)) == sorted(FAMILIES)
-    return dict.fromkeys(FAMILIES, "") if known else None
+    known = _asked() != "always" and _held().get(_key(card, index)) == sorted(cuda_families())
+    return dict.fromkeys(cuda_families(), "") if known else None
 
 
 def _faulted(card: str, index: int) -> dict[str, str]:
-    """The families that ended an earlier process, and how."""
+    """Returns the families whose kernels ended an earlier process, and how they did."""
     found = {} if _asked() == "always" else _held().get(_key(card, index) + _FAULTS)
     return {family: str(why) for family, why in found.items()} if isinstance(found, dict) else {}
 
 
 def _remember(card: str, index: int, found: dict[str, str]) -> dict[str, str]:
-    if not any(found.values()):  # else a card that others use may be slow today
-        _put(_key(card, index), sorted(FAMILIES))
+    if not any(found.values()):  # a family may have failed only because other users made the GPU slow
+        _put(_key(card, index), sorted(cuda_families()))
     return found
 
 
@@ -208,14 +194,14 @@ def _put(key: str, value: Any) -> None:
         with atomic_file(_cache()) as file:
             json.dump(_held() | {key: value}, file, indent=1)
     except (OSError, RuntimeError):
-        pass  # a home that can't be written: the next process proves again
+        pass  # the home folder can't be written: the next process proves again
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
 class KernelFault(RuntimeError):
-    """A kernel after which the card answers nothing in this process."""
+    """A kernel fault that leaves the GPU unusable for the rest of the process."""
 
     def __init__(self, family: str, device: torch.device, why: str):
         super().__init__(
@@ -226,10 +212,10 @@ class KernelFault(RuntimeError):
 
 
 def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[str, str]] = None) -> dict[str, str]:
-    """Tries every family on a device; returns by family "", or what is wrong. ``timed``: what is slow is wrong;
-    ``faulted``: families that are not tried again, and why.
+    """Proves every family on a device; returns by family "", or why the family failed.
 
-    Whatever device, mode or precision the caller has set.
+    ``timed``: whether a slow kernel fails too. ``faulted``: families that are not run again, and why. The caller's
+    default device, autograd mode, autocast and matmul precision have no influence.
     """
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
@@ -240,28 +226,40 @@ def prove(device: torch.device, *, timed: bool = True, faulted: Optional[dict[st
             torch.autocast(device.type, enabled=False),
         ):  # fmt: skip
             known = faulted or {}
-            return {family: known.get(family) or _prove_family(family, device, timed) for family in FAMILIES}
+            return {family: known.get(family) or _prove_family(family, device, timed) for family in cuda_families()}
     finally:
         matmul.fp32_precision = precision
+
+
+def calls(
+    family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> Iterator[tuple[str, tuple]]:
+    """Returns the calls of operators with CUDA kernels that prove a family.
+
+    ``shape``: the numbers of tokens, input features and output features of the inputs.
+    """
+    for name, arguments in PROOFS[family](ProofInputs(device, dtype, shape)):
+        if OPERATORS[name].cuda:
+            yield name, arguments
 
 
 def _prove_family(family: str, device: torch.device, timed: bool) -> str:
     try:
         for dtype in WITHIN:
-            for name, arguments in _calls(family, device, dtype, (130, 192, 136)):
+            for name, arguments in calls(family, device, dtype, SMALL):
                 if why := _disagrees(name, arguments, dtype):
                     return why
         if timed:
             dtype = torch.bfloat16
-            name, arguments = next(_calls(family, device, dtype, (1024, 1024, 1024)))
-            if why := _disagrees(name, arguments, dtype):  # more than one block, and paths for large shapes alone
+            name, arguments = next(calls(family, device, dtype, LARGE))
+            if why := _disagrees(name, arguments, dtype):  # several thread blocks, and kernels for large shapes
                 return f"{why}, of 1024 x 1024 x 1024"
-            ours, plain = _seconds([_native_op(name), REFERENCES[name]], arguments, device)
+            ours, plain = _seconds([_native_op(name), OPERATORS[name].reference], arguments, device)
             if ours > SLOWER * plain:
                 return f"{name} takes {ours / plain:.1f} times the reference's time"
     except torch.OutOfMemoryError:
-        raise  # says nothing of the kernels
-    except Exception as error:  # whatever a kernel raises on a card that it does not fit
+        raise  # a lack of memory is no fault of the kernels
+    except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
         if "out of memory" in str(error).lower():
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
@@ -275,7 +273,7 @@ def _prove_family(family: str, device: torch.device, timed: bool) -> str:
 
 
 def _disagrees(name: str, arguments: tuple, dtype: torch.dtype) -> str:
-    ours, plain = (_called(function, name, arguments) for function in (_native_op(name), REFERENCES[name]))
+    ours, plain = (_called(function, name, arguments) for function in (_native_op(name), OPERATORS[name].reference))
     why = _differs(ours, plain, dtype)
     return why and f"{name} in {str(dtype).removeprefix('torch.')} {why}"
 
@@ -290,7 +288,7 @@ def _native_op(name: str) -> Callable[..., Any]:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Returns the results, and what the operator wrote in place: in copies of those arguments."""
+    """Returns the results and the arguments that the operator writes to. These arguments are copied before the call."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -313,7 +311,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> st
 
 
 def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.device) -> list[float]:
-    """The median of some calls of each, in turn, after two that warm up: who else uses the card slows both."""
+    """Returns the median seconds of each call. The calls alternate, so that other users of the GPU slow all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(9):
         for call, taken in zip(calls, times, strict=True):
@@ -323,120 +321,3 @@ def _seconds(calls: list[Callable[..., Any]], arguments: tuple, device: torch.de
             _wait(device)
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken[2:]) for taken in times]
-
-
-def _calls(family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[_Call]:
-    """The operators of a family with arguments, the main one first. What a backward takes of the forward is the
-    reference's."""
-    t, k, n = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu") * scale).to(device, of)
-
-    x, grad, bias = draw(t, k), draw(t, n), draw(n)
-    dense = (draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
-    nf4 = reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True).op_args()
-    a, b = draw(16, k, of=torch.float32, scale=k**-0.5), draw(n, 16, of=torch.float32, scale=0.25)
-    seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
-    if family == "nf4":
-        few = draw(3, k)
-        yield "nf4_linear", (x, *nf4, bias)
-        yield "nf4_linear", (few, *nf4, bias)
-        yield "nf4_linear_backward", (grad, *nf4)
-        yield "nf4_dequantize", (*nf4, dtype)
-        yield "nf4_dequantize_merged", (*nf4, a, b, None, 0.5, dtype)
-        yield "nf4_merge", (*nf4, a, b, None, 0.5)
-        yield "nf4_quantize", (draw(n, k), 64)
-        yield "nf4_quantize_absmax", (draw(n * k // 64, of=torch.float32), reference.dynamic_code().to(device))
-    elif family == "lora":
-        for weight, p in ((dense, 0.1), (nf4, 0.0)):
-            scale = (0.5, p, seed if p else None)
-            yield "lora_linear", (x, *weight, bias, a, b, None, *scale)
-            s = REFERENCES["lora_linear"](x, *weight, bias, a, b, None, *scale)[1]
-            yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
-        yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
-        yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
-    elif family == "siblings":
-        (w, *_), (packed, absmax, nested, code, offset, blocksize, shape) = dense, nf4
-        held = [w, bias, a, b, seed, *(t for t in (packed, absmax, nested, code, offset) if t is not None), a, b, w]
-        sizes = [0b1011100001, 0, *shape, 0b11000011 | (0b11100 if nested is not None else 0), blocksize, *shape, 1,
-                 0, *shape]  # fmt: skip
-        layers = (held, sizes, [0.5, 0.1, 0.5, 0.0, 1.0, 0.0])
-        yield "lora_linears", (x, *layers)
-        s = REFERENCES["lora_linears"](x, *layers)[3:]
-        yield "lora_linears_backward", ([grad, grad, grad], x, *layers, s, True)
-    elif family == "grouped_lora":
-        a2, b2 = draw(40, k, of=torch.float32, scale=k**-0.5), draw(n, 40, of=torch.float32, scale=0.25)
-        batch = x.view(2, t // 2, k)
-        groups = [a, a2], [b, b2], [0.5, 2.0]
-        yield "grouped_lora_linear", (batch, *dense, bias, *groups, [1, 0])
-        few = draw(3, 1, k)
-        for weight in (dense, nf4):
-            yield "grouped_lora_linear", (few, *weight, bias, *groups, [1, 0, -1])
-    elif family == "experts":
-        stack = [reference.nf4_quantize(draw(n, k, of=torch.float32, scale=k**-0.5), 64, True) for _ in range(3)]
-        several = (draw(3, n, k, scale=k**-0.5), None, None, None, None, 0, [3, n, k])
-        a, b = draw(3, 16, k, of=torch.float32, scale=k**-0.5), draw(3, n, 16, of=torch.float32, scale=0.25)
-        ends = torch.tensor([t // 2, t // 2, t - 3], device=device)
-        for weight, p in ((several, 0.1), (NF4Weight.stack(stack).op_args(), 0.0)):
-            for g in (None, 1 + draw(3, n, of=torch.float32, scale=0.1)):
-                adapter, scale, trains = (ends, a, b, g), (0.5, p, seed if p else None), g is not None
-                yield "lora_experts", (x, *weight, draw(3, n), *adapter, *scale, trains)
-                _, s, z = REFERENCES["lora_experts"](x, *weight, None, *adapter, *scale, trains)
-                yield "lora_experts_backward", (grad, x, *weight, *adapter, s, z, *scale, True, trains)
-            yield "dora_experts_weight_norm", (*weight, ends, a, b, 0.5, dtype)
-    elif family == "dora":
-        g = 1 + draw(n, of=torch.float32, scale=0.1)
-        forward = (x, *dense, bias, a, b, g, 0.5, 0.0, None, False, True)
-        yield "dora_linear", forward
-        _, s, z = REFERENCES["dora_linear"](*forward)
-        yield "dora_linear_backward", (grad, x, *dense, a, b, g, s, z, False, 0.5, 0.0, None, False, True, True)
-        for weight in (dense, nf4):
-            norm = (*weight, a, b, 0.5, dtype)
-            yield "dora_weight_norm", norm
-            of_norm, u = REFERENCES["dora_weight_norm"](*norm)
-            to_norm = draw(n, of=torch.float32)
-            yield "dora_weight_norm_backward", (to_norm, *weight, a, b, of_norm, u, 0.5, dtype)
-    elif family == "ia3":
-        l_out, l_in = 1 + draw(n, of=torch.float32, scale=0.1), 1 + draw(k, of=torch.float32, scale=0.1)
-        yield "ia3_linear", (x, *dense, bias, l_out, False, True)
-        z = REFERENCES["ia3_linear"](x, *dense, bias, l_out, False, True)[1]
-        yield "ia3_linear_backward", (grad, x, *dense, bias, l_out, z, False, False, True, True)
-        yield "ia3_scale", (x, l_in)
-        yield "ia3_scale_backward", (draw(t, k), x, l_in, True, True)
-    elif family == "cross_entropy":
-        labels = torch.randint(0, n, (t,), generator=generator, device="cpu").to(device)
-        labels[::7] = -100
-        row_weight = draw(t, of=torch.float32)
-        for loss in ((1.0, 0.0, 0.0), (0.5, 30.0, 0.1)):
-            yield "cross_entropy_rows", (grad, labels, row_weight, *loss, -100, True)
-    elif family == "activations":
-        gate, up = draw(t, 2 * k).chunk(2, -1)
-        yield "gated_activation", (gate, up, 3)
-        yield "gated_activation_backward", (draw(t, k), gate, up, 3)
-        for kind in range(5):
-            yield "activation", (x, kind)
-            yield "activation_backward", (draw(t, k), x, kind)
-    elif family == "rotary":
-        size = 64
-        heads = [draw(2, t // 2, k // size, size).transpose(1, 2), draw(2, t // 2, 1, size).transpose(1, 2)]
-        angles = draw(1, t // 2, size, of=torch.float32)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        yield "rotary_embedding", (*heads, cos, sin)
-        yield "rotary_embedding_backward", (*heads, cos, sin)
-    elif family == "norm":
-        w, b = 1 + draw(k, of=torch.float32, scale=0.1), draw(k, of=torch.float32)
-        yield "rms_norm", (x, w, 1e-6, 0.0, True)
-        rstd = REFERENCES["rms_norm"](x, w, 1e-6, 0.0, True)[1]
-        yield "rms_norm_backward", (draw(t, k, of=torch.float32), x, w, rstd, 0.0, True, True)
-        yield "layer_norm", (x, w, b, 1e-5)
-        mean, rstd = REFERENCES["layer_norm"](x, w, b, 1e-5)[1:]
-        yield "layer_norm_backward", (draw(t, k), x, w, mean, rstd, True, True, True)
-    else:
-        down, up = draw(24, k, of=torch.float32, scale=k**-0.5), draw(k, 24, of=torch.float32, scale=0.2)
-        down_bias, up_bias = draw(24, of=torch.float32), draw(k, of=torch.float32)
-        forward = (x, x, down, down_bias, up, up_bias, 0.5, 0)
-        yield "bottleneck_adapter", forward
-        u = REFERENCES["bottleneck_adapter"](*forward)[1]
-        yield "bottleneck_adapter_backward", (draw(t, k), x, u, down, up, 0.5, 0, True, True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import rotary as reference
 from . import checks
-from .library import NAMESPACE, by_reference, define, register_autograd
+from .library import NAMESPACE, by_reference, define, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["rotary_embedding"]
@@ -47,13 +47,25 @@ define(
     "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_embed, Tensor k_embed)",
     reference=_reference,
     fake=_fake,
+    family="rotary",
 )
 define(
     "rotary_embedding_backward",
     "(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)",
     reference=_backward_reference,
     fake=_fake,
+    family="rotary",
 )
+
+
+@proof("rotary")
+def _proof(inputs):
+    t, k, draw, size = inputs.t, inputs.k, inputs.draw, 64
+    heads = [draw(2, t // 2, k // size, size).transpose(1, 2), draw(2, t // 2, 1, size).transpose(1, 2)]
+    angles = draw(1, t // 2, size, of=torch.float32)
+    cos, sin = angles.cos().to(inputs.dtype), angles.sin().to(inputs.dtype)
+    yield "rotary_embedding", (*heads, cos, sin)
+    yield "rotary_embedding_backward", (*heads, cos, sin)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -77,6 +89,7 @@ _rotary_embedding = register_autograd("rotary_embedding", _backward, setup_conte
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("rotary_embedding", "rotary_embedding_backward")
 def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``x ∘ cos + rotate_half(x) ∘ sin`` of queries and keys, as transformers' ``apply_rotary_pos_emb`` of Llama.
 

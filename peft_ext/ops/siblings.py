@@ -1,13 +1,14 @@
-"""Layers of one input as one operator: LoRA, or none, over frozen weights, dense or NF4.
+"""Several linear layers of one input as one operator, over frozen weights, dense or NF4, each with LoRA or without.
 
     x̃_i = mask_i/(1-p_i) ∘ x      S_i = x̃_i A_iᵀ      Y_i = x W_iᵀ + (S_i∘ρ_i) B_iᵀ + b_i
 
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, written once, and each layer's own gradients as in
 :mod:`.lora`. Saved: x, each S and seed.
 
-On the CPU x is packed once for all W, and the sum of dX is in float32 as far as the panels of all W fit a core's cache,
-but of few tokens, where each layer's is added to dX. On a GPU the forward is that of :func:`lora_linear` layer by
-layer, and the terms behind all dropouts are written once, onto which the products go.
+On the CPU x is packed once for all weights. dX is summed in float32 over the layers if the panels of all weights fit a
+core's cache; for few tokens each layer's part is added to dX in x's dtype. On a GPU the forward runs
+:func:`lora_linear` layer by layer. The backward there writes the low-rank terms of dX first, and the products with the
+weights add to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
@@ -25,7 +26,7 @@ from ..reference import common
 from ..reference import siblings as reference
 from ..weight import NF4Weight
 from .layer_lists import LAYERS, NUMBERS, adapters_need, listed, no_rank, own_gradients, places, unpack_layers
-from .library import NAMESPACE, below_autograd, by_reference, define, records_graph, tokens
+from .library import NAMESPACE, below_autograd, by_reference, define, proof, public, records_graph, tokens
 from .nf4 import refuse_double_backward, sum_rows
 
 __all__ = ["lora_linears"]
@@ -89,13 +90,29 @@ define(
     f"(Tensor x, {LAYERS}) -> Tensor[]",
     reference=_forward,
     fake=_forward_fake,
+    family="siblings",
 )
 define(
     "lora_linears_backward",
     f"(Tensor?[] grads, Tensor x, {LAYERS}, Tensor[] s, bool needs_grad_x) -> Tensor[]",
     reference=_backward_reference,
     fake=_backward_fake,
+    family="siblings",
 )
+
+
+@proof("siblings")
+def _proof(inputs):
+    x, grad, a, b = inputs.x, inputs.grad, inputs.a, inputs.b
+    (w, *_), (packed, absmax, nested, code, offset, blocksize, shape) = inputs.dense, inputs.nf4
+    of_nf4 = [tensor for tensor in (packed, absmax, nested, code, offset) if tensor is not None]
+    held = [w, inputs.bias, a, b, inputs.seed, *of_nf4, a, b, w]
+    sizes = [0b1011100001, 0, *shape, 0b11000011 | (0b11100 if nested is not None else 0), blocksize, *shape, 1,
+             0, *shape]  # fmt: skip
+    layers = (held, sizes, [0.5, 0.1, 0.5, 0.0, 1.0, 0.0])
+    yield "lora_linears", (x, *layers)
+    s = _forward(x, *layers)[3:]
+    yield "lora_linears_backward", ([grad, grad, grad], x, *layers, s, True)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -135,7 +152,7 @@ _kernel = below_autograd(_ops.lora_linears.default)
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The same of eager calls, see :func:`.library.register_autograd`."""
+    """The autograd Function of eager calls, see :func:`.library.register_autograd`."""
 
     @staticmethod
     def forward(ctx, sizes, numbers, x, *tensors):
@@ -156,6 +173,7 @@ torch.library.register_autograd(f"{NAMESPACE}::lora_linears", _backward, setup_c
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+@public("lora_linears", "lora_linears_backward")
 def lora_linears(
     x: Tensor,
     weights: Sequence[Union[Tensor, NF4Weight]],

@@ -9,6 +9,7 @@ from .bottleneck import bottleneck_adapter, bottleneck_adapter_backward
 from .cross_entropy import linear_cross_entropy
 from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weight_norm_backward
 from .dropouts import dropout
+from .embedding import lora_embedding, lora_embedding_backward
 from .experts import dora_experts, dora_experts_weight_norm, lora_experts
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
@@ -44,6 +45,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear_cross_entropy",
+    "lora_embedding",
+    "lora_embedding_backward",
     "lora_linear",
     "lora_linear_backward",
     "lora_experts",

@@ -343,7 +343,7 @@ def test_doctor_says_what_is_there(capsys):
     assert code == (0 if _native.STATE.module is not None else 1)
     assert f"{torch.__version__}\n" in out
     assert f"in use                     {_native.STATE.isa}\n" in out
-    assert all(name in out for name in ops.library.OPS)
+    assert all(name in out for name in ops.library.OPERATORS)
     assert "transformers" in out and "liger-kernel" in out
 
 

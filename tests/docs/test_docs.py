@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -433,14 +434,18 @@ PUBLIC = {
     "peft_ext.methods": "run",
     "peft_ext.recipes": "recipes",
 }
-_DIRECTIVE = re.compile(r"^\.\. (?:auto(?:function|class|exception|module)|py:data):: ([\w.]+)", re.MULTILINE)
+_DIRECTIVE = re.compile(
+    r"^\.\. (?:auto(?:function|class|exception|module)|py:data):: ([\w.]+)(\n   :members:)?$", re.MULTILINE
+)
 
 
 def _objects() -> dict[int, str]:
     """Returns every object that a directive names, by the identity of the object."""
     found = {}
     for page in (DOCS / "api").glob("*.md"):
-        for path in _DIRECTIVE.findall(page.read_text()):
+        for path, members in _DIRECTIVE.findall(page.read_text()):
+            if members and inspect.ismodule(module := _resolve(path)):
+                found |= {id(getattr(module, name)): f"{path}.{name}" for name in module.__all__}
             if not path.startswith("peft_ext.integrations.trl") or "peft_ext.integrations.trl" in PUBLIC:
                 found[id(_resolve(path))] = path
     return found

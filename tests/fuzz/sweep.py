@@ -28,12 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with 128 threads that spi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import hidden_cases
-import linear_cases
 import row_cases
 import torch
 from battery import assert_part_close, output_grad, run, to_wide
-from op_db import DTYPES, Case, Sample
+from op_case import Options
+from op_db import DTYPES, MODULES, Case, Sample
 from torch import Tensor
 
 from peft_ext import _native
@@ -45,7 +44,6 @@ MANY = 128  # largest number of threads; 16 for small sizes
 SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
 FEW = 64  # elements of a result up to which one draw says little
 EMULATED = "emulated CUDA"
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")
 
 
@@ -111,52 +109,23 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
     return ((outer, t // outer) if kind == "matrix" else (1, outer, t // outer)), k, n, r
 
 
-def _case(rng: random.Random) -> Case:
-    """Draws an operator with options of its own, by the factories of ``op_db``."""
-    maybe = lambda chance=0.5: rng.random() < chance  # noqa: E731
+def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
+    """Returns by public operator a function that makes a case of it with drawn options. Each module of cases has some."""
     base = rng.choice(("dense", "nf4", "nested"))
     if base != "dense":
         base += f":{rng.choice(BLOCKSIZES)}"
-    adapters = rng.choice((None, None, *DTYPES))
-    dropout = rng.choice((0.0, 0.0, 0.05, 0.1, 0.5, 0.9))
-    blocksize, nested = rng.choice(BLOCKSIZES), maybe()
-    makers: dict[str, Callable[[], Case]] = {
-        "nf4_quantize": lambda: linear_cases.quantize_case(blocksize, nested),
-        "nf4_dequantize": lambda: linear_cases.dequantize_case(blocksize, nested),
-        "nf4_linear": lambda: linear_cases.nf4_linear_case(nested, maybe(), blocksize),
-        "lora_linear": lambda: linear_cases.lora_case(
-            base, with_bias=maybe(), dropout_p=dropout, adapter_dtype=adapters, rank_scale=maybe(0.3)
-        ),
-        "lora_residual": lambda: linear_cases.lora_residual_case(
-            dropout_p=dropout, adapter_dtype=adapters, rank_scale=maybe(0.3)
-        ),
-        "grouped_lora_linear": lambda: linear_cases.grouped_lora_case(base, with_bias=maybe(), adapter_dtype=adapters),
-        "dora_weight_norm": lambda: linear_cases.dora_norm_case(base, adapter_dtype=adapters),
-        "dora_linear": lambda: linear_cases.dora_case(
-            base, with_bias=maybe(), dropout_p=dropout, adapter_dtype=adapters,
-            dropout_mode=rng.choice(("lora", "peft")), norm_grad=maybe(0.3),
-        ),
-        "ia3_linear": lambda: linear_cases.ia3_case(
-            base, feedforward=maybe(), with_bias=maybe(), adapter_dtype=adapters, matrix=maybe(0.3)
-        ),
-        "ia3_scale": lambda: linear_cases.ia3_scale_case(adapters),
-        "bottleneck": lambda: hidden_cases.bottleneck_case(
-            rng.choice(ACTIVATIONS), own=maybe(), biases=maybe(), adapter_dtype=adapters, scale=rng.choice((0.75, -2.0))
-        ),
-        "rotary_embedding": lambda: row_cases.rotary_case(
-            rng.choice((1, 3, 8)), rng.choice((1, 2)), one_cos=maybe(), contiguous=maybe(0.3)
-        ),
-        "gated_activation": lambda: row_cases.gated_activation_case(
-            rng.choice((*ACTIVATIONS, "relu2")), rng.choice(("two", "halves", "views"))
-        ),
-        "activation": lambda: row_cases.activation_case(rng.choice((*ACTIVATIONS, "relu2"))),
-        "rms_norm": lambda: row_cases.rms_norm_case(
-            rng.choice(("llama", "gemma")), weight_dtype=adapters
-        ),
-        "layer_norm": lambda: row_cases.layer_norm_case(rng.choice(("weight bias", "weight", "bias", "")), adapters),
-    }  # fmt: skip
+    options = Options(
+        rng, base, adapters=rng.choice((None, None, *DTYPES)), dropout=rng.choice((0.0, 0.0, 0.05, 0.1, 0.5, 0.9)),
+        blocksize=rng.choice(BLOCKSIZES), nested=rng.random() < 0.5,
+    )  # fmt: skip
+    return {op: make for module in MODULES for op, make in module.drawn(options).items()}
+
+
+def _case(rng: random.Random) -> Case:
+    """An operator with options of its own."""
     weights = {"lora_linear": 4, "dora_linear": 4, "nf4_linear": 2, "grouped_lora_linear": 2}
-    return makers[rng.choices(list(makers), [weights.get(name, 1) for name in makers])[0]]()
+    made = makers(rng)
+    return made[rng.choices(list(made), [weights.get(op, 1) for op in made])[0]]()
 
 
 def _attention(rng: random.Random, shape: tuple) -> tuple[Case, tuple]:
@@ -200,7 +169,7 @@ def draw(seed: int, isa: str | None = None, small: bool = False) -> Drawn:
     # (see the shapes in op_db).
     few = {"dora": 8, "bottleneck": 2, "norm": 8}.get(case.op, 1)
     shape = (shape[0], max(shape[1], few), *shape[2:])
-    if case.name.startswith("bottleneck-relu"):
+    if case.name.startswith("bottleneck_adapter-relu"):
         case, shape = _away_from_zero(case), ((min(torch.Size(shape[0]).numel(), 4096 // shape[3]),), *shape[1:])
     if seed % 13 == 7:
         case, shape = _attention(random.Random(~seed), shape)
@@ -221,7 +190,8 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "offset":
         return torch.cat([value.new_zeros(1), value.reshape(-1)])[1:].view(value.shape)
     if layout == "rows apart" and value.dim() > 1:
-        wide = value.new_full((*value.shape[:-1], value.shape[-1] + 3), float("nan"))
+        between = float("nan") if value.is_floating_point() else -1
+        wide = value.new_full((*value.shape[:-1], value.shape[-1] + 3), between)
         wide[..., : value.shape[-1]] = value
         return wide[..., : value.shape[-1]]
     return value
@@ -261,7 +231,7 @@ def check(drawn: Drawn) -> None:
         assert got.dtype == want.dtype and got.shape == want.shape, (got.dtype, got.shape)
         assert torch.equal(got, want), f"{(got != want).sum()} of {got.numel()} elements differ"
         return
-    terms = max(shape[1], shape[2], torch.Size(shape[0]).numel())
+    terms = max(*shape[1:], torch.Size(shape[0]).numel())  # of the longest sum: the rank is one too
     suspect = []
     for name in got:
         try:

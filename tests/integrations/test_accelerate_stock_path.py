@@ -42,7 +42,7 @@ import peft_ext
 from peft_ext.integrations import peft as integration
 from peft_ext.integrations.adapter_layers import dora, reasons
 from peft_ext.integrations.adapter_layers.base import FUSED as FUSED_BY_STOCK
-from peft_ext.ops.library import COMPOSED, OPS
+from peft_ext.ops.library import OPERATORS, PUBLIC
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -364,14 +364,14 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
 
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", True)
     assert loaded() is None
-    for name in reasons._CALLED[op]:  # a kernel for the forward alone is not enough
+    for name in PUBLIC[op]:  # a kernel for the forward alone is not enough
         assert loaded(name) == f"no native kernels of {op} for cuda tensors are loaded"
         assert reasons.kernel_reason(op, "cpu") is None
     monkeypatch.setattr(reasons.STATE, "cuda_loaded", False)
     monkeypatch.setattr(reasons.STATE, "cuda_error", "not built")
-    everything = {name for called in reasons._CALLED.values() for name in called}
+    everything = {name for called in PUBLIC.values() for name in called}
     assert loaded(*everything) == "it is on a GPU, and the CUDA library is not loaded (not built)"
-    assert set(reasons._CALLED[op]) <= {*OPS, *COMPOSED}
+    assert set(PUBLIC[op]) <= set(OPERATORS)
 
 
 def test_inputs_that_do_not_fit_fail_or_pass_as_in_peft():
@@ -457,8 +457,7 @@ def test_layers_of_other_types_stay_as_they_are():
     rows = {row.name.rpartition(".")[2]: row for row in peft_ext.explain(fused).rows}
     assert "Conv1D" not in rows["linear"].kind and "Subclass is a subclass of PEFT's Linear" in rows["linear"].reason
     assert rows["conv1d"] == integration.Row("base_model.model.conv1d", "LoRA over Conv1D", True, "")
-    assert rows["embedding"].reason == "LoRA over Embedding is not fused yet"
-    assert [name for name, row in rows.items() if row.fused] == ["conv1d"]
+    assert [name for name, row in rows.items() if row.fused] == ["conv1d", "embedding"]
 
 
 class Others(nn.Module):

@@ -39,6 +39,9 @@ _DORA = of("DoRA")
 # Cases that work without the name: edits of PEFT, names deleted from loaded modules, and the layers that are not fused.
 OPTIONAL = {
     "peft.tuners.tuners_utils.check_adapters_to_merge": (word("check_adapters_to_merge"), [], set()),
+    "peft.tuners.lora.Embedding": (
+        [["tuners/lora/__init__.py", "Embedding, Linear, ", "Embedding as Renamed, Linear, "]], [], set(),
+    ),
     "peft.tuners.lora.Linear": (
         [["tuners/lora/__init__.py", "Embedding, Linear, ", "Embedding, Linear as Renamed, "]],
         [], {"LoRA", "DoRA", "LoRA Conv1D"},

@@ -364,7 +364,7 @@ def test_the_reference_takes_a_dense_weight() -> None:
 
     assert torch.equal(nf4._linear_reference(x, *args, bias), F.linear(x, weight, bias))
     assert torch.equal(nf4._linear_backward_reference(x @ weight.t(), *args), (x @ weight.t()) @ weight)
-    assert "nf4_linear" in library.OPS
+    assert "nf4_linear" in library.OPERATORS
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_cases import nf4_weight
+from nf4_cases import nf4_weight
 from op_db import SEED
 from op_params import TILES
 from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import nf4_weight
+from nf4_cases import nf4_weight
 from op_db import SEED
 from torch import Tensor
 

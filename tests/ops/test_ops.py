@@ -15,6 +15,8 @@ from op_params import LINEAR, SAVES, TILES, ids, names, strided
 from torch import Tensor
 
 from peft_ext import NF4Weight, _native, ops, reference
+from peft_ext.ops import library
+from peft_ext.ops.proof_inputs import ProofInputs
 
 
 @pytest.mark.slow
@@ -154,52 +156,14 @@ def saved_bytes(case: Case, sample: Sample) -> int:
     return sum(new.values())
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in LINEAR
-        if case.op in ("lora", "dora", "ia3", "norm", "activations", "dropout", "rotary", "attention")
-    ],
-    ids=ids,
-)
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.saved is not None], ids=ids)
 def test_saved_for_backward(case: Case, device: torch.device) -> None:
-    """Beside the inputs: S [T, R] in float32, the seed's 16 bytes, and Z where the vector on it is trained.
-
-    No mask, no dropped x, no copy of x, no weight. Of a norm one float32 number a row, or two.
-    """
+    """Nothing beside the inputs but what the case names: no mask, no dropped x, no copy of x, no weight."""
     if case.op == "attention" and device.type == "cuda":
         pytest.skip("on a GPU it is PyTorch's own")
     t, k, n, r = 40, 128, 96, 8
-    name, about = case.name.partition("-")[::2]
     sample = case.make(torch.bfloat16, ((t,), k, n, r)).to(device)
-    s, seed, y = t * r * 4, 2 * 8 if "dropout" in about else 0, t * n * 2
-    of_attention = 0  # a number for each query and head, and the result
-    if case.op == "attention":
-        of_attention = seed + int(about.partition("_")[0]) * t * (4 + 2 * sample.inputs["v"].shape[3])
-    wanted = {
-        "lora_linear": s + seed,
-        "lora_experts": s + seed,
-        "experts_linear": 0,
-        "lora_linears": 2 * seed + s + t * (r // 2 + 1) * 4,
-        "lora_residual": s + seed,
-        "dora_experts_weight_norm": 0,
-        "dora_experts": s + seed + y + 2 * 5 * n * 4,  # g and the norm of five experts
-        "dora_weight_norm": n * 4 + n * r * 4,  # the norm and U
-        "dora_linear": s + seed + y + n * 4 + n * 4,  # g and the norm
-        "ia3_linear": 0 if "feedforward" in about else y,
-        "ia3_scale": 0,
-        "gated_activation": 0,
-        "dropout": seed,
-        "rotary_embedding": 0,
-        "scaled_dot_product_attention": of_attention,
-        "activation": 0,
-        "rms_norm": t * 4,
-        "layer_norm": 2 * t * 4,
-    }[name]
-    if "norm_grad" in about:  # U, and of the quotient: the norm itself, where it is 0, and magnitude in float32
-        wanted += n * r * 4 + n * 4 + n * 1 + (n * 4 if sample.inputs["magnitude"].dtype != torch.float32 else 0)
-    assert saved_bytes(case, sample) == wanted
+    assert saved_bytes(case, sample) == case.saved(t, k, n, r)
 
 
 def test_dora_with_a_frozen_magnitude_saves_no_product(device: torch.device) -> None:
@@ -362,85 +326,14 @@ def test_reference_activation_backwards_are_the_gradients_of_their_forwards(acti
     assert_gradients(y, [gate], lambda grad: [reference.activation_backward(grad, gate, activation)])
 
 
-def flat_args(case: Case, sample: Sample) -> tuple[str, tuple]:
-    """The private operator behind a case and its arguments."""
-    name, i = case.name.split("-")[0], sample.inputs
-    if name == "nf4_linear":
-        return name, (i["x"], *i["nf4"].op_args(), i["bias"])
-    if name == "ia3_scale":
-        return name, (i["x"], i["ia3_l"].detach().flatten().requires_grad_())
-    if name == "lora_residual":
-        adapter = i["lora_A"], i["lora_B"], i["rank_scale"]
-        return name, (i["x"], i["residual"], *adapter, 0.75, 0.1, SEED.to(i["x"].device))
-    if case.op == "bottleneck":
-        args = (i["residual"], i["down_weight"], i["down_bias"], i["up_weight"], i["up_bias"], 0.75)
-        return "bottleneck_adapter", (i["x"], *args, reference.bottleneck.ACTIVATIONS.index(case.name.split("-")[1]))
-    if name == "scaled_dot_product_attention":
-        p = 0.1 if "dropout" in case.name else 0.0
-        how = (i["mask"], "causal" in case.name, 0.3, p, SEED.to(i["q"].device) if p else None, i["bias"])
-        return name, (i["q"], i["k"], i["v"], *how)
-    if name == "dropout":
-        return name, (i["x"], 0.1, SEED.to(i["x"].device))
-    if name == "rotary_embedding":
-        return name, (i["q"], i["k"], i["cos"], i["sin"])
-    if case.op == "activations":
-        kind = reference.activations.ACTIVATIONS.index(case.name.split("-")[1])
-        gated = i["gate_up"].chunk(2, -1) if "gate_up" in i else (i.get("gate"), i.get("up"))
-        return name, (i["x"], kind) if name == "activation" else (*gated, kind)
-    if name == "rms_norm":
-        return name, (i["x"], i["weight"], 1e-6, float("gemma" in case.name), "gemma" not in case.name)
-    if name == "layer_norm":
-        return name, (i["x"], i["weight"], i["bias"], 1e-5)
-    weight = ops.checks.weight_args(i["weight"])
-    if name == "grouped_lora_linear":
-        groups = [i[f"A{g}"] for g in range(4)], [i[f"B{g}"] for g in range(4)]
-        return name, (i["x"], *weight, i["bias"], *groups, [0.75, -0.5, 2.0, 1.0], i["adapters"])
-    adapter = i.get("lora_A"), i.get("lora_B")
-    if name in ("lora_experts", "experts_linear"):
-        seed = SEED.to(i["x"].device) if name == "lora_experts" else None
-        return "lora_experts", (i["x"], *weight, i["bias"], i["offsets"], *adapter, None, 0.75, 0.1, seed, False)
-    if name == "dora_experts":
-        g = i["magnitude"].detach().float().requires_grad_()
-        seed = SEED.to(i["x"].device)
-        return "lora_experts", (i["x"], *weight, i["bias"], i["offsets"], *adapter, g, 0.75, 0.1, seed, True)
-    if name == "dora_experts_weight_norm":
-        return name, (*weight, None, *(value.detach() for value in adapter), 0.75, i["compute"])
-    if name == "lora_linears":
-        seed, tensors, sizes = SEED.to(i["x"].device), [], []
-        for *layer, blocksize, shape in (
-            (*weight[:5], i["bias"], *adapter, i["rank_scale"], seed, *weight[5:]),
-            (*(second := ops.checks.weight_args(i["weight2"]))[:5], None, i["A2"], i["B2"], None, None, *second[5:]),
-            (*(third := ops.checks.weight_args(i["weight3"]))[:5], i["bias3"], *[None] * 4, *third[5:]),
-        ):
-            tensors += [value for value in layer if value is not None]
-            sizes += [sum(1 << j for j, value in enumerate(layer) if value is not None), blocksize, *shape]
-        return name, (i["x"], tensors, sizes, [0.75, 0.1, -0.5, 0.0, 1.0, 0.0])
-    if name == "linear_cross_entropy":
-        summed = "none" not in case.name
-        labels, loss = i["labels"].view(-1), (0.5, 3.0, 0.1, -100, 20)
-        needs = (summed, summed and adapter[0] is not None, summed and i["bias"] is not None)
-        args = (i["bias"], i["lora_input"], *adapter, 0.75, labels, None, *loss, summed, *needs)
-        return name, (i["hidden"], *weight, *args)
-    if name == "dora_weight_norm":
-        return name, (*weight, *adapter, 0.75, i["compute"])
-    if name == "ia3_linear":
-        vector = i["ia3_l"].detach().flatten().requires_grad_()
-        return name, (i["x"], *weight, i["bias"], vector, "feedforward" in case.name, True)
-    seed = SEED.to(i["x"].device)
-    if name == "dora_linear":
-        drop_base = "peft" in case.name
-        return name, (i["x"], *weight, i["bias"], *adapter, i["magnitude"], 0.75, 0.1, seed, drop_base, True)
-    return name, (i["x"], *weight, i["bias"], *adapter, i["rank_scale"], 0.75, 0.1, seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", LINEAR, ids=ids)
-def test_opcheck(case: Case, device: torch.device) -> None:
-    sample = case.make(torch.float32, SHAPES[0]).to(device)
-    for name in sample.grads:
-        sample.inputs[name].requires_grad_()
-    name, args = flat_args(case, sample)
-    torch.library.opcheck(getattr(torch.ops.peft_ext, name).default, args)
+@pytest.mark.parametrize("family", library.PROOFS)
+def test_opcheck(family: str, device: torch.device) -> None:
+    """Schema, fake, autograd and compilation of each operator that has a gradient, on the calls that prove it."""
+    for name, args in library.PROOFS[family](ProofInputs(device, torch.float32, (10, 64, 96))):
+        if library.has_kernel(name, "Autograd"):
+            leaves = [value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point()
+                      else value for value in args]  # fmt: skip
+            torch.library.opcheck(getattr(torch.ops.peft_ext, name).default, tuple(leaves))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Optional
 
 import pytest
@@ -13,6 +14,7 @@ from cuda_kernels import emulated_ops
 from peft_ext import _native, ops
 from peft_ext.integrations.adapter_layers import reasons
 from peft_ext.ops import prove
+from peft_ext.ops.library import OPERATORS, cuda_families
 
 CARD = "a card"
 
@@ -48,14 +50,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
 
 
 def test_the_kernels_agree(emulated: dict) -> None:
-    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(prove.FAMILIES, "")
+    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(cuda_families(), "")
 
 
 def test_so_do_the_cpu_s() -> None:
-    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(prove.FAMILIES, "")
+    assert prove.prove(torch.device("cpu"), timed=False) == dict.fromkeys(cuda_families(), "")
 
 
-@pytest.mark.parametrize("family", prove.FAMILIES)
+@pytest.mark.parametrize("family", cuda_families())
 def test_what_is_timed_is_a_call_that_agrees(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(prove, "_seconds", lambda calls, *_: asked.append(1) or [1.0] * len(calls))
@@ -66,7 +68,7 @@ def test_what_is_timed_is_a_call_that_agrees(family: str, monkeypatch: pytest.Mo
 def test_whatever_the_caller_has_set(mode: Callable[[], Any]) -> None:
     with mode():
         found = prove.prove(torch.device("cpu"), timed=False)
-    assert found == dict.fromkeys(prove.FAMILIES, "")
+    assert found == dict.fromkeys(cuda_families(), "")
 
 
 def test_products_are_in_full_precision_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,16 +84,13 @@ def test_products_are_in_full_precision_meanwhile(monkeypatch: pytest.MonkeyPatc
         torch.set_float32_matmul_precision(before)
 
 
-def test_every_operator_is_in_a_family_and_is_called() -> None:
-    from peft_ext.ops.library import OPS, WITHOUT_CUDA
-
-    assert sorted(name for names in prove.FAMILIES.values() for name in names) == sorted(set(OPS) - WITHOUT_CUDA)
+def test_every_operator_with_a_cuda_kernel_is_called() -> None:
     called = {
         name
-        for family in prove.FAMILIES
-        for name, _ in prove._calls(family, torch.device("cpu"), torch.float32, (130, 192, 136))
+        for family in cuda_families()
+        for name, _ in prove.calls(family, torch.device("cpu"), torch.float32, prove.SMALL)
     }
-    assert called == set(OPS) - WITHOUT_CUDA
+    assert called == {op.name for op in OPERATORS.values() if op.cuda}
 
 
 def no_mask(*arguments: Any) -> Any:
@@ -126,7 +125,7 @@ def test_a_planted_fault_is_found_in_its_family_alone(
 
 
 def test_a_slow_family_is_dropped(emulated: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = prove.REFERENCES["ia3_linear"]
+    plain = OPERATORS["ia3_linear"].reference
     monkeypatch.setattr(prove, "_seconds", lambda calls, *_: [1.0 if call is plain else 1.3 for call in calls])
     assert prove._prove_family("ia3", torch.device("cpu"), True) == "ia3_linear takes 1.3 times the reference's time"
     assert prove._prove_family("ia3", torch.device("cpu"), False) == ""
@@ -134,7 +133,7 @@ def test_a_slow_family_is_dropped(emulated: dict, monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_wrong_is_dropped_once_and_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    wrong = dict.fromkeys(prove.FAMILIES, "") | {"lora": "it is off"}
+    wrong = dict.fromkeys(cuda_families(), "") | {"lora": "it is off"}
     monkeypatch.setattr(prove, "prove", lambda device, **_: asked.append(device) or wrong)
     monkeypatch.setattr(reasons, "KERNELS", {op: {"cuda": True, "cpu": True} for op in reasons.KERNELS})
     with pytest.warns(RuntimeWarning, match="lora: its CUDA kernels were dropped on a card: it is off. The reference"):
@@ -154,7 +153,7 @@ def next_process(monkeypatch: pytest.MonkeyPatch, asked: Optional[str] = None) -
 
 
 def test_agreement_is_remembered_and_nothing_else(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    agrees = dict.fromkeys(prove.FAMILIES, "")
+    agrees = dict.fromkeys(cuda_families(), "")
     asked: list[torch.device] = []
     found = [agrees | {"dora": "slower today"}, agrees]
     monkeypatch.setattr(prove, "prove", lambda device, **_: asked.append(device) or found.pop(0))
@@ -196,8 +195,9 @@ def test_no_memory_is_no_verdict(
 
 def test_a_dropped_family_runs_the_reference(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    plain = prove.REFERENCES["lora_linear"]
-    monkeypatch.setitem(prove.REFERENCES, "lora_linear", lambda *a: called.append(1) or plain(*a))
+    plain = OPERATORS["lora_linear"].reference
+    counted = replace(OPERATORS["lora_linear"], reference=lambda *a: called.append(1) or plain(*a))
+    monkeypatch.setitem(OPERATORS, "lora_linear", counted)
     x, weight, a, b = torch.randn(5, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     ours = ops.lora_linear(x, weight, a, b)
     assert not called
@@ -219,7 +219,7 @@ def test_nothing_is_proved_with_fake_tensors_or_under_capture(fresh: None, monke
 def test_a_home_that_cannot_be_written_is_no_error(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(prove, "prove", lambda *_, **__: dict.fromkeys(prove.FAMILIES, ""))
+    monkeypatch.setattr(prove, "prove", lambda *_, **__: dict.fromkeys(cuda_families(), ""))
     prove.first_use()
     assert prove._done and not prove.DROPPED
 
@@ -228,9 +228,9 @@ def test_a_card_without_kernels_is_known_at_once(fresh: None, monkeypatch: pytes
     monkeypatch.setattr(prove, "prove", lambda *_, **__: pytest.fail("proved"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     for asked in ("1", "0"):
-        with pytest.warns(RuntimeWarning, match="nf4, lora, .*: their CUDA kernels .* capability is 7.5") as said:
+        with pytest.warns(RuntimeWarning, match="nf4, .*lora, .*: their CUDA kernels .* capability is 7.5") as said:
             next_process(monkeypatch, asked)
-        assert len(said) == 1 and set(prove.report()[CARD]) == set(prove.FAMILIES)
+        assert len(said) == 1 and set(prove.report()[CARD]) == set(cuda_families())
 
 
 def test_the_card_in_use_is_the_first_and_of_its_kind_the_only_one(
@@ -241,7 +241,7 @@ def test_the_card_in_use_is_the_first_and_of_its_kind_the_only_one(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(
-        prove, "prove", lambda device, **_: proved.append(device.index) or dict.fromkeys(prove.FAMILIES, "")
+        prove, "prove", lambda device, **_: proved.append(device.index) or dict.fromkeys(cuda_families(), "")
     )
     prove.first_use()
     assert proved == [2]

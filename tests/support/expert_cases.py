@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linear_cases import dequantized, nf4_weight, plain_norm, seed_beside, shrink_some
-from op_case import SEED, Case, Sample, case_name, randn
+from linear_cases import plain_norm, seed_beside, shrink_some
+from nf4_cases import dequantized, nf4_weight
+from op_case import SEED, Case, Options, Sample, case_name, nothing, randn, shrunk_bytes, with_errors
+from op_errors import errors
 from torch import Tensor
 
 from peft_ext import NF4Weight, ops, reference
@@ -99,6 +102,7 @@ def lora_experts_case(
     return Case(
         name, "lora", make, call, plain,
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
+        saved=shrunk_bytes(dropout_p) if lora else nothing,
     )  # fmt: skip
 
 
@@ -122,7 +126,8 @@ def dora_experts_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
         return _plain_experts_norm(weight, lora_A, lora_B, compute, torch.promote_types(compute, lora_A.dtype))
 
     name = case_name("dora_experts_weight_norm", base, 0.0, adapter_dtype)
-    return Case(name, "dora", make, call, plain, result=lambda dtype, shape: (torch.float32, (_EXPERTS, shape[2])))
+    return Case(name, "dora", make, call, plain, result=lambda dtype, shape: (torch.float32, (_EXPERTS, shape[2])),
+                saved=nothing)  # fmt: skip
 
 
 def dora_experts_case(base: str, *, with_bias: bool = False, dropout_p: float = 0.0, adapter_dtype: Any = None) -> Case:
@@ -163,4 +168,78 @@ def dora_experts_case(base: str, *, with_bias: bool = False, dropout_p: float = 
         from_product=("magnitude",),
         result=lambda dtype, shape: (dtype, (math.prod(shape[0]), shape[2])),
         held=lambda sample: {"weight_norm": norm(sample.inputs, torch.float64).detach()},
+        # Z, g and the norm of each expert
+        saved=lambda t, k, n, r: shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + 2 * _EXPERTS * n * 4,
     )  # fmt: skip
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "lora_experts-dense-bias-dropout0.1": errors(
+        "lora_experts", "dropout 1", "seed",
+        columns=({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\), wanted \[S, 64\]"),
+        matrix=({"weight": torch.zeros(96, 64)}, ValueError, r"weight has shape \(96, 64\), wanted \[E, N, K\]"),
+        weight_dtype=({"weight": torch.zeros(5, 96, 64, dtype=torch.bfloat16)}, TypeError,
+                      "weight is bfloat16, x is float32"),
+        trainable=({"weight": torch.zeros(5, 96, 64, requires_grad=True)}, ValueError, "weight requires grad, wanted"),
+        offsets_dtype=({"offsets": torch.zeros(5)}, TypeError, "offsets is float32, wanted int32 or int64"),
+        offsets_size=({"offsets": torch.zeros(4, dtype=torch.int64)}, ValueError,
+                      r"offsets has shape \(4,\), wanted \(5,\)"),
+        bias_size=({"bias": torch.zeros(96)}, ValueError, r"bias has shape \(96,\), wanted \(5, 96\)"),
+        A_columns=({"lora_A": torch.zeros(5, 16, 63)}, ValueError,
+                   r"lora_A has shape \(5, 16, 63\), wanted \(5, 16, 64\)"),
+        ranks=({"lora_B": torch.zeros(5, 96, 8)}, ValueError, r"lora_B has shape \(5, 96, 8\), wanted \(5, 96, 16\)"),
+        scaling=({"scaling": float("inf")}, ValueError, "scaling is inf, wanted a finite number"),
+    ),
+    "experts_linear-dense-bias": errors(
+        "experts_linear",
+        columns=({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\), wanted \[S, 64\]"),
+        matrix=({"weight": torch.zeros(96, 64)}, ValueError, r"weight has shape \(96, 64\), wanted \[E, N, K\]"),
+        offsets_dtype=({"offsets": torch.zeros(5)}, TypeError, "offsets is float32, wanted int32 or int64"),
+    ),
+    "dora_experts-dense-bias-dropout0.1": errors(
+        "dora_experts", "dropout 1", "seed",
+        columns=({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\), wanted \[S, 64\]"),
+        offsets_size=({"offsets": torch.zeros(4, dtype=torch.int64)}, ValueError,
+                      r"offsets has shape \(4,\), wanted \(5,\)"),
+        ranks=({"lora_B": torch.zeros(5, 96, 8)}, ValueError, r"lora_B has shape \(5, 96, 8\), wanted \(5, 96, 16\)"),
+        magnitude_size=({"magnitude": torch.zeros(96)}, ValueError, r"magnitude has shape \(96,\), wanted \(5, 96\)"),
+        no_magnitude=({"magnitude": None}, TypeError, "magnitude is NoneType, wanted a Tensor"),
+        norm_size=({"weight_norm": torch.zeros(5, 95)}, ValueError,
+                   r"weight_norm has shape \(5, 95\), wanted \(5, 96\)"),
+        scaling=({"scaling": float("nan")}, ValueError, "scaling is nan, wanted a finite number"),
+    ),
+    "dora_experts_weight_norm-dense": errors(
+        "dora_experts_weight_norm",
+        matrix=({"weight": torch.zeros(96, 64)}, ValueError, r"weight has shape \(96, 64\), wanted \[E, N, K\]"),
+        A_columns=({"lora_A": torch.zeros(5, 16, 63)}, ValueError,
+                   r"lora_A has shape \(5, 16, 63\), wanted \(5, 16, 64\)"),
+        offsets_dtype=({"offsets": torch.zeros(5)}, TypeError, "offsets is float32, wanted int32 or int64"),
+        offsets_size=({"offsets": torch.zeros(4, dtype=torch.int64)}, ValueError,
+                      r"offsets has shape \(4,\), wanted \(5,\)"),
+        dense_dtype=({"dtype": torch.bfloat16}, TypeError, "dtype is torch.bfloat16, wanted a dense weight's own"),
+        scaling=({"scaling": float("inf")}, ValueError, "scaling is inf, wanted a finite number"),
+    ),
+}  # fmt: skip
+
+CASES = with_errors(
+    ERRORS,
+    lora_experts_case("dense", with_bias=True, dropout_p=0.1),
+    lora_experts_case("transposed", adapter_dtype=torch.float32),
+    lora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    lora_experts_case("nested", adapter_dtype=torch.float32),
+    lora_experts_case("dense", with_bias=True, lora=False),
+    dora_experts_norm_case("dense"),
+    dora_experts_norm_case("transposed", adapter_dtype=torch.float32),
+    dora_experts_norm_case("nested", adapter_dtype=torch.float32),
+    dora_experts_case("dense", with_bias=True, dropout_p=0.1),
+    dora_experts_case("transposed", adapter_dtype=torch.float32),
+    dora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    dora_experts_case("nested", adapter_dtype=torch.float32),
+)
+
+
+def drawn(o: Options) -> dict[str, Callable[[], Case]]:
+    """The sweep draws no mixtures."""
+    return {}

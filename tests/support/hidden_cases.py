@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linear_cases import dequantized, low_rank_inputs
-from op_case import SHAPES, Case, Sample, case_name, randn
+from linear_cases import low_rank_inputs
+from nf4_cases import dequantized
+from op_case import SHAPES, Case, Options, Sample, case_name, randn, with_errors
+from op_errors import errors
 
 from peft_ext import ops
+from peft_ext.reference.bottleneck import ACTIVATIONS
 
 # --- bottleneck -------------------------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def bottleneck_case(
             h = F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
         return (x if residual is None else residual) + scale * F.linear(h, up_weight, up_bias)
 
-    name = "-".join(["bottleneck", activation, *(["own"] if own else []), *([] if biases else ["no_biases"]),
+    name = "-".join(["bottleneck_adapter", activation, *(["own"] if own else []), *([] if biases else ["no_biases"]),
                      *([f"{adapter_dtype}".removeprefix("torch.")] if adapter_dtype else [])])  # fmt: skip
     return Case(
         name, "bottleneck", make, call, plain,
@@ -105,3 +109,72 @@ def cross_entropy_case(
         name, "cross_entropy", make, call, plain, shapes=shapes, from_product=("y", "bias", "lora_A", "lora_B"),
         result=lambda dtype, shape: (torch.float32, shape[0] if reduction == "none" else ()),
     )  # fmt: skip
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "bottleneck_adapter-gelu": errors(
+        "bottleneck_adapter", "residual shape", "residual dtype",
+        activation=({"activation": "tanh"}, ValueError,
+                    r"activation is 'tanh', wanted one of \('gelu', 'gelu_tanh', 'relu', 'silu'\)"),
+        scale=({"scale": float("inf")}, ValueError, "scale is inf, wanted a finite number"),
+        x_columns=({"x": torch.zeros(4, 8, 63)}, ValueError,
+                   r"x has shape \(4, 8, 63\), wanted \[\.\.\., 64\] for down_weight \(16, 64\)"),
+        x_of_integers=({"x": torch.zeros(4, 8, 64, dtype=torch.int64)}, TypeError, "x is int64, wanted one of"),
+        down_of_1_dimension=({"down_weight": torch.zeros(64)}, ValueError,
+                             r"down_weight has shape \(64,\), wanted \[M, K\]"),
+        down_of_no_rows=({"down_weight": torch.zeros(0, 64), "up_weight": torch.zeros(96, 0)}, ValueError,
+                         r"down_weight has shape \(0, 64\), wanted at least 1 row and 1 column"),
+        no_columns=({"x": torch.zeros(4, 8, 0), "down_weight": torch.zeros(16, 0)}, ValueError,
+                    r"down_weight has shape \(16, 0\), wanted at least 1 row and 1 column"),
+        up_of_no_rows=({"up_weight": torch.zeros(0, 16)}, ValueError,
+                       r"up_weight has shape \(0, 16\), wanted at least 1 row and 1 column"),
+        up_columns=({"up_weight": torch.zeros(96, 15)}, ValueError,
+                    r"up_weight has shape \(96, 15\), wanted \[N, 16\] for down_weight \(16, 64\)"),
+        down_bias=({"down_bias": torch.zeros(15)}, ValueError, r"down_bias has shape \(15,\), wanted \(16,\)"),
+        up_bias=({"up_bias": torch.zeros(95)}, ValueError, r"up_bias has shape \(95,\), wanted \(96,\)"),
+        no_residual=({"residual": None}, ValueError, "up_weight has 96 rows, wanted x's 64 where residual is None"),
+    ),
+    "linear_cross_entropy-dense-sum": errors(
+        "linear_cross_entropy", "weight of 3 dims", "trainable weight", "bias size",
+        columns=({"hidden": torch.zeros(4, 8, 3)}, ValueError,
+                 r"hidden has shape \(4, 8, 3\), wanted \[\.\.\., 64\] for weight \(96, 64\)"),
+        labels=({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError,
+                r"labels has shape \(4,\), wanted \(4, 8\)"),
+        weight_dtype=({"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
+                      "weight is bfloat16, hidden is float32"),
+        labels_of_floats=({"labels": torch.zeros(4, 8)}, TypeError,
+                          "labels is torch.float32, wanted a tensor of int64"),
+        half_an_adapter=({"lora_A": torch.zeros(4, 64)}, TypeError, "of lora_A and lora_B one is None"),
+        lora_input=({"lora_input": torch.zeros(4, 64)}, ValueError,
+                    r"lora_input has shape \(4, 64\), wanted \(4, 8, 64\)"),
+        softcap=({"softcap": -1.0}, ValueError, "softcap is -1.0, wanted more than 0, or None"),
+        smoothing=({"label_smoothing": 2}, ValueError, "label_smoothing is 2, wanted 0 to 1"),
+        scale=({"logit_scale": float("nan")}, ValueError, "logit_scale is nan, wanted a finite number"),
+        chunk=({"chunk": 0}, ValueError, "chunk is 0, wanted at least 1"),
+    ),
+}  # fmt: skip
+
+CASES = with_errors(
+    ERRORS,
+    bottleneck_case(),
+    bottleneck_case(own=True, adapter_dtype=torch.float32),
+    bottleneck_case("gelu_tanh", own=True),
+    bottleneck_case("relu", biases=False),
+    bottleneck_case("silu", own=True, adapter_dtype=torch.float32, biases=False),
+    cross_entropy_case("dense"),
+    cross_entropy_case("dense", with_bias=True, adapter_dtype=torch.float32, reduction="mean", label_smoothing=0.1),
+    cross_entropy_case("nested", reduction="none", softcap=3.0, logit_scale=0.5),
+    cross_entropy_case("dense", adapter_dtype=torch.bfloat16, own_input=True, reduction="none"),
+)
+
+
+def drawn(o: Options) -> dict[str, Callable[[], Case]]:
+    """By public op: what makes a case for the sweep."""
+    return {
+        "bottleneck_adapter": lambda: bottleneck_case(
+            o.rng.choice(ACTIVATIONS), own=o.maybe(), biases=o.maybe(), adapter_dtype=o.adapters,
+            scale=o.rng.choice((0.75, -2.0)),
+        ),
+    }  # fmt: skip

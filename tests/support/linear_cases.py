@@ -1,83 +1,18 @@
-"""Cases of the operators over a frozen weight: NF4, and the linear layer with each adapter."""
+"""Cases of the linear layer over a frozen weight, with each adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from op_case import SEED, SHAPES, Case, Sample, case_name, randn
+from nf4_cases import dequantized, nf4_weight
+from op_case import SEED, SHAPES, Case, Options, Sample, case_name, nothing, randn, shrunk_bytes, with_errors
+from op_errors import errors
 from torch import Tensor
 
-from peft_ext import NF4Weight, ops, reference
-
-# --- nf4 --------------------------------------------------------------------------------------------------------------
-
-
-def nf4_weight(n: int, k: int, dtype: torch.dtype, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Returns a weight quantized by the reference: an error of the quantize kernel can't hide another error."""
-    return reference.nf4_quantize(randn(n, k, dtype=dtype, scale=0.05), blocksize, double_quant)
-
-
-def quantize_case(blocksize: int, double_quant: bool) -> Case:
-    def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        _, k, n, _ = shape
-        weight = randn(n, k, dtype=dtype)
-        flat = weight.view(-1)
-        flat[: min(flat.numel(), blocksize)] = 0.0  # an all-zero block
-        # Values on a threshold between two codes, in a block whose scale is one: ties.
-        code = reference.nf4_code()
-        if flat.numel() >= 2 * blocksize:
-            ties = torch.cat([(code[1:] + code[:-1]) / 2, torch.ones(1)]).to(dtype)
-            flat[blocksize : blocksize + 16] = ties
-            flat[blocksize + 16 : 2 * blocksize] = 0.5
-        return Sample({"weight": weight})
-
-    def packed(quantize: Callable[..., NF4Weight]) -> Callable[..., Tensor]:
-        def run(weight: Tensor) -> Tensor:
-            parts = quantize(weight, blocksize, double_quant).tensors().values()
-            return torch.cat([part.reshape(-1).double() for part in parts])
-
-        return run
-
-    name = f"nf4_quantize-{blocksize}{'-nested' if double_quant else ''}"
-    return Case(name, "nf4", make, packed(ops.nf4_quantize), packed(reference.nf4_quantize), exact=True)
-
-
-def dequantize_case(blocksize: int, double_quant: bool) -> Case:
-    def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        _, k, n, _ = shape
-        return Sample({"nf4": nf4_weight(n, k, dtype, blocksize, double_quant), "dtype": dtype})
-
-    name = f"nf4_dequantize-{blocksize}{'-nested' if double_quant else ''}"
-    return Case(name, "nf4", make, ops.nf4_dequantize, reference.nf4_dequantize, exact=True)
-
-
-def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the dense weight with which a kernel computes, in the compute dtype."""
-    return reference.nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
-
-
-def nf4_linear_case(double_quant: bool, with_bias: bool, blocksize: int = 64) -> Case:
-    def make(dtype: torch.dtype, shape: tuple) -> Sample:
-        tokens, k, n, _ = shape
-        inputs = {"x": randn(*tokens, k, dtype=dtype), "nf4": nf4_weight(n, k, dtype, blocksize, double_quant)}
-        inputs["bias"] = randn(n, dtype=dtype) if with_bias else None
-        inputs["compute"] = dtype
-        return Sample(inputs, ("x", "bias") if with_bias else ("x",))
-
-    def call(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor], compute: torch.dtype) -> Tensor:
-        return ops.nf4_linear(x, nf4, bias)
-
-    def plain(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor], compute: torch.dtype) -> Tensor:
-        return F.linear(x, dequantized(nf4, compute).to(x.dtype), bias)
-
-    return Case(
-        f"nf4_linear{'-nested' if double_quant else ''}{'-bias' if with_bias else ''}"
-        + (f"-{blocksize}" if blocksize != 64 else ""), "nf4", make, call, plain,
-    )  # fmt: skip
-
+from peft_ext import ops, reference
 
 # --- lora -------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +68,7 @@ def lora_case(
         return y + F.linear(F.linear(dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
 
     name = case_name("lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
-    return Case(name, "lora", make, call, plain)
+    return Case(name, "lora", make, call, plain, saved=shrunk_bytes(dropout_p))
 
 
 _OTHER_SEED = SEED + 1
@@ -176,7 +111,11 @@ def lora_linears_case(
         ], dim=-1)  # fmt: skip
 
     name = case_name("lora_linears", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale)
-    return Case(name, "lora", make, call, plain, result=lambda dtype, shape: (dtype, (*shape[0], 3 * shape[2])))
+    return Case(
+        name, "lora", make, call, plain,
+        result=lambda dtype, shape: (dtype, (*shape[0], 3 * shape[2])),
+        saved=lambda t, k, n, r: t * (r + r // 2 + 1) * 4 + (2 * 16 if dropout_p else 0),
+    )  # fmt: skip
 
 
 def lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, rank_scale: bool = False) -> Case:
@@ -202,7 +141,7 @@ def lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, ran
         return residual + F.linear(F.linear(dropped(x, dropout_p), lora_A), lora_B.to(x.dtype)) * 0.75
 
     name = case_name("lora_residual", "any", dropout_p, adapter_dtype, rank_scale=rank_scale)
-    return Case(name, "lora", make, call, plain)
+    return Case(name, "lora", make, call, plain, saved=shrunk_bytes(dropout_p))
 
 
 # --- several adapters in one batch ------------------------------------------------------------------------------------
@@ -264,7 +203,11 @@ def dora_norm_case(base: str, *, adapter_dtype: Any = None) -> Case:
         return plain_norm(dequantized(weight, compute).to(torch.promote_types(compute, lora_A.dtype)), lora_A, lora_B)
 
     name = case_name("dora_weight_norm", base, 0.0, adapter_dtype)
-    return Case(name, "dora", make, call, plain, result=lambda dtype, shape: (torch.float32, (shape[2],)))
+    return Case(
+        name, "dora", make, call, plain,
+        result=lambda dtype, shape: (torch.float32, (shape[2],)),
+        saved=lambda t, k, n, r: n * 4 + n * r * 4,  # the norm and U
+    )  # fmt: skip
 
 
 def dora_case(
@@ -305,6 +248,12 @@ def dora_case(
         unbiased = y if bias is None else y - bias
         return y + ((g - 1) * unbiased + g * low_rank)
 
+    def saved(t: int, k: int, n: int, r: int) -> int:
+        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # Z, g and the norm
+        if norm_grad:  # U, and of the quotient: the norm itself, where it is 0, and magnitude in float32
+            found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
+        return found
+
     name = case_name("dora_linear", base, dropout_p, adapter_dtype, bias=with_bias, peft=dropout_mode == "peft",
                       norm_grad=norm_grad, save_output=save_output)  # fmt: skip
     return Case(
@@ -313,6 +262,7 @@ def dora_case(
         # Of a single column the norm takes the sign alone: the whole gradient is 0, the sum of two that are not.
         shapes=[shape for shape in SHAPES if shape[1] > 1] if norm_grad else SHAPES,
         held=lambda sample: {} if norm_grad else {"weight_norm": norm(sample.inputs, torch.float64).detach()},
+        saved=saved,
     )  # fmt: skip
 
 
@@ -356,7 +306,8 @@ def ia3_case(
 
     name = case_name("ia3_linear", base, 0.0, adapter_dtype, bias=with_bias, feedforward=feedforward, matrix=matrix,
                       save_output=save_output)  # fmt: skip
-    return Case(name, "ia3", make, call, plain, from_product=("ia3_l",))
+    saved = lambda t, k, n, r: 0 if feedforward else t * n * 2  # noqa: E731
+    return Case(name, "ia3", make, call, plain, from_product=("ia3_l",), saved=saved)
 
 
 def ia3_scale_case(adapter_dtype: Any = None) -> Case:
@@ -368,4 +319,147 @@ def ia3_scale_case(adapter_dtype: Any = None) -> Case:
     def plain(x, ia3_l):
         return x * ia3_l.to(x.dtype).flatten()
 
-    return Case(case_name("ia3_scale", "x", 0.0, adapter_dtype), "ia3", make, ops.ia3_scale, plain)
+    return Case(case_name("ia3_scale", "x", 0.0, adapter_dtype), "ia3", make, ops.ia3_scale, plain, saved=nothing)
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "lora_linear-dense": errors(
+        "lora_linear", "columns", "weight dtype", "trainable weight", "weight of 3 dims", "A columns", "B rows",
+        "ranks", "dropout 1", "seed",
+        no_tensor=({"x": [1.0]}, TypeError, "x is list, wanted a Tensor"),
+        sparse=({"x": torch.zeros(4, 64).to_sparse()}, TypeError, "x has layout torch.sparse_coo"),
+        rank_0=({"lora_A": torch.zeros(0, 64), "lora_B": torch.zeros(96, 0)}, ValueError,
+                "lora_A has rank 0, wanted at least 1"),
+        A_device=({"lora_A": torch.zeros(16, 64, device="meta")}, ValueError, "lora_A is on meta, weight is on cpu"),
+        rank_scale_size=({"rank_scale": torch.ones(16, 1)}, ValueError,
+                         r"rank_scale has shape \(16, 1\), wanted \(16,\)"),
+        scaling=({"scaling": float("inf")}, ValueError, "scaling is inf, wanted a finite number"),
+        negative_dropout=({"dropout_p": -0.5}, ValueError, "dropout_p is -0.5, wanted 0 <= p < 1"),
+    ),
+    "lora_linears-dense-bias-rank_scale-dropout0.1": errors(
+        "lora_linears", "columns", "weight dtype", "weight of 3 dims", "A columns", "B rows", "ranks",
+        no_tensor=({"x": [1.0]}, TypeError, "x is list, wanted a Tensor"),
+    ),
+    "lora_residual-any": errors(
+        "lora_residual", "residual shape", "residual dtype", "A columns", "ranks", "dropout 1", "seed",
+        no_residual=({"residual": None}, TypeError, "residual is NoneType, wanted a Tensor"),
+        B_rows=({"lora_B": torch.zeros(95, 16)}, ValueError, r"residual has shape \(4, 8, 96\), wanted \(4, 8, 95\)"),
+    ),
+    "grouped_lora_linear-dense": errors(
+        "grouped_lora_linear", "weight dtype",
+        vector=({"x": torch.zeros(64)}, ValueError, r"x has shape \(64,\), wanted \[samples, \.\.\., K\]"),
+        columns=({"x": torch.zeros(4, 3)}, ValueError, r"x has shape \(4, 3\), wanted \[\.\.\., 64\]"),
+        samples=({"adapters": [0]}, ValueError, "adapters has 1 elements, wanted 4, one for each sample of x"),
+        index=({"adapters": [0, 1, 4, 0]}, ValueError, "adapters has 4, wanted -1 to 3"),
+        name=({"adapters": ["a", 0, 0, 0]}, ValueError, "adapters has 'a', wanted -1 to 3"),
+        scaling=({"scaling": (1.0, float("nan"), 1.0, 1.0)}, ValueError, "scaling is nan, wanted a finite number"),
+        as_many=({"scaling": (1.0,)}, ValueError,
+                 "4 of lora_A, 4 of lora_B and 1 of scaling, wanted as many, and at least 1"),
+        A_columns=({"A1": torch.zeros(8, 63)}, ValueError, r"lora_A has shape \(8, 63\), wanted \[R, 64\]"),
+        ranks=({"B2": torch.zeros(96, 3)}, ValueError, "lora_B has rank 3, lora_A has rank 17"),
+    ),
+    "dora_weight_norm-dense": errors(
+        "dora_weight_norm", "A columns", "weight of 3 dims",
+        scaling=({"scaling": float("nan")}, ValueError, "scaling is nan, wanted a finite"),
+        integer_dtype=({"dtype": torch.int8}, TypeError, "dtype is torch.int8, wanted one of"),
+        other_dtype=({"dtype": torch.float16}, TypeError,
+                     "dtype is torch.float16, wanted a dense weight's own, torch.float32"),
+    ),
+    "dora_linear-dense": errors(
+        "dora_linear", "columns", "B rows", "trainable weight", "dropout 1",
+        magnitude_size=({"magnitude": torch.zeros(95)}, ValueError, r"magnitude has shape \(95,\), wanted \(96,\)"),
+        magnitude_dtype=({"magnitude": torch.zeros(96, dtype=torch.int32)}, TypeError,
+                         "magnitude is int32, wanted one of float32"),
+        no_magnitude=({"magnitude": None}, TypeError, "magnitude is NoneType, wanted a Tensor"),
+        norm_size=({"weight_norm": torch.zeros(1)}, ValueError, r"weight_norm has shape \(1,\), wanted \(96,\)"),
+        mode=({"dropout_mode": "base"}, ValueError, "dropout_mode is 'base', wanted 'lora' or 'peft'"),
+        seed=({"seed": 3}, ValueError, r"seed is int, wanted int64 \(2,\)"),
+    ),
+    "ia3_linear-dense": errors(
+        "ia3_linear", "columns", "weight dtype", "bias size",
+        l_of_the_input=({"ia3_l": torch.ones(64)}, ValueError,
+                        r"ia3_l has shape \(64,\), wanted \(96,\) or \(96, 1\)"),
+        l_lying=({"ia3_l": torch.ones(1, 96)}, ValueError, r"ia3_l has shape \(1, 96\), wanted"),
+        l_of_integers=({"ia3_l": torch.ones(96, dtype=torch.int64)}, TypeError, "ia3_l is int64"),
+    ),
+    "ia3_scale": errors(
+        "ia3_scale",
+        l_size=({"ia3_l": torch.ones(95)}, ValueError,
+                r"ia3_l has shape \(95,\), wanted \(96,\) or \(1, 96\) or \(96, 1\)"),
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
+    ),
+}  # fmt: skip
+
+CASES = with_errors(
+    ERRORS,
+    lora_case("dense"),
+    lora_case("dense", with_bias=True, dropout_p=0.1),
+    lora_case("dense", adapter_dtype=torch.float32, dropout_p=0.5),
+    lora_case("nf4", adapter_dtype=torch.bfloat16),
+    lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
+    lora_case("dense", rank_scale=True),
+    lora_linears_case("dense", with_bias=True, dropout_p=0.1, rank_scale=True),
+    lora_linears_case("dense", adapter_dtype=torch.float32),
+    lora_linears_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    lora_linears_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
+    lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
+    lora_residual_case(),
+    lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),
+    lora_residual_case(rank_scale=True, dropout_p=0.5),
+    grouped_lora_case("dense"),
+    grouped_lora_case("dense", with_bias=True, adapter_dtype=torch.float32),
+    grouped_lora_case("nf4", adapter_dtype=torch.bfloat16),
+    grouped_lora_case("nested", with_bias=True, adapter_dtype=torch.float32),
+    dora_norm_case("dense"),
+    dora_norm_case("dense", adapter_dtype=torch.float32),
+    dora_norm_case("nf4"),
+    dora_norm_case("nested", adapter_dtype=torch.float32),
+    dora_case("dense"),
+    dora_case("dense", with_bias=True, dropout_p=0.1),
+    dora_case("dense", with_bias=True, dropout_p=0.1, dropout_mode="peft"),
+    dora_case("dense", dropout_mode="peft", adapter_dtype=torch.float32),
+    dora_case("dense", norm_grad=True),
+    dora_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
+    dora_case("nf4", adapter_dtype=torch.float32, with_bias=True, dropout_p=0.5, dropout_mode="peft"),
+    dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, dropout_mode="peft"),
+    dora_case("nested", adapter_dtype=torch.float32, with_bias=True, norm_grad=True),
+    ia3_case("dense"),
+    ia3_case("dense", feedforward=True, with_bias=True),
+    ia3_case("dense", with_bias=True, adapter_dtype=torch.float32, matrix=True),
+    ia3_case("nf4", adapter_dtype=torch.float32),
+    ia3_case("nested", feedforward=True, adapter_dtype=torch.float32, matrix=True),
+    ia3_scale_case(),
+    ia3_scale_case(torch.float32),
+)
+
+# Cases of a caller that promises not to change the result; on a GPU the promise changes nothing.
+SAVED_OUTPUT = (
+    dora_case("dense", save_output=True),
+    dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.1, save_output=True),
+    ia3_case("dense", save_output=True),
+    ia3_case("nf4", with_bias=True, adapter_dtype=torch.float32, save_output=True),
+)
+
+
+def drawn(o: Options) -> dict[str, Callable[[], Case]]:
+    """By public op: what makes a case for the sweep."""
+    return {
+        "lora_linear": lambda: lora_case(
+            o.base, with_bias=o.maybe(), dropout_p=o.dropout, adapter_dtype=o.adapters, rank_scale=o.maybe(0.3)
+        ),
+        "lora_residual": lambda: lora_residual_case(
+            dropout_p=o.dropout, adapter_dtype=o.adapters, rank_scale=o.maybe(0.3)
+        ),
+        "grouped_lora_linear": lambda: grouped_lora_case(o.base, with_bias=o.maybe(), adapter_dtype=o.adapters),
+        "dora_weight_norm": lambda: dora_norm_case(o.base, adapter_dtype=o.adapters),
+        "dora_linear": lambda: dora_case(
+            o.base, with_bias=o.maybe(), dropout_p=o.dropout, adapter_dtype=o.adapters,
+            dropout_mode=o.rng.choice(("lora", "peft")), norm_grad=o.maybe(0.3),
+        ),
+        "ia3_linear": lambda: ia3_case(
+            o.base, feedforward=o.maybe(), with_bias=o.maybe(), adapter_dtype=o.adapters, matrix=o.maybe(0.3)
+        ),
+        "ia3_scale": lambda: ia3_scale_case(o.adapters),
+    }  # fmt: skip

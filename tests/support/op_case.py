@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from op_errors import ERRORS, Error
+from op_errors import Error
 from torch import Tensor
 
 from peft_ext import NF4Weight
@@ -60,7 +61,8 @@ class Case:
         oracle: the same in float64, differentiable by autograd. exact: the result must have the oracle's bits.
         result: dtype and shape of the result, for (dtype, shape). held: inputs of the oracle that its gradient takes
         for constants although they depend on the sample. from_product: gradients that are computed from the base
-        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on.
+        product, as it was rounded to x's dtype. shapes: those of SHAPES it is tested on. errors: what the operator
+        refuses. saved: bytes that a bfloat16 call keeps for the backward beside its inputs, for (T, K, N, R).
     """
 
     name: str
@@ -75,15 +77,55 @@ class Case:
     held: Callable[[Sample], dict[str, Any]] = lambda sample: {}
     from_product: Sequence[str] = ()
     shapes: Sequence[tuple] = SHAPES
+    errors: Sequence[Error] = ()
+    saved: Callable[[int, int, int, int], int] | None = None
 
     def __post_init__(self) -> None:
         if self.oracle is None:
             object.__setattr__(self, "oracle", self.plain)
 
     @property
-    def errors(self) -> tuple[Error, ...]:
-        """Of this case, or of every case of its operator."""
-        return ERRORS.get(self.name, ERRORS.get(self.name.partition("-")[0], ()))
+    def public(self) -> str:
+        """The public function of peft_ext.ops that this case calls."""
+        return self.name.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a random case is made of, drawn from its seed.
+
+    Attributes:
+        base: "dense", "nf4:BLOCKSIZE" or "nested:BLOCKSIZE". adapters: the adapters' dtype; None: the input's.
+        dropout: its probability. blocksize, nested: of an NF4 weight.
+    """
+
+    rng: random.Random
+    base: str
+    adapters: torch.dtype | None
+    dropout: float
+    blocksize: int
+    nested: bool
+
+    def maybe(self, chance: float = 0.5) -> bool:
+        return self.rng.random() < chance
+
+
+def with_errors(errors: dict[str, tuple[Error, ...]], *cases: Case) -> tuple[Case, ...]:
+    """Gives cases their errors, by a case's name, or by an operator's: then all of its cases."""
+    given = tuple(replace(case, errors=errors.get(case.name, errors.get(case.public, ()))) for case in cases)
+    unknown = errors.keys() - {name for case in given for name in (case.name, case.public)}
+    assert not unknown, f"errors of no case: {unknown}"
+    return given
+
+
+def nothing(t: int, k: int, n: int, r: int) -> int:
+    """``Case.saved`` of an operator that keeps its inputs alone."""
+    return 0
+
+
+def shrunk_bytes(dropout_p: float) -> Callable[[int, int, int, int], int]:
+    """Returns ``Case.saved`` of a low-rank layer: S [T, R] in float32, and with dropout the seed's 16 bytes."""
+    return lambda t, k, n, r: t * r * 4 + (16 if dropout_p else 0)
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one list of operators and the inputs they are tested on.
+"""The inputs on which every operator is tested: the cases of all ``*_cases.py`` beside this file.
 
 A case says how to draw inputs, how to call the public op, and what plain PyTorch and the float64 oracle compute from
 the same inputs. ``test_ops.py`` runs the whole battery over every case; adding an operator is adding a case.
@@ -6,157 +6,15 @@ the same inputs. ``test_ops.py`` runs the whole battery over every case; adding 
 
 from __future__ import annotations
 
-import torch
-from expert_cases import (
-    dora_experts_case,
-    dora_experts_norm_case,
-    lora_experts_case,
-)
-from hidden_cases import (
-    bottleneck_case,
-    cross_entropy_case,
-)
-from linear_cases import (
-    dequantize_case,
-    dora_case,
-    dora_norm_case,
-    grouped_lora_case,
-    ia3_case,
-    ia3_scale_case,
-    lora_case,
-    lora_linears_case,
-    lora_residual_case,
-    nf4_linear_case,
-    quantize_case,
-)
+import importlib
+from pathlib import Path
+
 from op_case import DTYPES, SEED, SHAPES, Case, Sample, randn, wide
-from row_cases import (
-    activation_case,
-    attention_case,
-    dropout_case,
-    gated_activation_case,
-    layer_norm_case,
-    rms_norm_case,
-    rotary_case,
-)
 
-__all__ = ["CASES", "DTYPES", "SAVED_OUTPUT", "SEED", "SHAPES", "Case", "Sample", "randn", "wide"]
+__all__ = ["CASES", "DTYPES", "MODULES", "SAVED_OUTPUT", "SEED", "SHAPES", "Case", "Sample", "randn", "wide"]
 
-CASES: tuple[Case, ...] = (
-    quantize_case(64, False),
-    quantize_case(32, False),
-    quantize_case(64, True),
-    quantize_case(4096, True),
-    dequantize_case(64, False),
-    dequantize_case(32, True),
-    dequantize_case(256, True),
-    nf4_linear_case(False, False),
-    nf4_linear_case(True, True),
-    lora_case("dense"),
-    lora_case("dense", with_bias=True, dropout_p=0.1),
-    lora_case("dense", adapter_dtype=torch.float32, dropout_p=0.5),
-    lora_case("nf4", adapter_dtype=torch.bfloat16),
-    lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
-    lora_case("dense", rank_scale=True),
-    lora_linears_case("dense", with_bias=True, dropout_p=0.1, rank_scale=True),
-    lora_linears_case("dense", adapter_dtype=torch.float32),
-    lora_linears_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
-    lora_linears_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
-    lora_experts_case("dense", with_bias=True, dropout_p=0.1),
-    lora_experts_case("transposed", adapter_dtype=torch.float32),
-    lora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
-    lora_experts_case("nested", adapter_dtype=torch.float32),
-    lora_experts_case("dense", with_bias=True, lora=False),
-    dora_experts_norm_case("dense"),
-    dora_experts_norm_case("transposed", adapter_dtype=torch.float32),
-    dora_experts_norm_case("nested", adapter_dtype=torch.float32),
-    dora_experts_case("dense", with_bias=True, dropout_p=0.1),
-    dora_experts_case("transposed", adapter_dtype=torch.float32),
-    dora_experts_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
-    dora_experts_case("nested", adapter_dtype=torch.float32),
-    lora_case("nested", rank_scale=True, adapter_dtype=torch.float32, dropout_p=0.1, with_bias=True),
-    lora_residual_case(),
-    lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),
-    lora_residual_case(rank_scale=True, dropout_p=0.5),
-    grouped_lora_case("dense"),
-    grouped_lora_case("dense", with_bias=True, adapter_dtype=torch.float32),
-    grouped_lora_case("nf4", adapter_dtype=torch.bfloat16),
-    grouped_lora_case("nested", with_bias=True, adapter_dtype=torch.float32),
-    dora_norm_case("dense"),
-    dora_norm_case("dense", adapter_dtype=torch.float32),
-    dora_norm_case("nf4"),
-    dora_norm_case("nested", adapter_dtype=torch.float32),
-    dora_case("dense"),
-    dora_case("dense", with_bias=True, dropout_p=0.1),
-    dora_case("dense", with_bias=True, dropout_p=0.1, dropout_mode="peft"),
-    dora_case("dense", dropout_mode="peft", adapter_dtype=torch.float32),
-    dora_case("dense", norm_grad=True),
-    dora_case("nf4", adapter_dtype=torch.bfloat16, dropout_p=0.5),
-    dora_case("nf4", adapter_dtype=torch.float32, with_bias=True, dropout_p=0.5, dropout_mode="peft"),
-    dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, dropout_mode="peft"),
-    dora_case("nested", adapter_dtype=torch.float32, with_bias=True, norm_grad=True),
-    ia3_case("dense"),
-    ia3_case("dense", feedforward=True, with_bias=True),
-    ia3_case("dense", with_bias=True, adapter_dtype=torch.float32, matrix=True),
-    ia3_case("nf4", adapter_dtype=torch.float32),
-    ia3_case("nested", feedforward=True, adapter_dtype=torch.float32, matrix=True),
-    ia3_scale_case(),
-    ia3_scale_case(torch.float32),
-    bottleneck_case(),
-    bottleneck_case(own=True, adapter_dtype=torch.float32),
-    bottleneck_case("gelu_tanh", own=True),
-    bottleneck_case("relu", biases=False),
-    bottleneck_case("silu", own=True, adapter_dtype=torch.float32, biases=False),
-    cross_entropy_case("dense"),
-    cross_entropy_case("dense", with_bias=True, adapter_dtype=torch.float32, reduction="mean", label_smoothing=0.1),
-    cross_entropy_case("nested", reduction="none", softcap=3.0, logit_scale=0.5),
-    cross_entropy_case("dense", adapter_dtype=torch.bfloat16, own_input=True, reduction="none"),
-    rms_norm_case(),
-    rms_norm_case(weight_dtype=torch.float32),
-    rms_norm_case("gemma"),
-    rms_norm_case("gemma", weight_dtype=torch.float16),
-    rms_norm_case(weighted=False),
-    layer_norm_case(),
-    layer_norm_case(vector_dtype=torch.float32),
-    layer_norm_case("weight"),
-    layer_norm_case("bias"),
-    layer_norm_case(""),
-    gated_activation_case("silu"),
-    gated_activation_case("silu", "views"),
-    gated_activation_case("silu", "halves"),
-    gated_activation_case("gelu", "halves"),
-    gated_activation_case("gelu_tanh"),
-    gated_activation_case("relu"),
-    gated_activation_case("relu2"),
-    activation_case("gelu"),
-    activation_case("gelu_tanh"),
-    activation_case("relu"),
-    activation_case("silu"),
-    activation_case("relu2"),
-    dropout_case(),
-    dropout_case(0.5),
-    rotary_case(),
-    rotary_case(2, 2, one_cos=True),
-    rotary_case(5, 2, contiguous=True),
-    attention_case(),
-    attention_case(3, 1, "causal"),
-    attention_case(2, 2, "causal", odd=True, contiguous=True),
-    attention_case(sees="padding"),
-    attention_case(sees="documents", other_values=3),
-    attention_case(sees="bits", more_keys=37, contiguous=True),
-    attention_case(6, 1, "causal", more_keys=5),
-    attention_case(3, 1, "causal", dropout_p=0.2),
-    attention_case(sees="padding", dropout_p=0.1, more_keys=7, odd=True),
-    attention_case(4, 4, biased="heads", more_keys=11),
-    attention_case(4, 2, "causal", biased="heads", dropout_p=0.2),
-    attention_case(3, 1, "padding", biased="keys", odd=True),
-    attention_case(4, 2, biased="keys", dropout_p=0.1),
-)
+MODULES = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("*_cases.py"))]
 
-# Of a caller that promises not to change the result: on a GPU the promise changes nothing.
-SAVED_OUTPUT: tuple[Case, ...] = (
-    dora_case("dense", save_output=True),
-    dora_case("nested", adapter_dtype=torch.float32, dropout_p=0.1, save_output=True),
-    ia3_case("dense", save_output=True),
-    ia3_case("nf4", with_bias=True, adapter_dtype=torch.float32, save_output=True),
-)
+CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
+
+SAVED_OUTPUT: tuple[Case, ...] = tuple(case for module in MODULES for case in getattr(module, "SAVED_OUTPUT", ()))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from op_case import SEED, SHAPES, Case, Sample, case_name, randn
+from op_case import SEED, SHAPES, Case, Options, Sample, case_name, nothing, randn, with_errors
+from op_errors import errors
 from torch import Tensor
 
 from peft_ext import ops, reference
+from peft_ext.reference.activations import ACTIVATIONS
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
@@ -47,7 +50,7 @@ def rms_norm_case(kind: str = "llama", *, weight_dtype: Any = None, weighted: bo
         return torch.promote_types(dtype, weight_dtype) if mixed else dtype, (*shape[0], shape[1])
 
     name = case_name("rms_norm", kind, 0.0, weight_dtype, alone=not weighted)
-    return Case(name, "norm", make, call, plain, result=result, shapes=_ROWS)
+    return Case(name, "norm", make, call, plain, result=result, shapes=_ROWS, saved=lambda t, k, n, r: t * 4)
 
 
 def layer_norm_case(vectors: str = "weight bias", vector_dtype: Any = None) -> Case:
@@ -68,7 +71,7 @@ def layer_norm_case(vectors: str = "weight bias", vector_dtype: Any = None) -> C
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
     name = case_name("layer_norm", vectors.replace(" ", "_") or "alone", 0.0, vector_dtype)
-    return Case(name, "norm", make, call, plain, result=_of_x, shapes=_ROWS)
+    return Case(name, "norm", make, call, plain, result=_of_x, shapes=_ROWS, saved=lambda t, k, n, r: 2 * t * 4)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def gated_activation_case(activation: str, form: str = "two") -> Case:
         return _plain_activation(gate, activation) * up
 
     name = f"gated_activation-{activation}" + ("" if form == "two" else f"-{form}")
-    return Case(name, "activations", make, call, plain, result=_of_n)
+    return Case(name, "activations", make, call, plain, result=_of_n, saved=nothing)
 
 
 def activation_case(activation: str) -> Case:
@@ -127,7 +130,7 @@ def activation_case(activation: str) -> Case:
     def plain(x):
         return _plain_activation(x, activation)
 
-    return Case(f"activation-{activation}", "activations", make, call, plain, result=_of_n)
+    return Case(f"activation-{activation}", "activations", make, call, plain, result=_of_n, saved=nothing)
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
@@ -166,7 +169,9 @@ def rotary_case(heads: int = 3, kv_heads: int = 1, *, one_cos: bool = False, con
         return dtype, (b * t * d * (heads + kv_heads),)
 
     traits = "-one_cos" * one_cos + "-contiguous" * contiguous
-    return Case(f"rotary_embedding-{heads}_{kv_heads}{traits}", "rotary", make, call, plain, result=result)
+    return Case(
+        f"rotary_embedding-{heads}_{kv_heads}{traits}", "rotary", make, call, plain, result=result, saved=nothing
+    )
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -183,7 +188,8 @@ def dropout_case(dropout_p: float = 0.1) -> Case:
         keep = reference.dropout_keep_mask(SEED, dropout_p, x.shape).to(x.device)
         return torch.where(keep, x / (1 - dropout_p), 0.0)
 
-    return Case(case_name("dropout", "x", dropout_p, None), "dropout", make, call, plain, result=_of_x)
+    return Case(case_name("dropout", "x", dropout_p, None), "dropout", make, call, plain, result=_of_x,
+                saved=lambda t, k, n, r: 16)  # fmt: skip
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -272,4 +278,143 @@ def attention_case(
     name = f"scaled_dot_product_attention-{heads}_{kv_heads}-{sees}{traits}"
     # With one key the gradient of the scores is zero, and rounding errors have nothing to be compared with.
     shapes = [shape for shape in SHAPES if lengths(shape)[1] != 1]
-    return Case(name, "attention", make, call, plain, result=result, shapes=shapes)
+
+    def saved(t: int, k: int, n: int, r: int) -> int:
+        """The result, a float32 number for each query and head, and the seed."""
+        return heads * t * (4 + 2 * (2 * r - odd + other_values)) + (16 if dropout_p else 0)
+
+    return Case(name, "attention", make, call, plain, result=result, shapes=shapes, saved=saved)
+
+
+# --- what is tested --------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "rotary_embedding-3_1": errors(
+        "rotary_embedding",
+        odd=({"q": torch.zeros(4, 3, 8, 31)}, ValueError,
+             r"q has shape \(4, 3, 8, 31\), wanted \[B, H, T, D\] with an even D"),
+        vector=({"q": torch.zeros(32)}, ValueError, r"q has shape \(32,\), wanted \[B, H, T, D\] with an even D"),
+        k_shape=({"k": torch.zeros(4, 1, 7, 32)}, ValueError,
+                 r"k has shape \(4, 1, 7, 32\), wanted \[4, Hkv, 8, 32\]"),
+        k_dtype=({"k": torch.zeros(4, 1, 8, 32, dtype=torch.bfloat16)}, TypeError, "k is bfloat16, q is float32"),
+        cos_shape=({"cos": torch.zeros(8, 32)}, ValueError,
+                   r"cos has shape \(8, 32\), wanted \(4, 8, 32\) or \(1, 8, 32\)"),
+        sin_shape=({"sin": torch.zeros(1, 8, 32)}, ValueError,
+                   r"sin has shape \(1, 8, 32\), cos has \(4, 8, 32\)"),
+        sin_grad=({"sin": torch.zeros(4, 8, 32, requires_grad=True)}, ValueError,
+                  "sin requires grad, wanted a constant"),
+    ),
+    "scaled_dot_product_attention-4_2-all": errors(
+        "scaled_dot_product_attention",
+        vector=({"q": torch.zeros(32)}, ValueError, r"q has shape \(32,\), wanted \[B, H, T, D\]"),
+        k_size=({"k": torch.zeros(4, 2, 8, 31)}, ValueError,
+                r"k has shape \(4, 2, 8, 31\), wanted \[4, Hkv, S, 32\]"),
+        k_heads=({"k": torch.zeros(4, 3, 8, 32)}, ValueError, "k has 3 heads, wanted a divisor of q's 4"),
+        k_dtype=({"k": torch.zeros(4, 2, 8, 32, dtype=torch.bfloat16)}, TypeError, "k is bfloat16, q is float32"),
+        v_shape=({"v": torch.zeros(4, 2, 7, 32)}, ValueError,
+                 r"v has shape \(4, 2, 7, 32\), wanted \[4, 2, 8, Dv\]"),
+        added_mask=({"mask": torch.zeros(8, 8)}, TypeError,
+                    "mask is float32, torch.strided, wanted a strided Tensor of bools"),
+        mask_shape=({"mask": torch.ones(4, 2, 8, 8, dtype=torch.bool)}, ValueError,
+                    r"mask has shape \(4, 2, 8, 8\), wanted \(4, 4, 8, 8\), each of them or 1"),
+        bias_shape=({"bias": torch.ones(4, 8, 8)}, ValueError,
+                    r"bias has shape \(4, 8, 8\), wanted \(4, 4, 8, 8\), each of them or 1"),
+        bias_dtype=({"bias": torch.ones(4, 4, 8, 8, dtype=torch.bool)}, TypeError, "bias is bool"),
+        bias_grad=({"bias": torch.ones(4, 4, 8, 8, requires_grad=True)}, ValueError,
+                   "bias requires a gradient, wanted one without"),
+    ),
+    "dropout-x-dropout0.1": errors(
+        "dropout", "seed",
+        integers=({"x": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "x is int64, wanted one of"),
+    ),
+    "gated_activation-silu": errors(
+        "gated_activation",
+        activation=({"activation": "tanh"}, ValueError,
+                    r"activation is 'tanh', wanted one of \('gelu', 'gelu_tanh', 'relu', 'silu', 'relu2'\)"),
+        up_shape=({"up": torch.zeros(4, 8, 95)}, ValueError, r"up has shape \(4, 8, 95\), wanted \(4, 8, 96\)"),
+        up_dtype=({"up": torch.zeros(4, 8, 96, dtype=torch.bfloat16)}, TypeError, "up is bfloat16, gate is float32"),
+        odd=({"gate": torch.zeros(4, 7), "up": None}, ValueError,
+             r"gate has shape \(4, 7\), wanted \[\.\.\., 2F\] where up is None"),
+        number=({"gate": torch.tensor(1.0)}, ValueError, r"gate has shape \(\), wanted \[\.\.\., F\]"),
+    ),
+    "activation-gelu": errors(
+        "activation",
+        activation=({"activation": None}, ValueError, "activation is None, wanted one of"),
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., F\]"),
+    ),
+    "rms_norm-llama": errors(
+        "rms_norm",
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
+        weight_size=({"weight": torch.ones(1, 64)}, ValueError, r"weight has shape \(1, 64\), wanted \(64,\)"),
+        weight_of_integers=({"weight": torch.ones(64, dtype=torch.int64)}, TypeError, "weight is int64, wanted one of"),
+        negative_eps=({"eps": -1e-6}, ValueError, "eps is -1e-06, wanted 0 or more"),
+        eps=({"eps": None}, ValueError, "eps is None, wanted a finite number"),
+        offset=({"offset": float("nan")}, ValueError, "offset is nan, wanted a finite number"),
+    ),
+    "layer_norm-weight_bias": errors(
+        "layer_norm",
+        number=({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\), wanted \[\.\.\., K\]"),
+        weight_size=({"weight": torch.ones(65)}, ValueError, r"weight has shape \(65,\), wanted \(64,\)"),
+        bias_size=({"bias": torch.ones(64, 1)}, ValueError, r"bias has shape \(64, 1\), wanted \(64,\)"),
+        negative_eps=({"eps": -1.0}, ValueError, "eps is -1.0, wanted 0 or more"),
+    ),
+}  # fmt: skip
+
+CASES = with_errors(
+    ERRORS,
+    rms_norm_case(),
+    rms_norm_case(weight_dtype=torch.float32),
+    rms_norm_case("gemma"),
+    rms_norm_case("gemma", weight_dtype=torch.float16),
+    rms_norm_case(weighted=False),
+    layer_norm_case(),
+    layer_norm_case(vector_dtype=torch.float32),
+    layer_norm_case("weight"),
+    layer_norm_case("bias"),
+    layer_norm_case(""),
+    gated_activation_case("silu"),
+    gated_activation_case("silu", "views"),
+    gated_activation_case("silu", "halves"),
+    gated_activation_case("gelu", "halves"),
+    gated_activation_case("gelu_tanh"),
+    gated_activation_case("relu"),
+    gated_activation_case("relu2"),
+    activation_case("gelu"),
+    activation_case("gelu_tanh"),
+    activation_case("relu"),
+    activation_case("silu"),
+    activation_case("relu2"),
+    dropout_case(),
+    dropout_case(0.5),
+    rotary_case(),
+    rotary_case(2, 2, one_cos=True),
+    rotary_case(5, 2, contiguous=True),
+    attention_case(),
+    attention_case(3, 1, "causal"),
+    attention_case(2, 2, "causal", odd=True, contiguous=True),
+    attention_case(sees="padding"),
+    attention_case(sees="documents", other_values=3),
+    attention_case(sees="bits", more_keys=37, contiguous=True),
+    attention_case(6, 1, "causal", more_keys=5),
+    attention_case(3, 1, "causal", dropout_p=0.2),
+    attention_case(sees="padding", dropout_p=0.1, more_keys=7, odd=True),
+    attention_case(4, 4, biased="heads", more_keys=11),
+    attention_case(4, 2, "causal", biased="heads", dropout_p=0.2),
+    attention_case(3, 1, "padding", biased="keys", odd=True),
+    attention_case(4, 2, biased="keys", dropout_p=0.1),
+)
+
+
+def drawn(o: Options) -> dict[str, Callable[[], Case]]:
+    """By public op: what makes a case for the sweep."""
+    return {
+        "rotary_embedding": lambda: rotary_case(
+            o.rng.choice((1, 3, 8)), o.rng.choice((1, 2)), one_cos=o.maybe(), contiguous=o.maybe(0.3)
+        ),
+        "gated_activation": lambda: gated_activation_case(
+            o.rng.choice(ACTIVATIONS), o.rng.choice(("two", "halves", "views"))
+        ),
+        "activation": lambda: activation_case(o.rng.choice(ACTIVATIONS)),
+        "rms_norm": lambda: rms_norm_case(o.rng.choice(("llama", "gemma")), weight_dtype=o.adapters),
+        "layer_norm": lambda: layer_norm_case(o.rng.choice(("weight bias", "weight", "bias", "")), o.adapters),
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from peft_models import spread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_ext.ops.library import COMPOSED
+from peft_ext.ops.library import OPERATORS
 
 CLASSES = 3
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -454,7 +454,7 @@ class OperatorCalls(TorchDispatchMode):
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
             scaled = args[12] is not None  # the scale vector of DoRA
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
-        elif func.namespace == "peft_ext" and name not in COMPOSED:
+        elif func.namespace == "peft_ext" and not OPERATORS[name].composed:
             self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 

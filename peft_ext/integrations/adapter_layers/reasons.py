@@ -22,7 +22,7 @@ from ..._native import STATE
 from ...nn import NF4Linear
 from ...nn.nf4 import is_dtensor
 from ...ops.checks import autocast_dtype, under_a_transform
-from ...ops.library import has_kernel
+from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
 from ...weight import why_not_nf4
@@ -39,35 +39,12 @@ from .base import (
     quant_state_of,
 )
 
-# The operators that a layer on one of the public ops calls, in its forward and backward.
-_CALLED = {
-    "bottleneck_adapter": ("bottleneck_adapter", "bottleneck_adapter_backward"),
-    "grouped_lora_linear": ("grouped_lora_linear", "lora_linear_backward"),
-    "linear_cross_entropy": ("cross_entropy_rows",),
-    "lora_linear": ("lora_linear", "lora_linear_backward"),
-    "lora_experts": ("lora_experts", "lora_experts_backward"),
-    "lora_linears": ("lora_linears", "lora_linears_backward"),
-    "lora_residual": ("lora_residual", "lora_residual_backward"),
-    "frozen_linear": ("nf4_linear", "nf4_linear_backward"),
-    "activation": ("activation", "activation_backward"),
-    "gated_activation": ("gated_activation", "gated_activation_backward"),
-    "dropout": ("dropout",),
-    "layer_norm": ("layer_norm", "layer_norm_backward"),
-    "rms_norm": ("rms_norm", "rms_norm_backward"),
-    "rotary_embedding": ("rotary_embedding", "rotary_embedding_backward"),
-    "scaled_dot_product_attention": ("scaled_dot_product_attention", "scaled_dot_product_attention_backward"),
-    "nf4_linear": ("nf4_linear", "nf4_linear_backward"),
-    "dora_linear": ("dora_linear", "dora_linear_backward", "dora_weight_norm"),
-    "ia3_linear": ("ia3_linear", "ia3_linear_backward"),
-    "ia3_scale": ("ia3_scale", "ia3_scale_backward"),
-}
-
 
 def native_kernels() -> dict[str, dict[str, bool]]:
     """Returns by public op, by device, whether all that it calls has a kernel of the library that is loaded."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
-        for op, called in _CALLED.items()
+        for op, called in PUBLIC.items()
     }
 
 
@@ -187,7 +164,7 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 def kernel_reason(op: str, device: str) -> Optional[str]:
     """Returns why the public op ``op`` would run the reference on ``device``."""
     if KERNELS[op].get(device):
-        return proved(*_CALLED[op]) if device == "cuda" else None
+        return proved(*PUBLIC[op]) if device == "cuda" else None
     if device == "cuda" and not STATE.cuda_loaded:
         why = STATE.cuda_error or "torch is a CPU build"
         return f"it is on a GPU, and the CUDA library is not loaded ({why})"
@@ -361,7 +338,7 @@ def checked_adapters(layer: Any, names: list[str], several: bool) -> tuple[Optio
         like = pairs[0][0]
         if a.dtype is not like.dtype or a.device != like.device:
             return f"several adapters: {short(like.dtype)} on {like.device}, {short(a.dtype)} on {a.device}", []
-        if reason := _scaling_reason(layer.scaling[name], a):
+        if reason := scaling_reason(layer.scaling[name], a):
             return reason, []
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off (cast_input_dtype_enabled)", []
@@ -411,7 +388,8 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
     return reason, lora_A, lora_B
 
 
-def _scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
+    """Returns why the ops can't take an adapter's scaling. ``like``: the adapter's lora_A."""
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None  # hotswap's
     # A comparison and not math.isfinite, which torch.compile can't trace once the scale has changed.

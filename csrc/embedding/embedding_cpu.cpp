@@ -1,0 +1,186 @@
+// LoRA over a frozen embedding on the CPU. W [V, N] is dense or NF4, A [R, V], B [N, R], T tokens with an index each:
+//
+//   S = A[:, i]ᵀ [T, R]      Y = W[i] + S (sB)ᵀ [T, N]
+//   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S
+//
+// Only rows of W that have an index are read, or decoded from NF4: into Y, a few tokens at a time, where the low-rank
+// term finds them in the cache. The products are the passes of linear/cpu/kernels/kernels.h: float32 sums, one
+// rounding. A row of dA is one thread's, so that the bits depend neither on the threads nor on repeated indices.
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/threads.h"
+#include "linear/cpu/passes.h"
+#include "nf4/cpu/decode.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kTogether = 2 * kRowsTogether;  // tokens whose rows of Y stay in L2
+
+struct LowRank {
+  const char* op;
+  Tensor indices;         // int64, contiguous
+  Tensor lora_A, lora_B;  // as they lie
+  int64_t tokens, entries, columns, rank, padded;
+  std::vector<float> rho;  // s for each rank, 0 for a padded one
+
+  const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
+};
+
+LowRank checked(const char* op, const Tensor& indices, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, op, ": indices is ",
+                  torch::headeronly::toString(indices.scalar_type()), ", wanted Long");
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_B.dim() == 2 && lora_A.size(0) == lora_B.size(1) && lora_A.size(0) > 0, op,
+                  ": lora_A and lora_B are not [R, V] and [N, R], of a rank of 1 or more");
+  LowRank of{op,
+             as_contiguous(indices),
+             lora_A,
+             lora_B,
+             indices.numel(),
+             lora_A.size(1),
+             lora_B.size(0),
+             lora_A.size(0),
+             round_up(lora_A.size(0), kRankStep),
+             {}};
+  of.rho.assign(static_cast<size_t>(of.padded), 0.0f);
+  std::fill_n(of.rho.begin(), of.rank, static_cast<float>(scaling));
+  const int64_t* index = of.index();
+  for (int64_t t = 0; t < of.tokens; ++t)
+    STD_TORCH_CHECK(index[t] >= 0 && index[t] < of.entries, op, ": indices has ", index[t], ", wanted 0 to ",
+                    of.entries - 1);
+  return of;
+}
+
+// S of the tokens [begin, end), zeros for the padded ranks.
+void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
+  const int64_t* index = of.index();
+  const int64_t by_rank = of.lora_A.stride(0), by_entry = of.lora_A.stride(1);
+  with_dtype(dtype_of(of.op, "lora_A", of.lora_A), [&](auto zero) {
+    using T = decltype(zero);
+    const T* a = static_cast<const T*>(of.lora_A.const_data_ptr());
+    for (int64_t t = begin; t < end; ++t) {
+      float* row = s + t * of.padded;
+      const T* column = a + index[t] * by_entry;
+      for (int64_t r = 0; r < of.rank; ++r) row[r] = to_float(column[r * by_rank]);
+      std::fill(row + of.rank, row + of.padded, 0.0f);
+    }
+  });
+}
+
+// The rows of W that the tokens [begin, end) ask for, each into its row of y.
+void gather_rows(const LowRank& of, const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, char* y,
+                 std::vector<char>* room) {
+  const int64_t* index = of.index();
+  const int64_t bytes = of.columns * (dtype == DType::kF32 ? 4 : 2);
+  for (int64_t t = begin; t < end; ++t) {
+    const void* row;
+    if (weight.is_nf4()) {  // its blocks run over the flat tensor: the first may begin in the row before
+      row = dequantize_range(weight, index[t] * of.columns, (index[t] + 1) * of.columns, dtype, room->data());
+    } else {
+      const int64_t stride = weight.weight.stride(0) * (dtype == DType::kF32 ? 4 : 2);
+      row = static_cast<const char*>(weight.weight.const_data_ptr()) + index[t] * stride;
+    }
+    std::copy_n(static_cast<const char*>(row), bytes, y + t * bytes);
+  }
+}
+
+Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> absmax,
+                          std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
+                          std::optional<Tensor> nested_offset, int64_t blocksize, std::vector<int64_t> shape,
+                          Tensor lora_A, Tensor lora_B, double scaling, int64_t /* padding_idx */, ScalarType type) {
+  constexpr const char* kOp = "lora_embedding";
+  FrozenWeight held = checked_weight(kOp, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape);
+  check_matrix_weight(kOp, held, type);
+  const LowRank of = checked(kOp, indices, lora_A, lora_B, scaling);
+  STD_TORCH_CHECK(held.shape[0] == of.entries && held.shape[1] == of.columns, kOp, ": weight is [", held.shape[0], ", ",
+                  held.shape[1], "], wanted [", of.entries, ", ", of.columns, "]");
+  if (!held.is_nf4()) held.weight = with_whole_rows(held.weight);
+
+  std::vector<int64_t> out_shape(indices.sizes().begin(), indices.sizes().end());
+  out_shape.push_back(of.columns);
+  const Tensor y = empty(out_shape, type);
+  if (y.numel() == 0) return y;
+  const Tensor s = empty({of.tokens, of.padded}, ScalarType::Float);
+  Expand work;
+  work.y = y.mutable_data_ptr();
+  work.dtype = dtype_of(kOp, "weight", type);
+  work.columns = of.columns;
+  work.rank = of.padded;
+  work.stride = round_up(of.columns, kColumnStep);
+  const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.padded, work.stride);
+  work.left = s.const_data_ptr<float>();
+  work.right = right.const_data_ptr<float>();
+  work.residual = work.y;  // the rows of W, read before they are written over
+  const int64_t of_row = held.is_nf4() ? (of.columns + 2 * held.blocksize) * 4 : 0;
+  parallel_for(0, of.tokens, ceil_div(kPackGrain, of.columns), [&](int64_t begin, int64_t end) {
+    std::vector<char> room(static_cast<size_t>(of_row));
+    for (int64_t t = begin; t < end; t += kTogether) {
+      const int64_t last = min_i64(t + kTogether, end);
+      gather_rows(of, held, t, last, work.dtype, static_cast<char*>(work.y), &room);
+      gather_shrunk(of, t, last, s.mutable_data_ptr<float>());
+      pass_kernels().expand(work, t, last, 0, of.columns);
+    }
+  });
+  return y;
+}
+
+// dA [R, V] of lora_A's type from P [T, padded].
+Tensor grad_of_entries(const LowRank& of, const float* p, int64_t padding_idx) {
+  const Tensor grad = empty({of.rank, of.entries}, of.lora_A.scalar_type());
+  const int64_t* index = of.index();
+  with_dtype(dtype_of(of.op, "lora_A", of.lora_A), [&](auto zero) {
+    using T = decltype(zero);
+    T* out = static_cast<T*>(grad.mutable_data_ptr());
+    parallel_for(0, of.rank, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> sums(static_cast<size_t>(of.entries));
+      for (int64_t r = begin; r < end; ++r) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t t = 0; t < of.tokens; ++t)
+          if (index[t] != padding_idx) sums[static_cast<size_t>(index[t])] += p[t * of.padded + r];
+        for (int64_t v = 0; v < of.entries; ++v) out[r * of.entries + v] = from_float<T>(sums[static_cast<size_t>(v)]);
+      }
+    });
+  });
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> lora_embedding_backward_cpu(Tensor grad, Tensor indices, Tensor lora_A, Tensor lora_B,
+                                                       double scaling, int64_t padding_idx, bool needs_grad_A,
+                                                       bool needs_grad_B) {
+  constexpr const char* kOp = "lora_embedding_backward";
+  const LowRank of = checked(kOp, indices, lora_A, lora_B, scaling);
+  STD_TORCH_CHECK(grad.numel() == checked_product(of.tokens, of.columns), kOp, ": grad has ", grad.numel(),
+                  " elements, wanted ", of.tokens, " rows of ", of.columns);
+  const Tensor held = as_contiguous(grad);
+  RowPass pass = make_row_pass(held, dtype_of(kOp, "grad", grad), of.columns, of.padded, Dropout());
+  Tensor right, s, p, grad_A = none(lora_A.scalar_type()), grad_B = none(lora_B.scalar_type());
+  if (needs_grad_A) {
+    right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), false, of.columns, of.padded);
+    p = empty({of.tokens, of.padded}, ScalarType::Float);
+    pass.right = right.const_data_ptr<float>();
+    pass.out = p.mutable_data_ptr<float>();
+    if (of.columns == 0) std::fill_n(pass.out, p.numel(), 0.0f);
+  }
+  if (needs_grad_B) {
+    s = empty({of.tokens, of.padded}, ScalarType::Float);
+    float* shrunk = s.mutable_data_ptr<float>();
+    parallel_for(0, of.tokens, ceil_div(kPackGrain, of.padded),
+                 [&](int64_t begin, int64_t end) { gather_shrunk(of, begin, end, shrunk); });
+    pass.left = shrunk;
+    grad_B = unpacked(kOp, "lora_B", run_outer_pass(pass, of.tokens), nullptr, of.rho.data(), false, lora_B);
+  } else if (needs_grad_A) {
+    run_row_pass(pass, of.tokens);
+  }
+  if (needs_grad_A) grad_A = grad_of_entries(of, pass.out, padding_idx);
+  return {grad_A, grad_B};
+}
+
+}  // namespace
+}  // namespace peft_ext
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("lora_embedding", TORCH_BOX(&peft_ext::lora_embedding_cpu));
+  m.impl("lora_embedding_backward", TORCH_BOX(&peft_ext::lora_embedding_backward_cpu));
+}

@@ -1,0 +1,92 @@
+"""PEFT's LoRA over an ``nn.Embedding`` on :func:`peft_ext.ops.lora_embedding`."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ..._imports import optional
+from ...ops.checks import autocast_dtype, under_a_transform
+from ...text import dtype_name
+from .base import DTYPES, Fused, active_in, class_name, fuses
+from .reasons import any_global_hook, hooked, kernel_reason, layer_reason, plain_types, scaling_reason, tensor_reason
+
+LoraEmbedding = None
+with optional("peft", "LoRA over an embedding is not fused"):
+    from peft.tuners.lora import Embedding as LoraEmbedding
+
+
+def _base_reason(base: nn.Module) -> Optional[str]:
+    """Returns why the op can't stand for the forward of the base layer."""
+    if type(base) is not nn.Embedding:  # a subclass may scale what it returns, as Gemma's does
+        return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding"
+    if hooked(base):
+        return "hooks on base_layer would not run"
+    if base.max_norm is not None:
+        return "max_norm changes the weights in the forward"
+    if base.scale_grad_by_freq or base.sparse:
+        return "scale_grad_by_freq or sparse makes the gradient of lora_A another"
+    if getattr(base, "embed_scale", None) is not None:
+        return "its base layer has an embed_scale"
+    weight = base._parameters.get("weight")
+    if reason := tensor_reason("its weight", weight):
+        return reason
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    return (
+        None if weight.dtype in DTYPES else f"its weight is {dtype_name(weight.dtype)}, wanted a float of 16 or 32 bits"
+    )
+
+
+if LoraEmbedding is not None:
+
+    @fuses(LoraEmbedding)
+    class FusedLoraEmbedding(Fused, LoraEmbedding):
+        """``peft.tuners.lora.Embedding`` over a plain ``nn.Embedding`` with one active adapter of plain LoRA."""
+
+        reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
+                 "output_fns")  # fmt: skip
+
+        def _reasons(self) -> tuple[Optional[str], Optional[str]]:
+            return self._reason(), None
+
+        def _reason(self) -> Optional[str]:
+            if reason := layer_reason(self):
+                return reason
+            names = active_in(self, self.lora_embedding_A)
+            if len(names) != 1:
+                return "several active adapters over an embedding" if names else "no active adapter on this layer"
+            (name,), base = names, self._modules["base_layer"]
+            if any_global_hook():
+                return "global hooks of torch.nn would not run"
+            if name in self.lora_variant:
+                return f"a {type(self.lora_variant[name]).__name__} over an embedding is not fused"
+            if self.input_fns or self.output_fns:
+                return "tensor parallelism splits lora_A"
+            a, b = self._pair(name)
+            if reason := _base_reason(base) or tensor_reason("lora_A", a) or tensor_reason("lora_B", b):
+                return reason
+            if a.dtype is not b.dtype or a.dtype not in DTYPES:
+                names = f"lora_A is {dtype_name(a.dtype)}, lora_B {dtype_name(b.dtype)}"
+                return f"{names}, wanted both float32, bfloat16 or float16"
+            return scaling_reason(self.scaling[name], a) or kernel_reason("lora_embedding", a.device.type)
+
+        def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+            return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+        def _fused(self, x: Any) -> Optional[Tensor]:
+            if type(x) not in plain_types() or x.dtype not in (torch.int64, torch.int32) or x.is_nested:
+                return None
+            if not torch.compiler.is_compiling() and (under_a_transform() or torch._C._is_tracing()):
+                return None
+            if autocast_dtype(x) is not None or self._reason() is not None:  # autocast rounds PEFT's product
+                return None
+            (name,), base = active_in(self, self.lora_embedding_A), self._modules["base_layer"]
+            scaling, weight = self.scaling[name], base._parameters["weight"]
+            if isinstance(scaling, Tensor) or x.device != weight.device:
+                return None
+            a, b = self._pair(name)
+            return ops.lora_embedding(x, weight, a, b, scaling=scaling, padding_idx=base.padding_idx)

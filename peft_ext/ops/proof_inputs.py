@@ -1,0 +1,49 @@
+"""Small random operands, from which each family of operators makes the calls that prove its kernels.
+
+See :func:`.library.proof` and :mod:`.prove`.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..reference import nf4 as reference
+
+
+class ProofInputs:
+    """Operands of one dtype on one device. The same arguments give the same values.
+
+    Attributes:
+        t, k, n: the numbers of tokens, input features and output features. dtype, device: of the operands.
+        x: ``[t, k]``. grad: ``[t, n]``. bias: ``[n]``. a: lora_A ``[16, k]`` float32. b: lora_B ``[n, 16]`` float32.
+        seed: int64 ``[2]``, for a dropout mask.
+        dense: the operands of a dense weight ``[n, k]`` in a schema. nf4: those of a double-quantized NF4 one.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]):
+        self.t, self.k, self.n = t, k, n = shape
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+        self.x, self.grad, self.bias = self.draw(t, k), self.draw(t, n), self.draw(n)
+        self.dense = (self.draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
+        of_nf4 = self.draw(n, k, of=torch.float32, scale=k**-0.5)
+        self.nf4 = reference.nf4_quantize(of_nf4, 64, True).op_args()
+        self.a = self.draw(16, k, of=torch.float32, scale=k**-0.5)
+        self.b = self.draw(n, 16, of=torch.float32, scale=0.25)
+        self.seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
+
+    def draw(self, *size: int, of: Optional[torch.dtype] = None, scale: float = 1.0) -> Tensor:
+        """Returns normally distributed values times ``scale``, of the dtype ``of``; default: the operands' dtype."""
+        values = torch.randn(*size, generator=self.generator, dtype=torch.float32, device="cpu") * scale
+        return values.to(self.device, self.dtype if of is None else of)
+
+    def vector(self, *size: int) -> Tensor:
+        """Returns float32 factors near 1."""
+        return 1 + self.draw(*size, of=torch.float32, scale=0.1)
+
+    def integers(self, low: int, high: int, *size: int) -> Tensor:
+        """Returns int64 numbers from ``low`` to ``high - 1``."""
+        return torch.randint(low, high, size, generator=self.generator, device="cpu").to(self.device)
