@@ -110,7 +110,7 @@ def _shape(rng: random.Random, small: bool, threads: int) -> tuple[tuple[int, ..
 
 
 def makers(rng: random.Random) -> dict[str, Callable[[], Case]]:
-    """Returns by public operator a function that makes a case of it with drawn options. Each module of cases has some."""
+    """Returns by public operator a function that makes a case with drawn options. Each module of cases has some."""
     base = rng.choice(("dense", "nf4", "nested"))
     if base != "dense":
         base += f":{rng.choice(BLOCKSIZES)}"
