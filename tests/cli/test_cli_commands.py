@@ -418,6 +418,7 @@ def test_chat_reads_lines_and_goes_on_after_one_that_is_too_long(capsys, adapter
     assert err == ("error: the prompt is 300 tokens, which with 2 more (--max-new-tokens) is over the model's 256\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_chat_samples_by_seed(capsys, adapters, method):
     asked = ("chat", "--adapter", adapters(method), "--prompt", "Hi", "--max-new-tokens", 8, "--temperature", 5)

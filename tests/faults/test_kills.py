@@ -23,7 +23,10 @@ from peft_ext.files import atomic_folder, not_whole, save_adapter, seal
 from peft_ext.merge import merge_to_dense, writer
 from peft_ext.run import Options, RunError, checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # Python warns that forking a process with threads may hang
 # "N:FIRST": kill at every N-th moment of a run, from FIRST on. "1:0" kills at every moment and takes an hour.
 EVERY, FIRST = map(int, os.environ.get("PEFT_EXT_TEST_KILLS", "149:63").split(":"))
 

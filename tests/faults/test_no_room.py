@@ -35,7 +35,10 @@ from peft_ext.nn import NF4Linear
 from peft_ext.quantize import dequantize_nf4
 from peft_ext.run import Options, checkpoints, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Python warns that forking a process with threads may hang
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # Python warns that forking a process with threads may hang
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
 

@@ -217,6 +217,7 @@ def assert_compiles(model, x):
     torch.testing.assert_close(found, run(model, x))
 
 
+@pytest.mark.slow
 @every_base
 @pytest.mark.parametrize(
     ("method", "dropout"), [("LoRA", 0.0), *((method, 0.3) for method in METHODS)], ids=["LoRA alone", *METHODS]

@@ -317,6 +317,7 @@ assert tests.rows(model) == [(True, "")] * 2
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_was_pickled_trains_in_another_process(tmp_path: Path) -> None:
     """The other process has accelerated nothing, and its first step is under checkpointing's hooks."""
     torch.save(peft_ext.accelerate(build(DECODERS["Llama"])), tmp_path / "model.pt")

@@ -406,6 +406,7 @@ def test_hooks_around_nf4_experts_run() -> None:
         assert torch.equal(model(**batch()).logits, plain(**batch()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["replaced", "skipped", "compiled", "compiled alone"])
 def test_an_adapter_on_nf4_experts_is_never_left_out(how: str) -> None:
     """If other code runs instead of the experts' own forward, or under compile, there is an error: nothing else could

@@ -14,6 +14,8 @@ import torch
 from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 emulated_cuda = pytest.importorskip("emulated_cuda", reason="tools/ is not here: not a checkout")

@@ -122,6 +122,7 @@ print(json.dumps([_native.STATE.isa, str(_cpu.compute_dtype()), _cpu.why_float32
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx2" not in _native.STATE.module.isas(), reason="this CPU has no AVX2")
 def test_a_process_forced_to_avx2_knows_it_and_accelerate_takes_the_frozen_layers() -> None:
     done = subprocess.run([sys.executable, "-c", FORCED], env=os.environ | AVX2, cwd=ROOT, text=True,

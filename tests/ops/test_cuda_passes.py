@@ -18,6 +18,8 @@ from torch import Tensor
 from peft_ext.reference import nf4_quantize
 from peft_ext.reference.philox import dropout_keep_mask
 
+pytestmark = pytest.mark.slow
+
 SCALING = 0.75
 SEED = torch.tensor([0x1234_5678_9ABC, 77])
 # (T, K, N): several tiles and chunks both ways; ends within a tile; no multiple of 8; few of each.

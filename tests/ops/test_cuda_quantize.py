@@ -16,6 +16,8 @@ from peft_ext.ops.library import has_kernel
 from peft_ext.reference import nf4 as reference
 from peft_ext.weight import BLOCKSIZES
 
+pytestmark = pytest.mark.slow
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

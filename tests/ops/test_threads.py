@@ -22,7 +22,7 @@ COUNTS = (3, 5, 7, 12, 16, 24, 48, 96) if ALL else (3, 7, 16, 96)
 SECONDS = 180  # for one call, which takes hundredths of one, or one where 96 threads share two busy cores
 MOST_HANGS = 3
 
-pytestmark = pytest.mark.cpu_only("it is about CPU threads")
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_only("it is about CPU threads")]
 
 
 def lines(process: subprocess.Popen[str], seconds: float) -> Iterator[str]:

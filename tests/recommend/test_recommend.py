@@ -234,6 +234,7 @@ def test_nothing_fits():
 # --- with real estimates ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_call_of_the_lesson_that_users_come_from():
     lesson = recommend_peft_method(7, 24, "classification", 500)
     assert lesson.name == "LoRA" and lesson.fits and lesson.memory.fits(24)
@@ -387,11 +388,13 @@ def test_a_given_model_has_a_configuration_and_positions_enough():
         recommend_peft_method(config, 24, "classification", sequence_length=4096)
 
 
+@pytest.mark.slow
 def test_bitfit_is_for_what_has_a_head():
     assert recommend_peft_method(0.1, 24, "classification", 5_000).method == "bitfit"
     assert recommend_peft_method(0.1, 24, "FEATURE_EXTRACTION", 5_000).method != "bitfit"
 
 
+@pytest.mark.slow
 def test_a_model_with_experts_gets_lora_on_them_and_no_router():
     hf = pytest.importorskip("transformers")
     config = hf.Qwen3MoeConfig(

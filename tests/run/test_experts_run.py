@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import finetune, needs_hf, report, tiny, write_tiny_model  # noqa: F401
 
-pytestmark = needs_hf
+pytestmark = [pytest.mark.slow, needs_hf]
 
 
 @pytest.fixture(scope="module")
