@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..sources.json_file import parse, raised_as
-from .errors import RunError
+from .errors import RunError, read_text
 
 PYTHON_DOCS = "python-docs"
 NEW_TOKENS = 48  # of an answer to a sample prompt
@@ -156,12 +156,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise RunError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise RunError(f"--data {path}: a pipe or a device, wanted a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RunError(f"--data {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RunError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text("--data ", path)
     if not text.strip():
         raise RunError(f"--data {path}: the file is empty")
     with raised_as(RunError, "", ValueError):

@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
 from ..sources.json_file import first_line
 
@@ -26,6 +27,23 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = number
+
+
+def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
+    """Returns the UTF-8 text of a file, without a byte order mark.
+
+    Raises RunError, which begins with ``about`` and the path, also where the text has more than ``most`` characters.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(-1 if most is None else most + 1)
+    except OSError as error:
+        raise RunError(f"{about}{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RunError(f"{about}{path}: not UTF-8 text (byte {error.start})") from None
+    if most is not None and len(text) > most:
+        raise RunError(f"{about}{path}: larger than {most:,} characters")
+    return text
 
 
 _NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # as PyTorch says it, and the operators here

@@ -95,7 +95,7 @@ class Options:
     def resolved(self) -> Options:
         """Returns the options with the method's own quantization where none was given, and paths as paths."""
         quant = METHODS[self.method].quant if self.quant is None else self.quant
-        lists: dict[str, Any] = {name: ",".join(value) for name in _LISTS
+        lists: dict[str, Any] = {name: ",".join(value) for name in LISTS
                                  if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
         return dataclasses.replace(self, quant=quant, output=Path(self.output), model=str(self.model),
                                    data=str(self.data), **lists)  # fmt: skip
@@ -114,7 +114,7 @@ SAME_ON_RESUME = (
     "batch_size", "grad_accum", "lr", "warmup", "seed", "stock",
 )  # fmt: skip
 
-_LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
+LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
 
 _LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,
           "threads": 1}  # fmt: skip
@@ -129,7 +129,7 @@ def _check_types(o: Options) -> None:
         value, wanted = getattr(o, option.name), option.type.removeprefix("Optional[").rstrip("]")
         if value is None and option.type.startswith("Optional"):
             continue
-        names = option.name in _LISTS and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        names = option.name in LISTS and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         good = names or (isinstance(value, _TYPES[wanted]) and (wanted == "bool" or not isinstance(value, bool)))
         if not good:
             came = f"{value!r:.60}, a {type(value).__name__}"

@@ -53,10 +53,11 @@ output: ~/out
 method: dora
 rank: 8
 lr: 1e-4          # YAML 1.1 takes it for a text
-alpha: 16
+alpha: "16"
 warmup: .5
 target-modules: [q_proj, "v_proj"]
-text_column: "no"
+text_column: no
+completion_column: 2020-01-01
 prompt: >
   Two lines
   in one
@@ -81,6 +82,7 @@ def test_values_have_the_types_of_the_options(written):
     assert config.values == {
         "model": "./some/model", "output": Path("~/out").expanduser(), "method": "dora", "rank": 8, "lr": 1e-4,
         "alpha": 16.0, "warmup": 0.5, "target_modules": "q_proj,v_proj", "text_column": "no",
+        "completion_column": "2020-01-01",
         "prompt": "Two lines in one\n", "gradient_checkpointing": True, "stock": False,
     }  # fmt: skip
     assert type(config.values["alpha"]) is float and config.lines["lr"] == 6
@@ -110,51 +112,49 @@ def test_the_command_hands_them_on(written, monkeypatch):
 
 BAD = [
     ("rank: 8\nlr: fast\n", "{path}:2: lr is the text 'fast', wanted a number"),
-    ("rank: true\n", "{path}:1: rank is true (true), wanted a whole number"),
-    ("rank: 1.5\n", "{path}:1: rank is the number 1.5, wanted a whole number"),
-    ("rank: 010\n", "{path}:1: rank is the number 010, wanted a whole number"),
-    ("seed: 1:30\n", "{path}:1: seed is the number 1:30, wanted a whole number"),
-    ('rank: "8"\n', "{path}:1: rank is the text '8', wanted a whole number: leave the quotes out"),
-    ("lr: .nan\n", "{path}:1: lr is the number .nan, wanted a number"),
-    ("quant: no\n", "{path}:1: quant is false (no), wanted text: put it in quotes"),
-    ("prompt: 42\n", "{path}:1: prompt is the number 42, wanted text: put it in quotes"),
-    ("prompt: 2020-01-01\n", "{path}:1: prompt is 2020-01-01, wanted text: put it in quotes"),
-    ("stock: 1\n", "{path}:1: stock is the number 1, wanted true or false"),
+    ("rank: true\n", "{path}:1: rank is the text 'true', wanted a whole number"),
+    ("rank: 1.5\n", "{path}:1: rank is the text '1.5', wanted a whole number"),
+    ("seed: 1:30\n", "{path}:1: seed is the text '1:30', wanted a whole number"),
+    ("seed: " + "9" * 5000 + "\n", "{path}:1: seed is the text '" + "9" * 37 + "...', wanted a whole number"),
+    ("lr: .nan\n", "{path}:1: lr is the text '.nan', wanted a number"),
+    ("quant: no\n", "--quant no: wanted nf4 or none ({path}:1)"),
+    ("stock: 1\n", "{path}:1: stock is the text '1', wanted true or false"),
     ("model:\n", "{path}:1: model has no value, wanted text"),
     ("model: [a]\n", "{path}:1: model is a list, wanted text"),
     ("rank: {{a: 1}}\n", "{path}:1: rank is a mapping, wanted a whole number"),
-    ("target_modules: []\n", "{path}:1: target_modules is an empty list, wanted names"),
-    ("target_modules: [[a]]\n", "{path}:1: target_modules has a list or a mapping in its list, wanted names"),
+    ("target_modules: []\n", "{path}:1: target_modules is a list, wanted text"),
+    ("target_modules: [[a]]\n", "{path}:1: an item of target_modules is a list, wanted text"),
     ("rnk: 8\n", "{path}:1: no option 'rnk'; did you mean rank?"),
     ("learning_rate: 1\n", "{path}:1: no option 'learning_rate'; did you mean lr?"),
     ("on: 8\n", "{path}:1: no option 'on'; there are: " + ", ".join(
         name for name in Options.__dataclass_fields__ if name not in ("resume", "overwrite"))),
-    ("? [a]\n: 1\n", "{path}:1: a list or a mapping for a name, wanted the name of an option"),
-    ("overwrite: true\n", "{path}:1: overwrite is of one call: give --overwrite on the command line"),
+    ("? [a]\n: 1\n", "{path}:1: a list for a name, wanted the name of an option"),
+    ("overwrite: true\n", "{path}:1: overwrite belongs to one call: give --overwrite on the command line"),
     ("batch_size: 2\nrank: 8\nbatch-size: 4\n", "{path}:3: batch_size is there twice, first in line 1: leave one out"),
     ("rank: 8\nlr: 1: 2\n", "{path}:2: not YAML: mapping values are not allowed here (column 6)"),
-    ("rank: 8\n\tlr: 1\n", "{path}:2: not YAML: found character '\\t' that cannot start any token (column 1)"),
-    ('prompt: "a\n', "{path}:2: not YAML: found unexpected end of stream (column 1)"),
+    ("rank: 8\n\tlr: 1\n", "{path}:2: not YAML: while scanning for the next token found character '\\t' that cannot "
+     "start any token (column 1)"),
+    ('prompt: "a\n', "{path}:2: not YAML: while scanning a quoted scalar found unexpected end of stream (column 1)"),
     ('prompt: "\\UFFFFFFFF"\n', None),
     ('prompt: "a\\0b"\n', "{path}:1: prompt has a NUL character in it"),
     ("- rank\n", "{path}:1: a list, wanted lines of name: value"),
-    ("rank=8\n", "{path}:1: the value 'rank=8', wanted lines of name: value"),
-    ("rank: 8\n---\nrank: 9\n", "{path}:2: a second document, wanted one"),
-    ("rank: &a 8\nseed: *a\n", "{path}:1: an anchor, &a: there are no aliases here, leave it out"),
-    ("seed: *a\n", "{path}:1: an alias, *a: write the value out"),
-    ("target_modules: [*a, *a]\n", "{path}:1: an alias, *a: write the value out"),
-    ("model: !!python/object/apply:os.system [ls]\n", "{path}:1: a tag, '!!python/object/apply:os.system': "
-     "wanted a plain value"),
-    ("model: !include a\n", "{path}:1: a tag, '!include': wanted a plain value"),
-    ("!!python/object:x {{}}\n", "{path}:1: a tag, '!!python/object:x': wanted a plain value"),
+    ("rank=8\n", "{path}:1: the text 'rank=8', wanted lines of name: value"),
+    ("rank: 8\n---\nrank: 9\n", "{path}:2: not YAML: expected a single document in the stream but found another "
+     "document (column 1)"),
+    ("rank: &a 8\nseed: *a\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
+    ("seed: *a\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
+    ("target_modules: [*a, *a]\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
+    ("model: !!python/object/apply:os.system [ls]\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
+    ("model: !include a\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
+    ("!!python/object:x {{}}\n", "{path}:1: an anchor, an alias or a tag, wanted a plain value"),
     ("[" * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
     ("model: " + "[" * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
     ("- " * 100_000, "{path}:1: nested too deep, wanted lines of name: value"),
     ("[[a]]\n", "{path}:1: a list, wanted lines of name: value"),
     ("output: ~nobody-of-this-name/a\nrank: x\n", "{path}:2: rank is the text 'x', wanted a whole number"),
     (b"model: \xff\n", "--config {path}: not UTF-8 text (byte 7)"),
-    (b"model: a\x07\n", "--config {path}: not YAML: special characters are not allowed (position 8)"),
-    (b"#" * 1_000_001, "--config {path}: larger than 1,000,000 bytes, wanted a file of options"),
+    (b"model: a\x07\n", None),
+    (b"#" * 1_000_001, "--config {path}: larger than 1,000,000 characters"),
 ]  # fmt: skip
 
 
@@ -163,13 +163,15 @@ def test_refuses_files(capsys, written, text, message):
     path = written(text.replace("{{", "{").replace("}}", "}") if isinstance(text, str) else text)
     found = refused(capsys, "finetune", "--config", path)
     if message is None:
-        assert found.startswith(f"{path}:") and "not YAML" in found
+        assert str(path) in found and "not YAML" in found
     else:
         assert found == message.format(path=path)
 
 
 def test_refuses_what_is_no_file(capsys, tmp_path, monkeypatch):
-    assert refused(capsys, "finetune", "--config", tmp_path / "no.yaml") == f"--config {tmp_path}/no.yaml: no such file"
+    assert refused(capsys, "finetune", "--config", tmp_path / "no.yaml") == (
+        f"--config {tmp_path}/no.yaml: No such file or directory"
+    )
     assert refused(capsys, "finetune", "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
     there = importlib.util.find_spec
     monkeypatch.setattr("peft_ext.run.config.find_spec", lambda name: None if name == "yaml" else there(name))
