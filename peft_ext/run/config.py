@@ -8,8 +8,8 @@
     lr: 1e-4
     target-modules: [q_proj, v_proj]
 
-Names are the flags' names, with dashes or underscores. PyYAML parses the file; the option's type decides how the text of
-a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. Nothing in a file is
+Names are the flags' names, with dashes or underscores. PyYAML parses the file; the option's type decides how the text
+of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. Nothing in a file is
 executed, expanded or included.
 """
 
@@ -75,9 +75,9 @@ class Config:
 def read_config(path: Union[str, Path], options: type) -> Config:
     """Returns the file's values, each of the type that the field of the dataclass ``options`` has.
 
-    Raises RunError, which names the file, the line and the wanted value, for: a file that does not exist, is larger than
-    1 MB, is not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type; an
-    alias, an anchor or a tag.
+    Raises RunError, which names the file, the line and the wanted value, for: a file that does not exist, is larger
+    than 1 MB, is not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type;
+    an alias, an anchor or a tag.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     if find_spec("yaml") is None:

@@ -21,6 +21,11 @@ QUANTIZATIONS = ("nf4", "none")
 _MOST = 2**31 - 1  # of a count
 
 
+def _option(default: Any, text: str, panel: Optional[str] = None, least: Optional[int] = None) -> Any:
+    """Returns a field: its default, its help on the command line, the help's panel, and the least of a count."""
+    return dataclasses.field(default=default, metadata={"help": text, "panel": panel, "least": least})
+
+
 @dataclass(frozen=True)
 class Options:
     """What a run is asked for; the defaults are the run without arguments.
@@ -54,38 +59,40 @@ class Options:
         prompt: what is asked before and after training; None: the data's first held-out prompt.
     """
 
-    model: str = DEMO_MODEL
-    data: str = PYTHON_DOCS
-    output: Path = Path("outputs/finetune")
-    method: str = "lora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    target_modules: Optional[str] = None
-    target_parameters: Optional[str] = None
-    virtual_tokens: int = 20
-    quant: Optional[str] = None
-    dtype: str = "auto"
-    blocksize: int = 64
-    text_column: Optional[str] = None
-    prompt_column: Optional[str] = None
-    completion_column: Optional[str] = None
-    eval_fraction: float = 0.1
-    block_size: int = 256
-    max_steps: Optional[int] = None
-    epochs: Optional[float] = None
-    batch_size: int = 4
-    grad_accum: int = 1
-    lr: Optional[float] = None
-    warmup: float = 0.05
-    seed: int = 0
-    save_steps: int = 0
-    gradient_checkpointing: bool = False
-    threads: Optional[int] = None
-    resume: bool = False
-    overwrite: bool = False
-    stock: bool = False
-    prompt: Optional[str] = None
+    model: str = _option(DEMO_MODEL, 'A folder, a hub name, or "smollm2".', "Model")
+    data: str = _option(PYTHON_DOCS, "A file, a folder, a hub name.", "Data")
+    output: Path = _option(Path("outputs/finetune"), "For adapter, report, checkpoints.")
+    method: str = _option("lora", " ".join(METHODS) + ".", "Adapter")
+    rank: int = _option(16, "Of the low-rank methods.", "Adapter", 1)
+    alpha: float = _option(32.0, "Scaling times rank.", "Adapter")
+    dropout: float = _option(0.05, "On the low-rank path.", "Adapter")
+    target_modules: Optional[str] = _option(
+        None, 'Names, with commas, or "all-linear". Default: the method\'s.', "Adapter"
+    )
+    target_parameters: Optional[str] = _option(None, 'Names, with commas, or "experts", of a mixture.', "Adapter")
+    virtual_tokens: int = _option(20, "Of prefix and prompt.", "Adapter", 1)
+    quant: Optional[str] = _option(None, "Frozen weights: nf4 or none. Default: nf4 if the method can.", "Model")
+    dtype: str = _option("auto", "bf16, fp32, auto: fp32 where the CPU lacks bf16.", "Model")
+    blocksize: int = _option(64, "Weights that share a scale.", "Model")
+    text_column: Optional[str] = _option(None, "Default: text.", "Data")
+    prompt_column: Optional[str] = _option(None, "Default: prompt, instruction or question.", "Data")
+    completion_column: Optional[str] = _option(None, "Default: completion, output or answer.", "Data")
+    eval_fraction: float = _option(0.1, "Held out of training.", "Data")
+    block_size: int = _option(256, "Tokens of a training example, at most.", "Data", 8)
+    max_steps: Optional[int] = _option(None, f"Default: {DEFAULT_STEPS}.", "Training", 1)
+    epochs: Optional[float] = _option(None, "Instead of --max-steps.", "Training")
+    batch_size: int = _option(4, "Examples.", "Training", 1)
+    grad_accum: int = _option(1, "Batches of a step.", "Training", 1)
+    lr: Optional[float] = _option(None, "Default: the method's; lora 2e-4.", "Training")
+    warmup: float = _option(0.05, "Steps, or a fraction of them.", "Training")
+    seed: int = _option(0, "", "Training")
+    save_steps: int = _option(0, "Between checkpoints; 0: only on Ctrl-C.", None, 0)
+    gradient_checkpointing: bool = _option(False, "Less memory, more time.", "Training")
+    threads: Optional[int] = _option(None, "Default: PyTorch's.", None, 1)
+    resume: bool = _option(False, "Go on from the last checkpoint in --output.")
+    overwrite: bool = _option(False, "Replace the run in --output.")
+    stock: bool = _option(False, "By PEFT and bitsandbytes alone, to compare.")
+    prompt: Optional[str] = _option(None, "What to ask before and after.")
 
     @property
     def learning_rate(self) -> float:
@@ -115,10 +122,6 @@ SAME_ON_RESUME = (
 )  # fmt: skip
 
 LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
-
-_LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,
-          "threads": 1}  # fmt: skip
-
 
 # What an option may be, by its annotation; a whole number may stand for another, a list of names for a text.
 _TYPES = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": (str, Path), "Path": (str, Path)}
@@ -164,15 +167,13 @@ def check_options(o: Options) -> None:
         raise RunError("--max-steps and --epochs exclude each other")
     if o.epochs is not None and not 0 < o.epochs < math.inf:
         raise RunError(f"--epochs {o.epochs}: wanted a positive number")
-    if o.save_steps < 0:
-        raise RunError(f"--save-steps {o.save_steps}: wanted 0 (no checkpoints) or more")
     if not 0 <= o.seed < 2**32:
         raise RunError(f"--seed {o.seed}: wanted 0 to {2**32 - 1}")
-    for name, least in _LEAST.items():
-        if (value := getattr(o, name)) is not None and value < least:
-            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
-        if value is not None and value > _MOST:
-            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at most {_MOST}")
+    for option in dataclasses.fields(o):
+        least, value = option.metadata["least"], getattr(o, option.name)
+        if least is not None and value is not None and not least <= value <= _MOST:
+            wanted = f"at least {least}" if value < least else f"at most {_MOST}"
+            raise RunError(f"--{option.name.replace('_', '-')} {value}: wanted {wanted}")
     if o.resume and o.overwrite:
         raise RunError("--resume and --overwrite exclude each other")
     if o.resume and not method.can_resume:
