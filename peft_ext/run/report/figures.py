@@ -1,25 +1,12 @@
-"""Numbers and texts of a report as people read them, and values of a run.json that may be anything."""
+"""Formats the numbers and texts of a report. A value comes from a run.json and may be of any type."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Optional
 
 _MOST_TEXT = 4000  # characters of one text
 NONE = "–"
-
-
-def mapping(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Returns the mapping under ``name``; an empty one where there is none."""
-    value = document.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def items(document: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the list under ``name``; an empty one where there is none."""
-    value = document.get(name)
-    return value if isinstance(value, list) else []
 
 
 def number(value: Any) -> Optional[float]:
