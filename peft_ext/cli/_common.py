@@ -9,13 +9,17 @@ import warnings
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import torch
+import typer
+
+from .. import _cpu, quantize
 from ..run import progress
 from ..run.demo_model import demo_model
 from ..run.options import DEMO_MODEL, QUANTIZATIONS
 from ..sources.json_file import raised_as
-from ..sources.model import SourceError, model_folder, read_model_config
+from ..sources.model import SourceError, model_folder, read_model_config, widen
 from ..weight import BLOCKSIZES
 from . import CliError
 
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PLAIN_WIDTH = 120
+
+# Options of several commands.
+AdapterFolder = Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")]
+BaseModel = Annotated[
+    Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+]
+BaseBlocksize = Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")]
+Threads = Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")]
 
 
 # --- models and packages ----------------------------------------------------------------------------------------------
@@ -81,6 +93,33 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
         raise CliError(f"{option} {quant}: wanted {' or '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
         raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], dtype: Any = None) -> Any:
+    """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, as it is to be adapted.
+
+    A base that is not in 4 bits yet is cast to ``dtype`` (None: it keeps its own), quantized to NF4 where there is a
+    ``blocksize``, and widened to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
+    """
+    if loaded.absent and not getattr(config, "modules_to_save", None):
+        raise CliError(f"{loaded.absent[0]} is not in the base's files, so it would be random")
+    model = loaded.model.requires_grad_(False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        return model
+    model = model.to(device, dtype)
+    if blocksize is not None:
+        quantize.quantize_nf4(model, blocksize=blocksize, progress=False)
+    if device.type == "cpu" and model.dtype is torch.bfloat16 and _cpu.why_float32():
+        widen(model)
+    return model
+
+
+def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> None:
+    """Raises CliError for an option's value that is less than ``least`` or more than ``most``."""
+    for name, value in options.items():
+        if value is not None and not least <= value <= most:
+            wanted = f"at least {least}" if value < least else f"at most {most}"
+            raise CliError(f"--{name.replace('_', '-')} {value}: wanted {wanted}")
 
 
 def dense_config(config: Any) -> Any:

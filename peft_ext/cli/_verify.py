@@ -7,13 +7,12 @@ from typing import Any, Optional
 
 import torch
 
-from .. import _cpu
 from ..run.data import IGNORED, read_corpus, tokenize
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer, widen
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
-from ._common import mendable
+from ._common import held_model, mendable
 
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
 
@@ -33,20 +32,12 @@ def verified(
     Raises: CliError.
     """
     from ..model import get_peft_model, load_adapter
-    from ..quantize import quantize_nf4
     from ..verification import verify
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with status("loading"), mendable(), hushed():
         loaded = load_model(name, config, adapter or Path(name), {}, {})
-        if loaded.absent and not config.modules_to_save:
-            raise CliError(f"--verify: {loaded.absent[0]} is not in the base's files, so it would be random")
-        base, held = loaded.model.requires_grad_(False), getattr(loaded.model, "is_loaded_in_4bit", False)
-        base = base if held else base.to(device, dtype)
-        if blocksize is not None and not held:
-            quantize_nf4(base, blocksize=blocksize, progress=False)
-        if not held and device.type == "cpu" and base.dtype is torch.bfloat16 and _cpu.why_float32():
-            widen(base)
+        base = held_model(loaded, config, device, blocksize, dtype)
         with raised_as(CliError, "--verify: the adapter does not fit: ", *_REFUSALS):
             if adapter is not None:
                 model = load_adapter(base, adapter, is_trainable=True, accelerate=False)

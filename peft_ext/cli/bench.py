@@ -23,7 +23,7 @@ from ..files import atomic_file
 from ..machine import cpu_name, versions
 from ..run.progress import bar
 from . import CliError
-from ._common import console, need, new_table, print_json, quiet
+from ._common import Threads, check_range, console, need, new_table, print_json, quiet
 
 # Quartiles of a ratio further apart than this part of it tell of other work on the machine.
 _BUSY = 0.25
@@ -38,13 +38,15 @@ def bench(
     tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
     rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
     seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+    threads: Threads = None,
     chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
-    cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart, output)
+    check_range(16, hidden=hidden)
+    check_range(1, tokens=tokens, rank=rank, threads=threads)
+    cases = _check(method, base, seconds, chart, output)
     need("bench", "transformers", "peft")
     quiet()
     before = torch.get_num_threads()
@@ -79,8 +81,8 @@ def bench(
 
 
 def _check(
-    method: Optional[Sequence[str]], base: Optional[Sequence[str]], hidden: int, tokens: int, rank: int,
-    seconds: float, threads: Optional[int], chart: Optional[Path], output: Optional[Path],
+    method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
+    output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Returns pairs of method and base, each once. Raises CliError."""
     cases: list[tuple[str, str]] = []
@@ -91,10 +93,6 @@ def _check(
         cases += [(plain, held) for held in (("nf4",) if plain != name else base or BASES)]
     if wrong := [held for held in base or () if held not in BASES]:
         raise CliError(f"--base {wrong[0]}: wanted one of {', '.join(BASES)}")
-    least = {"hidden": (hidden, 16), "tokens": (tokens, 1), "rank": (rank, 1), "threads": (threads, 1)}
-    for option, (value, minimum) in least.items():
-        if value is not None and value < minimum:
-            raise CliError(f"--{option} {value}: wanted at least {minimum}")
     if not 0 < seconds <= 3600:
         raise CliError(f"--seconds {seconds:g}: wanted more than 0 and at most 3600")
     if chart is not None:

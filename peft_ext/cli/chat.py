@@ -20,33 +20,49 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from .. import _cpu, quantize
 from ..run.data import prompt_ids
 from ..run.evaluate import greedy
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer, widen
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
-from ._common import base_of, check_base, console, mendable, need, quiet
+from ._common import (
+    AdapterFolder,
+    BaseBlocksize,
+    BaseModel,
+    Threads,
+    base_of,
+    check_base,
+    check_range,
+    console,
+    held_model,
+    mendable,
+    need,
+    quiet,
+)
 
 _SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
 
 
 def chat(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
+    adapter: AdapterFolder,
+    model: BaseModel = None,
     prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
     base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    blocksize: BaseBlocksize = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Ask a base model and its adapted self the same, side by side."""
-    _check(prompt, max_new_tokens, base_quant, blocksize, temperature, seed, threads)
+    if prompt is not None and not prompt.strip():
+        raise CliError("--prompt: it is empty")
+    if not 0 <= temperature < math.inf:
+        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
+    check_range(1, max_new_tokens=max_new_tokens, threads=threads)
+    check_range(0, 2**63 - 1, seed=seed)
+    check_base("--base-quant", base_quant, blocksize)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
     if threads is not None:
@@ -65,25 +81,6 @@ def chat(
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)
-
-
-def _check(
-    prompt: Optional[str], max_new_tokens: int, base_quant: Optional[str], blocksize: Optional[int],
-    temperature: float, seed: int, threads: Optional[int],
-) -> None:  # fmt: skip
-    if prompt is not None and not prompt.strip():
-        raise CliError("--prompt: it is empty")
-    if max_new_tokens < 1:
-        raise CliError(f"--max-new-tokens {max_new_tokens}: wanted at least 1")
-    check_base("--base-quant", base_quant, blocksize)
-    if not 0 <= temperature < math.inf:
-        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
-    if threads is not None and threads < 1:
-        raise CliError(f"--threads {threads}: wanted at least 1")
-    if threads is not None and threads >= 2**31:
-        raise CliError(f"--threads {threads}: wanted at most {2**31 - 1}")
-    if not 0 <= seed < 2**63:
-        raise CliError(f"--seed {seed}: wanted 0 to {2**63 - 1}")
 
 
 def _prompts() -> Iterator[str]:
@@ -231,20 +228,14 @@ def _base(
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
-    if base.absent and not getattr(config, "modules_to_save", None):
-        raise CliError(f"{base.absent[0]} is not in the base's files, so it would be random")
     held = getattr(made, "is_loaded_in_4bit", False)
     if held and quant == "none":
         raise CliError(f"--base-quant none: {base.folder} is itself quantized to NF4")
     quant = "nf4" if held else quant or trained.get("quant", "none")
-    made = made.eval().requires_grad_(False)
-    if quant == "nf4" and not held:
-        blocksize = blocksize or int(trained.get("blocksize", 64))
-        quantize.quantize_nf4(made, blocksize=blocksize, progress=False)
-        quant = f"nf4, double quantization, blocks of {blocksize}"
-    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
-        widen(made)
-    return made if held else made.to(device), base.folder, quant, trained.get("kind")
+    blocksize = None if held or quant != "nf4" else blocksize or int(trained.get("blocksize", 64))
+    made = held_model(base, config, device, blocksize).eval()
+    about = quant if blocksize is None else f"nf4, double quantization, blocks of {blocksize}"
+    return made, base.folder, about, trained.get("kind")
 
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:

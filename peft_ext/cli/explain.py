@@ -28,6 +28,7 @@ from . import CliError
 from ._common import (
     base_of,
     check_base,
+    check_range,
     console,
     dense_config,
     grouped_rows,
@@ -80,7 +81,8 @@ def explain(
     need("explain", "transformers", "peft")
     quiet()
     adapter = _adapter_folder(what)
-    chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
+    check_range(1, rank=rank, batch_size=batch_size, sequence_length=sequence_length)
+    chosen = _check(adapter, model, method, rank, quant, blocksize, dtype)
     if data is not None and not verify:
         raise CliError("--data: the text of --verify, which was not given")
     if adapter is None:
@@ -130,7 +132,7 @@ def _adapter_folder(what: str) -> Optional[Path]:
 
 def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
-    quant: Optional[str], blocksize: Optional[int], dtype: str, batch_size: int, sequence_length: Optional[int],
+    quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
     """Returns the methods, each once. Raises CliError."""
     from ..merge import DTYPES
@@ -144,15 +146,11 @@ def _check(
                 raise CliError(f"--{option}: {adapter} is an adapter, which has its own")
     elif model is not None:
         raise CliError("--model: the base of an adapter; what is explained is a model already")
-    if rank is not None and (rank < 1 or not set(chosen) & set(_LOW_RANK)):
-        wanted = "at least 1" if rank < 1 else f"with --method {', '.join(_LOW_RANK)}"
-        raise CliError(f"--rank {rank}: wanted {wanted}")
+    if rank is not None and not set(chosen) & set(_LOW_RANK):
+        raise CliError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
     check_base("--quant", quant, blocksize)
     if dtype not in DTYPES:
         raise CliError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
-    for option, size in (("batch-size", batch_size), ("sequence-length", sequence_length)):
-        if size is not None and size < 1:
-            raise CliError(f"--{option} {size}: wanted at least 1")
     return chosen
 
 

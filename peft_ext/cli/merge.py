@@ -9,19 +9,17 @@ import typer
 
 from ..text import format_bytes
 from . import CliError
-from ._common import base_of, need
+from ._common import AdapterFolder, BaseBlocksize, BaseModel, base_of, need
 
 
 def merge(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
+    adapter: AdapterFolder,
     output: Annotated[Path, typer.Option(help="The dense model's folder.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
+    model: BaseModel = None,
     base_quant: Annotated[
         Optional[str], typer.Option(help="Add to the base as nf4 or as none. Default: as the run.json has it, or none.")
     ] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
+    blocksize: BaseBlocksize = None,
     double_quant: Annotated[bool, typer.Option(help="Of nf4.")] = True,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
     max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",

@@ -13,7 +13,8 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -32,40 +33,30 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """Shows what goes on, on a terminal alone, as long as it does."""
+def status(text: str) -> AbstractContextManager[Any]:
+    """Returns a context that shows ``text`` with a spinner, on a terminal alone."""
     if not sys.stderr.isatty():
-        yield
-        return
+        return contextlib.nullcontext()
     from rich.console import Console
 
-    with Console(stderr=True, markup=False).status(text):
-        yield
+    return Console(stderr=True, markup=False).status(text)
 
 
 def bar(
     items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
-) -> Iterable[_Item]:
-    """Returns ``items``, with a bar on a terminal alone; ``each`` names the one in work, after ``text``.
+) -> Iterator[_Item]:
+    """Yields ``items`` and shows a bar on a terminal alone; ``each`` names the current item, after ``text``.
 
-    The bar is drawn between items: no thread beside them takes time from what is measured.
+    tqdm draws between items: no thread beside them takes time from the timed work.
     """
-    if not sys.stderr.isatty():
-        return items
-    return _shown(items, text, unit, each)
-
-
-def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str]) -> Iterator[_Item]:
     from tqdm import tqdm
 
-    # Closed, and its line cleared, where the loop ends early as well.
-    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True) as shown:
-        for item in items:
+    # The context clears the bar where the loop ends early.
+    with tqdm(items, text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
+        for item in shown:
             if name := each(item):
                 shown.set_description(f"{text} {name}")
             yield item
-            shown.update()
 
 
 def progress_callback(steps: int) -> Any:
