@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
-from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -15,11 +12,9 @@ import torch
 import typer
 
 from .. import _cpu, quantize
-from ..run import progress
 from ..run.demo_model import demo_model
 from ..run.options import DEMO_MODEL, QUANTIZATIONS
-from ..sources.json_file import raised_as
-from ..sources.model import SourceError, model_folder, read_model_config, widen
+from ..sources.model import model_folder, read_model_config, widen
 from ..weight import BLOCKSIZES
 from . import CliError
 
@@ -40,33 +35,15 @@ Threads = Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")]
 # --- models and packages ----------------------------------------------------------------------------------------------
 
 
-def need(command: str, *packages: str) -> None:
-    """Raises CliError where a package is missing."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise CliError(f"{command} needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
-
-
-def quiet() -> None:
-    """Turns off the libraries' bars and remarks, before they are imported, also on PEFT's way to hand on prefixes."""
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-    progress.quiet()
-
-
-def mendable() -> AbstractContextManager[None]:
-    """Raises what :mod:`peft_ext.sources` raises for a folder that can't be used as a CliError."""
-    return raised_as(CliError, "", SourceError)
-
-
 def model_config(model: str) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    Of a hub name the JSON files alone are fetched. Raises CliError.
+    Of a hub name the JSON files alone are fetched. Raises :class:`peft_ext.sources.model.SourceError`.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())
-    with mendable():
-        folder = model_folder(model, ["*.json"])
-        return folder, read_model_config(folder)
+    folder = model_folder(model, ["*.json"])
+    return folder, read_model_config(folder)
 
 
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
@@ -90,7 +67,7 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
     """Raises CliError for a quantization of a base, the value of ``option``, that there is not."""
     if quant not in (None, *QUANTIZATIONS):
-        raise CliError(f"{option} {quant}: wanted {' or '.join(QUANTIZATIONS)}")
+        raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
         raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
@@ -115,11 +92,10 @@ def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], 
 
 
 def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> None:
-    """Raises CliError for an option's value that is less than ``least`` or more than ``most``."""
+    """Raises CliError for an option's value that is not ``least`` to ``most``."""
     for name, value in options.items():
         if value is not None and not least <= value <= most:
-            wanted = f"at least {least}" if value < least else f"at most {most}"
-            raise CliError(f"--{name.replace('_', '-')} {value}: wanted {wanted}")
+            raise CliError(f"--{name.replace('_', '-')} {value}: wanted {least} to {most}")
 
 
 def dense_config(config: Any) -> Any:
@@ -146,16 +122,19 @@ def console() -> Console:
 
 
 def new_table(
-    *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), header: bool = True
-) -> Any:  # fmt: skip
-    """Returns an empty table; the columns of ``right`` are set to the right, those of ``unfolded`` stay on a line."""
+    *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), expand: bool = False, **kwargs: Any
+) -> Any:
+    """Returns an empty table; the columns of ``right`` are set to the right, those of ``unfolded`` stay on a line.
+
+    ``expand``: the columns share the screen's width evenly.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 
-    made = Table(box=SIMPLE, pad_edge=False, show_header=header)
+    made = Table(box=SIMPLE, pad_edge=False, expand=expand, **kwargs)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold",
-                        no_wrap=column in unfolded)  # fmt: skip
+                        no_wrap=column in unfolded, ratio=1 if expand else None)  # fmt: skip
     return made
 
 

@@ -12,7 +12,7 @@ from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
-from ._common import held_model, mendable
+from ._common import held_model
 
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
 
@@ -35,7 +35,7 @@ def verified(
     from ..verification import verify
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with status("loading"), mendable(), hushed():
+    with status("loading"), hushed():
         loaded = load_model(name, config, adapter or Path(name), {}, {})
         base = held_model(loaded, config, device, blocksize, dtype)
         with raised_as(CliError, "--verify: the adapter does not fit: ", *_REFUSALS):

@@ -21,9 +21,10 @@ from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Resu
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
 from ..machine import cpu_name, versions
-from ..run.progress import bar
+from ..run.errors import need
+from ..run.progress import bar, quiet
 from . import CliError
-from ._common import Threads, check_range, console, need, new_table, print_json, quiet
+from ._common import Threads, check_range, console, new_table, print_json
 
 # Quartiles of a ratio further apart than this part of it tell of other work on the machine.
 _BUSY = 0.25

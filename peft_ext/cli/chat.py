@@ -21,8 +21,9 @@ import torch
 import typer
 
 from ..run.data import prompt_ids
+from ..run.errors import need
 from ..run.evaluate import greedy
-from ..run.progress import status
+from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
@@ -36,9 +37,7 @@ from ._common import (
     check_range,
     console,
     held_model,
-    mendable,
-    need,
-    quiet,
+    new_table,
 )
 
 _SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
@@ -221,10 +220,9 @@ def _base(
     """Returns the base as the adapter was trained on it: the model, its folder, its quantization, the kind of data."""
     from ..sources.adapter import training_options
 
-    with mendable():
-        trained = training_options(adapter)
-        with hushed():
-            base = load_model(base_of(adapter, model), config, adapter, {}, trained)
+    trained = training_options(adapter)
+    with hushed():
+        base = load_model(base_of(adapter, model), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
@@ -287,11 +285,6 @@ def _show(prompt: str, base: str, adapted: str) -> None:
     if not sys.stdout.isatty():
         print(f"prompt: {prompt}\nbase: {base}\nadapted: {adapted}", flush=True)
         return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, expand=True, pad_edge=False)
-    for column in ("base", "adapted"):
-        table.add_column(column, ratio=1, overflow="fold")
+    table = new_table("base", "adapted", expand=True)
     table.add_row(base, adapted)
     console().print(table)

@@ -19,8 +19,9 @@ from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.data import PYTHON_DOCS
+from ..run.errors import need
 from ..run.plan import Preview, preview
-from ..run.progress import status
+from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
 from ..sources.model import head_labels, is_nf4, model_class, task_of
 from ..text import dtype_name, format_bytes
@@ -33,13 +34,10 @@ from ._common import (
     dense_config,
     grouped_rows,
     memory_document,
-    mendable,
     mib,
     model_config,
-    need,
     new_table,
     print_json,
-    quiet,
 )
 from ._verify import verified
 
@@ -197,8 +195,7 @@ def _of_adapter(
     if not name:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
     base_folder, config = model_config(name)
-    with mendable():
-        trained = training_options(folder)
+    trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
@@ -217,8 +214,7 @@ def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
     """Returns how the base is held: quantization, block size, and what decided it."""
-    with mendable():
-        held = is_nf4(folder, config)
+    held = is_nf4(folder, config)
     dense_config(config)
     if held and quant == "none":
         raise CliError(f"--quant none: {folder} is itself quantized to NF4")

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..run.errors import Interrupted, RunError, out_of_memory
+from ..run.errors import RunError, out_of_memory
 from ..sources.json_file import first_line
+from ..sources.model import SourceError
 from . import CliError
 from ._common import drop_output
 
@@ -29,17 +30,14 @@ def _errors() -> Iterator[None]:
     """One line and exit code 2 for what the user can mend; 130 for Ctrl-C, 128 + n for signal n."""
     try:
         yield
-    except (CliError, RunError) as error:
+    except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except Interrupted as stopped:
-        by_user = stopped.signal == signal.SIGINT
-        print(f"error: {'interrupted' if by_user else f'ended by {signal.Signals(stopped.signal).name}'}",
-              file=sys.stderr, flush=True)  # fmt: skip
-        raise typer.Exit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "signal", signal.SIGINT)  # of a run's Interrupted
+        by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"error: {by}", file=sys.stderr, flush=True)
+        raise typer.Exit(128 + number) from None
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -7,9 +7,10 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..run.errors import need
 from ..text import format_bytes
 from . import CliError
-from ._common import AdapterFolder, BaseBlocksize, BaseModel, base_of, need
+from ._common import AdapterFolder, BaseBlocksize, BaseModel, base_of
 
 
 def merge(

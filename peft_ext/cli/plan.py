@@ -37,7 +37,7 @@ def show_plan(plan: Plan) -> None:
 def _summary(plan: Plan) -> Any:
     run, o = plan.run, plan.run.options
     train, held_out = run.examples.train, run.examples.held_out
-    table = new_table("", "", header=False)
+    table = new_table("", "", show_header=False)
     table.add_row("model", f"{o.model}, {plan.model_class}, {plan.parameters:,} parameters")
     dtype = dtype_name(run.dtype)
     held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype

@@ -1,4 +1,4 @@
-"""``peft-ext recommend``: :func:`peft_ext.recommend_peft_method` with its reasons, as tables or as JSON."""
+"""``peft-ext recommend``: :func:`peft_ext.recommend_peft_method` with its reasons, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from ..run.progress import status
+from ..run.errors import need
+from ..run.progress import quiet, status
 from ..sources.json_file import first_line
-from ..text import gigabytes
 from . import CliError
-from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
+from ._common import dense_config, memory_document, model_config, print_json
 
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
@@ -53,7 +53,7 @@ def recommend(
     if as_json:
         print_json(_document(found))
     else:
-        _show(found)
+        print(found)
     return 0 if found.fits else 1
 
 
@@ -79,34 +79,3 @@ def _document(found: Any) -> dict[str, Any]:
         "fits": found.fits, **vars(found), "config_kwargs": dict(found.config_kwargs),
         "memory": memory_document(found.memory), "alternatives": others,
     }  # fmt: skip
-
-
-def _gb(estimate: Any) -> str:
-    return "can't run so" if estimate is None else gigabytes(estimate.total)
-
-
-def _show(found: Any) -> None:
-    screen = console()
-    weights = "NF4 weights" if found.quantization else "dense weights"
-    rows = [
-        ("method", found.name),
-        ("weights", weights),
-        ("step", f"{found.batch_size} x {found.sequence_length} tokens"
-                 + (", gradient checkpointing" if found.gradient_checkpointing else "")),
-        ("memory", f"{_gb(found.memory)} of {found.gpu_memory_gb:g} GB, {found.headroom:.0%} of which is kept free"),
-    ]  # fmt: skip
-    if found.fits:
-        given = ", ".join(f"{name}={value!r}" for name, value in found.config_kwargs.items())
-        rows.append(("config", f"{found.config_class}({given})"))
-    for reason in found.reasons:
-        rows.append(("why" if reason is found.reasons[0] else "", reason))
-    table = new_table("what", "which", unfolded=("what",), header=False)
-    for row in rows:
-        table.add_row(*row)
-    screen.print(table)
-    if not found.alternatives:
-        return
-    table = new_table("not taken", "memory", "fits", "why not", unfolded=("memory",))
-    for other in found.alternatives:
-        table.add_row(other.name, _gb(other.memory), "yes" if other.fits else "no", other.why_not)
-    screen.print(table)

@@ -66,7 +66,8 @@ class Recommendation:
     def __str__(self) -> str:
         setting = [f"{self.batch_size} x {self.sequence_length} tokens", self.quantization or "dense weights"]
         setting += ["gradient checkpointing"] * self.gradient_checkpointing
-        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory.total)} of {self.gpu_memory_gb:g} GB"]
+        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory.total)} of {self.gpu_memory_gb:g} GB, "
+                 f"{self.headroom:.0%} of which is kept free"]  # fmt: skip
         if self.method is not None:
             given = ", ".join(f"{name}={value!r}" for name, value in self.config_kwargs.items())
             lines.append(f"{self.config_class.rpartition('.')[2]}({given})")

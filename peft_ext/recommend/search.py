@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
 from ..memory import MemoryEstimate
 from ..methods import METHODS, make_config, method_config
+from ..sources.json_file import first_line
 from ..text import dtype_name, gigabytes
 from .ranking import Candidate
 from .report import Alternative, Recommendation
@@ -46,8 +47,8 @@ class Search:
         settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
         self.settings = settings
-        self._known: dict[tuple[str, _Setting], Optional[MemoryEstimate]] = {}
-        self._refused: dict[tuple[str, _Setting], Exception] = {}
+        # The step's memory, or the error of PEFT or the model; None where a method is known not to work in a setting.
+        self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
     def _has_room(self, memory: MemoryEstimate) -> bool:
         return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
@@ -65,9 +66,9 @@ class Search:
             except (ValueError, RuntimeError) as error:
                 if not isinstance(self.subject, Given):
                     raise
-                self._known[key] = None  # PEFT, or the model, refuses the method
-                self._refused[key] = error
-        return self._known[key]
+                self._known[key] = error
+        found = self._known[key]
+        return None if isinstance(found, Exception) else found
 
     def _estimate(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
         if candidate.method == "full":
@@ -105,24 +106,27 @@ class Search:
             but = self._refusal(other, self.settings) or "does not fit"
             reasons.append(f"{NAMES[other.method][0]} would come before it, but {but}.")
         path, fields = self._fields(chosen)
+        return self._recommendation(chosen, name, setting, memory, reasons, ranked, path, fields)
+
+    def _recommendation(
+        self, chosen: Optional[Candidate], name: str, setting: _Setting, memory: MemoryEstimate, reasons: list[str],
+        ranked: list[Candidate], path: str = "", fields: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Recommendation:  # fmt: skip
         return Recommendation(
-            method=chosen.method, name=name, **vars(setting),
-            config_class=path, config_kwargs=MappingProxyType(fields), memory=memory,
-            gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
-            alternatives=self._alternatives(ranked, setting, chosen),
+            method=None if chosen is None else chosen.method, name=name, **vars(setting), config_class=path,
+            config_kwargs=MappingProxyType(fields), memory=memory, gpu_memory_gb=self.gpu_memory_gb,
+            headroom=self.headroom, reasons=tuple(reasons), alternatives=self._alternatives(ranked, setting, chosen),
         )  # fmt: skip
 
-    def _error(self, candidate: Candidate, settings: Iterable[_Setting]) -> Optional[str]:
-        """Returns what the first of these settings that was refused was refused with, in a line."""
-        for setting in settings:
-            if (error := self._refused.get((candidate.method, setting))) is not None:
-                return (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None
+    def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
+        """Returns the first error among the settings that were tried, and whether the method works in one of them."""
+        found = [self._known.get((candidate.method, setting)) for setting in settings]
+        error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
+        return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
         """Returns why none of these settings works; None where one does, though it may not fit."""
-        error = self._error(candidate, settings)
-        works = any(self._known.get((candidate.method, setting)) is not None for setting in settings)
+        error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
     def _alternatives(
@@ -143,9 +147,7 @@ class Search:
 
     def _not_dense(self, chosen: Candidate) -> str:
         """Returns what is with dense weights where they are not taken: too large, or no step over them was traced."""
-        settings = [setting for setting in self.settings if setting.quantization is None]
-        fits_not = any(self._known.get((chosen.method, setting)) is not None for setting in settings)
-        error = self._error(chosen, settings)
+        error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
         said = ["do not fit"] * (fits_not or error is None)
         said += [f"could not be estimated ({error})"] * (error is not None)
         return f"{self.dense} weights {', or '.join(said)}"
@@ -173,7 +175,7 @@ class Search:
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
         needs = [(candidate, memory) for candidate, memory in needs if memory is not None]
         if not needs:
-            raise next(iter(self._refused.values()))
+            raise next(error for error in self._known.values() if isinstance(error, Exception))
         least, memory = min(needs, key=lambda pair: pair[1].total)
         name = NAMES[least.method][True]
         usable = (1 - self.headroom) * self.gpu_memory_gb * 2**30
@@ -192,17 +194,13 @@ class Search:
         smaller = self.subject.size_b * (usable - (memory.total - held)) / held if held else 0.0
         if smaller > 0:
             reasons.append(f"A model of about {parameters_text(smaller)} would fit.")
-        return Recommendation(
-            method=None, name="nothing fits", **vars(setting), config_class="", config_kwargs=MappingProxyType({}),
-            memory=memory, gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
-            alternatives=self._alternatives(ranked, setting, None),
-        )  # fmt: skip
+        return self._recommendation(None, "nothing fits", setting, memory, reasons, ranked)
 
     def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
         """Returns the longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
         length = setting.sequence_length // 2
         while length >= 64:
-            memory = self._memory(candidate, _Setting(setting.quantization, True, 1, length))
+            memory = self._memory(candidate, replace(setting, sequence_length=length))
             if memory is not None and self._has_room(memory):
                 return length
             length //= 2

@@ -23,12 +23,11 @@ import re
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Optional, Union
 
 from ..files import atomic_file
-from .errors import RunError, read_text
+from .errors import RunError, need, read_text
 from .options import LISTS
 
 FILE = "finetune.yaml"  # in the output folder of a run: the options of that run
@@ -80,8 +79,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     an alias, an anchor or a tag.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
-    if find_spec("yaml") is None:
-        raise RunError("--config needs PyYAML: pip install 'peft_ext[hf]'")
+    need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
     if root is None or (root.id == "scalar" and not root.value):  # comments alone

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,7 +22,7 @@ from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
-from .errors import RunError, Stop
+from .errors import RunError, Stop, need
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
 
@@ -142,8 +141,7 @@ def needs_bitsandbytes(o: Options) -> bool:
 
 def _check_packages(o: Options) -> None:
     wanted = ["transformers", "peft", "accelerate", *["bitsandbytes"] * needs_bitsandbytes(o)]
-    if missing := [name for name in wanted if find_spec(name) is None]:
-        raise RunError(f"finetune needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
+    need("finetune", *wanted)
     folder = Path(o.model).expanduser() if o.model != DEMO_MODEL else None
     if folder is None:
         check_demo_model()

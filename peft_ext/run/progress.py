@@ -1,7 +1,7 @@
-"""What a run tells as it goes: lines through :mod:`logging`, bars and status lines on a terminal.
+"""The progress of a run: lines of :mod:`logging`, and bars and status lines on a terminal.
 
-The logger ``peft_ext.run`` has a line for each thing that happened, and a warning for what is to be looked at. Nothing
-is printed unless a program asks for it, as the command line does::
+The logger ``peft_ext.run`` gets a line for each event of a run, and a warning where the user should act. The lines are
+printed only where a program asks for them, as the command line does::
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ext.run").setLevel("INFO")
@@ -23,8 +23,10 @@ log = logging.getLogger("peft_ext.run")
 
 
 def quiet() -> None:
-    """Turns off the libraries' bars for loading a small model, and their remarks about what was chosen on purpose."""
+    """Turns off the libraries' bars for loading a small model, and their remarks about deliberate choices."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
+    # PEFT hands prefixes on by this argument.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
@@ -60,7 +62,7 @@ def bar(
 
 
 def progress_callback(steps: int) -> Any:
-    """Returns the Trainer's bar on a terminal, else what logs about 20 lines."""
+    """Returns a callback of the Trainer: a bar on a terminal, else about 20 log lines."""
     from transformers import ProgressCallback, TrainerCallback
 
     every = max(1, steps // 20)

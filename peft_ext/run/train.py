@@ -143,7 +143,7 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     record.write()
     log.info(f"training: {run.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
     done = fit(run, record, model)
-    if run.stop.asked and done < run.steps:
+    if run.stop.signal and done < run.steps:
         record.write()
         instead = " instead of --overwrite" if o.overwrite else ""
         goes_on = f"; the same command with --resume{instead} goes on" if run.method.can_resume else ""
@@ -279,12 +279,14 @@ def fit(run: Run, record: Record, model: Any) -> int:
         _load_checkpoint(run, model)  # the Trainer would train one step more
         return done
     try:
-        with run.phase("train"), run.stop.in_training():
+        run.stop.training = True
+        with run.phase("train"):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except BaseException:
         checkpoints.remove_unsealed(run.options)
         raise
     finally:
+        run.stop.training = False
         if (inside := run.seconds.pop("evaluate in training", None)) is not None:
             run.seconds["train"] = round(run.seconds["train"] - inside, 2)
             run.seconds["evaluate in training"] = inside
@@ -320,7 +322,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
-    callbacks = [record.meter, recording_callback(record), _stopping_callback(run.stop), checkpoints.sealing_callback()]
+    callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop)]
     if o.method == "adalora":
         callbacks.insert(0, AdaLoraCallback())
     if o.method == "diff-pruning":
@@ -333,19 +335,6 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress_callback(run.steps))  # now: it is a ProgressCallback as well
     return trainer
-
-
-def _stopping_callback(stop: Stop) -> Any:
-    from transformers import TrainerCallback
-
-    class Stopper(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if stop.asked:
-                control.should_save = control.should_training_stop = True
-            if stop.save:
-                stop.save, control.should_save = False, True
-
-    return Stopper()
 
 
 def _load_checkpoint(run: Run, model: Any) -> None:

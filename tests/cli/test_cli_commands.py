@@ -106,7 +106,7 @@ def test_recommend_says_what_the_function_says(capsys, base, recommended, monkey
     flat = " ".join(out.split())
     assert all(reason[:60] in flat for reason in wanted.reasons)
     assert all(other.name in out for other in wanted.alternatives)
-    assert "peft.LoraConfig(task_type='CAUSAL_LM'" in flat and "\x1b" not in out
+    assert "LoraConfig(task_type='CAUSAL_LM'" in flat and "\x1b" not in out
 
 
 def test_recommend_ends_with_1_where_nothing_fits(capsys, recommended, monkeypatch):
@@ -274,11 +274,11 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
     assert message("./nowhere") == "model is ./nowhere, no such folder"
     assert message(tmp_path) == f"no config.json in {tmp_path}, wanted a model in transformers' format"
     assert message(model, "--method", "full") == f"--method full: wanted one of {', '.join(METHODS)}"
-    assert message(model, "--rank", 0) == "--rank 0: wanted at least 1"
+    assert message(model, "--rank", 0) == "--rank 0: wanted 1 to 2147483647"
     assert message(model, "--rank", 4, "--method", "ia3") == (
         "--rank 4: wanted with --method lora, rslora, qlora, dora, adalora"
     )
-    assert message(model, "--quant", "int3") == "--quant int3: wanted nf4 or none"
+    assert message(model, "--quant", "int3") == "--quant int3: wanted one of nf4, none"
     assert message(model, "--dtype", "fp8") == "--dtype fp8: wanted one of bf16, fp16, fp32, keep"
     assert message(model, "--sequence-length", 512) == "--sequence-length 512: the model takes at most 256 tokens"
     assert message(model, "--model", model) == ("--model: the base of an adapter; what is explained is a model already")
@@ -453,10 +453,10 @@ def test_chat_refuses(capsys, base, adapters, tmp_path):
     def message(*arguments: object, adapter: Path = lora) -> str:
         return refused(capsys, "chat", "--adapter", adapter, "--prompt", "Hi", *arguments)
 
-    assert message("--max-new-tokens", 0) == "--max-new-tokens 0: wanted at least 1"
+    assert message("--max-new-tokens", 0) == "--max-new-tokens 0: wanted 1 to 2147483647"
     assert message("--prompt", " ") == "--prompt: it is empty"
     assert message("--temperature", -1) == "--temperature -1.0: wanted 0 (the likeliest token) or more"
-    assert message("--base-quant", "int3") == "--base-quant int3: wanted nf4 or none"
+    assert message("--base-quant", "int3") == "--base-quant int3: wanted one of nf4, none"
     assert message(adapter=tmp_path / "no") == f"--adapter {tmp_path}/no: no such folder"
     assert message(adapter=tmp_path) == (f"no adapter_config.json in {tmp_path}, wanted an adapter in PEFT's format")
     assert message("--model", "./nowhere") == "model is ./nowhere, no such folder"
@@ -560,9 +560,9 @@ def test_bench_refuses(capsys, tmp_path):
         "--method qia4: wanted one of lora, dora, ia3, or qlora, qdora: those over nf4"
     )
     assert message("--base", "int3") == "--base int3: wanted one of bf16, nf4"
-    assert message("--hidden", 8) == "--hidden 8: wanted at least 16"
-    assert message("--tokens", 0) == "--tokens 0: wanted at least 1"
-    assert message("--threads", 0) == "--threads 0: wanted at least 1"
+    assert message("--hidden", 8) == "--hidden 8: wanted 16 to 2147483647"
+    assert message("--tokens", 0) == "--tokens 0: wanted 1 to 2147483647"
+    assert message("--threads", 0) == "--threads 0: wanted 1 to 2147483647"
     assert message("--seconds", 0) == "--seconds 0: wanted more than 0 and at most 3600"
     assert message("--chart", "a.gif") == "--chart a.gif: wanted a name that ends in .svg"
     assert message("--chart", tmp_path / "no/a.svg") == f"--chart {tmp_path}/no/a.svg: {tmp_path}/no is no folder"

@@ -117,7 +117,7 @@ BAD = [
     ("seed: 1:30\n", "{path}:1: seed is the text '1:30', wanted a whole number"),
     ("seed: " + "9" * 5000 + "\n", "{path}:1: seed is the text '" + "9" * 37 + "...', wanted a whole number"),
     ("lr: .nan\n", "{path}:1: lr is the text '.nan', wanted a number"),
-    ("quant: no\n", "--quant no: wanted nf4 or none ({path}:1)"),
+    ("quant: no\n", "--quant no: wanted one of nf4, none ({path}:1)"),
     ("stock: 1\n", "{path}:1: stock is the text '1', wanted true or false"),
     ("model:\n", "{path}:1: model has no value, wanted text"),
     ("model: [a]\n", "{path}:1: model is a list, wanted text"),
@@ -174,8 +174,8 @@ def test_refuses_what_is_no_file(capsys, tmp_path, monkeypatch):
     )
     assert refused(capsys, "finetune", "--config", tmp_path) == f"--config {tmp_path}: Is a directory"
     there = importlib.util.find_spec
-    monkeypatch.setattr("peft_ext.run.config.find_spec", lambda name: None if name == "yaml" else there(name))
-    assert refused(capsys, "finetune", "--config", "a") == "--config needs PyYAML: pip install 'peft_ext[hf]'"
+    monkeypatch.setattr("peft_ext.run.errors.find_spec", lambda name: None if name == "yaml" else there(name))
+    assert refused(capsys, "finetune", "--config", "a") == "--config needs yaml: pip install 'peft_ext[hf]'"
 
 
 def test_nothing_of_a_file_is_run(capsys, written, tmp_path):
@@ -186,8 +186,8 @@ def test_nothing_of_a_file_is_run(capsys, written, tmp_path):
 
 def test_a_value_that_is_out_of_range_is_named_with_its_line(capsys, written):
     path = written("method: lora\nrank: 0\n")
-    assert refused(capsys, "finetune", "--config", path) == f"--rank 0: wanted at least 1 ({path}:2)"
-    assert refused(capsys, "finetune", "--config", path, "--rank", -1) == "--rank -1: wanted at least 1"
+    assert refused(capsys, "finetune", "--config", path) == f"--rank 0: wanted 1 to 2147483647 ({path}:2)"
+    assert refused(capsys, "finetune", "--config", path, "--rank", -1) == "--rank -1: wanted 1 to 2147483647"
     path = written("max_steps: 3\nepochs: 1\n")
     assert refused(capsys, "finetune", "--config", path) == f"--max-steps and --epochs exclude each other ({path}:1)"
     assert refused(capsys, "finetune", "--stock", "--no-stock") == "--stock and --no-stock exclude each other"
@@ -196,10 +196,10 @@ def test_a_value_that_is_out_of_range_is_named_with_its_line(capsys, written):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--warmup", "inf"), "--warmup inf: wanted a number of steps, or a fraction of them less than 1"),
-        (("--warmup", "nan"), "--warmup nan: wanted a number of steps, or a fraction of them less than 1"),
+        (("--warmup", "inf"), "--warmup inf: wanted steps, or a fraction of them less than 1"),
+        (("--warmup", "nan"), "--warmup nan: wanted steps, or a fraction of them less than 1"),
         (("--seed", "-1"), "--seed -1: wanted 0 to 4294967295"),
-        (("--rank", "9999999999"), "--rank 9999999999: wanted at most 2147483647"),
+        (("--rank", "9999999999"), "--rank 9999999999: wanted 1 to 2147483647"),
     ],
 )
 def test_refuses_numbers_that_no_run_takes(capsys, arguments, message):
@@ -424,7 +424,7 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
 # --- help -------------------------------------------------------------------------------------------------------------
 
 # Lines at 100 and at 80 columns: a screen, and what a terminal scrolls by a turn of the wheel.
-HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (53, 68), "merge": (26, 40),
+HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (61, 83), "merge": (26, 40),
         "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
 
@@ -525,7 +525,7 @@ def same_run(first: Path, again: Path) -> None:
 
 def test_the_file_of_a_run_does_not_replace_it(capsys, done):
     assert refused(capsys, "finetune", "--config", done / FILE).startswith(
-        f"--output {done}: not empty; --resume goes on"
+        f"--output {done}: not empty; --resume continues"
     )
 
 

@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "run/run.json").read_text())["examples"]["digest"]) == 64
     assert prepare(replace(options, resume=True, max_steps=3)).checkpoint is not None
     data.write_text(data.read_text().replace("What is 3", "What was 3"))
-    with pytest.raises(RunError, match="--resume: the records of --data .* are not those that the run"):
+    with pytest.raises(RunError, match="--resume: the records of --data .* differ from those of the run"):
         prepare(replace(options, resume=True, max_steps=3))
 
 

@@ -35,26 +35,17 @@ class Series:
     band: bool = True
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A series as it is drawn: its own points, or the means of bins of ``width`` steps, with least and greatest."""
-
-    x: list[float]
-    y: list[Optional[float]]
-    low: Optional[list[Optional[float]]] = None
-    high: Optional[list[Optional[float]]] = None
-    width: int = 1
-
-
-def _binned(series: Series) -> _Drawn:
+def _binned(series: Series) -> dict[str, Any]:
+    """Returns a curve for the page's script: its points, or the means of bins of ``width`` steps, with low and high."""
+    about = {"look": series.look, "last": series.x[-1]}
     if len(series.x) <= MOST_POINTS:
-        return _Drawn(list(series.x), list(series.y))
+        return {"x": list(series.x), "y": list(series.y), "low": None, "high": None, "width": 1, **about}
     width = math.ceil(len(series.x) / _BINS)
     starts = range(0, len(series.x), width)
     bins = [[v for v in series.y[i : i + width] if v is not None] for i in starts]
-    mean = [sum(b) / len(b) if b else None for b in bins]
     low, high = ([f(b) if b else None for b in bins] if series.band else None for f in (min, max))
-    return _Drawn([series.x[i] for i in starts], mean, low, high, width)
+    return {"x": [series.x[i] for i in starts], "y": [sum(b) / len(b) if b else None for b in bins], "low": low,
+            "high": high, "width": width, **about}  # fmt: skip
 
 
 def draw_chart(
@@ -63,11 +54,14 @@ def draw_chart(
     """Returns what the template draws a figure from: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
     series = [s for s in series if any(v is not None for v in s.y)]
     drawn = [_binned(s) for s in series]
-    chart: dict[str, Any] = {"name": name, "heading": heading, "series": [], "binned": any(d.width > 1 for d in drawn)}
+    chart: dict[str, Any] = {
+        "name": name, "heading": heading, "series": [], "binned": any(d["width"] > 1 for d in drawn),
+    }  # fmt: skip
     if not series:
         return chart
-    values = [v for d in drawn for column in (d.y, d.low or [], d.high or []) for v in column if v is not None]
-    across, up = Scale(0, max(steps, 1, *(s.x[-1] for s in series))), span(values, zero)
+    values = [v for d in drawn for column in (d["y"], d["low"] or [], d["high"] or []) for v in column if v is not None]
+    last = max(s.x[-1] for s in series)
+    across, up = Scale(0, max(steps, 1, last)), span(values, zero)
 
     def place(x: float, y: Optional[float]) -> Optional[tuple[float, float]]:
         return None if y is None else (WIDTH * across(x), HEIGHT * (1 - up(y)))
@@ -75,23 +69,19 @@ def draw_chart(
     y_ticks = up.ticks()
     marks = [("rule", path([(0, HEIGHT * (1 - up(t))), (WIDTH, HEIGHT * (1 - up(t)))])) for t in y_ticks]
     for s, d in zip(series, drawn, strict=True):
-        middle = [x + (min(d.width, s.x[-1] - x + 1) - 1) / 2 for x in d.x]
-        points = [place(x, y) for x, y in zip(middle, d.y, strict=True)]
-        if d.low is not None and d.high is not None:
-            there = [i for i, v in enumerate(d.low) if v is not None]
-            band = [place(middle[i], d.high[i]) for i in there] + [place(middle[i], d.low[i]) for i in reversed(there)]
-            marks.append((f"band {s.look}", f"{path(band)}Z"))
+        middle = [x + (min(d["width"], s.x[-1] - x + 1) - 1) / 2 for x in d["x"]]
+        points = [place(x, y) for x, y in zip(middle, d["y"], strict=True)]
+        if d["low"] is not None:
+            edges = [[place(x, y) for x, y in zip(middle, d[edge], strict=True) if y is not None]
+                     for edge in ("high", "low")]  # fmt: skip
+            marks.append((f"band {s.look}", f"{path(edges[0] + edges[1][::-1])}Z"))
         marks.append((f"line {s.look}", path(points)))
         if s.dots:
             marks.append((f"dots {s.look}", "".join(path([p]) for p in points if p)))
-    data = {
-        "x": [across.low, across.high], "y": [up.low, up.high],
-        "s": [{"x": d.x, "y": _rounded(d.y), "low": _rounded(d.low), "high": _rounded(d.high), "width": d.width,
-               "last": s.x[-1], "look": s.look} for s, d in zip(series, drawn, strict=True)],
-    }  # fmt: skip
-    last = max(s.x[-1] for s in series)
+    rounded = [d | {name: _rounded(d[name]) for name in ("y", "low", "high")} for d in drawn]
+    data = {"x": [across.low, across.high], "y": [up.low, up.high], "s": rounded}
     notes = [unit] + ([] if up.low == 0 else [f"the axis begins at {short(up.low, 3)}"])
-    if (width := max(d.width for d in drawn)) > 1:
+    if (width := max(d["width"] for d in drawn)) > 1:
         notes.append(f"each point is the mean of {width} steps, the band their least and greatest")
     if missing := sum(v is None for v in series[0].y):
         notes.append(f"{missing:,} without a finite value are left out")
