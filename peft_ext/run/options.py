@@ -1,4 +1,4 @@
-"""The options of a run, and the checks of them that need nothing else."""
+"""The options of a run, and the checks that need nothing but the options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4", "none")
-_MOST = 2**31 - 1  # of a count
+_MOST = 2**31 - 1  # largest value of a count
 
 
 def _option(default: Any, text: str, panel: Optional[str] = None, least: Optional[int] = None) -> Any:
@@ -76,11 +76,11 @@ class Options:
 
     @property
     def learning_rate(self) -> float:
-        """The largest one of the run."""
+        """Largest learning rate of the run."""
         return METHODS[self.method].learning_rate if self.lr is None else self.lr
 
     def resolved(self) -> Options:
-        """Returns the options with the method's own quantization where none was given, and paths as paths."""
+        """Returns the options with the method's quantization as default, and with converted paths and lists."""
         quant = METHODS[self.method].quant if self.quant is None else self.quant
         lists: dict[str, Any] = {name: ",".join(value) for name in LISTS
                                  if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
@@ -88,13 +88,13 @@ class Options:
                                    data=str(self.data), **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
-        """Returns the names of the options that are not the defaults."""
+        """Returns the names of the options whose values are not the defaults."""
         defaults = Options(method=self.method).resolved()
         names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
         return names if self.method == Options.method else ["method", *names]
 
 
-# Options in which a resumed run may differ from the run that wrote the checkpoint, and those in which it may not.
+# Options that a resumed run may change, and options that it may not change.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
                    "overwrite", "prompt")  # fmt: skip
 SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
@@ -103,9 +103,9 @@ Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
     f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(Options)
 )
 
-LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
+LISTS = ("target_modules", "target_parameters")  # names separated by commas, or a list of names
 
-# What an option may be, by its annotation; a whole number may stand for another, a list of names for a text.
+# Types that an option accepts, by its annotation. An option in LISTS also accepts a list of texts.
 _TYPES = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": (str, Path), "Path": (str, Path)}
 
 
@@ -134,12 +134,12 @@ def _check_types(o: Options) -> None:
 
 
 def check_options(o: Options) -> None:
-    """Raises RunError for a value that is out of its range, or that excludes another."""
+    """Raises RunError for a value out of its range, and for options that exclude each other."""
     _check_types(o)
     if o.prompt is not None and not o.prompt.strip():
         raise RunError("--prompt: it is empty")
     if o.method not in METHODS:
-        raise RunError(f"--method {o.method}: there is no such method; there are: {', '.join(METHODS)}")
+        raise RunError(f"--method {o.method}: unknown method, wanted one of {', '.join(METHODS)}")
     method = METHODS[o.method]
     for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES)):
         if (value := getattr(o, name)) is not None and value not in choices:
@@ -159,16 +159,16 @@ def check_options(o: Options) -> None:
     if o.resume and o.overwrite:
         raise RunError("--resume and --overwrite exclude each other")
     if o.resume and not method.can_resume:
-        raise RunError(f"--resume with --method {o.method}: PEFT saves the ranks that are left in other shapes")
+        raise RunError(f"--resume with --method {o.method}: PEFT saves its tensors without pruned ranks")
     if o.gradient_checkpointing and not method.can_checkpoint:
         raise RunError(
-            f"--gradient-checkpointing with --method {o.method}: PEFT's prefixes go through the cache it turns off"
+            f"--gradient-checkpointing with --method {o.method}: prefixes need the cache, which it turns off"
         )
     if o.target_modules is not None and method.kind == "prompt":
-        raise RunError(f"--target-modules with --method {o.method}: it adapts no layers")
+        raise RunError(f"--target-modules with --method {o.method}: the method adapts no layers")
     if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora", "dora"):
-        raise RunError(f"--target-parameters with --method {o.method}: LoRA and DoRA alone adapt parameters")
+        raise RunError(f"--target-parameters with --method {o.method}: only LoRA and DoRA adapt parameters")
     if o.method == "qlora" and o.quant == "none":
-        raise RunError("--quant none with --method qlora: that is --method lora")
+        raise RunError("--quant none with --method qlora: use --method lora instead")
     if o.quant == "nf4" and not method.can_quantize:
         raise RunError(f"--quant nf4 with --method {o.method}: it trains the weights themselves, which NF4 freezes")

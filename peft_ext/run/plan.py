@@ -183,7 +183,7 @@ def preview(
 
 
 def _saved_tensors(model: Any) -> list[Any]:
-    """Returns the tensors that PEFT would save: for a prompt method the prompt's weight, which PEFT can't read on meta."""
+    """Returns the tensors that PEFT would save. Of a prompt method it is the prompt, which PEFT can't read on meta."""
     from peft.utils import get_peft_model_state_dict
 
     if model.active_peft_config.is_prompt_learning:

@@ -205,9 +205,9 @@ def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
 
 OPTIONS = [
     (["--method", "full"],
-     "--method full: there is no such method; there are: lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
+     "--method full: unknown method, wanted one of lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
      "prompt, bitfit, diff-pruning, partial"),
-    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: that is --method lora"),
+    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: use --method lora instead"),
     (["--method", "partial", "--quant", "nf4"],
      "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
     (["--rank", "0"], "--rank 0: wanted 1 to 2147483647"),
@@ -253,7 +253,7 @@ DATA = [
      "there are: body, id (name yours: --text-column, or --prompt-column and --completion-column)"),
     ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "--data {path}: record 2 has int in column 'text', wanted text"),
     ("turns.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n',
-     "--data {path}: record 1: messages must be {{role, content}} objects with an assistant's turn in it"),
+     "--data {path}: record 1: wanted messages of {{role, content}}, one of them the assistant's"),
     ("one.jsonl", '{"text": "a"}\n', "--data {path}: 1 usable record(s), wanted at least 2 (one is held out)"),
     ("a.parquet", "x", "--data {path}: a .parquet file, wanted .jsonl, .json, .csv, .txt"),
 ]  # fmt: skip

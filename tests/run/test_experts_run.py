@@ -75,7 +75,7 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--method", "ia3"), "--target-parameters with --method ia3: LoRA and DoRA alone adapt parameters"),
+        (("--method", "ia3"), "--target-parameters with --method ia3: only LoRA and DoRA adapt parameters"),
         (
             ("--stock", "--quant", "none", "--method", "dora"),
             "--stock with DoRA and experts: PEFT has none there, give --target-modules",

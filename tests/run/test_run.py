@@ -142,7 +142,7 @@ def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"rank": 0}, "--rank 0: wanted at least 1"),
-    ({"method": "full"}, "--method full: there is no such method; there are: "),
+    ({"method": "full"}, "--method full: unknown method, wanted one of "),
     ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
     ({"method": "diff-pruning", "quant": "nf4"}, "--quant nf4 with --method diff-pruning: "),
     ({"method": "prefix", "gradient_checkpointing": True}, "--gradient-checkpointing with --method prefix: "),

@@ -1,7 +1,7 @@
-"""The curves of a report: inline SVG that is stretched to its place, and what the page's script reads of it.
+"""The curves of a report: the paths of an inline SVG, and the data of the page's script.
 
-Up to :data:`MOST_POINTS` steps are drawn as they are; beyond that a bin of steps is drawn as its mean, over a band from
-its least to its greatest.
+A curve of at most :data:`MOST_POINTS` steps is drawn point by point. A longer curve is drawn as the means of bins of
+steps, over a band from the least to the greatest value of each bin.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any, Optional
 from ...chart import Scale, path, span
 from .figures import short
 
-MOST_POINTS = 1000  # of a curve that is drawn point by point
+MOST_POINTS = 1000  # points of the longest curve that is drawn point by point
 _BINS = 400
-WIDTH, HEIGHT = 1000, 300  # of a plot
+WIDTH, HEIGHT = 1000, 300  # units of a plot, which the page stretches
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: ``x`` ascending, ``y`` with None where there is no finite value. ``look``: its class in the style.
+    """A curve: ``x`` ascending, ``y`` with None where there is no finite value.
 
-    ``dots``: every point is marked; ``band``: where it is of bins, it shows how far they reach.
+    Attributes:
+        look: CSS class of the curve.
+        dots: whether each point has a mark.
+        band: whether a curve of bins has a band from the least to the greatest value of each bin.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Series:
 
 
 def _binned(series: Series) -> dict[str, Any]:
-    """Returns a curve for the page's script: its points, or the means of bins of ``width`` steps, with low and high."""
+    """Returns a curve's data for the script: points, or mean, least and greatest of bins of ``width`` steps."""
     about = {"look": series.look, "last": series.x[-1]}
     if len(series.x) <= MOST_POINTS:
         return {"x": list(series.x), "y": list(series.y), "low": None, "high": None, "width": 1, **about}
@@ -51,7 +54,7 @@ def _binned(series: Series) -> dict[str, Any]:
 def draw_chart(
     name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int
 ) -> dict[str, Any]:
-    """Returns what the template draws a figure from: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
+    """Returns a figure's data for the template: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
     series = [s for s in series if any(v is not None for v in s.y)]
     drawn = [_binned(s) for s in series]
     chart: dict[str, Any] = {
@@ -104,7 +107,7 @@ def _last(series: Series, step: float) -> str:
 
 
 def _told(series: Series) -> str:
-    """Returns a curve in words."""
+    """Returns the first, last, least and greatest value of a curve in words."""
     found = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
     least, most = (f(found, key=lambda point: point[1]) for f in (min, max))
     (first_x, first), (last_x, last) = found[0], found[-1]

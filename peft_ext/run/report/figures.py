@@ -17,7 +17,7 @@ def number(value: Any) -> Optional[float]:
 
 
 def clip(value: Any) -> str:
-    """Returns the text of a value, cut where it is very long."""
+    """Returns the text of a value, cut after 4,000 characters."""
     text = str(value)
     if len(text) > _MOST_TEXT:
         text = f"{text[:_MOST_TEXT]} … ({len(text) - _MOST_TEXT:,} characters more)"
@@ -25,7 +25,7 @@ def clip(value: Any) -> str:
 
 
 def short(value: Any, digits: int = 4) -> str:
-    """Returns ``digits`` significant digits; the page's script has a ``short`` that writes the same."""
+    """Returns a number with ``digits`` significant digits. ``short`` in script.js returns equal texts."""
     if (value := number(value)) is None:
         return NONE
     size = abs(value)
@@ -38,7 +38,7 @@ def short(value: Any, digits: int = 4) -> str:
 
 
 def count(value: Any) -> str:
-    """Returns a whole number with commas."""
+    """Returns a number rounded to an integer, with commas."""
     found = number(value)
     return NONE if found is None else f"{found:,.0f}"
 
@@ -48,7 +48,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as "4.2 s", "1 min 15 s" or "2 h 05 min"."""
+    """Returns a duration: "4.2 s", "1 min 15 s" or "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

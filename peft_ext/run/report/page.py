@@ -1,4 +1,4 @@
-"""From a run.json's document to the page: what each section of page.html shows."""
+"""Draws report.html from the document of a run.json. page.html is the template and reads the document itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).parent
 _ROWS = 21  # of the table of figures
 _KINDS = {"frozen": "frozen weights and their scales", "adapter": "adapter", "gradients": "gradients",
           "optimizer": "optimizer's states"}  # fmt: skip
-# What a run that stopped early lacks: the page says that these are missing.
+# Entries that the run.json of a stopped run may lack. The page says that their contents are missing.
 _MAPPINGS = ("perplexity", "examples", "held_out", "history", "seconds", "memory", "check", "fused", "machine",
              "versions")  # fmt: skip
 _LISTS = ("losses", "resumed", "samples")
@@ -30,10 +30,10 @@ Document = Mapping[str, Any]
 
 
 def redraw(folder: Union[str, Path]) -> Path:
-    """Draws ``report.html`` in ``folder`` again, from the run.json there; returns its path.
+    """Draws ``report.html`` in ``folder`` again from the run.json there, and returns the path of the report.
 
-    Raises: RunError where there is no run.json, where it is not one that a run wrote, or where the folder can't be
-    written to.
+    Raises RunError where the folder has no run.json, where a run did not write that file, or where the report can't be
+    written.
     """
     from jinja2 import TemplateError
 
@@ -55,7 +55,7 @@ def redraw(folder: Union[str, Path]) -> Path:
 
 
 def write_report(folder: Path, document: Document) -> Path:
-    """Writes ``report.html`` into ``folder``, whole or not at all; returns its path."""
+    """Writes ``report.html`` into ``folder`` atomically and returns its path."""
     path, page = folder / "report.html", render(document)
     with atomic_file(path) as file:
         file.write(page)
@@ -63,7 +63,7 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def render(document: Document) -> str:
-    """Returns the page of a run.json's ``document``, which says what of it a run that stopped early has not."""
+    """Returns the page of a run.json's ``document``. Where a stopped run lacks an entry, the page says so."""
     run = {name: {} for name in _MAPPINGS} | {name: [] for name in _LISTS} | {"steps": 0} | dict(document)
     if not run["samples"] and "answers" in run:
         run["samples"] = [run["answers"]]
@@ -72,12 +72,12 @@ def render(document: Document) -> str:
         run=run, style=style, script=script, digest=digest, width=WIDTH, height=HEIGHT, charts=_charts(run),
         memory=_memory(run), figures=_figures(run),
     )  # fmt: skip
-    return page.encode("utf-8", "replace").decode("utf-8")  # a byte tokenizer may answer with half a character
+    return page.encode("utf-8", "replace").decode("utf-8")  # an answer of a byte tokenizer may contain a lone surrogate
 
 
 @functools.lru_cache(maxsize=1)
 def _files() -> tuple[Any, Any, Any, str]:
-    """Returns the template, the style sheet, the script, and the script's digest, which lets a browser run it."""
+    """Returns the template, the style sheet, the script, and the script's digest for the Content-Security-Policy."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -101,7 +101,7 @@ def _files() -> tuple[Any, Any, Any, str]:
 
 @dataclass(frozen=True)
 class _History:
-    """By step: columns as long as ``step``, None where a value is missing or not finite."""
+    """Columns by step, each as long as ``step``; None where a value is missing or not finite."""
 
     step: list[int]
     loss: list[Optional[float]]
@@ -154,7 +154,7 @@ def _charts(document: Document) -> list[dict[str, Any]]:
 
 
 def _memory(document: Document) -> Optional[dict[str, Any]]:
-    """Returns the kinds of memory, the rest of the peak among them: the bar's parts and the table's rows."""
+    """Returns the memory bar's parts, the peak in MiB and the table's rows; None where nothing was measured."""
     gpu, process = number(document.get("peak_cuda_mib")), number(document.get("peak_mib"))
     peak = process if gpu is None else gpu
     kinds = [(name, label, size) for name, label in _KINDS.items()
