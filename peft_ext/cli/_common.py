@@ -1,4 +1,4 @@
-"""What several commands share: where a model is, what is wanted to run, tables and JSON on the screen."""
+"""Helpers of several commands: models and their quantization, checks of options, tables and JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 120
 
-# Options of several commands.
-AdapterFolder = Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")]
+# Declarations of options that several commands have.
+AdapterFolder = Annotated[Path, typer.Option(help="Folder that a run, or save_pretrained, wrote.")]
 BaseModel = Annotated[
-    Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
+    Optional[str], typer.Option(help='Base: folder, hub name, or "smollm2". Default: the adapter\'s own.')
 ]
-BaseBlocksize = Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")]
-Threads = Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")]
+BaseBlocksize = Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: the run.json's, or 64.")]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTorch's.")]
 
 
 # --- models and packages ----------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ Threads = Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")]
 def model_config(model: str) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    Of a hub name the JSON files alone are fetched. Raises :class:`peft_ext.sources.model.SourceError`.
+    Fetches only the JSON files of a hub name. Raises :class:`peft_ext.sources.model.SourceError`.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())
@@ -47,9 +47,10 @@ def model_config(model: str) -> tuple[Path, Any]:
 
 
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
-    """Returns the base to give: ``model``, or None for the one that the adapter names.
+    """Returns the base for the adapter: ``model``, or None for the base that the adapter's configuration names.
 
-    It is the default model's folder where that is meant, or where the adapter's run was on it and it has moved.
+    The name of the default model becomes its folder. So does None where the adapter's run used the default model and
+    the folder in the configuration no longer exists.
     """
     if model is None:
         try:
@@ -65,7 +66,7 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
-    """Raises CliError for a quantization of a base, the value of ``option``, that there is not."""
+    """Raises CliError for an unknown quantization, the value of ``option``, or an unknown block size."""
     if quant not in (None, *QUANTIZATIONS):
         raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
@@ -73,10 +74,10 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
 
 
 def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], dtype: Any = None) -> Any:
-    """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, as it is to be adapted.
+    """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    A base that is not in 4 bits yet is cast to ``dtype`` (None: it keeps its own), quantized to NF4 where there is a
-    ``blocksize``, and widened to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
+    Casts a base that is not in 4 bits to ``dtype`` (None: its own dtype), quantizes it to NF4 where ``blocksize`` is
+    given, and widens it to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"{loaded.absent[0]} is not in the base's files, so it would be random")
@@ -92,14 +93,14 @@ def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], 
 
 
 def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> None:
-    """Raises CliError for an option's value that is not ``least`` to ``most``."""
+    """Raises CliError for an option whose value is less than ``least`` or more than ``most``."""
     for name, value in options.items():
         if value is not None and not least <= value <= most:
             raise CliError(f"--{name.replace('_', '-')} {value}: wanted {least} to {most}")
 
 
 def dense_config(config: Any) -> Any:
-    """Takes its quantization off ``config``: to trace the model, which then is quantized as it is asked for."""
+    """Removes the quantization from ``config`` and returns it. A traced model is quantized afterwards, as asked."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -109,12 +110,12 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Sends standard output nowhere: what read it has ended, and the interpreter's own last flush is not to fail."""
+    """Redirects standard output to the null device: its reader has ended, and the last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Console:
-    """Returns standard output for tables: as wide as the terminal, or 120 columns; texts are shown as they are."""
+    """Returns a console on standard output, as wide as the terminal, else 120 columns. It interprets no markup."""
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -124,9 +125,13 @@ def console() -> Console:
 def new_table(
     *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), expand: bool = False, **kwargs: Any
 ) -> Any:
-    """Returns an empty table; the columns of ``right`` are set to the right, those of ``unfolded`` stay on a line.
+    """Returns an empty table.
 
-    ``expand``: the columns share the screen's width evenly.
+    Args:
+        columns: names of the columns.
+        right: columns that are aligned to the right.
+        unfolded: columns whose cells stay on one line.
+        expand: whether the columns share the screen's width evenly.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -138,21 +143,29 @@ def new_table(
     return made
 
 
-def grouped_rows(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
-    """Returns rows of :func:`peft_ext.explain` that are alike as one: kind, fused, reason, layers' names, how many."""
+def layers_table(methods: dict[Any, list[Any]]) -> Any:
+    """Returns a table of rows of :func:`peft_ext.explain`, by method, with like layers in one row.
+
+    The key None, for a single method, leaves out the column of methods.
+    """
     from ..integrations.peft import alike
 
-    leaves = {key: [name.rpartition(".")[2] for name in names] for key, names in alike(rows).items()}
-    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in leaves.items()]
+    named = None not in methods
+    table = new_table(*["method"] * named, "layers", "kind", "fused", "names", "reason", right=("layers",))
+    for method, rows in methods.items():
+        for (kind, fused, reason), names in alike(rows).items():
+            leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            table.add_row(*[method] * named, str(len(names)), kind, "yes" if fused else "no", leaves, reason)
+    return table
 
 
 def mib(size: int) -> str:
-    """Returns bytes as a number of MiB, for a column of them."""
+    """Returns a number of bytes as a number of MiB without the unit."""
     return f"{size / 2**20:,.1f}"
 
 
 def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
-    """Returns a :class:`peft_ext.memory.MemoryEstimate` as JSON has it."""
+    """Returns a :class:`peft_ext.memory.MemoryEstimate` as a dict for JSON; None for None."""
     return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
 
 

@@ -1,4 +1,4 @@
-"""What ``peft-ext explain --verify`` runs: weights, an adapter, a batch of text, and a step that is compared."""
+"""``peft-ext explain --verify``: loads a model with an adapter, and compares a fused training step with a stock one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def verified(
     """Returns the :class:`peft_ext.verification.Verification` of an adapter on a model.
 
     Args:
-        name: of the model: a folder or a hub name. adapter: the folder of a saved one; None: a new one, whose tensors
-            that start at zero get small random numbers, since gradients behind a zero are zeros, too.
-        blocksize: of NF4, in which the base is held; None: it stays dense.
-        data: as for finetune. batch_size, length: how many of its examples make the batch, and of how many tokens.
+        name: folder or hub name of the model.
+        adapter: folder of a saved adapter; None: a new adapter. Zero tensors of a new adapter get small random numbers,
+            since a gradient through a zero tensor is zero.
+        blocksize: block size of the base's NF4; None: the base stays dense.
+        data: data as for ``peft-ext finetune``.
+        batch_size, length: number of the batch's examples, and most tokens of an example.
 
-    Raises: CliError.
+    Raises CliError.
     """
     from ..model import get_peft_model, load_adapter
     from ..verification import verify
@@ -56,7 +58,7 @@ def verified(
 
 
 def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Returns the first examples of the data; labels are of a model that generates text."""
+    """Returns a batch of the data's first examples, with labels only for a model that generates text."""
     from transformers import DataCollatorForSeq2Seq
 
     with raised_as(CliError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):

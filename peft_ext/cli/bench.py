@@ -1,8 +1,7 @@
-"""``peft-ext bench``: an adapted layer's training step on this machine, fused and as PEFT and bitsandbytes have it.
+"""``peft-ext bench``: times an adapted layer's training step on this machine, fused and with PEFT and bitsandbytes.
 
-What is timed, and how: :mod:`peft_ext.bench`.
-
-``--output FOLDER`` keeps what ``--json`` prints as ``bench.json``, and draws ``bench.svg``.
+:mod:`peft_ext.bench` documents the measurement. ``--output FOLDER`` writes the document of ``--json`` as ``bench.json``
+and draws ``bench.svg``.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ from ..run.progress import bar, quiet
 from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
-# Quartiles of a ratio further apart than this part of it tell of other work on the machine.
+# A ratio whose quartiles differ by more than this share of the ratio shows that the machine has other work.
 _BUSY = 0.25
 
 
 def bench(
     method: Annotated[
-        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
+        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeatable. Default: all.")
     ] = None,
-    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeat it. Default: both.")] = None,
-    hidden: Annotated[int, typer.Option(help="The layer is hidden x hidden.")] = 4096,
-    tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
-    rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
+    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeatable. Default: both.")] = None,
+    hidden: Annotated[int, typer.Option(help="Width: the layer is hidden x hidden.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 512,
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank methods.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Time of all measurements, about.")] = 20.0,
     threads: Threads = None,
-    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
-    output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
+    chart: Annotated[Optional[Path], typer.Option(help="File for a chart, .svg.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for bench.json and bench.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
+    """Check an adapted layer's training step, and time it on this machine against PEFT and bitsandbytes."""
     check_range(16, hidden=hidden)
     check_range(1, tokens=tokens, rank=rank, threads=threads)
     cases = _check(method, base, seconds, chart, output)
@@ -85,7 +84,7 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
     output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Returns pairs of method and base, each once. Raises CliError."""
+    """Checks the options and returns pairs of method and base without repetition. Raises CliError."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
@@ -154,12 +153,12 @@ def _show(results: list[Result]) -> None:
 
 
 def _spread(result: Result) -> float:
-    """Returns how far the quartiles of a ratio are apart, of the ratio: the widest of the contenders'."""
+    """Returns the largest distance between the quartiles of a ratio, divided by the ratio, of all contenders."""
     return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Writes each file whole or not at all, and makes its folder. Raises CliError."""
+    """Writes each file atomically, and makes its folder. Raises CliError."""
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +169,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns bars of milliseconds, a group for each layer."""
+    """Returns an SVG chart: bars of milliseconds, in a group for each layer."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

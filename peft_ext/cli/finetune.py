@@ -1,4 +1,4 @@
-"""``peft-ext finetune``: options from a file and from flags, a run or its plan, and the run's log on the screen."""
+"""``peft-ext finetune``: reads options from a file and from flags, and starts a run or a dry run with its log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._common import drop_output
 def finetune(
     ctx: typer.Context,
     config: Annotated[
-        Optional[Path], typer.Option(help="YAML with these names; flags win; paths from the current folder.")
+        Optional[Path], typer.Option(help="YAML file of options; flags win; paths from the current folder.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show the plan; read no weights, write nothing.")
@@ -52,7 +52,7 @@ def finetune(
     return 0 if result.check is not None and result.check.ok else 1
 
 
-_OFF = ("stock", "gradient_checkpointing")  # flags with a hidden --no-, which overrules a file
+_OFF = ("stock", "gradient_checkpointing")  # flags with a hidden --no- form, which overrules the file
 
 
 def _signature() -> inspect.Signature:
@@ -79,7 +79,7 @@ finetune.__signature__ = _signature()
 
 
 class _Screen(logging.Handler):
-    """Puts lines on standard output, warnings and errors on standard error."""
+    """Prints log lines on standard output, warnings and errors on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
@@ -87,13 +87,13 @@ class _Screen(logging.Handler):
             return
         try:
             print(record.getMessage(), flush=True)
-        except BrokenPipeError:  # nobody may read it any more, which is no reason to end a run
+        except BrokenPipeError:  # the reader of the output has ended; the run continues
             drop_output()
 
 
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
-    """Shows what a run tells, as long as the block runs."""
+    """Prints the log of a run until the block ends."""
     log, handler = logging.getLogger("peft_ext.run"), _Screen()
     before = log.level, log.propagate
     log.addHandler(handler)

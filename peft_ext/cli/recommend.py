@@ -1,4 +1,4 @@
-"""``peft-ext recommend``: :func:`peft_ext.recommend_peft_method` with its reasons, as text or as JSON."""
+"""``peft-ext recommend``: prints :func:`peft_ext.recommend_peft_method`'s answer as text or as JSON."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _OPTIONS = {
 
 def recommend(
     model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
-    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
+    model: Annotated[Optional[str], typer.Option(help='Or a model: folder, hub name, "smollm2".')] = None,
     memory: Annotated[
         Optional[float],
-        typer.Option(help="Of the card, in GB. Default: this machine's GPU; needed where there is none."),
+        typer.Option(help="Memory of the card in GB. Default: this machine's GPU."),
     ] = None,
     task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
-    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
-    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
+    examples: Annotated[Optional[int], typer.Option(help="Number of training examples. Default: unknown.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of one forward; may be lowered to 1.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens. Default: 1024; encoders: 512.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, or quality, which allows a slower step.")] = "balanced",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
+    """Recommend a method and its setting for a model, a card, a task and an amount of data, with reasons."""
     if (model_size is None) == (model is None):
         raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
@@ -58,14 +58,14 @@ def recommend(
 
 
 def _card() -> float:
-    """Returns the GiB of the first GPU here."""
+    """Returns the memory of the first GPU in GiB. Raises CliError where there is no GPU."""
     if not torch.cuda.is_available():
-        raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
+        raise CliError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
     return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def _in_options(text: str) -> str:
-    """Returns ``recommend_peft_method: gpu_memory_gb is 0, wanted ...`` in the words of the command line."""
+    """Returns an error of ``recommend_peft_method`` with the command line's names: ``--memory 0: wanted ...``."""
     text = text.partition(": ")[2] if text.startswith("recommend_peft_method: ") else text
     match = re.match(r"(\w+) is (.+?), (.*)", text)
     if match is None or match[1] not in _OPTIONS:

@@ -142,7 +142,7 @@ def test_recommend_refuses_tasks_and_takes_memory_from_a_gpu_alone(capsys, monke
     assert found.startswith("--task dancing: wanted one of CAUSAL_LM (generation, ")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refused(capsys, "recommend", "--model-size", "7") == (
-        "--memory: wanted the card's memory in GB, since there is no GPU here to take it from"
+        "--memory: wanted the memory of the card in GB, since this machine has no GPU"
     )
 
 
@@ -281,8 +281,8 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
     assert message(model, "--quant", "int3") == "--quant int3: wanted one of nf4, none"
     assert message(model, "--dtype", "fp8") == "--dtype fp8: wanted one of bf16, fp16, fp32, keep"
     assert message(model, "--sequence-length", 512) == "--sequence-length 512: the model takes at most 256 tokens"
-    assert message(model, "--model", model) == ("--model: the base of an adapter; what is explained is a model already")
-    assert message(lora, "--method", "ia3") == f"--method: {lora} is an adapter, which has its own"
+    assert message(model, "--model", model) == ("--model: wanted with an adapter alone, whose base it names")
+    assert message(lora, "--method", "ia3") == f"--method: {lora} is an adapter, which has its own method"
     (tmp_path / "adapter_config.json").write_bytes((lora / "adapter_config.json").read_bytes())
     assert message(tmp_path) == f"{tmp_path} has no adapter_model.safetensors"
 
@@ -329,10 +329,10 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
 @pytest.mark.parametrize(
     "options, biases, reason",
     [
-        ({"init_lora_weights": "pissa"}, False, "init_lora_weights is 'pissa', which changes the base's own weights"),
-        ({"init_lora_weights": "olora"}, False, "init_lora_weights is 'olora', which changes the base's own weights"),
+        ({"init_lora_weights": "pissa"}, False, "init_lora_weights is 'pissa', which changes the base's weights"),
+        ({"init_lora_weights": "olora"}, False, "init_lora_weights is 'olora', which changes the base's weights"),
         ({"layer_replication": [[0, 2], [0, 2]]}, False, "layer_replication gives the adapted model other layers"),
-        ({"bias": "all"}, True, "bias is 'all', so that the adapter's biases are in place of the base's own"),
+        ({"bias": "all"}, True, "bias is 'all', so the adapter's biases replace those of the base"),
         ({"bias": "all"}, False, None),
     ],
 )
@@ -454,7 +454,7 @@ def test_chat_refuses(capsys, base, adapters, tmp_path):
         return refused(capsys, "chat", "--adapter", adapter, "--prompt", "Hi", *arguments)
 
     assert message("--max-new-tokens", 0) == "--max-new-tokens 0: wanted 1 to 2147483647"
-    assert message("--prompt", " ") == "--prompt: it is empty"
+    assert message("--prompt", " ") == "--prompt: the prompt is empty"
     assert message("--temperature", -1) == "--temperature -1.0: wanted 0 (the likeliest token) or more"
     assert message("--base-quant", "int3") == "--base-quant int3: wanted one of nf4, none"
     assert message(adapter=tmp_path / "no") == f"--adapter {tmp_path}/no: no such folder"
