@@ -8,13 +8,12 @@ from typing import Any, Optional
 import torch
 
 from ..run.data import IGNORED, read_corpus, tokenize
+from ..run.errors import REFUSALS
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
 from ._common import held_model
-
-_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
 
 
 def verified(
@@ -40,7 +39,7 @@ def verified(
     with status("loading"), hushed():
         loaded = load_model(name, config, adapter or Path(name), {}, {})
         base = held_model(loaded, config, device, blocksize, dtype)
-        with raised_as(CliError, "--verify: the adapter does not fit: ", *_REFUSALS):
+        with raised_as(CliError, "--verify: the adapter does not fit: ", *REFUSALS):
             if adapter is not None:
                 model = load_adapter(base, adapter, is_trainable=True, accelerate=False)
             else:
@@ -53,7 +52,7 @@ def verified(
         batch = _batch(base, loaded.folder, data, batch_size, length)
         try:
             return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise CliError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
 
 

@@ -21,8 +21,8 @@ import torch
 import typer
 
 from ..run.data import prompt_ids
-from ..run.errors import need
-from ..run.evaluate import greedy
+from ..run.errors import REFUSALS, need
+from ..run.evaluate import continued
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer
@@ -128,7 +128,6 @@ class _Pair:
         encodes_decodes = bool(getattr(base.config, "is_encoder_decoder", False))
         if encodes_decodes and self.is_prompt:
             raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
-        self.encodes_decodes = encodes_decodes
         room = getattr(base.config, "max_position_embeddings", None)
         virtual = config.num_virtual_tokens if self.is_prompt else 0
         self.room = None if room is None or encodes_decodes else room - virtual
@@ -163,24 +162,10 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        from peft.helpers import DoraCaching
-
         torch.manual_seed(self.seed)  # before each answer, so that equal models give equal answers
-        ids = inputs["input_ids"]
-        with torch.no_grad(), DoraCaching():  # weights stay the same, so DoRA needs its norm once
-            if self.is_prompt:
-                out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
-            else:
-                draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-                kinds = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
-                with raised_as(CliError, "generate, with the base's generation_config: ", *kinds):
-                    out = self.model.generate(  # the generation_config of a stranger could ask for a million beams
-                        **inputs, max_new_tokens=self.max_new_tokens, use_cache=True, num_beams=1,
-                        num_return_sequences=1, pad_token_id=self.tokenizer.pad_token_id,
-                        **(draws if self.temperature else {"do_sample": False}),
-                    )  # fmt: skip
-        said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
-        return self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        with raised_as(CliError, "generate, with the base's generation_config: ", *REFUSALS):
+            return continued(self.model, self.tokenizer, inputs, self.max_new_tokens, has_prompt=self.is_prompt,
+                             temperature=self.temperature)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -266,7 +251,7 @@ def _adapted(base: Any, adapter: Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*: it was left out$", category=UserWarning)
             return load_adapter(base, adapter)
-    except (UserWarning, OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+    except (UserWarning, *REFUSALS) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
         raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None

@@ -19,7 +19,7 @@ from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.data import PYTHON_DOCS
-from ..run.errors import need
+from ..run.errors import REFUSALS, need
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
@@ -41,8 +41,6 @@ from ._common import (
 )
 from ._verify import verified
 
-# Errors of transformers for a configuration from which it can't build a model.
-_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
 
@@ -170,7 +168,7 @@ def _of_model(
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    with raised_as(CliError, f"{what}: ", *_REFUSALS):
+    with raised_as(CliError, f"{what}: ", *REFUSALS):
         model, own = build_model(config)
     configs = []
     for method in chosen:
@@ -199,7 +197,7 @@ def _of_adapter(
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    with raised_as(CliError, f"{name}: ", *_REFUSALS):
+    with raised_as(CliError, f"{name}: ", *REFUSALS):
         kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
@@ -250,7 +248,7 @@ def _previewed(
     quant = _quant(name, base)
     if quant == "nf4" and method is not None and not method.can_quantize:
         raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
-    with raised_as(CliError, f"{name}: ", ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+    with raised_as(CliError, f"{name}: ", *REFUSALS):
         found = preview(
             base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
             batch_size=batch_size, sequence_length=length,

@@ -76,8 +76,7 @@ class Synthetic:
         self.is_encoder = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") and size_b < 1
         self.has_biases = self.is_encoder
         self.sequence_length = sequence_length or (512 if self.is_encoder else 1024)
-        family = "bert" if self.is_encoder else "t5" if task == "SEQ_2_SEQ_LM" else "llama"
-        self.layers, self.make = _FAMILIES[family](size_b * 1e9, task, self.sequence_length)
+        self.layers, self.make = _family(size_b * 1e9, task, self.sequence_length, self.is_encoder)
         config = self.make(self.layers)
         self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
 
@@ -89,9 +88,6 @@ class Synthetic:
             return profile_step(self.make(layers), device="cuda", task_type=self.task, **kwargs)[0]
 
         return of(self.layers) if self.layers <= 3 else of(2).extrapolate(of(3), self.layers - 2)
-
-
-_Family = tuple[int, Callable[[int], Any]]
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
@@ -106,56 +102,44 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
     return max(1, round((size - embeddings * h) / (per_layer * h * h))), heads
 
 
-def _wide(size: float, others: float, per_width: float, layers: int) -> int:
-    """Returns the width of the feed-forward layer that makes up the size."""
-    return max(64, round((size - others) / (layers * per_width) / 64) * 64)
-
-
-def _vocabulary(size: float, usual: int) -> int:
-    """Returns a size not so large that a very small model would be embeddings alone."""
-    return max(256, min(usual, int(size / 640)))
-
-
-def _llama(size: float, task: str, _positions: int) -> _Family:
-    from transformers import LlamaConfig
+def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
+    """Returns the number of layers of a model of ``size`` parameters, and a function from layers to configurations."""
+    import transformers as hf
 
     small, tied = size < 1e9, size < 4e9
+
+    def shaped(per_layer: float, ratio: float, head: int, step: int, vocab: int, times: int = 1) -> tuple[int, ...]:
+        # Not so large a vocabulary that a very small model would be embeddings alone.
+        vocab = max(256, min(vocab, int(size / 640)))
+        return vocab, *_shape(size, per_layer, ratio, head, step, vocab * times), vocab * times
+
+    def wide(others: float, per_width: float) -> int:
+        """Returns the width of the feed-forward layers that makes up the size."""
+        return max(64, round((size - others) / (layers * per_width) / 64) * 64)
+
+    if is_encoder:
+        vocab, layers, heads, _ = shaped(12, 64, 64, 1, 30_522)
+        h = heads * 64
+        ffn = wide(layers * 4 * h * h + vocab * h, 2 * h)
+        return layers, lambda n: hf.BertConfig(
+            hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads, vocab_size=vocab,
+            max_position_embeddings=max(512, positions),
+        )  # fmt: skip
+    if task == "SEQ_2_SEQ_LM":
+        vocab, layers, heads, _ = shaped(27, 85, 64, 1, 32_128)
+        h = heads * 64
+        ffn = wide(layers * 12 * h * h + vocab * h, 6 * h)
+        return layers, lambda n: hf.T5Config(
+            d_model=h, d_kv=64, d_ff=ffn, num_layers=n, num_decoder_layers=n, num_heads=heads, vocab_size=vocab,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        )  # fmt: skip
     head = 64 if small else 128
-    vocab = _vocabulary(size, 49_152 if small else 128_256)
-    embeddings = vocab * (1 if tied or task != "CAUSAL_LM" else 2)
-    layers, heads = _shape(size, 13, 64 if small else 128, head, 4, embeddings)
+    vocab, layers, heads, embeddings = shaped(
+        13, head, head, 4, 49_152 if small else 128_256, 1 if tied or task != "CAUSAL_LM" else 2
+    )
     h = heads * head
-    ffn = _wide(size, layers * 2.5 * h * h + embeddings * h, 3 * h, layers)
-    return layers, lambda n: LlamaConfig(
+    ffn = wide(layers * 2.5 * h * h + embeddings * h, 3 * h)
+    return layers, lambda n: hf.LlamaConfig(
         hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads,
         num_key_value_heads=heads // 4, vocab_size=vocab, tie_word_embeddings=tied,
     )  # fmt: skip
-
-
-def _bert(size: float, task_named: str, positions: int) -> _Family:
-    from transformers import BertConfig
-
-    vocab = _vocabulary(size, 30_522)
-    layers, heads = _shape(size, 12, 64, 64, 1, vocab)
-    h = heads * 64
-    ffn = _wide(size, layers * 4 * h * h + vocab * h, 2 * h, layers)
-    return layers, lambda n: BertConfig(
-        hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads, vocab_size=vocab,
-        max_position_embeddings=max(512, positions),
-    )  # fmt: skip
-
-
-def _t5(size: float, task_named: str, _positions: int) -> _Family:
-    from transformers import T5Config
-
-    vocab = _vocabulary(size, 32_128)
-    layers, heads = _shape(size, 27, 85, 64, 1, vocab)
-    h = heads * 64
-    ffn = _wide(size, layers * 12 * h * h + vocab * h, 6 * h, layers)
-    return layers, lambda n: T5Config(
-        d_model=h, d_kv=64, d_ff=ffn, num_layers=n, num_decoder_layers=n, num_heads=heads, vocab_size=vocab,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
-    )  # fmt: skip
-
-
-_FAMILIES: dict[str, Callable[[float, str, int], _Family]] = {"llama": _llama, "bert": _bert, "t5": _t5}

@@ -173,12 +173,6 @@ def _read_file(path: Path) -> Iterator[Row]:
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
 
 
-def _row(where: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise RunError(f"{where}: a JSON {type(value).__name__}, wanted an object with named columns")
-    return value
-
-
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
     # str.splitlines() would also split at characters such as U+2028, which a JSON string may contain.
     for number, line in enumerate(text.split("\n"), 1):
@@ -188,11 +182,16 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
-    value = parse(str(path), text)
-    if not isinstance(value, list):
-        raise RunError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
-    for number, item in enumerate(value, 1):
-        yield _row(f"{path}, item {number}", item)
+    values = parse(str(path), text)
+    if not isinstance(values, list):
+        raise RunError(f"--data {path}: a JSON {type(values).__name__}, wanted a list of objects (or a .jsonl file)")
+    return (_row(f"{path}, item {number}", value) for number, value in enumerate(values, 1))
+
+
+def _row(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: a JSON {type(value).__name__}, wanted an object with named columns")
+    return value
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:

@@ -53,6 +53,8 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
     return text
 
 
+# Errors of transformers, tokenizers and PEFT for unusable files and configurations.
+REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
 _NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in the errors of PyTorch and of this package
 
 

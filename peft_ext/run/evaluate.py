@@ -117,21 +117,37 @@ def _has_room(run: Run, messages: list[dict[str, str]]) -> bool:
 
 def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
     """Returns the model's greedy answer; "" where the prompt leaves no room for an answer."""
-    from peft.helpers import DoraCaching
-
     ids = torch.tensor([prompt_ids(run.tokenizer, messages, run.corpus.kind)], device=run.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     count = int(min(NEW_TOKENS, run.room_of_prompts - ids.shape[1]))
     if count < 1 or ids.numel() == 0:
         return ""
-    model.eval()
-    with torch.no_grad(), DoraCaching(), status("answering a prompt"):  # the weights stay the same during an answer
-        if run.is_prompt_method:
-            out = greedy(model, ids, count)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with status("answering a prompt"):
+        return continued(model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method)
+
+
+def continued(
+    model: Any, tokenizer: Any, inputs: dict[str, Tensor], count: int, *, has_prompt: bool, temperature: float = 0.0
+) -> str:
+    """Returns the text of up to ``count`` tokens that the model generates after the inputs.
+
+    Each token is the likeliest, or is sampled where ``temperature`` is not 0. ``has_prompt``: the method is a prompt
+    method, for which :func:`greedy` replaces ``generate``.
+    """
+    from peft.helpers import DoraCaching
+
+    ids = inputs["input_ids"]
+    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.no_grad(), DoraCaching():  # the weights stay the same during an answer, so DoRA needs its norm once
+        if has_prompt:
+            out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(**inputs, max_new_tokens=count, do_sample=False, use_cache=True,
-                                 pad_token_id=run.tokenizer.pad_token_id)  # fmt: skip
-    return run.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            out = model.generate(  # the generation_config of a stranger could ask for a million beams
+                **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
+                pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
+            )  # fmt: skip
+    said = out[0] if getattr(model.config, "is_encoder_decoder", False) else out[0, ids.shape[1] :]
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:

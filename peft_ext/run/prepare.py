@@ -22,12 +22,9 @@ from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
-from .errors import RunError, Stop, need
+from .errors import REFUSALS, RunError, Stop, need
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
-
-# Errors of transformers, tokenizers and PEFT for unusable files and configurations.
-_REFUSALS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
 
 
 @dataclass
@@ -121,7 +118,7 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
     run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
-    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *_REFUSALS, after=")"):
+    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
     if options.block_size > run.room_of_prompts:
         virtual = options.virtual_tokens if run.is_prompt_method else 0
@@ -195,7 +192,7 @@ def _read_config(run: Run) -> Any:
             if (file := Path(run.folder, name)).is_file():
                 check(file)
     about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
-    with raised_as(RunError, f"--model {model}: {about} (", *_REFUSALS, after=")"):
+    with raised_as(RunError, f"--model {model}: {about} (", *REFUSALS, after=")"):
         config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
@@ -232,7 +229,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     from ..model import freeze_ranknum, register_layers
 
     o = run.options
-    with raised_as(RunError, f"--model {o.model}: config.json (", *_REFUSALS, after=")"), torch.device("meta"):
+    with raised_as(RunError, f"--model {o.model}: config.json (", *REFUSALS, after=")"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
     with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):

@@ -141,7 +141,7 @@ def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"rank": 0}, "--rank 0: wanted at least 1"),
+    ({"rank": 0}, "--rank 0: wanted 1 to 2147483647"),
     ({"method": "full"}, "--method full: unknown method, wanted one of "),
     ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
     ({"method": "diff-pruning", "quant": "nf4"}, "--quant nf4 with --method diff-pruning: "),
