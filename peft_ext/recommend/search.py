@@ -1,4 +1,4 @@
-"""The first method of the order, in the first setting, that fits the card."""
+"""The search for the first method of the order, in the first setting, that fits the card."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# What people call a method, over dense weights and over NF4.
+# Common names of a method, over dense weights and over NF4.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Quantization and checkpointing, in the order in which they are tried: checkpointing costs a second forward, a third of
-# the step, and no accuracy; NF4 costs the time to dequantize and, at times, accuracy.
+# Quantization and checkpointing, in the order of the search. Checkpointing costs a second forward, a third of the step,
+# and no accuracy. NF4 costs time to dequantize and sometimes accuracy.
 _SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
 
 
@@ -58,7 +58,7 @@ class Search:
         return path, fields | dict(candidate.changes) | self.subject.fields(candidate.method)
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
-        """Returns None where the method does not work in this setting."""
+        """Returns the memory of the step; None where the method does not work in this setting."""
         key = (candidate.method, setting)
         if key not in self._known:
             try:
@@ -125,7 +125,7 @@ class Search:
         return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why none of these settings works; None where one does, though it may not fit."""
+        """Returns why the method works in none of these settings; None where it works in one, whether that fits or not."""
         error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
@@ -136,7 +136,7 @@ class Search:
         for other in ranked:
             if other is chosen:
                 continue
-            # Full fine-tuning has no quantized weights: it is shown as it would have to run.
+            # Full fine-tuning can't quantize its weights.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
             fits = memory is not None and self._has_room(memory)
@@ -146,7 +146,7 @@ class Search:
         return tuple(found)
 
     def _not_dense(self, chosen: Candidate) -> str:
-        """Returns what is with dense weights where they are not taken: too large, or no step over them was traced."""
+        """Returns why dense weights are not chosen: they do not fit, or their step could not be traced."""
         error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
         said = ["do not fit"] * (fits_not or error is None)
         said += [f"could not be estimated ({error})"] * (error is not None)
@@ -170,7 +170,7 @@ class Search:
         return reasons
 
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
-        """Returns the least that a method needs, and what would fit."""
+        """Returns the recommendation where nothing fits: the method that needs the least memory, and what would fit."""
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
         needs = [(candidate, memory) for candidate, memory in needs if memory is not None]
@@ -197,7 +197,7 @@ class Search:
         return self._recommendation(None, "nothing fits", setting, memory, reasons, ranked)
 
     def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
-        """Returns the longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
+        """Returns the longest sequence that fits: the length divided by a power of two, at least 64 tokens."""
         length = setting.sequence_length // 2
         while length >= 64:
             memory = self._memory(candidate, replace(setting, sequence_length=length))

@@ -1,4 +1,4 @@
-"""The model that a method is for: the user's own, or one of a given size with the proportions of its family."""
+"""The model of a recommendation: the user's own, or a model of a given size with the proportions of a family."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _LARGEST_B = 1_000_000
 
 
 def parameters_text(size_b: float) -> str:
+    """Returns a number of parameters, given in billions, in words: "7 billion parameters"."""
     units = ((1.0, "billion"), (1e3, "million"), (1e6, "thousand"))
     size, unit = next(((size_b * n, unit) for n, unit in units if size_b * n >= 1), (size_b * 1e6, "thousand"))
     return f"{size:.0f} {unit} parameters" if size >= 10 else f"{size:.2g} {unit} parameters"
 
 
 class Given:
-    """A model, or a configuration, of the user's."""
+    """A model or configuration that the user gave."""
 
     def __init__(self, model: Any, task: str, sequence_length: Optional[int]) -> None:
         import transformers
@@ -53,7 +54,7 @@ class Given:
         self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
     def fields(self, method: str) -> dict[str, Any]:
-        """Returns what a method's configuration has to say for this model: where it has experts."""
+        """Returns the fields of a method's configuration that this model's experts need; {} without experts."""
         return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
@@ -63,9 +64,9 @@ class Given:
 class Synthetic:
     """A model of a given size with the proportions of Llama, of BERT (a small one that classifies), or of T5.
 
-    Layers L and width h grow together, h = 128 L from a billion parameters on and 64 L below (Llama 7B to 405B: 102 to
-    130; GPT-2, BERT: 64), T5 85 L; the feed-forward layer takes up what rounding leaves. What a step needs grows
-    linearly with L: it is traced for two and for three layers.
+    The width h grows with the number of layers L: h = 128 L from a billion parameters on and h = 64 L below (Llama 7B
+    to 405B: 102 to 130; GPT-2, BERT: 64); T5: h = 85 L. The width of the feed-forward layers makes up for rounding. The
+    memory of a step grows linearly with L, so steps of two and of three layers are traced.
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
@@ -91,7 +92,7 @@ class Synthetic:
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Solves ``size = per_layer · L · h² + embeddings · h``, ``h = ratio · L``, for layers and heads in steps."""
+    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L`` for layers L and heads in steps."""
     low, high = 0.5, 1e3
     for _ in range(60):
         layers = (low + high) / 2
@@ -109,7 +110,7 @@ def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[i
     small, tied = size < 1e9, size < 4e9
 
     def shaped(per_layer: float, ratio: float, head: int, step: int, vocab: int, times: int = 1) -> tuple[int, ...]:
-        # Not so large a vocabulary that a very small model would be embeddings alone.
+        # A very small model gets a small vocabulary, since embeddings would be all of its parameters.
         vocab = max(256, min(vocab, int(size / 640)))
         return vocab, *_shape(size, per_layer, ratio, head, step, vocab * times), vocab * times
 
