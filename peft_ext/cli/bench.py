@@ -15,13 +15,14 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from .. import __version__, _native
+from .. import __version__
 from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Result, measure_layer, stock_name
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
-from ..machine import cpu_name, versions
+from ..machine import versions
 from ..run.errors import need
 from ..run.progress import bar, quiet
+from ..run.record import machine
 from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
@@ -112,9 +113,7 @@ def _check(
 
 def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
     return {
-        "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
+        **machine(), "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
         "hidden": hidden, "tokens": tokens, "rank": rank,
     }  # fmt: skip
 

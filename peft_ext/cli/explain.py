@@ -91,7 +91,17 @@ def explain(
     for name, config in configs:
         try:
             with status(name):
-                found[name] = _previewed(name, base, config, adapter, batch_size, length, device)
+                quant_of = _quant(name, base)
+                if quant_of == "nf4" and name in METHODS and not METHODS[name].can_quantize:
+                    raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
+                with raised_as(CliError, f"{name}: ", *REFUSALS):
+                    found[name] = preview(
+                        base.model, config, dtype=base.dtype, device=device, quant=quant_of, blocksize=base.blocksize,
+                        batch_size=batch_size, sequence_length=length,
+                    )  # fmt: skip
+                if adapter is not None:
+                    size = (adapter / "adapter_model.safetensors").stat().st_size
+                    found[name] = replace(found[name], adapter_bytes=size)
         except CliError as error:
             if len(configs) == 1:
                 raise
@@ -236,26 +246,6 @@ def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: in
 
 def _quant(name: str, base: _Base) -> str:
     return "nf4" if name == "qlora" else base.quant
-
-
-# --- one method -------------------------------------------------------------------------------------------------------
-
-
-def _previewed(
-    name: str, base: _Base, config: Any, adapter: Optional[Path], batch_size: int, length: int, device: Any
-) -> Preview:
-    method = METHODS.get(name)  # of an adapter it is PEFT's type
-    quant = _quant(name, base)
-    if quant == "nf4" and method is not None and not method.can_quantize:
-        raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
-    with raised_as(CliError, f"{name}: ", *REFUSALS):
-        found = preview(
-            base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
-            batch_size=batch_size, sequence_length=length,
-        )  # fmt: skip
-    if adapter is None:
-        return found
-    return replace(found, adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size)
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Search:
         return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why the method works in none of these settings; None where it works in one, whether that fits or not."""
+        """Returns why the method works in none of these settings; None where it works in one of them."""
         error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 

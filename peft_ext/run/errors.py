@@ -139,11 +139,10 @@ def caught_signals(stop: Stop) -> Iterator[None]:
     try:
         for name, handler in handlers.items():
             number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                continue
-            if signal.getsignal(number) is None:  # a handler of C code, which Python could not restore
-                continue
-            before[number] = signal.signal(number, handler)
+            ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+            # None: the system lacks the signal, or has a handler of C code, which Python could not restore.
+            if number is not None and signal.getsignal(number) is not None and not ignored:
+                before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, handler in before.items():

@@ -54,9 +54,7 @@ class Record:
             "parameters": run.parameters,
             "versions": {"peft_ext": __version__, "python": platform.python_version(), **versions()},
             "machine": {
-                "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
-                "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
-                "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+                **machine(), "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
                 "system": f"{platform.system()} {platform.machine()}",
             },
             "examples": {
@@ -101,6 +99,14 @@ class Record:
             log.info(f"report: {self.run.options.output / 'report.html'}")
         else:
             log.warning(f"no report, it could not be drawn: {self.no_report}")
+
+
+def machine() -> dict[str, Any]:
+    """Returns the processor, the threads, the instruction set of the kernels and the device of this process."""
+    return {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
 
 
 def recording_callback(record: Record) -> Any:

@@ -125,11 +125,15 @@ def train(run: Run) -> Result:
         write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
+        resumed: list[int] = []  # the steps after which this run and earlier ones resumed from a checkpoint
+        if run.checkpoint is not None:
+            earlier = checkpoints.read_record(run.options).get("resumed")
+            resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
         first = evaluate.mean_loss([losses[i] for i in record.curve])
         record.results |= {
             "perplexity": {"before": before}, "samples": samples,
             "held_out": {"examples": len(record.curve), "first": [0, first]},
-            "resumed": _resumed_after(run),
+            "resumed": resumed,
         }  # fmt: skip
         try:
             return _train(run, record, model)
@@ -159,7 +163,10 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         save_adapter(model, o.output, overwrite=True)
         shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
     results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
-    _log_speed(record.meter)
+    if (meter := record.meter).tokens_per_s:
+        log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
+    if meter.peak_mib:
+        log.info(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
 
     with run.phase("evaluate after"):
         losses = evaluate.held_out_losses(run, model)
@@ -175,14 +182,6 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     record.write()
     _log_end(run, record, check)
     return _result(record, done, check)
-
-
-def _resumed_after(run: Run) -> list[int]:
-    """Returns the numbers of the steps after which this run and earlier ones resumed from a checkpoint."""
-    if run.checkpoint is None:
-        return []
-    earlier = checkpoints.read_record(run.options).get("resumed")
-    return [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
 
 
 def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
@@ -281,7 +280,10 @@ def fit(run: Run, record: Record, model: Any) -> int:
     """Trains the model and returns the number of its steps, those before a resume included."""
     trainer = _trainer(run, record, model)
     if run.checkpoint is not None and (done := checkpoints.step_of(run.checkpoint)) >= run.steps:
-        _load_checkpoint(run, model)  # the Trainer would train one step more
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        # The Trainer would train one step more.
+        set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
     try:
         run.stop.training = True
@@ -342,12 +344,6 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     return trainer
 
 
-def _load_checkpoint(run: Run, model: Any) -> None:
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
-
-
 # --- the log -----------------------------------------------------------------------------------------------------
 
 
@@ -365,13 +361,6 @@ def _describe(run: Run) -> None:
     if examples.left_out:
         log.info(f"data: {examples.left_out} left out: no completion begins within --block-size {o.block_size}")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
-
-
-def _log_speed(meter: Any) -> None:
-    if meter.tokens_per_s:
-        log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
-    if meter.peak_mib:
-        log.info(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
 
 
 def _log_end(run: Run, record: Record, check: Check) -> None:

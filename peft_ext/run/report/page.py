@@ -7,8 +7,8 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 from ...files import atomic_file
@@ -99,18 +99,8 @@ def _files() -> tuple[Any, Any, Any, str]:
 # --- the history ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _History:
-    """Columns by step, each as long as ``step``; None where a value is missing or not finite."""
-
-    step: list[int]
-    loss: list[Optional[float]]
-    lr: list[Optional[float]]
-    speed: list[Optional[float]]
-    held_out: list[tuple[int, Optional[float]]]
-
-
-def _history(document: Document) -> _History:
+def _history(document: Document) -> SimpleNamespace:
+    """Returns columns as long as ``step``, with None where a value is missing or not finite, and held-out points."""
     history, losses = document["history"], document["losses"]
     step = [int(s) for s in history.get("step", [])] or list(range(1, len(losses) + 1))
     if len(step) != len(losses):
@@ -123,7 +113,8 @@ def _history(document: Document) -> _History:
     held_out = [(x, y) for x, y in zip(step, column("held_out_loss"), strict=True) if y is not None]
     ends = [[(int(x), number(y)) for x, y in [document["held_out"][end]]] if end in document["held_out"] else []
             for end in ("first", "last")]  # fmt: skip
-    return _History(step, [number(v) for v in losses], column("learning_rate"), speed, ends[0] + held_out + ends[1])
+    return SimpleNamespace(step=step, loss=[number(v) for v in losses], lr=column("learning_rate"), speed=speed,
+                           held_out=ends[0] + held_out + ends[1])  # fmt: skip
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
