@@ -1,4 +1,4 @@
-"""The command line, on a tiny random model: runs end to end, compares, resumes, and refuses with one line."""
+"""The command line on a tiny random model: runs, comparisons with stock runs, resuming, and refusals in one line."""
 
 import importlib.util
 import json
@@ -385,4 +385,4 @@ def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
         found = greedy(model, ids, 9)
         logits = model(input_ids=found[:, :-1]).logits[:, -9:]
     assert not torch.equal(found, plain)
-    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the forward's own
+    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the likeliest of the forward

@@ -1,4 +1,4 @@
-"""recommend, explain, chat and bench: what they print is what the library computes; refusals are one line."""
+"""recommend, explain, chat and bench print the results of the library, and refuse in one line."""
 
 import io
 import json
@@ -38,9 +38,9 @@ def document(capsys, *arguments: object):
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> Path:
-    """The folder of a random Llama that does not say the last token again, as one of small weights does.
+    """The folder of a random Llama with large weights: with small weights a model repeats the last token.
 
-    In float32: its likeliest tokens are no ties, with a cache or without.
+    In float32 the likeliest tokens are no ties, with a cache or without.
     """
     folder = tmp_path_factory.mktemp("base")
     config = transformers.AutoConfig.from_pretrained(tiny / "model")
@@ -57,7 +57,7 @@ def base_of(folder, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def adapters(base, tmp_path_factory):
-    """``adapters(method)``: the folder of a saved adapter, as far from the base as after long training."""
+    """``adapters(method)`` returns the folder of a saved adapter with large weights, as after long training."""
     folder = tmp_path_factory.mktemp("adapters")
 
     def make(method: str) -> Path:
@@ -153,7 +153,7 @@ EXPLAINED = ("lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt", "bo
 
 @pytest.fixture(scope="module")
 def explained(base):
-    """``--json`` of every method, one run."""
+    """The output of ``explain --json`` with all methods."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -218,7 +218,7 @@ def test_explain_reads_no_weight(capsys, base, tmp_path):
         hidden_size=32768, intermediate_size=131072, num_hidden_layers=4, num_attention_heads=64, vocab_size=65536,
         architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
-    config.save_pretrained(tmp_path)  # and no weight file
+    config.save_pretrained(tmp_path)  # without a weight file
     found = document(capsys, "explain", tmp_path, "--rank", 8, "--quant", "nf4", "--batch-size", 1)
     (lora,) = found["methods"]
     dense, layers = (2 * 65536 + 9) * 32768, 4 * 16 * 32768**2
@@ -291,7 +291,7 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
 
 
 def parts(out: str) -> list[tuple[str, str, str]]:
-    """prompt, base and adapted of what chat prints where it is no terminal."""
+    """Returns prompt, base's answer and adapted model's answer from chat's output without a terminal."""
     found = []
     for block in out.split("prompt: ")[1:]:
         prompt, rest = block.split("\nbase: ", 1)
@@ -302,7 +302,7 @@ def parts(out: str) -> list[tuple[str, str, str]]:
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt: str, count: int = 10) -> str:
-    """Token by token, of the model's own forward."""
+    """Returns the likeliest tokens, computed token by token with the model's forward."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
     for _ in range(count):
@@ -325,7 +325,7 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
-# What a disabled adapter leaves of the base, by the options of LoRA and whether the base has biases.
+# Options of LoRA, whether the base has biases, and why the base differs with the adapter disabled.
 @pytest.mark.parametrize(
     "options, biases, reason",
     [

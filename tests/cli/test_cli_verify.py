@@ -1,4 +1,4 @@
-"""explain --verify: weights are read, a step is compared, and the exit code says whether a number is wrong."""
+"""explain --verify reads weights and compares a step. Its exit code is 1 where a number is wrong."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""finetune's --config and --dry-run, the bars on a terminal, Ctrl-C: what is asked for, and nothing beside it."""
+"""Tests of finetune's --config and --dry-run, of progress bars on a terminal, of the help, and of Ctrl-C."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX terminals and signa
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch) -> None:
-    """No path of a test's folder is folded in a table."""
+    """Widens the screen, so that no table folds the path of a test's folder."""
     monkeypatch.setenv("COLUMNS", "400")
 
 
@@ -52,7 +52,7 @@ model: ./some/model
 output: ~/out
 method: dora
 rank: 8
-lr: 1e-4          # YAML 1.1 takes it for a text
+lr: 1e-4          # in YAML 1.1 this is a text
 alpha: "16"
 warmup: .5
 target-modules: [q_proj, "v_proj"]
@@ -104,9 +104,9 @@ def test_the_command_hands_them_on(written, monkeypatch):
         monkeypatch.setattr(library, name, lambda options, name=name: seen.append((options, name)) or options.nothing)
     path = written("rank: 8\nseed: 3\nstock: true\ngradient_checkpointing: true\n")
     for arguments in (["--config", str(path), "--seed", "0", "--no-stock", "--dry-run"], []):
-        with pytest.raises(AttributeError, match="nothing"):  # where the run would begin
+        with pytest.raises(AttributeError, match="nothing"):  # raised at the start of the run
             main(["finetune", *arguments])
-    # A flag that says what the default is wins as well.
+    # A flag wins over the file even where its value is the default.
     assert seen == [(Options(rank=8, gradient_checkpointing=True), "dry_run"), (Options(), "finetune")]
 
 
@@ -239,7 +239,7 @@ def done(tiny, tmp_path_factory) -> Path:
 
 
 def files(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """What is there: path, size and time of change."""
+    """Returns size and time of change of each file, by path, and (0, 0) for folders."""
     found = [path for folder in folders for path in folder.rglob("*")]
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()} | {
         path: (0, 0) for path in found if path.is_dir()
@@ -248,7 +248,7 @@ def files(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture
 def weightless(tiny, tmp_path) -> Path:
-    """The tiny model's folder with a weight file that nobody can read."""
+    """A copy of the tiny model's folder whose weight file can't be read."""
     folder = tmp_path / "weightless"
     folder.mkdir()
     for path in (tiny / "model").iterdir():
@@ -264,7 +264,7 @@ def dry(capsys, *command: object) -> str:
 
 
 def rows_of(out: str) -> dict[str, str]:
-    """A table's first column and the rest of its line."""
+    """Returns the lines of tables, by the text of the first column."""
     lines = [line.strip() for line in out.splitlines() if "  " in line.strip()]
     return {head: rest.strip() for head, _, rest in (line.partition("  ") for line in lines)}
 
@@ -316,14 +316,14 @@ def test_the_plan_is_what_the_run_is(tiny, tmp_path, method, monkeypatch):
     assert found.steps == 3 and found.longest == max(len(e["input_ids"]) for e in run.examples.train)
     save_adapter(model, tmp_path / "saved")
     header = (tmp_path / "saved/adapter_model.safetensors").stat().st_size - adapter.adapter_bytes
-    assert 0 < header < 20_000  # names and shapes
+    assert 0 < header < 20_000  # the header of the file: names and shapes
     assert adapter.memory.total > 0 and found.needed_bytes > adapter.memory.total
     held = adapter.memory.weights + adapter.memory.quantization + adapter.memory.adapters
     assert found.check_bytes == 2 * 90_560 + held and found.needed_bytes >= found.check_bytes + found.held_bytes
 
 
 def test_the_plan_has_the_second_base_of_the_last_check(tiny, tmp_path, monkeypatch):
-    """A run of small steps needs the most memory where it loads the base again beside its model."""
+    """A run of small steps needs most memory in the last check, which loads the base a second time."""
     seen = []
     monkeypatch.setattr(screen, "show_plan", seen.append)
     arguments = small(tiny, tmp_path / "out", "--quant", "none", "--dry-run")
@@ -423,7 +423,7 @@ def test_a_step_that_cannot_be_traced_is_said(capsys, tiny, tmp_path, monkeypatc
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-# Lines at 100 and at 80 columns: a screen, and what a terminal scrolls by a turn of the wheel.
+# Most lines of each help at 100 and at 80 columns.
 HELP = {"": (30, 30), "doctor": (12, 12), "report": (16, 16), "finetune": (62, 83), "merge": (26, 40),
         "recommend": (22, 28), "explain": (26, 32), "chat": (22, 26), "bench": (24, 28)}  # fmt: skip
 
@@ -451,7 +451,7 @@ def test_finetune_shows_every_option(capsys, monkeypatch):
 
 
 def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600) -> tuple[int, str]:
-    """Run Python ``code`` with a terminal for its three streams: exit code and all that it shows."""
+    """Runs Python ``code`` with a terminal as its three streams; returns the exit code and the output."""
     import fcntl
     import pty
     import select
@@ -486,7 +486,7 @@ def on_a_terminal(code: str, *, interrupt_at: bytes = b"", seconds: float = 600)
 
 @posix
 def test_a_run_again_from_its_file_with_bars_and_ctrl_c_on_a_terminal(done, tmp_path):
-    """A process for each command would be most of the time: they share one."""
+    """All commands share one process, since starting a process takes most of the time."""
     again, dense = str(tmp_path / "again"), str(tmp_path / "dense")
     code = (
         "import sys\n"
@@ -518,7 +518,7 @@ def same_run(first: Path, again: Path) -> None:
     old, new = (json.loads((folder / "run.json").read_text()) for folder in (first, again))
     assert new["losses"] == old["losses"] and new["perplexity"] == old["perplexity"]
     assert {k for k, v in old["options"].items() if v != new["options"][k]} == {"output"}
-    assert old["options"]["seed"] == 5  # not the run of the defaults
+    assert old["options"]["seed"] == 5  # not the default seed
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
 

@@ -1,5 +1,4 @@
-"""What a run takes and refuses beside its options' ranges: data as others read it, prompts as trained, models of every
-kind of attention, options from Python; each refusal before a weight is loaded."""
+"""Data, prompts, models and options from Python that a run accepts, or refuses before it loads a weight."""
 
 from __future__ import annotations
 
@@ -187,7 +186,7 @@ def test_ia3_says_where_it_has_no_layers(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_float32_runs_compute_what_a_float32_load_does(tiny: Path, tmp_path: Path) -> None:
-    """Gemma 3's embeddings are scaled by a buffer that is in no file."""
+    """Gemma 3 scales its embeddings by a buffer that no weight file contains."""
     gemma = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**SIZES, "hidden_size": 40}, head_dim=8, sliding_window=32))
     model = model_folder(tiny, tmp_path / "gemma3", gemma)
     for quant in ("none", "nf4"):
