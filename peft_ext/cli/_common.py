@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -80,7 +81,7 @@ def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], 
     given, and widens it to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
-        raise CliError(f"{loaded.absent[0]} is not in the base's files, so it would be random")
+        raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
     model = loaded.model.requires_grad_(False)
     if getattr(model, "is_loaded_in_4bit", False):
         return model
@@ -164,11 +165,6 @@ def mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
-    """Returns a :class:`peft_ext.memory.MemoryEstimate` as a dict for JSON; None for None."""
-    return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
-
-
 def print_json(value: Any) -> None:
-    """Prints one JSON document on standard output."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON document on standard output: of a dataclass its fields, of a mapping its items."""
+    print(json.dumps(value, indent=2, default=lambda o: dict(o) if isinstance(o, Mapping) else vars(o)))

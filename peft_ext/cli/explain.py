@@ -8,7 +8,7 @@ It does not see the state of a live model (hooks, shards, offloading, autocast, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -33,7 +33,6 @@ from ._common import (
     console,
     dense_config,
     layers_table,
-    memory_document,
     mib,
     model_config,
     new_table,
@@ -115,7 +114,7 @@ def explain(
                 base.name, config, adapter, base.dtype, size, data or PYTHON_DOCS, batch_size, length
             )
     if as_json:
-        verifications = {name: {**asdict(one), "ok": one.ok} for name, one in checks.items()}
+        verifications = {name: {**vars(one), "ok": one.ok} for name, one in checks.items()}
         print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
     else:
         _show(base, step, found, refused)
@@ -260,8 +259,8 @@ def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refu
         "methods": [
             {
                 "method": name, "layers": len(one.rows), "fused": one.fused, "trainable": one.trainable,
-                "adapter_bytes": one.adapter_bytes, "memory": memory_document(one.memory),
-                "memory_error": one.no_memory, "rows": [vars(row) for row in one.rows],
+                "adapter_bytes": one.adapter_bytes, "memory": one.memory,
+                "memory_error": one.no_memory, "rows": one.rows,
             }
             for name, one in found.items()
         ],

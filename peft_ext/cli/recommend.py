@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import torch
 import typer
@@ -12,7 +12,7 @@ from ..run.errors import need
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line
 from . import CliError
-from ._common import dense_config, memory_document, model_config, print_json
+from ._common import dense_config, model_config, print_json
 
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
@@ -51,7 +51,7 @@ def recommend(
     except (ValueError, TypeError, RuntimeError) as error:
         raise CliError(_in_options(first_line(error))) from None
     if as_json:
-        print_json(_document(found))
+        print_json({"fits": found.fits, **vars(found)})
     else:
         print(found)
     return 0 if found.fits else 1
@@ -71,11 +71,3 @@ def _in_options(text: str) -> str:
     if match is None or match[1] not in _OPTIONS:
         return text
     return f"--{_OPTIONS[match[1]]} {match[2].strip(chr(39))}: {match[3]}"
-
-
-def _document(found: Any) -> dict[str, Any]:
-    others = [{**vars(other), "memory": memory_document(other.memory)} for other in found.alternatives]
-    return {
-        "fits": found.fits, **vars(found), "config_kwargs": dict(found.config_kwargs),
-        "memory": memory_document(found.memory), "alternatives": others,
-    }  # fmt: skip

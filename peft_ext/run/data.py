@@ -244,20 +244,17 @@ def read_records(
     if text is not None and prompt is not None:
         raise RunError("--text-column excludes --prompt-column and --completion-column")
     if text is None and prompt is None:
-        for names in _PAIRS:
-            if set(names) <= set(columns):
-                prompt, completion = names
-                break
-        else:
-            if "messages" in columns:
-                return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
-            if "text" not in columns:
-                pairs = " or ".join("+".join(names) for names in _PAIRS)
-                raise RunError(
-                    f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
-                    "(name yours: --text-column, or --prompt-column and --completion-column)"
-                )
+        pair = next((names for names in _PAIRS if set(names) <= set(columns)), None)
+        if pair is not None:
+            prompt, completion = pair
+        elif "messages" in columns:
+            return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
+        elif "text" in columns:
             text = "text"
+        else:
+            pairs = " or ".join("+".join(names) for names in _PAIRS)
+            raise RunError(f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
+                           "(name yours: --text-column, or --prompt-column and --completion-column)")  # fmt: skip
     if text is not None:
         texts = [_string(spec, number, row, text) for number, row in enumerate(rows, 1)]
         return "text", [t for t in texts if t.strip()]

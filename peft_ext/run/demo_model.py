@@ -71,7 +71,8 @@ def demo_model() -> Path:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
                 raise RunError(f"unpacking {gguf} failed: {last}")
     except FileExistsError:  # another process was faster
-        pass
+        if cached_model() is None:
+            raise
     except OSError as error:
         raise RunError(
             f"{target.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"

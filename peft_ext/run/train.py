@@ -216,7 +216,7 @@ def load_base(run: Run) -> Any:
             run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
-        raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
+        raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
     model.config.use_cache = False  # a cache only takes memory in training; generation turns it on
     if o.quant == "nf4":
@@ -357,9 +357,11 @@ def _describe(run: Run) -> None:
     train, held_out = len(examples.train), len(examples.held_out)
     log.info(f"data: {run.corpus.where}, {train} {unit} to train on, {held_out} held out")
     if examples.truncated:
-        log.info(f"data: {examples.truncated} longer than --block-size {o.block_size} were cut")
+        log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:
-        log.info(f"data: {examples.left_out} left out: no completion begins within --block-size {o.block_size}")
+        log.info(
+            f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out"
+        )
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
 
 
@@ -376,7 +378,7 @@ def _log_end(run: Run, record: Record, check: Check) -> None:
                  f"{check.accelerated_difference:g} at most in a logit; the largest logit is "
                  f"{check.largest:.0f}")  # fmt: skip
     if not math.isfinite(check.largest):
-        log.error("the trained model's logits are not finite: the run diverged, and its adapter is of no use; a "
+        log.error("the trained model's logits are not finite: the run diverged, and the adapter is useless; a "
                   "smaller --lr, or a longer --warmup, may help")  # fmt: skip
     elif check.ok:
         log.info(f"checked: stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}")

@@ -397,7 +397,7 @@ def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightl
     weights = load_file(tiny / "model/model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, weightless / "model.safetensors", metadata={"format": "pt"})
-    assert run() == f"error: --model {weightless}: model.norm.weight is not in its files, so it would be random\n"
+    assert run() == f"error: --model {weightless}: the files lack model.norm.weight, which would be random\n"
 
 
 def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):
