@@ -50,8 +50,8 @@ class Search:
         # The step's memory, or the error of PEFT or the model; None where a method is known not to work in a setting.
         self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
-    def _has_room(self, memory: MemoryEstimate) -> bool:
-        return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
+    def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:
+        return memory is not None and memory.fits(self.gpu_memory_gb, headroom=self.headroom)
 
     def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
         path, fields = method_config(candidate.method, self.subject.task)
@@ -139,25 +139,21 @@ class Search:
             # Full fine-tuning can't quantize its weights.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
-            fits = memory is not None and self._has_room(memory)
             name = NAMES[other.method][at.quantization is not None]
             why_not = self._refusal(other, [at]) or ("it does not fit" if chosen is None else other.why_not)
-            found.append(Alternative(other.method, name, why_not, memory, fits))
+            found.append(Alternative(other.method, name, why_not, memory, self._has_room(memory)))
         return tuple(found)
-
-    def _not_dense(self, chosen: Candidate) -> str:
-        """Returns why dense weights are not chosen: they do not fit, or their step could not be traced."""
-        error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
-        said = ["do not fit"] * (fits_not or error is None)
-        said += [f"could not be estimated ({error})"] * (error is not None)
-        return f"{self.dense} weights {', or '.join(said)}"
 
     def _setting_reasons(self, chosen: Candidate, setting: _Setting, memory: MemoryEstimate) -> list[str]:
         left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
-            reasons.append(f"{self._not_dense(chosen)}: they are quantized to NF4, {gigabytes(memory.weights)}, with "
-                           "which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
+            error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
+            why = ["do not fit"] * (fits_not or error is None)
+            why += [f"could not be estimated ({error})"] * (error is not None)
+            reasons.append(f"{self.dense} weights {', or '.join(why)}: they are quantized to NF4, "
+                           f"{gigabytes(memory.weights)}, with which QLoRA matched 16-bit fine-tuning (arXiv "
+                           "2305.14314).")  # fmt: skip
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:
@@ -186,22 +182,15 @@ class Search:
             f"{setting.sequence_length} tokens, {gigabytes(memory.total)}, and {self.gpu_memory_gb:g} GB leave "
             f"{gigabytes(usable)} for tensors.",
             f"A card of {card} GB would do." if card else
-            f"It takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
+            f"{name} takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
         ]  # fmt: skip
-        if (shorter := self._shorter(least, setting)) is not None:
-            reasons.append(f"Sequences of {shorter} tokens would fit.")
+        length = setting.sequence_length // 2
+        while length >= 64 and not self._has_room(self._memory(least, replace(setting, sequence_length=length))):
+            length //= 2
+        if length >= 64:
+            reasons.append(f"Sequences of {length} tokens would fit.")
         held = memory.weights + memory.quantization
         smaller = self.subject.size_b * (usable - (memory.total - held)) / held if held else 0.0
         if smaller > 0:
             reasons.append(f"A model of about {parameters_text(smaller)} would fit.")
         return self._recommendation(None, "nothing fits", setting, memory, reasons, ranked)
-
-    def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
-        """Returns the longest sequence that fits: the length divided by a power of two, at least 64 tokens."""
-        length = setting.sequence_length // 2
-        while length >= 64:
-            memory = self._memory(candidate, replace(setting, sequence_length=length))
-            if memory is not None and self._has_room(memory):
-                return length
-            length //= 2
-        return None

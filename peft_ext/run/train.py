@@ -359,9 +359,7 @@ def _describe(run: Run) -> None:
     if examples.truncated:
         log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:
-        log.info(
-            f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out"
-        )
+        log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
 
 
