@@ -50,7 +50,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
     blocksize: BaseBlocksize = None,
-    temperature: Annotated[float, typer.Option(help="Temperature of sampling; 0: likeliest token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0: likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for each answer.")] = 0,
     threads: Threads = None,
 ) -> None:
