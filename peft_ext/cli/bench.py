@@ -53,7 +53,10 @@ def bench(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        about = _machine(hidden, tokens, rank)
+        about = {
+            **machine(), "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
+            "hidden": hidden, "tokens": tokens, "rank": rank,
+        }  # fmt: skip
         if not as_json:
             print(_machine_line(about))
             print(f"layer: {hidden} x {hidden}, {tokens} tokens, rank {rank}; forward and backward", flush=True)
@@ -109,13 +112,6 @@ def _check(
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
-
-
-def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
-    return {
-        **machine(), "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
-        "hidden": hidden, "tokens": tokens, "rank": rank,
-    }  # fmt: skip
 
 
 def _machine_line(about: dict[str, Any]) -> str:

@@ -119,7 +119,9 @@ class _Pair:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
-        self.tokenizer = _tokenizer(adapter, folder)
+        own = (adapter / "tokenizer_config.json").is_file()  # the adapter has a tokenizer with its own tokens
+        with raised_as(CliError, f"{adapter if own else folder}: no tokenizer (", Exception, after=")"):
+            self.tokenizer = load_tokenizer(str(adapter if own else folder))
         self.no_base = _why_no_base(config, base)
         self.model = _adapted(base, adapter).eval()
         self.is_prompt = bool(config.is_prompt_learning)
@@ -255,13 +257,6 @@ def _adapted(base: Any, adapter: Path) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
         raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
-
-
-def _tokenizer(adapter: Path, folder: Path) -> Any:
-    if (adapter / "tokenizer_config.json").is_file():  # the adapter has a tokenizer with its own tokens
-        folder = adapter
-    with raised_as(CliError, f"{folder}: no tokenizer (", Exception, after=")"):  # tokenizers raises plain Exception
-        return load_tokenizer(str(folder))
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

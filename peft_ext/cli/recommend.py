@@ -42,11 +42,14 @@ def recommend(
     from ..recommend import recommend_peft_method
 
     subject = model_size if model is None else dense_config(model_config(model)[1])
-    card = _card() if memory is None else memory
+    if memory is None:
+        if not torch.cuda.is_available():
+            raise CliError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     try:
         with status("tracing training steps"):
             found = recommend_peft_method(
-                subject, card, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
+                subject, memory, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
             )
     except (ValueError, TypeError, RuntimeError) as error:
         raise CliError(_in_options(first_line(error))) from None
@@ -55,13 +58,6 @@ def recommend(
     else:
         print(found)
     return 0 if found.fits else 1
-
-
-def _card() -> float:
-    """Returns the memory of the first GPU in GiB. Raises CliError where there is no GPU."""
-    if not torch.cuda.is_available():
-        raise CliError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
-    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def _in_options(text: str) -> str:

@@ -81,7 +81,8 @@ def draw_chart(
         marks.append((f"line {s.look}", path(points)))
         if s.dots:
             marks.append((f"dots {s.look}", "".join(path([p]) for p in points if p)))
-    rounded = [d | {name: _rounded(d[name]) for name in ("y", "low", "high")} for d in drawn]
+    rounded = [d | {name: d[name] and [None if v is None else float(f"{v:.5g}") for v in d[name]]
+                    for name in ("y", "low", "high")} for d in drawn]  # fmt: skip
     data = {"x": [across.low, across.high], "y": [up.low, up.high], "s": rounded}
     notes = [unit] + ([] if up.low == 0 else [f"the axis begins at {short(up.low, 3)}"])
     if (width := max(d["width"] for d in drawn)) > 1:
@@ -95,10 +96,6 @@ def draw_chart(
         "y_labels": [(f"{100 * (1 - up(t)):.2f}", short(t)) for t in y_ticks],
         "x_labels": [(f"{100 * across(t):.2f}", f"{t:,.0f}") for t in across.ticks(whole=True)],
     }  # fmt: skip
-
-
-def _rounded(values: Optional[Sequence[Optional[float]]]) -> Optional[list[Optional[float]]]:
-    return None if values is None else [None if v is None else float(f"{v:.5g}") for v in values]
 
 
 def _last(series: Series, step: float) -> str:
