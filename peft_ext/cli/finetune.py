@@ -62,7 +62,7 @@ def _signature() -> inspect.Signature:
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # alone: typer would add a --no-
+        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a name typer adds a --no- form
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
                                             annotation=annotation))  # fmt: skip

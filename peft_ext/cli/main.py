@@ -34,7 +34,7 @@ def _errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
-        number = getattr(stopped, "signal", signal.SIGINT)  # of a run's Interrupted
+        number = getattr(stopped, "signal", signal.SIGINT)  # Interrupted has the number
         by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         print(f"error: {by}", file=sys.stderr, flush=True)
         raise typer.Exit(128 + number) from None
@@ -89,7 +89,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # An error of typer or of click, which depends on the version of typer.
         if not hasattr(error, "format_message"):
             raise
-        if message := error.format_message():  # none where the help was shown instead
+        if message := error.format_message():  # "" where typer has shown the help
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     try:

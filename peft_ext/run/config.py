@@ -82,7 +82,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # comments alone
+    if root is None or (root.id == "scalar" and not root.value):  # a file of comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")
@@ -93,7 +93,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
         if name in config.lines:
             _fail(path, key, f"{name} is there twice, first in line {config.lines[name]}: leave one out")
         config.lines[name] = key.start_mark.line + 1
-        if (value := _convert(path, name, wanted[name], node)) is not None:  # None: the default
+        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the default
             config.values[name] = value
     return config
 

@@ -25,7 +25,7 @@ log = logging.getLogger("peft_ext.run")
 def quiet() -> None:
     """Turns off the libraries' bars for loading a small model, and their remarks about deliberate choices."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
-    # PEFT hands prefixes on by this argument.
+    # PEFT passes prefixes in this argument.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -282,7 +282,7 @@ def fit(run: Run, record: Record, model: Any) -> int:
     if run.checkpoint is not None and (done := checkpoints.step_of(run.checkpoint)) >= run.steps:
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-        # The Trainer would train one step more.
+        # Trainer.train would train one more step than the run has.
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
-_MOST_TEXT = 4000  # characters of one text
+_MOST_TEXT = 4000  # most characters of a text
 NONE = "–"
 
 

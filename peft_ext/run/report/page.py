@@ -18,7 +18,7 @@ from .curves import HEIGHT, WIDTH, Series, draw_chart, smoothed
 from .figures import clip, count, duration, number, percent, short
 
 _FOLDER = Path(__file__).parent
-_ROWS = 21  # of the table of figures
+_ROWS = 21  # rows of the table of figures, without the rows added for held-out losses
 _KINDS = {"frozen": "frozen weights and their scales", "adapter": "adapter", "gradients": "gradients",
           "optimizer": "optimizer's states"}  # fmt: skip
 # Entries that the run.json of a stopped run may lack. The page says that their contents are missing.
