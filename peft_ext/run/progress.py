@@ -54,11 +54,12 @@ def bar(
     from tqdm import tqdm
 
     # The context clears the bar where the loop ends early.
-    with tqdm(items, text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
-        for item in shown:
+    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
+        for item in items:
             if name := each(item):
                 shown.set_description(f"{text} {name}")
             yield item
+            shown.update()
 
 
 def progress_callback(steps: int) -> Any:
