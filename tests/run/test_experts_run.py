@@ -78,7 +78,7 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
         (("--method", "ia3"), "--target-parameters with --method ia3: only LoRA and DoRA adapt parameters"),
         (
             ("--stock", "--quant", "none", "--method", "dora"),
-            "--stock with DoRA and experts: PEFT has none there, give --target-modules",
+            "--stock with DoRA and experts: PEFT has no DoRA for experts, give --target-modules",
         ),
         (("--stock",), "--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none"),
     ],
@@ -90,7 +90,7 @@ def test_what_can_not_be(mixture: Path, tmp_path: Path, capsys, options: tuple[s
 
 def test_a_model_without_experts(tiny: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     assert finetune(tiny, tmp_path / "out", "--target-parameters", "experts") != 0
-    assert "LlamaForCausalLM has no experts that are known here" in capsys.readouterr().err
+    assert "LlamaForCausalLM has no experts that peft_ext knows" in capsys.readouterr().err
 
 
 def test_stock_runs_too(mixture: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_what_is_over_the_models_positions_is_refused(tiny: Path, tmp_path: Path
         ({"method": "prompt", "block_size": 250}, "--block-size 250, and 20 virtual tokens .* at most 256 tokens"),
         (
             {"prompt": "word " * 50},
-            "--prompt: it is 251 tokens, which with 48 more of an answer is over",
+            "--prompt: it has 251 tokens, which with 48 tokens of an answer is over",
         ),
     ):
         with pytest.raises(RunError, match=message):
