@@ -4,4 +4,4 @@ __all__ = ["CliError"]
 
 
 class CliError(Exception):
-    """What the user can mend: shown as one line, ``error: ...``, with exit code 2."""
+    """An error that the user can mend. The command prints one line, ``error: ...``, and ends with exit code 2."""

@@ -1,21 +1,21 @@
-"""What several commands share: where a model is, what is wanted to run, tables and JSON on the screen."""
+"""Helpers of several commands: models and their quantization, checks of options, tables and JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import warnings
-from contextlib import AbstractContextManager
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from ..run import progress
+import torch
+import typer
+
+from .. import _cpu, quantize
 from ..run.demo_model import demo_model
 from ..run.options import DEMO_MODEL, QUANTIZATIONS
-from ..sources.json_file import raised_as
-from ..sources.model import SourceError, model_folder, read_model_config
+from ..sources.model import model_folder, read_model_config, widen
 from ..weight import BLOCKSIZES
 from . import CliError
 
@@ -24,43 +24,34 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 120
 
+# Declarations of options that several commands have.
+AdapterFolder = Annotated[Path, typer.Option(help="Folder that a run, or save_pretrained, wrote.")]
+BaseModel = Annotated[
+    Optional[str], typer.Option(help='Base: folder, hub name, or "smollm2". Default: the adapter\'s own.')
+]
+BaseBlocksize = Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: the run.json's, or 64.")]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTorch's.")]
+
 
 # --- models and packages ----------------------------------------------------------------------------------------------
-
-
-def need(command: str, *packages: str) -> None:
-    """Raises CliError where a package is missing."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise CliError(f"{command} needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
-
-
-def quiet() -> None:
-    """Turns off the libraries' bars and remarks, before they are imported, also on PEFT's way to hand on prefixes."""
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-    progress.quiet()
-
-
-def mendable() -> AbstractContextManager[None]:
-    """Raises what :mod:`peft_ext.sources` raises for a folder that can't be used as a CliError."""
-    return raised_as(CliError, "", SourceError)
 
 
 def model_config(model: str) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    Of a hub name the JSON files alone are fetched. Raises CliError.
+    Fetches only the JSON files of a hub name. Raises :class:`peft_ext.sources.model.SourceError`.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())
-    with mendable():
-        folder = model_folder(model, ["*.json"])
-        return folder, read_model_config(folder)
+    folder = model_folder(model, ["*.json"])
+    return folder, read_model_config(folder)
 
 
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
-    """Returns the base to give: ``model``, or None for the one that the adapter names.
+    """Returns the base for the adapter: ``model``, or None for the base that the adapter's configuration names.
 
-    It is the default model's folder where that is meant, or where the adapter's run was on it and it has moved.
+    The name of the default model becomes its folder. So does None where the adapter's run used the default model and
+    the folder in the configuration no longer exists.
     """
     if model is None:
         try:
@@ -76,15 +67,41 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
-    """Raises CliError for a quantization of a base, the value of ``option``, that there is not."""
+    """Raises CliError for an unknown quantization, the value of ``option``, or an unknown block size."""
     if quant not in (None, *QUANTIZATIONS):
-        raise CliError(f"{option} {quant}: wanted {' or '.join(QUANTIZATIONS)}")
+        raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
         raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
 
+def held_model(loaded: Any, config: Any, device: Any, blocksize: Optional[int], dtype: Any = None) -> Any:
+    """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
+
+    Casts a base that is not in 4 bits to ``dtype`` (None: its own dtype), quantizes it to NF4 where ``blocksize`` is
+    given, and widens it to float32 on a CPU without bfloat16. Raises CliError where a weight is missing.
+    """
+    if loaded.absent and not getattr(config, "modules_to_save", None):
+        raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
+    model = loaded.model.requires_grad_(False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        return model
+    model = model.to(device, dtype)
+    if blocksize is not None:
+        quantize.quantize_nf4(model, blocksize=blocksize, progress=False)
+    if device.type == "cpu" and model.dtype is torch.bfloat16 and _cpu.why_float32():
+        widen(model)
+    return model
+
+
+def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> None:
+    """Raises CliError for an option whose value is less than ``least`` or more than ``most``."""
+    for name, value in options.items():
+        if value is not None and not least <= value <= most:
+            raise CliError(f"--{name.replace('_', '-')} {value}: wanted {least} to {most}")
+
+
 def dense_config(config: Any) -> Any:
-    """Takes its quantization off ``config``: to trace the model, which then is quantized as it is asked for."""
+    """Removes the quantization from ``config`` and returns it. A traced model is quantized afterwards, as asked."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -94,12 +111,12 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Sends standard output nowhere: what read it has ended, and the interpreter's own last flush is not to fail."""
+    """Redirects standard output to the null device: its reader has ended, and the last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Console:
-    """Returns standard output for tables: as wide as the terminal, or 120 columns; texts are shown as they are."""
+    """Returns a console on standard output, as wide as the terminal, else 120 columns. It interprets no markup."""
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -107,37 +124,47 @@ def console() -> Console:
 
 
 def new_table(
-    *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), header: bool = True
-) -> Any:  # fmt: skip
-    """Returns an empty table; the columns of ``right`` are set to the right, those of ``unfolded`` stay on a line."""
+    *columns: str, right: tuple[str, ...] = (), unfolded: tuple[str, ...] = (), expand: bool = False, **kwargs: Any
+) -> Any:
+    """Returns an empty table.
+
+    Args:
+        columns: names of the columns.
+        right: columns that are aligned to the right.
+        unfolded: columns whose cells stay on one line.
+        expand: whether the columns share the screen's width evenly.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 
-    made = Table(box=SIMPLE, pad_edge=False, show_header=header)
+    made = Table(box=SIMPLE, pad_edge=False, expand=expand, **kwargs)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold",
-                        no_wrap=column in unfolded)  # fmt: skip
+                        no_wrap=column in unfolded, ratio=1 if expand else None)  # fmt: skip
     return made
 
 
-def grouped_rows(rows: list[Any]) -> list[tuple[str, bool, str, list[str], int]]:
-    """Returns rows of :func:`peft_ext.explain` that are alike as one: kind, fused, reason, layers' names, how many."""
+def layers_table(methods: dict[Any, list[Any]]) -> Any:
+    """Returns a table of rows of :func:`peft_ext.explain`, by method, with like layers in one row.
+
+    The key None, for a single method, leaves out the column of methods.
+    """
     from ..integrations.peft import alike
 
-    leaves = {key: [name.rpartition(".")[2] for name in names] for key, names in alike(rows).items()}
-    return [(*key, list(dict.fromkeys(names)), len(names)) for key, names in leaves.items()]
+    named = None not in methods
+    table = new_table(*["method"] * named, "layers", "kind", "fused", "names", "reason", right=("layers",))
+    for method, rows in methods.items():
+        for (kind, fused, reason), names in alike(rows).items():
+            leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            table.add_row(*[method] * named, str(len(names)), kind, "yes" if fused else "no", leaves, reason)
+    return table
 
 
 def mib(size: int) -> str:
-    """Returns bytes as a number of MiB, for a column of them."""
+    """Returns a number of bytes as a number of MiB without the unit."""
     return f"{size / 2**20:,.1f}"
 
 
-def memory_document(estimate: Any) -> Optional[dict[str, Any]]:
-    """Returns a :class:`peft_ext.memory.MemoryEstimate` as JSON has it."""
-    return None if estimate is None else {**vars(estimate), "peak": dict(estimate.peak)}
-
-
 def print_json(value: Any) -> None:
-    """Prints one JSON document on standard output."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON document on standard output: of a dataclass its fields, of a mapping its items."""
+    print(json.dumps(value, indent=2, default=lambda o: dict(o) if isinstance(o, Mapping) else vars(o)))

@@ -1,4 +1,4 @@
-"""What ``peft-ext explain --verify`` runs: weights, an adapter, a batch of text, and a step that is compared."""
+"""``peft-ext explain --verify``: loads a model with an adapter, and compares a fused training step with a stock one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any, Optional
 
 import torch
 
-from .. import _cpu
 from ..run.data import IGNORED, read_corpus, tokenize
+from ..run.errors import REFUSALS
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer, widen
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
-from ._common import mendable
-
-_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
+from ._common import held_model
 
 
 def verified(
@@ -25,29 +23,23 @@ def verified(
     """Returns the :class:`peft_ext.verification.Verification` of an adapter on a model.
 
     Args:
-        name: of the model: a folder or a hub name. adapter: the folder of a saved one; None: a new one, whose tensors
-            that start at zero get small random numbers, since gradients behind a zero are zeros, too.
-        blocksize: of NF4, in which the base is held; None: it stays dense.
-        data: as for finetune. batch_size, length: how many of its examples make the batch, and of how many tokens.
+        name: folder or hub name of the model.
+        adapter: folder of a saved adapter; None: a new adapter. Zero tensors of a new adapter get small random numbers,
+            since a gradient through a zero tensor is zero.
+        blocksize: block size of the base's NF4; None: the base stays dense.
+        data: data as for ``peft-ext finetune``.
+        batch_size, length: number of the batch's examples, and most tokens of an example.
 
-    Raises: CliError.
+    Raises CliError.
     """
     from ..model import get_peft_model, load_adapter
-    from ..quantize import quantize_nf4
     from ..verification import verify
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with status("loading"), mendable(), hushed():
+    with status("loading"), hushed():
         loaded = load_model(name, config, adapter or Path(name), {}, {})
-        if loaded.absent and not config.modules_to_save:
-            raise CliError(f"--verify: {loaded.absent[0]} is not in the base's files, so it would be random")
-        base, held = loaded.model.requires_grad_(False), getattr(loaded.model, "is_loaded_in_4bit", False)
-        base = base if held else base.to(device, dtype)
-        if blocksize is not None and not held:
-            quantize_nf4(base, blocksize=blocksize, progress=False)
-        if not held and device.type == "cpu" and base.dtype is torch.bfloat16 and _cpu.why_float32():
-            widen(base)
-        with raised_as(CliError, "--verify: the adapter does not fit: ", *_REFUSALS):
+        base = held_model(loaded, config, device, blocksize, dtype)
+        with raised_as(CliError, "--verify: the adapter does not fit: ", *REFUSALS):
             if adapter is not None:
                 model = load_adapter(base, adapter, is_trainable=True, accelerate=False)
             else:
@@ -60,12 +52,12 @@ def verified(
         batch = _batch(base, loaded.folder, data, batch_size, length)
         try:
             return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise CliError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
 
 
 def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Returns the first examples of the data; labels are of a model that generates text."""
+    """Returns a batch of the data's first examples, with labels only for a model that generates text."""
     from transformers import DataCollatorForSeq2Seq
 
     with raised_as(CliError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):

@@ -1,8 +1,7 @@
-"""``peft-ext bench``: an adapted layer's training step on this machine, fused and as PEFT and bitsandbytes have it.
+"""``peft-ext bench``: times an adapted layer's training step on this machine, fused and with PEFT and bitsandbytes.
 
-What is timed, and how: :mod:`peft_ext.bench`.
-
-``--output FOLDER`` keeps what ``--json`` prints as ``bench.json``, and draws ``bench.svg``.
+:mod:`peft_ext.bench` documents the measurement. ``--output FOLDER`` writes the document of ``--json`` as ``bench.json``
+and draws ``bench.svg``.
 """
 
 from __future__ import annotations
@@ -16,41 +15,48 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from .. import __version__, _native
+from .. import __version__
 from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Result, measure_layer, stock_name
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
-from ..machine import cpu_name, versions
-from ..run.progress import bar
+from ..machine import versions
+from ..run.errors import need
+from ..run.progress import bar, quiet
+from ..run.record import machine
 from . import CliError
-from ._common import console, need, new_table, print_json, quiet
+from ._common import Threads, check_range, console, new_table, print_json
 
-# Quartiles of a ratio further apart than this part of it tell of other work on the machine.
+# A ratio whose quartiles differ by more than this share of the ratio shows that the machine has other work.
 _BUSY = 0.25
 
 
 def bench(
     method: Annotated[
-        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeat it. Default: all.")
+        Optional[list[str]], typer.Option(help="lora, qlora, dora, qdora, ia3; repeatable. Default: all.")
     ] = None,
-    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeat it. Default: both.")] = None,
-    hidden: Annotated[int, typer.Option(help="The layer is hidden x hidden.")] = 4096,
-    tokens: Annotated[int, typer.Option(help="In a step.")] = 512,
-    rank: Annotated[int, typer.Option(help="Of the low-rank methods.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of timing, about, in all.")] = 20.0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
-    chart: Annotated[Optional[Path], typer.Option(help="Draw a .svg.")] = None,
-    output: Annotated[Optional[Path], typer.Option(help="A folder for bench.json and its chart.")] = None,
+    base: Annotated[Optional[list[str]], typer.Option(help="bf16 or nf4; repeatable. Default: both.")] = None,
+    hidden: Annotated[int, typer.Option(help="Width: the layer is hidden x hidden.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 512,
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank methods.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Time of all measurements, about.")] = 20.0,
+    threads: Threads = None,
+    chart: Annotated[Optional[Path], typer.Option(help="File for a chart, .svg.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for bench.json and bench.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time an adapted layer's step on this machine, ours against PEFT and bitsandbytes, verified first."""
-    cases = _check(method, base, hidden, tokens, rank, seconds, threads, chart, output)
+    """Check an adapted layer's training step, and time it on this machine against PEFT and bitsandbytes."""
+    check_range(16, hidden=hidden)
+    check_range(1, tokens=tokens, rank=rank, threads=threads)
+    cases = _check(method, base, seconds, chart, output)
     need("bench", "transformers", "peft")
     quiet()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        about = _machine(hidden, tokens, rank)
+        about = {
+            **machine(), "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
+            "hidden": hidden, "tokens": tokens, "rank": rank,
+        }  # fmt: skip
         if not as_json:
             print(_machine_line(about))
             print(f"layer: {hidden} x {hidden}, {tokens} tokens, rank {rank}; forward and backward", flush=True)
@@ -79,10 +85,10 @@ def bench(
 
 
 def _check(
-    method: Optional[Sequence[str]], base: Optional[Sequence[str]], hidden: int, tokens: int, rank: int,
-    seconds: float, threads: Optional[int], chart: Optional[Path], output: Optional[Path],
+    method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
+    output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Returns pairs of method and base, each once. Raises CliError."""
+    """Checks the options and returns pairs of method and base without repetition. Raises CliError."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
@@ -91,10 +97,6 @@ def _check(
         cases += [(plain, held) for held in (("nf4",) if plain != name else base or BASES)]
     if wrong := [held for held in base or () if held not in BASES]:
         raise CliError(f"--base {wrong[0]}: wanted one of {', '.join(BASES)}")
-    least = {"hidden": (hidden, 16), "tokens": (tokens, 1), "rank": (rank, 1), "threads": (threads, 1)}
-    for option, (value, minimum) in least.items():
-        if value is not None and value < minimum:
-            raise CliError(f"--{option} {value}: wanted at least {minimum}")
     if not 0 < seconds <= 3600:
         raise CliError(f"--seconds {seconds:g}: wanted more than 0 and at most 3600")
     if chart is not None:
@@ -110,15 +112,6 @@ def _check(
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
-
-
-def _machine(hidden: int, tokens: int, rank: int) -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "date": time.strftime("%Y-%m-%d"), "versions": {"peft_ext": __version__, **versions()},
-        "hidden": hidden, "tokens": tokens, "rank": rank,
-    }  # fmt: skip
 
 
 def _machine_line(about: dict[str, Any]) -> str:
@@ -155,12 +148,12 @@ def _show(results: list[Result]) -> None:
 
 
 def _spread(result: Result) -> float:
-    """Returns how far the quartiles of a ratio are apart, of the ratio: the widest of the contenders'."""
+    """Returns the largest distance between the quartiles of a ratio, divided by the ratio, of all contenders."""
     return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Writes each file whole or not at all, and makes its folder. Raises CliError."""
+    """Writes each file atomically, and makes its folder. Raises CliError."""
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +164,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns bars of milliseconds, a group for each layer."""
+    """Returns an SVG chart: bars of milliseconds, in a group for each layer."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

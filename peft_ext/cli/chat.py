@@ -1,8 +1,8 @@
-"""``peft-ext chat``: the same prompt to a base model and to the adapted one, side by side.
+"""``peft-ext chat``: answers of a base model and of the adapted model to one prompt, side by side.
 
 One model is in memory: the base answers with the adapter disabled, in the quantization that the adapter was trained on.
-Where that leaves the base other than it was, as after PiSSA, the reason stands in place of the base's answer.
-Each prompt is answered on its own, since two answers kept as history would make two conversations.
+Some adapters, such as PiSSA's, change the base; the reason then replaces the base's answer. Each prompt is answered
+without history, since the two answers would make two conversations.
 """
 
 from __future__ import annotations
@@ -20,33 +20,48 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 
-from .. import _cpu, quantize
 from ..run.data import prompt_ids
-from ..run.evaluate import greedy
-from ..run.progress import status
+from ..run.errors import REFUSALS, need
+from ..run.evaluate import continued
+from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer, widen
+from ..sources.model import hushed, load_model, load_tokenizer
 from . import CliError
-from ._common import base_of, check_base, console, mendable, need, quiet
+from ._common import (
+    AdapterFolder,
+    BaseBlocksize,
+    BaseModel,
+    Threads,
+    base_of,
+    check_base,
+    check_range,
+    console,
+    held_model,
+    new_table,
+)
 
-_SECONDS = 10.0  # for a chat template, which is a program of the tokenizer's maker
+_SECONDS = 10.0  # most time of a chat template, which is a program by a stranger
 
 
 def chat(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Answer this and end. Default: ask, or read lines.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    adapter: AdapterFolder,
+    model: BaseModel = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Prompt to answer. Default: ask, or read lines.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     base_quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the run.json's, or none.")] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling; both answers start from it.")] = 0,
-    threads: Annotated[Optional[int], typer.Option(help="Default: PyTorch's.")] = None,
+    blocksize: BaseBlocksize = None,
+    temperature: Annotated[float, typer.Option(help="0: likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for each answer.")] = 0,
+    threads: Threads = None,
 ) -> None:
-    """Ask a base model and its adapted self the same, side by side."""
-    _check(prompt, max_new_tokens, base_quant, blocksize, temperature, seed, threads)
+    """Show the answers of a base model and of the adapted model side by side."""
+    if prompt is not None and not prompt.strip():
+        raise CliError("--prompt: the prompt is empty")
+    if not 0 <= temperature < math.inf:
+        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
+    check_range(1, max_new_tokens=max_new_tokens, threads=threads)
+    check_range(0, 2**63 - 1, seed=seed)
+    check_base("--base-quant", base_quant, blocksize)
     need("chat", "transformers", "peft", "safetensors")
     quiet()
     if threads is not None:
@@ -61,33 +76,14 @@ def chat(
     for line in _prompts():
         try:
             answers = pair.answers(line)
-        except CliError as error:  # of this prompt; the next one may do
+        except CliError as error:  # the next prompt may work
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)
 
 
-def _check(
-    prompt: Optional[str], max_new_tokens: int, base_quant: Optional[str], blocksize: Optional[int],
-    temperature: float, seed: int, threads: Optional[int],
-) -> None:  # fmt: skip
-    if prompt is not None and not prompt.strip():
-        raise CliError("--prompt: it is empty")
-    if max_new_tokens < 1:
-        raise CliError(f"--max-new-tokens {max_new_tokens}: wanted at least 1")
-    check_base("--base-quant", base_quant, blocksize)
-    if not 0 <= temperature < math.inf:
-        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
-    if threads is not None and threads < 1:
-        raise CliError(f"--threads {threads}: wanted at least 1")
-    if threads is not None and threads >= 2**31:
-        raise CliError(f"--threads {threads}: wanted at most {2**31 - 1}")
-    if not 0 <= seed < 2**63:
-        raise CliError(f"--seed {seed}: wanted 0 to {2**63 - 1}")
-
-
 def _prompts() -> Iterator[str]:
-    """Yields lines from the terminal, with a prompt and a history, or from a pipe; empty ones are left out."""
+    """Yields the lines that are not empty, from a terminal with a prompt and a history, or from a pipe."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
@@ -107,9 +103,12 @@ def _prompts() -> Iterator[str]:
 
 
 class _Pair:
-    """The base and its adapter; ``answers`` has what the base says (or why it can't), and what the adapted model does.
+    """A base and its adapter.
 
-    ``no_base``: why it can't, or None.
+    Attributes:
+        about: base, quantization and adapter in words.
+        no_base: the reason why the base can't answer; None where it can.
+        room: most tokens of a prompt and its answer; None where there is no limit.
     """
 
     def __init__(
@@ -120,7 +119,9 @@ class _Pair:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
-        self.tokenizer = _tokenizer(adapter, folder)
+        own = (adapter / "tokenizer_config.json").is_file()  # the adapter has a tokenizer with its own tokens
+        with raised_as(CliError, f"{adapter if own else folder}: no tokenizer (", Exception, after=")"):
+            self.tokenizer = load_tokenizer(str(adapter if own else folder))
         self.no_base = _why_no_base(config, base)
         self.model = _adapted(base, adapter).eval()
         self.is_prompt = bool(config.is_prompt_learning)
@@ -129,13 +130,15 @@ class _Pair:
         encodes_decodes = bool(getattr(base.config, "is_encoder_decoder", False))
         if encodes_decodes and self.is_prompt:
             raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
-        self.encodes_decodes = encodes_decodes
         room = getattr(base.config, "max_position_embeddings", None)
         virtual = config.num_virtual_tokens if self.is_prompt else 0
         self.room = None if room is None or encodes_decodes else room - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
-        """Raises CliError where the prompt is longer than the model takes."""
+        """Returns the base's answer, or the reason why there is none, and the adapted model's answer.
+
+        Raises CliError where the prompt is too long for the model.
+        """
         inputs = self._tokens(prompt)
         if self.no_base is not None:
             return self.no_base, self._answer(inputs)
@@ -146,7 +149,7 @@ class _Pair:
     def _tokens(self, prompt: str) -> dict[str, Any]:
         tokenizer, kind = self.tokenizer, self.kind
         if kind in ("chat", "text") or getattr(tokenizer, "chat_template", None):
-            # Whatever the template's own code raises.
+            # A template is a program and may raise any exception.
             with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
                 ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": prompt}], str(kind))])
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -161,31 +164,17 @@ class _Pair:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _answer(self, inputs: dict[str, Any]) -> str:
-        from peft.helpers import DoraCaching
-
-        torch.manual_seed(self.seed)  # before each of the two: the same model would say the same
-        ids = inputs["input_ids"]
-        with torch.no_grad(), DoraCaching():  # no weight changes: DoRA's norm is computed in the first token's forward
-            if self.is_prompt:
-                out = greedy(self.model, ids, self.max_new_tokens, self.temperature)
-            else:
-                draws = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-                kinds = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
-                with raised_as(CliError, "generate, with the base's generation_config: ", *kinds):
-                    out = self.model.generate(  # one beam: a million would be the generation_config's to ask for
-                        **inputs, max_new_tokens=self.max_new_tokens, use_cache=True, num_beams=1,
-                        num_return_sequences=1, pad_token_id=self.tokenizer.pad_token_id,
-                        **(draws if self.temperature else {"do_sample": False}),
-                    )  # fmt: skip
-        said = out[0] if self.encodes_decodes else out[0, ids.shape[1] :]
-        return self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        torch.manual_seed(self.seed)  # before each answer, so that equal models give equal answers
+        with raised_as(CliError, "generate, with the base's generation_config: ", *REFUSALS):
+            return continued(self.model, self.tokenizer, inputs, self.max_new_tokens, has_prompt=self.is_prompt,
+                             temperature=self.temperature)  # fmt: skip
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after ``seconds``, where the system has signals and this is its thread.
+    """Raises TimeoutError within the block after ``seconds``, in the main thread of a system with signals.
 
-    A handler that was not installed from Python could not be put back: it stays, and there is no limit.
+    There is no limit where C code has installed a handler, which Python could not restore.
     """
     ours = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGALRM) is None:
@@ -221,43 +210,37 @@ def _adapter_config(adapter: Path) -> Any:
 def _base(
     adapter: Path, config: Any, model: Optional[str], quant: Optional[str], blocksize: Optional[int], device: Any
 ) -> tuple[Any, Path, str, Optional[str]]:
-    """Returns the base as the adapter was trained on it: the model, its folder, its quantization, the kind of data."""
+    """Returns the base with the quantization of the adapter's training, its folder, the quantization in words, and the
+    kind of the training data."""
     from ..sources.adapter import training_options
 
-    with mendable():
-        trained = training_options(adapter)
-        with hushed():
-            base = load_model(base_of(adapter, model), config, adapter, {}, trained)
+    trained = training_options(adapter)
+    with hushed():
+        base = load_model(base_of(adapter, model), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
         raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
-    if base.absent and not getattr(config, "modules_to_save", None):
-        raise CliError(f"{base.absent[0]} is not in the base's files, so it would be random")
     held = getattr(made, "is_loaded_in_4bit", False)
     if held and quant == "none":
-        raise CliError(f"--base-quant none: {base.folder} is itself quantized to NF4")
+        raise CliError(f"--base-quant none: the files in {base.folder} are NF4")
     quant = "nf4" if held else quant or trained.get("quant", "none")
-    made = made.eval().requires_grad_(False)
-    if quant == "nf4" and not held:
-        blocksize = blocksize or int(trained.get("blocksize", 64))
-        quantize.quantize_nf4(made, blocksize=blocksize, progress=False)
-        quant = f"nf4, double quantization, blocks of {blocksize}"
-    if not held and device.type == "cpu" and made.dtype is torch.bfloat16 and _cpu.why_float32():
-        widen(made)
-    return made if held else made.to(device), base.folder, quant, trained.get("kind")
+    blocksize = None if held or quant != "nf4" else blocksize or int(trained.get("blocksize", 64))
+    made = held_model(base, config, device, blocksize).eval()
+    about = quant if blocksize is None else f"nf4, double quantization, blocks of {blocksize}"
+    return made, base.folder, about, trained.get("kind")
 
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
-    """Returns why ``base``, not adapted yet, will not be itself with the adapter disabled; None where it will be."""
+    """Returns why ``base`` will differ when the adapter, not yet added, is disabled; None where it will not."""
     from ..merge.dense import init_that_changes_base
 
     init, bias = init_that_changes_base(config), getattr(config, "bias", "none")
     if init is not None:
-        reason = f"init_lora_weights is {init!r}, which changes the base's own weights as the adapter is loaded"
+        reason = f"init_lora_weights is {init!r}, which changes the base's weights when the adapter is loaded"
     elif getattr(config, "layer_replication", None):
         reason = "layer_replication gives the adapted model other layers than the base has"
     elif bias != "none" and any(name.endswith("bias") for name, _ in base.named_parameters()):
-        reason = f"bias is {bias!r}, so that the adapter's biases are in place of the base's own"
+        reason = f"bias is {bias!r}, so the adapter's biases replace those of the base"
     else:
         return None
     return f"not shown, since {reason}"
@@ -270,24 +253,17 @@ def _adapted(base: Any, adapter: Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*: it was left out$", category=UserWarning)
             return load_adapter(base, adapter)
-    except (UserWarning, OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+    except (UserWarning, *REFUSALS) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
         raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
-
-
-def _tokenizer(adapter: Path, folder: Path) -> Any:
-    if (adapter / "tokenizer_config.json").is_file():  # it was saved with tokens of its own
-        folder = adapter
-    with raised_as(CliError, f"{folder}: no tokenizer (", Exception, after=")"):  # tokenizers raises that class itself
-        return load_tokenizer(str(folder))
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
 
 
 def _printable(text: str) -> str:
-    """Returns a text without what a terminal would obey."""
+    """Returns a text with control characters replaced, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -296,11 +272,6 @@ def _show(prompt: str, base: str, adapted: str) -> None:
     if not sys.stdout.isatty():
         print(f"prompt: {prompt}\nbase: {base}\nadapted: {adapted}", flush=True)
         return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, expand=True, pad_edge=False)
-    for column in ("base", "adapted"):
-        table.add_column(column, ratio=1, overflow="fold")
+    table = new_table("base", "adapted", expand=True)
     table.add_row(base, adapted)
     console().print(table)

@@ -1,4 +1,4 @@
-"""``peft-ext doctor``: what is installed, built, found and in use."""
+"""``peft-ext doctor``: versions, native libraries, CPU path, operators, packages and environment."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""``peft-ext explain``: what of a model would run fused, how many parameters train, what that takes on disk and in use.
+"""``peft-ext explain``: fused layers, trainable parameters, file size and memory of an adapter on a model.
 
-From configuration files alone, see :func:`peft_ext.run.plan.preview`: no weight is read or drawn. What is not known
-before a model is live (hooks, shards, offloading, autocast, a merged or disabled adapter) is not seen here;
-:func:`peft_ext.explain` on that model tells it. ``--verify`` alone reads the weights, and runs a training step.
+The command reads configuration files alone, see :func:`peft_ext.run.plan.preview`; it reads and initializes no weight.
+It does not see the state of a live model (hooks, shards, offloading, autocast, a merged or disabled adapter), which
+:func:`peft_ext.explain` sees. Only ``--verify`` reads the weights, and runs a training step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -19,8 +19,9 @@ from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.data import PYTHON_DOCS
+from ..run.errors import REFUSALS, need
 from ..run.plan import Preview, preview
-from ..run.progress import status
+from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
 from ..sources.model import head_labels, is_nf4, model_class, task_of
 from ..text import dtype_name, format_bytes
@@ -28,28 +29,23 @@ from . import CliError
 from ._common import (
     base_of,
     check_base,
+    check_range,
     console,
     dense_config,
-    grouped_rows,
-    memory_document,
-    mendable,
+    layers_table,
     mib,
     model_config,
-    need,
     new_table,
     print_json,
-    quiet,
 )
 from ._verify import verified
 
-# What transformers raises for a configuration of which it can't build a model.
-_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError)
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
 
 @dataclass(frozen=True)
 class _Base:
-    """The base model on the meta device, and how it is to be held."""
+    """The base model on the meta device, with its dtype and quantization."""
 
     name: str
     model: Any
@@ -57,32 +53,32 @@ class _Base:
     quant: str
     blocksize: int
     about_quant: str
+    parameters: int
 
 
 def explain(
-    what: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='A folder of either, a hub name, or "smollm2".')
-    ],
-    model: Annotated[Optional[str], typer.Option(help="An adapter's base. Default: its own.")] = None,
-    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeat it. Default: lora.")] = None,
-    rank: Annotated[Optional[int], typer.Option(help="Of the low-rank methods. Default: 16, adalora 8.")] = None,
-    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's, or the run's.")] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: 64.")] = None,
+    what: Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help='Folder of either, hub name, or "smollm2".')],
+    model: Annotated[Optional[str], typer.Option(help="Base of an adapter. Default: its own.")] = None,
+    method: Annotated[Optional[list[str]], typer.Option(help="Of a model; repeatable. Default: lora.")] = None,
+    rank: Annotated[Optional[int], typer.Option(help="Low-rank methods' rank. Default: 16, adalora 8.")] = None,
+    quant: Annotated[Optional[str], typer.Option(help="nf4 or none. Default: the model's or run's.")] = None,
+    blocksize: Annotated[Optional[int], typer.Option(help="Blocksize of nf4. Default: 64.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the model's.")] = "keep",
-    batch_size: Annotated[int, typer.Option(help="Of the estimated step.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Likewise. Default: up to 1024.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare a step with stock's; see docs.")] = False,
-    data: Annotated[Optional[str], typer.Option(help="Of --verify. Default: python-docs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens of a sequence. Default: up to 1024.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare a step with the stock model's.")] = False,
+    data: Annotated[Optional[str], typer.Option(help="Data of --verify. Default: python-docs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> Optional[int]:
-    """What of a model would run fused, what trains, and what it takes on disk and in memory; reads no weights, but for
-    --verify, whose exit code is 1 where a number is wrong."""
+    """Show the fused layers, trainable parameters, file size and memory of an adapter on a model, without weights.
+    Only --verify reads weights; its exit code is 1 where a number is wrong."""
     need("explain", "transformers", "peft")
     quiet()
     adapter = _adapter_folder(what)
-    chosen = _check(adapter, model, method, rank, quant, blocksize, dtype, batch_size, sequence_length)
+    check_range(1, rank=rank, batch_size=batch_size, sequence_length=sequence_length)
+    chosen = _check(adapter, model, method, rank, quant, blocksize, dtype)
     if data is not None and not verify:
-        raise CliError("--data: the text of --verify, which was not given")
+        raise CliError("--data: wanted with --verify, which uses the data")
     if adapter is None:
         base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
     else:
@@ -94,7 +90,17 @@ def explain(
     for name, config in configs:
         try:
             with status(name):
-                found[name] = _previewed(name, base, config, adapter, batch_size, length, device)
+                quant_of = _quant(name, base)
+                if quant_of == "nf4" and name in METHODS and not METHODS[name].can_quantize:
+                    raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
+                with raised_as(CliError, f"{name}: ", *REFUSALS):
+                    found[name] = preview(
+                        base.model, config, dtype=base.dtype, device=device, quant=quant_of, blocksize=base.blocksize,
+                        batch_size=batch_size, sequence_length=length,
+                    )  # fmt: skip
+                if adapter is not None:
+                    size = (adapter / "adapter_model.safetensors").stat().st_size
+                    found[name] = replace(found[name], adapter_bytes=size)
         except CliError as error:
             if len(configs) == 1:
                 raise
@@ -108,7 +114,7 @@ def explain(
                 base.name, config, adapter, base.dtype, size, data or PYTHON_DOCS, batch_size, length
             )
     if as_json:
-        verifications = {name: {**asdict(one), "ok": one.ok} for name, one in checks.items()}
+        verifications = {name: {**vars(one), "ok": one.ok} for name, one in checks.items()}
         print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
     else:
         _show(base, step, found, refused)
@@ -117,22 +123,22 @@ def explain(
     return 0 if all(one.ok for one in checks.values()) else 1
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- the options ---------------------------------------------------------------------------------------------------
 
 
 def _adapter_folder(what: str) -> Optional[Path]:
     try:
         folder = Path(what).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # a name too long, the ~ of nobody: not of a model either
+    except (OSError, RuntimeError):  # a name too long, or "~" with an unknown user
         return None
 
 
 def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
-    quant: Optional[str], blocksize: Optional[int], dtype: str, batch_size: int, sequence_length: Optional[int],
+    quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Returns the methods, each once. Raises CliError."""
+    """Checks the options and returns the methods without repetition. Raises CliError."""
     from ..merge import DTYPES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
@@ -141,18 +147,14 @@ def _check(
     if adapter is not None:
         for option, given in (("method", method), ("rank", rank)):
             if given:
-                raise CliError(f"--{option}: {adapter} is an adapter, which has its own")
+                raise CliError(f"--{option}: {adapter} is an adapter, which has its own {option}")
     elif model is not None:
-        raise CliError("--model: the base of an adapter; what is explained is a model already")
-    if rank is not None and (rank < 1 or not set(chosen) & set(_LOW_RANK)):
-        wanted = "at least 1" if rank < 1 else f"with --method {', '.join(_LOW_RANK)}"
-        raise CliError(f"--rank {rank}: wanted {wanted}")
+        raise CliError("--model: wanted with an adapter alone, whose base it names")
+    if rank is not None and not set(chosen) & set(_LOW_RANK):
+        raise CliError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
     check_base("--quant", quant, blocksize)
     if dtype not in DTYPES:
         raise CliError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
-    for option, size in (("batch-size", batch_size), ("sequence-length", sequence_length)):
-        if size is not None and size < 1:
-            raise CliError(f"--{option} {size}: wanted at least 1")
     return chosen
 
 
@@ -175,7 +177,7 @@ def _of_model(
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    with raised_as(CliError, f"{what}: ", *_REFUSALS):
+    with raised_as(CliError, f"{what}: ", *REFUSALS):
         model, own = build_model(config)
     configs = []
     for method in chosen:
@@ -197,15 +199,14 @@ def _of_adapter(
         adapter = checked_config(folder)
     name = base_of(folder, model) or adapter.base_model_name_or_path
     if not name:
-        raise CliError(f"{folder / 'adapter_config.json'} names no base model: --model")
+        raise CliError(f"{folder / 'adapter_config.json'} names no base model: give --model")
     base_folder, config = model_config(name)
-    with mendable():
-        trained = training_options(folder)
+    trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    with raised_as(CliError, f"{name}: ", *_REFUSALS):
+    with raised_as(CliError, f"{name}: ", *REFUSALS):
         kind = model_class(config, adapter)
         with torch.device("meta"):
             built = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
@@ -218,12 +219,11 @@ def _of_adapter(
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
-    """Returns how the base is held: quantization, block size, and what decided it."""
-    with mendable():
-        held = is_nf4(folder, config)
+    """Returns the base's quantization, its block size, and both in words with their origin."""
+    held = is_nf4(folder, config)
     dense_config(config)
     if held and quant == "none":
-        raise CliError(f"--quant none: {folder} is itself quantized to NF4")
+        raise CliError(f"--quant none: the files in {folder} are NF4")
     by = "as asked for"
     if quant is None:
         by = "as its files are" if held or not trained else "as its run.json has it"
@@ -237,34 +237,14 @@ def _base(name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: in
 
     wanted = DTYPES[dtype] or own
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a float: --dtype")
-    if not any(parameter.numel() for parameter in model.parameters()):
+        raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
+    if not (parameters := sum(parameter.numel() for parameter in model.parameters())):
         raise CliError(f"{name}: a {type(model).__name__} without parameters")
-    return _Base(name, model.to(wanted), wanted, quant, blocksize, about)
+    return _Base(name, model.to(wanted), wanted, quant, blocksize, about, parameters)
 
 
 def _quant(name: str, base: _Base) -> str:
     return "nf4" if name == "qlora" else base.quant
-
-
-# --- one method -------------------------------------------------------------------------------------------------------
-
-
-def _previewed(
-    name: str, base: _Base, config: Any, adapter: Optional[Path], batch_size: int, length: int, device: Any
-) -> Preview:
-    method = METHODS.get(name)  # of an adapter it is PEFT's type
-    quant = _quant(name, base)
-    if quant == "nf4" and method is not None and not method.can_quantize:
-        raise CliError(f"{name}: it trains the weights themselves, which NF4 freezes")
-    with raised_as(CliError, f"{name}: ", ValueError, TypeError, LookupError, AttributeError, RuntimeError):
-        found = preview(
-            base.model, config, dtype=base.dtype, device=device, quant=quant, blocksize=base.blocksize,
-            batch_size=batch_size, sequence_length=length,
-        )  # fmt: skip
-    if adapter is None:
-        return found
-    return replace(found, adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size)
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
@@ -272,15 +252,15 @@ def _previewed(
 
 def _document(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> dict[str, Any]:
     return {
-        "model": base.name, "model_class": type(base.model).__name__, "parameters": _parameters(base),
+        "model": base.name, "model_class": type(base.model).__name__, "parameters": base.parameters,
         "dtype": dtype_name(base.dtype), "quantization": base.quant,
         "blocksize": base.blocksize if base.quant == "nf4" else None, "step": step,
         "finetune": {"dtype": "float32" if _why_float32(step) else "bfloat16", "reason": _why_float32(step)},
         "methods": [
             {
                 "method": name, "layers": len(one.rows), "fused": one.fused, "trainable": one.trainable,
-                "adapter_bytes": one.adapter_bytes, "memory": memory_document(one.memory),
-                "memory_error": one.no_memory, "rows": [vars(row) for row in one.rows],
+                "adapter_bytes": one.adapter_bytes, "memory": one.memory,
+                "memory_error": one.no_memory, "rows": one.rows,
             }
             for name, one in found.items()
         ],
@@ -293,31 +273,24 @@ def _why_float32(step: dict[str, Any]) -> str:
     return _cpu.why_float32() if step["device"] == "cpu" else ""
 
 
-def _parameters(base: _Base) -> int:
-    return sum(p.numel() for p in base.model.parameters())
-
-
 def _show(base: _Base, step: dict[str, Any], found: dict[str, Preview], refused: dict[str, str]) -> None:
     from ..memory import KINDS
 
-    screen, parameters = console(), _parameters(base)
+    screen = console()
     dtype = dtype_name(base.dtype)
-    print(f"model: {base.name}, {type(base.model).__name__}, {parameters:,} parameters, {dtype}")
+    print(f"model: {base.name}, {type(base.model).__name__}, {base.parameters:,} parameters, {dtype}")
     print(f"quantization: {base.about_quant}")
     print("the tables are from configuration files: no weight was read for them")
     if why := _why_float32(step):
         print(f"finetune computes in float32 on this machine: {why}")
     numbers = ("trainable", "of all", "adapter file", "step's memory")
     summary = new_table("method", "layers fused", *numbers, right=numbers)
-    layers = new_table("method", "layers", "kind", "fused", "names", "reason", right=("layers",))
     for method, one in found.items():
         memory = "?" if one.memory is None else format_bytes(one.memory.total)
         fused = f"{one.fused} of {len(one.rows)}" if one.rows else "adds no layers"
         size = format_bytes(one.adapter_bytes, binary=False)
-        summary.add_row(method, fused, f"{one.trainable:,}", f"{one.trainable / parameters:.3%}", size, memory)
-        for kind, is_fused, reason, names, count in grouped_rows(one.rows):
-            layers.add_row(method, str(count), kind, "yes" if is_fused else "no", ", ".join(names), reason)
-    for table in (summary, layers):
+        summary.add_row(method, fused, f"{one.trainable:,}", f"{one.trainable / base.parameters:.3%}", size, memory)
+    for table in (summary, layers_table({method: one.rows for method, one in found.items()})):
         if table.row_count:
             screen.print(table)
     estimated = {method: one.memory for method, one in found.items() if one.memory is not None}

@@ -1,4 +1,4 @@
-"""The commands: each is declared in the module of its name, and imports Hugging Face's packages when it runs."""
+"""Declares the commands: functions in modules of their names, which import Hugging Face's packages when called."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..run.errors import Interrupted, RunError, out_of_memory
+from ..run.errors import RunError, out_of_memory
 from ..sources.json_file import first_line
+from ..sources.model import SourceError
 from . import CliError
 from ._common import drop_output
 
@@ -26,20 +27,17 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """One line and exit code 2 for what the user can mend; 130 for Ctrl-C, 128 + n for signal n."""
+    """Prints an error that the user can mend as one line, with exit code 2; 128 + n after signal n (Ctrl-C: 130)."""
     try:
         yield
-    except (CliError, RunError) as error:
+    except (CliError, RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except Interrupted as stopped:
-        by_user = stopped.signal == signal.SIGINT
-        print(f"error: {'interrupted' if by_user else f'ended by {signal.Signals(stopped.signal).name}'}",
-              file=sys.stderr, flush=True)  # fmt: skip
-        raise typer.Exit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "signal", signal.SIGINT)  # Interrupted has the number
+        by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"error: {by}", file=sys.stderr, flush=True)
+        raise typer.Exit(128 + number) from None
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -61,14 +59,11 @@ def _common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Parameter-efficient fine-tuning, fast and small."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it tells of a kernel that is not used here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an unused kernel at import
 
 
 def _register(name: str) -> None:
-    """Makes a command of the function of that name in the module of that name.
-
-    It returns the exit code, or None for 0.
-    """
+    """Makes a command of the function ``name`` in the module ``name``. It returns an exit code, or None for 0."""
 
     def declared() -> Callable[..., Optional[int]]:
         return getattr(importlib.import_module(f".{name}", __package__), name)
@@ -86,20 +81,20 @@ for _name in ("doctor", "finetune", "report", "merge", "recommend", "explain", "
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line (default: ``sys.argv``); returns the exit code, and prints no traceback for wrong usage."""
+    """Runs the command line (default: ``sys.argv``) and returns the exit code. Wrong usage prints one line."""
     command = typer.main.get_command(app)
     try:
         code = command.main(args=None if argv is None else list(argv), prog_name="peft-ext", standalone_mode=False)
     except Exception as error:
-        # typer's and click's own errors, whichever of the two a version of typer raises.
+        # An error of typer or of click, which depends on the version of typer.
         if not hasattr(error, "format_message"):
             raise
-        if message := error.format_message():  # none where the help was shown instead
+        if message := error.format_message():  # "" where typer has shown the help
             print(f"error: {message}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         drop_output()
-        return 1  # as rich and click have it
+        return 1  # as rich and click do
     return int(code) if isinstance(code, int) else 0

@@ -1,4 +1,4 @@
-"""``peft-ext merge``: an adapter and its base made one dense model, with what was done said line by line."""
+"""``peft-ext merge``: merges an adapter and its base into one dense model, and prints a summary."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..run.errors import need
 from ..text import format_bytes
 from . import CliError
-from ._common import base_of, need
+from ._common import AdapterFolder, BaseBlocksize, BaseModel, base_of
 
 
 def merge(
-    adapter: Annotated[Path, typer.Option(help="A folder that a run, or save_pretrained, wrote.")],
-    output: Annotated[Path, typer.Option(help="The dense model's folder.")],
-    model: Annotated[
-        Optional[str], typer.Option(help='The base: a folder, a hub name, or "smollm2". Default: the adapter\'s own.')
-    ] = None,
+    adapter: AdapterFolder,
+    output: Annotated[Path, typer.Option(help="Folder for the dense model.")],
+    model: BaseModel = None,
     base_quant: Annotated[
-        Optional[str], typer.Option(help="Add to the base as nf4 or as none. Default: as the run.json has it, or none.")
+        Optional[str], typer.Option(help="Base to merge into: nf4 or none. Default: the run.json's, or none.")
     ] = None,
-    blocksize: Annotated[Optional[int], typer.Option(help="Of nf4. Default: the run.json's, or 64.")] = None,
-    double_quant: Annotated[bool, typer.Option(help="Of nf4.")] = True,
+    blocksize: BaseBlocksize = None,
+    double_quant: Annotated[bool, typer.Option(help="Double quantization of nf4.")] = True,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or keep: the base's.")] = "keep",
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder that is there.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Make an adapter and its base one dense model, in safetensors, one layer in memory at a time."""
+    """Merge an adapter and its base into one dense model, in safetensors, with one layer in memory at a time."""
     need("merge", "transformers", "peft", "safetensors")
     from ..merge import MergeError, merge_to_dense
 
@@ -49,6 +48,6 @@ def merge(
     if name is not None:
         print(f"largest relative change of a weight: {change:.2g}, {name}")
     if done.untied:
-        print(f"no longer tied, as the adapter changed one of them: {', '.join(done.untied)}")
+        print(f"no longer tied, since the adapter changed one of the tied weights: {', '.join(done.untied)}")
     print(f"written: {done.parameters:,} parameters, {done.tensors} tensors, {size}, {files}, {dtype}")
     print(f"saved: {done.output} in {done.seconds:.1f} s")

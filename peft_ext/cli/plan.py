@@ -11,7 +11,7 @@ from ..methods import METHODS
 from ..run import Plan
 from ..run.config import FILE as CONFIG_FILE
 from ..text import dtype_name, format_bytes
-from ._common import console, grouped_rows, mib, new_table
+from ._common import console, layers_table, mib, new_table
 
 _KINDS = {
     "weights": "frozen weights", "quantization": "their scales", "adapters": "adapter", "gradients": "gradients",
@@ -20,15 +20,12 @@ _KINDS = {
 
 
 def show_plan(plan: Plan) -> None:
-    """Prints it."""
+    """Prints the plan of a run."""
     print("dry run: no weight is read, nothing is written")
     screen = console()
     screen.print(_summary(plan))
     if plan.adapter.rows:
-        table = new_table("layers", "kind", "fused", "names", "reason", right=("layers",))
-        for kind, fused, reason, names, count in grouped_rows(plan.adapter.rows):
-            table.add_row(str(count), kind, "yes" if fused else "no", ", ".join(names), reason)
-        screen.print(table)
+        screen.print(layers_table({None: plan.adapter.rows}))
     screen.print(_memory(plan))
     for line in _remarks(plan):
         print(line)
@@ -37,7 +34,7 @@ def show_plan(plan: Plan) -> None:
 def _summary(plan: Plan) -> Any:
     run, o = plan.run, plan.run.options
     train, held_out = run.examples.train, run.examples.held_out
-    table = new_table("", "", header=False)
+    table = new_table("", "", show_header=False)
     table.add_row("model", f"{o.model}, {plan.model_class}, {plan.parameters:,} parameters")
     dtype = dtype_name(run.dtype)
     held = f"NF4, double quantization, blocks of {o.blocksize}" if o.quant == "nf4" else dtype
@@ -96,7 +93,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     run, o, adapter = plan.run, plan.run.options, plan.adapter
     if adapter.no_memory is not None:
         yield f"a step's memory could not be estimated: {adapter.no_memory}"
-    # What this process holds is not free, and is given back before the run.
+    # The memory of this process is not free now, but will be before the run.
     free = None if plan.free_bytes is None else plan.free_bytes + plan.held_bytes
     if free is not None and plan.needed_bytes > free:
         method = METHODS[o.method]
@@ -105,7 +102,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         mends += ["--dtype bf16"] * (o.quant == "none" and run.dtype == torch.float32)
         mends += ["a smaller --batch-size or --block-size"]
         mends += ["--gradient-checkpointing"] * (not o.gradient_checkpointing and method.can_checkpoint)
-        if adapter.memory is None or plan.check_bytes > adapter.memory.total:  # no smaller batch takes less
+        if adapter.memory is None or plan.check_bytes > adapter.memory.total:  # a smaller batch would not help
             mends = ["--quant nf4"] * dense + ["a smaller model"]
         yield f"warning: it needs more memory than is free; {' or '.join(mends)} takes less"
     if run.packed:

@@ -1,18 +1,18 @@
-"""``peft-ext recommend``: :func:`peft_ext.recommend_peft_method` with its reasons, as tables or as JSON."""
+"""``peft-ext recommend``: prints :func:`peft_ext.recommend_peft_method`'s answer as text or as JSON."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import torch
 import typer
 
-from ..run.progress import status
+from ..run.errors import need
+from ..run.progress import quiet, status
 from ..sources.json_file import first_line
-from ..text import gigabytes
 from . import CliError
-from ._common import console, dense_config, memory_document, model_config, need, new_table, print_json, quiet
+from ._common import dense_config, model_config, print_json
 
 _OPTIONS = {
     "model_size_b": "model-size", "gpu_memory_gb": "memory", "task_type": "task", "num_examples": "examples",
@@ -22,19 +22,19 @@ _OPTIONS = {
 
 def recommend(
     model_size: Annotated[Optional[float], typer.Option(help="Billions of parameters.")] = None,
-    model: Annotated[Optional[str], typer.Option(help='Instead: a model\'s folder, a hub name, or "smollm2".')] = None,
+    model: Annotated[Optional[str], typer.Option(help='Or a model: folder, hub name, "smollm2".')] = None,
     memory: Annotated[
         Optional[float],
-        typer.Option(help="Of the card, in GB. Default: this machine's GPU; needed where there is none."),
+        typer.Option(help="Memory of the card in GB. Default: this machine's GPU."),
     ] = None,
     task: Annotated[str, typer.Option(help="generation, classification, ner, qa, summarization, ...")] = "generation",
-    examples: Annotated[Optional[int], typer.Option(help="To train on. Default: unknown.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of one forward; it may be lowered to 1.")] = 4,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Default: 1024; encoders: 512.")] = None,
-    prefer: Annotated[str, typer.Option(help="balanced, or quality: at a slower step.")] = "balanced",
+    examples: Annotated[Optional[int], typer.Option(help="Number of training examples. Default: unknown.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of one forward; may be lowered to 1.")] = 4,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens. Default: 1024; encoders: 512.")] = None,
+    prefer: Annotated[str, typer.Option(help="balanced, or quality, which allows a slower step.")] = "balanced",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Which method, and which setting of it, for a model, a card, a task and an amount of data; and why."""
+    """Recommend a method and its setting for a model, a card, a task and an amount of data, with reasons."""
     if (model_size is None) == (model is None):
         raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
@@ -42,71 +42,28 @@ def recommend(
     from ..recommend import recommend_peft_method
 
     subject = model_size if model is None else dense_config(model_config(model)[1])
-    card = _card() if memory is None else memory
+    if memory is None:
+        if not torch.cuda.is_available():
+            raise CliError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     try:
         with status("tracing training steps"):
             found = recommend_peft_method(
-                subject, card, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
+                subject, memory, task, examples, batch_size=batch_size, sequence_length=sequence_length, prefer=prefer
             )
     except (ValueError, TypeError, RuntimeError) as error:
         raise CliError(_in_options(first_line(error))) from None
     if as_json:
-        print_json(_document(found))
+        print_json({"fits": found.fits, **vars(found)})
     else:
-        _show(found)
+        print(found)
     return 0 if found.fits else 1
 
 
-def _card() -> float:
-    """Returns the GiB of the first GPU here."""
-    if not torch.cuda.is_available():
-        raise CliError("--memory: wanted the card's memory in GB, since there is no GPU here to take it from")
-    return torch.cuda.get_device_properties(0).total_memory / 2**30
-
-
 def _in_options(text: str) -> str:
-    """Returns ``recommend_peft_method: gpu_memory_gb is 0, wanted ...`` in the words of the command line."""
+    """Returns an error of ``recommend_peft_method`` with the command line's names: ``--memory 0: wanted ...``."""
     text = text.partition(": ")[2] if text.startswith("recommend_peft_method: ") else text
     match = re.match(r"(\w+) is (.+?), (.*)", text)
     if match is None or match[1] not in _OPTIONS:
         return text
     return f"--{_OPTIONS[match[1]]} {match[2].strip(chr(39))}: {match[3]}"
-
-
-def _document(found: Any) -> dict[str, Any]:
-    others = [{**vars(other), "memory": memory_document(other.memory)} for other in found.alternatives]
-    return {
-        "fits": found.fits, **vars(found), "config_kwargs": dict(found.config_kwargs),
-        "memory": memory_document(found.memory), "alternatives": others,
-    }  # fmt: skip
-
-
-def _gb(estimate: Any) -> str:
-    return "can't run so" if estimate is None else gigabytes(estimate.total)
-
-
-def _show(found: Any) -> None:
-    screen = console()
-    weights = "NF4 weights" if found.quantization else "dense weights"
-    rows = [
-        ("method", found.name),
-        ("weights", weights),
-        ("step", f"{found.batch_size} x {found.sequence_length} tokens"
-                 + (", gradient checkpointing" if found.gradient_checkpointing else "")),
-        ("memory", f"{_gb(found.memory)} of {found.gpu_memory_gb:g} GB, {found.headroom:.0%} of which is kept free"),
-    ]  # fmt: skip
-    if found.fits:
-        given = ", ".join(f"{name}={value!r}" for name, value in found.config_kwargs.items())
-        rows.append(("config", f"{found.config_class}({given})"))
-    for reason in found.reasons:
-        rows.append(("why" if reason is found.reasons[0] else "", reason))
-    table = new_table("what", "which", unfolded=("what",), header=False)
-    for row in rows:
-        table.add_row(*row)
-    screen.print(table)
-    if not found.alternatives:
-        return
-    table = new_table("not taken", "memory", "fits", "why not", unfolded=("memory",))
-    for other in found.alternatives:
-        table.add_row(other.name, _gb(other.memory), "yes" if other.fits else "no", other.why_not)
-    screen.print(table)

@@ -1,4 +1,4 @@
-"""``peft-ext report``: a run's report.html, drawn again."""
+"""``peft-ext report``: draws a run's report.html again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import typer
 from ..run import redraw
 
 
-def report(folder: Annotated[Path, typer.Argument(help="Of a run, with its run.json.")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, with its run.json.")]) -> None:
     """Draw a run's report.html again, from its run.json."""
     print(f"report: {redraw(folder)}")

@@ -1,10 +1,11 @@
-"""Which PEFT method for a model, a card, a task and an amount of data.
+"""Recommends a PEFT method for a model, a card, a task and an amount of data.
 
-    first the method that fits task and data, then the first setting of it that fits the card:
+The recommendation is the first method for the task and the data, in the first of these settings that fits the card:
+
     16-bit weights  >  with checkpointing  >  NF4 weights  >  NF4 with checkpointing  >  that, one sequence at a time
 
-What fits is not guessed: :func:`peft_ext.estimate_memory` traces the training step, of the given model or of one with
-the proportions of the Llama family (BERT's, T5's) and the wanted number of parameters.
+:func:`peft_ext.estimate_memory` traces the training step to find what fits. It traces the given model, or a model of
+the given size with the proportions of Llama, BERT or T5.
 """
 
 from .choice import PREFERENCES, recommend_peft_method

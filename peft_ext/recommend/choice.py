@@ -1,4 +1,4 @@
-"""``recommend_peft_method``: its arguments, and what a task is called."""
+"""``recommend_peft_method``: the checks of its arguments, and the names of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subjects import Given, Synthetic
 
 PREFERENCES = ("balanced", "quality")
 
-# What a task is called, by PEFT's name for it.
+# Names of a task, by PEFT's name.
 _TASKS = {
     "CAUSAL_LM": ("causal-lm", "generation", "text-generation", "language-modeling", "chat", "instruction",
                   "instruction-tuning", "completion", "code", "qa", "summarization", "translation"),
@@ -44,36 +44,44 @@ def recommend_peft_method(
 ) -> Recommendation:
     """Returns the method for the task and the data, in the first setting that fits the card.
 
-    By data: fewer than 100 examples: IA3, which was made for them and beats in-context learning (arXiv 2205.05638).
-    Fewer than 1,000: LoRA of a small rank. Up to 50,000, or unknown: LoRA of rank 16 on all linear layers, which is
-    what it takes to match full fine-tuning (QLoRA, arXiv 2305.14314, section 4). More: rank 64, with rsLoRA's scale,
-    without which a larger rank does not learn more (arXiv 2312.03732), since capacity is what LoRA lacks on large data
-    (arXiv 2405.09673). A small encoder with up to 10,000 examples to classify, or an unknown number: BitFit, there
-    competitive with full fine-tuning (arXiv 2106.10199). ``prefer="quality"``: DoRA for LoRA (arXiv 2402.09353), of
-    twice the rank between 1,000 and 50,000 examples. Prompt tuning catches up only at 10 billion parameters (arXiv
-    2104.08691), prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters (arXiv
-    2303.10512); bottleneck adapters (arXiv 1902.00751) can't be merged.
+    The number of examples decides the method:
 
-    By memory: 16-bit weights, then with gradient checkpointing (arXiv 1604.06174), then NF4 with double quantization,
-    with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314), then both, then both with one sequence at a time.
+    - fewer than 100: IA3, which was made for few examples and beats in-context learning (arXiv 2205.05638);
+    - fewer than 1,000: LoRA of rank 8;
+    - fewer than 50,000, or unknown: LoRA of rank 16 on all linear layers, which matches full fine-tuning (QLoRA, arXiv
+      2305.14314, section 4);
+    - more: rsLoRA of rank 64, since LoRA lacks capacity on large data (arXiv 2405.09673) and a larger rank learns no
+      more without rsLoRA's scale (arXiv 2312.03732);
+    - a small encoder that classifies, with 100 to 10,000 examples or an unknown number: BitFit, which competes there
+      with full fine-tuning (arXiv 2106.10199).
+
+    ``prefer="quality"`` takes DoRA instead of LoRA (arXiv 2402.09353), with rank 32 from 1,000 to 50,000 examples.
+    Prompt tuning competes only from 10 billion parameters on (arXiv 2104.08691). Prefix tuning suits generation (arXiv
+    2101.00190), AdaLoRA a tight budget of parameters (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't
+    be merged.
+
+    The memory decides the setting: 16-bit weights; then gradient checkpointing (arXiv 1604.06174); then NF4 with double
+    quantization, with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314); then both; then both with one sequence
+    at a time.
 
     Args:
-        model_size_b: billions of parameters; or a transformers configuration or model, which is then traced itself.
-        gpu_memory_gb: of one card, GiB.
+        model_size_b: billions of parameters; or a transformers configuration or model, which is traced.
+        gpu_memory_gb: memory of one card, in GiB.
         task_type: PEFT's ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") or
             a common name ("generation", "chat", "qa", "summarization", "classification", "ner", ...), in any case.
-            "qa" and "summarization" are generated; spans are "extractive-qa".
-        num_examples: to train on; None: unknown.
-        batch_size, sequence_length: of one forward; more by accumulating gradients. The batch may be lowered to 1.
-            Default: 1024 tokens, 512 of an encoder, or as many as a given model has positions for.
+            "qa" and "summarization" generate text; "extractive-qa" marks spans.
+        num_examples: number of training examples; None: unknown.
+        batch_size, sequence_length: sequences of one forward, which may be lowered to 1, and tokens of a sequence.
+            Default: 1024 tokens, 512 for an encoder, at most the positions of a given model.
         prefer: "balanced" or "quality", which allows a slower step.
-        dtype: of weights that are not quantized. optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
-        headroom: part of the card that tensors don't get; see :meth:`peft_ext.memory.MemoryEstimate.fits`.
+        dtype: dtype of weights that are not quantized.
+        optimizer, accelerated: see :func:`peft_ext.estimate_memory`.
+        headroom: share of the card that stays free of tensors, see :meth:`peft_ext.memory.MemoryEstimate.fits`.
 
-    Returns: a Recommendation. It never recommends what does not fit: where nothing does, ``method`` is None and
-    ``reasons`` say what would fit.
+    Returns: a Recommendation of a method that fits. Where nothing fits, ``method`` is None and ``reasons`` say what
+    would fit.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose message names the argument, its value and the wanted values.
     """
     _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
     check_arguments(
@@ -105,6 +113,7 @@ def _check_arguments(gpu_memory_gb: Any, num_examples: Any, sequence_length: Any
 
 
 def task_named(task_type: Any) -> str:
+    """Returns PEFT's name of a task. Raises ValueError for an unknown task."""
     name = str(getattr(task_type, "value", task_type)).strip().lower().replace("_", "-").replace(" ", "-")
     if name not in _BY_NAME:
         wanted = "; ".join(f"{task} ({', '.join(names[1:])})" for task, names in _TASKS.items())

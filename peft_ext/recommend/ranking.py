@@ -1,4 +1,4 @@
-"""The order of the methods for a task and an amount of data, and why each comes where it does."""
+"""The order of the methods for a task and an amount of data, and the reasons for the order."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# Examples below which data is few, small, medium; from the last on it is large.
+# Fewer examples than _FEW are few, fewer than _SMALL are small data, and _LARGE or more are large data.
 _FEW, _SMALL, _LARGE = 100, 1_000, 50_000
 _BITFIT_EXAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method, why it is not taken, what changes in its configuration, and why it comes first where it does."""
+    """A method in the order.
+
+    Attributes:
+        why_not: reason against the method, where another is chosen.
+        changes: fields of its configuration that differ from the method's defaults.
+        why: reason for the method, where it comes first.
+    """
 
     method: str
     why_not: str

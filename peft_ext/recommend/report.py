@@ -1,4 +1,4 @@
-"""What was recommended, and why."""
+"""The results of ``recommend_peft_method``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ..text import gigabytes
 
 @dataclass(frozen=True)
 class Alternative:
-    """A method that was not taken: why, and what its step needs in the recommended setting (None: it can't run so)."""
+    """A method that was not chosen.
+
+    Attributes:
+        why_not: reason against the method.
+        memory: memory of its step in the recommended setting; None where the method can't run in this setting.
+        fits: whether its step fits the card.
+    """
 
     method: str
     name: str
@@ -24,17 +30,18 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What :func:`peft_ext.recommend_peft_method` found; prints as a text.
+    """The result of :func:`peft_ext.recommend_peft_method`. ``str`` of it is a text for people.
 
     Attributes:
         method: one of ``peft_ext.memory.METHODS``; None where nothing fits.
-        name: as people call it: "LoRA", "QLoRA", "IA3"; "nothing fits".
-        quantization: "nf4" or None. gradient_checkpointing, batch_size, sequence_length: the rest of the setting.
-        config_class: full name of the configuration's class; empty where nothing fits.
-        config_kwargs: the arguments to make it with.
-        memory: of a training step: see :class:`peft_ext.memory.MemoryEstimate`; where nothing fits, the smallest.
-        gpu_memory_gb, headroom: what it was held against.
-        reasons: sentences.
+        name: common name of the method, such as "LoRA", "QLoRA" or "IA3"; "nothing fits".
+        quantization: quantization of the weights: "nf4" or None.
+        gradient_checkpointing, batch_size, sequence_length: the step's setting.
+        config_class: full name of the configuration's class; "" where nothing fits.
+        config_kwargs: arguments of the configuration's class.
+        memory: memory of the training step; where nothing fits, of the method that needs the least.
+        gpu_memory_gb, headroom: memory of the card in GiB, and the share of it that stays free.
+        reasons: reasons for the recommendation, as sentences.
         alternatives: the other methods, best first.
     """
 
@@ -54,11 +61,11 @@ class Recommendation:
 
     @property
     def fits(self) -> bool:
-        """Whether anything fits."""
+        """Whether a method fits the card."""
         return self.method is not None
 
     def config(self) -> Any:
-        """Returns the PEFT configuration, made now. Raises RuntimeError where nothing fits."""
+        """Makes and returns the PEFT configuration. Raises RuntimeError where nothing fits."""
         if self.method is None:
             raise RuntimeError("Recommendation: nothing fits, so there is no configuration; see reasons")
         return make_config(self.config_class, self.config_kwargs)
@@ -66,7 +73,8 @@ class Recommendation:
     def __str__(self) -> str:
         setting = [f"{self.batch_size} x {self.sequence_length} tokens", self.quantization or "dense weights"]
         setting += ["gradient checkpointing"] * self.gradient_checkpointing
-        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory.total)} of {self.gpu_memory_gb:g} GB"]
+        lines = [f"{self.name}: {', '.join(setting)}; {gigabytes(self.memory.total)} of {self.gpu_memory_gb:g} GB, "
+                 f"{self.headroom:.0%} of which is kept free"]  # fmt: skip
         if self.method is not None:
             given = ", ".join(f"{name}={value!r}" for name, value in self.config_kwargs.items())
             lines.append(f"{self.config_class.rpartition('.')[2]}({given})")

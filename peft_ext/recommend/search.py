@@ -1,29 +1,30 @@
-"""The first method of the order, in the first setting, that fits the card."""
+"""The search for the first method of the order, in the first setting, that fits the card."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
 from ..memory import MemoryEstimate
 from ..methods import METHODS, make_config, method_config
+from ..sources.json_file import first_line
 from ..text import dtype_name, gigabytes
 from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# What people call a method, over dense weights and over NF4.
+# Common names of a method, over dense weights and over NF4.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
-# Quantization and checkpointing, in the order in which they are tried: checkpointing costs a second forward, a third of
-# the step, and no accuracy; NF4 costs the time to dequantize and, at times, accuracy.
+# Quantization and checkpointing, in the order of the search. Checkpointing costs a second forward, a third of the step,
+# and no accuracy. NF4 costs time to dequantize and sometimes accuracy.
 _SETTINGS = ((None, False), (None, True), ("nf4", False), ("nf4", True))
 
 
@@ -46,18 +47,18 @@ class Search:
         settings = [_Setting(*setting, batch_size, sequence_length) for setting in _SETTINGS]
         settings += [_Setting(*_SETTINGS[-1], 1, sequence_length)] * (batch_size > 1)
         self.settings = settings
-        self._known: dict[tuple[str, _Setting], Optional[MemoryEstimate]] = {}
-        self._refused: dict[tuple[str, _Setting], Exception] = {}
+        # The step's memory, or the error of PEFT or the model; None where a method is known not to work in a setting.
+        self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
-    def _has_room(self, memory: MemoryEstimate) -> bool:
-        return memory.fits(self.gpu_memory_gb, headroom=self.headroom)
+    def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:
+        return memory is not None and memory.fits(self.gpu_memory_gb, headroom=self.headroom)
 
     def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
         path, fields = method_config(candidate.method, self.subject.task)
         return path, fields | dict(candidate.changes) | self.subject.fields(candidate.method)
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
-        """Returns None where the method does not work in this setting."""
+        """Returns the memory of the step; None where the method does not work in this setting."""
         key = (candidate.method, setting)
         if key not in self._known:
             try:
@@ -65,9 +66,9 @@ class Search:
             except (ValueError, RuntimeError) as error:
                 if not isinstance(self.subject, Given):
                     raise
-                self._known[key] = None  # PEFT, or the model, refuses the method
-                self._refused[key] = error
-        return self._known[key]
+                self._known[key] = error
+        found = self._known[key]
+        return None if isinstance(found, Exception) else found
 
     def _estimate(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
         if candidate.method == "full":
@@ -105,24 +106,27 @@ class Search:
             but = self._refusal(other, self.settings) or "does not fit"
             reasons.append(f"{NAMES[other.method][0]} would come before it, but {but}.")
         path, fields = self._fields(chosen)
+        return self._recommendation(chosen, name, setting, memory, reasons, ranked, path, fields)
+
+    def _recommendation(
+        self, chosen: Optional[Candidate], name: str, setting: _Setting, memory: MemoryEstimate, reasons: list[str],
+        ranked: list[Candidate], path: str = "", fields: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Recommendation:  # fmt: skip
         return Recommendation(
-            method=chosen.method, name=name, **vars(setting),
-            config_class=path, config_kwargs=MappingProxyType(fields), memory=memory,
-            gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
-            alternatives=self._alternatives(ranked, setting, chosen),
+            method=None if chosen is None else chosen.method, name=name, **vars(setting), config_class=path,
+            config_kwargs=MappingProxyType(fields), memory=memory, gpu_memory_gb=self.gpu_memory_gb,
+            headroom=self.headroom, reasons=tuple(reasons), alternatives=self._alternatives(ranked, setting, chosen),
         )  # fmt: skip
 
-    def _error(self, candidate: Candidate, settings: Iterable[_Setting]) -> Optional[str]:
-        """Returns what the first of these settings that was refused was refused with, in a line."""
-        for setting in settings:
-            if (error := self._refused.get((candidate.method, setting))) is not None:
-                return (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None
+    def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
+        """Returns the first error among the settings that were tried, and whether the method works in one of them."""
+        found = [self._known.get((candidate.method, setting)) for setting in settings]
+        error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
+        return error, any(isinstance(one, MemoryEstimate) for one in found)
 
     def _refusal(self, candidate: Candidate, settings: Sequence[_Setting]) -> Optional[str]:
-        """Returns why none of these settings works; None where one does, though it may not fit."""
-        error = self._error(candidate, settings)
-        works = any(self._known.get((candidate.method, setting)) is not None for setting in settings)
+        """Returns why the method works in none of these settings; None where it works in one of them."""
+        error, works = self._outcome(candidate, settings)
         return None if error is None or works else f"it can't adapt this model ({error})"
 
     def _alternatives(
@@ -132,30 +136,24 @@ class Search:
         for other in ranked:
             if other is chosen:
                 continue
-            # Full fine-tuning has no quantized weights: it is shown as it would have to run.
+            # Full fine-tuning can't quantize its weights.
             at = setting if other.method != "full" else replace(setting, quantization=None)
             memory = self._memory(other, at)
-            fits = memory is not None and self._has_room(memory)
             name = NAMES[other.method][at.quantization is not None]
             why_not = self._refusal(other, [at]) or ("it does not fit" if chosen is None else other.why_not)
-            found.append(Alternative(other.method, name, why_not, memory, fits))
+            found.append(Alternative(other.method, name, why_not, memory, self._has_room(memory)))
         return tuple(found)
-
-    def _not_dense(self, chosen: Candidate) -> str:
-        """Returns what is with dense weights where they are not taken: too large, or no step over them was traced."""
-        settings = [setting for setting in self.settings if setting.quantization is None]
-        fits_not = any(self._known.get((chosen.method, setting)) is not None for setting in settings)
-        error = self._error(chosen, settings)
-        said = ["do not fit"] * (fits_not or error is None)
-        said += [f"could not be estimated ({error})"] * (error is not None)
-        return f"{self.dense} weights {', or '.join(said)}"
 
     def _setting_reasons(self, chosen: Candidate, setting: _Setting, memory: MemoryEstimate) -> list[str]:
         left = f"{memory.total / 2**30:.1f} of {self.gpu_memory_gb:g} GB"
         reasons = []
         if setting.quantization is not None:
-            reasons.append(f"{self._not_dense(chosen)}: they are quantized to NF4, {gigabytes(memory.weights)}, with "
-                           "which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314).")  # fmt: skip
+            error, fits_not = self._outcome(chosen, [s for s in self.settings if s.quantization is None])
+            why = ["do not fit"] * (fits_not or error is None)
+            why += [f"could not be estimated ({error})"] * (error is not None)
+            reasons.append(f"{self.dense} weights {', or '.join(why)}: they are quantized to NF4, "
+                           f"{gigabytes(memory.weights)}, with which QLoRA matched 16-bit fine-tuning (arXiv "
+                           "2305.14314).")  # fmt: skip
         else:
             reasons.append(f"{self.dense} weights fit, so they are not quantized.")
         if setting.gradient_checkpointing:
@@ -168,12 +166,12 @@ class Search:
         return reasons
 
     def _nothing(self, ranked: list[Candidate]) -> Recommendation:
-        """Returns the least that a method needs, and what would fit."""
+        """Returns the recommendation where nothing fits: the method that needs the least memory, and what would fit."""
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]
         needs = [(candidate, memory) for candidate, memory in needs if memory is not None]
         if not needs:
-            raise next(iter(self._refused.values()))
+            raise next(error for error in self._known.values() if isinstance(error, Exception))
         least, memory = min(needs, key=lambda pair: pair[1].total)
         name = NAMES[least.method][True]
         usable = (1 - self.headroom) * self.gpu_memory_gb * 2**30
@@ -184,26 +182,15 @@ class Search:
             f"{setting.sequence_length} tokens, {gigabytes(memory.total)}, and {self.gpu_memory_gb:g} GB leave "
             f"{gigabytes(usable)} for tensors.",
             f"A card of {card} GB would do." if card else
-            f"It takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
+            f"{name} takes {wanted:.0f} GB: more than one card (FSDP with QLoRA), or weights offloaded to the host.",
         ]  # fmt: skip
-        if (shorter := self._shorter(least, setting)) is not None:
-            reasons.append(f"Sequences of {shorter} tokens would fit.")
+        length = setting.sequence_length // 2
+        while length >= 64 and not self._has_room(self._memory(least, replace(setting, sequence_length=length))):
+            length //= 2
+        if length >= 64:
+            reasons.append(f"Sequences of {length} tokens would fit.")
         held = memory.weights + memory.quantization
         smaller = self.subject.size_b * (usable - (memory.total - held)) / held if held else 0.0
         if smaller > 0:
             reasons.append(f"A model of about {parameters_text(smaller)} would fit.")
-        return Recommendation(
-            method=None, name="nothing fits", **vars(setting), config_class="", config_kwargs=MappingProxyType({}),
-            memory=memory, gpu_memory_gb=self.gpu_memory_gb, headroom=self.headroom, reasons=tuple(reasons),
-            alternatives=self._alternatives(ranked, setting, None),
-        )  # fmt: skip
-
-    def _shorter(self, candidate: Candidate, setting: _Setting) -> Optional[int]:
-        """Returns the longest power-of-two part of the sequence, of at least 64 tokens, that fits."""
-        length = setting.sequence_length // 2
-        while length >= 64:
-            memory = self._memory(candidate, _Setting(setting.quantization, True, 1, length))
-            if memory is not None and self._has_room(memory):
-                return length
-            length //= 2
-        return None
+        return self._recommendation(None, "nothing fits", setting, memory, reasons, ranked)

@@ -1,4 +1,4 @@
-"""The model that a method is for: the user's own, or one of a given size with the proportions of its family."""
+"""The model of a recommendation: the user's own, or a model of a given size with the proportions of a family."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _LARGEST_B = 1_000_000
 
 
 def parameters_text(size_b: float) -> str:
+    """Returns a number of parameters, given in billions, in words: "7 billion parameters"."""
     units = ((1.0, "billion"), (1e3, "million"), (1e6, "thousand"))
     size, unit = next(((size_b * n, unit) for n, unit in units if size_b * n >= 1), (size_b * 1e6, "thousand"))
     return f"{size:.0f} {unit} parameters" if size >= 10 else f"{size:.2g} {unit} parameters"
 
 
 class Given:
-    """A model, or a configuration, of the user's."""
+    """A model or configuration that the user gave."""
 
     def __init__(self, model: Any, task: str, sequence_length: Optional[int]) -> None:
         import transformers
@@ -53,7 +54,7 @@ class Given:
         self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
     def fields(self, method: str) -> dict[str, Any]:
-        """Returns what a method's configuration has to say for this model: where it has experts."""
+        """Returns the fields of a method's configuration that this model's experts need; {} without experts."""
         return self._fields.get(method, {})
 
     def profile(self, **kwargs: Any) -> Profile:
@@ -63,9 +64,9 @@ class Given:
 class Synthetic:
     """A model of a given size with the proportions of Llama, of BERT (a small one that classifies), or of T5.
 
-    Layers L and width h grow together, h = 128 L from a billion parameters on and 64 L below (Llama 7B to 405B: 102 to
-    130; GPT-2, BERT: 64), T5 85 L; the feed-forward layer takes up what rounding leaves. What a step needs grows
-    linearly with L: it is traced for two and for three layers.
+    The width h grows with the number of layers L: h = 128 L from a billion parameters on and h = 64 L below (Llama 7B
+    to 405B: 102 to 130; GPT-2, BERT: 64); T5: h = 85 L. The width of the feed-forward layers makes up for rounding. The
+    memory of a step grows linearly with L, so steps of two and of three layers are traced.
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
@@ -76,8 +77,7 @@ class Synthetic:
         self.is_encoder = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION") and size_b < 1
         self.has_biases = self.is_encoder
         self.sequence_length = sequence_length or (512 if self.is_encoder else 1024)
-        family = "bert" if self.is_encoder else "t5" if task == "SEQ_2_SEQ_LM" else "llama"
-        self.layers, self.make = _FAMILIES[family](size_b * 1e9, task, self.sequence_length)
+        self.layers, self.make = _family(size_b * 1e9, task, self.sequence_length, self.is_encoder)
         config = self.make(self.layers)
         self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
 
@@ -91,11 +91,8 @@ class Synthetic:
         return of(self.layers) if self.layers <= 3 else of(2).extrapolate(of(3), self.layers - 2)
 
 
-_Family = tuple[int, Callable[[int], Any]]
-
-
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Solves ``size = per_layer · L · h² + embeddings · h``, ``h = ratio · L``, for layers and heads in steps."""
+    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L`` for layers L and heads in steps."""
     low, high = 0.5, 1e3
     for _ in range(60):
         layers = (low + high) / 2
@@ -106,56 +103,44 @@ def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, em
     return max(1, round((size - embeddings * h) / (per_layer * h * h))), heads
 
 
-def _wide(size: float, others: float, per_width: float, layers: int) -> int:
-    """Returns the width of the feed-forward layer that makes up the size."""
-    return max(64, round((size - others) / (layers * per_width) / 64) * 64)
-
-
-def _vocabulary(size: float, usual: int) -> int:
-    """Returns a size not so large that a very small model would be embeddings alone."""
-    return max(256, min(usual, int(size / 640)))
-
-
-def _llama(size: float, task: str, _positions: int) -> _Family:
-    from transformers import LlamaConfig
+def _family(size: float, task: str, positions: int, is_encoder: bool) -> tuple[int, Callable[[int], Any]]:
+    """Returns the number of layers of a model of ``size`` parameters, and a function from layers to configurations."""
+    import transformers as hf
 
     small, tied = size < 1e9, size < 4e9
+
+    def shaped(per_layer: float, ratio: float, head: int, step: int, vocab: int, times: int = 1) -> tuple[int, ...]:
+        # A very small model gets a small vocabulary, since embeddings would be all of its parameters.
+        vocab = max(256, min(vocab, int(size / 640)))
+        return vocab, *_shape(size, per_layer, ratio, head, step, vocab * times), vocab * times
+
+    def wide(others: float, per_width: float) -> int:
+        """Returns the width of the feed-forward layers that makes up the size."""
+        return max(64, round((size - others) / (layers * per_width) / 64) * 64)
+
+    if is_encoder:
+        vocab, layers, heads, _ = shaped(12, 64, 64, 1, 30_522)
+        h = heads * 64
+        ffn = wide(layers * 4 * h * h + vocab * h, 2 * h)
+        return layers, lambda n: hf.BertConfig(
+            hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads, vocab_size=vocab,
+            max_position_embeddings=max(512, positions),
+        )  # fmt: skip
+    if task == "SEQ_2_SEQ_LM":
+        vocab, layers, heads, _ = shaped(27, 85, 64, 1, 32_128)
+        h = heads * 64
+        ffn = wide(layers * 12 * h * h + vocab * h, 6 * h)
+        return layers, lambda n: hf.T5Config(
+            d_model=h, d_kv=64, d_ff=ffn, num_layers=n, num_decoder_layers=n, num_heads=heads, vocab_size=vocab,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        )  # fmt: skip
     head = 64 if small else 128
-    vocab = _vocabulary(size, 49_152 if small else 128_256)
-    embeddings = vocab * (1 if tied or task != "CAUSAL_LM" else 2)
-    layers, heads = _shape(size, 13, 64 if small else 128, head, 4, embeddings)
+    vocab, layers, heads, embeddings = shaped(
+        13, head, head, 4, 49_152 if small else 128_256, 1 if tied or task != "CAUSAL_LM" else 2
+    )
     h = heads * head
-    ffn = _wide(size, layers * 2.5 * h * h + embeddings * h, 3 * h, layers)
-    return layers, lambda n: LlamaConfig(
+    ffn = wide(layers * 2.5 * h * h + embeddings * h, 3 * h)
+    return layers, lambda n: hf.LlamaConfig(
         hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads,
         num_key_value_heads=heads // 4, vocab_size=vocab, tie_word_embeddings=tied,
     )  # fmt: skip
-
-
-def _bert(size: float, task_named: str, positions: int) -> _Family:
-    from transformers import BertConfig
-
-    vocab = _vocabulary(size, 30_522)
-    layers, heads = _shape(size, 12, 64, 64, 1, vocab)
-    h = heads * 64
-    ffn = _wide(size, layers * 4 * h * h + vocab * h, 2 * h, layers)
-    return layers, lambda n: BertConfig(
-        hidden_size=h, intermediate_size=ffn, num_hidden_layers=n, num_attention_heads=heads, vocab_size=vocab,
-        max_position_embeddings=max(512, positions),
-    )  # fmt: skip
-
-
-def _t5(size: float, task_named: str, _positions: int) -> _Family:
-    from transformers import T5Config
-
-    vocab = _vocabulary(size, 32_128)
-    layers, heads = _shape(size, 27, 85, 64, 1, vocab)
-    h = heads * 64
-    ffn = _wide(size, layers * 12 * h * h + vocab * h, 6 * h, layers)
-    return layers, lambda n: T5Config(
-        d_model=h, d_kv=64, d_ff=ffn, num_layers=n, num_decoder_layers=n, num_heads=heads, vocab_size=vocab,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
-    )  # fmt: skip
-
-
-_FAMILIES: dict[str, Callable[[float, str, int], _Family]] = {"llama": _llama, "bert": _bert, "t5": _t5}

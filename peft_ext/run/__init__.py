@@ -1,4 +1,4 @@
-"""A fine-tuning run as a library; ``peft-ext finetune`` is a thin face of it.
+"""A fine-tuning run as a library. The command ``peft-ext finetune`` calls this library.
 
 ::
 
@@ -6,15 +6,15 @@
 
     result = finetune(Options(model="my/model", data="my.jsonl", output="outputs/mine"))
 
-A run reads the data, holds a part of it out, quantizes the base, trains an adapter with transformers' Trainer, saves
-it, and lets stock PEFT read it again. In reading order::
+A run reads the data, holds a part of the data out, quantizes the base, trains an adapter with transformers' Trainer,
+saves the adapter, and lets stock PEFT re-read it. The modules in reading order::
 
-    options.py      what can be asked for         config.py      the same as a YAML file
-    prepare.py      all before the weights        data.py        records, split, tokens
+    options.py      options of a run              config.py      options in a YAML file
+    prepare.py      checks before the weights     data.py        records, split, tokens
     train.py        the run                       evaluate.py    losses, answers, the last check
-    checkpoints.py  the folder, lock and resume   record.py      run.json
+    checkpoints.py  output folder, lock, resume   record.py      run.json
     plan.py         a dry run                     report/        report.html, drawn from run.json
-    errors.py       what ends a run               progress.py    what it tells as it goes
+    errors.py       errors and signals            progress.py    log lines and bars
 """
 
 from .config import read_config, write_config

@@ -1,7 +1,7 @@
-"""A run's folder: who may write into it, the checkpoints in it, and which of them a resumed run goes on from.
+"""The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
-A checkpoint is the Trainer's, sealed once it is whole (:func:`peft_ext.files.seal`): one that a killed run left half
-written, or that has changed since, is not resumed from.
+The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then seals the whole checkpoint. A run never resumes
+from a checkpoint that a killed run left half written, or whose files have changed since.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Optional
 
 from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
 from .config import FILE as CONFIG_FILE
-from .errors import RunError
+from .errors import RunError, Stop
 from .options import SAME_ON_RESUME, Options
 from .progress import log
 
-PREVIOUS = ".previous"  # where --overwrite keeps the adapter that it is to replace
+PREVIOUS = ".previous"  # folder in which --overwrite keeps the old adapter until the new one is saved
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
-# What a file system says that has no locks: a run on it goes on without one.
+# Error numbers of a file system without locks, on which a run works without a lock.
 _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
 
 
@@ -36,19 +36,19 @@ def checkpoints_folder(o: Options) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns after how many steps it was written."""
+    """Returns the number of steps after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def saved_checkpoints(o: Options) -> list[Path]:
-    """Returns the checkpoints, whole or not, the last one first."""
+    """Returns all checkpoints, sealed or not, the latest first."""
     there = checkpoints_folder(o).glob("checkpoint-*")
     return sorted((p for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of,
                   reverse=True)  # fmt: skip
 
 
 def read_record(o: Options) -> dict[str, Any]:
-    """Returns what the run.json in the folder has; nothing where it can't be read."""
+    """Returns the content of the folder's run.json; {} where the file can't be read."""
     try:
         return json.loads((o.output / "run.json").read_text())
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def read_record(o: Options) -> dict[str, Any]:
 
 
 def check_output(o: Options) -> Optional[Path]:
-    """Returns the checkpoint to go on from, or None where the run is to begin. Raises RunError."""
+    """Checks the output folder and returns the checkpoint to resume from; None for a new run. Raises RunError."""
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
         raise RunError(f"--output {o.output}: {existing} is a file")
@@ -69,17 +69,17 @@ def check_output(o: Options) -> Optional[Path]:
     if o.resume:
         return _checkpoint_to_resume(o)
     if o.output.is_dir() and any(entry.name != _LOCK for entry in o.output.iterdir()) and not o.overwrite:
-        resume = "--resume goes on with it, " if saved_checkpoints(o) else ""
+        resume = "--resume continues it, " if saved_checkpoints(o) else ""
         raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
     return None
 
 
 def check_same_data(o: Options, digest: str) -> None:
-    """Raises RunError where the records of a run to go on with are not those that it began with."""
+    """Raises RunError where the records of a run to resume are not the records with which the run began."""
     examples = read_record(o).get("examples")
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
-        raise RunError(f"--resume: the records of --data {o.data} are not those that the run in {o.output} began with")
+        raise RunError(f"--resume: the records of --data {o.data} differ from those of the run in {o.output}")
 
 
 def _checkpoint_to_resume(o: Options) -> Path:
@@ -106,38 +106,44 @@ def _checkpoint_to_resume(o: Options) -> Path:
 
 
 def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
-    """Returns the history that a checkpoint has."""
+    """Returns the Trainer's log history in a checkpoint; [] for None."""
     if checkpoint is None:
         return []
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error's line: which checkpoint --resume would go on from, if there is one."""
+    """Returns the end of an error's line: the checkpoint from which --resume continues; "" where there is none."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
-    return "" if checkpoint is None else f"; --resume goes on from {checkpoint.name}"
+    return "" if checkpoint is None else f"; --resume continues from {checkpoint.name}"
 
 
 def remove_unsealed(o: Options) -> None:
-    """Removes the checkpoints that were not written to their end."""
+    """Removes the checkpoints that are not sealed: the Trainer has not finished them."""
     for checkpoint in saved_checkpoints(o):
         if not is_sealed(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def sealing_callback() -> Any:
-    """Returns a callback that seals each checkpoint as it is saved."""
+def saving_callback(stop: Stop) -> Any:
+    """Returns a callback that saves and stops when a signal asks for it, and seals each saved checkpoint."""
     from transformers import TrainerCallback
 
-    class Sealer(TrainerCallback):
+    class Saver(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if stop.signal:
+                control.should_save = control.should_training_stop = True
+            if stop.save:
+                stop.save, control.should_save = False, True
+
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             sort_names(kwargs["model"], checkpoint)
             seal(checkpoint)
 
-    return Sealer()
+    return Saver()
 
 
 # --- writing into the folder ------------------------------------------------------------------------------------------
@@ -145,12 +151,12 @@ def sealing_callback() -> Any:
 
 @contextlib.contextmanager
 def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
-    """Makes the folder ready for a run, which writes into it alone as long as the block runs. Raises RunError."""
+    """Creates and locks the output folder until the block ends, and removes what the run replaces. Raises RunError."""
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
     with sole_writer(o.output):
         if o.overwrite:
             _set_aside(o)
-        if checkpoint is not None:  # what a killed run left is not to be mixed with what is written now
+        if checkpoint is not None:  # later checkpoints of a killed run must not mix with the new ones
             for later in itertools.takewhile(lambda p: p != checkpoint, saved_checkpoints(o)):
                 shutil.rmtree(later)
         yield
@@ -158,12 +164,12 @@ def own_output(o: Options, checkpoint: Optional[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of ``folder``, which is there, as long as the block runs.
+    """Locks ``folder``, which must exist, against other runs until the block ends.
 
-    The lock is on a file in the folder: it stays with it where :func:`peft_ext.files.atomic_folder` replaces the folder
-    and keeps its files. It goes with the process, whatever ends it.
+    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps this file when it replaces the
+    folder. The system releases the lock when the process ends for any reason.
 
-    Raises RunError where another process has it.
+    Raises RunError where another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -180,14 +186,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the lock is let go of: who gets a lock on what is gone tries again
+            path.unlink()  # before the release: filelock retries where the file it has locked is gone
         lock.release()
 
 
 def _set_aside(o: Options) -> None:
-    """Removes what an earlier run wrote, and nothing else.
+    """Removes the files of an earlier run, and no other files.
 
-    A whole adapter, and what tells of it, is kept in the folder PREVIOUS until this run has saved its own.
+    A whole adapter is copied, with its run.json, report and options, to the folder PREVIOUS, which stays until this run
+    has saved its own adapter.
     """
     there = [name for name in (*ADAPTER_FILES, "README.md", "run.json", "report.html", CONFIG_FILE)
              if (o.output / name).is_file()]  # fmt: skip
@@ -195,7 +202,7 @@ def _set_aside(o: Options) -> None:
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
             for name in there:
                 shutil.copy2(o.output / name, folder / name)
-        log.info(f"the adapter that is there: kept in {o.output / PREVIOUS} until this run has saved its own")
+        log.info(f"the old adapter is kept in {o.output / PREVIOUS} until this run has saved its own adapter")
     shutil.rmtree(checkpoints_folder(o), ignore_errors=True)
     for name in there:
         (o.output / name).unlink(missing_ok=True)

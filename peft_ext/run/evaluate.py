@@ -1,4 +1,4 @@
-"""What a model is asked before and after training: held-out losses, prompts, and whether the adapter re-reads."""
+"""Evaluation of a run: held-out losses, answers to prompts, and the check that stock PEFT re-reads the adapter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .prepare import Run
 from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
-HELD_OUT_POINTS = 4  # evaluations within training, beside the one before it and the one after it
-HELD_OUT_SHARE = 1 / 4  # what those evaluations read, at most, of the tokens that are trained on: a forward of them
-SAMPLES = 3  # held-out prompts that are asked beside the user's
-REREAD = 2  # held-out examples that a re-read adapter is compared on
-CHUNK = 64  # tokens whose logits are in float32 at a time
+HELD_OUT_POINTS = 4  # evaluations during training, in addition to those before and after training
+HELD_OUT_SHARE = 1 / 4  # most tokens of all evaluations during training, as a share of the tokens trained on
+SAMPLES = 3  # held-out prompts that the model answers in addition to the user's prompt
+REREAD = 2  # held-out examples on which logits of the re-read adapter are compared
+CHUNK = 64  # tokens whose logits are converted to float32 at a time
 
-Losses = list[tuple[float, int]]  # of each example: the sum of the losses, and of how many tokens
+Losses = list[tuple[float, int]]  # for each example: the sum of its tokens' losses, and the number of these tokens
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -38,14 +38,14 @@ def collate(run: Run, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the logits of the given tokens; those of virtual tokens, which prompt methods put first, are left out."""
+    """Returns the logits of the batch's tokens, without those of the virtual tokens that prompt methods put first."""
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits[:, -batch["input_ids"].shape[1] :]
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of each held-out example, or of the chosen ones."""
+    """Returns the losses of each held-out example, or of the examples with the ``chosen`` indices."""
     model.eval()
     examples, sums = run.examples.held_out, []
     for index in bar(range(len(examples)), "held-out loss", "example") if chosen is None else chosen:
@@ -59,19 +59,19 @@ def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None
 
 
 def mean_loss(losses: Losses) -> float:
-    """Returns the mean over all tokens, each weighing the same."""
+    """Returns the mean loss over the tokens of all examples."""
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def perplexity(losses: Losses) -> float:
-    """Returns ``exp`` of the mean loss."""
+    """Returns ``exp`` of the mean loss over the tokens of all examples."""
     return math.exp(min(mean_loss(losses), 700.0))
 
 
 def curve_examples(run: Run) -> list[int]:
-    """Returns the held-out examples that each point of the curve is of.
+    """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    They are as many as HELD_OUT_SHARE allows, evenly spread. A resumed run takes the ones that it began with.
+    The examples are evenly spread, and as many as HELD_OUT_SHARE allows. A resumed run uses the number in its history.
     """
 
     def tokens(examples: list[Any]) -> float:
@@ -90,7 +90,7 @@ def curve_examples(run: Run) -> list[int]:
 
 
 def sample_prompts(run: Run) -> list[dict[str, Any]]:
-    """Returns what to ask: the user's prompt, then held-out ones, with what the data answers."""
+    """Returns the prompts to answer: the user's, then held-out prompts with the answers in the data."""
     prompt = run.options.prompt
     if prompt is None:
         prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
@@ -116,29 +116,45 @@ def _has_room(run: Run, messages: list[dict[str, str]]) -> bool:
 
 
 def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
-    """Returns the greedy answer; "" where the prompt leaves no room for one."""
-    from peft.helpers import DoraCaching
-
+    """Returns the model's greedy answer; "" where the prompt leaves no room for an answer."""
     ids = torch.tensor([prompt_ids(run.tokenizer, messages, run.corpus.kind)], device=run.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     count = int(min(NEW_TOKENS, run.room_of_prompts - ids.shape[1]))
     if count < 1 or ids.numel() == 0:
         return ""
-    model.eval()
-    with torch.no_grad(), DoraCaching(), status("answering a prompt"):  # no weight changes within an answer
-        if run.is_prompt_method:
-            out = greedy(model, ids, count)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with status("answering a prompt"):
+        return continued(model.eval(), run.tokenizer, inputs, count, has_prompt=run.is_prompt_method)
+
+
+def continued(
+    model: Any, tokenizer: Any, inputs: dict[str, Tensor], count: int, *, has_prompt: bool, temperature: float = 0.0
+) -> str:
+    """Returns the text of up to ``count`` tokens that the model generates after the inputs.
+
+    Each token is the likeliest, or is sampled where ``temperature`` is not 0. ``has_prompt``: the method is a prompt
+    method, for which :func:`greedy` replaces ``generate``.
+    """
+    from peft.helpers import DoraCaching
+
+    ids = inputs["input_ids"]
+    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.no_grad(), DoraCaching():  # the weights stay the same during an answer, so DoRA needs its norm once
+        if has_prompt:
+            out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(**inputs, max_new_tokens=count, do_sample=False, use_cache=True,
-                                 pad_token_id=run.tokenizer.pad_token_id)  # fmt: skip
-    return run.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            out = model.generate(  # the generation_config of a stranger could ask for a million beams
+                **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
+                pad_token_id=tokenizer.pad_token_id, **(draws if temperature else {"do_sample": False}),
+            )  # fmt: skip
+    said = out[0] if getattr(model.config, "is_encoder_decoder", False) else out[0, ids.shape[1] :]
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:
-    """Returns ``input_ids [1, T]`` and up to ``count`` tokens more, from the model's own forward without a cache.
+    """Returns ``input_ids [1, T]`` followed by up to ``count`` generated tokens, computed without a cache.
 
-    Each is the likeliest token, or drawn where there is a ``temperature``. This is for PEFT's prompt methods, whose
-    ``generate`` loses the virtual tokens with transformers 5.
+    Each token is the likeliest, or is sampled where ``temperature`` is not 0. PEFT's prompt methods need this function:
+    their ``generate`` loses the virtual tokens with transformers 5.
     """
     stop = model.generation_config.eos_token_id
     stop = stop if isinstance(stop, list) else [stop]
@@ -162,10 +178,12 @@ class Check:
     """The greatest differences between logits on two held-out examples.
 
     Attributes:
-        max_difference: between the trained model on its stock path and stock PEFT's reading of the saved adapter.
-        bound: what rounding explains of it, four units in the last place of the largest logit. ok: it is no more.
-        largest: the largest logit.
-        accelerated_difference: between the fused and the stock path of the trained model; None in a stock run.
+        max_difference: difference between the trained model on its stock path and the saved adapter read by stock PEFT.
+        bound: difference that rounding may cause: four units in the last place of the largest logit.
+        ok: whether ``max_difference`` is at most ``bound``.
+        largest: largest absolute logit.
+        accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
+            run.
     """
 
     max_difference: float
@@ -176,9 +194,10 @@ class Check:
 
 
 def reread(run: Run, model: Any, fresh_base: Any) -> Check:
-    """Compares the trained model, which loses its acceleration, with ``fresh_base()`` and the saved adapter on it.
+    """Compares the trained model with ``fresh_base()`` that has the saved adapter, both on PEFT's stock path.
 
-    Experts over NF4 have an adapter where they are accelerated alone, and are so in both.
+    The trained model stays unaccelerated. A model with experts over NF4 is compared accelerated: PEFT itself can't
+    adapt these experts.
     """
     from peft import PeftConfig, PeftModel
 
@@ -186,7 +205,7 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
     from ..nn import NF4Experts
 
     batch = collate(run, run.examples.held_out[:REREAD])
-    keep = batch["attention_mask"].bool()  # what is computed at padding is nobody's business
+    keep = batch["attention_mask"].bool()  # logits at padding have no meaning
     model.eval()
     accelerated, stays = None, any(isinstance(module, NF4Experts) for module in model.modules())
     if not run.options.stock and not stays:
@@ -215,6 +234,6 @@ def reread(run: Run, model: Any, fresh_base: Any) -> Check:
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:
-    """Returns it in float32; NaN where there is one."""
+    """Returns the largest absolute difference, computed in float32; NaN where a difference is NaN."""
     parts = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
     return torch.stack([(x.float() - y.float()).abs().max() for x, y in parts]).max().item()

@@ -1,10 +1,11 @@
-"""The options of a run, and the checks of them that need nothing else."""
+"""The options of a run, and the checks that need nothing but the options."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -18,110 +19,106 @@ DEMO_MODEL = "smollm2"
 DEFAULT_STEPS = 60
 DTYPES = ("auto", "bf16", "fp32")
 QUANTIZATIONS = ("nf4", "none")
-_MOST = 2**31 - 1  # of a count
+_MOST = 2**31 - 1  # largest value of a count
+
+
+def _option(default: Any, text: str, panel: Optional[str] = None, least: Optional[int] = None) -> Any:
+    """Returns a field: its default, its help on the command line, the panel of the help, and the least of a count."""
+    return dataclasses.field(default=default, metadata={"help": text, "panel": panel, "least": least})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; the defaults are the run without arguments.
+    """The options of a run, named as on the command line. The defaults are the run of ``peft-ext finetune`` alone.
 
-    Attributes:
-        model: a folder in Hugging Face's format, a name on the hub, or "smollm2", which comes as a package.
-        data: a .jsonl, .json, .csv or .txt file, a folder of those, a dataset on the hub, or "python-docs".
-        output: the folder for adapter, report and checkpoints.
-        method: one of :data:`peft_ext.methods.METHODS`.
-        rank, alpha, dropout: of the low-rank methods.
-        target_modules: names with commas between them, or "all-linear"; None: the method's own.
-        target_parameters: names with commas between them of parameters that LoRA or DoRA adapts beside the layers, or
-            "experts": those of a mixture's experts; None: these, where the model has some and ``target_modules`` is
-            None. ``dropout`` is then theirs alone, since PEFT's configuration has none beside them.
-        virtual_tokens: of prefix and prompt tuning.
-        quant: the frozen weights: "nf4", double-quantized in blocks of ``blocksize``, or "none"; None: "nf4", and
-            "none" for the methods that train the weights themselves.
-        dtype: of activations and dense weights: "bf16", "fp32", or "auto": float32 where the CPU lacks bfloat16.
-        text_column, prompt_column, completion_column: instead of the detected ones; see ``peft_ext.run.data``.
-        eval_fraction: the share of the data that is held out of training.
-        block_size: tokens of an example, at most.
-        max_steps, epochs: one of them; neither: 60 steps.
-        batch_size, grad_accum: examples of a batch, batches of a step.
-        lr: the largest learning rate; None: the method's. warmup: steps, or a fraction of them.
-        seed: of the split, the adapter's start and the order of examples.
-        save_steps: steps between checkpoints; 0: one where a signal ends the run.
-        gradient_checkpointing: less memory, more time.
-        threads: PyTorch's; None: as they are.
-        resume: go on from the last checkpoint in ``output``. overwrite: replace the run there.
-        stock: train with PEFT and bitsandbytes alone, to compare.
-        prompt: what is asked before and after training; None: the data's first held-out prompt.
+    None means the default that the description names. ``target_modules`` and ``target_parameters`` may be lists of
+    names. Where ``target_parameters`` apply, ``dropout`` acts on the experts only: PEFT's configuration has no dropout
+    for layers beside adapted parameters.
     """
 
-    model: str = DEMO_MODEL
-    data: str = PYTHON_DOCS
-    output: Path = Path("outputs/finetune")
-    method: str = "lora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    target_modules: Optional[str] = None
-    target_parameters: Optional[str] = None
-    virtual_tokens: int = 20
-    quant: Optional[str] = None
-    dtype: str = "auto"
-    blocksize: int = 64
-    text_column: Optional[str] = None
-    prompt_column: Optional[str] = None
-    completion_column: Optional[str] = None
-    eval_fraction: float = 0.1
-    block_size: int = 256
-    max_steps: Optional[int] = None
-    epochs: Optional[float] = None
-    batch_size: int = 4
-    grad_accum: int = 1
-    lr: Optional[float] = None
-    warmup: float = 0.05
-    seed: int = 0
-    save_steps: int = 0
-    gradient_checkpointing: bool = False
-    threads: Optional[int] = None
-    resume: bool = False
-    overwrite: bool = False
-    stock: bool = False
-    prompt: Optional[str] = None
+    model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, hub name, or "{DEMO_MODEL}".', "Model")
+    data: str = _option(PYTHON_DOCS, f'File, folder of files, hub name, or "{PYTHON_DOCS}".', "Data")
+    output: Path = _option(Path("outputs/finetune"), "Folder for adapter, report and checkpoints.")
+    method: str = _option("lora", f"One of {' '.join(METHODS)}.", "Adapter")
+    rank: int = _option(16, "Rank of a low-rank method.", "Adapter", 1)
+    alpha: float = _option(32.0, "Scaling of a low-rank method, times the rank.", "Adapter")
+    dropout: float = _option(0.05, "Dropout on the low-rank path.", "Adapter")
+    target_modules: Optional[str] = _option(
+        None, 'Layers: names with commas, or "all-linear". Default: the method\'s.', "Adapter"
+    )
+    target_parameters: Optional[str] = _option(
+        None, 'Parameters for LoRA or DoRA: names with commas, or "experts" of a mixture. '
+        "Default: experts, without --target-modules.", "Adapter",
+    )  # fmt: skip
+    virtual_tokens: int = _option(20, "Virtual tokens of prefix or prompt tuning.", "Adapter", 1)
+    quant: Optional[str] = _option(None, "Frozen weights: nf4 or none. Default: nf4 if the method can.", "Model")
+    dtype: str = _option("auto", "Computation: bf16, fp32, auto: fp32 where the CPU lacks bf16.", "Model")
+    blocksize: int = _option(64, "Weights that share an NF4 scale.", "Model")
+    text_column: Optional[str] = _option(None, "Column of texts. Default: text.", "Data")
+    prompt_column: Optional[str] = _option(None, "Default: prompt, instruction or question.", "Data")
+    completion_column: Optional[str] = _option(None, "Default: completion, output or answer.", "Data")
+    eval_fraction: float = _option(0.1, "Share of the data held out of training.", "Data")
+    block_size: int = _option(256, "Most tokens of a training example.", "Data", 8)
+    max_steps: Optional[int] = _option(None, f"Training steps. Default: {DEFAULT_STEPS}.", "Training", 1)
+    epochs: Optional[float] = _option(None, "Epochs, instead of --max-steps.", "Training")
+    batch_size: int = _option(4, "Examples of a batch.", "Training", 1)
+    grad_accum: int = _option(1, "Batches of a step.", "Training", 1)
+    lr: Optional[float] = _option(None, "Largest learning rate. Default: the method's; lora 2e-4.", "Training")
+    warmup: float = _option(0.05, "Steps, or a fraction of the steps.", "Training")
+    seed: int = _option(0, "Seed of split, adapter and order.", "Training")
+    save_steps: int = _option(0, "Steps between checkpoints; 0: only on Ctrl-C.", None, 0)
+    gradient_checkpointing: bool = _option(False, "Less memory, more time.", "Training")
+    threads: Optional[int] = _option(None, "CPU threads. Default: PyTorch's.", None, 1)
+    resume: bool = _option(False, "Continue from the last checkpoint in --output.")
+    overwrite: bool = _option(False, "Replace the run in --output.")
+    stock: bool = _option(False, "Train with PEFT and bitsandbytes alone, to compare.")
+    prompt: Optional[str] = _option(None, "Prompt to ask before and after training. Default: one of the data's.")
 
     @property
     def learning_rate(self) -> float:
-        """The largest one of the run."""
+        """Largest learning rate of the run."""
         return METHODS[self.method].learning_rate if self.lr is None else self.lr
 
     def resolved(self) -> Options:
-        """Returns the options with the method's own quantization where none was given, and paths as paths."""
+        """Returns the options with the method's quantization as default, and with converted paths and lists."""
         quant = METHODS[self.method].quant if self.quant is None else self.quant
-        lists: dict[str, Any] = {name: ",".join(value) for name in _LISTS
+        lists: dict[str, Any] = {name: ",".join(value) for name in LISTS
                                  if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
         return dataclasses.replace(self, quant=quant, output=Path(self.output), model=str(self.model),
                                    data=str(self.data), **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
-        """Returns the names of the options that are not the defaults."""
+        """Returns the names of the options whose values are not the defaults."""
         defaults = Options(method=self.method).resolved()
         names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
         return names if self.method == Options.method else ["method", *names]
 
 
-# What a resumed run must have in common with the run that wrote the checkpoint.
-SAME_ON_RESUME = (
-    "model", "data", "method", "rank", "alpha", "dropout", "target_modules", "target_parameters", "virtual_tokens",
-    "quant", "dtype", "blocksize", "text_column", "prompt_column", "completion_column", "eval_fraction", "block_size",
-    "batch_size", "grad_accum", "lr", "warmup", "seed", "stock",
-)  # fmt: skip
+# Options that a resumed run may change, and options that it may not change.
+_FREE_ON_RESUME = ("output", "max_steps", "epochs", "save_steps", "gradient_checkpointing", "threads", "resume",
+                   "overwrite", "prompt")  # fmt: skip
+SAME_ON_RESUME = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _FREE_ON_RESUME)
 
-_LISTS = ("target_modules", "target_parameters")  # names, with commas between, or a list of them
+Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
+    f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(Options)
+)
 
-_LEAST = {"rank": 1, "virtual_tokens": 1, "block_size": 8, "batch_size": 1, "grad_accum": 1, "max_steps": 1,
-          "threads": 1}  # fmt: skip
+LISTS = ("target_modules", "target_parameters")  # names separated by commas, or a list of names
 
-
-# What an option may be, by its annotation; a whole number may stand for another, a list of names for a text.
+# Types that an option accepts, by its annotation. An option in LISTS also accepts a list of texts.
 _TYPES = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": (str, Path), "Path": (str, Path)}
+
+
+# By option: whether a value is in its range, and the range in words.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dropout": (lambda p: 0 <= p < 1, "0 <= p < 1"),
+    "eval_fraction": (lambda part: 0 < part < 1, "more than 0 and less than 1"),
+    "alpha": (math.isfinite, "a finite number"),
+    "lr": (lambda lr: 0 < lr < math.inf, "a positive number"),
+    "epochs": (lambda epochs: 0 < epochs < math.inf, "a positive number"),
+    "warmup": (lambda w: 0 <= w < 1 or (w < math.inf and w == int(w) >= 1), "steps, or a fraction of them less than 1"),
+    "seed": (lambda seed: 0 <= seed < 2**32, f"0 to {2**32 - 1}"),
+}
 
 
 def _check_types(o: Options) -> None:
@@ -129,7 +126,7 @@ def _check_types(o: Options) -> None:
         value, wanted = getattr(o, option.name), option.type.removeprefix("Optional[").rstrip("]")
         if value is None and option.type.startswith("Optional"):
             continue
-        names = option.name in _LISTS and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        names = option.name in LISTS and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         good = names or (isinstance(value, _TYPES[wanted]) and (wanted == "bool" or not isinstance(value, bool)))
         if not good:
             came = f"{value!r:.60}, a {type(value).__name__}"
@@ -137,55 +134,41 @@ def _check_types(o: Options) -> None:
 
 
 def check_options(o: Options) -> None:
-    """Raises RunError for a value that is out of its range, or that excludes another."""
+    """Raises RunError for a value out of its range, and for options that exclude each other."""
     _check_types(o)
     if o.prompt is not None and not o.prompt.strip():
         raise RunError("--prompt: it is empty")
     if o.method not in METHODS:
-        raise RunError(f"--method {o.method}: there is no such method; there are: {', '.join(METHODS)}")
+        raise RunError(f"--method {o.method}: unknown method, wanted one of {', '.join(METHODS)}")
     method = METHODS[o.method]
     for name, choices in (("quant", QUANTIZATIONS), ("dtype", DTYPES), ("blocksize", BLOCKSIZES)):
-        value: Any = getattr(o, name)
-        if value is not None and value not in choices:
-            *most, last = map(str, choices)
-            wanted = f"one of {', '.join(map(str, choices))}" if len(choices) > 2 else f"{most[0]} or {last}"
-            raise RunError(f"--{name} {value}: wanted {wanted}")
-    if not 0.0 <= o.dropout < 1.0:
-        raise RunError(f"--dropout {o.dropout}: wanted 0 <= p < 1")
-    if not 0.0 < o.eval_fraction < 1.0:
-        raise RunError(f"--eval-fraction {o.eval_fraction}: wanted more than 0 and less than 1")
-    if not math.isfinite(o.alpha):
-        raise RunError(f"--alpha {o.alpha}: wanted a finite number")
-    if o.lr is not None and not 0 < o.lr < math.inf:
-        raise RunError(f"--lr {o.lr}: wanted a positive number")
-    if not 0 <= o.warmup < math.inf or (o.warmup >= 1 and o.warmup != int(o.warmup)):
-        raise RunError(f"--warmup {o.warmup}: wanted a number of steps, or a fraction of them less than 1")
+        if (value := getattr(o, name)) is not None and value not in choices:
+            raise RunError(f"--{name} {value}: wanted one of {', '.join(map(str, choices))}")
     if o.max_steps is not None and o.epochs is not None:
         raise RunError("--max-steps and --epochs exclude each other")
-    if o.epochs is not None and not 0 < o.epochs < math.inf:
-        raise RunError(f"--epochs {o.epochs}: wanted a positive number")
-    if o.save_steps < 0:
-        raise RunError(f"--save-steps {o.save_steps}: wanted 0 (no checkpoints) or more")
-    if not 0 <= o.seed < 2**32:
-        raise RunError(f"--seed {o.seed}: wanted 0 to {2**32 - 1}")
-    for name, least in _LEAST.items():
-        if (value := getattr(o, name)) is not None and value < least:
-            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
-        if value is not None and value > _MOST:
-            raise RunError(f"--{name.replace('_', '-')} {value}: wanted at most {_MOST}")
+    for option in dataclasses.fields(o):
+        value, least = getattr(o, option.name), option.metadata["least"]
+        if option.name in _RANGES:
+            good, wanted = _RANGES[option.name]
+        elif least is not None:
+            good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023  called in this turn
+        else:
+            continue
+        if value is not None and not good(value):
+            raise RunError(f"--{option.name.replace('_', '-')} {value}: wanted {wanted}")
     if o.resume and o.overwrite:
         raise RunError("--resume and --overwrite exclude each other")
     if o.resume and not method.can_resume:
-        raise RunError(f"--resume with --method {o.method}: PEFT saves the ranks that are left in other shapes")
+        raise RunError(f"--resume with --method {o.method}: PEFT saves its tensors without pruned ranks")
     if o.gradient_checkpointing and not method.can_checkpoint:
         raise RunError(
-            f"--gradient-checkpointing with --method {o.method}: PEFT's prefixes go through the cache it turns off"
+            f"--gradient-checkpointing with --method {o.method}: prefixes need the cache, which it turns off"
         )
     if o.target_modules is not None and method.kind == "prompt":
-        raise RunError(f"--target-modules with --method {o.method}: it adapts no layers")
+        raise RunError(f"--target-modules with --method {o.method}: the method adapts no layers")
     if o.target_parameters is not None and o.method not in ("lora", "rslora", "qlora", "dora"):
-        raise RunError(f"--target-parameters with --method {o.method}: LoRA and DoRA alone adapt parameters")
+        raise RunError(f"--target-parameters with --method {o.method}: only LoRA and DoRA adapt parameters")
     if o.method == "qlora" and o.quant == "none":
-        raise RunError("--quant none with --method qlora: that is --method lora")
+        raise RunError("--quant none with --method qlora: use --method lora instead")
     if o.quant == "nf4" and not method.can_quantize:
         raise RunError(f"--quant nf4 with --method {o.method}: it trains the weights themselves, which NF4 freezes")

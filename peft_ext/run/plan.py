@@ -1,9 +1,8 @@
-"""A dry run: what a run would train, on what, in which memory, and what it would write.
+"""A dry run: the model, data, memory, steps and files of a run, without weights and without writing a file.
 
-The run's own checks, tokenizer, examples and steps are taken, and the model on the meta device. Each of its parameters
-then becomes one element that is seen as the whole: to the checks of the fused layers, which ask for shapes, dtypes and
-types, it is a model in memory. No weight is read, and no file is written. How long a run would take is not said:
-nothing was timed.
+The dry run uses the checks, the tokenizer, the examples and the steps of the run, and builds the model on the meta
+device. Each parameter is then replaced by one element that is expanded to the parameter's shape. The checks of the
+fused layers, which read shapes, dtypes and types, treat the result as a model in memory. Times are not estimated.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from .progress import status
 
 @dataclass(frozen=True)
 class Preview:
-    """What an adapter would be on a model, from its configuration alone.
+    """An adapter on a model, predicted from configurations alone.
 
     Attributes:
-        rows: as :func:`peft_ext.explain` would tell of the live model.
-        trainable, adapter_bytes: of the adapter; about the size of its file, which is its tensors'.
-        memory: the estimate of a training step; None where ``no_memory`` says why.
+        rows: the rows that :func:`peft_ext.explain` returns for the live model.
+        trainable: number of trainable parameters.
+        adapter_bytes: bytes of the adapter's tensors, which is about the size of its file.
+        memory: estimate of a training step's memory; None where ``no_memory`` is the reason.
+        no_memory: the reason why the memory could not be estimated; None where it was.
     """
 
     rows: list[Any]
@@ -42,25 +43,28 @@ class Preview:
 
     @property
     def fused(self) -> int:
+        """Number of fused layers."""
         return sum(row.fused for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do.
+    """The plan of a run.
 
     Attributes:
-        run: the prepared run that it is of.
-        model_class, parameters: of the base.
-        adapter: what is adapted, and a step's memory, of ``longest`` tokens an example.
-        load_bytes: of the dense weights, all in memory before they are quantized.
-        check_bytes: of the last check, which loads the base once more beside the trained model: at least the dense
-            weights and, where the step could be estimated, the model's own.
-        held_bytes: what this process holds already; 0 on a GPU.
-        machine_bytes, free_bytes: of the device's memory; None where the system does not tell.
-        train_tokens, held_out_tokens: in the examples, without padding.
-        steps, done: of the whole run; by the checkpoint to go on from.
-        step_tokens: of a step, on average, without padding.
+        run: the prepared run.
+        model_class, parameters: class name and number of parameters of the base.
+        adapter: the adapter, and the memory of a step whose examples have ``longest`` tokens.
+        load_bytes: bytes of the dense weights, which are all in memory before quantization.
+        check_bytes: least bytes during the last check, which loads the base a second time: the dense weights and, where
+            the step could be estimated, the trained model.
+        held_bytes: bytes that this process uses now; 0 on a GPU.
+        machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
+        train_tokens, held_out_tokens: tokens of the examples, without padding.
+        longest: tokens of the longest training example.
+        steps: steps of the whole run.
+        done: steps of the checkpoint to resume from; 0 for a new run.
+        step_tokens: mean tokens of a step, without padding.
     """
 
     run: Run
@@ -81,13 +85,13 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """The most at a time, loading, training or checking."""
+        """Largest of the bytes needed for loading, for training and for the last check."""
         step = self.adapter.memory.total if self.adapter.memory is not None else 0
         return max(self.load_bytes, step, self.check_bytes) + self.held_bytes
 
 
 def dry_run(options: Options) -> Plan:
-    """Returns the plan of a run, after all of its checks. Raises RunError where the run would.
+    """Makes all checks of a run and returns its plan. Raises RunError where the run would raise it.
 
     ::
 
@@ -123,7 +127,7 @@ def make_plan(run: Run) -> Plan:
         adapter = dataclasses.replace(adapter, rows=rows)
     total, free, held = memory_of(run.device)
     load = sum(p.nbytes for p in base.parameters())
-    # A dense base is widened once it is loaded; one that is quantized was quantized before.
+    # A dense base is converted to the run's dtype after loading; a quantized base is not.
     again = load if o.quant == "nf4" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     memory = adapter.memory
     trained = 0 if memory is None else memory.weights + memory.quantization + memory.adapters
@@ -141,14 +145,15 @@ def preview(
     base: Any, config: Any, *, dtype: Any, device: Any, quant: Optional[str], blocksize: int, batch_size: int,
     sequence_length: int, stock: bool = False, gradient_checkpointing: bool = False, padding: bool = False,
 ) -> Preview:  # fmt: skip
-    """Returns what the adapter of a PEFT configuration would be on ``base``, a model on the meta device.
+    """Returns the preview of the adapter of a PEFT configuration on ``base``, a model on the meta device.
 
     Args:
-        dtype, quant, blocksize: how the base is held. device: where it would run.
-        batch_size, sequence_length, gradient_checkpointing, padding: of the step whose memory is estimated.
-        stock: PEFT's own layers, none fused.
+        dtype, quant, blocksize: dtype and quantization of the base.
+        device: device of the run.
+        batch_size, sequence_length, gradient_checkpointing, padding: the step whose memory is estimated.
+        stock: whether all layers are PEFT's own, none fused.
 
-    Raises: what PEFT raises for a configuration that does not fit.
+    Raises the errors of PEFT for a configuration that does not fit the model.
     """
     from ..integrations.peft import accelerate, explain
     from ..memory import adapt_on_meta, estimate_memory
@@ -178,7 +183,7 @@ def preview(
 
 
 def _saved_tensors(model: Any) -> list[Any]:
-    """Returns what PEFT would save; of prompt methods, whose tokens it reads, the one tensor that it is."""
+    """Returns the tensors that PEFT would save. Of a prompt method it is the prompt, which PEFT can't read on meta."""
     from peft.utils import get_peft_model_state_dict
 
     if model.active_peft_config.is_prompt_learning:

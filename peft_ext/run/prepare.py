@@ -1,6 +1,6 @@
-"""All of a run that comes before the weights: checks, data, tokenizer, configuration, the number of steps.
+"""The part of a run before it loads weights: checks, data, tokenizer, configuration, the number of steps.
 
-Everything that can be refused is refused here, before a weight is loaded.
+The functions here refuse everything that can be refused before a weight is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,12 +22,9 @@ from ..sources.model import check_index, check_model_config, load_tokenizer
 from . import checkpoints
 from .data import NEW_TOKENS, Corpus, Examples, prompt_ids, read_corpus, tokenize
 from .demo_model import cached_model, check_demo_model, demo_model, packed_model
-from .errors import RunError, Stop
+from .errors import REFUSALS, RunError, Stop, need
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options
 from .progress import log, quiet, status
-
-# What transformers, tokenizers and PEFT raise for files and configurations that they can't take.
-_REFUSALS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, ZeroDivisionError)
 
 
 @dataclass
@@ -36,13 +32,18 @@ class Run:
     """A checked run, whose weights are not loaded yet.
 
     Attributes:
-        options: resolved. corpus, examples: the data, read and tokenized.
-        checkpoint: the one to go on from, or None.
-        device, dtype, why_dtype: where and in what it computes, and why, where that is not bfloat16 by default.
-        folder: of the model. packed: the GGUF that configuration and tokenizer were read from, if it is not unpacked.
-        config, tokenizer: the model's. parameters: how many it has.
-        trainable: how many the adapter has. steps: of the whole run.
-        seconds: by phase. stop: what signals asked for.
+        options: resolved options.
+        corpus, examples: the data as records, and tokenized.
+        checkpoint: checkpoint to resume from; None for a new run.
+        device, dtype: device and dtype of the computation.
+        why_dtype: the reason for the dtype; "" where it is the default, bfloat16.
+        folder: folder of the model.
+        packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked.
+        config, tokenizer: configuration and tokenizer of the model.
+        parameters, trainable: number of the base's parameters, and of the adapter's trainable parameters.
+        steps: number of steps of the whole run.
+        seconds: seconds by phase.
+        stop: requests of signals.
     """
 
     options: Options
@@ -72,18 +73,18 @@ class Run:
 
     @property
     def room_of_prompts(self) -> float:
-        """How many tokens of a prompt and its answer it takes, beside the virtual ones."""
+        """Most tokens of a prompt and its answer, without virtual tokens."""
         return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
 
     @property
     def room(self) -> float:
-        """How many tokens the model takes; infinity: as many as there are."""
+        """Most tokens that the model takes; infinity where it has no limit."""
         room = getattr(self.config, "max_position_embeddings", None)
-        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet's -1
+        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet has -1
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds that the block takes to those of a phase."""
+        """Adds the seconds of the block to the seconds of a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -92,9 +93,9 @@ class Run:
 
 
 def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: bool = True) -> Run:
-    """Returns the checked run. Without ``reads_weights`` the default model is not unpacked, if it is not yet.
+    """Makes all checks and returns the run. Without ``reads_weights`` the default model is not unpacked.
 
-    Sets the number of threads, and turns off the libraries' remarks. Raises RunError for what is to be mended.
+    Sets the number of threads and turns off the libraries' remarks. Raises RunError where a check fails.
     """
     check_options(options)
     options = options.resolved()
@@ -117,7 +118,7 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
     run = Run(options, corpus, checkpoint, device, *compute_dtype(options, device), stop=stop or Stop())
     run.folder = _model_folder(run) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
-    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *_REFUSALS, after=")"):
+    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
         run.tokenizer = load_tokenizer(run.folder, **run.packed)
     if options.block_size > run.room_of_prompts:
         virtual = options.virtual_tokens if run.is_prompt_method else 0
@@ -136,14 +137,13 @@ def prepare(options: Options, stop: Optional[Stop] = None, *, reads_weights: boo
 
 
 def needs_bitsandbytes(o: Options) -> bool:
-    """Returns whether NF4 layers are bitsandbytes': PEFT's DoRA dequantizes its base by means that know those alone."""
+    """Returns whether NF4 layers must be bitsandbytes' own: PEFT's DoRA can dequantize no other NF4 layer."""
     return o.quant == "nf4" and (o.stock or o.method == "dora")
 
 
 def _check_packages(o: Options) -> None:
     wanted = ["transformers", "peft", "accelerate", *["bitsandbytes"] * needs_bitsandbytes(o)]
-    if missing := [name for name in wanted if find_spec(name) is None]:
-        raise RunError(f"finetune needs {', '.join(missing)}: pip install 'peft_ext[hf]'")
+    need("finetune", *wanted)
     folder = Path(o.model).expanduser() if o.model != DEMO_MODEL else None
     if folder is None:
         check_demo_model()
@@ -157,7 +157,7 @@ def _check_packages(o: Options) -> None:
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns what activations and dense weights are in, and why, where that is not bfloat16 by default."""
+    """Returns the dtype of activations and dense weights, and the reason; "" where it is the default, bfloat16."""
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -175,7 +175,7 @@ def _model_folder(run: Run) -> str:
 
 
 def _packed_folder(run: Run) -> str:
-    """Returns the folder for what reads no weights: the default model as its package has it, if it is not unpacked."""
+    """Returns the model's folder for a dry run: the package's folder where the default model is not unpacked."""
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run)
     run.packed = {"gguf_file": gguf.name}
@@ -192,7 +192,7 @@ def _read_config(run: Run) -> Any:
             if (file := Path(run.folder, name)).is_file():
                 check(file)
     about = "config.json" if Path(run.folder).is_dir() else "no such folder, and not a model the hub gives"
-    with raised_as(RunError, f"--model {model}: {about} (", *_REFUSALS, after=")"):
+    with raised_as(RunError, f"--model {model}: {about} (", *REFUSALS, after=")"):
         config = AutoConfig.from_pretrained(run.folder, trust_remote_code=False, **run.packed)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(f"--model {model}: {config.model_type} is not a causal language model")
@@ -207,8 +207,8 @@ def _check_prompt(run: Run) -> None:
     with raised_as(RunError, "--prompt: the tokenizer's chat template (", Exception, after=")"):
         count = len(prompt_ids(run.tokenizer, messages, run.corpus.kind))
     if count + NEW_TOKENS > run.room_of_prompts:
-        raise RunError(f"--prompt: it is {count} tokens, which with {NEW_TOKENS} more of an answer is over the model's "
-                       f"{run.room_of_prompts}")  # fmt: skip
+        raise RunError(f"--prompt: it has {count} tokens, which with {NEW_TOKENS} tokens of an answer is over the "
+                       f"model's {run.room_of_prompts}")  # fmt: skip
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------
@@ -222,14 +222,14 @@ def _count_steps(o: Options, examples: int) -> int:
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:
-    """Returns how many parameters the model has, and its adapter; PEFT objects to one that does not fit."""
+    """Returns the numbers of parameters of model and adapter. Raises RunError where PEFT refuses the adapter."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from ..model import freeze_ranknum, register_layers
 
     o = run.options
-    with raised_as(RunError, f"--model {o.model}: config.json (", *_REFUSALS, after=")"), torch.device("meta"):
+    with raised_as(RunError, f"--model {o.model}: config.json (", *REFUSALS, after=")"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype)
     parameters = sum(p.numel() for p in model.parameters())
     with raised_as(RunError, f"--method {o.method}: ", ValueError, TypeError, KeyError, RuntimeError):
@@ -237,12 +237,12 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # as accelerate does: AdaLoRA's count of ranks is no parameter to train
+            freeze_ranknum(model)  # as accelerate does: AdaLoRA stores its number of ranks as a parameter
     return parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
-    """Returns what the configuration says of a mixture's experts; {}: nothing."""
+    """Returns the configuration's fields for the experts of a mixture; {} where it has none."""
     from ..nn.experts import adapter_fields
 
     if o.target_parameters is None and targets is not None:
@@ -254,16 +254,16 @@ def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
         names = [name.strip() for name in str(o.target_parameters).split(",") if name.strip()]
         fields |= {"target_parameters": names, "lora_dropout": 0.0}
     elif o.target_parameters == "experts" and "target_parameters" not in fields:
-        raise RunError(f"--target-parameters experts: {type(model).__name__} has no experts that are known here")
+        raise RunError(f"--target-parameters experts: {type(model).__name__} has no experts that peft_ext knows")
     if "target_parameters" in fields and o.stock and o.quant == "nf4":
         raise RunError("--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none")
     if "target_parameters" in fields and o.stock and o.method == "dora":
-        raise RunError("--stock with DoRA and experts: PEFT has none there, give --target-modules")
+        raise RunError("--stock with DoRA and experts: PEFT has no DoRA for experts, give --target-modules")
     return fields
 
 
 def adapter_config(run: Run, model: Any) -> Any:
-    """Returns the PEFT configuration that the options ask for, for ``model``, whose weights may be on no device."""
+    """Returns the options' PEFT configuration for ``model``, which may be on the meta device."""
     o = run.options
     config_class, fields = method_config(o.method, "CAUSAL_LM")
     targets: Any = o.target_modules
@@ -295,7 +295,7 @@ def adapter_config(run: Run, model: Any) -> Any:
         case "prefix" | "prompt":
             fields["num_virtual_tokens"] = o.virtual_tokens
         case "bitfit" if not any(name.rpartition(".")[2] == "bias" for name, _ in model.named_parameters()):
-            fields["add_bias"] = targets or "all-linear"  # Llama and its like have no bias to train
+            fields["add_bias"] = targets or "all-linear"  # a model such as Llama has no bias to train
         case "partial" if targets is not None:
             del fields["num_last_layers"]
     return make_config(config_class, fields)

@@ -1,7 +1,7 @@
-"""What a run tells as it goes: lines through :mod:`logging`, bars and status lines on a terminal.
+"""The progress of a run: lines of :mod:`logging`, and bars and status lines on a terminal.
 
-The logger ``peft_ext.run`` has a line for each thing that happened, and a warning for what is to be looked at. Nothing
-is printed unless a program asks for it, as the command line does::
+The logger ``peft_ext.run`` gets a line for each event of a run, and a warning where the user should act. The lines are
+printed only where a program asks for them, as the command line does::
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ext.run").setLevel("INFO")
@@ -13,7 +13,8 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -22,8 +23,10 @@ log = logging.getLogger("peft_ext.run")
 
 
 def quiet() -> None:
-    """Turns off the libraries' bars for loading a small model, and their remarks about what was chosen on purpose."""
+    """Turns off the libraries' bars for loading a small model, and their remarks about deliberate choices."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
+    # PEFT passes prefixes in this argument.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     for name in ("bitsandbytes", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
@@ -32,35 +35,26 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """Shows what goes on, on a terminal alone, as long as it does."""
+def status(text: str) -> AbstractContextManager[Any]:
+    """Returns a context that shows ``text`` with a spinner, on a terminal alone."""
     if not sys.stderr.isatty():
-        yield
-        return
+        return contextlib.nullcontext()
     from rich.console import Console
 
-    with Console(stderr=True, markup=False).status(text):
-        yield
+    return Console(stderr=True, markup=False).status(text)
 
 
 def bar(
     items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
-) -> Iterable[_Item]:
-    """Returns ``items``, with a bar on a terminal alone; ``each`` names the one in work, after ``text``.
+) -> Iterator[_Item]:
+    """Yields ``items`` and shows a bar on a terminal alone; ``each`` names the current item, after ``text``.
 
-    The bar is drawn between items: no thread beside them takes time from what is measured.
+    tqdm draws between items: no thread beside them takes time from the timed work.
     """
-    if not sys.stderr.isatty():
-        return items
-    return _shown(items, text, unit, each)
-
-
-def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str]) -> Iterator[_Item]:
     from tqdm import tqdm
 
-    # Closed, and its line cleared, where the loop ends early as well.
-    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True) as shown:
+    # The context clears the bar where the loop ends early.
+    with tqdm(total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=None) as shown:
         for item in items:
             if name := each(item):
                 shown.set_description(f"{text} {name}")
@@ -69,7 +63,7 @@ def _shown(items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item],
 
 
 def progress_callback(steps: int) -> Any:
-    """Returns the Trainer's bar on a terminal, else what logs about 20 lines."""
+    """Returns a callback of the Trainer: a bar on a terminal, else about 20 log lines."""
     from transformers import ProgressCallback, TrainerCallback
 
     every = max(1, steps // 20)

@@ -1,4 +1,4 @@
-"""What a run measures, as it goes: run.json, which the report is drawn from, and the Trainer's history."""
+"""The measurements of a run: run.json, from which the report is drawn, and the Trainer's history."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .progress import log
 
 @dataclass
 class Record:
-    """What was found so far.
+    """The results of a run up to now.
 
     Attributes:
-        results: by name, as run.json has them.
-        history: the Trainer's, a mapping for each log, with what :func:`recording_callback` adds.
+        results: entries of run.json, by name.
+        history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training.
-        curve: the held-out batches that the curve is of.
-        no_report: why the last report could not be drawn; None where it was.
+        curve: indices of the held-out examples that the held-out curve is computed on.
+        no_report: the reason why the last report could not be drawn; None where it was drawn.
     """
 
     run: Run
@@ -44,7 +44,7 @@ class Record:
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def document(self) -> dict[str, Any]:
-        """Returns what run.json holds."""
+        """Returns the content of run.json."""
         run, o = self.run, self.run.options
         return {
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
@@ -54,9 +54,7 @@ class Record:
             "parameters": run.parameters,
             "versions": {"peft_ext": __version__, "python": platform.python_version(), **versions()},
             "machine": {
-                "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
-                "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
-                "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+                **machine(), "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
                 "system": f"{platform.system()} {platform.machine()}",
             },
             "examples": {
@@ -72,7 +70,7 @@ class Record:
         }  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
-        """Returns the history, by column, and what the meter has."""
+        """Returns the history by column, and the numbers of the meter."""
         steps = [entry for entry in self.history if "loss" in entry]
         found: dict[str, Any] = {}
         if self.meter is not None:
@@ -85,28 +83,36 @@ class Record:
         }  # fmt: skip
 
     def write(self) -> None:
-        """Writes run.json, whole or not at all, and the report of it. Raises OSError."""
+        """Writes run.json atomically, and the report drawn from it. Raises OSError."""
         folder, document = self.run.options.output, self.document()
         with atomic_file(folder / "run.json") as file:
             file.write(json.dumps(document, indent=2) + "\n")
         try:
             report.write_report(folder, document)
             self.no_report = None
-        except Exception as error:  # a run is not lost for a picture of it
+        except Exception as error:  # an error of the report must not end the run
             self.no_report = " ".join(f"{type(error).__name__}: {error}".split())
 
     def log_report(self) -> None:
-        """Says where the report is, or why there is none."""
+        """Logs where the report is, or why there is none."""
         if self.no_report is None:
             log.info(f"report: {self.run.options.output / 'report.html'}")
         else:
             log.warning(f"no report, it could not be drawn: {self.no_report}")
 
 
+def machine() -> dict[str, Any]:
+    """Returns the processor, the threads, the instruction set of the kernels and the device of this process."""
+    return {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": _native.STATE.isa,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+
+
 def recording_callback(record: Record) -> Any:
     """Returns a callback that adds each step's seconds, tokens and held-out loss to the Trainer's history.
 
-    There, in trainer_state.json, a checkpoint keeps them, and a resumed run goes on with them.
+    A checkpoint stores the history in trainer_state.json, so a resumed run continues it.
     """
     from transformers import TrainerCallback
 
@@ -126,10 +132,10 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            if state.global_step in points and not stop.asked:
+            if state.global_step in points and not stop.signal:
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
-                    chosen = itertools.takewhile(lambda _: not stop.asked, record.curve)
+                    chosen = itertools.takewhile(lambda _: not stop.signal, record.curve)
                     losses = evaluate.held_out_losses(run, model, chosen)
                 model.train()
                 if len(losses) == len(record.curve):
@@ -138,20 +144,20 @@ def recording_callback(record: Record) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" not in (logs or {}) or not state.log_history:
                 return
-            state.log_history[-1].update(self.entry)  # a copy of these logs
+            state.log_history[-1].update(self.entry)  # the Trainer has appended a copy of ``logs``
             if "held_out_loss" in self.entry:
                 try:
                     record.write()
-                except OSError as error:  # it tells how far the run is; the end is to come
+                except OSError as error:  # this run.json shows progress only; the last one is written at the end
                     log.warning(f"{error.filename or run.options.output}: {error.strerror}")
 
     return Recorder()
 
 
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
-    """Returns the bytes of the tensors of a training step, as the optimizer has stepped and gradients are still there.
+    """Returns the bytes of a training step's tensors by kind, after the optimizer's step, before gradients are freed.
 
-    They are of storages, each counted once. Beside the optimizer's states are the scores that AdaLoRA keeps.
+    Counts each storage once. "optimizer" includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 
@@ -166,7 +172,7 @@ def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
                 total += storage.nbytes()
         return total
 
-    def held(state: Any) -> Iterator[Any]:  # bitsandbytes' scales are no buffers
+    def held(state: Any) -> Iterator[Any]:  # bitsandbytes does not register its scales as buffers
         while state is not None:
             yield from vars(state).values()
             state = state.state2

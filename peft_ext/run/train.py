@@ -1,7 +1,8 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
-The order of the work: prepare (every check); load the model and quantize it; evaluate and ask; adapt, accelerate,
-train; save; evaluate and ask again; let stock PEFT re-read the adapter and compare its logits with the trained model's.
+A run makes all checks, loads and quantizes the model, evaluates it and answers prompts. Then it adds the adapter,
+accelerates and trains the model, and saves the adapter. At the end it evaluates and answers again, lets stock PEFT
+re-read the adapter, and compares the logits with those of the trained model.
 """
 
 from __future__ import annotations
@@ -37,20 +38,24 @@ from .record import Record, recording_callback
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. ``run.json`` in the folder has all of it, and more.
+    """The result of a run. ``run.json`` in the output folder has all of these numbers, and more.
 
     Attributes:
-        output: the folder with the adapter, run.json and report.html.
-        steps: that were trained. losses: of each.
-        perplexity_before, perplexity_after: on the held-out examples; None where the run stopped early.
-        tokens_per_s, median_step_s: of the steps alone; None where no step was taken.
-        peak_mib, peak_cuda_mib: the most memory of the process until training ended, and of PyTorch's tensors on a GPU.
-        trainable_parameters, adapter_bytes: of the adapter; its file's size, None where the run stopped early.
-        fused_layers, layers: of those that are adapted or quantized.
+        output: folder with the adapter, run.json and report.html.
+        steps: number of trained steps.
+        losses: training loss of each step.
+        perplexity_before, perplexity_after: perplexity on the held-out examples before and after training;
+            ``perplexity_after`` is None where the run stopped early.
+        tokens_per_s, median_step_s: speed of the steps, without evaluation and saving; None where no step was taken.
+        peak_mib, peak_cuda_mib: peak memory in MiB until training ended, of the process and of PyTorch's tensors on a
+            GPU; None where it was not measured.
+        trainable_parameters: number of trainable parameters.
+        adapter_bytes: size of the adapter's weight file; None where the run stopped early.
+        fused_layers, layers: number of fused layers, and of all adapted or quantized layers.
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
-        check: stock PEFT's reading of the saved adapter; None where the run stopped early.
-        stopped_by: the signal that ended training early, with a checkpoint; 0 where none did.
-        seconds: by phase.
+        check: comparison with the saved adapter as stock PEFT reads it; None where the run stopped early.
+        stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.
+        seconds: seconds by phase of the run.
     """
 
     output: Path
@@ -73,12 +78,12 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were trained, and the adapter was saved and read again."""
+        """Whether the run trained all steps, saved the adapter and re-read it."""
         return self.check is not None
 
 
 def finetune(options: Options) -> Result:
-    """Trains an adapter, saves and checks it; returns what came of it.
+    """Trains an adapter, saves and checks it, and returns the result.
 
     ::
 
@@ -87,16 +92,16 @@ def finetune(options: Options) -> Result:
         result = finetune(Options(model="my/model", data="my.jsonl", output="outputs/mine", method="dora"))
         print(result.perplexity_before, result.perplexity_after)
 
-    Signals, where this is the main thread: SIGINT, SIGTERM and SIGHUP (unless that was ignored, as under nohup) end
-    training after the step in progress, with a checkpoint, and ``stopped_by`` has the number; a second one, or one
-    outside of training, ends the run at once. SIGUSR1, which batch systems send ahead of a time limit, writes a
-    checkpoint after the step in progress, and training goes on.
+    Signals, in the main thread only: SIGINT, SIGTERM and SIGHUP (unless SIGHUP was ignored, as under nohup) end
+    training after the current step, with a checkpoint, and ``stopped_by`` is the number of the signal. A second signal,
+    or a signal outside of training, ends the run at once. SIGUSR1, which batch systems send ahead of a time limit,
+    writes a checkpoint after the current step, and training continues.
 
-    What happens is told by the logger ``peft_ext.run``. Warnings and progress bars of transformers, PEFT, accelerate
-    and bitsandbytes are turned off in this process.
+    The logger ``peft_ext.run`` reports the progress. The function turns off warnings and progress bars of transformers,
+    PEFT, accelerate and bitsandbytes in this process.
 
-    Raises: RunError for what the user can mend: before any work, or where the disk or the memory is full; Interrupted,
-    a KeyboardInterrupt, where a signal ends it at once.
+    Raises RunError for an error that the user can mend, such as a wrong option, a full disk or a full memory;
+    Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
     """
     stop = Stop()
     with caught_signals(stop), mendable_errors(options.output, lambda: checkpoints.how_to_go_on(options.resolved())):
@@ -120,22 +125,26 @@ def train(run: Run) -> Result:
         write_config(run.options.output / CONFIG_FILE, run.options)
         record.curve = evaluate.curve_examples(run)
         record.history = checkpoints.trainer_history(run.checkpoint)
+        resumed: list[int] = []  # the steps after which this run and earlier ones resumed from a checkpoint
+        if run.checkpoint is not None:
+            earlier = checkpoints.read_record(run.options).get("resumed")
+            resumed = [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
         first = evaluate.mean_loss([losses[i] for i in record.curve])
         record.results |= {
             "perplexity": {"before": before}, "samples": samples,
             "held_out": {"examples": len(record.curve), "first": [0, first]},
-            "resumed": _resumed_after(run),
+            "resumed": resumed,
         }  # fmt: skip
         try:
             return _train(run, record, model)
-        except BaseException:  # Ctrl-C twice, no memory left: what there is stays, marked as unfinished
+        except BaseException:  # Ctrl-C twice, no memory left: the results up to now stay, marked as unfinished
             with contextlib.suppress(Exception):
                 record.write()
             raise
 
 
 def _train(run: Run, record: Record, model: Any) -> Result:
-    """Goes from the frozen base to the checked adapter."""
+    """Adapts the frozen base, trains, saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
         model = adapt(run, model)
@@ -143,18 +152,21 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     record.write()
     log.info(f"training: {run.steps} steps, {fused['fused']} of {fused['layers']} layers fused")
     done = fit(run, record, model)
-    if run.stop.asked and done < run.steps:
+    if run.stop.signal and done < run.steps:
         record.write()
         instead = " instead of --overwrite" if o.overwrite else ""
-        goes_on = f"; the same command with --resume{instead} goes on" if run.method.can_resume else ""
+        goes_on = f"; the same command with --resume{instead} continues" if run.method.can_resume else ""
         log.info(f"stopped after step {done}{goes_on}")
         record.log_report()
         return _result(record, done)
-    with run.phase("save"):  # first of all: what was trained is not lost with what comes
+    with run.phase("save"):  # before all else, so that a later error does not lose the adapter
         save_adapter(model, o.output, overwrite=True)
         shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
     results["adapter_bytes"] = (o.output / "adapter_model.safetensors").stat().st_size
-    _log_speed(record.meter)
+    if (meter := record.meter).tokens_per_s:
+        log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
+    if meter.peak_mib:
+        log.info(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
 
     with run.phase("evaluate after"):
         losses = evaluate.held_out_losses(run, model)
@@ -170,14 +182,6 @@ def _train(run: Run, record: Record, model: Any) -> Result:
     record.write()
     _log_end(run, record, check)
     return _result(record, done, check)
-
-
-def _resumed_after(run: Run) -> list[int]:
-    """Returns after which steps the run went on from a checkpoint."""
-    if run.checkpoint is None:
-        return []
-    earlier = checkpoints.read_record(run.options).get("resumed")
-    return [*(earlier if isinstance(earlier, list) else []), checkpoints.step_of(run.checkpoint)]
 
 
 def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
@@ -197,10 +201,10 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 
 
 def load_base(run: Run) -> Any:
-    """Returns the frozen base, quantized as asked; its layers are bitsandbytes' where stock code needs them.
+    """Returns the frozen base, quantized as the options ask; with bitsandbytes' layers where stock code needs them.
 
-    Its weights are the files' rounded to bfloat16, whichever dtype is computed in: an adapter is trained on the same
-    base on every machine. Raises RunError where a weight can't be read, or is not there.
+    The weights are rounded to bfloat16 for every computation dtype, so that each machine trains on the same base.
+    Raises RunError where a weight can't be read or is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -212,12 +216,12 @@ def load_base(run: Run) -> Any:
             run.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     if absent := sorted(info["missing_keys"]):
-        raise RunError(f"--model {o.model}: {absent[0]} is not in its files, so it would be random")
+        raise RunError(f"--model {o.model}: the files lack {absent[0]}, which would be random")
     model = model.to(run.device).eval().requires_grad_(False)
-    model.config.use_cache = False  # in training it would only hold memory; generation asks for it
+    model.config.use_cache = False  # a cache only takes memory in training; generation turns it on
     if o.quant == "nf4":
         quantize_nf4(model, blocksize=o.blocksize)
-        for tensor in (*model.parameters(), *model.buffers()):  # what stays dense would keep the whole file mapped
+        for tensor in (*model.parameters(), *model.buffers()):  # a dense tensor keeps the whole file mapped
             tensor.data = tensor.data.clone()
     if run.dtype != torch.bfloat16:
         widen(model)
@@ -229,7 +233,7 @@ def load_base(run: Run) -> Any:
 
 
 def adapt(run: Run, model: Any) -> Any:
-    """Returns the model with its adapter, which starts from the run's seed, accelerated unless the run is stock."""
+    """Returns the model with a new adapter, initialized with the run's seed, accelerated unless the run is stock."""
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
     from transformers import set_seed
@@ -240,8 +244,8 @@ def adapt(run: Run, model: Any) -> Any:
     config = adapter_config(run, model)
     register_layers(config, model)
     model = get_peft_model(model, config)
-    # PEFT's layer over a bitsandbytes base draws other random numbers on the way: start every base alike, so that
-    # a run and its --stock twin differ in arithmetic alone.
+    # PEFT draws other random numbers for a layer over bitsandbytes. A second initialization makes the adapters of a run
+    # and of its --stock twin equal.
     set_seed(run.options.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
@@ -255,7 +259,7 @@ def adapt(run: Run, model: Any) -> Any:
 
 
 def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
-    """Returns how many layers run fused, and those that are alike in groups."""
+    """Returns the number of layers, the number of fused layers, and like layers in groups."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
     from ..integrations.peft import alike, explain
@@ -273,18 +277,23 @@ def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
 
 
 def fit(run: Run, record: Record, model: Any) -> int:
-    """Trains the model; returns how many steps it has."""
+    """Trains the model and returns the number of its steps, those before a resume included."""
     trainer = _trainer(run, record, model)
     if run.checkpoint is not None and (done := checkpoints.step_of(run.checkpoint)) >= run.steps:
-        _load_checkpoint(run, model)  # the Trainer would train one step more
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        # Trainer.train would train one more step than the run has.
+        set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
     try:
-        with run.phase("train"), run.stop.in_training():
+        run.stop.training = True
+        with run.phase("train"):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except BaseException:
         checkpoints.remove_unsealed(run.options)
         raise
     finally:
+        run.stop.training = False
         if (inside := run.seconds.pop("evaluate in training", None)) is not None:
             run.seconds["train"] = round(run.seconds["train"] - inside, 2)
             run.seconds["evaluate in training"] = inside
@@ -301,7 +310,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class GateTrainer(Trainer):
         def create_optimizer(self, model: Any = None) -> Any:
-            """Makes an optimizer whose gates have their own, larger rate; called once a checkpoint was loaded."""
+            """Makes an optimizer with a larger learning rate for gates; called after a checkpoint is loaded."""
             if self.optimizer is None:
                 kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer = kind(self.model.parameter_groups(kwargs["lr"]), **kwargs)
@@ -320,7 +329,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
-    callbacks = [record.meter, recording_callback(record), _stopping_callback(run.stop), checkpoints.sealing_callback()]
+    callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop)]
     if o.method == "adalora":
         callbacks.insert(0, AdaLoraCallback())
     if o.method == "diff-pruning":
@@ -331,30 +340,11 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     trainer = kind(model, args, collator, run.examples.train, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress_callback(run.steps))  # now: it is a ProgressCallback as well
+    trainer.add_callback(progress_callback(run.steps))  # after the removal: it is a ProgressCallback too
     return trainer
 
 
-def _stopping_callback(stop: Stop) -> Any:
-    from transformers import TrainerCallback
-
-    class Stopper(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if stop.asked:
-                control.should_save = control.should_training_stop = True
-            if stop.save:
-                stop.save, control.should_save = False, True
-
-    return Stopper()
-
-
-def _load_checkpoint(run: Run, model: Any) -> None:
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- the log -----------------------------------------------------------------------------------------------------
 
 
 def _describe(run: Run) -> None:
@@ -367,17 +357,10 @@ def _describe(run: Run) -> None:
     train, held_out = len(examples.train), len(examples.held_out)
     log.info(f"data: {run.corpus.where}, {train} {unit} to train on, {held_out} held out")
     if examples.truncated:
-        log.info(f"data: {examples.truncated} longer than --block-size {o.block_size} were cut")
+        log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:
-        log.info(f"data: {examples.left_out} left out: no completion begins within --block-size {o.block_size}")
+        log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
-
-
-def _log_speed(meter: Any) -> None:
-    if meter.tokens_per_s:
-        log.info(f"speed: {meter.tokens_per_s:.0f} tokens/s in the steps, median step {meter.median_step_s:.2f} s")
-    if meter.peak_mib:
-        log.info(f"memory: peak {meter.peak_mib:.0f} MiB, the whole process until the end of training")
 
 
 def _log_end(run: Run, record: Record, check: Check) -> None:
@@ -393,7 +376,7 @@ def _log_end(run: Run, record: Record, check: Check) -> None:
                  f"{check.accelerated_difference:g} at most in a logit; the largest logit is "
                  f"{check.largest:.0f}")  # fmt: skip
     if not math.isfinite(check.largest):
-        log.error("the trained model's logits are not finite: the run diverged, and its adapter is of no use; a "
+        log.error("the trained model's logits are not finite: the run diverged, and the adapter is useless; a "
                   "smaller --lr, or a longer --warmup, may help")  # fmt: skip
     elif check.ok:
         log.info(f"checked: stock PEFT re-reads the adapter, max |logit difference| = {check.max_difference:g}")

@@ -1,4 +1,4 @@
-"""The command line, on a tiny random model: runs end to end, compares, resumes, and refuses with one line."""
+"""The command line on a tiny random model: runs, comparisons with stock runs, resuming, and refusals in one line."""
 
 import importlib.util
 import json
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_a_checkpoint(tiny, tmp_path):
     finally:
         run.kill()
     assert run.returncode == 130, err
-    assert "with --resume goes on" in out and "Traceback" not in err
+    assert "with --resume continues" in out and "Traceback" not in err
     assert list((tmp_path / "out/checkpoints").glob("checkpoint-*/trainer_state.json"))
     assert not report(tmp_path / "out")["finished"]
 
@@ -205,20 +205,20 @@ def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
 
 OPTIONS = [
     (["--method", "full"],
-     "--method full: there is no such method; there are: lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
+     "--method full: unknown method, wanted one of lora, rslora, qlora, dora, adalora, ia3, bottleneck, prefix, "
      "prompt, bitfit, diff-pruning, partial"),
-    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: that is --method lora"),
+    (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: use --method lora instead"),
     (["--method", "partial", "--quant", "nf4"],
      "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
-    (["--rank", "0"], "--rank 0: wanted at least 1"),
+    (["--rank", "0"], "--rank 0: wanted 1 to 2147483647"),
     (["--dropout", "1"], "--dropout 1.0: wanted 0 <= p < 1"),
-    (["--quant", "int3"], "--quant int3: wanted nf4 or none"),
+    (["--quant", "int3"], "--quant int3: wanted one of nf4, none"),
     (["--blocksize", "48"], "--blocksize 48: wanted one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     (["--eval-fraction", "0"], "--eval-fraction 0.0: wanted more than 0 and less than 1"),
     (["--lr", "-1"], "--lr -1.0: wanted a positive number"),
     (["--max-steps", "5", "--epochs", "1"], "--max-steps and --epochs exclude each other"),
     (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-    (["--threads", "0"], "--threads 0: wanted at least 1"),
+    (["--threads", "0"], "--threads 0: wanted 1 to 2147483647"),
 ]  # fmt: skip
 
 
@@ -253,7 +253,7 @@ DATA = [
      "there are: body, id (name yours: --text-column, or --prompt-column and --completion-column)"),
     ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "--data {path}: record 2 has int in column 'text', wanted text"),
     ("turns.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n',
-     "--data {path}: record 1: messages must be {{role, content}} objects with an assistant's turn in it"),
+     "--data {path}: record 1: wanted messages of {{role, content}}, one of them the assistant's"),
     ("one.jsonl", '{"text": "a"}\n', "--data {path}: 1 usable record(s), wanted at least 2 (one is held out)"),
     ("a.parquet", "x", "--data {path}: a .parquet file, wanted .jsonl, .json, .csv, .txt"),
 ]  # fmt: skip
@@ -385,4 +385,4 @@ def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
         found = greedy(model, ids, 9)
         logits = model(input_ids=found[:, :-1]).logits[:, -9:]
     assert not torch.equal(found, plain)
-    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the forward's own
+    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the likeliest of the forward

@@ -1,4 +1,4 @@
-"""recommend, explain, chat and bench: what they print is what the library computes; refusals are one line."""
+"""recommend, explain, chat and bench print the results of the library, and refuse in one line."""
 
 import io
 import json
@@ -38,9 +38,9 @@ def document(capsys, *arguments: object):
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> Path:
-    """The folder of a random Llama that does not say the last token again, as one of small weights does.
+    """The folder of a random Llama with large weights: with small weights a model repeats the last token.
 
-    In float32: its likeliest tokens are no ties, with a cache or without.
+    In float32 the likeliest tokens are no ties, with a cache or without.
     """
     folder = tmp_path_factory.mktemp("base")
     config = transformers.AutoConfig.from_pretrained(tiny / "model")
@@ -57,7 +57,7 @@ def base_of(folder, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def adapters(base, tmp_path_factory):
-    """``adapters(method)``: the folder of a saved adapter, as far from the base as after long training."""
+    """``adapters(method)`` returns the folder of a saved adapter with large weights, as after long training."""
     folder = tmp_path_factory.mktemp("adapters")
 
     def make(method: str) -> Path:
@@ -106,7 +106,7 @@ def test_recommend_says_what_the_function_says(capsys, base, recommended, monkey
     flat = " ".join(out.split())
     assert all(reason[:60] in flat for reason in wanted.reasons)
     assert all(other.name in out for other in wanted.alternatives)
-    assert "peft.LoraConfig(task_type='CAUSAL_LM'" in flat and "\x1b" not in out
+    assert "LoraConfig(task_type='CAUSAL_LM'" in flat and "\x1b" not in out
 
 
 def test_recommend_ends_with_1_where_nothing_fits(capsys, recommended, monkeypatch):
@@ -142,7 +142,7 @@ def test_recommend_refuses_tasks_and_takes_memory_from_a_gpu_alone(capsys, monke
     assert found.startswith("--task dancing: wanted one of CAUSAL_LM (generation, ")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refused(capsys, "recommend", "--model-size", "7") == (
-        "--memory: wanted the card's memory in GB, since there is no GPU here to take it from"
+        "--memory: wanted the memory of the card in GB, since this machine has no GPU"
     )
 
 
@@ -153,7 +153,7 @@ EXPLAINED = ("lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt", "bo
 
 @pytest.fixture(scope="module")
 def explained(base):
-    """``--json`` of every method, one run."""
+    """The output of ``explain --json`` with all methods."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -218,7 +218,7 @@ def test_explain_reads_no_weight(capsys, base, tmp_path):
         hidden_size=32768, intermediate_size=131072, num_hidden_layers=4, num_attention_heads=64, vocab_size=65536,
         architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
-    config.save_pretrained(tmp_path)  # and no weight file
+    config.save_pretrained(tmp_path)  # without a weight file
     found = document(capsys, "explain", tmp_path, "--rank", 8, "--quant", "nf4", "--batch-size", 1)
     (lora,) = found["methods"]
     dense, layers = (2 * 65536 + 9) * 32768, 4 * 16 * 32768**2
@@ -274,15 +274,15 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
     assert message("./nowhere") == "model is ./nowhere, no such folder"
     assert message(tmp_path) == f"no config.json in {tmp_path}, wanted a model in transformers' format"
     assert message(model, "--method", "full") == f"--method full: wanted one of {', '.join(METHODS)}"
-    assert message(model, "--rank", 0) == "--rank 0: wanted at least 1"
+    assert message(model, "--rank", 0) == "--rank 0: wanted 1 to 2147483647"
     assert message(model, "--rank", 4, "--method", "ia3") == (
         "--rank 4: wanted with --method lora, rslora, qlora, dora, adalora"
     )
-    assert message(model, "--quant", "int3") == "--quant int3: wanted nf4 or none"
+    assert message(model, "--quant", "int3") == "--quant int3: wanted one of nf4, none"
     assert message(model, "--dtype", "fp8") == "--dtype fp8: wanted one of bf16, fp16, fp32, keep"
     assert message(model, "--sequence-length", 512) == "--sequence-length 512: the model takes at most 256 tokens"
-    assert message(model, "--model", model) == ("--model: the base of an adapter; what is explained is a model already")
-    assert message(lora, "--method", "ia3") == f"--method: {lora} is an adapter, which has its own"
+    assert message(model, "--model", model) == ("--model: wanted with an adapter alone, whose base it names")
+    assert message(lora, "--method", "ia3") == f"--method: {lora} is an adapter, which has its own method"
     (tmp_path / "adapter_config.json").write_bytes((lora / "adapter_config.json").read_bytes())
     assert message(tmp_path) == f"{tmp_path} has no adapter_model.safetensors"
 
@@ -291,7 +291,7 @@ def test_explain_refuses(capsys, base, adapters, tmp_path):
 
 
 def parts(out: str) -> list[tuple[str, str, str]]:
-    """prompt, base and adapted of what chat prints where it is no terminal."""
+    """Returns prompt, base's answer and adapted model's answer from chat's output without a terminal."""
     found = []
     for block in out.split("prompt: ")[1:]:
         prompt, rest = block.split("\nbase: ", 1)
@@ -302,7 +302,7 @@ def parts(out: str) -> list[tuple[str, str, str]]:
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt: str, count: int = 10) -> str:
-    """Token by token, of the model's own forward."""
+    """Returns the likeliest tokens, computed token by token with the model's forward."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
     for _ in range(count):
@@ -325,14 +325,14 @@ def test_chat_answers_for_base_and_adapter(capsys, base, adapters, method):
     assert adapted == answer(stock, tokenizer, prompt) != plain
 
 
-# What a disabled adapter leaves of the base, by the options of LoRA and whether the base has biases.
+# Options of LoRA, whether the base has biases, and why the base differs with the adapter disabled.
 @pytest.mark.parametrize(
     "options, biases, reason",
     [
-        ({"init_lora_weights": "pissa"}, False, "init_lora_weights is 'pissa', which changes the base's own weights"),
-        ({"init_lora_weights": "olora"}, False, "init_lora_weights is 'olora', which changes the base's own weights"),
+        ({"init_lora_weights": "pissa"}, False, "init_lora_weights is 'pissa', which changes the base's weights"),
+        ({"init_lora_weights": "olora"}, False, "init_lora_weights is 'olora', which changes the base's weights"),
         ({"layer_replication": [[0, 2], [0, 2]]}, False, "layer_replication gives the adapted model other layers"),
-        ({"bias": "all"}, True, "bias is 'all', so that the adapter's biases are in place of the base's own"),
+        ({"bias": "all"}, True, "bias is 'all', so the adapter's biases replace those of the base"),
         ({"bias": "all"}, False, None),
     ],
 )
@@ -454,10 +454,10 @@ def test_chat_refuses(capsys, base, adapters, tmp_path):
     def message(*arguments: object, adapter: Path = lora) -> str:
         return refused(capsys, "chat", "--adapter", adapter, "--prompt", "Hi", *arguments)
 
-    assert message("--max-new-tokens", 0) == "--max-new-tokens 0: wanted at least 1"
-    assert message("--prompt", " ") == "--prompt: it is empty"
+    assert message("--max-new-tokens", 0) == "--max-new-tokens 0: wanted 1 to 2147483647"
+    assert message("--prompt", " ") == "--prompt: the prompt is empty"
     assert message("--temperature", -1) == "--temperature -1.0: wanted 0 (the likeliest token) or more"
-    assert message("--base-quant", "int3") == "--base-quant int3: wanted nf4 or none"
+    assert message("--base-quant", "int3") == "--base-quant int3: wanted one of nf4, none"
     assert message(adapter=tmp_path / "no") == f"--adapter {tmp_path}/no: no such folder"
     assert message(adapter=tmp_path) == (f"no adapter_config.json in {tmp_path}, wanted an adapter in PEFT's format")
     assert message("--model", "./nowhere") == "model is ./nowhere, no such folder"
@@ -561,9 +561,9 @@ def test_bench_refuses(capsys, tmp_path):
         "--method qia4: wanted one of lora, dora, ia3, or qlora, qdora: those over nf4"
     )
     assert message("--base", "int3") == "--base int3: wanted one of bf16, nf4"
-    assert message("--hidden", 8) == "--hidden 8: wanted at least 16"
-    assert message("--tokens", 0) == "--tokens 0: wanted at least 1"
-    assert message("--threads", 0) == "--threads 0: wanted at least 1"
+    assert message("--hidden", 8) == "--hidden 8: wanted 16 to 2147483647"
+    assert message("--tokens", 0) == "--tokens 0: wanted 1 to 2147483647"
+    assert message("--threads", 0) == "--threads 0: wanted 1 to 2147483647"
     assert message("--seconds", 0) == "--seconds 0: wanted more than 0 and at most 3600"
     assert message("--chart", "a.gif") == "--chart a.gif: wanted a name that ends in .svg"
     assert message("--chart", tmp_path / "no/a.svg") == f"--chart {tmp_path}/no/a.svg: {tmp_path}/no is no folder"

@@ -1,4 +1,4 @@
-"""explain --verify: weights are read, a step is compared, and the exit code says whether a number is wrong."""
+"""explain --verify reads weights and compares a step. Its exit code is 1 where a number is wrong."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_a_wrong_number_is_the_exit_code(capsys, tiny, monkeypatch):
 
 def test_refusals(capsys, tiny, tmp_path):
     model = tiny / "model"
-    assert refused(capsys, "explain", model, "--data", "x.txt") == "--data: the text of --verify, which was not given"
+    assert refused(capsys, "explain", model, "--data", "x.txt") == "--data: wanted with --verify, which uses the data"
     assert "no such" in refused(capsys, "explain", model, *SMALL, "--data", tmp_path / "none.jsonl")
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert "has no safetensors" in refused(capsys, "explain", tmp_path, *SMALL)

@@ -88,7 +88,7 @@ def test_a_run_on_a_full_disk_says_so_and_keeps_what_was_there(finetune, runs, s
     small.leave(3_000_000)
     code, text = finetune(out, "--resume" if left else "--overwrite")
     assert code == 0, text
-    assert ("--resume goes on from" in line) == bool(left)
+    assert ("--resume continues from" in line) == bool(left)
     assert_same_run(out, runs[1])
 
 

@@ -63,7 +63,7 @@ def test_a_signal_that_ends_a_run_saves_a_checkpoint(finetune, tmp_path, name):
     code, text = signalled(finetune, tmp_path / "out", number, before=heard)
     assert code == 128 + number, text
     assert "stopping after this step, with a checkpoint; a second signal stops at once" in text
-    assert "with --resume goes on" in text and "Traceback" not in text
+    assert "with --resume continues" in text and "Traceback" not in text
     (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()
     assert not_whole(checkpoint) is None and not hidden(tmp_path)
 

@@ -355,14 +355,13 @@ _ROWS = b"text,prompt,completion\none,a,b\ntwo,c,d\n" + b'"three, ""3""",e,f\n'
 
 
 def _targets() -> Iterator[Target]:
-    from peft_ext.cli import CliError
     from peft_ext.run import RunError
 
     yield Target("nf4-state", "safetensors", _nf4_seeds, _nf4, (ValueError, TypeError))
     for method in ("lora", "dora", "ia3", "adalora", "bitfit"):
         yield _adapter_target(method, "config", "json", "adapter_config.json")
         yield _adapter_target(method, "weights", "safetensors", "adapter_model.safetensors")
-    yield Target("model-config", "json", _model_seeds, _model_config, (CliError,))
+    yield Target("model-config", "json", _model_seeds, _model_config, (ValueError,))
     names = {"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     yield Target("index", "json", lambda: [json.dumps(names).encode()], _index, (ValueError,))
     options = {"options": {"quant": "nf4", "blocksize": 64, "model": "smollm2"}, "seconds": {"train": 1.0}}

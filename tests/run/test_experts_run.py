@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, needs_hf]
 
 @pytest.fixture(scope="module")
 def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """As ``tiny``, with a model of experts."""
+    """The folder of ``tiny``, with a mixture of experts as model."""
     folder = tmp_path_factory.mktemp("mixture")
     for path in tiny.glob("*.*"):
         shutil.copy(path, folder / path.name)
@@ -25,7 +25,7 @@ def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out"
-    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # the experts are found by itself
+    assert finetune(mixture, out, "--quant", quant, "--lr", "0.02", steps=12) == 0  # the run finds the experts
     found = report(out)
     assert found["check"]["ok"] and found["finished"]
     assert found["fused"]["fused"] == found["fused"]["layers"]
@@ -75,10 +75,10 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--method", "ia3"), "--target-parameters with --method ia3: LoRA and DoRA alone adapt parameters"),
+        (("--method", "ia3"), "--target-parameters with --method ia3: only LoRA and DoRA adapt parameters"),
         (
             ("--stock", "--quant", "none", "--method", "dora"),
-            "--stock with DoRA and experts: PEFT has none there, give --target-modules",
+            "--stock with DoRA and experts: PEFT has no DoRA for experts, give --target-modules",
         ),
         (("--stock",), "--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none"),
     ],
@@ -90,7 +90,7 @@ def test_what_can_not_be(mixture: Path, tmp_path: Path, capsys, options: tuple[s
 
 def test_a_model_without_experts(tiny: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     assert finetune(tiny, tmp_path / "out", "--target-parameters", "experts") != 0
-    assert "LlamaForCausalLM has no experts that are known here" in capsys.readouterr().err
+    assert "LlamaForCausalLM has no experts that peft_ext knows" in capsys.readouterr().err
 
 
 def test_stock_runs_too(mixture: Path, tmp_path: Path) -> None:

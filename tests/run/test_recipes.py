@@ -1,4 +1,4 @@
-"""The lesson's functions by its names: each runs, on a tiny model, and gives what PEFT gives."""
+"""Each function of the lesson runs on a tiny model and gives the result of PEFT."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_qlora(model, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_and_its_tokenizer(model, method):
-    fields = {"add_bias": "all-linear"} if method == "bitfit" else {}  # Llama has none
+    fields = {"add_bias": "all-linear"} if method == "bitfit" else {}  # Llama has no bias
     adapted, tokenizer = recipes.setup_peft_training(model, method, **fields)
     assert isinstance(adapted, peft.PeftModel) and tokenizer.pad_token_id is not None
     assert any(p.requires_grad for p in adapted.parameters())

@@ -1,4 +1,4 @@
-"""report.html shows what the run measured, holds no markup but its own, and a browser draws it without a request."""
+"""report.html shows the measurements of a run, escapes all texts, and a browser draws the page without a request."""
 
 import json
 import math
@@ -25,7 +25,7 @@ EVIL = '<script>window.hacked = 1</script>"\'><img src=x onerror="window.hacked 
 
 
 def document(steps: int = 60, **changes) -> dict:
-    """A run.json of ``steps`` steps, of figures that are told apart."""
+    """Returns a run.json of ``steps`` steps, with different figures everywhere."""
     losses = [3 - i / steps + 0.2 * math.sin(7 * i) for i in range(steps)]
     held_out = {steps * i // 5: 2.9 - i / 20 for i in range(1, 5)}
     made = {
@@ -55,7 +55,7 @@ def document(steps: int = 60, **changes) -> dict:
 
 
 class Parsed(HTMLParser):
-    """The tags, the texts, and what each chart shows."""
+    """Parses a page into tags, texts, and the data and paths of each chart."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_smoothing_is_a_weighted_mean_of_what_was():
 @pytest.mark.parametrize("steps", [1000, 20_000])
 def test_a_long_run_is_a_small_page(steps):
     given = document(steps)
-    given["losses"][steps // 2] = 99.0  # a single step
+    given["losses"][steps // 2] = 99.0  # an outlier of one step
     text = render(given)
     assert len(text.encode()) < 200_000
     parsed = Parsed(text)
@@ -196,7 +196,7 @@ def test_a_stopped_run_shows_what_it_has():
 
 
 def evil() -> dict:
-    """A document whose texts are all markup."""
+    """Returns a document in which every text is markup."""
     given = document(5)
 
     def spoil(value):
@@ -219,7 +219,7 @@ def test_texts_are_never_markup():
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1
     assert not [at for _, at in parsed.tags if any(name.startswith("on") for name in at)]
     assert parsed.text.count("window.hacked") >= 12
-    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))  # half a character
+    assert "\ufffd" not in render(document()) and "?" in render(document(started="\ud800"))  # a lone surrogate
 
 
 def test_the_page_asks_for_nothing():
@@ -305,7 +305,7 @@ def test_memory_is_the_bytes_of_the_tensors(run):
     dense = 2 * (vocab * hidden + 5 * hidden)  # embedding, tied, and norms
     assert found["parameters"] == linear + vocab * hidden + 5 * hidden
     scales = memory["frozen"] - dense - linear // 2
-    assert linear // 64 <= scales < linear // 64 + 20_000  # a byte for a block, then what decodes it; rotary tables
+    assert linear // 64 <= scales < linear // 64 + 20_000  # a byte for each block, their scales, rotary tables
 
 
 @needs_hf
@@ -391,7 +391,7 @@ _CONTRAST = """() => {
 
 @pytest.fixture
 def shown(browser):
-    """Opens a file; as the test ends the page must have complained of nothing and asked for nothing."""
+    """Opens a file in a browser. At the end of the test, the page must have no error and no request."""
     contexts, complaints, requests, files = [], [], [], []
 
     def show(file: Path, width: int = 1200, scheme: str = "light"):

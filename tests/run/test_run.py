@@ -1,4 +1,4 @@
-"""A run as a library: every method of the table trains, saves, is re-read, reports, resumes, and merges if it can."""
+"""The library of a run: each method trains, saves, re-reads, reports, resumes, and merges where it can."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_every_method(tiny, tmp_path, method):
 
 
 def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
-    """A run that goes on from the middle has the bits of the one that was not stopped, or says why it can't."""
+    """A resumed run has the bits of an uninterrupted run, or refuses to resume with a reason."""
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole.output / "checkpoints/checkpoint-2", folder / "checkpoints/checkpoint-2")
     shutil.copy(whole.output / "run.json", folder / "run.json")
@@ -84,7 +84,7 @@ def _resumes(options: Options, whole: train.Result, folder: Path) -> None:
 
 
 def _merges(options: Options, result: train.Result, folder: Path) -> None:
-    """The merged model has the logits of the adapted one, in the adapter's own way of holding the base."""
+    """The merged model has the logits of the adapted model, with the base quantized as in training."""
     assert result.can_merge == METHODS[options.method].can_merge
     if not result.can_merge:
         with pytest.raises(peft_ext.MergeError, match="."):
@@ -102,7 +102,7 @@ def _merges(options: Options, result: train.Result, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_equal_runs_in_two_processes_write_equal_adapters(tiny, tmp_path):
-    """The seed of Python's hashes decides the order of the sets in which PEFT holds names of modules."""
+    """Python's hash seed decides the order of the sets of module names in PEFT, and must not change the adapter."""
     written = []
     for seed in ("1", "2"):
         run = tmp_path / seed / "run"
@@ -141,8 +141,8 @@ def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"rank": 0}, "--rank 0: wanted at least 1"),
-    ({"method": "full"}, "--method full: there is no such method; there are: "),
+    ({"rank": 0}, "--rank 0: wanted 1 to 2147483647"),
+    ({"method": "full"}, "--method full: unknown method, wanted one of "),
     ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
     ({"method": "diff-pruning", "quant": "nf4"}, "--quant nf4 with --method diff-pruning: "),
     ({"method": "prefix", "gradient_checkpointing": True}, "--gradient-checkpointing with --method prefix: "),

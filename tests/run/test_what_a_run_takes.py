@@ -1,5 +1,4 @@
-"""What a run takes and refuses beside its options' ranges: data as others read it, prompts as trained, models of every
-kind of attention, options from Python; each refusal before a weight is loaded."""
+"""Data, prompts, models and options from Python that a run accepts, or refuses before it loads a weight."""
 
 from __future__ import annotations
 
@@ -102,7 +101,7 @@ def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "run/run.json").read_text())["examples"]["digest"]) == 64
     assert prepare(replace(options, resume=True, max_steps=3)).checkpoint is not None
     data.write_text(data.read_text().replace("What is 3", "What was 3"))
-    with pytest.raises(RunError, match="--resume: the records of --data .* are not those that the run"):
+    with pytest.raises(RunError, match="--resume: the records of --data .* differ from those of the run"):
         prepare(replace(options, resume=True, max_steps=3))
 
 
@@ -141,7 +140,7 @@ def test_what_is_over_the_models_positions_is_refused(tiny: Path, tmp_path: Path
         ({"method": "prompt", "block_size": 250}, "--block-size 250, and 20 virtual tokens .* at most 256 tokens"),
         (
             {"prompt": "word " * 50},
-            "--prompt: it is 251 tokens, which with 48 more of an answer is over",
+            "--prompt: it has 251 tokens, which with 48 tokens of an answer is over",
         ),
     ):
         with pytest.raises(RunError, match=message):
@@ -187,7 +186,7 @@ def test_ia3_says_where_it_has_no_layers(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_float32_runs_compute_what_a_float32_load_does(tiny: Path, tmp_path: Path) -> None:
-    """Gemma 3's embeddings are scaled by a buffer that is in no file."""
+    """Gemma 3 scales its embeddings by a buffer that no weight file contains."""
     gemma = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**SIZES, "hidden_size": 40}, head_dim=8, sliding_window=32))
     model = model_folder(tiny, tmp_path / "gemma3", gemma)
     for quant in ("none", "nf4"):

@@ -1,11 +1,11 @@
-"""``report.html`` of a run: what run.json says, on one page that needs nothing else, neither files nor a network.
+"""``report.html`` of a run: the content of run.json on one page, which needs no other file and no network.
 
 ::
 
     redraw("outputs/finetune")           # draws it again from run.json
 
-page.html is the template, style.css its looks, script.js what shows the figures under the pointer; without scripts the
-page lacks that alone. A Content-Security-Policy in the page forbids every request, and every script but this one.
+page.html is the template and style.css the style sheet. script.js shows the figures under the pointer; all else works
+without scripts. A Content-Security-Policy in the page forbids every request, and every script except script.js.
 """
 
 from .page import redraw, render, write_report

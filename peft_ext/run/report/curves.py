@@ -1,7 +1,7 @@
-"""The curves of a report: inline SVG that is stretched to its place, and what the page's script reads of it.
+"""The curves of a report: the paths of an inline SVG, and the data of the page's script.
 
-Up to :data:`MOST_POINTS` steps are drawn as they are; beyond that a bin of steps is drawn as its mean, over a band from
-its least to its greatest.
+A curve of at most :data:`MOST_POINTS` steps is drawn point by point. A longer curve is drawn as the means of bins of
+steps, over a band from the least to the greatest value of each bin.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any, Optional
 from ...chart import Scale, path, span
 from .figures import short
 
-MOST_POINTS = 1000  # of a curve that is drawn point by point
+MOST_POINTS = 1000  # points of the longest curve that is drawn point by point
 _BINS = 400
-WIDTH, HEIGHT = 1000, 300  # of a plot
+WIDTH, HEIGHT = 1000, 300  # units of a plot, which the page stretches
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: ``x`` ascending, ``y`` with None where there is no finite value. ``look``: its class in the style.
+    """A curve: ``x`` ascending, ``y`` with None where there is no finite value.
 
-    ``dots``: every point is marked; ``band``: where it is of bins, it shows how far they reach.
+    Attributes:
+        look: CSS class of the curve.
+        dots: whether each point has a mark.
+        band: whether a curve of bins has a band from the least to the greatest value of each bin.
     """
 
     name: str
@@ -35,39 +38,33 @@ class Series:
     band: bool = True
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A series as it is drawn: its own points, or the means of bins of ``width`` steps, with least and greatest."""
-
-    x: list[float]
-    y: list[Optional[float]]
-    low: Optional[list[Optional[float]]] = None
-    high: Optional[list[Optional[float]]] = None
-    width: int = 1
-
-
-def _binned(series: Series) -> _Drawn:
+def _binned(series: Series) -> dict[str, Any]:
+    """Returns a curve's data for the script: points, or mean, least and greatest of bins of ``width`` steps."""
+    about = {"look": series.look, "last": series.x[-1]}
     if len(series.x) <= MOST_POINTS:
-        return _Drawn(list(series.x), list(series.y))
+        return {"x": list(series.x), "y": list(series.y), "low": None, "high": None, "width": 1, **about}
     width = math.ceil(len(series.x) / _BINS)
     starts = range(0, len(series.x), width)
     bins = [[v for v in series.y[i : i + width] if v is not None] for i in starts]
-    mean = [sum(b) / len(b) if b else None for b in bins]
     low, high = ([f(b) if b else None for b in bins] if series.band else None for f in (min, max))
-    return _Drawn([series.x[i] for i in starts], mean, low, high, width)
+    return {"x": [series.x[i] for i in starts], "y": [sum(b) / len(b) if b else None for b in bins], "low": low,
+            "high": high, "width": width, **about}  # fmt: skip
 
 
 def draw_chart(
     name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int
 ) -> dict[str, Any]:
-    """Returns what the template draws a figure from: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
+    """Returns a figure's data for the template: notes, legend, paths, labels. ``zero``: the axis begins at 0."""
     series = [s for s in series if any(v is not None for v in s.y)]
     drawn = [_binned(s) for s in series]
-    chart: dict[str, Any] = {"name": name, "heading": heading, "series": [], "binned": any(d.width > 1 for d in drawn)}
+    chart: dict[str, Any] = {
+        "name": name, "heading": heading, "series": [], "binned": any(d["width"] > 1 for d in drawn),
+    }  # fmt: skip
     if not series:
         return chart
-    values = [v for d in drawn for column in (d.y, d.low or [], d.high or []) for v in column if v is not None]
-    across, up = Scale(0, max(steps, 1, *(s.x[-1] for s in series))), span(values, zero)
+    values = [v for d in drawn for column in (d["y"], d["low"] or [], d["high"] or []) for v in column if v is not None]
+    last = max(s.x[-1] for s in series)
+    across, up = Scale(0, max(steps, 1, last)), span(values, zero)
 
     def place(x: float, y: Optional[float]) -> Optional[tuple[float, float]]:
         return None if y is None else (WIDTH * across(x), HEIGHT * (1 - up(y)))
@@ -75,23 +72,20 @@ def draw_chart(
     y_ticks = up.ticks()
     marks = [("rule", path([(0, HEIGHT * (1 - up(t))), (WIDTH, HEIGHT * (1 - up(t)))])) for t in y_ticks]
     for s, d in zip(series, drawn, strict=True):
-        middle = [x + (min(d.width, s.x[-1] - x + 1) - 1) / 2 for x in d.x]
-        points = [place(x, y) for x, y in zip(middle, d.y, strict=True)]
-        if d.low is not None and d.high is not None:
-            there = [i for i, v in enumerate(d.low) if v is not None]
-            band = [place(middle[i], d.high[i]) for i in there] + [place(middle[i], d.low[i]) for i in reversed(there)]
-            marks.append((f"band {s.look}", f"{path(band)}Z"))
+        middle = [x + (min(d["width"], s.x[-1] - x + 1) - 1) / 2 for x in d["x"]]
+        points = [place(x, y) for x, y in zip(middle, d["y"], strict=True)]
+        if d["low"] is not None:
+            edges = [[place(x, y) for x, y in zip(middle, d[edge], strict=True) if y is not None]
+                     for edge in ("high", "low")]  # fmt: skip
+            marks.append((f"band {s.look}", f"{path(edges[0] + edges[1][::-1])}Z"))
         marks.append((f"line {s.look}", path(points)))
         if s.dots:
             marks.append((f"dots {s.look}", "".join(path([p]) for p in points if p)))
-    data = {
-        "x": [across.low, across.high], "y": [up.low, up.high],
-        "s": [{"x": d.x, "y": _rounded(d.y), "low": _rounded(d.low), "high": _rounded(d.high), "width": d.width,
-               "last": s.x[-1], "look": s.look} for s, d in zip(series, drawn, strict=True)],
-    }  # fmt: skip
-    last = max(s.x[-1] for s in series)
+    rounded = [d | {name: d[name] and [None if v is None else float(f"{v:.5g}") for v in d[name]]
+                    for name in ("y", "low", "high")} for d in drawn]  # fmt: skip
+    data = {"x": [across.low, across.high], "y": [up.low, up.high], "s": rounded}
     notes = [unit] + ([] if up.low == 0 else [f"the axis begins at {short(up.low, 3)}"])
-    if (width := max(d.width for d in drawn)) > 1:
+    if (width := max(d["width"] for d in drawn)) > 1:
         notes.append(f"each point is the mean of {width} steps, the band their least and greatest")
     if missing := sum(v is None for v in series[0].y):
         notes.append(f"{missing:,} without a finite value are left out")
@@ -104,17 +98,13 @@ def draw_chart(
     }  # fmt: skip
 
 
-def _rounded(values: Optional[Sequence[Optional[float]]]) -> Optional[list[Optional[float]]]:
-    return None if values is None else [None if v is None else float(f"{v:.5g}") for v in values]
-
-
 def _last(series: Series, step: float) -> str:
     x, y = next((x, y) for x, y in zip(reversed(series.x), reversed(series.y), strict=True) if y is not None)
     return short(y) if x == step else f"{short(y)} at {x:,.0f}"
 
 
 def _told(series: Series) -> str:
-    """Returns a curve in words."""
+    """Returns the first, last, least and greatest value of a curve in words."""
     found = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
     least, most = (f(found, key=lambda point: point[1]) for f in (min, max))
     (first_x, first), (last_x, last) = found[0], found[-1]

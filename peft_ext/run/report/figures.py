@@ -1,25 +1,12 @@
-"""Numbers and texts of a report as people read them, and values of a run.json that may be anything."""
+"""Formats the numbers and texts of a report. A value comes from a run.json and may be of any type."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Optional
 
-_MOST_TEXT = 4000  # characters of one text
+_MOST_TEXT = 4000  # most characters of a text
 NONE = "–"
-
-
-def mapping(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Returns the mapping under ``name``; an empty one where there is none."""
-    value = document.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def items(document: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the list under ``name``; an empty one where there is none."""
-    value = document.get(name)
-    return value if isinstance(value, list) else []
 
 
 def number(value: Any) -> Optional[float]:
@@ -30,7 +17,7 @@ def number(value: Any) -> Optional[float]:
 
 
 def clip(value: Any) -> str:
-    """Returns the text of a value, cut where it is very long."""
+    """Returns the text of a value, cut after 4,000 characters."""
     text = str(value)
     if len(text) > _MOST_TEXT:
         text = f"{text[:_MOST_TEXT]} … ({len(text) - _MOST_TEXT:,} characters more)"
@@ -38,7 +25,7 @@ def clip(value: Any) -> str:
 
 
 def short(value: Any, digits: int = 4) -> str:
-    """Returns ``digits`` significant digits; the page's script has a ``short`` that writes the same."""
+    """Returns a number with ``digits`` significant digits. ``short`` in script.js returns equal texts."""
     if (value := number(value)) is None:
         return NONE
     size = abs(value)
@@ -51,7 +38,7 @@ def short(value: Any, digits: int = 4) -> str:
 
 
 def count(value: Any) -> str:
-    """Returns a whole number with commas."""
+    """Returns a number rounded to an integer, with commas."""
     found = number(value)
     return NONE if found is None else f"{found:,.0f}"
 
@@ -61,7 +48,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as "4.2 s", "1 min 15 s" or "2 h 05 min"."""
+    """Returns a duration: "4.2 s", "1 min 15 s" or "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
