@@ -225,7 +225,8 @@ def _on_loss(stock: type) -> type:
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
             return run(*args, **kwargs)
         labels = args[at] if at < len(args) else kwargs.get("labels")
-        known = labels is not None and _is_known_loss(self.stock_loss_function())
+        # Under torch.compile `_loss` alone asks: `loss_function` may log, which a trace can't, and may never be called.
+        known = labels is not None and (torch.compiler.is_compiling() or _is_known_loss(self.stock_loss_function()))
         if not known or under_a_transform() or torch.jit.is_tracing() or "_is_replica" in self.__dict__:
             return run(*args, **kwargs)
         before, now = _forward_now(), Forward(self, _head_of(self))
@@ -236,7 +237,7 @@ def _on_loss(stock: type) -> type:
             _THREAD.forward = before
             for call in now.calls:
                 call.pending.clear()
-        return output if torch.compiler.is_compiling() else _settled(output, now)
+        return (_settled_in_graph if torch.compiler.is_compiling() else _settled)(output, now)
 
     held = {"stock_class": stock, "stock_forward": stock.forward, "stock_loss_function": stock.loss_function.fget,
             "forward": forward, "__doc__": stock.__doc__, "__module__": stock.__module__}  # fmt: skip
@@ -248,7 +249,7 @@ def _on_loss(stock: type) -> type:
 def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Takes a Pending that nothing has used past the logits; else calls the model's loss function with real logits."""
     first = args[0] if args else kwargs.get("logits")
-    if type(first) is Pending and first._value is None:
+    if type(first) is Pending and first._value is None and _is_known_loss(function):
         named = {name: value for name, value in kwargs.items() if name != "logits"}
         if len(args) <= 6 and (loss := first._call.loss(first._steps, *args[1:], **named)) is not None:
             return loss
@@ -278,6 +279,14 @@ def _settled(output: Any, forward: Forward) -> Any:
         used = "its forward returns the logits in a tuple"
     _USED[forward.model] = used
     return output
+
+
+def _settled_in_graph(output: Any, _: Forward) -> Any:
+    """Returns a forward's output as a graph returns it: with real logits, or a ModelOutput with an unused Pending."""
+    logits = output.get("logits") if isinstance(output, ModelOutput) else None
+    if type(logits) is Pending and logits._call.is_taken and logits._value is None:
+        return output
+    return _without_pending(output)
 
 
 def _without_pending(value: Any) -> Any:

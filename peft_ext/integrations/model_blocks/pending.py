@@ -242,7 +242,8 @@ def real(value: Any) -> Any:
     """Returns the real logits of a Pending, and anything else as it is."""
     if type(value) is not Pending:
         return value
-    if not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
+    has_grad = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if not (has_grad or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()):
         raise RuntimeError(
             "peft_ext: a forward of an autograd.Function got the logits of a language model before they were computed, "
             "and would lose their gradient. Call peft_ext.accelerate(model, blocks=False)"
