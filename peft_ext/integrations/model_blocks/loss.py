@@ -1,7 +1,6 @@
 """The loss of a language model without whole logits, between two public points of transformers.
 
-While a model trains with labels, its head (point one) returns :class:`Pending`: a plain object in place of the logits,
-which lives inside of the model's forward alone. Any use of a Pending computes the real logits, once, and hands them on.
+While a model trains with labels, the model's head (point one) returns a :class:`.pending.Pending` in place of logits.
 ``PreTrainedModel.loss_function`` (point two) takes a Pending that arrives unused, and runs
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` when they are asked for.
 """
@@ -49,7 +48,7 @@ __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
 # The name under which an output holds its Pending, and the node of its loss a weak reference to the Pending.
 _PENDING = "_peft_ext_pending"
-# By loss function: what it called when its code was looked at; None where its form is unknown.
+# By loss function: the functions that it called when its code was read; None where its form is unknown.
 _LOSSES: dict[Any, Optional[tuple[Any, ...]]] = {}
 
 
@@ -58,7 +57,7 @@ def _called_by(function: Any) -> tuple[Any, ...]:
 
 
 def _is_known_loss(function: Any) -> bool:
-    """Returns whether a loss function is a known one, and calls what it called when its code was looked at."""
+    """Returns whether a loss function has a known form, and calls the functions that it called when it was read."""
     if not inspect.isfunction(function):
         return False
     if function not in _LOSSES:
@@ -92,8 +91,11 @@ def _forward_now() -> Optional[Forward]:
 
 
 class DefersLoss:
-    """A layer whose outputs are a model's logits, over a frozen weight. A subclass gives ``_reason``, beside what is
-    asked of each, and ``_call``: this call, for the loss; None where the logits have to be computed."""
+    """A layer over a frozen weight whose outputs are a model's logits.
+
+    A subclass gives ``_reason``, the reason of its own for whole logits, and ``_call``, which returns a Call, or None
+    where the logits have to be computed.
+    """
 
     def head_reason(self) -> Optional[str]:
         """Returns why the logits are computed whole in training."""
@@ -189,7 +191,7 @@ class LanguageModel:
     stock_loss_function: Callable[..., Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: transformers' own would take the made class for a new model."""
+        """Does nothing: the method of transformers would take the class that is made here for a new model."""
 
     @property
     def loss_function(self) -> Any:
@@ -247,7 +249,7 @@ def _on_loss(stock: type) -> type:
 
 
 def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Takes a Pending that nothing has used past the logits; else calls the model's loss function with real logits."""
+    """Computes the loss of an unused Pending without logits, else calls the model's loss function with real logits."""
     first = args[0] if args else kwargs.get("logits")
     if type(first) is Pending and first._value is None and _is_known_loss(function):
         named = {name: value for name, value in kwargs.items() if name != "logits"}
