@@ -70,9 +70,8 @@ class Call:
         self.is_taken = False  # a loss was computed without the logits
         self.is_widened = False  # by accelerate's mixed precision, which casts the outputs of a model to float32
         self.logits: Optional[Tensor] = None
-        self.pending: list[
-            Pending
-        ] = []  # all that stand for these logits or a function of them, while the forward runs
+        # All that stand for these logits or a function of them, while the model's forward runs.
+        self.pending: list[Pending] = []
         device = self.device.type
         self.has_autocast = torch.is_autocast_enabled(device)
         self._autocast = device, torch.get_autocast_dtype(device)
